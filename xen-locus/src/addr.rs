@@ -1,0 +1,120 @@
+//! Address kinds as types, so that a frame number can't be taken for an address.
+
+use std::fmt;
+
+/// Size of a page and of a page-table page, in bytes.
+pub const PAGE_SIZE: u64 = 4096;
+/// [`PAGE_SIZE`] as a length.
+pub const PAGE_LEN: usize = 4096;
+
+/// Guest virtual address.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Gva(pub u64);
+
+impl Gva {
+    /// The page this address lies in.
+    #[must_use]
+    pub fn page(self) -> Gva {
+        Gva(self.0 & !(PAGE_SIZE - 1))
+    }
+
+    /// Offset within its page, in bytes.
+    #[must_use]
+    #[allow(clippy::cast_possible_truncation)] // below 4096
+    pub fn offset(self) -> usize {
+        (self.0 & (PAGE_SIZE - 1)) as usize
+    }
+
+    /// Address `n` bytes on, wrapping like the hardware does.
+    #[must_use]
+    pub fn plus(self, n: u64) -> Gva {
+        Gva(self.0.wrapping_add(n))
+    }
+}
+
+impl fmt::Debug for Gva {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+impl fmt::Display for Gva {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#018x}", self.0)
+    }
+}
+
+/// A frame number as foreign mapping takes it and as the guest's page tables hold it:
+/// a machine frame (MFN) for PV guests, a guest-physical frame (GFN) for PVH and HVM.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Frame(pub u64);
+
+impl fmt::Debug for Frame {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+impl fmt::Display for Frame {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "frame {:#x}", self.0)
+    }
+}
+
+/// Xen domain id. Reused by Xen: tell guests apart by UUID.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DomId(pub u16);
+
+impl fmt::Debug for DomId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "d{}", self.0)
+    }
+}
+
+impl fmt::Display for DomId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+/// Virtual CPU number as Xen counts them (not the guest's CPU number).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct VcpuId(pub u32);
+
+/// A half-open range of guest virtual addresses, `start..end`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Range {
+    /// First address.
+    pub start: Gva,
+    /// One past the last address.
+    pub end: Gva,
+}
+
+impl Range {
+    /// The range of `len` bytes at `start`; the end saturates.
+    #[must_use]
+    pub fn new(start: Gva, len: u64) -> Range {
+        Range {
+            start,
+            end: Gva(start.0.saturating_add(len)),
+        }
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.end.0.saturating_sub(self.start.0)
+    }
+
+    /// No byte in it.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether `at` lies in `start..end`.
+    #[must_use]
+    pub fn contains(&self, at: Gva) -> bool {
+        at >= self.start && at < self.end
+    }
+}

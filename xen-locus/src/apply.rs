@@ -1,0 +1,397 @@
+//! Carries out a plan: look while the guest is paused, write, verify, unpause.
+//!
+//! All that can be done before the pause is done before it: the new code stands in the arena, every
+//! page to be written and every stack is mapped. Inside it: registers, the last look, the writes.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::addr::Gva;
+use crate::error::{Error, Result};
+use crate::guest::{Machine, WindowMut};
+use crate::kernel::Kernel;
+use crate::link::arena::{self, Arena};
+use crate::link::record::{Slot, State};
+use crate::patch::Payload;
+use crate::plan::{self, Plan, Prepared, Readiness};
+use crate::quiesce::{Blocker, Prescan, Verdict};
+use sha2::{Digest, Sha256};
+
+/// Longest wait between two attempts.
+const WAIT_MAX: Duration = Duration::from_millis(500);
+
+/// How patient to be.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Time for all attempts together.
+    pub timeout: Duration,
+    /// Longest pause of the guest; an attempt that would take longer is given up.
+    pub max_pause: Duration,
+    /// Check and link, but write nothing.
+    pub dry_run: bool,
+    /// Set from outside to give up between two attempts.
+    pub interrupted: Arc<AtomicBool>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            timeout: Duration::from_secs(30),
+            max_pause: Duration::from_millis(10),
+            dry_run: false,
+            interrupted: Arc::default(),
+        }
+    }
+}
+
+/// What came of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// The patch is in force now.
+    Applied,
+    /// The patch is undone now.
+    Reverted,
+    /// There was nothing to do.
+    Already,
+    /// It could be done; a dry run.
+    WouldApply,
+    /// It could be undone; a dry run.
+    WouldRevert,
+}
+
+/// The result of an action on one guest.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// Name of the payload.
+    pub patch: String,
+    /// What came of it.
+    pub result: Outcome,
+    /// How long the guest was paused at the attempt that succeeded, in microseconds.
+    pub pause_us: u64,
+    /// Pauses tried.
+    pub attempts: u32,
+    /// Functions replaced or put back.
+    pub functions: usize,
+    /// From start to end, in milliseconds.
+    pub total_ms: u64,
+}
+
+fn report(patch: &str, result: Outcome, functions: usize, done: Done, began: Instant) -> Report {
+    Report {
+        patch: patch.into(),
+        result,
+        pause_us: u64::try_from(done.pause.as_micros()).unwrap_or(u64::MAX),
+        attempts: done.attempts,
+        functions,
+        total_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+    }
+}
+
+/// Applies a payload.
+///
+/// # Errors
+/// See [`Error`]: the guest is then unchanged, or the message says otherwise.
+pub fn apply(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    payload: &Payload,
+    options: &Options,
+) -> Result<Report> {
+    let began = Instant::now();
+    let mut arena = Arena::read(kernel)?;
+    let ready = match plan::prepare(kernel, &arena, payload)? {
+        Readiness::Already(resident) => {
+            let functions = resident.record.functions.len();
+            return Ok(report(
+                &payload.name,
+                Outcome::Already,
+                functions,
+                Done::default(),
+                began,
+            ));
+        }
+        Readiness::Ready(ready) => ready,
+    };
+    let functions = ready.record.functions.len();
+    if options.dry_run {
+        return Ok(report(
+            &payload.name,
+            Outcome::WouldApply,
+            functions,
+            Done::default(),
+            began,
+        ));
+    }
+    let index = place(machine, kernel, &mut arena, &ready)?;
+    let done = match execute(machine, kernel, &ready.plan, options) {
+        Ok(done) => done,
+        Err(error) => {
+            if !matches!(error, Error::Uncertain(_)) {
+                // Nothing refers to the code: it stays for the next attempt.
+                arena.set_state(machine, kernel, index, State::Parked)?;
+            }
+            return Err(error);
+        }
+    };
+    arena.set_state(machine, kernel, index, State::Applied)?;
+    Ok(report(
+        &payload.name,
+        Outcome::Applied,
+        functions,
+        done,
+        began,
+    ))
+}
+
+/// Undoes the payload called `name`.
+///
+/// # Errors
+/// As [`apply`].
+pub fn revert(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    name: &str,
+    options: &Options,
+) -> Result<Report> {
+    let began = Instant::now();
+    let mut arena = Arena::read(kernel)?;
+    let residents = plan::residents(kernel, &arena)?;
+    let mut of_that_name = residents.iter().filter(|r| r.record.name == name);
+    let Some(resident) = of_that_name
+        .clone()
+        .find(|r| r.slot.state == State::Applied)
+    else {
+        if of_that_name.next().is_some() {
+            return Ok(report(name, Outcome::Already, 0, Done::default(), began));
+        }
+        let applied: Vec<&str> = residents
+            .iter()
+            .filter(|r| r.slot.state == State::Applied)
+            .map(|r| r.record.name.as_str())
+            .collect();
+        return Err(Error::Failed(format!(
+            "no patch {name:?} is applied to this guest; applied: {}",
+            if applied.is_empty() {
+                "none".into()
+            } else {
+                applied.join(", ")
+            }
+        )));
+    };
+    let functions = resident.record.functions.len();
+    let plan = plan::undo(kernel, resident)?;
+    if options.dry_run {
+        return Ok(report(
+            name,
+            Outcome::WouldRevert,
+            functions,
+            Done::default(),
+            began,
+        ));
+    }
+    arena.set_state(machine, kernel, resident.index, State::Reverting)?;
+    let done = match execute(machine, kernel, &plan, options) {
+        Ok(done) => done,
+        Err(error) => {
+            if !matches!(error, Error::Uncertain(_)) {
+                let applied_at = resident.slot.applied_at;
+                let mut slots = arena.directory.slots.clone();
+                if let Some(slot) = slots.get_mut(resident.index) {
+                    (slot.state, slot.applied_at) = (State::Applied, applied_at);
+                }
+                arena.commit(machine, kernel, slots)?;
+            }
+            return Err(error);
+        }
+    };
+    arena.set_state(machine, kernel, resident.index, State::Parked)?;
+    Ok(report(name, Outcome::Reverted, functions, done, began))
+}
+
+/// Puts a payload's code into the arena and into its directory; returns its number there.
+fn place(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    arena: &mut Arena,
+    ready: &Prepared,
+) -> Result<usize> {
+    arena.add(machine, kernel, ready.first, &ready.layout.rights)?;
+    arena.write(
+        machine,
+        arena::page_address(ready.first),
+        &ready.image.bytes,
+    )?;
+    let too_big = |_| Error::Failed("the payload's place does not fit the directory".into());
+    let slot = Slot {
+        state: State::Applying,
+        first: u16::try_from(ready.first).map_err(too_big)?,
+        pages: u16::try_from(ready.layout.rights.len()).map_err(too_big)?,
+        applied_at: 0,
+        record_offset: u32::try_from(ready.layout.record.0).map_err(too_big)?,
+        record_len: u32::try_from(ready.record_json.len()).map_err(too_big)?,
+        record_sha256: Sha256::digest(&ready.record_json).into(),
+    };
+    let mut slots = arena.directory.slots.clone();
+    let index = match ready
+        .parked
+        .and_then(|index| slots.get_mut(index).map(|old| (index, old)))
+    {
+        Some((index, old)) => {
+            *old = slot;
+            index
+        }
+        None => {
+            slots.push(slot);
+            slots.len() - 1
+        }
+    };
+    arena.commit(machine, kernel, slots)?;
+    Ok(index)
+}
+
+/// How a plan was carried out.
+#[derive(Clone, Copy, Debug, Default)]
+struct Done {
+    pause: Duration,
+    attempts: u32,
+}
+
+/// A write with its page mapped.
+struct Target<'p> {
+    write: &'p plan::Write,
+    window: Box<dyn WindowMut>,
+    offset: usize,
+}
+
+impl Target<'_> {
+    fn holds(&self, bytes: [u8; 5]) -> Result<bool> {
+        let mut found = [0; 5];
+        self.window.read(self.offset, &mut found)?;
+        Ok(found == bytes)
+    }
+
+    fn put(&self, bytes: [u8; 5]) -> Result<()> {
+        Ok(self.window.write(self.offset, &bytes)?)
+    }
+}
+
+fn execute(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    plan: &Plan,
+    options: &Options,
+) -> Result<Done> {
+    let began = Instant::now();
+    let mut targets = Vec::with_capacity(plan.writes.len());
+    for write in &plan.writes {
+        let at = Gva(write.at);
+        let frames = kernel.space.frames(at, write.new.len() as u64)?;
+        targets.push(Target {
+            write,
+            window: machine.map_mut(&frames)?,
+            offset: at.offset(),
+        });
+    }
+    let mut prescan = Prescan::new(kernel)?;
+    let mut attempts = 0;
+    let mut wait = Duration::from_millis(1);
+    loop {
+        if options.interrupted.load(Ordering::SeqCst) {
+            return Err(Error::Failed("interrupted; nothing was changed".into()));
+        }
+        prescan.refresh()?;
+        attempts += 1;
+        let paused = machine.pause()?;
+        let vcpus = machine.vcpus()?;
+        let verdict = prescan.look(&*paused, &vcpus, &plan.watch, options.max_pause)?;
+        if verdict == Verdict::Quiet {
+            write_all(&targets)?;
+            return Ok(Done {
+                pause: paused.end()?,
+                attempts,
+            });
+        }
+        let pause = paused.end()?;
+        if began.elapsed() + wait >= options.timeout {
+            return Err(gave_up(plan, verdict, attempts, began.elapsed(), pause));
+        }
+        std::thread::sleep(wait);
+        wait = (wait * 2).min(WAIT_MAX);
+    }
+}
+
+fn gave_up(
+    plan: &Plan,
+    verdict: Verdict,
+    attempts: u32,
+    waited: Duration,
+    pause: Duration,
+) -> Error {
+    let waited_ms = u64::try_from(waited.as_millis()).unwrap_or(u64::MAX);
+    let blockers: Vec<Blocker> = match verdict {
+        Verdict::Blocked(blockers) => blockers,
+        Verdict::TooLong => return Error::TryAgain(format!(
+            "{}: the guest would have to be paused for longer than --max-pause allows (the last \
+                 attempt was given up after {} us); nothing was changed",
+            plan.patch,
+            pause.as_micros()
+        )),
+        Verdict::Moved | Verdict::Quiet => {
+            return Error::TryAgain(format!(
+                "{}: in {attempts} attempts in {waited_ms} ms the guest always started new tasks \
+                 between the listing of tasks and the pause; nothing was changed",
+                plan.patch
+            ))
+        }
+    };
+    Error::Blocked {
+        what: plan.patch.clone(),
+        attempts,
+        waited_ms,
+        blockers,
+    }
+}
+
+/// Writes all targets or none.
+fn write_all(targets: &[Target<'_>]) -> Result<()> {
+    for target in targets {
+        if !target.holds(target.write.expect)? {
+            return Err(Error::TryAgain(format!(
+                "the bytes at {:#x} changed since they were checked (the guest traces or patches \
+                 this function itself?); nothing was changed",
+                target.write.at
+            )));
+        }
+    }
+    let written = targets.iter().try_for_each(|t| t.put(t.write.new));
+    let verified = || -> Result<bool> {
+        for target in targets {
+            if !target.holds(target.write.new)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    };
+    if written.is_ok() && verified()? {
+        return Ok(());
+    }
+    for target in targets {
+        // All are tried; what counts is what stands there in the end.
+        let _ = target.put(target.write.expect);
+    }
+    for target in targets {
+        if !target.holds(target.write.expect)? {
+            return Err(Error::Uncertain(format!(
+                "writing failed midway and the bytes at {:#x} could not be put back",
+                target.write.at
+            )));
+        }
+    }
+    Err(Error::RolledBack(
+        "writing failed midway; all bytes are put back and verified".into(),
+    ))
+}

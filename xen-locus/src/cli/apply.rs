@@ -1,0 +1,165 @@
+//! `xen-locus apply DOMAIN… FILE` and `xen-locus check DOMAIN FILE`.
+
+use std::io::{self, IsTerminal as _};
+use std::path::Path;
+
+use serde_json::{json, Value};
+
+use super::args::{Apply, Output, Patience};
+use super::{out, Host, Session};
+use crate::addr::DomId;
+use crate::apply::{Options, Outcome, Report};
+use crate::error::{Error, ExitCode, Result};
+use crate::patch::Payload;
+use crate::service;
+
+/// Runs `apply`.
+///
+/// # Errors
+/// What went wrong for the only guest; with several guests each is reported and the highest exit
+/// code is returned.
+pub fn run(session: &Session, host: &Host, args: &Apply) -> anyhow::Result<ExitCode> {
+    let (domains, file) = targets(host, args)?;
+    let payload = Payload::read(Path::new(&file)).map_err(Error::from)?;
+    let options = session.options(&args.patience);
+    let mut results = Vec::new();
+    for domain in &domains {
+        if io::stderr().is_terminal() {
+            eprintln!("Applying {} on {domain}...", payload.name);
+        }
+        results.push((
+            domain.clone(),
+            apply_one(session, host, domain, &payload, &options),
+        ));
+    }
+    Ok(tell(session, "Applying", &payload.name, results))
+}
+
+fn targets(host: &Host, args: &Apply) -> Result<(Vec<String>, String)> {
+    let usage = |why: &str| Error::Usage(format!("apply: {why}"));
+    let Some((file, domains)) = args.targets.split_last() else {
+        return Err(usage("give a domain and a payload file"));
+    };
+    if !args.all {
+        if domains.is_empty() {
+            return Err(usage(
+                "give at least one domain, or --all, before the payload file",
+            ));
+        }
+        return Ok((domains.to_vec(), file.clone()));
+    }
+    if !domains.is_empty() {
+        return Err(usage("--all and a domain exclude each other"));
+    }
+    let all = host.control.domains(DomId(1))?;
+    Ok((
+        all.iter().map(|info| info.id.to_string()).collect(),
+        file.clone(),
+    ))
+}
+
+fn apply_one(
+    session: &Session,
+    host: &Host,
+    wanted: &str,
+    payload: &Payload,
+    options: &Options,
+) -> Result<(DomId, String, Report)> {
+    let domain = host.guest(wanted)?;
+    let report = service::apply(&host.store, &domain, payload, options)?;
+    session.say(1, format!("{}: {report:?}", domain.label()));
+    Ok((domain.info.id, domain.label(), report))
+}
+
+/// Runs `check`: a dry run of `apply`.
+///
+/// # Errors
+/// Whatever makes the payload not applicable.
+pub fn check(
+    session: &Session,
+    host: &Host,
+    wanted: &str,
+    file: &Path,
+) -> anyhow::Result<ExitCode> {
+    let payload = Payload::read(file).map_err(Error::from)?;
+    let patience = Patience {
+        timeout: Options::default().timeout,
+        max_pause: Options::default().max_pause,
+    };
+    let options = Options {
+        dry_run: true,
+        ..session.options(&patience)
+    };
+    let result = apply_one(session, host, wanted, &payload, &options);
+    Ok(tell(
+        session,
+        "Checking",
+        &payload.name,
+        vec![(wanted.to_owned(), result)],
+    ))
+}
+
+/// A guest as the user named it, and what came of the action on it.
+pub(super) type Results = Vec<(String, Result<(DomId, String, Report)>)>;
+
+/// Prints results; returns the highest exit code.
+pub(super) fn tell(session: &Session, doing: &str, patch: &str, results: Results) -> ExitCode {
+    let mut code = ExitCode::Done;
+    let mut objects: Vec<Value> = Vec::new();
+    for (wanted, result) in &results {
+        match result {
+            Ok((domid, label, report)) => {
+                objects.push(with(json!(report), &[("domid", domid.0.into())]));
+                if session.output == Output::Table {
+                    out::line(&format!(
+                        "{doing} {} on {label}... {}",
+                        report.patch,
+                        words(report)
+                    ));
+                }
+            }
+            Err(error) => {
+                code = code.max(error.exit_code());
+                let mut fields = vec![("domain", Value::from(wanted.as_str()))];
+                if !patch.is_empty() {
+                    fields.push(("patch", patch.into()));
+                }
+                objects.push(with(out::failure(error), &fields));
+                eprintln!("xen-locus: {wanted}: {error}");
+                if let Error::Blocked { blockers, .. } = error {
+                    eprint!("{}", out::blockers(blockers));
+                }
+            }
+        }
+    }
+    if session.output == Output::Json {
+        match <[Value; 1]>::try_from(objects) {
+            Ok([one]) => out::object(one),
+            Err(many) => out::object(json!({ "results": many })),
+        }
+    }
+    code
+}
+
+fn with(mut value: Value, fields: &[(&str, Value)]) -> Value {
+    if let Some(map) = value.as_object_mut() {
+        for (name, field) in fields {
+            map.insert((*name).into(), field.clone());
+        }
+    }
+    value
+}
+
+fn words(report: &Report) -> String {
+    let functions = out::count(report.functions, "function");
+    match report.result {
+        Outcome::Applied | Outcome::Reverted => format!(
+            "completed ({functions}, paused {} us, {})",
+            report.pause_us,
+            out::count(report.attempts as usize, "attempt")
+        ),
+        Outcome::Already => "no action needed: already so".into(),
+        Outcome::WouldApply => format!("possible ({functions}); nothing was changed"),
+        Outcome::WouldRevert => format!("possible ({functions}); nothing was changed"),
+    }
+}

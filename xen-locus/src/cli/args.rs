@@ -1,0 +1,174 @@
+//! The command line's types, alone in one file so that completions and man pages come from them.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+
+/// Change a running guest's kernel from dom0.
+///
+/// No agent, no reboot, no profile: the guest's symbols and types are read from its own memory.
+#[derive(Debug, Parser)]
+#[command(name = "xen-locus", version, max_term_width = 100)]
+#[command(
+    after_help = "Exit codes: 0 done or nothing to do; 1 failed, guest unchanged; 2 try again \
+    (blocked, busy, timed out); 3 not applicable (other kernel, unsupported); 4 refused (signature, \
+    policy); 5 failed midway, rolled back and verified; 6 uncertain; 64 usage."
+)]
+pub struct Cli {
+    /// Say more on stderr (repeat for more)
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+    /// Check and link, but change nothing
+    #[arg(short = 'N', long, global = true)]
+    pub dry_run: bool,
+    /// Format of stdout
+    #[arg(short, long, global = true, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Format of stdout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people
+    Table,
+    /// For programs: one object with "schema": 1
+    Json,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// List domains: kernel, patches, readiness and why not
+    List,
+    /// Show a guest's kernel identity, read from its memory
+    Info(Domain),
+    /// Show what a payload changes and targets (needs no Xen)
+    Show {
+        /// Livepatch module
+        file: PathBuf,
+    },
+    /// Check every precondition of a payload on a guest, without writing
+    Check {
+        /// Name or id
+        domain: String,
+        /// Livepatch module
+        file: PathBuf,
+    },
+    /// Apply a payload to guests
+    Apply(Apply),
+    /// Undo an applied patch
+    Revert(Revert),
+    /// Show patches of one guest or of all
+    Status {
+        /// Name or id; all guests if not given
+        domain: Option<String>,
+    },
+    /// Serve requests made through XenStore, and publish status there
+    Daemon(Daemon),
+}
+
+/// One guest.
+#[derive(Debug, Args)]
+pub struct Domain {
+    /// Name or id
+    pub domain: String,
+}
+
+/// Arguments of `apply`.
+#[derive(Debug, Args)]
+pub struct Apply {
+    /// Guests by name or id, then the livepatch module
+    #[arg(required = true, num_args = 1.., value_names = ["DOMAIN", "FILE"])]
+    pub targets: Vec<String>,
+    /// Apply to all guests; only FILE is given then
+    #[arg(long)]
+    pub all: bool,
+    /// How patient to be
+    #[command(flatten)]
+    pub patience: Patience,
+}
+
+/// Arguments of `revert`.
+#[derive(Debug, Args)]
+pub struct Revert {
+    /// Name or id
+    pub domain: String,
+    /// Name of the patch, as `status` shows it
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    pub patch: Option<String>,
+    /// Undo all patches of the guest, the newest first
+    #[arg(long)]
+    pub all: bool,
+    /// How patient to be
+    #[command(flatten)]
+    pub patience: Patience,
+}
+
+/// How patient to be.
+#[derive(Clone, Debug, Args)]
+pub struct Patience {
+    /// Time for all attempts together, such as 30s or 500ms
+    #[arg(long, default_value = "30s", value_parser = duration)]
+    pub timeout: Duration,
+    /// Longest pause of the guest; an attempt that would take longer is given up
+    #[arg(long, default_value = "10ms", value_parser = duration)]
+    pub max_pause: Duration,
+}
+
+/// Arguments of `daemon`.
+#[derive(Debug, Args)]
+pub struct Daemon {
+    /// Folder of the payloads that requests name
+    #[arg(long, default_value = "/var/lib/xen-locus/payloads")]
+    pub payloads: PathBuf,
+    /// How patient to be with each request
+    #[command(flatten)]
+    pub patience: Patience,
+}
+
+/// Parses `30s`, `500ms`, `200us`, `2m`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number
+        .parse()
+        .map_err(|_| format!("expected a number in {text:?}"))?;
+    let micros = match unit {
+        "us" => Some(number),
+        "ms" => number.checked_mul(1000),
+        "s" => number.checked_mul(1_000_000),
+        "m" => number.checked_mul(60_000_000),
+        _ => {
+            return Err(format!(
+                "expected a unit us, ms, s or m after the number in {text:?}"
+            ))
+        }
+    };
+    micros
+        .map(Duration::from_micros)
+        .ok_or_else(|| format!("{text:?} is too long"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn durations_have_a_unit() {
+        assert_eq!(duration("30s"), Ok(Duration::from_secs(30)));
+        assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
+        assert!(duration("30").is_err());
+        assert!(duration("s").is_err());
+        assert!(duration("99999999999999999m").is_err());
+    }
+}

@@ -1,0 +1,81 @@
+//! `xen-locus info DOMAIN`: who a guest's kernel is, from its memory alone.
+
+use serde_json::json;
+
+use super::args::Output;
+use super::{out, Host, Session};
+use crate::error::{Error, ExitCode};
+use crate::guest::Machine;
+use crate::kernel::tasks::Layout;
+use crate::kernel::Kernel;
+use crate::link::arena::{self, Arena};
+use crate::link::record::hex;
+
+/// Runs the command.
+///
+/// # Errors
+/// No such guest, or its kernel can't be read.
+pub fn run(session: &Session, host: &Host, wanted: &str) -> anyhow::Result<ExitCode> {
+    show(session, host, wanted)?;
+    Ok(ExitCode::Done)
+}
+
+fn show(session: &Session, host: &Host, wanted: &str) -> Result<(), Error> {
+    let domain = host.guest(wanted)?;
+    let kernel = Kernel::read(&domain, domain.kind(), &domain.vcpus()?)?;
+    let btf_types = kernel.btf()?.len();
+    let tasks = Layout::of(&kernel)?
+        .all(&kernel, &kernel.space.fresh())?
+        .len();
+    let build_id = kernel.build_id.as_deref().map(hex).unwrap_or_default();
+    let (room, used) = Arena::read(&kernel)?.room(kernel.kind);
+    let modules = kernel.module_count()?;
+    let info = &domain.info;
+    match session.output {
+        Output::Json => out::object(json!({
+            "domid": info.id.0,
+            "name": domain.name,
+            "uuid": info.uuid,
+            "type": info.kind,
+            "kernel": kernel.release,
+            "build_id": build_id,
+            "text_base": out::address(kernel.text_base.0),
+            "kaslr_offset": out::address(kernel.kaslr_offset()),
+            "symbols": kernel.symbols.len(),
+            "btf_types": btf_types,
+            "orc_entries": kernel.orc_entries(),
+            "modules": modules,
+            "tasks": tasks,
+            "vcpus": info.vcpus,
+            "arena": {
+                "base": out::address(arena::BASE.0),
+                "pages": room,
+                "used": used,
+            },
+        })),
+        Output::Table => {
+            for (what, value) in [
+                ("domain", domain.label()),
+                ("uuid", info.uuid.clone()),
+                ("type", info.kind.to_string()),
+                ("kernel", kernel.release.clone()),
+                ("build-id", build_id),
+                ("text base", kernel.text_base.to_string()),
+                ("KASLR offset", format!("{:#x}", kernel.kaslr_offset())),
+                ("symbols", kernel.symbols.len().to_string()),
+                ("BTF types", btf_types.to_string()),
+                ("ORC entries", kernel.orc_entries().to_string()),
+                ("modules", modules.to_string()),
+                ("tasks", tasks.to_string()),
+                ("vCPUs", info.vcpus.to_string()),
+                (
+                    "arena",
+                    format!("{} pages at {}, {used} in use", room, arena::BASE),
+                ),
+            ] {
+                out::line(&format!("{what:<13} {value}"));
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,68 @@
+//! `xen-locus show FILE`: what a payload changes and targets, without Xen.
+
+use std::path::Path;
+
+use serde_json::json;
+
+use super::args::Output;
+use super::{out, Session};
+use crate::error::{Error, ExitCode};
+use crate::patch::{Payload, Summary};
+
+/// Runs the command.
+///
+/// # Errors
+/// The file can't be read as a payload.
+pub fn run(session: &Session, file: &Path) -> anyhow::Result<ExitCode> {
+    let payload = Payload::read(file).map_err(Error::from)?;
+    let summary = payload.summary();
+    match session.output {
+        Output::Json => out::object(json!(summary)),
+        Output::Table => table(&summary),
+    }
+    Ok(ExitCode::Done)
+}
+
+fn table(summary: &Summary) {
+    for (what, value) in [
+        ("name", summary.name.as_str()),
+        ("description", &summary.description),
+        ("kernel", &summary.kernel_release),
+        ("vermagic", &summary.vermagic),
+        ("license", &summary.license),
+        ("sha256", &summary.sha256),
+        ("CVEs", &summary.cves.join(", ")),
+        ("supersedes", &summary.supersedes.join(", ")),
+    ] {
+        if !value.is_empty() {
+            out::line(&format!("{what:<13} {value}"));
+        }
+    }
+    for object in &summary.objects {
+        for f in &object.functions {
+            let place = if f.sympos == 0 {
+                String::new()
+            } else {
+                format!(" number {}", f.sympos)
+            };
+            out::line(&format!(
+                "{:<13} {}{place} in {} -> {} ({} bytes)",
+                "replaces", f.old, object.object, f.new, f.size
+            ));
+        }
+    }
+    for role in &summary.sections {
+        let names = role.sections.join(" ");
+        out::line(&format!(
+            "{:<13} {} ({} bytes): {names}",
+            "sections", role.role, role.size
+        ));
+    }
+    out::line(&format!("{:<13} {}", "needs", summary.needs.join(" ")));
+    for concern in &summary.concerns {
+        out::line(&format!(
+            "{:<13} {}: {}",
+            "not supported", concern.subject, concern.reason
+        ));
+    }
+}

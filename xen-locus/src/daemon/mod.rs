@@ -1,0 +1,147 @@
+//! `xen-locus daemon`: serves requests made through XenStore, and publishes every guest's status.
+//!
+//! One thread: watches of `xenstore-rs` are awaited, and a request is carried out before the next is
+//! looked at, so no two of them meet. Protocol: DESIGN.md section 7, xen-locus-xenstore(7).
+
+mod request;
+
+use std::collections::HashMap;
+use std::fs::{self, File, TryLockError};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context as _};
+use futures::StreamExt as _;
+use xenstore_rs::tokio::XsTokio;
+use xenstore_rs::AsyncWatch as _;
+
+use crate::addr::DomId;
+use crate::cli::args::Daemon;
+use crate::cli::{Host, Session};
+use crate::domain::Domain;
+use crate::error::{Error, ExitCode};
+use crate::service;
+use crate::store::ROOT;
+
+const LOCK: &str = "/run/xen-locus/daemon.lock";
+/// How often guests that are not published yet are looked at, and signals are noticed.
+const TICK: Duration = Duration::from_millis(500);
+/// Longest wait between two looks at a guest that can't be read.
+const WAIT_MAX: Duration = Duration::from_secs(60);
+
+/// Runs until asked to stop.
+///
+/// # Errors
+/// Another daemon runs, or xenstored went away.
+pub fn run(session: &Session, host: &Host, args: &Daemon) -> anyhow::Result<ExitCode> {
+    let _lock = only_one()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the event loop")?;
+    let served = runtime.block_on(serve(session, host, args));
+    host.store.write(&format!("{ROOT}/state"), "stopped")?;
+    served.map(|()| ExitCode::Done)
+}
+
+fn only_one() -> anyhow::Result<File> {
+    fs::create_dir_all("/run/xen-locus").context("cannot make /run/xen-locus")?;
+    let file = File::create(LOCK).with_context(|| format!("cannot make {LOCK}"))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => bail!(Error::TryAgain(format!(
+            "another xen-locus daemon runs already (it holds {LOCK})"
+        ))),
+        Err(TryLockError::Error(e)) => bail!("cannot lock {LOCK}: {e}"),
+    }
+}
+
+async fn serve(session: &Session, host: &Host, args: &Daemon) -> anyhow::Result<()> {
+    let xs = XsTokio::new().await.context("cannot reach xenstored")?;
+    let requests = format!("{ROOT}/request");
+    let mut submitted = xs
+        .watch(&requests)
+        .await
+        .context("cannot watch for requests")?;
+    let store = &host.store;
+    store.write(&format!("{ROOT}/version"), env!("CARGO_PKG_VERSION"))?;
+    store.write(&format!("{ROOT}/pid"), &std::process::id().to_string())?;
+    store.write(&format!("{ROOT}/state"), "running")?;
+    session.say(0, format!("xen-locus daemon: serving {requests}"));
+    let options = session.options(&args.patience);
+    let server = request::Server {
+        session,
+        host,
+        payloads: &args.payloads,
+        options: &options,
+    };
+    // Requests made while no daemon ran.
+    for id in store.children(&requests)? {
+        server.serve(&id)?;
+    }
+    let mut publisher = Publisher::default();
+    let mut tick = tokio::time::interval(TICK);
+    while !session.interrupted.load(Ordering::SeqCst) {
+        tokio::select! {
+            path = submitted.next() => {
+                let Some(path) = path else { bail!("xenstored went away") };
+                let id = path.strip_prefix(&*requests).and_then(|rest| {
+                    rest.strip_prefix('/')?.strip_suffix("/submit")
+                });
+                if let Some(id) = id {
+                    server.serve(id)?;
+                }
+            }
+            _ = tick.tick() => publisher.look(session, host)?,
+        }
+    }
+    Ok(())
+}
+
+/// Publishes guests as they come and removes them as they go. What changes a guest's patches
+/// publishes it itself.
+#[derive(Default)]
+struct Publisher {
+    /// By UUID: guests that could not be read, and when to try again.
+    waiting: HashMap<String, (Instant, Duration)>,
+    /// UUIDs of guests that are published.
+    known: HashMap<DomId, String>,
+}
+
+impl Publisher {
+    fn look(&mut self, session: &Session, host: &Host) -> anyhow::Result<()> {
+        let domains = host.control.domains(DomId(1)).map_err(Error::from)?;
+        for gone in host.store.children(&format!("{ROOT}/domain"))? {
+            if !domains.iter().any(|d| d.id.to_string() == gone) {
+                host.store.remove(&format!("{ROOT}/domain/{gone}"))?;
+            }
+        }
+        self.known
+            .retain(|id, _| domains.iter().any(|d| d.id == *id));
+        self.waiting
+            .retain(|uuid, _| domains.iter().any(|d| d.uuid == *uuid));
+        let now = Instant::now();
+        for info in domains {
+            let (id, uuid) = (info.id, info.uuid.clone());
+            let patient = self.waiting.get(&uuid).is_some_and(|(at, _)| *at > now);
+            if info.dying || info.shutdown || patient || self.known.get(&id) == Some(&uuid) {
+                continue;
+            }
+            let status = Domain::of(&host.control, &host.store, info)
+                .and_then(|domain| service::status(&domain));
+            match status {
+                Ok(status) => {
+                    service::publish(&host.store, &status)?;
+                    self.known.insert(id, uuid);
+                }
+                Err(error) => {
+                    session.say(1, format!("domain {id} is not published yet: {error}"));
+                    let last = self.waiting.get(&uuid).map_or(TICK, |(_, wait)| *wait);
+                    let wait = (last * 2).min(WAIT_MAX);
+                    self.waiting.insert(uuid, (now + wait, wait));
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,258 @@
+//! One request: read, checked, carried out, answered.
+
+use std::path::Path;
+
+use crate::apply::{Options, Outcome, Report};
+use crate::cli::{Host, Session};
+use crate::error::{Error, ExitCode, Result};
+use crate::link::arena::now;
+use crate::link::record::hex;
+use crate::patch::Payload;
+use crate::service;
+use crate::store::ROOT;
+
+/// Longest value of a request's node that is believed, in bytes.
+const VALUE_MAX: usize = 256;
+
+/// What serves requests.
+pub(super) struct Server<'s> {
+    pub session: &'s Session,
+    pub host: &'s Host,
+    pub payloads: &'s Path,
+    pub options: &'s Options,
+}
+
+/// What a request asks for.
+#[derive(Debug, PartialEq, Eq)]
+struct Request {
+    revert: bool,
+    domain: String,
+    uuid: Option<String>,
+    patch: String,
+    sha256: Option<String>,
+    deadline: Option<u64>,
+}
+
+/// Whether `name` may stand in a path of the protocol.
+fn is_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= 64
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')
+}
+
+impl Request {
+    /// Checks the nodes of a request; `read` gives a node's value.
+    fn parse(mut read: impl FnMut(&str) -> Result<Option<String>>) -> Result<Request> {
+        let bad = |what: String| Error::Usage(format!("malformed request: {what}"));
+        let mut node = |name: &str| match read(name)? {
+            Some(value) if value.len() > VALUE_MAX => Err(bad(format!(
+                "{name} is {} bytes long; at most {VALUE_MAX}",
+                value.len()
+            ))),
+            Some(value) => Ok(Some(value.trim().to_owned()).filter(|v| !v.is_empty())),
+            None => Ok(None),
+        };
+        let revert = match node("op")?.as_deref() {
+            Some("apply") => false,
+            Some("revert") => true,
+            other => {
+                return Err(bad(format!(
+                    "op is {:?}; expected apply or revert",
+                    other.unwrap_or("")
+                )))
+            }
+        };
+        let domain = node("domain")?.ok_or_else(|| bad("no domain is given".into()))?;
+        let uuid = node("uuid")?.map(|u| u.to_ascii_lowercase());
+        if uuid.is_none() && domain.bytes().all(|b| b.is_ascii_digit()) {
+            return Err(bad(format!(
+                "domain is the id {domain} and no uuid is given; ids are reused, so write the uuid \
+                 too (xenstore-read /local/domain/{domain}/vm), or give the domain's name"
+            )));
+        }
+        let patch = node("patch")?.ok_or_else(|| bad("no patch is given".into()))?;
+        if !is_name(&patch) {
+            return Err(bad(format!(
+                "patch is {patch:?}; expected a name of letters, digits, _ and -: payloads are \
+                 named, never carried"
+            )));
+        }
+        let sha256 = node("sha256")?.map(|s| s.to_ascii_lowercase());
+        let deadline =
+            match node("deadline")? {
+                None => None,
+                Some(text) => Some(text.parse().map_err(|_| {
+                    bad(format!("deadline is {text:?}; expected seconds since 1970"))
+                })?),
+            };
+        Ok(Request {
+            revert,
+            domain,
+            uuid,
+            patch,
+            sha256,
+            deadline,
+        })
+    }
+}
+
+impl Server<'_> {
+    /// Serves request `id` if it is submitted and not answered yet.
+    pub(super) fn serve(&self, id: &str) -> Result<()> {
+        if !is_name(id) {
+            return Ok(());
+        }
+        let store = &self.host.store;
+        let base = format!("{ROOT}/request/{id}");
+        let submitted = store
+            .read(&format!("{base}/submit"))?
+            .is_some_and(|v| v.trim() == "1");
+        if !submitted || store.read(&format!("{base}/state"))?.as_deref() == Some("done") {
+            return Ok(());
+        }
+        store.write(&format!("{base}/state"), "queued")?;
+        let request = Request::parse(|name| store.read(&format!("{base}/{name}")));
+        let (code, message) = match request {
+            Err(error) => (error.exit_code(), error.to_string()),
+            Ok(request) => {
+                store.write(&format!("{base}/state"), "running")?;
+                match self.carry_out(&request) {
+                    Ok(report) => (ExitCode::Done, words(&report)),
+                    Err(error) => (error.exit_code(), told(&error)),
+                }
+            }
+        };
+        self.session
+            .say(0, format!("request {id}: rc {}: {message}", code as u8));
+        store.write(&format!("{base}/rc"), &(code as u8).to_string())?;
+        store.write(&format!("{base}/message"), &message)?;
+        store.write(&format!("{base}/state"), "done")
+    }
+
+    fn carry_out(&self, request: &Request) -> Result<Report> {
+        if let Some(deadline) = request.deadline.filter(|&d| d < now()) {
+            return Err(Error::TryAgain(format!(
+                "the deadline {deadline} has passed"
+            )));
+        }
+        let domain = self.host.guest(&request.domain)?;
+        if let Some(uuid) = request.uuid.as_ref().filter(|u| **u != domain.info.uuid) {
+            return Err(Error::Failed(format!(
+                "domain {} has UUID {}, not {uuid}: it is another guest than the request was made \
+                 for",
+                domain.label(),
+                domain.info.uuid
+            )));
+        }
+        if request.revert {
+            return service::revert(&self.host.store, &domain, &request.patch, self.options);
+        }
+        let payload = Payload::read(&self.payloads.join(format!("{}.ko", request.patch)))?;
+        if payload.name != request.patch {
+            return Err(Error::Failed(format!(
+                "the payload in {}.ko calls itself {}; name the file after it",
+                request.patch, payload.name
+            )));
+        }
+        let found = hex(&payload.sha256);
+        if let Some(wanted) = request.sha256.as_ref().filter(|s| **s != found) {
+            return Err(Error::Failed(format!(
+                "payload {} has SHA-256 {found}, the request wants {wanted}",
+                payload.name
+            )));
+        }
+        service::apply(&self.host.store, &domain, &payload, self.options)
+    }
+}
+
+fn words(report: &Report) -> String {
+    match report.result {
+        Outcome::Already => format!("{}: no action needed: already so", report.patch),
+        _ => format!(
+            "{}: {} ({} functions, paused {} us, {} attempts)",
+            report.patch,
+            if report.result == Outcome::Applied {
+                "applied"
+            } else {
+                "reverted"
+            },
+            report.functions,
+            report.pause_us,
+            report.attempts
+        ),
+    }
+}
+
+/// An error in one line, the first few of those in the way named.
+fn told(error: &Error) -> String {
+    let mut text = error.to_string();
+    if let Error::Blocked { blockers, .. } = error {
+        for b in blockers.iter().take(5) {
+            text.push_str(&format!(
+                "; {} ({}) {} {}+{:#x}",
+                b.pid, b.comm, b.reason, b.function, b.offset
+            ));
+        }
+    }
+    text.truncate(text.floor_char_boundary(1024));
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(nodes: &[(&str, &str)]) -> Result<Request> {
+        Request::parse(|name| {
+            Ok(nodes
+                .iter()
+                .find(|(n, _)| *n == name)
+                .map(|(_, v)| (*v).to_owned()))
+        })
+    }
+
+    #[test]
+    fn a_whole_request_is_understood() {
+        let request = parse(&[
+            ("op", "apply"),
+            ("domain", "7"),
+            ("uuid", "AB"),
+            ("patch", "fix_1"),
+            ("deadline", "12"),
+        ]);
+        let expected = Request {
+            revert: false,
+            domain: "7".into(),
+            uuid: Some("ab".into()),
+            patch: "fix_1".into(),
+            sha256: None,
+            deadline: Some(12),
+        };
+        assert_eq!(request.unwrap(), expected);
+    }
+
+    #[test]
+    fn a_malformed_request_is_refused_with_a_sentence() {
+        let good = [("op", "revert"), ("domain", "web"), ("patch", "fix")];
+        assert!(parse(&good).is_ok());
+        for (name, value) in [
+            ("op", "destroy"),
+            ("op", ""),
+            ("domain", ""),
+            ("domain", "3"),
+            ("patch", "../../etc/passwd"),
+            ("patch", ""),
+            ("deadline", "tomorrow"),
+        ] {
+            let mut nodes = good.to_vec();
+            nodes.retain(|(n, _)| *n != name);
+            nodes.push((name, value));
+            let error = parse(&nodes).unwrap_err();
+            assert_eq!(error.exit_code(), ExitCode::Usage, "{name}={value}");
+        }
+        let long = "x".repeat(VALUE_MAX + 1);
+        assert!(parse(&[("op", &long)]).is_err());
+    }
+}

@@ -1,0 +1,150 @@
+//! A domain on the Xen this process runs on: found by name or id, read and changed through `xen/`.
+
+use crate::addr::{DomId, Frame};
+use crate::error::{Error, Result};
+use crate::guest::{self, GuestType, Machine, Memory, MemoryMut, Paused, Vcpu, Window, WindowMut};
+use crate::store::Store;
+use crate::xen::{Control, DomainInfo, Foreign, Hypercalls, Pause};
+
+/// A live domain.
+#[derive(Debug)]
+pub struct Domain<'c> {
+    control: &'c Control,
+    foreign: Foreign,
+    /// What Xen said of it when it was looked up.
+    pub info: DomainInfo,
+    /// Its name, from XenStore; empty while it has none.
+    pub name: String,
+}
+
+impl<'c> Domain<'c> {
+    /// Finds a domain by what a person typed: all digits is an id, anything else a name (as `xl`).
+    ///
+    /// # Errors
+    /// No such domain; dom0; a domain that is dying or has shut down.
+    pub fn find(control: &'c Control, store: &Store, wanted: &str) -> Result<Domain<'c>> {
+        let domain = if wanted.bytes().all(|b| b.is_ascii_digit()) && !wanted.is_empty() {
+            let id = wanted.parse().map(DomId).map_err(|_| no_such(wanted))?;
+            let info = control.domain(id)?.ok_or_else(|| no_such(wanted))?;
+            Domain::of(control, store, info)?
+        } else {
+            let info = control
+                .domains(DomId(0))?
+                .into_iter()
+                .find(|info| store.domain_name(info.id).as_deref() == Some(wanted))
+                .ok_or_else(|| no_such(wanted))?;
+            Domain::of(control, store, info)?
+        };
+        if domain.info.id == DomId(0) {
+            return Err(Error::Failed(
+                "domain 0 is the control domain itself: xen-locus changes guests only. To patch \
+                 dom0's own kernel use its livepatch (insmod)"
+                    .into(),
+            ));
+        }
+        if domain.info.dying || domain.info.shutdown {
+            return Err(Error::Failed(format!(
+                "domain {} ({wanted}) has shut down or is going away",
+                domain.info.id
+            )));
+        }
+        Ok(domain)
+    }
+
+    /// The domain `info` is about.
+    ///
+    /// # Errors
+    /// No way to its memory.
+    pub fn of(control: &'c Control, store: &Store, info: DomainInfo) -> Result<Domain<'c>> {
+        let foreign = Foreign::open(info.id)?;
+        let name = store.domain_name(info.id).unwrap_or_default();
+        Ok(Domain {
+            control,
+            foreign,
+            info,
+            name,
+        })
+    }
+
+    /// Name and id as a person reads them: `web1 (3)`.
+    #[must_use]
+    pub fn label(&self) -> String {
+        format!("{} ({})", self.name, self.info.id)
+    }
+}
+
+fn no_such(wanted: &str) -> Error {
+    Error::Failed(format!(
+        "there is no domain {wanted:?}: give a name or an id as `xl list` shows them"
+    ))
+}
+
+impl Memory for Domain<'_> {
+    fn map(&self, frames: &[Frame]) -> std::result::Result<Box<dyn Window>, guest::Error> {
+        self.foreign.map(frames)
+    }
+}
+
+impl MemoryMut for Domain<'_> {
+    fn map_mut(&self, frames: &[Frame]) -> std::result::Result<Box<dyn WindowMut>, guest::Error> {
+        self.foreign.map_mut(frames)
+    }
+}
+
+impl Machine for Domain<'_> {
+    fn kind(&self) -> GuestType {
+        self.info.kind
+    }
+
+    fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
+        Ok(self.control.vcpus(&self.info)?)
+    }
+
+    fn pause(&self) -> std::result::Result<Box<dyn Paused + '_>, guest::Error> {
+        Ok(Box::new(Pause::new(self.control, self.info.id)?))
+    }
+
+    /// PV page tables belong to Xen's validation and are written by hypercall; those of PVH and HVM
+    /// are ordinary memory.
+    fn write_entry(
+        &self,
+        table: Frame,
+        slot: usize,
+        entry: u64,
+    ) -> std::result::Result<(), guest::Error> {
+        if self.info.kind == GuestType::Pv {
+            let calls = Hypercalls::open()?;
+            return Ok(calls.mmu_update(self.info.id, &[(table, slot, entry)])?);
+        }
+        self.foreign
+            .map_mut(&[table])?
+            .write(slot * 8, &entry.to_le_bytes())
+    }
+
+    fn vacant(&self, frames: &[Frame]) -> std::result::Result<Vec<bool>, guest::Error> {
+        Ok(self
+            .foreign
+            .populated(frames)
+            .into_iter()
+            .map(|there| !there)
+            .collect())
+    }
+
+    fn populate(&self, frames: &[Frame]) -> std::result::Result<(), guest::Error> {
+        let info = self
+            .control
+            .domain(self.info.id)?
+            .unwrap_or_else(|| self.info.clone());
+        Ok(self.control.populate(&info, frames)?)
+    }
+}
+
+impl Paused for Pause<'_> {
+    fn elapsed(&self) -> std::time::Duration {
+        Pause::elapsed(self)
+    }
+
+    fn end(self: Box<Self>) -> std::result::Result<std::time::Duration, guest::Error> {
+        Ok(Pause::end(*self)?)
+    }
+}

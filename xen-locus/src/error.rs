@@ -1,0 +1,102 @@
+//! The library's error, and the one place where an error becomes an exit code.
+
+use crate::quiesce::Blocker;
+use crate::{guest, kernel, patch, xen};
+
+/// Result of this library.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Exit codes of the command line (DESIGN.md section 6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum ExitCode {
+    /// Done, or nothing to do.
+    Done = 0,
+    /// Failed, the guest is unchanged.
+    Failed = 1,
+    /// Blocked, busy or timed out: try again.
+    TryAgain = 2,
+    /// Not applicable: another kernel, or something not supported.
+    NotApplicable = 3,
+    /// Refused by signature or policy.
+    Refused = 4,
+    /// Failed midway, rolled back and verified.
+    RolledBack = 5,
+    /// The guest's state is uncertain: run `recover`.
+    Uncertain = 6,
+    /// Wrong usage.
+    Usage = 64,
+}
+
+/// What can go wrong. Every message says what was expected, what was found, where, and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Failed; the guest is unchanged.
+    #[error("{0}")]
+    Failed(String),
+    /// Busy or not ready; the guest is unchanged.
+    #[error("{0}")]
+    TryAgain(String),
+    /// No quiescent moment was found; the guest is unchanged.
+    #[error(
+        "{what}: blocked after {attempts} attempts in {waited_ms} ms; nothing was changed. \
+             Try again, or wait longer with --timeout"
+    )]
+    Blocked {
+        /// What was tried.
+        what: String,
+        /// Number of pauses tried.
+        attempts: u32,
+        /// Time spent, in milliseconds.
+        waited_ms: u64,
+        /// Who was in the way at the last attempt.
+        blockers: Vec<Blocker>,
+    },
+    /// Does not fit this guest.
+    #[error("{0}")]
+    NotApplicable(String),
+    /// Refused by signature or policy.
+    #[error("{0}")]
+    Refused(String),
+    /// Failed midway; the old state is back and verified.
+    #[error("{0}")]
+    RolledBack(String),
+    /// Failed midway; the state could not be verified.
+    #[error("{0}")]
+    Uncertain(String),
+    /// Wrong usage that the parser could not see.
+    #[error("{0}")]
+    Usage(String),
+    /// The payload file.
+    #[error(transparent)]
+    Payload(#[from] patch::PayloadError),
+    /// The guest's kernel could not be read or understood.
+    #[error(transparent)]
+    Kernel(#[from] kernel::Error),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] guest::Error),
+    /// A call into Xen.
+    #[error(transparent)]
+    Xen(#[from] xen::Error),
+}
+
+impl Error {
+    /// The exit code that tells a script what happened.
+    #[must_use]
+    pub fn exit_code(&self) -> ExitCode {
+        match self {
+            Error::Failed(_) | Error::Memory(_) | Error::Xen(_) => ExitCode::Failed,
+            Error::TryAgain(_) | Error::Blocked { .. } => ExitCode::TryAgain,
+            Error::Kernel(kernel::Error::NotReady(_)) => ExitCode::TryAgain,
+            Error::Kernel(kernel::Error::Memory(_)) => ExitCode::Failed,
+            Error::NotApplicable(_) | Error::Kernel(_) | Error::Payload(_) => {
+                ExitCode::NotApplicable
+            }
+            Error::Refused(_) => ExitCode::Refused,
+            Error::RolledBack(_) => ExitCode::RolledBack,
+            Error::Uncertain(_) => ExitCode::Uncertain,
+            Error::Usage(_) => ExitCode::Usage,
+        }
+    }
+}

@@ -1,0 +1,403 @@
+//! A guest's kernel address space: page-table walk and reads by virtual address.
+//!
+//! Page-table pages are read once and kept, windows onto pages stay mapped, so a walk over many
+//! small objects costs one foreign mapping per page. What the guest may remap while we look
+//! (vmalloc space: thread stacks, modules) wants a fresh `Space`, see [`Space::fresh`].
+//! Layout of entries: Intel SDM volume 3, chapter 4.5 ("4-level paging and 5-level paging").
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use super::{Error, Memory, Window};
+use crate::addr::{Frame, Gva, Range, PAGE_LEN, PAGE_SIZE};
+
+/// Entry is present.
+pub const PTE_PRESENT: u64 = 1;
+/// Entry allows writing.
+pub const PTE_WRITE: u64 = 1 << 1;
+/// Entry is open to user mode.
+pub const PTE_USER: u64 = 1 << 2;
+/// Accessed.
+pub const PTE_ACCESSED: u64 = 1 << 5;
+/// Dirty.
+pub const PTE_DIRTY: u64 = 1 << 6;
+/// In levels 2 and 3: maps a large page.
+pub const PTE_LARGE: u64 = 1 << 7;
+/// No instruction fetch.
+pub const PTE_NX: u64 = 1 << 63;
+/// The frame's address bits.
+pub const PTE_FRAME: u64 = 0x000f_ffff_ffff_f000;
+
+/// Pages mapped by one call when a long range is read.
+const BATCH: usize = 512;
+/// Windows and tables kept before the store is emptied: bounds what a guest can make us hold.
+const KEEP: usize = 16_384;
+
+/// Where a virtual address leads.
+#[derive(Clone, Copy, Debug)]
+pub struct Leaf {
+    /// The frame that holds the address.
+    pub frame: Frame,
+    /// The last entry of the walk.
+    pub entry: u64,
+    /// All levels allow writing.
+    pub writable: bool,
+    /// No level forbids execution.
+    pub executable: bool,
+    /// Size of the page, in bytes.
+    pub size: u64,
+}
+
+/// A run of addresses mapped with equal rights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Region {
+    /// Where.
+    pub range: Range,
+    /// May be written.
+    pub writable: bool,
+    /// May be executed.
+    pub executable: bool,
+}
+
+type Table = Rc<[u64; 512]>;
+
+/// An address space below one page-table root.
+pub struct Space<'m> {
+    mem: &'m dyn Memory,
+    root: Frame,
+    levels: u8,
+    tables: RefCell<HashMap<Frame, Table>>,
+    windows: RefCell<HashMap<Frame, Rc<dyn Window>>>,
+}
+
+impl std::fmt::Debug for Space<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Space")
+            .field("root", &self.root)
+            .field("levels", &self.levels)
+            .finish()
+    }
+}
+
+impl<'m> Space<'m> {
+    /// The address space of page-table root `root`, with 4 or 5 `levels`.
+    #[must_use]
+    pub fn new(mem: &'m dyn Memory, root: Frame, levels: u8) -> Self {
+        Space {
+            mem,
+            root,
+            levels,
+            tables: RefCell::default(),
+            windows: RefCell::default(),
+        }
+    }
+
+    /// The same space with nothing remembered.
+    #[must_use]
+    pub fn fresh(&self) -> Space<'m> {
+        Space::new(self.mem, self.root, self.levels)
+    }
+
+    /// The memory below.
+    #[must_use]
+    pub fn memory(&self) -> &'m dyn Memory {
+        self.mem
+    }
+
+    /// The page-table root.
+    #[must_use]
+    pub fn root(&self) -> Frame {
+        self.root
+    }
+
+    fn table(&self, frame: Frame) -> Result<Table, Error> {
+        if let Some(t) = self.tables.borrow().get(&frame) {
+            return Ok(Rc::clone(t));
+        }
+        let mut bytes = [0u8; PAGE_LEN];
+        self.mem.map(&[frame])?.read(0, &mut bytes)?;
+        let mut words = [0u64; 512];
+        for (word, chunk) in words.iter_mut().zip(bytes.chunks_exact(8)) {
+            *word = u64::from_le_bytes(chunk.try_into().unwrap_or_default());
+        }
+        let table = Rc::new(words);
+        let mut tables = self.tables.borrow_mut();
+        if tables.len() >= KEEP {
+            tables.clear();
+        }
+        tables.insert(frame, Rc::clone(&table));
+        Ok(table)
+    }
+
+    /// Follows the page tables for `at` down to `stop` (1 = the last level) and says in which table
+    /// frame and slot the entry of that level stands.
+    ///
+    /// # Errors
+    /// Not mapped above that level, or mapped by a large page above it.
+    pub fn entry_slot(&self, at: Gva, stop: u8) -> Result<(Frame, usize, u64), Error> {
+        let mut frame = self.root;
+        let mut level = self.levels;
+        loop {
+            let slot = slot(at, level);
+            let entry = entry(&*self.table(frame)?, slot);
+            if level == stop {
+                return Ok((frame, slot, entry));
+            }
+            if entry & PTE_PRESENT == 0 || entry & PTE_LARGE != 0 {
+                return Err(Error::NotMapped { at, level });
+            }
+            frame = Frame((entry & PTE_FRAME) >> 12);
+            level -= 1;
+        }
+    }
+
+    /// Walks the page tables for `at`.
+    ///
+    /// # Errors
+    /// [`Error::NotMapped`], or the page tables can't be read.
+    pub fn walk(&self, at: Gva) -> Result<Leaf, Error> {
+        let mut frame = self.root;
+        let mut level = self.levels;
+        let (mut writable, mut executable) = (true, true);
+        loop {
+            let entry = entry(&*self.table(frame)?, slot(at, level));
+            if entry & PTE_PRESENT == 0 {
+                return Err(Error::NotMapped { at, level });
+            }
+            writable &= entry & PTE_WRITE != 0;
+            executable &= entry & PTE_NX == 0;
+            let large = level > 1 && level <= 3 && entry & PTE_LARGE != 0;
+            if level == 1 || large {
+                let size = PAGE_SIZE << (9 * (level - 1));
+                let base = entry & PTE_FRAME & !(size - 1);
+                let frame = Frame((base + (at.0 & (size - 1))) >> 12);
+                return Ok(Leaf {
+                    frame,
+                    entry,
+                    writable,
+                    executable,
+                    size,
+                });
+            }
+            frame = Frame((entry & PTE_FRAME) >> 12);
+            level -= 1;
+        }
+    }
+
+    /// Frames behind the pages of `len` bytes at `at`.
+    ///
+    /// # Errors
+    /// Any page not mapped.
+    pub fn frames(&self, at: Gva, len: u64) -> Result<Vec<Frame>, Error> {
+        let mut frames = Vec::new();
+        let mut page = at.page();
+        let end = at.0.checked_add(len).ok_or(Error::NotMapped {
+            at,
+            level: self.levels,
+        })?;
+        while page.0 < end {
+            frames.push(self.walk(page)?.frame);
+            page = page.plus(PAGE_SIZE);
+        }
+        Ok(frames)
+    }
+
+    /// Fills `buf` from `at`.
+    ///
+    /// # Errors
+    /// Any byte not mapped or not readable; `buf` is then partly filled.
+    pub fn read(&self, at: Gva, buf: &mut [u8]) -> Result<(), Error> {
+        if buf.len() > 4 * PAGE_LEN {
+            return self.read_long(at, buf);
+        }
+        let mut at = at;
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let n = rest.len().min(PAGE_LEN - at.offset());
+            let (now, later) = rest.split_at_mut(n);
+            self.window(self.walk(at)?.frame)?.read(at.offset(), now)?;
+            rest = later;
+            at = at.plus(n as u64);
+        }
+        Ok(())
+    }
+
+    fn read_long(&self, at: Gva, buf: &mut [u8]) -> Result<(), Error> {
+        let mut at = at;
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let n = rest.len().min(BATCH * PAGE_LEN - at.offset());
+            let (now, later) = rest.split_at_mut(n);
+            let frames = self.frames(at, n as u64)?;
+            self.mem.map(&frames)?.read(at.offset(), now)?;
+            rest = later;
+            at = at.plus(n as u64);
+        }
+        Ok(())
+    }
+
+    /// The mapped page of `at`, and the offset in it: for words that are read again and again.
+    ///
+    /// # Errors
+    /// As [`Space::read`].
+    pub fn pin(&self, at: Gva) -> Result<Pin, Error> {
+        Ok(Pin {
+            window: self.window(self.walk(at)?.frame)?,
+            offset: at.offset(),
+        })
+    }
+
+    fn window(&self, frame: Frame) -> Result<Rc<dyn Window>, Error> {
+        if let Some(w) = self.windows.borrow().get(&frame) {
+            return Ok(Rc::clone(w));
+        }
+        let window: Rc<dyn Window> = Rc::from(self.mem.map(&[frame])?);
+        let mut windows = self.windows.borrow_mut();
+        if windows.len() >= KEEP {
+            windows.clear();
+        }
+        windows.insert(frame, Rc::clone(&window));
+        Ok(window)
+    }
+
+    /// Reads a little-endian 64-bit word.
+    ///
+    /// # Errors
+    /// As [`Space::read`].
+    pub fn read_u64(&self, at: Gva) -> Result<u64, Error> {
+        let mut b = [0; 8];
+        self.read(at, &mut b)?;
+        Ok(u64::from_le_bytes(b))
+    }
+
+    /// Reads a little-endian 32-bit word.
+    ///
+    /// # Errors
+    /// As [`Space::read`].
+    pub fn read_u32(&self, at: Gva) -> Result<u32, Error> {
+        let mut b = [0; 4];
+        self.read(at, &mut b)?;
+        Ok(u32::from_le_bytes(b))
+    }
+
+    /// Reads `len` bytes.
+    ///
+    /// # Errors
+    /// As [`Space::read`].
+    pub fn read_vec(&self, at: Gva, len: usize) -> Result<Vec<u8>, Error> {
+        let mut v = vec![0; len];
+        self.read(at, &mut v)?;
+        Ok(v)
+    }
+
+    /// Reads a NUL-terminated string of at most `max` bytes; bytes that are no UTF-8 are replaced.
+    ///
+    /// # Errors
+    /// As [`Space::read`]; [`Error::Odd`] when no NUL comes within `max` bytes.
+    pub fn read_cstr(&self, at: Gva, max: usize) -> Result<String, Error> {
+        let mut bytes = Vec::new();
+        let mut at = at;
+        while bytes.len() < max {
+            let n = (PAGE_LEN - at.offset()).min(64).min(max - bytes.len());
+            let mut part = vec![0; n];
+            self.read(at, &mut part)?;
+            if let Some(end) = part.iter().position(|&b| b == 0) {
+                part.truncate(end);
+                bytes.extend(part);
+                return Ok(String::from_utf8_lossy(&bytes).into_owned());
+            }
+            bytes.extend(part);
+            at = at.plus(n as u64);
+        }
+        Err(Error::Odd(format!(
+            "no end of string within {max} bytes before {at}"
+        )))
+    }
+
+    /// Runs of mapped pages with equal rights in `range`. A level whose tables can't be read counts
+    /// as not mapped.
+    #[must_use]
+    pub fn regions(&self, range: Range) -> Vec<Region> {
+        let mut found: Vec<Region> = Vec::new();
+        let mut at = range.start;
+        while at < range.end {
+            let step = match self.walk(at) {
+                Ok(leaf) => {
+                    let size = leaf.size - (at.0 & (leaf.size - 1));
+                    let here = Region {
+                        range: Range::new(at, size),
+                        writable: leaf.writable,
+                        executable: leaf.executable,
+                    };
+                    match found.last_mut() {
+                        Some(last)
+                            if last.range.end == at
+                                && last.writable == here.writable
+                                && last.executable == here.executable =>
+                        {
+                            last.range.end = here.range.end;
+                        }
+                        _ => found.push(here),
+                    }
+                    size
+                }
+                Err(Error::NotMapped { level, .. }) => {
+                    let size = PAGE_SIZE << (9 * (u32::from(level) - 1));
+                    size - (at.0 & (size - 1))
+                }
+                Err(_) => PAGE_SIZE,
+            };
+            match at.0.checked_add(step) {
+                Some(next) => at = Gva(next),
+                None => break,
+            }
+        }
+        found
+    }
+}
+
+/// A place in guest memory that stays mapped.
+#[derive(Clone)]
+pub struct Pin {
+    window: Rc<dyn Window>,
+    offset: usize,
+}
+
+impl std::fmt::Debug for Pin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pin")
+            .field("offset", &self.offset)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Pin {
+    /// The 64-bit word there.
+    ///
+    /// # Errors
+    /// It crosses the page's end.
+    pub fn u64(&self) -> Result<u64, Error> {
+        let mut b = [0; 8];
+        self.window.read(self.offset, &mut b)?;
+        Ok(u64::from_le_bytes(b))
+    }
+
+    /// The 32-bit word there.
+    ///
+    /// # Errors
+    /// It crosses the page's end.
+    pub fn u32(&self) -> Result<u32, Error> {
+        let mut b = [0; 4];
+        self.window.read(self.offset, &mut b)?;
+        Ok(u32::from_le_bytes(b))
+    }
+}
+
+fn slot(at: Gva, level: u8) -> usize {
+    usize::try_from((at.0 >> (12 + 9 * (u32::from(level) - 1))) & 511).unwrap_or(0)
+}
+
+fn entry(table: &[u64; 512], slot: usize) -> u64 {
+    table.get(slot).copied().unwrap_or(0)
+}

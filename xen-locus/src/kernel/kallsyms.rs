@@ -1,0 +1,482 @@
+//! The kernel's own symbol table, found by its structure in read-only data.
+//!
+//! Written by `scripts/kallsyms.c`. All symbols' compressed names stand in `kallsyms_names`, each
+//! byte an index into 256 tokens. The token table is found first: ten digits that stand for
+//! themselves one after the other are its fingerprint, and `kallsyms_token_index` behind it, which
+//! lists the offset of every token, proves it. From there the other tables follow in one of two
+//! orders:
+//!
+//! - offsets, relative base, count, names, markers, [sequence of names,] token table, token index;
+//! - count, names, markers, token table, token index, offsets, relative base, …: since Linux kernel
+//!   commit 404bad70fcf7 ("scripts/kallsyms: change the output order").
+//!
+//! The sequence of names came with Linux kernel commit 60443c88f3a8 ("kallsyms: Improve the
+//! performance of kallsyms_lookup_name()") (in v6.2, and in stable kernels before it).
+//!
+//! Addresses come in several encodings; each is tried, and only one that agrees with the anchors
+//! the caller gives is believed.
+
+use std::cell::OnceCell;
+
+use super::Error;
+use crate::addr::{Gva, Range};
+use crate::guest::fetch;
+use crate::guest::space::{Region, Space};
+
+/// Bytes looked at in one go when searching.
+const CHUNK: usize = 2 << 20;
+/// Longest token the search believes, in bytes.
+const TOKEN_MAX: usize = 128;
+/// Most symbols believed.
+const SYMBOLS_MAX: u64 = 1 << 21;
+/// Fewest symbols believed.
+const SYMBOLS_MIN: u64 = 1 << 10;
+/// Farthest the count stands before the token table, in bytes.
+const SPAN_MAX: u64 = 16 << 20;
+/// Most names stepped over in the search, so that a guest can't make it long.
+const STEPS_MAX: u64 = 64 << 20;
+/// Every so many symbols there is a marker.
+const MARKER_EVERY: usize = 256;
+/// Longest believed symbol name, in bytes (`KSYM_NAME_LEN` is 128, or 512 since v6.1).
+const NAME_MAX: usize = 512;
+
+/// One symbol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Symbol<'a> {
+    /// Name without its type character.
+    pub name: &'a str,
+    /// Type as `nm` prints it.
+    pub kind: char,
+    /// Address; for per-CPU symbols the offset into a CPU's area.
+    pub addr: Gva,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    addr: u64,
+    name: u32,
+    len: u16,
+    kind: u8,
+}
+
+/// All symbols of the kernel image.
+#[derive(Debug)]
+pub struct Symbols {
+    names: String,
+    entries: Vec<Entry>,
+    by_name: OnceCell<Vec<u32>>,
+    by_addr: OnceCell<Vec<u32>>,
+}
+
+/// What a symbol table must agree with before it is believed.
+#[derive(Clone, Copy, Debug)]
+pub struct Anchors {
+    /// Address of `_text`, from the page tables.
+    pub text_base: Gva,
+    /// An entry point: some text symbol must stand exactly there.
+    pub entry: Gva,
+}
+
+/// Finds and decodes the symbol table within `regions`.
+///
+/// # Errors
+/// [`Error::NotLinux`] when no table is found or none agrees with the anchors.
+pub fn read(space: &Space<'_>, regions: &[Region], anchors: Anchors) -> Result<Symbols, Error> {
+    for region in regions.iter().filter(|r| !r.writable && !r.executable) {
+        for tokens in find_tokens(space, region.range)? {
+            if let Some(symbols) = decode(space, region.range, &tokens, anchors)? {
+                return Ok(symbols);
+            }
+        }
+    }
+    Err(Error::NotLinux(
+        "no kallsyms table that agrees with the kernel's text address was found in its read-only \
+         data: not a Linux kernel with CONFIG_KALLSYMS, or one of an unknown layout"
+            .into(),
+    ))
+}
+
+/// The token table and what is known of its surroundings.
+struct Tokens {
+    at: Gva,
+    /// One past `kallsyms_token_index`.
+    end: Gva,
+    tokens: Vec<Vec<u8>>,
+}
+
+const DIGITS: &[u8] = b"0\x001\x002\x003\x004\x005\x006\x007\x008\x009\x00";
+
+fn find_tokens(space: &Space<'_>, range: Range) -> Result<Vec<Tokens>, Error> {
+    let mut found = Vec::new();
+    let mut at = range.start;
+    let mut buf = vec![0; CHUNK + DIGITS.len()];
+    while at < range.end {
+        let len = usize::try_from(range.end.0 - at.0)
+            .unwrap_or(usize::MAX)
+            .min(buf.len());
+        let Some(chunk) = buf.get_mut(..len) else {
+            break;
+        };
+        space.read(at, chunk)?;
+        for hit in find_all(chunk, DIGITS) {
+            if let Some(t) = tokens_around(space, range, at.plus(hit as u64))? {
+                found.push(t);
+            }
+        }
+        at = at.plus(CHUNK as u64);
+    }
+    Ok(found)
+}
+
+fn find_all<'a>(hay: &'a [u8], needle: &'a [u8]) -> impl Iterator<Item = usize> + 'a {
+    let first = needle.first().copied().unwrap_or(0);
+    hay.iter()
+        .enumerate()
+        .filter(move |(i, &b)| b == first && hay.get(*i..).is_some_and(|h| h.starts_with(needle)))
+        .map(|(i, _)| i)
+}
+
+/// Tries `digits`, the address of the token `0`, as the 49th of 256 tokens.
+fn tokens_around(space: &Space<'_>, range: Range, digits: Gva) -> Result<Option<Tokens>, Error> {
+    let back = 48 * TOKEN_MAX;
+    let from = Gva(digits.0.saturating_sub(back as u64).max(range.start.0));
+    let to = Gva(digits
+        .0
+        .saturating_add(256 * TOKEN_MAX as u64 + 1024)
+        .min(range.end.0));
+    let bytes = space.read_vec(from, usize::try_from(to.0 - from.0).unwrap_or(0))?;
+    let zero = usize::try_from(digits.0 - from.0).unwrap_or(0);
+    // 48 strings end before the digit 0; the byte before the first of them is a NUL as well, the
+    // high byte of the last marker or padding.
+    let Some(head) = bytes.get(..zero) else {
+        return Ok(None);
+    };
+    let mut ends = head
+        .iter()
+        .enumerate()
+        .rev()
+        .filter(|(_, &b)| b == 0)
+        .map(|(i, _)| i);
+    let Some(start) = ends.nth(48).map(|i| i + 1) else {
+        return Ok(None);
+    };
+    let Some(body) = bytes.get(start..) else {
+        return Ok(None);
+    };
+    let mut tokens = Vec::with_capacity(256);
+    let mut offsets = Vec::with_capacity(256);
+    let mut pos = 0;
+    for part in body.split(|&b| b == 0).take(256) {
+        if part.len() > TOKEN_MAX {
+            return Ok(None);
+        }
+        offsets.push(pos);
+        tokens.push(part.to_vec());
+        pos += part.len() + 1;
+    }
+    let at = from.plus(start as u64);
+    let index = align8(at.plus(pos as u64));
+    let index_off = usize::try_from(index.0 - at.0).unwrap_or(usize::MAX);
+    for (i, &offset) in offsets.iter().enumerate() {
+        if fetch::u16(body, index_off + 2 * i).map(usize::from) != Some(offset) {
+            return Ok(None);
+        }
+    }
+    Ok(Some(Tokens {
+        at,
+        end: index.plus(512),
+        tokens,
+    }))
+}
+
+fn align8(at: Gva) -> Gva {
+    Gva(at.0.saturating_add(7) & !7)
+}
+
+/// The compressed names, and how many there are.
+struct Names {
+    /// Address of `kallsyms_num_syms`.
+    num_at: Gva,
+    count: usize,
+    bytes: Vec<u8>,
+    /// Whether a length byte above 127 begins a two-byte length: Linux kernel commit
+    /// 73bbb94466fd ("kallsyms: support \"big\" kernel symbols") (in v6.1).
+    long: bool,
+}
+
+/// Length of the compressed name at `pos` and where it starts.
+fn name_at(bytes: &[u8], pos: usize, long: bool) -> Option<(usize, usize)> {
+    let first = usize::from(*bytes.get(pos)?);
+    if long && first & 0x80 != 0 {
+        let second = usize::from(*bytes.get(pos + 1)?);
+        return Some(((first & 0x7f) | (second << 7), pos + 2));
+    }
+    Some((first, pos + 1))
+}
+
+fn decode(
+    space: &Space<'_>,
+    range: Range,
+    tokens: &Tokens,
+    anchors: Anchors,
+) -> Result<Option<Symbols>, Error> {
+    let Some(names) = find_names(space, range, tokens.at)? else { return Ok(None) };
+    let table = u64::try_from(names.count * 4).unwrap_or(u64::MAX);
+    let before = align8(Gva(names.num_at.0.saturating_sub(8 + ((table + 7) & !7))));
+    for (offsets_at, base_at) in [
+        (before, Gva(names.num_at.0.saturating_sub(8))),
+        (tokens.end, align8(tokens.end.plus(table))),
+    ] {
+        if offsets_at < range.start || base_at.plus(8) > range.end {
+            continue;
+        }
+        let raw = space.read_vec(offsets_at, names.count * 4)?;
+        let base = space.read_u64(base_at)?;
+        for encoding in [
+            Encoding::PercpuAbsolute,
+            Encoding::BaseRelative,
+            Encoding::PlaceRelative,
+        ] {
+            let symbols = build(&names, tokens, |i| {
+                let word = fetch::u32(&raw, 4 * i)?;
+                Some(encoding.address(word, base, offsets_at.plus(4 * i as u64)))
+            });
+            if let Some(symbols) = symbols {
+                if symbols.agrees(anchors) {
+                    return Ok(Some(symbols));
+                }
+            }
+        }
+    }
+    // Before v4.6 and where base-relative tables were not chosen: plain 64-bit addresses.
+    let table = u64::try_from(names.count * 8).unwrap_or(u64::MAX);
+    for at in [Gva(names.num_at.0.saturating_sub(table)), tokens.end] {
+        if at < range.start || at.plus(table) > range.end {
+            continue;
+        }
+        let raw = space.read_vec(at, names.count * 8)?;
+        if let Some(symbols) = build(&names, tokens, |i| fetch::u64(&raw, 8 * i)) {
+            if symbols.agrees(anchors) {
+                return Ok(Some(symbols));
+            }
+        }
+    }
+    Ok(None)
+}
+
+#[derive(Clone, Copy)]
+enum Encoding {
+    /// Positive words are absolute (per-CPU offsets), negative ones count down from the base.
+    PercpuAbsolute,
+    /// Words are added to the base.
+    BaseRelative,
+    /// Words are relative to where they stand.
+    PlaceRelative,
+}
+
+impl Encoding {
+    fn address(self, word: u32, base: u64, place: Gva) -> u64 {
+        let signed = i64::from(word.cast_signed());
+        match self {
+            Encoding::PercpuAbsolute if signed >= 0 => u64::from(word),
+            Encoding::PercpuAbsolute => base.wrapping_sub(1).wrapping_add_signed(-signed),
+            Encoding::BaseRelative => base.wrapping_add(u64::from(word)),
+            Encoding::PlaceRelative => place.0.wrapping_add_signed(signed),
+        }
+    }
+}
+
+/// Finds the count in front of the names: the only number that makes so many names pass every
+/// marker in the table behind them.
+fn find_names(space: &Space<'_>, range: Range, tokens_at: Gva) -> Result<Option<Names>, Error> {
+    let from = Gva(tokens_at.0.saturating_sub(SPAN_MAX).max(range.start.0) & !7);
+    let bytes = space.read_vec(from, usize::try_from(tokens_at.0 - from.0).unwrap_or(0))?;
+    let mut steps = STEPS_MAX;
+    let mut at = bytes.len() & !7;
+    while at >= 8 && steps > 0 {
+        at -= 8;
+        let count = fetch::u64(&bytes, at).unwrap_or(0);
+        if !(SYMBOLS_MIN..SYMBOLS_MAX).contains(&count) {
+            continue;
+        }
+        let count = usize::try_from(count).unwrap_or(0);
+        let names = bytes.get(at + 8..).unwrap_or_default();
+        for long in [true, false] {
+            if let Some(len) = names_fit(names, count, long, &mut steps) {
+                let bytes = names.get(..len).unwrap_or_default().to_vec();
+                return Ok(Some(Names { num_at: from.plus(at as u64), count, bytes, long }));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// Length of `count` names at the start of `bytes`, if the markers behind them agree.
+fn names_fit(bytes: &[u8], count: usize, long: bool, steps: &mut u64) -> Option<usize> {
+    let mut pos = 0;
+    let mut markers = Vec::new();
+    for i in 0..count {
+        if i % MARKER_EVERY == 0 {
+            markers.push(u32::try_from(pos).ok()?);
+        }
+        *steps = steps.checked_sub(1)?;
+        let (len, start) = name_at(bytes, pos, long)?;
+        if len == 0 {
+            return None;
+        }
+        pos = start + len;
+    }
+    let table = bytes.get(pos.checked_next_multiple_of(8)?..)?;
+    let agree = markers.iter().enumerate().all(|(i, &m)| fetch::u32(table, 4 * i) == Some(m));
+    agree.then_some(pos)
+}
+
+fn build(
+    names: &Names,
+    tokens: &Tokens,
+    address: impl Fn(usize) -> Option<u64>,
+) -> Option<Symbols> {
+    let mut text = Vec::with_capacity(names.count * 24);
+    let mut entries = Vec::with_capacity(names.count);
+    let mut pos = 0;
+    for i in 0..names.count {
+        let (len, start) = name_at(&names.bytes, pos, names.long)?;
+        let begin = text.len();
+        for &token in names.bytes.get(start..start + len)? {
+            text.extend_from_slice(tokens.tokens.get(usize::from(token))?);
+            if text.len() - begin > NAME_MAX {
+                return None;
+            }
+        }
+        pos = start + len;
+        let kind = *text.get(begin)?;
+        let len = u16::try_from(text.len() - begin - 1).ok()?;
+        let name = u32::try_from(begin + 1).ok()?;
+        entries.push(Entry {
+            addr: address(i)?,
+            name,
+            len,
+            kind,
+        });
+    }
+    let names = String::from_utf8(text).ok()?;
+    Some(Symbols {
+        names,
+        entries,
+        by_name: OnceCell::new(),
+        by_addr: OnceCell::new(),
+    })
+}
+
+impl Symbols {
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// None at all.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// All symbols in the table's order.
+    pub fn iter(&self) -> impl Iterator<Item = Symbol<'_>> {
+        self.entries.iter().map(|e| self.symbol(e))
+    }
+
+    fn symbol(&self, e: &Entry) -> Symbol<'_> {
+        Symbol {
+            name: self.name_of(e),
+            kind: char::from(e.kind),
+            addr: Gva(e.addr),
+        }
+    }
+
+    fn name_of(&self, e: &Entry) -> &str {
+        let start = e.name as usize;
+        self.names
+            .get(start..start + usize::from(e.len))
+            .unwrap_or("")
+    }
+
+    fn nth(&self, index: u32) -> Option<&Entry> {
+        self.entries.get(index as usize)
+    }
+
+    fn by_name(&self) -> &[u32] {
+        self.by_name.get_or_init(|| {
+            let mut order: Vec<u32> = (0..).take(self.entries.len()).collect();
+            order.sort_by_cached_key(|&i| self.nth(i).map_or("", |e| self.name_of(e)));
+            order
+        })
+    }
+
+    fn by_addr(&self) -> &[u32] {
+        self.by_addr.get_or_init(|| {
+            let mut order: Vec<u32> = (0..).take(self.entries.len()).collect();
+            order.sort_by_key(|&i| self.nth(i).map_or(0, |e| e.addr));
+            order
+        })
+    }
+
+    /// All symbols called `name`, in the table's order (`sympos` counts in it).
+    pub fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Symbol<'a>> + 'a {
+        let order = self.by_name();
+        let first = order.partition_point(|&i| self.nth(i).is_some_and(|e| self.name_of(e) < name));
+        order
+            .get(first..)
+            .unwrap_or_default()
+            .iter()
+            .filter_map(|&i| self.nth(i))
+            .take_while(move |e| self.name_of(e) == name)
+            .map(|e| self.symbol(e))
+    }
+
+    /// The address of the only, or first, symbol called `name`.
+    #[must_use]
+    pub fn addr(&self, name: &str) -> Option<Gva> {
+        self.all(name).next().map(|s| s.addr)
+    }
+
+    /// The address of `name`.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] when the kernel has no such symbol.
+    pub fn need(&self, name: &str) -> Result<Gva, Error> {
+        self.addr(name)
+            .ok_or_else(|| Error::Missing(format!("symbol {name}")))
+    }
+
+    /// Bytes from `at` to the next symbol with a higher address: the room a function has.
+    #[must_use]
+    pub fn room(&self, at: Gva) -> Option<u64> {
+        let order = self.by_addr();
+        let next = order.partition_point(|&i| self.nth(i).is_some_and(|e| e.addr <= at.0));
+        order
+            .get(next)
+            .and_then(|&i| self.nth(i))
+            .map(|e| e.addr - at.0)
+    }
+
+    /// The text symbol that covers `at`, as name and offset.
+    #[must_use]
+    pub fn covering(&self, at: Gva) -> Option<(&str, u64)> {
+        let order = self.by_addr();
+        let next = order.partition_point(|&i| self.nth(i).is_some_and(|e| e.addr <= at.0));
+        let last = self.nth(*order.get(next.checked_sub(1)?)?)?.addr;
+        // Of several symbols at one address the first in the table is the name people know.
+        let first = order.partition_point(|&i| self.nth(i).is_some_and(|e| e.addr < last));
+        let e = self.nth(*order.get(first)?)?;
+        Some((self.name_of(e), at.0 - e.addr))
+    }
+
+    fn agrees(&self, anchors: Anchors) -> bool {
+        self.addr("_text") == Some(anchors.text_base)
+            && self
+                .entries
+                .iter()
+                .any(|e| e.addr == anchors.entry.0 && matches!(e.kind, b't' | b'T' | b'W' | b'w'))
+    }
+}

@@ -1,0 +1,230 @@
+//! Who is this guest: its kernel's place, symbols, types and tasks, read from guest memory alone.
+
+pub mod btf;
+pub mod kallsyms;
+pub mod locate;
+pub mod tasks;
+
+use std::cell::OnceCell;
+
+use crate::addr::{Gva, Range};
+use crate::guest::space::{Region, Space};
+use crate::guest::{self, GuestType, Memory, Vcpu};
+
+/// Why a guest's kernel can't be read.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It isn't running yet.
+    #[error("{0}")]
+    NotReady(String),
+    /// It is no Linux kernel as this tool knows them.
+    #[error("{0}")]
+    NotLinux(String),
+    /// A symbol, type or member that is needed isn't there.
+    #[error("the guest's kernel has no {0}: it is built without something this tool needs")]
+    Missing(String),
+    /// Its data contradicts itself.
+    #[error("the guest's kernel data is not as it must be: {0}")]
+    Odd(String),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] guest::Error),
+}
+
+/// Longest believed BTF blob, in bytes.
+const BTF_MAX: u64 = 64 << 20;
+
+/// A guest's kernel.
+#[derive(Debug)]
+pub struct Kernel<'m> {
+    /// Its address space.
+    pub space: Space<'m>,
+    /// How the guest runs.
+    pub kind: GuestType,
+    /// First byte of its text (`_text`).
+    pub text_base: Gva,
+    /// Mapped runs of its image.
+    pub regions: Vec<Region>,
+    /// Its symbols.
+    pub symbols: kallsyms::Symbols,
+    /// Release, as `uname -r` prints it.
+    pub release: String,
+    /// Build-id of the image.
+    pub build_id: Option<Vec<u8>>,
+    btf: OnceCell<btf::Btf>,
+}
+
+impl<'m> Kernel<'m> {
+    /// Finds and reads the kernel of a guest.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn read(mem: &'m dyn Memory, kind: GuestType, vcpus: &[Vcpu]) -> Result<Kernel<'m>, Error> {
+        let locate::Located {
+            space,
+            text_base,
+            entry,
+            regions,
+        } = locate::locate(mem, kind, vcpus)?;
+        let symbols = kallsyms::read(&space, &regions, kallsyms::Anchors { text_base, entry })?;
+        let mut kernel = Kernel {
+            space,
+            kind,
+            text_base,
+            regions,
+            symbols,
+            release: String::new(),
+            build_id: None,
+            btf: OnceCell::new(),
+        };
+        kernel.release = kernel.read_release()?;
+        kernel.build_id = kernel.read_build_id()?;
+        Ok(kernel)
+    }
+
+    /// `linux_banner` begins "Linux version RELEASE (…" (init/version-timestamp.c).
+    fn read_release(&self) -> Result<String, Error> {
+        let banner = self
+            .space
+            .read_cstr(self.symbols.need("linux_banner")?, 512)?;
+        banner
+            .strip_prefix("Linux version ")
+            .and_then(|rest| rest.split(' ').next())
+            .map(str::to_owned)
+            .ok_or_else(|| Error::Odd(format!("linux_banner reads {banner:?}")))
+    }
+
+    /// The `NT_GNU_BUILD_ID` note between `__start_notes` and `__stop_notes`.
+    fn read_build_id(&self) -> Result<Option<Vec<u8>>, Error> {
+        let (Some(start), Some(stop)) = (
+            self.symbols.addr("__start_notes"),
+            self.symbols.addr("__stop_notes"),
+        ) else {
+            return Ok(None);
+        };
+        let len = usize::try_from(stop.0.saturating_sub(start.0))
+            .unwrap_or(0)
+            .min(64 << 10);
+        let notes = self.space.read_vec(start, len)?;
+        Ok(build_id_note(&notes))
+    }
+
+    /// Offset of the image from where it was linked (KASLR).
+    #[must_use]
+    pub fn kaslr_offset(&self) -> u64 {
+        self.text_base
+            .0
+            .wrapping_sub(locate::KERNEL_MAP.0 + (16 << 20))
+    }
+
+    /// The kernel's types; read at first use.
+    ///
+    /// # Errors
+    /// The kernel has none, or they can't be read.
+    pub fn btf(&self) -> Result<&btf::Btf, Error> {
+        if let Some(btf) = self.btf.get() {
+            return Ok(btf);
+        }
+        let range = self.between("__start_BTF", "__stop_BTF", BTF_MAX)?;
+        let len = usize::try_from(range.len()).unwrap_or(0);
+        let btf = btf::Btf::new(self.space.read_vec(range.start, len)?)?;
+        Ok(self.btf.get_or_init(|| btf))
+    }
+
+    /// Number of entries in the kernel's ORC table.
+    #[must_use]
+    pub fn orc_entries(&self) -> u64 {
+        self.between("__start_orc_unwind_ip", "__stop_orc_unwind_ip", 1 << 30)
+            .map_or(0, |range| range.len() / 4)
+    }
+
+    fn between(&self, start: &str, stop: &str, most: u64) -> Result<Range, Error> {
+        let range = Range {
+            start: self.symbols.need(start)?,
+            end: self.symbols.need(stop)?,
+        };
+        if range.start > range.end || range.len() > most {
+            return Err(Error::Odd(format!(
+                "{start} is {} and {stop} is {}; expected at most {most} bytes between them",
+                range.start, range.end
+            )));
+        }
+        Ok(range)
+    }
+
+    /// The number of loaded modules: a bounded walk of the list `modules` (kernel/module/main.c).
+    ///
+    /// # Errors
+    /// The list can't be read.
+    pub fn module_count(&self) -> Result<usize, Error> {
+        let head = self.symbols.need("modules")?;
+        Ok(list(&self.space, head, 4096)?.len())
+    }
+
+    /// The string a module's `vermagic` must equal, less its trailing space.
+    ///
+    /// # Errors
+    /// The kernel has none, or it can't be read.
+    pub fn vermagic(&self) -> Result<String, Error> {
+        let text = self.space.read_cstr(self.symbols.need("vermagic")?, 256)?;
+        Ok(text.trim_end().to_owned())
+    }
+
+    /// Address of the text symbol, unique in the kernel or chosen by `sympos` as livepatch counts
+    /// (0 = must be unique, 1 = first, …; Documentation/livepatch/module-elf-format.rst).
+    ///
+    /// # Errors
+    /// [`Error::Missing`] or [`Error::Odd`] (several and none chosen).
+    pub fn function(&self, name: &str, sympos: u64) -> Result<Gva, Error> {
+        let found: Vec<Gva> = self.symbols.all(name).map(|s| s.addr).collect();
+        let wanted = usize::try_from(sympos).unwrap_or(usize::MAX);
+        match (found.as_slice(), wanted) {
+            ([], _) => Err(Error::Missing(format!("symbol {name}"))),
+            ([one], 0 | 1) => Ok(*one),
+            (many, 0) => Err(Error::Odd(format!(
+                "{} symbols are called {name}, and the payload does not say which (sympos)",
+                many.len()
+            ))),
+            (many, n) => many.get(n - 1).copied().ok_or_else(|| {
+                Error::Missing(format!("symbol {name} number {n}: it has {}", many.len()))
+            }),
+        }
+    }
+}
+
+/// Elements of the circular list at `head` (each the address of its `list_head`), at most `most`.
+pub(crate) fn list(space: &Space<'_>, head: Gva, most: usize) -> Result<Vec<Gva>, Error> {
+    let mut found = Vec::new();
+    let mut at = Gva(space.read_u64(head)?);
+    while at != head {
+        if found.len() >= most {
+            return Err(Error::Odd(format!(
+                "the list at {head} does not come back to its head within {most} elements"
+            )));
+        }
+        found.push(at);
+        at = Gva(space.read_u64(at)?);
+    }
+    Ok(found)
+}
+
+fn build_id_note(notes: &[u8]) -> Option<Vec<u8>> {
+    use guest::fetch;
+    let mut at = 0usize;
+    while let (Some(name), Some(desc), Some(kind)) = (
+        fetch::u32(notes, at),
+        fetch::u32(notes, at + 4),
+        fetch::u32(notes, at + 8),
+    ) {
+        let align = |n: u32| (n as usize).saturating_add(3) & !3;
+        let name_at = at + 12;
+        let desc_at = name_at.checked_add(align(name))?;
+        if kind == 3 && notes.get(name_at..name_at + 4) == Some(b"GNU\0") && desc <= 64 {
+            return notes
+                .get(desc_at..desc_at + desc as usize)
+                .map(<[u8]>::to_vec);
+        }
+        at = desc_at.checked_add(align(desc))?;
+    }
+    None
+}

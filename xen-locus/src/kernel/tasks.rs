@@ -1,0 +1,196 @@
+//! All tasks of the guest: every thread of every process, and the idle task of every CPU.
+//!
+//! `init_task.tasks` links the thread-group leaders, `signal->thread_head` the threads of a group
+//! (include/linux/sched/signal.h: `for_each_process_thread`); idle tasks hang in neither and come
+//! from the per-CPU pointer `idle_threads` (kernel/smpboot.c).
+
+use super::{list, Error, Kernel};
+use crate::addr::{Gva, Range};
+use crate::guest::fetch;
+use crate::guest::space::Space;
+
+/// Most tasks believed.
+pub const TASKS_MAX: usize = 1 << 17;
+/// Most CPUs believed (`NR_CPUS` of Debian is 8192).
+const CPUS_MAX: usize = 8192;
+
+/// Where the members of `task_struct` stand that are looked at; offsets in bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct Layout {
+    tasks: usize,
+    thread_node: usize,
+    signal: usize,
+    thread_head: usize,
+    stack: usize,
+    /// Offset of the saved stack pointer.
+    pub sp: usize,
+    pid: usize,
+    comm: usize,
+    /// Offset of the flag that says it is on a CPU.
+    pub on_cpu: usize,
+    start_time: usize,
+    /// Size of a kernel stack (`THREAD_SIZE`), in bytes.
+    pub stack_size: u64,
+}
+
+/// One task.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Task {
+    /// Its `task_struct`.
+    pub addr: Gva,
+    /// Its thread id; 0 for idle tasks.
+    pub pid: u32,
+    /// Its name.
+    pub comm: String,
+    /// Its kernel stack.
+    pub stack: Range,
+    /// Saved stack pointer; right while it isn't running.
+    pub sp: Gva,
+    /// It is on a CPU.
+    pub on_cpu: bool,
+    /// When it began; tells apart two tasks that had the same address one after the other.
+    pub start_time: u64,
+}
+
+impl Layout {
+    /// Reads the layout from the kernel's BTF.
+    ///
+    /// # Errors
+    /// A member is missing, or the stack size is unbelievable.
+    pub fn of(kernel: &Kernel<'_>) -> Result<Layout, Error> {
+        let btf = kernel.btf()?;
+        let member = |path| btf.offset_of("task_struct", path);
+        let stack_size = ["__start_init_task", "__start_init_stack"]
+            .iter()
+            .zip(["__end_init_task", "__end_init_stack"])
+            .find_map(|(start, end)| {
+                Some(
+                    kernel
+                        .symbols
+                        .addr(end)?
+                        .0
+                        .wrapping_sub(kernel.symbols.addr(start)?.0),
+                )
+            })
+            .ok_or_else(|| {
+                Error::Missing("symbol __start_init_task or __start_init_stack".into())
+            })?;
+        if !stack_size.is_power_of_two() || !(8 << 10..=64 << 10).contains(&stack_size) {
+            return Err(Error::Odd(format!(
+                "the first task's stack is {stack_size} bytes; expected 8, 16, 32 or 64 KiB"
+            )));
+        }
+        Ok(Layout {
+            tasks: member("tasks")?,
+            thread_node: member("thread_node")?,
+            signal: member("signal")?,
+            thread_head: btf.offset_of("signal_struct", "thread_head")?,
+            stack: member("stack")?,
+            sp: member("thread.sp")?,
+            pid: member("pid")?,
+            comm: member("comm")?,
+            on_cpu: member("on_cpu")?,
+            start_time: member("start_time")?,
+            stack_size,
+        })
+    }
+
+    fn task(&self, space: &Space<'_>, addr: Gva) -> Result<Task, Error> {
+        let word = |offset: usize| space.read_u64(addr.plus(offset as u64));
+        let mut comm = [0u8; 16];
+        space.read(addr.plus(self.comm as u64), &mut comm)?;
+        let comm = comm.split(|&b| b == 0).next().unwrap_or_default();
+        Ok(Task {
+            addr,
+            pid: space.read_u32(addr.plus(self.pid as u64))?,
+            comm: String::from_utf8_lossy(comm).into_owned(),
+            stack: Range::new(Gva(word(self.stack)?), self.stack_size),
+            sp: Gva(word(self.sp)?),
+            on_cpu: space.read_u32(addr.plus(self.on_cpu as u64))? != 0,
+            start_time: word(self.start_time)?,
+        })
+    }
+
+    /// Reads every task. While the guest runs the list moves under the reader: the answer is then a
+    /// hint, to be confirmed while it is paused.
+    ///
+    /// # Errors
+    /// A list that does not end, or memory that can't be read.
+    pub fn all(&self, kernel: &Kernel<'_>, space: &Space<'_>) -> Result<Vec<Task>, Error> {
+        let mut found = Vec::new();
+        let init = kernel.symbols.need("init_task")?;
+        let head = init.plus(self.tasks as u64);
+        for leader in list(space, head, TASKS_MAX)? {
+            let leader = Gva(leader.0.wrapping_sub(self.tasks as u64));
+            let signal = Gva(space.read_u64(leader.plus(self.signal as u64))?);
+            let threads = list(space, signal.plus(self.thread_head as u64), TASKS_MAX)?;
+            for thread in threads {
+                let addr = Gva(thread.0.wrapping_sub(self.thread_node as u64));
+                found.push(self.task(space, addr)?);
+                if found.len() > TASKS_MAX {
+                    return Err(Error::Odd(format!("more than {TASKS_MAX} tasks")));
+                }
+            }
+        }
+        for addr in idle(kernel, space)? {
+            found.push(self.task(space, addr)?);
+        }
+        Ok(found)
+    }
+}
+
+/// Bases of the per-CPU areas of all possible CPUs, by the guest's CPU number.
+///
+/// # Errors
+/// The kernel's tables can't be read.
+pub fn percpu_bases(kernel: &Kernel<'_>, space: &Space<'_>) -> Result<Vec<u64>, Error> {
+    let table = kernel.symbols.need("__per_cpu_offset")?;
+    let count = space.read_u32(kernel.symbols.need("nr_cpu_ids")?)? as usize;
+    if count == 0 || count > CPUS_MAX {
+        return Err(Error::Odd(format!(
+            "nr_cpu_ids is {count}; expected 1 to {CPUS_MAX}"
+        )));
+    }
+    let bytes = space.read_vec(table, count * 8)?;
+    Ok((0..count)
+        .filter_map(|cpu| fetch::u64(&bytes, cpu * 8))
+        .collect())
+}
+
+/// A per-CPU variable's address on the CPU whose area is at `base`.
+#[must_use]
+pub fn percpu(symbol: Gva, base: u64) -> Gva {
+    Gva(symbol.0.wrapping_add(base))
+}
+
+fn idle(kernel: &Kernel<'_>, space: &Space<'_>) -> Result<Vec<Gva>, Error> {
+    let pointer = kernel.symbols.need("idle_threads")?;
+    let mut found = Vec::new();
+    for base in percpu_bases(kernel, space)? {
+        // A possible CPU that was never brought up has no area or no idle task.
+        if let Ok(task) = space.read_u64(percpu(pointer, base)) {
+            if task != 0 {
+                found.push(Gva(task));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Where the kernel keeps the running task of a CPU, as a per-CPU address.
+///
+/// `current_task`, or a member of `pcpu_hot` since Linux kernel commit e57ef2ed97c1 ("x86: Put hot
+/// per CPU variables into a struct") (in v6.2), until it was a variable again in v6.15.
+#[must_use]
+pub fn current_symbol(kernel: &Kernel<'_>) -> Option<Gva> {
+    if let Some(at) = kernel.symbols.addr("current_task") {
+        return Some(at);
+    }
+    let hot = kernel.symbols.addr("pcpu_hot")?;
+    let offset = kernel
+        .btf()
+        .ok()?
+        .offset_of("pcpu_hot", "current_task")
+        .ok()?;
+    Some(hot.plus(offset as u64))
+}

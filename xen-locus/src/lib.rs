@@ -1,0 +1,27 @@
+//! xen-locus: changes the kernel of a running Xen guest from dom0.
+//!
+//! The data flows one way (see ARCHITECTURE.md):
+//!
+//! ```text
+//! guest memory -> kernel   who are you: symbols, types, tasks
+//! payload file -> patch    what changes
+//! kernel + patch -> link (image for the arena) -> plan (checks and exact writes)
+//! plan -> apply            pause, last look, write, verify, unpause
+//! ```
+#![deny(unsafe_code)]
+
+pub mod addr;
+pub mod apply;
+pub mod cli;
+pub mod daemon;
+pub mod domain;
+pub mod error;
+pub mod guest;
+pub mod kernel;
+pub mod link;
+pub mod patch;
+pub mod plan;
+pub mod quiesce;
+pub mod service;
+pub mod store;
+pub mod xen;

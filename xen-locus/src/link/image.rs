@@ -1,0 +1,366 @@
+//! Lays out a payload's sections, and relocates them for their addresses.
+//!
+//! What the kernel's module loader does (`apply_relocate_add`, arch/x86/kernel/module.c; ftrace and
+//! return sites), done from outside. What can't be done yet is refused by name.
+
+use super::arena::Rights;
+use super::site::Returns;
+use crate::addr::{Gva, PAGE_LEN, PAGE_SIZE};
+use crate::error::{Error, Result};
+use crate::kernel::Kernel;
+use crate::patch::{Payload, Role, Section, SymSection, Symbol};
+
+const R_X86_64_64: u32 = 1;
+const R_X86_64_PC32: u32 = 2;
+const R_X86_64_PLT32: u32 = 4;
+const R_X86_64_32: u32 = 10;
+const R_X86_64_32S: u32 = 11;
+const R_X86_64_PC64: u32 = 24;
+/// The five-byte nop in place of a call of `__fentry__`.
+const FENTRY_NOP: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
+
+/// Sections by their rights, each run beginning on a page.
+#[derive(Debug)]
+pub struct Layout {
+    /// Rights of each page.
+    pub rights: Vec<Rights>,
+    /// Offset of each placed section, by section number.
+    offsets: Vec<Option<u64>>,
+    /// Offset and room of the record.
+    pub record: (u64, usize),
+    /// Length of the code, which begins at offset 0, in bytes.
+    pub text_len: u64,
+}
+
+/// A payload relocated for its place.
+#[derive(Debug)]
+pub struct Image {
+    /// Its bytes, from its first page on; the record's room is zero.
+    pub bytes: Vec<u8>,
+    /// Addresses of the new functions, in the order of the payload's objects and functions.
+    pub functions: Vec<Gva>,
+}
+
+fn rights_of(section: &Section) -> Option<Rights> {
+    match section.role {
+        Role::Text => Some(Rights::Text),
+        Role::RoData => Some(Rights::RoData),
+        Role::Data | Role::Bss => Some(Rights::Data),
+        _ => None,
+    }
+}
+
+/// Refuses what this loader can't do yet.
+///
+/// # Errors
+/// [`Error::NotApplicable`] that names all of it.
+pub fn check_supported(payload: &Payload) -> Result<()> {
+    let concerns: Vec<String> = payload
+        .concerns()
+        .into_iter()
+        .map(|c| format!("{}: {}", c.subject, c.reason))
+        .collect();
+    if concerns.is_empty() {
+        return Ok(());
+    }
+    Err(Error::NotApplicable(format!(
+        "payload {} needs what is not supported yet ({}); build it without that",
+        payload.name,
+        concerns.join("; ")
+    )))
+}
+
+impl Layout {
+    /// Places the sections, code first, then constants and a record of `record_len` bytes, then
+    /// variables.
+    ///
+    /// # Errors
+    /// The payload is larger than any arena.
+    pub fn new(payload: &Payload, record_len: usize) -> Result<Layout> {
+        let too_big = || {
+            Error::NotApplicable(format!(
+                "payload {} needs more than the arena's {} pages",
+                payload.name,
+                super::arena::PAGES
+            ))
+        };
+        let mut offsets = vec![None; payload.sections.len()];
+        let mut rights = Vec::new();
+        let mut at = 0u64;
+        let mut text_len = 0;
+        let mut record = (0, record_len);
+        for group in [Rights::Text, Rights::RoData, Rights::Data] {
+            let start = at;
+            for section in payload.placed().filter(|s| rights_of(s) == Some(group)) {
+                let align = section.align.clamp(1, PAGE_SIZE);
+                at = at.checked_next_multiple_of(align).ok_or_else(too_big)?;
+                if let Some(offset) = offsets.get_mut(section.index) {
+                    *offset = Some(at);
+                }
+                at = at.checked_add(section.size).ok_or_else(too_big)?;
+            }
+            if group == Rights::Text {
+                text_len = at;
+            }
+            if group == Rights::RoData {
+                at = at.checked_next_multiple_of(8).ok_or_else(too_big)?;
+                record.0 = at;
+                at = at.checked_add(record_len as u64).ok_or_else(too_big)?;
+            }
+            at = at.checked_next_multiple_of(PAGE_SIZE).ok_or_else(too_big)?;
+            let pages = usize::try_from((at - start) / PAGE_SIZE).unwrap_or(usize::MAX);
+            if rights.len().saturating_add(pages) > super::arena::PAGES {
+                return Err(too_big());
+            }
+            rights.extend(std::iter::repeat_n(group, pages));
+        }
+        Ok(Layout {
+            rights,
+            offsets,
+            record,
+            text_len,
+        })
+    }
+
+    fn offset(&self, section: usize) -> Option<u64> {
+        self.offsets.get(section).copied().flatten()
+    }
+}
+
+/// Relocates `payload`, laid out as `layout`, for the address `base`.
+///
+/// # Errors
+/// [`Error::NotApplicable`]: a symbol the kernel doesn't have or has several times, a relocation of
+/// an unknown type or out of range, a reference into a part that is never placed.
+pub fn link(
+    payload: &Payload,
+    kernel: &Kernel<'_>,
+    layout: &Layout,
+    base: Gva,
+    returns: Option<Returns>,
+) -> Result<Image> {
+    let mut linker = Linker {
+        payload,
+        kernel,
+        layout,
+        base,
+        bytes: vec![0; layout.rights.len() * PAGE_LEN],
+    };
+    for section in payload.placed() {
+        linker.copy(section)?;
+    }
+    for section in &payload.sections {
+        match section.role {
+            Role::KlpRela { target, .. } => {
+                if let Some(target) = payload.section(target).filter(|t| t.role.is_placed()) {
+                    linker.relocate(target, &section.relocs)?;
+                }
+            }
+            _ if section.role.is_placed() => linker.relocate(section, &section.relocs)?,
+            _ => {}
+        }
+    }
+    if returns == Some(Returns::Plain) {
+        linker.plain_returns()?;
+    }
+    let functions = payload
+        .klp
+        .objects
+        .iter()
+        .flat_map(|object| &object.funcs)
+        .map(|func| {
+            let offset = layout.offset(func.new_section).ok_or_else(|| {
+                linker.no(format!(
+                    "the new {} is in no section that is placed",
+                    func.old_name
+                ))
+            })?;
+            Ok(base.plus(offset).plus(func.new_offset))
+        })
+        .collect::<Result<Vec<Gva>>>()?;
+    Ok(Image {
+        bytes: linker.bytes,
+        functions,
+    })
+}
+
+struct Linker<'a, 'm> {
+    payload: &'a Payload,
+    kernel: &'a Kernel<'m>,
+    layout: &'a Layout,
+    base: Gva,
+    bytes: Vec<u8>,
+}
+
+impl Linker<'_, '_> {
+    fn no(&self, why: String) -> Error {
+        Error::NotApplicable(format!("payload {}: {why}", self.payload.name))
+    }
+
+    fn copy(&mut self, section: &Section) -> Result<()> {
+        let start = self.layout.offset(section.index).unwrap_or(u64::MAX);
+        let start = usize::try_from(start).unwrap_or(usize::MAX);
+        let room = start
+            .checked_add(section.data.len())
+            .and_then(|end| self.bytes.get_mut(start..end));
+        match room {
+            Some(room) => {
+                room.copy_from_slice(&section.data);
+                Ok(())
+            }
+            None => Err(self.no(format!("section {} does not fit its place", section.name))),
+        }
+    }
+
+    fn relocate(&mut self, section: &Section, relocs: &[crate::patch::Reloc]) -> Result<()> {
+        for reloc in relocs {
+            let Some(symbol) = self.payload.symbol(reloc.symbol) else {
+                return Err(self.no(format!("relocation against symbol {}", reloc.symbol)));
+            };
+            // The pointer to the module itself has no meaning outside of the module loader.
+            if section.index == self.payload.klp.section && reloc.offset == self.payload.klp.offset
+            {
+                continue;
+            }
+            if symbol.name == "__fentry__" && self.fentry(section, reloc.offset)? {
+                continue;
+            }
+            let target = self.address(symbol, section, reloc.offset)?;
+            self.patch(section, reloc, target, symbol)?;
+        }
+        Ok(())
+    }
+
+    /// Turns a call of `__fentry__` into the nop the kernel's ftrace would make of it.
+    fn fentry(&mut self, section: &Section, offset: u64) -> Result<bool> {
+        let Some(at) = offset.checked_sub(1) else {
+            return Ok(false);
+        };
+        let is_call = self.slice(section, at, 1)?.first() == Some(&0xe8);
+        if is_call {
+            self.slice(section, at, 5)?.copy_from_slice(&FENTRY_NOP);
+        }
+        Ok(is_call)
+    }
+
+    /// Turns each `jmp` to the return thunk into `ret`, padded with breakpoints, as the kernel does
+    /// on a CPU that needs no return mitigation (`apply_returns`, arch/x86/kernel/alternative.c).
+    fn plain_returns(&mut self) -> Result<()> {
+        let payload = self.payload;
+        for section in payload
+            .sections
+            .iter()
+            .filter(|s| s.role == Role::Text && s.size > 0)
+        {
+            for reloc in &section.relocs {
+                let thunk = payload
+                    .symbol(reloc.symbol)
+                    .is_some_and(|s| s.name == "__x86_return_thunk");
+                let Some(at) = reloc.offset.checked_sub(1).filter(|_| thunk) else {
+                    continue;
+                };
+                let code = self.slice(section, at, 5)?;
+                if code.first() == Some(&0xe9) {
+                    code.copy_from_slice(&[0xc3, 0xcc, 0xcc, 0xcc, 0xcc]);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The bytes at `offset` of a placed section.
+    fn slice(&mut self, section: &Section, offset: u64, len: usize) -> Result<&mut [u8]> {
+        let no = self.no(format!(
+            "a relocation of section {} leaves it",
+            section.name
+        ));
+        let inside = offset
+            .checked_add(len as u64)
+            .is_some_and(|end| end <= section.size);
+        let start = self
+            .layout
+            .offset(section.index)
+            .and_then(|start| start.checked_add(offset))
+            .and_then(|start| usize::try_from(start).ok());
+        match start {
+            Some(start) if inside => self.bytes.get_mut(start..start + len).ok_or(no),
+            _ => Err(no),
+        }
+    }
+
+    /// The value of a symbol.
+    fn address(&self, symbol: &Symbol, section: &Section, offset: u64) -> Result<Gva> {
+        match symbol.section {
+            SymSection::Section(index) => match self.layout.offset(index) {
+                Some(start) => Ok(self.base.plus(start).plus(symbol.value)),
+                None => Err(self.no(format!(
+                    "{}+{offset:#x} refers to {} in section {}, which is never placed",
+                    section.name,
+                    symbol.name,
+                    self.payload.section(index).map_or("?", |s| s.name.as_str())
+                ))),
+            },
+            SymSection::Absolute => Ok(Gva(symbol.value)),
+            SymSection::Livepatch => match &symbol.klp {
+                Some(klp) if klp.object == "vmlinux" => self
+                    .kernel
+                    .function(&klp.symbol, klp.sympos)
+                    .map_err(|e| self.no(e.to_string())),
+                Some(klp) => Err(self.no(format!(
+                    "symbol {} of module {}: symbols of modules are not supported yet",
+                    klp.symbol, klp.object
+                ))),
+                None => Err(self.no(format!("symbol {} is no .klp.sym", symbol.name))),
+            },
+            SymSection::Undefined => self
+                .kernel
+                .function(&symbol.name, 0)
+                .map_err(|e| self.no(e.to_string())),
+            _ => Err(self.no(format!("symbol {} has no place", symbol.name))),
+        }
+    }
+
+    fn patch(
+        &mut self,
+        section: &Section,
+        reloc: &crate::patch::Reloc,
+        target: Gva,
+        symbol: &Symbol,
+    ) -> Result<()> {
+        let place = self
+            .layout
+            .offset(section.index)
+            .map_or(self.base, |start| self.base.plus(start).plus(reloc.offset));
+        let value = target.0.wrapping_add_signed(reloc.addend);
+        let relative = value.wrapping_sub(place.0);
+        let (bytes, len) = match reloc.rtype {
+            R_X86_64_64 => (Some(value.to_le_bytes()), 8),
+            R_X86_64_PC64 => (Some(relative.to_le_bytes()), 8),
+            R_X86_64_PC32 | R_X86_64_PLT32 => (signed32(relative), 4),
+            R_X86_64_32S => (signed32(value), 4),
+            R_X86_64_32 => (u32::try_from(value).is_ok().then(|| value.to_le_bytes()), 4),
+            other => {
+                return Err(self.no(format!(
+                    "{}+{:#x}: relocations of type {other} are not supported",
+                    section.name, reloc.offset
+                )))
+            }
+        };
+        let Some(bytes) = bytes else {
+            return Err(self.no(format!(
+                "{}+{:#x}: {} at {target} is out of reach of a relocation of type {} from {place}",
+                section.name, reloc.offset, symbol.name, reloc.rtype
+            )));
+        };
+        self.slice(section, reloc.offset, len)?
+            .copy_from_slice(bytes.get(..len).unwrap_or_default());
+        Ok(())
+    }
+}
+
+/// The low half of `value` if it is the sign-extension of it.
+fn signed32(value: u64) -> Option<[u8; 8]> {
+    i32::try_from(value.cast_signed())
+        .ok()
+        .map(|_| value.to_le_bytes())
+}

@@ -1,0 +1,8 @@
+//! From a payload and a kernel to what is written into the guest: the image for the arena, and the
+//! place of each redirect. Nothing here changes a guest but [`arena`], which adds pages to it that
+//! nothing in the guest refers to yet.
+
+pub mod arena;
+pub mod image;
+pub mod record;
+pub mod site;

@@ -1,0 +1,290 @@
+//! What the arena says of itself, in guest memory: so that a second run, another tool or a freshly
+//! installed dom0 can list and revert what is applied.
+//!
+//! Page 0 of the arena holds the directory, twice: the valid copy with the higher generation
+//! counts, and an update overwrites the other, so that a torn write loses nothing. An entry names
+//! the pages of one payload, its state, and the place, length and digest of its record: JSON in the
+//! payload's own read-only pages, written once.
+//!
+//! All of it is read back from a guest that may have changed it: lengths are bounded, digests are
+//! checked, and addresses are believed only inside the arena and the kernel's text.
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::guest::fetch;
+
+/// First bytes of each copy of the directory.
+pub const MAGIC: &[u8; 8] = b"XENLOCUS";
+const VERSION: u32 = 1;
+/// Size of one of the two copies, in bytes.
+pub const COPY: usize = 2048;
+const HEAD: usize = 64;
+const ENTRY: usize = 64;
+/// Most payloads a directory holds.
+pub const ENTRIES_MAX: usize = (COPY - HEAD) / ENTRY;
+/// Longest record believed, in bytes.
+pub const RECORD_MAX: usize = 1 << 20;
+
+/// Where a payload stands in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[repr(u32)]
+pub enum State {
+    /// Its code is in the arena and about to be redirected to.
+    Applying = 1,
+    /// In force.
+    Applied = 2,
+    /// About to be undone.
+    Reverting = 3,
+    /// Undone; its code stays in the arena, for threads may still come back to it.
+    Parked = 4,
+}
+
+impl State {
+    fn from(word: u32) -> Option<State> {
+        [
+            State::Applying,
+            State::Applied,
+            State::Reverting,
+            State::Parked,
+        ]
+        .into_iter()
+        .find(|&s| s as u32 == word)
+    }
+}
+
+/// One payload in the directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// Where it stands.
+    pub state: State,
+    /// Its first arena page.
+    pub first: u16,
+    /// How many pages it has.
+    pub pages: u16,
+    /// When it was last applied, in seconds since 1970.
+    pub applied_at: u64,
+    /// Byte offset of its record from its first page.
+    pub record_offset: u32,
+    /// Length of its record, in bytes.
+    pub record_len: u32,
+    /// SHA-256 of its record.
+    pub record_sha256: [u8; 32],
+}
+
+/// The directory.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Directory {
+    /// Counts its updates.
+    pub generation: u64,
+    /// Payloads in the order they came.
+    pub slots: Vec<Slot>,
+}
+
+fn digest(copy: &[u8]) -> [u8; 32] {
+    Sha256::digest(copy.get(HEAD - 32..).unwrap_or_default()).into()
+}
+
+impl Directory {
+    /// Reads the directory from page 0. `None` when neither copy is whole.
+    #[must_use]
+    pub fn decode(page: &[u8]) -> Option<Directory> {
+        page.chunks_exact(COPY)
+            .filter_map(Directory::decode_copy)
+            .max_by_key(|d| d.generation)
+    }
+
+    // Head: magic 0..8, version 8..12, half a SHA-256 of all from byte 32 on 16..32, generation
+    // 32..40, count 40..44.
+    fn decode_copy(copy: &[u8]) -> Option<Directory> {
+        if copy.get(..8)? != MAGIC || fetch::u32(copy, 8)? != VERSION {
+            return None;
+        }
+        let count = fetch::u32(copy, 40)? as usize;
+        if count > ENTRIES_MAX || copy.get(16..32)? != digest(copy).get(..16)? {
+            return None;
+        }
+        let slots = copy
+            .get(HEAD..)?
+            .chunks_exact(ENTRY)
+            .take(count)
+            .map(|e| {
+                Some(Slot {
+                    state: State::from(fetch::u32(e, 0)?)?,
+                    first: fetch::u16(e, 4)?,
+                    pages: fetch::u16(e, 6)?,
+                    applied_at: fetch::u64(e, 8)?,
+                    record_offset: fetch::u32(e, 16)?,
+                    record_len: fetch::u32(e, 20)?,
+                    record_sha256: fetch::array(e, 24)?,
+                })
+            })
+            .collect::<Option<Vec<Slot>>>()?;
+        Some(Directory {
+            generation: fetch::u64(copy, 32)?,
+            slots,
+        })
+    }
+
+    /// The bytes of this directory and which half of the page they go to.
+    #[must_use]
+    pub fn encode(&self) -> (usize, Vec<u8>) {
+        let mut body = Vec::with_capacity(COPY);
+        body.extend(self.generation.to_le_bytes());
+        body.extend(
+            u32::try_from(self.slots.len().min(ENTRIES_MAX))
+                .unwrap_or(0)
+                .to_le_bytes(),
+        );
+        body.resize(HEAD - 32, 0);
+        for slot in self.slots.iter().take(ENTRIES_MAX) {
+            body.extend((slot.state as u32).to_le_bytes());
+            body.extend(slot.first.to_le_bytes());
+            body.extend(slot.pages.to_le_bytes());
+            body.extend(slot.applied_at.to_le_bytes());
+            body.extend(slot.record_offset.to_le_bytes());
+            body.extend(slot.record_len.to_le_bytes());
+            body.extend(slot.record_sha256);
+            body.extend([0; ENTRY - 56]);
+        }
+        body.resize(COPY - 32, 0);
+        let mut copy = Vec::with_capacity(COPY);
+        copy.extend(MAGIC);
+        copy.extend(VERSION.to_le_bytes());
+        copy.extend([0; 4]);
+        copy.extend(Sha256::digest(&body).iter().take(16));
+        copy.extend(body);
+        let half = if self.generation % 2 == 0 { 0 } else { COPY };
+        (half, copy)
+    }
+}
+
+/// One replaced function.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Function {
+    /// Its name in the kernel or module.
+    pub name: String,
+    /// `vmlinux`, or the module's name.
+    pub object: String,
+    /// Address of the old function.
+    pub old: u64,
+    /// Its size: bytes up to the next symbol.
+    pub old_size: u64,
+    /// Address of the new function.
+    pub new: u64,
+    /// Its size, in bytes.
+    pub new_size: u64,
+    /// Address of the redirect.
+    pub site: u64,
+    /// The bytes that stood there.
+    pub old_bytes: [u8; 5],
+    /// The bytes of the redirect.
+    pub new_bytes: [u8; 5],
+}
+
+/// What is known of an applied payload.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Version of this structure.
+    pub schema: u32,
+    /// Name of the payload.
+    pub name: String,
+    /// SHA-256 of its file, in hex.
+    pub sha256: String,
+    /// What it says it is.
+    pub description: String,
+    /// What it says it mends.
+    pub cves: Vec<String>,
+    /// Functions it replaces.
+    pub functions: Vec<Function>,
+    /// Its code: address and length in bytes.
+    pub text: (u64, u64),
+    /// SHA-256 of its code, in hex.
+    pub text_sha256: String,
+}
+
+impl Record {
+    /// Reads a record whose bytes a guest held, and checks that its digest is the directory's.
+    ///
+    /// # Errors
+    /// A sentence that says what is wrong.
+    pub fn decode(bytes: &[u8], slot: &Slot) -> Result<Record, String> {
+        let found: [u8; 32] = Sha256::digest(bytes).into();
+        if found != slot.record_sha256 {
+            return Err(format!(
+                "the record of the payload at arena page {} has another digest than the directory \
+                 says: the guest's memory was changed",
+                slot.first
+            ));
+        }
+        serde_json::from_slice(bytes).map_err(|e| {
+            format!(
+                "the record of the payload at arena page {} can't be read: {e}",
+                slot.first
+            )
+        })
+    }
+}
+
+/// Bytes as lower-case hex.
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(generation: u64) -> Directory {
+        let slot = Slot {
+            state: State::Applied,
+            first: 1,
+            pages: 3,
+            applied_at: 1_700_000_000,
+            record_offset: 4096,
+            record_len: 512,
+            record_sha256: [7; 32],
+        };
+        Directory {
+            generation,
+            slots: vec![
+                slot.clone(),
+                Slot {
+                    state: State::Parked,
+                    ..slot
+                },
+            ],
+        }
+    }
+
+    fn put(page: &mut [u8], d: &Directory) {
+        let (at, bytes) = d.encode();
+        page[at..at + COPY].copy_from_slice(&bytes);
+    }
+
+    #[test]
+    fn the_newer_whole_copy_of_the_directory_counts() {
+        let mut page = vec![0; 4096];
+        assert_eq!(Directory::decode(&page), None);
+        put(&mut page, &sample(1));
+        put(&mut page, &sample(2));
+        assert_eq!(Directory::decode(&page), Some(sample(2)));
+        page[100] ^= 1; // tears generation 2, which stands in the first half
+        assert_eq!(Directory::decode(&page), Some(sample(1)));
+    }
+
+    #[test]
+    fn no_flipped_bit_goes_unnoticed() {
+        let mut page = vec![0; 4096];
+        put(&mut page, &sample(2));
+        for bit in 0..COPY * 8 {
+            let mut bad = page.clone();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            // Bytes 12..16 are padding.
+            let seen = Directory::decode(&bad);
+            assert!(seen.is_none() || (12..16).contains(&(bit / 8)), "bit {bit}");
+        }
+    }
+}

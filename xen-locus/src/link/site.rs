@@ -1,0 +1,262 @@
+//! Where a function can be redirected: five bytes behind the `__fentry__` nop that ftrace owns.
+//!
+//! The nop stands at the entry, or behind an `endbr64`. It stays as it is, so ftrace in the guest
+//! goes on working, and the redirect does not depend on ftrace.
+
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Mnemonic};
+
+use crate::addr::{Gva, Range};
+use crate::error::{Error, Result};
+use crate::guest::fetch;
+use crate::kernel::Kernel;
+
+/// Length of the redirect, `jmp rel32`, in bytes.
+pub const JUMP: usize = 5;
+/// Longest function that is decoded, in bytes.
+const FUNCTION_MAX: u64 = 1 << 20;
+const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
+/// Five-byte nops the kernel uses (arch/x86/include/asm/nops.h, and its K8 form on older kernels).
+const NOPS: [[u8; 5]; 2] = [
+    [0x0f, 0x1f, 0x44, 0x00, 0x00],
+    [0x66, 0x66, 0x66, 0x66, 0x90],
+];
+
+/// The place of a redirect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Site {
+    /// Address of the first byte to be overwritten.
+    pub at: Gva,
+    /// The five bytes that stand there.
+    pub old: [u8; JUMP],
+}
+
+/// Whether the kernel's own code in a function returns through the return thunk or with `ret`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Returns {
+    /// `jmp` to this address.
+    Thunk(Gva),
+    /// `ret`.
+    Plain,
+}
+
+/// A function of the guest, decoded.
+#[derive(Clone, Debug)]
+pub struct Function {
+    /// From its symbol to the next one.
+    pub range: Range,
+    /// Where it can be redirected.
+    pub site: Site,
+    /// How it returns, where that can be seen.
+    pub returns: Option<Returns>,
+}
+
+/// Reads and checks the function `name` at `entry`.
+///
+/// # Errors
+/// [`Error::NotApplicable`] or, for what passes, [`Error::TryAgain`]: it has no ftrace nop, no room,
+/// is traced, redirected by something else, or its bytes are patched at run time by the kernel.
+pub fn examine(kernel: &Kernel<'_>, name: &str, entry: Gva) -> Result<Function> {
+    let room = kernel.symbols.room(entry).unwrap_or(0);
+    let no = |why: String| Error::NotApplicable(format!("function {name} at {entry}: {why}"));
+    let executable = kernel
+        .regions
+        .iter()
+        .any(|r| r.executable && !r.writable && r.range.contains(entry));
+    if !executable {
+        return Err(no(
+            "it is not in the kernel's text: __init code that is gone, or data".into(),
+        ));
+    }
+    if room > FUNCTION_MAX {
+        return Err(no(format!(
+            "{room} bytes up to the next symbol; expected at most 1 MiB"
+        )));
+    }
+    let code = kernel
+        .space
+        .read_vec(entry, usize::try_from(room).unwrap_or(0))?;
+    let offset = fentry_end(&code).map_err(|found| match found {
+        Head::Call => Error::TryAgain(format!(
+            "function {name} at {entry} is traced, kprobed or livepatched by the guest itself right \
+             now (its ftrace site holds a call); stop that and try again"
+        )),
+        Head::Unknown(bytes) => no(format!(
+            "expected ftrace's five-byte nop at its entry, found {bytes}: it can't be traced \
+             (notrace, assembly), so it can't be redirected"
+        )),
+    })?;
+    let old: [u8; JUMP] = fetch::array(&code, offset)
+        .ok_or_else(|| no(format!("no room for a redirect: it is {room} bytes long")))?;
+    let at = entry.plus(offset as u64);
+    check_bytes(kernel, &code, entry, offset).map_err(no)?;
+    if let Some(what) = patched_at_run_time(kernel, Range::new(at, JUMP as u64))? {
+        return Err(no(format!(
+            "the kernel itself rewrites the bytes at {at} ({what})"
+        )));
+    }
+    Ok(Function {
+        range: Range::new(entry, room),
+        site: Site { at, old },
+        returns: returns(kernel, &code, entry),
+    })
+}
+
+enum Head {
+    Call,
+    Unknown(String),
+}
+
+/// Offset of the first byte behind the ftrace nop.
+fn fentry_end(code: &[u8]) -> std::result::Result<usize, Head> {
+    let start = if code.starts_with(&ENDBR64) {
+        ENDBR64.len()
+    } else {
+        0
+    };
+    let head = code.get(start..).unwrap_or_default();
+    if NOPS.iter().any(|nop| head.starts_with(nop)) {
+        return Ok(start + 5);
+    }
+    if head.first() == Some(&0xe8) {
+        return Err(Head::Call);
+    }
+    let shown: Vec<String> = code.iter().take(16).map(|b| format!("{b:02x}")).collect();
+    Err(Head::Unknown(shown.join(" ")))
+}
+
+/// Decodes the function: the overwritten bytes must be whole instructions of it, none of them
+/// foreign, and no branch of it may lead into them.
+fn check_bytes(
+    kernel: &Kernel<'_>,
+    code: &[u8],
+    entry: Gva,
+    offset: usize,
+) -> std::result::Result<(), String> {
+    let first = entry.plus(offset as u64);
+    let end = first.plus(JUMP as u64);
+    let body = code.get(offset..).unwrap_or_default();
+    let mut covered = 0;
+    for i in Decoder::with_ip(64, body, first.0, DecoderOptions::NONE).iter() {
+        if covered >= JUMP {
+            break;
+        }
+        let at = Gva(i.ip());
+        if i.is_invalid() || i.mnemonic() == Mnemonic::Int3 {
+            return Err(format!(
+                "expected its code at {at}, found a breakpoint or no instruction \
+                                (a kprobe of the guest?)"
+            ));
+        }
+        if covered == 0 && i.is_jmp_near() {
+            let to = Gva(i.near_branch_target());
+            if !Range::new(entry, code.len() as u64).contains(to) {
+                let whom = kernel
+                    .symbols
+                    .covering(to)
+                    .map_or_else(String::new, |(name, off)| format!(" ({name}+{off:#x})"));
+                return Err(format!(
+                    "it is already redirected by someone else: found a jump to {to}{whom} at {at}"
+                ));
+            }
+        }
+        covered += i.len();
+        if covered < JUMP && matches!(i.flow_control(), FlowControl::Return) {
+            return Err(format!("no room for a redirect: it returns at {at}"));
+        }
+    }
+    if covered < JUMP {
+        return Err(format!(
+            "no room for a redirect: {covered} bytes behind its ftrace nop"
+        ));
+    }
+    // The first of the overwritten bytes may be a target: who comes there is redirected, too late
+    // in the old function to be right. So none may be.
+    for i in Decoder::with_ip(64, code, entry.0, DecoderOptions::NONE).iter() {
+        let branches = matches!(
+            i.flow_control(),
+            FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch
+        );
+        let to = Gva(i.near_branch_target());
+        if branches && to >= first && to < end {
+            return Err(format!(
+                "the branch at {} leads into the bytes to be overwritten",
+                Gva(i.ip())
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Tables of places in its text that the kernel rewrites while it runs: name, start, stop, size of
+/// an entry; each entry begins with the place's offset from itself.
+const LIVE_TABLES: [(&str, &str, &str, usize); 3] = [
+    (
+        "jump label",
+        "__start___jump_table",
+        "__stop___jump_table",
+        16,
+    ),
+    (
+        "static call",
+        "__start_static_call_sites",
+        "__stop_static_call_sites",
+        8,
+    ),
+    ("lock prefix", "__smp_locks", "__smp_locks_end", 4),
+];
+
+fn patched_at_run_time(kernel: &Kernel<'_>, bytes: Range) -> Result<Option<&'static str>> {
+    for (what, start, stop, size) in LIVE_TABLES {
+        let (Some(start), Some(stop)) = (kernel.symbols.addr(start), kernel.symbols.addr(stop))
+        else {
+            continue;
+        };
+        let len = stop.0.saturating_sub(start.0).min(4 << 20);
+        let table = kernel
+            .space
+            .read_vec(start, usize::try_from(len).unwrap_or(0))?;
+        for (i, entry) in table.chunks_exact(size).enumerate() {
+            let here = start.plus((i * size) as u64);
+            let offset = fetch::u32(entry, 0).unwrap_or(0).cast_signed();
+            let place = Gva(here.0.wrapping_add_signed(offset.into()));
+            // A place is at most five bytes long.
+            if place < bytes.end && place.plus(5) > bytes.start {
+                return Ok(Some(what));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// How the function returns.
+///
+/// Where the CPU needs a mitigation the kernel leaves `jmp __x86_return_thunk` (or another thunk) in
+/// its text, elsewhere it writes `ret`: Linux kernel commit 15e67227c49a ("x86: Undo return-thunk
+/// damage") (in v5.19). Its own text tells, whatever the reason was.
+fn returns(kernel: &Kernel<'_>, code: &[u8], entry: Gva) -> Option<Returns> {
+    let chosen = kernel
+        .symbols
+        .addr("x86_return_thunk")
+        .and_then(|at| kernel.space.read_u64(at).ok())
+        .map(Gva);
+    let default = kernel.symbols.addr("__x86_return_thunk");
+    Decoder::with_ip(64, code, entry.0, DecoderOptions::NONE)
+        .iter()
+        .find_map(|i| {
+            if i.mnemonic() == Mnemonic::Ret {
+                return Some(Returns::Plain);
+            }
+            let to = Gva(i.near_branch_target());
+            let thunk = i.is_jmp_near() && (Some(to) == chosen || Some(to) == default);
+            thunk.then_some(Returns::Thunk(to))
+        })
+}
+
+/// The bytes of a jump from `site` to `target`; `None` when it is out of reach.
+#[must_use]
+pub fn jump(site: Gva, target: Gva) -> Option<[u8; JUMP]> {
+    let from = site.plus(JUMP as u64);
+    let distance = i32::try_from(target.0.wrapping_sub(from.0).cast_signed()).ok()?;
+    let [a, b, c, d] = distance.to_le_bytes();
+    Some([0xe9, a, b, c, d])
+}

@@ -1,0 +1,318 @@
+//! Following pointers through the relocations of a file that was never loaded.
+
+use std::collections::HashMap;
+
+use object::elf;
+
+use super::elf::{reloc_width, Reloc, Section};
+use super::error::{PayloadErrorKind, Result};
+use super::role::Role;
+use super::symbol::{SymKind, SymSection, Symbol};
+use super::MAX_NAME;
+
+/// What an address in the file's data refers to.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Pointee {
+    /// The symbol that the relocation names.
+    pub symbol: usize,
+    /// Where that symbol is.
+    pub section: SymSection,
+    /// The place in that section, addend included; within the section, or just behind it.
+    pub offset: u64,
+}
+
+/// A file's sections and symbols, with what it takes to follow pointers quickly.
+pub(super) struct View<'a> {
+    sections: &'a [Section],
+    symbols: &'a [Symbol],
+    /// Variables with a size, by section and offset.
+    objects: HashMap<(usize, u64), Vec<u64>>,
+    /// Functions with a size, by section and offset: the first symbol, and its size.
+    functions: HashMap<(usize, u64), (usize, u64)>,
+    /// Sorted places that livepatch relocations change, by section.
+    late: HashMap<usize, Vec<u64>>,
+    /// Sorted places that code refers to: section, offset, uncertainty behind the offset.
+    code_refs: Vec<(usize, i128, i128)>,
+}
+
+/// Places in the payload's own sections that its code refers to.
+fn code_refs(sections: &[Section], symbols: &[Symbol]) -> Vec<(usize, i128, i128)> {
+    let is_code = |role: &Role| matches!(role, Role::Text | Role::InitText | Role::Unknown);
+    let mut refs: Vec<_> = sections
+        .iter()
+        .filter(|s| s.flags.exec && is_code(&s.role))
+        .flat_map(|s| s.relocs.iter())
+        .filter_map(|reloc| {
+            let symbol = symbols.get(reloc.symbol)?;
+            let SymSection::Section(section) = symbol.section else {
+                return None;
+            };
+            let relative = matches!(
+                elf::RelocationType(reloc.rtype),
+                elf::R_X86_64_PC32 | elf::R_X86_64_PLT32 | elf::R_X86_64_PC64
+            );
+            let width = if relative { 4 } else { 0 };
+            let start = i128::from(symbol.value) + i128::from(reloc.addend) + width;
+            Some((section, start, width))
+        })
+        .collect();
+    refs.sort_unstable();
+    refs.dedup();
+    refs
+}
+
+impl<'a> View<'a> {
+    pub fn new(sections: &'a [Section], symbols: &'a [Symbol]) -> Self {
+        let mut objects: HashMap<_, Vec<u64>> = HashMap::new();
+        let mut functions = HashMap::new();
+        for symbol in symbols.iter().filter(|s| s.size > 0) {
+            let SymSection::Section(section) = symbol.section else {
+                continue;
+            };
+            let key = (section, symbol.value);
+            match symbol.kind {
+                SymKind::Object => {
+                    let sizes = objects.entry(key).or_default();
+                    if !sizes.contains(&symbol.size) {
+                        // Two are enough to know that they disagree.
+                        sizes.truncate(1);
+                        sizes.push(symbol.size);
+                    }
+                }
+                SymKind::Func => {
+                    functions.entry(key).or_insert((symbol.index, symbol.size));
+                }
+                _ => {}
+            }
+        }
+        let mut late: HashMap<usize, Vec<u64>> = HashMap::new();
+        for section in sections {
+            if let Role::KlpRela { target, .. } = section.role {
+                late.entry(target)
+                    .or_default()
+                    .extend(section.relocs.iter().map(|r| r.offset));
+            }
+        }
+        for places in late.values_mut() {
+            places.sort_unstable();
+        }
+        let code_refs = code_refs(sections, symbols);
+        Self {
+            code_refs,
+            sections,
+            symbols,
+            objects,
+            functions,
+            late,
+        }
+    }
+
+    pub fn section(&self, index: usize) -> Option<&'a Section> {
+        self.sections.get(index)
+    }
+
+    /// A place for messages: `.data+0x40`.
+    pub fn place(&self, section: usize, offset: u64) -> String {
+        let name = self.section(section).map_or("?", |s| s.name.as_str());
+        format!("{name}+{offset:#x}")
+    }
+
+    /// True for the address of the module's own `struct module`.
+    pub fn is_this_module(&self, reloc: &Reloc) -> bool {
+        let Some(pointee) = self.resolve(reloc) else {
+            return false;
+        };
+        match pointee.section {
+            SymSection::Section(index) => {
+                pointee.offset == 0
+                    && self
+                        .section(index)
+                        .is_some_and(|s| s.role == Role::ThisModule)
+            }
+            _ => false,
+        }
+    }
+
+    fn resolve(&self, reloc: &Reloc) -> Option<Pointee> {
+        if reloc.rtype != elf::R_X86_64_64.0 {
+            return None;
+        }
+        let symbol = self.symbols.get(reloc.symbol)?;
+        let offset = symbol.value.checked_add_signed(reloc.addend)?;
+        if let SymSection::Section(index) = symbol.section {
+            if offset > self.section(index)?.size {
+                return None;
+            }
+        }
+        Some(Pointee {
+            symbol: reloc.symbol,
+            section: symbol.section,
+            offset,
+        })
+    }
+
+    /// Relocations that start in a range of a section.
+    pub fn relocs_in<'s>(
+        &self,
+        section: &'s Section,
+        from: u64,
+        to: u64,
+    ) -> impl Iterator<Item = &'s Reloc> + use<'s> {
+        let first = section.relocs.partition_point(|r| r.offset < from);
+        section
+            .relocs
+            .iter()
+            .skip(first)
+            .take_while(move |r| r.offset < to)
+            .filter(|r| reloc_width(r.rtype) > 0)
+    }
+
+    /// True if livepatch relocations change a range, so that its value isn't known here.
+    pub fn is_late(&self, section: &Section, from: u64, to: u64) -> bool {
+        let Some(places) = self.late.get(&section.index) else {
+            return false;
+        };
+        let first = places.partition_point(|at| *at < from.saturating_sub(7));
+        places.get(first).is_some_and(|at| *at < to)
+    }
+
+    /// True if code of the payload refers to a range of a section other than by a pointer in data:
+    /// `module_init` may fill in fields that are zero in the file.
+    ///
+    /// Where an instruction has a constant behind its address, the address can't be told exactly
+    /// without decoding it; up to four bytes too many are counted as part of the range.
+    pub fn code_refers_to(&self, section: usize, from: u64, to: u64) -> bool {
+        let (from, to) = (i128::from(from), i128::from(to));
+        let first = self
+            .code_refs
+            .partition_point(|r| (r.0, r.1) < (section, from - 4));
+        self.code_refs
+            .iter()
+            .skip(first)
+            .take_while(|r| r.0 == section && r.1 < to)
+            .any(|(_, start, width)| start + width >= from)
+    }
+
+    /// The pointer at a place; `None` is a null pointer.
+    pub fn pointer(&self, section: &Section, offset: u64) -> Result<Option<Pointee>> {
+        let end = offset.saturating_add(8);
+        let fail = |problem: &str| {
+            Err(PayloadErrorKind::malformed(
+                self.place(section.index, offset),
+                problem,
+            ))
+        };
+        if self.is_late(section, offset, end) {
+            return fail("expected a value known in the file, found a livepatch relocation");
+        }
+        // One relocation may also reach in from before.
+        let mut near = self
+            .relocs_in(section, offset.saturating_sub(7), end)
+            .filter(|r| r.offset.saturating_add(reloc_width(r.rtype)) > offset);
+        match (near.next(), near.next()) {
+            (None, _) if section.role == Role::Bss && end <= section.size => Ok(None),
+            (None, _) => match self.bytes(section, offset, end) {
+                Some(bytes) if bytes.iter().all(|b| *b == 0) => Ok(None),
+                Some(_) => fail("expected an address or zero, found another number"),
+                None => fail("expected an address, found the end of the section"),
+            },
+            (Some(reloc), None) if reloc.offset == offset => match self.resolve(reloc) {
+                Some(pointee) => Ok(Some(pointee)),
+                None => fail("expected an address (R_X86_64_64) inside a section"),
+            },
+            _ => fail("expected one address, found another relocation across it"),
+        }
+    }
+
+    /// The 8-byte number at a place, which must have no relocation.
+    pub fn literal(&self, section: &Section, offset: u64) -> Result<u64> {
+        let end = offset.saturating_add(8);
+        let bytes = self
+            .bytes(section, offset, end)
+            .and_then(|b| <[u8; 8]>::try_from(b).ok());
+        match (bytes, self.relocs_in(section, offset, end).next()) {
+            (Some(bytes), None) if !self.is_late(section, offset, end) => {
+                Ok(u64::from_le_bytes(bytes))
+            }
+            _ => Err(PayloadErrorKind::malformed(
+                self.place(section.index, offset),
+                "expected a plain number of 8 bytes",
+            )),
+        }
+    }
+
+    fn bytes<'s>(&self, section: &'s Section, from: u64, to: u64) -> Option<&'s [u8]> {
+        section
+            .data
+            .get(usize::try_from(from).ok()?..usize::try_from(to).ok()?)
+    }
+
+    /// True if a range has zeroes only and no relocation.
+    pub fn is_zero(&self, section: &Section, from: u64, to: u64) -> bool {
+        self.relocs_in(section, from, to).next().is_none()
+            && !self.is_late(section, from, to)
+            && match section.role {
+                Role::Bss => to <= section.size,
+                _ => self
+                    .bytes(section, from, to)
+                    .is_some_and(|b| b.iter().all(|b| *b == 0)),
+            }
+    }
+
+    /// The first two non-zero bytes of a range, with their offsets in the section.
+    pub fn nonzero_bytes(&self, section: &Section, from: u64, to: u64) -> Result<Vec<(u64, u8)>> {
+        let bytes = self.bytes(section, from, to.max(from)).ok_or_else(|| {
+            PayloadErrorKind::malformed(
+                self.place(section.index, from),
+                "expected data, found the end of the section",
+            )
+        })?;
+        let numbered = (from..).zip(bytes.iter().copied());
+        Ok(numbered.filter(|(_, byte)| *byte != 0).take(2).collect())
+    }
+
+    /// The data section that a pointer leads to.
+    pub fn data(&self, pointee: &Pointee) -> Option<&'a Section> {
+        let SymSection::Section(index) = pointee.section else {
+            return None;
+        };
+        self.section(index)
+            .filter(|s| matches!(s.role, Role::Data | Role::RoData | Role::Bss))
+    }
+
+    /// The size of the variable that starts at a place; `None` if no symbol tells.
+    pub fn object_size(&self, section: usize, offset: u64) -> Result<Option<u64>> {
+        match self.objects.get(&(section, offset)).map(Vec::as_slice) {
+            None | Some([]) => Ok(None),
+            Some([size]) => Ok(Some(*size)),
+            Some(_) => Err(PayloadErrorKind::malformed(
+                self.place(section, offset),
+                "symbols of different sizes start here",
+            )),
+        }
+    }
+
+    /// The symbol and size of the function that a pointer leads to.
+    pub fn function(&self, pointee: &Pointee, section: usize) -> Option<(usize, u64)> {
+        let named = self.symbols.get(pointee.symbol)?;
+        if named.kind == SymKind::Func && named.size > 0 && named.value == pointee.offset {
+            return Some((named.index, named.size));
+        }
+        self.functions.get(&(section, pointee.offset)).copied()
+    }
+
+    /// The printable text, ended by a zero byte, that a pointer leads to.
+    pub fn string(&self, pointee: &Pointee) -> Option<&'a str> {
+        let section = self.data(pointee)?;
+        let start = usize::try_from(pointee.offset).ok()?;
+        let most = usize::try_from(MAX_NAME).ok()?.saturating_add(1);
+        let bytes = section.data.get(start..)?;
+        let end = bytes.iter().take(most).position(|b| *b == 0)?;
+        let to = pointee.offset.saturating_add(end as u64);
+        if self.relocs_in(section, pointee.offset, to).next().is_some() {
+            return None;
+        }
+        let text = std::str::from_utf8(bytes.get(..end)?).ok()?;
+        text.chars().all(|c| c.is_ascii_graphic()).then_some(text)
+    }
+}

@@ -1,0 +1,336 @@
+//! Sections and relocations of a relocatable x86-64 ELF file, checked and copied out.
+//!
+//! Everything that later code may rely on is checked here: indexes name things that exist,
+//! symbols lie in their sections, relocations lie in theirs and don't overlap, sizes and names
+//! are bounded. Debug information is skipped.
+
+use object::elf;
+use object::endian::LittleEndian;
+use object::read::elf::{FileHeader, Rela, SectionHeader};
+use serde::Serialize;
+
+use super::error::{limit, PayloadErrorKind, Result};
+use super::role::{classify, Role, SectionFlags};
+use super::symbol::{self, Symbol};
+use super::{MAX_FILE, MAX_NAME, MAX_RELOCS, MAX_SECTIONS};
+
+type Header = elf::FileHeader64<LittleEndian>;
+pub(super) type Shdr = elf::SectionHeader64<LittleEndian>;
+
+pub(super) const LE: LittleEndian = LittleEndian;
+
+/// `SHF_RELA_LIVEPATCH` of `include/uapi/linux/elf.h`.
+const SHF_RELA_LIVEPATCH: u64 = 0x0010_0000;
+
+/// A section; its place in [`Payload::sections`](super::Payload::sections) is its ELF index.
+#[derive(Debug, Clone)]
+pub struct Section {
+    /// ELF section index.
+    pub index: usize,
+    /// Name; may be empty.
+    pub name: String,
+    /// What it is for.
+    pub role: Role,
+    /// How it is loaded.
+    pub flags: SectionFlags,
+    /// Alignment in bytes, a power of two, at least 1.
+    pub align: u64,
+    /// Size in bytes when loaded.
+    pub size: u64,
+    /// Contents: `size` bytes, or empty for [`Role::Bss`] and others without contents, and for
+    /// [`Role::Table`], [`Role::KlpRela`] and [`Role::NonAlloc`], whose bytes nobody needs.
+    pub data: Vec<u8>,
+    /// Relocations of this section, by rising offset, not overlapping. Those of a
+    /// [`Role::KlpRela`] section are its own, and their offsets are in its target.
+    pub relocs: Vec<Reloc>,
+}
+
+/// One relocation (`Elf64_Rela`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Reloc {
+    /// Where, in bytes from the start of the relocated section.
+    pub offset: u64,
+    /// `R_X86_64_*`, not interpreted.
+    pub rtype: u32,
+    /// Index in [`Payload::symbols`](super::Payload::symbols); never 0, except for `R_X86_64_NONE`.
+    pub symbol: usize,
+    /// Constant to add.
+    pub addend: i64,
+}
+
+/// Reads the file's sections and symbols.
+pub(super) fn parse(bytes: &[u8]) -> Result<(Vec<Section>, Vec<Symbol>)> {
+    super::ident::check(bytes)?;
+    let header = Header::parse(bytes).map_err(|e| bad("file header", &e))?;
+    let count = header
+        .shnum(LE, bytes)
+        .map_err(|e| bad("section count", &e))?;
+    limit("the number of sections", u64::from(count), MAX_SECTIONS)?;
+    let end = u64::from(count)
+        .checked_mul(64)
+        .and_then(|len| header.e_shoff(LE).checked_add(len))
+        .ok_or_else(|| PayloadErrorKind::malformed("section table", "its end overflows"))?;
+    fits(bytes, "the section table", end)?;
+    let headers = header
+        .section_headers(LE, bytes)
+        .map_err(|e| bad("section table", &e))?;
+    let strings = header
+        .section_strings(LE, bytes, headers)
+        .map_err(|e| bad("section names", &e))?;
+
+    let mut sections = Vec::with_capacity(headers.len());
+    let mut kept = 0u64;
+    for (index, shdr) in headers.iter().enumerate() {
+        let place = || format!("section {index}");
+        let name = shdr.name(LE, strings).map_err(|e| bad(place(), &e))?;
+        let name = text(name, &place)?;
+        let section = read_section(bytes, index, name, shdr)?;
+        kept = kept.saturating_add(section.size.max(section.data.len() as u64));
+        if section.flags.alloc {
+            limit("the total size of sections", kept, MAX_FILE)?;
+        }
+        sections.push(section);
+    }
+    let symtab = symbol::single_table(headers)?;
+    let symbols = symbol::read(bytes, headers, symtab, &sections)?;
+    read_relocs(bytes, headers, symtab, &mut sections, symbols.len())?;
+    Ok((sections, symbols))
+}
+
+pub(super) fn bad(place: impl Into<String>, error: &object::read::Error) -> PayloadErrorKind {
+    PayloadErrorKind::malformed(place, error.to_string())
+}
+
+/// Checks that the file is at least `end` bytes long.
+fn fits(bytes: &[u8], what: &str, end: u64) -> Result<()> {
+    let have = bytes.len() as u64;
+    if end > have {
+        return Err(PayloadErrorKind::Truncated {
+            what: what.into(),
+            need: end,
+            have,
+        });
+    }
+    Ok(())
+}
+
+/// A name as text: short, UTF-8, without control characters (names get printed).
+pub(super) fn text(name: &[u8], place: &dyn Fn() -> String) -> Result<String> {
+    limit("the length of a name", name.len() as u64, MAX_NAME)?;
+    match std::str::from_utf8(name) {
+        Ok(name) if !name.chars().any(char::is_control) => Ok(name.to_owned()),
+        _ => Err(PayloadErrorKind::malformed(
+            place(),
+            format!(
+                "the name {:?} is not printable text",
+                String::from_utf8_lossy(name)
+            ),
+        )),
+    }
+}
+
+fn read_section(bytes: &[u8], index: usize, name: String, shdr: &Shdr) -> Result<Section> {
+    let place = || format!("section {index} ({name})");
+    let raw_flags = shdr.sh_flags(LE).0;
+    let has = |flag: elf::SectionFlags| raw_flags & flag.0 != 0;
+    let flags = SectionFlags {
+        alloc: has(elf::SHF_ALLOC),
+        write: has(elf::SHF_WRITE),
+        exec: has(elf::SHF_EXECINSTR),
+    };
+    let align = shdr.sh_addralign(LE).max(1);
+    let sh_type = shdr.sh_type(LE);
+    let nobits = sh_type == elf::SHT_NOBITS;
+    let role = match sh_type {
+        elf::SHT_NULL => Role::Null,
+        elf::SHT_RELA if raw_flags & SHF_RELA_LIVEPATCH != 0 || name.starts_with(".klp.rela.") => {
+            klp_rela(&name, raw_flags, shdr, &place)?
+        }
+        elf::SHT_SYMTAB
+        | elf::SHT_STRTAB
+        | elf::SHT_RELA
+        | elf::SHT_REL
+        | elf::SHT_GROUP
+        | elf::SHT_SYMTAB_SHNDX => Role::Table,
+        elf::SHT_NOTE if flags.alloc => Role::Note,
+        elf::SHT_PROGBITS | elf::SHT_NOBITS => classify(&name, flags, nobits),
+        elf::SHT_INIT_ARRAY | elf::SHT_PREINIT_ARRAY if flags.alloc => Role::Constructors,
+        _ if flags.alloc => Role::Unknown,
+        _ => Role::NonAlloc,
+    };
+    let size = if role == Role::Null {
+        0
+    } else {
+        shdr.sh_size(LE)
+    };
+    let mut data = Vec::new();
+    if !nobits && role != Role::Null {
+        let end = shdr
+            .sh_offset(LE)
+            .checked_add(size)
+            .ok_or_else(|| PayloadErrorKind::malformed(place(), "its end overflows"))?;
+        fits(bytes, &place(), end)?;
+        let keep = match role {
+            Role::Table | Role::NonAlloc | Role::KlpRela { .. } => false,
+            Role::Modinfo => true,
+            _ => flags.alloc,
+        };
+        if keep {
+            data = shdr.data(LE, bytes).map_err(|e| bad(place(), &e))?.to_vec();
+        }
+    }
+    if flags.alloc {
+        limit("the size of a section", size, MAX_FILE)?;
+        if !align.is_power_of_two() || align > 1 << 21 {
+            return Err(PayloadErrorKind::malformed(
+                place(),
+                format!("its alignment is {align}, expected a power of two up to 2 MiB"),
+            ));
+        }
+        if has(elf::SHF_COMPRESSED) || has(elf::SHF_TLS) {
+            return Err(PayloadErrorKind::malformed(
+                place(),
+                "it is loaded, and compressed or thread-local, which no kernel module is",
+            ));
+        }
+    }
+    Ok(Section {
+        index,
+        name,
+        role,
+        flags,
+        align,
+        size,
+        data,
+        relocs: Vec::new(),
+    })
+}
+
+/// The role of a section of livepatch relocations; its target is checked later.
+fn klp_rela(name: &str, flags: u64, shdr: &Shdr, place: &dyn Fn() -> String) -> Result<Role> {
+    let object = name
+        .strip_prefix(".klp.rela.")
+        .and_then(|rest| rest.split('.').next())
+        .filter(|object| !object.is_empty() && flags & SHF_RELA_LIVEPATCH != 0);
+    match (object, usize::try_from(shdr.sh_info(LE))) {
+        (Some(object), Ok(target)) => Ok(Role::KlpRela {
+            object: object.to_owned(),
+            target,
+        }),
+        _ => Err(PayloadErrorKind::malformed(
+            place(),
+            "livepatch relocations have the flag SHF_RELA_LIVEPATCH and a name \
+             .klp.rela.OBJECT.SECTION; this has only one of them",
+        )),
+    }
+}
+
+/// Bytes that a relocation changes; at least 1 for types that aren't known here.
+pub(super) fn reloc_width(rtype: u32) -> u64 {
+    match rtype {
+        0 => 0,                       // NONE
+        1 | 24 | 25 | 27 | 29 => 8,   // 64, PC64, GOTOFF64, GOT64, GOTPC64
+        2 | 3 | 4 | 9 | 10 | 11 => 4, // PC32, GOT32, PLT32, GOTPCREL, 32, 32S
+        26 | 32 | 41 | 42 => 4,       // GOTPC32, SIZE32, GOTPCRELX, REX_GOTPCRELX
+        12 | 13 => 2,                 // 16, PC16
+        _ => 1,
+    }
+}
+
+fn read_relocs(
+    bytes: &[u8],
+    headers: &[Shdr],
+    symtab: usize,
+    sections: &mut [Section],
+    symbols: usize,
+) -> Result<()> {
+    let mut total = 0u64;
+    for (index, shdr) in headers.iter().enumerate() {
+        let sh_type = shdr.sh_type(LE);
+        if sh_type != elf::SHT_RELA && sh_type != elf::SHT_REL {
+            continue;
+        }
+        let (name, klp) = match sections.get(index) {
+            Some(own) => (own.name.clone(), matches!(own.role, Role::KlpRela { .. })),
+            None => continue,
+        };
+        let place = format!("relocations {index} ({name})");
+        let fail = |problem: &str| Err(PayloadErrorKind::malformed(place.clone(), problem));
+        let target = usize::try_from(shdr.sh_info(LE)).unwrap_or(usize::MAX);
+        let size = match sections.get(target) {
+            Some(t) if matches!(t.role, Role::Null | Role::Table | Role::KlpRela { .. }) => {
+                return fail("they are for a section that has no contents of its own");
+            }
+            Some(t) if !t.flags.alloc => continue,
+            Some(t) => t.size,
+            None => return fail("they are for a section that doesn't exist"),
+        };
+        if sh_type == elf::SHT_REL || shdr.sh_entsize(LE) != 24 || shdr.sh_size(LE) % 24 != 0 {
+            return fail("expected entries of 24 bytes (SHT_RELA), as x86-64 has");
+        }
+        if usize::try_from(shdr.sh_link(LE)) != Ok(symtab) {
+            return fail("they don't belong to the symbol table");
+        }
+        total = total.saturating_add(shdr.sh_size(LE) / 24);
+        limit("the number of relocations", total, MAX_RELOCS)?;
+        let raw: &[elf::Rela64<LittleEndian>] = shdr
+            .data_as_array(LE, bytes)
+            .map_err(|e| bad(place.clone(), &e))?;
+        let mut relocs = Vec::with_capacity(raw.len());
+        for rela in raw {
+            relocs.push(read_reloc(rela, size, symbols, &place)?);
+        }
+        if let Some(owner) = sections.get_mut(if klp { index } else { target }) {
+            owner.relocs.append(&mut relocs);
+        }
+    }
+    for section in sections {
+        section.relocs.sort_by_key(|r| r.offset);
+        let mut end = 0;
+        for reloc in section.relocs.iter().filter(|r| reloc_width(r.rtype) > 0) {
+            if reloc.offset < end {
+                return Err(PayloadErrorKind::malformed(
+                    format!("relocations of {}", section.name),
+                    format!("two overlap at offset {:#x}", reloc.offset),
+                ));
+            }
+            end = reloc.offset.saturating_add(reloc_width(reloc.rtype));
+        }
+    }
+    Ok(())
+}
+
+fn read_reloc(
+    rela: &elf::Rela64<LittleEndian>,
+    size: u64,
+    symbols: usize,
+    place: &str,
+) -> Result<Reloc> {
+    let rtype = rela.r_type(LE, false).0;
+    let offset = rela.r_offset(LE);
+    let symbol = usize::try_from(rela.r_sym(LE, false)).unwrap_or(usize::MAX);
+    let end = offset.checked_add(reloc_width(rtype));
+    if end.is_none_or(|end| end > size) {
+        return Err(PayloadErrorKind::malformed(
+            place,
+            format!(
+                "offset {offset:#x} (type {rtype}) lies outside the section of {size:#x} bytes"
+            ),
+        ));
+    }
+    if symbol >= symbols || (symbol == 0 && rtype != 0) {
+        return Err(PayloadErrorKind::malformed(
+            place,
+            format!(
+                "offset {offset:#x}: symbol {symbol}, expected 1 to {}",
+                symbols.saturating_sub(1)
+            ),
+        ));
+    }
+    Ok(Reloc {
+        offset,
+        rtype,
+        symbol,
+        addend: rela.r_addend(LE),
+    })
+}

@@ -1,0 +1,189 @@
+//! What can be wrong with a payload file.
+
+use std::path::PathBuf;
+
+/// Result of reading one part of a payload.
+pub(super) type Result<T> = std::result::Result<T, PayloadErrorKind>;
+
+/// A payload that can't be read, and the file it came from.
+#[derive(Debug, thiserror::Error)]
+#[error("{file}: {kind}")]
+pub struct PayloadError {
+    /// The file's path, or the label that [`Payload::parse`](super::Payload::parse) was given.
+    pub file: String,
+    /// What is wrong with it.
+    #[source]
+    pub kind: PayloadErrorKind,
+}
+
+/// What is wrong with a payload file: what was expected, what was found, where, what to do.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PayloadErrorKind {
+    /// The file could not be opened or read.
+    #[error("can't read the payload: {source}; check the path and its permissions")]
+    Io {
+        /// The path that was tried.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The path names a directory, a device, a pipe or a socket.
+    #[error("not a regular file; give the path of a livepatch module (.ko)")]
+    NotAFile,
+    /// More of something than any real payload has.
+    #[error("too big: {what} is {found}, at most {max} is accepted; is this a livepatch module?")]
+    TooBig {
+        /// What was counted.
+        what: &'static str,
+        /// How much was found.
+        found: u64,
+        /// The limit.
+        max: u64,
+    },
+    /// The file doesn't start as ELF files do.
+    #[error("not an ELF file: it starts like {found}; {advice}")]
+    NotElf {
+        /// What the first bytes look like.
+        found: &'static str,
+        /// What to do about it.
+        advice: &'static str,
+    },
+    /// The file ends before something that it refers to.
+    #[error("truncated: {what} needs {need} bytes, the file has {have}; copy or build it again")]
+    Truncated {
+        /// What lies beyond the end.
+        what: String,
+        /// The smallest file length that would hold it.
+        need: u64,
+        /// The file's length.
+        have: u64,
+    },
+    /// 32-bit or unknown ELF class, or big-endian.
+    #[error(
+        "wrong ELF class or byte order: expected 64-bit little-endian, found {found}; \
+         build the payload for the guest's x86-64 kernel"
+    )]
+    WrongClass {
+        /// What the identification bytes say.
+        found: &'static str,
+    },
+    /// Not for x86-64.
+    #[error(
+        "wrong machine: expected x86-64 (62), found {name} ({found}); \
+         build the payload for the guest's x86-64 kernel"
+    )]
+    WrongMachine {
+        /// `e_machine`.
+        found: u16,
+        /// Its usual name.
+        name: &'static str,
+    },
+    /// An executable, a shared library or a core dump.
+    #[error(
+        "not a relocatable object: expected ELF type 1, found {name} ({found}); \
+         give the module (.ko) that kbuild makes"
+    )]
+    NotRelocatable {
+        /// `e_type`.
+        found: u16,
+        /// Its usual name.
+        name: &'static str,
+    },
+    /// A field of the ELF structure can't be right.
+    #[error("malformed ELF: {place}: {problem}; the file is damaged or not made by kbuild")]
+    Malformed {
+        /// Section, symbol or table.
+        place: String,
+        /// What was expected and what was found.
+        problem: String,
+    },
+    /// No `.modinfo` section: an object file, not a module.
+    #[error(
+        "not a kernel module: no .modinfo section; give the finished module (.ko), not an object \
+         file (.o)"
+    )]
+    NoModinfo,
+    /// `.modinfo` is there, but an entry is missing or can't be right.
+    #[error("bad .modinfo: {problem}; build the module again with kbuild")]
+    BadModinfo {
+        /// What was expected and what was found.
+        problem: String,
+    },
+    /// An ordinary module.
+    #[error(
+        "not a livepatch: module {module} {found}; a livepatch has MODULE_INFO(livepatch, \"Y\") \
+         and a struct klp_patch"
+    )]
+    NotLivepatch {
+        /// The module's name.
+        module: String,
+        /// Which sign of a livepatch is missing.
+        found: &'static str,
+    },
+    /// A livepatch by its modinfo, but no `struct klp_patch` can be made out.
+    #[error(
+        "module {module} says livepatch, but no struct klp_patch can be read in it: {reasons}"
+    )]
+    NoKlpPatch {
+        /// The module's name.
+        module: String,
+        /// Why each candidate was not one.
+        reasons: String,
+    },
+    /// Several structures could be the `struct klp_patch`.
+    #[error(
+        "ambiguous: the structures at {first} and {second} both look like struct klp_patch; \
+         a payload has exactly one"
+    )]
+    AmbiguousKlpPatch {
+        /// Section and offset of the first.
+        first: String,
+        /// Section and offset of the second.
+        second: String,
+    },
+    /// Built by kpatch-build, whose patch structures are made at load time.
+    #[error(
+        "kpatch-format payload: not supported yet (section {section}); \
+         build a module with a static struct klp_patch"
+    )]
+    Kpatch {
+        /// The section that gave it away.
+        section: String,
+    },
+    /// A klp structure was found, but can't be right.
+    #[error("bad {structure} at {place}: {problem}")]
+    Klp {
+        /// `struct klp_patch`, `struct klp_object` or `struct klp_func`.
+        structure: &'static str,
+        /// Section and offset.
+        place: String,
+        /// What was expected and what was found, and what to do.
+        problem: String,
+    },
+}
+
+impl PayloadErrorKind {
+    /// Shorthand for [`PayloadErrorKind::Malformed`].
+    pub(super) fn malformed(place: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self::Malformed {
+            place: place.into(),
+            problem: problem.into(),
+        }
+    }
+
+    /// Shorthand for [`PayloadErrorKind::BadModinfo`].
+    pub(super) fn modinfo(problem: impl Into<String>) -> Self {
+        Self::BadModinfo {
+            problem: problem.into(),
+        }
+    }
+}
+
+/// Checks a count or a size against its limit.
+pub(super) fn limit(what: &'static str, found: u64, max: u64) -> Result<()> {
+    if found > max {
+        return Err(PayloadErrorKind::TooBig { what, found, max });
+    }
+    Ok(())
+}

@@ -1,0 +1,97 @@
+//! The first bytes of the file: what kind of file is this at all?
+
+use super::error::{PayloadErrorKind, Result};
+
+const EHDR_LEN: usize = 64;
+
+/// Checks magic, class, byte order, type and machine, the most telling fault first.
+pub(super) fn check(bytes: &[u8]) -> Result<()> {
+    let magic = b"\x7fELF";
+    if !bytes.starts_with(magic) {
+        if !bytes.is_empty() && magic.starts_with(bytes) {
+            return Err(truncated(bytes));
+        }
+        let (found, advice) = guess(bytes);
+        return Err(PayloadErrorKind::NotElf { found, advice });
+    }
+    let byte = |at: usize| bytes.get(at).copied().ok_or_else(|| truncated(bytes));
+    let half = |at: usize| Ok(u16::from_le_bytes([byte(at)?, byte(at.saturating_add(1))?]));
+    match (byte(4)?, byte(5)?) {
+        (2, 1) => {}
+        (1, _) => {
+            return Err(PayloadErrorKind::WrongClass {
+                found: "32-bit (such as x86-32)",
+            })
+        }
+        (2, 2) => {
+            return Err(PayloadErrorKind::WrongClass {
+                found: "64-bit big-endian",
+            })
+        }
+        _ => {
+            return Err(PayloadErrorKind::WrongClass {
+                found: "values that ELF doesn't define",
+            })
+        }
+    }
+    let machine: u16 = half(18)?;
+    if machine != 62 {
+        return Err(PayloadErrorKind::WrongMachine {
+            found: machine,
+            name: machine_name(machine),
+        });
+    }
+    let kind: u16 = half(16)?;
+    if kind != 1 {
+        let name = match kind {
+            2 => "executable",
+            3 => "shared object",
+            4 => "core dump",
+            _ => "unknown",
+        };
+        return Err(PayloadErrorKind::NotRelocatable { found: kind, name });
+    }
+    if bytes.len() < EHDR_LEN {
+        return Err(truncated(bytes));
+    }
+    Ok(())
+}
+
+fn truncated(bytes: &[u8]) -> PayloadErrorKind {
+    PayloadErrorKind::Truncated {
+        what: "the ELF header".into(),
+        need: EHDR_LEN as u64,
+        have: bytes.len() as u64,
+    }
+}
+
+fn machine_name(machine: u16) -> &'static str {
+    match machine {
+        3 => "x86-32",
+        21 => "ppc64",
+        22 => "s390",
+        40 => "arm",
+        183 => "arm64",
+        243 => "RISC-V",
+        258 => "LoongArch",
+        _ => "another",
+    }
+}
+
+fn guess(bytes: &[u8]) -> (&'static str, &'static str) {
+    let unpack = "unpack it first";
+    let give = "give the path of a livepatch module (.ko)";
+    if bytes.is_empty() {
+        ("an empty file", give)
+    } else if bytes.starts_with(b"\xfd7zXZ\0") {
+        ("an xz archive", unpack)
+    } else if bytes.starts_with(b"\x1f\x8b") {
+        ("a gzip archive", unpack)
+    } else if bytes.starts_with(b"\x28\xb5\x2f\xfd") {
+        ("a zstd archive", unpack)
+    } else if bytes.starts_with(b"--- ") || bytes.starts_with(b"diff ") {
+        ("a source patch", "build a livepatch module from it")
+    } else {
+        ("something else", give)
+    }
+}

@@ -1,0 +1,378 @@
+//! What each section of a module is for, told by its name and flags.
+//!
+//! The names are those of the kernel's module loader: `kernel/module/main.c`,
+//! `arch/x86/kernel/module.c` and `scripts/module.lds.S` of Linux.
+
+use serde::Serialize;
+
+/// What a section is for, and so what a loader does with it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Role {
+    /// Section 0 of every ELF file.
+    Null,
+    /// Code that is placed.
+    Text,
+    /// Constants.
+    RoData,
+    /// Initialised variables, also those that become read-only after init.
+    Data,
+    /// Zeroed variables.
+    Bss,
+    /// Code of `module_init`; never placed.
+    InitText,
+    /// Data of `module_init`; never placed.
+    InitData,
+    /// Code of `module_exit`; never placed.
+    ExitText,
+    /// Data of `module_exit`; never placed.
+    ExitData,
+    /// `.modinfo`: `key=value` strings.
+    Modinfo,
+    /// `__versions`, `__version_ext_*`: CRCs of the exported symbols that are used.
+    Versions,
+    /// `.gnu.linkonce.this_module`: the `struct module`.
+    ThisModule,
+    /// `__mcount_loc` or `__patchable_function_entries`: where `__fentry__` is called.
+    Mcount,
+    /// `.return_sites`: jumps to `__x86_return_thunk`.
+    ReturnSites,
+    /// `.retpoline_sites`: indirect branches through a thunk.
+    RetpolineSites,
+    /// `.call_sites`: calls that call-depth tracking instruments.
+    CallSites,
+    /// `.ibt_endbr_seal`: `endbr64` instructions that may be removed.
+    IbtSeal,
+    /// `.cfi_sites`, `__cfi`: kernel control-flow integrity.
+    CfiSites,
+    /// `.altinstructions`, `.altinstr_replacement`, `.altinstr_aux`.
+    Altinstructions,
+    /// `.parainstructions`: paravirt call sites.
+    Parainstructions,
+    /// `.smp_locks`: `lock` prefixes, for a machine with one CPU.
+    SmpLocks,
+    /// `__ex_table`: exception fixups.
+    ExTable,
+    /// `__bug_table`: `BUG` and `WARN` sites.
+    BugTable,
+    /// `__jump_table`: static key branches.
+    JumpTable,
+    /// `.static_call_sites`: static calls.
+    StaticCalls,
+    /// `.static_call.text`, `.static_call_tramp_key`: trampolines of the module's own static calls.
+    StaticCallTramp,
+    /// `.orc_unwind` and `.orc_header`: unwind data.
+    OrcUnwind,
+    /// `.orc_unwind_ip`: addresses for the unwind data.
+    OrcUnwindIp,
+    /// `__tracepoints*`, `_ftrace_events`, `__bpf_raw_tp_map`, …: tracepoints of the module's own.
+    Tracepoints,
+    /// `.data..percpu`: per-CPU variables of the module's own.
+    Percpu,
+    /// `__ksymtab*`, `__kcrctab*`: symbols that the module exports.
+    Ksymtab,
+    /// `__param`: module parameters.
+    Param,
+    /// `.ctors`, `.init_array`: constructors, run when the module is loaded.
+    Constructors,
+    /// `__dyndbg`: sites of dynamic debug messages.
+    DynamicDebug,
+    /// `.printk_index`, `.BTF`, `.BTF_ids`, …: read by tools and tracers, not by the code.
+    Index,
+    /// `.klp.rela.OBJ.SEC`: relocations that are done when OBJ is there.
+    KlpRela {
+        /// The kernel object that the symbols come from: `vmlinux` or a module's name.
+        object: String,
+        /// The section that is relocated.
+        target: usize,
+    },
+    /// `.klp.arch.*`: late alternatives and paravirt sites of kernels before 5.8.
+    KlpArch,
+    /// Notes.
+    Note,
+    /// ELF's own tables: symbols, strings, ordinary relocations, groups.
+    Table,
+    /// Debug information, comments and all else that isn't loaded; its contents aren't kept.
+    NonAlloc,
+    /// Loaded, but of unknown purpose.
+    Unknown,
+}
+
+impl Role {
+    /// True for what the code and data of replacement functions are made of.
+    #[must_use]
+    pub fn is_placed(&self) -> bool {
+        matches!(self, Self::Text | Self::RoData | Self::Data | Self::Bss)
+    }
+
+    /// True for code and data that only loading and unloading from inside needs.
+    #[must_use]
+    pub fn is_init_or_exit(&self) -> bool {
+        matches!(
+            self,
+            Self::InitText | Self::InitData | Self::ExitText | Self::ExitData
+        )
+    }
+
+    /// The role's name as in JSON.
+    #[must_use]
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::Null => "null",
+            Self::Text => "text",
+            Self::RoData => "ro_data",
+            Self::Data => "data",
+            Self::Bss => "bss",
+            Self::InitText => "init_text",
+            Self::InitData => "init_data",
+            Self::ExitText => "exit_text",
+            Self::ExitData => "exit_data",
+            Self::Modinfo => "modinfo",
+            Self::Versions => "versions",
+            Self::ThisModule => "this_module",
+            Self::Mcount => "mcount",
+            Self::ReturnSites => "return_sites",
+            Self::RetpolineSites => "retpoline_sites",
+            Self::CallSites => "call_sites",
+            Self::IbtSeal => "ibt_seal",
+            Self::CfiSites => "cfi_sites",
+            Self::Altinstructions => "altinstructions",
+            Self::Parainstructions => "parainstructions",
+            Self::SmpLocks => "smp_locks",
+            Self::ExTable => "ex_table",
+            Self::BugTable => "bug_table",
+            Self::JumpTable => "jump_table",
+            Self::StaticCalls => "static_calls",
+            Self::StaticCallTramp => "static_call_tramp",
+            Self::OrcUnwind => "orc_unwind",
+            Self::OrcUnwindIp => "orc_unwind_ip",
+            Self::Tracepoints => "tracepoints",
+            Self::Percpu => "percpu",
+            Self::Ksymtab => "ksymtab",
+            Self::Param => "param",
+            Self::Constructors => "constructors",
+            Self::DynamicDebug => "dynamic_debug",
+            Self::Index => "index",
+            Self::KlpRela { .. } => "klp_rela",
+            Self::KlpArch => "klp_arch",
+            Self::Note => "note",
+            Self::Table => "table",
+            Self::NonAlloc => "non_alloc",
+            Self::Unknown => "unknown",
+        }
+    }
+
+    /// For sections that the kernel's module loader acts on: what it does, in a few words.
+    ///
+    /// A loader that doesn't do the same must refuse the payload.
+    #[must_use]
+    pub fn needs(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Altinstructions => "alternatives have to be applied for the guest's CPU",
+            Self::Parainstructions => "paravirt call sites have to be patched",
+            Self::SmpLocks => "lock prefixes follow the guest's number of CPUs",
+            Self::ExTable => "exception fixups have to be registered with the kernel",
+            Self::BugTable => "BUG and WARN sites have to be registered with the kernel",
+            Self::JumpTable => "static key branches have to be registered and set",
+            Self::StaticCalls | Self::StaticCallTramp => "static calls have to be registered",
+            Self::Tracepoints => "tracepoints have to be registered with the kernel",
+            Self::Percpu => "per-CPU variables have to be allocated in the guest",
+            Self::Ksymtab => "exported symbols have to be registered with the kernel",
+            Self::Param => "module parameters need a loaded module",
+            Self::Constructors => "constructors have to be run in the guest",
+            Self::CfiSites => "control-flow integrity sites have to be patched",
+            Self::KlpArch => "late alternatives are a format of kernels before 5.8",
+            Self::DynamicDebug => "dynamic debug sites have to be registered with the kernel",
+            Self::Unknown => "the purpose of this section is not known",
+            _ => return None,
+        })
+    }
+}
+
+/// The flags of a section that say how it is loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct SectionFlags {
+    /// In memory when loaded.
+    pub alloc: bool,
+    /// Writable.
+    pub write: bool,
+    /// Executable.
+    pub exec: bool,
+}
+
+/// True for `base`, and for `base.anything`.
+fn family(name: &str, base: &str) -> bool {
+    name.strip_prefix(base)
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+}
+
+/// Tells the role of a section that is neither a note nor an ELF table.
+///
+/// `nobits` is true for sections without contents in the file.
+pub(super) fn classify(name: &str, flags: SectionFlags, nobits: bool) -> Role {
+    match name {
+        ".modinfo" => return Role::Modinfo,
+        "__versions" | "__version_ext_crcs" | "__version_ext_names" => return Role::Versions,
+        ".gnu.linkonce.this_module" => return Role::ThisModule,
+        _ => {}
+    }
+    if !flags.alloc {
+        return Role::NonAlloc;
+    }
+    if let Some(role) = classify_known(name) {
+        return role;
+    }
+    match flags {
+        SectionFlags {
+            exec: true,
+            write: false,
+            ..
+        } if is_text(name) => Role::Text,
+        SectionFlags { exec: true, .. } => Role::Unknown,
+        SectionFlags { write: true, .. } if nobits && is_variables(name) => Role::Bss,
+        SectionFlags { write: true, .. } if is_variables(name) => Role::Data,
+        _ if family(name, ".rodata") || family(name, ".data.rel.ro") => Role::RoData,
+        _ => Role::Unknown,
+    }
+}
+
+fn is_text(name: &str) -> bool {
+    let special = [
+        ".noinstr.text",
+        ".ref.text",
+        ".sched.text",
+        ".spinlock.text",
+        ".cpuidle.text",
+        ".kprobes.text",
+        ".entry.text",
+        ".irqentry.text",
+        ".softirqentry.text",
+    ];
+    family(name, ".text") || special.contains(&name)
+}
+
+/// Constants with relocations come out writable from some compilers.
+fn is_variables(name: &str) -> bool {
+    [".data", ".bss", ".rodata", ".ref.data"]
+        .iter()
+        .any(|base| family(name, base))
+}
+
+/// Sections that the kernel treats by name alone.
+fn classify_known(name: &str) -> Option<Role> {
+    Some(match name {
+        "__mcount_loc" | "__patchable_function_entries" => Role::Mcount,
+        ".return_sites" => Role::ReturnSites,
+        ".retpoline_sites" => Role::RetpolineSites,
+        ".call_sites" => Role::CallSites,
+        ".ibt_endbr_seal" => Role::IbtSeal,
+        ".cfi_sites" | "__cfi" | ".kcfi_traps" => Role::CfiSites,
+        ".altinstructions" | ".altinstr_replacement" | ".altinstr_aux" => Role::Altinstructions,
+        ".parainstructions" => Role::Parainstructions,
+        ".smp_locks" => Role::SmpLocks,
+        "__ex_table" | ".fixup" => Role::ExTable,
+        "__bug_table" => Role::BugTable,
+        "__jump_table" => Role::JumpTable,
+        ".static_call_sites" => Role::StaticCalls,
+        ".static_call.text" | ".static_call_tramp_key" => Role::StaticCallTramp,
+        ".orc_unwind" | ".orc_header" => Role::OrcUnwind,
+        ".orc_unwind_ip" => Role::OrcUnwindIp,
+        "_ftrace_events"
+        | "_ftrace_eval_map"
+        | "__bpf_raw_tp_map"
+        | "_error_injection_whitelist"
+        | "_kprobe_blacklist"
+        | "__trace_printk_fmt"
+        | "__syscalls_metadata" => Role::Tracepoints,
+        "__param" | "__modver" => Role::Param,
+        ".ctors" => Role::Constructors,
+        "__dyndbg" | "__dyndbg_classes" => Role::DynamicDebug,
+        ".printk_index" | ".BTF" | ".BTF_ids" | ".BTF.base" => Role::Index,
+        n if n.starts_with("__tracepoints") => Role::Tracepoints,
+        n if n.starts_with("__ksymtab") || n.starts_with("__kcrctab") => Role::Ksymtab,
+        n if family(n, ".data..percpu") => Role::Percpu,
+        n if family(n, ".init_array") => Role::Constructors,
+        n if n.starts_with(".klp.arch.") => Role::KlpArch,
+        n if family(n, ".init.text") || family(n, ".meminit.text") => Role::InitText,
+        n if [".init.data", ".init.rodata", ".init.bss", ".init.setup"]
+            .iter()
+            .any(|base| family(n, base)) =>
+        {
+            Role::InitData
+        }
+        n if family(n, ".exit.text") => Role::ExitText,
+        n if family(n, ".exit.data") || family(n, ".exit.rodata") => Role::ExitData,
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CODE: SectionFlags = SectionFlags {
+        alloc: true,
+        write: false,
+        exec: true,
+    };
+    const CONST: SectionFlags = SectionFlags {
+        alloc: true,
+        write: false,
+        exec: false,
+    };
+    const VARS: SectionFlags = SectionFlags {
+        alloc: true,
+        write: true,
+        exec: false,
+    };
+
+    #[test]
+    fn sections_of_a_module_get_their_roles() {
+        let cases = [
+            (".text", CODE, Role::Text),
+            (".text.unlikely", CODE, Role::Text),
+            (".text.cmdline_proc_show", CODE, Role::Text),
+            (".init.text", CODE, Role::InitText),
+            (".exit.text", CODE, Role::ExitText),
+            (".rodata.str1.1", CONST, Role::RoData),
+            (".data", VARS, Role::Data),
+            (".data.rel.ro", VARS, Role::Data),
+            (".data.rel.ro", CONST, Role::RoData),
+            (".data..read_mostly", VARS, Role::Data),
+            (".init.data", VARS, Role::InitData),
+            (".exit.data", VARS, Role::ExitData),
+            (".data..percpu", VARS, Role::Percpu),
+            (".return_sites", CONST, Role::ReturnSites),
+            (".altinstr_replacement", CODE, Role::Altinstructions),
+            ("__jump_table", VARS, Role::JumpTable),
+            (".smp_locks", CONST, Role::SmpLocks),
+            ("__something_new", CONST, Role::Unknown),
+            (".texture", CODE, Role::Unknown),
+            (".debug_info", SectionFlags::default(), Role::NonAlloc),
+            (".comment", SectionFlags::default(), Role::NonAlloc),
+            (".modinfo", SectionFlags::default(), Role::Modinfo),
+        ];
+        for (name, flags, role) in cases {
+            assert_eq!(classify(name, flags, false), role, "{name}");
+        }
+        assert_eq!(classify(".bss", VARS, true), Role::Bss);
+    }
+
+    #[test]
+    fn writable_code_is_of_unknown_purpose() {
+        let flags = SectionFlags {
+            alloc: true,
+            write: true,
+            exec: true,
+        };
+        assert_eq!(classify(".text", flags, false), Role::Unknown);
+    }
+
+    #[test]
+    fn only_code_and_data_are_placed() {
+        assert!(Role::Text.is_placed() && Role::Bss.is_placed());
+        assert!(!Role::InitText.is_placed() && !Role::ThisModule.is_placed());
+        assert!(Role::Altinstructions.needs().is_some() && Role::ReturnSites.needs().is_none());
+    }
+}

@@ -1,0 +1,246 @@
+//! The symbol table of a relocatable ELF file.
+
+use object::elf;
+use object::endian::LittleEndian;
+use object::read::elf::{SectionHeader, Sym};
+use serde::Serialize;
+
+use super::elf::{bad, text, Section, Shdr, LE};
+use super::error::{limit, PayloadErrorKind, Result};
+use super::{MAX_FILE, MAX_SYMBOLS};
+
+/// `SHN_LIVEPATCH` of `include/uapi/linux/elf.h`.
+const SHN_LIVEPATCH: u16 = 0xff20;
+
+/// A symbol; its place in [`Payload::symbols`](super::Payload::symbols) is its ELF index.
+#[derive(Debug, Clone)]
+pub struct Symbol {
+    /// ELF symbol index.
+    pub index: usize,
+    /// Name; for section symbols the section's name.
+    pub name: String,
+    /// Offset in its section, or the value of an absolute symbol, or the alignment of a common one.
+    pub value: u64,
+    /// Size in bytes, 0 if unknown.
+    pub size: u64,
+    /// Where it is defined.
+    pub section: SymSection,
+    /// Visibility to other files.
+    pub binding: Binding,
+    /// What it names.
+    pub kind: SymKind,
+    /// For [`SymSection::Livepatch`], and only then: what the name asks for.
+    pub klp: Option<KlpSym>,
+}
+
+/// Where a symbol is defined.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SymSection {
+    /// In the kernel or another module.
+    Undefined,
+    /// In the section with this index.
+    Section(usize),
+    /// Nowhere: the value is the address.
+    Absolute,
+    /// Uninitialised and not yet allocated; kernel modules don't have these.
+    Common,
+    /// `SHN_LIVEPATCH`: in the object that [`Symbol::klp`] names.
+    Livepatch,
+}
+
+/// ELF symbol binding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Binding {
+    /// Of this file only.
+    Local,
+    /// Global.
+    Global,
+    /// May stay undefined, and is 0 then.
+    Weak,
+    /// Any other value.
+    Other(u8),
+}
+
+/// ELF symbol type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SymKind {
+    /// Not given; undefined symbols are of this kind.
+    NoType,
+    /// Variable.
+    Object,
+    /// Function.
+    Func,
+    /// A section itself.
+    Section,
+    /// Source file name.
+    File,
+    /// Any other value.
+    Other(u8),
+}
+
+/// What a symbol named `.klp.sym.OBJECT.SYMBOL,POS` asks for.
+///
+/// Source: `Documentation/livepatch/module-elf-format.rst` of Linux.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct KlpSym {
+    /// `vmlinux` or a module's name.
+    pub object: String,
+    /// The symbol's name in that object.
+    pub symbol: String,
+    /// 0 if the name is unique in the object, else which of its occurrences, from 1.
+    pub sympos: u64,
+}
+
+/// The index of the one symbol table.
+pub(super) fn single_table(headers: &[Shdr]) -> Result<usize> {
+    let mut found = headers
+        .iter()
+        .enumerate()
+        .filter(|(_, s)| s.sh_type(LE) == elf::SHT_SYMTAB);
+    match (found.next(), found.next()) {
+        (Some((index, _)), None) => Ok(index),
+        (None, _) => Err(PayloadErrorKind::malformed(
+            "symbol table",
+            "there is none; don't strip a module of more than its debug information",
+        )),
+        _ => Err(PayloadErrorKind::malformed(
+            "symbol table",
+            "there are several, expected one",
+        )),
+    }
+}
+
+/// Reads all symbols.
+pub(super) fn read(
+    bytes: &[u8],
+    headers: &[Shdr],
+    symtab: usize,
+    sections: &[Section],
+) -> Result<Vec<Symbol>> {
+    let shdr = headers
+        .get(symtab)
+        .ok_or_else(|| PayloadErrorKind::malformed("symbol table", "there is none"))?;
+    if shdr.sh_entsize(LE) != 24 || shdr.sh_size(LE) % 24 != 0 {
+        return Err(PayloadErrorKind::malformed(
+            "symbol table",
+            "its entries are not of 24 bytes",
+        ));
+    }
+    limit("the number of symbols", shdr.sh_size(LE) / 24, MAX_SYMBOLS)?;
+    let raw: &[elf::Sym64<LittleEndian>] = shdr
+        .data_as_array(LE, bytes)
+        .map_err(|e| bad("symbol table", &e))?;
+    let strings = usize::try_from(shdr.sh_link(LE))
+        .ok()
+        .and_then(|index| headers.get(index))
+        .filter(|s| s.sh_type(LE) == elf::SHT_STRTAB)
+        .ok_or_else(|| PayloadErrorKind::malformed("symbol table", "it has no string table"))?;
+    let strings = strings
+        .strings(LE, bytes)
+        .map_err(|e| bad("symbol names", &e))?
+        .unwrap_or_default();
+
+    let mut symbols = Vec::with_capacity(raw.len());
+    let mut names = 0u64;
+    for (index, sym) in raw.iter().enumerate() {
+        let place = || format!("symbol {index}");
+        let name = sym.name(LE, strings).map_err(|e| bad(place(), &e))?;
+        names = names.saturating_add(name.len() as u64);
+        limit("the total length of symbol names", names, MAX_FILE)?;
+        symbols.push(read_symbol(index, text(name, &place)?, sym, sections)?);
+    }
+    Ok(symbols)
+}
+
+fn read_symbol(
+    index: usize,
+    name: String,
+    sym: &elf::Sym64<LittleEndian>,
+    sections: &[Section],
+) -> Result<Symbol> {
+    let fail = |problem: String| {
+        Err(PayloadErrorKind::malformed(
+            format!("symbol {index} ({name})"),
+            problem,
+        ))
+    };
+    let (value, size) = (sym.st_value(LE), sym.st_size(LE));
+    let kind = match sym.st_type() {
+        elf::STT_NOTYPE => SymKind::NoType,
+        elf::STT_OBJECT => SymKind::Object,
+        elf::STT_FUNC => SymKind::Func,
+        elf::STT_SECTION => SymKind::Section,
+        elf::STT_FILE => SymKind::File,
+        other => SymKind::Other(other.0),
+    };
+    let binding = match sym.st_bind() {
+        elf::STB_LOCAL => Binding::Local,
+        elf::STB_GLOBAL => Binding::Global,
+        elf::STB_WEAK => Binding::Weak,
+        other => Binding::Other(other.0),
+    };
+    let section = match sym.st_shndx(LE).0 {
+        0 => SymSection::Undefined,
+        0xfff1 => SymSection::Absolute,
+        0xfff2 => SymSection::Common,
+        SHN_LIVEPATCH => SymSection::Livepatch,
+        shndx => match sections.get(usize::from(shndx)) {
+            Some(section) if shndx < 0xff00 => {
+                let end = value.checked_add(size);
+                if section.flags.alloc && end.is_none_or(|end| end > section.size) {
+                    return fail(format!(
+                        "{size:#x} bytes at {value:#x} lie outside its section {} of {:#x} bytes",
+                        section.name, section.size
+                    ));
+                }
+                SymSection::Section(usize::from(shndx))
+            }
+            _ => {
+                return fail(format!(
+                    "section index {shndx:#x}, expected one of {} sections",
+                    sections.len()
+                ))
+            }
+        },
+    };
+    let klp = parse_klp_sym(&name);
+    if (section == SymSection::Livepatch) != klp.is_some() {
+        return fail(
+            "livepatch symbols have the section index 0xff20 and a name .klp.sym.OBJECT.SYMBOL,POS; \
+             this has only one of them"
+                .into(),
+        );
+    }
+    let name = match section {
+        SymSection::Section(home) if kind == SymKind::Section => {
+            sections.get(home).map(|s| s.name.clone()).unwrap_or(name)
+        }
+        _ => name,
+    };
+    Ok(Symbol {
+        index,
+        name,
+        value,
+        size,
+        section,
+        binding,
+        kind,
+        klp,
+    })
+}
+
+fn parse_klp_sym(name: &str) -> Option<KlpSym> {
+    let (object, rest) = name.strip_prefix(".klp.sym.")?.split_once('.')?;
+    let (symbol, sympos) = rest.split_once(',')?;
+    if object.is_empty() || symbol.is_empty() || !sympos.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    Some(KlpSym {
+        object: object.into(),
+        symbol: symbol.into(),
+        sympos: sympos.parse().ok()?,
+    })
+}

@@ -1,0 +1,178 @@
+//! Tests of files that must be refused, and that no file can do harm.
+
+use super::testelf::{Places, Spec, TestElf, ALLOC, CODE, R_PC32, VARS};
+use super::tests::{parse, refused, refused_if, two_objects};
+use super::*;
+
+#[test]
+fn files_of_other_kinds_are_told_apart() {
+    let with = |machine, kind| {
+        let (mut elf, _) = Spec::default().elf();
+        (elf.machine, elf.kind) = (machine, kind);
+        elf
+    };
+    refused(
+        with(183, 1),
+        "wrong machine: expected x86-64 (62), found arm64 (183)",
+    );
+    refused(with(62, 2), "found executable (2)");
+    refused(with(62, 3), "found shared object (3)");
+    let mut bytes = Spec::default().bytes();
+    bytes[4] = 1;
+    assert!(parse(&bytes).unwrap_err().contains("32-bit"));
+    for (bytes, expected) in [
+        (&b""[..], "an empty file"),
+        (b"#!/bin/sh\n", "not an ELF file"),
+        (b"\x1f\x8b\x08", "unpack it first"),
+        (
+            b"\x7fELF",
+            "truncated: the ELF header needs 64 bytes, the file has 4",
+        ),
+    ] {
+        let error = parse(bytes).unwrap_err();
+        assert!(
+            error.starts_with("test.ko: ") && error.contains(expected),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn modules_that_are_not_livepatches_are_told_apart() {
+    let plain = Spec {
+        modinfo: b"name=plain\0vermagic=6.1.0\0",
+        ..Spec::default()
+    };
+    refused(
+        plain.elf().0,
+        "not a livepatch: module plain has no livepatch entry",
+    );
+    let mut object = TestElf::new();
+    object.section(".text", CODE, &[0xc3]);
+    object.undefined("printk");
+    refused(object, "no .modinfo section");
+    let mut empty = TestElf::new();
+    empty.section(".modinfo", ALLOC, Spec::default().modinfo);
+    empty.section(".gnu.linkonce.this_module", VARS, &[0; 896]);
+    empty.undefined("printk");
+    refused(empty, "no struct klp_patch can be read");
+    refused_if(
+        |elf, _| {
+            elf.section(".kpatch.funcs", VARS, &[0; 8]);
+        },
+        "kpatch-format payload: not supported yet",
+    );
+}
+
+#[test]
+fn relocations_and_symbols_out_of_bounds_are_refused() {
+    refused_if(
+        |elf, at| elf.reloc(at.text, 30, R_PC32, 1, 0),
+        "lies outside the section",
+    );
+    refused_if(
+        |elf, at| elf.reloc(at.text, u64::MAX, R_PC32, 1, 0),
+        "lies outside the section",
+    );
+    refused_if(
+        |elf, at| elf.reloc(at.text, 8, R_PC32, 9999, 0),
+        "symbol 9999",
+    );
+    refused_if(|elf, at| elf.reloc(at.text, 8, R_PC32, 0, 0), "symbol 0");
+    refused_if(|elf, at| elf.reloc(at.text, 3, R_PC32, 1, 0), "two overlap");
+    let text = |at: Places| u16::try_from(at.text).unwrap();
+    let symbol = |shndx: u16, value: u64, size: u64| {
+        let (mut elf, _) = Spec::default().elf();
+        elf.symbol("odd", shndx, value, size, 1);
+        elf
+    };
+    let (_, at) = Spec::default().elf();
+    refused(symbol(text(at), 30, 16), "outside its section");
+    refused(symbol(text(at), u64::MAX, 16), "outside its section");
+    refused(symbol(900, 0, 0), "section index 0x384");
+    refused(symbol(0xffff, 0, 0), "section index 0xffff");
+}
+
+#[test]
+fn unprintable_and_overlong_names_are_refused() {
+    let named = |name: &str| {
+        let (mut elf, _) = Spec::default().elf();
+        elf.undefined(name);
+        elf
+    };
+    refused(named("\x1b[2J"), "not printable text");
+    refused(
+        named(&"x".repeat(513)),
+        "too big: the length of a name is 513",
+    );
+    assert!(parse(&named(&"x".repeat(512)).build()).is_ok());
+}
+
+#[test]
+fn huge_sections_without_contents_are_refused() {
+    let (mut elf, _) = Spec::default().elf();
+    elf.bss(MAX_FILE + 1);
+    refused(elf, "too big");
+}
+
+#[test]
+fn a_file_cut_anywhere_is_refused_and_never_panics() {
+    let bytes = two_objects().bytes();
+    assert!(parse(&bytes).is_ok());
+    for len in 0..bytes.len() {
+        assert!(parse(&bytes[..len]).is_err(), "cut at {len}");
+    }
+    assert!(parse(&bytes[..bytes.len() / 2])
+        .unwrap_err()
+        .contains("truncated"));
+}
+
+#[test]
+fn a_file_with_any_byte_changed_never_panics() {
+    let mut bytes = two_objects().bytes();
+    for at in 0..bytes.len() {
+        let old = bytes[at];
+        for change in [0xff, 0x01, 0x80] {
+            bytes[at] = old ^ change;
+            if let Ok(payload) = parse(&bytes) {
+                let _ = payload.summary();
+            }
+        }
+        bytes[at] = old;
+    }
+}
+
+#[test]
+fn a_file_with_many_bytes_changed_never_panics() {
+    let good = two_objects().bytes();
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut random = |below: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        usize::try_from(state >> 33).unwrap() % below
+    };
+    for _ in 0..20_000 {
+        let mut bytes = good.clone();
+        for _ in 0..=random(8) {
+            let at = random(bytes.len());
+            let values = [0, 1, 8, 0x7f, 0x80, 0xff];
+            bytes[at] = values[random(values.len())];
+        }
+        if let Ok(payload) = parse(&bytes) {
+            let _ = payload.summary();
+        }
+    }
+}
+
+#[test]
+fn a_payload_is_read_from_a_file_and_named_in_errors() {
+    let missing = Path::new("/nonexistent/payload.ko");
+    let error = Payload::read(missing).unwrap_err().to_string();
+    assert!(
+        error.starts_with("/nonexistent/payload.ko: can't read the payload"),
+        "{error}"
+    );
+    let error = Payload::read(Path::new("/")).unwrap_err().to_string();
+    assert!(error.contains("not a regular file"), "{error}");
+}

@@ -1,0 +1,395 @@
+//! What is to be written, and when that is safe: decided here, carried out by [`crate::apply`].
+
+use serde::Serialize;
+
+use crate::addr::{Gva, Range};
+use crate::error::{Error, Result};
+use crate::kernel::Kernel;
+use crate::link::arena::{self, Arena, Resident};
+use crate::link::image::{self, Image, Layout};
+use crate::link::record::{hex, Function, Record, State};
+use crate::link::site;
+use crate::patch::Payload;
+use crate::quiesce::{Watch, Watched};
+use sha2::{Digest, Sha256};
+
+/// Bytes to be changed, and what must stand there before.
+#[derive(Clone, Debug, Serialize)]
+pub struct Write {
+    /// Address in kernel text.
+    pub at: u64,
+    /// Bytes expected there.
+    pub expect: [u8; 5],
+    /// Bytes to write.
+    pub new: [u8; 5],
+}
+
+/// A change of the guest's text that takes effect as a whole.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Name of the payload.
+    pub patch: String,
+    /// The writes.
+    pub writes: Vec<Write>,
+    /// Where nobody may be.
+    pub watch: Watch,
+}
+
+/// A payload made ready for one guest, nothing of it written yet.
+#[derive(Debug)]
+pub struct Prepared {
+    /// Its rights, page by page.
+    pub layout: Layout,
+    /// First arena page.
+    pub first: usize,
+    /// Its bytes, record included.
+    pub image: Image,
+    /// Its record.
+    pub record: Record,
+    /// The record as it stands in the image.
+    pub record_json: Vec<u8>,
+    /// The directory entry it takes over, if its code is parked in the arena already.
+    pub parked: Option<usize>,
+    /// The change of text.
+    pub plan: Plan,
+}
+
+/// What `prepare` found.
+#[derive(Debug)]
+pub enum Readiness {
+    /// It is in force already.
+    Already(Box<Resident>),
+    /// It can be applied.
+    Ready(Box<Prepared>),
+}
+
+/// Payloads in the arena, the state of each as the redirects themselves show it: a run that was
+/// ended midway left its directory entry at applying or reverting.
+///
+/// # Errors
+/// [`Error::Uncertain`] when a payload is neither wholly in force nor wholly undone.
+pub fn residents(kernel: &Kernel<'_>, arena: &Arena) -> Result<Vec<Resident>> {
+    let mut all = arena.residents(kernel)?;
+    for resident in &mut all {
+        if !matches!(resident.slot.state, State::Applying | State::Reverting) {
+            continue;
+        }
+        let sites: Vec<Redirect> = resident
+            .record
+            .functions
+            .iter()
+            .map(|f| redirect(kernel, f))
+            .collect::<Result<_>>()?;
+        resident.slot.state = if sites.iter().all(|&s| s == Redirect::New) {
+            State::Applied
+        } else if sites.iter().all(|&s| s == Redirect::Old) {
+            State::Parked
+        } else {
+            return Err(Error::Uncertain(format!(
+                "payload {} is neither wholly applied nor wholly undone: an earlier run was ended \
+                 in between",
+                resident.record.name
+            )));
+        };
+    }
+    Ok(all)
+}
+
+/// What stands where a redirect belongs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Redirect {
+    /// The original bytes.
+    Old,
+    /// The redirect.
+    New,
+    /// Something else.
+    Other,
+}
+
+/// Looks at the place of a function's redirect.
+///
+/// # Errors
+/// Memory can't be read.
+pub fn redirect(kernel: &Kernel<'_>, function: &Function) -> Result<Redirect> {
+    let mut bytes = [0; 5];
+    kernel.space.read(Gva(function.site), &mut bytes)?;
+    Ok(if bytes == function.new_bytes {
+        Redirect::New
+    } else if bytes == function.old_bytes {
+        Redirect::Old
+    } else {
+        Redirect::Other
+    })
+}
+
+/// Checks everything and links the payload for this guest; writes nothing.
+///
+/// # Errors
+/// Whatever makes it not applicable, by name.
+pub fn prepare(kernel: &Kernel<'_>, arena: &Arena, payload: &Payload) -> Result<Readiness> {
+    let residents = residents(kernel, arena)?;
+    let sha256 = hex(&payload.sha256);
+    if let Some(same) = residents
+        .iter()
+        .find(|r| r.slot.state == State::Applied && r.record.name == payload.name)
+    {
+        if same.record.sha256 == sha256 {
+            return Ok(Readiness::Already(Box::new(same.clone())));
+        }
+        return Err(Error::Failed(format!(
+            "another payload of the name {} is applied: this file has SHA-256 {sha256}, the one \
+             applied {}; revert that one first",
+            payload.name, same.record.sha256
+        )));
+    }
+    check_kernel(kernel, payload)?;
+    image::check_supported(payload)?;
+    let others = residents
+        .iter()
+        .filter(|r| r.slot.state == State::Applied)
+        .count();
+    if payload.klp.replace == Some(true) && others > 0 {
+        return Err(Error::NotApplicable(format!(
+            "payload {} says that it replaces all patches before it, and {others} are applied: \
+             that is not supported yet; revert them first",
+            payload.name
+        )));
+    }
+    let (mut functions, returns) = find_functions(kernel, payload, &residents)?;
+    let mut record = Record {
+        schema: 1,
+        name: payload.name.clone(),
+        sha256,
+        description: payload.modinfo.description.clone().unwrap_or_default(),
+        cves: payload.modinfo.cves.clone(),
+        functions: functions.clone(),
+        text: (u64::MAX, u64::MAX),
+        text_sha256: hex(&[0; 32]),
+    };
+    for function in &mut record.functions {
+        (function.new, function.new_bytes) = (u64::MAX, [u8::MAX; 5]);
+    }
+    // The room for the record: as long as it can get once addresses are known.
+    let layout = Layout::new(payload, to_json(&record)?.len())?;
+    let link_at = |first| {
+        image::link(
+            payload,
+            kernel,
+            &layout,
+            arena::page_address(first),
+            returns,
+        )
+    };
+    // The code of an earlier application may stand there still: what it left behind of threads or
+    // timers goes on in the same code.
+    let mut parked = None;
+    for old in residents.iter().filter(|r| r.slot.state == State::Parked) {
+        let first = usize::from(old.slot.first);
+        if old.record.sha256 != record.sha256 || usize::from(old.slot.pages) != layout.rights.len()
+        {
+            continue;
+        }
+        let image = link_at(first)?;
+        if text_digest(&image, &layout) == old.record.text_sha256 {
+            parked = Some((old.index, first, image));
+            break;
+        }
+    }
+    let (parked, first, mut image) = match parked {
+        Some((index, first, image)) => (Some(index), first, image),
+        None => {
+            let first = arena.find_room(kernel.kind, &layout.rights)?;
+            (None, first, link_at(first)?)
+        }
+    };
+    for (function, &new) in functions.iter_mut().zip(&image.functions) {
+        function.new = new.0;
+        function.new_bytes = site::jump(Gva(function.site), new).ok_or_else(|| {
+            Error::NotApplicable(format!(
+                "{new} is out of reach of a jump from {}",
+                function.name
+            ))
+        })?;
+    }
+    record.functions = functions;
+    record.text = (arena::page_address(first).0, layout.text_len);
+    record.text_sha256 = text_digest(&image, &layout);
+    let record_json = to_json(&record)?;
+    let (offset, room) = layout.record;
+    let place = usize::try_from(offset)
+        .ok()
+        .filter(|_| record_json.len() <= room)
+        .and_then(|at| image.bytes.get_mut(at..at + record_json.len()))
+        .ok_or_else(|| Error::Failed("the record does not fit its room".into()))?;
+    place.copy_from_slice(&record_json);
+    let watched = record
+        .functions
+        .iter()
+        .map(|f| Watched {
+            range: Range::new(Gva(f.old), f.old_size),
+            name: f.name.clone(),
+        })
+        .collect();
+    let writes = record
+        .functions
+        .iter()
+        .map(|f| Write {
+            at: f.site,
+            expect: f.old_bytes,
+            new: f.new_bytes,
+        })
+        .collect();
+    let plan = Plan {
+        patch: payload.name.clone(),
+        writes,
+        watch: Watch::new(kernel, watched),
+    };
+    Ok(Readiness::Ready(Box::new(Prepared {
+        layout,
+        first,
+        image,
+        record,
+        record_json,
+        parked,
+        plan,
+    })))
+}
+
+/// The way back.
+///
+/// # Errors
+/// A redirect isn't as it was written.
+pub fn undo(kernel: &Kernel<'_>, resident: &Resident) -> Result<Plan> {
+    let record = &resident.record;
+    for function in &record.functions {
+        if redirect(kernel, function)? != Redirect::New {
+            return Err(Error::Failed(format!(
+                "the redirect of {} at {:#x} is not as {} wrote it: the guest or another tool \
+                 changed it, so it is left alone",
+                function.name, function.site, record.name
+            )));
+        }
+    }
+    // Nobody may be in the payload's code: in a replacement, or in a function only it calls.
+    let mut watched: Vec<Watched> = record
+        .functions
+        .iter()
+        .map(|f| Watched {
+            range: Range::new(Gva(f.new), f.new_size),
+            name: f.name.clone(),
+        })
+        .collect();
+    let (text, len) = record.text;
+    watched.push(Watched {
+        range: Range::new(Gva(text), len),
+        name: record.name.clone(),
+    });
+    let writes = record
+        .functions
+        .iter()
+        .map(|f| Write {
+            at: f.site,
+            expect: f.new_bytes,
+            new: f.old_bytes,
+        })
+        .collect();
+    Ok(Plan {
+        patch: record.name.clone(),
+        writes,
+        watch: Watch::new(kernel, watched),
+    })
+}
+
+fn to_json(record: &Record) -> Result<Vec<u8>> {
+    serde_json::to_vec(record)
+        .map_err(|e| Error::Failed(format!("the payload's record can't be written: {e}")))
+}
+
+fn text_digest(image: &Image, layout: &Layout) -> String {
+    let len = usize::try_from(layout.text_len).unwrap_or(0);
+    hex(&Sha256::digest(image.bytes.get(..len).unwrap_or_default()))
+}
+
+/// The payload must be built for this very kernel.
+fn check_kernel(kernel: &Kernel<'_>, payload: &Payload) -> Result<()> {
+    let running = kernel.vermagic()?;
+    let wanted = payload.modinfo.vermagic.trim_end();
+    if wanted != running {
+        return Err(Error::NotApplicable(format!(
+            "payload {} is built for another kernel: its vermagic is {wanted:?}, the guest's is \
+             {running:?}; build it against the guest's kernel ({})",
+            payload.name, kernel.release
+        )));
+    }
+    let btf = kernel.btf()?;
+    for (what, stride) in [
+        ("klp_object", payload.klp.object_stride),
+        ("klp_func", payload.klp.func_stride),
+    ] {
+        match btf.size_of(what) {
+            Ok(size) if size as u64 != stride => {
+                return Err(Error::NotApplicable(format!(
+                    "payload {}: struct {what} is {stride} bytes in it and {size} in the guest's \
+                     kernel",
+                    payload.name
+                )))
+            }
+            // A kernel built without livepatch has no such type, and nothing to disagree with.
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn find_functions(
+    kernel: &Kernel<'_>,
+    payload: &Payload,
+    residents: &[Resident],
+) -> Result<(Vec<Function>, Option<site::Returns>)> {
+    let no = |why: String| Error::NotApplicable(format!("payload {}: {why}", payload.name));
+    let mut functions: Vec<Function> = Vec::new();
+    let mut returns = None;
+    for object in &payload.klp.objects {
+        if let Some(module) = &object.name {
+            return Err(no(format!(
+                "it patches module {module}: only functions of the kernel itself are supported yet"
+            )));
+        }
+        for func in &object.funcs {
+            let old = kernel
+                .function(&func.old_name, func.old_sympos)
+                .map_err(|e| no(format!("function {}: {e}", func.old_name)))?;
+            let taken = residents
+                .iter()
+                .filter(|r| r.slot.state == State::Applied)
+                .find(|r| r.record.functions.iter().any(|f| f.old == old.0));
+            if let Some(other) = taken {
+                return Err(no(format!(
+                    "function {} is replaced by {} already; revert that first (stacking is not \
+                     supported yet)",
+                    func.old_name, other.record.name
+                )));
+            }
+            if functions.iter().any(|f| f.old == old.0) {
+                return Err(no(format!("it replaces {} twice", func.old_name)));
+            }
+            let examined = site::examine(kernel, &func.old_name, old)?;
+            returns = returns.or(examined.returns);
+            functions.push(Function {
+                name: func.old_name.clone(),
+                object: "vmlinux".into(),
+                old: old.0,
+                old_size: examined.range.len(),
+                new: 0,
+                new_size: func.new_size,
+                site: examined.site.at.0,
+                old_bytes: examined.site.old,
+                new_bytes: [0; 5],
+            });
+        }
+    }
+    if functions.is_empty() {
+        return Err(no("it replaces no function".into()));
+    }
+    Ok((functions, returns))
+}

@@ -1,0 +1,189 @@
+//! The actions a person or the daemon asks for: on one guest, under its lock, published after.
+
+use std::fs::{self, File, TryLockError};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crate::addr::DomId;
+use crate::apply::{self, Options, Report};
+use crate::domain::Domain;
+use crate::error::{Error, Result};
+use crate::guest::Machine;
+use crate::kernel::Kernel;
+use crate::link::arena::Arena;
+use crate::link::record::{Function, State};
+use crate::patch::Payload;
+use crate::plan::{self, Redirect};
+use crate::store::{Store, ROOT};
+
+/// Where locks stand: gone after a reboot of dom0, as the guests are.
+const LOCKS: &str = "/run/xen-locus";
+
+/// One patch of a guest.
+#[derive(Clone, Debug)]
+pub struct Patch {
+    /// Its name.
+    pub name: String,
+    /// `applied`, or `drifted` when a redirect is not as it was written.
+    pub state: &'static str,
+    /// SHA-256 of its file.
+    pub sha256: String,
+    /// When it was applied, in seconds since 1970.
+    pub applied_at: u64,
+    /// What it says it mends.
+    pub cves: Vec<String>,
+    /// What it replaces.
+    pub functions: Vec<Function>,
+}
+
+/// The patches of a guest, as its memory shows them.
+#[derive(Clone, Debug)]
+pub struct Status {
+    /// Its id.
+    pub domid: DomId,
+    /// Its UUID.
+    pub uuid: String,
+    /// Its kernel's release.
+    pub kernel: String,
+    /// Patches in the order they were first applied.
+    pub patches: Vec<Patch>,
+}
+
+/// Reads a guest's status.
+///
+/// # Errors
+/// Its kernel or arena can't be read.
+pub fn status(domain: &Domain<'_>) -> Result<Status> {
+    let kernel = Kernel::read(domain, domain.kind(), &domain.vcpus()?)?;
+    status_of(domain, &kernel)
+}
+
+fn status_of(domain: &Domain<'_>, kernel: &Kernel<'_>) -> Result<Status> {
+    let residents = plan::residents(kernel, &Arena::read(kernel)?)?;
+    let mut patches = Vec::new();
+    for resident in residents
+        .into_iter()
+        .filter(|r| r.slot.state == State::Applied)
+    {
+        let mut state = "applied";
+        for function in &resident.record.functions {
+            if plan::redirect(kernel, function)? != Redirect::New {
+                state = "drifted";
+            }
+        }
+        patches.push(Patch {
+            name: resident.record.name,
+            state,
+            sha256: resident.record.sha256,
+            applied_at: resident.slot.applied_at,
+            cves: resident.record.cves,
+            functions: resident.record.functions,
+        });
+    }
+    Ok(Status {
+        domid: domain.info.id,
+        uuid: domain.info.uuid.clone(),
+        kernel: kernel.release.clone(),
+        patches,
+    })
+}
+
+/// Applies a payload and publishes the guest's status.
+///
+/// # Errors
+/// As [`apply::apply`]; [`Error::TryAgain`] when another run holds the guest's lock.
+pub fn apply(
+    store: &Store,
+    domain: &Domain<'_>,
+    payload: &Payload,
+    options: &Options,
+) -> Result<Report> {
+    change(store, domain, options, |kernel| {
+        apply::apply(domain, kernel, payload, options)
+    })
+}
+
+/// Undoes a patch and publishes the guest's status.
+///
+/// # Errors
+/// As [`apply::revert`]; [`Error::TryAgain`] when another run holds the guest's lock.
+pub fn revert(
+    store: &Store,
+    domain: &Domain<'_>,
+    patch: &str,
+    options: &Options,
+) -> Result<Report> {
+    change(store, domain, options, |kernel| {
+        apply::revert(domain, kernel, patch, options)
+    })
+}
+
+fn change(
+    store: &Store,
+    domain: &Domain<'_>,
+    options: &Options,
+    action: impl FnOnce(&Kernel<'_>) -> Result<Report>,
+) -> Result<Report> {
+    let _lock = lock(&domain.info.uuid, options.timeout)?;
+    let kernel = Kernel::read(domain, domain.kind(), &domain.vcpus()?)?;
+    let report = action(&kernel)?;
+    if !options.dry_run {
+        // The guest is changed: what can't be published is said, and does not undo that.
+        if let Err(error) = status_of(domain, &kernel).and_then(|s| publish(store, &s)) {
+            eprintln!(
+                "xen-locus: {}: done, but not published: {error}",
+                domain.label()
+            );
+        }
+    }
+    Ok(report)
+}
+
+/// Takes the guest's lock: one change of a guest at a time.
+fn lock(uuid: &str, patience: Duration) -> Result<File> {
+    let began = Instant::now();
+    let path = Path::new(LOCKS).join(format!("{uuid}.lock"));
+    let failed =
+        |e: std::io::Error| Error::Failed(format!("cannot take the lock {}: {e}", path.display()));
+    fs::create_dir_all(LOCKS).map_err(failed)?;
+    let file = File::create(&path).map_err(failed)?;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::Error(e)) => return Err(failed(e)),
+            Err(TryLockError::WouldBlock) if began.elapsed() >= patience => {
+                return Err(Error::TryAgain(format!(
+                    "another run of xen-locus works on this guest (lock {}); try again",
+                    path.display()
+                )))
+            }
+            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(50)),
+        }
+    }
+}
+
+/// Writes a guest's status below `/tool/xen-locus/domain/DOMID`.
+///
+/// # Errors
+/// XenStore failed.
+pub fn publish(store: &Store, status: &Status) -> Result<()> {
+    let base = format!("{ROOT}/domain/{}", status.domid);
+    if store.read(&format!("{base}/uuid"))?.as_deref() != Some(&status.uuid) {
+        store.remove(&base)?; // of a guest that had this id before
+        store.write(&format!("{base}/uuid"), &status.uuid)?;
+    }
+    store.write(&format!("{base}/kernel"), &status.kernel)?;
+    for old in store.children(&format!("{base}/patch"))? {
+        if !status.patches.iter().any(|p| p.name == old) {
+            store.remove(&format!("{base}/patch/{old}"))?;
+        }
+    }
+    for patch in &status.patches {
+        let node = format!("{base}/patch/{}", patch.name);
+        store.write(&format!("{node}/sha256"), &patch.sha256)?;
+        store.write(&format!("{node}/cves"), &patch.cves.join(","))?;
+        store.write(&format!("{node}/applied-at"), &patch.applied_at.to_string())?;
+        store.write(&format!("{node}/state"), patch.state)?;
+    }
+    Ok(())
+}

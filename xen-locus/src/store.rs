@@ -1,0 +1,102 @@
+//! XenStore, through `xenstore-rs`: names of domains, and what this tool publishes.
+//!
+//! One writer per node and the node that commits a step is written last, so no transaction is
+//! needed (DESIGN.md section 7).
+
+use std::io;
+
+use xenstore_rs::unix::XsUnix;
+use xenstore_rs::Xs;
+
+use crate::addr::DomId;
+use crate::error::{Error, Result};
+
+/// Where this tool's nodes stand.
+pub const ROOT: &str = "/tool/xen-locus";
+
+/// A connection to xenstored.
+pub struct Store {
+    xs: XsUnix,
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Store")
+    }
+}
+
+impl Store {
+    /// Connects.
+    ///
+    /// # Errors
+    /// No xenstored answers.
+    pub fn open() -> Result<Store> {
+        let xs = XsUnix::new().map_err(|e| {
+            Error::Failed(format!(
+                "cannot reach xenstored ({e}): is it running? (systemctl status xenstored)"
+            ))
+        })?;
+        Ok(Store { xs })
+    }
+
+    /// A node's value; `None` when there is no such node.
+    ///
+    /// # Errors
+    /// xenstored failed.
+    pub fn read(&self, path: &str) -> Result<Option<String>> {
+        match self.xs.read(path) {
+            Ok(value) => Ok(Some(value.into())),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(failed("reading", path, &e)),
+        }
+    }
+
+    /// Names of a node's children; none when there is no such node.
+    ///
+    /// # Errors
+    /// xenstored failed.
+    pub fn children(&self, path: &str) -> Result<Vec<String>> {
+        match self.xs.directory(path) {
+            Ok(names) => Ok(names
+                .into_iter()
+                .map(String::from)
+                .filter(|n| !n.is_empty())
+                .collect()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(e) => Err(failed("listing", path, &e)),
+        }
+    }
+
+    /// Writes a node, with the nodes above it as needed.
+    ///
+    /// # Errors
+    /// xenstored failed.
+    pub fn write(&self, path: &str, value: &str) -> Result<()> {
+        self.xs
+            .write(path, value)
+            .map_err(|e| failed("writing", path, &e))
+    }
+
+    /// Removes a node and all below it; nothing to do when there is none.
+    ///
+    /// # Errors
+    /// xenstored failed.
+    pub fn remove(&self, path: &str) -> Result<()> {
+        match self.xs.rm(path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("removing", path, &e)),
+            _ => Ok(()),
+        }
+    }
+
+    /// The name of a domain.
+    #[must_use]
+    pub fn domain_name(&self, id: DomId) -> Option<String> {
+        self.read(&format!("/local/domain/{id}/name"))
+            .ok()
+            .flatten()
+    }
+}
+
+fn failed(doing: &str, path: &str, e: &io::Error) -> Error {
+    Error::Failed(format!("{doing} {path} in XenStore failed: {e}"))
+}

@@ -1,0 +1,118 @@
+//! `libxencall`: the one hypercall that libxenctrl does not export for us, `mmu_update` on another
+//! domain's page tables.
+
+use std::ffi::{c_int, c_uint, c_void};
+use std::ptr::{null_mut, NonNull};
+
+use libloading::os::unix::Library;
+use xenctrl_sys as sys;
+
+use super::{load, symbol, Error};
+use crate::addr::{DomId, Frame};
+
+type Handle = *mut c_void;
+type OpenFn = unsafe extern "C" fn(Handle, c_uint) -> Handle;
+type CloseFn = unsafe extern "C" fn(Handle) -> c_int;
+type AllocFn = unsafe extern "C" fn(Handle, usize) -> *mut c_void;
+type FreeFn = unsafe extern "C" fn(Handle, *mut c_void);
+type Call4Fn = unsafe extern "C" fn(Handle, c_uint, u64, u64, u64, u64) -> c_int;
+
+const LIBRARY: &str = "libxencall.so.1";
+
+/// A handle for hypercalls.
+pub struct Hypercalls {
+    handle: NonNull<c_void>,
+    close: CloseFn,
+    alloc: AllocFn,
+    free: FreeFn,
+    call4: Call4Fn,
+    _lib: Library,
+}
+
+impl std::fmt::Debug for Hypercalls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Hypercalls")
+    }
+}
+
+impl Hypercalls {
+    /// Opens the way to hypercalls.
+    ///
+    /// # Errors
+    /// No such library, or no access to `/dev/xen/hypercall` and `/dev/xen/privcmd`.
+    pub fn open() -> Result<Hypercalls, Error> {
+        let lib = load(LIBRARY)?;
+        macro_rules! get {
+            ($symbol:literal) => {
+                // SAFETY: the types above are the C prototypes of xencall.h, a stable ABI.
+                unsafe { symbol(&lib, LIBRARY, $symbol)? }
+            };
+        }
+        let open: OpenFn = get!("xencall_open");
+        // SAFETY: a null logger means the default one; flags 0.
+        let handle = NonNull::new(unsafe { open(null_mut(), 0) })
+            .ok_or_else(|| Error::last("opening hypercalls (xencall_open)"))?;
+        Ok(Hypercalls {
+            handle,
+            close: get!("xencall_close"),
+            alloc: get!("xencall_alloc_buffer"),
+            free: get!("xencall_free_buffer"),
+            call4: get!("xencall4"),
+            _lib: lib,
+        })
+    }
+
+    /// Writes page-table entries of a PV domain: entry number `slot` of page-table frame `table`
+    /// becomes `entry`, for each of `updates`. Xen checks every entry as it checks the guest's own.
+    ///
+    /// # Errors
+    /// Xen refused one; those before it are written.
+    pub fn mmu_update(&self, owner: DomId, updates: &[(Frame, usize, u64)]) -> Result<(), Error> {
+        // The owner of the pages mapped stands in the low half, the owner of the page tables plus
+        // one in the high half (xen/include/public/xen.h, `mmu_update`).
+        let domains = u64::from(owner.0) | (u64::from(owner.0) + 1) << 16;
+        for &(table, slot, entry) in updates {
+            let size = size_of::<sys::mmu_update>();
+            // SAFETY: a valid handle; the result is checked before use.
+            let buffer = unsafe { (self.alloc)(self.handle.as_ptr(), size) };
+            let Some(update) = NonNull::new(buffer.cast::<sys::mmu_update>()) else {
+                return Err(Error::last(
+                    "allocating a hypercall buffer (xencall_alloc_buffer)",
+                ));
+            };
+            let ptr = (table.0 << 12) | ((slot as u64) << 3) | u64::from(sys::MMU_NORMAL_PT_UPDATE);
+            // SAFETY: the buffer is page-aligned, ours, and large enough for one update.
+            unsafe { update.write(sys::mmu_update { ptr, val: entry }) };
+            // SAFETY: the first argument points to one update, as the second says; no count of
+            // updates done is asked for.
+            let rc = unsafe {
+                (self.call4)(
+                    self.handle.as_ptr(),
+                    sys::__HYPERVISOR_mmu_update,
+                    update.as_ptr() as u64,
+                    1,
+                    0,
+                    domains,
+                )
+            };
+            let failed = (rc != 0).then(|| {
+                Error::last(format!(
+                    "writing entry {slot} of page table {table} of domain {owner} (mmu_update)"
+                ))
+            });
+            // SAFETY: allocated above by the same handle and not used any more.
+            unsafe { (self.free)(self.handle.as_ptr(), buffer) };
+            if let Some(error) = failed {
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Hypercalls {
+    fn drop(&mut self) {
+        // SAFETY: the handle was opened by this library and is used no more.
+        unsafe { (self.close)(self.handle.as_ptr()) };
+    }
+}

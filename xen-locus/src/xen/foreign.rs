@@ -1,0 +1,229 @@
+//! `libxenforeignmemory`: guest frames mapped into this process.
+
+use std::ffi::{c_int, c_uint, c_void};
+use std::ptr::{null_mut, NonNull};
+use std::rc::Rc;
+
+use libloading::os::unix::Library;
+
+use super::{load, symbol, Error};
+use crate::addr::{DomId, Frame, PAGE_LEN};
+use crate::guest::{self, Memory, MemoryMut, Window, WindowMut};
+
+type Handle = *mut c_void;
+type OpenFn = unsafe extern "C" fn(Handle, c_uint) -> Handle;
+type CloseFn = unsafe extern "C" fn(Handle) -> c_int;
+type MapFn = unsafe extern "C" fn(Handle, u32, c_int, usize, *const u64, *mut c_int) -> *mut c_void;
+type UnmapFn = unsafe extern "C" fn(Handle, *mut c_void, usize) -> c_int;
+
+const LIBRARY: &str = "libxenforeignmemory.so.1";
+
+struct Inner {
+    handle: NonNull<c_void>,
+    close: CloseFn,
+    map: MapFn,
+    unmap: UnmapFn,
+    _lib: Library,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // SAFETY: the handle was opened by this library; every mapping holds an Rc of this value,
+        // so none is left.
+        unsafe { (self.close)(self.handle.as_ptr()) };
+    }
+}
+
+/// The memory of one domain.
+#[derive(Clone)]
+pub struct Foreign {
+    inner: Rc<Inner>,
+    domain: DomId,
+}
+
+impl std::fmt::Debug for Foreign {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Foreign")
+            .field("domain", &self.domain)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Rights of a mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Read only.
+    Read,
+    /// Read and write.
+    Write,
+}
+
+impl Foreign {
+    /// Opens the way to a domain's memory.
+    ///
+    /// # Errors
+    /// No such library, or no access to `/dev/xen/privcmd`.
+    pub fn open(domain: DomId) -> Result<Foreign, Error> {
+        let lib = load(LIBRARY)?;
+        macro_rules! get {
+            ($symbol:literal) => {
+                // SAFETY: the types above are the C prototypes of xenforeignmemory.h, a stable ABI.
+                unsafe { symbol(&lib, LIBRARY, $symbol)? }
+            };
+        }
+        let open: OpenFn = get!("xenforeignmemory_open");
+        // SAFETY: a null logger means the default one; flags 0.
+        let handle = NonNull::new(unsafe { open(null_mut(), 0) })
+            .ok_or_else(|| Error::last("opening foreign memory (xenforeignmemory_open)"))?;
+        let inner = Inner {
+            handle,
+            close: get!("xenforeignmemory_close"),
+            map: get!("xenforeignmemory_map"),
+            unmap: get!("xenforeignmemory_unmap"),
+            _lib: lib,
+        };
+        Ok(Foreign {
+            inner: Rc::new(inner),
+            domain,
+        })
+    }
+
+    fn map_all(&self, frames: &[Frame], access: Access) -> Result<Mapping, guest::Error> {
+        let numbers: Vec<u64> = frames.iter().map(|f| f.0).collect();
+        let mut errors = vec![0 as c_int; frames.len()];
+        let rights = match access {
+            Access::Read => libc::PROT_READ,
+            Access::Write => libc::PROT_READ | libc::PROT_WRITE,
+        };
+        // SAFETY: both arrays hold as many elements as the call is told.
+        let at = unsafe {
+            (self.inner.map)(
+                self.inner.handle.as_ptr(),
+                u32::from(self.domain.0),
+                rights,
+                frames.len(),
+                numbers.as_ptr(),
+                errors.as_mut_ptr(),
+            )
+        };
+        let first = frames.first().copied().unwrap_or(Frame(0));
+        let Some(at) = NonNull::new(at.cast::<u8>()) else {
+            let why = std::io::Error::last_os_error().to_string();
+            return Err(guest::Error::Frame { frame: first, why });
+        };
+        let mapping = Mapping {
+            at,
+            size: frames.len() * PAGE_LEN,
+            inner: Rc::clone(&self.inner),
+        };
+        for (&frame, &error) in frames.iter().zip(&errors) {
+            if error != 0 {
+                let why = std::io::Error::from_raw_os_error(error.abs()).to_string();
+                return Err(guest::Error::Frame { frame, why });
+            }
+        }
+        Ok(mapping)
+    }
+
+    /// Which of `frames` have memory behind them.
+    ///
+    /// # Errors
+    /// The call as a whole failed.
+    pub fn populated(&self, frames: &[Frame]) -> Vec<bool> {
+        frames
+            .iter()
+            .map(|&f| self.map_all(&[f], Access::Read).is_ok())
+            .collect()
+    }
+}
+
+impl Memory for Foreign {
+    fn map(&self, frames: &[Frame]) -> Result<Box<dyn Window>, guest::Error> {
+        Ok(Box::new(self.map_all(frames, Access::Read)?))
+    }
+}
+
+impl MemoryMut for Foreign {
+    fn map_mut(&self, frames: &[Frame]) -> Result<Box<dyn WindowMut>, guest::Error> {
+        Ok(Box::new(self.map_all(frames, Access::Write)?))
+    }
+}
+
+/// Mapped frames; unmapped when dropped.
+struct Mapping {
+    at: NonNull<u8>,
+    size: usize,
+    inner: Rc<Inner>,
+}
+
+impl Mapping {
+    fn check(&self, offset: usize, len: usize) -> Result<NonNull<u8>, guest::Error> {
+        match offset.checked_add(len) {
+            // SAFETY: offset..offset + len lies inside the mapping.
+            Some(end) if end <= self.size => Ok(unsafe { self.at.add(offset) }),
+            _ => Err(guest::Error::Bounds {
+                offset,
+                len,
+                size: self.size,
+            }),
+        }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped by this handle with this size, and nothing points into it any more.
+        unsafe {
+            (self.inner.unmap)(
+                self.inner.handle.as_ptr(),
+                self.at.as_ptr().cast(),
+                self.size / PAGE_LEN,
+            )
+        };
+    }
+}
+
+impl Window for Mapping {
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Aligned words are copied one access each, so a word the guest changes at the same moment is
+    /// seen whole, old or new.
+    fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), guest::Error> {
+        let from = self.check(offset, buf.len())?;
+        let head = from.as_ptr().align_offset(8).min(buf.len());
+        let (first, rest) = buf.split_at_mut(head);
+        let read_byte = |i: usize| {
+            // SAFETY: `check` bounded every index below `buf.len()`; the guest may write at the
+            // same time, which volatile access allows for.
+            unsafe { from.add(i).as_ptr().read_volatile() }
+        };
+        for (i, b) in first.iter_mut().enumerate() {
+            *b = read_byte(i);
+        }
+        let mut at = head;
+        let mut words = rest.chunks_exact_mut(8);
+        for word in &mut words {
+            // SAFETY: as above; `head` bytes on the address is 8-aligned, and so is every step.
+            let value = unsafe { from.add(at).cast::<u64>().as_ptr().read_volatile() };
+            word.copy_from_slice(&value.to_le_bytes());
+            at += 8;
+        }
+        for (i, b) in words.into_remainder().iter_mut().enumerate() {
+            *b = read_byte(at + i);
+        }
+        Ok(())
+    }
+}
+
+impl WindowMut for Mapping {
+    fn write(&self, offset: usize, bytes: &[u8]) -> Result<(), guest::Error> {
+        let to = self.check(offset, bytes.len())?;
+        for (i, &b) in bytes.iter().enumerate() {
+            // SAFETY: `check` bounded every index, and windows for writing are mapped writable.
+            unsafe { to.add(i).as_ptr().write_volatile(b) };
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,105 @@
+//! The pause: one count of Xen's pause counter, given back however this value ends.
+//!
+//! Xen's counter belongs to nobody, so a tool that stops or dies while it holds a count leaves the
+//! guest frozen. While a [`Pause`] lives, the signals that would stop or end this process wait;
+//! they are delivered once the guest runs again.
+
+use std::mem::MaybeUninit;
+use std::time::{Duration, Instant};
+
+use super::{Control, Error};
+use crate::addr::DomId;
+
+/// Signals that wait while a guest is paused.
+const HELD: [libc::c_int; 7] = [
+    libc::SIGINT,
+    libc::SIGTERM,
+    libc::SIGHUP,
+    libc::SIGQUIT,
+    libc::SIGTSTP,
+    libc::SIGTTIN,
+    libc::SIGTTOU,
+];
+
+/// A paused domain. Dropping it unpauses, also when the stack unwinds.
+#[derive(Debug)]
+pub struct Pause<'c> {
+    control: &'c Control,
+    domain: DomId,
+    began: Instant,
+    held: bool,
+    mask: libc::sigset_t,
+}
+
+impl<'c> Pause<'c> {
+    /// Pauses `domain`; returns once none of its vCPUs runs.
+    ///
+    /// # Errors
+    /// Xen refused: the domain is gone, or its counter is full.
+    pub fn new(control: &'c Control, domain: DomId) -> Result<Pause<'c>, Error> {
+        let mask = hold_signals();
+        let began = Instant::now();
+        let pause = Pause {
+            control,
+            domain,
+            began,
+            held: true,
+            mask,
+        };
+        if let Err(error) = control.pause(domain) {
+            let mut pause = pause;
+            pause.held = false;
+            return Err(error);
+        }
+        Ok(pause)
+    }
+
+    /// Time since the pause was asked for.
+    #[must_use]
+    pub fn elapsed(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// Unpauses and says how long the domain was paused, both calls included.
+    ///
+    /// # Errors
+    /// Xen refused: the domain is gone.
+    pub fn end(mut self) -> Result<Duration, Error> {
+        self.held = false;
+        self.control.unpause(self.domain)?;
+        Ok(self.began.elapsed())
+    }
+}
+
+impl Drop for Pause<'_> {
+    fn drop(&mut self) {
+        if self.held {
+            // A domain that is gone needs no unpause, and there is nobody left to tell.
+            let _ = self.control.unpause(self.domain);
+        }
+        // SAFETY: the mask was filled by pthread_sigmask.
+        unsafe {
+            libc::pthread_sigmask(
+                libc::SIG_SETMASK,
+                &raw const self.mask,
+                std::ptr::null_mut(),
+            )
+        };
+    }
+}
+
+/// Blocks [`HELD`] for this thread and returns the mask from before. The tool has one thread.
+fn hold_signals() -> libc::sigset_t {
+    let mut held = MaybeUninit::<libc::sigset_t>::zeroed();
+    let mut before = MaybeUninit::<libc::sigset_t>::zeroed();
+    // SAFETY: the sets are valid memory; an all-zero sigset_t is an empty one, so `before` is
+    // initialised even if the call failed.
+    unsafe {
+        libc::sigemptyset(held.as_mut_ptr());
+        for signal in HELD {
+            libc::sigaddset(held.as_mut_ptr(), signal);
+        }
+        libc::pthread_sigmask(libc::SIG_BLOCK, held.as_ptr(), before.as_mut_ptr());
+        before.assume_init()
+    }
+}

@@ -1,0 +1,185 @@
+//! Reads requests from the port and answers them.
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result};
+use rustix::termios;
+
+use super::console::Guests;
+use super::{exec, guestcmd, pty};
+use crate::proto::{self, FailKind, Reply, Request, Tagged};
+
+/// The way back to the runner, shared by all threads.
+#[derive(Clone)]
+pub(super) struct Port {
+    out: Arc<Mutex<File>>,
+}
+
+impl Port {
+    /// Sends a reply; a port that can't be written leaves nobody to tell.
+    pub(super) fn reply(&self, id: u64, message: Reply, body: &[u8]) {
+        let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(e) = proto::send(&mut *out, &Tagged { id, message }, body) {
+            eprintln!("xtest-agent: reply {id}: {e:#}");
+        }
+    }
+}
+
+/// Why a request failed, for the runner to tell apart.
+#[derive(Debug)]
+pub(super) struct Failed {
+    pub(super) kind: FailKind,
+    pub(super) message: String,
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Failed {
+    fn from(e: E) -> Self {
+        Self {
+            kind: FailKind::Other,
+            message: format!("{:#}", e.into()),
+        }
+    }
+}
+
+/// Serves requests until the port closes.
+pub fn serve(port: &Path) -> Result<()> {
+    let input = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(i32::try_from(rustix::fs::OFlags::NOCTTY.bits())?)
+        .open(port)
+        .with_context(|| format!("opening {}", port.display()))?;
+    // a serial line edits and echoes what passes; a virtio port is no terminal
+    if let Ok(mut mode) = termios::tcgetattr(&input) {
+        mode.make_raw();
+        termios::tcsetattr(&input, termios::OptionalActions::Flush, &mode)?;
+    }
+    let guests = Guests::watch();
+    let local = guests.clone();
+    std::thread::spawn(move || {
+        if let Err(e) = serve_locally(&local) {
+            eprintln!("xtest-agent: {e:#}");
+        }
+    });
+    converse(input, &guests)
+}
+
+/// Answers those within dom0.
+fn serve_locally(guests: &Guests) -> Result<()> {
+    let _ = std::fs::remove_file(guestcmd::SOCKET);
+    let listener = UnixListener::bind(guestcmd::SOCKET)?;
+    loop {
+        let (socket, _) = listener.accept()?;
+        let guests = guests.clone();
+        // ends with the connection
+        std::thread::spawn(move || converse(File::from(OwnedFd::from(socket)), &guests));
+    }
+}
+
+/// Answers requests until the other side goes away.
+fn converse(mut input: File, guests: &Guests) -> Result<()> {
+    let port = Port {
+        out: Arc::new(Mutex::new(input.try_clone()?)),
+    };
+    let terminals = pty::Terminals::default();
+    port.reply(0, Reply::Ready { uptime: uptime() }, &[]);
+    loop {
+        let (request, body) = proto::receive::<Request>(&mut input)?;
+        let id = request.id;
+        if let Request::Input { to } = request.message {
+            terminals.input(to, body);
+            continue;
+        }
+        let (port, guests, terminals) = (port.clone(), guests.clone(), terminals.clone());
+        std::thread::spawn(move || {
+            if let Err(e) = answer(&port, &guests, &terminals, request, &body) {
+                port.reply(
+                    id,
+                    Reply::Failed {
+                        kind: e.kind,
+                        message: e.message,
+                    },
+                    &[],
+                );
+            }
+        });
+    }
+}
+
+fn answer(
+    port: &Port,
+    guests: &Guests,
+    terminals: &pty::Terminals,
+    request: Tagged<Request>,
+    body: &[u8],
+) -> Result<(), Failed> {
+    let id = request.id;
+    match request.message {
+        Request::Hello => port.reply(id, Reply::Ready { uptime: uptime() }, &[]),
+        Request::Run {
+            cmd,
+            timeout_ms,
+            stream,
+        } => {
+            let done = exec::run(&cmd, timeout_ms, &mut |err, data| {
+                if stream {
+                    port.reply(id, Reply::Data { err }, data);
+                }
+                !stream
+            })?;
+            done.send(port, id);
+        }
+        Request::Put { path, mode } => {
+            if let Some(dir) = Path::new(&path).parent() {
+                std::fs::create_dir_all(dir)?;
+            }
+            // replaced, not rewritten: a running program's file can't be written to
+            let new = format!("{path}.new");
+            std::fs::write(&new, body)?;
+            std::fs::set_permissions(&new, std::fs::Permissions::from_mode(mode))?;
+            std::fs::rename(&new, &path)?;
+            port.reply(id, Reply::Ok, &[]);
+        }
+        Request::Get { path } => {
+            let data = std::fs::read(&path).with_context(|| format!("reading {path}"))?;
+            port.reply(id, Reply::Ok, &data);
+        }
+        Request::GuestExec {
+            domain,
+            cmd,
+            timeout_ms,
+            silence_ms,
+        } => {
+            guests
+                .exec(&domain, &cmd, timeout_ms, silence_ms)?
+                .send(port, id);
+        }
+        Request::Pty { cmd, rows, cols } => {
+            let rc = terminals.run(port, id, &cmd, rows, cols)?;
+            port.reply(
+                id,
+                Reply::Done {
+                    rc,
+                    timed_out: false,
+                    out_len: 0,
+                },
+                &[],
+            );
+        }
+        Request::Input { .. } => {}
+    }
+    Ok(())
+}
+
+fn uptime() -> f64 {
+    let text = std::fs::read_to_string("/proc/uptime").unwrap_or_default();
+    text.split(' ')
+        .next()
+        .and_then(|t| t.parse().ok())
+        .unwrap_or_default()
+}

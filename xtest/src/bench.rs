@@ -1,0 +1,146 @@
+//! Everything ready to boot, and one booted machine.
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{ensure, Context, Result};
+
+use rustix::fs::{flock, FlockOperation};
+
+use crate::dom0::Dom0;
+use crate::fetch::{self, Root, BOOKWORM};
+use crate::image::{self, Images, Tools};
+use crate::limits;
+use crate::paths::{cargo, Paths};
+use crate::payloads;
+use crate::qemu::Qemu;
+use crate::scenario::{Ctx, Profile};
+
+/// What all boots of a run share.
+#[derive(Debug)]
+pub struct Bench {
+    /// Folders.
+    pub paths: Paths,
+    /// The unpacked packages.
+    pub root: Root,
+    images: Images,
+    _lock: File,
+}
+
+impl Bench {
+    /// Fetches packages, builds programs, payloads and images: whatever is not up to date.
+    pub fn prepare(xen_locus: Option<PathBuf>) -> Result<Self> {
+        let paths = Paths::find()?;
+        let lock = lock(&paths)?;
+        let root = fetch::ensure_suite(&paths, &BOOKWORM)?;
+        let tools = build_tools(&paths, xen_locus)?;
+        payloads::build_all(&paths, &root)?;
+        let images = image::build(&paths, &root, tools)?;
+        Ok(Self {
+            paths,
+            root,
+            images,
+            _lock: lock,
+        })
+    }
+
+    /// Boots a machine. Its logs' folder is emptied first unless `again`.
+    pub fn boot(&self, profile: &Profile, again: u32) -> Result<Machine> {
+        let base = self.paths.logs(profile.name);
+        let logs = if again == 0 {
+            base
+        } else {
+            base.join(format!("boot-{}", again + 1))
+        };
+        if logs.exists() {
+            std::fs::remove_dir_all(&logs)?;
+        }
+        std::fs::create_dir_all(&logs)?;
+        let extra: Vec<(String, u32, PathBuf)> = payloads::built(&self.paths, &self.root.release)?
+            .into_iter()
+            .map(|(name, file)| (format!("payloads/{name}.ko"), 0o644, file))
+            .collect();
+        let overlay = image::overlay(&self.images.tools, &extra)?;
+        let began = Instant::now();
+        let (qemu, stream) = Qemu::start(&self.images, profile, &overlay, &logs)?;
+        let limit = limits::scaled(limits::BOOT);
+        let dom0 = Dom0::connect(stream, &logs.join("transcript.log"), limit)
+            .with_context(|| format!("dom0's console ends:\n{}", qemu.console_tail(30)))?;
+        let payloads = self.paths.payloads(&self.root.release);
+        let ctx = Ctx::new(dom0, self.root.release.clone(), payloads);
+        Ok(Machine {
+            ctx,
+            qemu,
+            logs,
+            boot_time: began.elapsed(),
+        })
+    }
+}
+
+/// A booted machine; dropping it kills it.
+#[derive(Debug)]
+pub struct Machine {
+    /// What scenarios get.
+    pub ctx: Ctx,
+    /// The emulator.
+    pub qemu: Qemu,
+    /// Where its logs are.
+    pub logs: PathBuf,
+    /// From the start of QEMU to the agent's first word.
+    pub boot_time: Duration,
+}
+
+impl Machine {
+    /// Fetches guests' console logs and the tools' own; a machine that is down has none to give.
+    pub fn collect_logs(&self) {
+        let list = "cd /var/log && ls guest-*.log xen/*.log xen-locus/* 2>/dev/null";
+        let Ok(found) = self.ctx.dom0.sh_timeout(list, Duration::from_secs(20)) else {
+            return;
+        };
+        for name in found.text().lines() {
+            if let Ok(data) = self.ctx.dom0.get(&format!("/var/log/{name}")) {
+                let _ = std::fs::write(self.logs.join(name.replace('/', "-")), data);
+            }
+        }
+    }
+}
+
+/// Only one run at a time may use the target folder: logs and images would mix.
+fn lock(paths: &Paths) -> Result<File> {
+    std::fs::create_dir_all(&paths.base)?;
+    let file = File::create(paths.base.join("lock"))?;
+    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        eprintln!("xtest: waiting for another xtest to end");
+        flock(&file, FlockOperation::LockExclusive)?;
+    }
+    Ok(file)
+}
+
+/// Builds xen-locus (unless one is given) and the agent, as they are to run in dom0.
+fn build_tools(paths: &Paths, xen_locus: Option<PathBuf>) -> Result<Tools> {
+    let mut cmd = Command::new(cargo());
+    cmd.args([
+        "build",
+        "--release",
+        "--quiet",
+        "-p",
+        "xtest",
+        "--bin",
+        "xtest-agent",
+    ]);
+    if xen_locus.is_none() {
+        cmd.args(["-p", "xen-locus", "--bin", "xen-locus"]);
+    }
+    cmd.current_dir(&paths.workspace);
+    ensure!(
+        cmd.status().context("running cargo")?.success(),
+        "cargo build failed"
+    );
+    let release = paths.target.join("release");
+    Ok(Tools {
+        xen_locus: xen_locus.unwrap_or_else(|| release.join("xen-locus")),
+        agent: release.join("xtest-agent"),
+    })
+}

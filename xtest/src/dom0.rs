@@ -1,0 +1,407 @@
+//! The runner's side of the agent: commands, files and terminals of dom0.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use crate::limits;
+use crate::proto::{self, FailKind, Reply, Request, Tagged};
+use crate::verdict::Verdict;
+
+/// What a command printed and how it ended.
+#[derive(Debug, Clone)]
+pub struct Output {
+    /// Exit code; 128 + signal for a killed command.
+    pub rc: i32,
+    /// The limit had passed and the command was killed.
+    pub timed_out: bool,
+    /// Standard output, byte for byte.
+    pub stdout: Vec<u8>,
+    /// Standard error, byte for byte.
+    pub stderr: Vec<u8>,
+}
+
+impl Output {
+    /// Standard output as text, without white space around it.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).trim().to_owned()
+    }
+
+    /// Standard error as text, without white space around it.
+    pub fn err_text(&self) -> String {
+        String::from_utf8_lossy(&self.stderr).trim().to_owned()
+    }
+
+    /// Standard output as JSON; what is not is a [`Verdict::Failure`].
+    pub fn json(&self) -> Result<serde_json::Value, Verdict> {
+        serde_json::from_slice(&self.stdout).map_err(|e| {
+            Verdict::failure(format!(
+                "not JSON ({e}): {}{}",
+                self.text(),
+                self.err_text()
+            ))
+        })
+    }
+}
+
+/// Why a request to the agent came to nothing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Trouble {
+    /// The guest gives no sign of life.
+    Hung(String),
+    /// The guest is not there, or has crashed.
+    Gone(String),
+    /// dom0 or the whole machine is gone.
+    Down,
+    /// The bench itself has failed.
+    Bench(String),
+}
+
+impl From<Trouble> for Verdict {
+    fn from(t: Trouble) -> Self {
+        match t {
+            Trouble::Hung(why) => Verdict::failure(why),
+            Trouble::Gone(why) => Verdict::crash(why),
+            Trouble::Down => Verdict::crash("dom0 or the hypervisor went down".to_owned()),
+            Trouble::Bench(why) => Verdict::Error(why),
+        }
+    }
+}
+
+/// A reply and its body.
+pub type Answer = (Reply, Vec<u8>);
+
+/// A connection to dom0's agent. Clones share it; several threads may use it at a time.
+#[derive(Debug, Clone)]
+pub struct Dom0 {
+    link: Arc<Link>,
+}
+
+#[derive(Debug)]
+struct Link {
+    out: Mutex<UnixStream>,
+    pending: Mutex<Pending>,
+    next: AtomicU64,
+    transcript: Mutex<File>,
+    started: Instant,
+}
+
+#[derive(Debug, Default)]
+struct Pending {
+    waiting: HashMap<u64, Sender<Answer>>,
+    down: bool,
+}
+
+impl Dom0 {
+    /// Waits until the agent is there.
+    pub fn connect(stream: UnixStream, transcript: &Path, limit: Duration) -> Result<Self> {
+        let link = Arc::new(Link {
+            out: Mutex::new(stream.try_clone()?),
+            pending: Mutex::default(),
+            next: AtomicU64::new(1),
+            transcript: Mutex::new(File::create(transcript)?),
+            started: Instant::now(),
+        });
+        let ready = link.register(0);
+        let reader = Arc::clone(&link);
+        std::thread::spawn(move || reader.read(stream));
+        match ready.recv_timeout(limit) {
+            Ok(_) => Ok(Self { link }),
+            Err(RecvTimeoutError::Timeout) => anyhow::bail!("dom0 was not up within {limit:?}"),
+            Err(RecvTimeoutError::Disconnected) => anyhow::bail!("the machine went down"),
+        }
+    }
+
+    /// Runs a shell command with the default limit (two minutes).
+    pub fn sh(&self, cmd: &str) -> Result<Output, Verdict> {
+        self.sh_timeout(cmd, Duration::from_secs(120))
+    }
+
+    /// Runs a shell command; past the limit its process group is killed
+    /// ([`Output::timed_out`]).
+    pub fn sh_timeout(&self, cmd: &str, limit: Duration) -> Result<Output, Verdict> {
+        let limit = limits::scaled(limit);
+        let request = Request::Run {
+            cmd: cmd.to_owned(),
+            timeout_ms: millis(limit),
+            stream: false,
+        };
+        Ok(self
+            .ask(request, &[], limit + limits::GRACE, "dom0", cmd)
+            .and_then(output)?)
+    }
+
+    /// Runs a shell command that must end with 0; otherwise a [`Verdict::Failure`] with what it
+    /// said. Returns its standard output as text.
+    pub fn ok(&self, cmd: &str) -> Result<String, Verdict> {
+        let out = self.sh(cmd)?;
+        if out.rc != 0 {
+            let said = format!("{}\n{}", out.text(), out.err_text());
+            return Err(Verdict::failure(format!(
+                "`{cmd}` ended with {}: {said}",
+                out.rc
+            )));
+        }
+        Ok(out.text())
+    }
+
+    /// Runs a shell command and hands on what it prints as it comes (is it error output, the
+    /// bytes). Returns the exit code.
+    pub fn sh_stream(
+        &self,
+        cmd: &str,
+        limit: Duration,
+        sink: &mut dyn FnMut(bool, &[u8]),
+    ) -> Result<i32, Verdict> {
+        let limit = limits::scaled(limit);
+        let request = Request::Run {
+            cmd: cmd.to_owned(),
+            timeout_ms: millis(limit),
+            stream: true,
+        };
+        self.link.note(&format!("dom0$ {cmd}"));
+        let (_, rx) = self.begin(request, &[])?;
+        let deadline = Instant::now() + limit + limits::GRACE;
+        loop {
+            match self.next(&rx, deadline)? {
+                (Reply::Data { err }, body) => sink(err, &body),
+                (Reply::Done { rc, .. }, _) => return Ok(rc),
+                other => return Err(unexpected(&other.0).into()),
+            }
+        }
+    }
+
+    /// Writes a file of dom0, whose folder is made where it is missing.
+    pub fn put(&self, path: &str, mode: u32, data: &[u8]) -> Result<(), Verdict> {
+        let request = Request::Put {
+            path: path.to_owned(),
+            mode,
+        };
+        let what = format!("(put {} bytes to {path})", data.len());
+        self.ask(request, data, limits::TRANSFER, "dom0", &what)?;
+        Ok(())
+    }
+
+    /// Reads a file of dom0.
+    pub fn get(&self, path: &str) -> Result<Vec<u8>, Verdict> {
+        let request = Request::Get {
+            path: path.to_owned(),
+        };
+        let what = format!("(get {path})");
+        Ok(self.ask(request, &[], limits::TRANSFER, "dom0", &what)?.1)
+    }
+
+    /// Runs a command in a guest; see [`crate::guest::Guest`].
+    pub(crate) fn guest_exec(
+        &self,
+        domain: &str,
+        cmd: &str,
+        limit: Duration,
+        silence: Duration,
+    ) -> Result<Output, Trouble> {
+        let (limit, silence) = (limits::scaled(limit), limits::scaled(silence));
+        let request = Request::GuestExec {
+            domain: domain.to_owned(),
+            cmd: cmd.to_owned(),
+            timeout_ms: millis(limit),
+            silence_ms: millis(silence),
+        };
+        let patience = limit + silence + limits::TRANSFER;
+        self.ask(request, &[], patience, domain, cmd)
+            .and_then(output)
+    }
+
+    /// Starts a command on a terminal; returns its id for [`Self::type_in`] and its output.
+    pub fn terminal(&self, cmd: &str, rows: u16, cols: u16) -> Result<Terminal, Verdict> {
+        let request = Request::Pty {
+            cmd: cmd.to_owned(),
+            rows,
+            cols,
+        };
+        let (id, replies) = self.begin(request, &[])?;
+        Ok(Terminal { id, replies })
+    }
+
+    /// Types into a terminal.
+    pub fn type_in(&self, terminal: u64, data: &[u8]) -> Result<(), Verdict> {
+        let id = self.link.next.fetch_add(1, Ordering::Relaxed);
+        self.link.send(id, Request::Input { to: terminal }, data)?;
+        Ok(())
+    }
+
+    /// A line in the transcript of the run.
+    pub fn note(&self, text: &str) {
+        self.link.note(text);
+    }
+
+    /// Whether the machine is still there, as far as is known.
+    pub fn is_down(&self) -> bool {
+        locked(&self.link.pending).down
+    }
+
+    fn ask(
+        &self,
+        request: Request,
+        body: &[u8],
+        patience: Duration,
+        whom: &str,
+        what: &str,
+    ) -> Result<Answer, Trouble> {
+        self.link.note(&format!("{whom}$ {what}"));
+        let began = Instant::now();
+        let answer = self
+            .begin(request, body)
+            .and_then(|(_, rx)| self.next(&rx, began + patience));
+        self.link.note(&summary(&answer, began.elapsed()));
+        answer
+    }
+
+    fn begin(&self, request: Request, body: &[u8]) -> Result<(u64, Receiver<Answer>), Trouble> {
+        let id = self.link.next.fetch_add(1, Ordering::Relaxed);
+        let rx = self.link.register(id);
+        self.link.send(id, request, body)?;
+        Ok((id, rx))
+    }
+
+    fn next(&self, rx: &Receiver<Answer>, deadline: Instant) -> Result<Answer, Trouble> {
+        match rx.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok((Reply::Failed { kind, message }, _)) => Err(match kind {
+                FailKind::Hung => Trouble::Hung(message),
+                FailKind::Gone => Trouble::Gone(message),
+                FailKind::Other => Trouble::Bench(message),
+            }),
+            Ok(answer) => Ok(answer),
+            Err(RecvTimeoutError::Disconnected) => Err(Trouble::Down),
+            Err(RecvTimeoutError::Timeout) => {
+                Err(Trouble::Bench("dom0's agent does not answer".to_owned()))
+            }
+        }
+    }
+}
+
+/// A command on a terminal.
+#[derive(Debug)]
+pub struct Terminal {
+    /// For [`Dom0::type_in`].
+    pub id: u64,
+    /// [`Reply::Data`] with output, at last [`Reply::Done`].
+    pub replies: Receiver<Answer>,
+}
+
+impl Link {
+    fn register(&self, id: u64) -> Receiver<Answer> {
+        let (tx, rx) = mpsc::channel();
+        let mut pending = locked(&self.pending);
+        if !pending.down {
+            pending.waiting.insert(id, tx);
+        }
+        rx
+    }
+
+    fn send(&self, id: u64, message: Request, body: &[u8]) -> Result<(), Trouble> {
+        let mut out = locked(&self.out);
+        proto::send(&mut *out, &Tagged { id, message }, body).map_err(|_| Trouble::Down)
+    }
+
+    fn read(&self, stream: UnixStream) {
+        let mut stream = BufReader::with_capacity(1 << 16, stream);
+        while let Ok((Tagged { id, message }, body)) = proto::receive::<Reply>(&mut stream) {
+            let more = matches!(message, Reply::Data { .. });
+            let mut pending = locked(&self.pending);
+            if let Some(tx) = pending.waiting.get(&id) {
+                let _ = tx.send((message, body));
+            }
+            if !more {
+                pending.waiting.remove(&id);
+            }
+        }
+        let mut pending = locked(&self.pending);
+        pending.down = true;
+        pending.waiting.clear();
+    }
+
+    fn note(&self, text: &str) {
+        let at = self.started.elapsed().as_secs_f64();
+        let _ = writeln!(locked(&self.transcript), "[{at:8.3}] {text}");
+    }
+}
+
+fn summary(answer: &Result<Answer, Trouble>, took: Duration) -> String {
+    let mut text = match answer {
+        Ok((Reply::Done { rc, timed_out, .. }, body)) => {
+            let shown = match std::str::from_utf8(body.get(..4096).unwrap_or(body)) {
+                Ok(text) => text,
+                Err(e) if e.error_len().is_none() => "(text, cut within a character)",
+                Err(_) => "(binary)",
+            };
+            let late = if *timed_out {
+                ", killed at its limit"
+            } else {
+                ""
+            };
+            format!("-> {rc}{late}, {} bytes\n{}", body.len(), shown.trim_end())
+        }
+        Ok((_, body)) => format!("-> {} bytes", body.len()),
+        Err(t) => format!("-> {t:?}"),
+    };
+    let _ = write!(text, " ({:.3} s)", took.as_secs_f64());
+    text
+}
+
+fn output((reply, mut body): Answer) -> Result<Output, Trouble> {
+    match reply {
+        Reply::Done {
+            rc,
+            timed_out,
+            out_len,
+        } => {
+            let at = usize::try_from(out_len)
+                .unwrap_or(usize::MAX)
+                .min(body.len());
+            let stderr = body.split_off(at);
+            Ok(Output {
+                rc,
+                timed_out,
+                stdout: body,
+                stderr,
+            })
+        }
+        other => Err(unexpected(&other)),
+    }
+}
+
+fn unexpected(reply: &Reply) -> Trouble {
+    Trouble::Bench(format!("an answer of the wrong kind: {reply:?}"))
+}
+
+fn millis(d: Duration) -> u64 {
+    d.as_millis().try_into().unwrap_or(u64::MAX)
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Adds context while keeping the kind of trouble: what a scenario does in its own preparations is
+/// the bench's affair.
+pub trait BenchContext<T> {
+    /// Turns any error into [`Verdict::Error`].
+    fn bench(self, what: &str) -> Result<T, Verdict>;
+}
+
+impl<T, E: Into<anyhow::Error>> BenchContext<T> for Result<T, E> {
+    fn bench(self, what: &str) -> Result<T, Verdict> {
+        self.map_err(Into::into)
+            .with_context(|| what.to_owned())
+            .map_err(|e| Verdict::Error(format!("{e:#}")))
+    }
+}

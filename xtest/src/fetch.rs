@@ -1,0 +1,392 @@
+//! Gets the Debian packages that dom0 and the guests are made of, as any user, and unpacks them.
+//!
+//! The host's own apt does the work, with a private state: its resolver computes the closure as
+//! if nothing were installed, and it verifies what it downloads against Debian's keyring. Mirrors
+//! are those the host is configured with. Once unpacked, nothing here needs the network.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use anyhow::{bail, ensure, Context, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::paths::Paths;
+
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+/// Changed when what is unpacked, or how, changes: old trees are then redone.
+const FORMAT: u32 = 1;
+
+/// A Debian release and what is wanted of it.
+#[derive(Debug, Clone, Copy)]
+pub struct Suite {
+    /// Codename, as in the archive's `dists/`.
+    pub name: &'static str,
+    /// Whether the security archive has it too.
+    pub security: bool,
+    /// Packages whose closure is unpacked.
+    pub packages: &'static [&'static str],
+}
+
+/// Debian 12: dom0, and the guests that scenarios use unless they say otherwise.
+pub const BOOKWORM: Suite = Suite {
+    name: "bookworm",
+    security: true,
+    packages: &[
+        "xen-utils-4.17",
+        "xenstore-utils",
+        "xen-hypervisor-4.17-amd64",
+        "qemu-system-xen",
+        "seabios",
+        "busybox-static",
+        "libgcc-s1",
+        "libssl3",
+        "libelf1",
+        "linux-image-amd64",
+        "linux-headers-amd64",
+    ],
+};
+
+/// In the closure, but of no use in an initramfs (prefixes of package names).
+const SKIP: &[&str] = &[
+    "adduser",
+    "binutils",
+    "coreutils",
+    "cpp-",
+    "debconf",
+    "dpkg",
+    "gcc-12",
+    "initramfs-tools",
+    "ipxe-qemu",
+    "iso-codes",
+    "klibc-utils",
+    "libasan",
+    "libbinutils",
+    "libcc1",
+    "libgcc-12-dev",
+    "libgomp",
+    "libisl",
+    "libitm",
+    "liblsan",
+    "libmpc3",
+    "libmpfr",
+    "libpython3",
+    "libquadmath",
+    "libtsan",
+    "libubsan",
+    "linux-base",
+    "media-types",
+    "passwd",
+    "perl",
+    "python3",
+    "tar",
+    "ucf",
+    "udev",
+];
+
+/// An unpacked suite.
+#[derive(Debug, Clone)]
+pub struct Root {
+    /// The unpacked tree.
+    pub dir: PathBuf,
+    /// Release of its kernel, as `uname -r` gives it.
+    pub release: String,
+}
+
+/// Says that the tree is whole, and what it is made of.
+#[derive(Debug, Serialize, Deserialize)]
+struct Stamp {
+    format: u32,
+    packages: Vec<String>,
+    release: String,
+    files: BTreeSet<String>,
+}
+
+/// Unpacks the suite, unless that is done already.
+pub fn ensure_suite(paths: &Paths, suite: &Suite) -> Result<Root> {
+    let base = paths.base.join(suite.name);
+    let root = base.join("root");
+    let stamp_file = base.join("stamp.json");
+    if let Some(stamp) = read_stamp(&stamp_file, suite) {
+        if root.is_dir() {
+            return Ok(Root {
+                dir: root,
+                release: stamp.release,
+            });
+        }
+    }
+    let debs = base.join("debs");
+    std::fs::create_dir_all(&debs)?;
+    let listed = base.join("downloaded.json");
+    let stamp = match read_stamp(&listed, suite) {
+        Some(stamp) if stamp.files.iter().all(|f| debs.join(f).is_file()) => stamp,
+        _ => {
+            let stamp = download(&base, &debs, suite)?;
+            std::fs::write(&listed, serde_json::to_vec_pretty(&stamp)?)?;
+            stamp
+        }
+    };
+    unpack(&debs, &root, &stamp)?;
+    std::fs::write(&stamp_file, serde_json::to_vec_pretty(&stamp)?)?;
+    Ok(Root {
+        dir: root,
+        release: stamp.release,
+    })
+}
+
+fn read_stamp(file: &Path, suite: &Suite) -> Option<Stamp> {
+    let stamp: Stamp = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
+    (stamp.format == FORMAT && stamp.packages == suite.packages).then_some(stamp)
+}
+
+fn download(base: &Path, debs: &Path, suite: &Suite) -> Result<Stamp> {
+    let apt = Apt::prepare(base, suite)?;
+    eprintln!("xtest: {}: reading package lists", suite.name);
+    if let Err(e) = apt.run("apt-get", &["update", "-q"]) {
+        // lists of an earlier run may do
+        eprintln!("xtest: warning: {e:#}");
+    }
+    let release = apt.kernel_release()?;
+    let closure = apt.closure(suite)?;
+    let missing: Vec<&str> = closure
+        .iter()
+        .filter(|p| {
+            !debs
+                .join(&p.file)
+                .metadata()
+                .is_ok_and(|m| m.len() == p.size)
+        })
+        .map(|p| p.versioned.as_str())
+        .collect();
+    if !missing.is_empty() {
+        eprintln!(
+            "xtest: {}: downloading {} packages",
+            suite.name,
+            missing.len()
+        );
+        let mut args = vec!["download", "-q"];
+        args.extend(missing);
+        apt.run("apt-get", &args)?;
+    }
+    let files: BTreeSet<String> = closure.into_iter().map(|p| p.file).collect();
+    for file in &files {
+        ensure!(debs.join(file).is_file(), "apt-get download gave no {file}");
+    }
+    let packages = suite.packages.iter().map(|&p| p.to_owned()).collect();
+    Ok(Stamp {
+        format: FORMAT,
+        packages,
+        release,
+        files,
+    })
+}
+
+fn unpack(debs: &Path, root: &Path, stamp: &Stamp) -> Result<()> {
+    eprintln!("xtest: unpacking {} packages", stamp.files.len());
+    if root.exists() {
+        std::fs::remove_dir_all(root)?;
+    }
+    std::fs::create_dir_all(root)?;
+    for file in &stamp.files {
+        let mut cmd = Command::new("dpkg-deb");
+        checked(cmd.arg("-x").arg(debs.join(file)).arg(root))?;
+    }
+    crate::payloads::relocate_headers(root, &stamp.release)
+}
+
+/// One package of a closure.
+#[derive(Debug)]
+struct Package {
+    /// As apt takes it: `name=version`.
+    versioned: String,
+    /// Name of the downloaded file.
+    file: String,
+    size: u64,
+}
+
+/// The host's apt with a state of its own.
+struct Apt {
+    conf: PathBuf,
+    debs: PathBuf,
+}
+
+impl Apt {
+    fn prepare(base: &Path, suite: &Suite) -> Result<Self> {
+        ensure!(
+            Path::new(KEYRING).is_file(),
+            "{KEYRING} is missing: install debian-archive-keyring"
+        );
+        let dir = base.join("apt");
+        for sub in ["state/lists/partial", "cache/archives/partial", "etc/none"] {
+            std::fs::create_dir_all(dir.join(sub))?;
+        }
+        std::fs::write(dir.join("status"), "")?;
+        std::fs::write(dir.join("etc/sources.list"), sources(suite)?)?;
+        let d = dir
+            .to_str()
+            .context("the target folder's path is not UTF-8")?;
+        let conf = dir.join("apt.conf");
+        std::fs::write(&conf, configuration(d))?;
+        Ok(Self {
+            conf,
+            debs: base.join("debs"),
+        })
+    }
+
+    fn run(&self, program: &str, args: &[&str]) -> Result<String> {
+        let mut cmd = Command::new(program);
+        cmd.arg("-c")
+            .arg(&self.conf)
+            .args(args)
+            .current_dir(&self.debs)
+            .env("LC_ALL", "C");
+        let out = checked(&mut cmd)?;
+        Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+    }
+
+    /// The release that `linux-image-amd64` stands for at present.
+    fn kernel_release(&self) -> Result<String> {
+        let text = self.run("apt-cache", &["depends", "linux-image-amd64"])?;
+        let name = text
+            .lines()
+            .find_map(|l| l.trim().strip_prefix("Depends: linux-image-"));
+        Ok(name
+            .context("linux-image-amd64 depends on no kernel")?
+            .trim()
+            .to_owned())
+    }
+
+    fn closure(&self, suite: &Suite) -> Result<Vec<Package>> {
+        let mut args = vec![
+            "install",
+            "-qq",
+            "-y",
+            "--no-install-recommends",
+            "--print-uris",
+        ];
+        args.extend(suite.packages);
+        let text = self.run("apt-get", &args)?;
+        let mut all = Vec::new();
+        for line in text.lines().filter(|l| l.starts_with('\'')) {
+            // 'URI' name_version_arch.deb size hash
+            let mut words = line.split_whitespace().skip(1);
+            let (Some(file), Some(size)) = (words.next(), words.next()) else {
+                bail!("apt-get --print-uris printed a line that is not understood: {line}");
+            };
+            let mut parts = file.splitn(3, '_');
+            let (Some(name), Some(version)) = (parts.next(), parts.next()) else {
+                bail!("{file}: not the name of a package file");
+            };
+            if SKIP.iter().any(|s| name.starts_with(s)) {
+                continue;
+            }
+            let versioned = format!("{name}={}", version.replace("%3a", ":"));
+            all.push(Package {
+                versioned,
+                file: file.to_owned(),
+                size: size.parse()?,
+            });
+        }
+        ensure!(!all.is_empty(), "apt found no package to download");
+        Ok(all)
+    }
+}
+
+/// apt's options: state and cache of our own, the host's only for how to reach mirrors.
+fn configuration(dir: &str) -> String {
+    format!(
+        r#"#clear APT::Update;
+#clear DPkg;
+Dir::State "{dir}/state";
+Dir::State::lists "{dir}/state/lists";
+Dir::State::status "{dir}/status";
+Dir::State::extended_states "{dir}/state/extended_states";
+Dir::Cache "{dir}/cache";
+Dir::Cache::archives "{dir}/cache/archives";
+Dir::Cache::pkgcache "";
+Dir::Cache::srcpkgcache "";
+Dir::Etc::sourcelist "{dir}/etc/sources.list";
+Dir::Etc::sourceparts "{dir}/etc/none";
+Dir::Etc::preferences "{dir}/etc/preferences";
+Dir::Etc::preferencesparts "{dir}/etc/none";
+APT::Sandbox::User "";
+APT::Architecture "amd64";
+APT::Architectures {{ "amd64"; }};
+Acquire::Languages "none";
+Acquire::IndexTargets::deb::DEP-11::DefaultEnabled "false";
+Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled "false";
+Debug::NoLocking "true";
+"#
+    )
+}
+
+/// The suite's `sources.list`, with the mirrors that the host uses.
+fn sources(suite: &Suite) -> Result<String> {
+    let format = "$(IDENTIFIER) $(REPO_URI) $(LABEL)";
+    let out = checked(Command::new("apt-get").args(["indextargets", "--format", format]))?;
+    let text = String::from_utf8_lossy(&out.stdout);
+    let (main, security) = mirrors(&text);
+    let main = main.context(
+        "the host's apt knows no Debian archive (`apt-get indextargets`): add one to its sources",
+    )?;
+    let mut list = format!("deb [signed-by={KEYRING}] {main} {} main\n", suite.name);
+    if let (true, Some(security)) = (suite.security, security) {
+        list += &format!(
+            "deb [signed-by={KEYRING}] {security} {}-security main\n",
+            suite.name
+        );
+    }
+    Ok(list)
+}
+
+/// Base addresses of the main and the security archive. Labels are known only once lists were
+/// read on the host; before that the last part of the address has to do.
+fn mirrors(targets: &str) -> (Option<String>, Option<String>) {
+    let (mut main, mut security) = (None, None);
+    for line in targets.lines() {
+        let mut words = line.split_whitespace();
+        let (Some("Packages"), Some(uri)) = (words.next(), words.next()) else {
+            continue;
+        };
+        let last = uri
+            .trim_end_matches('/')
+            .rsplit('/')
+            .next()
+            .unwrap_or_default();
+        let slot = match (words.next(), last) {
+            (Some("Debian"), _) | (None, "debian") => &mut main,
+            (Some("Debian-Security"), _) | (None, "debian-security") => &mut security,
+            _ => continue,
+        };
+        slot.get_or_insert_with(|| uri.to_owned());
+    }
+    (main, security)
+}
+
+/// Runs a command; an error has what it said.
+pub fn checked(cmd: &mut Command) -> Result<Output> {
+    let name = cmd.get_program().to_string_lossy().into_owned();
+    let out = cmd.output().with_context(|| format!("running {name}"))?;
+    if !out.status.success() {
+        let said = String::from_utf8_lossy(&out.stderr);
+        bail!("{name} failed ({}): {}", out.status, said.trim());
+    }
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mirrors_are_told_apart_by_label_or_by_address() {
+        let labelled = "Packages mirror://a/x/ Debian\nDEP-11 mirror://a/x/ Debian\n\
+                        Packages mirror://a/y/ Debian-Security\nPackages other://z/ Other\n";
+        let (main, security) = mirrors(labelled);
+        assert_eq!(main.as_deref(), Some("mirror://a/x/"));
+        assert_eq!(security.as_deref(), Some("mirror://a/y/"));
+        let (main, security) = mirrors("Packages m://a/debian-security/ \nPackages m://a/debian/ ");
+        assert_eq!(main.as_deref(), Some("m://a/debian/"));
+        assert_eq!(security.as_deref(), Some("m://a/debian-security/"));
+    }
+}

@@ -1,0 +1,236 @@
+//! Guests: what they are made of, and commands in them.
+
+use std::time::Duration;
+
+use crate::dom0::{Dom0, Output, Trouble};
+use crate::limits;
+use crate::verdict::Verdict;
+
+/// What a guest's kernel is told. Quiet, because the console carries commands.
+const KERNEL_ARGS: &str =
+    "console=hvc0 loglevel=5 mitigations=off no_timer_check tsc=reliable panic=0";
+/// Without these an emulated HVM guest takes minutes to look for hardware that is not there.
+const HVM_ARGS: &str = "pci=off agp=off iommu=off 8250.nr_uarts=0 i8042.nokbd i8042.noaux";
+
+/// Xen's kinds of guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Paravirtual.
+    Pv,
+    /// Hardware assisted, without firmware and device model.
+    Pvh,
+    /// Hardware assisted, with both.
+    Hvm,
+}
+
+impl Kind {
+    /// As `xl` and xen-locus write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pv => "pv",
+            Self::Pvh => "pvh",
+            Self::Hvm => "hvm",
+        }
+    }
+
+    /// How long such a guest may take until it answers.
+    fn boot_limit(self) -> Duration {
+        Duration::from_secs(match self {
+            Self::Pv => 120,
+            Self::Pvh => 180,
+            Self::Hvm => 420,
+        })
+    }
+}
+
+/// What guest a scenario wants. Two equal ones are the same guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GuestSpec {
+    /// Its name in Xen.
+    pub name: String,
+    /// Its type.
+    pub kind: Kind,
+    /// Memory in MiB.
+    pub memory: u32,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// More arguments for its kernel.
+    pub kernel_args: String,
+    /// More lines for its `xl` configuration.
+    pub config: String,
+}
+
+impl GuestSpec {
+    /// A guest of the usual size: 192 MiB, two vCPUs.
+    pub fn new(name: &str, kind: Kind) -> Self {
+        Self {
+            name: name.to_owned(),
+            kind,
+            memory: 192,
+            vcpus: 2,
+            kernel_args: String::new(),
+            config: String::new(),
+        }
+    }
+
+    /// With this much memory, in MiB.
+    pub fn memory(mut self, mib: u32) -> Self {
+        self.memory = mib;
+        self
+    }
+
+    /// With this many virtual CPUs.
+    pub fn vcpus(mut self, count: u32) -> Self {
+        self.vcpus = count;
+        self
+    }
+
+    /// With more kernel arguments.
+    pub fn kernel_args(mut self, args: &str) -> Self {
+        self.kernel_args = args.to_owned();
+        self
+    }
+
+    /// With more lines of `xl` configuration.
+    pub fn config(mut self, lines: &str) -> Self {
+        self.config = lines.to_owned();
+        self
+    }
+
+    /// The configuration file for `xl create`. A guest that crashes is preserved, so that it can be
+    /// looked at and told from one that was destroyed.
+    pub fn to_config(&self) -> String {
+        let hvm_args = if self.kind == Kind::Hvm { HVM_ARGS } else { "" };
+        let extra = format!("{KERNEL_ARGS} {hvm_args} {}", self.kernel_args);
+        let mut text = format!(
+            "name=\"{}\"\ntype=\"{}\"\nmemory={}\nvcpus={}\nkernel=\"/guest/{}\"\n\
+             ramdisk=\"/guest/initrd.gz\"\nextra=\"{}\"\non_crash=\"preserve\"\n\
+             on_reboot=\"preserve\"\n",
+            self.name,
+            self.kind.name(),
+            self.memory,
+            self.vcpus,
+            // firmware boots a bzImage, Xen's builder the ELF file in it
+            if self.kind == Kind::Hvm {
+                "vmlinuz"
+            } else {
+                "vmlinux"
+            },
+            extra.split_whitespace().collect::<Vec<_>>().join(" "),
+        );
+        if self.kind == Kind::Hvm {
+            text += "vga=\"none\"\nnographic=1\nvnc=0\nsdl=0\nusb=0\n\
+                     device_model_args=[\"-nodefaults\"]\n";
+        }
+        text + &self.config + "\n"
+    }
+}
+
+/// A running guest.
+#[derive(Debug, Clone)]
+pub struct Guest {
+    /// Its name in Xen.
+    pub name: String,
+    /// Its domain id when it was started.
+    pub domid: u32,
+    dom0: Dom0,
+}
+
+impl Guest {
+    /// Starts a guest and waits until it takes commands.
+    pub(crate) fn start(dom0: &Dom0, spec: &GuestSpec) -> Result<Self, Verdict> {
+        let name = &spec.name;
+        let config = format!("/etc/xen/{name}.cfg");
+        dom0.put(&config, 0o644, spec.to_config().as_bytes())?;
+        let limit = Duration::from_secs(240);
+        let out = dom0.sh_timeout(
+            &format!("rm -f /var/log/guest-{name}.log; xl create -q {config}"),
+            limit,
+        )?;
+        if out.rc != 0 {
+            return Err(Verdict::Error(format!(
+                "xl create {name} ended with {}: {} {}",
+                out.rc,
+                out.text(),
+                out.err_text()
+            )));
+        }
+        let guest = Self::attach(dom0, name)?;
+        match guest.try_sh("true", Duration::from_secs(30), spec.kind.boot_limit()) {
+            Ok(_) => Ok(guest),
+            Err(Trouble::Hung(why)) => Err(Verdict::crash(format!("did not come up: {why}"))),
+            Err(other) => Err(other.into()),
+        }
+    }
+
+    /// A guest that runs already, for example after `xl restore`.
+    pub fn attach(dom0: &Dom0, name: &str) -> Result<Self, Verdict> {
+        let domid = dom0.ok(&format!("xl domid {name}"))?;
+        let domid = domid
+            .parse()
+            .map_err(|_| Verdict::Error(format!("xl domid: {domid}")))?;
+        Ok(Self {
+            name: name.to_owned(),
+            domid,
+            dom0: dom0.clone(),
+        })
+    }
+
+    /// Runs a shell command in the guest, limit two minutes.
+    pub fn sh(&self, cmd: &str) -> Result<Output, Verdict> {
+        self.sh_timeout(cmd, Duration::from_secs(120))
+    }
+
+    /// Runs a shell command in the guest; past the limit it is killed ([`Output::timed_out`]). A
+    /// guest that gives no sign of life is a [`Verdict::Failure`], one that is gone a
+    /// [`Verdict::Crash`].
+    pub fn sh_timeout(&self, cmd: &str, limit: Duration) -> Result<Output, Verdict> {
+        Ok(self.try_sh(cmd, limit, limits::SILENCE)?)
+    }
+
+    /// Like [`Self::sh_timeout`], for scenarios that expect trouble: a guest without a sign of life
+    /// for `silence` is [`Trouble::Hung`].
+    pub fn try_sh(&self, cmd: &str, limit: Duration, silence: Duration) -> Result<Output, Trouble> {
+        self.dom0.guest_exec(&self.name, cmd, limit, silence)
+    }
+
+    /// Runs a shell command that must end with 0, and returns what it printed, as text.
+    pub fn ok(&self, cmd: &str) -> Result<String, Verdict> {
+        let out = self.sh(cmd)?;
+        if out.rc != 0 {
+            return Err(Verdict::failure(format!(
+                "{}: `{cmd}` ended with {}: {} {}",
+                self.name,
+                out.rc,
+                out.text(),
+                out.err_text()
+            )));
+        }
+        Ok(out.text())
+    }
+
+    /// Writes a file in the guest. Slow (a few 100 KB/s): made for small ones.
+    pub fn put(&self, path: &str, mode: u32, data: &[u8]) -> Result<(), Verdict> {
+        use base64::prelude::{Engine, BASE64_STANDARD};
+        self.ok(&format!(": > {path}"))?;
+        for piece in data.chunks(48 * 1024) {
+            let text = BASE64_STANDARD.encode(piece);
+            self.ok(&format!("base64 -d >> {path} <<E\n{text}\nE"))?;
+        }
+        self.ok(&format!("chmod {mode:o} {path}"))?;
+        Ok(())
+    }
+
+    /// Starts the workload of `guest/spin-workload.c` unless it runs; see [`Self::rounds`].
+    pub fn start_workload(&self) -> Result<(), Verdict> {
+        self.ok("pidof spin-workload >/dev/null || spin-workload >/run/workload.log 2>&1 &")?;
+        Ok(())
+    }
+
+    /// How many rounds the workload has done: grows as long as the guest is well.
+    pub fn rounds(&self) -> Result<u64, Verdict> {
+        let text = self.ok("cat /run/workload 2>/dev/null || echo 0")?;
+        text.parse()
+            .map_err(|_| Verdict::failure(format!("/run/workload has {text:?}")))
+    }
+}

@@ -1,0 +1,313 @@
+//! Builds what QEMU boots: hypervisor, dom0's kernel and initramfs, and what guests boot.
+//!
+//! dom0's initramfs is several concatenated archives (Linux takes that): the base, what only HVM
+//! guests need, and an overlay with what changes from run to run. A guest's is one gzipped archive,
+//! because libxc unpacks gzip itself and drops what is appended.
+
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{ensure, Context, Result};
+
+use crate::cpio::Cpio;
+use crate::elf;
+use crate::fetch::{checked, Root};
+use crate::paths::Paths;
+
+/// Drivers that dom0 needs; those built into the kernel are passed over.
+const MODULES: &[&str] = &[
+    "xen-evtchn",
+    "xen-gntdev",
+    "xen-gntalloc",
+    "xen-privcmd",
+    "xenfs",
+    "virtio_pci",
+    "virtio_console",
+];
+
+/// Xen's programs, from `usr/lib/xen-4.17/bin`.
+const XEN_PROGRAMS: &[&str] = &[
+    "xl",
+    "xenstored",
+    "xenconsoled",
+    "xenconsole",
+    "xen-init-dom0",
+    "libxl-save-helper",
+    "xenctx",
+    "xen-hvmctx",
+    "xenstore-control",
+];
+
+/// Opened at run time, so found in no `DT_NEEDED`: by `pthread_cancel` the first, by xen-locus the
+/// others.
+const DLOPENED: &[&str] = &[
+    "libgcc_s.so.1",
+    "libxenctrl.so.4.17",
+    "libxenforeignmemory.so.1",
+    "libxencall.so.1",
+    "libxenstore.so.4",
+    "libxendevicemodel.so.1",
+    "libxentoollog.so.1",
+    "libxenevtchn.so.1",
+];
+
+const HYPERVISOR: &str = "boot/xen-4.17-amd64.gz";
+const XEN_BIN: &str = "usr/lib/xen-4.17/bin";
+const DEVICE_MODEL: &str = "usr/libexec/xen-qemu-system-i386";
+
+/// Files made once per run of the bench and shared by its boots.
+#[derive(Debug, Clone)]
+pub struct Images {
+    /// Xen, unpacked.
+    pub xen: PathBuf,
+    /// dom0's kernel.
+    pub kernel: PathBuf,
+    /// dom0's first archive.
+    pub base: PathBuf,
+    /// What HVM guests need on top.
+    pub hvm: PathBuf,
+    /// Programs of this workspace.
+    pub tools: Tools,
+    /// The kernel release of guests.
+    pub release: String,
+}
+
+/// Programs of this workspace that go into dom0.
+#[derive(Debug, Clone)]
+pub struct Tools {
+    /// The tool under test.
+    pub xen_locus: PathBuf,
+    /// The bench's agent.
+    pub agent: PathBuf,
+}
+
+/// Makes (or refreshes) all images.
+pub fn build(paths: &Paths, root: &Root, tools: Tools) -> Result<Images> {
+    let dir = paths.base.join("images");
+    std::fs::create_dir_all(&dir)?;
+    let out = Images {
+        xen: dir.join("xen"),
+        kernel: root.dir.join(format!("boot/vmlinuz-{}", root.release)),
+        base: dir.join("dom0.cpio"),
+        hvm: dir.join("hvm.cpio"),
+        tools,
+        release: root.release.clone(),
+    };
+    let mut xen = Vec::new();
+    let packed = root.dir.join(HYPERVISOR);
+    let file = std::fs::File::open(&packed).with_context(|| format!("{}", packed.display()))?;
+    flate2::read::GzDecoder::new(file).read_to_end(&mut xen)?;
+    replace(&out.xen, &xen)?;
+    replace(&out.base, &dom0_base(paths, root, &out.tools)?)?;
+    replace(&out.hvm, &hvm_extras(root)?)?;
+    Ok(out)
+}
+
+/// Writes a file that others may be reading: a new one, moved over the old.
+fn replace(path: &Path, data: &[u8]) -> Result<()> {
+    let new = path.with_extension(format!("new{}", std::process::id()));
+    std::fs::write(&new, data).with_context(|| format!("writing {}", new.display()))?;
+    std::fs::rename(&new, path)?;
+    Ok(())
+}
+
+fn dom0_base(paths: &Paths, root: &Root, tools: &Tools) -> Result<Vec<u8>> {
+    let mut c = Cpio::new();
+    c.file("init", 0o755, include_bytes!("../dom0/init"))?;
+    c.host_file("bin/busybox", 0o755, &busybox(root))?;
+    let mut programs: Vec<(String, PathBuf)> = XEN_PROGRAMS
+        .iter()
+        .map(|p| (format!("{XEN_BIN}/{p}"), root.dir.join(XEN_BIN).join(p)))
+        .collect();
+    for entry in std::fs::read_dir(root.dir.join("usr/bin"))? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.starts_with("xenstore") {
+            programs.push((format!("usr/bin/{name}"), entry.path()));
+        }
+    }
+    for (path, file) in &programs {
+        c.host_file(path, 0o755, file)?;
+    }
+    c.symlink("usr/lib/xen", "xen-4.17")?;
+    c.file("etc/xen/xl.conf", 0o644, b"autoballoon=\"off\"\n")?;
+    c.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n")?;
+    c.file("etc/group", 0o644, b"root:x:0:\n")?;
+    for dir in [
+        "usr/sbin",
+        "var/lib/xen",
+        "var/log/xen",
+        "var/lib/xenstored",
+        "lib64",
+    ] {
+        c.dir(dir)?;
+    }
+    add_modules(&mut c, root)?;
+
+    let mut files: Vec<PathBuf> = programs.into_iter().map(|(_, file)| file).collect();
+    files.extend([tools.agent.clone(), tools.xen_locus.clone()]);
+    for (path, file) in elf::libraries(&root.dir, &files, DLOPENED)? {
+        c.host_file(&path, 0o755, &file)?;
+    }
+    c.symlink(
+        "lib64/ld-linux-x86-64.so.2",
+        "/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2",
+    )?;
+    c.host_file(
+        "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2",
+        0o755,
+        &root.dir.join("lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"),
+    )?;
+
+    let kernel = root.dir.join(format!("boot/vmlinuz-{}", root.release));
+    c.host_file("guest/vmlinuz", 0o644, &kernel)?;
+    let packed = std::fs::read(&kernel)?;
+    c.file(
+        "guest/vmlinux",
+        0o644,
+        &unpacked_kernel(&packed).context("unpacking the kernel")?,
+    )?;
+    c.file("guest/initrd.gz", 0o644, &guest_initramfs(paths, root)?)?;
+    c.finish()
+}
+
+/// The ELF file inside a bzImage (Linux `Documentation/arch/x86/boot.rst`, `payload_offset`).
+///
+/// Handed to libxc for PV and PVH guests, it is what libxc would unpack itself, on an emulated
+/// processor, at every start of a guest.
+fn unpacked_kernel(image: &[u8]) -> Result<Vec<u8>> {
+    let word = |at: usize| -> Result<usize> {
+        let bytes = image.get(at..at + 4).context("too short for a bzImage")?;
+        Ok(usize::try_from(u32::from_le_bytes(bytes.try_into()?))?)
+    };
+    let setup_sectors = usize::from(*image.get(0x1f1).context("too short for a bzImage")?);
+    let start = (setup_sectors + 1) * 512 + word(0x248)?;
+    let payload = image
+        .get(start..start + word(0x24c)?)
+        .context("payload out of bounds")?;
+    ensure!(
+        payload.starts_with(b"\xfd7zXZ"),
+        "the payload is not compressed with xz"
+    );
+    // four bytes with the unpacked size follow the stream
+    let mut xz = Command::new("xz")
+        .args(["-dc", "--single-stream"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("running xz (xz-utils)")?;
+    let mut input = xz.stdin.take().context("no pipe to xz")?;
+    let payload = payload.to_vec();
+    // on a thread: both pipes fill up
+    let feeder = std::thread::spawn(move || input.write_all(&payload));
+    let out = xz.wait_with_output()?;
+    let _ = feeder.join();
+    ensure!(out.stdout.starts_with(b"\x7fELF"), "xz gave no ELF file");
+    Ok(out.stdout)
+}
+
+fn add_modules(c: &mut Cpio, root: &Root) -> Result<()> {
+    let tree = root
+        .dir
+        .join("lib/modules")
+        .join(&root.release)
+        .join("kernel");
+    let mut order = String::new();
+    for module in elf::modules(&tree, MODULES)? {
+        let name = module
+            .file_name()
+            .context("a module without a name")?
+            .to_string_lossy();
+        c.host_file(&format!("lib/modules/{name}"), 0o644, &module)?;
+        order += &format!("{name}\n");
+    }
+    c.file("lib/modules/order", 0o644, order.as_bytes())
+}
+
+/// The device model, its libraries and the firmware.
+fn hvm_extras(root: &Root) -> Result<Vec<u8>> {
+    let mut c = Cpio::new();
+    let model = root.dir.join(DEVICE_MODEL);
+    c.host_file(DEVICE_MODEL, 0o755, &model)?;
+    for (path, file) in elf::libraries(&root.dir, &[model], &[])? {
+        c.host_file(&path, 0o755, &file)?;
+    }
+    let loader = "usr/lib/xen-4.17/boot/hvmloader";
+    c.host_file(loader, 0o755, &root.dir.join(loader))?;
+    for bios in ["bios.bin", "bios-256k.bin"] {
+        let path = format!("usr/share/seabios/{bios}");
+        c.host_file(&path, 0o644, &root.dir.join(&path))?;
+    }
+    for rom in ["linuxboot.bin", "linuxboot_dma.bin", "kvmvapic.bin"] {
+        let path = format!("usr/share/qemu/{rom}");
+        c.host_file(&path, 0o644, &root.dir.join(&path))?;
+    }
+    // it reads one even where there is no keyboard
+    let keymap = "usr/share/qemu/keymaps/en-us";
+    c.host_file(keymap, 0o644, &root.dir.join(keymap))?;
+    c.finish()
+}
+
+/// The overlay: programs of the workspace and files that the runner adds, as (path, mode, file).
+pub fn overlay(tools: &Tools, extra: &[(String, u32, PathBuf)]) -> Result<Vec<u8>> {
+    let mut c = Cpio::new();
+    c.host_file("usr/sbin/xen-locus", 0o755, &tools.xen_locus)?;
+    c.host_file("usr/sbin/xtest-agent", 0o755, &tools.agent)?;
+    c.symlink("usr/sbin/guest", "xtest-agent")?;
+    for (path, mode, file) in extra {
+        c.host_file(path, *mode, file)?;
+    }
+    c.finish()
+}
+
+fn guest_initramfs(paths: &Paths, root: &Root) -> Result<Vec<u8>> {
+    let mut c = Cpio::new();
+    c.file("init", 0o755, include_bytes!("../guest/init"))?;
+    c.host_file("bin/busybox", 0o755, &busybox(root))?;
+    for (name, program) in guest_programs(paths)? {
+        c.host_file(&format!("bin/{name}"), 0o755, &program)?;
+    }
+    let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(6));
+    gz.write_all(&c.finish()?)?;
+    Ok(gz.finish()?)
+}
+
+/// Compiles every C file of `xtest/guest` into a static program of the same name.
+fn guest_programs(paths: &Paths) -> Result<Vec<(String, PathBuf)>> {
+    let out = paths.base.join("guest-programs");
+    std::fs::create_dir_all(&out)?;
+    let mut programs = Vec::new();
+    for entry in std::fs::read_dir(paths.workspace.join("xtest/guest"))? {
+        let source = entry?.path();
+        if source.extension().is_none_or(|e| e != "c") {
+            continue;
+        }
+        let name = source.file_stem().context("a C file without a name")?;
+        let name = name.to_string_lossy().into_owned();
+        let program = out.join(&name);
+        if newer(&source, &program) {
+            let mut cc = Command::new("gcc");
+            cc.args(["-static", "-O2", "-Wall", "-Werror", "-s", "-o"])
+                .arg(&program)
+                .arg(&source);
+            checked(&mut cc)?;
+        }
+        programs.push((name, program));
+    }
+    programs.sort();
+    Ok(programs)
+}
+
+/// Whether `source` was changed after `made` (or `made` does not exist).
+pub fn newer(source: &Path, made: &Path) -> bool {
+    let time = |p: &Path| p.metadata().and_then(|m| m.modified()).ok();
+    match (time(source), time(made)) {
+        (Some(source), Some(made)) => source > made,
+        _ => true,
+    }
+}
+
+fn busybox(root: &Root) -> PathBuf {
+    root.dir.join("bin/busybox")
+}

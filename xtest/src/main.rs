@@ -1,0 +1,132 @@
+//! `xtest`: runs xen-locus on nested Xen under QEMU.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{bail, Context, Result};
+use clap::{Parser, Subcommand};
+use xtest::bench::Bench;
+use xtest::fetch::{ensure_suite, BOOKWORM};
+use xtest::paths::Paths;
+use xtest::scenario::{Profile, Scenario, PROFILES};
+use xtest::{demo, payloads, runner, scenarios, shell};
+
+/// Runs xen-locus on nested Xen under QEMU: no KVM, no root.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Take this xen-locus instead of building the workspace's
+    #[arg(long, global = true, value_name = "FILE")]
+    xen_locus: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// List the scenarios
+    List,
+    /// Run scenarios: all, or those named
+    Run {
+        /// Names; `apply-*` takes all that begin so
+        names: Vec<String>,
+        /// Only those of this profile
+        #[arg(long, value_parser = profile)]
+        profile: Option<&'static Profile>,
+        /// How many profiles run side by side [default: half the processors]
+        #[arg(long, short)]
+        jobs: Option<usize>,
+    },
+    /// Boot with guests running, and a dom0 shell on this terminal (leave with Ctrl-A x)
+    Shell {
+        /// Which machine
+        #[arg(long, value_parser = profile, default_value = "pv")]
+        profile: &'static Profile,
+        /// Start no guests
+        #[arg(long)]
+        bare: bool,
+    },
+    /// Show xen-locus at work
+    Demo,
+    /// Download and unpack the Debian packages
+    Fetch,
+    /// Build the payloads of patches/
+    Payloads,
+}
+
+fn profile(name: &str) -> Result<&'static Profile> {
+    let names: Vec<&str> = PROFILES.iter().map(|p| p.name).collect();
+    let found = PROFILES.iter().find(|p| p.name == name).copied();
+    found.with_context(|| format!("profiles are: {}", names.join(", ")))
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(e) => {
+            eprintln!("xtest: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<bool> {
+    runner::end_on_signals()?;
+    match cli.command {
+        Command::List => {
+            for s in scenarios::all() {
+                println!("{:<5}{:<28} {}", s.profile.name, s.name, s.summary);
+            }
+        }
+        Command::Run {
+            names,
+            profile,
+            jobs,
+        } => {
+            let chosen = choose(&names, profile)?;
+            let bench = Bench::prepare(cli.xen_locus)?;
+            let jobs = jobs.unwrap_or_else(runner::default_jobs);
+            return Ok(!runner::run(&bench, &chosen, jobs)?.failed());
+        }
+        Command::Shell { profile, bare } => {
+            shell::run(&Bench::prepare(cli.xen_locus)?, profile, bare)?;
+        },
+        Command::Demo => demo::run(&Bench::prepare(cli.xen_locus)?)?,
+        Command::Fetch => {
+            let root = ensure_suite(&Paths::find()?, &BOOKWORM)?;
+            println!("{} {}", root.release, root.dir.display());
+        }
+        Command::Payloads => {
+            let paths = Paths::find()?;
+            let root = ensure_suite(&paths, &BOOKWORM)?;
+            payloads::build_all(&paths, &root)?;
+            for (_, file) in payloads::built(&paths, &root.release)? {
+                println!("{}", file.display());
+            }
+        }
+    }
+    Ok(true)
+}
+
+fn choose(names: &[String], profile: Option<&'static Profile>) -> Result<Vec<Scenario>> {
+    let all = scenarios::all();
+    let matches = |pattern: &String, s: &Scenario| match pattern.strip_suffix('*') {
+        Some(start) => s.name.starts_with(start),
+        None => s.name == pattern,
+    };
+    for name in names {
+        if !all.iter().any(|s| matches(name, s)) {
+            bail!("no scenario {name}: see `xtest list`");
+        }
+    }
+    let wanted = |s: &Scenario| {
+        (names.is_empty() || names.iter().any(|n| matches(n, s)))
+            && profile.is_none_or(|p| s.profile == p)
+    };
+    let chosen: Vec<Scenario> = all.into_iter().filter(wanted).collect();
+    if chosen.is_empty() {
+        bail!("no scenario chosen");
+    }
+    Ok(chosen)
+}

@@ -1,0 +1,184 @@
+//! One machine under QEMU: Xen, dom0 and, on a port of its own, the agent.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context, Result};
+
+use crate::image::Images;
+use crate::scenario::Profile;
+
+/// qemu64 with what Xen needs for hardware assisted paging on emulated SVM.
+const CPU: &str = "qemu64,+svm,+npt,+nx,+lm,+pdpe1gb,+fsgsbase,+smep,+rdrand,+invtsc";
+
+/// A running machine; dropping it kills it.
+#[derive(Debug)]
+pub struct Qemu {
+    child: Child,
+    socket: PathBuf,
+    /// Xen's and dom0's console.
+    pub console: PathBuf,
+    initrd: PathBuf,
+}
+
+impl Qemu {
+    /// Starts a machine of this profile; its agent will speak over the stream.
+    ///
+    /// Must be called by a thread that outlives the machine: it dies with its starter.
+    pub fn start(
+        images: &Images,
+        profile: &Profile,
+        overlay: &[u8],
+        logs: &Path,
+    ) -> Result<(Self, UnixStream)> {
+        let initrd = logs.join("initrd.cpio");
+        let mut out = File::create(&initrd)?;
+        let mut parts = vec![&images.base];
+        if profile.hvm {
+            parts.push(&images.hvm);
+        }
+        for part in parts {
+            std::io::copy(&mut File::open(part)?, &mut out)?;
+        }
+        out.write_all(overlay)?;
+        drop(out);
+
+        // a socket's path is at most 107 bytes long, which a target folder may exceed
+        let socket = std::env::temp_dir().join(format!(
+            "xtest-{}-{}.sock",
+            std::process::id(),
+            profile.name
+        ));
+        let _ = std::fs::remove_file(&socket);
+        let listener = UnixListener::bind(&socket)
+            .with_context(|| format!("listening on {}", socket.display()))?;
+        let console = logs.join("console.log");
+        let stderr = File::create(logs.join("qemu.log"))?;
+        let mut cmd = Command::new("setpriv");
+        cmd.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
+        cmd.args(arguments(images, profile, &socket, &console, &initrd));
+        cmd.stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(stderr);
+        let child = cmd
+            .spawn()
+            .context("starting QEMU through setpriv (util-linux)")?;
+        let mut qemu = Self {
+            child,
+            socket,
+            console,
+            initrd,
+        };
+        let stream = qemu.accept(&listener)?;
+        Ok((qemu, stream))
+    }
+
+    fn accept(&mut self, listener: &UnixListener) -> Result<UnixStream> {
+        listener.set_nonblocking(true)?;
+        let limit = Instant::now() + Duration::from_secs(30);
+        loop {
+            match listener.accept() {
+                Ok((stream, _)) => {
+                    stream.set_nonblocking(false)?;
+                    return Ok(stream);
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(e) => return Err(e.into()),
+            }
+            if let Some(status) = self.child.try_wait()? {
+                let log = self.console.with_file_name("qemu.log");
+                let said = std::fs::read_to_string(log).unwrap_or_default();
+                bail!("QEMU ended at once ({status}): {}", said.trim());
+            }
+            if Instant::now() > limit {
+                bail!("QEMU did not connect to the agent's socket");
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Whether the machine still runs.
+    pub fn runs(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// The last lines of Xen's and dom0's console.
+    pub fn console_tail(&self, lines: usize) -> String {
+        tail(&self.console, lines)
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_file(&self.socket);
+        let _ = std::fs::remove_file(&self.initrd);
+    }
+}
+
+fn arguments(
+    images: &Images,
+    profile: &Profile,
+    socket: &Path,
+    console: &Path,
+    initrd: &Path,
+) -> Vec<String> {
+    let xen = format!(
+        "console=com1 com1=115200 loglvl=all guest_loglvl=all sync_console=0 \
+         dom0_mem={0}M,max:{0}M dom0_max_vcpus={1} {2}",
+        profile.dom0_memory, profile.dom0_vcpus, profile.xen_args
+    );
+    let kernel = images.kernel.display().to_string().replace(',', ",,");
+    let initrd = initrd.display().to_string().replace(',', ",,");
+    let pairs = [
+        ("-accel", format!("tcg,thread={}", profile.thread)),
+        ("-cpu", CPU.to_owned()),
+        ("-smp", profile.cpus.to_string()),
+        ("-m", profile.memory.to_string()),
+        ("-display", "none".to_owned()),
+        ("-monitor", "none".to_owned()),
+        ("-serial", format!("file:{}", console.display())),
+        (
+            "-chardev",
+            format!("socket,id=agent,path={}", socket.display()),
+        ),
+        ("-device", "virtio-serial-pci".to_owned()),
+        (
+            "-device",
+            "virtserialport,chardev=agent,name=xtest".to_owned(),
+        ),
+        ("-kernel", images.xen.display().to_string()),
+        ("-append", xen),
+        (
+            "-initrd",
+            format!(
+                "{kernel} console=hvc0 loglevel=5 {},{initrd}",
+                profile.dom0_args
+            ),
+        ),
+    ];
+    let mut args = vec!["-nodefaults".to_owned(), "-no-reboot".to_owned()];
+    args.extend(
+        pairs
+            .into_iter()
+            .flat_map(|(name, value)| [name.to_owned(), value]),
+    );
+    args
+}
+
+/// The last lines of a file, as far as it can be read.
+pub fn tail(path: &Path, lines: usize) -> String {
+    let bytes = std::fs::read(path).unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes);
+    let all: Vec<&str> = text.lines().collect();
+    all.iter()
+        .skip(all.len().saturating_sub(lines))
+        .copied()
+        .collect::<Vec<_>>()
+        .join("\n")
+}

@@ -1,0 +1,304 @@
+//! Runs scenarios: one boot for each profile, several profiles side by side.
+
+use std::collections::BTreeSet;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use crate::bench::{Bench, Machine};
+use crate::qemu::tail;
+use crate::scenario::{Profile, Scenario, PROFILES};
+use crate::verdict::Verdict;
+
+/// Boots that a profile may use up: one, and two more after crashes.
+const BOOTS: u32 = 3;
+
+/// How a run went.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Totals {
+    passed: u32,
+    failed: u32,
+    skipped: u32,
+    retried: u32,
+}
+
+impl Totals {
+    /// Whether anything failed.
+    pub fn failed(&self) -> bool {
+        self.failed > 0
+    }
+
+    fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+        self.retried += other.retried;
+    }
+}
+
+/// Runs these scenarios, `jobs` profiles at a time, and prints a line for each and the sum.
+pub fn run(bench: &Bench, scenarios: &[Scenario], jobs: usize) -> Result<Totals> {
+    let allowed = allowed_skips(&bench.paths.workspace.join("xtest/skips.txt"));
+    let queue: Mutex<Vec<&Profile>> = Mutex::new(
+        PROFILES
+            .iter()
+            .rev()
+            .copied()
+            .filter(|p| scenarios.iter().any(|s| s.profile == *p))
+            .collect(),
+    );
+    let totals = Mutex::new(Totals::default());
+    let began = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..jobs.max(1) {
+            scope.spawn(|| loop {
+                let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop();
+                let Some(profile) = next else { return };
+                let own: Vec<&Scenario> =
+                    scenarios.iter().filter(|s| s.profile == profile).collect();
+                let sum = run_profile(bench, profile, &own, &allowed);
+                totals
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .add(sum);
+            });
+        }
+    });
+    let sum = *totals.lock().unwrap_or_else(PoisonError::into_inner);
+    eprintln!("xtest: took {:.0} s", began.elapsed().as_secs_f64());
+    if sum.retried > 0 {
+        eprintln!(
+            "xtest: {} scenarios were run twice: QEMU lost a guest (SVM)",
+            sum.retried
+        );
+    }
+    println!(
+        "{} passed, {} failed, {} skipped",
+        sum.passed, sum.failed, sum.skipped
+    );
+    Ok(sum)
+}
+
+/// Skips that continuous integration accepts: one name a line, `#` starts a comment.
+fn allowed_skips(file: &Path) -> Option<BTreeSet<String>> {
+    if std::env::var("CI").as_deref() != Ok("true") {
+        return None;
+    }
+    let text = std::fs::read_to_string(file).unwrap_or_default();
+    let names = text
+        .lines()
+        .map(|l| l.split('#').next().unwrap_or_default().trim());
+    Some(names.filter(|n| !n.is_empty()).map(str::to_owned).collect())
+}
+
+fn run_profile(
+    bench: &Bench,
+    profile: &Profile,
+    scenarios: &[&Scenario],
+    allowed: &Option<BTreeSet<String>>,
+) -> Totals {
+    let mut totals = Totals::default();
+    let mut machine = None;
+    let mut boots = 0;
+    for scenario in scenarios {
+        let began = Instant::now();
+        let mut result = attempt(bench, profile, scenario, &mut machine, &mut boots);
+        let mut retried = "";
+        if matches!(result, Err((_, true))) {
+            totals.retried += 1;
+            retried = ", second try";
+            result = attempt(bench, profile, scenario, &mut machine, &mut boots);
+        }
+        let took = began.elapsed().as_secs_f64();
+        let word = match &result {
+            Ok(()) => {
+                totals.passed += 1;
+                "PASS".to_owned()
+            }
+            Err((Verdict::Skip(why), _)) => {
+                let fine = allowed
+                    .as_ref()
+                    .is_none_or(|names| names.contains(scenario.name));
+                if fine {
+                    totals.skipped += 1;
+                    format!("SKIP ({why})")
+                } else {
+                    totals.failed += 1;
+                    format!("FAIL, skipped but not listed in skips.txt ({why})")
+                }
+            }
+            Err((verdict, _)) => {
+                totals.failed += 1;
+                let (word, why) = verdict.to_string().split_once(": ").map_or_else(
+                    || (String::new(), String::new()),
+                    |(w, y)| (w.to_owned(), y.to_owned()),
+                );
+                format!("{word}\n    {}", why.trim().replace('\n', "\n    "))
+            }
+        };
+        println!(
+            "{:<5}{:<28} {took:6.1} s{retried}  {word}",
+            profile.name, scenario.name
+        );
+    }
+    if let Some(machine) = &machine {
+        machine.collect_logs();
+    }
+    totals
+}
+
+/// Runs one scenario; the flag of an error says that QEMU was at fault, provably.
+fn attempt(
+    bench: &Bench,
+    profile: &Profile,
+    scenario: &Scenario,
+    machine: &mut Option<Machine>,
+    boots: &mut u32,
+) -> Result<(), (Verdict, bool)> {
+    if machine.is_none() {
+        if *boots == BOOTS {
+            return Err((
+                Verdict::Error("the machine went down too often".to_owned()),
+                false,
+            ));
+        }
+        eprintln!("xtest: {}: booting", profile.name);
+        let booted = bench.boot(profile, *boots).map_err(|e| (e.into(), false))?;
+        let took = booted.boot_time.as_secs_f64();
+        eprintln!("xtest: {}: dom0 is up after {took:.1} s", profile.name);
+        *boots += 1;
+        *machine = Some(booted);
+    }
+    let Some(running) = machine.as_mut() else {
+        return Err((Verdict::Error("no machine".to_owned()), false));
+    };
+    eprintln!(
+        "xtest: {}: {}: {}",
+        profile.name, scenario.name, scenario.summary
+    );
+    running
+        .ctx
+        .dom0
+        .note(&format!("=== {}: {}", scenario.name, scenario.summary));
+    let console_before = size(&running.qemu.console);
+    let outcome = catch_unwind(AssertUnwindSafe(|| (scenario.run)(&mut running.ctx)));
+    let mut verdict = match outcome {
+        Ok(Ok(())) => return Ok(()),
+        Ok(Err(verdict @ Verdict::Skip(_))) => return Err((verdict, false)),
+        Ok(Err(verdict)) => verdict,
+        Err(_) => Verdict::Error("the scenario panicked".to_owned()),
+    };
+    let down = running.ctx.dom0.is_down();
+    // a guest that crashed explains more than the command that could not reach it any more
+    let crashed = if down {
+        Vec::new()
+    } else {
+        running.ctx.crashed()
+    };
+    if !crashed.is_empty() {
+        verdict = Verdict::Crash(format!("{verdict}\ncrashed: {}", crashed.join("; ")));
+    }
+    running
+        .ctx
+        .dom0
+        .note(&format!("=== {}: {verdict}", scenario.name));
+    running.collect_logs();
+    let new = text_after(&running.qemu.console, console_before);
+    let emulator = profile.thread == "multi" || !crashed.is_empty();
+    let emulator = emulator && svm_signature(&new);
+    let report = report(running);
+    if down || !running.qemu.runs() || running.ctx.destroy_all().is_err() {
+        *machine = None;
+    }
+    let (Verdict::Error(why) | Verdict::Failure(why) | Verdict::Crash(why) | Verdict::Skip(why)) =
+        &mut verdict;
+    why.push_str(&report);
+    Err((verdict, emulator))
+}
+
+/// The ends of all consoles.
+fn report(machine: &Machine) -> String {
+    let mut text = format!("\nXen and dom0:\n{}", machine.qemu.console_tail(25));
+    let guests = std::fs::read_dir(&machine.logs)
+        .into_iter()
+        .flatten()
+        .flatten();
+    for entry in guests.filter(|e| e.file_name().to_string_lossy().starts_with("guest-")) {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        text += &format!("\n{name}:\n{}", tail(&entry.path(), 25));
+    }
+    text + &format!("\nall logs: {}", machine.logs.display())
+}
+
+/// Whether Xen's console shows the fault of QEMU's SVM emulation: a guest's triple fault at an
+/// address of Xen itself (code segment e008).
+fn svm_signature(console: &str) -> bool {
+    let lines: Vec<&str> = console.lines().collect();
+    lines
+        .iter()
+        .enumerate()
+        .filter(|(_, l)| l.contains("Triple fault"))
+        .any(|(at, _)| {
+            let dump = || lines.iter().skip(at).take(16);
+            dump().any(|l| l.contains("RIP:") && l.contains(" e008:"))
+                && dump().any(|l| l.contains("CONTEXT: hvm guest"))
+        })
+}
+
+fn size(path: &Path) -> usize {
+    path.metadata()
+        .ok()
+        .and_then(|m| usize::try_from(m.len()).ok())
+        .unwrap_or_default()
+}
+
+fn text_after(path: &Path, from: usize) -> String {
+    let bytes = std::fs::read(path).unwrap_or_default();
+    String::from_utf8_lossy(bytes.get(from..).unwrap_or_default()).into_owned()
+}
+
+/// How many profiles to run at a time by default: each keeps up to two processors busy.
+pub fn default_jobs() -> usize {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    (cpus / 2).max(1)
+}
+
+/// Ends the process when a signal asks for it; QEMU dies with us.
+pub fn end_on_signals() -> Result<()> {
+    let mut signals = signal_hook::iterator::Signals::new([
+        signal_hook::consts::SIGINT,
+        signal_hook::consts::SIGTERM,
+        signal_hook::consts::SIGHUP,
+    ])?;
+    std::thread::spawn(move || {
+        if let Some(signal) = signals.forever().next() {
+            eprintln!("xtest: stopped by signal {signal}");
+            std::thread::sleep(Duration::from_millis(50));
+            let _ = signal_hook::low_level::emulate_default_handler(signal);
+        }
+    });
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOST: &str = "(XEN) d1v0 Triple fault - invoking HVM shutdown action 1\n\
+        (XEN) *** Dumping Dom1 vcpu#0 state: ***\n\
+        (XEN) CPU:    1\n\
+        (XEN) RIP:    e008:[<ffff82d0402a1b2c>]\n\
+        (XEN) RFLAGS: 0000000000010046   CONTEXT: hvm guest (d1v0)\n";
+
+    #[test]
+    fn only_a_triple_fault_at_xens_own_address_is_qemus_fault() {
+        assert!(svm_signature(LOST));
+        assert!(!svm_signature(&LOST.replace("e008", "0010")));
+        assert!(!svm_signature(
+            &LOST.replace("Triple fault", "Something else")
+        ));
+    }
+}
