@@ -21,7 +21,7 @@ pub enum Error {
     #[error("{0}")]
     NotLinux(String),
     /// A symbol, type or member that is needed isn't there.
-    #[error("the guest's kernel has no {0}: it is built without something this tool needs")]
+    #[error("the guest's kernel has no {0}")]
     Missing(String),
     /// Its data contradicts itself.
     #[error("the guest's kernel data is not as it must be: {0}")]

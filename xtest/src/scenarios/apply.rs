@@ -8,7 +8,7 @@ use crate::verdict::Verdict;
 pub const SCENARIOS: &[Scenario] = &[Scenario {
     name: "scratch",
     summary: "scratch",
-    profile: &PV,
+    profile: &crate::scenario::HVM,
     run: scratch,
 }];
 
