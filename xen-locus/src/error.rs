@@ -90,6 +90,7 @@ impl Error {
             Error::TryAgain(_) | Error::Blocked { .. } => ExitCode::TryAgain,
             Error::Kernel(kernel::Error::NotReady(_)) => ExitCode::TryAgain,
             Error::Kernel(kernel::Error::Memory(_)) => ExitCode::Failed,
+            Error::Payload(e) if e.kind.is_damage() => ExitCode::Failed,
             Error::NotApplicable(_) | Error::Kernel(_) | Error::Payload(_) => {
                 ExitCode::NotApplicable
             }

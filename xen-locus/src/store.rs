@@ -4,6 +4,8 @@
 //! needed (DESIGN.md section 7).
 
 use std::io;
+use std::sync::mpsc;
+use std::time::Duration;
 
 use xenstore_rs::unix::XsUnix;
 use xenstore_rs::Xs;
@@ -13,6 +15,9 @@ use crate::error::{Error, Result};
 
 /// Where this tool's nodes stand.
 pub const ROOT: &str = "/tool/xen-locus";
+
+/// How long xenstored may take for its first answer.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A connection to xenstored.
 pub struct Store {
@@ -26,17 +31,28 @@ impl std::fmt::Debug for Store {
 }
 
 impl Store {
-    /// Connects.
+    /// Connects, and makes sure that somebody answers: without xenstored the kernel's device takes
+    /// requests all the same and lets them wait forever.
     ///
     /// # Errors
     /// No xenstored answers.
     pub fn open() -> Result<Store> {
-        let xs = XsUnix::new().map_err(|e| {
+        let none = |why: &str| {
             Error::Failed(format!(
-                "cannot reach xenstored ({e}): is it running? (systemctl status xenstored)"
+                "no xenstored answers ({why}): is it running? (systemctl status xenstored)"
             ))
-        })?;
-        Ok(Store { xs })
+        };
+        let (sender, receiver) = mpsc::channel();
+        std::thread::spawn(move || {
+            let store = XsUnix::new().and_then(|xs| xs.directory("/").map(|_| xs));
+            // Nobody listens any more if the answer came too late.
+            let _ = sender.send(store);
+        });
+        match receiver.recv_timeout(PATIENCE) {
+            Ok(Ok(xs)) => Ok(Store { xs }),
+            Ok(Err(e)) => Err(none(&e.to_string())),
+            Err(_) => Err(none(&format!("waited {} s", PATIENCE.as_secs()))),
+        }
     }
 
     /// A node's value; `None` when there is no such node.

@@ -91,7 +91,7 @@ fn run(cli: Cli) -> Result<bool> {
         }
         Command::Shell { profile, bare } => {
             shell::run(&Bench::prepare(cli.xen_locus)?, profile, bare)?;
-        },
+        }
         Command::Demo => demo::run(&Bench::prepare(cli.xen_locus)?)?,
         Command::Fetch => {
             let root = ensure_suite(&Paths::find()?, &BOOKWORM)?;

@@ -1,10 +1,11 @@
 //! Runs scenarios: one boot for each profile, several profiles side by side.
 
 use std::collections::BTreeSet;
+use std::io::Write;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::Result;
 
@@ -275,8 +276,8 @@ pub fn end_on_signals() -> Result<()> {
     ])?;
     std::thread::spawn(move || {
         if let Some(signal) = signals.forever().next() {
-            eprintln!("xtest: stopped by signal {signal}");
-            std::thread::sleep(Duration::from_millis(50));
+            // not eprintln: that panics when the terminal is what went away
+            let _ = writeln!(std::io::stderr(), "xtest: stopped by signal {signal}");
             let _ = signal_hook::low_level::emulate_default_handler(signal);
         }
     });

@@ -1,6 +1,8 @@
 //! Who is this guest: its kernel's place, symbols, types and tasks, read from guest memory alone.
 
 pub mod btf;
+#[cfg(test)]
+pub(crate) mod fixture;
 pub mod kallsyms;
 pub mod locate;
 pub mod tasks;

@@ -164,6 +164,21 @@ pub enum PayloadErrorKind {
 }
 
 impl PayloadErrorKind {
+    /// The file can't be read or is damaged; all else is a whole file that does not fit.
+    #[must_use]
+    pub fn is_damage(&self) -> bool {
+        matches!(
+            self,
+            Self::Io { .. }
+                | Self::NotAFile
+                | Self::TooBig { .. }
+                | Self::NotElf { .. }
+                | Self::Truncated { .. }
+                | Self::Malformed { .. }
+                | Self::BadModinfo { .. }
+        )
+    }
+
     /// Shorthand for [`PayloadErrorKind::Malformed`].
     pub(super) fn malformed(place: impl Into<String>, problem: impl Into<String>) -> Self {
         Self::Malformed {

@@ -1,37 +1,213 @@
-//! First light: a patch takes effect in a running guest, and goes away again.
+//! A patch takes effect in a running guest and goes away again, many times, under a workload.
 
-use crate::guest::{GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, PV};
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::guest::{Guest, GuestSpec, Kind};
+use crate::scenario::{Ctx, Scenario, HVM, PV, PVH};
 use crate::verdict::Verdict;
+use crate::{check, check_eq};
 
 /// See the names.
-pub const SCENARIOS: &[Scenario] = &[Scenario {
-    name: "scratch",
-    summary: "scratch",
-    profile: &crate::scenario::HVM,
-    run: scratch,
-}];
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "apply-pv",
+        summary: "patches come and go in a PV guest under load, 50 times in a row",
+        profile: &PV,
+        run: |ctx| apply(ctx, Kind::Pv),
+    },
+    Scenario {
+        name: "apply-pvh",
+        summary: "patches come and go in a PVH guest under load, 50 times in a row",
+        profile: &PVH,
+        run: |ctx| apply(ctx, Kind::Pvh),
+    },
+    Scenario {
+        name: "apply-hvm",
+        summary: "patches come and go in an HVM guest with KASLR under load, 50 times in a row",
+        profile: &HVM,
+        run: |ctx| apply(ctx, Kind::Hvm),
+    },
+    Scenario {
+        name: "blocked-pv",
+        summary: "a thread that sleeps in the old function blocks applying, one in the new reverting",
+        profile: &PV,
+        run: |ctx| blocked(ctx, Kind::Pv),
+    },
+    Scenario {
+        name: "arena-is-kernel-only-pv",
+        summary: "user mode of a PV guest can neither read nor write the arena",
+        profile: &PV,
+        run: |ctx| kernel_only(ctx, Kind::Pv),
+    },
+];
 
-fn scratch(ctx: &mut Ctx) -> Result<(), Verdict> {
-    let kind = match std::env::var("K").as_deref() {
-        Ok("pvh") => Kind::Pvh,
-        Ok("hvm") => Kind::Hvm,
-        _ => Kind::Pv,
-    };
-    let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
-    let script = std::fs::read_to_string("/tmp/scratch.sh")?;
-    for line in script.lines() {
-        let (text, rc, err) = match line.strip_prefix("G ") {
-            Some(cmd) => {
-                let o = guest.sh(cmd)?;
-                (o.text(), o.rc, o.err_text())
-            }
-            None => {
-                let o = ctx.dom0.sh(&line.replace("DOM", kind.name()))?;
-                (o.text(), o.rc, o.err_text())
-            }
-        };
-        println!("--- {line} -> {rc}\n{text}\n{err}");
+/// A payload of `patches/` and the folder of its check.
+struct Patch {
+    name: &'static str,
+    folder: &'static str,
+}
+
+const CMDLINE: Patch = Patch { name: "locus_cmdline", folder: "cmdline" };
+const PAIR: Patch = Patch { name: "locus_proc_pair", folder: "version-loadavg" };
+
+impl Patch {
+    fn file(&self) -> String {
+        format!("/payloads/{}.ko", self.name)
     }
+
+    /// Puts the patch's own check into the guest.
+    fn install_check(&self, guest: &Guest) -> Result<(), Verdict> {
+        let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("../patches");
+        let script = std::fs::read(top.join(self.folder).join("check.sh"))?;
+        guest.put(&format!("/tmp/{}.sh", self.name), 0o755, &script)
+    }
+
+    /// Runs the patch's own check in the guest.
+    fn check(&self, guest: &Guest, phase: &str) -> Result<(), Verdict> {
+        let out = guest.sh(&format!("sh /tmp/{}.sh {phase}", self.name))?;
+        check_eq!(out.rc, 0, "{} {phase}: {} {}", self.name, out.text(), out.err_text());
+        Ok(())
+    }
+}
+
+fn apply_json(ctx: &Ctx, guest: &Guest, patch: &Patch, result: &str) -> Result<Value, Verdict> {
+    let report = ctx.json(&format!("xen-locus -o json apply {} {}", guest.name, patch.file()))?;
+    check_eq!(report["result"], result, "{report}");
+    check_eq!(report["patch"], patch.name);
+    check_eq!(report["domid"], guest.domid);
+    Ok(report)
+}
+
+fn revert(ctx: &Ctx, guest: &Guest, patch: &Patch) -> Result<(), Verdict> {
+    let report = ctx.json(&format!("xen-locus -o json revert {} {}", guest.name, patch.name))?;
+    check_eq!(report["result"], "reverted", "{report}");
     Ok(())
+}
+
+fn applied(ctx: &Ctx, guest: &Guest) -> Result<Vec<String>, Verdict> {
+    let status = ctx.json(&format!("xen-locus -o json status {}", guest.name))?;
+    let patches = status["patches"].as_array().cloned().unwrap_or_default();
+    Ok(patches.iter().map(|p| p["name"].as_str().unwrap_or("?").to_owned()).collect())
+}
+
+fn log_lines(guest: &Guest) -> Result<String, Verdict> {
+    guest.ok("dmesg | wc -l")
+}
+
+fn apply(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
+    let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
+    let name = &guest.name;
+    for patch in [&CMDLINE, &PAIR] {
+        patch.install_check(&guest)?;
+        patch.check(&guest, "before")?;
+    }
+    if kind == Kind::Hvm {
+        let info = ctx.json(&format!("xen-locus -o json info {name}"))?;
+        let text = guest.ok("grep ' T _text$' /proc/kallsyms | cut -d' ' -f1")?;
+        check_eq!(info["text_base"], format!("0x{text}"), "KASLR: where the text is");
+    }
+    let log = log_lines(&guest)?;
+
+    let out = ctx.dom0.sh(&format!("xen-locus check {name} {}", CMDLINE.file()))?;
+    check_eq!(out.rc, 0, "check: {}", out.err_text());
+    ctx.dom0.ok(&format!("xen-locus --dry-run apply {name} {}", CMDLINE.file()))?;
+    CMDLINE.check(&guest, "before")?;
+
+    let report = apply_json(ctx, &guest, &CMDLINE, "applied")?;
+    check!(report["pause_us"].as_u64().is_some_and(|us| us > 0), "no pause: {report}");
+    check_eq!(report["functions"], 1);
+    CMDLINE.check(&guest, "after")?;
+    apply_json(ctx, &guest, &CMDLINE, "already")?;
+    let list = ctx.json("xen-locus -o json list")?;
+    let row = list["domains"].as_array().and_then(|d| d.iter().find(|d| d["name"] == **name));
+    check!(
+        row.is_some_and(|d| d["status"] == "patched" && d["patches"] == 1 && d["kernel"] == *ctx.release),
+        "list: {list}"
+    );
+
+    // Two patches at once, reverted in either order.
+    for (first, second) in [(&CMDLINE, &PAIR), (&PAIR, &CMDLINE)] {
+        for patch in [first, second] {
+            if !applied(ctx, &guest)?.contains(&patch.name.to_owned()) {
+                apply_json(ctx, &guest, patch, "applied")?;
+            }
+            patch.check(&guest, "after")?;
+        }
+        revert(ctx, &guest, first)?;
+        first.check(&guest, "before")?;
+        second.check(&guest, "after")?;
+        revert(ctx, &guest, second)?;
+        second.check(&guest, "before")?;
+    }
+
+    guest.start_workload()?;
+    let rounds = guest.rounds()?;
+    let cycles = format!(
+        "for i in $(seq 50); do xen-locus apply {name} {pair} && xen-locus revert {name} {patch} || \
+         {{ echo \"cycle $i: $?\"; exit 1; }}; done",
+        pair = PAIR.file(),
+        patch = PAIR.name,
+    );
+    let out = ctx.dom0.sh_timeout(&cycles, Duration::from_secs(900))?;
+    check_eq!(out.rc, 0, "50 cycles: {} {}", out.text(), out.err_text());
+    let later = guest.rounds()?;
+    check!(later > rounds, "the workload stood still: {rounds} rounds before, {later} after");
+    for patch in [&CMDLINE, &PAIR] {
+        patch.check(&guest, "before")?;
+    }
+    check_eq!(log_lines(&guest)?, log, "lines in the guest's kernel log");
+    check_eq!(applied(ctx, &guest)?, Vec::<String>::new(), "patches left");
+    Ok(())
+}
+
+fn blocked(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
+    let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
+    let name = &guest.name;
+    let try_apply =
+        format!("xen-locus -o json apply {name} /payloads/locus_sleeper.ko --timeout 2s");
+    let try_revert = format!("xen-locus -o json revert {name} locus_sleeper --timeout 2s");
+    let sleeper = |cmd: &str, result: &str, function: &str| -> Result<(), Verdict> {
+        guest.ok("pause & sleep 1")?;
+        let out = ctx.dom0.sh(cmd)?;
+        check_eq!(out.rc, 2, "{cmd}: {}", out.err_text());
+        let report = out.json()?;
+        check_eq!(report["result"], result, "{report}");
+        let blocker = &report["blockers"][0];
+        check_eq!(blocker["comm"], "pause", "{report}");
+        check_eq!(blocker["reason"], "sleeping-on", "{report}");
+        check_eq!(blocker["function"], function, "{report}");
+        let pid = guest.ok("pidof pause")?;
+        check_eq!(blocker["pid"].to_string(), pid, "{report}");
+        check!(out.err_text().contains("pause"), "stderr names no one: {}", out.err_text());
+        guest.ok("killall pause; sleep 1")?;
+        Ok(())
+    };
+    sleeper(&try_apply, "blocked", "__x64_sys_pause")?;
+    check_eq!(applied(ctx, &guest)?, Vec::<String>::new());
+    check_eq!(ctx.json(&try_apply)?["result"], "applied");
+    sleeper(&try_revert, "blocked", "__x64_sys_pause")?;
+    check_eq!(applied(ctx, &guest)?, ["locus_sleeper"]);
+    check_eq!(ctx.json(&try_revert)?["result"], "reverted");
+    Ok(())
+}
+
+fn kernel_only(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
+    const SEGV: i32 = 128 + 11;
+    let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
+    apply_json(ctx, &guest, &CMDLINE, "applied")?;
+    // The directory, and the payload's code, constants and variables behind it.
+    for page in 1..5 {
+        let at = format!("ffffffffff{:03x}000", 0x600 + page);
+        for way in ["r", "w"] {
+            let rc = guest.sh(&format!("peek-arena {at} {way}"))?.rc;
+            check_eq!(rc, SEGV, "user mode at {at} ({way})");
+        }
+    }
+    // The probe can see: the vsyscall page in front of it is, in some kernels, open to reading.
+    let own = guest.sh("peek-arena 400000 r")?;
+    check_eq!(own.rc, 0, "the probe reads its own text: {}", own.err_text());
+    revert(ctx, &guest, &CMDLINE)
 }

@@ -1,0 +1,60 @@
+# Two commands do all the set-up on a fresh Debian 12 with Rust: `make demo` and `make test`.
+
+# What building and testing need beside Rust. qemu: the machine nested Xen runs on; libxen-dev and
+# libclang: xenctrl-sys makes its bindings from Xen's headers; gcc and libelf1: payloads are built by
+# kbuild, whose objtool links libelf.
+PACKAGES = qemu-system-x86 libxen-dev libclang1-14 libclang-common-14-dev gcc libc6-dev make \
+	pkg-config libelf1 debian-archive-keyring dpkg-dev
+
+SUDO = $(if $(filter 0,$(shell id -u)),,sudo)
+XTEST = cargo run --quiet --release -p xtest --
+DESTDIR =
+PREFIX = /usr
+
+.PHONY: all deps build demo test lint unit nested bench install clean
+
+all: build
+
+# Nothing is done, and no network used, when all is there.
+deps:
+	@missing=""; for p in $(PACKAGES); do \
+		dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; \
+	done; \
+	if [ -n "$$missing" ]; then \
+		echo "installing:$$missing"; \
+		$(SUDO) apt-get -qq update && \
+		$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$missing >/dev/null; \
+	fi
+
+build: deps
+	cargo build --release
+
+demo: deps
+	$(XTEST) demo
+
+test: lint unit nested
+
+lint: deps
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	@sh deploy/check-tree.sh
+
+unit: deps
+	cargo test --workspace --locked
+
+nested: deps
+	$(XTEST) run
+
+bench: deps
+	$(XTEST) bench
+
+install: build
+	install -D -m 755 target/release/xen-locus $(DESTDIR)$(PREFIX)/sbin/xen-locus
+	install -D -m 644 deploy/xen-locus.service $(DESTDIR)$(PREFIX)/lib/systemd/system/xen-locus.service
+	install -d $(DESTDIR)$(PREFIX)/share/man/man8
+	target/release/locus-man $(DESTDIR)$(PREFIX)/share/man/man8
+	install -D -m 644 deploy/xen-locus-xenstore.7 $(DESTDIR)$(PREFIX)/share/man/man7/xen-locus-xenstore.7
+	install -d -m 755 $(DESTDIR)/var/lib/xen-locus/payloads
+
+clean:
+	cargo clean

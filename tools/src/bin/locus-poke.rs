@@ -1,0 +1,56 @@
+//! `locus-poke DOMAIN SYMBOL[+OFFSET] [HEX]`: reads or writes bytes of a guest's kernel.
+//!
+//! For tests that need a guest whose kernel someone else has changed. Prints the bytes that stood
+//! there before.
+
+use anyhow::{bail, Context as _, Result};
+use clap::Parser;
+use xen_locus::cli::Host;
+use xen_locus::guest::{Machine as _, MemoryMut as _};
+use xen_locus::kernel::Kernel;
+use xen_locus::link::record::hex;
+
+/// Read or write bytes of a guest's kernel
+#[derive(Parser)]
+struct Args {
+    /// Name or id
+    domain: String,
+    /// Where: a symbol, and an offset in hex
+    place: String,
+    /// Bytes to write, in hex; 16 bytes are only shown if not given
+    bytes: Option<String>,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let host = Host::open()?;
+    let domain = host.guest(&args.domain)?;
+    let kernel = Kernel::read(&domain, domain.kind(), &domain.vcpus()?)?;
+    let (symbol, offset) = args.place.split_once('+').unwrap_or((&args.place, "0"));
+    let offset = u64::from_str_radix(offset.trim_start_matches("0x"), 16).context("offset")?;
+    let at = kernel.function(symbol, 0)?.plus(offset);
+    let bytes = args.bytes.as_deref().map(unhex).transpose()?;
+    let len = bytes.as_ref().map_or(16, Vec::len);
+    println!("{}", hex(&kernel.space.read_vec(at, len)?));
+    if let Some(bytes) = bytes {
+        let frames = kernel.space.frames(at, bytes.len() as u64)?;
+        let window = domain.map_mut(&frames)?;
+        let paused = domain.pause()?;
+        window.write(at.offset(), &bytes)?;
+        paused.end()?;
+    }
+    Ok(())
+}
+
+fn unhex(text: &str) -> Result<Vec<u8>> {
+    if !text.len().is_multiple_of(2) {
+        bail!("an odd number of hex digits: {text}");
+    }
+    (0..text.len())
+        .step_by(2)
+        .map(|i| {
+            let digits = text.get(i..i + 2).context("not ASCII")?;
+            u8::from_str_radix(digits, 16).with_context(|| format!("not hex: {digits}"))
+        })
+        .collect()
+}

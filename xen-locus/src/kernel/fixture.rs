@@ -1,0 +1,166 @@
+//! A small kernel in a mock's memory, for tests: text, constants with a symbol table, variables.
+
+use crate::addr::{Gva, PAGE_LEN};
+use crate::guest::mock::{MockMemory, ROOT};
+use crate::guest::{GuestType, Vcpu};
+
+/// Start of the fixture's text.
+pub const TEXT: Gva = Gva(0xffff_ffff_8100_0000);
+/// Bytes of text.
+pub const TEXT_LEN: usize = 16 * PAGE_LEN;
+/// Start of its constants, right behind.
+pub const RODATA: Gva = Gva(TEXT.0 + TEXT_LEN as u64);
+/// Where the entry point stands.
+pub const ENTRY: Gva = Gva(TEXT.0 + 0x100);
+
+/// Order of the tables, and encoding of addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tables {
+    /// Offsets before the names.
+    Old,
+    /// The same, and a sequence of names behind the markers.
+    OldWithSequence,
+    /// Offsets behind the tokens.
+    New,
+    /// Offsets behind the tokens, relative to their own place.
+    PlaceRelative,
+}
+
+fn pad8(out: &mut Vec<u8>) {
+    out.resize(out.len().next_multiple_of(8), 0);
+}
+
+/// The symbol tables as `scripts/kallsyms.c` lays them out, to stand at `at`. Every token is the
+/// character of its own number: nothing is compressed.
+pub fn kallsyms(at: Gva, symbols: &[(u64, char, String)], tables: Tables) -> Vec<u8> {
+    let base = TEXT.0;
+    let offsets = |out: &mut Vec<u8>| {
+        for (i, (addr, _, _)) in symbols.iter().enumerate() {
+            let place = at.0 + (out.len() as u64);
+            let word = match tables {
+                Tables::PlaceRelative => addr.wrapping_sub(place),
+                // Absolute symbols are positive, the others count down from the base.
+                _ if *addr < base => *addr,
+                _ => (base.wrapping_sub(1)).wrapping_sub(*addr),
+            };
+            let _ = i;
+            out.extend((word as u32).to_le_bytes());
+        }
+        pad8(out);
+        if tables != Tables::PlaceRelative {
+            out.extend(base.to_le_bytes());
+        }
+    };
+    let mut out = Vec::new();
+    let old = matches!(tables, Tables::Old | Tables::OldWithSequence);
+    if old {
+        offsets(&mut out);
+    }
+    out.extend((symbols.len() as u64).to_le_bytes());
+    let names = out.len();
+    let mut markers = Vec::new();
+    for (i, (_, kind, name)) in symbols.iter().enumerate() {
+        if i % 256 == 0 {
+            markers.push((out.len() - names) as u32);
+        }
+        let len = name.len() + 1;
+        if len > 127 {
+            out.extend([(len & 0x7f | 0x80) as u8, (len >> 7) as u8]);
+        } else {
+            out.push(len as u8);
+        }
+        out.push(*kind as u8);
+        out.extend(name.as_bytes());
+    }
+    pad8(&mut out);
+    out.extend(markers.iter().flat_map(|m| m.to_le_bytes()));
+    pad8(&mut out);
+    if tables == Tables::OldWithSequence {
+        out.extend((0..symbols.len()).flat_map(|i| [(i >> 16) as u8, (i >> 8) as u8, i as u8]));
+        pad8(&mut out);
+    }
+    let mut index = Vec::new();
+    let tokens = out.len();
+    for token in 0..=255u8 {
+        index.push((out.len() - tokens) as u16);
+        // An unused token is empty; one that stands for itself is one byte.
+        if token.is_ascii_graphic() {
+            out.push(token);
+        }
+        out.push(0);
+    }
+    pad8(&mut out);
+    out.extend(index.iter().flat_map(|i| i.to_le_bytes()));
+    if !old {
+        offsets(&mut out);
+    }
+    out
+}
+
+/// A kernel to be built.
+pub struct Fixture {
+    /// Its text.
+    pub text: Vec<u8>,
+    /// Its symbols; `_text`, the entry point and filling come with it.
+    pub symbols: Vec<(u64, char, String)>,
+    /// Constants; a symbol for each.
+    pub constants: Vec<(&'static str, Vec<u8>)>,
+    /// The kind of symbol table.
+    pub tables: Tables,
+}
+
+impl Fixture {
+    /// A kernel with nothing in it but what every kernel has.
+    pub fn new() -> Fixture {
+        let mut symbols = vec![(TEXT.0, 'T', "_text".to_owned()), (ENTRY.0, 'T', "entry".to_owned())];
+        // The last page of text is full of small symbols.
+        let filler = TEXT.0 + TEXT_LEN as u64 - PAGE_LEN as u64;
+        symbols.extend((0..1500).map(|i| (filler + i, 't', format!("filler_{i}"))));
+        let banner = b"Linux version 6.1.0-test (builder) #1\n\0".to_vec();
+        Fixture {
+            text: vec![0xcc; TEXT_LEN],
+            symbols,
+            constants: vec![("linux_banner", banner)],
+            tables: Tables::Old,
+        }
+    }
+
+    /// Adds a function.
+    pub fn function(&mut self, at: u64, name: &str, code: &[u8]) {
+        self.symbols.push((at, 't', name.to_owned()));
+        let start = (at - TEXT.0) as usize;
+        self.text[start..start + code.len()].copy_from_slice(code);
+    }
+
+    /// Builds it in a mock's memory.
+    pub fn build(mut self) -> MockMemory {
+        let mut rodata = vec![0; 64];
+        for (name, bytes) in &self.constants {
+            self.symbols.push((RODATA.0 + rodata.len() as u64, 'D', (*name).to_owned()));
+            rodata.extend(bytes);
+            pad8(&mut rodata);
+        }
+        self.symbols.sort();
+        let at = RODATA.plus(rodata.len() as u64);
+        rodata.extend(kallsyms(at, &self.symbols, self.tables));
+        let memory = MockMemory::new();
+        memory.map_bytes(TEXT, &self.text, false, true);
+        memory.map_bytes(RODATA, &rodata, false, false);
+        memory
+    }
+}
+
+/// The state of the fixture's only vCPU, halted in user mode.
+pub fn vcpus() -> Vec<Vcpu> {
+    vec![Vcpu {
+        online: true,
+        user: true,
+        long_mode: true,
+        root: ROOT.0,
+        entry: ENTRY.0,
+        ..Vcpu::default()
+    }]
+}
+
+/// What kind of guest it plays.
+pub const KIND: GuestType = GuestType::Pvh;

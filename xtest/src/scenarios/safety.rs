@@ -1,0 +1,108 @@
+//! Nothing leaves a guest paused; and where the tool can't work it says why in one sentence.
+
+use std::time::Duration;
+
+use crate::guest::{GuestSpec, Kind};
+use crate::scenario::{Ctx, Scenario, PV};
+use crate::verdict::Verdict;
+use crate::{check, check_eq};
+
+/// See the names. The last one ends xenstored, so it must stay the last of its profile.
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "signals-pv",
+        summary: "INT, TERM, HUP and TSTP at any moment leave the guest running, old or new",
+        profile: &PV,
+        run: signals,
+    },
+    Scenario {
+        name: "two-at-once-pv",
+        summary: "two runs on one guest do not meet",
+        profile: &PV,
+        run: two_at_once,
+    },
+    Scenario {
+        name: "environment",
+        summary: "not root, and no xenstored: one clear sentence, exit 1",
+        profile: &PV,
+        run: environment,
+    },
+];
+
+/// Sends each signal to applies and reverts at moments spread over their run. After each the guest
+/// must not be paused: asked of Xen while a stopped run is still stopped.
+const SIGNALS: &str = r#"
+fail() { echo "$1"; xl list; exit 1; }
+n=0
+for sig in INT TERM HUP TSTP; do
+	for delay in 50 150 250 300 350 400 450 500 550 600 650 700 800 1000; do
+		n=$((n + 1))
+		if [ $((n % 2)) = 1 ]; then
+			xen-locus apply pv /payloads/locus_proc_pair.ko >/dev/null 2>&1 &
+		else
+			xen-locus revert pv locus_proc_pair >/dev/null 2>&1 &
+		fi
+		pid=$!
+		usleep ${delay}000
+		kill -$sig $pid 2>/dev/null
+		usleep 20000
+		[ $sig = TSTP ] && usleep 100000
+		case "$(xl list pv | awk 'NR == 2 {print $5}')" in
+		*p*) fail "paused after $sig at $delay ms" ;;
+		esac
+		kill -CONT $pid 2>/dev/null
+		wait $pid
+		rc=$?
+		case $rc in 0 | 1) ;; *) fail "rc $rc after $sig at $delay ms" ;; esac
+	done
+done
+echo "$n signals"
+"#;
+
+fn signals(ctx: &mut Ctx) -> Result<(), Verdict> {
+    let guest = ctx.ensure_guest(GuestSpec::new("pv", Kind::Pv))?;
+    guest.start_workload()?;
+    let rounds = guest.rounds()?;
+    let out = ctx.dom0.sh_timeout(SIGNALS, Duration::from_secs(400))?;
+    check_eq!(out.rc, 0, "{} {}", out.text(), out.err_text());
+    ctx.dom0.sh("xen-locus revert pv --all")?;
+    let status = ctx.json("xen-locus -o json status pv")?;
+    check_eq!(status["patches"], serde_json::json!([]));
+    check!(guest.rounds()? > rounds, "the workload stood still");
+    let seen = guest.ok("cat /proc/version")?;
+    check!(!seen.contains("locus="), "the guest shows {seen:?}");
+    Ok(())
+}
+
+fn two_at_once(ctx: &mut Ctx) -> Result<(), Verdict> {
+    ctx.ensure_guest(GuestSpec::new("pv", Kind::Pv))?;
+    let both = "xen-locus apply pv /payloads/locus_cmdline.ko >/tmp/1 2>&1 & p=$!
+        xen-locus apply pv /payloads/locus_cmdline.ko >/tmp/2 2>&1; b=$?
+        wait $p && [ $b = 0 ]; rc=$?; cat /tmp/1 /tmp/2; exit $rc";
+    let said = ctx.dom0.ok(both)?;
+    check!(
+        said.contains("completed") && said.contains("already"),
+        "one should apply and the other find it applied: {said}"
+    );
+    ctx.dom0.ok("xen-locus revert pv locus_cmdline")?;
+    Ok(())
+}
+
+fn environment(ctx: &mut Ctx) -> Result<(), Verdict> {
+    ctx.dom0.ok("echo nobody:x:65534:65534::/:/bin/sh > /etc/passwd")?;
+    let out = ctx.dom0.sh("setuidgid nobody xen-locus list")?;
+    check_eq!(out.rc, 1, "not root: {}", out.err_text());
+    check!(out.err_text().contains("must be run as root"), "not root: {}", out.err_text());
+
+    ctx.destroy_all()?;
+    ctx.dom0.ok("kill $(pidof xenstored); sleep 1; rm -f /run/xenstored/socket")?;
+    let out = ctx.dom0.sh_timeout("xen-locus list", Duration::from_secs(60))?;
+    check_eq!(out.rc, 1, "no xenstored: {}", out.err_text());
+    let lines = out.err_text().lines().count();
+    check!(
+        lines == 1 && out.err_text().contains("xenstored"),
+        "no xenstored: {}",
+        out.err_text()
+    );
+    Ok(())
+}

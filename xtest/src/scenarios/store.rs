@@ -1,0 +1,97 @@
+//! A script that knows only xenstore-write gets a guest patched, and is told the truth.
+
+use std::time::Duration;
+
+use crate::guest::{GuestSpec, Kind};
+use crate::scenario::{Ctx, Scenario, PV};
+use crate::verdict::Verdict;
+use crate::{check, check_eq};
+
+/// See the names.
+pub const SCENARIOS: &[Scenario] = &[Scenario {
+    name: "xenstore-requests",
+    summary: "the daemon serves apply and revert asked for through XenStore, and publishes status",
+    profile: &PV,
+    run: requests,
+}];
+
+/// A request as a shell script makes it: nodes first, `submit` last, then wait for `state`.
+const ASK: &str = r#"#!/bin/sh
+# ask ID NODE=VALUE...: prints rc and message
+set -e
+at=/tool/xen-locus/request/$1; shift
+for n in "$@"; do xenstore-write "$at/${n%%=*}" "${n#*=}"; done
+xenstore-write "$at/submit" 1
+i=0
+until [ "$(xenstore-read "$at/state" 2>/dev/null)" = done ]; do
+	i=$((i + 1)); [ $i -lt 600 ] || { echo "no answer"; exit 1; }
+	usleep 100000
+done
+echo "$(xenstore-read "$at/rc") $(xenstore-read "$at/message")"
+"#;
+
+fn requests(ctx: &mut Ctx) -> Result<(), Verdict> {
+    let guest = ctx.ensure_guest(GuestSpec::new("pv", Kind::Pv))?;
+    let id = guest.domid;
+    ctx.dom0.put("/tmp/ask", 0o755, ASK.as_bytes())?;
+    ctx.dom0.ok(
+        "mkdir -p /var/lib/xen-locus/payloads && cp /payloads/*.ko /var/lib/xen-locus/payloads/ && \
+         (xen-locus daemon >/var/log/daemon.log 2>&1 & echo $! >/run/daemon.pid)",
+    )?;
+    let read = |path: &str| ctx.dom0.sh(&format!("xenstore-read {path} 2>/dev/null"));
+    let ask = |line: &str, rc: &str, words: &str| -> Result<(), Verdict> {
+        let limit = Duration::from_secs(90);
+        let said = ctx.dom0.sh_timeout(&format!("/tmp/ask {line}"), limit)?;
+        let text = said.text();
+        check!(
+            text.split(' ').next() == Some(rc) && text.contains(words),
+            "`{line}`: got {text:?}, expected {rc} and {words:?} ({})",
+            said.err_text()
+        );
+        Ok(())
+    };
+    ctx.dom0.ok(&format!(
+        "for i in $(seq 100); do xenstore-read /tool/xen-locus/domain/{id}/uuid && exit 0; \
+         usleep 100000; done 2>/dev/null; exit 1"
+    ))?;
+    check_eq!(read("/tool/xen-locus/state")?.text(), "running");
+    let uuid = ctx.dom0.ok(&format!("xenstore-read /local/domain/{id}/vm"))?;
+    let uuid = uuid.trim_start_matches("/vm/");
+    check_eq!(read(&format!("/tool/xen-locus/domain/{id}/uuid"))?.text(), uuid);
+    check_eq!(read(&format!("/tool/xen-locus/domain/{id}/kernel"))?.text(), ctx.release);
+
+    let apply = format!("op=apply domain={id} uuid={uuid} patch=locus_cmdline");
+    ask(&format!("a1 {apply}"), "0", "applied")?;
+    let seen = guest.ok("cat /proc/cmdline")?;
+    check!(seen.ends_with("locus=live"), "the guest shows {seen:?}");
+    let state = format!("/tool/xen-locus/domain/{id}/patch/locus_cmdline/state");
+    check_eq!(read(&state)?.text(), "applied");
+    ask(&format!("a2 {apply}"), "0", "already")?;
+    ask("a3 op=revert domain=pv patch=locus_cmdline", "0", "reverted")?;
+    let seen = guest.ok("cat /proc/cmdline")?;
+    check!(!seen.contains("locus="), "the guest shows {seen:?}");
+    check!(read(&state)?.rc != 0, "{state} is still there");
+
+    let stale = "11111111-2222-3333-4444-555555555555";
+    ask("b1 op=apply domain=nobody patch=locus_cmdline", "1", "no domain")?;
+    ask(&format!("b2 op=apply domain={id} uuid={stale} patch=locus_cmdline"), "1", "UUID")?;
+    ask("b3 op=apply domain=pv patch=locus_nothing", "1", "No such file")?;
+    ask("b4 op=apply domain=pv patch=../../etc/passwd", "64", "expected a name")?;
+    ask(&format!("b5 op=apply domain={id} patch=locus_cmdline"), "64", "uuid")?;
+    ask("b6 op=explode domain=pv patch=locus_cmdline", "64", "expected apply or revert")?;
+    ask("b7 op=apply domain=pv patch=locus_cmdline deadline=1", "2", "deadline")?;
+    ask("b8 op=apply domain=pv patch=locus_cmdline sha256=00", "1", "SHA-256")?;
+    ask("b9 op=revert domain=pv patch=locus_cmdline", "0", "already")?;
+    ask("b10 op=apply domain=pv patch=locus_altinst", "3", ".altinstructions")?;
+
+    // A second daemon does not start; the first ends when asked, and a request waits for the next.
+    check_eq!(ctx.dom0.sh("xen-locus daemon")?.rc, 2, "a second daemon");
+    ctx.dom0.ok("kill $(cat /run/daemon.pid); for i in $(seq 50); do \
+                 kill -0 $(cat /run/daemon.pid) 2>/dev/null || exit 0; usleep 100000; done; exit 1")?;
+    check_eq!(read("/tool/xen-locus/state")?.text(), "stopped");
+    ctx.dom0.ok("(sleep 3; exec xen-locus daemon >>/var/log/daemon.log 2>&1) & echo $! >/run/daemon.pid")?;
+    ask("c1 op=apply domain=pv patch=locus_cmdline", "0", "applied")?;
+    ask("c2 op=revert domain=pv patch=locus_cmdline", "0", "reverted")?;
+    ctx.dom0.ok("kill $(cat /run/daemon.pid)")?;
+    Ok(())
+}
