@@ -1,11 +1,10 @@
 //! Builds the payloads of `patches/`: kernel modules, with the extracted headers of the guests'
 //! kernel.
 
-use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{bail, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 
 use crate::fetch::Root;
 use crate::image::newer;
@@ -60,7 +59,7 @@ pub fn built(paths: &Paths, release: &str) -> Result<Vec<(String, PathBuf)>> {
     Ok(all)
 }
 
-/// Folders `patches/NAME` and `patches/test/NAME` that hold a module's source.
+/// The modules of `patches/*` and `patches/test/*`: name and folder of the source.
 fn sources(patches: &Path) -> Result<Vec<(String, PathBuf)>> {
     let mut found = Vec::new();
     for dir in [patches.to_path_buf(), patches.join("test")] {
@@ -69,11 +68,11 @@ fn sources(patches: &Path) -> Result<Vec<(String, PathBuf)>> {
         }
         for entry in std::fs::read_dir(&dir)? {
             let path = entry?.path();
-            let has_module = ["Kbuild", "Makefile"].iter().any(|file| {
-                std::fs::read_to_string(path.join(file)).is_ok_and(|t| t.contains("obj-m"))
+            let module = ["Kbuild", "Makefile"].iter().find_map(|file| {
+                module_name(&std::fs::read_to_string(path.join(file)).ok()?)
             });
-            if let (true, Some(name)) = (has_module, path.file_name()) {
-                found.push((name.to_string_lossy().into_owned(), path.clone()));
+            if let Some(name) = module {
+                found.push((name, path));
             }
         }
     }
@@ -142,24 +141,13 @@ fn build(name: &str, source: &Path, made: &Path, root: &Root) -> Result<()> {
             log.display()
         );
     }
-    if !module.is_file() {
-        rename_only_module(made, &module)
-            .with_context(|| format!("payload {name}: its build made no single .ko"))?;
-    }
+    ensure!(module.is_file(), "payload {name}: its build made no {name}.ko");
     Ok(())
 }
 
-/// A folder's module may bear another name than the folder.
-fn rename_only_module(made: &Path, module: &Path) -> Result<()> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(made)? {
-        let path = entry?.path();
-        if path.extension() == Some(OsStr::new("ko")) {
-            found.push(path);
-        }
-    }
-    match found.as_slice() {
-        [one] => Ok(std::fs::rename(one, module)?),
-        other => bail!("{} modules", other.len()),
-    }
+/// `NAME` of a kbuild file's `obj-m := NAME.o`.
+fn module_name(kbuild: &str) -> Option<String> {
+    let line = kbuild.lines().find(|line| line.starts_with("obj-m"))?;
+    let object = line.split_whitespace().last()?;
+    object.strip_suffix(".o").map(str::to_owned)
 }

@@ -46,7 +46,7 @@ fn refused(ctx: &Ctx, cmd: &str, rc: i32, words: &str) -> Result<(), Verdict> {
 
 fn payloads(ctx: &mut Ctx) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new("pv", Kind::Pv))?;
-    let good = std::fs::read(ctx.payloads.join("locus_cmdline.ko"))?;
+    let good = std::fs::read(ctx.payloads.join("locus_cmdline/locus_cmdline.ko"))?;
     let changed = |at: usize, byte: u8| {
         let mut bytes = good.clone();
         if let Some(b) = bytes.get_mut(at) {
