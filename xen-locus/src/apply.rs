@@ -315,7 +315,10 @@ fn execute(
             verdict = prescan.look(&machine.vcpus()?, &plan.watch, &too_long)?;
             if verdict == Verdict::Quiet {
                 write_all(&targets)?;
-                return Ok(Done { pause: paused.end()?, attempts });
+                return Ok(Done {
+                    pause: paused.end()?,
+                    attempts,
+                });
             }
             pause = paused.end()?;
         }
@@ -337,12 +340,14 @@ fn gave_up(
     let waited_ms = u64::try_from(waited.as_millis()).unwrap_or(u64::MAX);
     let blockers: Vec<Blocker> = match verdict {
         Verdict::Blocked(blockers) => blockers,
-        Verdict::TooLong => return Error::TryAgain(format!(
+        Verdict::TooLong => {
+            return Error::TryAgain(format!(
             "{}: the guest would have to be paused for longer than --max-pause allows (the last \
                  attempt was given up after {} us); nothing was changed",
             plan.patch,
             pause.as_micros()
-        )),
+        ))
+        }
         Verdict::Moved | Verdict::Quiet => {
             return Error::TryAgain(format!(
                 "{}: in {attempts} attempts in {waited_ms} ms the guest always started new tasks \

@@ -92,6 +92,10 @@ impl MemoryMut for Domain<'_> {
 }
 
 impl Machine for Domain<'_> {
+    fn memory(&self) -> &dyn Memory {
+        self
+    }
+
     fn kind(&self) -> GuestType {
         self.info.kind
     }

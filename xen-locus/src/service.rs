@@ -8,7 +8,6 @@ use crate::addr::DomId;
 use crate::apply::{self, Options, Report};
 use crate::domain::Domain;
 use crate::error::{Error, Result};
-use crate::guest::Machine;
 use crate::kernel::Kernel;
 use crate::link::arena::Arena;
 use crate::link::record::{Function, State};
@@ -54,7 +53,7 @@ pub struct Status {
 /// # Errors
 /// Its kernel or arena can't be read.
 pub fn status(domain: &Domain<'_>) -> Result<Status> {
-    let kernel = Kernel::read(domain, domain.kind(), &domain.vcpus()?)?;
+    let kernel = Kernel::of(domain)?;
     status_of(domain, &kernel)
 }
 
@@ -125,7 +124,7 @@ fn change(
     action: impl FnOnce(&Kernel<'_>) -> Result<Report>,
 ) -> Result<Report> {
     let _lock = lock(&domain.info.uuid, options.timeout)?;
-    let kernel = Kernel::read(domain, domain.kind(), &domain.vcpus()?)?;
+    let kernel = Kernel::of(domain)?;
     let report = action(&kernel)?;
     if !options.dry_run {
         // The guest is changed: what can't be published is said, and does not undo that.

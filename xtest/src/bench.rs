@@ -31,11 +31,11 @@ pub struct Bench {
 
 impl Bench {
     /// Fetches packages, builds programs, payloads and images: whatever is not up to date.
-    pub fn prepare(xen_locus: Option<PathBuf>) -> Result<Self> {
+    pub fn prepare() -> Result<Self> {
         let paths = Paths::find()?;
         let lock = lock(&paths)?;
         let root = fetch::ensure_suite(&paths, &BOOKWORM)?;
-        let tools = build_tools(&paths, xen_locus)?;
+        let tools = build_tools(&paths)?;
         payloads::build_all(&paths, &root)?;
         let images = image::build(&paths, &root, tools)?;
         Ok(Self {
@@ -118,29 +118,19 @@ fn lock(paths: &Paths) -> Result<File> {
     Ok(file)
 }
 
-/// Builds xen-locus (unless one is given) and the agent, as they are to run in dom0.
-fn build_tools(paths: &Paths, xen_locus: Option<PathBuf>) -> Result<Tools> {
+/// Builds what is to run in dom0.
+fn build_tools(paths: &Paths) -> Result<Tools> {
     let mut cmd = Command::new(cargo());
-    cmd.args([
-        "build",
-        "--release",
-        "--quiet",
-        "-p",
-        "xtest",
-        "--bin",
-        "xtest-agent",
-    ]);
-    if xen_locus.is_none() {
-        cmd.args(["-p", "xen-locus", "--bin", "xen-locus"]);
+    cmd.args(["build", "--release", "--quiet", "--locked", "--workspace"]);
+    for name in Tools::NAMES {
+        cmd.args(["--bin", name]);
     }
     cmd.current_dir(&paths.workspace);
     ensure!(
         cmd.status().context("running cargo")?.success(),
         "cargo build failed"
     );
-    let release = paths.target.join("release");
     Ok(Tools {
-        xen_locus: xen_locus.unwrap_or_else(|| release.join("xen-locus")),
-        agent: release.join("xtest-agent"),
+        built: paths.target.join("release"),
     })
 }

@@ -7,23 +7,62 @@ use anyhow::{anyhow, Result};
 
 use crate::bench::Bench;
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::scenario::{Ctx, PV};
+use crate::scenario::{Ctx, PVH};
 use crate::verdict::Verdict;
 
 /// Boots a machine and plays the script.
 pub fn run(bench: &Bench) -> Result<()> {
-    say("Booting Xen and a Debian dom0 under QEMU (no KVM, no root).");
-    let mut machine = bench.boot(&PV, 0)?;
+    say("Booting Xen and a Debian dom0 under QEMU: no KVM, no root.");
+    let mut machine = bench.boot(&PVH, 0)?;
     script(&mut machine.ctx).map_err(|v| anyhow!("{v}"))
 }
 
 fn script(ctx: &mut Ctx) -> Result<(), Verdict> {
-    say("Starting a guest: a stock Debian kernel, nothing of ours in it.");
-    let guest = ctx.ensure_guest(GuestSpec::new("web", Kind::Pv))?;
-    in_guest(&guest, "uname -a")?;
-    in_dom0(ctx, "xl list")?;
+    say("Starting two guests, PV and PVH: stock Debian kernels, nothing of ours in them.");
+    let guests = [
+        ctx.ensure_guest(GuestSpec::new("web", Kind::Pv))?,
+        ctx.ensure_guest(GuestSpec::new("db", Kind::Pvh))?,
+    ];
     in_dom0(ctx, "xen-locus list")?;
-    Ok(())
+    in_dom0(ctx, "xen-locus info web")?;
+    let payload = "/payloads/locus_cmdline.ko";
+    in_dom0(ctx, &format!("xen-locus show {payload}"))?;
+
+    say("The guests' view before.");
+    for guest in &guests {
+        in_guest(guest, "cat /proc/cmdline")?;
+    }
+    say("One command patches both running kernels.");
+    in_dom0(ctx, &format!("xen-locus apply web db {payload}"))?;
+    for guest in &guests {
+        in_guest(guest, "cat /proc/cmdline")?;
+    }
+    in_dom0(ctx, "xen-locus status")?;
+
+    say("A script that knows only XenStore asks the daemon to take it back.");
+    in_dom0(ctx, "(xen-locus daemon >/var/log/daemon.log 2>&1 &)")?;
+    for guest in &guests {
+        let at = format!("/tool/xen-locus/request/undo-{}", guest.name);
+        in_dom0(
+            ctx,
+            &format!(
+                "xenstore-write {at}/op revert {at}/domain {} {at}/patch locus_cmdline {at}/submit 1",
+                guest.name
+            ),
+        )?;
+        in_dom0(
+            ctx,
+            &format!(
+                "until [ \"$(xenstore-read {at}/state 2>/dev/null)\" = done ]; do sleep 1; done; \
+                 xenstore-read {at}/rc {at}/message"
+            ),
+        )?;
+    }
+    say("And the guests' view after.");
+    for guest in &guests {
+        in_guest(guest, "cat /proc/cmdline")?;
+    }
+    in_dom0(ctx, "xen-locus list")
 }
 
 /// Narration.
@@ -31,23 +70,23 @@ fn say(text: &str) {
     println!("\n\x1b[1m{text}\x1b[0m");
 }
 
-/// Shows and runs a command of dom0; its output appears as it comes.
-fn in_dom0(ctx: &Ctx, cmd: &str) -> Result<i32, Verdict> {
+/// Shows and runs a command of dom0 that must succeed; its output appears as it comes.
+fn in_dom0(ctx: &Ctx, cmd: &str) -> Result<(), Verdict> {
     println!("\x1b[36mdom0#\x1b[0m {cmd}");
-    ctx.dom0
-        .sh_stream(cmd, Duration::from_secs(300), &mut |_, data| {
-            let mut out = std::io::stdout().lock();
-            let _ = out.write_all(data).and_then(|()| out.flush());
-        })
+    let show = &mut |_: bool, data: &[u8]| {
+        let mut out = std::io::stdout().lock();
+        // Nobody watches any more: play on, to the end.
+        let _ = out.write_all(data).and_then(|()| out.flush());
+    };
+    match ctx.dom0.sh_stream(cmd, Duration::from_secs(300), show)? {
+        0 => Ok(()),
+        rc => Err(Verdict::failure(format!("`{cmd}` ended with {rc}"))),
+    }
 }
 
 /// Shows and runs a command in a guest.
-fn in_guest(guest: &Guest, cmd: &str) -> Result<i32, Verdict> {
+fn in_guest(guest: &Guest, cmd: &str) -> Result<(), Verdict> {
     println!("\x1b[33m{}#\x1b[0m {cmd}", guest.name);
-    let out = guest.sh(cmd)?;
-    println!("{}", out.text());
-    if !out.stderr.is_empty() {
-        eprintln!("{}", out.err_text());
-    }
-    Ok(out.rc)
+    println!("{}", guest.ok(cmd)?);
+    Ok(())
 }

@@ -10,6 +10,9 @@ use crate::verdict::Verdict;
 const KERNEL_ARGS: &str =
     "console=hvc0 loglevel=5 mitigations=off no_timer_check tsc=reliable panic=0";
 /// Without these an emulated HVM guest takes minutes to look for hardware that is not there.
+///
+/// `pci=off` hides Xen's platform device too, and with it grant tables: a frontend then crashes
+/// the kernel, so that the configuration may give none (`vkb_device=0`).
 const HVM_ARGS: &str = "pci=off agp=off iommu=off 8250.nr_uarts=0 i8042.nokbd i8042.noaux";
 
 /// Xen's kinds of guest.
@@ -119,7 +122,7 @@ impl GuestSpec {
             extra.split_whitespace().collect::<Vec<_>>().join(" "),
         );
         if self.kind == Kind::Hvm {
-            text += "vga=\"none\"\nnographic=1\nvnc=0\nsdl=0\nusb=0\n\
+            text += "vga=\"none\"\nnographic=1\nvnc=0\nsdl=0\nusb=0\nvkb_device=0\n\
                      device_model_args=[\"-nodefaults\"]\n";
         }
         text + &self.config + "\n"

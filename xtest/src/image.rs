@@ -76,10 +76,19 @@ pub struct Images {
 /// Programs of this workspace that go into dom0.
 #[derive(Debug, Clone)]
 pub struct Tools {
-    /// The tool under test.
-    pub xen_locus: PathBuf,
-    /// The bench's agent.
-    pub agent: PathBuf,
+    /// The folder they were built in.
+    pub built: PathBuf,
+}
+
+impl Tools {
+    /// Their names.
+    pub const NAMES: [&str; 4] = ["xen-locus", "locus-floor", "locus-poke", "xtest-agent"];
+
+    fn files(&self) -> impl Iterator<Item = (&'static str, PathBuf)> + '_ {
+        Self::NAMES
+            .into_iter()
+            .map(|name| (name, self.built.join(name)))
+    }
 }
 
 /// Makes (or refreshes) all images.
@@ -146,7 +155,7 @@ fn dom0_base(paths: &Paths, root: &Root, tools: &Tools) -> Result<Vec<u8>> {
     add_modules(&mut c, root)?;
 
     let mut files: Vec<PathBuf> = programs.into_iter().map(|(_, file)| file).collect();
-    files.extend([tools.agent.clone(), tools.xen_locus.clone()]);
+    files.extend(tools.files().map(|(_, file)| file));
     for (path, file) in elf::libraries(&root.dir, &files, DLOPENED)? {
         c.host_file(&path, 0o755, &file)?;
     }
@@ -252,8 +261,9 @@ fn hvm_extras(root: &Root) -> Result<Vec<u8>> {
 /// The overlay: programs of the workspace and files that the runner adds, as (path, mode, file).
 pub fn overlay(tools: &Tools, extra: &[(String, u32, PathBuf)]) -> Result<Vec<u8>> {
     let mut c = Cpio::new();
-    c.host_file("usr/sbin/xen-locus", 0o755, &tools.xen_locus)?;
-    c.host_file("usr/sbin/xtest-agent", 0o755, &tools.agent)?;
+    for (name, file) in tools.files() {
+        c.host_file(&format!("usr/sbin/{name}"), 0o755, &file)?;
+    }
     c.symlink("usr/sbin/guest", "xtest-agent")?;
     for (path, mode, file) in extra {
         c.host_file(path, *mode, file)?;

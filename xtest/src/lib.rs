@@ -14,6 +14,7 @@ pub mod fetch;
 pub mod guest;
 pub mod image;
 pub mod limits;
+pub mod measure;
 pub mod paths;
 pub mod payloads;
 pub mod proto;

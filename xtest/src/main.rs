@@ -1,6 +1,5 @@
 //! `xtest`: runs xen-locus on nested Xen under QEMU.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{bail, Context, Result};
@@ -9,7 +8,7 @@ use xtest::bench::Bench;
 use xtest::fetch::{ensure_suite, BOOKWORM};
 use xtest::paths::Paths;
 use xtest::scenario::{Profile, Scenario, PROFILES};
-use xtest::{demo, payloads, runner, scenarios, shell};
+use xtest::{demo, measure, payloads, runner, scenarios, shell};
 
 /// Runs xen-locus on nested Xen under QEMU: no KVM, no root.
 #[derive(Debug, Parser)]
@@ -17,9 +16,6 @@ use xtest::{demo, payloads, runner, scenarios, shell};
 struct Cli {
     #[command(subcommand)]
     command: Command,
-    /// Take this xen-locus instead of building the workspace's
-    #[arg(long, global = true, value_name = "FILE")]
-    xen_locus: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -48,6 +44,12 @@ enum Command {
     },
     /// Show xen-locus at work
     Demo,
+    /// Measure pauses
+    Bench {
+        /// Pauses of each kind
+        #[arg(long, default_value_t = 30)]
+        rounds: u32,
+    },
     /// Download and unpack the Debian packages
     Fetch,
     /// Build the payloads of patches/
@@ -85,14 +87,15 @@ fn run(cli: Cli) -> Result<bool> {
             jobs,
         } => {
             let chosen = choose(&names, profile)?;
-            let bench = Bench::prepare(cli.xen_locus)?;
+            let bench = Bench::prepare()?;
             let jobs = jobs.unwrap_or_else(runner::default_jobs);
             return Ok(!runner::run(&bench, &chosen, jobs)?.failed());
         }
         Command::Shell { profile, bare } => {
-            shell::run(&Bench::prepare(cli.xen_locus)?, profile, bare)?;
+            shell::run(&Bench::prepare()?, profile, bare)?;
         }
-        Command::Demo => demo::run(&Bench::prepare(cli.xen_locus)?)?,
+        Command::Demo => demo::run(&Bench::prepare()?)?,
+        Command::Bench { rounds } => measure::run(&Bench::prepare()?, rounds)?,
         Command::Fetch => {
             let root = ensure_suite(&Paths::find()?, &BOOKWORM)?;
             println!("{} {}", root.release, root.dir.display());

@@ -68,9 +68,9 @@ fn sources(patches: &Path) -> Result<Vec<(String, PathBuf)>> {
         }
         for entry in std::fs::read_dir(&dir)? {
             let path = entry?.path();
-            let module = ["Kbuild", "Makefile"].iter().find_map(|file| {
-                module_name(&std::fs::read_to_string(path.join(file)).ok()?)
-            });
+            let module = ["Kbuild", "Makefile"]
+                .iter()
+                .find_map(|file| module_name(&std::fs::read_to_string(path.join(file)).ok()?));
             if let Some(name) = module {
                 found.push((name, path));
             }
@@ -141,7 +141,10 @@ fn build(name: &str, source: &Path, made: &Path, root: &Root) -> Result<()> {
             log.display()
         );
     }
-    ensure!(module.is_file(), "payload {name}: its build made no {name}.ko");
+    ensure!(
+        module.is_file(),
+        "payload {name}: its build made no {name}.ko"
+    );
     Ok(())
 }
 

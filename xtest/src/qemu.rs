@@ -74,6 +74,8 @@ impl Qemu {
             initrd,
         };
         let stream = qemu.accept(&listener)?;
+        // its name is of no more use, and would stay behind if we were killed
+        let _ = std::fs::remove_file(&qemu.socket);
         Ok((qemu, stream))
     }
 

@@ -32,10 +32,16 @@ fn main() -> Result<()> {
     };
     // The first of each is warm-up.
     let measure = |with_contexts: bool| -> Result<Vec<u128>> {
-        (0..=args.rounds).map(|_| pause(with_contexts)).skip(1).collect()
+        (0..=args.rounds)
+            .map(|_| pause(with_contexts))
+            .skip(1)
+            .collect()
     };
     let empty = measure(false)?;
     let contexts = measure(true)?;
-    println!("{}", json!({ "schema": 1, "empty_us": empty, "contexts_us": contexts }));
+    println!(
+        "{}",
+        json!({ "schema": 1, "empty_us": empty, "contexts_us": contexts })
+    );
     Ok(())
 }

@@ -25,7 +25,7 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let host = Host::open()?;
     let domain = host.guest(&args.domain)?;
-    let kernel = Kernel::read(&domain, domain.kind(), &domain.vcpus()?)?;
+    let kernel = Kernel::of(&domain)?;
     let (symbol, offset) = args.place.split_once('+').unwrap_or((&args.place, "0"));
     let offset = u64::from_str_radix(offset.trim_start_matches("0x"), 16).context("offset")?;
     let at = kernel.function(symbol, 0)?.plus(offset);

@@ -5,7 +5,6 @@ use serde_json::json;
 use super::args::Output;
 use super::{out, Host, Session};
 use crate::error::{Error, ExitCode};
-use crate::guest::Machine;
 use crate::kernel::tasks::Layout;
 use crate::kernel::Kernel;
 use crate::link::arena::{self, Arena};
@@ -22,7 +21,7 @@ pub fn run(session: &Session, host: &Host, wanted: &str) -> anyhow::Result<ExitC
 
 fn show(session: &Session, host: &Host, wanted: &str) -> Result<(), Error> {
     let domain = host.guest(wanted)?;
-    let kernel = Kernel::read(&domain, domain.kind(), &domain.vcpus()?)?;
+    let kernel = Kernel::of(&domain)?;
     let btf_types = kernel.btf()?.len();
     let tasks = Layout::of(&kernel)?
         .all(&kernel, &kernel.space.fresh())?

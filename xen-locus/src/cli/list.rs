@@ -7,7 +7,6 @@ use super::{out, Host, Session};
 use crate::addr::DomId;
 use crate::domain::Domain;
 use crate::error::{ExitCode, Result};
-use crate::guest::Machine;
 use crate::kernel::Kernel;
 use crate::link::arena::Arena;
 use crate::link::record::{hex, State};
@@ -96,7 +95,7 @@ fn row(domain: &Domain<'_>) -> Row {
 }
 
 fn examine(domain: &Domain<'_>, row: &mut Row) -> Result<usize> {
-    let kernel = Kernel::read(domain, domain.kind(), &domain.vcpus()?)?;
+    let kernel = Kernel::of(domain)?;
     row.kernel = kernel.release.clone();
     row.build_id = kernel.build_id.as_deref().map(hex).unwrap_or_default();
     let residents = plan::residents(&kernel, &Arena::read(&kernel)?)?;

@@ -92,8 +92,10 @@ pub fn failure(error: &Error) -> Value {
         blockers, attempts, ..
     } = error
     {
-        value["attempts"] = (*attempts).into();
-        value["blockers"] = json!(blockers);
+        if let Some(map) = value.as_object_mut() {
+            map.insert("attempts".into(), (*attempts).into());
+            map.insert("blockers".into(), json!(blockers));
+        }
     }
     value
 }

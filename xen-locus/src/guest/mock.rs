@@ -23,7 +23,9 @@ impl MockMemory {
     /// No memory but an empty page-table root.
     pub fn new() -> MockMemory {
         let mock = MockMemory::default();
-        mock.frames.borrow_mut().insert(ROOT.0, Page::new(RefCell::new(vec![0; PAGE_LEN])));
+        mock.frames
+            .borrow_mut()
+            .insert(ROOT.0, Page::new(RefCell::new(vec![0; PAGE_LEN])));
         mock
     }
 
@@ -36,7 +38,10 @@ impl MockMemory {
     }
 
     fn page(&self, frame: Frame) -> Result<Page, Error> {
-        let why = || Error::Frame { frame, why: "the mock has no such frame".into() };
+        let why = || Error::Frame {
+            frame,
+            why: "the mock has no such frame".into(),
+        };
         self.frames.borrow().get(&frame.0).cloned().ok_or_else(why)
     }
 
@@ -86,7 +91,11 @@ impl Window for MockWindow {
     }
 
     fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), Error> {
-        let bounds = Error::Bounds { offset, len: buf.len(), size: self.size() };
+        let bounds = Error::Bounds {
+            offset,
+            len: buf.len(),
+            size: self.size(),
+        };
         for (i, b) in buf.iter_mut().enumerate() {
             let at = offset + i;
             let page = self.0.get(at / PAGE_LEN).ok_or_else(|| bounds.clone())?;
@@ -98,7 +107,11 @@ impl Window for MockWindow {
 
 impl WindowMut for MockWindow {
     fn write(&self, offset: usize, bytes: &[u8]) -> Result<(), Error> {
-        let bounds = Error::Bounds { offset, len: bytes.len(), size: self.size() };
+        let bounds = Error::Bounds {
+            offset,
+            len: bytes.len(),
+            size: self.size(),
+        };
         for (i, &b) in bytes.iter().enumerate() {
             let at = offset + i;
             let page = self.0.get(at / PAGE_LEN).ok_or_else(|| bounds.clone())?;
@@ -110,14 +123,20 @@ impl WindowMut for MockWindow {
 
 impl Memory for MockMemory {
     fn map(&self, frames: &[Frame]) -> Result<Box<dyn Window>, Error> {
-        let pages = frames.iter().map(|&f| self.page(f)).collect::<Result<_, _>>()?;
+        let pages = frames
+            .iter()
+            .map(|&f| self.page(f))
+            .collect::<Result<_, _>>()?;
         Ok(Box::new(MockWindow(pages)))
     }
 }
 
 impl MemoryMut for MockMemory {
     fn map_mut(&self, frames: &[Frame]) -> Result<Box<dyn WindowMut>, Error> {
-        let pages = frames.iter().map(|&f| self.page(f)).collect::<Result<_, _>>()?;
+        let pages = frames
+            .iter()
+            .map(|&f| self.page(f))
+            .collect::<Result<_, _>>()?;
         Ok(Box::new(MockWindow(pages)))
     }
 }

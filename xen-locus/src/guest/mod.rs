@@ -135,6 +135,8 @@ impl Vcpu {
 
 /// A guest that runs and can be changed. Every call into Xen that changes anything passes here.
 pub trait Machine: MemoryMut {
+    /// Its memory, to be read only.
+    fn memory(&self) -> &dyn Memory;
     /// How it runs.
     fn kind(&self) -> GuestType;
     /// Registers of all its virtual CPUs.

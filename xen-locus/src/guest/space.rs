@@ -93,6 +93,12 @@ impl<'m> Space<'m> {
         }
     }
 
+    /// The space below another root, with nothing remembered.
+    #[must_use]
+    pub fn with_root(&self, root: Frame) -> Space<'m> {
+        Space::new(self.mem, root, self.levels)
+    }
+
     /// The same space with nothing remembered.
     #[must_use]
     pub fn fresh(&self) -> Space<'m> {

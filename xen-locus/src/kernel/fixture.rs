@@ -1,5 +1,7 @@
 //! A small kernel in a mock's memory, for tests: text, constants with a symbol table, variables.
 
+#![allow(clippy::cast_possible_truncation)] // small tables
+
 use crate::addr::{Gva, PAGE_LEN};
 use crate::guest::mock::{MockMemory, ROOT};
 use crate::guest::{GuestType, Vcpu};
@@ -10,6 +12,8 @@ pub const TEXT: Gva = Gva(0xffff_ffff_8100_0000);
 pub const TEXT_LEN: usize = 16 * PAGE_LEN;
 /// Start of its constants, right behind.
 pub const RODATA: Gva = Gva(TEXT.0 + TEXT_LEN as u64);
+/// Where its page-table root is mapped.
+pub const TABLES: Gva = Gva(TEXT.0 + (64 << 20));
 /// Where the entry point stands.
 pub const ENTRY: Gva = Gva(TEXT.0 + 0x100);
 
@@ -35,7 +39,7 @@ fn pad8(out: &mut Vec<u8>) {
 pub fn kallsyms(at: Gva, symbols: &[(u64, char, String)], tables: Tables) -> Vec<u8> {
     let base = TEXT.0;
     let offsets = |out: &mut Vec<u8>| {
-        for (i, (addr, _, _)) in symbols.iter().enumerate() {
+        for (addr, _, _) in symbols {
             let place = at.0 + (out.len() as u64);
             let word = match tables {
                 Tables::PlaceRelative => addr.wrapping_sub(place),
@@ -43,7 +47,6 @@ pub fn kallsyms(at: Gva, symbols: &[(u64, char, String)], tables: Tables) -> Vec
                 _ if *addr < base => *addr,
                 _ => (base.wrapping_sub(1)).wrapping_sub(*addr),
             };
-            let _ = i;
             out.extend((word as u32).to_le_bytes());
         }
         pad8(out);
@@ -112,7 +115,11 @@ pub struct Fixture {
 impl Fixture {
     /// A kernel with nothing in it but what every kernel has.
     pub fn new() -> Fixture {
-        let mut symbols = vec![(TEXT.0, 'T', "_text".to_owned()), (ENTRY.0, 'T', "entry".to_owned())];
+        let mut symbols = vec![
+            (TEXT.0, 'T', "_text".to_owned()),
+            (ENTRY.0, 'T', "entry".to_owned()),
+            (TABLES.0, 'D', "init_top_pgt".to_owned()),
+        ];
         // The last page of text is full of small symbols.
         let filler = TEXT.0 + TEXT_LEN as u64 - PAGE_LEN as u64;
         symbols.extend((0..1500).map(|i| (filler + i, 't', format!("filler_{i}"))));
@@ -136,7 +143,8 @@ impl Fixture {
     pub fn build(mut self) -> MockMemory {
         let mut rodata = vec![0; 64];
         for (name, bytes) in &self.constants {
-            self.symbols.push((RODATA.0 + rodata.len() as u64, 'D', (*name).to_owned()));
+            self.symbols
+                .push((RODATA.0 + rodata.len() as u64, 'D', (*name).to_owned()));
             rodata.extend(bytes);
             pad8(&mut rodata);
         }
@@ -146,6 +154,7 @@ impl Fixture {
         let memory = MockMemory::new();
         memory.map_bytes(TEXT, &self.text, false, true);
         memory.map_bytes(RODATA, &rodata, false, false);
+        memory.map_page(TABLES, ROOT, true, false);
         memory
     }
 }

@@ -220,7 +220,9 @@ fn decode(
     tokens: &Tokens,
     anchors: Anchors,
 ) -> Result<Option<Symbols>, Error> {
-    let Some(names) = find_names(space, range, tokens.at)? else { return Ok(None) };
+    let Some(names) = find_names(space, range, tokens.at)? else {
+        return Ok(None);
+    };
     let table = u64::try_from(names.count * 4).unwrap_or(u64::MAX);
     let before = align8(Gva(names.num_at.0.saturating_sub(8 + ((table + 7) & !7))));
     for (offsets_at, base_at) in [
@@ -304,7 +306,12 @@ fn find_names(space: &Space<'_>, range: Range, tokens_at: Gva) -> Result<Option<
         for long in [true, false] {
             if let Some(len) = names_fit(names, count, long, &mut steps) {
                 let bytes = names.get(..len).unwrap_or_default().to_vec();
-                return Ok(Some(Names { num_at: from.plus(at as u64), count, bytes, long }));
+                return Ok(Some(Names {
+                    num_at: from.plus(at as u64),
+                    count,
+                    bytes,
+                    long,
+                }));
             }
         }
     }
@@ -327,7 +334,10 @@ fn names_fit(bytes: &[u8], count: usize, long: bool, steps: &mut u64) -> Option<
         pos = start + len;
     }
     let table = bytes.get(pos.checked_next_multiple_of(8)?..)?;
-    let agree = markers.iter().enumerate().all(|(i, &m)| fetch::u32(table, 4 * i) == Some(m));
+    let agree = markers
+        .iter()
+        .enumerate()
+        .all(|(i, &m)| fetch::u32(table, 4 * i) == Some(m));
     agree.then_some(pos)
 }
 
@@ -489,9 +499,12 @@ mod tests {
 
     #[test]
     fn symbols_are_read_in_every_order_and_encoding_of_the_tables() {
-        for tables in
-            [Tables::Old, Tables::OldWithSequence, Tables::New, Tables::PlaceRelative]
-        {
+        for tables in [
+            Tables::Old,
+            Tables::OldWithSequence,
+            Tables::New,
+            Tables::PlaceRelative,
+        ] {
             let mut fixture = Fixture::new();
             fixture.tables = tables;
             let long = "a_very_long_name_".repeat(12);
@@ -544,8 +557,9 @@ mod tests {
 
     #[test]
     fn damaged_tables_are_refused_or_harmless() {
-        let symbols: Vec<_> =
-            (0..1500).map(|i| (TEXT.0 + i, 't', format!("s{i}"))).collect();
+        let symbols: Vec<_> = (0..1500)
+            .map(|i| (TEXT.0 + i, 't', format!("s{i}")))
+            .collect();
         let at = crate::kernel::fixture::RODATA;
         let good = crate::kernel::fixture::kallsyms(at, &symbols, Tables::New);
         for step in 0..400 {
@@ -555,9 +569,19 @@ mod tests {
             let memory = crate::guest::mock::MockMemory::new();
             memory.map_bytes(at, &bad, false, false);
             let space = Space::new(&memory, crate::guest::mock::ROOT, 4);
-            let range = Range { start: at, end: at.plus(1 << 20) };
+            let range = Range {
+                start: at,
+                end: at.plus(1 << 20),
+            };
             let regions = space.regions(range);
-            let _ = read(&space, &regions, Anchors { text_base: TEXT, entry: TEXT });
+            let _ = read(
+                &space,
+                &regions,
+                Anchors {
+                    text_base: TEXT,
+                    entry: TEXT,
+                },
+            );
         }
     }
 }

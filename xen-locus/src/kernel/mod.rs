@@ -11,7 +11,7 @@ use std::cell::OnceCell;
 
 use crate::addr::{Gva, Range};
 use crate::guest::space::{Region, Space};
-use crate::guest::{self, GuestType, Memory, Vcpu};
+use crate::guest::{self, GuestType, Machine, Memory, Vcpu};
 
 /// Why a guest's kernel can't be read.
 #[derive(Debug, thiserror::Error)]
@@ -57,7 +57,27 @@ pub struct Kernel<'m> {
 }
 
 impl<'m> Kernel<'m> {
-    /// Finds and reads the kernel of a guest.
+    /// Finds and reads the kernel of a running guest.
+    ///
+    /// It begins with the page tables of whatever process a vCPU is in, and that process may end
+    /// meanwhile: so there are several tries.
+    ///
+    /// # Errors
+    /// See [`Error`]; of the last try.
+    pub fn of(machine: &'m dyn Machine) -> Result<Kernel<'m>, Error> {
+        const TRIES: u32 = 5;
+        let mut tries = 1;
+        loop {
+            let kernel = Kernel::read(machine.memory(), machine.kind(), &machine.vcpus()?);
+            match kernel {
+                Err(Error::NotReady(_)) => return kernel,
+                Err(_) if tries < TRIES => tries += 1,
+                _ => return kernel,
+            }
+        }
+    }
+
+    /// Finds and reads the kernel of a guest whose vCPUs are in the states `vcpus`.
     ///
     /// # Errors
     /// See [`Error`].
@@ -69,6 +89,9 @@ impl<'m> Kernel<'m> {
             regions,
         } = locate::locate(mem, kind, vcpus)?;
         let symbols = kallsyms::read(&space, &regions, kallsyms::Anchors { text_base, entry })?;
+        // The kernel's own page table stays, whichever process comes and goes: `init_top_pgt`
+        // (arch/x86/include/asm/pgtable_64.h: swapper_pg_dir).
+        let space = space.with_root(space.walk(symbols.need("init_top_pgt")?)?.frame);
         let mut kernel = Kernel {
             space,
             kind,

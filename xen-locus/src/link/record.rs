@@ -155,7 +155,11 @@ impl Directory {
         copy.extend([0; 4]);
         copy.extend(Sha256::digest(&body).iter().take(16));
         copy.extend(body);
-        let half = if self.generation % 2 == 0 { 0 } else { COPY };
+        let half = if self.generation.is_multiple_of(2) {
+            0
+        } else {
+            COPY
+        };
         (half, copy)
     }
 }

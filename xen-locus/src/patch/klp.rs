@@ -291,7 +291,7 @@ fn object_stride(view: &View, section: &Section, offset: u64) -> Result<(u64, u6
         let stride = size / elements;
         let last = size.saturating_sub(stride);
         size % elements == 0
-            && stride % 8 == 0
+            && stride.is_multiple_of(8)
             && (OBJECT_EXTERNAL..=MAX_STRUCT).contains(&stride)
             && view.is_zero(section, offset.saturating_add(last), end)
             && (0..elements.saturating_sub(1)).all(|index| {
@@ -381,9 +381,9 @@ fn functions(
     let count = relocs / 2;
     let elements = count.saturating_add(1);
     let stride = size / elements;
-    if relocs % 2 != 0
+    if !relocs.is_multiple_of(2)
         || size % elements != 0
-        || stride % 8 != 0
+        || !stride.is_multiple_of(8)
         || !(FUNC_EXTERNAL..=MAX_STRUCT).contains(&stride)
         || !view.is_zero(section, end.saturating_sub(stride), end)
     {

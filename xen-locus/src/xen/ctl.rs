@@ -126,19 +126,14 @@ impl Control {
     /// # Errors
     /// The call failed.
     pub fn domains(&self, first: DomId) -> Result<Vec<DomainInfo>, Error> {
-        const AT_ONCE: usize = 64;
+        const AT_ONCE: c_uint = 64;
         let mut found = Vec::new();
         let mut next = u32::from(first.0);
         loop {
-            let mut infos = vec![sys::xc_domaininfo_t::default(); AT_ONCE];
+            let mut infos = vec![sys::xc_domaininfo_t::default(); AT_ONCE as usize];
             // SAFETY: the buffer holds AT_ONCE elements of the type the call fills.
             let n = unsafe {
-                (self.getinfolist)(
-                    self.handle.as_ptr(),
-                    next,
-                    AT_ONCE as c_uint,
-                    infos.as_mut_ptr(),
-                )
+                (self.getinfolist)(self.handle.as_ptr(), next, AT_ONCE, infos.as_mut_ptr())
             };
             let Ok(n) = usize::try_from(n) else {
                 return Err(Error::last("listing domains (xc_domain_getinfolist)"));
@@ -149,7 +144,7 @@ impl Control {
             };
             next = u32::from(last.domain) + 1;
             found.extend(infos.iter().map(domain_info));
-            if n < AT_ONCE {
+            if n < AT_ONCE as usize {
                 return Ok(found);
             }
         }
@@ -220,7 +215,9 @@ impl Control {
         let rc = unsafe {
             (self.vcpu_getcontext)(self.handle.as_ptr(), u32::from(id.0), vcpu, &raw mut *any)
         };
-        self.check(rc, || what("xc_vcpu_getcontext"))?;
+        if rc != 0 {
+            return down_or(Error::last(what("xc_vcpu_getcontext")), vcpu);
+        }
         // SAFETY: all members of the union are plain numbers and it was zeroed before the call;
         // Debian's Xen has no 32-bit PV, and a 32-bit context read so shows no kernel address.
         let c = unsafe { &any.x64 };
@@ -287,23 +284,9 @@ impl Control {
             )
         };
         if rc != 0 {
-            let error = Error::last(format!(
-                "reading vCPU {vcpu} of domain {id} (xc_domain_hvm_getcontext_partial)"
-            ));
-            // A vCPU that is down has no record.
-            if matches!(
-                error,
-                Error::Call {
-                    errno: libc::ENODATA | libc::ENOENT,
-                    ..
-                }
-            ) {
-                return Ok(Vcpu {
-                    id: vcpu,
-                    ..Vcpu::default()
-                });
-            }
-            return Err(error);
+            let what =
+                format!("reading vCPU {vcpu} of domain {id} (xc_domain_hvm_getcontext_partial)");
+            return down_or(Error::last(what), vcpu);
         }
         let long_mode = c.msr_efer & EFER_LMA != 0;
         Ok(Vcpu {
@@ -373,6 +356,20 @@ impl Drop for Control {
     fn drop(&mut self) {
         // SAFETY: the handle was opened by this library and is used no more.
         unsafe { (self.close)(self.handle.as_ptr()) };
+    }
+}
+
+/// A vCPU that is down, or was never up, has no context to read.
+fn down_or(error: Error, vcpu: u32) -> Result<Vcpu, Error> {
+    match error {
+        Error::Call {
+            errno: libc::ENODATA | libc::ENOENT,
+            ..
+        } => Ok(Vcpu {
+            id: vcpu,
+            ..Vcpu::default()
+        }),
+        other => Err(other),
     }
 }
 

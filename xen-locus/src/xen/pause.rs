@@ -60,14 +60,17 @@ impl<'c> Pause<'c> {
         self.began.elapsed()
     }
 
-    /// Unpauses and says how long the domain was paused, both calls included.
+    /// Unpauses and says how long the domain was paused: from asking for the pause to handing the
+    /// unpause to Xen. The way back from that call is not counted: on a busy host the guest, running
+    /// again, may have the CPU before this process has.
     ///
     /// # Errors
     /// Xen refused: the domain is gone.
     pub fn end(mut self) -> Result<Duration, Error> {
+        let paused = self.began.elapsed();
         self.held = false;
         self.control.unpause(self.domain)?;
-        Ok(self.began.elapsed())
+        Ok(paused)
     }
 }
 

@@ -18,7 +18,8 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "refuse-domains",
-        summary: "unknown domains, dom0, a guest that is not up, and one that is no Linux are refused",
+        summary:
+            "unknown domains, dom0, a guest that is not up, and one that is no Linux are refused",
         profile: &PV,
         run: domains,
     },
@@ -40,7 +41,11 @@ pub const SCENARIOS: &[Scenario] = &[
 fn refused(ctx: &Ctx, cmd: &str, rc: i32, words: &str) -> Result<(), Verdict> {
     let out = ctx.dom0.sh(cmd)?;
     check_eq!(out.rc, rc, "exit code of `{cmd}` ({})", out.err_text());
-    check!(out.err_text().contains(words), "`{cmd}` does not say {words:?}: {}", out.err_text());
+    check!(
+        out.err_text().contains(words),
+        "`{cmd}` does not say {words:?}: {}",
+        out.err_text()
+    );
     Ok(())
 }
 
@@ -83,12 +88,25 @@ fn payloads(ctx: &mut Ctx) -> Result<(), Verdict> {
         refused(ctx, &format!("xen-locus apply pv {path}"), rc, words)?;
     }
     for (name, words) in [
-        ("locus_no_such_function", "no symbol locus_no_such_function_show"),
+        (
+            "locus_no_such_function",
+            "no symbol locus_no_such_function_show",
+        ),
         ("locus_altinst", ".altinstructions"),
         ("locus_plain", "not a livepatch"),
     ] {
-        refused(ctx, &format!("xen-locus apply pv /payloads/{name}.ko"), 3, words)?;
-        refused(ctx, &format!("xen-locus check pv /payloads/{name}.ko"), 3, words)?;
+        refused(
+            ctx,
+            &format!("xen-locus apply pv /payloads/{name}.ko"),
+            3,
+            words,
+        )?;
+        refused(
+            ctx,
+            &format!("xen-locus check pv /payloads/{name}.ko"),
+            3,
+            words,
+        )?;
     }
     refused(ctx, "xen-locus apply pv /tmp/none.ko", 1, "No such file")?;
     refused(ctx, "xen-locus revert pv locus_cmdline", 1, "no patch")?;
@@ -107,27 +125,62 @@ fn untouched(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
 
 fn domains(ctx: &mut Ctx) -> Result<(), Verdict> {
     let file = "/payloads/locus_cmdline.ko";
-    refused(ctx, &format!("xen-locus apply nobody {file}"), 1, "no domain")?;
+    refused(
+        ctx,
+        &format!("xen-locus apply nobody {file}"),
+        1,
+        "no domain",
+    )?;
     refused(ctx, &format!("xen-locus apply 4711 {file}"), 1, "no domain")?;
-    refused(ctx, &format!("xen-locus apply 99999999999 {file}"), 1, "no domain")?;
+    refused(
+        ctx,
+        &format!("xen-locus apply 99999999999 {file}"),
+        1,
+        "no domain",
+    )?;
     for dom0 in ["0", "Domain-0"] {
-        refused(ctx, &format!("xen-locus apply {dom0} {file}"), 1, "control domain")?;
+        refused(
+            ctx,
+            &format!("xen-locus apply {dom0} {file}"),
+            1,
+            "control domain",
+        )?;
     }
     // Built, never started.
-    ctx.dom0.put("/etc/xen/early.cfg", 0o644, GuestSpec::new("early", Kind::Pv).to_config().as_bytes())?;
+    ctx.dom0.put(
+        "/etc/xen/early.cfg",
+        0o644,
+        GuestSpec::new("early", Kind::Pv).to_config().as_bytes(),
+    )?;
     ctx.dom0.ok("xl create -q -p /etc/xen/early.cfg")?;
-    refused(ctx, &format!("xen-locus apply early {file}"), 2, "try again")?;
+    refused(
+        ctx,
+        &format!("xen-locus apply early {file}"),
+        2,
+        "try again",
+    )?;
     ctx.destroy_guest("early")?;
 
     let kernel = std::fs::read(not_linux()?)?;
     ctx.dom0.put("/tmp/not-linux", 0o755, &kernel)?;
     let config = "name=\"odd\"\ntype=\"pv\"\nmemory=32\nkernel=\"/tmp/not-linux\"\n";
     ctx.dom0.put("/etc/xen/odd.cfg", 0o644, config.as_bytes())?;
-    ctx.dom0.ok("xl create -q /etc/xen/odd.cfg; sleep 1; xl domid odd")?;
-    refused(ctx, &format!("xen-locus apply odd {file}"), 3, "Linux kernel")?;
+    ctx.dom0
+        .ok("xl create -q /etc/xen/odd.cfg; sleep 1; xl domid odd")?;
+    refused(
+        ctx,
+        &format!("xen-locus apply odd {file}"),
+        3,
+        "Linux kernel",
+    )?;
     let list = ctx.json("xen-locus -o json list")?;
-    let odd = list["domains"].as_array().and_then(|d| d.iter().find(|d| d["name"] == "odd"));
-    check!(odd.is_some_and(|d| d["status"] == "unsupported"), "list: {list}");
+    let odd = list["domains"]
+        .as_array()
+        .and_then(|d| d.iter().find(|d| d["name"] == "odd"));
+    check!(
+        odd.is_some_and(|d| d["status"] == "unsupported"),
+        "list: {list}"
+    );
     ctx.destroy_guest("odd")
 }
 
@@ -135,8 +188,18 @@ fn domains(ctx: &mut Ctx) -> Result<(), Verdict> {
 fn not_linux() -> Result<PathBuf, Verdict> {
     let source = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("guest/not-linux.S");
     let kernel = std::env::temp_dir().join(format!("not-linux-{}", std::process::id()));
-    let flags = ["-nostdlib", "-static", "-no-pie", "-Wl,-Ttext=0x100000,-e,start,--build-id=none"];
-    let built = Command::new("gcc").args(flags).arg("-o").arg(&kernel).arg(source).output()?;
+    let flags = [
+        "-nostdlib",
+        "-static",
+        "-no-pie",
+        "-Wl,-Ttext=0x100000,-e,start,--build-id=none",
+    ];
+    let built = Command::new("gcc")
+        .args(flags)
+        .arg("-o")
+        .arg(&kernel)
+        .arg(source)
+        .output()?;
     let said = String::from_utf8_lossy(&built.stderr);
     if !built.status.success() {
         return Err(Verdict::Error(format!("gcc not-linux.S: {said}")));
@@ -156,26 +219,43 @@ fn changed_functions(ctx: &mut Ctx) -> Result<(), Verdict> {
     guest.ok("cd /run/tracing && echo nop > current_tracer && echo > set_ftrace_filter")?;
     ctx.dom0.ok(apply)?;
     // A redirect of ours that someone changes is left alone, and said to be changed.
-    let mine = ctx.dom0.ok("locus-poke pv cmdline_proc_show+5 cccccccccc")?;
-    check!(mine.starts_with("e9"), "no jump stands behind the nop: {mine}");
+    let mine = ctx
+        .dom0
+        .ok("locus-poke pv cmdline_proc_show+5 cccccccccc")?;
+    check!(
+        mine.starts_with("e9"),
+        "no jump stands behind the nop: {mine}"
+    );
     refused(ctx, "xen-locus revert pv locus_cmdline", 1, "changed it")?;
     let status = ctx.json("xen-locus -o json status pv")?;
     check_eq!(status["patches"][0]["state"], "drifted");
-    ctx.dom0.ok(&format!("locus-poke pv cmdline_proc_show+5 {mine}"))?;
+    ctx.dom0
+        .ok(&format!("locus-poke pv cmdline_proc_show+5 {mine}"))?;
     ctx.dom0.ok("xen-locus revert pv locus_cmdline")?;
     // A jump of someone else's, to nowhere we know.
-    let old = ctx.dom0.ok("locus-poke pv cmdline_proc_show+5 e900001000")?;
+    let old = ctx
+        .dom0
+        .ok("locus-poke pv cmdline_proc_show+5 e900001000")?;
     refused(ctx, apply, 3, "redirected by someone else")?;
-    ctx.dom0.ok(&format!("locus-poke pv cmdline_proc_show+5 {old}"))?;
+    ctx.dom0
+        .ok(&format!("locus-poke pv cmdline_proc_show+5 {old}"))?;
     untouched(ctx, &guest)
 }
 
 fn firmware(ctx: &mut Ctx) -> Result<(), Verdict> {
     // No kernel and no disk: SeaBIOS looks for something to boot, forever.
-    let config = "name=\"firm\"\ntype=\"hvm\"\nmemory=64\nvcpus=1\nvga=\"none\"\nnographic=1\nvnc=0\n\
+    let config =
+        "name=\"firm\"\ntype=\"hvm\"\nmemory=64\nvcpus=1\nvga=\"none\"\nnographic=1\nvnc=0\n\
                   sdl=0\nusb=0\ndevice_model_args=[\"-nodefaults\"]\n";
-    ctx.dom0.put("/etc/xen/firm.cfg", 0o644, config.as_bytes())?;
-    ctx.dom0.ok("xl create -q /etc/xen/firm.cfg; sleep 2; xl domid firm")?;
-    refused(ctx, "xen-locus apply firm /payloads/locus_cmdline.ko", 2, "firmware")?;
+    ctx.dom0
+        .put("/etc/xen/firm.cfg", 0o644, config.as_bytes())?;
+    ctx.dom0
+        .ok("xl create -q /etc/xen/firm.cfg; sleep 2; xl domid firm")?;
+    refused(
+        ctx,
+        "xen-locus apply firm /payloads/locus_cmdline.ko",
+        2,
+        "firmware",
+    )?;
     ctx.destroy_guest("firm")
 }

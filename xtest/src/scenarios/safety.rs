@@ -53,7 +53,8 @@ for sig in INT TERM HUP TSTP; do
 		kill -CONT $pid 2>/dev/null
 		wait $pid
 		rc=$?
-		case $rc in 0 | 1) ;; *) fail "rc $rc after $sig at $delay ms" ;; esac
+		# Over 128: it came before the run could begin to hold signals off.
+		case $rc in 0 | 1 | 129 | 130 | 143) ;; *) fail "rc $rc after $sig at $delay ms" ;; esac
 	done
 done
 echo "$n signals"
@@ -89,14 +90,22 @@ fn two_at_once(ctx: &mut Ctx) -> Result<(), Verdict> {
 }
 
 fn environment(ctx: &mut Ctx) -> Result<(), Verdict> {
-    ctx.dom0.ok("echo nobody:x:65534:65534::/:/bin/sh > /etc/passwd")?;
-    let out = ctx.dom0.sh("setuidgid nobody xen-locus list")?;
+    ctx.dom0
+        .ok("echo nobody:x:65534:65534::/:/bin/sh > /etc/passwd")?;
+    let out = ctx.dom0.sh("su nobody -c \"xen-locus list\"")?;
     check_eq!(out.rc, 1, "not root: {}", out.err_text());
-    check!(out.err_text().contains("must be run as root"), "not root: {}", out.err_text());
+    check!(
+        out.err_text().contains("must be run as root"),
+        "not root: {}",
+        out.err_text()
+    );
 
     ctx.destroy_all()?;
-    ctx.dom0.ok("kill $(pidof xenstored); sleep 1; rm -f /run/xenstored/socket")?;
-    let out = ctx.dom0.sh_timeout("xen-locus list", Duration::from_secs(60))?;
+    ctx.dom0
+        .ok("kill $(pidof xenstored); sleep 1; rm -f /run/xenstored/socket")?;
+    let out = ctx
+        .dom0
+        .sh_timeout("xen-locus list", Duration::from_secs(60))?;
     check_eq!(out.rc, 1, "no xenstored: {}", out.err_text());
     let lines = out.err_text().lines().count();
     check!(

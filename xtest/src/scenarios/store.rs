@@ -55,10 +55,18 @@ fn requests(ctx: &mut Ctx) -> Result<(), Verdict> {
          usleep 100000; done 2>/dev/null; exit 1"
     ))?;
     check_eq!(read("/tool/xen-locus/state")?.text(), "running");
-    let uuid = ctx.dom0.ok(&format!("xenstore-read /local/domain/{id}/vm"))?;
+    let uuid = ctx
+        .dom0
+        .ok(&format!("xenstore-read /local/domain/{id}/vm"))?;
     let uuid = uuid.trim_start_matches("/vm/");
-    check_eq!(read(&format!("/tool/xen-locus/domain/{id}/uuid"))?.text(), uuid);
-    check_eq!(read(&format!("/tool/xen-locus/domain/{id}/kernel"))?.text(), ctx.release);
+    check_eq!(
+        read(&format!("/tool/xen-locus/domain/{id}/uuid"))?.text(),
+        uuid
+    );
+    check_eq!(
+        read(&format!("/tool/xen-locus/domain/{id}/kernel"))?.text(),
+        ctx.release
+    );
 
     let apply = format!("op=apply domain={id} uuid={uuid} patch=locus_cmdline");
     ask(&format!("a1 {apply}"), "0", "applied")?;
@@ -67,31 +75,79 @@ fn requests(ctx: &mut Ctx) -> Result<(), Verdict> {
     let state = format!("/tool/xen-locus/domain/{id}/patch/locus_cmdline/state");
     check_eq!(read(&state)?.text(), "applied");
     ask(&format!("a2 {apply}"), "0", "already")?;
-    ask("a3 op=revert domain=pv patch=locus_cmdline", "0", "reverted")?;
+    ask(
+        "a3 op=revert domain=pv patch=locus_cmdline",
+        "0",
+        "reverted",
+    )?;
     let seen = guest.ok("cat /proc/cmdline")?;
     check!(!seen.contains("locus="), "the guest shows {seen:?}");
     check!(read(&state)?.rc != 0, "{state} is still there");
 
     let stale = "11111111-2222-3333-4444-555555555555";
-    ask("b1 op=apply domain=nobody patch=locus_cmdline", "1", "no domain")?;
-    ask(&format!("b2 op=apply domain={id} uuid={stale} patch=locus_cmdline"), "1", "UUID")?;
-    ask("b3 op=apply domain=pv patch=locus_nothing", "1", "No such file")?;
-    ask("b4 op=apply domain=pv patch=../../etc/passwd", "64", "expected a name")?;
-    ask(&format!("b5 op=apply domain={id} patch=locus_cmdline"), "64", "uuid")?;
-    ask("b6 op=explode domain=pv patch=locus_cmdline", "64", "expected apply or revert")?;
-    ask("b7 op=apply domain=pv patch=locus_cmdline deadline=1", "2", "deadline")?;
-    ask("b8 op=apply domain=pv patch=locus_cmdline sha256=00", "1", "SHA-256")?;
+    ask(
+        "b1 op=apply domain=nobody patch=locus_cmdline",
+        "1",
+        "no domain",
+    )?;
+    ask(
+        &format!("b2 op=apply domain={id} uuid={stale} patch=locus_cmdline"),
+        "1",
+        "UUID",
+    )?;
+    ask(
+        "b3 op=apply domain=pv patch=locus_nothing",
+        "1",
+        "No such file",
+    )?;
+    ask(
+        "b4 op=apply domain=pv patch=../../etc/passwd",
+        "64",
+        "expected a name",
+    )?;
+    ask(
+        &format!("b5 op=apply domain={id} patch=locus_cmdline"),
+        "64",
+        "uuid",
+    )?;
+    ask(
+        "b6 op=explode domain=pv patch=locus_cmdline",
+        "64",
+        "expected apply or revert",
+    )?;
+    ask(
+        "b7 op=apply domain=pv patch=locus_cmdline deadline=1",
+        "2",
+        "deadline",
+    )?;
+    ask(
+        "b8 op=apply domain=pv patch=locus_cmdline sha256=00",
+        "1",
+        "SHA-256",
+    )?;
     ask("b9 op=revert domain=pv patch=locus_cmdline", "0", "already")?;
-    ask("b10 op=apply domain=pv patch=locus_altinst", "3", ".altinstructions")?;
+    ask(
+        "b10 op=apply domain=pv patch=locus_altinst",
+        "3",
+        ".altinstructions",
+    )?;
 
     // A second daemon does not start; the first ends when asked, and a request waits for the next.
     check_eq!(ctx.dom0.sh("xen-locus daemon")?.rc, 2, "a second daemon");
-    ctx.dom0.ok("kill $(cat /run/daemon.pid); for i in $(seq 50); do \
-                 kill -0 $(cat /run/daemon.pid) 2>/dev/null || exit 0; usleep 100000; done; exit 1")?;
+    ctx.dom0.ok(
+        "kill $(cat /run/daemon.pid); for i in $(seq 50); do \
+                 kill -0 $(cat /run/daemon.pid) 2>/dev/null || exit 0; usleep 100000; done; exit 1",
+    )?;
     check_eq!(read("/tool/xen-locus/state")?.text(), "stopped");
-    ctx.dom0.ok("(sleep 3; exec xen-locus daemon >>/var/log/daemon.log 2>&1) & echo $! >/run/daemon.pid")?;
+    ctx.dom0.ok(
+        "(sleep 3; exec xen-locus daemon >>/var/log/daemon.log 2>&1) & echo $! >/run/daemon.pid",
+    )?;
     ask("c1 op=apply domain=pv patch=locus_cmdline", "0", "applied")?;
-    ask("c2 op=revert domain=pv patch=locus_cmdline", "0", "reverted")?;
+    ask(
+        "c2 op=revert domain=pv patch=locus_cmdline",
+        "0",
+        "reverted",
+    )?;
     ctx.dom0.ok("kill $(cat /run/daemon.pid)")?;
     Ok(())
 }
