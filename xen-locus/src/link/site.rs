@@ -260,3 +260,78 @@ pub fn jump(site: Gva, target: Gva) -> Option<[u8; JUMP]> {
     let [a, b, c, d] = distance.to_le_bytes();
     Some([0xe9, a, b, c, d])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ExitCode;
+    use crate::kernel::fixture::{vcpus, Fixture, KIND, TEXT};
+
+    const AT: u64 = TEXT.0 + 0x1000;
+    const NOP: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
+
+    /// Examines a function of the given code, which the next symbol follows at once.
+    fn examined(code: &[u8]) -> Result<Function> {
+        let mut fixture = Fixture::new();
+        fixture.function(AT, "victim", code);
+        fixture.function(AT + code.len() as u64, "next", &[0xc3]);
+        let memory = fixture.build();
+        let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
+        examine(&kernel, "victim", Gva(AT))
+    }
+
+    fn refusal(code: &[u8]) -> (ExitCode, String) {
+        let error = examined(code).unwrap_err();
+        (error.exit_code(), error.to_string())
+    }
+
+    #[test]
+    fn the_redirect_goes_behind_either_nop_and_behind_endbr64() {
+        let body = [0x55, 0x48, 0x89, 0xe5, 0x5d, 0xc3];
+        for (head, offset) in [
+            (NOP.to_vec(), 5),
+            ([0x66, 0x66, 0x66, 0x66, 0x90].to_vec(), 5),
+            ([ENDBR64.as_slice(), &NOP].concat(), 9),
+        ] {
+            let function = examined(&[head, body.to_vec()].concat()).unwrap();
+            assert_eq!(function.site.at, Gva(AT + offset));
+            assert_eq!(function.site.old, [0x55, 0x48, 0x89, 0xe5, 0x5d]);
+            assert_eq!(function.returns, Some(Returns::Plain));
+        }
+    }
+
+    #[test]
+    fn functions_that_cannot_be_redirected_are_refused_by_name() {
+        let with = |body: &[u8]| [NOP.as_slice(), body].concat();
+        for (code, why) in [
+            (vec![0x90; 16], "ftrace's five-byte nop"),
+            (with(&[0x31, 0xc0, 0xc3]), "no room"),
+            (with(&[0x31, 0xc0, 0xc3, 0x90, 0x90, 0x90]), "it returns at"),
+            (with(&[0xcc, 0x90, 0x90, 0x90, 0x90, 0xc3]), "breakpoint"),
+            // jmp to far outside
+            (with(&[0xe9, 0, 0, 0x10, 0, 0xc3]), "redirected by someone else"),
+            // nops, then a short jump back to the second byte of what is overwritten
+            (with(&[0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0xeb, 0xf9, 0xc3]), "leads into the bytes"),
+        ] {
+            let (exit, said) = refusal(&code);
+            assert_eq!(exit, ExitCode::NotApplicable, "{said}");
+            assert!(said.contains(why), "{said} does not say {why}");
+        }
+    }
+
+    #[test]
+    fn a_traced_function_is_to_be_tried_again() {
+        let (exit, said) = refusal(&[0xe8, 0, 0, 0, 0, 0x55, 0x48, 0x89, 0xe5, 0x5d, 0xc3]);
+        assert_eq!(exit, ExitCode::TryAgain, "{said}");
+        assert!(said.contains("traced"), "{said}");
+    }
+
+    #[test]
+    fn a_jump_reaches_two_gigabytes_either_way_and_no_more() {
+        let site = Gva(0xffff_ffff_8100_0000);
+        assert_eq!(jump(site, site.plus(5)), Some([0xe9, 0, 0, 0, 0]));
+        assert_eq!(jump(site, site), Some([0xe9, 0xfb, 0xff, 0xff, 0xff]));
+        assert!(jump(site, site.plus(5 + 0x7fff_ffff)).is_some());
+        assert!(jump(site, site.plus(5 + 0x8000_0000)).is_none());
+    }
+}

@@ -109,7 +109,7 @@ fn payloads(ctx: &mut Ctx) -> Result<(), Verdict> {
         )?;
     }
     refused(ctx, "xen-locus apply pv /tmp/none.ko", 1, "No such file")?;
-    refused(ctx, "xen-locus revert pv locus_cmdline", 1, "no patch")?;
+    refused(ctx, "xen-locus revert pv locus_none", 1, "no patch")?;
     refused(ctx, "xen-locus apply pv", 64, "at least one domain")?;
     refused(ctx, "xen-locus frobnicate", 64, "frobnicate")?;
     untouched(ctx, &guest)
