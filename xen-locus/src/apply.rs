@@ -76,18 +76,19 @@ pub struct Report {
     pub attempts: u32,
     /// Functions replaced or put back.
     pub functions: usize,
-    /// From start to end, in milliseconds.
+    /// From start to end, reading the guest's kernel included, in milliseconds: filled in by
+    /// [`crate::service`].
     pub total_ms: u64,
 }
 
-fn report(patch: &str, result: Outcome, functions: usize, done: Done, began: Instant) -> Report {
+fn report(patch: &str, result: Outcome, functions: usize, done: Done) -> Report {
     Report {
         patch: patch.into(),
         result,
         pause_us: u64::try_from(done.pause.as_micros()).unwrap_or(u64::MAX),
         attempts: done.attempts,
         functions,
-        total_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+        total_ms: 0,
     }
 }
 
@@ -101,7 +102,6 @@ pub fn apply(
     payload: &Payload,
     options: &Options,
 ) -> Result<Report> {
-    let began = Instant::now();
     let mut arena = Arena::read(kernel)?;
     let ready = match plan::prepare(kernel, &arena, payload)? {
         Readiness::Already(resident) => {
@@ -111,7 +111,6 @@ pub fn apply(
                 Outcome::Already,
                 functions,
                 Done::default(),
-                began,
             ));
         }
         Readiness::Ready(ready) => ready,
@@ -123,7 +122,6 @@ pub fn apply(
             Outcome::WouldApply,
             functions,
             Done::default(),
-            began,
         ));
     }
     let index = place(machine, kernel, &mut arena, &ready)?;
@@ -138,13 +136,7 @@ pub fn apply(
         }
     };
     arena.set_state(machine, kernel, index, State::Applied)?;
-    Ok(report(
-        &payload.name,
-        Outcome::Applied,
-        functions,
-        done,
-        began,
-    ))
+    Ok(report(&payload.name, Outcome::Applied, functions, done))
 }
 
 /// Undoes the payload called `name`.
@@ -157,7 +149,6 @@ pub fn revert(
     name: &str,
     options: &Options,
 ) -> Result<Report> {
-    let began = Instant::now();
     let mut arena = Arena::read(kernel)?;
     let residents = plan::residents(kernel, &arena)?;
     let mut of_that_name = residents.iter().filter(|r| r.record.name == name);
@@ -166,7 +157,7 @@ pub fn revert(
         .find(|r| r.slot.state == State::Applied)
     else {
         if of_that_name.next().is_some() {
-            return Ok(report(name, Outcome::Already, 0, Done::default(), began));
+            return Ok(report(name, Outcome::Already, 0, Done::default()));
         }
         let applied: Vec<&str> = residents
             .iter()
@@ -190,7 +181,6 @@ pub fn revert(
             Outcome::WouldRevert,
             functions,
             Done::default(),
-            began,
         ));
     }
     arena.set_state(machine, kernel, resident.index, State::Reverting)?;
@@ -209,7 +199,7 @@ pub fn revert(
         }
     };
     arena.set_state(machine, kernel, resident.index, State::Parked)?;
-    Ok(report(name, Outcome::Reverted, functions, done, began))
+    Ok(report(name, Outcome::Reverted, functions, done))
 }
 
 /// Puts a payload's code into the arena and into its directory; returns its number there.

@@ -123,9 +123,11 @@ fn change(
     options: &Options,
     action: impl FnOnce(&Kernel<'_>) -> Result<Report>,
 ) -> Result<Report> {
+    let began = Instant::now();
     let _lock = lock(&domain.info.uuid, options.timeout)?;
     let kernel = Kernel::of(domain)?;
-    let report = action(&kernel)?;
+    let mut report = action(&kernel)?;
+    report.total_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
     if !options.dry_run {
         // The guest is changed: what can't be published is said, and does not undo that.
         if let Err(error) = status_of(domain, &kernel).and_then(|s| publish(store, &s)) {

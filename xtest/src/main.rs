@@ -29,9 +29,9 @@ enum Command {
         /// Only those of this profile
         #[arg(long, value_parser = profile)]
         profile: Option<&'static Profile>,
-        /// How many profiles run side by side [default: half the processors]
-        #[arg(long, short)]
-        jobs: Option<usize>,
+        /// Processors to keep busy [default: all of the host's]
+        #[arg(long)]
+        cpus: Option<u32>,
     },
     /// Boot with guests running, and a dom0 shell on this terminal (leave with Ctrl-A x)
     Shell {
@@ -84,12 +84,12 @@ fn run(cli: Cli) -> Result<bool> {
         Command::Run {
             names,
             profile,
-            jobs,
+            cpus,
         } => {
             let chosen = choose(&names, profile)?;
             let bench = Bench::prepare()?;
-            let jobs = jobs.unwrap_or_else(runner::default_jobs);
-            return Ok(!runner::run(&bench, &chosen, jobs)?.failed());
+            let cpus = cpus.unwrap_or_else(runner::host_cpus);
+            return Ok(!runner::run(&bench, &chosen, cpus)?.failed());
         }
         Command::Shell { profile, bare } => {
             shell::run(&Bench::prepare()?, profile, bare)?;

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
 use anyhow::Result;
@@ -40,24 +40,53 @@ impl Totals {
     }
 }
 
-/// Runs these scenarios, `jobs` profiles at a time, and prints a line for each and the sum.
-pub fn run(bench: &Bench, scenarios: &[Scenario], jobs: usize) -> Result<Totals> {
+/// Profiles that wait, and processors of the host that no machine keeps busy.
+struct Waiting {
+    profiles: Vec<&'static Profile>,
+    free: u32,
+}
+
+impl Waiting {
+    /// The next profile that fits; one that is too large for the host has it for itself.
+    fn take(&mut self, cpus: u32) -> Option<&'static Profile> {
+        let fits = |p: &&'static Profile| p.cpus.min(cpus) <= self.free;
+        let at = self.profiles.iter().position(fits)?;
+        let profile = self.profiles.remove(at);
+        self.free -= profile.cpus.min(cpus);
+        Some(profile)
+    }
+}
+
+/// Runs these scenarios, as many profiles side by side as `cpus` processors of the host allow, and
+/// prints a line for each and the sum.
+pub fn run(bench: &Bench, scenarios: &[Scenario], cpus: u32) -> Result<Totals> {
     let allowed = allowed_skips(&bench.paths.workspace.join("xtest/skips.txt"));
-    let queue: Mutex<Vec<&Profile>> = Mutex::new(
-        PROFILES
-            .iter()
-            .rev()
-            .copied()
-            .filter(|p| scenarios.iter().any(|s| s.profile == *p))
-            .collect(),
-    );
+    let profiles: Vec<&'static Profile> = PROFILES
+        .iter()
+        .copied()
+        .filter(|p| scenarios.iter().any(|s| s.profile == *p))
+        .collect();
+    let count = profiles.len();
+    let waiting = Mutex::new(Waiting {
+        profiles,
+        free: cpus,
+    });
+    let freed = Condvar::new();
     let totals = Mutex::new(Totals::default());
     let began = Instant::now();
     std::thread::scope(|scope| {
-        for _ in 0..jobs.max(1) {
-            scope.spawn(|| loop {
-                let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop();
-                let Some(profile) = next else { return };
+        for _ in 0..count {
+            scope.spawn(|| {
+                let mut state = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+                let profile = loop {
+                    match state.take(cpus) {
+                        Some(profile) => break profile,
+                        None => {
+                            state = freed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                        }
+                    }
+                };
+                drop(state);
                 let own: Vec<&Scenario> =
                     scenarios.iter().filter(|s| s.profile == profile).collect();
                 let sum = run_profile(bench, profile, &own, &allowed);
@@ -65,6 +94,9 @@ pub fn run(bench: &Bench, scenarios: &[Scenario], jobs: usize) -> Result<Totals>
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner)
                     .add(sum);
+                waiting.lock().unwrap_or_else(PoisonError::into_inner).free +=
+                    profile.cpus.min(cpus);
+                freed.notify_all();
             });
         }
     });
@@ -261,10 +293,9 @@ fn text_after(path: &Path, from: usize) -> String {
     String::from_utf8_lossy(bytes.get(from..).unwrap_or_default()).into_owned()
 }
 
-/// How many profiles to run at a time by default: each keeps up to two processors busy.
-pub fn default_jobs() -> usize {
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    (cpus / 2).max(1)
+/// Processors of the host.
+pub fn host_cpus() -> u32 {
+    std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX))
 }
 
 /// Ends the process when a signal asks for it; QEMU dies with us.

@@ -309,9 +309,15 @@ mod tests {
             (with(&[0x31, 0xc0, 0xc3, 0x90, 0x90, 0x90]), "it returns at"),
             (with(&[0xcc, 0x90, 0x90, 0x90, 0x90, 0xc3]), "breakpoint"),
             // jmp to far outside
-            (with(&[0xe9, 0, 0, 0x10, 0, 0xc3]), "redirected by someone else"),
+            (
+                with(&[0xe9, 0, 0, 0x10, 0, 0xc3]),
+                "redirected by someone else",
+            ),
             // nops, then a short jump back to the second byte of what is overwritten
-            (with(&[0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0xeb, 0xf9, 0xc3]), "leads into the bytes"),
+            (
+                with(&[0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0xeb, 0xf9, 0xc3]),
+                "leads into the bytes",
+            ),
         ] {
             let (exit, said) = refusal(&code);
             assert_eq!(exit, ExitCode::NotApplicable, "{said}");

@@ -1,0 +1,68 @@
+//! The command as a user meets it on a machine without Xen.
+
+#![allow(clippy::unwrap_used)] // a test that cannot run its subject has failed
+
+use std::process::{Command, Output};
+
+fn xen_locus(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_xen-locus"))
+        .args(args)
+        .output()
+        .unwrap()
+}
+
+fn said(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[test]
+fn without_xen_a_command_that_needs_it_says_so_in_one_sentence() {
+    if std::fs::read_to_string("/sys/hypervisor/type").is_ok_and(|t| t.trim() == "xen") {
+        return; // under Xen this is shown by the scenario `environment`
+    }
+    for args in [
+        &["list"][..],
+        &["info", "web"],
+        &["status"],
+        &["apply", "web", "x.ko"],
+        &["daemon"],
+    ] {
+        let out = xen_locus(args);
+        assert_eq!(out.status.code(), Some(1), "{args:?}");
+        assert!(out.stdout.is_empty(), "{args:?}");
+        let text = said(&out.stderr);
+        assert_eq!(text.lines().count(), 1, "{args:?}: {text}");
+        assert!(text.contains("does not run under Xen"), "{args:?}: {text}");
+    }
+}
+
+#[test]
+fn wrong_usage_has_an_exit_code_of_its_own() {
+    for args in [
+        &[][..],
+        &["frobnicate"],
+        &["apply"],
+        &["revert", "web"],
+        &["apply", "a", "b", "--timeout", "7"],
+    ] {
+        assert_eq!(xen_locus(args).status.code(), Some(64), "{args:?}");
+    }
+    assert_eq!(xen_locus(&["--help"]).status.code(), Some(0));
+    assert_eq!(xen_locus(&["--version"]).status.code(), Some(0));
+}
+
+#[test]
+fn show_needs_no_xen_and_refuses_what_is_no_payload() {
+    let out = xen_locus(&["show", env!("CARGO_BIN_EXE_xen-locus")]);
+    assert_eq!(out.status.code(), Some(3), "{}", said(&out.stderr));
+    assert!(
+        said(&out.stderr).contains("not a relocatable object"),
+        "{}",
+        said(&out.stderr)
+    );
+    assert_eq!(xen_locus(&["show", "/dev/null"]).status.code(), Some(1));
+    assert_eq!(
+        xen_locus(&["show", "/nonexistent.ko"]).status.code(),
+        Some(1)
+    );
+}
