@@ -7,7 +7,7 @@ PACKAGES = qemu-system-x86 libxen-dev libclang1-14 libclang-common-14-dev gcc li
 	pkg-config libelf1 debian-archive-keyring dpkg-dev
 
 SUDO = $(if $(filter 0,$(shell id -u)),,sudo)
-XTEST = cargo run --quiet --release -p xtest --
+XTEST = cargo run --release -p xtest --
 DESTDIR =
 PREFIX = /usr
 

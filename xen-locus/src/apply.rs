@@ -3,6 +3,7 @@
 //! All that can be done before the pause is done before it: the new code stands in the arena, every
 //! page to be written and every stack is mapped. Inside it: registers, the last look, the writes.
 
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -79,6 +80,29 @@ pub struct Report {
     /// From start to end, reading the guest's kernel included, in milliseconds: filled in by
     /// [`crate::service`].
     pub total_ms: u64,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let count = |n: usize, what| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
+        let functions = count(self.functions, "function");
+        let done = |f: &mut fmt::Formatter<'_>, what| {
+            let attempts = count(self.attempts as usize, "attempt");
+            write!(
+                f,
+                "{what} ({functions}, paused {} us, {attempts})",
+                self.pause_us
+            )
+        };
+        match self.result {
+            Outcome::Applied => done(f, "applied"),
+            Outcome::Reverted => done(f, "reverted"),
+            Outcome::Already => f.write_str("no action needed: already so"),
+            Outcome::WouldApply | Outcome::WouldRevert => {
+                write!(f, "possible ({functions}); nothing was changed")
+            }
+        }
+    }
 }
 
 fn report(patch: &str, result: Outcome, functions: usize, done: Done) -> Report {

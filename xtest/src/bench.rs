@@ -121,7 +121,7 @@ fn lock(paths: &Paths) -> Result<File> {
 /// Builds what is to run in dom0.
 fn build_tools(paths: &Paths) -> Result<Tools> {
     let mut cmd = Command::new(cargo());
-    cmd.args(["build", "--release", "--quiet", "--locked", "--workspace"]);
+    cmd.args(["build", "--release", "--locked", "--workspace"]);
     for name in Tools::NAMES {
         cmd.args(["--bin", name]);
     }

@@ -8,7 +8,7 @@ use serde_json::{json, Value};
 use super::args::{Apply, Output, Patience};
 use super::{out, Host, Session};
 use crate::addr::DomId;
-use crate::apply::{Options, Outcome, Report};
+use crate::apply::{Options, Report};
 use crate::error::{Error, ExitCode, Result};
 use crate::patch::Payload;
 use crate::service;
@@ -113,8 +113,7 @@ pub(super) fn tell(session: &Session, doing: &str, patch: &str, results: Results
                 if session.output == Output::Table {
                     out::line(&format!(
                         "{doing} {} on {label}... {}",
-                        report.patch,
-                        words(report)
+                        report.patch, report
                     ));
                 }
             }
@@ -148,18 +147,4 @@ fn with(mut value: Value, fields: &[(&str, Value)]) -> Value {
         }
     }
     value
-}
-
-fn words(report: &Report) -> String {
-    let functions = out::count(report.functions, "function");
-    match report.result {
-        Outcome::Applied | Outcome::Reverted => format!(
-            "completed ({functions}, paused {} us, {})",
-            report.pause_us,
-            out::count(report.attempts as usize, "attempt")
-        ),
-        Outcome::Already => "no action needed: already so".into(),
-        Outcome::WouldApply => format!("possible ({functions}); nothing was changed"),
-        Outcome::WouldRevert => format!("possible ({functions}); nothing was changed"),
-    }
 }

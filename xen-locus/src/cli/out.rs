@@ -49,12 +49,6 @@ pub fn address(at: u64) -> Value {
     format!("{at:#x}").into()
 }
 
-/// One thing or several: `1 function`, `2 functions`.
-#[must_use]
-pub fn count(n: usize, what: &str) -> String {
-    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
-}
-
 /// Who is in the way, for people.
 #[must_use]
 pub fn blockers(all: &[Blocker]) -> String {

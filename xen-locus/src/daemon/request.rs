@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::apply::{Options, Outcome, Report};
+use crate::apply::{Options, Report};
 use crate::cli::{Host, Session};
 use crate::error::{Error, ExitCode, Result};
 use crate::link::arena::now;
@@ -119,7 +119,7 @@ impl Server<'_> {
             Ok(request) => {
                 store.write(&format!("{base}/state"), "running")?;
                 match self.carry_out(&request) {
-                    Ok(report) => (ExitCode::Done, words(&report)),
+                    Ok(report) => (ExitCode::Done, format!("{}: {report}", report.patch)),
                     Err(error) => (error.exit_code(), told(&error)),
                 }
             }
@@ -164,24 +164,6 @@ impl Server<'_> {
             )));
         }
         service::apply(&self.host.store, &domain, &payload, self.options)
-    }
-}
-
-fn words(report: &Report) -> String {
-    match report.result {
-        Outcome::Already => format!("{}: no action needed: already so", report.patch),
-        _ => format!(
-            "{}: {} ({} functions, paused {} us, {} attempts)",
-            report.patch,
-            if report.result == Outcome::Applied {
-                "applied"
-            } else {
-                "reverted"
-            },
-            report.functions,
-            report.pause_us,
-            report.attempts
-        ),
     }
 }
 
