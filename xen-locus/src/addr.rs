@@ -77,10 +77,6 @@ impl fmt::Display for DomId {
     }
 }
 
-/// Virtual CPU number as Xen counts them (not the guest's CPU number).
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct VcpuId(pub u32);
-
 /// A half-open range of guest virtual addresses, `start..end`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Range {
@@ -102,14 +98,9 @@ impl Range {
 
     /// Length in bytes.
     #[must_use]
+    #[allow(clippy::len_without_is_empty)] // a length, not a collection
     pub fn len(&self) -> u64 {
         self.end.0.saturating_sub(self.start.0)
-    }
-
-    /// No byte in it.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 
     /// Whether `at` lies in `start..end`.

@@ -55,9 +55,6 @@ pub enum Error {
     /// Does not fit this guest.
     #[error("{0}")]
     NotApplicable(String),
-    /// Refused by signature or policy.
-    #[error("{0}")]
-    Refused(String),
     /// Failed midway; the old state is back and verified.
     #[error("{0}")]
     RolledBack(String),
@@ -94,7 +91,6 @@ impl Error {
             Error::NotApplicable(_) | Error::Kernel(_) | Error::Payload(_) => {
                 ExitCode::NotApplicable
             }
-            Error::Refused(_) => ExitCode::Refused,
             Error::RolledBack(_) => ExitCode::RolledBack,
             Error::Uncertain(_) => ExitCode::Uncertain,
             Error::Usage(_) => ExitCode::Usage,

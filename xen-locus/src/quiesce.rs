@@ -194,12 +194,6 @@ impl<'k, 'm> Prescan<'k, 'm> {
         })
     }
 
-    /// How many tasks are known.
-    #[must_use]
-    pub fn tasks(&self) -> usize {
-        self.known.len()
-    }
-
     /// Lists the tasks anew, while the guest runs, and maps the stacks of those not known yet.
     ///
     /// # Errors

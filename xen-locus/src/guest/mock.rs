@@ -86,15 +86,11 @@ impl MockMemory {
 struct MockWindow(Vec<Page>);
 
 impl Window for MockWindow {
-    fn size(&self) -> usize {
-        self.0.len() * PAGE_LEN
-    }
-
     fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), Error> {
         let bounds = Error::Bounds {
             offset,
             len: buf.len(),
-            size: self.size(),
+            size: self.0.len() * PAGE_LEN,
         };
         for (i, b) in buf.iter_mut().enumerate() {
             let at = offset + i;
@@ -110,7 +106,7 @@ impl WindowMut for MockWindow {
         let bounds = Error::Bounds {
             offset,
             len: bytes.len(),
-            size: self.size(),
+            size: self.0.len() * PAGE_LEN,
         };
         for (i, &b) in bytes.iter().enumerate() {
             let at = offset + i;

@@ -8,7 +8,7 @@ pub mod fetch;
 pub(crate) mod mock;
 pub mod space;
 
-use crate::addr::{Frame, Gva, VcpuId};
+use crate::addr::{Frame, Gva};
 
 /// Failure to reach guest memory.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -49,8 +49,6 @@ pub enum Error {
 
 /// Frames of guest memory that stay mapped while this value lives.
 pub trait Window {
-    /// Size in bytes.
-    fn size(&self) -> usize;
     /// Copies bytes out of the guest.
     fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), Error>;
 }
@@ -106,8 +104,6 @@ pub struct Vcpu {
     pub rip: u64,
     /// Stack pointer.
     pub rsp: u64,
-    /// The general registers, for addresses that are on their way to a stack.
-    pub regs: [u64; 15],
     /// It runs in user mode.
     pub user: bool,
     /// It is in 64-bit mode with paging on.
@@ -123,14 +119,6 @@ pub struct Vcpu {
     /// An address in kernel text that the kernel told Xen or the CPU: the PV event callback, or
     /// `MSR_LSTAR`. Zero when the kernel has not set it yet.
     pub entry: u64,
-}
-
-impl Vcpu {
-    /// Its number as a type.
-    #[must_use]
-    pub fn vcpu_id(&self) -> VcpuId {
-        VcpuId(self.id)
-    }
 }
 
 /// A guest that runs and can be changed. Every call into Xen that changes anything passes here.

@@ -16,8 +16,6 @@ use crate::addr::{Frame, Gva, Range, PAGE_LEN, PAGE_SIZE};
 pub const PTE_PRESENT: u64 = 1;
 /// Entry allows writing.
 pub const PTE_WRITE: u64 = 1 << 1;
-/// Entry is open to user mode.
-pub const PTE_USER: u64 = 1 << 2;
 /// Accessed.
 pub const PTE_ACCESSED: u64 = 1 << 5;
 /// Dirty.
@@ -109,12 +107,6 @@ impl<'m> Space<'m> {
     #[must_use]
     pub fn memory(&self) -> &'m dyn Memory {
         self.mem
-    }
-
-    /// The page-table root.
-    #[must_use]
-    pub fn root(&self) -> Frame {
-        self.root
     }
 
     fn table(&self, frame: Frame) -> Result<Table, Error> {

@@ -130,14 +130,9 @@ impl Btf {
 
     /// Number of types, `void` not counted.
     #[must_use]
+    #[allow(clippy::len_without_is_empty)] // a kernel's types are never none
     pub fn len(&self) -> usize {
         self.types.len() - 1
-    }
-
-    /// No types at all.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 
     fn at(&self, id: u32) -> Option<usize> {
@@ -207,12 +202,6 @@ impl Btf {
             id = self.strip(field.type_id);
         }
         Ok(offset)
-    }
-
-    /// Whether structure `name` has the member `path`.
-    #[must_use]
-    pub fn has(&self, name: &str, path: &str) -> bool {
-        self.offset_of(name, path).is_ok()
     }
 
     fn member(&self, id: u32, name: &[u8], depth: u32) -> Option<Field> {

@@ -381,19 +381,9 @@ fn build(
 impl Symbols {
     /// How many there are.
     #[must_use]
+    #[allow(clippy::len_without_is_empty)] // a table without symbols is not believed
     pub fn len(&self) -> usize {
         self.entries.len()
-    }
-
-    /// None at all.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
-    }
-
-    /// All symbols in the table's order.
-    pub fn iter(&self) -> impl Iterator<Item = Symbol<'_>> {
-        self.entries.iter().map(|e| self.symbol(e))
     }
 
     fn symbol(&self, e: &Entry) -> Symbol<'_> {

@@ -69,8 +69,6 @@ pub struct DomainInfo {
     pub dying: bool,
     /// It has shut down or crashed.
     pub shutdown: bool,
-    /// Someone paused it.
-    pub paused: bool,
     /// Number of its virtual CPUs, down ones included.
     pub vcpus: u32,
     /// Pages it has.
@@ -223,29 +221,7 @@ impl Control {
         let c = unsafe { &any.x64 };
         let r = &c.user_regs;
         // SAFETY: the register unions hold views of one 64-bit register.
-        let (regs, rip, rsp) = unsafe {
-            (
-                [
-                    r.__bindgen_anon_1.r15,
-                    r.__bindgen_anon_2.r14,
-                    r.__bindgen_anon_3.r13,
-                    r.__bindgen_anon_4.r12,
-                    r.__bindgen_anon_5.rbp,
-                    r.__bindgen_anon_6.rbx,
-                    r.__bindgen_anon_7.r11,
-                    r.__bindgen_anon_8.r10,
-                    r.__bindgen_anon_9.r9,
-                    r.__bindgen_anon_10.r8,
-                    r.__bindgen_anon_11.rax,
-                    r.__bindgen_anon_12.rcx,
-                    r.__bindgen_anon_13.rdx,
-                    r.__bindgen_anon_14.rsi,
-                    r.__bindgen_anon_15.rdi,
-                ],
-                r.__bindgen_anon_16.rip,
-                r.__bindgen_anon_18.rsp,
-            )
-        };
+        let (rip, rsp) = unsafe { (r.__bindgen_anon_16.rip, r.__bindgen_anon_18.rsp) };
         let user = c.flags & u64::from(sys::VGCF_in_kernel) == 0;
         let (gs_base, gs_other) = if user {
             (c.gs_base_user, c.gs_base_kernel)
@@ -257,7 +233,6 @@ impl Control {
             online: state.online != 0,
             rip,
             rsp,
-            regs,
             user,
             long_mode: true,
             root: c.ctrlreg.get(3).copied().unwrap_or(0) >> 12,
@@ -294,10 +269,6 @@ impl Control {
             online: true,
             rip: c.rip,
             rsp: c.rsp,
-            regs: [
-                c.r15, c.r14, c.r13, c.r12, c.rbp, c.rbx, c.r11, c.r10, c.r9, c.r8, c.rax, c.rcx,
-                c.rdx, c.rsi, c.rdi,
-            ],
             user: c.cs_sel & 3 == 3,
             long_mode,
             root: (c.cr3 & crate::guest::space::PTE_FRAME) >> 12,
@@ -388,7 +359,6 @@ fn domain_info(info: &sys::xc_domaininfo_t) -> DomainInfo {
         kind,
         dying: has(sys::XEN_DOMINF_dying),
         shutdown: has(sys::XEN_DOMINF_shutdown),
-        paused: has(sys::XEN_DOMINF_paused),
         vcpus: info.max_vcpu_id.saturating_add(1).min(4096),
         pages: info.tot_pages,
         max_pages: info.max_pages,

@@ -126,9 +126,6 @@ impl Foreign {
     }
 
     /// Which of `frames` have memory behind them.
-    ///
-    /// # Errors
-    /// The call as a whole failed.
     pub fn populated(&self, frames: &[Frame]) -> Vec<bool> {
         frames
             .iter()
@@ -184,10 +181,6 @@ impl Drop for Mapping {
 }
 
 impl Window for Mapping {
-    fn size(&self) -> usize {
-        self.size
-    }
-
     /// Aligned words are copied one access each, so a word the guest changes at the same moment is
     /// seen whole, old or new.
     fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), guest::Error> {
