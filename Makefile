@@ -4,7 +4,7 @@
 # libclang: xenctrl-sys makes its bindings from Xen's headers; gcc and libelf1: payloads are built by
 # kbuild, whose objtool links libelf.
 PACKAGES = qemu-system-x86 libxen-dev libclang1-14 libclang-common-14-dev gcc libc6-dev make \
-	pkg-config libelf1 debian-archive-keyring dpkg-dev
+	pkg-config libelf1 xz-utils util-linux debian-archive-keyring
 
 SUDO = $(if $(filter 0,$(shell id -u)),,sudo)
 XTEST = cargo run --release -p xtest --

@@ -417,3 +417,116 @@ fn write_all(targets: &[Target<'_>]) -> Result<()> {
         "writing failed midway; all bytes are put back and verified".into(),
     ))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::{Frame, PAGE_LEN};
+    use crate::error::ExitCode;
+    use crate::guest::mock::MockMemory;
+    use crate::guest::{self, MemoryMut as _, Window};
+    use std::cell::Cell;
+
+    const OLD: [u8; 5] = [1; 5];
+    const NEW: [u8; 5] = [2; 5];
+
+    /// A window whose write number `fails_at` (from 0) and those behind it fail.
+    struct Failing {
+        inner: Box<dyn WindowMut>,
+        writes: Cell<u32>,
+        fails: std::ops::Range<u32>,
+    }
+
+    impl Window for Failing {
+        fn read(&self, offset: usize, buf: &mut [u8]) -> std::result::Result<(), guest::Error> {
+            self.inner.read(offset, buf)
+        }
+    }
+
+    impl WindowMut for Failing {
+        fn write(&self, offset: usize, bytes: &[u8]) -> std::result::Result<(), guest::Error> {
+            let n = self.writes.replace(self.writes.get() + 1);
+            if self.fails.contains(&n) {
+                // Torn: the first time two bytes get there, the second time one, then none.
+                self.inner
+                    .write(offset, &bytes[..2usize.saturating_sub(n as usize)])?;
+                return Err(guest::Error::Odd("the write failed".into()));
+            }
+            self.inner.write(offset, bytes)
+        }
+    }
+
+    /// Writes two redirects, of which the second fails at its writes `fails`; returns the outcome
+    /// and what then stands at both places.
+    fn written(first_byte: u8, fails: std::ops::Range<u32>) -> (Result<()>, [[u8; 5]; 2]) {
+        let memory = MockMemory::new();
+        let frames: Vec<Frame> = (0..2).map(|_| memory.frame()).collect();
+        let write = plan::Write {
+            at: 0x1000,
+            expect: OLD,
+            new: NEW,
+        };
+        for &frame in &frames {
+            memory.map_mut(&[frame]).unwrap().write(100, &OLD).unwrap();
+        }
+        memory
+            .map_mut(&frames[1..])
+            .unwrap()
+            .write(100, &[first_byte])
+            .unwrap();
+        let targets: Vec<Target<'_>> = frames
+            .iter()
+            .zip([0..0, fails])
+            .map(|(&frame, fails)| {
+                let inner = memory.map_mut(&[frame]).unwrap();
+                let window = Box::new(Failing {
+                    inner,
+                    writes: Cell::new(0),
+                    fails,
+                });
+                Target {
+                    write: &write,
+                    window,
+                    offset: 100,
+                }
+            })
+            .collect();
+        let result = write_all(&targets);
+        let stands = [0, 1].map(|i| {
+            let mut bytes = [0; 5];
+            targets[i].window.read(100, &mut bytes).unwrap();
+            bytes
+        });
+        assert!(targets
+            .iter()
+            .all(|t| t.window.read(PAGE_LEN - 8, &mut [0; 8]).is_ok()));
+        (result, stands)
+    }
+
+    #[test]
+    fn all_redirects_are_written_or_none() {
+        let (result, stands) = written(1, 0..0);
+        assert!(result.is_ok());
+        assert_eq!(stands, [NEW, NEW]);
+    }
+
+    #[test]
+    fn bytes_that_changed_since_they_were_checked_stop_the_write_before_it_begins() {
+        let (result, stands) = written(9, 0..0);
+        assert_eq!(result.unwrap_err().exit_code(), ExitCode::TryAgain);
+        assert_eq!(stands, [OLD, [9, 1, 1, 1, 1]]);
+    }
+
+    #[test]
+    fn a_write_that_fails_midway_is_rolled_back_and_verified() {
+        let (result, stands) = written(1, 0..1);
+        assert_eq!(result.unwrap_err().exit_code(), ExitCode::RolledBack);
+        assert_eq!(stands, [OLD, OLD]);
+    }
+
+    #[test]
+    fn a_rollback_that_fails_too_is_called_uncertain() {
+        let (result, _) = written(1, 0..9);
+        assert_eq!(result.unwrap_err().exit_code(), ExitCode::Uncertain);
+    }
+}

@@ -83,6 +83,10 @@ impl Error {
     #[must_use]
     pub fn exit_code(&self) -> ExitCode {
         match self {
+            Error::Xen(xen::Error::Unsupported(_))
+            | Error::Memory(guest::Error::Xen(xen::Error::Unsupported(_))) => {
+                ExitCode::NotApplicable
+            }
             Error::Failed(_) | Error::Memory(_) | Error::Xen(_) => ExitCode::Failed,
             Error::TryAgain(_) | Error::Blocked { .. } => ExitCode::TryAgain,
             Error::Kernel(kernel::Error::NotReady(_)) => ExitCode::TryAgain,

@@ -149,7 +149,7 @@ fn run_profile(
         let word = match &result {
             Ok(()) => {
                 totals.passed += 1;
-                "PASS".to_owned()
+                "SUCCESS".to_owned()
             }
             Err((Verdict::Skip(why), _)) => {
                 let fine = allowed

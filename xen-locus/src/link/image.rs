@@ -364,3 +364,161 @@ fn signed32(value: u64) -> Option<[u8; 8]> {
         .ok()
         .map(|_| value.to_le_bytes())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::fixture::{vcpus, Fixture, KIND, TEXT};
+    use crate::link::arena;
+    use crate::patch::{Binding, Klp, Modinfo, Reloc, SectionFlags, SymKind};
+
+    const OUTSIDE: u64 = TEXT.0 + 0x2000;
+
+    fn section(index: usize, role: Role, data: &[u8], relocs: Vec<Reloc>) -> Section {
+        Section {
+            index,
+            name: format!("s{index}"),
+            role,
+            flags: SectionFlags {
+                alloc: true,
+                write: false,
+                exec: false,
+            },
+            align: 16,
+            size: data.len() as u64,
+            data: data.to_vec(),
+            relocs,
+        }
+    }
+
+    fn symbol(index: usize, name: &str, section: SymSection, value: u64) -> Symbol {
+        Symbol {
+            index,
+            name: name.into(),
+            value,
+            size: 0,
+            section,
+            binding: Binding::Global,
+            kind: SymKind::Func,
+            klp: None,
+        }
+    }
+
+    fn reloc(offset: u64, rtype: u32, symbol: usize, addend: i64) -> Reloc {
+        Reloc {
+            offset,
+            rtype,
+            symbol,
+            addend,
+        }
+    }
+
+    /// Text of 32 bytes with one relocation, and data.
+    fn linked(code: &[u8], relocs: Vec<Reloc>, returns: Option<Returns>) -> Result<Vec<u8>> {
+        let mut fixture = Fixture::new();
+        fixture.function(OUTSIDE, "outside", &[0xc3]);
+        fixture.function(OUTSIDE + 16, "__fentry__", &[0xc3]);
+        fixture.function(OUTSIDE + 32, "__x86_return_thunk", &[0xc3]);
+        let memory = fixture.build();
+        let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
+        let payload = Payload {
+            name: "p".into(),
+            sha256: [0; 32],
+            file_len: 0,
+            modinfo: Modinfo::default(),
+            sections: vec![
+                section(0, Role::Null, &[], vec![]),
+                section(1, Role::Text, code, relocs),
+                section(2, Role::Data, &[7; 8], vec![]),
+                section(3, Role::InitText, &[0xc3; 8], vec![]),
+            ],
+            symbols: vec![
+                symbol(0, "", SymSection::Undefined, 0),
+                symbol(1, "outside", SymSection::Undefined, 0),
+                symbol(2, "own", SymSection::Section(2), 0),
+                symbol(3, "init", SymSection::Section(3), 0),
+                symbol(4, "__fentry__", SymSection::Undefined, 0),
+                symbol(5, "__x86_return_thunk", SymSection::Undefined, 0),
+                symbol(6, "nowhere", SymSection::Undefined, 0),
+            ],
+            klp: Klp {
+                section: 2,
+                offset: 0,
+                size: None,
+                replace: Some(false),
+                states: false,
+                object_stride: 0,
+                func_stride: 0,
+                objects: vec![],
+            },
+            build_id: None,
+        };
+        let layout = Layout::new(&payload, 100)?;
+        assert_eq!(layout.rights, [Rights::Text, Rights::RoData, Rights::Data]);
+        link(&payload, &kernel, &layout, arena::BASE, returns).map(|image| image.bytes)
+    }
+
+    #[test]
+    fn every_known_relocation_gets_the_value_the_abi_says() {
+        let at = |offset: u64| arena::BASE.0 + offset;
+        let own = arena::BASE.0 + 2 * PAGE_SIZE;
+        for (rtype, symbol, addend, len, value) in [
+            (R_X86_64_64, 1, 4, 8, OUTSIDE + 4),
+            (R_X86_64_PC64, 1, 0, 8, OUTSIDE.wrapping_sub(at(8))),
+            (
+                R_X86_64_PC32,
+                1,
+                -4,
+                4,
+                OUTSIDE.wrapping_sub(4).wrapping_sub(at(8)),
+            ),
+            (R_X86_64_PLT32, 2, 0, 4, own.wrapping_sub(at(8))),
+            (R_X86_64_32S, 2, 1, 4, own + 1),
+        ] {
+            let image = linked(&[0x90; 32], vec![reloc(8, rtype, symbol, addend)], None).unwrap();
+            assert_eq!(
+                image[8..8 + len],
+                value.to_le_bytes()[..len],
+                "type {rtype}"
+            );
+            assert_eq!(image[..8], [0x90; 8]);
+            assert_eq!(image[8 + len..32], [0x90; 24][..24 - len]);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_relocated_is_refused_by_name() {
+        for (r, why) in [
+            (reloc(0, R_X86_64_32, 1, 0), "out of reach"),
+            (reloc(0, 9, 1, 0), "type 9"),
+            (reloc(0, R_X86_64_64, 3, 0), "never placed"),
+            (reloc(0, R_X86_64_64, 6, 0), "no symbol nowhere"),
+            (reloc(30, R_X86_64_64, 1, 0), "leaves it"),
+            (reloc(0, R_X86_64_64, 77, 0), "symbol 77"),
+        ] {
+            let error = linked(&[0x90; 32], vec![r], None).unwrap_err();
+            assert!(
+                error.to_string().contains(why),
+                "{error} does not say {why}"
+            );
+        }
+    }
+
+    #[test]
+    fn calls_of_fentry_become_nops_and_returns_follow_the_kernel() {
+        let mut code = [0x90; 32];
+        code[0] = 0xe8;
+        code[16] = 0xe9;
+        let relocs = || {
+            vec![
+                reloc(1, R_X86_64_PLT32, 4, -4),
+                reloc(17, R_X86_64_PLT32, 5, -4),
+            ]
+        };
+        let image = linked(&code, relocs(), Some(Returns::Plain)).unwrap();
+        assert_eq!(image[..5], FENTRY_NOP);
+        assert_eq!(image[16..21], [0xc3, 0xcc, 0xcc, 0xcc, 0xcc]);
+        let image = linked(&code, relocs(), None).unwrap();
+        assert_eq!(image[16], 0xe9);
+    }
+}

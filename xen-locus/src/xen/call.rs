@@ -102,8 +102,20 @@ impl Hypercalls {
             });
             // SAFETY: allocated above by the same handle and not used any more.
             unsafe { (self.free)(self.handle.as_ptr(), buffer) };
-            if let Some(error) = failed {
-                return Err(error);
+            match failed {
+                Some(Error::Call {
+                    errno: libc::ENOSYS,
+                    ..
+                }) => {
+                    return Err(Error::Unsupported(
+                        "this control domain is itself PVH, and Xen offers such a one no way to \
+                         change the page tables of PV guests (mmu_update): only PVH and HVM guests \
+                         can be patched from here"
+                            .into(),
+                    ))
+                }
+                Some(error) => return Err(error),
+                None => {}
             }
         }
         Ok(())

@@ -26,6 +26,9 @@ pub enum Error {
     /// This is no dom0, or not root.
     #[error("{0}")]
     Environment(String),
+    /// Xen does not offer this here.
+    #[error("{0}")]
+    Unsupported(String),
     /// A library is missing or is not what it should be.
     #[error("cannot use {library}: {why}; it comes with the Xen tools of the running hypervisor")]
     Library {
