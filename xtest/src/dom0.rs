@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -101,6 +101,21 @@ struct Pending {
     down: bool,
 }
 
+/// Asks the agent for a sign of life every second, as long as somebody uses the link; the answer is
+/// of no interest. It keeps the machine awake: QEMU's emulated SVM now and then loses the wake-up of
+/// Xen's timer, and then all of it stands still until something comes from outside (once for 120
+/// seconds, when nothing did).
+fn ping(link: &Weak<Link>) {
+    loop {
+        std::thread::sleep(Duration::from_secs(1));
+        let Some(link) = link.upgrade() else { return };
+        let id = link.next.fetch_add(1, Ordering::Relaxed);
+        if link.send(id, Request::Hello, &[]).is_err() {
+            return;
+        }
+    }
+}
+
 impl Dom0 {
     /// Waits until the agent is there.
     pub fn connect(stream: UnixStream, transcript: &Path, limit: Duration) -> Result<Self> {
@@ -114,6 +129,8 @@ impl Dom0 {
         let ready = link.register(0);
         let reader = Arc::clone(&link);
         std::thread::spawn(move || reader.read(stream));
+        let pinged = Arc::downgrade(&link);
+        std::thread::spawn(move || ping(&pinged));
         match ready.recv_timeout(limit) {
             Ok(_) => Ok(Self { link }),
             Err(RecvTimeoutError::Timeout) => anyhow::bail!("dom0 was not up within {limit:?}"),

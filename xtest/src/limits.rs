@@ -6,12 +6,13 @@ use std::time::Duration;
 
 /// Until dom0's agent is there.
 pub const BOOT: Duration = Duration::from_secs(180);
-/// What the agent gets on top of a command's own limit.
-pub const GRACE: Duration = Duration::from_secs(30);
+/// What the agent gets on top of a command's own limit: emulated machines have been seen to stand
+/// still, dom0 and all, for two minutes.
+pub const GRACE: Duration = Duration::from_secs(150);
 /// For a file to or from dom0.
 pub const TRANSFER: Duration = Duration::from_secs(300);
 /// A guest that gives no sign of life for so long is hung.
-pub const SILENCE: Duration = Duration::from_secs(60);
+pub const SILENCE: Duration = Duration::from_secs(180);
 
 /// A limit, adapted to the host.
 pub fn scaled(limit: Duration) -> Duration {
