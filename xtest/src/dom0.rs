@@ -102,9 +102,9 @@ struct Pending {
 }
 
 /// Asks the agent for a sign of life every second, as long as somebody uses the link; the answer is
-/// of no interest. It keeps the machine awake: QEMU's emulated SVM now and then loses the wake-up of
-/// Xen's timer, and then all of it stands still until something comes from outside (once for 120
-/// seconds, when nothing did).
+/// of no interest. With SVM guests the emulated machine has been seen to stand still, Xen and dom0
+/// included, once for 120 seconds. Why is not known; if a wake-up of Xen's timer is lost, something
+/// from outside ends it.
 fn ping(link: &Weak<Link>) {
     loop {
         std::thread::sleep(Duration::from_secs(1));

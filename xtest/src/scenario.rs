@@ -46,7 +46,7 @@ pub const PV: Profile = Profile {
 
 /// PVH guests (and PV ones), on one physical CPU: with two, QEMU's SVM emulation loses the guest's GS
 /// base even under `thread=single` (9 of 15 guests crashed as their first process began, none of 16
-/// with one).
+/// with one; those 16 without fsgsbase).
 pub const PVH: Profile = Profile {
     name: "pvh",
     thread: "single",
