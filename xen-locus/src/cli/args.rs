@@ -44,8 +44,8 @@ pub enum Output {
 pub enum Command {
     /// List domains: kernel, patches, readiness and why not
     List,
-    /// Show a guest's kernel identity, read from its memory
-    Info(Domain),
+    /// Show a guest's kernel: who it is, its symbols, types, tasks, modules, read from its memory
+    Info(Info),
     /// Show what a payload changes and targets (needs no Xen)
     Show {
         /// Livepatch module
@@ -71,11 +71,23 @@ pub enum Command {
     Daemon(Daemon),
 }
 
-/// One guest.
+/// Arguments of `info`.
 #[derive(Debug, Args)]
-pub struct Domain {
+pub struct Info {
     /// Name or id
     pub domain: String,
+    /// What to show instead of the summary
+    #[command(flatten)]
+    pub what: What,
+}
+
+/// What `info` shows; the summary if nothing is chosen.
+#[derive(Debug, Args)]
+#[group(multiple = false)]
+pub struct What {
+    /// Symbols whose name matches PATTERN (* and ? as in a shell), as /proc/kallsyms shows them
+    #[arg(long, value_name = "PATTERN")]
+    pub symbols: Option<String>,
 }
 
 /// Arguments of `apply`.

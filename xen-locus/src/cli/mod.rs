@@ -107,7 +107,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     }
     match &cli.command {
         Command::List => list::run(&session, &Host::open()?),
-        Command::Info(args) => info::run(&session, &Host::open()?, &args.domain),
+        Command::Info(args) => info::run(&session, &Host::open()?, args),
         Command::Show { file } => show::run(&session, file),
         Command::Check { domain, file } => apply::check(&session, &Host::open()?, domain, file),
         Command::Apply(args) => apply::run(&session, &Host::open()?, args),

@@ -12,6 +12,11 @@ pub fn line(text: &str) {
     let _ = writeln!(io::stdout(), "{text}");
 }
 
+/// Writes text to stdout as it is.
+pub fn text(text: &str) {
+    let _ = io::stdout().write_all(text.as_bytes());
+}
+
 /// Writes an object to stdout, with `"schema": 1` in it.
 pub fn object(mut value: Value) {
     if let Some(map) = value.as_object_mut() {

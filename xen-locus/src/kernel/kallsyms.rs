@@ -386,6 +386,11 @@ impl Symbols {
         self.entries.len()
     }
 
+    /// All symbols, in the table's order.
+    pub fn iter(&self) -> impl Iterator<Item = Symbol<'_>> {
+        self.entries.iter().map(|e| self.symbol(e))
+    }
+
     fn symbol(&self, e: &Entry) -> Symbol<'_> {
         Symbol {
             name: self.name_of(e),

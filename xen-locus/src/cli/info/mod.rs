@@ -1,9 +1,12 @@
 //! `xen-locus info DOMAIN`: who a guest's kernel is, from its memory alone.
 
+mod symbols;
+
 use serde_json::json;
 
-use super::args::Output;
+use super::args::{self, Output};
 use super::{out, Host, Session};
+use crate::domain::Domain;
 use crate::error::{Error, ExitCode};
 use crate::kernel::tasks::Layout;
 use crate::kernel::Kernel;
@@ -14,20 +17,24 @@ use crate::link::record::hex;
 ///
 /// # Errors
 /// No such guest, or its kernel can't be read.
-pub fn run(session: &Session, host: &Host, wanted: &str) -> anyhow::Result<ExitCode> {
-    show(session, host, wanted)?;
+pub fn run(session: &Session, host: &Host, args: &args::Info) -> anyhow::Result<ExitCode> {
+    let domain = host.guest(&args.domain)?;
+    let kernel = Kernel::of(&domain).map_err(Error::from)?;
+    if let Some(pattern) = &args.what.symbols {
+        symbols::show(session, &domain, &kernel, pattern);
+    } else {
+        summary(session, &domain, &kernel)?;
+    }
     Ok(ExitCode::Done)
 }
 
-fn show(session: &Session, host: &Host, wanted: &str) -> Result<(), Error> {
-    let domain = host.guest(wanted)?;
-    let kernel = Kernel::of(&domain)?;
+fn summary(session: &Session, domain: &Domain<'_>, kernel: &Kernel<'_>) -> Result<(), Error> {
     let btf_types = kernel.btf()?.len();
-    let tasks = Layout::of(&kernel)?
-        .all(&kernel, &kernel.space.fresh())?
+    let tasks = Layout::of(kernel)?
+        .all(kernel, &kernel.space.fresh())?
         .len();
     let build_id = kernel.build_id.as_deref().map(hex).unwrap_or_default();
-    let (room, used) = Arena::read(&kernel)?.room(kernel.kind);
+    let (room, used) = Arena::read(kernel)?.room(kernel.kind);
     let modules = kernel.module_count()?;
     let info = &domain.info;
     match session.output {

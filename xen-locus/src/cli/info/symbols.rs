@@ -1,0 +1,93 @@
+//! `info --symbols`: symbols by name.
+
+use serde_json::json;
+
+use super::super::{out, Session};
+use crate::cli::args::Output;
+use crate::domain::Domain;
+use crate::kernel::Kernel;
+
+/// Shows the symbols that match, in the kernel's order.
+pub fn show(session: &Session, domain: &Domain<'_>, kernel: &Kernel<'_>, pattern: &str) {
+    let found = kernel
+        .symbols
+        .iter()
+        .filter(|s| matches(pattern.as_bytes(), s.name.as_bytes()));
+    match session.output {
+        Output::Json => out::object(json!({
+            "domid": domain.info.id.0,
+            "name": domain.name,
+            "symbol_list": found
+                .map(|s| json!({
+                    "name": s.name,
+                    "type": s.kind,
+                    "address": out::address(s.addr.0),
+                }))
+                .collect::<Vec<_>>(),
+        })),
+        Output::Table => {
+            let mut text = String::new();
+            for s in found {
+                text.push_str(&format!("{:016x} {} {}\n", s.addr.0, s.kind, s.name));
+            }
+            out::text(&text);
+        }
+    }
+}
+
+/// Whether `name` matches `pattern`, in which `*` stands for any run and `?` for any one byte. Goes
+/// back to the last `*` only, so that its time is bounded by the product of the two lengths.
+fn matches(pattern: &[u8], name: &[u8]) -> bool {
+    let (mut p, mut n) = (0, 0);
+    let mut star = None;
+    while n < name.len() {
+        match pattern.get(p) {
+            Some(b'*') => {
+                star = Some((p, n));
+                p += 1;
+            }
+            Some(&c) if c == b'?' || name.get(n) == Some(&c) => {
+                p += 1;
+                n += 1;
+            }
+            _ => match star {
+                Some((at, from)) => {
+                    star = Some((at, from + 1));
+                    p = at + 1;
+                    n = from + 1;
+                }
+                None => return false,
+            },
+        }
+    }
+    pattern
+        .get(p..)
+        .is_some_and(|rest| rest.iter().all(|&c| c == b'*'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::matches;
+
+    #[test]
+    fn patterns_match_as_a_shell_matches() {
+        for (pattern, name, result) in [
+            ("*", "", true),
+            ("*", "schedule", true),
+            ("schedule", "schedule", true),
+            ("schedule", "schedule_timeout", false),
+            ("sched*out", "schedule_timeout", true),
+            ("*_time*", "schedule_timeout", true),
+            ("s?h*", "schedule", true),
+            ("?", "", false),
+            ("a*b*c", "aXbXbXc", true),
+            ("a*b*c", "aXbXbX", false),
+        ] {
+            assert_eq!(
+                matches(pattern.as_bytes(), name.as_bytes()),
+                result,
+                "{pattern} {name}"
+            );
+        }
+    }
+}
