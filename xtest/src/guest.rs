@@ -40,8 +40,8 @@ impl Kind {
     fn boot_limit(self) -> Duration {
         Duration::from_secs(match self {
             Self::Pv => 120,
-            Self::Pvh => 180,
-            Self::Hvm => 420,
+            Self::Pvh => 150,
+            Self::Hvm => 240,
         })
     }
 }
@@ -161,7 +161,9 @@ impl Guest {
         let guest = Self::attach(dom0, name)?;
         match guest.try_sh("true", Duration::from_secs(30), spec.kind.boot_limit()) {
             Ok(_) => Ok(guest),
-            Err(Trouble::Hung(why)) => Err(Verdict::crash(format!("did not come up: {why}"))),
+            Err(Trouble::Hung(why) | Trouble::Gone(why)) => {
+                Err(Verdict::crash(format!("did not come up: {why}")))
+            }
             Err(other) => Err(other.into()),
         }
     }

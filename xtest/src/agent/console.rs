@@ -220,7 +220,12 @@ impl Console {
         }
     }
 
+    /// Takes a line of the command server. A terminal that echoes, as the console does until the
+    /// server has it, is no sign of life of that.
     fn dispatch(&self, line: Line) {
+        if !["O", "W", "A", "C", "U"].iter().any(|op| is(&line, op)) {
+            return;
+        }
         self.up.store(true, Ordering::Relaxed);
         let Some(id) = line.get(1) else { return };
         if let Some(tx) = locked(&self.waiting).get(id) {
