@@ -23,16 +23,20 @@ use crate::addr::{Gva, Range};
 use crate::guest::fetch;
 use crate::guest::space::{Region, Space};
 
-/// Bytes looked at in one go when searching.
-const CHUNK: usize = 2 << 20;
+/// Bytes read in one go when searching.
+const CHUNK: usize = 1 << 20;
+/// Most read-only data looked through, in bytes: Debian's kernels have the tables within 12 MiB.
+const DATA_MAX: usize = 48 << 20;
 /// Longest token the search believes, in bytes.
 const TOKEN_MAX: usize = 128;
 /// Most symbols believed.
 const SYMBOLS_MAX: u64 = 1 << 21;
 /// Fewest symbols believed.
 const SYMBOLS_MIN: u64 = 1 << 10;
+/// Most bytes of all names together.
+const TEXT_MAX: usize = 32 << 20;
 /// Farthest the count stands before the token table, in bytes.
-const SPAN_MAX: u64 = 16 << 20;
+const SPAN_MAX: usize = 16 << 20;
 /// Most names stepped over in the search, so that a guest can't make it long.
 const STEPS_MAX: u64 = 64 << 20;
 /// Every so many symbols there is a marker.
@@ -64,7 +68,8 @@ struct Entry {
 pub struct Symbols {
     names: String,
     entries: Vec<Entry>,
-    by_name: OnceCell<Vec<u32>>,
+    /// Hash of the name above, index below: sorted numbers instead of sorted strings.
+    by_name: OnceCell<Vec<u64>>,
     by_addr: OnceCell<Vec<u32>>,
 }
 
@@ -82,12 +87,13 @@ pub struct Anchors {
 /// # Errors
 /// [`Error::NotLinux`] when no table is found or none agrees with the anchors.
 pub fn read(space: &Space<'_>, regions: &[Region], anchors: Anchors) -> Result<Symbols, Error> {
+    let mut budget = DATA_MAX;
     for region in regions.iter().filter(|r| !r.writable && !r.executable) {
-        for tokens in find_tokens(space, region.range)? {
-            if let Some(symbols) = decode(space, region.range, &tokens, anchors)? {
-                return Ok(symbols);
-            }
+        let mut data = Data::new(space, region.range, budget);
+        if let Some(symbols) = search(&mut data, anchors)? {
+            return Ok(symbols);
         }
+        budget -= data.bytes.len().min(budget);
     }
     Err(Error::NotLinux(
         "no kallsyms table that agrees with the kernel's text address was found in its read-only \
@@ -96,112 +102,125 @@ pub fn read(space: &Space<'_>, regions: &[Region], anchors: Anchors) -> Result<S
     ))
 }
 
-/// The token table and what is known of its surroundings.
+/// Read-only data, from its start as far as it has been needed: each byte is read once. Places in
+/// it are offsets from its start.
+struct Data<'s, 'm> {
+    space: &'s Space<'m>,
+    start: Gva,
+    /// All there is, or all that may be read.
+    len: usize,
+    bytes: Vec<u8>,
+}
+
+impl<'s, 'm> Data<'s, 'm> {
+    fn new(space: &'s Space<'m>, range: Range, most: usize) -> Data<'s, 'm> {
+        Data {
+            space,
+            start: range.start,
+            len: usize::try_from(range.len()).unwrap_or(most).min(most),
+            bytes: Vec::new(),
+        }
+    }
+
+    /// Reads on until `end` bytes are there; false when there are not so many.
+    fn reach(&mut self, end: usize) -> Result<bool, Error> {
+        let have = self.bytes.len();
+        if end > self.len {
+            return Ok(false);
+        }
+        if end > have {
+            let want = end.next_multiple_of(CHUNK).min(self.len);
+            self.bytes.resize(want, 0);
+            let fresh = self.bytes.get_mut(have..).unwrap_or_default();
+            self.space.read(self.start.plus(have as u64), fresh)?;
+        }
+        Ok(true)
+    }
+}
+
+/// The token table.
 struct Tokens {
-    at: Gva,
+    at: usize,
     /// One past `kallsyms_token_index`.
-    end: Gva,
+    end: usize,
     tokens: Vec<Vec<u8>>,
 }
 
 const DIGITS: &[u8] = b"0\x001\x002\x003\x004\x005\x006\x007\x008\x009\x00";
 
-fn find_tokens(space: &Space<'_>, range: Range) -> Result<Vec<Tokens>, Error> {
-    let mut found = Vec::new();
-    let mut at = range.start;
-    let mut buf = vec![0; CHUNK + DIGITS.len()];
-    while at < range.end {
-        let len = usize::try_from(range.end.0 - at.0)
-            .unwrap_or(usize::MAX)
-            .min(buf.len());
-        let Some(chunk) = buf.get_mut(..len) else {
-            break;
-        };
-        space.read(at, chunk)?;
-        for hit in find_all(chunk, DIGITS) {
-            if let Some(t) = tokens_around(space, range, at.plus(hit as u64))? {
-                found.push(t);
+fn search(data: &mut Data<'_, '_>, anchors: Anchors) -> Result<Option<Symbols>, Error> {
+    let mut steps = STEPS_MAX;
+    let mut from = 0;
+    while data.reach((from + CHUNK).min(data.len))? {
+        let searched = data.bytes.len();
+        let hits: Vec<usize> =
+            memchr::memmem::find_iter(data.bytes.get(from..).unwrap_or_default(), DIGITS)
+                .map(|hit| from + hit)
+                .collect();
+        for hit in hits {
+            data.reach((hit + 256 * TOKEN_MAX + 1024).min(data.len))?;
+            let Some(tokens) = tokens_around(&data.bytes, hit) else {
+                continue;
+            };
+            if let Some(symbols) = decode(data, &tokens, anchors, &mut steps)? {
+                return Ok(Some(symbols));
             }
         }
-        at = at.plus(CHUNK as u64);
+        if searched == data.len {
+            break;
+        }
+        from = searched - DIGITS.len();
     }
-    Ok(found)
+    Ok(None)
 }
 
-fn find_all<'a>(hay: &'a [u8], needle: &'a [u8]) -> impl Iterator<Item = usize> + 'a {
-    let first = needle.first().copied().unwrap_or(0);
-    hay.iter()
-        .enumerate()
-        .filter(move |(i, &b)| b == first && hay.get(*i..).is_some_and(|h| h.starts_with(needle)))
-        .map(|(i, _)| i)
-}
-
-/// Tries `digits`, the address of the token `0`, as the 49th of 256 tokens.
-fn tokens_around(space: &Space<'_>, range: Range, digits: Gva) -> Result<Option<Tokens>, Error> {
-    let back = 48 * TOKEN_MAX;
-    let from = Gva(digits.0.saturating_sub(back as u64).max(range.start.0));
-    let to = Gva(digits
-        .0
-        .saturating_add(256 * TOKEN_MAX as u64 + 1024)
-        .min(range.end.0));
-    let bytes = space.read_vec(from, usize::try_from(to.0 - from.0).unwrap_or(0))?;
-    let zero = usize::try_from(digits.0 - from.0).unwrap_or(0);
+/// Tries `digits`, the place of the token `0`, as the 49th of 256 tokens.
+fn tokens_around(data: &[u8], digits: usize) -> Option<Tokens> {
     // 48 strings end before the digit 0; the byte before the first of them is a NUL as well, the
     // high byte of the last marker or padding.
-    let Some(head) = bytes.get(..zero) else {
-        return Ok(None);
-    };
-    let mut ends = head
-        .iter()
-        .enumerate()
-        .rev()
-        .filter(|(_, &b)| b == 0)
-        .map(|(i, _)| i);
-    let Some(start) = ends.nth(48).map(|i| i + 1) else {
-        return Ok(None);
-    };
-    let Some(body) = bytes.get(start..) else {
-        return Ok(None);
-    };
+    let from = digits.saturating_sub(48 * TOKEN_MAX);
+    let mut ends = data.get(from..digits)?.iter().enumerate().rev();
+    let at = from + ends.by_ref().filter(|(_, &b)| b == 0).nth(48)?.0 + 1;
     let mut tokens = Vec::with_capacity(256);
-    let mut offsets = Vec::with_capacity(256);
+    let mut places = Vec::with_capacity(256);
     let mut pos = 0;
-    for part in body.split(|&b| b == 0).take(256) {
+    for part in data.get(at..)?.split(|&b| b == 0).take(256) {
         if part.len() > TOKEN_MAX {
-            return Ok(None);
+            return None;
         }
-        offsets.push(pos);
+        places.push(pos);
         tokens.push(part.to_vec());
         pos += part.len() + 1;
     }
-    let at = from.plus(start as u64);
-    let index = align8(at.plus(pos as u64));
-    let index_off = usize::try_from(index.0 - at.0).unwrap_or(usize::MAX);
-    for (i, &offset) in offsets.iter().enumerate() {
-        if fetch::u16(body, index_off + 2 * i).map(usize::from) != Some(offset) {
-            return Ok(None);
-        }
-    }
-    Ok(Some(Tokens {
+    let index = (at + pos).next_multiple_of(8);
+    let listed = |i: usize| fetch::u16(data, index + 2 * i).map(usize::from);
+    let proven = places
+        .iter()
+        .enumerate()
+        .all(|(i, &p)| listed(i) == Some(p));
+    proven.then_some(Tokens {
         at,
-        end: index.plus(512),
+        end: index + 512,
         tokens,
-    }))
-}
-
-fn align8(at: Gva) -> Gva {
-    Gva(at.0.saturating_add(7) & !7)
+    })
 }
 
 /// The compressed names, and how many there are.
 struct Names {
-    /// Address of `kallsyms_num_syms`.
-    num_at: Gva,
+    /// Place of `kallsyms_num_syms`.
+    num_at: usize,
     count: usize,
-    bytes: Vec<u8>,
+    len: usize,
     /// Whether a length byte above 127 begins a two-byte length: Linux kernel commit
     /// 73bbb94466fd ("kallsyms: support \"big\" kernel symbols") (in v6.1).
     long: bool,
+}
+
+impl Names {
+    fn bytes<'a>(&self, data: &'a [u8]) -> &'a [u8] {
+        let start = self.num_at + 8;
+        data.get(start..start + self.len).unwrap_or_default()
+    }
 }
 
 /// Length of the compressed name at `pos` and where it starts.
@@ -215,55 +234,65 @@ fn name_at(bytes: &[u8], pos: usize, long: bool) -> Option<(usize, usize)> {
 }
 
 fn decode(
-    space: &Space<'_>,
-    range: Range,
+    data: &mut Data<'_, '_>,
     tokens: &Tokens,
     anchors: Anchors,
+    steps: &mut u64,
 ) -> Result<Option<Symbols>, Error> {
-    let Some(names) = find_names(space, range, tokens.at)? else {
+    let Some(names) = find_names(&data.bytes, tokens.at, steps) else {
         return Ok(None);
     };
-    let table = u64::try_from(names.count * 4).unwrap_or(u64::MAX);
-    let before = align8(Gva(names.num_at.0.saturating_sub(8 + ((table + 7) & !7))));
-    for (offsets_at, base_at) in [
-        (before, Gva(names.num_at.0.saturating_sub(8))),
-        (tokens.end, align8(tokens.end.plus(table))),
+    // what follows goes through all names some ten times
+    *steps = steps.saturating_sub(16 * names.count as u64);
+    let table = names.count * 4;
+    let before = names.num_at.checked_sub(8 + table.next_multiple_of(8));
+    let behind = Some(tokens.end);
+    for (at, base_at) in [
+        (before, names.num_at.wrapping_sub(8)),
+        (behind, (tokens.end + table).next_multiple_of(8)),
     ] {
-        if offsets_at < range.start || base_at.plus(8) > range.end {
+        let Some(at) = at else { continue };
+        if !data.reach(base_at + 8)? {
             continue;
         }
-        let raw = space.read_vec(offsets_at, names.count * 4)?;
-        let base = space.read_u64(base_at)?;
+        let base = fetch::u64(&data.bytes, base_at).unwrap_or(0);
         for encoding in [
             Encoding::PercpuAbsolute,
             Encoding::BaseRelative,
             Encoding::PlaceRelative,
         ] {
-            let symbols = build(&names, tokens, |i| {
-                let word = fetch::u32(&raw, 4 * i)?;
-                Some(encoding.address(word, base, offsets_at.plus(4 * i as u64)))
-            });
-            if let Some(symbols) = symbols {
-                if symbols.agrees(anchors) {
-                    return Ok(Some(symbols));
-                }
+            let address = |i: usize| {
+                let place = at + 4 * i;
+                let word = fetch::u32(&data.bytes, place)?;
+                Some(encoding.address(word, base, data.start.plus(place as u64)))
+            };
+            if !text_is_there(&names, address, anchors) {
+                continue;
             }
-        }
-    }
-    // Before v4.6 and where base-relative tables were not chosen: plain 64-bit addresses.
-    let table = u64::try_from(names.count * 8).unwrap_or(u64::MAX);
-    for at in [Gva(names.num_at.0.saturating_sub(table)), tokens.end] {
-        if at < range.start || at.plus(table) > range.end {
-            continue;
-        }
-        let raw = space.read_vec(at, names.count * 8)?;
-        if let Some(symbols) = build(&names, tokens, |i| fetch::u64(&raw, 8 * i)) {
-            if symbols.agrees(anchors) {
+            let symbols = build(&data.bytes, &names, tokens, address);
+            if let Some(symbols) = symbols.filter(|s| s.agrees(anchors)) {
                 return Ok(Some(symbols));
             }
         }
     }
+    // Before v4.6 and where base-relative tables were not chosen: plain 64-bit addresses.
+    for at in [names.num_at.checked_sub(names.count * 8), behind] {
+        let Some(at) = at else { continue };
+        if !data.reach(at + names.count * 8)? {
+            continue;
+        }
+        let address = |i: usize| fetch::u64(&data.bytes, at + 8 * i);
+        let symbols = build(&data.bytes, &names, tokens, address);
+        if let Some(symbols) = symbols.filter(|s| s.agrees(anchors)) {
+            return Ok(Some(symbols));
+        }
+    }
     Ok(None)
+}
+
+/// A glance that spares decoding all names for a wrong encoding.
+fn text_is_there(names: &Names, address: impl Fn(usize) -> Option<u64>, anchors: Anchors) -> bool {
+    (0..names.count).any(|i| address(i) == Some(anchors.text_base.0))
 }
 
 #[derive(Clone, Copy)]
@@ -290,32 +319,31 @@ impl Encoding {
 
 /// Finds the count in front of the names: the only number that makes so many names pass every
 /// marker in the table behind them.
-fn find_names(space: &Space<'_>, range: Range, tokens_at: Gva) -> Result<Option<Names>, Error> {
-    let from = Gva(tokens_at.0.saturating_sub(SPAN_MAX).max(range.start.0) & !7);
-    let bytes = space.read_vec(from, usize::try_from(tokens_at.0 - from.0).unwrap_or(0))?;
-    let mut steps = STEPS_MAX;
-    let mut at = bytes.len() & !7;
-    while at >= 8 && steps > 0 {
-        at -= 8;
-        let count = fetch::u64(&bytes, at).unwrap_or(0);
+fn find_names(data: &[u8], tokens_at: usize, steps: &mut u64) -> Option<Names> {
+    let data = data.get(..tokens_at)?;
+    let lowest = tokens_at.saturating_sub(SPAN_MAX);
+    let mut num_at = tokens_at & !7;
+    while num_at >= lowest + 8 {
+        num_at -= 8;
+        *steps = steps.checked_sub(1)?;
+        let count = fetch::u64(data, num_at).unwrap_or(0);
         if !(SYMBOLS_MIN..SYMBOLS_MAX).contains(&count) {
             continue;
         }
         let count = usize::try_from(count).unwrap_or(0);
-        let names = bytes.get(at + 8..).unwrap_or_default();
+        let names = data.get(num_at + 8..).unwrap_or_default();
         for long in [true, false] {
-            if let Some(len) = names_fit(names, count, long, &mut steps) {
-                let bytes = names.get(..len).unwrap_or_default().to_vec();
-                return Ok(Some(Names {
-                    num_at: from.plus(at as u64),
+            if let Some(len) = names_fit(names, count, long, steps) {
+                return Some(Names {
+                    num_at,
                     count,
-                    bytes,
+                    len,
                     long,
-                }));
+                });
             }
         }
     }
-    Ok(None)
+    None
 }
 
 /// Length of `count` names at the start of `bytes`, if the markers behind them agree.
@@ -342,19 +370,21 @@ fn names_fit(bytes: &[u8], count: usize, long: bool, steps: &mut u64) -> Option<
 }
 
 fn build(
+    data: &[u8],
     names: &Names,
     tokens: &Tokens,
     address: impl Fn(usize) -> Option<u64>,
 ) -> Option<Symbols> {
+    let bytes = names.bytes(data);
     let mut text = Vec::with_capacity(names.count * 24);
     let mut entries = Vec::with_capacity(names.count);
     let mut pos = 0;
     for i in 0..names.count {
-        let (len, start) = name_at(&names.bytes, pos, names.long)?;
+        let (len, start) = name_at(bytes, pos, names.long)?;
         let begin = text.len();
-        for &token in names.bytes.get(start..start + len)? {
+        for &token in bytes.get(start..start + len)? {
             text.extend_from_slice(tokens.tokens.get(usize::from(token))?);
-            if text.len() - begin > NAME_MAX {
+            if text.len() - begin > NAME_MAX || text.len() > TEXT_MAX {
                 return None;
             }
         }
@@ -410,11 +440,14 @@ impl Symbols {
         self.entries.get(index as usize)
     }
 
-    fn by_name(&self) -> &[u32] {
+    fn by_name(&self) -> &[u64] {
         self.by_name.get_or_init(|| {
-            let mut order: Vec<u32> = (0..).take(self.entries.len()).collect();
-            order.sort_by_cached_key(|&i| self.nth(i).map_or("", |e| self.name_of(e)));
-            order
+            let keys = self.entries.iter().zip(0..);
+            let mut keys: Vec<u64> = keys
+                .map(|(e, i): (_, u32)| hash(self.name_of(e)) | u64::from(i))
+                .collect();
+            keys.sort_unstable();
+            keys
         })
     }
 
@@ -428,14 +461,15 @@ impl Symbols {
 
     /// All symbols called `name`, in the table's order (`sympos` counts in it).
     pub fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Symbol<'a>> + 'a {
-        let order = self.by_name();
-        let first = order.partition_point(|&i| self.nth(i).is_some_and(|e| self.name_of(e) < name));
-        order
-            .get(first..)
+        let keys = self.by_name();
+        let wanted = hash(name);
+        let first = keys.partition_point(|&k| k < wanted);
+        keys.get(first..)
             .unwrap_or_default()
             .iter()
-            .filter_map(|&i| self.nth(i))
-            .take_while(move |e| self.name_of(e) == name)
+            .take_while(move |&&k| k >> 32 == wanted >> 32)
+            .filter_map(|&k| self.nth((k & 0xffff_ffff) as u32))
+            .filter(move |e| self.name_of(e) == name)
             .map(|e| self.symbol(e))
     }
 
@@ -484,6 +518,12 @@ impl Symbols {
                 .iter()
                 .any(|e| e.addr == anchors.entry.0 && matches!(e.kind, b't' | b'T' | b'W' | b'w'))
     }
+}
+
+/// FNV-1a of a name, in the upper half.
+fn hash(name: &str) -> u64 {
+    let step = |h: u32, b: u8| (h ^ u32::from(b)).wrapping_mul(0x0100_0193);
+    u64::from(name.bytes().fold(0x811c_9dc5, step)) << 32
 }
 
 #[cfg(test)]
