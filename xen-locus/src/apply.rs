@@ -324,9 +324,17 @@ fn execute(
         let mut pause = Duration::ZERO;
         let mut verdict = prescan.look(&machine.vcpus()?, &plan.watch, &|| false)?;
         if !verdict.is_sleepers() {
+            // A busy guest has new tasks by now; listing those alone is quick.
+            if prescan.moved()? {
+                prescan.refresh()?;
+            }
             let paused = machine.pause()?;
             let too_long = || paused.elapsed() > options.max_pause;
-            verdict = prescan.look(&machine.vcpus()?, &plan.watch, &too_long)?;
+            verdict = if prescan.moved()? {
+                Verdict::Moved
+            } else {
+                prescan.look(&machine.vcpus()?, &plan.watch, &too_long)?
+            };
             if verdict == Verdict::Quiet {
                 write_all(&targets)?;
                 return Ok(Done {

@@ -282,7 +282,16 @@ impl<'k, 'm> Prescan<'k, 'm> {
             .collect())
     }
 
-    /// Looks at everything, and maps nothing. What it says holds only if the guest is paused.
+    /// Whether tasks were born since they were listed.
+    ///
+    /// # Errors
+    /// Memory can't be read.
+    pub fn moved(&self) -> Result<bool> {
+        Ok(self.forks_at.u64()? != self.forks)
+    }
+
+    /// Looks at everything, and maps nothing. What it says holds only if the guest is paused and
+    /// has not [`Self::moved`].
     ///
     /// # Errors
     /// Memory can't be read.
@@ -292,9 +301,6 @@ impl<'k, 'm> Prescan<'k, 'm> {
         watch: &Watch,
         too_long: &dyn Fn() -> bool,
     ) -> Result<Verdict> {
-        if self.forks_at.u64()? != self.forks {
-            return Ok(Verdict::Moved);
-        }
         let mut look = Look {
             scan: self,
             watch,
