@@ -9,6 +9,7 @@ pub(crate) mod mock;
 pub mod space;
 
 use crate::addr::{Frame, Gva};
+use crate::kernel::cache::Cache;
 
 /// Failure to reach guest memory.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -127,6 +128,8 @@ pub trait Machine: MemoryMut {
     fn memory(&self) -> &dyn Memory;
     /// How it runs.
     fn kind(&self) -> GuestType;
+    /// Where what is read of its kernel may be kept.
+    fn cache(&self) -> &Cache;
     /// Registers of all its virtual CPUs.
     fn vcpus(&self) -> Result<Vec<Vcpu>, Error>;
     /// Pauses it; the guest runs again when the value is dropped.

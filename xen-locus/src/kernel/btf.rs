@@ -128,6 +128,12 @@ impl Btf {
         })
     }
 
+    /// The blob.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// Number of types, `void` not counted.
     #[must_use]
     #[allow(clippy::len_without_is_empty)] // a kernel's types are never none

@@ -18,6 +18,9 @@
 
 use std::cell::OnceCell;
 
+use serde::{Deserialize, Serialize};
+
+use super::locate::KERNEL_MAP;
 use super::Error;
 use crate::addr::{Gva, Range};
 use crate::guest::fetch;
@@ -55,7 +58,7 @@ pub struct Symbol<'a> {
     pub addr: Gva,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Entry {
     addr: u64,
     name: u32,
@@ -64,12 +67,14 @@ struct Entry {
 }
 
 /// All symbols of the kernel image.
-#[derive(Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Symbols {
     names: String,
     entries: Vec<Entry>,
     /// Hash of the name above, index below: sorted numbers instead of sorted strings.
+    #[serde(skip)]
     by_name: OnceCell<Vec<u64>>,
+    #[serde(skip)]
     by_addr: OnceCell<Vec<u32>>,
 }
 
@@ -511,7 +516,18 @@ impl Symbols {
         Some((self.name_of(e), at.0 - e.addr))
     }
 
-    fn agrees(&self, anchors: Anchors) -> bool {
+    /// Moves the addresses within the kernel's mapping by `offset` bytes, wrapping: the kernel was
+    /// loaded elsewhere (KASLR). Per-CPU offsets and other absolute values stay.
+    pub(super) fn slide(&mut self, offset: u64) {
+        let moving = |e: &&mut Entry| e.addr >= KERNEL_MAP.0;
+        for entry in self.entries.iter_mut().filter(moving) {
+            entry.addr = entry.addr.wrapping_add(offset);
+        }
+        self.by_addr.take();
+    }
+
+    /// Whether they fit what else is known of the kernel.
+    pub(super) fn agrees(&self, anchors: Anchors) -> bool {
         self.addr("_text") == Some(anchors.text_base)
             && self
                 .entries
@@ -529,6 +545,7 @@ fn hash(name: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::cache::Cache;
     use crate::kernel::fixture::{vcpus, Fixture, Tables, ENTRY, KIND, TEXT};
     use crate::kernel::Kernel;
 
@@ -550,7 +567,7 @@ mod tests {
                 fixture.symbols.push((0x4000, 'A', "per_cpu".into()));
             }
             let memory = fixture.build();
-            let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
+            let kernel = Kernel::read(&memory, KIND, &vcpus(), &Cache::none()).unwrap();
             let symbols = &kernel.symbols;
             assert_eq!(kernel.release, "6.1.0-test", "{tables:?}");
             assert_eq!(symbols.addr("entry"), Some(ENTRY));
@@ -572,7 +589,7 @@ mod tests {
         let memory = Fixture::new().build();
         let mut vcpus = vcpus();
         vcpus[0].entry = ENTRY.0 + 1;
-        let error = Kernel::read(&memory, KIND, &vcpus).unwrap_err();
+        let error = Kernel::read(&memory, KIND, &vcpus, &Cache::none()).unwrap_err();
         assert!(matches!(error, Error::NotLinux(_)), "{error}");
     }
 
@@ -585,7 +602,7 @@ mod tests {
         ] {
             let mut vcpus = vcpus();
             change(&mut vcpus[0]);
-            let error = Kernel::read(&memory, KIND, &vcpus).unwrap_err();
+            let error = Kernel::read(&memory, KIND, &vcpus, &Cache::none()).unwrap_err();
             assert!(matches!(error, Error::NotReady(_)), "{error}");
         }
     }

@@ -1,6 +1,7 @@
 //! Who is this guest: its kernel's place, symbols, types and tasks, read from guest memory alone.
 
 pub mod btf;
+pub mod cache;
 #[cfg(test)]
 pub(crate) mod fixture;
 pub mod kallsyms;
@@ -9,6 +10,7 @@ pub mod tasks;
 
 use std::cell::OnceCell;
 
+use self::cache::{Cache, Kept};
 use crate::addr::{Gva, Range};
 use crate::guest::space::{Region, Space};
 use crate::guest::{self, GuestType, Machine, Memory, Vcpu};
@@ -68,7 +70,8 @@ impl<'m> Kernel<'m> {
         const TRIES: u32 = 5;
         let mut tries = 1;
         loop {
-            let kernel = Kernel::read(machine.memory(), machine.kind(), &machine.vcpus()?);
+            let vcpus = machine.vcpus()?;
+            let kernel = Kernel::read(machine.memory(), machine.kind(), &vcpus, machine.cache());
             match kernel {
                 Err(Error::NotReady(_)) => return kernel,
                 Err(_) if tries < TRIES => tries += 1,
@@ -77,26 +80,79 @@ impl<'m> Kernel<'m> {
         }
     }
 
-    /// Finds and reads the kernel of a guest whose vCPUs are in the states `vcpus`.
+    /// Finds the kernel of a guest whose vCPUs are in the states `vcpus`, and reads what `cache` does
+    /// not have of it.
     ///
     /// # Errors
     /// See [`Error`].
-    pub fn read(mem: &'m dyn Memory, kind: GuestType, vcpus: &[Vcpu]) -> Result<Kernel<'m>, Error> {
-        let locate::Located {
-            space,
-            text_base,
-            entry,
-            regions,
-        } = locate::locate(mem, kind, vcpus)?;
-        let symbols = kallsyms::read(&space, &regions, kallsyms::Anchors { text_base, entry })?;
+    pub fn read(
+        mem: &'m dyn Memory,
+        kind: GuestType,
+        vcpus: &[Vcpu],
+        cache: &Cache,
+    ) -> Result<Kernel<'m>, Error> {
+        let located = locate::locate(mem, kind, vcpus)?;
+        let anchors = kallsyms::Anchors {
+            text_base: located.text_base,
+            entry: located.entry,
+        };
+        for kept in cache.load() {
+            if let Some(kernel) = Kernel::kept(&located, kind, anchors, kept) {
+                return Ok(kernel);
+            }
+        }
+        let symbols = kallsyms::read(&located.space, &located.regions, anchors)?;
+        let kernel = Kernel::with(&located, kind, symbols)?;
+        // A kernel without BTF is kept without; a folder that can't be written costs only time.
+        if let (Some(build_id), true) = (&kernel.build_id, cache.is_wanted()) {
+            let btf = kernel.btf().map(|b| b.bytes().to_vec()).unwrap_or_default();
+            let _ = cache.store(&Kept {
+                text_base: kernel.text_base.0,
+                release: kernel.release.clone(),
+                build_id: build_id.clone(),
+                symbols: kernel.symbols.clone(),
+                btf,
+            });
+        }
+        Ok(kernel)
+    }
+
+    /// The kernel with what was kept of it, if that fits what the guest shows now.
+    fn kept(
+        located: &locate::Located<'m>,
+        kind: GuestType,
+        anchors: kallsyms::Anchors,
+        kept: Kept,
+    ) -> Option<Kernel<'m>> {
+        let mut symbols = kept.symbols;
+        symbols.slide(anchors.text_base.0.wrapping_sub(kept.text_base));
+        if !symbols.agrees(anchors) {
+            return None;
+        }
+        let kernel = Kernel::with(located, kind, symbols).ok()?;
+        if kernel.release != kept.release || kernel.build_id.as_ref() != Some(&kept.build_id) {
+            return None;
+        }
+        if !kept.btf.is_empty() {
+            let _ = kernel.btf.set(btf::Btf::new(kept.btf).ok()?);
+        }
+        Some(kernel)
+    }
+
+    fn with(
+        located: &locate::Located<'m>,
+        kind: GuestType,
+        symbols: kallsyms::Symbols,
+    ) -> Result<Kernel<'m>, Error> {
         // The kernel's own page table stays, whichever process comes and goes: `init_top_pgt`
         // (arch/x86/include/asm/pgtable_64.h: swapper_pg_dir).
+        let space = &located.space;
         let space = space.with_root(space.walk(symbols.need("init_top_pgt")?)?.frame);
         let mut kernel = Kernel {
             space,
             kind,
-            text_base,
-            regions,
+            text_base: located.text_base,
+            regions: located.regions.clone(),
             symbols,
             release: String::new(),
             build_id: None,

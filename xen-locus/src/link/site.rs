@@ -265,6 +265,7 @@ pub fn jump(site: Gva, target: Gva) -> Option<[u8; JUMP]> {
 mod tests {
     use super::*;
     use crate::error::ExitCode;
+    use crate::kernel::cache::Cache;
     use crate::kernel::fixture::{vcpus, Fixture, KIND, TEXT};
 
     const AT: u64 = TEXT.0 + 0x1000;
@@ -276,7 +277,7 @@ mod tests {
         fixture.function(AT, "victim", code);
         fixture.function(AT + code.len() as u64, "next", &[0xc3]);
         let memory = fixture.build();
-        let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
+        let kernel = Kernel::read(&memory, KIND, &vcpus(), &Cache::none()).unwrap();
         examine(&kernel, "victim", Gva(AT))
     }
 
