@@ -3,9 +3,10 @@
 //! A back end that can only read (a saved core) implements only the reading traits, so "writing to
 //! a core" does not compile. Guest memory is never a `&[u8]`: bytes are copied in and out.
 
+pub mod budget;
 pub mod fetch;
-#[cfg(test)]
-pub(crate) mod mock;
+#[cfg(any(test, feature = "testing"))]
+pub mod mock;
 pub mod space;
 
 use crate::addr::{Frame, Gva};
@@ -43,6 +44,13 @@ pub enum Error {
     /// The guest's data is not what it must be.
     #[error("{0}")]
     Odd(String),
+    /// Reading the guest cost more than any honest guest costs ([`budget`]).
+    #[error(
+        "reading the guest was given up after {} units of work, far more than a Linux kernel of \
+         any distribution takes: its tables or lists are too long, lead in circles, or lie",
+        budget::LIMIT
+    )]
+    Exhausted,
     /// A call into Xen.
     #[error(transparent)]
     Xen(#[from] crate::xen::Error),

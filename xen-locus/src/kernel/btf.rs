@@ -11,8 +11,10 @@ const MAGIC: u16 = 0xeb9f;
 const HEADER: usize = 24;
 /// Deepest nesting of anonymous members followed.
 const DEPTH: u32 = 16;
-/// Most types believed.
-const TYPES_MAX: usize = 1 << 22;
+/// Most types believed; kernels of distributions have up to 200,000.
+const TYPES_MAX: usize = 1 << 20;
+/// Most members looked at for one member of a path; `struct task_struct` has 300.
+const MEMBERS_MAX: u32 = 1 << 16;
 
 /// Kinds of types, as numbered in `include/uapi/linux/btf.h`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -152,12 +154,12 @@ impl Btf {
         fetch::u32(&self.bytes, self.at(id)? + 4 * n)
     }
 
-    fn string(&self, offset: u32) -> &[u8] {
-        let rest = self
-            .bytes
-            .get(self.strings + offset as usize..)
-            .unwrap_or_default();
-        rest.split(|&b| b == 0).next().unwrap_or_default()
+    /// Whether the string at `offset` is `wanted`. No longer part of it is looked at: a guest may
+    /// leave out the NUL.
+    fn is_string(&self, offset: u32, wanted: &[u8]) -> bool {
+        let rest = self.bytes.get(self.strings + offset as usize..);
+        rest.and_then(|rest| rest.strip_prefix(wanted))
+            .is_some_and(|rest| rest.first() == Some(&0))
     }
 
     /// The first type of one of `kinds` called `name`.
@@ -170,7 +172,7 @@ impl Btf {
             kinds.iter().any(|&k| k as u32 == kind_of(info))
                 && self
                     .word(id, 0)
-                    .is_some_and(|n| self.string(n) == name.as_bytes())
+                    .is_some_and(|n| self.is_string(n, name.as_bytes()))
         };
         (1..u32::try_from(self.types.len()).ok()?).find(wanted)
     }
@@ -201,8 +203,9 @@ impl Btf {
         let mut id = self.composite(name).ok_or_else(missing)?;
         let mut offset = 0;
         for part in path.split('.') {
+            let mut left = MEMBERS_MAX;
             let field = self
-                .member(id, part.as_bytes(), DEPTH)
+                .member(id, part.as_bytes(), DEPTH, &mut left)
                 .ok_or_else(missing)?;
             offset += field.offset;
             id = self.strip(field.type_id);
@@ -210,13 +213,15 @@ impl Btf {
         Ok(offset)
     }
 
-    fn member(&self, id: u32, name: &[u8], depth: u32) -> Option<Field> {
+    /// At most `left` members are looked at: anonymous ones of anonymous ones multiply.
+    fn member(&self, id: u32, name: &[u8], depth: u32, left: &mut u32) -> Option<Field> {
         let info = self.word(id, 1)?;
         if depth == 0 || !(4..=5).contains(&kind_of(info)) {
             return None;
         }
         let bitfields = info >> 31 == 1;
         for i in 0..vlen_of(info) {
+            *left = left.checked_sub(1)?;
             let at = self.at(id)? + 12 + 12 * i;
             let type_id = fetch::u32(&self.bytes, at + 4)?;
             let mut bits = fetch::u32(&self.bytes, at + 8)?;
@@ -227,12 +232,12 @@ impl Btf {
                 bits &= 0x00ff_ffff;
             }
             let offset = bits as usize / 8;
-            let member = self.string(fetch::u32(&self.bytes, at)?);
-            if member == name {
+            let member = fetch::u32(&self.bytes, at)?;
+            if self.is_string(member, name) {
                 return Some(Field { offset, type_id });
             }
-            if member.is_empty() {
-                if let Some(inner) = self.member(self.strip(type_id), name, depth - 1) {
+            if self.is_string(member, b"") {
+                if let Some(inner) = self.member(self.strip(type_id), name, depth - 1, left) {
                     return Some(Field {
                         offset: offset + inner.offset,
                         ..inner
@@ -293,6 +298,25 @@ mod tests {
         assert_eq!(btf.offset_of("outer", "b").unwrap(), 8);
         assert_eq!(btf.offset_of("outer", "c.x").unwrap(), 12);
         assert!(btf.offset_of("outer", "nope").is_err());
+    }
+
+    #[test]
+    fn structures_that_hold_each_other_by_the_thousand_are_given_up_soon() {
+        // struct s { struct s; struct s; … }, with no name to end the search.
+        let mut t: Vec<u32> = vec![1, (4 << 24) | 0xffff, 8];
+        for _ in 0..0xffff {
+            t.extend([0, 1, 0]);
+        }
+        let strings = b"\0s\0";
+        let types = u32::try_from(t.len() * 4).unwrap();
+        let mut out = vec![0x9f, 0xeb, 1, 0];
+        for w in [24, 0, types, types, u32::try_from(strings.len()).unwrap()] {
+            out.extend(w.to_le_bytes());
+        }
+        out.extend(t.iter().flat_map(|w| w.to_le_bytes()));
+        out.extend(strings);
+        let btf = Btf::new(out).unwrap();
+        assert!(btf.offset_of("s", "x").is_err());
     }
 
     #[test]

@@ -177,6 +177,7 @@ mod tests {
 
     use super::*;
     use crate::addr::Gva;
+    use crate::guest::budget::Budget;
     use crate::kernel::fixture::{vcpus, Fixture, ENTRY, KIND, TEXT};
     use crate::kernel::Kernel;
 
@@ -224,7 +225,7 @@ mod tests {
     /// Which of the two marker functions the kernel has when read through the cache.
     fn marker(fixture: Fixture, cache: &Cache) -> &'static str {
         let memory = fixture.build();
-        let kernel = Kernel::read(&memory, KIND, &vcpus(), cache).unwrap();
+        let kernel = Kernel::read_with(&memory, KIND, &vcpus(), cache, &Budget::default()).unwrap();
         assert_eq!(kernel.symbols.addr("entry"), Some(ENTRY));
         match (kernel.symbols.addr("first"), kernel.symbols.addr("second")) {
             (Some(_), None) => "first",
@@ -296,7 +297,8 @@ mod tests {
             let sum = crc32fast::hash(&bad[HEAD..]);
             bad[MAGIC.len()..HEAD].copy_from_slice(&sum.to_le_bytes());
             fs::write(&file, &bad).unwrap();
-            let kernel = Kernel::read(&memory, KIND, &vcpus(), &cache).unwrap();
+            let kernel =
+                Kernel::read_with(&memory, KIND, &vcpus(), &cache, &Budget::default()).unwrap();
             assert_eq!(kernel.release, "6.1.0-test");
         }
     }
@@ -306,7 +308,7 @@ mod tests {
         let mut fixture = fixture(1, "first");
         fixture.symbols.push((0x4000, 'A', "per_cpu".into()));
         let memory = fixture.build();
-        let kernel = Kernel::read(&memory, KIND, &vcpus(), &Cache::none()).unwrap();
+        let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
         let mut symbols = kernel.symbols.clone();
         symbols.slide(0x20_0000);
         assert_eq!(symbols.addr("entry"), Some(ENTRY.plus(0x20_0000)));

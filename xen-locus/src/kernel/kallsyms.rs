@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use super::locate::KERNEL_MAP;
 use super::Error;
 use crate::addr::{Gva, Range};
+use crate::guest::budget::Budget;
 use crate::guest::fetch;
 use crate::guest::space::{Region, Space};
 
@@ -32,16 +33,16 @@ const CHUNK: usize = 1 << 20;
 const DATA_MAX: usize = 48 << 20;
 /// Longest token the search believes, in bytes.
 const TOKEN_MAX: usize = 128;
-/// Most symbols believed.
-const SYMBOLS_MAX: u64 = 1 << 21;
+/// Most symbols believed; kernels of distributions have up to a quarter of a million.
+const SYMBOLS_MAX: u64 = 1 << 20;
 /// Fewest symbols believed.
 const SYMBOLS_MIN: u64 = 1 << 10;
 /// Most bytes of all names together.
 const TEXT_MAX: usize = 32 << 20;
 /// Farthest the count stands before the token table, in bytes.
 const SPAN_MAX: usize = 16 << 20;
-/// Most names stepped over in the search, so that a guest can't make it long.
-const STEPS_MAX: u64 = 64 << 20;
+/// Names stepped over in the search for one unit of the guest's budget.
+const STEPS: usize = 16;
 /// Every so many symbols there is a marker.
 const MARKER_EVERY: usize = 256;
 /// Longest believed symbol name, in bytes (`KSYM_NAME_LEN` is 128, or 512 since v6.1).
@@ -154,20 +155,22 @@ struct Tokens {
 const DIGITS: &[u8] = b"0\x001\x002\x003\x004\x005\x006\x007\x008\x009\x00";
 
 fn search(data: &mut Data<'_, '_>, anchors: Anchors) -> Result<Option<Symbols>, Error> {
-    let mut steps = STEPS_MAX;
+    let budget = data.space.budget();
     let mut from = 0;
     while data.reach((from + CHUNK).min(data.len))? {
         let searched = data.bytes.len();
+        budget.scan(searched - from)?;
         let hits: Vec<usize> =
             memchr::memmem::find_iter(data.bytes.get(from..).unwrap_or_default(), DIGITS)
                 .map(|hit| from + hit)
                 .collect();
         for hit in hits {
+            budget.scan(304 * TOKEN_MAX)?;
             data.reach((hit + 256 * TOKEN_MAX + 1024).min(data.len))?;
             let Some(tokens) = tokens_around(&data.bytes, hit) else {
                 continue;
             };
-            if let Some(symbols) = decode(data, &tokens, anchors, &mut steps)? {
+            if let Some(symbols) = decode(data, &tokens, anchors)? {
                 return Ok(Some(symbols));
             }
         }
@@ -242,13 +245,11 @@ fn decode(
     data: &mut Data<'_, '_>,
     tokens: &Tokens,
     anchors: Anchors,
-    steps: &mut u64,
 ) -> Result<Option<Symbols>, Error> {
-    let Some(names) = find_names(&data.bytes, tokens.at, steps) else {
+    let budget = data.space.budget();
+    let Some(names) = find_names(&data.bytes, tokens.at, budget)? else {
         return Ok(None);
     };
-    // what follows goes through all names some ten times
-    *steps = steps.saturating_sub(16 * names.count as u64);
     let table = names.count * 4;
     let before = names.num_at.checked_sub(8 + table.next_multiple_of(8));
     let behind = Some(tokens.end);
@@ -274,6 +275,7 @@ fn decode(
             if !text_is_there(&names, address, anchors) {
                 continue;
             }
+            budget.spend(names.count as u64)?;
             let symbols = build(&data.bytes, &names, tokens, address);
             if let Some(symbols) = symbols.filter(|s| s.agrees(anchors)) {
                 return Ok(Some(symbols));
@@ -287,6 +289,7 @@ fn decode(
             continue;
         }
         let address = |i: usize| fetch::u64(&data.bytes, at + 8 * i);
+        budget.spend(names.count as u64)?;
         let symbols = build(&data.bytes, &names, tokens, address);
         if let Some(symbols) = symbols.filter(|s| s.agrees(anchors)) {
             return Ok(Some(symbols));
@@ -324,13 +327,15 @@ impl Encoding {
 
 /// Finds the count in front of the names: the only number that makes so many names pass every
 /// marker in the table behind them.
-fn find_names(data: &[u8], tokens_at: usize, steps: &mut u64) -> Option<Names> {
-    let data = data.get(..tokens_at)?;
+fn find_names(data: &[u8], tokens_at: usize, budget: &Budget) -> Result<Option<Names>, Error> {
+    let Some(data) = data.get(..tokens_at) else {
+        return Ok(None);
+    };
     let lowest = tokens_at.saturating_sub(SPAN_MAX);
+    budget.scan((tokens_at - lowest) / 8)?;
     let mut num_at = tokens_at & !7;
     while num_at >= lowest + 8 {
         num_at -= 8;
-        *steps = steps.checked_sub(1)?;
         let count = fetch::u64(data, num_at).unwrap_or(0);
         if !(SYMBOLS_MIN..SYMBOLS_MAX).contains(&count) {
             continue;
@@ -338,40 +343,41 @@ fn find_names(data: &[u8], tokens_at: usize, steps: &mut u64) -> Option<Names> {
         let count = usize::try_from(count).unwrap_or(0);
         let names = data.get(num_at + 8..).unwrap_or_default();
         for long in [true, false] {
-            if let Some(len) = names_fit(names, count, long, steps) {
-                return Some(Names {
+            let (steps, fit) = names_fit(names, count, long);
+            budget.spend((steps / STEPS) as u64)?;
+            if let Some(len) = fit {
+                return Ok(Some(Names {
                     num_at,
                     count,
                     len,
                     long,
-                });
+                }));
             }
         }
     }
-    None
+    Ok(None)
 }
 
-/// Length of `count` names at the start of `bytes`, if the markers behind them agree.
-fn names_fit(bytes: &[u8], count: usize, long: bool, steps: &mut u64) -> Option<usize> {
+/// How many names were stepped over, and the length of `count` names at the start of `bytes` if the
+/// markers behind them agree.
+fn names_fit(bytes: &[u8], count: usize, long: bool) -> (usize, Option<usize>) {
     let mut pos = 0;
     let mut markers = Vec::new();
     for i in 0..count {
         if i % MARKER_EVERY == 0 {
-            markers.push(u32::try_from(pos).ok()?);
+            markers.push(pos);
         }
-        *steps = steps.checked_sub(1)?;
-        let (len, start) = name_at(bytes, pos, long)?;
-        if len == 0 {
-            return None;
+        match name_at(bytes, pos, long) {
+            Some((len, start)) if len > 0 => pos = start + len,
+            _ => return (i, None),
         }
-        pos = start + len;
     }
-    let table = bytes.get(pos.checked_next_multiple_of(8)?..)?;
+    let table = bytes.get(pos.next_multiple_of(8)..).unwrap_or_default();
     let agree = markers
         .iter()
         .enumerate()
-        .all(|(i, &m)| fetch::u32(table, 4 * i) == Some(m));
-    agree.then_some(pos)
+        .all(|(i, &m)| fetch::u32(table, 4 * i).is_some_and(|word| usize::try_from(word) == Ok(m)));
+    (count, agree.then_some(pos))
 }
 
 fn build(
@@ -381,7 +387,7 @@ fn build(
     address: impl Fn(usize) -> Option<u64>,
 ) -> Option<Symbols> {
     let bytes = names.bytes(data);
-    let mut text = Vec::with_capacity(names.count * 24);
+    let mut text = Vec::with_capacity((names.count * 24).min(TEXT_MAX));
     let mut entries = Vec::with_capacity(names.count);
     let mut pos = 0;
     for i in 0..names.count {
@@ -528,7 +534,9 @@ impl Symbols {
 
     /// Whether they fit what else is known of the kernel.
     pub(super) fn agrees(&self, anchors: Anchors) -> bool {
-        self.addr("_text") == Some(anchors.text_base)
+        // Without the index by name, which takes longer than all before.
+        let text = self.entries.iter().find(|e| self.name_of(e) == "_text");
+        text.is_some_and(|e| e.addr == anchors.text_base.0)
             && self
                 .entries
                 .iter()
@@ -545,7 +553,6 @@ fn hash(name: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::cache::Cache;
     use crate::kernel::fixture::{vcpus, Fixture, Tables, ENTRY, KIND, TEXT};
     use crate::kernel::Kernel;
 
@@ -567,7 +574,7 @@ mod tests {
                 fixture.symbols.push((0x4000, 'A', "per_cpu".into()));
             }
             let memory = fixture.build();
-            let kernel = Kernel::read(&memory, KIND, &vcpus(), &Cache::none()).unwrap();
+            let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
             let symbols = &kernel.symbols;
             assert_eq!(kernel.release, "6.1.0-test", "{tables:?}");
             assert_eq!(symbols.addr("entry"), Some(ENTRY));
@@ -589,7 +596,7 @@ mod tests {
         let memory = Fixture::new().build();
         let mut vcpus = vcpus();
         vcpus[0].entry = ENTRY.0 + 1;
-        let error = Kernel::read(&memory, KIND, &vcpus, &Cache::none()).unwrap_err();
+        let error = Kernel::read(&memory, KIND, &vcpus).unwrap_err();
         assert!(matches!(error, Error::NotLinux(_)), "{error}");
     }
 
@@ -602,7 +609,7 @@ mod tests {
         ] {
             let mut vcpus = vcpus();
             change(&mut vcpus[0]);
-            let error = Kernel::read(&memory, KIND, &vcpus, &Cache::none()).unwrap_err();
+            let error = Kernel::read(&memory, KIND, &vcpus).unwrap_err();
             assert!(matches!(error, Error::NotReady(_)), "{error}");
         }
     }

@@ -8,6 +8,7 @@
 
 use super::Error;
 use crate::addr::{Frame, Gva, Range};
+use crate::guest::budget::Budget;
 use crate::guest::space::{Region, Space};
 use crate::guest::{GuestType, Memory, Vcpu};
 
@@ -29,7 +30,8 @@ pub struct Located<'m> {
     pub regions: Vec<Region>,
 }
 
-/// Locates the kernel of a guest whose virtual CPUs are in the states `vcpus`.
+/// Locates the kernel of a guest whose virtual CPUs are in the states `vcpus`; all that is read in
+/// its space, later too, is paid from `budget`.
 ///
 /// # Errors
 /// [`Error::NotReady`] while no vCPU shows a 64-bit kernel's entry point (firmware, early boot);
@@ -38,6 +40,7 @@ pub fn locate<'m>(
     mem: &'m dyn Memory,
     kind: GuestType,
     vcpus: &[Vcpu],
+    budget: &Budget,
 ) -> Result<Located<'m>, Error> {
     let up: Vec<&Vcpu> = vcpus.iter().filter(|v| v.online && v.long_mode).collect();
     if up.is_empty() {
@@ -69,7 +72,8 @@ pub fn locate<'m>(
     // kernel half is the page before it (`PTI_USER_PGTABLE_BIT`, arch/x86/include/asm/pgtable.h).
     let roots = up.iter().flat_map(|v| [v.root & !1, v.root]);
     for root in roots {
-        let space = Space::new(mem, Frame(root), levels);
+        budget.check().map_err(Error::Memory)?;
+        let space = Space::within(mem, Frame(root), levels, budget.clone());
         let regions = space.regions(Range {
             start: KERNEL_MAP,
             end: KERNEL_MAP_END,
@@ -89,6 +93,7 @@ pub fn locate<'m>(
             regions: text,
         });
     }
+    budget.check().map_err(Error::Memory)?;
     Err(Error::NotLinux(format!(
         "around the guest's kernel entry point {entry} no read-only data is mapped beside the \
          code, as a booted Linux kernel has it; if the guest is just booting, try again"

@@ -2,8 +2,8 @@
 
 pub mod btf;
 pub mod cache;
-#[cfg(test)]
-pub(crate) mod fixture;
+#[cfg(any(test, feature = "testing"))]
+pub mod fixture;
 pub mod kallsyms;
 pub mod locate;
 pub mod tasks;
@@ -12,6 +12,7 @@ use std::cell::OnceCell;
 
 use self::cache::{Cache, Kept};
 use crate::addr::{Gva, Range};
+use crate::guest::budget::Budget;
 use crate::guest::space::{Region, Space};
 use crate::guest::{self, GuestType, Machine, Memory, Vcpu};
 
@@ -36,7 +37,7 @@ pub enum Error {
 }
 
 /// Longest believed BTF blob, in bytes.
-const BTF_MAX: u64 = 64 << 20;
+const BTF_MAX: u64 = 32 << 20;
 
 /// A guest's kernel.
 #[derive(Debug)]
@@ -69,29 +70,41 @@ impl<'m> Kernel<'m> {
     pub fn of(machine: &'m dyn Machine) -> Result<Kernel<'m>, Error> {
         const TRIES: u32 = 5;
         let mut tries = 1;
+        let budget = Budget::default();
         loop {
             let vcpus = machine.vcpus()?;
-            let kernel = Kernel::read(machine.memory(), machine.kind(), &vcpus, machine.cache());
+            let cache = machine.cache();
+            let kernel =
+                Kernel::read_with(machine.memory(), machine.kind(), &vcpus, cache, &budget);
             match kernel {
-                Err(Error::NotReady(_)) => return kernel,
+                Err(Error::NotReady(_) | Error::Memory(guest::Error::Exhausted)) => return kernel,
                 Err(_) if tries < TRIES => tries += 1,
                 _ => return kernel,
             }
         }
     }
 
-    /// Finds the kernel of a guest whose vCPUs are in the states `vcpus`, and reads what `cache` does
-    /// not have of it.
+    /// Finds and reads the kernel of a guest whose vCPUs are in the states `vcpus`.
     ///
     /// # Errors
     /// See [`Error`].
-    pub fn read(
+    pub fn read(mem: &'m dyn Memory, kind: GuestType, vcpus: &[Vcpu]) -> Result<Kernel<'m>, Error> {
+        Kernel::read_with(mem, kind, vcpus, &Cache::none(), &Budget::default())
+    }
+
+    /// Finds the kernel of a guest whose vCPUs are in the states `vcpus`, and reads what `cache` does
+    /// not have of it, for what `budget` holds.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn read_with(
         mem: &'m dyn Memory,
         kind: GuestType,
         vcpus: &[Vcpu],
         cache: &Cache,
+        budget: &Budget,
     ) -> Result<Kernel<'m>, Error> {
-        let located = locate::locate(mem, kind, vcpus)?;
+        let located = locate::locate(mem, kind, vcpus, budget)?;
         let anchors = kallsyms::Anchors {
             text_base: located.text_base,
             entry: located.entry,

@@ -368,7 +368,6 @@ fn signed32(value: u64) -> Option<[u8; 8]> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::cache::Cache;
     use crate::kernel::fixture::{vcpus, Fixture, KIND, TEXT};
     use crate::link::arena;
     use crate::patch::{Binding, Klp, Modinfo, Reloc, SectionFlags, SymKind};
@@ -421,7 +420,7 @@ mod tests {
         fixture.function(OUTSIDE + 16, "__fentry__", &[0xc3]);
         fixture.function(OUTSIDE + 32, "__x86_return_thunk", &[0xc3]);
         let memory = fixture.build();
-        let kernel = Kernel::read(&memory, KIND, &vcpus(), &Cache::none()).unwrap();
+        let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
         let payload = Payload {
             name: "p".into(),
             sha256: [0; 32],

@@ -265,7 +265,6 @@ pub fn jump(site: Gva, target: Gva) -> Option<[u8; JUMP]> {
 mod tests {
     use super::*;
     use crate::error::ExitCode;
-    use crate::kernel::cache::Cache;
     use crate::kernel::fixture::{vcpus, Fixture, KIND, TEXT};
 
     const AT: u64 = TEXT.0 + 0x1000;
@@ -277,7 +276,7 @@ mod tests {
         fixture.function(AT, "victim", code);
         fixture.function(AT + code.len() as u64, "next", &[0xc3]);
         let memory = fixture.build();
-        let kernel = Kernel::read(&memory, KIND, &vcpus(), &Cache::none()).unwrap();
+        let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
         examine(&kernel, "victim", Gva(AT))
     }
 

@@ -30,8 +30,8 @@ mod modinfo;
 mod role;
 mod summary;
 mod symbol;
-#[cfg(test)]
-mod testelf;
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod testelf;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
