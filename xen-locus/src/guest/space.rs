@@ -121,6 +121,12 @@ impl<'m> Space<'m> {
         self.with_root(self.root)
     }
 
+    /// Levels of its page tables: 4 or 5.
+    #[must_use]
+    pub fn levels(&self) -> u8 {
+        self.levels
+    }
+
     /// The memory below; what is mapped there directly is not paid.
     #[must_use]
     pub fn memory(&self) -> &'m dyn Memory {

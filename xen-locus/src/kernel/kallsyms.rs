@@ -43,6 +43,8 @@ const TEXT_MAX: usize = 32 << 20;
 const SPAN_MAX: usize = 16 << 20;
 /// Names stepped over in the search for one unit of the guest's budget.
 const STEPS: usize = 16;
+/// Bytes of `kallsyms_token_index`: 256 16-bit words.
+const INDEX_LEN: usize = 512;
 /// Every so many symbols there is a marker.
 const MARKER_EVERY: usize = 256;
 /// Longest believed symbol name, in bytes (`KSYM_NAME_LEN` is 128, or 512 since v6.1).
@@ -67,9 +69,14 @@ struct Entry {
     kind: u8,
 }
 
+/// Where the tables stand, by the names that the kernel has for them.
+pub type Places = Vec<(String, Gva)>;
+
 /// All symbols of the kernel image.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Symbols {
+    /// Where its tables were found.
+    pub places: Places,
     names: String,
     entries: Vec<Entry>,
     /// Hash of the name above, index below: sorted numbers instead of sorted strings.
@@ -126,6 +133,19 @@ impl<'s, 'm> Data<'s, 'm> {
             len: usize::try_from(range.len()).unwrap_or(most).min(most),
             bytes: Vec::new(),
         }
+    }
+
+    /// Addresses of the tables.
+    fn places(&self, names: &Names, tokens: &Tokens, more: &[(&str, usize)]) -> Places {
+        let known = [
+            ("kallsyms_num_syms", names.num_at),
+            ("kallsyms_names", names.num_at + 8),
+            ("kallsyms_token_table", tokens.at),
+            ("kallsyms_token_index", tokens.end - INDEX_LEN),
+        ];
+        let all = known.iter().chain(more);
+        all.map(|&(name, at)| (name.to_owned(), self.start.plus(at as u64)))
+            .collect()
     }
 
     /// Reads on until `end` bytes are there; false when there are not so many.
@@ -208,7 +228,7 @@ fn tokens_around(data: &[u8], digits: usize) -> Option<Tokens> {
         .all(|(i, &p)| listed(i) == Some(p));
     proven.then_some(Tokens {
         at,
-        end: index + 512,
+        end: index + INDEX_LEN,
         tokens,
     })
 }
@@ -277,7 +297,12 @@ fn decode(
             }
             budget.spend(names.count as u64)?;
             let symbols = build(&data.bytes, &names, tokens, address);
-            if let Some(symbols) = symbols.filter(|s| s.agrees(anchors)) {
+            if let Some(mut symbols) = symbols.filter(|s| s.agrees(anchors)) {
+                let mut places = vec![("kallsyms_offsets", at)];
+                if !matches!(encoding, Encoding::PlaceRelative) {
+                    places.push(("kallsyms_relative_base", base_at));
+                }
+                symbols.places = data.places(&names, tokens, &places);
                 return Ok(Some(symbols));
             }
         }
@@ -291,7 +316,8 @@ fn decode(
         let address = |i: usize| fetch::u64(&data.bytes, at + 8 * i);
         budget.spend(names.count as u64)?;
         let symbols = build(&data.bytes, &names, tokens, address);
-        if let Some(symbols) = symbols.filter(|s| s.agrees(anchors)) {
+        if let Some(mut symbols) = symbols.filter(|s| s.agrees(anchors)) {
+            symbols.places = data.places(&names, tokens, &[("kallsyms_addresses", at)]);
             return Ok(Some(symbols));
         }
     }
@@ -412,6 +438,7 @@ fn build(
     }
     let names = String::from_utf8(text).ok()?;
     Some(Symbols {
+        places: Places::new(),
         names,
         entries,
         by_name: OnceCell::new(),
@@ -528,6 +555,9 @@ impl Symbols {
         let moving = |e: &&mut Entry| e.addr >= KERNEL_MAP.0;
         for entry in self.entries.iter_mut().filter(moving) {
             entry.addr = entry.addr.wrapping_add(offset);
+        }
+        for (_, place) in &mut self.places {
+            *place = place.plus(offset);
         }
         self.by_addr.take();
     }

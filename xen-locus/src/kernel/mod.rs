@@ -2,11 +2,16 @@
 
 pub mod btf;
 pub mod cache;
+pub mod cpu;
 #[cfg(any(test, feature = "testing"))]
 pub mod fixture;
 pub mod kallsyms;
 pub mod locate;
+pub mod orc;
 pub mod tasks;
+#[cfg(test)]
+pub(crate) mod testbtf;
+pub mod vmcoreinfo;
 
 use std::cell::OnceCell;
 
@@ -223,13 +228,6 @@ impl<'m> Kernel<'m> {
         let len = usize::try_from(range.len()).unwrap_or(0);
         let btf = btf::Btf::new(self.space.read_vec(range.start, len)?)?;
         Ok(self.btf.get_or_init(|| btf))
-    }
-
-    /// Number of entries in the kernel's ORC table.
-    #[must_use]
-    pub fn orc_entries(&self) -> u64 {
-        self.between("__start_orc_unwind_ip", "__stop_orc_unwind_ip", 1 << 30)
-            .map_or(0, |range| range.len() / 4)
     }
 
     fn between(&self, start: &str, stop: &str, most: u64) -> Result<Range, Error> {
