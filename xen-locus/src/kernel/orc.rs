@@ -28,7 +28,7 @@ use crate::addr::{Gva, Range};
 use crate::guest::fetch;
 use crate::guest::space::Space;
 
-/// Most rows believed. Debian's 6.1 has 0.7 million.
+/// Most rows believed. Debian's kernels have 0.3 to 0.5 million.
 const ROWS_MAX: usize = 1 << 22;
 /// Bytes of `.orc_header`.
 const HASH_LEN: usize = 20;
@@ -458,22 +458,25 @@ impl std::fmt::Debug for Orc {
 }
 
 impl Orc {
-    /// Reads the kernel's own table, some 7 MB in Debian's 6.1.
+    /// Reads the kernel's own table: 3.9 MB in Debian's 6.1.
     ///
     /// # Errors
     /// As [`Table::of`]; [`Error::Odd`] when the addresses are not sorted or leave the kernel's
-    /// text, or a row isn't known.
+    /// text, or a row isn't known. Rows may also be for what the kernel has discarded since it
+    /// booted (`__init_begin` to `__init_end`, code of exit and replacements of alternatives
+    /// included); nobody is there any more, and no row is given for it.
     pub fn read(kernel: &Kernel<'_>) -> Result<Orc, Error> {
         let table = Table::of(kernel)?;
         let end = |name| kernel.symbols.need(name);
-        let mut text = vec![Range {
+        let text = vec![Range {
             start: kernel.text_base,
             end: end("_etext")?,
         }];
-        if let (Ok(start), Ok(end)) = (end("_sinittext"), end("_einittext")) {
-            text.push(Range { start, end });
+        let mut all = text.clone();
+        if let (Ok(start), Ok(end)) = (end("__init_begin"), end("__init_end")) {
+            all.push(Range { start, end });
         }
-        Orc::load(&kernel.space, &table, text)
+        Orc::load(&kernel.space, &table, text, &all)
     }
 
     /// Reads the table of a module: `count` rows at `rows`, their addresses at `ips`
@@ -499,13 +502,20 @@ impl Orc {
             count,
             layout: Table::of(kernel)?.layout,
         };
-        Orc::load(space, &table, text)
+        let all = text.clone();
+        Orc::load(space, &table, text, &all)
     }
 
-    fn load(space: &Space<'_>, table: &Table, text: Vec<Range>) -> Result<Orc, Error> {
+    /// Reads `table`, whose rows may be for any of `all`, and are given for `text`.
+    fn load(
+        space: &Space<'_>,
+        table: &Table,
+        text: Vec<Range>,
+        all: &[Range],
+    ) -> Result<Orc, Error> {
         let odd =
             |i: usize, what: String| Error::Odd(format!("ORC row {i} of {} {what}", table.count));
-        let base = text.iter().map(|r| r.start.0).min().unwrap_or(0);
+        let base = all.iter().map(|r| r.start.0).min().unwrap_or(0);
         let raw = space.read_vec(table.ips, table.count * 4)?;
         let mut ips = Vec::with_capacity(table.count);
         let mut last = 0;
@@ -514,8 +524,8 @@ impl Orc {
             let place = table.ips.plus(4 * i as u64);
             let ip = Gva(place.0.wrapping_add_signed(word.into()));
             // A row may begin where text ends: "undefined from here".
-            if !text.iter().any(|r| r.contains(ip) || r.end == ip) {
-                return Err(odd(i, format!("is for {ip}; expected within {text:?}")));
+            if !all.iter().any(|r| r.contains(ip) || r.end == ip) {
+                return Err(odd(i, format!("is for {ip}; expected within {all:?}")));
             }
             let offset = u32::try_from(ip.0 - base)
                 .map_err(|_| odd(i, format!("is for {ip}, too far from {base:#x}")))?;

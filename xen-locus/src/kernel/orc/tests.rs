@@ -207,6 +207,8 @@ struct Sample {
     header: Option<[u8; HASH_LEN]>,
     /// What the symbols say beyond the rows there are, in bytes of addresses and of rows.
     lie: (u64, u64),
+    /// Where code stood that the kernel discarded.
+    init: Option<(u64, u64)>,
 }
 
 impl Sample {
@@ -223,6 +225,7 @@ impl Sample {
             ],
             header,
             lie: (0, 0),
+            init: None,
         }
     }
 
@@ -237,6 +240,11 @@ impl Sample {
             ("__stop_orc_unwind", ROWS.0 + 6 * n + self.lie.1),
         ] {
             fixture.symbols.push((at, 'R', name.to_owned()));
+        }
+        if let Some((start, end)) = self.init {
+            let symbol = |(at, name): (u64, &str)| (at, 'T', name.to_owned());
+            let both = [(start, "__init_begin"), (end, "__init_end")];
+            fixture.symbols.extend(both.map(symbol));
         }
         let blob = btf(self.format);
         fixture.constants.push(("__start_BTF", blob));
@@ -331,6 +339,19 @@ fn a_table_out_of_order_out_of_text_or_of_unknown_rows_is_refused() {
         damage(&mut bad.rows);
         assert!(matches!(bad.read(), Err(Error::Odd(_))));
     }
+}
+
+#[test]
+fn rows_for_discarded_code_are_let_be_and_not_given() {
+    let init = TEXT.0 + (48 << 20);
+    let mut sample = Sample::new(Format::Typed);
+    sample.rows.push((init + 0x10, frame(Format::Typed, 8)));
+    assert!(matches!(sample.read(), Err(Error::Odd(_))));
+    sample.init = Some((init, init + 0x1000));
+    let orc = sample.read().unwrap();
+    assert_eq!(orc.len(), 6);
+    assert_eq!(orc.row(Gva(init + 0x10)), None);
+    assert!(orc.row(TEXT).is_some());
 }
 
 #[test]
