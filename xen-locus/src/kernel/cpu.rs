@@ -21,7 +21,7 @@ const BUG_WORDS_MAX: usize = 4;
 const NAMES_LEN: u64 = 32 * 8;
 /// Longest believed name, in bytes.
 const NAME_MAX: usize = 64;
-/// Most mitigations believed.
+/// Most variables for mitigations believed: Debian's 6.1 has 20.
 const MITIGATIONS_MAX: usize = 64;
 
 /// Variables that hold a choice and whose enumeration isn't called like them
@@ -131,7 +131,8 @@ impl Cpu {
     }
 
     /// What the kernel chose against each bug: the variable, and the name that its enumeration has
-    /// for the value.
+    /// for the value. A choice against a bug that the processor hasn't got ([`Cpu::bugs`]) may stand
+    /// at its default and means nothing.
     #[must_use]
     pub fn mitigations(&self) -> &BTreeMap<String, String> {
         &self.mitigations
@@ -183,18 +184,26 @@ fn read_mitigations(kernel: &Kernel<'_>) -> Result<BTreeMap<String, String>, Err
     };
     let is_enum = |name: &&String| btf.find(&[Kind::Enum, Kind::Enum64], name).is_some();
     let mut found = BTreeMap::new();
+    let mut looked_at = 0;
     for s in kernel.symbols.iter() {
         let known = OTHER_NAMES.iter().find(|(name, _)| *name == s.name);
-        let candidates = match known {
-            Some((_, ty)) => vec![(*ty).to_owned()],
-            None if s.name.ends_with("_mitigation") => {
-                vec![s.name.to_owned(), format!("{}s", s.name)]
-            }
-            None => continue,
-        };
+        if known.is_none() && !s.name.ends_with("_mitigation") {
+            continue;
+        }
         if !matches!(s.kind, 'd' | 'D' | 'b' | 'B' | 'r' | 'R') || discarded.contains(s.addr) {
             continue;
         }
+        // Each costs a search of all types.
+        looked_at += 1;
+        if looked_at > MITIGATIONS_MAX {
+            return Err(Error::Odd(format!(
+                "more than {MITIGATIONS_MAX} variables for mitigations"
+            )));
+        }
+        let candidates = match known {
+            Some((_, ty)) => vec![(*ty).to_owned()],
+            None => vec![s.name.to_owned(), format!("{}s", s.name)],
+        };
         let Some(ty) = candidates.iter().find(is_enum) else {
             continue;
         };
@@ -202,12 +211,14 @@ fn read_mitigations(kernel: &Kernel<'_>) -> Result<BTreeMap<String, String>, Err
         let name = btf
             .enum_name(ty, value.into())
             .unwrap_or_else(|| format!("{value}, which {ty} has no name for"));
-        found.insert(s.name.to_owned(), name);
-        if found.len() > MITIGATIONS_MAX {
+        let plain = |text: &str| text.bytes().all(|b| b.is_ascii_graphic() || b == b' ');
+        if !plain(s.name) || !plain(&name) {
             return Err(Error::Odd(format!(
-                "more than {MITIGATIONS_MAX} variables for mitigations"
+                "the mitigation {:?} is {name:?}; expected plain names",
+                s.name
             )));
         }
+        found.insert(s.name.to_owned(), name);
     }
     Ok(found)
 }

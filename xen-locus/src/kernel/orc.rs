@@ -95,7 +95,9 @@ pub enum Base {
     Sp,
     /// The frame pointer, plus the offset.
     Bp,
-    /// The word that the stack pointer points to, plus the offset.
+    /// The word that the stack pointer points to, plus the offset. Before Linux kernel commit
+    /// 87ccc826bf1c ("x86/unwind/orc: Change REG_SP_INDIRECT") the offset was added before the word
+    /// was read; Debian's 5.10, which is older, has no such row.
     SpIndirect,
     /// The word at the frame pointer plus the offset.
     BpIndirect,

@@ -4,6 +4,8 @@
 //! (include/linux/sched/signal.h: `for_each_process_thread`); idle tasks hang in neither and come
 //! from the per-CPU pointer `idle_threads` (kernel/smpboot.c).
 
+use std::time::{Duration, Instant};
+
 use super::{list, Error, Kernel};
 use crate::addr::{Gva, Range};
 use crate::guest::fetch;
@@ -40,7 +42,8 @@ pub struct Task {
     pub addr: Gva,
     /// Its thread id; 0 for idle tasks.
     pub pid: u32,
-    /// Its name.
+    /// Its name (`comm`), at most 15 bytes. /proc and `ps` show more for kernel threads with longer
+    /// names and append to a worker's what it works on (fs/proc/array.c: `proc_task_name`).
     pub comm: String,
     /// Its kernel stack.
     pub stack: Range,
@@ -146,7 +149,8 @@ impl Layout {
 }
 
 /// Lists all tasks of a running guest, as `read` wants them. The list moves while it is read, so
-/// there are several tries, each with nothing remembered of the one before.
+/// there are several tries, each with nothing remembered of the one before, and fewer when they take
+/// long.
 ///
 /// # Errors
 /// As [`Layout::all`] and `read`, at the last try.
@@ -155,7 +159,10 @@ pub fn snapshot<T>(
     read: impl Fn(&Space<'_>, Vec<Task>) -> Result<T, Error>,
 ) -> Result<T, Error> {
     const TRIES: u32 = 20;
+    const FEW: u32 = 3;
+    const LONG: Duration = Duration::from_secs(1);
     let layout = Layout::of(kernel)?;
+    let began = Instant::now();
     let mut tries = 1;
     loop {
         let space = kernel.space.fresh();
@@ -163,7 +170,7 @@ pub fn snapshot<T>(
             .all(kernel, &space)
             .and_then(|tasks| read(&space, tasks));
         match found {
-            Err(_) if tries < TRIES => tries += 1,
+            Err(_) if tries < FEW || (tries < TRIES && began.elapsed() < LONG) => tries += 1,
             _ => return found,
         }
     }

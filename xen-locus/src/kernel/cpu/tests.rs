@@ -9,7 +9,7 @@ const CHOICES: Gva = Gva(CPU.0 + 0x1000);
 const INIT: Gva = Gva(CPU.0 + 0x2000);
 
 /// Types, with so many words of bits.
-fn btf(words: u32) -> Vec<u8> {
+fn btf(words: u32, full: &str) -> Vec<u8> {
     let mut types = Types::new();
     let caps = types.array(3, words);
     let union = types.structure("", 64, &[("x86_capability", caps, 0, 0)]);
@@ -19,7 +19,7 @@ fn btf(words: u32) -> Vec<u8> {
         &[("family", 3, 0, 0), ("", union, 64, 0)],
     );
     let choice = |types: &mut Types, name| {
-        types.enumeration(name, &[("NONE", 0), ("FULL", 1), ("HALF", -1)]);
+        types.enumeration(name, &[("NONE", 0), (full, 1), ("HALF", -1)]);
     };
     for name in [
         "mds_mitigations",
@@ -46,6 +46,10 @@ struct Sample {
     btf_words: u32,
     /// What the name of bit 33 points to.
     name_at: u64,
+    /// More variables.
+    more: Vec<String>,
+    /// A name of a choice has control characters.
+    strange: bool,
 }
 
 impl Default for Sample {
@@ -54,6 +58,8 @@ impl Default for Sample {
             words: [0x8000_0001, 0b110, 0b11],
             btf_words: WORDS,
             name_at: RODATA.0 + 64 + 4,
+            more: Vec::new(),
+            strange: false,
         }
     }
 }
@@ -69,7 +75,8 @@ impl Sample {
         fixture.constants.push(("x86_cap_flags", features));
         let bugs = names(1, &[(0, at + 8)]);
         fixture.constants.push(("x86_bug_flags", bugs));
-        let blob = btf(self.btf_words);
+        let full = if self.strange { "FU\u{7}LL" } else { "FULL" };
+        let blob = btf(self.btf_words, full);
         fixture.constants.push(("__start_BTF", blob));
         fixture.constants.push(("__stop_BTF", Vec::new()));
         for (name, at) in [
@@ -84,6 +91,9 @@ impl Sample {
             ("__init_end", INIT.0 + 16),
         ] {
             fixture.symbols.push((at, 'd', name.to_owned()));
+        }
+        for name in &self.more {
+            fixture.symbols.push((CHOICES.0, 'd', name.clone()));
         }
         let memory = fixture.build();
         let mut cpu = vec![0; 8];
@@ -140,6 +150,26 @@ fn choices_are_named_by_their_enumeration_and_discarded_ones_left_out() {
             ("spectre_v2_enabled", "HALF"),
         ]
     );
+}
+
+#[test]
+fn a_choice_whose_name_is_not_plain_or_too_many_of_them_are_refused() {
+    let strange = Sample {
+        more: vec!["\u{1b}[2J_mitigation".into()],
+        ..Sample::default()
+    };
+    // Its enumeration is not there: it is passed over.
+    assert_eq!(strange.read().unwrap().mitigations().len(), 3);
+    let named = Sample {
+        strange: true,
+        ..Sample::default()
+    };
+    assert!(matches!(named.read(), Err(Error::Odd(_))));
+    let many = Sample {
+        more: (0..64).map(|i| format!("bug{i}_mitigation")).collect(),
+        ..Sample::default()
+    };
+    assert!(matches!(many.read(), Err(Error::Odd(_))));
 }
 
 #[test]

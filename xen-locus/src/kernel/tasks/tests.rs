@@ -176,7 +176,7 @@ fn what_the_reader_of_a_task_says_is_the_answer_of_the_last_try() {
             tries.set(tries.get() + 1);
             Err::<(), _>(Error::Odd("as the caller says".into()))
         });
-        assert_eq!(tries.get(), 20);
+        assert!((3..=20).contains(&tries.get()));
         assert_eq!(
             read.unwrap_err().to_string(),
             "the guest's kernel data is not as it must be: as the caller says"
