@@ -13,8 +13,15 @@
 //! The sequence of names came with Linux kernel commit 60443c88f3a8 ("kallsyms: Improve the
 //! performance of kallsyms_lookup_name()") (in v6.2, and in stable kernels before it).
 //!
+//! The tables are aligned to eight bytes or, where addresses are relative to their own place, to four
+//! (see `packed`).
+//!
 //! Addresses come in several encodings; each is tried, and only one that agrees with the anchors
 //! the caller gives is believed.
+
+mod packed;
+#[cfg(test)]
+mod tests;
 
 use std::cell::OnceCell;
 
@@ -139,7 +146,7 @@ impl<'s, 'm> Data<'s, 'm> {
     fn places(&self, names: &Names, tokens: &Tokens, more: &[(&str, usize)]) -> Places {
         let known = [
             ("kallsyms_num_syms", names.num_at),
-            ("kallsyms_names", names.num_at + 8),
+            ("kallsyms_names", names.at),
             ("kallsyms_token_table", tokens.at),
             ("kallsyms_token_index", tokens.end - INDEX_LEN),
         ];
@@ -220,13 +227,18 @@ fn tokens_around(data: &[u8], digits: usize) -> Option<Tokens> {
         tokens.push(part.to_vec());
         pos += part.len() + 1;
     }
-    let index = (at + pos).next_multiple_of(8);
-    let listed = |i: usize| fetch::u16(data, index + 2 * i).map(usize::from);
-    let proven = places
-        .iter()
-        .enumerate()
-        .all(|(i, &p)| listed(i) == Some(p));
-    proven.then_some(Tokens {
+    let proven = |index: &usize| {
+        let listed = |i: usize| fetch::u16(data, index + 2 * i).map(usize::from);
+        places
+            .iter()
+            .enumerate()
+            .all(|(i, &p)| listed(i) == Some(p))
+    };
+    let end = at + pos;
+    let index = [end.next_multiple_of(8), end.next_multiple_of(4)]
+        .into_iter()
+        .find(proven)?;
+    Some(Tokens {
         at,
         end: index + INDEX_LEN,
         tokens,
@@ -237,6 +249,8 @@ fn tokens_around(data: &[u8], digits: usize) -> Option<Tokens> {
 struct Names {
     /// Place of `kallsyms_num_syms`.
     num_at: usize,
+    /// Place of `kallsyms_names`.
+    at: usize,
     count: usize,
     len: usize,
     /// Whether a length byte above 127 begins a two-byte length: Linux kernel commit
@@ -246,8 +260,7 @@ struct Names {
 
 impl Names {
     fn bytes<'a>(&self, data: &'a [u8]) -> &'a [u8] {
-        let start = self.num_at + 8;
-        data.get(start..start + self.len).unwrap_or_default()
+        data.get(self.at..self.at + self.len).unwrap_or_default()
     }
 }
 
@@ -358,7 +371,10 @@ fn find_names(data: &[u8], tokens_at: usize, budget: &Budget) -> Result<Option<N
         return Ok(None);
     };
     let lowest = tokens_at.saturating_sub(SPAN_MAX);
-    budget.scan((tokens_at - lowest) / 8)?;
+    budget.scan((tokens_at - lowest) / 4)?;
+    if let Some(names) = packed::names(data, lowest, budget)? {
+        return Ok(Some(names));
+    }
     let mut num_at = tokens_at & !7;
     while num_at >= lowest + 8 {
         num_at -= 8;
@@ -374,6 +390,7 @@ fn find_names(data: &[u8], tokens_at: usize, budget: &Budget) -> Result<Option<N
             if let Some(len) = fit {
                 return Ok(Some(Names {
                     num_at,
+                    at: num_at + 8,
                     count,
                     len,
                     long,
@@ -578,99 +595,4 @@ impl Symbols {
 fn hash(name: &str) -> u64 {
     let step = |h: u32, b: u8| (h ^ u32::from(b)).wrapping_mul(0x0100_0193);
     u64::from(name.bytes().fold(0x811c_9dc5, step)) << 32
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::kernel::fixture::{vcpus, Fixture, Tables, ENTRY, KIND, TEXT};
-    use crate::kernel::Kernel;
-
-    #[test]
-    fn symbols_are_read_in_every_order_and_encoding_of_the_tables() {
-        for tables in [
-            Tables::Old,
-            Tables::OldWithSequence,
-            Tables::New,
-            Tables::PlaceRelative,
-        ] {
-            let mut fixture = Fixture::new();
-            fixture.tables = tables;
-            let long = "a_very_long_name_".repeat(12);
-            fixture.function(TEXT.0 + 0x200, "twice", &[0xc3]);
-            fixture.function(TEXT.0 + 0x300, "twice", &[0xc3]);
-            fixture.function(TEXT.0 + 0x340, &long, &[0xc3]);
-            if tables != Tables::PlaceRelative {
-                fixture.symbols.push((0x4000, 'A', "per_cpu".into()));
-            }
-            let memory = fixture.build();
-            let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-            let symbols = &kernel.symbols;
-            assert_eq!(kernel.release, "6.1.0-test", "{tables:?}");
-            assert_eq!(symbols.addr("entry"), Some(ENTRY));
-            assert_eq!(symbols.all("twice").count(), 2);
-            assert_eq!(symbols.addr(&long), Some(TEXT.plus(0x340)));
-            assert_eq!(symbols.room(TEXT.plus(0x200)), Some(0x100));
-            assert_eq!(symbols.covering(TEXT.plus(0x305)), Some(("twice", 5)));
-            if tables != Tables::PlaceRelative {
-                assert_eq!(symbols.addr("per_cpu"), Some(Gva(0x4000)));
-            }
-            assert_eq!(kernel.function("twice", 2).unwrap(), TEXT.plus(0x300));
-            assert!(kernel.function("twice", 0).is_err());
-            assert!(kernel.function("twice", 3).is_err());
-        }
-    }
-
-    #[test]
-    fn a_table_whose_addresses_disagree_with_the_anchors_is_not_believed() {
-        let memory = Fixture::new().build();
-        let mut vcpus = vcpus();
-        vcpus[0].entry = ENTRY.0 + 1;
-        let error = Kernel::read(&memory, KIND, &vcpus).unwrap_err();
-        assert!(matches!(error, Error::NotLinux(_)), "{error}");
-    }
-
-    #[test]
-    fn a_guest_in_its_firmware_is_not_ready() {
-        let memory = Fixture::new().build();
-        for change in [
-            |v: &mut crate::guest::Vcpu| v.long_mode = false,
-            |v: &mut crate::guest::Vcpu| v.entry = 0,
-        ] {
-            let mut vcpus = vcpus();
-            change(&mut vcpus[0]);
-            let error = Kernel::read(&memory, KIND, &vcpus).unwrap_err();
-            assert!(matches!(error, Error::NotReady(_)), "{error}");
-        }
-    }
-
-    #[test]
-    fn damaged_tables_are_refused_or_harmless() {
-        let symbols: Vec<_> = (0..1500)
-            .map(|i| (TEXT.0 + i, 't', format!("s{i}")))
-            .collect();
-        let at = crate::kernel::fixture::RODATA;
-        let good = crate::kernel::fixture::kallsyms(at, &symbols, Tables::New);
-        for step in 0..400 {
-            let mut bad = good.clone();
-            let place = step * 7919 % bad.len();
-            bad[place] ^= 1 << (step % 8);
-            let memory = crate::guest::mock::MockMemory::new();
-            memory.map_bytes(at, &bad, false, false);
-            let space = Space::new(&memory, crate::guest::mock::ROOT, 4);
-            let range = Range {
-                start: at,
-                end: at.plus(1 << 20),
-            };
-            let regions = space.regions(range);
-            let _ = read(
-                &space,
-                &regions,
-                Anchors {
-                    text_base: TEXT,
-                    entry: TEXT,
-                },
-            );
-        }
-    }
 }
