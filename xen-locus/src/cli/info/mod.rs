@@ -1,7 +1,10 @@
 //! `xen-locus info DOMAIN`: who a guest's kernel is, from its memory alone.
 
+mod modules;
+mod raw;
 mod symbols;
 mod tasks;
+mod types;
 
 use serde_json::{json, Map, Value};
 
@@ -24,9 +27,15 @@ pub fn run(session: &Session, host: &Host, args: &args::Info) -> anyhow::Result<
     let domain = host.guest(&args.domain)?;
     let kernel = Kernel::of(&domain).map_err(Error::from)?;
     if let Some(pattern) = &args.what.symbols {
-        symbols::show(session, &domain, &kernel, pattern);
+        symbols::show(session, &domain, &kernel, pattern)?;
     } else if args.what.tasks {
         tasks::show(session, &domain, &kernel)?;
+    } else if args.what.modules {
+        modules::show(session, &domain, &kernel)?;
+    } else if let Some(name) = &args.what.type_name {
+        types::show(session, &domain, &kernel, name)?;
+    } else if let Some(what) = &args.what.raw {
+        raw::show(&kernel, what)?;
     } else {
         summary(session, &domain, &kernel)?;
     }
