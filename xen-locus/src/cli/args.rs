@@ -97,7 +97,7 @@ pub struct What {
     /// A type as C, with offsets and sizes: struct NAME, union NAME, enum NAME, a typedef or a function
     #[arg(long = "type", value_name = "NAME")]
     pub type_name: Option<String>,
-    /// Bytes as they are in the guest, on stdout: btf, btf:MODULE, notes
+    /// Bytes as they are in the guest, on stdout: btf, btf:MODULE, notes, vmcoreinfo
     #[arg(long, value_name = "WHAT")]
     pub raw: Option<String>,
 }

@@ -3,10 +3,11 @@
 use super::super::out;
 use crate::error::Error;
 use crate::kernel::modules::Reader;
-use crate::kernel::Kernel;
+use crate::kernel::vmcoreinfo::VmcoreInfo;
+use crate::kernel::{self, Kernel};
 
 /// What can be asked for.
-const KNOWN: &str = "btf, btf:MODULE, notes";
+const KNOWN: &str = "btf, btf:MODULE, notes, vmcoreinfo";
 
 /// Writes the bytes of `what` to stdout.
 ///
@@ -16,6 +17,10 @@ pub fn show(kernel: &Kernel<'_>, what: &str) -> Result<(), Error> {
     match what.split_once(':') {
         None if what == "btf" => out::bytes(kernel.btf()?.bytes()),
         None if what == "notes" => out::bytes(&kernel.notes()?),
+        None if what == "vmcoreinfo" => match VmcoreInfo::read(kernel)? {
+            Some(info) => out::bytes(info.text().as_bytes()),
+            None => return Err(kernel::Error::Missing("VMCOREINFO".into()).into()),
+        },
         Some(("btf", module)) => out::bytes(&module_btf(kernel, module)?),
         _ => {
             return Err(Error::Usage(format!(
