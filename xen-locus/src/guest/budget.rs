@@ -30,6 +30,7 @@ pub const BYTES: u64 = 100;
 #[derive(Clone, Debug)]
 pub struct Budget {
     left: Rc<Cell<u64>>,
+    copied: Rc<Cell<u64>>,
     limit: u64,
 }
 
@@ -45,6 +46,7 @@ impl Budget {
     pub fn of(limit: u64) -> Budget {
         Budget {
             left: Rc::new(Cell::new(limit)),
+            copied: Rc::default(),
             limit,
         }
     }
@@ -57,6 +59,17 @@ impl Budget {
         let left = self.left.get().checked_sub(units);
         self.left.set(left.unwrap_or(0));
         left.map(|_| ()).ok_or(Error::Exhausted)
+    }
+
+    /// Notes that `len` bytes were copied out of the guest.
+    pub fn note(&self, len: usize) {
+        self.copied.set(self.copied.get() + len as u64);
+    }
+
+    /// Bytes copied out of the guest so far.
+    #[must_use]
+    pub fn copied(&self) -> u64 {
+        self.copied.get()
     }
 
     /// Takes what looking at each of `len` bytes costs.

@@ -29,7 +29,7 @@ pub const PTE_NX: u64 = 1 << 63;
 pub const PTE_FRAME: u64 = 0x000f_ffff_ffff_f000;
 
 /// Pages mapped by one call when a long range is read.
-const BATCH: usize = 512;
+pub const BATCH: usize = 512;
 /// Windows kept before the store is emptied: bounds what a guest can make us hold. Each is a mapping
 /// of its own, of which Linux gives a process 65530 (`vm.max_map_count`).
 const KEEP: usize = 8192;
@@ -155,6 +155,7 @@ impl<'m> Space<'m> {
         }
         let mut bytes = [0u8; PAGE_LEN];
         self.map(&[frame])?.read(0, &mut bytes)?;
+        self.budget.note(PAGE_LEN);
         let mut words = [0u64; 512];
         for (word, chunk) in words.iter_mut().zip(bytes.chunks_exact(8)) {
             *word = u64::from_le_bytes(chunk.try_into().unwrap_or_default());
@@ -257,6 +258,7 @@ impl<'m> Space<'m> {
             let n = rest.len().min(PAGE_LEN - at.offset());
             let (now, later) = rest.split_at_mut(n);
             self.window(self.walk(at)?.frame)?.read(at.offset(), now)?;
+            self.budget.note(n);
             rest = later;
             at = at.plus(n as u64);
         }
@@ -271,6 +273,7 @@ impl<'m> Space<'m> {
             let (now, later) = rest.split_at_mut(n);
             let frames = self.frames(at, n as u64)?;
             self.map(&frames)?.read(at.offset(), now)?;
+            self.budget.note(n);
             rest = later;
             at = at.plus(n as u64);
         }

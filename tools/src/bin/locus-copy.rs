@@ -1,0 +1,52 @@
+//! `locus-copy DOMAIN KIB`: what it costs to map and copy so much of a guest's memory and do nothing
+//! with it: the reference beside the cost of `xen-locus info`.
+//!
+//! Prints, as JSON, microseconds of mapping and copying KIB KiB of the kernel's image, in mappings as
+//! long as the ones that xen-locus makes for long reads.
+
+use std::time::Instant;
+
+use anyhow::{ensure, Result};
+use clap::Parser;
+use serde_json::json;
+use xen_locus::addr::{Frame, PAGE_LEN};
+use xen_locus::cli::Host;
+use xen_locus::guest::space::BATCH;
+use xen_locus::guest::Memory as _;
+use xen_locus::kernel::Kernel;
+
+/// Measure mapping and copying guest memory
+#[derive(Parser)]
+struct Args {
+    /// Name or id
+    domain: String,
+    /// How much, in KiB
+    kib: usize,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let host = Host::open()?;
+    let domain = host.guest(&args.domain)?;
+    let kernel = Kernel::of(&domain)?;
+    let mut image: Vec<Frame> = Vec::new();
+    for region in &kernel.regions {
+        image.extend(kernel.space.frames(region.range.start, region.range.len())?);
+    }
+    ensure!(!image.is_empty(), "the guest's kernel has no image");
+    let pages = args.kib.div_ceil(PAGE_LEN / 1024);
+    let frames: Vec<Frame> = image.into_iter().cycle().take(pages).collect();
+    let mut copy = vec![0; BATCH * PAGE_LEN];
+    let began = Instant::now();
+    for batch in frames.chunks(BATCH) {
+        let len = batch.len() * PAGE_LEN;
+        let part = copy.get_mut(..len).unwrap_or_default();
+        domain.map(batch)?.read(0, part)?;
+    }
+    let took = began.elapsed().as_micros();
+    println!(
+        "{}",
+        json!({ "schema": 1, "kib": pages * PAGE_LEN / 1024, "us": took })
+    );
+    Ok(())
+}
