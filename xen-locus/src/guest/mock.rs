@@ -1,5 +1,8 @@
 //! A guest made of frames in this process, for tests.
 
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)] // part of tests only
+#![allow(missing_debug_implementations)]
+
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;

@@ -3,9 +3,10 @@
 //! A back end that can only read (a saved core) implements only the reading traits, so "writing to
 //! a core" does not compile. Guest memory is never a `&[u8]`: bytes are copied in and out.
 
+pub mod core;
 pub mod fetch;
-#[cfg(test)]
-pub(crate) mod mock;
+#[cfg(any(test, feature = "testing"))]
+pub mod mock;
 pub mod space;
 
 use crate::addr::{Frame, Gva};

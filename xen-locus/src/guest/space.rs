@@ -103,6 +103,12 @@ impl<'m> Space<'m> {
         Space::new(self.mem, self.root, self.levels)
     }
 
+    /// Levels of its page tables, 4 or 5.
+    #[must_use]
+    pub fn levels(&self) -> u8 {
+        self.levels
+    }
+
     /// The memory below.
     #[must_use]
     pub fn memory(&self) -> &'m dyn Memory {

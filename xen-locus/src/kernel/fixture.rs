@@ -1,6 +1,8 @@
 //! A small kernel in a mock's memory, for tests: text, constants with a symbol table, variables.
 
 #![allow(clippy::cast_possible_truncation)] // small tables
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)] // part of tests only
+#![allow(missing_debug_implementations, clippy::new_without_default)]
 
 use crate::addr::{Gva, PAGE_LEN};
 use crate::guest::mock::{MockMemory, ROOT};

@@ -1,8 +1,10 @@
 //! Who is this guest: its kernel's place, symbols, types and tasks, read from guest memory alone.
 
 pub mod btf;
-#[cfg(test)]
-pub(crate) mod fixture;
+#[cfg(any(test, feature = "testing"))]
+pub mod fixture;
+#[cfg(any(test, feature = "testing"))]
+pub mod fixture_world;
 pub mod kallsyms;
 pub mod locate;
 pub mod tasks;
@@ -82,13 +84,66 @@ impl<'m> Kernel<'m> {
     /// # Errors
     /// See [`Error`].
     pub fn read(mem: &'m dyn Memory, kind: GuestType, vcpus: &[Vcpu]) -> Result<Kernel<'m>, Error> {
+        let located = locate::locate(mem, kind, vcpus)?;
+        Kernel::believe(located, kind, vcpus)
+    }
+
+    /// Finds and reads the kernel of a saved guest. In a core of a PVH or HVM guest no entry point
+    /// is known, so the kernel is found by the page tables and believed by other anchors
+    /// ([`locate::agrees`]).
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn of_saved(
+        mem: &'m dyn Memory,
+        kind: GuestType,
+        vcpus: &[Vcpu],
+    ) -> Result<Kernel<'m>, Error> {
+        if kind == GuestType::Pv {
+            return Kernel::read(mem, kind, vcpus);
+        }
+        let mut first = None;
+        for located in locate::candidates(mem, kind, vcpus)? {
+            match Kernel::believe(located, kind, vcpus) {
+                Ok(mut kernel) => {
+                    kernel.kind = kernel.kind_by_itself().unwrap_or(kind);
+                    return Ok(kernel);
+                }
+                Err(error) => first = first.or(Some(error)),
+            }
+        }
+        // There is one candidate at least, and the first is the likeliest.
+        Err(first.unwrap_or_else(|| Error::NotLinux("no kernel is in the core".into())))
+    }
+
+    /// What an auto-translated guest thinks it is: `xen_pvh` (arch/x86/xen/enlighten_pvh.c)
+    /// is set where the guest was started as PVH.
+    fn kind_by_itself(&self) -> Option<GuestType> {
+        let mut flag = [0];
+        self.space
+            .read(self.symbols.addr("xen_pvh")?, &mut flag)
+            .ok()?;
+        Some(if flag == [0] {
+            GuestType::Hvm
+        } else {
+            GuestType::Pvh
+        })
+    }
+
+    fn believe(
+        located: locate::Located<'m>,
+        kind: GuestType,
+        vcpus: &[Vcpu],
+    ) -> Result<Kernel<'m>, Error> {
         let locate::Located {
             space,
             text_base,
             entry,
             regions,
-        } = locate::locate(mem, kind, vcpus)?;
-        let symbols = kallsyms::read(&space, &regions, kallsyms::Anchors { text_base, entry })?;
+        } = located;
+        let agrees = |symbols: &kallsyms::Symbols| locate::agrees(symbols, &space, vcpus);
+        let second = entry.map_or(kallsyms::Second::State(&agrees), kallsyms::Second::Entry);
+        let symbols = kallsyms::read(&space, &regions, kallsyms::Anchors { text_base, second })?;
         // The kernel's own page table stays, whichever process comes and goes: `init_top_pgt`
         // (arch/x86/include/asm/pgtable_64.h: swapper_pg_dir).
         let space = space.with_root(space.walk(symbols.need("init_top_pgt")?)?.frame);

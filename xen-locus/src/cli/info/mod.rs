@@ -1,12 +1,12 @@
-//! `xen-locus info DOMAIN`: who a guest's kernel is, from its memory alone.
+//! `xen-locus info DOMAIN`: who a guest's kernel is, from its memory alone, or from a saved core.
 
 mod symbols;
 
 use serde_json::json;
 
 use super::args::{self, Output};
-use super::{out, Host, Session};
-use crate::domain::Domain;
+use super::subject::{self, Subject};
+use super::{out, Session};
 use crate::error::{Error, ExitCode};
 use crate::kernel::tasks::Layout;
 use crate::kernel::Kernel;
@@ -17,18 +17,19 @@ use crate::link::record::hex;
 ///
 /// # Errors
 /// No such guest, or its kernel can't be read.
-pub fn run(session: &Session, host: &Host, args: &args::Info) -> anyhow::Result<ExitCode> {
-    let domain = host.guest(&args.domain)?;
-    let kernel = Kernel::of(&domain).map_err(Error::from)?;
-    if let Some(pattern) = &args.what.symbols {
-        symbols::show(session, &domain, &kernel, pattern);
-    } else {
-        summary(session, &domain, &kernel)?;
-    }
-    Ok(ExitCode::Done)
+pub fn run(session: &Session, args: &args::Info) -> anyhow::Result<ExitCode> {
+    subject::with_kernel(&args.whom, |subject, kernel| {
+        if let Some(pattern) = &args.what.symbols {
+            symbols::show(session, subject, kernel, pattern);
+        } else {
+            summary(session, subject, kernel)?;
+        }
+        Ok(ExitCode::Done)
+    })
+    .map_err(Into::into)
 }
 
-fn summary(session: &Session, domain: &Domain<'_>, kernel: &Kernel<'_>) -> Result<(), Error> {
+fn summary(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<(), Error> {
     let btf_types = kernel.btf()?.len();
     let tasks = Layout::of(kernel)?
         .all(kernel, &kernel.space.fresh())?
@@ -36,13 +37,10 @@ fn summary(session: &Session, domain: &Domain<'_>, kernel: &Kernel<'_>) -> Resul
     let build_id = kernel.build_id.as_deref().map(hex).unwrap_or_default();
     let (room, used) = Arena::read(kernel)?.room(kernel.kind);
     let modules = kernel.module_count()?;
-    let info = &domain.info;
     match session.output {
-        Output::Json => out::object(json!({
-            "domid": info.id.0,
-            "name": domain.name,
-            "uuid": info.uuid,
-            "type": info.kind,
+        Output::Json => out::object(subject.object(json!({
+            "uuid": subject.uuid,
+            "type": kernel.kind,
             "kernel": kernel.release,
             "build_id": build_id,
             "text_base": out::address(kernel.text_base.0),
@@ -52,18 +50,25 @@ fn summary(session: &Session, domain: &Domain<'_>, kernel: &Kernel<'_>) -> Resul
             "orc_entries": kernel.orc_entries(),
             "modules": modules,
             "tasks": tasks,
-            "vcpus": info.vcpus,
+            "vcpus": subject.vcpus,
             "arena": {
                 "base": out::address(arena::BASE.0),
                 "pages": room,
                 "used": used,
             },
-        })),
+        }))),
         Output::Table => {
             for (what, value) in [
-                ("domain", domain.label()),
-                ("uuid", info.uuid.clone()),
-                ("type", info.kind.to_string()),
+                (
+                    if subject.core.is_some() {
+                        "core"
+                    } else {
+                        "domain"
+                    },
+                    subject.label(),
+                ),
+                ("uuid", subject.uuid.clone().unwrap_or_default()),
+                ("type", kernel.kind.to_string()),
                 ("kernel", kernel.release.clone()),
                 ("build-id", build_id),
                 ("text base", kernel.text_base.to_string()),
@@ -73,13 +78,15 @@ fn summary(session: &Session, domain: &Domain<'_>, kernel: &Kernel<'_>) -> Resul
                 ("ORC entries", kernel.orc_entries().to_string()),
                 ("modules", modules.to_string()),
                 ("tasks", tasks.to_string()),
-                ("vCPUs", info.vcpus.to_string()),
+                ("vCPUs", subject.vcpus.to_string()),
                 (
                     "arena",
                     format!("{} pages at {}, {used} in use", room, arena::BASE),
                 ),
             ] {
-                out::line(&format!("{what:<13} {value}"));
+                if !value.is_empty() {
+                    out::line(&format!("{what:<13} {value}"));
+                }
             }
         }
     }

@@ -2,21 +2,19 @@
 
 use serde_json::json;
 
-use super::super::{out, Session};
 use crate::cli::args::Output;
-use crate::domain::Domain;
+use crate::cli::subject::Subject;
+use crate::cli::{out, Session};
 use crate::kernel::Kernel;
 
 /// Shows the symbols that match, in the kernel's order.
-pub fn show(session: &Session, domain: &Domain<'_>, kernel: &Kernel<'_>, pattern: &str) {
+pub fn show(session: &Session, subject: &Subject, kernel: &Kernel<'_>, pattern: &str) {
     let found = kernel
         .symbols
         .iter()
         .filter(|s| matches(pattern.as_bytes(), s.name.as_bytes()));
     match session.output {
-        Output::Json => out::object(json!({
-            "domid": domain.info.id.0,
-            "name": domain.name,
+        Output::Json => out::object(subject.object(json!({
             "symbol_list": found
                 .map(|s| json!({
                     "name": s.name,
@@ -24,7 +22,7 @@ pub fn show(session: &Session, domain: &Domain<'_>, kernel: &Kernel<'_>, pattern
                     "address": out::address(s.addr.0),
                 }))
                 .collect::<Vec<_>>(),
-        })),
+        }))),
         Output::Table => {
             let mut text = String::new();
             for s in found {
