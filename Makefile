@@ -11,7 +11,7 @@ XTEST = cargo run --release -p xtest --
 DESTDIR =
 PREFIX = /usr
 
-.PHONY: all deps build demo test lint unit nested bench install clean
+.PHONY: all deps build demo test lint unit nested bench fuzz install clean
 
 all: build
 
@@ -47,6 +47,12 @@ nested: deps
 
 bench: deps
 	$(XTEST) bench
+
+# Seconds for each target of the fuzzer.
+SECONDS = 20
+
+fuzz: deps
+	@sh fuzz/run.sh $(SECONDS)
 
 install: build
 	install -D -m 755 target/release/xen-locus $(DESTDIR)$(PREFIX)/sbin/xen-locus

@@ -8,7 +8,9 @@ pub const PAGE_SIZE: u64 = 4096;
 pub const PAGE_LEN: usize = 4096;
 
 /// Guest virtual address.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, serde::Serialize, serde::Deserialize,
+)]
 pub struct Gva(pub u64);
 
 impl Gva {

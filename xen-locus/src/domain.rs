@@ -3,6 +3,7 @@
 use crate::addr::{DomId, Frame};
 use crate::error::{Error, Result};
 use crate::guest::{self, GuestType, Machine, Memory, MemoryMut, Paused, Vcpu, Window, WindowMut};
+use crate::kernel::cache::Cache;
 use crate::store::Store;
 use crate::xen::{Control, DomainInfo, Foreign, Hypercalls, Pause};
 
@@ -15,6 +16,8 @@ pub struct Domain<'c> {
     pub info: DomainInfo,
     /// Its name, from XenStore; empty while it has none.
     pub name: String,
+    /// Where what is read of its kernel may be kept; nowhere unless set.
+    pub cache: Cache,
 }
 
 impl<'c> Domain<'c> {
@@ -63,6 +66,7 @@ impl<'c> Domain<'c> {
             foreign,
             info,
             name,
+            cache: Cache::none(),
         })
     }
 
@@ -98,6 +102,10 @@ impl Machine for Domain<'_> {
 
     fn kind(&self) -> GuestType {
         self.info.kind
+    }
+
+    fn cache(&self) -> &Cache {
+        &self.cache
     }
 
     fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {

@@ -87,6 +87,11 @@ impl Error {
             | Error::Memory(guest::Error::Xen(xen::Error::Unsupported(_))) => {
                 ExitCode::NotApplicable
             }
+            // A guest that lies is as little supported as another system.
+            Error::Memory(guest::Error::Exhausted)
+            | Error::Kernel(kernel::Error::Memory(guest::Error::Exhausted)) => {
+                ExitCode::NotApplicable
+            }
             Error::Failed(_) | Error::Memory(_) | Error::Xen(_) => ExitCode::Failed,
             Error::TryAgain(_) | Error::Blocked { .. } => ExitCode::TryAgain,
             Error::Kernel(kernel::Error::NotReady(_)) => ExitCode::TryAgain,

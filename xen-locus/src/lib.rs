@@ -16,6 +16,8 @@ pub mod cli;
 pub mod daemon;
 pub mod domain;
 pub mod error;
+#[cfg(any(test, feature = "testing"))]
+pub mod fuzz;
 pub mod guest;
 pub mod kernel;
 pub mod link;

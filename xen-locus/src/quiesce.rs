@@ -200,6 +200,8 @@ impl<'k, 'm> Prescan<'k, 'm> {
     /// [`Error::TryAgain`] when the list moved too much while it was read; else as reading memory.
     pub fn refresh(&mut self) -> Result<()> {
         const TRIES: u32 = 20;
+        // Who waits for a quiet moment lists the tasks again and again, until a deadline.
+        self.space.budget().refill();
         let mut last = None;
         for _ in 0..TRIES {
             match self.list() {
@@ -233,7 +235,7 @@ impl<'k, 'm> Prescan<'k, 'm> {
                     Known {
                         sp: self.space.pin(task.addr.plus(self.layout.sp as u64))?,
                         on_cpu: self.space.pin(task.addr.plus(self.layout.on_cpu as u64))?,
-                        stack: self.space.memory().map(&frames)?,
+                        stack: self.space.map(&frames)?,
                         task,
                     }
                 }
@@ -271,7 +273,7 @@ impl<'k, 'm> Prescan<'k, 'm> {
                     let start = Gva(end.checked_sub(self.layout.stack_size)?);
                     let range = Range::new(start, self.layout.stack_size);
                     let frames = self.space.frames(range.start, range.len()).ok()?;
-                    Some((range, self.space.memory().map(&frames).ok()?))
+                    Some((range, self.space.map(&frames).ok()?))
                 });
                 Cpu {
                     base,

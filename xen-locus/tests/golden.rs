@@ -13,13 +13,14 @@ use std::process::Command;
 const CORES: [&str; 2] = ["mock-pv", "mock-pvh"];
 
 /// Name of the file, and arguments; `CORE` stands for the core.
-const COMMANDS: [(&str, &[&str]); 6] = [
+const COMMANDS: [(&str, &[&str]); 7] = [
     ("list", &["list", "--core", "CORE"]),
     ("info", &["info", "--core", "CORE"]),
     (
         "symbols",
         &["info", "--core", "CORE", "--symbols", "*_task*"],
     ),
+    ("tasks", &["info", "--core", "CORE", "--tasks"]),
     ("status", &["status", "--core", "CORE"]),
     ("check", &["check", "--core", "CORE", "payload.ko"]),
     ("check-core", &["check", "--core", "CORE", "CORE"]),

@@ -16,7 +16,10 @@ use xen_locus::cli::check;
 use xen_locus::guest::core::write::{self, Page};
 use xen_locus::guest::core::Core;
 use xen_locus::guest::{self, Memory, Window};
-use xen_locus::kernel::tasks::Layout;
+use xen_locus::kernel::cpu::Cpu;
+use xen_locus::kernel::orc::Table;
+use xen_locus::kernel::tasks::{self, Details};
+use xen_locus::kernel::vmcoreinfo::VmcoreInfo;
 use xen_locus::kernel::Kernel;
 use xen_locus::link::arena::Arena;
 use xen_locus::patch::Payload;
@@ -100,8 +103,19 @@ fn main() -> Result<()> {
 fn touch(memory: &dyn Memory, core: &Core, payloads: &[PathBuf]) -> Result<()> {
     let kernel = Kernel::of_saved(memory, core.kind(), core.vcpus())?;
     kernel.btf()?;
-    Layout::of(&kernel)?.all(&kernel, &kernel.space.fresh())?;
+    let details = Details::of(&kernel)?;
+    tasks::snapshot(&kernel, |space, tasks| {
+        tasks
+            .iter()
+            .try_for_each(|task| details.read(space, task.addr).map(|_| ()))
+    })?;
     kernel.module_count()?;
+    // A kernel may have none of these; `info` then says so.
+    let _ = Table::of(&kernel);
+    let _ = Cpu::read(&kernel);
+    if let Some(info) = VmcoreInfo::read(&kernel)? {
+        info.check(&kernel)?;
+    }
     Arena::read(&kernel)?;
     service::patches(&kernel)?;
     for path in payloads {

@@ -114,6 +114,9 @@ pub struct What {
     /// Symbols whose name matches PATTERN (* and ? as in a shell), as /proc/kallsyms shows them
     #[arg(long, value_name = "PATTERN")]
     pub symbols: Option<String>,
+    /// Tasks: every thread of every process, and the idle task of every CPU
+    #[arg(long)]
+    pub tasks: bool,
 }
 
 /// Arguments of `apply`.

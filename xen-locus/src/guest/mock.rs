@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // part of tests only
 #![allow(missing_debug_implementations)]
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 
@@ -24,6 +24,7 @@ pub const ROOT: Frame = Frame(1);
 
 impl MockMemory {
     /// No memory but an empty page-table root.
+    #[must_use]
     pub fn new() -> MockMemory {
         let mock = MockMemory::default();
         mock.frames
@@ -33,6 +34,7 @@ impl MockMemory {
     }
 
     /// Adds a zeroed frame.
+    #[must_use]
     pub fn frame(&self) -> Frame {
         let mut frames = self.frames.borrow_mut();
         let number = 1 + frames.len() as u64;
@@ -46,6 +48,16 @@ impl MockMemory {
             why: "the mock has no such frame".into(),
         };
         self.frames.borrow().get(&frame.0).cloned().ok_or_else(why)
+    }
+
+    fn pages(&self, frames: &[Frame]) -> Result<Vec<Page>, Error> {
+        frames.iter().map(|&f| self.page(f)).collect()
+    }
+
+    /// Overwrites bytes of a frame.
+    pub fn fill(&self, frame: Frame, at: usize, bytes: &[u8]) {
+        let page = self.page(frame).unwrap();
+        page.borrow_mut()[at..at + bytes.len()].copy_from_slice(bytes);
     }
 
     /// Overwrites an entry of a page table.
@@ -88,54 +100,94 @@ impl MockMemory {
 
 struct MockWindow(Vec<Page>);
 
-impl Window for MockWindow {
-    fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), Error> {
-        let bounds = Error::Bounds {
-            offset,
-            len: buf.len(),
-            size: self.0.len() * PAGE_LEN,
-        };
-        for (i, b) in buf.iter_mut().enumerate() {
-            let at = offset + i;
-            let page = self.0.get(at / PAGE_LEN).ok_or_else(|| bounds.clone())?;
-            *b = page.borrow()[at % PAGE_LEN];
+impl MockWindow {
+    /// Calls `each` for the parts of the pages that `len` bytes at `offset` touch.
+    fn parts(
+        &self,
+        offset: usize,
+        len: usize,
+        mut each: impl FnMut(&Page, std::ops::Range<usize>, usize),
+    ) -> Result<(), Error> {
+        let size = self.0.len() * PAGE_LEN;
+        if offset.checked_add(len).is_none_or(|end| end > size) {
+            return Err(Error::Bounds { offset, len, size });
+        }
+        let mut done = 0;
+        while done < len {
+            let at = offset + done;
+            let start = at % PAGE_LEN;
+            let n = (PAGE_LEN - start).min(len - done);
+            each(&self.0[at / PAGE_LEN], start..start + n, done);
+            done += n;
         }
         Ok(())
+    }
+}
+
+impl Window for MockWindow {
+    fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), Error> {
+        self.parts(offset, buf.len(), |page, part, done| {
+            buf[done..done + part.len()].copy_from_slice(&page.borrow()[part]);
+        })
     }
 }
 
 impl WindowMut for MockWindow {
     fn write(&self, offset: usize, bytes: &[u8]) -> Result<(), Error> {
-        let bounds = Error::Bounds {
-            offset,
-            len: bytes.len(),
-            size: self.0.len() * PAGE_LEN,
-        };
-        for (i, &b) in bytes.iter().enumerate() {
-            let at = offset + i;
-            let page = self.0.get(at / PAGE_LEN).ok_or_else(|| bounds.clone())?;
-            page.borrow_mut()[at % PAGE_LEN] = b;
-        }
-        Ok(())
+        self.parts(offset, bytes.len(), |page, part, done| {
+            let len = part.len();
+            page.borrow_mut()[part].copy_from_slice(&bytes[done..done + len]);
+        })
     }
 }
 
 impl Memory for MockMemory {
     fn map(&self, frames: &[Frame]) -> Result<Box<dyn Window>, Error> {
-        let pages = frames
-            .iter()
-            .map(|&f| self.page(f))
-            .collect::<Result<_, _>>()?;
-        Ok(Box::new(MockWindow(pages)))
+        Ok(Box::new(MockWindow(self.pages(frames)?)))
     }
 }
 
 impl MemoryMut for MockMemory {
     fn map_mut(&self, frames: &[Frame]) -> Result<Box<dyn WindowMut>, Error> {
-        let pages = frames
-            .iter()
-            .map(|&f| self.page(f))
-            .collect::<Result<_, _>>()?;
-        Ok(Box::new(MockWindow(pages)))
+        Ok(Box::new(MockWindow(self.pages(frames)?)))
+    }
+}
+
+/// A mock whose memory changes while it is looked at: every so many words read come out inverted.
+pub struct Restless {
+    /// The memory as it is at rest.
+    pub at_rest: MockMemory,
+    /// One of so many 8-byte words is inverted.
+    pub every: usize,
+    /// Words read until now.
+    pub words: Rc<Cell<usize>>,
+}
+
+struct RestlessWindow {
+    window: Box<dyn Window>,
+    every: usize,
+    words: Rc<Cell<usize>>,
+}
+
+impl Window for RestlessWindow {
+    fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), Error> {
+        self.window.read(offset, buf)?;
+        for word in buf.chunks_mut(8) {
+            self.words.set(self.words.get() + 1);
+            if self.words.get().is_multiple_of(self.every) {
+                word.iter_mut().for_each(|b| *b = !*b);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Memory for Restless {
+    fn map(&self, frames: &[Frame]) -> Result<Box<dyn Window>, Error> {
+        Ok(Box::new(RestlessWindow {
+            window: self.at_rest.map(frames)?,
+            every: self.every,
+            words: Rc::clone(&self.words),
+        }))
     }
 }

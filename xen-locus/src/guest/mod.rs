@@ -3,6 +3,7 @@
 //! A back end that can only read (a saved core) implements only the reading traits, so "writing to
 //! a core" does not compile. Guest memory is never a `&[u8]`: bytes are copied in and out.
 
+pub mod budget;
 pub mod core;
 pub mod fetch;
 #[cfg(any(test, feature = "testing"))]
@@ -10,6 +11,7 @@ pub mod mock;
 pub mod space;
 
 use crate::addr::{Frame, Gva};
+use crate::kernel::cache::Cache;
 
 /// Failure to reach guest memory.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -43,6 +45,13 @@ pub enum Error {
     /// The guest's data is not what it must be.
     #[error("{0}")]
     Odd(String),
+    /// Reading the guest cost more than any honest guest costs ([`budget`]).
+    #[error(
+        "reading the guest was given up after {} units of work, far more than a Linux kernel of \
+         any distribution takes: its tables or lists are too long, lead in circles, or lie",
+        budget::LIMIT
+    )]
+    Exhausted,
     /// A call into Xen.
     #[error(transparent)]
     Xen(#[from] crate::xen::Error),
@@ -128,6 +137,8 @@ pub trait Machine: MemoryMut {
     fn memory(&self) -> &dyn Memory;
     /// How it runs.
     fn kind(&self) -> GuestType;
+    /// Where what is read of its kernel may be kept.
+    fn cache(&self) -> &Cache;
     /// Registers of all its virtual CPUs.
     fn vcpus(&self) -> Result<Vec<Vcpu>, Error>;
     /// Pauses it; the guest runs again when the value is dropped.

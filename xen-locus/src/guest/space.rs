@@ -1,7 +1,7 @@
 //! A guest's kernel address space: page-table walk and reads by virtual address.
 //!
 //! Page-table pages are read once and kept, windows onto pages stay mapped, so a walk over many
-//! small objects costs one foreign mapping per page. What the guest may remap while we look
+//! small objects costs one foreign mapping per page. All of it is paid from a [`Budget`]. What the guest may remap while we look
 //! (vmalloc space: thread stacks, modules) wants a fresh `Space`, see [`Space::fresh`].
 //! Layout of entries: Intel SDM volume 3, chapter 4.5 ("4-level paging and 5-level paging").
 
@@ -9,6 +9,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
 
+use super::budget::{self, Budget};
 use super::{Error, Memory, Window};
 use crate::addr::{Frame, Gva, Range, PAGE_LEN, PAGE_SIZE};
 
@@ -29,8 +30,17 @@ pub const PTE_FRAME: u64 = 0x000f_ffff_ffff_f000;
 
 /// Pages mapped by one call when a long range is read.
 const BATCH: usize = 512;
-/// Windows and tables kept before the store is emptied: bounds what a guest can make us hold.
-const KEEP: usize = 16_384;
+/// Windows kept before the store is emptied: bounds what a guest can make us hold. Each is a mapping
+/// of its own, of which Linux gives a process 65530 (`vm.max_map_count`).
+const KEEP: usize = 8192;
+/// Page-table pages kept, likewise: 8 MiB, which map 4 GiB.
+const KEEP_TABLES: usize = 2048;
+/// Longest read in one piece, in bytes.
+const READ_MAX: usize = 64 << 20;
+/// Units of the budget for looking at all entries of a table.
+const TABLE: u64 = 16;
+/// Units of the budget for a region found: they are kept, so they must not be many.
+const REGION: u64 = 64;
 
 /// Where a virtual address leads.
 #[derive(Clone, Copy, Debug)]
@@ -65,6 +75,7 @@ pub struct Space<'m> {
     mem: &'m dyn Memory,
     root: Frame,
     levels: u8,
+    budget: Budget,
     tables: RefCell<HashMap<Frame, Table>>,
     windows: RefCell<HashMap<Frame, Rc<dyn Window>>>,
 }
@@ -79,40 +90,63 @@ impl std::fmt::Debug for Space<'_> {
 }
 
 impl<'m> Space<'m> {
-    /// The address space of page-table root `root`, with 4 or 5 `levels`.
+    /// The address space of page-table root `root`, with 4 or 5 `levels` and a budget of its own.
     #[must_use]
     pub fn new(mem: &'m dyn Memory, root: Frame, levels: u8) -> Self {
+        Space::within(mem, root, levels, Budget::default())
+    }
+
+    /// The address space of page-table root `root`, with 4 or 5 `levels`, paid from `budget`.
+    #[must_use]
+    pub fn within(mem: &'m dyn Memory, root: Frame, levels: u8, budget: Budget) -> Self {
         Space {
             mem,
             root,
             levels,
+            budget,
             tables: RefCell::default(),
             windows: RefCell::default(),
         }
     }
 
-    /// The space below another root, with nothing remembered.
+    /// The space below another root, with nothing remembered and the same budget.
     #[must_use]
     pub fn with_root(&self, root: Frame) -> Space<'m> {
-        Space::new(self.mem, root, self.levels)
+        Space::within(self.mem, root, self.levels, self.budget.clone())
     }
 
-    /// The same space with nothing remembered.
+    /// The same space and budget, with nothing remembered.
     #[must_use]
     pub fn fresh(&self) -> Space<'m> {
-        Space::new(self.mem, self.root, self.levels)
+        self.with_root(self.root)
     }
 
-    /// Levels of its page tables, 4 or 5.
+    /// Levels of its page tables: 4 or 5.
     #[must_use]
     pub fn levels(&self) -> u8 {
         self.levels
     }
 
-    /// The memory below.
+    /// The memory below; what is mapped there directly is not paid.
     #[must_use]
     pub fn memory(&self) -> &'m dyn Memory {
         self.mem
+    }
+
+    /// What reading may still cost.
+    #[must_use]
+    pub fn budget(&self) -> &Budget {
+        &self.budget
+    }
+
+    /// Maps frames, paid from the budget.
+    ///
+    /// # Errors
+    /// A frame can't be mapped, or the budget is spent.
+    pub fn map(&self, frames: &[Frame]) -> Result<Box<dyn Window>, Error> {
+        self.budget
+            .spend(budget::MAP + budget::PAGE * frames.len() as u64)?;
+        self.mem.map(frames)
     }
 
     fn table(&self, frame: Frame) -> Result<Table, Error> {
@@ -120,14 +154,14 @@ impl<'m> Space<'m> {
             return Ok(Rc::clone(t));
         }
         let mut bytes = [0u8; PAGE_LEN];
-        self.mem.map(&[frame])?.read(0, &mut bytes)?;
+        self.map(&[frame])?.read(0, &mut bytes)?;
         let mut words = [0u64; 512];
         for (word, chunk) in words.iter_mut().zip(bytes.chunks_exact(8)) {
             *word = u64::from_le_bytes(chunk.try_into().unwrap_or_default());
         }
         let table = Rc::new(words);
         let mut tables = self.tables.borrow_mut();
-        if tables.len() >= KEEP {
+        if tables.len() >= KEEP_TABLES {
             tables.clear();
         }
         tables.insert(frame, Rc::clone(&table));
@@ -140,6 +174,7 @@ impl<'m> Space<'m> {
     /// # Errors
     /// Not mapped above that level, or mapped by a large page above it.
     pub fn entry_slot(&self, at: Gva, stop: u8) -> Result<(Frame, usize, u64), Error> {
+        self.budget.spend(budget::WALK)?;
         let mut frame = self.root;
         let mut level = self.levels;
         loop {
@@ -164,6 +199,7 @@ impl<'m> Space<'m> {
         let mut frame = self.root;
         let mut level = self.levels;
         let (mut writable, mut executable) = (true, true);
+        self.budget.spend(budget::WALK)?;
         loop {
             let entry = entry(&*self.table(frame)?, slot(at, level));
             if entry & PTE_PRESENT == 0 {
@@ -234,7 +270,7 @@ impl<'m> Space<'m> {
             let n = rest.len().min(BATCH * PAGE_LEN - at.offset());
             let (now, later) = rest.split_at_mut(n);
             let frames = self.frames(at, n as u64)?;
-            self.mem.map(&frames)?.read(at.offset(), now)?;
+            self.map(&frames)?.read(at.offset(), now)?;
             rest = later;
             at = at.plus(n as u64);
         }
@@ -256,7 +292,7 @@ impl<'m> Space<'m> {
         if let Some(w) = self.windows.borrow().get(&frame) {
             return Ok(Rc::clone(w));
         }
-        let window: Rc<dyn Window> = Rc::from(self.mem.map(&[frame])?);
+        let window: Rc<dyn Window> = Rc::from(self.map(&[frame])?);
         let mut windows = self.windows.borrow_mut();
         if windows.len() >= KEEP {
             windows.clear();
@@ -288,8 +324,13 @@ impl<'m> Space<'m> {
     /// Reads `len` bytes.
     ///
     /// # Errors
-    /// As [`Space::read`].
+    /// As [`Space::read`]; [`Error::Odd`] when they are more than 64 MiB.
     pub fn read_vec(&self, at: Gva, len: usize) -> Result<Vec<u8>, Error> {
+        if len > READ_MAX {
+            return Err(Error::Odd(format!(
+                "the guest's tables want {len} bytes at {at} read; at most {READ_MAX} are"
+            )));
+        }
         let mut v = vec![0; len];
         self.read(at, &mut v)?;
         Ok(v)
@@ -319,45 +360,77 @@ impl<'m> Space<'m> {
         )))
     }
 
-    /// Runs of mapped pages with equal rights in `range`. A level whose tables can't be read counts
-    /// as not mapped.
+    /// Runs of mapped pages with equal rights in `range`. What lies below a table that can't be read
+    /// counts as not mapped; so does all that is left when the budget is spent, and what lies farther
+    /// from the start than the root maps.
     #[must_use]
     pub fn regions(&self, range: Range) -> Vec<Region> {
-        let mut found: Vec<Region> = Vec::new();
-        let mut at = range.start;
-        while at < range.end {
-            let step = match self.walk(at) {
-                Ok(leaf) => {
-                    let size = leaf.size - (at.0 & (leaf.size - 1));
-                    let here = Region {
-                        range: Range::new(at, size),
-                        writable: leaf.writable,
-                        executable: leaf.executable,
-                    };
-                    match found.last_mut() {
-                        Some(last)
-                            if last.range.end == at
-                                && last.writable == here.writable
-                                && last.executable == here.executable =>
-                        {
-                            last.range.end = here.range.end;
-                        }
-                        _ => found.push(here),
-                    }
-                    size
-                }
-                Err(Error::NotMapped { level, .. }) => {
-                    let size = PAGE_SIZE << (9 * (u32::from(level) - 1));
-                    size - (at.0 & (size - 1))
-                }
-                Err(_) => PAGE_SIZE,
+        let mut found = Vec::new();
+        let rights = Region {
+            range,
+            writable: true,
+            executable: true,
+        };
+        // All that can fail is the budget, and then the next access says so.
+        let _ = self.regions_below(self.root, self.levels, rights, &mut found);
+        found
+    }
+
+    /// Adds the regions of `above.range`, which one table of `level` maps, with at most the rights
+    /// of `above`.
+    fn regions_below(
+        &self,
+        table: Frame,
+        level: u8,
+        above: Region,
+        found: &mut Vec<Region>,
+    ) -> Result<(), Error> {
+        self.budget.spend(TABLE)?;
+        let Ok(entries) = self.table(table) else {
+            return self.budget.check();
+        };
+        let span = PAGE_SIZE << (9 * (u32::from(level) - 1));
+        let mut at = above.range.start;
+        for _ in 0..entries.len() {
+            if at >= above.range.end {
+                break;
+            }
+            let last = Gva(at.0 | (span - 1));
+            let end = last.0.checked_add(1).map_or(above.range.end, Gva);
+            let entry = entry(&entries, slot(at, level));
+            let here = Region {
+                range: Range {
+                    start: at,
+                    end: end.min(above.range.end),
+                },
+                writable: above.writable && entry & PTE_WRITE != 0,
+                executable: above.executable && entry & PTE_NX == 0,
             };
-            match at.0.checked_add(step) {
-                Some(next) => at = Gva(next),
-                None => break,
+            at = end;
+            if entry & PTE_PRESENT == 0 {
+                continue;
+            }
+            if level == 1 || (level <= 3 && entry & PTE_LARGE != 0) {
+                self.add_region(here, found)?;
+            } else {
+                let next = Frame((entry & PTE_FRAME) >> 12);
+                self.regions_below(next, level - 1, here, found)?;
             }
         }
-        found
+        Ok(())
+    }
+
+    fn add_region(&self, here: Region, found: &mut Vec<Region>) -> Result<(), Error> {
+        if let Some(last) = found.last_mut() {
+            let rights = |r: &Region| (r.writable, r.executable);
+            if last.range.end == here.range.start && rights(last) == rights(&here) {
+                last.range.end = here.range.end;
+                return Ok(());
+            }
+        }
+        self.budget.spend(REGION)?;
+        found.push(here);
+        Ok(())
     }
 }
 

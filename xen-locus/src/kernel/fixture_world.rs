@@ -41,6 +41,10 @@ const PID: usize = 64;
 const ON_CPU: usize = 68;
 const START_TIME: usize = 72;
 const COMM: usize = 80;
+const TGID: usize = 96;
+const STATE: usize = 100;
+const EXIT_STATE: usize = 104;
+const CPU: usize = 108;
 const SP: usize = 128 + 24;
 /// Offset of `thread_head` in its `signal_struct`.
 const THREAD_HEAD: usize = 16;
@@ -224,6 +228,9 @@ impl Draft {
         self.put(at.plus(ON_CPU as u64), &u32::from(on_cpu).to_le_bytes());
         self.put_u64(at.plus(START_TIME as u64), 1000 + u64::from(pid));
         self.put(at.plus(COMM as u64), comm.as_bytes());
+        // Asleep and interruptible, or running.
+        let state = u32::from(!on_cpu && pid != 0);
+        self.put(at.plus(STATE as u64), &state.to_le_bytes());
         at
     }
 
@@ -232,8 +239,11 @@ impl Draft {
         let signal = self.variable("", &[0; 64]);
         let nodes: Vec<Gva> = threads.iter().map(|t| t.plus(THREAD_NODE as u64)).collect();
         self.link(signal.plus(THREAD_HEAD as u64), &nodes);
+        let leader = (threads[0].0 - DATA.0) as usize + PID;
+        let tgid: [u8; 4] = self.data[leader..leader + 4].try_into().unwrap();
         for thread in threads {
             self.put_u64(thread.plus(SIGNAL as u64), signal.0);
+            self.put(thread.plus(TGID as u64), &tgid);
         }
     }
 
@@ -298,6 +308,9 @@ impl Draft {
         self.link(node(idle[0]), &[node(init), node(sleeper)]);
         // The sleeper is in the function that the payload replaces.
         self.stacks[3][0x1e80..0x1e88].copy_from_slice(&(PATCHED.0 + 10).to_le_bytes());
+        for on_second in [idle[1], busy] {
+            self.put(on_second.plus(CPU as u64), &1u32.to_le_bytes());
+        }
         for (cpu, current) in [(0, idle[0]), (1, busy)] {
             let area = &mut self.percpu[cpu];
             area[..8].copy_from_slice(&idle[cpu].0.to_le_bytes());
@@ -327,6 +340,10 @@ fn types() -> Vec<u8> {
             ("on_cpu", int, ON_CPU),
             ("start_time", long, START_TIME),
             ("comm", comm, COMM),
+            ("tgid", int, TGID),
+            ("__state", int, STATE),
+            ("exit_state", int, EXIT_STATE),
+            ("cpu", int, CPU),
             ("thread", thread, SP - 24),
         ],
     );

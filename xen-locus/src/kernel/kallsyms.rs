@@ -18,8 +18,12 @@
 
 use std::cell::OnceCell;
 
+use serde::{Deserialize, Serialize};
+
+use super::locate::KERNEL_MAP;
 use super::Error;
 use crate::addr::{Gva, Range};
+use crate::guest::budget::Budget;
 use crate::guest::fetch;
 use crate::guest::space::{Region, Space};
 
@@ -29,16 +33,18 @@ const CHUNK: usize = 1 << 20;
 const DATA_MAX: usize = 48 << 20;
 /// Longest token the search believes, in bytes.
 const TOKEN_MAX: usize = 128;
-/// Most symbols believed.
-const SYMBOLS_MAX: u64 = 1 << 21;
+/// Most symbols believed; kernels of distributions have up to a quarter of a million.
+const SYMBOLS_MAX: u64 = 1 << 20;
 /// Fewest symbols believed.
 const SYMBOLS_MIN: u64 = 1 << 10;
 /// Most bytes of all names together.
 const TEXT_MAX: usize = 32 << 20;
 /// Farthest the count stands before the token table, in bytes.
 const SPAN_MAX: usize = 16 << 20;
-/// Most names stepped over in the search, so that a guest can't make it long.
-const STEPS_MAX: u64 = 64 << 20;
+/// Names stepped over in the search for one unit of the guest's budget.
+const STEPS: usize = 16;
+/// Bytes of `kallsyms_token_index`: 256 16-bit words.
+const INDEX_LEN: usize = 512;
 /// Every so many symbols there is a marker.
 const MARKER_EVERY: usize = 256;
 /// Longest believed symbol name, in bytes (`KSYM_NAME_LEN` is 128, or 512 since v6.1).
@@ -55,7 +61,7 @@ pub struct Symbol<'a> {
     pub addr: Gva,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Entry {
     addr: u64,
     name: u32,
@@ -63,13 +69,20 @@ struct Entry {
     kind: u8,
 }
 
+/// Where the tables stand, by the names that the kernel has for them.
+pub type Places = Vec<(String, Gva)>;
+
 /// All symbols of the kernel image.
-#[derive(Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Symbols {
+    /// Where its tables were found.
+    pub places: Places,
     names: String,
     entries: Vec<Entry>,
     /// Hash of the name above, index below: sorted numbers instead of sorted strings.
+    #[serde(skip)]
     by_name: OnceCell<Vec<u64>>,
+    #[serde(skip)]
     by_addr: OnceCell<Vec<u32>>,
 }
 
@@ -140,6 +153,19 @@ impl<'s, 'm> Data<'s, 'm> {
         }
     }
 
+    /// Addresses of the tables.
+    fn places(&self, names: &Names, tokens: &Tokens, more: &[(&str, usize)]) -> Places {
+        let known = [
+            ("kallsyms_num_syms", names.num_at),
+            ("kallsyms_names", names.num_at + 8),
+            ("kallsyms_token_table", tokens.at),
+            ("kallsyms_token_index", tokens.end - INDEX_LEN),
+        ];
+        let all = known.iter().chain(more);
+        all.map(|&(name, at)| (name.to_owned(), self.start.plus(at as u64)))
+            .collect()
+    }
+
     /// Reads on until `end` bytes are there; false when there are not so many.
     fn reach(&mut self, end: usize) -> Result<bool, Error> {
         let have = self.bytes.len();
@@ -167,20 +193,22 @@ struct Tokens {
 const DIGITS: &[u8] = b"0\x001\x002\x003\x004\x005\x006\x007\x008\x009\x00";
 
 fn search(data: &mut Data<'_, '_>, anchors: Anchors<'_>) -> Result<Option<Symbols>, Error> {
-    let mut steps = STEPS_MAX;
+    let budget = data.space.budget();
     let mut from = 0;
     while data.reach((from + CHUNK).min(data.len))? {
         let searched = data.bytes.len();
+        budget.scan(searched - from)?;
         let hits: Vec<usize> =
             memchr::memmem::find_iter(data.bytes.get(from..).unwrap_or_default(), DIGITS)
                 .map(|hit| from + hit)
                 .collect();
         for hit in hits {
+            budget.scan(304 * TOKEN_MAX)?;
             data.reach((hit + 256 * TOKEN_MAX + 1024).min(data.len))?;
             let Some(tokens) = tokens_around(&data.bytes, hit) else {
                 continue;
             };
-            if let Some(symbols) = decode(data, &tokens, anchors, &mut steps)? {
+            if let Some(symbols) = decode(data, &tokens, anchors)? {
                 return Ok(Some(symbols));
             }
         }
@@ -218,7 +246,7 @@ fn tokens_around(data: &[u8], digits: usize) -> Option<Tokens> {
         .all(|(i, &p)| listed(i) == Some(p));
     proven.then_some(Tokens {
         at,
-        end: index + 512,
+        end: index + INDEX_LEN,
         tokens,
     })
 }
@@ -255,13 +283,11 @@ fn decode(
     data: &mut Data<'_, '_>,
     tokens: &Tokens,
     anchors: Anchors<'_>,
-    steps: &mut u64,
 ) -> Result<Option<Symbols>, Error> {
-    let Some(names) = find_names(&data.bytes, tokens.at, steps) else {
+    let budget = data.space.budget();
+    let Some(names) = find_names(&data.bytes, tokens.at, budget)? else {
         return Ok(None);
     };
-    // what follows goes through all names some ten times
-    *steps = steps.saturating_sub(16 * names.count as u64);
     let table = names.count * 4;
     let before = names.num_at.checked_sub(8 + table.next_multiple_of(8));
     let behind = Some(tokens.end);
@@ -287,8 +313,14 @@ fn decode(
             if !text_is_there(&names, address, anchors) {
                 continue;
             }
+            budget.spend(names.count as u64)?;
             let symbols = build(&data.bytes, &names, tokens, address);
-            if let Some(symbols) = symbols.filter(|s| s.agrees(anchors)) {
+            if let Some(mut symbols) = symbols.filter(|s| s.agrees(anchors)) {
+                let mut places = vec![("kallsyms_offsets", at)];
+                if !matches!(encoding, Encoding::PlaceRelative) {
+                    places.push(("kallsyms_relative_base", base_at));
+                }
+                symbols.places = data.places(&names, tokens, &places);
                 return Ok(Some(symbols));
             }
         }
@@ -300,8 +332,10 @@ fn decode(
             continue;
         }
         let address = |i: usize| fetch::u64(&data.bytes, at + 8 * i);
+        budget.spend(names.count as u64)?;
         let symbols = build(&data.bytes, &names, tokens, address);
-        if let Some(symbols) = symbols.filter(|s| s.agrees(anchors)) {
+        if let Some(mut symbols) = symbols.filter(|s| s.agrees(anchors)) {
+            symbols.places = data.places(&names, tokens, &[("kallsyms_addresses", at)]);
             return Ok(Some(symbols));
         }
     }
@@ -341,13 +375,15 @@ impl Encoding {
 
 /// Finds the count in front of the names: the only number that makes so many names pass every
 /// marker in the table behind them.
-fn find_names(data: &[u8], tokens_at: usize, steps: &mut u64) -> Option<Names> {
-    let data = data.get(..tokens_at)?;
+fn find_names(data: &[u8], tokens_at: usize, budget: &Budget) -> Result<Option<Names>, Error> {
+    let Some(data) = data.get(..tokens_at) else {
+        return Ok(None);
+    };
     let lowest = tokens_at.saturating_sub(SPAN_MAX);
+    budget.scan((tokens_at - lowest) / 8)?;
     let mut num_at = tokens_at & !7;
     while num_at >= lowest + 8 {
         num_at -= 8;
-        *steps = steps.checked_sub(1)?;
         let count = fetch::u64(data, num_at).unwrap_or(0);
         if !(SYMBOLS_MIN..SYMBOLS_MAX).contains(&count) {
             continue;
@@ -355,40 +391,41 @@ fn find_names(data: &[u8], tokens_at: usize, steps: &mut u64) -> Option<Names> {
         let count = usize::try_from(count).unwrap_or(0);
         let names = data.get(num_at + 8..).unwrap_or_default();
         for long in [true, false] {
-            if let Some(len) = names_fit(names, count, long, steps) {
-                return Some(Names {
+            let (steps, fit) = names_fit(names, count, long);
+            budget.spend((steps / STEPS) as u64)?;
+            if let Some(len) = fit {
+                return Ok(Some(Names {
                     num_at,
                     count,
                     len,
                     long,
-                });
+                }));
             }
         }
     }
-    None
+    Ok(None)
 }
 
-/// Length of `count` names at the start of `bytes`, if the markers behind them agree.
-fn names_fit(bytes: &[u8], count: usize, long: bool, steps: &mut u64) -> Option<usize> {
+/// How many names were stepped over, and the length of `count` names at the start of `bytes` if the
+/// markers behind them agree.
+fn names_fit(bytes: &[u8], count: usize, long: bool) -> (usize, Option<usize>) {
     let mut pos = 0;
     let mut markers = Vec::new();
     for i in 0..count {
         if i % MARKER_EVERY == 0 {
-            markers.push(u32::try_from(pos).ok()?);
+            markers.push(pos);
         }
-        *steps = steps.checked_sub(1)?;
-        let (len, start) = name_at(bytes, pos, long)?;
-        if len == 0 {
-            return None;
+        match name_at(bytes, pos, long) {
+            Some((len, start)) if len > 0 => pos = start + len,
+            _ => return (i, None),
         }
-        pos = start + len;
     }
-    let table = bytes.get(pos.checked_next_multiple_of(8)?..)?;
+    let table = bytes.get(pos.next_multiple_of(8)..).unwrap_or_default();
     let agree = markers
         .iter()
         .enumerate()
-        .all(|(i, &m)| fetch::u32(table, 4 * i) == Some(m));
-    agree.then_some(pos)
+        .all(|(i, &m)| fetch::u32(table, 4 * i).is_some_and(|word| usize::try_from(word) == Ok(m)));
+    (count, agree.then_some(pos))
 }
 
 fn build(
@@ -398,7 +435,7 @@ fn build(
     address: impl Fn(usize) -> Option<u64>,
 ) -> Option<Symbols> {
     let bytes = names.bytes(data);
-    let mut text = Vec::with_capacity(names.count * 24);
+    let mut text = Vec::with_capacity((names.count * 24).min(TEXT_MAX));
     let mut entries = Vec::with_capacity(names.count);
     let mut pos = 0;
     for i in 0..names.count {
@@ -423,6 +460,7 @@ fn build(
     }
     let names = String::from_utf8(text).ok()?;
     Some(Symbols {
+        places: Places::new(),
         names,
         entries,
         by_name: OnceCell::new(),
@@ -533,9 +571,25 @@ impl Symbols {
         Some((self.name_of(e), at.0 - e.addr))
     }
 
-    fn agrees(&self, anchors: Anchors<'_>) -> bool {
+    /// Moves the addresses within the kernel's mapping by `offset` bytes, wrapping: the kernel was
+    /// loaded elsewhere (KASLR). Per-CPU offsets and other absolute values stay.
+    pub(super) fn slide(&mut self, offset: u64) {
+        let moving = |e: &&mut Entry| e.addr >= KERNEL_MAP.0;
+        for entry in self.entries.iter_mut().filter(moving) {
+            entry.addr = entry.addr.wrapping_add(offset);
+        }
+        for (_, place) in &mut self.places {
+            *place = place.plus(offset);
+        }
+        self.by_addr.take();
+    }
+
+    /// Whether they fit what else is known of the kernel.
+    pub(super) fn agrees(&self, anchors: Anchors<'_>) -> bool {
+        // Without the index by name, which takes longer than all before.
+        let text = self.entries.iter().find(|e| self.name_of(e) == "_text");
         let is_text = |kind| matches!(kind, b't' | b'T' | b'W' | b'w');
-        self.addr("_text") == Some(anchors.text_base)
+        text.is_some_and(|e| e.addr == anchors.text_base.0)
             && match anchors.second {
                 Second::Entry(at) => self
                     .entries
@@ -553,96 +607,4 @@ fn hash(name: &str) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::kernel::fixture::{vcpus, Fixture, Tables, ENTRY, KIND, TEXT};
-    use crate::kernel::Kernel;
-
-    #[test]
-    fn symbols_are_read_in_every_order_and_encoding_of_the_tables() {
-        for tables in [
-            Tables::Old,
-            Tables::OldWithSequence,
-            Tables::New,
-            Tables::PlaceRelative,
-        ] {
-            let mut fixture = Fixture::new();
-            fixture.tables = tables;
-            let long = "a_very_long_name_".repeat(12);
-            fixture.function(TEXT.0 + 0x200, "twice", &[0xc3]);
-            fixture.function(TEXT.0 + 0x300, "twice", &[0xc3]);
-            fixture.function(TEXT.0 + 0x340, &long, &[0xc3]);
-            if tables != Tables::PlaceRelative {
-                fixture.symbols.push((0x4000, 'A', "per_cpu".into()));
-            }
-            let memory = fixture.build();
-            let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-            let symbols = &kernel.symbols;
-            assert_eq!(kernel.release, "6.1.0-test", "{tables:?}");
-            assert_eq!(symbols.addr("entry"), Some(ENTRY));
-            assert_eq!(symbols.all("twice").count(), 2);
-            assert_eq!(symbols.addr(&long), Some(TEXT.plus(0x340)));
-            assert_eq!(symbols.room(TEXT.plus(0x200)), Some(0x100));
-            assert_eq!(symbols.covering(TEXT.plus(0x305)), Some(("twice", 5)));
-            if tables != Tables::PlaceRelative {
-                assert_eq!(symbols.addr("per_cpu"), Some(Gva(0x4000)));
-            }
-            assert_eq!(kernel.function("twice", 2).unwrap(), TEXT.plus(0x300));
-            assert!(kernel.function("twice", 0).is_err());
-            assert!(kernel.function("twice", 3).is_err());
-        }
-    }
-
-    #[test]
-    fn a_table_whose_addresses_disagree_with_the_anchors_is_not_believed() {
-        let memory = Fixture::new().build();
-        let mut vcpus = vcpus();
-        vcpus[0].entry = ENTRY.0 + 1;
-        let error = Kernel::read(&memory, KIND, &vcpus).unwrap_err();
-        assert!(matches!(error, Error::NotLinux(_)), "{error}");
-    }
-
-    #[test]
-    fn a_guest_in_its_firmware_is_not_ready() {
-        let memory = Fixture::new().build();
-        for change in [
-            |v: &mut crate::guest::Vcpu| v.long_mode = false,
-            |v: &mut crate::guest::Vcpu| v.entry = 0,
-        ] {
-            let mut vcpus = vcpus();
-            change(&mut vcpus[0]);
-            let error = Kernel::read(&memory, KIND, &vcpus).unwrap_err();
-            assert!(matches!(error, Error::NotReady(_)), "{error}");
-        }
-    }
-
-    #[test]
-    fn damaged_tables_are_refused_or_harmless() {
-        let symbols: Vec<_> = (0..1500)
-            .map(|i| (TEXT.0 + i, 't', format!("s{i}")))
-            .collect();
-        let at = crate::kernel::fixture::RODATA;
-        let good = crate::kernel::fixture::kallsyms(at, &symbols, Tables::New);
-        for step in 0..400 {
-            let mut bad = good.clone();
-            let place = step * 7919 % bad.len();
-            bad[place] ^= 1 << (step % 8);
-            let memory = crate::guest::mock::MockMemory::new();
-            memory.map_bytes(at, &bad, false, false);
-            let space = Space::new(&memory, crate::guest::mock::ROOT, 4);
-            let range = Range {
-                start: at,
-                end: at.plus(1 << 20),
-            };
-            let regions = space.regions(range);
-            let _ = read(
-                &space,
-                &regions,
-                Anchors {
-                    text_base: TEXT,
-                    second: Second::Entry(TEXT),
-                },
-            );
-        }
-    }
-}
+mod tests;

@@ -10,10 +10,11 @@
 //! alone: it begins with code and has read-only data behind it. Which run it is, and whether it is
 //! Linux at all, the symbols found in it must then show ([`agrees`]).
 
-use super::kallsyms::Symbols;
+use super::kallsyms::{Anchors, Second, Symbols};
 use super::tasks::CPUS_MAX;
 use super::Error;
 use crate::addr::{Frame, Gva, Range};
+use crate::guest::budget::Budget;
 use crate::guest::space::{Region, Space, PTE_FRAME, PTE_PRESENT};
 use crate::guest::{GuestType, Memory, Vcpu};
 
@@ -38,10 +39,21 @@ pub struct Located<'m> {
     pub regions: Vec<Region>,
 }
 
+impl Located<'_> {
+    /// What symbols found here must agree with: the place, and the entry point or `state`.
+    pub(super) fn anchors<'a>(&self, state: &'a dyn Fn(&Symbols) -> bool) -> Anchors<'a> {
+        Anchors {
+            text_base: self.text_base,
+            second: self.entry.map_or(Second::State(state), Second::Entry),
+        }
+    }
+}
+
 /// Runs of mapped pages that are tried as the image where no entry point is known.
 const CANDIDATES: usize = 8;
 
-/// Locates the kernel of a guest whose virtual CPUs are in the states `vcpus`.
+/// Locates the kernel of a guest whose virtual CPUs are in the states `vcpus`; all that is read in
+/// its space, later too, is paid from `budget`.
 ///
 /// # Errors
 /// [`Error::NotReady`] while no vCPU shows a 64-bit kernel's entry point (firmware, early boot);
@@ -50,6 +62,7 @@ pub fn locate<'m>(
     mem: &'m dyn Memory,
     kind: GuestType,
     vcpus: &[Vcpu],
+    budget: &Budget,
 ) -> Result<Located<'m>, Error> {
     let up = in_long_mode(vcpus)?;
     let Some(entry) = up.iter().map(|v| v.entry).find(|&entry| entry != 0) else {
@@ -65,7 +78,8 @@ pub fn locate<'m>(
              {KERNEL_MAP} and {KERNEL_MAP_END}"
         )));
     }
-    for space in spaces(mem, kind, &up) {
+    for space in spaces(mem, kind, &up, budget) {
+        budget.check().map_err(Error::Memory)?;
         if let Some(regions) = runs(&space).into_iter().find(|run| holds(run, entry)) {
             if has_constants(&regions) {
                 return Ok(Located {
@@ -77,6 +91,7 @@ pub fn locate<'m>(
             }
         }
     }
+    budget.check().map_err(Error::Memory)?;
     Err(Error::NotLinux(format!(
         "around the guest's kernel entry point {entry} no read-only data is mapped beside the \
          code, as a booted Linux kernel has it; if the guest is just booting, try again"
@@ -84,7 +99,7 @@ pub fn locate<'m>(
 }
 
 /// Places that may be the kernel of a saved guest, of which no entry point is known: the likeliest
-/// first, which is where a vCPU was in kernel mode.
+/// first, which is where a vCPU was in kernel mode. Paid from `budget` as by [`locate`].
 ///
 /// # Errors
 /// [`Error::NotReady`] when no vCPU was in 64-bit mode, [`Error::NotLinux`] when nothing is mapped
@@ -93,10 +108,12 @@ pub fn candidates<'m>(
     mem: &'m dyn Memory,
     kind: GuestType,
     vcpus: &[Vcpu],
+    budget: &Budget,
 ) -> Result<Vec<Located<'m>>, Error> {
     let up = in_long_mode(vcpus)?;
     let inside = |run: &[Region]| up.iter().any(|v| !v.user && holds(run, Gva(v.rip)));
-    for space in spaces(mem, kind, &up) {
+    for space in spaces(mem, kind, &up, budget) {
+        budget.check().map_err(Error::Memory)?;
         let mut found: Vec<(Gva, Vec<Region>)> = runs(&space)
             .into_iter()
             .filter_map(|run| Some((image_start(&run)?, run)))
@@ -114,6 +131,7 @@ pub fn candidates<'m>(
         };
         return Ok(found.into_iter().map(place).collect());
     }
+    budget.check().map_err(Error::Memory)?;
     Err(Error::NotLinux(format!(
         "no page tables of the guest's vCPUs map code with read-only data behind it between \
          {KERNEL_MAP} and {KERNEL_MAP_END}, as a booted 64-bit Linux kernel has it"
@@ -164,7 +182,12 @@ fn in_long_mode(vcpus: &[Vcpu]) -> Result<Vec<&Vcpu>, Error> {
 }
 
 /// The address spaces that the vCPUs `up` show.
-fn spaces<'m>(mem: &'m dyn Memory, kind: GuestType, up: &[&Vcpu]) -> Vec<Space<'m>> {
+fn spaces<'m>(
+    mem: &'m dyn Memory,
+    kind: GuestType,
+    up: &[&Vcpu],
+    budget: &Budget,
+) -> Vec<Space<'m>> {
     let five = up.iter().any(|v| v.la57) && kind != GuestType::Pv;
     let levels = if five { 5 } else { 4 };
     // With page-table isolation a vCPU in user mode runs on the user half of a pair of tables: the
@@ -175,7 +198,7 @@ fn spaces<'m>(mem: &'m dyn Memory, kind: GuestType, up: &[&Vcpu]) -> Vec<Space<'
             roots.push(root);
         }
     }
-    let space = |root| Space::new(mem, Frame(root), levels);
+    let space = |root| Space::within(mem, Frame(root), levels, budget.clone());
     roots.into_iter().map(space).collect()
 }
 

@@ -1,17 +1,26 @@
 //! Who is this guest: its kernel's place, symbols, types and tasks, read from guest memory alone.
 
 pub mod btf;
+pub mod cache;
+pub mod cpu;
 #[cfg(any(test, feature = "testing"))]
 pub mod fixture;
 #[cfg(any(test, feature = "testing"))]
 pub mod fixture_world;
 pub mod kallsyms;
 pub mod locate;
+pub mod orc;
 pub mod tasks;
+#[cfg(test)]
+pub(crate) mod testbtf;
+pub mod vmcoreinfo;
 
 use std::cell::OnceCell;
 
+use self::cache::{Cache, Kept};
+use self::kallsyms::Symbols;
 use crate::addr::{Gva, Range};
+use crate::guest::budget::Budget;
 use crate::guest::space::{Region, Space};
 use crate::guest::{self, GuestType, Machine, Memory, Vcpu};
 
@@ -36,7 +45,7 @@ pub enum Error {
 }
 
 /// Longest believed BTF blob, in bytes.
-const BTF_MAX: u64 = 64 << 20;
+const BTF_MAX: u64 = 32 << 20;
 
 /// A guest's kernel.
 #[derive(Debug)]
@@ -69,10 +78,14 @@ impl<'m> Kernel<'m> {
     pub fn of(machine: &'m dyn Machine) -> Result<Kernel<'m>, Error> {
         const TRIES: u32 = 5;
         let mut tries = 1;
+        let budget = Budget::default();
         loop {
-            let kernel = Kernel::read(machine.memory(), machine.kind(), &machine.vcpus()?);
+            let vcpus = machine.vcpus()?;
+            let cache = machine.cache();
+            let kernel =
+                Kernel::read_with(machine.memory(), machine.kind(), &vcpus, cache, &budget);
             match kernel {
-                Err(Error::NotReady(_)) => return kernel,
+                Err(Error::NotReady(_) | Error::Memory(guest::Error::Exhausted)) => return kernel,
                 Err(_) if tries < TRIES => tries += 1,
                 _ => return kernel,
             }
@@ -84,8 +97,43 @@ impl<'m> Kernel<'m> {
     /// # Errors
     /// See [`Error`].
     pub fn read(mem: &'m dyn Memory, kind: GuestType, vcpus: &[Vcpu]) -> Result<Kernel<'m>, Error> {
-        let located = locate::locate(mem, kind, vcpus)?;
-        Kernel::believe(located, kind, vcpus)
+        Kernel::read_with(mem, kind, vcpus, &Cache::none(), &Budget::default())
+    }
+
+    /// Finds the kernel of a guest whose vCPUs are in the states `vcpus`, and reads what `cache` does
+    /// not have of it, for what `budget` holds.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn read_with(
+        mem: &'m dyn Memory,
+        kind: GuestType,
+        vcpus: &[Vcpu],
+        cache: &Cache,
+        budget: &Budget,
+    ) -> Result<Kernel<'m>, Error> {
+        let located = locate::locate(mem, kind, vcpus, budget)?;
+        let agrees = |symbols: &Symbols| locate::agrees(symbols, &located.space, vcpus);
+        let anchors = located.anchors(&agrees);
+        for kept in cache.load() {
+            if let Some(kernel) = Kernel::kept(&located, kind, anchors, kept) {
+                return Ok(kernel);
+            }
+        }
+        let symbols = kallsyms::read(&located.space, &located.regions, anchors)?;
+        let kernel = Kernel::with(&located, kind, symbols)?;
+        // A kernel without BTF is kept without; a folder that can't be written costs only time.
+        if let (Some(build_id), true) = (&kernel.build_id, cache.is_wanted()) {
+            let btf = kernel.btf().map(|b| b.bytes().to_vec()).unwrap_or_default();
+            let _ = cache.store(&Kept {
+                text_base: kernel.text_base.0,
+                release: kernel.release.clone(),
+                build_id: build_id.clone(),
+                symbols: kernel.symbols.clone(),
+                btf,
+            });
+        }
+        Ok(kernel)
     }
 
     /// Finds and reads the kernel of a saved guest. In a core of a PVH or HVM guest no entry point
@@ -103,8 +151,11 @@ impl<'m> Kernel<'m> {
             return Kernel::read(mem, kind, vcpus);
         }
         let mut first = None;
-        for located in locate::candidates(mem, kind, vcpus)? {
-            match Kernel::believe(located, kind, vcpus) {
+        for located in locate::candidates(mem, kind, vcpus, &Budget::default())? {
+            let agrees = |symbols: &Symbols| locate::agrees(symbols, &located.space, vcpus);
+            let kernel = kallsyms::read(&located.space, &located.regions, located.anchors(&agrees))
+                .and_then(|symbols| Kernel::with(&located, kind, symbols));
+            match kernel {
                 Ok(mut kernel) => {
                     kernel.kind = kernel.kind_by_itself().unwrap_or(kind);
                     return Ok(kernel);
@@ -130,28 +181,42 @@ impl<'m> Kernel<'m> {
         })
     }
 
-    fn believe(
-        located: locate::Located<'m>,
+    /// The kernel with what was kept of it, if that fits what the guest shows now.
+    fn kept(
+        located: &locate::Located<'m>,
         kind: GuestType,
-        vcpus: &[Vcpu],
+        anchors: kallsyms::Anchors<'_>,
+        kept: Kept,
+    ) -> Option<Kernel<'m>> {
+        let mut symbols = kept.symbols;
+        symbols.slide(anchors.text_base.0.wrapping_sub(kept.text_base));
+        if !symbols.agrees(anchors) {
+            return None;
+        }
+        let kernel = Kernel::with(located, kind, symbols).ok()?;
+        if kernel.release != kept.release || kernel.build_id.as_ref() != Some(&kept.build_id) {
+            return None;
+        }
+        if !kept.btf.is_empty() {
+            let _ = kernel.btf.set(btf::Btf::new(kept.btf).ok()?);
+        }
+        Some(kernel)
+    }
+
+    fn with(
+        located: &locate::Located<'m>,
+        kind: GuestType,
+        symbols: kallsyms::Symbols,
     ) -> Result<Kernel<'m>, Error> {
-        let locate::Located {
-            space,
-            text_base,
-            entry,
-            regions,
-        } = located;
-        let agrees = |symbols: &kallsyms::Symbols| locate::agrees(symbols, &space, vcpus);
-        let second = entry.map_or(kallsyms::Second::State(&agrees), kallsyms::Second::Entry);
-        let symbols = kallsyms::read(&space, &regions, kallsyms::Anchors { text_base, second })?;
         // The kernel's own page table stays, whichever process comes and goes: `init_top_pgt`
         // (arch/x86/include/asm/pgtable_64.h: swapper_pg_dir).
+        let space = &located.space;
         let space = space.with_root(space.walk(symbols.need("init_top_pgt")?)?.frame);
         let mut kernel = Kernel {
             space,
             kind,
-            text_base,
-            regions,
+            text_base: located.text_base,
+            regions: located.regions.clone(),
             symbols,
             release: String::new(),
             build_id: None,
@@ -209,13 +274,6 @@ impl<'m> Kernel<'m> {
         let len = usize::try_from(range.len()).unwrap_or(0);
         let btf = btf::Btf::new(self.space.read_vec(range.start, len)?)?;
         Ok(self.btf.get_or_init(|| btf))
-    }
-
-    /// Number of entries in the kernel's ORC table.
-    #[must_use]
-    pub fn orc_entries(&self) -> u64 {
-        self.between("__start_orc_unwind_ip", "__stop_orc_unwind_ip", 1 << 30)
-            .map_or(0, |range| range.len() / 4)
     }
 
     fn between(&self, start: &str, stop: &str, most: u64) -> Result<Range, Error> {

@@ -4,6 +4,8 @@
 //! (include/linux/sched/signal.h: `for_each_process_thread`); idle tasks hang in neither and come
 //! from the per-CPU pointer `idle_threads` (kernel/smpboot.c).
 
+use std::time::{Duration, Instant};
+
 use super::{list, Error, Kernel};
 use crate::addr::{Gva, Range};
 use crate::guest::fetch;
@@ -40,7 +42,8 @@ pub struct Task {
     pub addr: Gva,
     /// Its thread id; 0 for idle tasks.
     pub pid: u32,
-    /// Its name.
+    /// Its name (`comm`), at most 15 bytes. /proc and `ps` show more for kernel threads with longer
+    /// names and append to a worker's what it works on (fs/proc/array.c: `proc_task_name`).
     pub comm: String,
     /// Its kernel stack.
     pub stack: Range,
@@ -50,6 +53,8 @@ pub struct Task {
     pub on_cpu: bool,
     /// When it began; tells apart two tasks that had the same address one after the other.
     pub start_time: u64,
+    /// It is the idle task of a CPU.
+    pub idle: bool,
 }
 
 impl Layout {
@@ -108,6 +113,7 @@ impl Layout {
             sp: Gva(word(self.sp)?),
             on_cpu: space.read_u32(addr.plus(self.on_cpu as u64))? != 0,
             start_time: word(self.start_time)?,
+            idle: false,
         })
     }
 
@@ -133,9 +139,129 @@ impl Layout {
             }
         }
         for addr in idle(kernel, space)? {
-            found.push(self.task(space, addr)?);
+            found.push(Task {
+                idle: true,
+                ..self.task(space, addr)?
+            });
         }
         Ok(found)
+    }
+}
+
+/// Lists all tasks of a running guest, as `read` wants them. The list moves while it is read, so
+/// there are several tries, each with nothing remembered of the one before, and fewer when they take
+/// long.
+///
+/// # Errors
+/// As [`Layout::all`] and `read`, at the last try.
+pub fn snapshot<T>(
+    kernel: &Kernel<'_>,
+    read: impl Fn(&Space<'_>, Vec<Task>) -> Result<T, Error>,
+) -> Result<T, Error> {
+    const TRIES: u32 = 20;
+    const FEW: u32 = 3;
+    const LONG: Duration = Duration::from_secs(1);
+    let layout = Layout::of(kernel)?;
+    let began = Instant::now();
+    let mut tries = 1;
+    loop {
+        let space = kernel.space.fresh();
+        let found = layout
+            .all(kernel, &space)
+            .and_then(|tasks| read(&space, tasks));
+        match found {
+            Err(_) if tries < FEW || (tries < TRIES && began.elapsed() < LONG) => tries += 1,
+            _ => return found,
+        }
+    }
+}
+
+/// What people want to know of a task, and a pause doesn't: kept apart, so that the look before a
+/// pause reads no more than it needs.
+#[derive(Debug, Clone, Copy)]
+pub struct Details {
+    tgid: usize,
+    state: usize,
+    exit_state: usize,
+    cpu: usize,
+}
+
+/// The details of one task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Detail {
+    /// Id of its process.
+    pub tgid: u32,
+    /// Its state, as the letter in /proc/PID/stat.
+    pub state: char,
+    /// The CPU it runs on, or ran on last.
+    pub cpu: u32,
+}
+
+impl Details {
+    /// Reads from BTF where they stand.
+    ///
+    /// `state` is called `__state` and is 32 bits wide since Linux kernel commit 2f064a59a11f
+    /// ("sched: Change task_struct::state"); the bits reported are all in the lower half. The CPU
+    /// went to `thread_info` with Linux kernel commit bcf9033e5449 ("sched: move CPU field back into
+    /// thread_info if THREAD_INFO_IN_TASK=y").
+    ///
+    /// # Errors
+    /// A member is missing.
+    pub fn of(kernel: &Kernel<'_>) -> Result<Details, Error> {
+        let btf = kernel.btf()?;
+        let either = |a, b| {
+            btf.offset_of("task_struct", a)
+                .or_else(|_| btf.offset_of("task_struct", b))
+        };
+        Ok(Details {
+            tgid: btf.offset_of("task_struct", "tgid")?,
+            state: either("__state", "state")?,
+            exit_state: btf.offset_of("task_struct", "exit_state")?,
+            cpu: either("thread_info.cpu", "cpu")?,
+        })
+    }
+
+    /// Reads the details of the task at `task`.
+    ///
+    /// # Errors
+    /// Memory that can't be read.
+    pub fn read(&self, space: &Space<'_>, task: Gva) -> Result<Detail, Error> {
+        let word = |offset: usize| space.read_u32(task.plus(offset as u64));
+        Ok(Detail {
+            tgid: word(self.tgid)?,
+            state: letter(word(self.state)?, word(self.exit_state)?),
+            cpu: word(self.cpu)?,
+        })
+    }
+}
+
+/// The letter that /proc/PID/stat shows for a task (fs/proc/array.c: `task_state_array`;
+/// include/linux/sched.h: `__task_state_index`). Bits that a kernel doesn't have are never set.
+fn letter(state: u32, exit_state: u32) -> char {
+    const UNINTERRUPTIBLE: u32 = 0x2;
+    const REPORTED: u32 = 0x7f;
+    const NOLOAD: u32 = 0x400;
+    const RTLOCK_WAIT: u32 = 0x1000;
+    const FROZEN: u32 = 0x8000;
+    const IDLE: u32 = UNINTERRUPTIBLE | NOLOAD;
+    let reported = if state & (RTLOCK_WAIT | FROZEN) != 0 {
+        UNINTERRUPTIBLE
+    } else if state & IDLE == IDLE {
+        REPORTED + 1
+    } else {
+        (state | exit_state) & REPORTED
+    };
+    // The highest bit counts.
+    match reported.checked_ilog2() {
+        None => 'R',
+        Some(0) => 'S',
+        Some(1) => 'D',
+        Some(2) => 'T',
+        Some(3) => 't',
+        Some(4) => 'X',
+        Some(5) => 'Z',
+        Some(6) => 'P',
+        Some(_) => 'I',
     }
 }
 
@@ -194,3 +320,6 @@ pub fn current_symbol(kernel: &Kernel<'_>) -> Option<Gva> {
         .ok()?;
     Some(hot.plus(offset as u64))
 }
+
+#[cfg(test)]
+mod tests;

@@ -110,7 +110,7 @@ impl Arena {
             ))
         })?;
         let mut bytes = [0u8; PAGE_LEN];
-        kernel.space.memory().map(&[table])?.read(0, &mut bytes)?;
+        kernel.space.map(&[table])?.read(0, &mut bytes)?;
         let entries: Vec<u64> = bytes
             .chunks_exact(8)
             .skip(first)
@@ -126,7 +126,7 @@ impl Arena {
         };
         if let Some(frame) = arena.frame(0) {
             let mut page = vec![0; PAGE_LEN];
-            kernel.space.memory().map(&[frame])?.read(0, &mut page)?;
+            kernel.space.map(&[frame])?.read(0, &mut page)?;
             // Nothing but zeroes: an earlier run was ended between adding the page and filling it.
             if page.iter().any(|&b| b != 0) {
                 arena.directory = Directory::decode(&page)
@@ -220,7 +220,7 @@ impl Arena {
     }
 
     fn window(&self, kernel: &Kernel<'_>, range: Range) -> Result<Box<dyn crate::guest::Window>> {
-        Ok(kernel.space.memory().map(&self.frames(range)?)?)
+        Ok(kernel.space.map(&self.frames(range)?)?)
     }
 
     /// The first run of pages for `rights`, one element a page: not owned by a payload, and empty or

@@ -30,8 +30,8 @@ mod modinfo;
 mod role;
 mod summary;
 mod symbol;
-#[cfg(test)]
-mod testelf;
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod testelf;
 
 /// A payload that replaces `cmdline_proc_show`, for tests.
 #[cfg(test)]

@@ -1,22 +1,36 @@
 //! Small ELF files for tests, in the shape that kbuild gives to livepatch modules.
 
-use object::elf;
-use object::write::elf::{FileHeader, Rel, SectionHeader, Sym, Writer};
-use object::Endianness;
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)] // part of tests only
+#![cfg_attr(not(test), allow(dead_code))] // the fuzzer needs less of it than the tests
 
-pub(super) const R_64: u32 = 1;
-pub(super) const R_PC32: u32 = 2;
-pub(super) const R_PLT32: u32 = 4;
-pub(super) const R_32S: u32 = 11;
-pub(super) const ALLOC: u64 = 2;
-pub(super) const VARS: u64 = 3;
-pub(super) const CODE: u64 = 6;
-pub(super) const SHN_LIVEPATCH: u16 = 0xff20;
+pub(crate) const R_64: u32 = 1;
+pub(crate) const R_PC32: u32 = 2;
+pub(crate) const R_PLT32: u32 = 4;
+pub(crate) const R_32S: u32 = 11;
+pub(crate) const ALLOC: u64 = 2;
+pub(crate) const VARS: u64 = 3;
+pub(crate) const CODE: u64 = 6;
+pub(crate) const SHN_LIVEPATCH: u16 = 0xff20;
 const SHF_RELA_LIVEPATCH: u64 = 0x0010_0000;
+const SHT_PROGBITS: u32 = 1;
+const SHT_SYMTAB: u32 = 2;
+const SHT_STRTAB: u32 = 3;
+const SHT_RELA: u32 = 4;
+const SHT_NOTE: u32 = 7;
+const SHT_NOBITS: u32 = 8;
+
+/// An `Elf64_Rela`.
+#[derive(Clone, Copy)]
+struct Rel {
+    offset: u64,
+    /// Symbol and type.
+    info: u64,
+    addend: i64,
+}
 
 struct TestSection {
     name: String,
-    kind: elf::SectionType,
+    kind: u32,
     flags: u64,
     data: Vec<u8>,
     nobits: u64,
@@ -32,7 +46,7 @@ struct TestSymbol {
 }
 
 /// An ELF file under construction. Sections and symbols are numbered from 1.
-pub(super) struct TestElf {
+pub(crate) struct TestElf {
     pub machine: u16,
     pub kind: u16,
     sections: Vec<TestSection>,
@@ -51,7 +65,7 @@ impl TestElf {
         }
     }
 
-    fn push(&mut self, name: &str, kind: elf::SectionType, flags: u64, data: &[u8]) -> usize {
+    fn push(&mut self, name: &str, kind: u32, flags: u64, data: &[u8]) -> usize {
         self.sections.push(TestSection {
             name: name.into(),
             kind,
@@ -64,15 +78,15 @@ impl TestElf {
     }
 
     pub fn section(&mut self, name: &str, flags: u64, data: &[u8]) -> usize {
-        self.push(name, elf::SHT_PROGBITS, flags, data)
+        self.push(name, SHT_PROGBITS, flags, data)
     }
 
     pub fn note(&mut self, name: &str, data: &[u8]) -> usize {
-        self.push(name, elf::SHT_NOTE, ALLOC, data)
+        self.push(name, SHT_NOTE, ALLOC, data)
     }
 
     pub fn bss(&mut self, size: u64) -> usize {
-        let index = self.push(".bss", elf::SHT_NOBITS, VARS, &[]);
+        let index = self.push(".bss", SHT_NOBITS, VARS, &[]);
         self.sections[index - 1].nobits = size;
         index
     }
@@ -150,7 +164,7 @@ impl TestElf {
     pub fn drop_reloc(&mut self, section: usize, offset: u64) {
         self.sections[section - 1]
             .relocs
-            .retain(|r| r.r_offset != offset);
+            .retain(|r| r.offset != offset);
     }
 
     pub fn klp_rela(&mut self, name: &str, target: usize, relocs: &[(u64, u32, usize, i64)]) {
@@ -161,138 +175,142 @@ impl TestElf {
         self.klp_relas.push((name.into(), target, relocs));
     }
 
-    pub fn build(mut self) -> Vec<u8> {
-        let mut out = Vec::new();
-        let mut relas: Vec<(String, u64, usize, Vec<Rel>)> = Vec::new();
-        for (at, section) in self.sections.iter_mut().enumerate() {
+    /// The file: header, contents, section headers.
+    pub fn build(self) -> Vec<u8> {
+        let mut file = File::default();
+        for section in &self.sections {
+            let size = section.nobits.max(section.data.len() as u64);
+            let head = [section.kind.into(), section.flags, size, 0, 0, 16, 0];
+            file.section(&section.name, head, &section.data);
+        }
+        let symtab = 1 + self.sections.len() + self.klp_relas.len();
+        let symtab = symtab
+            + self
+                .sections
+                .iter()
+                .filter(|s| !s.relocs.is_empty())
+                .count();
+        let mut rela = |name: &str, flags, target: usize, relocs: &[Rel]| {
+            let bytes: Vec<u8> = relocs
+                .iter()
+                .flat_map(|r| [r.offset, r.info, r.addend.cast_unsigned()])
+                .flat_map(u64::to_le_bytes)
+                .collect();
+            let (size, link) = (bytes.len() as u64, symtab as u64);
+            let head = [SHT_RELA.into(), flags, size, link, target as u64, 8, 24];
+            file.section(name, head, &bytes);
+        };
+        for (at, section) in self.sections.iter().enumerate() {
             if !section.relocs.is_empty() {
                 let name = format!(".rela{}", section.name);
-                relas.push((name, 0, at + 1, std::mem::take(&mut section.relocs)));
+                rela(&name, 0, at + 1, &section.relocs);
             }
         }
-        for (name, target, relocs) in self.klp_relas {
-            relas.push((name, ALLOC | SHF_RELA_LIVEPATCH, target, relocs));
+        for (name, target, relocs) in &self.klp_relas {
+            rela(name, ALLOC | SHF_RELA_LIVEPATCH, *target, relocs);
         }
-        let mut w = Writer::new(Endianness::Little, true, &mut out);
-        w.reserve_file_header();
-        let names: Vec<_> = self
-            .sections
-            .iter()
-            .map(|s| w.add_section_name(s.name.as_bytes()))
-            .collect();
-        let rela_names: Vec<_> = relas
-            .iter()
-            .map(|r| w.add_section_name(r.0.as_bytes()))
-            .collect();
-        for _ in 0..names.len() + rela_names.len() {
-            w.reserve_section_index();
+        let (mut symbols, mut strings) = (vec![0; 24], vec![0]);
+        for symbol in &self.symbols {
+            let name = if symbol.name.is_empty() {
+                0
+            } else {
+                u32::try_from(strings.len()).unwrap()
+            };
+            symbols.extend(name.to_le_bytes());
+            symbols.extend([symbol.kind | 0x10, 0]); // all of them global
+            symbols.extend(symbol.shndx.to_le_bytes());
+            symbols.extend(symbol.value.to_le_bytes());
+            symbols.extend(symbol.size.to_le_bytes());
+            strings.extend(symbol.name.as_bytes());
+            strings.push(0);
         }
-        let symtab = w.reserve_symtab_section_index();
-        w.reserve_strtab_section_index();
-        w.reserve_shstrtab_section_index();
-        let strings: Vec<_> = self
-            .symbols
-            .iter()
-            .map(|s| w.add_string(s.name.as_bytes()))
-            .collect();
-        for _ in &self.symbols {
-            w.reserve_symbol_index(None);
-        }
-        let offsets: Vec<u64> = self
-            .sections
-            .iter()
-            .map(|s| w.reserve(s.data.len() as u64, 32))
-            .collect();
-        let rela_offsets: Vec<u64> = relas
-            .iter()
-            .map(|r| w.reserve_relocations(r.3.len(), true))
-            .collect();
-        w.reserve_symtab();
-        w.reserve_strtab().unwrap();
-        w.reserve_shstrtab().unwrap();
-        w.reserve_section_headers();
+        let (size, link) = (symbols.len() as u64, symtab as u64 + 1);
+        let head = [SHT_SYMTAB.into(), 0, size, link, 1, 8, 24];
+        file.section(".symtab", head, &symbols);
+        let head = [SHT_STRTAB.into(), 0, strings.len() as u64, 0, 0, 1, 0];
+        file.section(".strtab", head, &strings);
+        file.end(self.kind, self.machine)
+    }
+}
 
-        w.write_file_header(&FileHeader {
-            os_abi: elf::ELFOSABI_NONE,
-            abi_version: 0,
-            e_type: elf::FileType(self.kind),
-            e_machine: elf::Machine(self.machine),
-            e_entry: 0,
-            e_flags: elf::FileFlags(0),
-        })
-        .unwrap();
-        for (section, offset) in self.sections.iter().zip(&offsets) {
-            w.pad_until(*offset);
-            w.write(&section.data);
+/// Contents and section headers, as they are laid out.
+#[derive(Default)]
+struct File {
+    contents: Vec<u8>,
+    names: Vec<u8>,
+    headers: Vec<u8>,
+    count: u16,
+}
+
+/// Size of the ELF header.
+const EHDR: usize = 64;
+
+impl File {
+    /// Adds a section; `head` is its type, flags, size, link, info, alignment and entry size.
+    fn section(&mut self, name: &str, head: [u64; 7], contents: &[u8]) {
+        let [kind, flags, size, link, info, align, entry] = head;
+        if self.headers.is_empty() {
+            self.headers = vec![0; 64];
+            self.names.push(0);
+            self.count = 1;
         }
-        for (relas, offset) in relas.iter().zip(&rela_offsets) {
-            w.pad_until(*offset);
-            relas.3.iter().for_each(|r| w.write_relocation(true, r));
+        self.contents
+            .resize(self.contents.len().next_multiple_of(32), 0);
+        let word = |value: u64| u32::try_from(value).unwrap().to_le_bytes();
+        let offset = (EHDR + self.contents.len()) as u64;
+        self.headers.extend(word(self.names.len() as u64));
+        self.headers.extend(word(kind));
+        for wide in [flags, 0, offset, size] {
+            self.headers.extend(wide.to_le_bytes());
         }
-        w.write_null_symbol();
-        for (symbol, name) in self.symbols.iter().zip(&strings) {
-            w.write_symbol(&Sym {
-                section: None,
-                st_name: w.string_offset(Some(*name)),
-                st_info: elf::SymbolInfo(symbol.kind | 0x10),
-                st_other: elf::SymbolOther(0),
-                st_shndx: elf::SymbolSection(symbol.shndx),
-                st_value: symbol.value,
-                st_size: symbol.size,
-            });
+        self.headers.extend(word(link));
+        self.headers.extend(word(info));
+        self.headers.extend(align.to_le_bytes());
+        self.headers.extend(entry.to_le_bytes());
+        self.names.extend(name.as_bytes());
+        self.names.push(0);
+        self.contents.extend(contents);
+        self.count += 1;
+    }
+
+    fn end(mut self, kind: u16, machine: u16) -> Vec<u8> {
+        let mut names = self.names.clone();
+        names.extend(b".shstrtab\0");
+        let head = [SHT_STRTAB.into(), 0, names.len() as u64, 0, 0, 1, 0];
+        self.section(".shstrtab", head, &names);
+        self.contents
+            .resize(self.contents.len().next_multiple_of(8), 0);
+        let mut out = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+        out.extend(kind.to_le_bytes());
+        out.extend(machine.to_le_bytes());
+        out.extend(1u32.to_le_bytes());
+        let table = (EHDR + self.contents.len()) as u64;
+        for wide in [0, 0, table] {
+            out.extend(wide.to_le_bytes());
         }
-        w.write_strtab();
-        w.write_shstrtab();
-        w.write_null_section_header();
-        for ((section, name), offset) in self.sections.iter().zip(&names).zip(&offsets) {
-            w.write_section_header(&SectionHeader {
-                sh_name: w.section_name_offset(Some(*name)),
-                sh_type: section.kind,
-                sh_flags: elf::SectionFlags(section.flags),
-                sh_addr: 0,
-                sh_offset: *offset,
-                sh_size: section.nobits.max(section.data.len() as u64),
-                sh_link: 0,
-                sh_info: 0,
-                sh_addralign: 16,
-                sh_entsize: 0,
-            });
+        out.extend(0u32.to_le_bytes());
+        for half in [64, 0, 0, 64, self.count, self.count - 1] {
+            out.extend(half.to_le_bytes());
         }
-        for ((rela, name), offset) in relas.iter().zip(&rela_names).zip(&rela_offsets) {
-            w.write_section_header(&SectionHeader {
-                sh_name: w.section_name_offset(Some(*name)),
-                sh_type: elf::SHT_RELA,
-                sh_flags: elf::SectionFlags(rela.1),
-                sh_addr: 0,
-                sh_offset: *offset,
-                sh_size: rela.3.len() as u64 * 24,
-                sh_link: symtab.0,
-                sh_info: u32::try_from(rela.2).unwrap(),
-                sh_addralign: 8,
-                sh_entsize: 24,
-            });
-        }
-        w.write_symtab_section_header(1);
-        w.write_strtab_section_header();
-        w.write_shstrtab_section_header();
+        out.extend(self.contents);
+        out.extend(self.headers);
         out
     }
 }
 
 fn rel(offset: u64, rtype: u32, symbol: usize, addend: i64) -> Rel {
     Rel {
-        r_offset: offset,
-        r_sym: u32::try_from(symbol).unwrap(),
-        r_type: elf::RelocationType(rtype),
-        r_addend: addend,
+        offset,
+        info: (symbol as u64) << 32 | u64::from(rtype),
+        addend,
     }
 }
 
 /// Old names and positions of functions.
-pub(super) type Funcs<'a> = Vec<(&'a str, u64)>;
+pub(crate) type Funcs<'a> = Vec<(&'a str, u64)>;
 
 /// A livepatch module to build; the default is like that of Linux 6.1 with one function.
-pub(super) struct Spec {
+pub(crate) struct Spec {
     /// Objects: name and functions (old name and sympos).
     pub objects: Vec<(Option<&'static str>, Funcs<'static>)>,
     pub object_stride: usize,
@@ -320,7 +338,7 @@ impl Default for Spec {
 
 /// Where the parts of a built [`Spec`] are.
 #[derive(Clone, Copy)]
-pub(super) struct Places {
+pub(crate) struct Places {
     pub text: usize,
     pub strings: usize,
     pub this_module: usize,

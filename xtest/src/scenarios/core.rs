@@ -86,15 +86,22 @@ fn compare(ctx: &Ctx, name: &str) -> Result<(), Verdict> {
 }
 
 /// The commands, and what is compared of each.
-const WHAT: [&str; 4] = ["info", "info --symbols *", "status", "check"];
+const WHAT: [&str; 5] = [
+    "info",
+    "info --tasks",
+    "info --symbols *",
+    "status",
+    "check",
+];
 
-fn views(ctx: &Ctx, whom: &str) -> Result<[Value; 4], Verdict> {
+fn views(ctx: &Ctx, whom: &str) -> Result<[Value; 5], Verdict> {
     // Millions of bytes of symbols are compared by their digest.
     let symbols = ctx.dom0.ok(&format!(
         "xen-locus info{whom} --symbols '*' | sha256sum | cut -d' ' -f1"
     ))?;
     Ok([
         plain(ctx.json(&format!("xen-locus -o json info{whom}"))?),
+        plain(ctx.json(&format!("xen-locus -o json info{whom} --tasks"))?),
         symbols.into(),
         plain(ctx.json(&format!("xen-locus -o json status{whom}"))?),
         plain(ctx.json(&format!("xen-locus -o json check{whom} {CHECKED}"))?),

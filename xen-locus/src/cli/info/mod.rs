@@ -1,15 +1,18 @@
 //! `xen-locus info DOMAIN`: who a guest's kernel is, from its memory alone, or from a saved core.
 
 mod symbols;
+mod tasks;
 
-use serde_json::json;
+use serde_json::{json, Map, Value};
 
 use super::args::{self, Output};
 use super::subject::{self, Subject};
 use super::{out, Session};
 use crate::error::{Error, ExitCode};
-use crate::kernel::tasks::Layout;
-use crate::kernel::Kernel;
+use crate::kernel::cpu::Cpu;
+use crate::kernel::orc::Table;
+use crate::kernel::vmcoreinfo::VmcoreInfo;
+use crate::kernel::{self, Kernel};
 use crate::link::arena::{self, Arena};
 use crate::link::record::hex;
 
@@ -21,6 +24,8 @@ pub fn run(session: &Session, args: &args::Info) -> anyhow::Result<ExitCode> {
     subject::with_kernel(&args.whom, |subject, kernel| {
         if let Some(pattern) = &args.what.symbols {
             symbols::show(session, subject, kernel, pattern);
+        } else if args.what.tasks {
+            tasks::show(session, subject, kernel)?;
         } else {
             summary(session, subject, kernel)?;
         }
@@ -31,9 +36,18 @@ pub fn run(session: &Session, args: &args::Info) -> anyhow::Result<ExitCode> {
 
 fn summary(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<(), Error> {
     let btf_types = kernel.btf()?.len();
-    let tasks = Layout::of(kernel)?
-        .all(kernel, &kernel.space.fresh())?
-        .len();
+    let tasks = kernel::tasks::snapshot(kernel, |_, tasks| Ok(tasks.len()))?;
+    let orc = optional(Table::of(kernel))?;
+    let entries = orc.as_ref().map_or(0, Table::len);
+    let format = orc.map(|table| table.format().to_string());
+    let cpu = optional(Cpu::read(kernel))?;
+    let pti = cpu.as_ref().map(Cpu::pti);
+    let levels = kernel.space.levels();
+    let vmcoreinfo = VmcoreInfo::read(kernel)?;
+    let agreed = match &vmcoreinfo {
+        Some(info) => info.check(kernel)?,
+        None => 0,
+    };
     let build_id = kernel.build_id.as_deref().map(hex).unwrap_or_default();
     let (room, used) = Arena::read(kernel)?.room(kernel.kind);
     let modules = kernel.module_count()?;
@@ -47,10 +61,24 @@ fn summary(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<
             "kaslr_offset": out::address(kernel.kaslr_offset()),
             "symbols": kernel.symbols.len(),
             "btf_types": btf_types,
-            "orc_entries": kernel.orc_entries(),
+            "orc_entries": entries,
+            "orc": { "entries": entries, "format": format },
             "modules": modules,
             "tasks": tasks,
             "vcpus": subject.vcpus,
+            "levels": levels,
+            "pti": pti,
+            "cpu": cpu.map(|cpu| json!({
+                "features": cpu.features(),
+                "bugs": cpu.bugs(),
+                "mitigations": cpu.mitigations(),
+                "return_thunk": cpu.return_thunk().map(|at| out::address(at.0)),
+            })),
+            "vmcoreinfo": vmcoreinfo.map(|info| {
+                info.iter()
+                    .map(|(key, value)| (key.to_owned(), value.into()))
+                    .collect::<Map<String, Value>>()
+            }),
             "arena": {
                 "base": out::address(arena::BASE.0),
                 "pages": room,
@@ -75,10 +103,12 @@ fn summary(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<
                 ("KASLR offset", format!("{:#x}", kernel.kaslr_offset())),
                 ("symbols", kernel.symbols.len().to_string()),
                 ("BTF types", btf_types.to_string()),
-                ("ORC entries", kernel.orc_entries().to_string()),
+                ("ORC entries", rows(entries, format.as_deref())),
                 ("modules", modules.to_string()),
                 ("tasks", tasks.to_string()),
                 ("vCPUs", subject.vcpus.to_string()),
+                ("paging", paging(levels, pti)),
+                ("vmcoreinfo", witness(vmcoreinfo.as_ref(), agreed)),
                 (
                     "arena",
                     format!("{} pages at {}, {used} in use", room, arena::BASE),
@@ -88,7 +118,58 @@ fn summary(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<
                     out::line(&format!("{what:<13} {value}"));
                 }
             }
+            for (what, value) in cpu.iter().flat_map(about_cpu) {
+                out::line(&format!("{what:<13} {value}"));
+            }
         }
     }
     Ok(())
+}
+
+/// What a kernel may do without.
+fn optional<T>(read: Result<T, kernel::Error>) -> Result<Option<T>, kernel::Error> {
+    match read {
+        Ok(value) => Ok(Some(value)),
+        Err(kernel::Error::Missing(_)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn rows(entries: usize, format: Option<&str>) -> String {
+    match format {
+        Some(format) => format!("{entries}, format {format}"),
+        None => "none".into(),
+    }
+}
+
+fn paging(levels: u8, pti: Option<bool>) -> String {
+    let isolation = match pti {
+        Some(true) => ", page-table isolation on",
+        Some(false) => ", page-table isolation off",
+        None => "",
+    };
+    format!("{levels} levels{isolation}")
+}
+
+/// Lines about the processor: too long for a column of short values, so they come last.
+fn about_cpu(cpu: &Cpu) -> Vec<(&str, String)> {
+    let mut lines = vec![
+        ("CPU features", cpu.features().join(" ")),
+        ("CPU bugs", cpu.bugs().join(" ")),
+    ];
+    let chosen = cpu.mitigations().iter();
+    lines.extend(chosen.map(|(what, name)| ("mitigation", format!("{what} {name}"))));
+    lines
+}
+
+fn witness(info: Option<&VmcoreInfo>, agreed: usize) -> String {
+    info.map_or_else(
+        || "none".into(),
+        |info| {
+            format!(
+                "{} lines, {agreed} of them compared and agreeing",
+                info.iter().count()
+            )
+        },
+    )
 }

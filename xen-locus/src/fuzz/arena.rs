@@ -1,0 +1,187 @@
+//! What the arena says of itself, all of it in pages that the guest can change.
+
+use sha2::{Digest, Sha256};
+
+use super::guest;
+use crate::addr::{Gva, PAGE_LEN};
+use crate::guest::mock::MockMemory;
+use crate::guest::space::{Space, PTE_FRAME, PTE_NX, PTE_PRESENT};
+use crate::kernel::fixture::{vcpus, KIND, TEXT};
+use crate::kernel::Kernel;
+use crate::link::arena::{page_address, Arena, Rights, BASE};
+use crate::link::record::{Directory, Function, Record, Slot, State};
+use crate::plan;
+
+fn sample_record() -> Record {
+    Record {
+        schema: 1,
+        name: "locus_test".into(),
+        sha256: "0".repeat(64),
+        description: "a test".into(),
+        cves: vec!["CVE-2000-0001".into()],
+        functions: vec![Function {
+            name: "entry".into(),
+            object: "vmlinux".into(),
+            old: TEXT.0 + 0x100,
+            old_size: 64,
+            new: page_address(1).0,
+            new_size: 32,
+            site: TEXT.0 + 0x105,
+            old_bytes: [0xcc; 5],
+            new_bytes: [0xe9, 1, 2, 3, 4],
+        }],
+        text: (page_address(1).0, 32),
+        text_sha256: "0".repeat(64),
+    }
+}
+
+fn sample_slot(record: &[u8], state: State) -> Slot {
+    Slot {
+        state,
+        first: 1,
+        pages: 2,
+        applied_at: 1_700_000_000,
+        record_offset: PAGE_LEN as u32,
+        record_len: record.len() as u32,
+        record_sha256: Sha256::digest(record).into(),
+    }
+}
+
+fn page_of(directory: &Directory) -> Vec<u8> {
+    let mut page = vec![0; PAGE_LEN];
+    let (at, copy) = directory.encode();
+    page[at..at + copy.len()].copy_from_slice(&copy);
+    page
+}
+
+/// `data` is the first page of an arena.
+pub fn directory(data: &[u8]) {
+    if let Some(directory) = Directory::decode(data) {
+        assert_eq!(Directory::decode(&page_of(&directory)), Some(directory));
+    }
+}
+
+/// A directory of one payload.
+pub fn directory_seeds() -> Vec<Vec<u8>> {
+    let slot = sample_slot(b"{}", State::Applied);
+    [1, 2]
+        .map(|generation| {
+            page_of(&Directory {
+                generation,
+                slots: vec![slot.clone()],
+            })
+        })
+        .to_vec()
+}
+
+/// `data` is a record, and its digest is the one the directory has.
+pub fn record(data: &[u8]) {
+    let slot = sample_slot(data, State::Applied);
+    let _ = Record::decode(data, &slot);
+}
+
+/// A record.
+pub fn record_seeds() -> Vec<Vec<u8>> {
+    vec![serde_json::to_vec(&sample_record()).unwrap()]
+}
+
+/// `data` is the page table of the arena and its pages. Entries count frames from the first of
+/// these pages, modulo one more than there are. The digests are made good, so that what they
+/// protect is looked at.
+pub fn arena(data: &[u8]) {
+    let memory = guest::build(&guest::variables(), guest::types());
+    let count = (data.len() / PAGE_LEN).clamp(1, 8) - 1;
+    let frames: Vec<_> = (0..count).map(|_| memory.frame()).collect();
+    let mut pages = data.chunks_exact(PAGE_LEN);
+    let table = pages.next().unwrap_or_default();
+    for (&frame, page) in frames.iter().zip(pages) {
+        memory.fill(frame, 0, &whole(page));
+    }
+    map_arena(&memory, table, frames.first().map_or(0, |f| f.0), count);
+    let Ok(kernel) = Kernel::read(&memory, KIND, &vcpus()) else {
+        return;
+    };
+    let Ok(arena) = Arena::read(&kernel) else {
+        return;
+    };
+    let _ = arena.room(KIND);
+    let _ = arena.find_room(KIND, &[Rights::Text, Rights::RoData]);
+    for resident in plan::residents(&kernel, &arena).unwrap_or_default() {
+        for function in &resident.record.functions {
+            let _ = plan::redirect(&kernel, function);
+        }
+    }
+}
+
+/// A copy of the page in which the digest of each half that looks like a directory is right.
+fn whole(page: &[u8]) -> Vec<u8> {
+    let mut page = page.to_vec();
+    for copy in page.chunks_mut(PAGE_LEN / 2) {
+        if copy.starts_with(b"XENLOCUS") {
+            let digest = Sha256::digest(&copy[32..]);
+            copy[16..32].copy_from_slice(&digest[..16]);
+        }
+    }
+    page
+}
+
+/// Puts the entries of `table` into the guest's page table for the arena.
+fn map_arena(memory: &MockMemory, table: &[u8], first: u64, count: usize) {
+    memory.map_page(Gva(BASE.0 - PAGE_LEN as u64), memory.frame(), false, false);
+    let space = Space::new(memory, crate::guest::mock::ROOT, 4);
+    let (at, _, _) = space.entry_slot(BASE, 1).unwrap();
+    for (slot, word) in table.chunks_exact(8).enumerate() {
+        let word = u64::from_le_bytes(word.try_into().unwrap());
+        let number = first + ((word & PTE_FRAME) >> 12) % (count as u64 + 1);
+        memory.set_entry(at, slot, word & !PTE_FRAME | number << 12);
+    }
+}
+
+/// An arena with one payload, applied or about to be.
+pub fn arena_seeds() -> Vec<Vec<u8>> {
+    let record = serde_json::to_vec(&sample_record()).unwrap();
+    [State::Applied, State::Applying]
+        .map(|state| {
+            let mut table = vec![0u64; 512];
+            for page in 0..3 {
+                table[page + 1] = (page as u64) << 12 | PTE_PRESENT | PTE_NX;
+            }
+            let mut data: Vec<u8> = table.iter().flat_map(|w| w.to_le_bytes()).collect();
+            data.extend(page_of(&Directory {
+                generation: 2,
+                slots: vec![sample_slot(&record, state)],
+            }));
+            data.extend(vec![0xcc; PAGE_LEN]);
+            let mut page = record.clone();
+            page.resize(PAGE_LEN, 0);
+            data.extend(page);
+            data
+        })
+        .to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_arena_of_the_seeds_shows_its_payload() {
+        for seed in arena_seeds() {
+            let memory = guest::build(&guest::variables(), guest::types());
+            let frames: Vec<_> = seed
+                .chunks(PAGE_LEN)
+                .skip(1)
+                .map(|page| {
+                    let frame = memory.frame();
+                    memory.fill(frame, 0, page);
+                    frame
+                })
+                .collect();
+            map_arena(&memory, &seed[..PAGE_LEN], frames[0].0, frames.len());
+            let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
+            let arena = Arena::read(&kernel).unwrap();
+            let residents = plan::residents(&kernel, &arena).unwrap();
+            assert_eq!(residents[0].record, sample_record());
+        }
+    }
+}

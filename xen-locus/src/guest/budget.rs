@@ -1,0 +1,109 @@
+//! What reading one guest may cost.
+//!
+//! Everything read from a guest passes page tables that the guest wrote, follows pointers that it
+//! chose, and is as long as it says. Lists that never end, counts of 2^32, tables that map one page
+//! everywhere: each makes a reader touch more and more pages. So the pages touched are counted, in
+//! one place, and a guest that wants more than any honest one is refused. The limits of single
+//! subjects (most tasks, most symbols) say what is believed; this one says when to stop.
+//!
+//! The unit is about a tenth of a microsecond on a machine of today, so that a whole budget is
+//! spent in less than a second.
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use super::Error;
+
+/// Units that one budget holds. Reading the symbols, types and a hundred tasks of a guest of Debian
+/// takes less than a tenth of it; 50,000 threads can be listed with it.
+pub const LIMIT: u64 = 8 << 20;
+/// Units of a walk through the page tables.
+pub const WALK: u64 = 1;
+/// Units of a foreign mapping, its unmapping included.
+pub const MAP: u64 = 32;
+/// Units of each page of a mapping, and of copying it.
+pub const PAGE: u64 = 16;
+/// Bytes that can be looked through, one by one, for one unit.
+pub const BYTES: u64 = 100;
+
+/// A budget, shared by everything that reads the same guest for the same command.
+#[derive(Clone, Debug)]
+pub struct Budget {
+    left: Rc<Cell<u64>>,
+    limit: u64,
+}
+
+impl Default for Budget {
+    fn default() -> Budget {
+        Budget::of(LIMIT)
+    }
+}
+
+impl Budget {
+    /// A budget of `limit` units.
+    #[must_use]
+    pub fn of(limit: u64) -> Budget {
+        Budget {
+            left: Rc::new(Cell::new(limit)),
+            limit,
+        }
+    }
+
+    /// Takes `units` from it.
+    ///
+    /// # Errors
+    /// [`Error::Exhausted`] when so much is not left; then nothing is left.
+    pub fn spend(&self, units: u64) -> Result<(), Error> {
+        let left = self.left.get().checked_sub(units);
+        self.left.set(left.unwrap_or(0));
+        left.map(|_| ()).ok_or(Error::Exhausted)
+    }
+
+    /// Takes what looking at each of `len` bytes costs.
+    ///
+    /// # Errors
+    /// As [`Budget::spend`].
+    pub fn scan(&self, len: usize) -> Result<(), Error> {
+        self.spend(len as u64 / BYTES)
+    }
+
+    /// Whether nothing is left.
+    ///
+    /// # Errors
+    /// [`Error::Exhausted`].
+    pub fn check(&self) -> Result<(), Error> {
+        if self.left.get() == 0 {
+            return Err(Error::Exhausted);
+        }
+        Ok(())
+    }
+
+    /// Units spent since the start or the last [`Budget::refill`].
+    #[must_use]
+    pub fn spent(&self) -> u64 {
+        self.limit - self.left.get()
+    }
+
+    /// Makes it whole again: for work that is repeated until a deadline, once a round.
+    pub fn refill(&self) {
+        self.left.set(self.limit);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_budget_that_was_overdrawn_stays_empty_until_it_is_refilled() {
+        let budget = Budget::of(10);
+        let same = budget.clone();
+        budget.spend(6).unwrap();
+        assert_eq!(same.spent(), 6);
+        assert!(matches!(same.spend(5), Err(Error::Exhausted)));
+        assert!(budget.check().is_err());
+        assert!(budget.spend(1).is_err());
+        budget.refill();
+        same.spend(10).unwrap();
+    }
+}

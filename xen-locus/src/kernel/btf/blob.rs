@@ -1,0 +1,163 @@
+//! Hand-made BTF blobs, for tests.
+
+#![allow(clippy::cast_possible_truncation)] // small blobs
+
+use super::Kind;
+
+/// A blob being written.
+pub struct Blob {
+    strings: Vec<u8>,
+    words: Vec<u32>,
+    next: u32,
+    first_string: u32,
+}
+
+impl Blob {
+    /// A kernel's blob.
+    pub fn new() -> Blob {
+        Blob {
+            strings: vec![0],
+            words: Vec::new(),
+            next: 1,
+            first_string: 0,
+        }
+    }
+
+    /// A module's blob on top of `base`.
+    pub fn on(base: &Blob) -> Blob {
+        Blob {
+            strings: vec![0],
+            words: Vec::new(),
+            next: base.next,
+            first_string: base.strings.len() as u32,
+        }
+    }
+
+    /// Offset of a string.
+    pub fn name(&mut self, name: &str) -> u32 {
+        if name.is_empty() {
+            return 0;
+        }
+        let at = self.first_string + self.strings.len() as u32;
+        self.strings.extend(name.bytes().chain([0]));
+        at
+    }
+
+    /// Adds a type; the number of its parts and its flag are in `info`.
+    pub fn raw(&mut self, name: &str, kind: Kind, info: u32, value: u32, tail: &[u32]) -> u32 {
+        let name = self.name(name);
+        self.words
+            .extend([name, ((kind as u32) << 24) | info, value]);
+        self.words.extend(tail);
+        self.next += 1;
+        self.next - 1
+    }
+
+    /// A signed integer of `size` bytes.
+    pub fn int(&mut self, name: &str, size: u32) -> u32 {
+        self.raw(name, Kind::Int, 0, size, &[(1 << 24) | (size * 8)])
+    }
+
+    /// A type that only refers to another.
+    pub fn refer(&mut self, name: &str, kind: Kind, to: u32) -> u32 {
+        self.raw(name, kind, 0, to, &[])
+    }
+
+    /// An array of `n` elements.
+    pub fn array(&mut self, of: u32, n: u32) -> u32 {
+        self.raw("", Kind::Array, 0, 0, &[of, 1, n])
+    }
+
+    /// A structure or union: members by name, type and bit offset.
+    pub fn composite(&mut self, kind: Kind, name: &str, size: u32, m: &[(&str, u32, u32)]) -> u32 {
+        let fields: Vec<_> = m.iter().map(|&(n, t, bit)| (n, t, bit, 0)).collect();
+        self.fields(kind, name, size, &fields)
+    }
+
+    /// A structure whose members may be bit fields: name, type, bit offset, width.
+    pub fn fields(
+        &mut self,
+        kind: Kind,
+        name: &str,
+        size: u32,
+        m: &[(&str, u32, u32, u32)],
+    ) -> u32 {
+        let flag = u32::from(m.iter().any(|f| f.3 != 0)) << 31;
+        let tail: Vec<u32> = m
+            .iter()
+            .flat_map(|&(n, t, bit, width)| [self.name(n), t, (width << 24) | bit])
+            .collect();
+        self.raw(name, kind, flag | m.len() as u32, size, &tail)
+    }
+
+    /// An enum of 4 bytes.
+    pub fn enumeration(&mut self, name: &str, values: &[(&str, u32)]) -> u32 {
+        let tail: Vec<u32> = values
+            .iter()
+            .flat_map(|&(n, v)| [self.name(n), v])
+            .collect();
+        self.raw(name, Kind::Enum, values.len() as u32, 4, &tail)
+    }
+
+    /// A prototype.
+    pub fn proto(&mut self, result: u32, parameters: &[(&str, u32)]) -> u32 {
+        let tail: Vec<u32> = parameters
+            .iter()
+            .flat_map(|&(n, t)| [self.name(n), t])
+            .collect();
+        self.raw("", Kind::FuncProto, parameters.len() as u32, result, &tail)
+    }
+
+    /// The bytes.
+    pub fn bytes(&self) -> Vec<u8> {
+        let types = self.words.len() as u32 * 4;
+        let mut out = vec![0x9f, 0xeb, 1, 0];
+        for w in [24, 0, types, types, self.strings.len() as u32] {
+            out.extend(w.to_le_bytes());
+        }
+        out.extend(self.words.iter().flat_map(|w| w.to_le_bytes()));
+        out.extend(&self.strings);
+        out
+    }
+}
+
+/// `struct outer { int a; union { long b; struct inner c; }; int d:3, e:5; u8 f[7]; }` and more.
+pub fn sample() -> Blob {
+    let mut b = Blob::new();
+    let int = b.int("int", 4);
+    let long = b.int("long", 8);
+    let byte = b.int("unsigned char", 1);
+    let u8_ = b.refer("u8", Kind::Typedef, byte);
+    let inner = b.composite(Kind::Struct, "inner", 8, &[("w", int, 0), ("x", int, 32)]);
+    let either = b.composite(Kind::Union, "", 8, &[("b", long, 0), ("c", inner, 0)]);
+    let array = b.array(u8_, 7);
+    let members = [
+        ("a", int, 0, 0),
+        ("", either, 64, 0),
+        ("d", int, 128, 3),
+        ("e", int, 131, 5),
+        ("f", array, 136, 0),
+    ];
+    let outer = b.fields(Kind::Struct, "outer", 24, &members);
+    b.enumeration("state", &[("LIVE", 0), ("GOING", 2), ("BAD", u32::MAX)]);
+    let tail = [b.name("HUGE"), 5, 1];
+    b.raw("wide", Kind::Enum64, 1, 8, &tail);
+    let pointer = b.refer("", Kind::Ptr, outer);
+    let constant = b.refer("", Kind::Const, outer);
+    let to_constant = b.refer("", Kind::Ptr, constant);
+    let tag = b.refer("user", Kind::TypeTag, byte);
+    let to_user = b.refer("", Kind::Ptr, tag);
+    let proto = b.proto(
+        long,
+        &[
+            ("o", pointer),
+            ("from", to_constant),
+            ("buf", to_user),
+            ("", 0),
+        ],
+    );
+    b.raw("copy_outer", Kind::Func, 0, proto, &[]);
+    let callback = b.refer("", Kind::Ptr, proto);
+    b.refer("copy_fn", Kind::Typedef, callback);
+    b
+}

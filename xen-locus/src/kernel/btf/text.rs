@@ -1,0 +1,480 @@
+//! Types as C, with offsets and sizes in bytes beside every member.
+
+use super::member::{enumerator, member, Member};
+use super::{Btf, Kind, Record, Steps, CHAIN};
+
+/// Deepest nesting of structures and of prototypes written out.
+const DEPTH: usize = 12;
+/// Most members, parameters and enumerators written for one type.
+const STEPS: u32 = 1 << 16;
+/// Longest text of one member, in bytes.
+const LINE_MAX: usize = 4096;
+/// Most types of one name that are shown.
+const NAMESAKES: usize = 64;
+/// Column of the offsets.
+const COLUMN: usize = 48;
+
+/// A type as it is shown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Described {
+    /// `struct`, `union`, `enum`, `typedef`, `function`, `variable`, `type`.
+    pub kind: &'static str,
+    /// Its name.
+    pub name: String,
+    /// Its id.
+    pub id: u32,
+    /// Its size in bytes; functions have none.
+    pub size: Option<u64>,
+    /// As C.
+    pub text: String,
+    /// Members of a structure or union, those of anonymous members among them.
+    pub members: Vec<Part>,
+}
+
+/// A member as it is shown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Its name.
+    pub name: String,
+    /// Its declaration as C.
+    pub declaration: String,
+    /// Offset from the start of the structure, in bytes.
+    pub offset: u64,
+    /// Size in bytes; of a bit field, of the type it is taken from.
+    pub size: u64,
+    /// Of a bit field: first bit above `offset`, and width.
+    pub bits: Option<(u64, u32)>,
+}
+
+/// What is written while a type is shown.
+struct Writer<'a> {
+    btf: &'a Btf,
+    steps: Steps,
+    out: String,
+    parts: Vec<Part>,
+}
+
+/// A declaration taken apart: `const struct foo *name[4]`.
+struct Declared {
+    /// Qualifiers in front.
+    front: String,
+    /// Id of the type all the rest is built on.
+    base: u32,
+    /// Tags such as `__user`, then stars, name, brackets.
+    rest: String,
+}
+
+impl Btf {
+    /// All types called `wanted`, as C: `struct foo`, `union foo`, `enum foo`, or a bare name, which
+    /// also means typedefs, functions and variables. Empty when there is none.
+    #[must_use]
+    pub fn describe(&self, wanted: &str) -> Vec<Described> {
+        use Kind::*;
+        let (kinds, name): (&[Kind], &str) = match wanted.trim().split_once(' ') {
+            Some(("struct", name)) => (&[Struct], name),
+            Some(("union", name)) => (&[Union], name),
+            Some(("enum", name)) => (&[Enum, Enum64], name),
+            _ => (
+                &[Struct, Union, Enum, Enum64, Typedef, Func, Var, Int, Float],
+                wanted.trim(),
+            ),
+        };
+        self.named(name.trim())
+            .filter_map(|id| Some((id, self.record(id)?)))
+            .filter(|(_, r)| kinds.contains(&r.kind))
+            .take(NAMESAKES)
+            .map(|(id, r)| self.describe_one(id, &r))
+            .collect()
+    }
+
+    fn describe_one(&self, id: u32, r: &Record<'_>) -> Described {
+        let mut w = Writer {
+            btf: self,
+            steps: Steps::new(STEPS),
+            out: String::new(),
+            parts: Vec::new(),
+        };
+        let name = self.name(r.name);
+        let (kind, done) = match r.kind {
+            Kind::Struct => ("struct", w.block(id, r, 0, 0)),
+            Kind::Union => ("union", w.block(id, r, 0, 0)),
+            Kind::Enum | Kind::Enum64 => ("enum", w.block(id, r, 0, 0)),
+            Kind::Typedef => {
+                w.out.push_str("typedef ");
+                ("typedef", w.declare(r.value, &name, 0, 0))
+            }
+            Kind::Func => ("function", w.declare(r.value, &name, 0, 0)),
+            Kind::Var => ("variable", w.declare(r.value, &name, 0, 0)),
+            _ => {
+                w.out.push_str(&name);
+                ("type", Some(()))
+            }
+        };
+        w.out.push(';');
+        if done.is_none() {
+            w.out
+                .push_str(" /* the rest is not shown: too long or too deep */");
+        }
+        let size = match r.kind {
+            Kind::Func => None,
+            _ => self.bytes_of(id),
+        };
+        if let Some(size) = size {
+            w.out.push_str(&format!(" /* size: {size} */"));
+        }
+        w.out.push('\n');
+        Described {
+            kind,
+            name,
+            id,
+            size,
+            text: w.out,
+            members: w.parts,
+        }
+    }
+
+    /// Takes apart the declaration of `name` with type `id`.
+    fn declared(&self, mut id: u32, name: &str, depth: usize, steps: &Steps) -> Option<Declared> {
+        let mut rest = name.to_owned();
+        let (mut front, mut tags) = (String::new(), String::new());
+        for _ in 0..CHAIN {
+            steps.take()?;
+            if rest.len() > LINE_MAX {
+                return None;
+            }
+            let Some(r) = self.record(id) else { break };
+            match r.kind {
+                Kind::Ptr => {
+                    let inner = self.behind_tags(r.value);
+                    let brackets = self
+                        .record(inner)
+                        .is_some_and(|r| matches!(r.kind, Kind::Array | Kind::FuncProto));
+                    rest = if brackets {
+                        format!("(*{rest})")
+                    } else {
+                        format!("*{rest}")
+                    };
+                    id = r.value;
+                }
+                Kind::Array => {
+                    rest.push_str(&format!("[{}]", r.word(2)?));
+                    id = r.word(0)?;
+                }
+                Kind::FuncProto => {
+                    rest.push_str(&self.parameters(&r, depth, steps)?);
+                    id = r.value;
+                }
+                Kind::Const | Kind::Volatile | Kind::Restrict => {
+                    let word = match r.kind {
+                        Kind::Const => "const",
+                        Kind::Volatile => "volatile",
+                        _ => "restrict",
+                    };
+                    let pointer = self
+                        .record(self.behind_tags(r.value))
+                        .is_some_and(|r| r.kind == Kind::Ptr);
+                    if pointer {
+                        let space = if rest.is_empty() { "" } else { " " };
+                        rest = format!("{word}{space}{rest}");
+                    } else {
+                        front.push_str(word);
+                        front.push(' ');
+                    }
+                    id = r.value;
+                }
+                Kind::TypeTag => {
+                    tags.push_str(&format!("__{} ", self.name(r.name)));
+                    id = r.value;
+                }
+                _ => break,
+            }
+        }
+        Some(Declared {
+            front,
+            base: id,
+            rest: tags + &rest,
+        })
+    }
+
+    /// Looks through tags and qualifiers, not through typedefs.
+    fn behind_tags(&self, mut id: u32) -> u32 {
+        for _ in 0..CHAIN {
+            match self.record(id) {
+                Some(r) if r.kind.transparent() && r.kind != Kind::Typedef => id = r.value,
+                _ => break,
+            }
+        }
+        id
+    }
+
+    fn parameters(&self, r: &Record<'_>, depth: usize, steps: &Steps) -> Option<String> {
+        if depth >= DEPTH {
+            return None;
+        }
+        let mut all = Vec::new();
+        for i in 0..r.parts {
+            steps.take()?;
+            let (name, id) = (r.word(2 * i)?, r.word(2 * i + 1)?);
+            all.push(if id == 0 && name == 0 {
+                "...".to_owned()
+            } else {
+                self.line(id, &self.name(name), depth + 1, steps)?
+            });
+            if all.iter().map(String::len).sum::<usize>() > LINE_MAX {
+                return None;
+            }
+        }
+        if all.is_empty() {
+            all.push("void".into());
+        }
+        Some(format!("({})", all.join(", ")))
+    }
+
+    /// A declaration in one line; what has no name is not written out.
+    fn line(&self, id: u32, name: &str, depth: usize, steps: &Steps) -> Option<String> {
+        let d = self.declared(id, name, depth, steps)?;
+        let word = match self.record(d.base) {
+            None => "void".to_owned(),
+            Some(r) => {
+                let word = keyword(&r);
+                let name = self.name(r.name);
+                match (word.is_empty(), name.is_empty()) {
+                    (true, _) => name,
+                    (false, true) => format!("{word} {{...}}"),
+                    (false, false) => format!("{word} {name}"),
+                }
+            }
+        };
+        let space = if d.rest.is_empty() { "" } else { " " };
+        Some(format!("{}{word}{space}{}", d.front, d.rest))
+    }
+}
+
+fn keyword(r: &Record<'_>) -> &'static str {
+    match r.kind {
+        Kind::Struct => "struct",
+        Kind::Union => "union",
+        Kind::Enum | Kind::Enum64 => "enum",
+        Kind::Fwd if r.flag => "union",
+        Kind::Fwd => "struct",
+        _ => "",
+    }
+}
+
+impl Writer<'_> {
+    /// Writes the declaration of `name`; an anonymous structure or enum is written out.
+    fn declare(&mut self, id: u32, name: &str, start: u64, depth: usize) -> Option<()> {
+        let d = self.btf.declared(id, name, depth, &self.steps)?;
+        match self.btf.record(d.base) {
+            Some(r) if r.name == 0 && open(r.kind) => {
+                self.out.push_str(&d.front);
+                self.block(d.base, &r, start, depth)?;
+                if !d.rest.is_empty() {
+                    self.out.push(' ');
+                    self.out.push_str(&d.rest);
+                }
+            }
+            _ => {
+                let line = self.btf.line(id, name, depth, &self.steps)?;
+                self.out.push_str(&line);
+            }
+        }
+        Some(())
+    }
+
+    /// Writes `struct name { … }`; `start` is where it begins in the outermost structure, in bits.
+    fn block(&mut self, id: u32, r: &Record<'_>, start: u64, depth: usize) -> Option<()> {
+        if depth >= DEPTH {
+            return None;
+        }
+        self.out.push_str(keyword(r));
+        if r.name != 0 {
+            self.out.push(' ');
+            self.out.push_str(&self.btf.name(r.name));
+        }
+        self.out.push_str(" {\n");
+        let indent = "\t".repeat(depth + 1);
+        if matches!(r.kind, Kind::Enum | Kind::Enum64) {
+            for i in 0..r.parts {
+                self.steps.take()?;
+                let (name, value) = enumerator(r, i)?;
+                let name = self.btf.name(name);
+                self.out.push_str(&format!("{indent}{name} = {value},\n"));
+            }
+        } else {
+            let mut end = 0;
+            for i in 0..r.parts {
+                self.steps.take()?;
+                let m = member(r, i)?;
+                let hole = m.bit.saturating_sub(end) / 8;
+                if r.kind == Kind::Struct && hole > 0 {
+                    self.out
+                        .push_str(&format!("{indent}/* hole of {hole} bytes */\n"));
+                }
+                let bits = match m.width {
+                    0 => self.btf.bytes_of(m.type_id).unwrap_or(0).saturating_mul(8),
+                    width => width.into(),
+                };
+                end = end.max(m.bit.saturating_add(bits));
+                self.member(&m, start, depth + 1)?;
+            }
+            let size = self.btf.bytes_of(id).unwrap_or(0);
+            let hole = size.saturating_mul(8).saturating_sub(end) / 8;
+            if r.kind == Kind::Struct && hole > 0 {
+                self.out
+                    .push_str(&format!("{indent}/* {hole} bytes of padding */\n"));
+            }
+        }
+        self.out.push_str(&"\t".repeat(depth));
+        self.out.push('}');
+        Some(())
+    }
+
+    fn member(&mut self, m: &Member, start: u64, depth: usize) -> Option<()> {
+        let bit = start.checked_add(m.bit)?;
+        let size = self.btf.bytes_of(m.type_id).unwrap_or(0);
+        let mut name = self.btf.name(m.name);
+        let indent = "\t".repeat(depth);
+        self.out.push_str(&indent);
+        let begin = self.out.len();
+        let nested = self.btf.strip(m.type_id);
+        let anonymous = name.is_empty()
+            && self
+                .btf
+                .record(nested)
+                .is_some_and(|r| matches!(r.kind, Kind::Struct | Kind::Union));
+        let mut part = Part {
+            name: name.clone(),
+            declaration: String::new(),
+            offset: bit / 8,
+            size,
+            bits: None,
+        };
+        if m.width != 0 {
+            // The offset is that of the unit the bit field is taken from, as pahole shows it.
+            let unit = size.checked_mul(8).filter(|&u| u != 0).unwrap_or(8);
+            part.offset = bit / unit * unit / 8;
+            part.bits = Some((bit % unit, m.width));
+            name.push_str(&format!(":{}", m.width));
+        }
+        let place = self.parts.len();
+        self.declare(m.type_id, &name, bit, depth)?;
+        self.out.push(';');
+        let written = self.out.get(begin..).unwrap_or_default();
+        let last = written.rsplit('\n').next().unwrap_or_default();
+        let tabs = depth * 8;
+        let width = tabs + last.trim_start_matches('\t').chars().count();
+        part.declaration = match written.contains('\n') {
+            true => self.btf.line(m.type_id, &name, depth, &self.steps)?,
+            false => written.trim_end_matches(';').to_owned(),
+        };
+        let pad = " ".repeat(COLUMN.saturating_sub(width).max(1));
+        let offset = match part.bits {
+            Some((bit, _)) => format!("{:5}:{bit:2}", part.offset),
+            None => format!("{:5}   ", part.offset),
+        };
+        self.out
+            .push_str(&format!("{pad}/* {offset} {size:5} */\n"));
+        if !anonymous {
+            // It stands for its own members, if it is a structure written out in place.
+            self.parts.truncate(place);
+            self.parts.push(part);
+        }
+        Some(())
+    }
+}
+
+fn open(kind: Kind) -> bool {
+    matches!(kind, Kind::Struct | Kind::Union | Kind::Enum | Kind::Enum64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::blob::{sample, Blob};
+    use super::*;
+
+    fn text(btf: &Btf, wanted: &str) -> String {
+        btf.describe(wanted).into_iter().map(|d| d.text).collect()
+    }
+
+    /// Without the spaces that only align.
+    fn tight(text: &str) -> String {
+        let words: Vec<&str> = text.split_whitespace().collect();
+        words.join(" ")
+    }
+
+    #[test]
+    fn a_structure_is_shown_with_offsets_sizes_bit_fields_and_holes() {
+        let btf = Btf::new(sample().bytes()).unwrap();
+        assert_eq!(
+            tight(&text(&btf, "struct outer")),
+            "struct outer { int a; /* 0 4 */ /* hole of 4 bytes */ union { long b; /* 8 8 */ \
+             struct inner c; /* 8 8 */ }; /* 8 8 */ int d:3; /* 16: 0 4 */ int e:5; /* 16: 3 4 */ \
+             u8 f[7]; /* 17 7 */ }; /* size: 24 */"
+        );
+        let shown = btf.describe("outer");
+        let names: Vec<&str> = shown[0].members.iter().map(|m| m.name.as_str()).collect();
+        assert_eq!(names, ["a", "b", "c", "d", "e", "f"]);
+        assert_eq!(shown[0].members[4].bits, Some((3, 5)));
+        assert_eq!(shown[0].members[2].offset, 8);
+        assert!(text(&btf, "union outer").is_empty());
+    }
+
+    #[test]
+    fn functions_and_pointers_to_them_are_shown_as_prototypes() {
+        let btf = Btf::new(sample().bytes()).unwrap();
+        let list = "(struct outer *o, const struct outer *from, unsigned char __user *buf, ...)";
+        assert_eq!(
+            text(&btf, "copy_outer"),
+            format!("long copy_outer{list};\n")
+        );
+        assert_eq!(
+            text(&btf, "copy_fn"),
+            format!("typedef long (*copy_fn){list}; /* size: 8 */\n")
+        );
+    }
+
+    #[test]
+    fn enums_show_their_values() {
+        let btf = Btf::new(sample().bytes()).unwrap();
+        assert_eq!(
+            text(&btf, "enum state"),
+            "enum state {\n\tLIVE = 0,\n\tGOING = 2,\n\tBAD = -1,\n}; /* size: 4 */\n"
+        );
+        assert!(text(&btf, "wide").contains("HUGE = 4294967301"));
+    }
+
+    #[test]
+    fn arrays_of_pointers_and_pointers_to_arrays_are_told_apart() {
+        let mut b = Blob::new();
+        let int = b.int("int", 4);
+        let pointer = b.refer("", Kind::Ptr, int);
+        let constant = b.refer("", Kind::Const, pointer);
+        let many = b.array(constant, 4);
+        let row = b.array(int, 3);
+        let to_row = b.refer("", Kind::Ptr, row);
+        let nameless = b.composite(Kind::Struct, "", 4, &[("x", int, 0)]);
+        let rows = b.array(nameless, 2);
+        let members = [
+            ("many", many, 0),
+            ("to_row", to_row, 256),
+            ("two", rows, 320),
+        ];
+        b.composite(Kind::Struct, "s", 48, &members);
+        let btf = Btf::new(b.bytes()).unwrap();
+        assert_eq!(
+            tight(&text(&btf, "s")),
+            "struct s { int *const many[4]; /* 0 32 */ int (*to_row)[3]; /* 32 8 */ \
+             struct { int x; /* 40 4 */ } two[2]; /* 40 8 */ }; /* size: 48 */"
+        );
+    }
+
+    #[test]
+    fn names_cannot_command_a_terminal() {
+        let mut b = Blob::new();
+        let int = b.int("int", 4);
+        b.composite(Kind::Struct, "s", 4, &[("\x1b[2J", int, 0)]);
+        let btf = Btf::new(b.bytes()).unwrap();
+        assert!(text(&btf, "s").contains("int ?[2J;"));
+    }
+}

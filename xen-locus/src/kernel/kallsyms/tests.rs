@@ -1,0 +1,93 @@
+//! Tests of the symbol table's reader.
+
+use super::*;
+use crate::kernel::fixture::{vcpus, Fixture, Tables, ENTRY, KIND, TEXT};
+use crate::kernel::Kernel;
+
+#[test]
+fn symbols_are_read_in_every_order_and_encoding_of_the_tables() {
+    for tables in [
+        Tables::Old,
+        Tables::OldWithSequence,
+        Tables::New,
+        Tables::PlaceRelative,
+    ] {
+        let mut fixture = Fixture::new();
+        fixture.tables = tables;
+        let long = "a_very_long_name_".repeat(12);
+        fixture.function(TEXT.0 + 0x200, "twice", &[0xc3]);
+        fixture.function(TEXT.0 + 0x300, "twice", &[0xc3]);
+        fixture.function(TEXT.0 + 0x340, &long, &[0xc3]);
+        if tables != Tables::PlaceRelative {
+            fixture.symbols.push((0x4000, 'A', "per_cpu".into()));
+        }
+        let memory = fixture.build();
+        let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
+        let symbols = &kernel.symbols;
+        assert_eq!(kernel.release, "6.1.0-test", "{tables:?}");
+        assert_eq!(symbols.addr("entry"), Some(ENTRY));
+        assert_eq!(symbols.all("twice").count(), 2);
+        assert_eq!(symbols.addr(&long), Some(TEXT.plus(0x340)));
+        assert_eq!(symbols.room(TEXT.plus(0x200)), Some(0x100));
+        assert_eq!(symbols.covering(TEXT.plus(0x305)), Some(("twice", 5)));
+        if tables != Tables::PlaceRelative {
+            assert_eq!(symbols.addr("per_cpu"), Some(Gva(0x4000)));
+        }
+        assert_eq!(kernel.function("twice", 2).unwrap(), TEXT.plus(0x300));
+        assert!(kernel.function("twice", 0).is_err());
+        assert!(kernel.function("twice", 3).is_err());
+    }
+}
+
+#[test]
+fn a_table_whose_addresses_disagree_with_the_anchors_is_not_believed() {
+    let memory = Fixture::new().build();
+    let mut vcpus = vcpus();
+    vcpus[0].entry = ENTRY.0 + 1;
+    let error = Kernel::read(&memory, KIND, &vcpus).unwrap_err();
+    assert!(matches!(error, Error::NotLinux(_)), "{error}");
+}
+
+#[test]
+fn a_guest_in_its_firmware_is_not_ready() {
+    let memory = Fixture::new().build();
+    for change in [
+        |v: &mut crate::guest::Vcpu| v.long_mode = false,
+        |v: &mut crate::guest::Vcpu| v.entry = 0,
+    ] {
+        let mut vcpus = vcpus();
+        change(&mut vcpus[0]);
+        let error = Kernel::read(&memory, KIND, &vcpus).unwrap_err();
+        assert!(matches!(error, Error::NotReady(_)), "{error}");
+    }
+}
+
+#[test]
+fn damaged_tables_are_refused_or_harmless() {
+    let symbols: Vec<_> = (0..1500)
+        .map(|i| (TEXT.0 + i, 't', format!("s{i}")))
+        .collect();
+    let at = crate::kernel::fixture::RODATA;
+    let good = crate::kernel::fixture::kallsyms(at, &symbols, Tables::New);
+    for step in 0..400 {
+        let mut bad = good.clone();
+        let place = step * 7919 % bad.len();
+        bad[place] ^= 1 << (step % 8);
+        let memory = crate::guest::mock::MockMemory::new();
+        memory.map_bytes(at, &bad, false, false);
+        let space = Space::new(&memory, crate::guest::mock::ROOT, 4);
+        let range = Range {
+            start: at,
+            end: at.plus(1 << 20),
+        };
+        let regions = space.regions(range);
+        let _ = read(
+            &space,
+            &regions,
+            Anchors {
+                text_base: TEXT,
+                second: Second::Entry(TEXT),
+            },
+        );
+    }
+}
