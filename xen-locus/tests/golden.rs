@@ -13,7 +13,7 @@ use std::process::Command;
 const CORES: [&str; 2] = ["mock-pv", "mock-pvh"];
 
 /// Name of the file, and arguments; `CORE` stands for the core.
-const COMMANDS: [(&str, &[&str]); 7] = [
+const COMMANDS: [(&str, &[&str]); 9] = [
     ("list", &["list", "--core", "CORE"]),
     ("info", &["info", "--core", "CORE"]),
     (
@@ -21,6 +21,8 @@ const COMMANDS: [(&str, &[&str]); 7] = [
         &["info", "--core", "CORE", "--symbols", "*_task*"],
     ),
     ("tasks", &["info", "--core", "CORE", "--tasks"]),
+    ("modules", &["info", "--core", "CORE", "--modules"]),
+    ("type", &["info", "--core", "CORE", "--type", "task_struct"]),
     ("status", &["status", "--core", "CORE"]),
     ("check", &["check", "--core", "CORE", "payload.ko"]),
     ("check-core", &["check", "--core", "CORE", "CORE"]),

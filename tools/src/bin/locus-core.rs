@@ -17,6 +17,7 @@ use xen_locus::guest::core::write::{self, Page};
 use xen_locus::guest::core::Core;
 use xen_locus::guest::{self, Memory, Window};
 use xen_locus::kernel::cpu::Cpu;
+use xen_locus::kernel::modules::Reader;
 use xen_locus::kernel::orc::Table;
 use xen_locus::kernel::tasks::{self, Details};
 use xen_locus::kernel::vmcoreinfo::VmcoreInfo;
@@ -109,7 +110,11 @@ fn touch(memory: &dyn Memory, core: &Core, payloads: &[PathBuf]) -> Result<()> {
             .iter()
             .try_for_each(|task| details.read(space, task.addr).map(|_| ()))
     })?;
-    kernel.module_count()?;
+    Reader::new(&kernel)?.each(|reader, module| {
+        // What can't be read of one module is no reason to leave out the others.
+        let _ = reader.symbols(module);
+        Ok(())
+    })?;
     // A kernel may have none of these; `info` then says so.
     let _ = Table::of(&kernel);
     let _ = Cpu::read(&kernel);

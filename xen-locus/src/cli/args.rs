@@ -117,6 +117,15 @@ pub struct What {
     /// Tasks: every thread of every process, and the idle task of every CPU
     #[arg(long)]
     pub tasks: bool,
+    /// Loaded modules, in the order of /proc/modules
+    #[arg(long)]
+    pub modules: bool,
+    /// A type as C, with offsets and sizes: struct NAME, union NAME, enum NAME, a typedef or a function
+    #[arg(long = "type", value_name = "NAME")]
+    pub type_name: Option<String>,
+    /// Bytes as they are in the guest, on stdout: btf, btf:MODULE, notes, vmcoreinfo
+    #[arg(long, value_name = "WHAT")]
+    pub raw: Option<String>,
 }
 
 /// Arguments of `apply`.

@@ -17,6 +17,12 @@ pub fn text(text: &str) {
     let _ = io::stdout().write_all(text.as_bytes());
 }
 
+/// Writes bytes to stdout as they are.
+pub fn bytes(bytes: &[u8]) {
+    let mut stdout = io::stdout();
+    let _ = stdout.write_all(bytes).and_then(|()| stdout.flush());
+}
+
 /// Writes an object to stdout, with `"schema": 1` in it.
 pub fn object(mut value: Value) {
     if let Some(map) = value.as_object_mut() {

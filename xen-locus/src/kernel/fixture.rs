@@ -30,6 +30,8 @@ pub enum Tables {
     New,
     /// Offsets behind the tokens, relative to their own place.
     PlaceRelative,
+    /// The same, aligned to four bytes.
+    Packed,
 }
 
 fn pad8(out: &mut Vec<u8>) {
@@ -44,24 +46,29 @@ pub fn kallsyms(at: Gva, symbols: &[(u64, char, String)], tables: Tables) -> Vec
         for (addr, _, _) in symbols {
             let place = at.0 + (out.len() as u64);
             let word = match tables {
-                Tables::PlaceRelative => addr.wrapping_sub(place),
+                Tables::PlaceRelative | Tables::Packed => addr.wrapping_sub(place),
                 // Absolute symbols are positive, the others count down from the base.
                 _ if *addr < base => *addr,
                 _ => (base.wrapping_sub(1)).wrapping_sub(*addr),
             };
             out.extend((word as u32).to_le_bytes());
         }
-        pad8(out);
-        if tables != Tables::PlaceRelative {
+        if !matches!(tables, Tables::PlaceRelative | Tables::Packed) {
+            pad8(out);
             out.extend(base.to_le_bytes());
         }
+    };
+    let pad = |out: &mut Vec<u8>| match tables {
+        Tables::Packed => out.resize(out.len().next_multiple_of(4), 0),
+        _ => pad8(out),
     };
     let mut out = Vec::new();
     let old = matches!(tables, Tables::Old | Tables::OldWithSequence);
     if old {
         offsets(&mut out);
     }
-    out.extend((symbols.len() as u64).to_le_bytes());
+    out.extend((symbols.len() as u32).to_le_bytes());
+    pad(&mut out);
     let names = out.len();
     let mut markers = Vec::new();
     for (i, (_, kind, name)) in symbols.iter().enumerate() {
@@ -77,9 +84,9 @@ pub fn kallsyms(at: Gva, symbols: &[(u64, char, String)], tables: Tables) -> Vec
         out.push(*kind as u8);
         out.extend(name.as_bytes());
     }
-    pad8(&mut out);
+    pad(&mut out);
     out.extend(markers.iter().flat_map(|m| m.to_le_bytes()));
-    pad8(&mut out);
+    pad(&mut out);
     if tables == Tables::OldWithSequence {
         out.extend((0..symbols.len()).flat_map(|i| [(i >> 16) as u8, (i >> 8) as u8, i as u8]));
         pad8(&mut out);
@@ -94,7 +101,7 @@ pub fn kallsyms(at: Gva, symbols: &[(u64, char, String)], tables: Tables) -> Vec
         }
         out.push(0);
     }
-    pad8(&mut out);
+    pad(&mut out);
     out.extend(index.iter().flat_map(|i| i.to_le_bytes()));
     if !old {
         offsets(&mut out);
@@ -151,6 +158,9 @@ impl Fixture {
             pad8(&mut rodata);
         }
         self.symbols.sort();
+        if self.tables == Tables::Packed {
+            rodata.extend([0; 4]);
+        }
         let at = RODATA.plus(rodata.len() as u64);
         rodata.extend(kallsyms(at, &self.symbols, self.tables));
         let memory = MockMemory::new();

@@ -348,7 +348,57 @@ fn types() -> Vec<u8> {
         ],
     );
     btf.structure("signal_struct", 64, &[("thread_head", list, THREAD_HEAD)]);
+    modules(&mut btf, [int, long, char, list]);
     btf.build()
+}
+
+/// What a reader of modules asks for; none is loaded.
+fn modules(btf: &mut Types, [int, long, char, list]: [u32; 4]) {
+    btf.enumeration(
+        "module_state",
+        &[
+            "MODULE_STATE_LIVE",
+            "MODULE_STATE_COMING",
+            "MODULE_STATE_GOING",
+            "MODULE_STATE_UNFORMED",
+        ],
+    );
+    let name = btf.array(char, int, 56);
+    let part = btf.structure("module_layout", 16, &[("base", long, 0), ("size", int, 8)]);
+    btf.structure(
+        "module",
+        192,
+        &[
+            ("state", int, 0),
+            ("list", list, 8),
+            ("name", name, 24),
+            ("taints", long, 80),
+            ("core_layout", part, 88),
+            ("init_layout", part, 104),
+            ("kallsyms", long, 120),
+            ("syms", long, 128),
+            ("num_syms", int, 136),
+        ],
+    );
+    btf.structure(
+        "mod_kallsyms",
+        32,
+        &[
+            ("symtab", long, 0),
+            ("num_symtab", int, 8),
+            ("strtab", long, 16),
+            ("typetab", long, 24),
+        ],
+    );
+    btf.structure(
+        "kernel_symbol",
+        12,
+        &[
+            ("value_offset", int, 0),
+            ("name_offset", int, 4),
+            ("namespace_offset", int, 8),
+        ],
+    );
 }
 
 /// A BTF blob under construction (Documentation/bpf/btf.rst).
@@ -385,6 +435,15 @@ impl Types {
     /// Adds an array of `count` elements.
     pub fn array(&mut self, element: u32, index: u32, count: u32) -> u32 {
         self.push(&[0, 3 << 24, 0, element, index, count])
+    }
+
+    /// Adds an enumeration of `names`, counted from 0.
+    pub fn enumeration(&mut self, name: &str, names: &[&str]) -> u32 {
+        let mut words = vec![self.name(name), (6 << 24) | names.len() as u32, 4];
+        for (value, name) in (0..).zip(names) {
+            words.extend([self.name(name), value]);
+        }
+        self.push(&words)
     }
 
     /// Adds a structure: of each member the name, type and offset in bytes.

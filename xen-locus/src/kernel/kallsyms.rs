@@ -13,8 +13,15 @@
 //! The sequence of names came with Linux kernel commit 60443c88f3a8 ("kallsyms: Improve the
 //! performance of kallsyms_lookup_name()") (in v6.2, and in stable kernels before it).
 //!
+//! The tables are aligned to eight bytes or, where addresses are relative to their own place, to four
+//! (see `packed`).
+//!
 //! Addresses come in several encodings; each is tried, and only one that agrees with the anchors
 //! the caller gives is believed.
+
+mod packed;
+#[cfg(test)]
+mod tests;
 
 use std::cell::OnceCell;
 
@@ -157,7 +164,7 @@ impl<'s, 'm> Data<'s, 'm> {
     fn places(&self, names: &Names, tokens: &Tokens, more: &[(&str, usize)]) -> Places {
         let known = [
             ("kallsyms_num_syms", names.num_at),
-            ("kallsyms_names", names.num_at + 8),
+            ("kallsyms_names", names.at),
             ("kallsyms_token_table", tokens.at),
             ("kallsyms_token_index", tokens.end - INDEX_LEN),
         ];
@@ -238,13 +245,18 @@ fn tokens_around(data: &[u8], digits: usize) -> Option<Tokens> {
         tokens.push(part.to_vec());
         pos += part.len() + 1;
     }
-    let index = (at + pos).next_multiple_of(8);
-    let listed = |i: usize| fetch::u16(data, index + 2 * i).map(usize::from);
-    let proven = places
-        .iter()
-        .enumerate()
-        .all(|(i, &p)| listed(i) == Some(p));
-    proven.then_some(Tokens {
+    let proven = |index: &usize| {
+        let listed = |i: usize| fetch::u16(data, index + 2 * i).map(usize::from);
+        places
+            .iter()
+            .enumerate()
+            .all(|(i, &p)| listed(i) == Some(p))
+    };
+    let end = at + pos;
+    let index = [end.next_multiple_of(8), end.next_multiple_of(4)]
+        .into_iter()
+        .find(proven)?;
+    Some(Tokens {
         at,
         end: index + INDEX_LEN,
         tokens,
@@ -255,6 +267,8 @@ fn tokens_around(data: &[u8], digits: usize) -> Option<Tokens> {
 struct Names {
     /// Place of `kallsyms_num_syms`.
     num_at: usize,
+    /// Place of `kallsyms_names`.
+    at: usize,
     count: usize,
     len: usize,
     /// Whether a length byte above 127 begins a two-byte length: Linux kernel commit
@@ -264,8 +278,7 @@ struct Names {
 
 impl Names {
     fn bytes<'a>(&self, data: &'a [u8]) -> &'a [u8] {
-        let start = self.num_at + 8;
-        data.get(start..start + self.len).unwrap_or_default()
+        data.get(self.at..self.at + self.len).unwrap_or_default()
     }
 }
 
@@ -380,7 +393,10 @@ fn find_names(data: &[u8], tokens_at: usize, budget: &Budget) -> Result<Option<N
         return Ok(None);
     };
     let lowest = tokens_at.saturating_sub(SPAN_MAX);
-    budget.scan((tokens_at - lowest) / 8)?;
+    budget.scan((tokens_at - lowest) / 4)?;
+    if let Some(names) = packed::names(data, lowest, budget)? {
+        return Ok(Some(names));
+    }
     let mut num_at = tokens_at & !7;
     while num_at >= lowest + 8 {
         num_at -= 8;
@@ -396,6 +412,7 @@ fn find_names(data: &[u8], tokens_at: usize, budget: &Budget) -> Result<Option<N
             if let Some(len) = fit {
                 return Ok(Some(Names {
                     num_at,
+                    at: num_at + 8,
                     count,
                     len,
                     long,
@@ -605,6 +622,3 @@ fn hash(name: &str) -> u64 {
     let step = |h: u32, b: u8| (h ^ u32::from(b)).wrapping_mul(0x0100_0193);
     u64::from(name.bytes().fold(0x811c_9dc5, step)) << 32
 }
-
-#[cfg(test)]
-mod tests;

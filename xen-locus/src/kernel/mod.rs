@@ -9,6 +9,7 @@ pub mod fixture;
 pub mod fixture_world;
 pub mod kallsyms;
 pub mod locate;
+pub mod modules;
 pub mod orc;
 pub mod tasks;
 #[cfg(test)]
@@ -16,6 +17,7 @@ pub(crate) mod testbtf;
 pub mod vmcoreinfo;
 
 use std::cell::OnceCell;
+use std::rc::Rc;
 
 use self::cache::{Cache, Kept};
 use self::kallsyms::Symbols;
@@ -44,8 +46,8 @@ pub enum Error {
     Memory(#[from] guest::Error),
 }
 
-/// Longest believed BTF blob, in bytes.
-const BTF_MAX: u64 = 32 << 20;
+/// Longest believed notes, in bytes.
+const NOTES_MAX: u64 = 64 << 10;
 
 /// A guest's kernel.
 #[derive(Debug)]
@@ -64,7 +66,7 @@ pub struct Kernel<'m> {
     pub release: String,
     /// Build-id of the image.
     pub build_id: Option<Vec<u8>>,
-    btf: OnceCell<btf::Btf>,
+    btf: OnceCell<Rc<btf::Btf>>,
 }
 
 impl<'m> Kernel<'m> {
@@ -198,7 +200,7 @@ impl<'m> Kernel<'m> {
             return None;
         }
         if !kept.btf.is_empty() {
-            let _ = kernel.btf.set(btf::Btf::new(kept.btf).ok()?);
+            let _ = kernel.btf.set(Rc::new(btf::Btf::new(kept.btf).ok()?));
         }
         Some(kernel)
     }
@@ -239,19 +241,22 @@ impl<'m> Kernel<'m> {
             .ok_or_else(|| Error::Odd(format!("linux_banner reads {banner:?}")))
     }
 
-    /// The `NT_GNU_BUILD_ID` note between `__start_notes` and `__stop_notes`.
+    /// The kernel's notes, as `/sys/kernel/notes` shows them.
+    ///
+    /// # Errors
+    /// It has none, they are too long, or they can't be read.
+    pub fn notes(&self) -> Result<Vec<u8>, Error> {
+        let range = self.between("__start_notes", "__stop_notes", NOTES_MAX)?;
+        let len = usize::try_from(range.len()).unwrap_or(0);
+        Ok(self.space.read_vec(range.start, len)?)
+    }
+
+    /// The `NT_GNU_BUILD_ID` note.
     fn read_build_id(&self) -> Result<Option<Vec<u8>>, Error> {
-        let (Some(start), Some(stop)) = (
-            self.symbols.addr("__start_notes"),
-            self.symbols.addr("__stop_notes"),
-        ) else {
-            return Ok(None);
-        };
-        let len = usize::try_from(stop.0.saturating_sub(start.0))
-            .unwrap_or(0)
-            .min(64 << 10);
-        let notes = self.space.read_vec(start, len)?;
-        Ok(build_id_note(&notes))
+        match self.notes() {
+            Err(Error::Missing(_)) => Ok(None),
+            notes => Ok(build_id_note(&notes?)),
+        }
     }
 
     /// Offset of the image from where it was linked (KASLR).
@@ -267,13 +272,21 @@ impl<'m> Kernel<'m> {
     /// # Errors
     /// The kernel has none, or they can't be read.
     pub fn btf(&self) -> Result<&btf::Btf, Error> {
+        self.btf_shared().map(|btf| &**btf)
+    }
+
+    /// The same, to build the types of modules on.
+    ///
+    /// # Errors
+    /// As [`Kernel::btf`].
+    pub fn btf_shared(&self) -> Result<&Rc<btf::Btf>, Error> {
         if let Some(btf) = self.btf.get() {
             return Ok(btf);
         }
-        let range = self.between("__start_BTF", "__stop_BTF", BTF_MAX)?;
+        let range = self.between("__start_BTF", "__stop_BTF", btf::BYTES_MAX as u64)?;
         let len = usize::try_from(range.len()).unwrap_or(0);
         let btf = btf::Btf::new(self.space.read_vec(range.start, len)?)?;
-        Ok(self.btf.get_or_init(|| btf))
+        Ok(self.btf.get_or_init(|| Rc::new(btf)))
     }
 
     fn between(&self, start: &str, stop: &str, most: u64) -> Result<Range, Error> {
@@ -296,7 +309,7 @@ impl<'m> Kernel<'m> {
     /// The list can't be read.
     pub fn module_count(&self) -> Result<usize, Error> {
         let head = self.symbols.need("modules")?;
-        Ok(list(&self.space, head, 4096)?.len())
+        Ok(list(&self.space, head, modules::MODULES_MAX)?.len())
     }
 
     /// The string a module's `vermagic` must equal, less its trailing space.

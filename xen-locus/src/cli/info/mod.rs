@@ -1,7 +1,10 @@
 //! `xen-locus info DOMAIN`: who a guest's kernel is, from its memory alone, or from a saved core.
 
+mod modules;
+mod raw;
 mod symbols;
 mod tasks;
+mod types;
 
 use serde_json::{json, Map, Value};
 
@@ -23,9 +26,15 @@ use crate::link::record::hex;
 pub fn run(session: &Session, args: &args::Info) -> anyhow::Result<ExitCode> {
     subject::with_kernel(&args.whom, |subject, kernel| {
         if let Some(pattern) = &args.what.symbols {
-            symbols::show(session, subject, kernel, pattern);
+            symbols::show(session, subject, kernel, pattern)?;
         } else if args.what.tasks {
             tasks::show(session, subject, kernel)?;
+        } else if args.what.modules {
+            modules::show(session, subject, kernel)?;
+        } else if let Some(name) = &args.what.type_name {
+            types::show(session, subject, kernel, name)?;
+        } else if let Some(what) = &args.what.raw {
+            raw::show(kernel, what)?;
         } else {
             summary(session, subject, kernel)?;
         }

@@ -5,32 +5,67 @@ use serde_json::json;
 use crate::cli::args::Output;
 use crate::cli::subject::Subject;
 use crate::cli::{out, Session};
+use crate::error::Error;
+use crate::kernel::modules::Reader;
 use crate::kernel::Kernel;
 
-/// Shows the symbols that match, in the kernel's order.
-pub fn show(session: &Session, subject: &Subject, kernel: &Kernel<'_>, pattern: &str) {
-    let found = kernel
-        .symbols
-        .iter()
-        .filter(|s| matches(pattern.as_bytes(), s.name.as_bytes()));
+/// Shows the symbols that match: the kernel's in its order, then those of its modules.
+///
+/// # Errors
+/// The modules can't be read.
+pub fn show(
+    session: &Session,
+    subject: &Subject,
+    kernel: &Kernel<'_>,
+    pattern: &str,
+) -> Result<(), Error> {
+    let wanted = |name: &str| matches(pattern.as_bytes(), name.as_bytes());
+    let found = kernel.symbols.iter().filter(|s| wanted(s.name));
+    let of_modules = Reader::new(kernel)?.each(|reader, module| {
+        let mut symbols = reader.symbols(module)?;
+        symbols.retain(|s| wanted(&s.name));
+        Ok((module.name.clone(), symbols))
+    })?;
     match session.output {
-        Output::Json => out::object(subject.object(json!({
-            "symbol_list": found
-                .map(|s| json!({
+        Output::Json => {
+            let own = found.map(|s| {
+                json!({
                     "name": s.name,
                     "type": s.kind,
                     "address": out::address(s.addr.0),
-                }))
-                .collect::<Vec<_>>(),
-        }))),
+                })
+            });
+            let of_modules = of_modules.iter().flat_map(|(module, symbols)| {
+                symbols.iter().map(move |s| {
+                    json!({
+                        "name": s.name,
+                        "type": s.kind,
+                        "address": out::address(s.addr.0),
+                        "module": module,
+                    })
+                })
+            });
+            out::object(subject.object(json!({
+                "symbol_list": own.chain(of_modules).collect::<Vec<_>>(),
+            })));
+        }
         Output::Table => {
             let mut text = String::new();
             for s in found {
                 text.push_str(&format!("{:016x} {} {}\n", s.addr.0, s.kind, s.name));
             }
+            for (module, symbols) in of_modules {
+                for s in symbols {
+                    text.push_str(&format!(
+                        "{:016x} {} {}\t[{module}]\n",
+                        s.addr.0, s.kind, s.name
+                    ));
+                }
+            }
             out::text(&text);
         }
     }
+    Ok(())
 }
 
 /// Whether `name` matches `pattern`, in which `*` stands for any run and `?` for any one byte. Goes

@@ -1,5 +1,3 @@
-//! Tests of the symbol table's reader.
-
 use super::*;
 use crate::kernel::fixture::{vcpus, Fixture, Tables, ENTRY, KIND, TEXT};
 use crate::kernel::Kernel;
@@ -11,6 +9,7 @@ fn symbols_are_read_in_every_order_and_encoding_of_the_tables() {
         Tables::OldWithSequence,
         Tables::New,
         Tables::PlaceRelative,
+        Tables::Packed,
     ] {
         let mut fixture = Fixture::new();
         fixture.tables = tables;
@@ -18,7 +17,8 @@ fn symbols_are_read_in_every_order_and_encoding_of_the_tables() {
         fixture.function(TEXT.0 + 0x200, "twice", &[0xc3]);
         fixture.function(TEXT.0 + 0x300, "twice", &[0xc3]);
         fixture.function(TEXT.0 + 0x340, &long, &[0xc3]);
-        if tables != Tables::PlaceRelative {
+        let absolute = !matches!(tables, Tables::PlaceRelative | Tables::Packed);
+        if absolute {
             fixture.symbols.push((0x4000, 'A', "per_cpu".into()));
         }
         let memory = fixture.build();
@@ -30,7 +30,7 @@ fn symbols_are_read_in_every_order_and_encoding_of_the_tables() {
         assert_eq!(symbols.addr(&long), Some(TEXT.plus(0x340)));
         assert_eq!(symbols.room(TEXT.plus(0x200)), Some(0x100));
         assert_eq!(symbols.covering(TEXT.plus(0x305)), Some(("twice", 5)));
-        if tables != Tables::PlaceRelative {
+        if absolute {
             assert_eq!(symbols.addr("per_cpu"), Some(Gva(0x4000)));
         }
         assert_eq!(kernel.function("twice", 2).unwrap(), TEXT.plus(0x300));
@@ -68,9 +68,10 @@ fn damaged_tables_are_refused_or_harmless() {
         .map(|i| (TEXT.0 + i, 't', format!("s{i}")))
         .collect();
     let at = crate::kernel::fixture::RODATA;
-    let good = crate::kernel::fixture::kallsyms(at, &symbols, Tables::New);
+    let good = [Tables::New, Tables::Packed]
+        .map(|tables| crate::kernel::fixture::kallsyms(at, &symbols, tables));
     for step in 0..400 {
-        let mut bad = good.clone();
+        let mut bad = good[step % 2].clone();
         let place = step * 7919 % bad.len();
         bad[place] ^= 1 << (step % 8);
         let memory = crate::guest::mock::MockMemory::new();

@@ -1,0 +1,54 @@
+//! `info --raw WHAT`: bytes of the guest's kernel as they are, for other tools.
+
+use super::super::out;
+use crate::error::Error;
+use crate::kernel::modules::Reader;
+use crate::kernel::vmcoreinfo::VmcoreInfo;
+use crate::kernel::{self, Kernel};
+
+/// What can be asked for.
+const KNOWN: &str = "btf, btf:MODULE, notes, vmcoreinfo";
+
+/// Writes the bytes of `what` to stdout.
+///
+/// # Errors
+/// It is not known or not there, or can't be read.
+pub fn show(kernel: &Kernel<'_>, what: &str) -> Result<(), Error> {
+    match what.split_once(':') {
+        None if what == "btf" => out::bytes(kernel.btf()?.bytes()),
+        None if what == "notes" => out::bytes(&kernel.notes()?),
+        None if what == "vmcoreinfo" => match VmcoreInfo::read(kernel)? {
+            Some(info) => out::bytes(info.text().as_bytes()),
+            None => return Err(kernel::Error::Missing("VMCOREINFO".into()).into()),
+        },
+        Some(("btf", module)) => out::bytes(&module_btf(kernel, module)?),
+        _ => {
+            return Err(Error::Usage(format!(
+                "--raw {what}: expected one of {KNOWN}"
+            )))
+        }
+    }
+    Ok(())
+}
+
+fn module_btf(kernel: &Kernel<'_>, wanted: &str) -> Result<Vec<u8>, Error> {
+    let mut found = false;
+    let blobs = Reader::new(kernel)?.each(|reader, module| {
+        Ok(match module.name == wanted {
+            true => Some(reader.btf_bytes(module)?),
+            false => None,
+        })
+    })?;
+    for blob in blobs.into_iter().flatten() {
+        found = true;
+        if let Some(bytes) = blob {
+            return Ok(bytes);
+        }
+    }
+    Err(Error::Failed(match found {
+        true => format!("the guest's kernel keeps no BTF of its module {wanted}"),
+        false => {
+            format!("the guest has no module {wanted} loaded; `info --modules` shows those it has")
+        }
+    }))
+}
