@@ -105,6 +105,18 @@ impl fmt::Display for Report {
     }
 }
 
+impl Report {
+    /// What a dry run reports of what [`plan::prepare`] found.
+    #[must_use]
+    pub fn dry(payload: &Payload, ready: &Readiness) -> Report {
+        let (result, functions) = match ready {
+            Readiness::Already(resident) => (Outcome::Already, resident.record.functions.len()),
+            Readiness::Ready(ready) => (Outcome::WouldApply, ready.record.functions.len()),
+        };
+        report(&payload.name, result, functions, Done::default())
+    }
+}
+
 fn report(patch: &str, result: Outcome, functions: usize, done: Done) -> Report {
     Report {
         patch: patch.into(),
@@ -127,27 +139,13 @@ pub fn apply(
     options: &Options,
 ) -> Result<Report> {
     let mut arena = Arena::read(kernel)?;
-    let ready = match plan::prepare(kernel, &arena, payload)? {
-        Readiness::Already(resident) => {
-            let functions = resident.record.functions.len();
-            return Ok(report(
-                &payload.name,
-                Outcome::Already,
-                functions,
-                Done::default(),
-            ));
-        }
-        Readiness::Ready(ready) => ready,
+    let ready = plan::prepare(kernel, &arena, payload)?;
+    let dry = Report::dry(payload, &ready);
+    let ready = match ready {
+        Readiness::Ready(ready) if !options.dry_run => ready,
+        _ => return Ok(dry),
     };
-    let functions = ready.record.functions.len();
-    if options.dry_run {
-        return Ok(report(
-            &payload.name,
-            Outcome::WouldApply,
-            functions,
-            Done::default(),
-        ));
-    }
+    let functions = dry.functions;
     let index = place(machine, kernel, &mut arena, &ready)?;
     let done = match execute(machine, kernel, &ready.plan, options) {
         Ok(done) => done,

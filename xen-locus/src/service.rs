@@ -58,6 +58,19 @@ pub fn status(domain: &Domain<'_>) -> Result<Status> {
 }
 
 fn status_of(domain: &Domain<'_>, kernel: &Kernel<'_>) -> Result<Status> {
+    Ok(Status {
+        domid: domain.info.id,
+        uuid: domain.info.uuid.clone(),
+        kernel: kernel.release.clone(),
+        patches: patches(kernel)?,
+    })
+}
+
+/// The patches that a guest's memory shows, in the order they were first applied.
+///
+/// # Errors
+/// Its arena can't be read.
+pub fn patches(kernel: &Kernel<'_>) -> Result<Vec<Patch>> {
     let residents = plan::residents(kernel, &Arena::read(kernel)?)?;
     let mut patches = Vec::new();
     for resident in residents
@@ -79,12 +92,7 @@ fn status_of(domain: &Domain<'_>, kernel: &Kernel<'_>) -> Result<Status> {
             functions: resident.record.functions,
         });
     }
-    Ok(Status {
-        domid: domain.info.id,
-        uuid: domain.info.uuid.clone(),
-        kernel: kernel.release.clone(),
-        patches,
-    })
+    Ok(patches)
 }
 
 /// Applies a payload and publishes the guest's status.

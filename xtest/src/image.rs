@@ -82,7 +82,13 @@ pub struct Tools {
 
 impl Tools {
     /// Their names.
-    pub const NAMES: [&str; 4] = ["xen-locus", "locus-floor", "locus-poke", "xtest-agent"];
+    pub const NAMES: [&str; 5] = [
+        "xen-locus",
+        "locus-core",
+        "locus-floor",
+        "locus-poke",
+        "xtest-agent",
+    ];
 
     fn files(&self) -> impl Iterator<Item = (&'static str, PathBuf)> + '_ {
         Self::NAMES

@@ -1,11 +1,11 @@
-//! `xen-locus apply DOMAIN… FILE` and `xen-locus check DOMAIN FILE`.
+//! `xen-locus apply DOMAIN… FILE`.
 
 use std::io::{self, IsTerminal as _};
 use std::path::Path;
 
 use serde_json::{json, Value};
 
-use super::args::{Apply, Output, Patience};
+use super::args::{Apply, Output};
 use super::{out, Host, Session};
 use crate::addr::DomId;
 use crate::apply::{Options, Report};
@@ -58,7 +58,7 @@ fn targets(host: &Host, args: &Apply) -> Result<(Vec<String>, String)> {
     ))
 }
 
-fn apply_one(
+pub(super) fn apply_one(
     session: &Session,
     host: &Host,
     wanted: &str,
@@ -69,34 +69,6 @@ fn apply_one(
     let report = service::apply(&host.store, &domain, payload, options)?;
     session.say(1, format!("{}: {report:?}", domain.label()));
     Ok((domain.info.id, domain.label(), report))
-}
-
-/// Runs `check`: a dry run of `apply`.
-///
-/// # Errors
-/// Whatever makes the payload not applicable.
-pub fn check(
-    session: &Session,
-    host: &Host,
-    wanted: &str,
-    file: &Path,
-) -> anyhow::Result<ExitCode> {
-    let payload = Payload::read(file).map_err(Error::from)?;
-    let patience = Patience {
-        timeout: Options::default().timeout,
-        max_pause: Options::default().max_pause,
-    };
-    let options = Options {
-        dry_run: true,
-        ..session.options(&patience)
-    };
-    let result = apply_one(session, host, wanted, &payload, &options);
-    Ok(tell(
-        session,
-        "Checking",
-        &payload.name,
-        vec![(wanted.to_owned(), result)],
-    ))
 }
 
 /// A guest as the user named it, and what came of the action on it.
@@ -140,7 +112,7 @@ pub(super) fn tell(session: &Session, doing: &str, patch: &str, results: Results
     code
 }
 
-fn with(mut value: Value, fields: &[(&str, Value)]) -> Value {
+pub(super) fn with(mut value: Value, fields: &[(&str, Value)]) -> Value {
     if let Some(map) = value.as_object_mut() {
         for (name, field) in fields {
             map.insert((*name).into(), field.clone());

@@ -43,7 +43,11 @@ pub enum Output {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// List domains: kernel, patches, readiness and why not
-    List,
+    List {
+        /// Say it of a saved core (`xl dump-core`) instead of all domains; needs no Xen
+        #[arg(long, value_name = "FILE")]
+        core: Option<PathBuf>,
+    },
     /// Show a guest's kernel: who it is, its symbols, types, tasks, modules, read from its memory
     Info(Info),
     /// Show what a payload changes and targets (needs no Xen)
@@ -52,12 +56,7 @@ pub enum Command {
         file: PathBuf,
     },
     /// Check every precondition of a payload on a guest, without writing
-    Check {
-        /// Name or id
-        domain: String,
-        /// Livepatch module
-        file: PathBuf,
-    },
+    Check(Check),
     /// Apply a payload to guests
     Apply(Apply),
     /// Undo an applied patch
@@ -65,17 +64,44 @@ pub enum Command {
     /// Show patches of one guest or of all
     Status {
         /// Name or id; all guests if not given
+        #[arg(conflicts_with = "core")]
         domain: Option<String>,
+        /// Look into a saved core (`xl dump-core`); needs no Xen
+        #[arg(long, value_name = "FILE")]
+        core: Option<PathBuf>,
     },
     /// Serve requests made through XenStore, and publish status there
     Daemon(Daemon),
 }
 
+/// A guest: a domain or a saved core.
+#[derive(Clone, Debug, Args)]
+pub struct Whom {
+    /// Name or id
+    #[arg(required_unless_present = "core", conflicts_with = "core")]
+    pub domain: Option<String>,
+    /// Look into a saved core (`xl dump-core`) instead of a domain; needs no Xen
+    #[arg(long, value_name = "FILE")]
+    pub core: Option<PathBuf>,
+}
+
+/// Arguments of `check`.
+#[derive(Debug, Args)]
+#[command(allow_missing_positional = true)]
+pub struct Check {
+    /// On whom
+    #[command(flatten)]
+    pub whom: Whom,
+    /// Livepatch module
+    pub file: PathBuf,
+}
+
 /// Arguments of `info`.
 #[derive(Debug, Args)]
 pub struct Info {
-    /// Name or id
-    pub domain: String,
+    /// Whose kernel
+    #[command(flatten)]
+    pub whom: Whom,
     /// What to show instead of the summary
     #[command(flatten)]
     pub what: What,
@@ -185,6 +211,40 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_core_takes_the_place_of_the_domain() {
+        let check = |words: &[&str]| match Cli::try_parse_from(words).map(|cli| cli.command) {
+            Ok(Command::Check(check)) => Some((
+                check.whom.domain,
+                check.whom.core.is_some(),
+                check.file.display().to_string(),
+            )),
+            _ => None,
+        };
+        let file = "x.ko".to_owned();
+        assert_eq!(
+            check(&["xen-locus", "check", "web", "x.ko"]),
+            Some((Some("web".into()), false, file.clone()))
+        );
+        for words in [
+            ["xen-locus", "check", "--core", "c", "x.ko"],
+            ["xen-locus", "check", "x.ko", "--core", "c"],
+        ] {
+            assert_eq!(check(&words), Some((None, true, file.clone())));
+        }
+        assert_eq!(check(&["xen-locus", "check", "x.ko"]), None);
+        let both = ["xen-locus", "check", "--core", "c", "web", "x.ko"];
+        assert_eq!(check(&both), None);
+        for wrong in [
+            &["xen-locus", "info"][..],
+            &["xen-locus", "info", "web", "--core", "c"],
+            &["xen-locus", "status", "web", "--core", "c"],
+        ] {
+            assert!(Cli::try_parse_from(wrong).is_err(), "{wrong:?}");
+        }
+        assert!(Cli::try_parse_from(["xen-locus", "info", "--core", "c"]).is_ok());
     }
 
     #[test]

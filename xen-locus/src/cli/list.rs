@@ -1,12 +1,17 @@
 //! `xen-locus list`: domains, their kernels and whether they can be patched.
 
+use std::path::Path;
+
 use serde_json::{json, Value};
 
 use super::args::Output;
+use super::subject::Subject;
 use super::{out, Host, Session};
 use crate::addr::DomId;
 use crate::domain::Domain;
-use crate::error::{ExitCode, Result};
+use crate::error::{Error, ExitCode, Result};
+use crate::guest::core::Core;
+use crate::guest::GuestType;
 use crate::kernel::Kernel;
 use crate::link::arena::Arena;
 use crate::link::record::{hex, State};
@@ -15,8 +20,7 @@ use crate::plan;
 /// One domain in the list.
 #[derive(Debug)]
 struct Row {
-    domid: DomId,
-    name: String,
+    subject: Subject,
     kind: String,
     kernel: String,
     build_id: String,
@@ -25,25 +29,15 @@ struct Row {
     reason: String,
 }
 
-/// Runs the command.
+/// Runs the command, of a core or of all domains.
 ///
 /// # Errors
-/// Xen can't be asked.
-pub fn run(session: &Session, host: &Host) -> anyhow::Result<ExitCode> {
-    let mut rows = Vec::new();
-    for info in host
-        .control
-        .domains(DomId(0))
-        .map_err(crate::error::Error::from)?
-    {
-        rows.push(match Domain::of(&host.control, &host.store, info.clone()) {
-            Ok(domain) => row(&domain),
-            Err(error) => Row {
-                name: host.store.domain_name(info.id).unwrap_or_default(),
-                ..unsupported(info.id, &info.kind.to_string(), error.to_string())
-            },
-        });
-    }
+/// Xen can't be asked, or there is no such core.
+pub fn run(session: &Session, core: Option<&Path>) -> anyhow::Result<ExitCode> {
+    let rows = match core {
+        Some(path) => vec![row_of_core(&Core::open(path).map_err(Error::from)?)],
+        None => rows_of_domains(&Host::open()?)?,
+    };
     match session.output {
         Output::Json => {
             let domains: Vec<Value> = rows.iter().map(Row::json).collect();
@@ -57,11 +51,31 @@ pub fn run(session: &Session, host: &Host) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::Done)
 }
 
-fn unsupported(domid: DomId, kind: &str, reason: String) -> Row {
+fn rows_of_domains(host: &Host) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    for info in host.control.domains(DomId(0))? {
+        let kind = info.kind;
+        rows.push(match Domain::of(&host.control, &host.store, info.clone()) {
+            Ok(domain) => row(&domain),
+            Err(error) => {
+                let subject = Subject {
+                    domid: Some(info.id),
+                    name: host.store.domain_name(info.id).unwrap_or_default(),
+                    uuid: Some(info.uuid),
+                    vcpus: info.vcpus,
+                    core: None,
+                };
+                unsupported(subject, kind, error.to_string())
+            }
+        });
+    }
+    Ok(rows)
+}
+
+fn unsupported(subject: Subject, kind: GuestType, reason: String) -> Row {
     Row {
-        domid,
-        name: String::new(),
-        kind: kind.into(),
+        subject,
+        kind: kind.to_string(),
         kernel: String::new(),
         build_id: String::new(),
         patches: 0,
@@ -72,19 +86,34 @@ fn unsupported(domid: DomId, kind: &str, reason: String) -> Row {
 
 fn row(domain: &Domain<'_>) -> Row {
     let info = &domain.info;
-    let mut row = Row {
-        name: domain.name.clone(),
-        ..unsupported(info.id, &info.kind.to_string(), String::new())
-    };
+    let no = |why: &str| unsupported(Subject::of(domain), info.kind, why.into());
     if info.id == DomId(0) {
-        row.reason = "the control domain itself".into();
-        return row;
+        return no("the control domain itself");
     }
     if info.dying || info.shutdown {
-        row.reason = "it has shut down".into();
-        return row;
+        return no("it has shut down");
     }
-    match examine(domain, &mut row) {
+    match Kernel::of(domain) {
+        Ok(kernel) => row_of_kernel(Subject::of(domain), &kernel),
+        Err(error) => no(&error.to_string()),
+    }
+}
+
+fn row_of_core(core: &Core) -> Row {
+    let subject = Subject::of_core(core);
+    match Kernel::of_saved(core, core.kind(), core.vcpus()) {
+        Ok(kernel) => row_of_kernel(subject, &kernel),
+        Err(error) => unsupported(subject, core.kind(), error.to_string()),
+    }
+}
+
+fn row_of_kernel(subject: Subject, kernel: &Kernel<'_>) -> Row {
+    let mut row = Row {
+        kernel: kernel.release.clone(),
+        build_id: kernel.build_id.as_deref().map(hex).unwrap_or_default(),
+        ..unsupported(subject, kernel.kind, String::new())
+    };
+    match applied(kernel) {
         Ok(patches) => {
             row.patches = patches;
             row.status = if patches == 0 { "ready" } else { "patched" };
@@ -94,11 +123,8 @@ fn row(domain: &Domain<'_>) -> Row {
     row
 }
 
-fn examine(domain: &Domain<'_>, row: &mut Row) -> Result<usize> {
-    let kernel = Kernel::of(domain)?;
-    row.kernel = kernel.release.clone();
-    row.build_id = kernel.build_id.as_deref().map(hex).unwrap_or_default();
-    let residents = plan::residents(&kernel, &Arena::read(&kernel)?)?;
+fn applied(kernel: &Kernel<'_>) -> Result<usize> {
+    let residents = plan::residents(kernel, &Arena::read(kernel)?)?;
     Ok(residents
         .iter()
         .filter(|r| r.slot.state == State::Applied)
@@ -107,16 +133,14 @@ fn examine(domain: &Domain<'_>, row: &mut Row) -> Result<usize> {
 
 impl Row {
     fn json(&self) -> Value {
-        json!({
-            "domid": self.domid.0,
-            "name": self.name,
+        self.subject.object(json!({
             "type": self.kind,
             "kernel": self.kernel,
             "build_id": self.build_id,
             "patches": self.patches,
             "status": self.status,
             "reason": self.reason,
-        })
+        }))
     }
 
     fn cells(&self) -> [String; 6] {
@@ -133,8 +157,10 @@ impl Row {
             format!("{}: {}", self.status, self.reason)
         };
         [
-            or_dash(&self.name),
-            self.domid.to_string(),
+            or_dash(&self.subject.name),
+            self.subject
+                .domid
+                .map_or_else(|| "-".to_owned(), |id| id.to_string()),
             self.kind.clone(),
             or_dash(&self.kernel),
             self.patches.to_string(),

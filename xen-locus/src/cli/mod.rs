@@ -2,12 +2,14 @@
 
 pub mod apply;
 pub mod args;
+pub mod check;
 pub mod info;
 pub mod list;
 pub mod out;
 pub mod revert;
 pub mod show;
 pub mod status;
+pub mod subject;
 
 use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
@@ -106,13 +108,15 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         session.say(1, "--dry-run: this command changes nothing anyway");
     }
     match &cli.command {
-        Command::List => list::run(&session, &Host::open()?),
-        Command::Info(args) => info::run(&session, &Host::open()?, args),
+        Command::List { core } => list::run(&session, core.as_deref()),
+        Command::Info(args) => info::run(&session, args),
         Command::Show { file } => show::run(&session, file),
-        Command::Check { domain, file } => apply::check(&session, &Host::open()?, domain, file),
+        Command::Check(args) => check::run(&session, args),
         Command::Apply(args) => apply::run(&session, &Host::open()?, args),
         Command::Revert(args) => revert::run(&session, &Host::open()?, args),
-        Command::Status { domain } => status::run(&session, &Host::open()?, domain.as_deref()),
+        Command::Status { domain, core } => {
+            status::run(&session, domain.as_deref(), core.as_deref())
+        }
         Command::Daemon(args) => daemon::run(&session, &Host::open()?, args),
     }
 }

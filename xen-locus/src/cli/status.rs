@@ -1,23 +1,41 @@
 //! `xen-locus status [DOMAIN]`: the patches of one guest or of all.
 
+use std::path::Path;
+
 use serde_json::{json, Value};
 
 use super::args::Output;
+use super::subject::{self, Subject};
 use super::{out, Host, Session};
 use crate::addr::DomId;
 use crate::domain::Domain;
 use crate::error::{ExitCode, Result};
-use crate::service::{self, Status};
+use crate::kernel::Kernel;
+use crate::service::{self, Patch};
 
-/// Runs the command.
+/// What is said of one guest.
+struct Status {
+    subject: Subject,
+    kernel: String,
+    patches: Vec<Patch>,
+}
+
+/// Runs the command: of a core, of the domain `wanted`, or of all guests.
 ///
 /// # Errors
 /// The guest can't be read.
-pub fn run(session: &Session, host: &Host, wanted: Option<&str>) -> anyhow::Result<ExitCode> {
-    let one = wanted.is_some();
-    let statuses = match wanted {
-        Some(wanted) => vec![status(&host.guest(wanted)?)?],
-        None => all(session, host)?,
+pub fn run(
+    session: &Session,
+    wanted: Option<&str>,
+    core: Option<&Path>,
+) -> anyhow::Result<ExitCode> {
+    let one = wanted.is_some() || core.is_some();
+    let statuses = match (core, wanted) {
+        (Some(path), _) => vec![subject::with_core(path, |subject, kernel, _| {
+            Status::read(subject.clone(), kernel)
+        })?],
+        (None, Some(wanted)) => vec![status(&Host::open()?.guest(wanted)?)?],
+        (None, None) => all(session, &Host::open()?)?,
     };
     match session.output {
         Output::Json if one => {
@@ -25,12 +43,12 @@ pub fn run(session: &Session, host: &Host, wanted: Option<&str>) -> anyhow::Resu
                 statuses
                     .into_iter()
                     .next()
-                    .map(|(_, s)| s.json())
+                    .map(|s| s.json())
                     .unwrap_or_default(),
             );
         }
         Output::Json => {
-            let domains: Vec<Value> = statuses.iter().map(|(_, s)| s.json()).collect();
+            let domains: Vec<Value> = statuses.iter().map(Status::json).collect();
             out::object(json!({ "domains": domains }));
         }
         Output::Table => table(&statuses),
@@ -38,11 +56,11 @@ pub fn run(session: &Session, host: &Host, wanted: Option<&str>) -> anyhow::Resu
     Ok(ExitCode::Done)
 }
 
-fn status(domain: &Domain<'_>) -> Result<(String, Status)> {
-    Ok((domain.label(), service::status(domain)?))
+fn status(domain: &Domain<'_>) -> Result<Status> {
+    Status::read(Subject::of(domain), &Kernel::of(domain)?)
 }
 
-fn all(session: &Session, host: &Host) -> Result<Vec<(String, Status)>> {
+fn all(session: &Session, host: &Host) -> Result<Vec<Status>> {
     let mut found = Vec::new();
     for info in host.control.domains(DomId(1))? {
         let domain = Domain::of(&host.control, &host.store, info)?;
@@ -55,13 +73,13 @@ fn all(session: &Session, host: &Host) -> Result<Vec<(String, Status)>> {
     Ok(found)
 }
 
-fn table(statuses: &[(String, Status)]) {
+fn table(statuses: &[Status]) {
     let mut rows = Vec::new();
-    for (label, status) in statuses {
+    for status in statuses {
         for patch in &status.patches {
             let functions: Vec<&str> = patch.functions.iter().map(|f| f.name.as_str()).collect();
             rows.push([
-                label.clone(),
+                status.subject.label(),
                 patch.name.clone(),
                 patch.state.into(),
                 functions.join(","),
@@ -74,8 +92,8 @@ fn table(statuses: &[(String, Status)]) {
         }
     }
     if rows.is_empty() {
-        for (label, _) in statuses {
-            out::line(&format!("{label}: no patches"));
+        for status in statuses {
+            out::line(&format!("{}: no patches", status.subject.label()));
         }
         return;
     }
@@ -83,6 +101,14 @@ fn table(statuses: &[(String, Status)]) {
 }
 
 impl Status {
+    fn read(subject: Subject, kernel: &Kernel<'_>) -> Result<Status> {
+        Ok(Status {
+            subject,
+            kernel: kernel.release.clone(),
+            patches: service::patches(kernel)?,
+        })
+    }
+
     fn json(&self) -> Value {
         let patches: Vec<Value> = self
             .patches
@@ -110,6 +136,10 @@ impl Status {
                 })
             })
             .collect();
-        json!({ "domid": self.domid.0, "uuid": self.uuid, "kernel": self.kernel, "patches": patches })
+        self.subject.object(json!({
+            "uuid": self.subject.uuid,
+            "kernel": self.kernel,
+            "patches": patches,
+        }))
     }
 }

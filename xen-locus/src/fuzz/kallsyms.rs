@@ -4,7 +4,7 @@ use crate::addr::{Range, PAGE_LEN};
 use crate::guest::mock::{MockMemory, ROOT};
 use crate::guest::space::Space;
 use crate::kernel::fixture::{kallsyms, Tables, ENTRY, RODATA, TEXT};
-use crate::kernel::kallsyms::{read, Anchors};
+use crate::kernel::kallsyms::{read, Anchors, Second};
 
 /// Most bytes that count: the search's own cost grows with them.
 const LONGEST: usize = 256 << 10;
@@ -19,7 +19,7 @@ pub fn run(data: &[u8]) {
     let regions = space.regions(Range::new(RODATA, len));
     let anchors = Anchors {
         text_base: TEXT,
-        entry: ENTRY,
+        second: Second::Entry(ENTRY),
     };
     if let Ok(symbols) = read(&space, &regions, anchors) {
         for symbol in symbols.iter() {

@@ -4,6 +4,7 @@
 //! a core" does not compile. Guest memory is never a `&[u8]`: bytes are copied in and out.
 
 pub mod budget;
+pub mod core;
 pub mod fetch;
 #[cfg(any(test, feature = "testing"))]
 pub mod mock;

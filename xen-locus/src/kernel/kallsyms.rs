@@ -95,18 +95,36 @@ pub struct Symbols {
 
 /// What a symbol table must agree with before it is believed.
 #[derive(Clone, Copy, Debug)]
-pub struct Anchors {
+pub struct Anchors<'a> {
     /// Address of `_text`, from the page tables.
     pub text_base: Gva,
+    /// What it must agree with besides, independent of the first.
+    pub second: Second<'a>,
+}
+
+/// The second anchor.
+#[derive(Clone, Copy)]
+pub enum Second<'a> {
     /// An entry point: some text symbol must stand exactly there.
-    pub entry: Gva,
+    Entry(Gva),
+    /// Where no entry point is known: whether the guest's state agrees with the symbols.
+    State(&'a dyn Fn(&Symbols) -> bool),
+}
+
+impl std::fmt::Debug for Second<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Second::Entry(at) => write!(f, "Entry({at})"),
+            Second::State(_) => f.write_str("State"),
+        }
+    }
 }
 
 /// Finds and decodes the symbol table within `regions`.
 ///
 /// # Errors
 /// [`Error::NotLinux`] when no table is found or none agrees with the anchors.
-pub fn read(space: &Space<'_>, regions: &[Region], anchors: Anchors) -> Result<Symbols, Error> {
+pub fn read(space: &Space<'_>, regions: &[Region], anchors: Anchors<'_>) -> Result<Symbols, Error> {
     let mut budget = DATA_MAX;
     for region in regions.iter().filter(|r| !r.writable && !r.executable) {
         let mut data = Data::new(space, region.range, budget);
@@ -181,7 +199,7 @@ struct Tokens {
 
 const DIGITS: &[u8] = b"0\x001\x002\x003\x004\x005\x006\x007\x008\x009\x00";
 
-fn search(data: &mut Data<'_, '_>, anchors: Anchors) -> Result<Option<Symbols>, Error> {
+fn search(data: &mut Data<'_, '_>, anchors: Anchors<'_>) -> Result<Option<Symbols>, Error> {
     let budget = data.space.budget();
     let mut from = 0;
     while data.reach((from + CHUNK).min(data.len))? {
@@ -277,7 +295,7 @@ fn name_at(bytes: &[u8], pos: usize, long: bool) -> Option<(usize, usize)> {
 fn decode(
     data: &mut Data<'_, '_>,
     tokens: &Tokens,
-    anchors: Anchors,
+    anchors: Anchors<'_>,
 ) -> Result<Option<Symbols>, Error> {
     let budget = data.space.budget();
     let Some(names) = find_names(&data.bytes, tokens.at, budget)? else {
@@ -338,7 +356,11 @@ fn decode(
 }
 
 /// A glance that spares decoding all names for a wrong encoding.
-fn text_is_there(names: &Names, address: impl Fn(usize) -> Option<u64>, anchors: Anchors) -> bool {
+fn text_is_there(
+    names: &Names,
+    address: impl Fn(usize) -> Option<u64>,
+    anchors: Anchors<'_>,
+) -> bool {
     (0..names.count).any(|i| address(i) == Some(anchors.text_base.0))
 }
 
@@ -580,14 +602,18 @@ impl Symbols {
     }
 
     /// Whether they fit what else is known of the kernel.
-    pub(super) fn agrees(&self, anchors: Anchors) -> bool {
+    pub(super) fn agrees(&self, anchors: Anchors<'_>) -> bool {
         // Without the index by name, which takes longer than all before.
         let text = self.entries.iter().find(|e| self.name_of(e) == "_text");
+        let is_text = |kind| matches!(kind, b't' | b'T' | b'W' | b'w');
         text.is_some_and(|e| e.addr == anchors.text_base.0)
-            && self
-                .entries
-                .iter()
-                .any(|e| e.addr == anchors.entry.0 && matches!(e.kind, b't' | b'T' | b'W' | b'w'))
+            && match anchors.second {
+                Second::Entry(at) => self
+                    .entries
+                    .iter()
+                    .any(|e| e.addr == at.0 && is_text(e.kind)),
+                Second::State(agrees) => agrees(self),
+            }
     }
 }
 

@@ -5,6 +5,8 @@ pub mod cache;
 pub mod cpu;
 #[cfg(any(test, feature = "testing"))]
 pub mod fixture;
+#[cfg(any(test, feature = "testing"))]
+pub mod fixture_world;
 pub mod kallsyms;
 pub mod locate;
 pub mod modules;
@@ -18,6 +20,7 @@ use std::cell::OnceCell;
 use std::rc::Rc;
 
 use self::cache::{Cache, Kept};
+use self::kallsyms::Symbols;
 use crate::addr::{Gva, Range};
 use crate::guest::budget::Budget;
 use crate::guest::space::{Region, Space};
@@ -112,10 +115,8 @@ impl<'m> Kernel<'m> {
         budget: &Budget,
     ) -> Result<Kernel<'m>, Error> {
         let located = locate::locate(mem, kind, vcpus, budget)?;
-        let anchors = kallsyms::Anchors {
-            text_base: located.text_base,
-            entry: located.entry,
-        };
+        let agrees = |symbols: &Symbols| locate::agrees(symbols, &located.space, vcpus);
+        let anchors = located.anchors(&agrees);
         for kept in cache.load() {
             if let Some(kernel) = Kernel::kept(&located, kind, anchors, kept) {
                 return Ok(kernel);
@@ -137,11 +138,56 @@ impl<'m> Kernel<'m> {
         Ok(kernel)
     }
 
+    /// Finds and reads the kernel of a saved guest. In a core of a PVH or HVM guest no entry point
+    /// is known, so the kernel is found by the page tables and believed by other anchors
+    /// ([`locate::agrees`]).
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn of_saved(
+        mem: &'m dyn Memory,
+        kind: GuestType,
+        vcpus: &[Vcpu],
+    ) -> Result<Kernel<'m>, Error> {
+        if kind == GuestType::Pv {
+            return Kernel::read(mem, kind, vcpus);
+        }
+        let mut first = None;
+        for located in locate::candidates(mem, kind, vcpus, &Budget::default())? {
+            let agrees = |symbols: &Symbols| locate::agrees(symbols, &located.space, vcpus);
+            let kernel = kallsyms::read(&located.space, &located.regions, located.anchors(&agrees))
+                .and_then(|symbols| Kernel::with(&located, kind, symbols));
+            match kernel {
+                Ok(mut kernel) => {
+                    kernel.kind = kernel.kind_by_itself().unwrap_or(kind);
+                    return Ok(kernel);
+                }
+                Err(error) => first = first.or(Some(error)),
+            }
+        }
+        // There is one candidate at least, and the first is the likeliest.
+        Err(first.unwrap_or_else(|| Error::NotLinux("no kernel is in the core".into())))
+    }
+
+    /// What an auto-translated guest thinks it is: `xen_pvh` (arch/x86/xen/enlighten_pvh.c)
+    /// is set where the guest was started as PVH.
+    fn kind_by_itself(&self) -> Option<GuestType> {
+        let mut flag = [0];
+        self.space
+            .read(self.symbols.addr("xen_pvh")?, &mut flag)
+            .ok()?;
+        Some(if flag == [0] {
+            GuestType::Hvm
+        } else {
+            GuestType::Pvh
+        })
+    }
+
     /// The kernel with what was kept of it, if that fits what the guest shows now.
     fn kept(
         located: &locate::Located<'m>,
         kind: GuestType,
-        anchors: kallsyms::Anchors,
+        anchors: kallsyms::Anchors<'_>,
         kept: Kept,
     ) -> Option<Kernel<'m>> {
         let mut symbols = kept.symbols;

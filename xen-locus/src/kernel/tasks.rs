@@ -14,7 +14,7 @@ use crate::guest::space::Space;
 /// Most tasks believed.
 pub const TASKS_MAX: usize = 1 << 17;
 /// Most CPUs believed (`NR_CPUS` of Debian is 8192).
-const CPUS_MAX: usize = 8192;
+pub(crate) const CPUS_MAX: usize = 8192;
 
 /// Where the members of `task_struct` stand that are looked at; offsets in bytes.
 #[derive(Debug, Clone, Copy)]

@@ -32,6 +32,12 @@ mod summary;
 mod symbol;
 #[cfg(any(test, feature = "testing"))]
 pub(crate) mod testelf;
+
+/// A payload that replaces `cmdline_proc_show`, for tests.
+#[cfg(test)]
+pub(crate) fn test_payload() -> Vec<u8> {
+    testelf::Spec::default().bytes()
+}
 #[cfg(test)]
 mod tests;
 #[cfg(test)]

@@ -5,6 +5,7 @@
 
 mod apply;
 mod bench;
+mod core;
 mod refuse;
 mod safety;
 mod store;
@@ -15,6 +16,7 @@ use crate::scenario::Scenario;
 pub fn all() -> Vec<Scenario> {
     [
         bench::SCENARIOS,
+        core::SCENARIOS,
         apply::SCENARIOS,
         refuse::SCENARIOS,
         store::SCENARIOS,

@@ -1,4 +1,4 @@
-//! `xen-locus info DOMAIN`: who a guest's kernel is, from its memory alone.
+//! `xen-locus info DOMAIN`: who a guest's kernel is, from its memory alone, or from a saved core.
 
 mod modules;
 mod raw;
@@ -9,8 +9,8 @@ mod types;
 use serde_json::{json, Map, Value};
 
 use super::args::{self, Output};
-use super::{out, Host, Session};
-use crate::domain::Domain;
+use super::subject::{self, Subject};
+use super::{out, Session};
 use crate::error::{Error, ExitCode};
 use crate::kernel::cpu::Cpu;
 use crate::kernel::orc::Table;
@@ -23,26 +23,27 @@ use crate::link::record::hex;
 ///
 /// # Errors
 /// No such guest, or its kernel can't be read.
-pub fn run(session: &Session, host: &Host, args: &args::Info) -> anyhow::Result<ExitCode> {
-    let domain = host.guest(&args.domain)?;
-    let kernel = Kernel::of(&domain).map_err(Error::from)?;
-    if let Some(pattern) = &args.what.symbols {
-        symbols::show(session, &domain, &kernel, pattern)?;
-    } else if args.what.tasks {
-        tasks::show(session, &domain, &kernel)?;
-    } else if args.what.modules {
-        modules::show(session, &domain, &kernel)?;
-    } else if let Some(name) = &args.what.type_name {
-        types::show(session, &domain, &kernel, name)?;
-    } else if let Some(what) = &args.what.raw {
-        raw::show(&kernel, what)?;
-    } else {
-        summary(session, &domain, &kernel)?;
-    }
-    Ok(ExitCode::Done)
+pub fn run(session: &Session, args: &args::Info) -> anyhow::Result<ExitCode> {
+    subject::with_kernel(&args.whom, |subject, kernel| {
+        if let Some(pattern) = &args.what.symbols {
+            symbols::show(session, subject, kernel, pattern)?;
+        } else if args.what.tasks {
+            tasks::show(session, subject, kernel)?;
+        } else if args.what.modules {
+            modules::show(session, subject, kernel)?;
+        } else if let Some(name) = &args.what.type_name {
+            types::show(session, subject, kernel, name)?;
+        } else if let Some(what) = &args.what.raw {
+            raw::show(kernel, what)?;
+        } else {
+            summary(session, subject, kernel)?;
+        }
+        Ok(ExitCode::Done)
+    })
+    .map_err(Into::into)
 }
 
-fn summary(session: &Session, domain: &Domain<'_>, kernel: &Kernel<'_>) -> Result<(), Error> {
+fn summary(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<(), Error> {
     let btf_types = kernel.btf()?.len();
     let tasks = kernel::tasks::snapshot(kernel, |_, tasks| Ok(tasks.len()))?;
     let orc = optional(Table::of(kernel))?;
@@ -59,13 +60,10 @@ fn summary(session: &Session, domain: &Domain<'_>, kernel: &Kernel<'_>) -> Resul
     let build_id = kernel.build_id.as_deref().map(hex).unwrap_or_default();
     let (room, used) = Arena::read(kernel)?.room(kernel.kind);
     let modules = kernel.module_count()?;
-    let info = &domain.info;
     match session.output {
-        Output::Json => out::object(json!({
-            "domid": info.id.0,
-            "name": domain.name,
-            "uuid": info.uuid,
-            "type": info.kind,
+        Output::Json => out::object(subject.object(json!({
+            "uuid": subject.uuid,
+            "type": kernel.kind,
             "kernel": kernel.release,
             "build_id": build_id,
             "text_base": out::address(kernel.text_base.0),
@@ -76,7 +74,7 @@ fn summary(session: &Session, domain: &Domain<'_>, kernel: &Kernel<'_>) -> Resul
             "orc": { "entries": entries, "format": format },
             "modules": modules,
             "tasks": tasks,
-            "vcpus": info.vcpus,
+            "vcpus": subject.vcpus,
             "levels": levels,
             "pti": pti,
             "cpu": cpu.map(|cpu| json!({
@@ -95,12 +93,19 @@ fn summary(session: &Session, domain: &Domain<'_>, kernel: &Kernel<'_>) -> Resul
                 "pages": room,
                 "used": used,
             },
-        })),
+        }))),
         Output::Table => {
             for (what, value) in [
-                ("domain", domain.label()),
-                ("uuid", info.uuid.clone()),
-                ("type", info.kind.to_string()),
+                (
+                    if subject.core.is_some() {
+                        "core"
+                    } else {
+                        "domain"
+                    },
+                    subject.label(),
+                ),
+                ("uuid", subject.uuid.clone().unwrap_or_default()),
+                ("type", kernel.kind.to_string()),
                 ("kernel", kernel.release.clone()),
                 ("build-id", build_id),
                 ("text base", kernel.text_base.to_string()),
@@ -110,7 +115,7 @@ fn summary(session: &Session, domain: &Domain<'_>, kernel: &Kernel<'_>) -> Resul
                 ("ORC entries", rows(entries, format.as_deref())),
                 ("modules", modules.to_string()),
                 ("tasks", tasks.to_string()),
-                ("vCPUs", info.vcpus.to_string()),
+                ("vCPUs", subject.vcpus.to_string()),
                 ("paging", paging(levels, pti)),
                 ("vmcoreinfo", witness(vmcoreinfo.as_ref(), agreed)),
                 (
@@ -118,7 +123,9 @@ fn summary(session: &Session, domain: &Domain<'_>, kernel: &Kernel<'_>) -> Resul
                     format!("{} pages at {}, {used} in use", room, arena::BASE),
                 ),
             ] {
-                out::line(&format!("{what:<13} {value}"));
+                if !value.is_empty() {
+                    out::line(&format!("{what:<13} {value}"));
+                }
             }
             for (what, value) in cpu.iter().flat_map(about_cpu) {
                 out::line(&format!("{what:<13} {value}"));

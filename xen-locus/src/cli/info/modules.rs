@@ -4,7 +4,7 @@ use serde_json::{json, Value};
 
 use super::super::{out, Session};
 use crate::cli::args::Output;
-use crate::domain::Domain;
+use crate::cli::subject::Subject;
 use crate::error::Error;
 use crate::kernel::modules::{Module, Reader};
 use crate::kernel::Kernel;
@@ -14,7 +14,7 @@ use crate::link::record::hex;
 ///
 /// # Errors
 /// The list or a module can't be read.
-pub fn show(session: &Session, domain: &Domain<'_>, kernel: &Kernel<'_>) -> Result<(), Error> {
+pub fn show(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<(), Error> {
     let mut reader = Reader::new(kernel)?;
     match session.output {
         Output::Table => {
@@ -32,11 +32,9 @@ pub fn show(session: &Session, domain: &Domain<'_>, kernel: &Kernel<'_>) -> Resu
                 let types = reader.btf(module)?.map(|btf| btf.len());
                 Ok(entry(module, symbols, types))
             })?;
-            out::object(json!({
-                "domid": domain.info.id.0,
-                "name": domain.name,
+            out::object(subject.object(json!({
                 "module_list": all,
-            }));
+            })));
         }
     }
     Ok(())

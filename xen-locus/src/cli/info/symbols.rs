@@ -2,9 +2,9 @@
 
 use serde_json::json;
 
-use super::super::{out, Session};
 use crate::cli::args::Output;
-use crate::domain::Domain;
+use crate::cli::subject::Subject;
+use crate::cli::{out, Session};
 use crate::error::Error;
 use crate::kernel::modules::Reader;
 use crate::kernel::Kernel;
@@ -15,7 +15,7 @@ use crate::kernel::Kernel;
 /// The modules can't be read.
 pub fn show(
     session: &Session,
-    domain: &Domain<'_>,
+    subject: &Subject,
     kernel: &Kernel<'_>,
     pattern: &str,
 ) -> Result<(), Error> {
@@ -45,11 +45,9 @@ pub fn show(
                     })
                 })
             });
-            out::object(json!({
-                "domid": domain.info.id.0,
-                "name": domain.name,
+            out::object(subject.object(json!({
                 "symbol_list": own.chain(of_modules).collect::<Vec<_>>(),
-            }));
+            })));
         }
         Output::Table => {
             let mut text = String::new();

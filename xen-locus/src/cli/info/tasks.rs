@@ -2,9 +2,9 @@
 
 use serde_json::{json, Value};
 
-use super::super::{out, Session};
 use crate::cli::args::Output;
-use crate::domain::Domain;
+use crate::cli::subject::Subject;
+use crate::cli::{out, Session};
 use crate::error::Result;
 use crate::kernel::tasks::{snapshot, Detail, Details, Task};
 use crate::kernel::{Error, Kernel};
@@ -13,7 +13,7 @@ use crate::kernel::{Error, Kernel};
 ///
 /// # Errors
 /// The task list can't be read.
-pub fn show(session: &Session, domain: &Domain<'_>, kernel: &Kernel<'_>) -> Result<()> {
+pub fn show(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<()> {
     let details = Details::of(kernel)?;
     let tasks = snapshot(kernel, |space, tasks| {
         tasks
@@ -22,11 +22,9 @@ pub fn show(session: &Session, domain: &Domain<'_>, kernel: &Kernel<'_>) -> Resu
             .collect::<std::result::Result<Vec<_>, Error>>()
     })?;
     match session.output {
-        Output::Json => out::object(json!({
-            "domid": domain.info.id.0,
-            "name": domain.name,
+        Output::Json => out::object(subject.object(json!({
             "task_list": tasks.iter().map(object).collect::<Vec<_>>(),
-        })),
+        }))),
         Output::Table => {
             let rows: Vec<_> = tasks.iter().map(row).collect();
             out::table(

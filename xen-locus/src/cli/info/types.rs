@@ -4,7 +4,7 @@ use serde_json::{json, Value};
 
 use super::super::{out, Session};
 use crate::cli::args::Output;
-use crate::domain::Domain;
+use crate::cli::subject::Subject;
 use crate::error::Error;
 use crate::kernel::btf::text::Described;
 use crate::kernel::modules::Reader;
@@ -16,7 +16,7 @@ use crate::kernel::Kernel;
 /// The types can't be read, or none is called so.
 pub fn show(
     session: &Session,
-    domain: &Domain<'_>,
+    subject: &Subject,
     kernel: &Kernel<'_>,
     wanted: &str,
 ) -> Result<(), Error> {
@@ -33,12 +33,10 @@ pub fn show(
                 out::text(&d.text);
             }
         }
-        Output::Json => out::object(json!({
-            "domid": domain.info.id.0,
-            "name": domain.name,
+        Output::Json => out::object(subject.object(json!({
             "type_list": found.iter().map(|(module, d)| entry(module.as_deref(), d))
                 .collect::<Vec<_>>(),
-        })),
+        }))),
     }
     Ok(())
 }

@@ -87,7 +87,7 @@ fn damaged_tables_are_refused_or_harmless() {
             &regions,
             Anchors {
                 text_base: TEXT,
-                entry: TEXT,
+                second: Second::Entry(TEXT),
             },
         );
     }

@@ -1,0 +1,133 @@
+//! `locus-core trim IN OUT PAYLOAD…`: makes a small core of a big one.
+//!
+//! The small one holds the pages that xen-locus's read-only commands touch, so it gives the same
+//! output: for tests, and to send along with a report.
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{self, BufWriter, Write as _};
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+use clap::{Parser, Subcommand};
+use xen_locus::addr::{Frame, PAGE_LEN};
+use xen_locus::cli::check;
+use xen_locus::guest::core::write::{self, Page};
+use xen_locus::guest::core::Core;
+use xen_locus::guest::{self, Memory, Window};
+use xen_locus::kernel::cpu::Cpu;
+use xen_locus::kernel::modules::Reader;
+use xen_locus::kernel::orc::Table;
+use xen_locus::kernel::tasks::{self, Details};
+use xen_locus::kernel::vmcoreinfo::VmcoreInfo;
+use xen_locus::kernel::Kernel;
+use xen_locus::link::arena::Arena;
+use xen_locus::patch::Payload;
+use xen_locus::service;
+
+/// Work on saved cores
+#[derive(Parser)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Keep only the pages that the read-only commands touch
+    Trim {
+        /// A core that `xl dump-core` wrote
+        input: PathBuf,
+        /// The file to be written
+        output: PathBuf,
+        /// Payloads whose `check` must work on the small core too
+        payloads: Vec<PathBuf>,
+    },
+}
+
+/// Memory that notes which frames were asked for.
+struct Recorder<'c> {
+    inner: &'c Core,
+    seen: RefCell<BTreeSet<Frame>>,
+}
+
+impl Memory for Recorder<'_> {
+    fn map(&self, frames: &[Frame]) -> Result<Box<dyn Window>, guest::Error> {
+        self.seen.borrow_mut().extend(frames);
+        self.inner.map(frames)
+    }
+}
+
+fn main() -> Result<()> {
+    let Command::Trim {
+        input,
+        output,
+        payloads,
+    } = Args::parse().command;
+    let core = Core::open(&input)?;
+    let memory = Recorder {
+        inner: &core,
+        seen: RefCell::default(),
+    };
+    touch(&memory, &core, &payloads)?;
+    let pages: Vec<Page> = memory
+        .seen
+        .borrow()
+        .iter()
+        .filter_map(|&frame| {
+            Some(Page {
+                pfn: core.pfn(frame)?,
+                frame: frame.0,
+            })
+        })
+        .collect();
+    let file = File::create(&output).with_context(|| format!("{}", output.display()))?;
+    let mut file = BufWriter::new(file);
+    write::write(&mut file, &core.head(), &pages, |page| {
+        let mut bytes = [0; PAGE_LEN];
+        core.map(&[Frame(page.frame)])
+            .and_then(|window| window.read(0, &mut bytes))
+            .map_err(io::Error::other)?;
+        Ok(bytes)
+    })?;
+    file.flush()?;
+    for (path, pages) in [(&input, core.pages()), (&output, pages.len() as u64)] {
+        let bytes = std::fs::metadata(path)?.len();
+        println!("{}: {pages} pages, {bytes} bytes", path.display());
+    }
+    Ok(())
+}
+
+/// Reads what `list`, `info`, `status` and `check` read. What a view of `info` reads besides belongs
+/// here.
+fn touch(memory: &dyn Memory, core: &Core, payloads: &[PathBuf]) -> Result<()> {
+    let kernel = Kernel::of_saved(memory, core.kind(), core.vcpus())?;
+    kernel.btf()?;
+    let details = Details::of(&kernel)?;
+    tasks::snapshot(&kernel, |space, tasks| {
+        tasks
+            .iter()
+            .try_for_each(|task| details.read(space, task.addr).map(|_| ()))
+    })?;
+    Reader::new(&kernel)?.each(|reader, module| {
+        // What can't be read of one module is no reason to leave out the others.
+        let _ = reader.symbols(module);
+        Ok(())
+    })?;
+    // A kernel may have none of these; `info` then says so.
+    let _ = Table::of(&kernel);
+    let _ = Cpu::read(&kernel);
+    if let Some(info) = VmcoreInfo::read(&kernel)? {
+        info.check(&kernel)?;
+    }
+    Arena::read(&kernel)?;
+    service::patches(&kernel)?;
+    for path in payloads {
+        // A payload that does not fit is a case for a test as well.
+        if let Err(error) = check::examine(&kernel, core, &Payload::read(path)?) {
+            println!("{}: {error}", path.display());
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,127 @@
+//! Saved cores: every read-only command says of a core what it says of the guest it was saved from.
+
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::check_eq;
+use crate::guest::{GuestSpec, Kind};
+use crate::scenario::{Ctx, Scenario, HVM, PV, PVH};
+use crate::verdict::Verdict;
+
+/// See the names.
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "core-pv",
+        summary: "read-only commands say of a PV guest's core what they say of the paused guest",
+        profile: &PV,
+        run: |ctx| core(ctx, Kind::Pv),
+    },
+    Scenario {
+        name: "core-pvh",
+        summary: "read-only commands say of a PVH guest's core what they say of the paused guest",
+        profile: &PVH,
+        run: |ctx| core(ctx, Kind::Pvh),
+    },
+    Scenario {
+        name: "core-hvm",
+        summary: "read-only commands say of an HVM guest's core, with KASLR, what they say of the \
+                  paused guest",
+        profile: &HVM,
+        run: |ctx| core(ctx, Kind::Hvm),
+    },
+];
+
+const APPLIED: &str = "/payloads/locus_proc_pair.ko";
+const CHECKED: &str = "/payloads/locus_cmdline.ko";
+
+fn core(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
+    let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
+    let name = &guest.name;
+    ctx.dom0.ok(&format!("xen-locus apply {name} {APPLIED}"))?;
+    ctx.dom0.ok(&format!("xl pause {name}"))?;
+    let result = compare(ctx, name);
+    ctx.dom0
+        .ok(&format!("xl unpause {name}; rm -f /tmp/core*"))?;
+    result?;
+    // The guest lives on.
+    ctx.dom0
+        .ok(&format!("xen-locus revert {name} locus_proc_pair"))?;
+    guest.ok("true")?;
+    Ok(())
+}
+
+fn compare(ctx: &Ctx, name: &str) -> Result<(), Verdict> {
+    // Of an auto-translated guest xl tries every frame up to 4 GiB, where its special pages are.
+    let dump = format!("xl dump-core {name} /tmp/core");
+    let out = ctx.dom0.sh_timeout(&dump, Duration::from_secs(1200))?;
+    check_eq!(out.rc, 0, "{dump}: {}", out.err_text());
+    let live = views(ctx, &format!(" {name}"))?;
+    let list = ctx.json("xen-locus -o json list")?;
+    let row = list["domains"]
+        .as_array()
+        .and_then(|rows| rows.iter().find(|row| row["name"] == *name));
+    let row = plain(row.cloned().unwrap_or_default());
+    check_eq!(row["status"], "patched", "{list}");
+
+    for file in ["/tmp/core", "/tmp/core.small"] {
+        if file == "/tmp/core.small" {
+            let sizes = ctx.dom0.ok(&format!(
+                "locus-core trim /tmp/core {file} {CHECKED} {APPLIED} && \
+                 echo \"compressed by gzip: $(gzip -c {file} | wc -c) bytes\""
+            ))?;
+            eprintln!("xtest: {name}: {}", sizes.replace('\n', "; "));
+            ctx.dom0.note(&sizes);
+            // What the trimmed core says must come from it alone.
+            ctx.dom0.ok("rm /tmp/core")?;
+        }
+        let saved = views(ctx, &format!(" --core {file}"))?;
+        for (what, (live, saved)) in WHAT.iter().zip(live.iter().zip(&saved)) {
+            check_eq!(saved, live, "{what} of {file} and of {name}");
+        }
+        let list = ctx.json(&format!("xen-locus -o json list --core {file}"))?;
+        check_eq!(plain(list["domains"][0].clone()), row, "list of {file}");
+    }
+    Ok(())
+}
+
+/// The commands, and what is compared of each.
+const WHAT: [&str; 5] = [
+    "info",
+    "info --tasks",
+    "info --symbols *",
+    "status",
+    "check",
+];
+
+fn views(ctx: &Ctx, whom: &str) -> Result<[Value; 5], Verdict> {
+    // Millions of bytes of symbols are compared by their digest.
+    let symbols = ctx.dom0.ok(&format!(
+        "xen-locus info{whom} --symbols '*' | sha256sum | cut -d' ' -f1"
+    ))?;
+    Ok([
+        plain(ctx.json(&format!("xen-locus -o json info{whom}"))?),
+        plain(ctx.json(&format!("xen-locus -o json info{whom} --tasks"))?),
+        symbols.into(),
+        plain(ctx.json(&format!("xen-locus -o json status{whom}"))?),
+        plain(ctx.json(&format!("xen-locus -o json check{whom} {CHECKED}"))?),
+    ])
+}
+
+/// Without what tells a domain from a core, and what a core alone can say.
+fn plain(mut value: Value) -> Value {
+    if let Some(map) = value.as_object_mut() {
+        for key in [
+            "domid",
+            "name",
+            "uuid",
+            "core",
+            "total_ms",
+            "blockers",
+            "not_checked",
+        ] {
+            map.remove(key);
+        }
+    }
+    value
+}
