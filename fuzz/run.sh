@@ -21,8 +21,8 @@ build="--fuzz-dir fuzz --target-dir $target/fuzz/build --sanitizer none"
 # shellcheck disable=SC2086
 cargo fuzz build $build
 
-# 64 MiB for one input beside what libFuzzer itself and its corpus take, which is up to 128 MiB.
-limits="-timeout=1 -rss_limit_mb=192 -max_len=262144"
+# libFuzzer itself and its corpus take 50 MiB: some more, and 64 MiB for one input.
+limits="-timeout=1 -rss_limit_mb=128 -max_len=262144"
 for name in ${*:-$(cargo fuzz list --fuzz-dir fuzz)}; do
 	corpus=$target/fuzz/corpus/$name
 	mkdir -p "$corpus"

@@ -15,7 +15,7 @@ use std::rc::Rc;
 use super::Error;
 
 /// Units that one budget holds. Reading the symbols, types and a hundred tasks of a guest of Debian
-/// takes less than a tenth of it; 50,000 threads can be listed with it.
+/// takes about a tenth of it; some 40,000 threads can be listed with it.
 pub const LIMIT: u64 = 8 << 20;
 /// Units of a walk through the page tables.
 pub const WALK: u64 = 1;
