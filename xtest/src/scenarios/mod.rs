@@ -6,6 +6,7 @@
 mod apply;
 mod bench;
 mod core;
+mod liar;
 mod refuse;
 mod safety;
 mod store;
@@ -20,6 +21,7 @@ pub fn all() -> Vec<Scenario> {
         apply::SCENARIOS,
         refuse::SCENARIOS,
         store::SCENARIOS,
+        liar::SCENARIOS,
         safety::SCENARIOS,
     ]
     .concat()

@@ -1,0 +1,118 @@
+//! A guest whose kernel lies about itself, made so from inside: it is refused in bounded time and
+//! memory, and it, its neighbour and dom0 go on.
+
+use std::time::Duration;
+
+use crate::guest::{GuestSpec, Kind};
+use crate::scenario::{Ctx, Scenario, PV, PVH};
+use crate::verdict::Verdict;
+use crate::{check, check_eq};
+
+/// See the names.
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "liar-pv",
+        summary: "a PV guest that lies about its lists, types and names is refused soon",
+        profile: &PV,
+        run: |ctx| liar(ctx, Kind::Pv),
+    },
+    Scenario {
+        name: "liar-pvh",
+        summary: "a PVH guest that lies, about its page tables too, is refused soon",
+        profile: &PVH,
+        run: |ctx| liar(ctx, Kind::Pvh),
+    },
+];
+
+/// The lies of `patches/test/liar`, and what `info` says to them. The last two leave nothing that
+/// any command could work with.
+const LIES: [(&str, &str); 7] = [
+    ("tasks", "does not come back to its head"),
+    ("threads", "does not come back to its head"),
+    ("modules", "does not come back to its head"),
+    ("btf", "BTF"),
+    ("banner", "linux_banner"),
+    ("names", "no kallsyms table"),
+    ("pages", "given up"),
+];
+/// The longest time of a command, on an emulated machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The most memory of a command, in KiB: `RLIMIT_DATA`, for which mapped guest memory does not count.
+const MEMORY: u64 = 96 << 10;
+
+fn liar(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
+    let guest = ctx.ensure_guest(GuestSpec::new("liar", kind))?;
+    let neighbour = ctx.ensure_guest(GuestSpec::new("neighbour", Kind::Pv))?;
+    let module = std::fs::read(ctx.payloads.join("locus_liar/locus_liar.ko"))?;
+    guest.put("/tmp/liar.ko", 0o644, &module)?;
+    for (lie, words) in LIES {
+        // The page tables of a PV guest are Xen's: a lie in them is not accepted.
+        if lie == "pages" && kind == Kind::Pv {
+            continue;
+        }
+        guest.ok(&format!("insmod /tmp/liar.ko lie={lie}"))?;
+        let said = told(ctx, lie, words)?;
+        guest.ok("rmmod locus_liar")?;
+        eprintln!("liar: {} {lie}: {said}", kind.name());
+        check_eq!(info(ctx, "liar")?.rc, 0, "info after {lie}");
+        check_eq!(info(ctx, "neighbour")?.rc, 0, "info of the neighbour");
+        neighbour.ok("true")?;
+    }
+    ctx.destroy_guest("liar")
+}
+
+/// How a command ended, and what it took.
+struct Run {
+    rc: i32,
+    said: String,
+    took: Duration,
+}
+
+fn run(ctx: &Ctx, command: &str) -> Result<Run, Verdict> {
+    let began = std::time::Instant::now();
+    let out = ctx.dom0.sh_timeout(
+        &format!("ulimit -d {MEMORY} && exec xen-locus {command}"),
+        PATIENCE,
+    )?;
+    let took = began.elapsed();
+    check!(!out.timed_out, "{command} did not end in {PATIENCE:?}");
+    let said = out.err_text();
+    check!(!said.contains("panicked"), "{command}: {said}");
+    Ok(Run {
+        rc: out.rc,
+        said,
+        took,
+    })
+}
+
+fn info(ctx: &Ctx, guest: &str) -> Result<Run, Verdict> {
+    run(ctx, &format!("info {guest}"))
+}
+
+/// All commands that only read, while the guest lies.
+fn told(ctx: &Ctx, lie: &str, words: &str) -> Result<String, Verdict> {
+    let found = info(ctx, "liar")?;
+    check_eq!(found.rc, 3, "info with the lie {lie}: {}", found.said);
+    check!(
+        found.said.contains(words),
+        "info with the lie {lie} does not say {words:?}: {}",
+        found.said
+    );
+    // Some lies are about what these need not know; the others they name.
+    let mut ends = Vec::new();
+    for command in [
+        "status liar",
+        "check liar /payloads/locus_cmdline.ko",
+        "list",
+    ] {
+        let other = run(ctx, command)?;
+        check!(
+            [0, 2, 3].contains(&other.rc),
+            "{command} with the lie {lie} ended with {}: {}",
+            other.rc,
+            other.said
+        );
+        ends.push(format!("{command}: {} in {:?}", other.rc, other.took));
+    }
+    Ok(format!("info: {:?}; {}", found.took, ends.join("; ")))
+}
