@@ -4,14 +4,14 @@
 # libclang: xenctrl-sys makes its bindings from Xen's headers; gcc and libelf1: payloads are built by
 # kbuild, whose objtool links libelf and libcrypto.
 PACKAGES = qemu-system-x86 libxen-dev libclang1-14 libclang-common-14-dev gcc libc6-dev make \
-	pkg-config libelf1 libssl3 xz-utils util-linux debian-archive-keyring
+	pkg-config libelf1 libssl3 xz-utils zstd util-linux debian-archive-keyring
 
 SUDO = $(if $(filter 0,$(shell id -u)),,sudo)
 XTEST = cargo run --release -p xtest --
 DESTDIR =
 PREFIX = /usr
 
-.PHONY: all deps build demo test lint unit nested bench fuzz install clean
+.PHONY: all deps build demo test test-matrix lint unit nested bench fuzz install clean
 
 all: build
 
@@ -44,6 +44,10 @@ unit: deps
 
 nested: deps
 	$(XTEST) run
+
+# Every guest kernel as every type of guest: downloads the kernels of four releases of Debian.
+test-matrix: deps
+	$(XTEST) run --matrix
 
 bench: deps
 	$(XTEST) bench

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
@@ -12,6 +13,7 @@ use rustix::fs::{flock, FlockOperation};
 use crate::dom0::Dom0;
 use crate::fetch::{self, Root, BOOKWORM};
 use crate::image::{self, Images, Tools};
+use crate::kernels::Kernels;
 use crate::limits;
 use crate::paths::{cargo, Paths};
 use crate::payloads;
@@ -25,6 +27,8 @@ pub struct Bench {
     pub paths: Paths,
     /// The unpacked packages.
     pub root: Root,
+    /// Guest kernels of other releases.
+    pub kernels: Arc<Kernels>,
     images: Images,
     _lock: File,
 }
@@ -38,9 +42,11 @@ impl Bench {
         let tools = build_tools(&paths)?;
         payloads::build_all(&paths, &root)?;
         let images = image::build(&paths, &root, tools)?;
+        let kernels = Arc::new(Kernels::new(paths.clone(), root.clone()));
         Ok(Self {
             paths,
             root,
+            kernels,
             images,
             _lock: lock,
         })
@@ -69,7 +75,12 @@ impl Bench {
         let dom0 = Dom0::connect(stream, &logs.join("transcript.log"), limit)
             .with_context(|| format!("dom0's console ends:\n{}", qemu.console_tail(30)))?;
         let payloads = self.paths.payloads(&self.root.release);
-        let ctx = Ctx::new(dom0, self.root.release.clone(), payloads);
+        let ctx = Ctx::new(
+            dom0,
+            self.root.release.clone(),
+            payloads,
+            Arc::clone(&self.kernels),
+        );
         Ok(Machine {
             ctx,
             qemu,

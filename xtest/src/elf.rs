@@ -61,8 +61,17 @@ pub fn libraries(root: &Path, files: &[PathBuf], dlopened: &[&str]) -> Result<Li
 /// Path in the image -> file to copy there.
 pub type Libraries = BTreeMap<String, PathBuf>;
 
+/// A kernel module.
+#[derive(Debug)]
+pub struct Module {
+    /// Name of its file, with `.ko`.
+    pub name: String,
+    /// The ELF file, unpacked.
+    pub data: Vec<u8>,
+}
+
 /// Kernel modules in the order to load them, dependencies first.
-pub fn modules(tree: &Path, names: &[&str]) -> Result<Vec<PathBuf>> {
+pub fn modules(tree: &Path, names: &[&str]) -> Result<Vec<Module>> {
     let mut index = BTreeMap::new();
     index_modules(tree, &mut index)?;
     let mut order = Vec::new();
@@ -77,7 +86,7 @@ fn add_module(
     index: &BTreeMap<String, PathBuf>,
     name: &str,
     seen: &mut BTreeSet<String>,
-    order: &mut Vec<PathBuf>,
+    order: &mut Vec<Module>,
 ) -> Result<()> {
     let key = name.replace('-', "_");
     if !seen.insert(key.clone()) {
@@ -87,11 +96,15 @@ fn add_module(
     let Some(path) = index.get(&key) else {
         return Ok(());
     };
-    let data = std::fs::read(path)?;
-    for other in depends(&data)? {
+    let mut data = std::fs::read(path)?;
+    if path.extension().is_some_and(|e| e == "xz") {
+        data = crate::image::piped("xz", &["-dc"], data)?;
+    }
+    for other in depends(&data).with_context(|| format!("in {}", path.display()))? {
         add_module(index, &other, seen, order)?;
     }
-    order.push(path.clone());
+    let name = format!("{key}.ko");
+    order.push(Module { name, data });
     Ok(())
 }
 
@@ -118,9 +131,11 @@ fn index_modules(dir: &Path, index: &mut BTreeMap<String, PathBuf>) -> Result<()
         let path = entry.path();
         if entry.file_type()?.is_dir() {
             index_modules(&path, index)?;
-        } else if path.extension().is_some_and(|e| e == "ko") {
-            if let Some(stem) = path.file_stem() {
-                index.insert(stem.to_string_lossy().replace('-', "_"), path.clone());
+        } else {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let stem = [".ko", ".ko.xz"].iter().find_map(|e| name.strip_suffix(e));
+            if let Some(stem) = stem {
+                index.insert(stem.replace('-', "_"), path);
             }
         }
     }

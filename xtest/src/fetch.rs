@@ -18,14 +18,16 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 const FORMAT: u32 = 2;
 
 /// A Debian release and what is wanted of it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Suite {
-    /// Codename, as in the archive's `dists/`.
+    /// Codename or suite, as in the archive's `dists/`.
     pub name: &'static str,
     /// Whether the security archive has it too.
     pub security: bool,
     /// Packages whose closure is unpacked.
     pub packages: &'static [&'static str],
+    /// Beginnings of the names of those of the closure that are wanted; none: all but [`SKIP`].
+    pub only: &'static [&'static str],
 }
 
 /// Debian 12: dom0, and the guests that scenarios use unless they say otherwise.
@@ -45,7 +47,66 @@ pub const BOOKWORM: Suite = Suite {
         "linux-image-amd64",
         "linux-headers-amd64",
     ],
+    only: &[],
 };
+
+/// What a guest needs of a release that dom0 is not made of.
+const KERNEL: &[&str] = &["linux-image-amd64", "linux-headers-amd64"];
+
+/// The kernel (in newer releases its image and modules are packages of their own), headers, and
+/// what compiles modules: kbuild's programs and the compiler, with the libraries that they load.
+const KERNEL_ONLY: &[&str] = &[
+    "linux-image-",
+    "linux-binary-",
+    "linux-modules-",
+    "linux-headers-",
+    "linux-kbuild-",
+    "binutils-x86-64-linux-gnu",
+    "cpp-",
+    "gcc-",
+    "libbinutils",
+    "libbz2-",
+    "libc6",
+    "libctf",
+    "libelf",
+    "libgcc-",
+    "libgmp",
+    "libgprofng",
+    "libisl",
+    "libjansson",
+    "liblzma",
+    "libmpc",
+    "libmpfr",
+    "libsframe",
+    "libssl",
+    "libstdc++6",
+    "libzstd",
+    "zlib1g",
+];
+
+/// Debian 11, for its guest kernel.
+pub const BULLSEYE: Suite = Suite {
+    name: "bullseye",
+    security: true,
+    packages: KERNEL,
+    only: KERNEL_ONLY,
+};
+
+/// Debian 13, for its guest kernel.
+pub const TRIXIE: Suite = Suite {
+    name: "trixie",
+    ..BULLSEYE
+};
+
+/// What is to become the next Debian, for its guest kernel.
+pub const TESTING: Suite = Suite {
+    name: "testing",
+    security: false,
+    ..BULLSEYE
+};
+
+/// All releases, oldest kernel first.
+pub const SUITES: [&Suite; 4] = [&BULLSEYE, &BOOKWORM, &TRIXIE, &TESTING];
 
 /// In the closure, but of no use in an initramfs (prefixes of package names).
 const SKIP: &[&str] = &[
@@ -105,11 +166,37 @@ pub struct Root {
     pub release: String,
 }
 
+impl Root {
+    /// The kernel, a bzImage.
+    pub fn kernel(&self) -> Result<PathBuf> {
+        self.first(&[
+            format!("boot/vmlinuz-{}", self.release),
+            format!("usr/lib/modules/{}/vmlinuz", self.release),
+        ])
+    }
+
+    /// The folder of its modules.
+    pub fn modules(&self) -> Result<PathBuf> {
+        self.first(&[
+            format!("lib/modules/{}/kernel", self.release),
+            format!("usr/lib/modules/{}/kernel", self.release),
+        ])
+    }
+
+    /// The first of these paths that exists: where things are depends on the release of Debian.
+    pub fn first(&self, paths: &[String]) -> Result<PathBuf> {
+        let found = paths.iter().map(|p| self.dir.join(p)).find(|p| p.exists());
+        found.with_context(|| format!("{} has none of: {}", self.dir.display(), paths.join(", ")))
+    }
+}
+
 /// Says that the tree is whole, and what it is made of.
 #[derive(Debug, Serialize, Deserialize)]
 struct Stamp {
     format: u32,
     packages: Vec<String>,
+    #[serde(default)]
+    only: Vec<String>,
     release: String,
     files: BTreeSet<String>,
 }
@@ -139,6 +226,10 @@ pub fn ensure_suite(paths: &Paths, suite: &Suite) -> Result<Root> {
         }
     };
     unpack(&debs, &root, &stamp)?;
+    crate::payloads::relocate_headers(&root, &stamp.release)?;
+    if *suite != BOOKWORM {
+        crate::toolchain::relocate(&root)?;
+    }
     std::fs::write(&stamp_file, serde_json::to_vec_pretty(&stamp)?)?;
     Ok(Root {
         dir: root,
@@ -148,7 +239,8 @@ pub fn ensure_suite(paths: &Paths, suite: &Suite) -> Result<Root> {
 
 fn read_stamp(file: &Path, suite: &Suite) -> Option<Stamp> {
     let stamp: Stamp = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
-    (stamp.format == FORMAT && stamp.packages == suite.packages).then_some(stamp)
+    (stamp.format == FORMAT && stamp.packages == suite.packages && stamp.only == suite.only)
+        .then_some(stamp)
 }
 
 fn download(base: &Path, debs: &Path, suite: &Suite) -> Result<Stamp> {
@@ -184,10 +276,11 @@ fn download(base: &Path, debs: &Path, suite: &Suite) -> Result<Stamp> {
     for file in &files {
         ensure!(debs.join(file).is_file(), "apt-get download gave no {file}");
     }
-    let packages = suite.packages.iter().map(|&p| p.to_owned()).collect();
+    let owned = |list: &[&str]| list.iter().map(|&p| p.to_owned()).collect();
     Ok(Stamp {
         format: FORMAT,
-        packages,
+        packages: owned(suite.packages),
+        only: owned(suite.only),
         release,
         files,
     })
@@ -203,7 +296,7 @@ fn unpack(debs: &Path, root: &Path, stamp: &Stamp) -> Result<()> {
         let mut cmd = Command::new("dpkg-deb");
         checked(cmd.arg("-x").arg(debs.join(file)).arg(root))?;
     }
-    crate::payloads::relocate_headers(root, &stamp.release)
+    Ok(())
 }
 
 /// One package of a closure.
@@ -290,7 +383,12 @@ impl Apt {
             let (Some(name), Some(version)) = (parts.next(), parts.next()) else {
                 bail!("{file}: not the name of a package file");
             };
-            if SKIP.iter().any(|s| name.starts_with(s)) {
+            let begins = |list: &[&str]| list.iter().any(|s| name.starts_with(s));
+            let wanted = match suite.only {
+                [] => !begins(SKIP),
+                only => begins(only),
+            };
+            if !wanted {
                 continue;
             }
             let versioned = format!("{name}={}", version.replace("%3a", ":"));

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::dom0::{Dom0, Output, Trouble};
+use crate::fetch::{Suite, BOOKWORM};
 use crate::limits;
 use crate::verdict::Verdict;
 
@@ -53,6 +54,8 @@ pub struct GuestSpec {
     pub name: String,
     /// Its type.
     pub kind: Kind,
+    /// The release of Debian whose kernel it boots.
+    pub suite: &'static Suite,
     /// Memory in MiB.
     pub memory: u32,
     /// Virtual CPUs.
@@ -69,10 +72,35 @@ impl GuestSpec {
         Self {
             name: name.to_owned(),
             kind,
+            suite: &BOOKWORM,
             memory: 192,
             vcpus: 2,
             kernel_args: String::new(),
             config: String::new(),
+        }
+    }
+
+    /// With the kernel of this release of Debian.
+    pub fn suite(mut self, suite: &'static Suite) -> Self {
+        self.suite = suite;
+        self
+    }
+
+    /// Folder in dom0 of what it boots.
+    pub fn boot_dir(&self) -> String {
+        if *self.suite == BOOKWORM {
+            "/guest".to_owned()
+        } else {
+            format!("/guest/{}", self.suite.name)
+        }
+    }
+
+    /// Name of the kernel's file: firmware boots a bzImage, Xen's builder the ELF file in it.
+    pub fn kernel_file(&self) -> &'static str {
+        if self.kind == Kind::Hvm {
+            "vmlinuz"
+        } else {
+            "vmlinux"
         }
     }
 
@@ -106,20 +134,16 @@ impl GuestSpec {
         let hvm_args = if self.kind == Kind::Hvm { HVM_ARGS } else { "" };
         let extra = format!("{KERNEL_ARGS} {hvm_args} {}", self.kernel_args);
         let mut text = format!(
-            "name=\"{}\"\ntype=\"{}\"\nmemory={}\nvcpus={}\nkernel=\"/guest/{}\"\n\
-             ramdisk=\"/guest/initrd.gz\"\nextra=\"{}\"\non_crash=\"preserve\"\n\
+            "name=\"{}\"\ntype=\"{}\"\nmemory={}\nvcpus={}\nkernel=\"{dir}/{}\"\n\
+             ramdisk=\"{dir}/initrd.gz\"\nextra=\"{}\"\non_crash=\"preserve\"\n\
              on_reboot=\"preserve\"\n",
             self.name,
             self.kind.name(),
             self.memory,
             self.vcpus,
-            // firmware boots a bzImage, Xen's builder the ELF file in it
-            if self.kind == Kind::Hvm {
-                "vmlinuz"
-            } else {
-                "vmlinux"
-            },
+            self.kernel_file(),
             extra.split_whitespace().collect::<Vec<_>>().join(" "),
+            dir = self.boot_dir(),
         );
         if self.kind == Kind::Hvm {
             text += "vga=\"none\"\nnographic=1\nvnc=0\nsdl=0\nusb=0\nvkb_device=0\n\

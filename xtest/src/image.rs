@@ -8,7 +8,7 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 
 use crate::cpio::Cpio;
 use crate::elf;
@@ -25,6 +25,10 @@ const MODULES: &[&str] = &[
     "virtio_pci",
     "virtio_console",
 ];
+
+/// Modules that scenarios load in guests: small and large ones, with and without dependencies, of
+/// which some are for others only.
+const GUEST_MODULES: &[&str] = &["dummy", "crc8", "crc-itu-t", "nls_utf8", "ext4"];
 
 /// Xen's programs, from `usr/lib/xen-4.17/bin`.
 const XEN_PROGRAMS: &[&str] = &[
@@ -103,7 +107,7 @@ pub fn build(paths: &Paths, root: &Root, tools: Tools) -> Result<Images> {
     std::fs::create_dir_all(&dir)?;
     let out = Images {
         xen: dir.join("xen"),
-        kernel: root.dir.join(format!("boot/vmlinuz-{}", root.release)),
+        kernel: root.kernel()?,
         base: dir.join("dom0.cpio"),
         hvm: dir.join("hvm.cpio"),
         tools,
@@ -120,7 +124,7 @@ pub fn build(paths: &Paths, root: &Root, tools: Tools) -> Result<Images> {
 }
 
 /// Writes a file that others may be reading: a new one, moved over the old.
-fn replace(path: &Path, data: &[u8]) -> Result<()> {
+pub fn replace(path: &Path, data: &[u8]) -> Result<()> {
     let new = path.with_extension(format!("new{}", std::process::id()));
     std::fs::write(&new, data).with_context(|| format!("writing {}", new.display()))?;
     std::fs::rename(&new, path)?;
@@ -158,7 +162,7 @@ fn dom0_base(paths: &Paths, root: &Root, tools: &Tools) -> Result<Vec<u8>> {
     ] {
         c.dir(dir)?;
     }
-    add_modules(&mut c, root)?;
+    add_modules(&mut c, root, MODULES)?;
 
     let mut files: Vec<PathBuf> = programs.into_iter().map(|(_, file)| file).collect();
     files.extend(tools.files().map(|(_, file)| file));
@@ -175,7 +179,7 @@ fn dom0_base(paths: &Paths, root: &Root, tools: &Tools) -> Result<Vec<u8>> {
         &root.dir.join("lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"),
     )?;
 
-    let kernel = root.dir.join(format!("boot/vmlinuz-{}", root.release));
+    let kernel = root.kernel()?;
     c.host_file("guest/vmlinuz", 0o644, &kernel)?;
     let packed = std::fs::read(&kernel)?;
     c.file(
@@ -183,7 +187,11 @@ fn dom0_base(paths: &Paths, root: &Root, tools: &Tools) -> Result<Vec<u8>> {
         0o644,
         &unpacked_kernel(&packed).context("unpacking the kernel")?,
     )?;
-    c.file("guest/initrd.gz", 0o644, &guest_initramfs(paths, root)?)?;
+    c.file(
+        "guest/initrd.gz",
+        0o644,
+        &guest_initramfs(paths, root, root)?,
+    )?;
     c.finish()
 }
 
@@ -191,7 +199,7 @@ fn dom0_base(paths: &Paths, root: &Root, tools: &Tools) -> Result<Vec<u8>> {
 ///
 /// Handed to libxc for PV and PVH guests, it is what libxc would unpack itself, on an emulated
 /// processor, at every start of a guest.
-fn unpacked_kernel(image: &[u8]) -> Result<Vec<u8>> {
+pub fn unpacked_kernel(image: &[u8]) -> Result<Vec<u8>> {
     let word = |at: usize| -> Result<usize> {
         let bytes = image.get(at..at + 4).context("too short for a bzImage")?;
         Ok(usize::try_from(u32::from_le_bytes(bytes.try_into()?))?)
@@ -201,41 +209,41 @@ fn unpacked_kernel(image: &[u8]) -> Result<Vec<u8>> {
     let payload = image
         .get(start..start + word(0x24c)?)
         .context("payload out of bounds")?;
-    ensure!(
-        payload.starts_with(b"\xfd7zXZ"),
-        "the payload is not compressed with xz"
-    );
+    let unpacker = match payload {
+        [0xfd, b'7', b'z', b'X', b'Z', ..] => "xz",
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => "zstd",
+        _ => bail!("the payload is compressed with neither xz nor zstd"),
+    };
     // four bytes with the unpacked size follow the stream
-    let mut xz = Command::new("xz")
-        .args(["-dc", "--single-stream"])
+    let stream = payload.get(..payload.len() - 4).unwrap_or_default();
+    let out = piped(unpacker, &["-dc"], stream.to_vec())?;
+    ensure!(out.starts_with(b"\x7fELF"), "{unpacker} gave no ELF file");
+    Ok(out)
+}
+
+/// What a program makes of `input`.
+pub fn piped(program: &str, args: &[&str], input: Vec<u8>) -> Result<Vec<u8>> {
+    let mut child = Command::new(program)
+        .args(args)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
-        .context("running xz (xz-utils)")?;
-    let mut input = xz.stdin.take().context("no pipe to xz")?;
-    let payload = payload.to_vec();
+        .with_context(|| format!("running {program}"))?;
+    let mut pipe = child.stdin.take().context("no pipe to a child")?;
     // on a thread: both pipes fill up
-    let feeder = std::thread::spawn(move || input.write_all(&payload));
-    let out = xz.wait_with_output()?;
+    let feeder = std::thread::spawn(move || pipe.write_all(&input));
+    let out = child.wait_with_output()?;
     let _ = feeder.join();
-    ensure!(out.stdout.starts_with(b"\x7fELF"), "xz gave no ELF file");
+    ensure!(out.status.success(), "{program} failed ({})", out.status);
     Ok(out.stdout)
 }
 
-fn add_modules(c: &mut Cpio, root: &Root) -> Result<()> {
-    let tree = root
-        .dir
-        .join("lib/modules")
-        .join(&root.release)
-        .join("kernel");
+/// Adds these modules and those that they need, and their order.
+fn add_modules(c: &mut Cpio, root: &Root, names: &[&str]) -> Result<()> {
     let mut order = String::new();
-    for module in elf::modules(&tree, MODULES)? {
-        let name = module
-            .file_name()
-            .context("a module without a name")?
-            .to_string_lossy();
-        c.host_file(&format!("lib/modules/{name}"), 0o644, &module)?;
-        order += &format!("{name}\n");
+    for module in elf::modules(&root.modules()?, names)? {
+        c.file(&format!("lib/modules/{}", module.name), 0o644, &module.data)?;
+        order += &format!("{}\n", module.name);
     }
     c.file("lib/modules/order", 0o644, order.as_bytes())
 }
@@ -277,13 +285,15 @@ pub fn overlay(tools: &Tools, extra: &[(String, u32, PathBuf)]) -> Result<Vec<u8
     c.finish()
 }
 
-fn guest_initramfs(paths: &Paths, root: &Root) -> Result<Vec<u8>> {
+/// A guest's initramfs, gzipped: programs of one tree (dom0's), modules of another.
+pub fn guest_initramfs(paths: &Paths, root: &Root, kernel: &Root) -> Result<Vec<u8>> {
     let mut c = Cpio::new();
     c.file("init", 0o755, include_bytes!("../guest/init"))?;
     c.host_file("bin/busybox", 0o755, &busybox(root))?;
     for (name, program) in guest_programs(paths)? {
         c.host_file(&format!("bin/{name}"), 0o755, &program)?;
     }
+    add_modules(&mut c, kernel, GUEST_MODULES)?;
     let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(6));
     gz.write_all(&c.finish()?)?;
     Ok(gz.finish()?)

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::{bail, Context, Result};
 use clap::{Parser, Subcommand};
 use xtest::bench::Bench;
-use xtest::fetch::{ensure_suite, BOOKWORM};
+use xtest::fetch::{ensure_suite, SUITES};
 use xtest::paths::Paths;
 use xtest::scenario::{Profile, Scenario, PROFILES};
 use xtest::{demo, measure, payloads, runner, scenarios, shell};
@@ -26,6 +26,9 @@ enum Command {
     Run {
         /// Names; `apply-*` takes all that begin so
         names: Vec<String>,
+        /// All guest kernels as all types of guest
+        #[arg(long, conflicts_with = "names")]
+        matrix: bool,
         /// Only those of this profile
         #[arg(long, value_parser = profile)]
         profile: Option<&'static Profile>,
@@ -83,10 +86,11 @@ fn run(cli: Cli) -> Result<bool> {
         }
         Command::Run {
             names,
+            matrix,
             profile,
             cpus,
         } => {
-            let chosen = choose(&names, profile)?;
+            let chosen = choose(&names, matrix, profile)?;
             let bench = Bench::prepare()?;
             let cpus = cpus.unwrap_or_else(runner::host_cpus);
             return Ok(!runner::run(&bench, &chosen, cpus)?.failed());
@@ -97,23 +101,36 @@ fn run(cli: Cli) -> Result<bool> {
         Command::Demo => demo::run(&Bench::prepare()?)?,
         Command::Bench { rounds } => measure::run(&Bench::prepare()?, rounds)?,
         Command::Fetch => {
-            let root = ensure_suite(&Paths::find()?, &BOOKWORM)?;
-            println!("{} {}", root.release, root.dir.display());
+            let paths = Paths::find()?;
+            for suite in SUITES {
+                let root = ensure_suite(&paths, suite)?;
+                println!("{} {} {}", suite.name, root.release, root.dir.display());
+            }
         }
         Command::Payloads => {
             let paths = Paths::find()?;
-            let root = ensure_suite(&paths, &BOOKWORM)?;
-            payloads::build_all(&paths, &root)?;
-            for (_, file) in payloads::built(&paths, &root.release)? {
-                println!("{}", file.display());
+            for suite in SUITES {
+                let root = ensure_suite(&paths, suite)?;
+                payloads::build_all(&paths, &root)?;
+                for (_, file) in payloads::built(&paths, &root.release)? {
+                    println!("{}", file.display());
+                }
             }
         }
     }
     Ok(true)
 }
 
-fn choose(names: &[String], profile: Option<&'static Profile>) -> Result<Vec<Scenario>> {
-    let all = scenarios::all();
+fn choose(
+    names: &[String],
+    matrix: bool,
+    profile: Option<&'static Profile>,
+) -> Result<Vec<Scenario>> {
+    let all = match (matrix, names) {
+        (true, _) => scenarios::matrix(),
+        (false, []) => scenarios::usual(),
+        (false, _) => scenarios::all(),
+    };
     let matches = |pattern: &String, s: &Scenario| match pattern.strip_suffix('*') {
         Some(start) => s.name.starts_with(start),
         None => s.name == pattern,

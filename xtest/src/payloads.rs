@@ -9,21 +9,19 @@ use anyhow::{bail, ensure, Context, Result};
 use crate::fetch::Root;
 use crate::image::newer;
 use crate::paths::Paths;
+use crate::toolchain;
 
 /// Debian's compiler for the kernels of this release.
 const CC: &str = "gcc-12";
 
-/// Makes Debian's headers work from where they were unpacked: the one absolute path in them is the
-/// `include` of their `Makefile`.
+/// Makes Debian's headers work from where they were unpacked: the only absolute paths in them are
+/// those in their `Makefile`.
 pub fn relocate_headers(root: &Path, release: &str) -> Result<()> {
     let makefile = headers(root, release).join("Makefile");
     let text = std::fs::read_to_string(&makefile)
         .with_context(|| format!("reading {}", makefile.display()))?;
     let here = format!("{}/usr/src/", root.display());
-    std::fs::write(
-        &makefile,
-        text.replace("include /usr/src/", &format!("include {here}")),
-    )?;
+    std::fs::write(&makefile, text.replace("/usr/src/", &here))?;
     Ok(())
 }
 
@@ -38,7 +36,7 @@ pub fn build_all(paths: &Paths, root: &Root) -> Result<()> {
         if up_to_date(&source, &made.join(format!("{name}.ko")))? {
             continue;
         }
-        eprintln!("xtest: building payload {name}");
+        eprintln!("xtest: building payload {name} for {}", root.release);
         build(&name, &source, &made, root)?;
     }
     Ok(())
@@ -103,29 +101,18 @@ fn build(name: &str, source: &Path, made: &Path, root: &Root) -> Result<()> {
     }
     let mut make = Command::new("make");
     make.arg("-C").arg(headers(&root.dir, &root.release));
-    make.arg(format!("M={}", made.display()))
-        .arg(format!("CC={CC}"));
+    make.arg(format!("M={}", made.display()));
+    let own = toolchain::bin(&root.dir);
+    if own.is_dir() {
+        make.args(toolchain::variables(&own));
+    } else {
+        make.arg(format!("CC={CC}"));
+        host_libraries(&mut make, made, root)?;
+    }
+    // no BTF of the payload's own: nobody needs it, and making it takes one more program
+    make.arg("CONFIG_DEBUG_INFO_BTF_MODULES=");
     // payloads may use symbols that are not exported
     make.args(["KBUILD_MODPOST_WARN=1", "modules"]);
-    let libs = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
-    if !Path::new("/")
-        .join("usr/lib/x86_64-linux-gnu/libelf.so.1")
-        .exists()
-    {
-        // objtool's library, from the unpacked tree; only that one, since an unpacked libc would
-        // not fit the host's dynamic linker
-        let own = made.join(".libs");
-        std::fs::create_dir_all(&own)?;
-        for dir in libs {
-            for lib in ["libelf.so.1", "libcrypto.so.3"] {
-                let file = root.dir.join(dir).join(lib);
-                if file.is_file() {
-                    std::fs::copy(file, own.join(lib))?;
-                }
-            }
-        }
-        make.env("LD_LIBRARY_PATH", own);
-    }
     // a make that runs us must not hand its own switches down
     for var in ["MAKEFLAGS", "MFLAGS", "MAKELEVEL"] {
         make.env_remove(var);
@@ -145,6 +132,26 @@ fn build(name: &str, source: &Path, made: &Path, root: &Root) -> Result<()> {
         module.is_file(),
         "payload {name}: its build made no {name}.ko"
     );
+    Ok(())
+}
+
+/// Gives `make` objtool's libraries from the unpacked tree where the host has none; only those, since
+/// an unpacked libc would not fit the host's dynamic linker.
+fn host_libraries(make: &mut Command, made: &Path, root: &Root) -> Result<()> {
+    if Path::new("/usr/lib/x86_64-linux-gnu/libelf.so.1").exists() {
+        return Ok(());
+    }
+    let own = made.join(".libs");
+    std::fs::create_dir_all(&own)?;
+    for dir in ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"] {
+        for lib in ["libelf.so.1", "libcrypto.so.3"] {
+            let file = root.dir.join(dir).join(lib);
+            if file.is_file() {
+                std::fs::copy(file, own.join(lib))?;
+            }
+        }
+    }
+    make.env("LD_LIBRARY_PATH", own);
     Ok(())
 }
 

@@ -2,10 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::dom0::Dom0;
+use crate::fetch::BOOKWORM;
 use crate::guest::{Guest, GuestSpec, Kind};
+use crate::kernels::Kernels;
 use crate::verdict::Verdict;
 
 /// Starts of a PVH or HVM guest before it counts as failed: QEMU's SVM emulation loses some while
@@ -91,16 +94,24 @@ pub struct Ctx {
     pub release: String,
     /// Built payloads on the host: `NAME/NAME.ko`. In dom0 they are at `/payloads/NAME.ko`.
     pub payloads: PathBuf,
+    /// Guest kernels of other releases of Debian.
+    pub kernels: Arc<Kernels>,
     guests: BTreeMap<String, (GuestSpec, Guest)>,
 }
 
 impl Ctx {
     /// A context for a machine that has just booted.
-    pub(crate) fn new(dom0: Dom0, release: String, payloads: PathBuf) -> Self {
+    pub(crate) fn new(
+        dom0: Dom0,
+        release: String,
+        payloads: PathBuf,
+        kernels: Arc<Kernels>,
+    ) -> Self {
         Self {
             dom0,
             release,
             payloads,
+            kernels,
             guests: BTreeMap::new(),
         }
     }
@@ -113,11 +124,24 @@ impl Ctx {
                 return Ok(guest.clone());
             }
         }
+        self.place_kernel(&spec)?;
+        let guest = self.start(&spec);
+        if *spec.suite != BOOKWORM {
+            // dom0's files are memory, and these are of no use any more
+            self.dom0.ok(&format!("rm -f {}/*", spec.boot_dir()))?;
+        }
+        let guest = guest?;
+        self.guests.insert(spec.name.clone(), (spec, guest.clone()));
+        Ok(guest)
+    }
+
+    /// Starts a guest, again where emulation lost it as it booted.
+    fn start(&mut self, spec: &GuestSpec) -> Result<Guest, Verdict> {
         let starts = if spec.kind == Kind::Pv { 1 } else { STARTS };
         let mut start = 1;
-        let guest = loop {
+        loop {
             self.destroy_guest(&spec.name)?;
-            match Guest::start(&self.dom0, &spec) {
+            match Guest::start(&self.dom0, spec) {
                 Err(Verdict::Crash(why)) if start < starts && !self.dom0.is_down() => {
                     let name = &spec.name;
                     eprintln!("xtest: guest {name} is started again ({start} of {starts}): {why}");
@@ -126,11 +150,35 @@ impl Ctx {
                     ))?;
                     start += 1;
                 }
-                other => break other?,
+                other => return other,
             }
+        }
+    }
+
+    /// Brings what the guest boots into dom0, and payloads for it to `/payloads/SUITE`. Debian 12's
+    /// are in dom0's image.
+    fn place_kernel(&self, spec: &GuestSpec) -> Result<(), Verdict> {
+        if *spec.suite == BOOKWORM {
+            return Ok(());
+        }
+        let kernel = self.kernels.get(spec.suite)?;
+        let file = if spec.kernel_file() == "vmlinuz" {
+            &kernel.vmlinuz
+        } else {
+            &kernel.vmlinux
         };
-        self.guests.insert(spec.name.clone(), (spec, guest.clone()));
-        Ok(guest)
+        let dir = spec.boot_dir();
+        let mut files = vec![
+            (format!("{dir}/{}", spec.kernel_file()), file),
+            (format!("{dir}/initrd.gz"), &kernel.initrd),
+        ];
+        for (name, file) in &kernel.payloads {
+            files.push((format!("/payloads/{}/{name}.ko", spec.suite.name), file));
+        }
+        for (path, file) in files {
+            self.dom0.put(&path, 0o644, &std::fs::read(file)?)?;
+        }
+        Ok(())
     }
 
     /// A guest that [`Self::ensure_guest`] has started.

@@ -6,6 +6,7 @@
 mod apply;
 mod bench;
 mod core;
+mod know;
 mod liar;
 mod refuse;
 mod safety;
@@ -13,8 +14,8 @@ mod store;
 
 use crate::scenario::Scenario;
 
-/// All scenarios, in the order they run within their profile.
-pub fn all() -> Vec<Scenario> {
+/// The scenarios of a usual run, in the order they run within their profile.
+pub fn usual() -> Vec<Scenario> {
     [
         bench::SCENARIOS,
         core::SCENARIOS,
@@ -22,7 +23,20 @@ pub fn all() -> Vec<Scenario> {
         refuse::SCENARIOS,
         store::SCENARIOS,
         liar::SCENARIOS,
+        know::SCENARIOS,
         safety::SCENARIOS,
     ]
     .concat()
+}
+
+/// All kernels as all types of guest: minutes more.
+pub fn matrix() -> Vec<Scenario> {
+    [know::SCENARIOS, know::MATRIX].concat()
+}
+
+/// All scenarios.
+pub fn all() -> Vec<Scenario> {
+    let mut all = usual();
+    all.extend(know::MATRIX);
+    all
 }

@@ -1,0 +1,81 @@
+//! Guest kernels of other releases of Debian: what a guest boots, and payloads for it, made when first
+//! asked for.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::Result;
+
+use crate::fetch::{self, Root, Suite};
+use crate::image;
+use crate::paths::Paths;
+use crate::payloads;
+
+/// A guest kernel, on the host.
+#[derive(Debug)]
+pub struct Kernel {
+    /// As `uname -r` gives it.
+    pub release: String,
+    /// The kernel as built, a bzImage.
+    pub vmlinuz: PathBuf,
+    /// The ELF file in it.
+    pub vmlinux: PathBuf,
+    /// The guest's initramfs with some of the kernel's modules.
+    pub initrd: PathBuf,
+    /// Payloads for it that could be built: name and file.
+    pub payloads: Vec<(String, PathBuf)>,
+}
+
+/// All guest kernels beside the one in dom0's image.
+#[derive(Debug)]
+pub struct Kernels {
+    paths: Paths,
+    dom0: Root,
+    made: Mutex<BTreeMap<&'static str, Arc<Kernel>>>,
+}
+
+impl Kernels {
+    /// None yet. Guests' programs are of the same release as dom0.
+    pub fn new(paths: Paths, dom0: Root) -> Self {
+        Self {
+            paths,
+            dom0,
+            made: Mutex::default(),
+        }
+    }
+
+    /// The kernel of this release; its packages are fetched and its payloads built where that was
+    /// not done before.
+    pub fn get(&self, suite: &'static Suite) -> Result<Arc<Kernel>> {
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kernel) = made.get(suite.name) {
+            return Ok(Arc::clone(kernel));
+        }
+        let root = fetch::ensure_suite(&self.paths, suite)?;
+        let kernel = Arc::new(self.make(suite, &root)?);
+        made.insert(suite.name, Arc::clone(&kernel));
+        Ok(kernel)
+    }
+
+    fn make(&self, suite: &Suite, root: &Root) -> Result<Kernel> {
+        payloads::build_all(&self.paths, root)?;
+        let dir = self.paths.base.join("images").join(suite.name);
+        std::fs::create_dir_all(&dir)?;
+        let vmlinuz = root.kernel()?;
+        let kernel = Kernel {
+            release: root.release.clone(),
+            vmlinux: dir.join("vmlinux"),
+            initrd: dir.join("initrd.gz"),
+            payloads: payloads::built(&self.paths, &root.release)?,
+            vmlinuz,
+        };
+        let packed = std::fs::read(&kernel.vmlinuz)?;
+        image::replace(&kernel.vmlinux, &image::unpacked_kernel(&packed)?)?;
+        image::replace(
+            &kernel.initrd,
+            &image::guest_initramfs(&self.paths, &self.dom0, root)?,
+        )?;
+        Ok(kernel)
+    }
+}

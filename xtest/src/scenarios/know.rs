@@ -1,0 +1,333 @@
+//! What `info` says of a guest is what the guest says of itself, in full, for kernels of four releases
+//! of Debian; and a payload built for each comes and goes.
+//!
+//! Both sides are digested where they are, since a guest's console is slow; only what differs is
+//! transferred.
+
+mod lists;
+
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::fetch::{Suite, BOOKWORM, BULLSEYE, TESTING, TRIXIE};
+use crate::guest::{Guest, GuestSpec, Kind};
+use crate::scenario::{Ctx, Scenario, HVM, PV, PVH};
+use crate::verdict::Verdict;
+use crate::{check, check_eq};
+
+/// A scenario for a release's kernel and a guest's type.
+macro_rules! know {
+    ($name:literal, $suite:ident, $kind:ident, $profile:ident) => {
+        Scenario {
+            name: $name,
+            summary: "info agrees with the guest in everything, and a patch comes and goes",
+            profile: &$profile,
+            run: |ctx| know(ctx, &$suite, Kind::$kind),
+        }
+    };
+}
+
+/// Part of every run: Debian 12's kernel, an older and a newer one.
+pub const SCENARIOS: &[Scenario] = &[
+    know!("know-bookworm-pv", BOOKWORM, Pv, PV),
+    know!("know-trixie-pv", TRIXIE, Pv, PV),
+    know!("know-bookworm-pvh", BOOKWORM, Pvh, PVH),
+    know!("know-bullseye-pvh", BULLSEYE, Pvh, PVH),
+];
+
+/// The rest of the matrix of kernels and types.
+pub const MATRIX: &[Scenario] = &[
+    know!("know-bullseye-pv", BULLSEYE, Pv, PV),
+    know!("know-testing-pv", TESTING, Pv, PV),
+    know!("know-trixie-pvh", TRIXIE, Pvh, PVH),
+    know!("know-testing-pvh", TESTING, Pvh, PVH),
+    know!("know-bookworm-hvm", BOOKWORM, Hvm, HVM),
+];
+
+/// Options that xen-locus is yet to learn: what needs them is not looked at.
+const PENDING: &[&str] = &[
+    "module symbols",
+    "--modules",
+    "--tasks",
+    "--raw btf",
+    "--raw notes",
+    "cpu",
+];
+
+/// What a guest says of itself is gathered on an emulated processor.
+const LIMIT: Duration = Duration::from_secs(300);
+
+fn know(ctx: &mut Ctx, suite: &'static Suite, kind: Kind) -> Result<(), Verdict> {
+    let spec = if *suite == BOOKWORM {
+        GuestSpec::new(kind.name(), kind)
+    } else {
+        GuestSpec::new(&format!("{}-{}", suite.name, kind.name()), kind)
+            .suite(suite)
+            .memory(256)
+    };
+    let guest = ctx.ensure_guest(spec)?;
+    load_modules(&guest)?;
+
+    let checks: [(&str, fn(&Ctx, &Guest) -> Result<(), Verdict>); 9] = [
+        ("summary", summary),
+        ("kernel symbols", kernel_symbols),
+        ("module symbols", module_symbols),
+        ("--modules", lists::modules),
+        ("--tasks", lists::tasks),
+        ("cpu", lists::cpu),
+        ("--raw btf", raw_btf),
+        ("--raw notes", raw_notes),
+        ("patch", patch),
+    ];
+    for (what, check) in checks {
+        if PENDING.contains(&what) {
+            continue;
+        }
+        ctx.dom0.note(&format!("--- {}: {what}", guest.name));
+        check(ctx, &guest).map_err(|verdict| match verdict {
+            Verdict::Failure(why) => Verdict::Failure(format!("{what}: {why}")),
+            other => other,
+        })?;
+    }
+    if *suite == BOOKWORM {
+        guest.ok("rm /tmp/kallsyms")?;
+    } else {
+        ctx.destroy_guest(&guest.name)?;
+    }
+    Ok(())
+}
+
+/// Loads what the guest's initramfs has, unless that was done before.
+fn load_modules(guest: &Guest) -> Result<(), Verdict> {
+    guest.ok(
+        "grep -q ^dummy /proc/modules || while read m; do insmod /lib/modules/$m || exit 1; done \
+         < /lib/modules/order",
+    )?;
+    let count = guest.ok("wc -l < /proc/modules")?;
+    check!(count != "0", "no module was loaded");
+    // a copy, because the kernel takes seconds to make the list anew
+    guest.ok("cat /proc/kallsyms > /tmp/kallsyms")?;
+    Ok(())
+}
+
+fn info(ctx: &Ctx, guest: &Guest, options: &str) -> Result<Value, Verdict> {
+    ctx.json(&format!("xen-locus -o json info {} {options}", guest.name))
+}
+
+fn summary(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+    let tasks = || -> Result<u64, Verdict> { number(guest, "ls -d /proc/[0-9]*/task/* | wc -l") };
+    let before = tasks()?;
+    let info = info(ctx, guest, "")?;
+    let after = tasks()?;
+    check_eq!(info["kernel"], guest.ok("uname -r")?, "{info}");
+    check_eq!(info["domid"], guest.domid, "{info}");
+    let kind = guest.ok("tr A-Z a-z < /sys/hypervisor/guest_type")?;
+    check_eq!(info["type"], kind, "{info}");
+    let notes = guest.sh("cat /sys/kernel/notes")?.stdout;
+    let build_id = build_id(&notes).ok_or_else(|| Verdict::Error("no build-id".to_owned()))?;
+    check_eq!(info["build_id"], build_id, "{info}");
+    let text = guest.ok("grep ' T _text$' /tmp/kallsyms | cut -d' ' -f1")?;
+    check_eq!(info["text_base"], format!("0x{text}"), "{info}");
+    let symbols = number(guest, "grep -vc '\\[' /tmp/kallsyms")?;
+    check_eq!(info["symbols"], symbols, "{info}");
+    let modules = number(guest, "wc -l < /proc/modules")?;
+    check_eq!(info["modules"], modules, "{info}");
+    let vcpus = number(guest, "nproc")?;
+    check_eq!(info["vcpus"], vcpus, "{info}");
+    // Idle tasks are in no folder of /proc, and kernel threads come and go.
+    let seen = info["tasks"].as_u64().unwrap_or_default();
+    let (low, high) = (before.min(after), before.max(after) + vcpus);
+    check!(
+        (low.saturating_sub(4)..=high + 4).contains(&seen),
+        "{seen} tasks; /proc had {before} before and {after} after, and there are {vcpus} vCPUs"
+    );
+    Ok(())
+}
+
+fn number(guest: &Guest, cmd: &str) -> Result<u64, Verdict> {
+    let text = guest.ok(cmd)?;
+    text.parse()
+        .map_err(|_| Verdict::Error(format!("`{cmd}` gave {text:?}")))
+}
+
+/// The build-id in ELF notes, as hexadecimal digits.
+fn build_id(notes: &[u8]) -> Option<String> {
+    const GNU_BUILD_ID: u32 = 3;
+    let mut rest = notes;
+    loop {
+        let word = |i: usize| -> Option<u32> {
+            Some(u32::from_le_bytes(
+                rest.get(4 * i..4 * i + 4)?.try_into().ok()?,
+            ))
+        };
+        let (name, desc, kind) = (word(0)?, word(1)?, word(2)?);
+        let (name, desc) = (usize::try_from(name).ok()?, usize::try_from(desc).ok()?);
+        let at = 12 + name.next_multiple_of(4);
+        let body = rest.get(at..at + desc)?;
+        if kind == GNU_BUILD_ID && rest.get(12..12 + name)? == b"GNU\0" {
+            return Some(body.iter().map(|b| format!("{b:02x}")).collect());
+        }
+        rest = rest.get(at + desc.next_multiple_of(4)..)?;
+    }
+}
+
+fn kernel_symbols(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+    let only = "grep -v '\\['";
+    let theirs = format!("{only} /tmp/kallsyms");
+    same(ctx, guest, "--symbols '*'", only, &theirs)
+}
+
+/// Symbols of modules; not those that the kernel makes up for programs of BPF, kprobes and ftrace.
+fn module_symbols(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+    let only = "grep '\\[' | grep -v -e '\\[bpf\\]' -e '\\[__builtin__'";
+    let theirs = format!("cat /tmp/kallsyms | {only}");
+    same(ctx, guest, "--symbols '*'", only, &theirs)
+}
+
+fn raw_btf(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+    for name in guest.ok("ls /sys/kernel/btf")?.split_whitespace() {
+        let what = match name {
+            "vmlinux" => "--raw btf".to_owned(),
+            module => format!("--raw btf:{module}"),
+        };
+        same(
+            ctx,
+            guest,
+            &what,
+            "cat",
+            &format!("cat /sys/kernel/btf/{name}"),
+        )?;
+    }
+    Ok(())
+}
+
+fn raw_notes(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+    same(ctx, guest, "--raw notes", "cat", "cat /sys/kernel/notes")
+}
+
+/// What `info OPTIONS` prints, through a filter, equals what a command of the guest prints.
+fn same(
+    ctx: &Ctx,
+    guest: &Guest,
+    options: &str,
+    filter: &str,
+    theirs: &str,
+) -> Result<(), Verdict> {
+    ctx.dom0.ok(&format!(
+        "xen-locus info {} {options} > /tmp/info.out && {filter} < /tmp/info.out > /tmp/info.cmp",
+        guest.name
+    ))?;
+    let ours = ctx.dom0.ok("sha256sum < /tmp/info.cmp")?;
+    let digest = guest.sh_timeout(&format!("{theirs} | sha256sum"), LIMIT)?;
+    if digest.rc == 0 && digest.text() == ours {
+        return Ok(());
+    }
+    let ours = ctx.dom0.get("/tmp/info.cmp")?;
+    let theirs = guest.sh_timeout(theirs, LIMIT)?;
+    let why = match difference(&ours, &theirs.stdout) {
+        Some(what) => format!("info {options}: {what}"),
+        None => "digests differed, but a second look found no difference".to_owned(),
+    };
+    Err(Verdict::failure(why))
+}
+
+/// Where two files differ: the first lines that do, or the first byte of what is no text.
+fn difference(ours: &[u8], theirs: &[u8]) -> Option<String> {
+    if ours == theirs {
+        return None;
+    }
+    let (Ok(a), Ok(b)) = (std::str::from_utf8(ours), std::str::from_utf8(theirs)) else {
+        let at = ours.iter().zip(theirs).take_while(|(a, b)| a == b).count();
+        return Some(format!(
+            "{} bytes, the guest has {}; the first to differ is at {at}",
+            ours.len(),
+            theirs.len()
+        ));
+    };
+    let (a, b): (Vec<&str>, Vec<&str>) = (a.lines().collect(), b.lines().collect());
+    let at = a.iter().zip(&b).take_while(|(a, b)| a == b).count();
+    let some = |lines: &[&str]| {
+        lines
+            .iter()
+            .skip(at)
+            .take(4)
+            .copied()
+            .collect::<Vec<_>>()
+            .join("\n")
+    };
+    Some(format!(
+        "{} lines, the guest has {}; they differ from line {}:\n{}\nin the guest:\n{}",
+        a.len(),
+        b.len(),
+        at + 1,
+        some(&a),
+        some(&b)
+    ))
+}
+
+/// The simplest payload, built for this kernel, takes effect and goes away.
+fn patch(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+    const NAME: &str = "locus_cmdline";
+    let release = guest.ok("uname -r")?;
+    let dir = if release == ctx.release {
+        "/payloads".to_owned()
+    } else {
+        // named after the release of Debian, as the guest is
+        let suite = guest.name.split('-').next().unwrap_or_default();
+        format!("/payloads/{suite}")
+    };
+    let shows = |marked: bool| -> Result<(), Verdict> {
+        let line = guest.ok("cat /proc/cmdline")?;
+        check_eq!(
+            line.ends_with(" locus=live"),
+            marked,
+            "/proc/cmdline is {line:?}"
+        );
+        Ok(())
+    };
+    shows(false)?;
+    for (cmd, result) in [
+        (format!("apply {} {dir}/{NAME}.ko", guest.name), "applied"),
+        (format!("revert {} {NAME}", guest.name), "reverted"),
+    ] {
+        let report = ctx.json(&format!("xen-locus -o json {cmd}"))?;
+        check_eq!(report["result"], result, "{report}");
+        shows(result == "applied")?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_build_id_is_found_behind_other_notes() {
+        let mut notes = Vec::new();
+        for (name, kind, body) in [
+            (&b"Linux\0"[..], 3u32, &b"abcde"[..]),
+            (b"GNU\0", 3, &[0xab, 1]),
+        ] {
+            for word in [name.len() as u32, body.len() as u32, kind] {
+                notes.extend(word.to_le_bytes());
+            }
+            for part in [name, body] {
+                notes.extend(part);
+                notes.resize(notes.len().next_multiple_of(4), 0);
+            }
+        }
+        assert_eq!(build_id(&notes).as_deref(), Some("ab01"));
+        assert_eq!(build_id(&notes[..30]), None);
+    }
+
+    #[test]
+    fn the_first_lines_that_differ_are_shown() {
+        assert_eq!(difference(b"a\nb\n", b"a\nb\n"), None);
+        let text = difference(b"a\nb\n", b"a\nc\nd\n").unwrap();
+        assert!(text.starts_with("2 lines, the guest has 3"), "{text}");
+        assert!(text.contains("line 2:\nb\nin the guest:\nc\nd"), "{text}");
+        let bytes = difference(&[1, 0xff], &[1, 0xfe, 3]).unwrap();
+        assert!(bytes.contains("differ is at 1"), "{bytes}");
+    }
+}
