@@ -46,14 +46,7 @@ pub const MATRIX: &[Scenario] = &[
 ];
 
 /// Options that xen-locus is yet to learn: what needs them is not looked at.
-const PENDING: &[&str] = &[
-    "module symbols",
-    "--modules",
-    "--tasks",
-    "--raw btf",
-    "--raw notes",
-    "cpu",
-];
+const PENDING: &[&str] = &[];
 
 /// What a guest says of itself is gathered on an emulated processor.
 const LIMIT: Duration = Duration::from_secs(300);
