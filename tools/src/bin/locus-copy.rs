@@ -26,12 +26,16 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let host = Host::open()?;
+    let host = Host::open(None)?;
     let domain = host.guest(&args.domain)?;
     let kernel = Kernel::of(&domain)?;
     let mut image: Vec<Frame> = Vec::new();
     for region in &kernel.regions {
-        image.extend(kernel.space.frames(region.range.start, region.range.len())?);
+        image.extend(
+            kernel
+                .space
+                .frames(region.range.start, region.range.len())?,
+        );
     }
     ensure!(!image.is_empty(), "the guest's kernel has no image");
     let pages = args.kib.div_ceil(PAGE_LEN / 1024);

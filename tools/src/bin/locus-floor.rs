@@ -21,7 +21,7 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let host = Host::open()?;
+    let host = Host::open(None)?;
     let domain = host.guest(&args.domain)?;
     let pause = |with_contexts: bool| -> Result<u128> {
         let paused = domain.pause()?;

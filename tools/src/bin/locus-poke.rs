@@ -23,7 +23,7 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let host = Host::open()?;
+    let host = Host::open(None)?;
     let domain = host.guest(&args.domain)?;
     let kernel = Kernel::of(&domain)?;
     let (symbol, offset) = args.place.split_once('+').unwrap_or((&args.place, "0"));

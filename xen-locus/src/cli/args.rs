@@ -25,6 +25,17 @@ pub struct Cli {
     /// Format of stdout
     #[arg(short, long, global = true, value_enum, default_value_t = Output::Table)]
     pub output: Output,
+    /// Folder that keeps what was read of guests' kernels
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        default_value = "/var/cache/xen-locus"
+    )]
+    pub cache: PathBuf,
+    /// Read guests' kernels anew, and keep nothing
+    #[arg(long, global = true, conflicts_with = "cache")]
+    pub no_cache: bool,
     /// What to do
     #[command(subcommand)]
     pub command: Command,

@@ -6,7 +6,7 @@ use serde_json::{json, Value};
 
 use super::args::{Check, Output, Patience};
 use super::subject::{self, Subject};
-use super::{apply, out, Host, Session};
+use super::{apply, out, Session};
 use crate::apply::{Options, Report};
 use crate::error::{Error, ExitCode, Result};
 use crate::guest::core::Core;
@@ -39,7 +39,7 @@ pub fn run(session: &Session, args: &Check) -> anyhow::Result<ExitCode> {
         dry_run: true,
         ..session.options(&patience)
     };
-    let host = Host::open()?;
+    let host = session.host()?;
     let wanted = args.whom.domain()?;
     let result = apply::apply_one(session, &host, wanted, &payload, &options);
     Ok(apply::tell(

@@ -36,7 +36,7 @@ struct Row {
 pub fn run(session: &Session, core: Option<&Path>) -> anyhow::Result<ExitCode> {
     let rows = match core {
         Some(path) => vec![row_of_core(&Core::open(path).map_err(Error::from)?)],
-        None => rows_of_domains(&Host::open()?)?,
+        None => rows_of_domains(&session.host()?)?,
     };
     match session.output {
         Output::Json => {
@@ -55,7 +55,7 @@ fn rows_of_domains(host: &Host) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for info in host.control.domains(DomId(0))? {
         let kind = info.kind;
-        rows.push(match Domain::of(&host.control, &host.store, info.clone()) {
+        rows.push(match host.domain(info.clone()) {
             Ok(domain) => row(&domain),
             Err(error) => {
                 let subject = Subject {

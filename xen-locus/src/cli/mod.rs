@@ -11,8 +11,10 @@ pub mod show;
 pub mod status;
 pub mod subject;
 
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::Context as _;
 
@@ -20,8 +22,9 @@ use crate::apply::Options;
 use crate::daemon;
 use crate::domain::Domain;
 use crate::error::{Error, ExitCode, Result};
+use crate::kernel::cache::Cache;
 use crate::store::Store;
-use crate::xen::{self, Control};
+use crate::xen::{self, Control, DomainInfo};
 use args::{Cli, Command, Output, Patience};
 
 /// The host a command works on.
@@ -31,19 +34,36 @@ pub struct Host {
     pub control: Control,
     /// XenStore.
     pub store: Store,
+    cache: Option<PathBuf>,
 }
 
 impl Host {
-    /// Opens Xen and XenStore.
+    /// Opens Xen and XenStore. What is read of guests' kernels is kept in folder `cache`, if any.
     ///
     /// # Errors
     /// Not dom0, not root, no libxenctrl, no xenstored: one sentence.
-    pub fn open() -> Result<Host> {
+    pub fn open(cache: Option<&Path>) -> Result<Host> {
         xen::check_environment()?;
         Ok(Host {
             control: Control::open()?,
             store: Store::open()?,
+            cache: cache.map(Path::to_owned),
         })
+    }
+
+    /// The domain `info` is about.
+    ///
+    /// # Errors
+    /// As [`Domain::of`].
+    pub fn domain(&self, info: DomainInfo) -> Result<Domain<'_>> {
+        Ok(self.with_cache(Domain::of(&self.control, &self.store, info)?))
+    }
+
+    fn with_cache<'h>(&self, mut domain: Domain<'h>) -> Domain<'h> {
+        if let Some(dir) = &self.cache {
+            domain.cache = Cache::new(dir, &domain.info.uuid);
+        }
+        domain
     }
 
     /// Finds a guest by name or id.
@@ -51,7 +71,7 @@ impl Host {
     /// # Errors
     /// As [`Domain::find`].
     pub fn guest(&self, wanted: &str) -> Result<Domain<'_>> {
-        Domain::find(&self.control, &self.store, wanted)
+        Domain::find(&self.control, &self.store, wanted).map(|domain| self.with_cache(domain))
     }
 }
 
@@ -64,11 +84,23 @@ pub struct Session {
     pub dry_run: bool,
     /// How much to say on stderr.
     pub verbose: u8,
+    /// Where what is read of guests' kernels is kept; nowhere if none.
+    pub cache: Option<PathBuf>,
+    /// When it began.
+    pub began: Instant,
     /// Set by a signal that asks to stop.
     pub interrupted: Arc<AtomicBool>,
 }
 
 impl Session {
+    /// Opens Xen and XenStore.
+    ///
+    /// # Errors
+    /// As [`Host::open`].
+    pub fn host(&self) -> Result<Host> {
+        Host::open(self.cache.as_deref())
+    }
+
     /// Says something on stderr if the user wants to hear it.
     pub fn say(&self, level: u8, what: impl std::fmt::Display) {
         if self.verbose >= level {
@@ -93,6 +125,7 @@ impl Session {
 /// # Errors
 /// What went wrong; [`exit_code`] makes an exit code of it.
 pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
+    let began = Instant::now();
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
         signal_hook::flag::register(signal, Arc::clone(&interrupted))
@@ -102,6 +135,8 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         output: cli.output,
         dry_run: cli.dry_run,
         verbose: cli.verbose,
+        cache: (!cli.no_cache).then(|| cli.cache.clone()),
+        began,
         interrupted,
     };
     if session.dry_run && !matches!(cli.command, Command::Apply(_) | Command::Revert(_)) {
@@ -112,12 +147,12 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Info(args) => info::run(&session, args),
         Command::Show { file } => show::run(&session, file),
         Command::Check(args) => check::run(&session, args),
-        Command::Apply(args) => apply::run(&session, &Host::open()?, args),
-        Command::Revert(args) => revert::run(&session, &Host::open()?, args),
+        Command::Apply(args) => apply::run(&session, &session.host()?, args),
+        Command::Revert(args) => revert::run(&session, &session.host()?, args),
         Command::Status { domain, core } => {
             status::run(&session, domain.as_deref(), core.as_deref())
         }
-        Command::Daemon(args) => daemon::run(&session, &Host::open()?, args),
+        Command::Daemon(args) => daemon::run(&session, &session.host()?, args),
     }
 }
 

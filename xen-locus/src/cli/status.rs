@@ -34,8 +34,8 @@ pub fn run(
         (Some(path), _) => vec![subject::with_core(path, |subject, kernel, _| {
             Status::read(subject.clone(), kernel)
         })?],
-        (None, Some(wanted)) => vec![status(&Host::open()?.guest(wanted)?)?],
-        (None, None) => all(session, &Host::open()?)?,
+        (None, Some(wanted)) => vec![status(&session.host()?.guest(wanted)?)?],
+        (None, None) => all(session, &session.host()?)?,
     };
     match session.output {
         Output::Json if one => {
@@ -63,7 +63,7 @@ fn status(domain: &Domain<'_>) -> Result<Status> {
 fn all(session: &Session, host: &Host) -> Result<Vec<Status>> {
     let mut found = Vec::new();
     for info in host.control.domains(DomId(1))? {
-        let domain = Domain::of(&host.control, &host.store, info)?;
+        let domain = host.domain(info)?;
         match status(&domain) {
             Ok(status) => found.push(status),
             // A guest this tool can't read has no patches of ours; `list` says why.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::args::Whom;
-use super::Host;
+use super::Session;
 use crate::addr::DomId;
 use crate::domain::Domain;
 use crate::error::{Error, Result};
@@ -82,13 +82,14 @@ impl Subject {
 /// # Errors
 /// No such guest or core, its kernel can't be read, or `action` failed.
 pub fn with_kernel<T>(
+    session: &Session,
     whom: &Whom,
     action: impl FnOnce(&Subject, &Kernel<'_>) -> Result<T>,
 ) -> Result<T> {
     if let Some(path) = &whom.core {
         return with_core(path, |subject, kernel, _| action(subject, kernel));
     }
-    let host = Host::open()?;
+    let host = session.host()?;
     let domain = host.guest(whom.domain()?)?;
     action(&Subject::of(&domain), &Kernel::of(&domain)?)
 }

@@ -18,7 +18,6 @@ use xenstore_rs::AsyncWatch as _;
 use crate::addr::DomId;
 use crate::cli::args::Daemon;
 use crate::cli::{Host, Session};
-use crate::domain::Domain;
 use crate::error::{Error, ExitCode};
 use crate::service;
 use crate::store::ROOT;
@@ -127,7 +126,8 @@ impl Publisher {
             if info.dying || info.shutdown || patient || self.known.get(&id) == Some(&uuid) {
                 continue;
             }
-            let status = Domain::of(&host.control, &host.store, info)
+            let status = host
+                .domain(info)
                 .and_then(|domain| service::status(&domain));
             match status {
                 Ok(status) => {

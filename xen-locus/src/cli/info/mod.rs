@@ -12,6 +12,7 @@ use super::args::{self, Output};
 use super::subject::{self, Subject};
 use super::{out, Session};
 use crate::error::{Error, ExitCode};
+use crate::guest::budget::LIMIT;
 use crate::kernel::cpu::Cpu;
 use crate::kernel::orc::Table;
 use crate::kernel::vmcoreinfo::VmcoreInfo;
@@ -24,7 +25,7 @@ use crate::link::record::hex;
 /// # Errors
 /// No such guest, or its kernel can't be read.
 pub fn run(session: &Session, args: &args::Info) -> anyhow::Result<ExitCode> {
-    subject::with_kernel(&args.whom, |subject, kernel| {
+    subject::with_kernel(session, &args.whom, |subject, kernel| {
         if let Some(pattern) = &args.what.symbols {
             symbols::show(session, subject, kernel, pattern)?;
         } else if args.what.tasks {
@@ -38,9 +39,24 @@ pub fn run(session: &Session, args: &args::Info) -> anyhow::Result<ExitCode> {
         } else {
             summary(session, subject, kernel)?;
         }
+        session.say(1, cost(session, kernel));
         Ok(ExitCode::Done)
     })
     .map_err(Into::into)
+}
+
+/// What the answer cost so far.
+fn cost(session: &Session, kernel: &Kernel<'_>) -> String {
+    let budget = kernel.space.budget();
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let peak = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
+    format!(
+        "read {} KiB of guest memory in {} us, {}% of what reading a guest may cost; peak memory {}",
+        budget.copied() / 1024,
+        session.began.elapsed().as_micros(),
+        budget.spent() * 100 / LIMIT,
+        peak.map_or("not known", str::trim),
+    )
 }
 
 fn summary(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<(), Error> {
