@@ -205,7 +205,11 @@ impl Memory for Core {
         let place = |&frame: &Frame| {
             let run = self.run(frame).ok_or_else(|| Error::Frame {
                 frame,
-                why: format!("it is not in the core {}", self.path.display()),
+                why: format!(
+                    "it is not in the core {}; xl dump-core has been seen to leave out the highest \
+                     frames of a PVH guest, where patches are kept",
+                    self.path.display()
+                ),
             })?;
             // In bounds: the section lies in the file, and the page in the section.
             Ok(self.pages_at + (run.page + (frame.0 - run.frame)) * PAGE_SIZE)
