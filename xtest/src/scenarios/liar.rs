@@ -24,8 +24,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// The lies of `patches/test/liar`, and what `info` says to them. The last two leave nothing that
-/// any command could work with.
+/// The lies of `patches/test/liar`, and what `info` says to them.
 const LIES: [(&str, &str); 7] = [
     ("tasks", "does not come back to its head"),
     ("threads", "does not come back to its head"),
@@ -35,8 +34,9 @@ const LIES: [(&str, &str); 7] = [
     ("names", "no kallsyms table"),
     ("pages", "given up"),
 ];
-/// The longest time of a command, on an emulated machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// The longest time of a command on an emulated machine, where half a gibibyte of guest memory takes
+/// 20 to 30 s to read.
+const PATIENCE: Duration = Duration::from_secs(120);
 /// The most memory of a command, in KiB: `RLIMIT_DATA`, for which mapped guest memory does not count.
 const MEMORY: u64 = 96 << 10;
 
