@@ -86,8 +86,9 @@ pub struct Tools {
 
 impl Tools {
     /// Their names.
-    pub const NAMES: [&str; 5] = [
+    pub const NAMES: [&str; 6] = [
         "xen-locus",
+        "locus-copy",
         "locus-core",
         "locus-floor",
         "locus-poke",

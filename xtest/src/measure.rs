@@ -1,4 +1,5 @@
-//! `xtest bench`: how long guests are paused, beside the floor of the same run.
+//! `xtest bench`: how long guests are paused and what reading their kernel costs, beside the least
+//! that either could cost in the same run.
 //!
 //! Absolute times on an emulated machine mean little; the ratios within one run mean more.
 
@@ -51,7 +52,67 @@ fn measure(ctx: &mut Ctx, kind: Kind, rounds: u32) -> Result<(), Verdict> {
         row(what, applies(ctx, name, patch, rounds)?, reference);
     }
     println!();
+    reading(ctx, name, rounds.min(10))
+}
+
+/// What `info` costs: cold, with what it kept, and beside mapping and copying as much as it read.
+fn reading(ctx: &Ctx, guest: &str, rounds: u32) -> Result<(), Verdict> {
+    let (mut cold, mut copy, mut warm) = (Vec::new(), Vec::new(), Vec::new());
+    ctx.dom0.ok(&format!("xen-locus info {guest} >/dev/null"))?;
+    for _ in 0..rounds {
+        cold.push(cost(ctx, &format!("--no-cache info {guest}"))?);
+        let kib = cold.last().map_or(0, |c| c.kib);
+        let reference = ctx.json(&format!("locus-copy {guest} {kib}"))?;
+        copy.push(
+            reference
+                .get("us")
+                .and_then(serde_json::Value::as_u64)
+                .unwrap_or(0),
+        );
+        warm.push(cost(ctx, &format!("info {guest}"))?);
+    }
+    let us = |costs: &[Cost]| costs.iter().map(|c| c.us).collect::<Vec<_>>();
+    let most = |costs: &[Cost], of: fn(&Cost) -> u64| costs.iter().map(of).max().unwrap_or(0);
+    println!("{guest}: reading the kernel for info, microseconds, {rounds} of each");
+    println!(
+        "{:<32} {:>8} {:>8} {:>8}  {:>6} {:>9} {:>9}",
+        "", "median", "p99", "max", "ratio", "read KiB", "peak KiB"
+    );
+    let reference = quantile(&copy, 50);
+    row("map and copy as much", copy, reference);
+    for (what, costs) in [
+        ("info, nothing kept", cold),
+        ("info, with what was kept", warm),
+    ] {
+        let (kib, peak) = (most(&costs, |c| c.kib), most(&costs, |c| c.peak_kib));
+        println!("{} {kib:>9} {peak:>9}", line(what, us(&costs), reference));
+    }
+    println!();
     Ok(())
+}
+
+/// What `xen-locus -v info` said of its cost.
+struct Cost {
+    kib: u64,
+    us: u64,
+    peak_kib: u64,
+}
+
+fn cost(ctx: &Ctx, cmd: &str) -> Result<Cost, Verdict> {
+    let out = ctx.dom0.sh(&format!("xen-locus -v {cmd} >/dev/null"))?;
+    let said = out.err_text();
+    let number = |before: &str, after: &str| -> Option<u64> {
+        let rest = said.split_once(before)?.1;
+        rest.split_once(after)?.0.trim().parse().ok()
+    };
+    let found = || {
+        Some(Cost {
+            kib: number("read ", " KiB of guest")?,
+            us: number("guest memory in ", " us")?,
+            peak_kib: number("peak memory ", " kB")?,
+        })
+    };
+    found().ok_or_else(|| Verdict::failure(format!("`{cmd}` said {said:?}")))
 }
 
 /// Pauses of as many applies, each reverted again.
@@ -79,16 +140,20 @@ fn applies(ctx: &Ctx, guest: &str, patch: &str, rounds: u32) -> Result<Vec<u64>,
         .collect())
 }
 
-fn row(what: &str, mut values: Vec<u64>, reference: u64) {
+fn row(what: &str, values: Vec<u64>, reference: u64) {
+    println!("{}", line(what, values, reference));
+}
+
+fn line(what: &str, mut values: Vec<u64>, reference: u64) -> String {
     values.sort_unstable();
     let median = quantile(&values, 50);
     #[allow(clippy::cast_precision_loss)] // microseconds
     let ratio = median as f64 / reference.max(1) as f64;
-    println!(
+    format!(
         "{what:<32} {median:>8} {:>8} {:>8}  {ratio:>6.2}",
         quantile(&values, 99),
         values.last().copied().unwrap_or(0)
-    );
+    )
 }
 
 /// The value below which `percent` of all lie.
