@@ -45,10 +45,11 @@ pub const MATRIX: &[Scenario] = &[
     know!("know-bookworm-hvm", BOOKWORM, Hvm, HVM),
 ];
 
+/// One comparison.
+type Check = fn(&Ctx, &Guest) -> Result<(), Verdict>;
+
 /// What a guest says of itself is gathered on an emulated processor.
 const LIMIT: Duration = Duration::from_secs(300);
-
-type Check = fn(&Ctx, &Guest) -> Result<(), Verdict>;
 
 fn know(ctx: &mut Ctx, suite: &'static Suite, kind: Kind) -> Result<(), Verdict> {
     let spec = if *suite == BOOKWORM {
@@ -72,13 +73,16 @@ fn know(ctx: &mut Ctx, suite: &'static Suite, kind: Kind) -> Result<(), Verdict>
         ("--raw notes", raw_notes),
         ("patch", patch),
     ];
+    // All of them, so that one run tells all that is wrong.
+    let mut wrong = Vec::new();
     for (what, check) in checks {
         ctx.dom0.note(&format!("--- {}: {what}", guest.name));
-        check(ctx, &guest).map_err(|verdict| match verdict {
-            Verdict::Failure(why) => Verdict::Failure(format!("{what}: {why}")),
-            other => other,
-        })?;
+        match check(ctx, &guest) {
+            Err(Verdict::Failure(why)) => wrong.push(format!("{what}: {why}")),
+            other => other?,
+        }
     }
+    check!(wrong.is_empty(), "{}", wrong.join("\n"));
     if *suite == BOOKWORM {
         guest.ok("rm /tmp/kallsyms")?;
     } else {
@@ -204,7 +208,7 @@ fn same(
     theirs: &str,
 ) -> Result<(), Verdict> {
     ctx.dom0.ok(&format!(
-        "xen-locus info {} {options} > /tmp/info.out && {filter} < /tmp/info.out > /tmp/info.cmp",
+        "xen-locus info {} {options} > /tmp/info.out && cat /tmp/info.out | {filter} > /tmp/info.cmp",
         guest.name
     ))?;
     let ours = ctx.dom0.ok("sha256sum < /tmp/info.cmp")?;
@@ -298,8 +302,8 @@ mod tests {
             (&b"Linux\0"[..], 3u32, &b"abcde"[..]),
             (b"GNU\0", 3, &[0xab, 1]),
         ] {
-            let len = |part: &[u8]| u32::try_from(part.len()).unwrap();
-            for word in [len(name), len(body), kind] {
+            let [name_len, body_len] = [name, body].map(|part| u32::try_from(part.len()).unwrap());
+            for word in [name_len, body_len, kind] {
                 notes.extend(word.to_le_bytes());
             }
             for part in [name, body] {

@@ -68,6 +68,9 @@ pub fn modules(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     Ok(())
 }
 
+/// Most bytes of a task's `comm` (Linux `TASK_COMM_LEN`, less the NUL).
+const COMM_LEN: usize = 15;
+
 /// A thread, as `/proc` shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Thread {
@@ -138,11 +141,13 @@ pub fn tasks(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
             return Err(Verdict::failure(format!("pid {pid} is missing: {was:?}")));
         };
         check_eq!(seen.tgid, was.tgid, "tgid of {pid} {was:?}");
-        // Workers show in /proc what they are at behind their name.
-        let worker = was.comm.starts_with("kworker/") && was.comm.starts_with(&seen.comm);
+        // /proc adds what a worker is at, and has names of kernel threads that are too long for comm.
+        let begins = was.comm.starts_with(&seen.comm);
+        let worker = begins && was.comm.starts_with("kworker/");
+        let cut = begins && seen.comm.len() == COMM_LEN;
         if was.comm == is.comm {
             check!(
-                seen.comm == was.comm || worker,
+                seen.comm == was.comm || worker || cut,
                 "comm of {pid}: {seen:?}, {was:?}"
             );
         }
