@@ -1,8 +1,8 @@
 //! A guest's kernel address space: page-table walk and reads by virtual address.
 //!
-//! Page-table pages are read once and kept, windows onto pages stay mapped, so a walk over many
-//! small objects costs one foreign mapping per page. All of it is paid from a [`Budget`]. What the guest may remap while we look
-//! (vmalloc space: thread stacks, modules) wants a fresh `Space`, see [`Space::fresh`].
+//! Windows onto pages, page tables among them, stay mapped, so a walk over many small objects costs
+//! one foreign mapping per page. All of it is paid from a [`Budget`]. What the guest may remap while
+//! we look (vmalloc space: thread stacks, modules) wants a fresh `Space`, see [`Space::fresh`].
 //! Layout of entries: Intel SDM volume 3, chapter 4.5 ("4-level paging and 5-level paging").
 
 use std::cell::RefCell;
@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use super::budget::{self, Budget};
-use super::{Error, Memory, Window};
+use super::{fetch, Error, Memory, Window};
 use crate::addr::{Frame, Gva, Range, PAGE_LEN, PAGE_SIZE};
 
 /// Entry is present.
@@ -33,8 +33,6 @@ pub const BATCH: usize = 512;
 /// Windows kept before the store is emptied: bounds what a guest can make us hold. Each is a mapping
 /// of its own, of which Linux gives a process 65530 (`vm.max_map_count`).
 const KEEP: usize = 8192;
-/// Page-table pages kept, likewise: 8 MiB, which map 4 GiB.
-const KEEP_TABLES: usize = 2048;
 /// Longest read in one piece, in bytes.
 const READ_MAX: usize = 64 << 20;
 /// Units of the budget for looking at all entries of a table.
@@ -68,15 +66,12 @@ pub struct Region {
     pub executable: bool,
 }
 
-type Table = Rc<[u64; 512]>;
-
 /// An address space below one page-table root.
 pub struct Space<'m> {
     mem: &'m dyn Memory,
     root: Frame,
     levels: u8,
     budget: Budget,
-    tables: RefCell<HashMap<Frame, Table>>,
     windows: RefCell<HashMap<Frame, Rc<dyn Window>>>,
 }
 
@@ -104,21 +99,23 @@ impl<'m> Space<'m> {
             root,
             levels,
             budget,
-            tables: RefCell::default(),
             windows: RefCell::default(),
         }
     }
 
-    /// The space below another root, with nothing remembered and the same budget.
+    /// The space below another root, with the same budget and windows.
     #[must_use]
     pub fn with_root(&self, root: Frame) -> Space<'m> {
-        Space::within(self.mem, root, self.levels, self.budget.clone())
+        Space {
+            windows: self.windows.clone(),
+            ..Space::within(self.mem, root, self.levels, self.budget.clone())
+        }
     }
 
     /// The same space and budget, with nothing remembered.
     #[must_use]
     pub fn fresh(&self) -> Space<'m> {
-        self.with_root(self.root)
+        Space::within(self.mem, self.root, self.levels, self.budget.clone())
     }
 
     /// Levels of its page tables: 4 or 5.
@@ -149,24 +146,12 @@ impl<'m> Space<'m> {
         self.mem.map(frames)
     }
 
-    fn table(&self, frame: Frame) -> Result<Table, Error> {
-        if let Some(t) = self.tables.borrow().get(&frame) {
-            return Ok(Rc::clone(t));
-        }
-        let mut bytes = [0u8; PAGE_LEN];
-        self.map(&[frame])?.read(0, &mut bytes)?;
-        self.budget.note(PAGE_LEN);
-        let mut words = [0u64; 512];
-        for (word, chunk) in words.iter_mut().zip(bytes.chunks_exact(8)) {
-            *word = u64::from_le_bytes(chunk.try_into().unwrap_or_default());
-        }
-        let table = Rc::new(words);
-        let mut tables = self.tables.borrow_mut();
-        if tables.len() >= KEEP_TABLES {
-            tables.clear();
-        }
-        tables.insert(frame, Rc::clone(&table));
-        Ok(table)
+    /// Entry number `slot` of the page table in `frame`.
+    fn entry(&self, frame: Frame, slot: usize) -> Result<u64, Error> {
+        let mut entry = [0; 8];
+        self.window(frame)?.read(8 * slot, &mut entry)?;
+        self.budget.note(entry.len());
+        Ok(u64::from_le_bytes(entry))
     }
 
     /// Follows the page tables for `at` down to `stop` (1 = the last level) and says in which table
@@ -180,7 +165,7 @@ impl<'m> Space<'m> {
         let mut level = self.levels;
         loop {
             let slot = slot(at, level);
-            let entry = entry(&*self.table(frame)?, slot);
+            let entry = self.entry(frame, slot)?;
             if level == stop {
                 return Ok((frame, slot, entry));
             }
@@ -202,7 +187,7 @@ impl<'m> Space<'m> {
         let (mut writable, mut executable) = (true, true);
         self.budget.spend(budget::WALK)?;
         loop {
-            let entry = entry(&*self.table(frame)?, slot(at, level));
+            let entry = self.entry(frame, slot(at, level))?;
             if entry & PTE_PRESENT == 0 {
                 return Err(Error::NotMapped { at, level });
             }
@@ -389,18 +374,23 @@ impl<'m> Space<'m> {
         found: &mut Vec<Region>,
     ) -> Result<(), Error> {
         self.budget.spend(TABLE)?;
-        let Ok(entries) = self.table(table) else {
+        let mut entries = [0u8; PAGE_LEN];
+        let read = self
+            .window(table)
+            .and_then(|window| window.read(0, &mut entries));
+        if read.is_err() {
             return self.budget.check();
-        };
+        }
+        self.budget.note(PAGE_LEN);
         let span = PAGE_SIZE << (9 * (u32::from(level) - 1));
         let mut at = above.range.start;
-        for _ in 0..entries.len() {
+        for _ in 0..PAGE_LEN / 8 {
             if at >= above.range.end {
                 break;
             }
             let last = Gva(at.0 | (span - 1));
             let end = last.0.checked_add(1).map_or(above.range.end, Gva);
-            let entry = entry(&entries, slot(at, level));
+            let entry = fetch::u64(&entries, 8 * slot(at, level)).unwrap_or(0);
             let here = Region {
                 range: Range {
                     start: at,
@@ -476,8 +466,4 @@ impl Pin {
 
 fn slot(at: Gva, level: u8) -> usize {
     usize::try_from((at.0 >> (12 + 9 * (u32::from(level) - 1))) & 511).unwrap_or(0)
-}
-
-fn entry(table: &[u64; 512], slot: usize) -> u64 {
-    table.get(slot).copied().unwrap_or(0)
 }

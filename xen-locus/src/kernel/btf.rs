@@ -14,6 +14,7 @@ pub mod text;
 use std::cell::{Cell, OnceCell};
 use std::rc::Rc;
 
+use super::names::{self, Index};
 use super::Error;
 use crate::guest::fetch;
 pub use member::Bits;
@@ -153,7 +154,7 @@ pub struct Btf {
     first: u32,
     base: Option<Rc<Btf>>,
     /// Hash of the name and index, sorted; of all named types.
-    by_name: OnceCell<Vec<(u32, u32)>>,
+    by_name: OnceCell<Index>,
 }
 
 impl Btf {
@@ -300,30 +301,27 @@ impl Btf {
             .collect()
     }
 
-    fn by_name(&self) -> &[(u32, u32)] {
+    /// Types by name, numbered from the first of this blob.
+    fn by_name(&self) -> &Index {
         self.by_name.get_or_init(|| {
-            let mut all: Vec<(u32, u32)> = (self.first..self.end())
-                .filter_map(|id| {
-                    let name = self.string(self.record(id)?.name);
-                    (!name.is_empty()).then(|| (hash(name), id))
-                })
-                .collect();
-            all.sort_unstable();
-            all
+            let hash_of = |(&at, number): (&u32, u32)| {
+                match fetch::u32(&self.bytes, at as usize) {
+                    // Half of the types have no name: they are spread over all groups.
+                    Some(0) | None => number.wrapping_mul(0x9e37_79b9),
+                    Some(name) => names::hash(self.string(name)),
+                }
+            };
+            let hashes: Vec<u32> = self.types.iter().zip(0..).map(hash_of).collect();
+            Index::of(&hashes)
         })
     }
 
     /// Ids of all types called `name`, rising; those of the base come first.
     fn named<'a>(&'a self, name: &'a str) -> Box<dyn Iterator<Item = u32> + 'a> {
-        let wanted = hash(name.as_bytes());
-        let index = self.by_name();
-        let start = index.partition_point(|&(h, _)| h < wanted);
-        let own = index
-            .get(start..)
-            .unwrap_or_default()
+        let candidates = self.by_name().candidates(name.as_bytes());
+        let own = candidates
             .iter()
-            .take_while(move |&&(h, _)| h == wanted)
-            .map(|&(_, id)| id)
+            .map(|&number| self.first + number)
             .filter(move |&id| {
                 self.record(id)
                     .is_some_and(|r| self.string(r.name) == name.as_bytes())
@@ -351,11 +349,4 @@ impl Btf {
         }
         id
     }
-}
-
-/// FNV-1a, as good as any for names.
-fn hash(name: &[u8]) -> u32 {
-    name.iter().fold(0x811c_9dc5, |h, &b| {
-        (h ^ u32::from(b)).wrapping_mul(0x0100_0193)
-    })
 }

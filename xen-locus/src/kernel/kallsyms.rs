@@ -19,6 +19,7 @@
 //! Addresses come in several encodings; each is tried, and only one that agrees with the anchors
 //! the caller gives is believed.
 
+mod expand;
 mod packed;
 #[cfg(test)]
 mod tests;
@@ -27,7 +28,9 @@ use std::cell::OnceCell;
 
 use serde::{Deserialize, Serialize};
 
+use self::expand::{Pieces, ROOM};
 use super::locate::KERNEL_MAP;
+use super::names::{self, Index};
 use super::Error;
 use crate::addr::{Gva, Range};
 use crate::guest::budget::Budget;
@@ -86,9 +89,8 @@ pub struct Symbols {
     pub places: Places,
     names: String,
     entries: Vec<Entry>,
-    /// Hash of the name above, index below: sorted numbers instead of sorted strings.
     #[serde(skip)]
-    by_name: OnceCell<Vec<u64>>,
+    by_name: OnceCell<Index>,
     #[serde(skip)]
     by_addr: OnceCell<Vec<u32>>,
 }
@@ -156,7 +158,7 @@ impl<'s, 'm> Data<'s, 'm> {
             space,
             start: range.start,
             len: usize::try_from(range.len()).unwrap_or(most).min(most),
-            bytes: Vec::new(),
+            bytes: Vec::with_capacity(usize::try_from(range.len()).unwrap_or(most).min(most)),
         }
     }
 
@@ -205,11 +207,7 @@ fn search(data: &mut Data<'_, '_>, anchors: Anchors<'_>) -> Result<Option<Symbol
     while data.reach((from + CHUNK).min(data.len))? {
         let searched = data.bytes.len();
         budget.scan(searched - from)?;
-        let hits: Vec<usize> =
-            memchr::memmem::find_iter(data.bytes.get(from..).unwrap_or_default(), DIGITS)
-                .map(|hit| from + hit)
-                .collect();
-        for hit in hits {
+        for hit in find_digits(&data.bytes, from) {
             budget.scan(304 * TOKEN_MAX)?;
             data.reach((hit + 256 * TOKEN_MAX + 1024).min(data.len))?;
             let Some(tokens) = tokens_around(&data.bytes, hit) else {
@@ -225,6 +223,31 @@ fn search(data: &mut Data<'_, '_>, anchors: Anchors<'_>) -> Result<Option<Symbol
         from = searched - DIGITS.len();
     }
     Ok(None)
+}
+
+/// Where [`DIGITS`] stand in `data` behind `from`. They are so long that one aligned word at least
+/// holds nothing but digits and zeros by turns, which is quickly seen.
+fn find_digits(data: &[u8], from: usize) -> Vec<usize> {
+    let from = from & !7;
+    let mut found = Vec::new();
+    let words = data.get(from..).unwrap_or_default().chunks_exact(8);
+    for (i, word) in words.enumerate() {
+        let word = u64::from_le_bytes(word.try_into().unwrap_or_default());
+        let odd = match word {
+            w if w & 0xfff0_fff0_fff0_fff0 == 0x0030_0030_0030_0030 => 0,
+            w if w & 0xf0ff_f0ff_f0ff_f0ff == 0x3000_3000_3000_3000 => 1,
+            _ => continue,
+        };
+        let digit = ((word >> (8 * odd)) & 0xf) as usize;
+        let Some(at) = (from + 8 * i + odd).checked_sub(2 * digit) else {
+            continue;
+        };
+        let there = data.get(at..).is_some_and(|d| d.starts_with(DIGITS));
+        if there && found.last() != Some(&at) {
+            found.push(at);
+        }
+    }
+    found
 }
 
 /// Tries `digits`, the place of the token `0`, as the 49th of 256 tokens.
@@ -452,21 +475,22 @@ fn build(
     address: impl Fn(usize) -> Option<u64>,
 ) -> Option<Symbols> {
     let bytes = names.bytes(data);
-    let mut text = Vec::with_capacity((names.count * 24).min(TEXT_MAX));
+    let pieces = Pieces::of(&tokens.tokens);
+    let mut text = vec![0; (names.count * 24).min(TEXT_MAX) + ROOM];
+    let mut end = 0;
     let mut entries = Vec::with_capacity(names.count);
     let mut pos = 0;
     for i in 0..names.count {
         let (len, start) = name_at(bytes, pos, names.long)?;
-        let begin = text.len();
-        for &token in bytes.get(start..start + len)? {
-            text.extend_from_slice(tokens.tokens.get(usize::from(token))?);
-            if text.len() - begin > NAME_MAX || text.len() > TEXT_MAX {
-                return None;
-            }
+        let begin = end;
+        if text.len() < begin + ROOM {
+            text.resize((begin + ROOM + CHUNK).min(TEXT_MAX + ROOM), 0);
         }
+        let compressed = bytes.get(start..start + len)?;
+        end += pieces.expand(compressed, text.get_mut(begin..)?)?;
         pos = start + len;
         let kind = *text.get(begin)?;
-        let len = u16::try_from(text.len() - begin - 1).ok()?;
+        let len = u16::try_from((end - begin).checked_sub(1)?).ok()?;
         let name = u32::try_from(begin + 1).ok()?;
         entries.push(Entry {
             addr: address(i)?,
@@ -475,6 +499,7 @@ fn build(
             kind,
         });
     }
+    text.truncate(end);
     let names = String::from_utf8(text).ok()?;
     Some(Symbols {
         places: Places::new(),
@@ -513,18 +538,24 @@ impl Symbols {
             .unwrap_or("")
     }
 
+    fn bytes_of(&self, e: &Entry) -> &[u8] {
+        let start = e.name as usize;
+        let name = self.names.as_bytes().get(start..start + usize::from(e.len));
+        name.unwrap_or_default()
+    }
+
+    fn is_called(&self, e: &Entry, name: &str) -> bool {
+        usize::from(e.len) == name.len() && self.bytes_of(e) == name.as_bytes()
+    }
+
     fn nth(&self, index: u32) -> Option<&Entry> {
         self.entries.get(index as usize)
     }
 
-    fn by_name(&self) -> &[u64] {
+    fn by_name(&self) -> &Index {
         self.by_name.get_or_init(|| {
-            let keys = self.entries.iter().zip(0..);
-            let mut keys: Vec<u64> = keys
-                .map(|(e, i): (_, u32)| hash(self.name_of(e)) | u64::from(i))
-                .collect();
-            keys.sort_unstable();
-            keys
+            let names = self.entries.iter().map(|e| self.bytes_of(e));
+            Index::of(&names.map(names::hash).collect::<Vec<u32>>())
         })
     }
 
@@ -538,15 +569,11 @@ impl Symbols {
 
     /// All symbols called `name`, in the table's order (`sympos` counts in it).
     pub fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Symbol<'a>> + 'a {
-        let keys = self.by_name();
-        let wanted = hash(name);
-        let first = keys.partition_point(|&k| k < wanted);
-        keys.get(first..)
-            .unwrap_or_default()
+        let candidates = self.by_name().candidates(name.as_bytes());
+        candidates
             .iter()
-            .take_while(move |&&k| k >> 32 == wanted >> 32)
-            .filter_map(|&k| self.nth((k & 0xffff_ffff) as u32))
-            .filter(move |e| self.name_of(e) == name)
+            .filter_map(|&i| self.nth(i))
+            .filter(move |e| self.is_called(e, name))
             .map(|e| self.symbol(e))
     }
 
@@ -604,7 +631,7 @@ impl Symbols {
     /// Whether they fit what else is known of the kernel.
     pub(super) fn agrees(&self, anchors: Anchors<'_>) -> bool {
         // Without the index by name, which takes longer than all before.
-        let text = self.entries.iter().find(|e| self.name_of(e) == "_text");
+        let text = self.entries.iter().find(|e| self.is_called(e, "_text"));
         let is_text = |kind| matches!(kind, b't' | b'T' | b'W' | b'w');
         text.is_some_and(|e| e.addr == anchors.text_base.0)
             && match anchors.second {
@@ -615,10 +642,4 @@ impl Symbols {
                 Second::State(agrees) => agrees(self),
             }
     }
-}
-
-/// FNV-1a of a name, in the upper half.
-fn hash(name: &str) -> u64 {
-    let step = |h: u32, b: u8| (h ^ u32::from(b)).wrapping_mul(0x0100_0193);
-    u64::from(name.bytes().fold(0x811c_9dc5, step)) << 32
 }

@@ -10,6 +10,7 @@ pub mod fixture_world;
 pub mod kallsyms;
 pub mod locate;
 pub mod modules;
+mod names;
 pub mod orc;
 pub mod tasks;
 #[cfg(test)]
