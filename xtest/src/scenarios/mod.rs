@@ -29,14 +29,15 @@ pub fn usual() -> Vec<Scenario> {
     .concat()
 }
 
-/// All kernels as all types of guest: minutes more.
+/// All kernels as all types of guest, and cores of all types: what takes too long for a usual run.
 pub fn matrix() -> Vec<Scenario> {
-    [know::SCENARIOS, know::MATRIX].concat()
+    [know::SCENARIOS, know::MATRIX, core::MATRIX].concat()
 }
 
 /// All scenarios.
 pub fn all() -> Vec<Scenario> {
     let mut all = usual();
-    all.extend(know::MATRIX);
+    all.extend_from_slice(know::MATRIX);
+    all.extend_from_slice(core::MATRIX);
     all
 }
