@@ -393,7 +393,7 @@ impl<'k, 'm> Reader<'k, 'm> {
 
 /// The text before the first NUL of the first `most` bytes; what a terminal could take for a command
 /// is replaced.
-fn text(bytes: &[u8], most: usize) -> String {
+pub(super) fn text(bytes: &[u8], most: usize) -> String {
     let bytes = bytes.get(..most).unwrap_or(bytes);
     let name = bytes.split(|&b| b == 0).next().unwrap_or_default();
     String::from_utf8_lossy(name)

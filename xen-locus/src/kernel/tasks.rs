@@ -43,7 +43,8 @@ pub struct Task {
     /// Its thread id; 0 for idle tasks.
     pub pid: u32,
     /// Its name (`comm`), at most 15 bytes. /proc and `ps` show more for kernel threads with longer
-    /// names and append to a worker's what it works on (fs/proc/array.c: `proc_task_name`).
+    /// names and append to a worker's what it works on (fs/proc/array.c: `proc_task_name`). A task
+    /// chooses it: control characters are replaced.
     pub comm: String,
     /// Its kernel stack.
     pub stack: Range,
@@ -104,11 +105,10 @@ impl Layout {
         let word = |offset: usize| space.read_u64(addr.plus(offset as u64));
         let mut comm = [0u8; 16];
         space.read(addr.plus(self.comm as u64), &mut comm)?;
-        let comm = comm.split(|&b| b == 0).next().unwrap_or_default();
         Ok(Task {
             addr,
             pid: space.read_u32(addr.plus(self.pid as u64))?,
-            comm: String::from_utf8_lossy(comm).into_owned(),
+            comm: super::modules::text(&comm, comm.len()),
             stack: Range::new(Gva(word(self.stack)?), self.stack_size),
             sp: Gva(word(self.sp)?),
             on_cpu: space.read_u32(addr.plus(self.on_cpu as u64))? != 0,

@@ -113,7 +113,7 @@ fn kernel_with<T>(newer: bool, last: u64, look: impl FnOnce(&Kernel<'_>) -> T) -
         word(task(n) + 64, signal);
         word(task(n) + 72, 0xffff_c900_0000_0000 + (n << 16));
         word(task(n) + 88, (10 << 32) | (9 + n));
-        word(task(n) + 96, u64::from_le_bytes(*b"name\0xyz"));
+        word(task(n) + 96, u64::from_le_bytes(*b"na\x1b\n\0xyz"));
         if newer {
             word(task(n) + 8, n + 2);
             word(task(n) + 16, 0xffff_ffff_0000_0402);
@@ -150,7 +150,7 @@ fn threads_and_the_idle_task_are_listed_with_their_details() {
                 (0, 0, 'R', 0, true),
             ];
             assert_eq!(all, wanted, "newer: {newer}");
-            assert_eq!(found[0].1.comm, "name");
+            assert_eq!(found[0].1.comm, "na??");
             assert_eq!(found[1].1.stack.start, Gva(0xffff_c900_0002_0000));
         });
     }
