@@ -4,8 +4,8 @@
 //! bit fields, enums and arrays are in [`member`], C text in [`text`]. All of it is bounds-checked,
 //! and the work for one question is bounded whatever the blob says.
 
-#[cfg(test)]
-pub(crate) mod blob;
+#[cfg(any(test, feature = "testing"))]
+pub mod blob;
 pub mod member;
 #[cfg(test)]
 mod tests;

@@ -9,9 +9,10 @@
 )] // part of tests only
 #![allow(missing_debug_implementations)]
 
+use super::btf::blob::Blob;
 use super::fixture::{Fixture, Tables, ENTRY, TABLES, TEXT};
 use crate::addr::{Frame, Gva, PAGE_LEN};
-use crate::guest::core::write::Page;
+use crate::guest::core::write::{self, Head, Page};
 use crate::guest::mock::{MockMemory, ROOT};
 use crate::guest::{GuestType, Memory as _, MemoryMut as _, Vcpu};
 
@@ -157,6 +158,21 @@ impl World {
             frame,
         };
         frames.iter().map(page).collect()
+    }
+
+    /// Its core.
+    #[must_use]
+    pub fn core(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        let head = Head::new(self.kind, &self.vcpus);
+        write::write(&mut out, &head, &self.pages(), |page| {
+            let mut bytes = [0; PAGE_LEN];
+            let window = self.memory.map(&[Frame(page.frame)]).unwrap();
+            window.read(0, &mut bytes).unwrap();
+            Ok(bytes)
+        })
+        .unwrap();
+        out
     }
 }
 
@@ -321,11 +337,11 @@ impl Draft {
 
 /// The guest's types.
 fn types() -> Vec<u8> {
-    let mut btf = Types::default();
+    let mut btf = Blob::new();
     let int = btf.int("int", 4);
     let long = btf.int("long unsigned int", 8);
     let char = btf.int("char", 1);
-    let comm = btf.array(char, int, 16);
+    let comm = btf.array(char, 16);
     let list = btf.structure("list_head", 16, &[("next", long, 0), ("prev", long, 8)]);
     let thread = btf.structure("thread_struct", 64, &[("sp", long, 24)]);
     btf.structure(
@@ -349,21 +365,21 @@ fn types() -> Vec<u8> {
     );
     btf.structure("signal_struct", 64, &[("thread_head", list, THREAD_HEAD)]);
     modules(&mut btf, [int, long, char, list]);
-    btf.build()
+    btf.bytes()
 }
 
 /// What a reader of modules asks for; none is loaded.
-fn modules(btf: &mut Types, [int, long, char, list]: [u32; 4]) {
+fn modules(btf: &mut Blob, [int, long, char, list]: [u32; 4]) {
     btf.enumeration(
         "module_state",
         &[
-            "MODULE_STATE_LIVE",
-            "MODULE_STATE_COMING",
-            "MODULE_STATE_GOING",
-            "MODULE_STATE_UNFORMED",
+            ("MODULE_STATE_LIVE", 0),
+            ("MODULE_STATE_COMING", 1),
+            ("MODULE_STATE_GOING", 2),
+            ("MODULE_STATE_UNFORMED", 3),
         ],
     );
-    let name = btf.array(char, int, 56);
+    let name = btf.array(char, 56);
     let part = btf.structure("module_layout", 16, &[("base", long, 0), ("size", int, 8)]);
     btf.structure(
         "module",
@@ -399,78 +415,6 @@ fn modules(btf: &mut Types, [int, long, char, list]: [u32; 4]) {
             ("namespace_offset", int, 8),
         ],
     );
-}
-
-/// A BTF blob under construction (Documentation/bpf/btf.rst).
-#[derive(Default)]
-pub struct Types {
-    types: Vec<u32>,
-    count: u32,
-    strings: Vec<u8>,
-}
-
-impl Types {
-    fn name(&mut self, name: &str) -> u32 {
-        if self.strings.is_empty() {
-            self.strings.push(0);
-        }
-        let at = self.strings.len() as u32;
-        self.strings.extend(name.bytes());
-        self.strings.push(0);
-        at
-    }
-
-    fn push(&mut self, words: &[u32]) -> u32 {
-        self.types.extend(words);
-        self.count += 1;
-        self.count
-    }
-
-    /// Adds an integer of `size` bytes; returns its id, as all that add a type.
-    pub fn int(&mut self, name: &str, size: u32) -> u32 {
-        let name = self.name(name);
-        self.push(&[name, 1 << 24, size, 8 * size])
-    }
-
-    /// Adds an array of `count` elements.
-    pub fn array(&mut self, element: u32, index: u32, count: u32) -> u32 {
-        self.push(&[0, 3 << 24, 0, element, index, count])
-    }
-
-    /// Adds an enumeration of `names`, counted from 0.
-    pub fn enumeration(&mut self, name: &str, names: &[&str]) -> u32 {
-        let mut words = vec![self.name(name), (6 << 24) | names.len() as u32, 4];
-        for (value, name) in (0..).zip(names) {
-            words.extend([self.name(name), value]);
-        }
-        self.push(&words)
-    }
-
-    /// Adds a structure: of each member the name, type and offset in bytes.
-    pub fn structure(&mut self, name: &str, size: usize, members: &[(&str, u32, usize)]) -> u32 {
-        let mut words = vec![
-            self.name(name),
-            (4 << 24) | members.len() as u32,
-            size as u32,
-        ];
-        for &(name, ty, offset) in members {
-            words.extend([self.name(name), ty, 8 * offset as u32]);
-        }
-        self.push(&words)
-    }
-
-    /// The blob.
-    #[must_use]
-    pub fn build(self) -> Vec<u8> {
-        let len = 4 * self.types.len() as u32;
-        let mut out = vec![0x9f, 0xeb, 1, 0];
-        for word in [24, 0, len, len, self.strings.len() as u32] {
-            out.extend(word.to_le_bytes());
-        }
-        out.extend(self.types.iter().flat_map(|w| w.to_le_bytes()));
-        out.extend(self.strings);
-        out
-    }
 }
 
 #[cfg(test)]

@@ -13,8 +13,6 @@ pub mod modules;
 mod names;
 pub mod orc;
 pub mod tasks;
-#[cfg(test)]
-pub(crate) mod testbtf;
 pub mod vmcoreinfo;
 
 use std::cell::OnceCell;

@@ -5,6 +5,8 @@
 //! runs: the list is read again when a reading fails.
 
 mod layout;
+#[cfg(any(test, feature = "testing"))]
+pub mod sample;
 mod symbols;
 #[cfg(test)]
 mod tests;

@@ -62,7 +62,7 @@ impl std::fmt::Display for Format {
 }
 
 /// The hashes in `.orc_header`, as `scripts/orc_hash.sh` makes them of each format's definitions.
-const HASHES: [(Format, [u8; HASH_LEN]); 3] = [
+pub(crate) const HASHES: [(Format, [u8; HASH_LEN]); 3] = [
     (
         Format::SignalEnd,
         [
@@ -605,5 +605,7 @@ impl Orc {
     }
 }
 
+#[cfg(any(test, feature = "testing"))]
+pub mod sample;
 #[cfg(test)]
 mod tests;

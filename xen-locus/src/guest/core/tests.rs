@@ -7,20 +7,6 @@ use super::*;
 use crate::kernel::fixture_world::World;
 use crate::kernel::Kernel;
 
-/// The bytes of `world`'s core.
-fn saved(world: &World) -> Vec<u8> {
-    let mut out = Vec::new();
-    let head = Head::new(world.kind, &world.vcpus);
-    write::write(&mut out, &head, &world.pages(), |page| {
-        let mut bytes = [0; PAGE_LEN];
-        let window = world.memory.map(&[Frame(page.frame)]).unwrap();
-        window.read(0, &mut bytes).unwrap();
-        Ok(bytes)
-    })
-    .unwrap();
-    out
-}
-
 /// A core of a few pages whose first bytes are their numbers in the file.
 fn small(kind: GuestType, pages: &[(u64, u64)]) -> Vec<u8> {
     let pages: Vec<Page> = pages
@@ -117,7 +103,7 @@ fn what_was_saved_is_read_back_whatever_the_order_of_frames() {
 fn registers_are_read_back() {
     for kind in [GuestType::Pv, GuestType::Hvm] {
         let world = World::new(kind);
-        let core = parse(&saved(&world)).unwrap();
+        let core = parse(&world.core()).unwrap();
         for (before, after) in world.vcpus.iter().zip(core.vcpus()) {
             let mut expected = before.clone();
             if kind == GuestType::Hvm {
@@ -132,7 +118,7 @@ fn registers_are_read_back() {
 fn the_kernel_in_a_core_is_the_kernel_that_was_saved() {
     for kind in [GuestType::Pv, GuestType::Pvh, GuestType::Hvm] {
         let world = World::new(kind);
-        let core = parse(&saved(&world)).unwrap();
+        let core = parse(&world.core()).unwrap();
         let kernel = Kernel::of_saved(&core, core.kind(), core.vcpus()).unwrap();
         let live = Kernel::read(&world.memory, kind, &world.vcpus).unwrap();
         assert_eq!(kernel.kind, kind);
@@ -217,8 +203,8 @@ fn any_changed_byte_of_the_head_is_refused_or_harmless() {
 fn the_cores_for_golden_tests_are_what_the_fixture_makes() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     for (name, bytes) in [
-        ("mock-pv.core", saved(&World::new(GuestType::Pv))),
-        ("mock-pvh.core", saved(&World::new(GuestType::Pvh))),
+        ("mock-pv.core", World::new(GuestType::Pv).core()),
+        ("mock-pvh.core", World::new(GuestType::Pvh).core()),
         ("payload.ko", crate::patch::test_payload()),
     ] {
         let path = folder.join(name);

@@ -1,6 +1,7 @@
 //! Hand-made BTF blobs, for tests.
 
-#![allow(clippy::cast_possible_truncation)] // small blobs
+#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // small blobs
+#![allow(missing_debug_implementations, clippy::new_without_default)]
 
 use super::Kind;
 
@@ -14,6 +15,7 @@ pub struct Blob {
 
 impl Blob {
     /// A kernel's blob.
+    #[must_use]
     pub fn new() -> Blob {
         Blob {
             strings: vec![0],
@@ -23,7 +25,18 @@ impl Blob {
         }
     }
 
+    /// A kernel's blob with `u8`, `u16`, `u32` and `u64` as types 1 to 4.
+    #[must_use]
+    pub fn with_integers() -> Blob {
+        let mut blob = Blob::new();
+        for (name, size) in [("u8", 1), ("u16", 2), ("u32", 4), ("u64", 8)] {
+            blob.int(name, size);
+        }
+        blob
+    }
+
     /// A module's blob on top of `base`.
+    #[must_use]
     pub fn on(base: &Blob) -> Blob {
         Blob {
             strings: vec![0],
@@ -46,16 +59,19 @@ impl Blob {
     /// Adds a type; the number of its parts and its flag are in `info`.
     pub fn raw(&mut self, name: &str, kind: Kind, info: u32, value: u32, tail: &[u32]) -> u32 {
         let name = self.name(name);
-        self.words
-            .extend([name, ((kind as u32) << 24) | info, value]);
+        self.push([name, ((kind as u32) << 24) | info, value], tail)
+    }
+
+    fn push(&mut self, head: [u32; 3], tail: &[u32]) -> u32 {
+        self.words.extend(head);
         self.words.extend(tail);
         self.next += 1;
         self.next - 1
     }
 
-    /// A signed integer of `size` bytes.
+    /// An unsigned integer of `size` bytes.
     pub fn int(&mut self, name: &str, size: u32) -> u32 {
-        self.raw(name, Kind::Int, 0, size, &[(1 << 24) | (size * 8)])
+        self.raw(name, Kind::Int, 0, size, &[size * 8])
     }
 
     /// A type that only refers to another.
@@ -74,6 +90,12 @@ impl Blob {
         self.fields(kind, name, size, &fields)
     }
 
+    /// A structure: members by name, type and offset in bytes.
+    pub fn structure(&mut self, name: &str, size: usize, m: &[(&str, u32, usize)]) -> u32 {
+        let fields: Vec<_> = m.iter().map(|&(n, t, at)| (n, t, 8 * at as u32)).collect();
+        self.composite(Kind::Struct, name, size as u32, &fields)
+    }
+
     /// A structure whose members may be bit fields: name, type, bit offset, width.
     pub fn fields(
         &mut self,
@@ -83,20 +105,25 @@ impl Blob {
         m: &[(&str, u32, u32, u32)],
     ) -> u32 {
         let flag = u32::from(m.iter().any(|f| f.3 != 0)) << 31;
+        let info = flag | ((kind as u32) << 24) | m.len() as u32;
+        let head = [self.name(name), info, size];
         let tail: Vec<u32> = m
             .iter()
             .flat_map(|&(n, t, bit, width)| [self.name(n), t, (width << 24) | bit])
             .collect();
-        self.raw(name, kind, flag | m.len() as u32, size, &tail)
+        self.push(head, &tail)
     }
 
-    /// An enum of 4 bytes.
-    pub fn enumeration(&mut self, name: &str, values: &[(&str, u32)]) -> u32 {
+    /// An enum of 4 bytes, signed if a value is negative.
+    pub fn enumeration(&mut self, name: &str, values: &[(&str, i64)]) -> u32 {
+        let flag = u32::from(values.iter().any(|v| v.1 < 0)) << 31;
+        let info = flag | ((Kind::Enum as u32) << 24) | values.len() as u32;
+        let head = [self.name(name), info, 4];
         let tail: Vec<u32> = values
             .iter()
-            .flat_map(|&(n, v)| [self.name(n), v])
+            .flat_map(|&(n, v)| [self.name(n), v as u32])
             .collect();
-        self.raw(name, Kind::Enum, values.len() as u32, 4, &tail)
+        self.push(head, &tail)
     }
 
     /// A prototype.
@@ -109,6 +136,7 @@ impl Blob {
     }
 
     /// The bytes.
+    #[must_use]
     pub fn bytes(&self) -> Vec<u8> {
         let types = self.words.len() as u32 * 4;
         let mut out = vec![0x9f, 0xeb, 1, 0];
@@ -122,6 +150,7 @@ impl Blob {
 }
 
 /// `struct outer { int a; union { long b; struct inner c; }; int d:3, e:5; u8 f[7]; }` and more.
+#[must_use]
 pub fn sample() -> Blob {
     let mut b = Blob::new();
     let int = b.int("int", 4);
@@ -139,7 +168,7 @@ pub fn sample() -> Blob {
         ("f", array, 136, 0),
     ];
     let outer = b.fields(Kind::Struct, "outer", 24, &members);
-    b.enumeration("state", &[("LIVE", 0), ("GOING", 2), ("BAD", u32::MAX)]);
+    b.enumeration("state", &[("LIVE", 0), ("GOING", 2), ("BAD", 0xffff_ffff)]);
     let tail = [b.name("HUGE"), 5, 1];
     b.raw("wide", Kind::Enum64, 1, 8, &tail);
     let pointer = b.refer("", Kind::Ptr, outer);

@@ -1,6 +1,6 @@
 use super::*;
+use crate::kernel::btf::blob::Blob;
 use crate::kernel::fixture::{vcpus, Fixture, KIND, RODATA, TEXT};
-use crate::kernel::testbtf::Types;
 
 /// Two words of features and one of bugs.
 const WORDS: u32 = 3;
@@ -10,15 +10,16 @@ const INIT: Gva = Gva(CPU.0 + 0x2000);
 
 /// Types, with so many words of bits.
 fn btf(words: u32, full: &str) -> Vec<u8> {
-    let mut types = Types::new();
+    let mut types = Blob::with_integers();
     let caps = types.array(3, words);
-    let union = types.structure("", 64, &[("x86_capability", caps, 0, 0)]);
-    types.structure(
+    let union = types.fields(Kind::Struct, "", 64, &[("x86_capability", caps, 0, 0)]);
+    types.fields(
+        Kind::Struct,
         "cpuinfo_x86",
         64,
         &[("family", 3, 0, 0), ("", union, 64, 0)],
     );
-    let choice = |types: &mut Types, name| {
+    let choice = |types: &mut Blob, name| {
         types.enumeration(name, &[("NONE", 0), (full, 1), ("HALF", -1)]);
     };
     for name in [
@@ -29,7 +30,7 @@ fn btf(words: u32, full: &str) -> Vec<u8> {
     ] {
         choice(&mut types, name);
     }
-    types.blob()
+    types.bytes()
 }
 
 /// Names for the bits, as a table of pointers to stand right behind their strings.

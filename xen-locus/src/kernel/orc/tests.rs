@@ -1,23 +1,9 @@
 #![allow(clippy::cast_possible_truncation)] // small tables
 
+use super::sample::{btf, frame, kinds, numbers, pack, ALL};
 use super::*;
 use crate::guest::mock::{MockMemory, ROOT};
 use crate::kernel::fixture::{vcpus, Fixture, KIND, TEXT, TEXT_LEN};
-use crate::kernel::testbtf::Types;
-
-/// A row of each format for a table's tests: `sp` and `bp` are register numbers.
-fn pack(format: Format, sp: (u16, i16), bp: (u16, i16), kind: u16, flags: u16) -> Vec<u8> {
-    let bits = sp.0 | bp.0 << 4 | kind << 8;
-    let flags = match format {
-        Format::End | Format::SignalEnd => flags << 10,
-        Format::Typed | Format::Reordered => flags << 11,
-    };
-    let mut row = Vec::new();
-    row.extend(sp.1.to_le_bytes());
-    row.extend(bp.1.to_le_bytes());
-    row.extend((bits | flags).to_le_bytes());
-    row
-}
 
 fn layout(format: Format) -> Layout {
     let bits = |offset, shift, width| Bits {
@@ -45,41 +31,6 @@ fn layout(format: Format) -> Layout {
             _ => None,
         },
     }
-}
-
-const ALL: [Format; 4] = [
-    Format::End,
-    Format::SignalEnd,
-    Format::Typed,
-    Format::Reordered,
-];
-
-/// Numbers of: stack pointer, frame pointer, the caller's stack pointer, RDI, stack pointer
-/// indirect, frame pointer indirect.
-fn numbers(format: Format) -> [u16; 6] {
-    match format {
-        Format::Reordered => [3, 4, 8, 5, 9, 10],
-        _ => [5, 4, 1, 3, 9, 8],
-    }
-}
-
-/// Number of the type of: a call, registers, an interrupt frame.
-fn kinds(format: Format) -> [u16; 3] {
-    match format {
-        Format::End | Format::SignalEnd => [0, 1, 2],
-        _ => [2, 3, 4],
-    }
-}
-
-/// A row of a call `size` bytes deep.
-fn frame(format: Format, size: i16) -> Vec<u8> {
-    pack(
-        format,
-        (numbers(format)[0], size),
-        (0, 0),
-        kinds(format)[0],
-        0,
-    )
 }
 
 /// A row that knows no caller.
@@ -177,24 +128,6 @@ fn unknown_registers_and_types_are_no_rows() {
             assert!(layout.row(&pack(format, (0, 8), (0, 0), call, 0)).is_none());
         }
     }
-}
-
-/// BTF that has `struct orc_entry` as the formats pack it.
-fn btf(format: Format) -> Vec<u8> {
-    let mut types = Types::new();
-    let mut members = vec![
-        ("sp_offset", 2, 0, 0),
-        ("bp_offset", 2, 16, 0),
-        ("sp_reg", 3, 32, 4),
-        ("bp_reg", 3, 36, 4),
-    ];
-    members.extend(match format {
-        Format::End => vec![("type", 3, 40, 2), ("end", 3, 42, 1)],
-        Format::SignalEnd => vec![("type", 3, 40, 2), ("signal", 3, 42, 1), ("end", 3, 43, 1)],
-        _ => vec![("type", 3, 40, 3), ("signal", 3, 43, 1)],
-    });
-    types.structure("orc_entry", 6, &members);
-    types.blob()
 }
 
 const IPS: Gva = Gva(TEXT.0 + (32 << 20));

@@ -1,7 +1,8 @@
 use super::*;
 use crate::guest::mock::MockMemory;
+use crate::kernel::btf::blob::Blob;
+use crate::kernel::btf::Kind;
 use crate::kernel::fixture::{vcpus, Fixture, KIND, TEXT};
-use crate::kernel::testbtf::Types;
 
 #[test]
 fn letters_are_those_of_proc() {
@@ -47,10 +48,20 @@ const SIZE: u64 = 256;
 /// Members of a small `task_struct`: name, type, offset in bytes. `newer`: with `__state` and the
 /// CPU in `thread_info`.
 fn btf(newer: bool) -> Vec<u8> {
-    let mut types = Types::new();
-    let info = types.structure("thread_info", 16, &[("flags", 4, 0, 0), ("cpu", 3, 64, 0)]);
-    let thread = types.structure("thread_struct", 8, &[("sp", 4, 0, 0)]);
-    types.structure("signal_struct", 16, &[("thread_head", 4, 0, 0)]);
+    let mut types = Blob::with_integers();
+    let info = types.fields(
+        Kind::Struct,
+        "thread_info",
+        16,
+        &[("flags", 4, 0, 0), ("cpu", 3, 64, 0)],
+    );
+    let thread = types.fields(Kind::Struct, "thread_struct", 8, &[("sp", 4, 0, 0)]);
+    types.fields(
+        Kind::Struct,
+        "signal_struct",
+        16,
+        &[("thread_head", 4, 0, 0)],
+    );
     let bytes = |n: u32| 8 * n;
     let mut members = vec![
         ("tasks", 4, bytes(32), 0),
@@ -70,8 +81,8 @@ fn btf(newer: bool) -> Vec<u8> {
     } else {
         members.extend([("cpu", 3, bytes(24), 0), ("state", 4, bytes(16), 0)]);
     }
-    types.structure("task_struct", 256, &members);
-    types.blob()
+    types.fields(Kind::Struct, "task_struct", 256, &members);
+    types.bytes()
 }
 
 /// Where task number `n` stands; number 0 is the idle task.
