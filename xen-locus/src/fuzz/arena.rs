@@ -2,11 +2,10 @@
 
 use sha2::{Digest, Sha256};
 
-use super::guest;
-use crate::addr::{Gva, PAGE_LEN};
-use crate::guest::mock::MockMemory;
+use super::{guest, stage};
+use crate::addr::{Frame, Gva, PAGE_LEN};
 use crate::guest::space::{Space, PTE_FRAME, PTE_NX, PTE_PRESENT};
-use crate::kernel::fixture::{vcpus, KIND, TEXT};
+use crate::kernel::fixture::{KIND, TEXT};
 use crate::kernel::Kernel;
 use crate::link::arena::{page_address, Arena, Rights, BASE};
 use crate::link::record::{Directory, Function, Record, Slot, State};
@@ -85,20 +84,60 @@ pub fn record_seeds() -> Vec<Vec<u8>> {
     vec![serde_json::to_vec(&sample_record()).unwrap()]
 }
 
-/// `data` is the page table of the arena and its pages. Entries count frames from the first of
-/// these pages, modulo one more than there are. The digests are made good, so that what they
-/// protect is looked at.
-pub fn arena(data: &[u8]) {
-    let memory = guest::build(&guest::variables(), guest::types());
-    let count = (data.len() / PAGE_LEN).clamp(1, 8) - 1;
-    let frames: Vec<_> = (0..count).map(|_| memory.frame()).collect();
-    let mut pages = data.chunks_exact(PAGE_LEN);
-    let table = pages.next().unwrap_or_default();
-    for (&frame, page) in frames.iter().zip(pages) {
-        memory.fill(frame, 0, &whole(page));
+/// Most pages of an arena here.
+const PAGES: usize = 7;
+
+/// A guest whose arena is whatever is written there.
+struct Stage {
+    guest: stage::Stage,
+    table: Frame,
+    frames: Vec<Frame>,
+}
+
+impl Stage {
+    fn new() -> Stage {
+        let guest = guest::stage();
+        let memory = guest.memory;
+        memory.map_page(Gva(BASE.0 - PAGE_LEN as u64), memory.frame(), false, false);
+        let space = Space::new(memory, crate::guest::mock::ROOT, 4);
+        let (table, _, _) = space.entry_slot(BASE, 1).unwrap();
+        Stage {
+            table,
+            frames: (0..PAGES).map(|_| memory.frame()).collect(),
+            guest,
+        }
     }
-    map_arena(&memory, table, frames.first().map_or(0, |f| f.0), count);
-    let Ok(kernel) = Kernel::read(&memory, KIND, &vcpus()) else {
+
+    /// The kernel with the arena that is `data`.
+    fn kernel(&self, data: &[u8]) -> Option<Kernel<'static>> {
+        let memory = self.guest.memory;
+        let mut pages = data.chunks_exact(PAGE_LEN);
+        let table = pages.next().unwrap_or(&[0; PAGE_LEN]);
+        let count = pages.len().min(PAGES) as u64;
+        for (&frame, page) in self.frames.iter().zip(pages) {
+            memory.fill(frame, 0, &whole(page));
+        }
+        for (slot, word) in table.chunks_exact(8).enumerate() {
+            let word = u64::from_le_bytes(word.try_into().unwrap());
+            let number = ((word & PTE_FRAME) >> 12) % (count + 1);
+            let frame = match self.frames.get(number as usize) {
+                Some(frame) if number < count => frame.0,
+                _ => PTE_FRAME >> 12,
+            };
+            memory.set_entry(self.table, slot, word & !PTE_FRAME | frame << 12);
+        }
+        self.guest.kernel(&guest::variables())
+    }
+}
+
+thread_local! {
+    static STAGE: Stage = Stage::new();
+}
+
+/// `data` is the page table of the arena and its pages. Entries count these pages, modulo one more
+/// than there are, which is none. The digests are made good, so that what they protect is looked at.
+pub fn arena(data: &[u8]) {
+    let Some(kernel) = STAGE.with(|stage| stage.kernel(data)) else {
         return;
     };
     let Ok(arena) = Arena::read(&kernel) else {
@@ -123,18 +162,6 @@ fn whole(page: &[u8]) -> Vec<u8> {
         }
     }
     page
-}
-
-/// Puts the entries of `table` into the guest's page table for the arena.
-fn map_arena(memory: &MockMemory, table: &[u8], first: u64, count: usize) {
-    memory.map_page(Gva(BASE.0 - PAGE_LEN as u64), memory.frame(), false, false);
-    let space = Space::new(memory, crate::guest::mock::ROOT, 4);
-    let (at, _, _) = space.entry_slot(BASE, 1).unwrap();
-    for (slot, word) in table.chunks_exact(8).enumerate() {
-        let word = u64::from_le_bytes(word.try_into().unwrap());
-        let number = first + ((word & PTE_FRAME) >> 12) % (count as u64 + 1);
-        memory.set_entry(at, slot, word & !PTE_FRAME | number << 12);
-    }
 }
 
 /// An arena with one payload, applied or about to be.
@@ -166,19 +193,9 @@ mod tests {
 
     #[test]
     fn the_arena_of_the_seeds_shows_its_payload() {
+        let stage = Stage::new();
         for seed in arena_seeds() {
-            let memory = guest::build(&guest::variables(), guest::types());
-            let frames: Vec<_> = seed
-                .chunks(PAGE_LEN)
-                .skip(1)
-                .map(|page| {
-                    let frame = memory.frame();
-                    memory.fill(frame, 0, page);
-                    frame
-                })
-                .collect();
-            map_arena(&memory, &seed[..PAGE_LEN], frames[0].0, frames.len());
-            let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
+            let kernel = stage.kernel(&seed).unwrap();
             let arena = Arena::read(&kernel).unwrap();
             let residents = plan::residents(&kernel, &arena).unwrap();
             assert_eq!(residents[0].record, sample_record());

@@ -1,10 +1,12 @@
 //! A small guest with types, tasks and modules, and its lists as a subject.
 
+use super::look;
+use super::stage::Stage;
 use crate::addr::{Gva, PAGE_LEN};
+#[cfg(test)]
 use crate::guest::mock::MockMemory;
-use crate::kernel::fixture::{vcpus, Fixture, KIND};
-use crate::kernel::tasks::Layout;
-use crate::kernel::Kernel;
+use crate::kernel::btf::blob::Blob;
+use crate::kernel::fixture::Fixture;
 
 /// Where its variables stand.
 pub(crate) const DATA: Gva = Gva(0xffff_ffff_8800_0000);
@@ -36,97 +38,40 @@ const START_AT: u64 = 0x58;
 const SP_AT: u64 = 0x60;
 pub(crate) const HEAD_AT: u64 = 0x10;
 
-/// A BTF blob under construction.
-#[derive(Default)]
-struct Types {
-    strings: Vec<u8>,
-    words: Vec<u32>,
-    count: u32,
-}
-
-impl Types {
-    fn name(&mut self, name: &str) -> u32 {
-        let at = self.strings.len() as u32;
-        self.strings.extend(name.as_bytes());
-        self.strings.push(0);
-        at
-    }
-
-    fn add(&mut self, words: &[u32]) -> u32 {
-        self.words.extend(words);
-        self.count += 1;
-        self.count
-    }
-
-    /// A structure with members at byte offsets.
-    fn structure(&mut self, name: &str, size: u64, members: &[(&str, u32, u64)]) -> u32 {
-        let mut words = vec![
-            self.name(name),
-            (4 << 24) | members.len() as u32,
-            size as u32,
-        ];
-        for &(member, kind, offset) in members {
-            words.extend([self.name(member), kind, offset as u32 * 8]);
-        }
-        self.add(&words)
-    }
-
-    fn blob(self) -> Vec<u8> {
-        let mut out = vec![0x9f, 0xeb, 1, 0];
-        let types = self.words.len() as u32 * 4;
-        for word in [24, 0, types, types, self.strings.len() as u32] {
-            out.extend(word.to_le_bytes());
-        }
-        out.extend(self.words.iter().flat_map(|w| w.to_le_bytes()));
-        out.extend(self.strings);
-        out
-    }
-}
-
 /// Its types.
 pub fn types() -> Vec<u8> {
-    let mut types = Types {
-        strings: vec![0],
-        ..Types::default()
-    };
-    let int = types.name("int");
-    let int = types.add(&[int, 1 << 24, 4, 32]);
-    let long = types.name("long");
-    let long = types.add(&[long, 1 << 24, 8, 64]);
+    let mut types = Blob::new();
+    let int = types.int("int", 4);
+    let long = types.int("long", 8);
     let list = types.structure("list_head", 16, &[("next", long, 0), ("prev", long, 8)]);
     let thread = types.structure("thread_struct", 8, &[("sp", long, 0)]);
+    let head = HEAD_AT as usize;
     types.structure(
         "signal_struct",
         0x80,
-        &[("nr_threads", int, 0), ("thread_head", list, HEAD_AT)],
+        &[("nr_threads", int, 0), ("thread_head", list, head)],
     );
-    let names = types.add(&[0, 3 << 24, 0, int, int, 16]);
+    let names = types.array(int, 16);
+    let members = [
+        ("tasks", list, TASKS_AT),
+        ("thread_node", list, THREAD_AT),
+        ("signal", long, SIGNAL_AT),
+        ("stack", long, STACK_AT),
+        ("pid", int, PID_AT),
+        ("on_cpu", int, CPU_AT),
+        ("comm", names, COMM_AT),
+        ("start_time", long, START_AT),
+        ("thread", thread, SP_AT),
+        ("tgid", int, SP_AT + 8),
+        ("__state", int, SP_AT + 12),
+        ("exit_state", int, SP_AT + 16),
+        ("cpu", int, SP_AT + 20),
+    ]
+    .map(|(name, ty, at)| (name, ty, at as usize));
     // Members stand in an anonymous structure, as they do with randomised layouts.
-    let inner = types.structure(
-        "",
-        TASK,
-        &[
-            ("tasks", list, TASKS_AT),
-            ("thread_node", list, THREAD_AT),
-            ("signal", long, SIGNAL_AT),
-            ("stack", long, STACK_AT),
-            ("pid", int, PID_AT),
-            ("on_cpu", int, CPU_AT),
-            ("comm", names, COMM_AT),
-            ("start_time", long, START_AT),
-            ("thread", thread, SP_AT),
-        ],
-    );
-    types.structure("task_struct", TASK, &[("", inner, 0)]);
-    let state = types.name("module_state");
-    let live = types.name("MODULE_STATE_LIVE");
-    let state = types.add(&[state, (6 << 24) | 1, 4, live, 0]);
-    types.structure(
-        "module",
-        0x400,
-        &[("state", state, 0), ("list", list, 8), ("name", names, 24)],
-    );
-    types.blob()
+    let inner = types.structure("", TASK as usize, &members);
+    types.structure("task_struct", TASK as usize, &[("", inner, 0)]);
+    types.bytes()
 }
 
 /// Its variables: three processes of two threads, an idle task, two modules.
@@ -170,8 +115,7 @@ pub fn variables() -> Vec<u8> {
     data
 }
 
-/// The guest, with `data` as its variables and `btf` as its types.
-pub fn build(data: &[u8], btf: Vec<u8>) -> MockMemory {
+fn fixture(btf: Vec<u8>) -> Fixture {
     let mut fixture = Fixture::new();
     let mut variable = |name: &str, at: u64| {
         fixture.symbols.push((at, 'D', name.to_owned()));
@@ -186,51 +130,55 @@ pub fn build(data: &[u8], btf: Vec<u8>) -> MockMemory {
     variable("idle_threads", IDLE);
     fixture.constants.push(("__start_BTF", btf));
     fixture.constants.push(("__stop_BTF", vec![0; 8]));
-    let memory = fixture.build();
+    fixture
+}
+
+#[cfg(test)]
+/// The guest, with `data` as its variables and `btf` as its types.
+pub fn build(data: &[u8], btf: Vec<u8>) -> MockMemory {
+    let memory = fixture(btf).build();
     let mut data = data.to_vec();
     data.resize(PAGES * PAGE_LEN, 0);
-    for (i, page) in data.chunks(PAGE_LEN).enumerate() {
-        let frame = memory.frame();
-        memory.fill(frame, 0, page);
-        memory.map_page(DATA.plus((i * PAGE_LEN) as u64), frame, true, false);
-    }
+    memory.map_bytes(DATA, &data, true, false);
     memory
 }
 
-/// `data` is the guest's variables; all its tasks are listed.
+/// The same as a stage.
+pub fn stage() -> Stage {
+    Stage::new(fixture(types()), DATA, PAGES)
+}
+
+thread_local! {
+    static STAGE: Stage = stage();
+}
+
+/// `data` is the guest's variables, and its types behind them; all its tasks are listed.
 pub fn tasks(data: &[u8]) {
-    let memory = build(data, types());
-    let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-    let layout = Layout::of(&kernel).unwrap();
-    let _ = layout.all(&kernel, &kernel.space.fresh());
+    STAGE.with(|stage| stage.kernel(data).iter().for_each(look::tasks));
 }
 
-/// `data` is the guest's variables; all its modules are listed.
-pub fn modules(data: &[u8]) {
-    let memory = build(data, types());
-    let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-    let _ = kernel.module_count();
-}
-
-/// The guest as it is.
+/// The guest as it is, with the types it has and with types to be changed.
 pub fn seeds() -> Vec<Vec<u8>> {
-    vec![variables()]
+    vec![variables(), [variables(), types()].concat()]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::tasks::{Details, Layout};
 
     #[test]
     fn the_small_guest_has_its_tasks_and_modules() {
-        let memory = build(&variables(), types());
-        let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-        let tasks = Layout::of(&kernel)
-            .unwrap()
-            .all(&kernel, &kernel.space)
-            .unwrap();
-        let pids: Vec<u32> = tasks.iter().map(|t| t.pid).collect();
-        assert_eq!(pids, [1, 4, 2, 5, 6]);
-        assert_eq!(kernel.module_count().unwrap(), 2);
+        for seed in seeds() {
+            let kernel = stage().kernel(&seed).unwrap();
+            let tasks = Layout::of(&kernel)
+                .unwrap()
+                .all(&kernel, &kernel.space)
+                .unwrap();
+            let pids: Vec<u32> = tasks.iter().map(|t| t.pid).collect();
+            assert_eq!(pids, [1, 4, 2, 5, 6]);
+            assert!(Details::of(&kernel).is_ok());
+            assert_eq!(kernel.module_count().unwrap(), 2);
+        }
     }
 }

@@ -10,14 +10,22 @@
 
 mod arena;
 mod btf;
+mod cache;
+mod core;
+mod cpu;
 mod guest;
 #[cfg(test)]
 mod hostile;
 mod kallsyms;
+mod look;
+mod modules;
 #[cfg(test)]
 mod mutate;
+mod orc;
 mod pages;
 mod payload;
+mod stage;
+mod vmcoreinfo;
 
 /// One thing to be fuzzed.
 #[derive(Clone, Copy, Debug)]
@@ -43,14 +51,44 @@ pub const TARGETS: &[Target] = &[
         seeds: btf::seeds,
     },
     Target {
+        name: "types",
+        run: btf::text,
+        seeds: btf::seeds,
+    },
+    Target {
         name: "tasks",
         run: guest::tasks,
         seeds: guest::seeds,
     },
     Target {
         name: "modules",
-        run: guest::modules,
-        seeds: guest::seeds,
+        run: modules::run,
+        seeds: modules::seeds,
+    },
+    Target {
+        name: "cpu",
+        run: cpu::run,
+        seeds: cpu::seeds,
+    },
+    Target {
+        name: "orc",
+        run: orc::run,
+        seeds: orc::seeds,
+    },
+    Target {
+        name: "vmcoreinfo",
+        run: vmcoreinfo::run,
+        seeds: vmcoreinfo::seeds,
+    },
+    Target {
+        name: "core",
+        run: core::run,
+        seeds: core::seeds,
+    },
+    Target {
+        name: "cache",
+        run: cache::run,
+        seeds: cache::seeds,
     },
     Target {
         name: "pages",

@@ -6,7 +6,7 @@ use super::TARGETS;
 
 /// Mutated inputs of each target.
 const INPUTS: usize = 500;
-/// Longest time for one input. This is the time of the processor, and without optimisation.
+/// Longest time for one input, of the processor.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Marsaglia's xorshift64: the same numbers in every run.

@@ -131,15 +131,20 @@ fn names(dir: &Path) -> Vec<String> {
     found.into_iter().rev().map(|(_, name)| name).collect()
 }
 
-fn format(kept: &Kept) -> io::Result<Vec<u8>> {
-    let mut bytes = MAGIC.to_vec();
-    bytes.resize(HEAD, 0);
-    let mut bytes = postcard::to_extend(kept, bytes).map_err(io::Error::other)?;
+pub(crate) fn format(kept: &Kept) -> io::Result<Vec<u8>> {
+    let bytes = postcard::to_extend(kept, vec![0; HEAD]).map_err(io::Error::other)?;
+    Ok(seal(bytes))
+}
+
+/// Writes what comes before the body into the first bytes of a file.
+pub(crate) fn seal(mut bytes: Vec<u8>) -> Vec<u8> {
     let sum = crc32fast::hash(bytes.get(HEAD..).unwrap_or_default());
-    if let Some(place) = bytes.get_mut(MAGIC.len()..HEAD) {
+    if let Some((head, _)) = bytes.split_at_mut_checked(HEAD) {
+        let (magic, place) = head.split_at_mut(MAGIC.len());
+        magic.copy_from_slice(MAGIC);
         place.copy_from_slice(&sum.to_le_bytes());
     }
-    Ok(bytes)
+    bytes
 }
 
 /// What a file holds, if it is whole.

@@ -4,9 +4,17 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // part of tests only
 #![allow(missing_debug_implementations, clippy::new_without_default)]
 
+use std::cell::OnceCell;
+use std::rc::Rc;
+
+use super::btf::Btf;
+use super::cache::Kept;
+use super::{locate, Error, Kernel};
 use crate::addr::{Gva, PAGE_LEN};
+use crate::guest::budget::Budget;
 use crate::guest::mock::{MockMemory, ROOT};
-use crate::guest::{GuestType, Vcpu};
+use crate::guest::space::Space;
+use crate::guest::{GuestType, Memory, Vcpu};
 
 /// Start of the fixture's text.
 pub const TEXT: Gva = Gva(0xffff_ffff_8100_0000);
@@ -185,3 +193,31 @@ pub fn vcpus() -> Vec<Vcpu> {
 
 /// What kind of guest it plays.
 pub const KIND: GuestType = GuestType::Pvh;
+
+/// A fixture's `kernel` with the budget `budget` and nothing remembered of its memory; its types are
+/// `btf`, unless that is empty.
+///
+/// # Errors
+/// `btf` is not well-formed.
+pub fn renewed<'m>(kernel: &Kernel<'m>, btf: &[u8], budget: Budget) -> Result<Kernel<'m>, Error> {
+    let types = match btf {
+        [] => kernel.btf.clone(),
+        bytes => OnceCell::from(Rc::new(Btf::new(bytes.to_vec())?)),
+    };
+    Ok(Kernel {
+        space: Space::within(kernel.space.memory(), ROOT, 4, budget),
+        kind: kernel.kind,
+        text_base: kernel.text_base,
+        regions: kernel.regions.clone(),
+        symbols: kernel.symbols.clone(),
+        release: kernel.release.clone(),
+        build_id: kernel.build_id.clone(),
+        btf: types,
+    })
+}
+
+/// The kernel in `memory` with what was `kept` of it, if that fits.
+pub fn with_kept<'m>(memory: &'m dyn Memory, vcpus: &[Vcpu], kept: Kept) -> Option<Kernel<'m>> {
+    let located = locate::locate(memory, KIND, vcpus, &Budget::default()).ok()?;
+    Kernel::kept(&located, KIND, located.anchors(&|_| true), kept)
+}
