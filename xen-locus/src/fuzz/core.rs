@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::look;
+use crate::addr::PAGE_LEN;
 use crate::guest::core::Core;
 use crate::guest::GuestType;
 use crate::kernel::fixture_world::World;
@@ -23,18 +24,24 @@ fn file() -> File {
 
 thread_local! {
     static FILE: File = file();
+    static WHOLE: Vec<u8> = World::new(GuestType::Pvh).core();
 }
 
-/// The core whose file has the content `data`.
+/// The core whose file begins with `data` and goes on as a good one does.
 fn open(data: &[u8]) -> Result<Core, crate::guest::Error> {
     FILE.with(|file| {
-        file.set_len(0).unwrap();
+        file.set_len(data.len() as u64).unwrap();
         file.write_all_at(data, 0).unwrap();
+        let rest = |whole: &Vec<u8>| {
+            let rest = whole.get(data.len()..).unwrap_or_default();
+            file.write_all_at(rest, data.len() as u64)
+        };
+        WHOLE.with(rest).unwrap();
         Core::open(Path::new(&format!("/proc/self/fd/{}", file.as_raw_fd())))
     })
 }
 
-/// `data` is a core's file.
+/// `data` is what a core's file begins with: the corpus would grow too big with all of it.
 pub fn run(data: &[u8]) {
     let Ok(core) = open(data) else {
         return;
@@ -44,10 +51,15 @@ pub fn run(data: &[u8]) {
     }
 }
 
-/// Cores of a PV and a PVH guest.
+/// Cores of a PV and a PVH guest up to their pages.
 pub fn seeds() -> Vec<Vec<u8>> {
     [GuestType::Pv, GuestType::Pvh]
-        .map(|kind| World::new(kind).core())
+        .map(|kind| {
+            let world = World::new(kind);
+            let mut core = world.core();
+            core.truncate(core.len() - world.pages().len() * PAGE_LEN);
+            core
+        })
         .to_vec()
 }
 
