@@ -258,7 +258,8 @@ impl<'m> Kernel<'m> {
         }
     }
 
-    /// Offset of the image from where it was linked (KASLR).
+    /// Offset of the image (KASLR) if it was linked at 16 MiB, as it is by default
+    /// (`CONFIG_PHYSICAL_START`); VMCOREINFO knows better, where there is one.
     #[must_use]
     pub fn kaslr_offset(&self) -> u64 {
         self.text_base

@@ -10,12 +10,15 @@
 
 use std::collections::BTreeMap;
 
+use super::locate::KERNEL_MAP;
 use super::{Error, Kernel};
 use crate::addr::Gva;
 use crate::link::record::hex;
 
 /// Longest believed text, in bytes: the kernel gives it a page.
 const TEXT_MAX: u64 = 64 << 10;
+/// The least alignment of a kernel image, in bytes (`CONFIG_PHYSICAL_ALIGN`).
+const IMAGE_ALIGN: u64 = 2 << 20;
 
 /// What the kernel says of itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -123,6 +126,12 @@ impl VmcoreInfo {
         self.of("NUMBER", name)?.parse().ok()
     }
 
+    /// Offset of the image from where it was linked (KASLR), in bytes.
+    #[must_use]
+    pub fn kernel_offset(&self) -> Option<u64> {
+        u64::from_str_radix(self.get("KERNELOFFSET")?, 16).ok()
+    }
+
     /// Compares with what was found otherwise, and says how many statements agreed: release,
     /// build-id, KASLR offset, paging levels, `phys_base`, addresses of symbols and of the symbol
     /// tables themselves. What either side doesn't know is not compared.
@@ -145,10 +154,6 @@ impl VmcoreInfo {
         };
         same("OSRELEASE".into(), Some(kernel.release.clone()))?;
         same("BUILD-ID".into(), kernel.build_id.as_deref().map(hex))?;
-        same(
-            "KERNELOFFSET".into(),
-            Some(format!("{:x}", kernel.kaslr_offset())),
-        )?;
         let five = i32::from(kernel.space.levels() == 5);
         same("NUMBER(pgtable_l5_enabled)".into(), Some(five.to_string()))?;
         let phys_base = match kernel.symbols.addr("phys_base") {
@@ -171,6 +176,21 @@ impl VmcoreInfo {
         for (name, at) in symbols.into_iter().chain(places) {
             let found = at.map(|at| format!("{:x}", at.0));
             same(format!("SYMBOL({name})"), found)?;
+        }
+        if let Some(offset) = self.get("KERNELOFFSET") {
+            // Where the kernel was linked (CONFIG_PHYSICAL_START) is not in the guest: what is left
+            // must be a place for a kernel.
+            let linked = self
+                .kernel_offset()
+                .and_then(|offset| kernel.text_base.0.checked_sub(offset))
+                .filter(|at| *at >= KERNEL_MAP.0 && at.is_multiple_of(IMAGE_ALIGN));
+            if linked.is_none() {
+                return Err(Error::Odd(format!(
+                    "VMCOREINFO has KERNELOFFSET={offset}, but the kernel's text is at {}",
+                    kernel.text_base
+                )));
+            }
+            agreed += 1;
         }
         Ok(agreed)
     }
@@ -252,7 +272,8 @@ mod tests {
     fn a_disagreement_names_both_values() {
         for (line, found) in [
             ("OSRELEASE=6.1.0-other", "6.1.0-test".to_owned()),
-            ("KERNELOFFSET=200000", "0".into()),
+            ("KERNELOFFSET=200100", format!("{TEXT}")),
+            ("KERNELOFFSET=80000000", format!("{TEXT}")),
             ("NUMBER(pgtable_l5_enabled)=1", "0".into()),
             ("SYMBOL(swapper_pg_dir)=1", format!("{:x}", TABLES.0)),
         ] {

@@ -73,6 +73,8 @@ fn summary(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<
         Some(info) => info.check(kernel)?,
         None => 0,
     };
+    let kaslr = vmcoreinfo.as_ref().and_then(VmcoreInfo::kernel_offset);
+    let kaslr = kaslr.unwrap_or_else(|| kernel.kaslr_offset());
     let build_id = kernel.build_id.as_deref().map(hex).unwrap_or_default();
     let arena = match Arena::read(kernel) {
         Ok(arena) => Ok(arena.room(kernel.kind)),
@@ -88,7 +90,7 @@ fn summary(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<
             "kernel": kernel.release,
             "build_id": build_id,
             "text_base": out::address(kernel.text_base.0),
-            "kaslr_offset": out::address(kernel.kaslr_offset()),
+            "kaslr_offset": out::address(kaslr),
             "symbols": kernel.symbols.len(),
             "btf_types": btf_types,
             "orc_entries": entries,
@@ -130,7 +132,7 @@ fn summary(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<
                 ("kernel", kernel.release.clone()),
                 ("build-id", build_id),
                 ("text base", kernel.text_base.to_string()),
-                ("KASLR offset", format!("{:#x}", kernel.kaslr_offset())),
+                ("KASLR offset", format!("{kaslr:#x}")),
                 ("symbols", kernel.symbols.len().to_string()),
                 ("BTF types", btf_types.to_string()),
                 ("ORC entries", rows(entries, format.as_deref())),
