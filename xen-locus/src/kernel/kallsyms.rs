@@ -538,23 +538,13 @@ impl Symbols {
             .unwrap_or("")
     }
 
-    fn bytes_of(&self, e: &Entry) -> &[u8] {
-        let start = e.name as usize;
-        let name = self.names.as_bytes().get(start..start + usize::from(e.len));
-        name.unwrap_or_default()
-    }
-
-    fn is_called(&self, e: &Entry, name: &str) -> bool {
-        usize::from(e.len) == name.len() && self.bytes_of(e) == name.as_bytes()
-    }
-
     fn nth(&self, index: u32) -> Option<&Entry> {
         self.entries.get(index as usize)
     }
 
     fn by_name(&self) -> &Index {
         self.by_name.get_or_init(|| {
-            let names = self.entries.iter().map(|e| self.bytes_of(e));
+            let names = self.entries.iter().map(|e| self.name_of(e).as_bytes());
             Index::of(&names.map(names::hash).collect::<Vec<u32>>())
         })
     }
@@ -573,7 +563,7 @@ impl Symbols {
         candidates
             .iter()
             .filter_map(|&i| self.nth(i))
-            .filter(move |e| self.is_called(e, name))
+            .filter(move |e| self.name_of(e) == name)
             .map(|e| self.symbol(e))
     }
 
@@ -631,7 +621,7 @@ impl Symbols {
     /// Whether they fit what else is known of the kernel.
     pub(super) fn agrees(&self, anchors: Anchors<'_>) -> bool {
         // Without the index by name, which takes longer than all before.
-        let text = self.entries.iter().find(|e| self.is_called(e, "_text"));
+        let text = self.entries.iter().find(|e| self.name_of(e) == "_text");
         let is_text = |kind| matches!(kind, b't' | b'T' | b'W' | b'w');
         text.is_some_and(|e| e.addr == anchors.text_base.0)
             && match anchors.second {
