@@ -133,7 +133,7 @@ pub fn read(space: &Space<'_>, regions: &[Region], anchors: Anchors<'_>) -> Resu
         if let Some(symbols) = search(&mut data, anchors)? {
             return Ok(symbols);
         }
-        budget -= data.bytes.len().min(budget);
+        budget -= data.have.min(budget);
     }
     Err(Error::NotLinux(
         "no kallsyms table that agrees with the kernel's text address was found in its read-only \
@@ -149,7 +149,9 @@ struct Data<'s, 'm> {
     start: Gva,
     /// All there is, or all that may be read.
     len: usize,
+    /// Room for all of it, zeroed: memory is taken as it is filled.
     bytes: Vec<u8>,
+    have: usize,
 }
 
 impl<'s, 'm> Data<'s, 'm> {
@@ -158,8 +160,14 @@ impl<'s, 'm> Data<'s, 'm> {
             space,
             start: range.start,
             len: usize::try_from(range.len()).unwrap_or(most).min(most),
-            bytes: Vec::with_capacity(usize::try_from(range.len()).unwrap_or(most).min(most)),
+            bytes: vec![0; usize::try_from(range.len()).unwrap_or(most).min(most)],
+            have: 0,
         }
+    }
+
+    /// What has been read.
+    fn bytes(&self) -> &[u8] {
+        self.bytes.get(..self.have).unwrap_or_default()
     }
 
     /// Addresses of the tables.
@@ -177,15 +185,15 @@ impl<'s, 'm> Data<'s, 'm> {
 
     /// Reads on until `end` bytes are there; false when there are not so many.
     fn reach(&mut self, end: usize) -> Result<bool, Error> {
-        let have = self.bytes.len();
+        let have = self.have;
         if end > self.len {
             return Ok(false);
         }
         if end > have {
             let want = end.next_multiple_of(CHUNK).min(self.len);
-            self.bytes.resize(want, 0);
-            let fresh = self.bytes.get_mut(have..).unwrap_or_default();
+            let fresh = self.bytes.get_mut(have..want).unwrap_or_default();
             self.space.read(self.start.plus(have as u64), fresh)?;
+            self.have = want;
         }
         Ok(true)
     }
@@ -205,12 +213,12 @@ fn search(data: &mut Data<'_, '_>, anchors: Anchors<'_>) -> Result<Option<Symbol
     let budget = data.space.budget();
     let mut from = 0;
     while data.reach((from + CHUNK).min(data.len))? {
-        let searched = data.bytes.len();
+        let searched = data.have;
         budget.scan(searched - from)?;
-        for hit in find_digits(&data.bytes, from) {
+        for hit in find_digits(data.bytes(), from) {
             budget.scan(304 * TOKEN_MAX)?;
             data.reach((hit + 256 * TOKEN_MAX + 1024).min(data.len))?;
-            let Some(tokens) = tokens_around(&data.bytes, hit) else {
+            let Some(tokens) = tokens_around(data.bytes(), hit) else {
                 continue;
             };
             if let Some(symbols) = decode(data, &tokens, anchors)? {
@@ -321,7 +329,7 @@ fn decode(
     anchors: Anchors<'_>,
 ) -> Result<Option<Symbols>, Error> {
     let budget = data.space.budget();
-    let Some(names) = find_names(&data.bytes, tokens.at, budget)? else {
+    let Some(names) = find_names(data.bytes(), tokens.at, budget)? else {
         return Ok(None);
     };
     let table = names.count * 4;
@@ -335,7 +343,7 @@ fn decode(
         if !data.reach(base_at + 8)? {
             continue;
         }
-        let base = fetch::u64(&data.bytes, base_at).unwrap_or(0);
+        let base = fetch::u64(data.bytes(), base_at).unwrap_or(0);
         for encoding in [
             Encoding::PercpuAbsolute,
             Encoding::BaseRelative,
@@ -343,14 +351,14 @@ fn decode(
         ] {
             let address = |i: usize| {
                 let place = at + 4 * i;
-                let word = fetch::u32(&data.bytes, place)?;
+                let word = fetch::u32(data.bytes(), place)?;
                 Some(encoding.address(word, base, data.start.plus(place as u64)))
             };
             if !text_is_there(&names, address, anchors) {
                 continue;
             }
             budget.spend(names.count as u64)?;
-            let symbols = build(&data.bytes, &names, tokens, address);
+            let symbols = build(data.bytes(), &names, tokens, address);
             if let Some(mut symbols) = symbols.filter(|s| s.agrees(anchors)) {
                 let mut places = vec![("kallsyms_offsets", at)];
                 if !matches!(encoding, Encoding::PlaceRelative) {
@@ -367,9 +375,9 @@ fn decode(
         if !data.reach(at + names.count * 8)? {
             continue;
         }
-        let address = |i: usize| fetch::u64(&data.bytes, at + 8 * i);
+        let address = |i: usize| fetch::u64(data.bytes(), at + 8 * i);
         budget.spend(names.count as u64)?;
-        let symbols = build(&data.bytes, &names, tokens, address);
+        let symbols = build(data.bytes(), &names, tokens, address);
         if let Some(mut symbols) = symbols.filter(|s| s.agrees(anchors)) {
             symbols.places = data.places(&names, tokens, &[("kallsyms_addresses", at)]);
             return Ok(Some(symbols));
