@@ -12,10 +12,9 @@ use clap::Parser;
 use serde_json::json;
 use xen_locus::addr::{Frame, PAGE_LEN};
 use xen_locus::cli::Host;
-use xen_locus::guest::budget::Budget;
 use xen_locus::guest::space::BATCH;
 use xen_locus::guest::{Machine as _, Memory as _};
-use xen_locus::kernel::locate;
+use xen_locus::kernel::Kernel;
 
 /// Measure mapping and copying guest memory
 #[derive(Parser)]
@@ -31,12 +30,16 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let host = Host::open(None)?;
     let domain = host.guest(&args.domain)?;
-    let vcpus = domain.vcpus()?;
+    domain.vcpus()?;
     let open = began.elapsed().as_micros();
-    let found = locate::locate(&domain, domain.kind(), &vcpus, &Budget::default())?;
+    let kernel = Kernel::of(&domain)?;
     let mut image: Vec<Frame> = Vec::new();
-    for region in &found.regions {
-        image.extend(found.space.frames(region.range.start, region.range.len())?);
+    for region in &kernel.regions {
+        image.extend(
+            kernel
+                .space
+                .frames(region.range.start, region.range.len())?,
+        );
     }
     ensure!(!image.is_empty(), "the guest's kernel has no image");
     let pages = args.kib.div_ceil(PAGE_LEN / 1024);
