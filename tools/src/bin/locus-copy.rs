@@ -44,11 +44,9 @@ fn main() -> Result<()> {
     ensure!(!image.is_empty(), "the guest's kernel has no image");
     let pages = args.kib.div_ceil(PAGE_LEN / 1024);
     let frames: Vec<Frame> = image.into_iter().cycle().take(pages).collect();
-    let mut copy = vec![0; BATCH * PAGE_LEN];
     let began = Instant::now();
-    for batch in frames.chunks(BATCH) {
-        let len = batch.len() * PAGE_LEN;
-        let part = copy.get_mut(..len).unwrap_or_default();
+    let mut copy = vec![0; pages * PAGE_LEN];
+    for (batch, part) in frames.chunks(BATCH).zip(copy.chunks_mut(BATCH * PAGE_LEN)) {
         domain.map(batch)?.read(0, part)?;
     }
     println!(

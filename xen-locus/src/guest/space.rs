@@ -223,8 +223,16 @@ impl<'m> Space<'m> {
             level: self.levels,
         })?;
         while page.0 < end {
-            frames.push(self.walk(page)?.frame);
+            let leaf = self.walk(page)?;
+            frames.push(leaf.frame);
             page = page.plus(PAGE_SIZE);
+            // A large page's other frames follow the first.
+            let mut next = leaf.frame.0;
+            while page.0 < end && page.0 & (leaf.size - 1) != 0 {
+                next += 1;
+                frames.push(Frame(next));
+                page = page.plus(PAGE_SIZE);
+            }
         }
         Ok(frames)
     }

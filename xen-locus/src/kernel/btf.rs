@@ -290,7 +290,8 @@ impl Btf {
             .and_then(|all| all.get(offset..))
             .unwrap_or_default();
         let rest = rest.get(..NAME_MAX).unwrap_or(rest);
-        rest.split(|&b| b == 0).next().unwrap_or_default()
+        let end = rest.iter().position(|&b| b == 0);
+        rest.get(..end.unwrap_or(rest.len())).unwrap_or_default()
     }
 
     /// The string at `offset` for people: what a terminal could take for a command is replaced.

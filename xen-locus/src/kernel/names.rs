@@ -56,14 +56,16 @@ impl Index {
 pub(super) fn hash(name: &[u8]) -> u32 {
     const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
     let mix = |h: u64, word: u64| (h.rotate_left(29) ^ word).wrapping_mul(FACTOR);
-    let mut words = name.chunks_exact(8);
     let mut h = name.len() as u64;
-    for word in &mut words {
+    for word in name.chunks_exact(8) {
         h = mix(h, u64::from_le_bytes(word.try_into().unwrap_or_default()));
     }
-    let rest = words.remainder().iter().rev();
-    h = mix(h, rest.fold(0, |word, &b| word << 8 | u64::from(b)));
-    (h >> 32) as u32
+    // The last eight bytes, some of them a second time; or the few there are.
+    let last = match name.last_chunk::<8>() {
+        Some(word) => u64::from_le_bytes(*word),
+        None => name.iter().fold(0, |word, &b| word << 8 | u64::from(b)),
+    };
+    (mix(h, last) >> 32) as u32
 }
 
 #[cfg(test)]
