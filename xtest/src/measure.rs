@@ -25,8 +25,9 @@ pub fn run(bench: &Bench, rounds: u32) -> Result<()> {
 
 fn measure(ctx: &mut Ctx, kind: Kind, rounds: u32) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
-    guest.start_workload()?;
     let name = &guest.name;
+    reading(ctx, name, rounds.min(10))?;
+    guest.start_workload()?;
     let floor = ctx.json(&format!("locus-floor {name} {rounds}"))?;
     let of = |key: &str| -> Vec<u64> {
         let values = floor.get(key).and_then(|v| v.as_array());
@@ -52,7 +53,7 @@ fn measure(ctx: &mut Ctx, kind: Kind, rounds: u32) -> Result<(), Verdict> {
         row(what, applies(ctx, name, patch, rounds)?, reference);
     }
     println!();
-    reading(ctx, name, rounds.min(10))
+    Ok(())
 }
 
 /// What `info` costs: cold, with what it kept, and beside mapping and copying as much as it read.
@@ -71,7 +72,7 @@ fn reading(ctx: &Ctx, guest: &str, rounds: u32) -> Result<(), Verdict> {
     }
     let us = |costs: &[Cost]| costs.iter().map(|c| c.us).collect::<Vec<_>>();
     let most = |costs: &[Cost], of: fn(&Cost) -> u64| costs.iter().map(of).max().unwrap_or(0);
-    println!("{guest}: reading the kernel for info, microseconds, {rounds} of each");
+    println!("{guest}: reading the kernel for info, microseconds, idle guest, {rounds} of each");
     println!(
         "{:<32} {:>8} {:>8} {:>8}  {:>6} {:>9} {:>9}",
         "", "median", "p99", "max", "ratio", "read KiB", "peak KiB"
