@@ -305,11 +305,15 @@ impl Btf {
     /// Types by name, numbered from the first of this blob.
     fn by_name(&self) -> &Index {
         self.by_name.get_or_init(|| {
+            let own = self.bytes.get(self.strings.clone()).unwrap_or_default();
+            let shared = self.base.as_ref().map_or(0, |base| base.strings.len());
             let hash_of = |(&at, number): (&u32, u32)| {
-                match fetch::u32(&self.bytes, at as usize) {
+                let name = fetch::u32(&self.bytes, at as usize).unwrap_or(0);
+                match (name as usize).checked_sub(shared) {
                     // Half of the types have no name: they are spread over all groups.
-                    Some(0) | None => number.wrapping_mul(0x9e37_79b9),
-                    Some(name) => names::hash(self.string(name)),
+                    _ if name == 0 => number.wrapping_mul(0x9e37_79b9),
+                    Some(at) => names::hash_string(own.get(at..).unwrap_or_default(), NAME_MAX),
+                    None => names::hash(self.string(name)),
                 }
             };
             let hashes: Vec<u32> = self.types.iter().zip(0..).map(hash_of).collect();

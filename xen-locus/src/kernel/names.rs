@@ -54,18 +54,51 @@ impl Index {
 
 /// A hash of a name whose upper bits depend on all of it.
 pub(super) fn hash(name: &[u8]) -> u32 {
-    const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
-    let mix = |h: u64, word: u64| (h.rotate_left(29) ^ word).wrapping_mul(FACTOR);
-    let mut h = name.len() as u64;
-    for word in name.chunks_exact(8) {
-        h = mix(h, u64::from_le_bytes(word.try_into().unwrap_or_default()));
-    }
-    // The last eight bytes, some of them a second time; or the few there are.
+    let words = name.chunks_exact(8);
+    let rest = words.remainder().len();
+    let h = words.fold(SEED, |h, word| {
+        mix(h, u64::from_le_bytes(word.try_into().unwrap_or_default()))
+    });
+    // What is left, as a word of its own: the end of the last eight bytes, if there are so many.
     let last = match name.last_chunk::<8>() {
-        Some(word) => u64::from_le_bytes(*word),
-        None => name.iter().fold(0, |word, &b| word << 8 | u64::from(b)),
+        Some(word) if rest > 0 => u64::from_le_bytes(*word) >> (64 - 8 * rest),
+        Some(_) => 0,
+        None => name
+            .iter()
+            .rev()
+            .fold(0, |word, &b| word << 8 | u64::from(b)),
     };
-    (mix(h, last) >> 32) as u32
+    finish(h, last, name.len())
+}
+
+/// The hash of the name that begins `bytes` and ends before the first NUL, or after `most` bytes.
+pub(super) fn hash_string(bytes: &[u8], most: usize) -> u32 {
+    const ONES: u64 = 0x0101_0101_0101_0101;
+    let mut h = SEED;
+    for (at, word) in (0..most).step_by(8).zip(bytes.chunks_exact(8)) {
+        let word = u64::from_le_bytes(word.try_into().unwrap_or_default());
+        // The lowest bit set marks the first NUL.
+        let nul = word.wrapping_sub(ONES) & !word & (ONES << 7);
+        if nul != 0 && at + 8 <= most {
+            let len = nul.trailing_zeros() / 8;
+            return finish(h, word & !(u64::MAX << (8 * len)), at + len as usize);
+        }
+        h = mix(h, word);
+    }
+    // It is cut short, or near the end of all strings.
+    let bytes = bytes.get(..most).unwrap_or(bytes);
+    let len = bytes.iter().position(|&b| b == 0).unwrap_or(bytes.len());
+    hash(bytes.get(..len).unwrap_or_default())
+}
+
+const SEED: u64 = 0;
+
+fn mix(h: u64, word: u64) -> u64 {
+    (h.rotate_left(29) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+fn finish(h: u64, last: u64, len: usize) -> u32 {
+    (mix(mix(h, last), len as u64) >> 32) as u32
 }
 
 #[cfg(test)]
@@ -83,6 +116,25 @@ mod tests {
             assert!(found.is_sorted());
         }
         assert!(Index::of(&[]).candidates(b"x").is_empty());
+    }
+
+    #[test]
+    fn a_string_has_the_hash_of_its_name() {
+        let text: Vec<u8> = (0..60).map(|i| b'a' + i % 26).collect();
+        for len in 0..40 {
+            for behind in [0, 1, 7, 8, 20] {
+                let mut string = text[..len].to_vec();
+                string.push(0);
+                string.resize(len + 1 + behind, b'!');
+                assert_eq!(
+                    hash_string(&string, 32),
+                    hash(&text[..len.min(32)]),
+                    "{len}"
+                );
+                assert_eq!(hash_string(&string, 512), hash(&text[..len]), "{len}");
+            }
+        }
+        assert_eq!(hash_string(b"no end", 512), hash(b"no end"));
     }
 
     #[test]
