@@ -241,6 +241,9 @@ fn find_digits(data: &[u8], from: usize) -> Vec<usize> {
     let words = data.get(from..).unwrap_or_default().chunks_exact(8);
     for (i, word) in words.enumerate() {
         let word = u64::from_le_bytes(word.try_into().unwrap_or_default());
+        if word & 0xc0c0_c0c0_c0c0_c0c0 != 0 {
+            continue; // most words
+        }
         let odd = match word {
             w if w & 0xfff0_fff0_fff0_fff0 == 0x0030_0030_0030_0030 => 0,
             w if w & 0xf0ff_f0ff_f0ff_f0ff == 0x3000_3000_3000_3000 => 1,
