@@ -32,7 +32,7 @@ const LIES: [(&str, &str); 7] = [
     ("btf", "BTF"),
     ("banner", "linux_banner"),
     ("names", "no kallsyms table"),
-    ("pages", "given up"),
+    ("pages", "no kallsyms table"),
 ];
 /// The longest time of a command on an emulated machine, where half a gibibyte of guest memory takes
 /// 20 to 30 s to read.
