@@ -31,14 +31,14 @@ macro_rules! know {
 /// Part of every run: Debian 12's kernel, an older and a newer one.
 pub const SCENARIOS: &[Scenario] = &[
     know!("know-bookworm-pv", BOOKWORM, Pv, PV),
+    know!("know-bullseye-pv", BULLSEYE, Pv, PV),
     know!("know-trixie-pv", TRIXIE, Pv, PV),
     know!("know-bookworm-pvh", BOOKWORM, Pvh, PVH),
-    know!("know-bullseye-pvh", BULLSEYE, Pvh, PVH),
 ];
 
 /// The rest of the matrix of kernels and types.
 pub const MATRIX: &[Scenario] = &[
-    know!("know-bullseye-pv", BULLSEYE, Pv, PV),
+    know!("know-bullseye-pvh", BULLSEYE, Pvh, PVH),
     know!("know-testing-pv", TESTING, Pv, PV),
     know!("know-trixie-pvh", TRIXIE, Pvh, PVH),
     know!("know-testing-pvh", TESTING, Pvh, PVH),
