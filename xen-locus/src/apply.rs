@@ -280,14 +280,17 @@ struct Target<'p> {
 }
 
 impl Target<'_> {
-    fn holds(&self, bytes: [u8; 5]) -> Result<bool> {
-        let mut found = [0; 5];
-        self.window.read(self.offset, &mut found)?;
+    fn holds(&self, bytes: &[u8]) -> Result<bool> {
+        let mut found = [0; plan::WRITE_MAX];
+        let found = found.get_mut(..bytes.len()).ok_or_else(|| {
+            Error::Failed(format!("a write of more than {} bytes", plan::WRITE_MAX))
+        })?;
+        self.window.read(self.offset, found)?;
         Ok(found == bytes)
     }
 
-    fn put(&self, bytes: [u8; 5]) -> Result<()> {
-        Ok(self.window.write(self.offset, &bytes)?)
+    fn put(&self, bytes: &[u8]) -> Result<()> {
+        Ok(self.window.write(self.offset, bytes)?)
     }
 }
 
@@ -387,7 +390,7 @@ fn gave_up(
 /// Writes all targets or none.
 fn write_all(targets: &[Target<'_>]) -> Result<()> {
     for target in targets {
-        if !target.holds(target.write.expect)? {
+        if !target.holds(&target.write.expect)? {
             return Err(Error::TryAgain(format!(
                 "the bytes at {:#x} changed since they were checked (the guest traces or patches \
                  this function itself?); nothing was changed",
@@ -395,10 +398,11 @@ fn write_all(targets: &[Target<'_>]) -> Result<()> {
             )));
         }
     }
-    let written = targets.iter().try_for_each(|t| t.put(t.write.new));
+    let changed = || targets.iter().filter(|t| t.write.new != t.write.expect);
+    let written = changed().try_for_each(|t| t.put(&t.write.new));
     let verified = || -> Result<bool> {
         for target in targets {
-            if !target.holds(target.write.new)? {
+            if !target.holds(&target.write.new)? {
                 return Ok(false);
             }
         }
@@ -407,12 +411,12 @@ fn write_all(targets: &[Target<'_>]) -> Result<()> {
     if written.is_ok() && verified()? {
         return Ok(());
     }
-    for target in targets {
+    for target in changed() {
         // All are tried; what counts is what stands there in the end.
-        let _ = target.put(target.write.expect);
+        let _ = target.put(&target.write.expect);
     }
     for target in targets {
-        if !target.holds(target.write.expect)? {
+        if !target.holds(&target.write.expect)? {
             return Err(Error::Uncertain(format!(
                 "writing failed midway and the bytes at {:#x} could not be put back",
                 target.write.at
@@ -469,8 +473,8 @@ mod tests {
         let frames: Vec<Frame> = (0..2).map(|_| memory.frame()).collect();
         let write = plan::Write {
             at: 0x1000,
-            expect: OLD,
-            new: NEW,
+            expect: OLD.to_vec(),
+            new: NEW.to_vec(),
         };
         for &frame in &frames {
             memory.map_mut(&[frame]).unwrap().write(100, &OLD).unwrap();

@@ -13,18 +13,21 @@ use crate::patch::Payload;
 use crate::quiesce::{Watch, Watched};
 use sha2::{Digest, Sha256};
 
+/// Longest single write, in bytes.
+pub const WRITE_MAX: usize = 64;
+
 /// Bytes to be changed, and what must stand there before.
 #[derive(Clone, Debug, Serialize)]
 pub struct Write {
-    /// Address in kernel text.
+    /// Address in the guest's kernel, of text or data.
     pub at: u64,
     /// Bytes expected there.
-    pub expect: [u8; 5],
-    /// Bytes to write.
-    pub new: [u8; 5],
+    pub expect: Vec<u8>,
+    /// Bytes to write, as many; the same ones where nothing may have changed for the plan to hold.
+    pub new: Vec<u8>,
 }
 
-/// A change of the guest's text that takes effect as a whole.
+/// A change of the guest's text and data that takes effect as a whole.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// Name of the payload.
@@ -235,8 +238,8 @@ pub fn prepare(kernel: &Kernel<'_>, arena: &Arena, payload: &Payload) -> Result<
         .iter()
         .map(|f| Write {
             at: f.site,
-            expect: f.old_bytes,
-            new: f.new_bytes,
+            expect: f.old_bytes.to_vec(),
+            new: f.new_bytes.to_vec(),
         })
         .collect();
     let plan = Plan {
@@ -289,8 +292,8 @@ pub fn undo(kernel: &Kernel<'_>, resident: &Resident) -> Result<Plan> {
         .iter()
         .map(|f| Write {
             at: f.site,
-            expect: f.new_bytes,
-            new: f.old_bytes,
+            expect: f.new_bytes.to_vec(),
+            new: f.old_bytes.to_vec(),
         })
         .collect();
     Ok(Plan {

@@ -18,12 +18,14 @@ use crate::verdict::Verdict;
 const BOOTS: u32 = 3;
 
 /// How a run went.
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default, Clone)]
 pub struct Totals {
     passed: u32,
     failed: u32,
     skipped: u32,
     retried: u32,
+    /// Each failed scenario and the first line of why.
+    failures: Vec<String>,
 }
 
 impl Totals {
@@ -37,6 +39,7 @@ impl Totals {
         self.failed += other.failed;
         self.skipped += other.skipped;
         self.retried += other.retried;
+        self.failures.extend(other.failures);
     }
 }
 
@@ -100,13 +103,17 @@ pub fn run(bench: &Bench, scenarios: &[Scenario], cpus: u32) -> Result<Totals> {
             });
         }
     });
-    let sum = *totals.lock().unwrap_or_else(PoisonError::into_inner);
+    let sum = totals.into_inner().unwrap_or_else(PoisonError::into_inner);
     eprintln!("xtest: took {:.0} s", began.elapsed().as_secs_f64());
     if sum.retried > 0 {
         eprintln!(
             "xtest: {} scenarios were run twice: QEMU lost a guest (SVM)",
             sum.retried
         );
+    }
+    // once more, at the end: whoever sees only the last lines sees what went wrong
+    for failure in &sum.failures {
+        println!("failed: {failure}");
     }
     println!(
         "{} passed, {} failed, {} skipped",
@@ -138,6 +145,7 @@ fn run_profile(
     let mut boots = 0;
     for scenario in scenarios {
         let began = Instant::now();
+        let failed_before = totals.failed;
         let mut result = attempt(bench, profile, scenario, &mut machine, &mut boots);
         let mut retried = "";
         if matches!(result, Err((_, true))) {
@@ -172,6 +180,11 @@ fn run_profile(
                 format!("{word}\n    {}", why.trim().replace('\n', "\n    "))
             }
         };
+        if totals.failed > failed_before {
+            let why: Vec<&str> = word.lines().map(str::trim).take(4).collect();
+            let why = why.join(" ");
+            totals.failures.push(format!("{}: {why}", scenario.name));
+        }
         println!(
             "{:<5}{:<28} {took:6.1} s{retried}  {word}",
             profile.name, scenario.name
