@@ -64,8 +64,15 @@ impl World {
     /// A guest that runs as `kind`.
     #[must_use]
     pub fn new(kind: GuestType) -> World {
+        World::with(kind, |_| ())
+    }
+
+    /// The same with `more` in its kernel.
+    #[must_use]
+    pub fn with(kind: GuestType, more: impl FnOnce(&mut Fixture)) -> World {
         let mut draft = Draft::new(kind);
         draft.fill();
+        more(&mut draft.fixture);
         let memory = draft.fixture.build();
         memory.map_bytes(DATA, &draft.data, true, false);
         for (area, base) in draft.percpu.iter().zip(PERCPU) {
