@@ -10,6 +10,7 @@ mod know;
 mod liar;
 mod refuse;
 mod safety;
+mod stack;
 mod store;
 
 use crate::scenario::Scenario;
@@ -20,6 +21,7 @@ pub fn usual() -> Vec<Scenario> {
         bench::SCENARIOS,
         core::SCENARIOS,
         apply::SCENARIOS,
+        stack::SCENARIOS,
         refuse::SCENARIOS,
         store::SCENARIOS,
         liar::SCENARIOS,
