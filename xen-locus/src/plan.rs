@@ -7,8 +7,10 @@ use crate::error::{Error, Result};
 use crate::kernel::Kernel;
 use crate::link::arena::{self, Arena, Resident};
 use crate::link::image::{self, Image, Layout};
-use crate::link::record::{hex, Function, Record, State};
-use crate::link::site;
+use crate::link::objects::{Objects, VMLINUX};
+use crate::link::presence;
+use crate::link::record::{hex, Function, ModuleAt, Record, State};
+use crate::link::{fit, site};
 use crate::patch::Payload;
 use crate::quiesce::{Watch, Watched};
 use sha2::{Digest, Sha256};
@@ -55,6 +57,9 @@ pub struct Prepared {
     pub parked: Option<usize>,
     /// The change of text.
     pub plan: Plan,
+    /// Modules whose functions it replaces or whose symbols it uses, payloads applied before among
+    /// them: name and address of the `struct module`. None of them may go while it is applied.
+    pub depends: Vec<(String, Gva)>,
 }
 
 /// What `prepare` found.
@@ -77,10 +82,13 @@ pub fn residents(kernel: &Kernel<'_>, arena: &Arena) -> Result<Vec<Resident>> {
         if !matches!(resident.slot.state, State::Applying | State::Reverting) {
             continue;
         }
+        // What was in a module that is gone does not count any more.
+        let gone = presence::gone(kernel, &resident.record)?.is_some();
         let sites: Vec<Redirect> = resident
             .record
             .functions
             .iter()
+            .filter(|f| !gone || f.object == VMLINUX)
             .map(|f| redirect(kernel, f))
             .collect::<Result<_>>()?;
         resident.slot.state = if sites.iter().all(|&s| s == Redirect::New) {
@@ -158,7 +166,17 @@ pub fn prepare(kernel: &Kernel<'_>, arena: &Arena, payload: &Payload) -> Result<
             payload.name
         )));
     }
-    let (mut functions, returns) = find_functions(kernel, payload, &residents)?;
+    let objects = Objects::new(kernel);
+    let (mut functions, returns) = find_functions(kernel, &objects, payload, &residents)?;
+    let modules: Vec<ModuleAt> = objects
+        .used()?
+        .into_iter()
+        .map(|m| ModuleAt {
+            name: m.name.clone(),
+            at: m.addr.0,
+            base: m.base.0,
+        })
+        .collect();
     let mut record = Record {
         schema: 1,
         name: payload.name.clone(),
@@ -168,6 +186,7 @@ pub fn prepare(kernel: &Kernel<'_>, arena: &Arena, payload: &Payload) -> Result<
         functions: functions.clone(),
         text: (u64::MAX, u64::MAX),
         text_sha256: hex(&[0; 32]),
+        modules,
     };
     for function in &mut record.functions {
         (function.new, function.new_bytes) = (u64::MAX, [u8::MAX; 5]);
@@ -177,7 +196,7 @@ pub fn prepare(kernel: &Kernel<'_>, arena: &Arena, payload: &Payload) -> Result<
     let link_at = |first| {
         image::link(
             payload,
-            kernel,
+            &objects,
             &layout,
             arena::page_address(first),
             returns,
@@ -233,15 +252,15 @@ pub fn prepare(kernel: &Kernel<'_>, arena: &Arena, payload: &Payload) -> Result<
             name: f.name.clone(),
         })
         .collect();
-    let writes = record
-        .functions
-        .iter()
-        .map(|f| Write {
-            at: f.site,
-            expect: f.old_bytes.to_vec(),
-            new: f.new_bytes.to_vec(),
-        })
-        .collect();
+    // First of all: the modules must be there still.
+    let mut writes = presence::conditions(kernel, &record.modules)?;
+    writes.extend(record.functions.iter().map(|f| Write {
+        at: f.site,
+        expect: f.old_bytes.to_vec(),
+        new: f.new_bytes.to_vec(),
+    }));
+    let depends = objects.used()?;
+    let depends = depends.iter().map(|m| (m.name.clone(), m.addr)).collect();
     let plan = Plan {
         patch: payload.name.clone(),
         writes,
@@ -255,6 +274,7 @@ pub fn prepare(kernel: &Kernel<'_>, arena: &Arena, payload: &Payload) -> Result<
         record_json,
         parked,
         plan,
+        depends,
     })))
 }
 
@@ -264,6 +284,11 @@ pub fn prepare(kernel: &Kernel<'_>, arena: &Arena, payload: &Payload) -> Result<
 /// A redirect isn't as it was written.
 pub fn undo(kernel: &Kernel<'_>, resident: &Resident) -> Result<Plan> {
     let record = &resident.record;
+    if let Some(why) = presence::gone(kernel, record)? {
+        return Err(Error::Failed(format!(
+            "{why}: its redirects went with it, and nothing is written where they were"
+        )));
+    }
     for function in &record.functions {
         if redirect(kernel, function)? != Redirect::New {
             return Err(Error::Failed(format!(
@@ -287,15 +312,12 @@ pub fn undo(kernel: &Kernel<'_>, resident: &Resident) -> Result<Plan> {
         range: Range::new(Gva(text), len),
         name: record.name.clone(),
     });
-    let writes = record
-        .functions
-        .iter()
-        .map(|f| Write {
-            at: f.site,
-            expect: f.new_bytes.to_vec(),
-            new: f.old_bytes.to_vec(),
-        })
-        .collect();
+    let mut writes = presence::conditions(kernel, &record.modules)?;
+    writes.extend(record.functions.iter().map(|f| Write {
+        at: f.site,
+        expect: f.new_bytes.to_vec(),
+        new: f.old_bytes.to_vec(),
+    }));
     Ok(Plan {
         patch: record.name.clone(),
         writes,
@@ -324,44 +346,26 @@ fn check_kernel(kernel: &Kernel<'_>, payload: &Payload) -> Result<()> {
             payload.name, kernel.release
         )));
     }
-    let btf = kernel.btf()?;
-    for (what, stride) in [
-        ("klp_object", payload.klp.object_stride),
-        ("klp_func", payload.klp.func_stride),
-    ] {
-        match btf.size_of(what) {
-            Ok(size) if size as u64 != stride => {
-                return Err(Error::NotApplicable(format!(
-                    "payload {}: struct {what} is {stride} bytes in it and {size} in the guest's \
-                     kernel",
-                    payload.name
-                )))
-            }
-            // A kernel built without livepatch has no such type, and nothing to disagree with.
-            _ => {}
-        }
-    }
-    Ok(())
+    fit::check_layout(kernel.btf()?, payload)
 }
 
 fn find_functions(
     kernel: &Kernel<'_>,
+    objects: &Objects<'_, '_>,
     payload: &Payload,
     residents: &[Resident],
 ) -> Result<(Vec<Function>, Option<site::Returns>)> {
-    let no = |why: String| Error::NotApplicable(format!("payload {}: {why}", payload.name));
+    let subject = format!("payload {}", payload.name);
+    let no = |why: String| Error::NotApplicable(format!("{subject}: {why}"));
     let mut functions: Vec<Function> = Vec::new();
     let mut returns = None;
     for object in &payload.klp.objects {
-        if let Some(module) = &object.name {
-            return Err(no(format!(
-                "it patches module {module}: only functions of the kernel itself are supported yet"
-            )));
-        }
+        let name = object.name.as_deref();
+        let owner = objects.owner(name).map_err(|e| e.within(&subject))?;
         for func in &object.funcs {
-            let old = kernel
-                .function(&func.old_name, func.old_sympos)
-                .map_err(|e| no(format!("function {}: {e}", func.old_name)))?;
+            let old = objects
+                .symbol(name, &func.old_name, func.old_sympos)
+                .map_err(|e| e.within(&format!("{subject}: function {}", func.old_name)))?;
             let taken = residents
                 .iter()
                 .filter(|r| r.slot.state == State::Applied)
@@ -376,11 +380,11 @@ fn find_functions(
             if functions.iter().any(|f| f.old == old.0) {
                 return Err(no(format!("it replaces {} twice", func.old_name)));
             }
-            let examined = site::examine(kernel, &func.old_name, old)?;
+            let examined = site::examine(kernel, owner, &func.old_name, old)?;
             returns = returns.or(examined.returns);
             functions.push(Function {
                 name: func.old_name.clone(),
-                object: "vmlinux".into(),
+                object: name.unwrap_or(VMLINUX).to_owned(),
                 old: old.0,
                 old_size: examined.range.len(),
                 new: 0,

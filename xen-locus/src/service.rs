@@ -10,6 +10,7 @@ use crate::domain::Domain;
 use crate::error::{Error, Result};
 use crate::kernel::Kernel;
 use crate::link::arena::Arena;
+use crate::link::presence;
 use crate::link::record::{Function, State};
 use crate::patch::Payload;
 use crate::plan::{self, Redirect};
@@ -23,7 +24,8 @@ const LOCKS: &str = "/run/xen-locus";
 pub struct Patch {
     /// Its name.
     pub name: String,
-    /// `applied`, or `drifted` when a redirect is not as it was written.
+    /// `applied`, `gone` when a module whose functions it replaces is not there any more, or
+    /// `drifted` when a redirect is not as it was written.
     pub state: &'static str,
     /// SHA-256 of its file.
     pub sha256: String,
@@ -78,8 +80,12 @@ pub fn patches(kernel: &Kernel<'_>) -> Result<Vec<Patch>> {
         .filter(|r| r.slot.state == State::Applied)
     {
         let mut state = "applied";
+        let gone = presence::gone(kernel, &resident.record)?.is_some();
         for function in &resident.record.functions {
-            if plan::redirect(kernel, function)? != Redirect::New {
+            // Where a module was there may be nothing, or anything.
+            if gone {
+                state = "gone";
+            } else if plan::redirect(kernel, function)? != Redirect::New {
                 state = "drifted";
             }
         }

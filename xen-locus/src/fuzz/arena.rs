@@ -31,6 +31,7 @@ fn sample_record() -> Record {
         }],
         text: (page_address(1).0, 32),
         text_sha256: "0".repeat(64),
+        modules: Vec::new(),
     }
 }
 

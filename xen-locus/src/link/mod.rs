@@ -3,6 +3,10 @@
 //! nothing in the guest refers to yet.
 
 pub mod arena;
+pub mod fit;
 pub mod image;
+pub mod objects;
+pub mod presence;
 pub mod record;
+pub mod reloc;
 pub mod site;

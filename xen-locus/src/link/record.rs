@@ -206,6 +206,20 @@ pub struct Record {
     pub text: (u64, u64),
     /// SHA-256 of its code, in hex.
     pub text_sha256: String,
+    /// Modules whose functions it replaces.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub modules: Vec<ModuleAt>,
+}
+
+/// Where a module was when its functions were replaced.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModuleAt {
+    /// Its name.
+    pub name: String,
+    /// Address of its `struct module`.
+    pub at: u64,
+    /// Address of its text.
+    pub base: u64,
 }
 
 impl Record {

@@ -9,6 +9,7 @@ use crate::addr::{Gva, Range};
 use crate::error::{Error, Result};
 use crate::guest::fetch;
 use crate::kernel::Kernel;
+use crate::link::objects::Owner;
 
 /// Length of the redirect, `jmp rel32`, in bytes.
 pub const JUMP: usize = 5;
@@ -50,21 +51,19 @@ pub struct Function {
     pub returns: Option<Returns>,
 }
 
-/// Reads and checks the function `name` at `entry`.
+/// Reads and checks the function `name` at `entry`, which belongs to `owner`.
 ///
 /// # Errors
 /// [`Error::NotApplicable`] or, for what passes, [`Error::TryAgain`]: it has no ftrace nop, no room,
 /// is traced, redirected by something else, or its bytes are patched at run time by the kernel.
-pub fn examine(kernel: &Kernel<'_>, name: &str, entry: Gva) -> Result<Function> {
-    let room = kernel.symbols.room(entry).unwrap_or(0);
+pub fn examine(kernel: &Kernel<'_>, owner: Owner<'_>, name: &str, entry: Gva) -> Result<Function> {
+    let room = owner.room(kernel, entry);
     let no = |why: String| Error::NotApplicable(format!("function {name} at {entry}: {why}"));
-    let executable = kernel
-        .regions
-        .iter()
-        .any(|r| r.executable && !r.writable && r.range.contains(entry));
-    if !executable {
+    if !owner.executable(kernel, entry)? {
         return Err(no(
-            "it is not in the kernel's text: __init code that is gone, or data".into(),
+            "expected code there, found a page that may not be executed: data, or code of \
+             module_init that is gone"
+                .into(),
         ));
     }
     if room > FUNCTION_MAX {
@@ -89,7 +88,7 @@ pub fn examine(kernel: &Kernel<'_>, name: &str, entry: Gva) -> Result<Function> 
         .ok_or_else(|| no(format!("no room for a redirect: it is {room} bytes long")))?;
     let at = entry.plus(offset as u64);
     check_bytes(kernel, &code, entry, offset).map_err(no)?;
-    if let Some(what) = patched_at_run_time(kernel, Range::new(at, JUMP as u64))? {
+    if let Some(what) = patched_at_run_time(kernel, owner, Range::new(at, JUMP as u64))? {
         return Err(no(format!(
             "the kernel itself rewrites the bytes at {at} ({what})"
         )));
@@ -187,41 +186,25 @@ fn check_bytes(
     Ok(())
 }
 
-/// Tables of places in its text that the kernel rewrites while it runs: name, start, stop, size of
-/// an entry; each entry begins with the place's offset from itself.
-const LIVE_TABLES: [(&str, &str, &str, usize); 3] = [
-    (
-        "jump label",
-        "__start___jump_table",
-        "__stop___jump_table",
-        16,
-    ),
-    (
-        "static call",
-        "__start_static_call_sites",
-        "__stop_static_call_sites",
-        8,
-    ),
-    ("lock prefix", "__smp_locks", "__smp_locks_end", 4),
-];
+/// Longest table of such places read, in bytes.
+const TABLE_MAX: u64 = 4 << 20;
 
-fn patched_at_run_time(kernel: &Kernel<'_>, bytes: Range) -> Result<Option<&'static str>> {
-    for (what, start, stop, size) in LIVE_TABLES {
-        let (Some(start), Some(stop)) = (kernel.symbols.addr(start), kernel.symbols.addr(stop))
-        else {
-            continue;
-        };
-        let len = stop.0.saturating_sub(start.0).min(4 << 20);
-        let table = kernel
-            .space
-            .read_vec(start, usize::try_from(len).unwrap_or(0))?;
-        for (i, entry) in table.chunks_exact(size).enumerate() {
-            let here = start.plus((i * size) as u64);
+/// What the kernel rewrites, while it runs, in `bytes` of `owner`.
+fn patched_at_run_time(
+    kernel: &Kernel<'_>,
+    owner: Owner<'_>,
+    bytes: Range,
+) -> Result<Option<&'static str>> {
+    for live in owner.rewritten(kernel) {
+        let len = usize::try_from(live.table.len().min(TABLE_MAX)).unwrap_or(0);
+        let table = kernel.space.read_vec(live.table.start, len)?;
+        for (i, entry) in table.chunks_exact(live.entry.max(1)).enumerate() {
+            let here = live.table.start.plus((i * live.entry) as u64);
             let offset = fetch::u32(entry, 0).unwrap_or(0).cast_signed();
             let place = Gva(here.0.wrapping_add_signed(offset.into()));
             // A place is at most five bytes long.
             if place < bytes.end && place.plus(5) > bytes.start {
-                return Ok(Some(what));
+                return Ok(Some(live.what));
             }
         }
     }
@@ -277,7 +260,7 @@ mod tests {
         fixture.function(AT + code.len() as u64, "next", &[0xc3]);
         let memory = fixture.build();
         let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-        examine(&kernel, "victim", Gva(AT))
+        examine(&kernel, Owner::Kernel, "victim", Gva(AT))
     }
 
     fn refusal(code: &[u8]) -> (ExitCode, String) {

@@ -1,0 +1,208 @@
+use super::*;
+use crate::addr::PAGE_LEN;
+use crate::error::ExitCode;
+use crate::kernel::fixture::{vcpus, KIND, TEXT};
+use crate::kernel::modules::sample::{data, fixture, Age, Data, DATA, LEN, STEP};
+use crate::link::site;
+
+/// Text of the sample's first module, which is live, and of its second, which is loading.
+const CODE: [u64; 2] = [0xffff_ffff_c100_0000, 0xffff_ffff_c101_0000];
+/// Offsets of `pub` and `own` in the text of each.
+const PUB: u64 = 0x10;
+const OWN: u64 = 0x40;
+/// A nop of ftrace, `mov $42, %eax`, `ret`.
+const FUNCTION: [u8; 11] = [0x0f, 0x1f, 0x44, 0, 0, 0xb8, 0x2a, 0, 0, 0, 0xc3];
+
+/// The sample guest, its symbols moved into its modules' text.
+fn modules() -> Data {
+    let mut d = data(Age::New);
+    for (n, text) in (0..).zip(CODE) {
+        let at = DATA + n * STEP;
+        for (i, offset) in [(1, PUB), (2, OWN)] {
+            let symbol = at + 0x400 + 24 * i;
+            d.set(symbol + 4, &[0x10]);
+            d.word(symbol + 8, text + offset);
+        }
+        let distance = (text + PUB).wrapping_sub(at + 0x300);
+        d.set(at + 0x300, &distance.to_le_bytes()[..4]);
+    }
+    // The second has names of its own, and is live.
+    d.set(DATA + STEP + 0x500, b"\0pu2\0own\0");
+    d.set(DATA + STEP, &0u32.to_le_bytes());
+    d
+}
+
+/// What `f` makes of the guest with `d` as its modules' memory.
+fn with<T>(d: &Data, f: impl FnOnce(&Kernel<'_>) -> T) -> T {
+    let mut fixture = fixture(Age::New);
+    fixture.function(TEXT.0 + 0x1000, "in_kernel", &[0xc3]);
+    fixture.function(TEXT.0 + 0x1010, "twice", &[0xc3]);
+    fixture.function(TEXT.0 + 0x1020, "twice", &[0xc3]);
+    let memory = fixture.build();
+    memory.map_bytes(Gva(DATA), &d.0, true, false);
+    for text in CODE {
+        let mut code = vec![0xcc; 3 * PAGE_LEN];
+        code[0x40..0x4b].copy_from_slice(&FUNCTION);
+        memory.map_bytes(Gva(text), &code, false, true);
+    }
+    let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
+    f(&kernel)
+}
+
+fn refusal<T: std::fmt::Debug>(result: Result<T>) -> (ExitCode, String) {
+    let error = result.unwrap_err();
+    (error.exit_code(), error.to_string())
+}
+
+#[test]
+fn functions_of_modules_are_found_and_examined_in_their_own_module() {
+    with(&modules(), |kernel| {
+        let objects = Objects::new(kernel);
+        let at = objects.symbol(Some("first"), "own", 0).unwrap();
+        assert_eq!(at, Gva(CODE[0] + OWN));
+        assert_eq!(
+            objects.symbol(Some("second"), "own", 1).unwrap(),
+            Gva(CODE[1] + OWN)
+        );
+        let owner = objects.owner(Some("first")).unwrap();
+        let function = site::examine(kernel, owner, "own", at).unwrap();
+        assert_eq!(function.site.at, at.plus(5));
+        // The next symbol's room ends with the memory of the module's text.
+        assert_eq!(owner.room(kernel, Gva(CODE[0] + PUB)), OWN - PUB);
+        assert_eq!(owner.room(kernel, at), 0x3000 - OWN);
+        let used: Vec<_> = objects.used().unwrap().iter().map(|m| m.addr).collect();
+        assert_eq!(used, [Gva(DATA + STEP), Gva(DATA)]);
+        // Data of the module, and text of another.
+        for (at, owner) in [(0xffff_ffff_c200_0000, "first"), (CODE[1] + OWN, "first")] {
+            let owner = objects.owner(Some(owner)).unwrap();
+            let (exit, said) = refusal(site::examine(kernel, owner, "own", Gva(at)));
+            assert!(
+                exit == ExitCode::NotApplicable || exit == ExitCode::Failed,
+                "{said}"
+            );
+        }
+    });
+}
+
+#[test]
+fn positions_count_within_the_module_in_the_order_of_its_table() {
+    let mut d = modules();
+    // Both symbols of the first module are called `pub`.
+    d.set(DATA + 0x400 + 48, &1u32.to_le_bytes());
+    with(&d, |kernel| {
+        let objects = Objects::new(kernel);
+        let symbol = |sympos| objects.symbol(Some("first"), "pub", sympos);
+        assert_eq!(symbol(1).unwrap(), Gva(CODE[0] + PUB));
+        assert_eq!(symbol(2).unwrap(), Gva(CODE[0] + OWN));
+        for (sympos, words) in [(0, "does not say which"), (3, "number 3: it has 2")] {
+            let (exit, said) = refusal(symbol(sympos));
+            assert_eq!(exit, ExitCode::NotApplicable);
+            assert!(said.contains(words), "{said}");
+        }
+    });
+}
+
+#[test]
+fn a_module_that_is_not_there_or_not_live_is_named() {
+    let mut d = modules();
+    d.set(DATA + STEP, &1u32.to_le_bytes());
+    with(&d, |kernel| {
+        let objects = Objects::new(kernel);
+        for (object, name, exit, words) in [
+            ("ext4", "x", ExitCode::NotApplicable, "modprobe ext4"),
+            ("second", "own", ExitCode::TryAgain, "is loading"),
+            (
+                "first",
+                "none",
+                ExitCode::NotApplicable,
+                "module first has no symbol none",
+            ),
+            (VMLINUX, "none", ExitCode::NotApplicable, "no symbol none"),
+        ] {
+            let (found, said) = refusal(objects.symbol(Some(object), name, 0));
+            assert_eq!(found, exit, "{said}");
+            assert!(said.contains(words), "{said}");
+        }
+        assert!(objects.owner(Some("ext4")).is_err());
+        assert!(objects.used().unwrap().is_empty());
+    });
+}
+
+#[test]
+fn undefined_symbols_are_the_kernels_then_those_that_one_module_exports() {
+    with(&modules(), |kernel| {
+        let objects = Objects::new(kernel);
+        let kernels = objects.undefined("in_kernel").unwrap();
+        assert_eq!(kernels, Some(Gva(TEXT.0 + 0x1000)));
+        assert!(objects.used().unwrap().is_empty());
+        assert_eq!(objects.undefined("pub").unwrap(), Some(Gva(CODE[0] + PUB)));
+        let used: Vec<_> = objects
+            .used()
+            .unwrap()
+            .iter()
+            .map(|m| m.name.clone())
+            .collect();
+        assert_eq!(used, ["first"]);
+        // Not exported, so other modules may not use it; and nowhere at all.
+        assert_eq!(objects.undefined("own").unwrap(), None);
+        assert_eq!(objects.undefined("none").unwrap(), None);
+        let (exit, said) = refusal(objects.undefined("twice"));
+        assert_eq!(exit, ExitCode::NotApplicable);
+        assert!(said.contains("2 symbols are called twice"), "{said}");
+    });
+    let mut both = modules();
+    both.set(DATA + STEP + 0x500, b"\0pub\0own\0");
+    with(&both, |kernel| {
+        let (exit, said) = refusal(Objects::new(kernel).undefined("pub"));
+        assert_eq!(exit, ExitCode::NotApplicable);
+        assert!(said.contains("several modules: second, first"), "{said}");
+    });
+}
+
+/// Moves both modules into the arena: payloads that were applied, the second last.
+fn payloads(d: &Data) -> Vec<u8> {
+    let by = arena::BASE.0.wrapping_sub(DATA);
+    let mut moved = d.0.clone();
+    for word in moved.chunks_exact_mut(8) {
+        let value = u64::from_le_bytes(word.try_into().unwrap());
+        if (DATA..DATA + LEN as u64).contains(&value) {
+            word.copy_from_slice(&value.wrapping_add(by).to_le_bytes());
+        }
+    }
+    moved
+}
+
+#[test]
+fn global_symbols_of_payloads_come_last_and_those_of_the_newest_first() {
+    let mut d = modules();
+    for n in 0..2 {
+        // Nothing is exported. `own` is global in both; `pub` is local to the first.
+        d.word(DATA + n * STEP + 48, 0);
+    }
+    d.set(DATA + 0x400 + 24 + 4, &[0]);
+    let mut fixture = fixture(Age::New);
+    for (_, kind, name) in &mut fixture.symbols {
+        if *kind == 'd' {
+            assert!(name == "modules" || name == "btf_modules");
+        }
+    }
+    for symbol in fixture.symbols.iter_mut().filter(|s| s.1 == 'd') {
+        symbol.0 = symbol.0.wrapping_sub(DATA).wrapping_add(arena::BASE.0);
+    }
+    let memory = fixture.build();
+    memory.map_bytes(arena::BASE, &payloads(&d), true, false);
+    let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
+    let objects = Objects::new(&kernel);
+    assert_eq!(objects.undefined("own").unwrap(), Some(Gva(CODE[1] + OWN)));
+    assert_eq!(objects.undefined("pub").unwrap(), None);
+    let used: Vec<_> = objects
+        .used()
+        .unwrap()
+        .iter()
+        .map(|m| m.name.clone())
+        .collect();
+    assert_eq!(used, ["second"]);
+    // They are nothing that a payload may patch.
+    let (exit, said) = refusal(objects.owner(Some("second")));
+    assert_eq!(exit, ExitCode::NotApplicable, "{said}");
+}
