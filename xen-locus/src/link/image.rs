@@ -192,6 +192,21 @@ impl Linker<'_, '_, '_> {
         Error::NotApplicable(format!("payload {}: {why}", self.payload.name))
     }
 
+    fn nobody_has(&self, symbol: &str) -> String {
+        let depends = &self.payload.modinfo.depends;
+        let hint = if depends.is_empty() {
+            String::new()
+        } else {
+            format!(
+                "; the payload says that it depends on {}: load that in the guest",
+                depends.join(", ")
+            )
+        };
+        format!(
+            "the guest's kernel has no symbol {symbol}, and no module that is loaded exports it{hint}"
+        )
+    }
+
     /// The same error, with the payload's name.
     fn of(&self, error: Error) -> Error {
         error.within(&format!("payload {}", self.payload.name))
@@ -316,11 +331,7 @@ impl Linker<'_, '_, '_> {
                     Some(at) => Ok(at),
                     // As the kernel's loader has it (simplify_symbols, kernel/module/main.c).
                     None if symbol.binding == Binding::Weak => Ok(Gva(0)),
-                    None => Err(self.no(format!(
-                        "the guest's kernel has no symbol {}, and no module that is loaded exports \
-                         it",
-                        symbol.name
-                    ))),
+                    None => Err(self.no(self.nobody_has(&symbol.name))),
                 }
             }
             _ => Err(self.no(format!("symbol {} has no place", symbol.name))),

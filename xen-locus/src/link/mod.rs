@@ -4,6 +4,7 @@
 
 pub mod arena;
 pub mod fit;
+pub mod holder;
 pub mod image;
 pub mod objects;
 pub mod presence;

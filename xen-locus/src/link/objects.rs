@@ -11,7 +11,7 @@ use std::cell::{OnceCell, RefCell};
 use crate::addr::{Gva, Range};
 use crate::error::{Error, Result};
 use crate::guest::fetch;
-use crate::kernel::modules::{Module, Reader, Rewritten, State, Symbol};
+use crate::kernel::modules::{Module, Reader, Rewritten, State, Symbol, MODULES_MAX};
 use crate::kernel::{self, Kernel};
 use crate::link::arena;
 
@@ -81,13 +81,51 @@ impl Owner<'_> {
     }
 
     /// The tables of places in it that the kernel rewrites while it runs.
-    #[must_use]
-    pub fn rewritten(&self, kernel: &Kernel<'_>) -> Vec<Rewritten> {
+    ///
+    /// # Errors
+    /// The list of modules with lock prefixes can't be read.
+    pub fn rewritten(&self, kernel: &Kernel<'_>) -> Result<Vec<Rewritten>> {
         match self {
-            Owner::Kernel => rewritten(kernel),
-            Owner::Module(module, _) => module.rewritten.clone(),
+            Owner::Kernel => Ok(rewritten(kernel)),
+            Owner::Module(module, _) => {
+                let mut all = module.rewritten.clone();
+                all.extend(lock_prefixes(kernel, module.addr)?);
+                Ok(all)
+            }
         }
     }
+}
+
+/// The lock prefixes of the module at `module`, which the kernel rewrites when a guest of one CPU gets
+/// more: `smp_alt_modules` of arch/x86/kernel/alternative.c.
+fn lock_prefixes(kernel: &Kernel<'_>, module: Gva) -> Result<Vec<Rewritten>> {
+    let (Some(head), Ok(btf)) = (kernel.symbols.addr("smp_alt_modules"), kernel.btf()) else {
+        return Ok(Vec::new());
+    };
+    let member = |name| btf.offset_of("smp_alt_module", name);
+    let (Ok(owner), Ok(locks), Ok(end), Ok(next)) = (
+        member("mod"),
+        member("locks"),
+        member("locks_end"),
+        member("next"),
+    ) else {
+        return Ok(Vec::new());
+    };
+    let space = &kernel.space;
+    let mut found = Vec::new();
+    for at in kernel::list(space, head, MODULES_MAX)? {
+        let word =
+            |offset: usize| space.read_u64(Gva(at.0.wrapping_sub(next as u64)).plus(offset as u64));
+        if Gva(word(owner)?) == module {
+            let start = Gva(word(locks)?);
+            found.push(Rewritten {
+                what: "lock prefix",
+                table: Range::new(start, word(end)?.saturating_sub(start.0)),
+                entry: 4,
+            });
+        }
+    }
+    Ok(found)
 }
 
 /// Those of the kernel's image: names of their start and end, size of an entry.

@@ -9,6 +9,7 @@ use crate::addr::{Gva, Range};
 use crate::error::{Error, Result};
 use crate::guest::fetch;
 use crate::kernel::Kernel;
+use crate::link::holder;
 use crate::link::objects::Owner;
 
 /// Length of the redirect, `jmp rel32`, in bytes.
@@ -59,6 +60,9 @@ pub struct Function {
 pub fn examine(kernel: &Kernel<'_>, owner: Owner<'_>, name: &str, entry: Gva) -> Result<Function> {
     let room = owner.room(kernel, entry);
     let no = |why: String| Error::NotApplicable(format!("function {name} at {entry}: {why}"));
+    if let Some(why) = holder::section(kernel, entry) {
+        return Err(no(why));
+    }
     if !owner.executable(kernel, entry)? {
         return Err(no(
             "expected code there, found a page that may not be executed: data, or code of \
@@ -74,16 +78,27 @@ pub fn examine(kernel: &Kernel<'_>, owner: Owner<'_>, name: &str, entry: Gva) ->
     let code = kernel
         .space
         .read_vec(entry, usize::try_from(room).unwrap_or(0))?;
-    let offset = fentry_end(&code).map_err(|found| match found {
-        Head::Call => Error::TryAgain(format!(
-            "function {name} at {entry} is traced, kprobed or livepatched by the guest itself right \
-             now (its ftrace site holds a call); stop that and try again"
-        )),
-        Head::Unknown(bytes) => no(format!(
-            "expected ftrace's five-byte nop at its entry, found {bytes}: it can't be traced \
-             (notrace, assembly), so it can't be redirected"
-        )),
-    })?;
+    if let Some(at) = holder::kprobe(kernel, Range::new(entry, room))? {
+        return Err(Error::TryAgain(format!(
+            "function {name} at {entry}: a kprobe of the guest's own stands at {at}; remove it and \
+             try again"
+        )));
+    }
+    let offset = match fentry_end(&code, entry) {
+        Ok(offset) => offset,
+        Err(Head::Call(target)) => {
+            let who = holder::caller(kernel, entry, target)?;
+            return Err(Error::TryAgain(format!(
+                "function {name} at {entry} is {who} right now; stop that and try again"
+            )));
+        }
+        Err(Head::Unknown(bytes)) => {
+            return Err(no(format!(
+                "expected ftrace's five-byte nop at its entry, found {bytes}: it can't be traced \
+                 (notrace, assembly), so it can't be redirected"
+            )))
+        }
+    };
     let old: [u8; JUMP] = fetch::array(&code, offset)
         .ok_or_else(|| no(format!("no room for a redirect: it is {room} bytes long")))?;
     let at = entry.plus(offset as u64);
@@ -101,12 +116,13 @@ pub fn examine(kernel: &Kernel<'_>, owner: Owner<'_>, name: &str, entry: Gva) ->
 }
 
 enum Head {
-    Call,
+    /// A call to there.
+    Call(Gva),
     Unknown(String),
 }
 
 /// Offset of the first byte behind the ftrace nop.
-fn fentry_end(code: &[u8]) -> std::result::Result<usize, Head> {
+fn fentry_end(code: &[u8], entry: Gva) -> std::result::Result<usize, Head> {
     let start = if code.starts_with(&ENDBR64) {
         ENDBR64.len()
     } else {
@@ -116,8 +132,10 @@ fn fentry_end(code: &[u8]) -> std::result::Result<usize, Head> {
     if NOPS.iter().any(|nop| head.starts_with(nop)) {
         return Ok(start + 5);
     }
-    if head.first() == Some(&0xe8) {
-        return Err(Head::Call);
+    if let (Some(0xe8), Some(distance)) = (head.first(), fetch::u32(head, 1)) {
+        let next = entry.plus(start as u64 + 5);
+        let target = next.0.wrapping_add_signed(distance.cast_signed().into());
+        return Err(Head::Call(Gva(target)));
     }
     let shown: Vec<String> = code.iter().take(16).map(|b| format!("{b:02x}")).collect();
     Err(Head::Unknown(shown.join(" ")))
@@ -195,7 +213,7 @@ fn patched_at_run_time(
     owner: Owner<'_>,
     bytes: Range,
 ) -> Result<Option<&'static str>> {
-    for live in owner.rewritten(kernel) {
+    for live in owner.rewritten(kernel)? {
         let len = usize::try_from(live.table.len().min(TABLE_MAX)).unwrap_or(0);
         let table = kernel.space.read_vec(live.table.start, len)?;
         for (i, entry) in table.chunks_exact(live.entry.max(1)).enumerate() {

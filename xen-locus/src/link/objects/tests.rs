@@ -26,6 +26,8 @@ fn modules() -> Data {
         let distance = (text + PUB).wrapping_sub(at + 0x300);
         d.set(at + 0x300, &distance.to_le_bytes()[..4]);
     }
+    let locks = DATA + 2 * STEP + 0x400;
+    d.word(locks, locks);
     // The second has names of its own, and is live.
     d.set(DATA + STEP + 0x500, b"\0pu2\0own\0");
     d.set(DATA + STEP, &0u32.to_le_bytes());
@@ -38,6 +40,8 @@ fn with<T>(d: &Data, f: impl FnOnce(&Kernel<'_>) -> T) -> T {
     fixture.function(TEXT.0 + 0x1000, "in_kernel", &[0xc3]);
     fixture.function(TEXT.0 + 0x1010, "twice", &[0xc3]);
     fixture.function(TEXT.0 + 0x1020, "twice", &[0xc3]);
+    let locks = DATA + 2 * STEP + 0x400;
+    fixture.symbols.push((locks, 'd', "smp_alt_modules".into()));
     let memory = fixture.build();
     memory.map_bytes(Gva(DATA), &d.0, true, false);
     for text in CODE {
@@ -156,6 +160,100 @@ fn undefined_symbols_are_the_kernels_then_those_that_one_module_exports() {
         let (exit, said) = refusal(Objects::new(kernel).undefined("pub"));
         assert_eq!(exit, ExitCode::NotApplicable);
         assert!(said.contains("several modules: second, first"), "{said}");
+    });
+}
+
+#[test]
+fn places_that_the_kernel_rewrites_in_a_module_are_left_alone() {
+    // The module's jump entry, and a lock prefix of it, stand at its function's `mov`.
+    let site = CODE[0] + OWN + 5;
+    let distance = |from: u64, to: u64| to.wrapping_sub(from).to_le_bytes()[..4].to_vec();
+    let table = DATA + 0x900;
+    for (to, refused) in [(site, true), (site + 4, true), (site + 5, false)] {
+        let mut d = modules();
+        d.word(DATA + 152, table);
+        d.set(DATA + 160, &1u32.to_le_bytes());
+        d.set(table, &distance(table, to));
+        let found = with(&d, |kernel| {
+            let objects = Objects::new(kernel);
+            let owner = objects.owner(Some("first")).unwrap();
+            site::examine(kernel, owner, "own", Gva(CODE[0] + OWN)).map_err(|e| e.to_string())
+        });
+        match found {
+            Ok(_) => assert!(!refused, "{to:#x}"),
+            Err(said) => assert!(refused && said.contains("jump label"), "{said}"),
+        }
+    }
+    let mut d = modules();
+    let (locks, head) = (DATA + 0x980, DATA + 2 * STEP + 0x400);
+    for (at, value) in [
+        (head, locks + 24),
+        (locks, DATA),
+        (locks + 8, table),
+        (locks + 16, table + 4),
+        (locks + 24, head),
+    ] {
+        d.word(at, value);
+    }
+    d.set(table, &distance(table, site));
+    with(&d, |kernel| {
+        let objects = Objects::new(kernel);
+        let owner = objects.owner(Some("first")).unwrap();
+        let (exit, said) = refusal(site::examine(kernel, owner, "own", Gva(CODE[0] + OWN)));
+        assert_eq!(exit, ExitCode::NotApplicable);
+        assert!(said.contains("lock prefix"), "{said}");
+        let other = objects.owner(Some("second")).unwrap();
+        assert!(site::examine(kernel, other, "own", Gva(CODE[1] + OWN)).is_ok());
+    });
+}
+
+#[test]
+fn a_module_that_went_or_came_back_elsewhere_is_noticed() {
+    use crate::link::presence;
+    use crate::link::record::{ModuleAt, Record};
+    let record = |name: &str, at: u64, base: u64| Record {
+        schema: 1,
+        name: "fix".into(),
+        sha256: String::new(),
+        description: String::new(),
+        cves: Vec::new(),
+        functions: Vec::new(),
+        text: (0, 0),
+        text_sha256: String::new(),
+        modules: vec![ModuleAt {
+            name: name.into(),
+            at,
+            base,
+        }],
+    };
+    with(&modules(), |kernel| {
+        let gone = |record: &Record| presence::gone(kernel, record).unwrap().unwrap_or_default();
+        assert_eq!(gone(&record("first", DATA, CODE[0])), "");
+        let said = gone(&record("ext4", DATA, CODE[0]));
+        assert!(
+            said.contains("module ext4") && said.contains("not loaded any more"),
+            "{said}"
+        );
+        for moved in [
+            record("first", DATA, CODE[0] + 0x1000),
+            record("first", DATA + STEP, CODE[0]),
+        ] {
+            assert!(gone(&moved).contains("was loaded again"), "{moved:?}");
+        }
+        // What is compared in the pause: state, name, place.
+        let there = record("first", DATA, CODE[0]).modules;
+        let conditions = presence::conditions(kernel, &there).unwrap();
+        let expected: Vec<(u64, Vec<u8>)> = vec![
+            (DATA, vec![0; 4]),
+            (DATA + 24, b"first\0".to_vec()),
+            (DATA + 120, CODE[0].to_le_bytes().to_vec()),
+        ];
+        let found: Vec<_> = conditions
+            .iter()
+            .map(|w| (w.at, w.expect.clone()))
+            .collect();
+        assert_eq!(found, expected);
+        assert!(conditions.iter().all(|w| w.expect == w.new));
     });
 }
 
