@@ -47,6 +47,20 @@ pub fn section(kernel: &Kernel<'_>, entry: Gva) -> Option<String> {
     })
 }
 
+/// Whether `at` is in memory of the kernel's image that it frees after its start. Its first copy of the
+/// per-CPU variables stands there too, whose addresses mean the CPUs' own.
+#[must_use]
+pub fn freed(kernel: &Kernel<'_>, at: Gva) -> bool {
+    let between = |start, end| {
+        let (start, end) = (kernel.symbols.addr(start), kernel.symbols.addr(end));
+        start
+            .zip(end)
+            .is_some_and(|(start, end)| start <= at && at < end)
+    };
+    (between("__init_begin", "__init_end") || between("_sinittext", "_einittext"))
+        && !between("__per_cpu_start", "__per_cpu_end")
+}
+
 /// The place of a kprobe of the guest's in `range`; none in a kernel without kprobes.
 ///
 /// # Errors

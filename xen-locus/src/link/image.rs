@@ -321,7 +321,7 @@ impl Linker<'_, '_, '_> {
             SymSection::Livepatch => match &symbol.klp {
                 Some(klp) => self
                     .objects
-                    .symbol(Some(&klp.object), &klp.symbol, klp.sympos)
+                    .reference(Some(&klp.object), &klp.symbol, klp.sympos)
                     .map_err(|e| self.of(e)),
                 None => Err(self.no(format!("symbol {} is no .klp.sym", symbol.name))),
             },

@@ -13,10 +13,12 @@ use crate::error::{Error, Result};
 use crate::guest::fetch;
 use crate::kernel::modules::{Module, Reader, Rewritten, State, Symbol, MODULES_MAX};
 use crate::kernel::{self, Kernel};
-use crate::link::arena;
+use crate::link::{arena, holder};
 
 /// What a payload calls the kernel itself, where it has to call it by a name.
 pub const VMLINUX: &str = "vmlinux";
+/// What the kernel rewrites when a guest of one CPU gets more.
+const LOCK_PREFIX: &str = "lock prefix";
 /// Longest table of the kernel's exports read, in bytes: there are some ten thousand of 12 bytes.
 const EXPORTS_MAX: u64 = 4 << 20;
 
@@ -86,21 +88,30 @@ impl Owner<'_> {
     /// The list of modules with lock prefixes can't be read.
     pub fn rewritten(&self, kernel: &Kernel<'_>) -> Result<Vec<Rewritten>> {
         match self {
-            Owner::Kernel => Ok(rewritten(kernel)),
+            Owner::Kernel => {
+                let mut all = rewritten(kernel);
+                if let Some(locks) = lock_prefixes(kernel, Gva(0))? {
+                    // The table itself may be freed memory.
+                    all.retain(|r| r.what != LOCK_PREFIX);
+                    all.extend(locks);
+                }
+                Ok(all)
+            }
             Owner::Module(module, _) => {
                 let mut all = module.rewritten.clone();
-                all.extend(lock_prefixes(kernel, module.addr)?);
+                all.extend(lock_prefixes(kernel, module.addr)?.unwrap_or_default());
                 Ok(all)
             }
         }
     }
 }
 
-/// The lock prefixes of the module at `module`, which the kernel rewrites when a guest of one CPU gets
-/// more: `smp_alt_modules` of arch/x86/kernel/alternative.c.
-fn lock_prefixes(kernel: &Kernel<'_>, module: Gva) -> Result<Vec<Rewritten>> {
+/// The lock prefixes of the module at `module`, or of the kernel if that is 0, which the kernel
+/// rewrites when a guest of one CPU gets more: `smp_alt_modules` of arch/x86/kernel/alternative.c.
+/// `None` if that can't be known.
+fn lock_prefixes(kernel: &Kernel<'_>, module: Gva) -> Result<Option<Vec<Rewritten>>> {
     let (Some(head), Ok(btf)) = (kernel.symbols.addr("smp_alt_modules"), kernel.btf()) else {
-        return Ok(Vec::new());
+        return Ok(None);
     };
     let member = |name| btf.offset_of("smp_alt_module", name);
     let (Ok(owner), Ok(locks), Ok(end), Ok(next)) = (
@@ -109,7 +120,7 @@ fn lock_prefixes(kernel: &Kernel<'_>, module: Gva) -> Result<Vec<Rewritten>> {
         member("locks_end"),
         member("next"),
     ) else {
-        return Ok(Vec::new());
+        return Ok(None);
     };
     let space = &kernel.space;
     let mut found = Vec::new();
@@ -119,13 +130,13 @@ fn lock_prefixes(kernel: &Kernel<'_>, module: Gva) -> Result<Vec<Rewritten>> {
         if Gva(word(owner)?) == module {
             let start = Gva(word(locks)?);
             found.push(Rewritten {
-                what: "lock prefix",
+                what: LOCK_PREFIX,
                 table: Range::new(start, word(end)?.saturating_sub(start.0)),
                 entry: 4,
             });
         }
     }
-    Ok(found)
+    Ok(Some(found))
 }
 
 /// Those of the kernel's image: names of their start and end, size of an entry.
@@ -143,7 +154,7 @@ fn rewritten(kernel: &Kernel<'_>) -> Vec<Rewritten> {
             "__stop_static_call_sites",
             8,
         ),
-        ("lock prefix", "__smp_locks", "__smp_locks_end", 4),
+        (LOCK_PREFIX, "__smp_locks", "__smp_locks_end", 4),
     ]
     .into_iter()
     .filter_map(|(what, start, stop, entry)| {
@@ -289,6 +300,25 @@ impl<'k, 'm> Objects<'k, 'm> {
         Ok(at)
     }
 
+    /// As [`Objects::symbol`], for what code or data of a payload refers to: that must still be there.
+    ///
+    /// # Errors
+    /// As [`Objects::symbol`]; [`Error::NotApplicable`] for what the kernel freed after its start.
+    pub fn reference(&self, object: Option<&str>, name: &str, sympos: u64) -> Result<Gva> {
+        let at = self.symbol(object, name, sympos)?;
+        self.stays(name, at)
+    }
+
+    fn stays(&self, name: &str, at: Gva) -> Result<Gva> {
+        match holder::freed(self.kernel, at) {
+            true => Err(Error::NotApplicable(format!(
+                "it refers to {name} at {at}, which is in the kernel's __init memory: that is free \
+                 since the kernel started"
+            ))),
+            false => Ok(at),
+        }
+    }
+
     /// Address of a symbol that a payload leaves undefined: of the kernel, else the one that a module
     /// exports, else the global one of the payload applied last. `None` when nobody has it.
     ///
@@ -297,11 +327,11 @@ impl<'k, 'm> Objects<'k, 'm> {
     pub fn undefined(&self, name: &str) -> Result<Option<Gva>> {
         let of_kernel: Vec<Gva> = self.kernel.symbols.all(name).map(|s| s.addr).collect();
         match of_kernel.as_slice() {
-            [one] => return Ok(Some(*one)),
+            [one] => return self.stays(name, *one).map(Some),
             [] => {}
             // Others may be local to their files; modules are given the one that is exported.
             many => match self.exported_of(many).unwrap_or_default().as_slice() {
-                [one] => return Ok(Some(*one)),
+                [one] => return self.stays(name, *one).map(Some),
                 _ => {
                     self.kernel.function(name, 0).map_err(not_applicable)?;
                 }

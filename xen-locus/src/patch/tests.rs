@@ -363,6 +363,15 @@ fn special_sections_are_named_as_concerns() {
 }
 
 #[test]
+fn per_cpu_variables_of_its_own_are_a_concern() {
+    let (mut elf, _) = Spec::default().elf();
+    elf.section(".data..percpu", VARS, &[0; 8]);
+    let concerns = parse(&elf.build()).unwrap().concerns();
+    assert_eq!(concerns[0].subject, ".data..percpu");
+    assert!(concerns[0].reason.contains("per-CPU"), "{concerns:?}");
+}
+
+#[test]
 fn a_module_without_a_name_in_modinfo_has_one_in_its_struct_module() {
     let spec = Spec {
         modinfo: b"livepatch=Y\0vermagic=4.9.0\0",

@@ -34,6 +34,44 @@ fn modules() -> Data {
     d
 }
 
+#[test]
+fn what_the_kernel_freed_is_not_referred_to_but_per_cpu_variables_are() {
+    let mut fixture = fixture(Age::New);
+    let at = TEXT.0 + 0x4000;
+    for (offset, name) in [
+        (0, "__init_begin"),
+        (0x10, "set_up_once"),
+        (0x100, "__per_cpu_start"),
+        (0x110, "cpu_counter"),
+        (0x200, "__per_cpu_end"),
+        (0x210, "set_up_twice"),
+        (0x300, "__init_end"),
+        (0x310, "stays"),
+    ] {
+        fixture.symbols.push((at + offset, 'd', name.into()));
+    }
+    let memory = fixture.build();
+    let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
+    let objects = Objects::new(&kernel);
+    for name in ["set_up_once", "set_up_twice"] {
+        for result in [
+            objects.undefined(name).map(Option::unwrap),
+            objects.reference(Some(VMLINUX), name, 1),
+        ] {
+            let (exit, said) = refusal(result);
+            assert_eq!(exit, ExitCode::NotApplicable);
+            assert!(
+                said.contains(name) && said.contains("__init memory"),
+                "{said}"
+            );
+        }
+    }
+    for (name, offset) in [("cpu_counter", 0x110), ("stays", 0x310)] {
+        assert_eq!(objects.undefined(name).unwrap(), Some(Gva(at + offset)));
+        assert!(objects.reference(None, name, 0).is_ok());
+    }
+}
+
 /// What `f` makes of the guest with `d` as its modules' memory.
 fn with<T>(d: &Data, f: impl FnOnce(&Kernel<'_>) -> T) -> T {
     let mut fixture = fixture(Age::New);
