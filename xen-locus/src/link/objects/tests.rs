@@ -342,3 +342,41 @@ fn global_symbols_of_payloads_come_last_and_those_of_the_newest_first() {
     let (exit, said) = refusal(objects.owner(Some("second")));
     assert_eq!(exit, ExitCode::NotApplicable, "{said}");
 }
+
+#[test]
+fn a_payload_for_a_module_that_is_not_loaded_is_refused_as_a_whole() {
+    use crate::guest::GuestType;
+    use crate::kernel::fixture_world::World;
+    use crate::link::arena::Arena;
+    use crate::patch::testelf::Spec;
+    use crate::patch::Payload;
+    use crate::plan::{self, Readiness};
+    let world = World::new(GuestType::Pvh);
+    let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
+    let prepare = |module: Option<&'static str>| {
+        let spec = Spec {
+            objects: vec![
+                (None, vec![("cmdline_proc_show", 0)]),
+                (module, vec![("ext4_read", 0)]),
+            ],
+            ..Spec::default()
+        };
+        let payload = Payload::parse("test.ko", &spec.bytes()).unwrap();
+        plan::prepare(&kernel, &Arena::read(&kernel).unwrap(), &payload)
+    };
+    let (exit, said) = refusal(prepare(Some("ext4")));
+    assert_eq!(exit, ExitCode::NotApplicable);
+    assert!(
+        said.contains("payload locus_test: module ext4 is not loaded"),
+        "{said}"
+    );
+    // Those that refer to no module have no conditions, and nothing that must stay.
+    let payload = Payload::parse("test.ko", &crate::patch::test_payload()).unwrap();
+    match plan::prepare(&kernel, &Arena::read(&kernel).unwrap(), &payload).unwrap() {
+        Readiness::Ready(ready) => {
+            assert!(ready.depends.is_empty() && ready.record.modules.is_empty());
+            assert_eq!(ready.plan.writes.len(), 1);
+        }
+        other => panic!("{other:?}"),
+    }
+}
