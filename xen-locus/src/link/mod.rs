@@ -6,6 +6,7 @@ pub mod arena;
 pub mod fit;
 pub mod holder;
 pub mod image;
+pub mod module;
 pub mod objects;
 pub mod presence;
 pub mod record;

@@ -3,8 +3,8 @@
 //!
 //! The kernel's own loader and livepatch decide the same way: kernel/livepatch/core.c
 //! (`klp_find_object_symbol`) and kernel/module/main.c (`resolve_symbol`). A payload may besides refer
-//! to symbols that nobody exports, and to global ones of payloads applied before it: those stand in
-//! the guest's list of modules, with their `struct module` in the arena.
+//! to symbols that nobody exports, and to global ones of payloads that are applied: those stand in the
+//! guest's list of modules, with their `struct module` in the arena, and with them those undone.
 
 use std::cell::{OnceCell, RefCell};
 
@@ -14,6 +14,7 @@ use crate::guest::fetch;
 use crate::kernel::modules::{Module, Reader, Rewritten, State, Symbol, MODULES_MAX};
 use crate::kernel::{self, Kernel};
 use crate::link::{arena, holder};
+use crate::patch::Payload;
 
 /// What a payload calls the kernel itself, where it has to call it by a name.
 pub const VMLINUX: &str = "vmlinux";
@@ -27,6 +28,8 @@ const EXPORTS_MAX: u64 = 4 << 20;
 pub struct Objects<'k, 'm> {
     kernel: &'k Kernel<'m>,
     reader: OnceCell<std::result::Result<Reader<'k, 'm>, String>>,
+    /// `struct module` of the payloads whose symbols count, newest first.
+    payloads: Vec<Gva>,
     /// Newest first, as the guest lists them.
     loaded: OnceCell<std::result::Result<Vec<Loaded>, String>>,
     /// Addresses of those that were referred to.
@@ -167,11 +170,13 @@ fn rewritten(kernel: &Kernel<'_>) -> Vec<Rewritten> {
 }
 
 impl<'k, 'm> Objects<'k, 'm> {
-    /// Of this kernel; nothing is read yet.
+    /// Of this kernel; nothing is read yet. `payloads` are the `struct module`s of the payloads that
+    /// are applied, the one applied last first: the guest lists those that are undone too.
     #[must_use]
-    pub fn new(kernel: &'k Kernel<'m>) -> Objects<'k, 'm> {
+    pub fn new(kernel: &'k Kernel<'m>, payloads: Vec<Gva>) -> Objects<'k, 'm> {
         Objects {
             kernel,
+            payloads,
             reader: OnceCell::new(),
             loaded: OnceCell::new(),
             used: RefCell::default(),
@@ -371,9 +376,12 @@ impl<'k, 'm> Objects<'k, 'm> {
         }
     }
 
-    /// The global symbol `name` of the payload applied last.
+    /// The global symbol `name` of the payload applied last that has one.
     fn of_payloads(&self, name: &str) -> Result<Option<Gva>> {
-        for loaded in self.loaded()?.iter().filter(|l| in_arena(l)) {
+        for &payload in &self.payloads {
+            let Some(loaded) = self.loaded()?.iter().find(|l| l.module.addr == payload) else {
+                continue;
+            };
             let named = |s: &&Symbol| s.global && s.name == name;
             if let Some(symbol) = self.symbols(loaded)?.iter().find(named) {
                 self.uses(loaded);
@@ -381,6 +389,28 @@ impl<'k, 'm> Objects<'k, 'm> {
             }
         }
         Ok(None)
+    }
+
+    /// Looks up all that the code and data of `payload` refer to, so that [`Objects::used`] is
+    /// complete. What nobody has is passed over: linking says so.
+    ///
+    /// # Errors
+    /// As [`Objects::reference`] and [`Objects::undefined`].
+    pub fn look_up(&self, payload: &Payload) -> Result<()> {
+        let of_payload = |e: Error| e.within(&format!("payload {}", payload.name));
+        let needed = payload.needed_symbols().into_iter();
+        for symbol in needed.filter_map(|index| payload.symbol(index)) {
+            match &symbol.klp {
+                Some(klp) => {
+                    self.reference(Some(&klp.object), &klp.symbol, klp.sympos)
+                        .map_err(of_payload)?;
+                }
+                None => {
+                    self.undefined(&symbol.name).map_err(of_payload)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Those of `candidates` that the kernel's own tables of exports list (`struct kernel_symbol`,

@@ -15,11 +15,11 @@ use crate::plan::Write;
 /// # Errors
 /// The guest's modules can't be read.
 pub fn gone(kernel: &Kernel<'_>, record: &Record) -> Result<Option<String>> {
-    if record.modules.is_empty() {
+    if record.objects.is_empty() {
         return Ok(None);
     }
     let all = Reader::new(kernel)?.all()?;
-    Ok(record.modules.iter().find_map(|was| {
+    Ok(record.objects.iter().find_map(|was| {
         let Some(is) = all.iter().find(|m| m.name == was.name) else {
             return Some(format!(
                 "module {}, some of whose functions payload {} replaced, is not loaded any more",

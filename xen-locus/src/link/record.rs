@@ -206,9 +206,11 @@ pub struct Record {
     pub text: (u64, u64),
     /// SHA-256 of its code, in hex.
     pub text_sha256: String,
+    /// Address of its `struct module`.
+    pub module: u64,
     /// Modules whose functions it replaces.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub modules: Vec<ModuleAt>,
+    pub objects: Vec<ModuleAt>,
 }
 
 /// Where a module was when its functions were replaced.

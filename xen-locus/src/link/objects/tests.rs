@@ -52,7 +52,7 @@ fn what_the_kernel_freed_is_not_referred_to_but_per_cpu_variables_are() {
     }
     let memory = fixture.build();
     let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-    let objects = Objects::new(&kernel);
+    let objects = Objects::new(&kernel, Vec::new());
     for name in ["set_up_once", "set_up_twice"] {
         for result in [
             objects.undefined(name).map(Option::unwrap),
@@ -99,7 +99,7 @@ fn refusal<T: std::fmt::Debug>(result: Result<T>) -> (ExitCode, String) {
 #[test]
 fn functions_of_modules_are_found_and_examined_in_their_own_module() {
     with(&modules(), |kernel| {
-        let objects = Objects::new(kernel);
+        let objects = Objects::new(kernel, Vec::new());
         let at = objects.symbol(Some("first"), "own", 0).unwrap();
         assert_eq!(at, Gva(CODE[0] + OWN));
         assert_eq!(
@@ -132,7 +132,7 @@ fn positions_count_within_the_module_in_the_order_of_its_table() {
     // Both symbols of the first module are called `pub`.
     d.set(DATA + 0x400 + 48, &1u32.to_le_bytes());
     with(&d, |kernel| {
-        let objects = Objects::new(kernel);
+        let objects = Objects::new(kernel, Vec::new());
         let symbol = |sympos| objects.symbol(Some("first"), "pub", sympos);
         assert_eq!(symbol(1).unwrap(), Gva(CODE[0] + PUB));
         assert_eq!(symbol(2).unwrap(), Gva(CODE[0] + OWN));
@@ -149,7 +149,7 @@ fn a_module_that_is_not_there_or_not_live_is_named() {
     let mut d = modules();
     d.set(DATA + STEP, &1u32.to_le_bytes());
     with(&d, |kernel| {
-        let objects = Objects::new(kernel);
+        let objects = Objects::new(kernel, Vec::new());
         for (object, name, exit, words) in [
             ("ext4", "x", ExitCode::NotApplicable, "modprobe ext4"),
             ("second", "own", ExitCode::TryAgain, "is loading"),
@@ -173,7 +173,7 @@ fn a_module_that_is_not_there_or_not_live_is_named() {
 #[test]
 fn undefined_symbols_are_the_kernels_then_those_that_one_module_exports() {
     with(&modules(), |kernel| {
-        let objects = Objects::new(kernel);
+        let objects = Objects::new(kernel, Vec::new());
         let kernels = objects.undefined("in_kernel").unwrap();
         assert_eq!(kernels, Some(Gva(TEXT.0 + 0x1000)));
         assert!(objects.used().unwrap().is_empty());
@@ -195,7 +195,7 @@ fn undefined_symbols_are_the_kernels_then_those_that_one_module_exports() {
     let mut both = modules();
     both.set(DATA + STEP + 0x500, b"\0pub\0own\0");
     with(&both, |kernel| {
-        let (exit, said) = refusal(Objects::new(kernel).undefined("pub"));
+        let (exit, said) = refusal(Objects::new(kernel, Vec::new()).undefined("pub"));
         assert_eq!(exit, ExitCode::NotApplicable);
         assert!(said.contains("several modules: second, first"), "{said}");
     });
@@ -213,7 +213,7 @@ fn places_that_the_kernel_rewrites_in_a_module_are_left_alone() {
         d.set(DATA + 160, &1u32.to_le_bytes());
         d.set(table, &distance(table, to));
         let found = with(&d, |kernel| {
-            let objects = Objects::new(kernel);
+            let objects = Objects::new(kernel, Vec::new());
             let owner = objects.owner(Some("first")).unwrap();
             site::examine(kernel, owner, "own", Gva(CODE[0] + OWN)).map_err(|e| e.to_string())
         });
@@ -235,7 +235,7 @@ fn places_that_the_kernel_rewrites_in_a_module_are_left_alone() {
     }
     d.set(table, &distance(table, site));
     with(&d, |kernel| {
-        let objects = Objects::new(kernel);
+        let objects = Objects::new(kernel, Vec::new());
         let owner = objects.owner(Some("first")).unwrap();
         let (exit, said) = refusal(site::examine(kernel, owner, "own", Gva(CODE[0] + OWN)));
         assert_eq!(exit, ExitCode::NotApplicable);
@@ -258,7 +258,8 @@ fn a_module_that_went_or_came_back_elsewhere_is_noticed() {
         functions: Vec::new(),
         text: (0, 0),
         text_sha256: String::new(),
-        modules: vec![ModuleAt {
+        module: 0,
+        objects: vec![ModuleAt {
             name: name.into(),
             at,
             base,
@@ -279,7 +280,7 @@ fn a_module_that_went_or_came_back_elsewhere_is_noticed() {
             assert!(gone(&moved).contains("was loaded again"), "{moved:?}");
         }
         // What is compared in the pause: state, name, place.
-        let there = record("first", DATA, CODE[0]).modules;
+        let there = record("first", DATA, CODE[0]).objects;
         let conditions = presence::conditions(kernel, &there).unwrap();
         let expected: Vec<(u64, Vec<u8>)> = vec![
             (DATA, vec![0; 4]),
@@ -309,7 +310,7 @@ fn payloads(d: &Data) -> Vec<u8> {
 }
 
 #[test]
-fn global_symbols_of_payloads_come_last_and_those_of_the_newest_first() {
+fn global_symbols_of_applied_payloads_come_last_the_newest_first() {
     let mut d = modules();
     for n in 0..2 {
         // Nothing is exported. `own` is global in both; `pub` is local to the first.
@@ -328,16 +329,27 @@ fn global_symbols_of_payloads_come_last_and_those_of_the_newest_first() {
     let memory = fixture.build();
     memory.map_bytes(arena::BASE, &payloads(&d), true, false);
     let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-    let objects = Objects::new(&kernel);
-    assert_eq!(objects.undefined("own").unwrap(), Some(Gva(CODE[1] + OWN)));
-    assert_eq!(objects.undefined("pub").unwrap(), None);
-    let used: Vec<_> = objects
-        .used()
-        .unwrap()
-        .iter()
-        .map(|m| m.name.clone())
-        .collect();
-    assert_eq!(used, ["second"]);
+    // What counts is who was applied last, not the order of the guest's list, in which those that are
+    // undone go on to stand.
+    let [first, second] = [arena::BASE, arena::BASE.plus(STEP)];
+    for (applied, name, found) in [
+        (vec![second, first], "own", Some((CODE[1] + OWN, "second"))),
+        (vec![first, second], "own", Some((CODE[0] + OWN, "first"))),
+        (vec![first], "own", Some((CODE[0] + OWN, "first"))),
+        (vec![second, first], "pub", None),
+        (vec![], "own", None),
+    ] {
+        let objects = Objects::new(&kernel, applied);
+        let at = objects.undefined(name).unwrap();
+        assert_eq!(at, found.map(|(at, _)| Gva(at)));
+        let used = objects.used().unwrap();
+        let used: Vec<&str> = used.iter().map(|m| m.name.as_str()).collect();
+        assert_eq!(
+            used,
+            found.map(|(_, who)| who).into_iter().collect::<Vec<_>>()
+        );
+    }
+    let objects = Objects::new(&kernel, Vec::new());
     // They are nothing that a payload may patch.
     let (exit, said) = refusal(objects.owner(Some("second")));
     assert_eq!(exit, ExitCode::NotApplicable, "{said}");
@@ -350,7 +362,7 @@ fn a_payload_for_a_module_that_is_not_loaded_is_refused_as_a_whole() {
     use crate::link::arena::Arena;
     use crate::patch::testelf::Spec;
     use crate::patch::Payload;
-    use crate::plan::{self, Readiness};
+    use crate::plan;
     let world = World::new(GuestType::Pvh);
     let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
     let prepare = |module: Option<&'static str>| {
@@ -370,13 +382,4 @@ fn a_payload_for_a_module_that_is_not_loaded_is_refused_as_a_whole() {
         said.contains("payload locus_test: module ext4 is not loaded"),
         "{said}"
     );
-    // Those that refer to no module have no conditions, and nothing that must stay.
-    let payload = Payload::parse("test.ko", &crate::patch::test_payload()).unwrap();
-    match plan::prepare(&kernel, &Arena::read(&kernel).unwrap(), &payload).unwrap() {
-        Readiness::Ready(ready) => {
-            assert!(ready.depends.is_empty() && ready.record.modules.is_empty());
-            assert_eq!(ready.plan.writes.len(), 1);
-        }
-        other => panic!("{other:?}"),
-    }
 }
