@@ -79,6 +79,16 @@ pub enum Error {
 }
 
 impl Error {
+    /// The same error, its message with `what` before it: for those that name no subject.
+    #[must_use]
+    pub fn within(self, what: &str) -> Error {
+        match self {
+            Error::NotApplicable(why) => Error::NotApplicable(format!("{what}: {why}")),
+            Error::TryAgain(why) => Error::TryAgain(format!("{what}: {why}")),
+            other => other,
+        }
+    }
+
     /// The exit code that tells a script what happened.
     #[must_use]
     pub fn exit_code(&self) -> ExitCode {

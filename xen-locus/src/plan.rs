@@ -9,8 +9,10 @@ use crate::link::arena::{self, Arena, Resident};
 use crate::link::image::{self, Image, Layout};
 use crate::link::module::enter::{self, Entering};
 use crate::link::module::{Entry, Place};
-use crate::link::record::{hex, Function, Record, State, SCHEMA};
-use crate::link::site;
+use crate::link::objects::{Objects, VMLINUX};
+use crate::link::presence;
+use crate::link::record::{hex, Function, ModuleAt, Record, State, SCHEMA};
+use crate::link::{fit, site};
 use crate::patch::Payload;
 use crate::quiesce::Watch;
 use sha2::{Digest, Sha256};
@@ -66,6 +68,9 @@ pub struct Prepared {
     pub superseded: Vec<Resident>,
     /// The change of text.
     pub plan: Plan,
+    /// Modules whose functions it replaces or whose symbols it uses, payloads applied before among
+    /// them: name and address of the `struct module`. None of them may go while it is applied.
+    pub depends: Vec<(String, Gva)>,
 }
 
 /// What `prepare` found.
@@ -140,7 +145,17 @@ pub fn prepare(
             stack.check_holds(kernel, patch)?;
         }
     }
-    let (mut functions, returns) = find_functions(kernel, payload, &stack, supersedes)?;
+    let objects = Objects::new(kernel, newest_first(&residents));
+    let (mut functions, returns) = find_functions(kernel, &objects, payload, &stack, supersedes)?;
+    let patched: Vec<ModuleAt> = objects
+        .used()?
+        .into_iter()
+        .map(|m| ModuleAt {
+            name: m.name.clone(),
+            at: m.addr.0,
+            base: m.base.0,
+        })
+        .collect();
     let mut record = Record {
         schema: SCHEMA,
         name: payload.name.clone(),
@@ -151,20 +166,27 @@ pub fn prepare(
         text: (u64::MAX, u64::MAX),
         text_sha256: hex(&[0; 32]),
         module: u64::MAX,
+        objects: patched,
     };
     for function in &mut record.functions {
         function.new = u64::MAX;
         (function.found, function.old_bytes) = ([u8::MAX; 5], [u8::MAX; 5]);
         function.new_bytes = [u8::MAX; 5];
     }
+    objects.look_up(payload)?;
+    let depends: Vec<(String, Gva)> = objects
+        .used()?
+        .into_iter()
+        .map(|m| (m.name.clone(), m.addr))
+        .collect();
     // The room for the record: as long as it can get once addresses are known, and whatever it lies
     // on, so that it fits its old pages when it is applied again.
-    let entry = Entry::of(payload, kernel, 0)?;
+    let entry = Entry::of(payload, kernel, depends.len())?;
     let layout = Layout::new(payload, to_json(&record)?.len(), entry.len())?;
     let link_at = |first| {
         let base = arena::page_address(first);
-        let mut image = image::link(payload, kernel, &layout, base, returns)?;
-        let entry = image::entry(&entry, payload, kernel, &layout, base)?;
+        let mut image = image::link(payload, &objects, &layout, base, returns)?;
+        let entry = image::entry(&entry, payload, kernel, &objects, &layout, base)?;
         image.put_entry(&layout, &entry)?;
         Ok::<_, Error>((image, entry))
     };
@@ -194,7 +216,8 @@ pub fn prepare(
     let entering = if entered {
         Entering::default()
     } else {
-        enter::enter(kernel, &mut entry, &[])?
+        let uses: Vec<Gva> = depends.iter().map(|(_, at)| *at).collect();
+        enter::enter(kernel, &mut entry, &uses)?
     };
     image.put_entry(&layout, &entry)?;
     let fresh = if entered {
@@ -223,7 +246,10 @@ pub fn prepare(
         .and_then(|at| image.bytes.get_mut(at..at + record_json.len()))
         .ok_or_else(|| Error::Failed("the record does not fit its room".into()))?;
     place.copy_from_slice(&record_json);
-    let (mut writes, mut watched) = (entering.writes, entering.watched);
+    // First of all: the modules must be there still.
+    let mut writes = presence::conditions(kernel, &record.objects)?;
+    let mut watched = entering.watched;
+    writes.extend(entering.writes);
     writes.extend(stack.writes(&record.functions, supersedes));
     watched.extend(stack.watched(&record.functions, supersedes));
     let plan = Plan {
@@ -243,6 +269,7 @@ pub fn prepare(
         fresh,
         superseded,
         plan,
+        depends,
     })))
 }
 
@@ -252,17 +279,19 @@ pub fn prepare(
 /// Another patch lies on it, or a redirect isn't as it was written.
 pub fn undo(kernel: &Kernel<'_>, stack: &Stack<'_>, resident: &Resident) -> Result<Plan> {
     stack.check_on_top(resident)?;
-    stack.check_holds(kernel, resident)?;
     let record = &resident.record;
-    let writes = record
-        .functions
-        .iter()
-        .map(|f| Write {
-            at: f.site,
-            expect: f.new_bytes.to_vec(),
-            new: f.old_bytes.to_vec(),
-        })
-        .collect();
+    if let Some(why) = presence::gone(kernel, record)? {
+        return Err(Error::Failed(format!(
+            "{why}: its redirects went with it, and nothing is written where they were"
+        )));
+    }
+    stack.check_holds(kernel, resident)?;
+    let mut writes = presence::conditions(kernel, &record.objects)?;
+    writes.extend(record.functions.iter().map(|f| Write {
+        at: f.site,
+        expect: f.new_bytes.to_vec(),
+        new: f.old_bytes.to_vec(),
+    }));
     Ok(Plan {
         patch: record.name.clone(),
         writes,
@@ -274,6 +303,14 @@ pub fn undo(kernel: &Kernel<'_>, stack: &Stack<'_>, resident: &Resident) -> Resu
 fn to_json(record: &Record) -> Result<Vec<u8>> {
     serde_json::to_vec(record)
         .map_err(|e| Error::Failed(format!("the payload's record can't be written: {e}")))
+}
+
+/// The `struct module` of each payload that is applied, the one applied last first.
+fn newest_first(residents: &[Resident]) -> Vec<Gva> {
+    let applied = residents.iter().filter(|r| r.slot.state == State::Applied);
+    let mut applied: Vec<&Resident> = applied.collect();
+    applied.sort_by_key(|r| std::cmp::Reverse((r.slot.applied_at, r.index)));
+    applied.iter().map(|r| Gva(r.record.module)).collect()
 }
 
 /// Whether the code and constants of `image`, less the record, stand in the arena already.
@@ -307,56 +344,38 @@ fn check_kernel(kernel: &Kernel<'_>, payload: &Payload) -> Result<()> {
             payload.name, kernel.release
         )));
     }
-    let btf = kernel.btf()?;
-    for (what, stride) in [
-        ("klp_object", payload.klp.object_stride),
-        ("klp_func", payload.klp.func_stride),
-    ] {
-        match btf.size_of(what) {
-            Ok(size) if size as u64 != stride => {
-                return Err(Error::NotApplicable(format!(
-                    "payload {}: struct {what} is {stride} bytes in it and {size} in the guest's \
-                     kernel",
-                    payload.name
-                )))
-            }
-            // A kernel built without livepatch has no such type, and nothing to disagree with.
-            _ => {}
-        }
-    }
-    Ok(())
+    fit::check_layout(kernel.btf()?, payload)
 }
 
 fn find_functions(
     kernel: &Kernel<'_>,
+    objects: &Objects<'_, '_>,
     payload: &Payload,
     stack: &Stack<'_>,
     supersedes: bool,
 ) -> Result<(Vec<Function>, Option<site::Returns>)> {
-    let no = |why: String| Error::NotApplicable(format!("payload {}: {why}", payload.name));
+    let subject = format!("payload {}", payload.name);
+    let no = |why: String| Error::NotApplicable(format!("{subject}: {why}"));
     let mut functions: Vec<Function> = Vec::new();
     let mut returns = None;
     for object in &payload.klp.objects {
-        if let Some(module) = &object.name {
-            return Err(no(format!(
-                "it patches module {module}: only functions of the kernel itself are supported yet"
-            )));
-        }
+        let name = object.name.as_deref();
+        let owner = objects.owner(name).map_err(|e| e.within(&subject))?;
         for func in &object.funcs {
-            let old = kernel
-                .function(&func.old_name, func.old_sympos)
-                .map_err(|e| no(format!("function {}: {e}", func.old_name)))?;
+            let old = objects
+                .symbol(name, &func.old_name, func.old_sympos)
+                .map_err(|e| e.within(&format!("{subject}: function {}", func.old_name)))?;
             if functions.iter().any(|f| f.old == old.0) {
                 return Err(no(format!("it replaces {} twice", func.old_name)));
             }
             let standing = stack.layers(old.0).map(Layers::standing);
-            let examined = site::examine(kernel, &func.old_name, old, standing.as_ref())?;
+            let examined = site::examine(kernel, owner, &func.old_name, old, standing.as_ref())?;
             let original = examined.site.old;
             let found = standing.map_or(original, |ours| ours.jump);
             returns = returns.or(examined.returns);
             functions.push(Function {
                 name: func.old_name.clone(),
-                object: "vmlinux".into(),
+                object: name.unwrap_or(VMLINUX).to_owned(),
                 old: old.0,
                 old_size: examined.range.len(),
                 new: 0,

@@ -10,6 +10,7 @@ use crate::domain::Domain;
 use crate::error::{Error, Result};
 use crate::kernel::Kernel;
 use crate::link::arena::Arena;
+use crate::link::presence;
 use crate::link::record::Function;
 use crate::patch::Payload;
 use crate::plan::{self, Mode, Stack};
@@ -23,7 +24,8 @@ const LOCKS: &str = "/run/xen-locus";
 pub struct Patch {
     /// Its name.
     pub name: String,
-    /// `applied`, or `drifted` when a redirect is not as it was written.
+    /// `applied`, `gone` when a module whose functions it replaces is not there any more, or
+    /// `drifted` when a redirect is not as it was written.
     pub state: &'static str,
     /// SHA-256 of its file.
     pub sha256: String,
@@ -92,9 +94,13 @@ pub fn patches(kernel: &Kernel<'_>) -> Result<Vec<Patch>> {
         });
         patches.push(Patch {
             name: record.name.clone(),
-            state: match stack.displaced(kernel, resident)? {
-                None => "applied",
-                Some(_) => "drifted",
+            state: if presence::gone(kernel, record)?.is_some() {
+                // where a module was there may be nothing, or anything
+                "gone"
+            } else if stack.displaced(kernel, resident)?.is_some() {
+                "drifted"
+            } else {
+                "applied"
             },
             sha256: record.sha256.clone(),
             applied_at: resident.slot.applied_at,

@@ -23,16 +23,27 @@ pub fn run(session: &Session, file: &Path) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::Done)
 }
 
+/// What is said of the patch's `replace`.
+fn replaces_all(replace: Option<bool>) -> &'static str {
+    match replace {
+        Some(true) => "yes: patches applied before it",
+        Some(false) => "",
+        None => "can't be told from the file",
+    }
+}
+
 fn table(summary: &Summary) {
     for (what, value) in [
         ("name", summary.name.as_str()),
         ("description", &summary.description),
+        ("format", summary.format),
         ("kernel", &summary.kernel_release),
         ("vermagic", &summary.vermagic),
         ("license", &summary.license),
         ("sha256", &summary.sha256),
         ("CVEs", &summary.cves.join(", ")),
         ("supersedes", &summary.supersedes.join(", ")),
+        ("replaces all", replaces_all(summary.replace)),
     ] {
         if !value.is_empty() {
             out::line(&format!("{what:<13} {value}"));

@@ -33,6 +33,7 @@ fn sample_record() -> Record {
         text: (page_address(1).0, 32),
         module: page_address(2).0 + 3072 + 64,
         text_sha256: "0".repeat(64),
+        objects: Vec::new(),
     }
 }
 

@@ -31,5 +31,10 @@ pub fn seeds() -> Vec<Vec<u8>> {
         homes: [".data", ".data.rel", ".data..ro_after_init"],
         ..Spec::default()
     };
-    vec![Spec::default().bytes(), named.bytes(), apart.bytes()]
+    vec![
+        Spec::default().bytes(),
+        named.bytes(),
+        apart.bytes(),
+        Spec::kpatch().build(),
+    ]
 }

@@ -92,8 +92,23 @@ pub struct Module {
     pub taints: String,
     /// Build-id of its file.
     pub build_id: Option<Vec<u8>>,
+    /// Tables of the places in it that the kernel rewrites while it runs.
+    pub rewritten: Vec<Rewritten>,
     kallsyms: Gva,
     exports: (Gva, u64),
+    gpl_exports: Option<(Gva, u64)>,
+}
+
+/// A table of places in text that the kernel rewrites while it runs. Each entry begins with the
+/// place's distance from the entry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rewritten {
+    /// What stands at the places, in words.
+    pub what: &'static str,
+    /// The table.
+    pub table: Range,
+    /// Size of an entry, in bytes.
+    pub entry: usize,
 }
 
 /// Reads modules; what it read of page tables is only good for a moment.
@@ -254,6 +269,17 @@ impl<'k, 'm> Reader<'k, 'm> {
             (None, Some(notes)) => self.build_id(notes, Gva(word(notes.attrs)?))?,
             (found, _) => found,
         };
+        let table = |&(what, at, count, entry): &(&'static str, usize, usize, usize)| {
+            let len = u64::from(half(count)?).saturating_mul(entry as u64);
+            let table = Range::new(Gva(word(at)?), len);
+            Ok(Rewritten { what, table, entry })
+        };
+        let rewritten = layout.rewritten.iter().map(table);
+        let rewritten = rewritten.collect::<Result<Vec<_>, Error>>()?;
+        let gpl_exports = match layout.gpl_syms {
+            Some((at, count)) => Some((Gva(word(at)?), half(count)?.into())),
+            None => None,
+        };
         Ok(Some(Module {
             addr,
             name,
@@ -268,7 +294,30 @@ impl<'k, 'm> Reader<'k, 'm> {
             build_id,
             kallsyms: Gva(word(layout.kallsyms)?),
             exports: (Gva(word(layout.syms)?), half(layout.num_syms)?.into()),
+            gpl_exports,
+            rewritten,
         }))
+    }
+
+    /// Bytes of the `struct module` of a live module that change before it goes, or if another takes
+    /// its place: its state, its name, and where its text begins. Each is at most 64 bytes.
+    #[must_use]
+    pub fn identity(&self, module: &Module) -> Vec<(Gva, Vec<u8>)> {
+        let layout = &self.layout;
+        let base = match &layout.parts {
+            Parts::Layouts(all) => all.first().map(|&(_, base, _)| base),
+            Parts::Memory { at, base, .. } => Some(at + base),
+        };
+        let mut name = module.name.as_bytes().to_vec();
+        name.push(0);
+        name.truncate(layout.name_len.min(64));
+        let place = |offset: usize| module.addr.plus(offset as u64);
+        let mut all = vec![
+            (place(layout.state), layout.live().to_le_bytes().to_vec()),
+            (place(layout.name), name),
+        ];
+        all.extend(base.map(|base| (place(base), module.base.0.to_le_bytes().to_vec())));
+        all
     }
 
     fn name(&self, module: Gva) -> Result<String, Error> {

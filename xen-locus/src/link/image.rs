@@ -5,18 +5,14 @@
 
 use super::arena::Rights;
 use super::module::{Built, Entry, JumpSite, Place};
+use super::objects::Objects;
+use super::reloc::{self, R_X86_64_NONE};
 use super::site::Returns;
 use crate::addr::{Gva, Range, PAGE_LEN, PAGE_SIZE};
 use crate::error::{Error, Result};
 use crate::kernel::Kernel;
-use crate::patch::{Payload, Reloc, Role, Section, SymSection, Symbol};
+use crate::patch::{Binding, Payload, Reloc, Role, Section, SymSection, Symbol};
 
-const R_X86_64_64: u32 = 1;
-const R_X86_64_PC32: u32 = 2;
-const R_X86_64_PLT32: u32 = 4;
-const R_X86_64_32: u32 = 10;
-const R_X86_64_32S: u32 = 11;
-const R_X86_64_PC64: u32 = 24;
 /// The five-byte nop in place of a call of `__fentry__`.
 const FENTRY_NOP: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
 
@@ -194,14 +190,14 @@ impl Layout {
 /// an unknown type or out of range, a reference into a part that is never placed.
 pub fn link(
     payload: &Payload,
-    kernel: &Kernel<'_>,
+    objects: &Objects<'_, '_>,
     layout: &Layout,
     base: Gva,
     returns: Option<Returns>,
 ) -> Result<Image> {
     let mut linker = Linker {
         payload,
-        kernel,
+        objects,
         layout,
         base,
         bytes: vec![0; layout.rights.len() * PAGE_LEN],
@@ -252,12 +248,13 @@ pub fn entry(
     entry: &Entry<'_>,
     payload: &Payload,
     kernel: &Kernel<'_>,
+    objects: &Objects<'_, '_>,
     layout: &Layout,
     base: Gva,
 ) -> Result<Built> {
     let linker = Linker {
         payload,
-        kernel,
+        objects,
         layout,
         base,
         bytes: Vec::new(),
@@ -272,17 +269,37 @@ pub fn entry(
     )
 }
 
-struct Linker<'a, 'm> {
+struct Linker<'a, 'k, 'm> {
     payload: &'a Payload,
-    kernel: &'a Kernel<'m>,
+    objects: &'a Objects<'k, 'm>,
     layout: &'a Layout,
     base: Gva,
     bytes: Vec<u8>,
 }
 
-impl Linker<'_, '_> {
+impl Linker<'_, '_, '_> {
     fn no(&self, why: String) -> Error {
         Error::NotApplicable(format!("payload {}: {why}", self.payload.name))
+    }
+
+    fn nobody_has(&self, symbol: &str) -> String {
+        let depends = &self.payload.modinfo.depends;
+        let hint = if depends.is_empty() {
+            String::new()
+        } else {
+            format!(
+                "; the payload says that it depends on {}: load that in the guest",
+                depends.join(", ")
+            )
+        };
+        format!(
+            "the guest's kernel has no symbol {symbol}, and no module that is loaded exports it{hint}"
+        )
+    }
+
+    /// The same error, with the payload's name.
+    fn of(&self, error: Error) -> Error {
+        error.within(&format!("payload {}", self.payload.name))
     }
 
     fn copy(&mut self, section: &Section) -> Result<()> {
@@ -306,11 +323,13 @@ impl Linker<'_, '_> {
                 return Err(self.no(format!("relocation against symbol {}", reloc.symbol)));
             };
             // The pointer to the module itself has no meaning outside of the module loader.
-            if section.index == self.payload.klp.section && reloc.offset == self.payload.klp.offset
-            {
+            if self.payload.klp.place == Some((section.index, reloc.offset)) {
                 continue;
             }
             if symbol.name == "__fentry__" && self.fentry(section, reloc.offset)? {
+                continue;
+            }
+            if reloc.rtype == R_X86_64_NONE {
                 continue;
             }
             let target = self.address(symbol, section, reloc.offset)?;
@@ -402,20 +421,21 @@ impl Linker<'_, '_> {
             },
             SymSection::Absolute => Ok(Gva(symbol.value)),
             SymSection::Livepatch => match &symbol.klp {
-                Some(klp) if klp.object == "vmlinux" => self
-                    .kernel
-                    .function(&klp.symbol, klp.sympos)
-                    .map_err(|e| self.no(e.to_string())),
-                Some(klp) => Err(self.no(format!(
-                    "symbol {} of module {}: symbols of modules are not supported yet",
-                    klp.symbol, klp.object
-                ))),
+                Some(klp) => self
+                    .objects
+                    .reference(Some(&klp.object), &klp.symbol, klp.sympos)
+                    .map_err(|e| self.of(e)),
                 None => Err(self.no(format!("symbol {} is no .klp.sym", symbol.name))),
             },
-            SymSection::Undefined => self
-                .kernel
-                .function(&symbol.name, 0)
-                .map_err(|e| self.no(e.to_string())),
+            SymSection::Undefined => {
+                let found = self.objects.undefined(&symbol.name);
+                match found.map_err(|e| self.of(e))? {
+                    Some(at) => Ok(at),
+                    // As the kernel's loader has it (simplify_symbols, kernel/module/main.c).
+                    None if symbol.binding == Binding::Weak => Ok(Gva(0)),
+                    None => Err(self.no(self.nobody_has(&symbol.name))),
+                }
+            }
             _ => Err(self.no(format!("symbol {} has no place", symbol.name))),
         }
     }
@@ -431,49 +451,40 @@ impl Linker<'_, '_> {
             .layout
             .offset(section.index)
             .map_or(self.base, |start| self.base.plus(start).plus(reloc.offset));
-        let value = target.0.wrapping_add_signed(reloc.addend);
-        let Some((bytes, len)) = encode(reloc.rtype, value, place) else {
+        let (bytes, len) =
+            reloc::value(reloc.rtype, target, reloc.addend, place).map_err(|why| {
+                self.no(format!(
+                    "{}+{:#x}, {}: {why}",
+                    section.name, reloc.offset, symbol.name
+                ))
+            })?;
+        let room = self.slice(section, reloc.offset, len)?;
+        let before = room.to_vec();
+        room.copy_from_slice(bytes.get(..len).unwrap_or_default());
+        if before.iter().any(|&b| b != 0) {
             return Err(self.no(format!(
-                "{}+{:#x}: {} at {target} is out of reach of a relocation of type {} from {place}, \
-                 or the type is not supported",
-                section.name, reloc.offset, symbol.name, reloc.rtype
+                "{}+{:#x}, {}: expected zeroes where a relocation goes, found {before:02x?}: it \
+                 is relocated already, or damaged",
+                section.name, reloc.offset, symbol.name
             )));
-        };
-        self.slice(section, reloc.offset, len)?
-            .copy_from_slice(bytes.get(..len).unwrap_or_default());
+        }
         Ok(())
     }
-}
-
-/// The bytes of a relocation and how many of them count; `None` when `value` is out of reach of
-/// `place`, or the type is none of those that kernel modules use.
-pub(super) fn encode(rtype: u32, value: u64, place: Gva) -> Option<([u8; 8], usize)> {
-    let relative = value.wrapping_sub(place.0);
-    Some(match rtype {
-        R_X86_64_64 => (value.to_le_bytes(), 8),
-        R_X86_64_PC64 => (relative.to_le_bytes(), 8),
-        R_X86_64_PC32 | R_X86_64_PLT32 => (signed32(relative)?, 4),
-        R_X86_64_32S => (signed32(value)?, 4),
-        R_X86_64_32 => (u32::try_from(value).ok().map(|_| value.to_le_bytes())?, 4),
-        _ => return None,
-    })
-}
-
-/// The low half of `value` if it is the sign-extension of it.
-fn signed32(value: u64) -> Option<[u8; 8]> {
-    i32::try_from(value.cast_signed())
-        .ok()
-        .map(|_| value.to_le_bytes())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::kernel::fixture::{vcpus, Fixture, KIND, TEXT};
+    use crate::kernel::Kernel;
     use crate::link::arena;
-    use crate::patch::{Binding, Klp, Modinfo, SectionFlags, SymKind};
+    use crate::link::reloc::{
+        R_X86_64_32, R_X86_64_32S, R_X86_64_64, R_X86_64_PC32, R_X86_64_PC64, R_X86_64_PLT32,
+    };
+    use crate::patch::{Klp, Modinfo, SectionFlags, SymKind};
 
     const OUTSIDE: u64 = TEXT.0 + 0x2000;
+    const PERCPU: u64 = 0x1_f010;
 
     fn section(index: usize, role: Role, data: &[u8], relocs: Vec<Reloc>) -> Section {
         Section {
@@ -520,6 +531,10 @@ mod tests {
         fixture.function(OUTSIDE, "outside", &[0xc3]);
         fixture.function(OUTSIDE + 16, "__fentry__", &[0xc3]);
         fixture.function(OUTSIDE + 32, "__x86_return_thunk", &[0xc3]);
+        // A per-CPU variable: an absolute symbol, an offset into each CPU's area.
+        fixture
+            .symbols
+            .push((PERCPU, 'A', "cpu_counter".to_owned()));
         let memory = fixture.build();
         let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
         let payload = Payload {
@@ -541,15 +556,19 @@ mod tests {
                 symbol(4, "__fentry__", SymSection::Undefined, 0),
                 symbol(5, "__x86_return_thunk", SymSection::Undefined, 0),
                 symbol(6, "nowhere", SymSection::Undefined, 0),
+                Symbol {
+                    binding: Binding::Weak,
+                    ..symbol(7, "nowhere_weak", SymSection::Undefined, 0)
+                },
+                symbol(8, "cpu_counter", SymSection::Undefined, 0),
             ],
             klp: Klp {
-                section: 2,
-                offset: 0,
+                place: Some((2, 0)),
                 size: None,
                 replace: Some(false),
                 states: false,
-                object_stride: 0,
-                func_stride: 0,
+                object_stride: None,
+                func_stride: None,
                 objects: vec![],
             },
             build_id: None,
@@ -557,7 +576,8 @@ mod tests {
         let layout = Layout::new(&payload, 100, (100, 100))?;
         let rights = [Rights::Text, Rights::RoData, Rights::Data, Rights::Data];
         assert_eq!(layout.rights, rights);
-        link(&payload, &kernel, &layout, arena::BASE, returns).map(|image| image.bytes)
+        let objects = Objects::new(&kernel, Vec::new());
+        link(&payload, &objects, &layout, arena::BASE, returns).map(|image| image.bytes)
     }
 
     #[test]
@@ -576,8 +596,22 @@ mod tests {
             ),
             (R_X86_64_PLT32, 2, 0, 4, own.wrapping_sub(at(8))),
             (R_X86_64_32S, 2, 1, 4, own + 1),
+            // `nowhere_weak` is 0, and so is the distance of nothing.
+            (R_X86_64_64, 7, 0, 8, 0),
+            (0, 6, 0, 0, 0),
+            // `incq %gs:cpu_counter`, absolute and relative.
+            (R_X86_64_32S, 8, 0, 4, PERCPU),
+            (
+                R_X86_64_PC32,
+                8,
+                -4,
+                4,
+                PERCPU.wrapping_sub(4).wrapping_sub(at(8)),
+            ),
         ] {
-            let image = linked(&[0x90; 32], vec![reloc(8, rtype, symbol, addend)], None).unwrap();
+            let mut code = [0x90; 32];
+            code[8..8 + len].fill(0);
+            let image = linked(&code, vec![reloc(8, rtype, symbol, addend)], None).unwrap();
             assert_eq!(
                 image[8..8 + len],
                 value.to_le_bytes()[..len],
@@ -592,13 +626,16 @@ mod tests {
     fn what_cannot_be_relocated_is_refused_by_name() {
         for (r, why) in [
             (reloc(0, R_X86_64_32, 1, 0), "out of reach"),
-            (reloc(0, 9, 1, 0), "type 9"),
+            (reloc(0, 9, 1, 0), "R_X86_64_GOTPCREL (9)"),
+            (reloc(8, R_X86_64_64, 1, 0), "expected zeroes where"),
             (reloc(0, R_X86_64_64, 3, 0), "never placed"),
-            (reloc(0, R_X86_64_64, 6, 0), "no symbol nowhere"),
+            (reloc(0, R_X86_64_64, 6, 0), "no symbol nowhere,"),
             (reloc(30, R_X86_64_64, 1, 0), "leaves it"),
             (reloc(0, R_X86_64_64, 77, 0), "symbol 77"),
         ] {
-            let error = linked(&[0x90; 32], vec![r], None).unwrap_err();
+            let mut code = [0; 32];
+            code[11] = 1;
+            let error = linked(&code, vec![r], None).unwrap_err();
             assert!(
                 error.to_string().contains(why),
                 "{error} does not say {why}"
@@ -608,7 +645,7 @@ mod tests {
 
     #[test]
     fn calls_of_fentry_become_nops_and_returns_follow_the_kernel() {
-        let mut code = [0x90; 32];
+        let mut code = [0; 32];
         code[0] = 0xe8;
         code[16] = 0xe9;
         let relocs = || {

@@ -3,7 +3,12 @@
 //! nothing in the guest refers to yet.
 
 pub mod arena;
+pub mod fit;
+pub mod holder;
 pub mod image;
 pub mod module;
+pub mod objects;
+pub mod presence;
 pub mod record;
+pub mod reloc;
 pub mod site;

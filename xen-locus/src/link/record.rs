@@ -226,6 +226,20 @@ pub struct Record {
     pub text_sha256: String,
     /// Address of its `struct module`.
     pub module: u64,
+    /// Modules whose functions it replaces.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub objects: Vec<ModuleAt>,
+}
+
+/// Where a module was when its functions were replaced.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModuleAt {
+    /// Its name.
+    pub name: String,
+    /// Address of its `struct module`.
+    pub at: u64,
+    /// Address of its text.
+    pub base: u64,
 }
 
 impl Record {

@@ -9,6 +9,8 @@ use crate::addr::{Gva, Range};
 use crate::error::{Error, Result};
 use crate::guest::fetch;
 use crate::kernel::Kernel;
+use crate::link::holder;
+use crate::link::objects::Owner;
 
 /// Length of the redirect, `jmp rel32`, in bytes.
 pub const JUMP: usize = 5;
@@ -63,8 +65,8 @@ pub struct Standing<'r> {
     pub original: [u8; JUMP],
 }
 
-/// Reads and checks the function `name` at `entry`, in which a patch of ours stands or none. The
-/// site's `old` bytes are the kernel's own in either case.
+/// Reads and checks the function `name` at `entry`, which belongs to `owner`, and in which a patch of
+/// ours stands or none. The site's `old` bytes are the kernel's own in either case.
 ///
 /// # Errors
 /// [`Error::NotApplicable`] or, for what passes, [`Error::TryAgain`]: it has no ftrace nop, no room,
@@ -72,19 +74,21 @@ pub struct Standing<'r> {
 /// [`Error::Failed`]: the redirect that should stand there doesn't.
 pub fn examine(
     kernel: &Kernel<'_>,
+    owner: Owner<'_>,
     name: &str,
     entry: Gva,
     standing: Option<&Standing<'_>>,
 ) -> Result<Function> {
-    let room = kernel.symbols.room(entry).unwrap_or(0);
+    let room = owner.room(kernel, entry);
     let no = |why: String| Error::NotApplicable(format!("function {name} at {entry}: {why}"));
-    let executable = kernel
-        .regions
-        .iter()
-        .any(|r| r.executable && !r.writable && r.range.contains(entry));
-    if !executable {
+    if let Some(why) = holder::section(kernel, entry) {
+        return Err(no(why));
+    }
+    if !owner.executable(kernel, entry)? {
         return Err(no(
-            "it is not in the kernel's text: __init code that is gone, or data".into(),
+            "expected code there, found a page that may not be executed: data, or code of \
+             module_init that is gone"
+                .into(),
         ));
     }
     if room > FUNCTION_MAX {
@@ -95,16 +99,27 @@ pub fn examine(
     let mut code = kernel
         .space
         .read_vec(entry, usize::try_from(room).unwrap_or(0))?;
-    let offset = fentry_end(&code).map_err(|found| match found {
-        Head::Call => Error::TryAgain(format!(
-            "function {name} at {entry} is traced, kprobed or livepatched by the guest itself right \
-             now (its ftrace site holds a call); stop that and try again"
-        )),
-        Head::Unknown(bytes) => no(format!(
-            "expected ftrace's five-byte nop at its entry, found {bytes}: it can't be traced \
-             (notrace, assembly), so it can't be redirected"
-        )),
-    })?;
+    if let Some(at) = holder::kprobe(kernel, Range::new(entry, room))? {
+        return Err(Error::TryAgain(format!(
+            "function {name} at {entry}: a kprobe of the guest's own stands at {at}; remove it and \
+             try again"
+        )));
+    }
+    let offset = match fentry_end(&code, entry) {
+        Ok(offset) => offset,
+        Err(Head::Call(target)) => {
+            let who = holder::caller(kernel, entry, target)?;
+            return Err(Error::TryAgain(format!(
+                "function {name} at {entry} is {who} right now; stop that and try again"
+            )));
+        }
+        Err(Head::Unknown(bytes)) => {
+            return Err(no(format!(
+                "expected ftrace's five-byte nop at its entry, found {bytes}: it can't be traced \
+                 (notrace, assembly), so it can't be redirected"
+            )))
+        }
+    };
     let too_short = || no(format!("no room for a redirect: it is {room} bytes long"));
     let at = entry.plus(offset as u64);
     if let Some(ours) = standing {
@@ -116,7 +131,7 @@ pub fn examine(
     }
     let old: [u8; JUMP] = fetch::array(&code, offset).ok_or_else(too_short)?;
     check_bytes(kernel, &code, entry, offset).map_err(no)?;
-    if let Some(what) = patched_at_run_time(kernel, Range::new(at, JUMP as u64))? {
+    if let Some(what) = patched_at_run_time(kernel, owner, Range::new(at, JUMP as u64))? {
         return Err(no(format!(
             "the kernel itself rewrites the bytes at {at} ({what})"
         )));
@@ -137,12 +152,13 @@ pub fn displaced(function: &str, at: Gva, patch: &str) -> Error {
 }
 
 enum Head {
-    Call,
+    /// A call to there.
+    Call(Gva),
     Unknown(String),
 }
 
 /// Offset of the first byte behind the ftrace nop.
-fn fentry_end(code: &[u8]) -> std::result::Result<usize, Head> {
+fn fentry_end(code: &[u8], entry: Gva) -> std::result::Result<usize, Head> {
     let start = if code.starts_with(&ENDBR64) {
         ENDBR64.len()
     } else {
@@ -152,8 +168,10 @@ fn fentry_end(code: &[u8]) -> std::result::Result<usize, Head> {
     if NOPS.iter().any(|nop| head.starts_with(nop)) {
         return Ok(start + 5);
     }
-    if head.first() == Some(&0xe8) {
-        return Err(Head::Call);
+    if let (Some(0xe8), Some(distance)) = (head.first(), fetch::u32(head, 1)) {
+        let next = entry.plus(start as u64 + 5);
+        let target = next.0.wrapping_add_signed(distance.cast_signed().into());
+        return Err(Head::Call(Gva(target)));
     }
     let shown: Vec<String> = code.iter().take(16).map(|b| format!("{b:02x}")).collect();
     Err(Head::Unknown(shown.join(" ")))
@@ -222,41 +240,25 @@ fn check_bytes(
     Ok(())
 }
 
-/// Tables of places in its text that the kernel rewrites while it runs: name, start, stop, size of
-/// an entry; each entry begins with the place's offset from itself.
-const LIVE_TABLES: [(&str, &str, &str, usize); 3] = [
-    (
-        "jump label",
-        "__start___jump_table",
-        "__stop___jump_table",
-        16,
-    ),
-    (
-        "static call",
-        "__start_static_call_sites",
-        "__stop_static_call_sites",
-        8,
-    ),
-    ("lock prefix", "__smp_locks", "__smp_locks_end", 4),
-];
+/// Longest table of such places read, in bytes.
+const TABLE_MAX: u64 = 4 << 20;
 
-fn patched_at_run_time(kernel: &Kernel<'_>, bytes: Range) -> Result<Option<&'static str>> {
-    for (what, start, stop, size) in LIVE_TABLES {
-        let (Some(start), Some(stop)) = (kernel.symbols.addr(start), kernel.symbols.addr(stop))
-        else {
-            continue;
-        };
-        let len = stop.0.saturating_sub(start.0).min(4 << 20);
-        let table = kernel
-            .space
-            .read_vec(start, usize::try_from(len).unwrap_or(0))?;
-        for (i, entry) in table.chunks_exact(size).enumerate() {
-            let here = start.plus((i * size) as u64);
+/// What the kernel rewrites, while it runs, in `bytes` of `owner`.
+fn patched_at_run_time(
+    kernel: &Kernel<'_>,
+    owner: Owner<'_>,
+    bytes: Range,
+) -> Result<Option<&'static str>> {
+    for live in owner.rewritten(kernel)? {
+        let len = usize::try_from(live.table.len().min(TABLE_MAX)).unwrap_or(0);
+        let table = kernel.space.read_vec(live.table.start, len)?;
+        for (i, entry) in table.chunks_exact(live.entry.max(1)).enumerate() {
+            let here = live.table.start.plus((i * live.entry) as u64);
             let offset = fetch::u32(entry, 0).unwrap_or(0).cast_signed();
             let place = Gva(here.0.wrapping_add_signed(offset.into()));
             // A place is at most five bytes long.
             if place < bytes.end && place.plus(5) > bytes.start {
-                return Ok(Some(what));
+                return Ok(Some(live.what));
             }
         }
     }
@@ -316,7 +318,7 @@ mod tests {
         fixture.function(AT + code.len() as u64, "next", &[0xc3]);
         let memory = fixture.build();
         let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-        examine(&kernel, "victim", Gva(AT), standing)
+        examine(&kernel, Owner::Kernel, "victim", Gva(AT), standing)
     }
 
     fn refusal(code: &[u8]) -> (ExitCode, String) {

@@ -142,15 +142,12 @@ pub enum PayloadErrorKind {
         /// Section and offset of the second.
         second: String,
     },
-    /// Built by kpatch-build, whose patch structures are made at load time.
+    /// Built by kpatch-build for kpatch's own module.
     #[error(
-        "kpatch-format payload: not supported yet (section {section}); \
-         build a module with a static struct klp_patch"
+        "made for kpatch's own module kpatch.ko, not for livepatch (section .kpatch.dynrelas); \
+         build it with kpatch-build for a kernel with CONFIG_LIVEPATCH"
     )]
-    Kpatch {
-        /// The section that gave it away.
-        section: String,
-    },
+    KpatchCore,
     /// A klp structure was found, but can't be right.
     #[error("bad {structure} at {place}: {problem}")]
     Klp {

@@ -29,9 +29,9 @@ use super::MAX_NAME;
 /// Most structures that are looked at closely as a possible `struct klp_patch`.
 const MAX_LIKELY: u64 = 64;
 /// Most objects in a patch.
-const MAX_OBJECTS: u64 = 1024;
+pub(super) const MAX_OBJECTS: u64 = 1024;
 /// Most functions in a patch, over all objects.
-const MAX_FUNCS: u64 = 16384;
+pub(super) const MAX_FUNCS: u64 = 16384;
 /// Largest structure of the three; in Linux 6.1 they have 200, 168 and 152 bytes.
 const MAX_STRUCT: u64 = 4096;
 /// Fields of `struct klp_object` that a patch author fills end here: name, funcs, 4 callbacks.
@@ -42,10 +42,9 @@ const FUNC_EXTERNAL: u64 = 24;
 /// A payload's `struct klp_patch`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Klp {
-    /// The section that holds it.
-    pub section: usize,
-    /// Its place in that section.
-    pub offset: u64,
+    /// The section that holds it, and its place there; `None` in a module made by kpatch-build,
+    /// which makes it when it is loaded from inside.
+    pub place: Option<(usize, u64)>,
     /// Its size, if a symbol tells.
     pub size: Option<u64>,
     /// Its `replace` field; `None` if the file alone can't tell: if it is among fields that this
@@ -53,10 +52,10 @@ pub struct Klp {
     pub replace: Option<bool>,
     /// True if it has `states`.
     pub states: bool,
-    /// `sizeof(struct klp_object)` as inferred.
-    pub object_stride: u64,
-    /// `sizeof(struct klp_func)` as inferred.
-    pub func_stride: u64,
+    /// `sizeof(struct klp_object)` as inferred; `None` where there is no such array.
+    pub object_stride: Option<u64>,
+    /// `sizeof(struct klp_func)` as inferred; `None` where there is no such array.
+    pub func_stride: Option<u64>,
     /// What it patches.
     pub objects: Vec<KlpObject>,
 }
@@ -113,9 +112,13 @@ pub(super) fn find(sections: &[Section], symbols: &[Symbol], module: &str) -> Re
             )?;
             match (patch_at(&view, section, reloc.offset, &objs), &good) {
                 (Ok(second), Some(first)) => {
+                    let place = |klp: &Klp| {
+                        let (section, offset) = klp.place.unwrap_or_default();
+                        view.place(section, offset)
+                    };
                     return Err(PayloadErrorKind::AmbiguousKlpPatch {
-                        first: view.place(first.section, first.offset),
-                        second: view.place(second.section, second.offset),
+                        first: place(first),
+                        second: place(&second),
                     });
                 }
                 (Ok(klp), None) => good = Some(klp),
@@ -182,13 +185,12 @@ fn patch_at(view: &View, section: &Section, offset: u64, objs: &Pointee) -> Resu
         return klp_fault(view, what, here, "it has no functions".into());
     };
     Ok(Klp {
-        section: section.index,
-        offset,
+        place: Some(here),
         size,
         replace,
         states,
-        object_stride: stride,
-        func_stride,
+        object_stride: Some(stride),
+        func_stride: Some(func_stride),
         objects: found,
     })
 }

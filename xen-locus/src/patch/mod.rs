@@ -8,6 +8,7 @@
 //!      -> symbol   symbols, livepatch symbols too
 //!      -> modinfo  name, kernel, license, is it a livepatch?
 //!      -> klp      struct klp_patch and what hangs off it (deref: pointers through relocations)
+//!      or kpatch   the tables that kpatch-build writes in its place
 //!      -> Payload, and of it a Summary for people
 //! ```
 //!
@@ -26,6 +27,7 @@ mod elf;
 mod error;
 mod ident;
 mod klp;
+mod kpatch;
 mod modinfo;
 mod role;
 mod summary;
@@ -188,11 +190,7 @@ fn read_payload(bytes: &[u8], stem: Option<&str>) -> error::Result<Payload> {
         _ => return Err(PayloadErrorKind::modinfo("there are several such sections")),
     };
     let name = module_name(&modinfo, &sections, stem)?;
-    if let Some(section) = sections.iter().find(|s| s.name.starts_with(".kpatch.")) {
-        return Err(PayloadErrorKind::Kpatch {
-            section: section.name.clone(),
-        });
-    }
+    let kpatch = kpatch::find(&sections, &symbols)?;
     if !modinfo.livepatch {
         let found = if symbols.iter().any(|s| s.name == "klp_enable_patch") {
             "calls klp_enable_patch but has no livepatch entry in .modinfo"
@@ -211,7 +209,10 @@ fn read_payload(bytes: &[u8], stem: Option<&str>) -> error::Result<Payload> {
             found,
         });
     }
-    let klp = klp::find(&sections, &symbols, &name)?;
+    let klp = match kpatch {
+        Some(klp) => klp,
+        None => klp::find(&sections, &symbols, &name)?,
+    };
     Ok(Payload {
         name,
         sha256: Sha256::digest(bytes).into(),

@@ -218,7 +218,7 @@ pub(super) fn classify(name: &str, flags: SectionFlags, nobits: bool) -> Role {
     if !flags.alloc {
         return Role::NonAlloc;
     }
-    if let Some(role) = classify_known(name) {
+    if let Some(role) = classify_known(name, flags) {
         return role;
     }
     match flags {
@@ -258,7 +258,7 @@ fn is_variables(name: &str) -> bool {
 }
 
 /// Sections that the kernel treats by name alone.
-fn classify_known(name: &str) -> Option<Role> {
+fn classify_known(name: &str, flags: SectionFlags) -> Option<Role> {
     Some(match name {
         "__mcount_loc" | "__patchable_function_entries" => Role::Mcount,
         ".return_sites" => Role::ReturnSites,
@@ -292,6 +292,10 @@ fn classify_known(name: &str) -> Option<Role> {
         n if family(n, ".data..percpu") => Role::Percpu,
         n if family(n, ".init_array") => Role::Constructors,
         n if n.starts_with(".klp.arch.") => Role::KlpArch,
+        // The tables of kpatch-build; code that it adds to the module refers to them.
+        n if family(n, ".kpatch") && flags.exec => Role::Unknown,
+        n if family(n, ".kpatch") && flags.write => Role::Data,
+        n if family(n, ".kpatch") => Role::RoData,
         n if family(n, ".init.text") || family(n, ".meminit.text") => Role::InitText,
         n if [".init.data", ".init.rodata", ".init.bss", ".init.setup"]
             .iter()
@@ -350,6 +354,9 @@ mod tests {
             (".debug_info", SectionFlags::default(), Role::NonAlloc),
             (".comment", SectionFlags::default(), Role::NonAlloc),
             (".modinfo", SectionFlags::default(), Role::Modinfo),
+            (".kpatch.funcs", CONST, Role::RoData),
+            (".kpatch.callbacks.pre_patch", VARS, Role::Data),
+            (".kpatch.strings", CODE, Role::Unknown),
         ];
         for (name, flags, role) in cases {
             assert_eq!(classify(name, flags, false), role, "{name}");

@@ -32,6 +32,9 @@ pub struct Summary {
     pub vermagic: String,
     /// The release alone.
     pub kernel_release: String,
+    /// Where its functions are listed: `livepatch` (a `struct klp_patch`) or `kpatch` (the tables of
+    /// kpatch-build).
+    pub format: &'static str,
     /// SHA-256 of the file, in hex.
     pub sha256: String,
     /// Length of the file in bytes.
@@ -110,6 +113,10 @@ impl Payload {
             license: self.modinfo.license.clone().unwrap_or_default(),
             vermagic: self.modinfo.vermagic.clone(),
             kernel_release: self.modinfo.kernel_release().to_owned(),
+            format: match self.klp.place {
+                Some(_) => "livepatch",
+                None => "kpatch",
+            },
             sha256: hex(&self.sha256),
             file_len: self.file_len,
             build_id: self.build_id.as_deref().map(hex),
@@ -191,7 +198,11 @@ impl Payload {
     /// What `module_init` refers to beyond what enabling the patch takes.
     ///
     /// Work that it does for the new functions would be missing when applied from outside.
+    /// That of a module made by kpatch-build is kpatch's own and does nothing else.
     fn init_extras(&self) -> Vec<String> {
+        let Some((klp_section, _)) = self.klp.place else {
+            return Vec::new();
+        };
         let init = self
             .symbols
             .iter()
@@ -207,7 +218,7 @@ impl Payload {
             .filter_map(|reloc| self.symbol(reloc.symbol))
             .filter(|symbol| match symbol.section {
                 SymSection::Section(index) => {
-                    index != self.klp.section
+                    index != klp_section
                         && self.section(index).is_none_or(|s| s.role != Role::RoData)
                 }
                 _ => !ENABLING.contains(&symbol.name.as_str()),

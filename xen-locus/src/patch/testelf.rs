@@ -151,6 +151,11 @@ impl TestElf {
         }
     }
 
+    pub fn resize_symbol(&mut self, name: &str, size: u64) {
+        let named = self.symbols.iter_mut().filter(|s| s.name == name);
+        named.for_each(|s| s.size = size);
+    }
+
     pub fn drop_sizes(&mut self) {
         self.symbols.iter_mut().for_each(|s| s.size = 0);
     }
@@ -360,7 +365,10 @@ impl Spec {
             ".note.gnu.build-id",
             b"\x04\0\0\0\x04\0\0\0\x03\0\0\0GNU\0\xaa\xbb\xcc\xdd",
         );
-        let text = elf.section(".text", CODE, &[0xc3; 16]);
+        // A call, where its target is still to be filled in.
+        let mut head = [0xc3; 16];
+        head[1..5].fill(0);
+        let text = elf.section(".text", CODE, &head);
         let strings = elf.section(".rodata.str1.1", ALLOC | 0x30, b"");
         elf.section(".modinfo", ALLOC, self.modinfo);
         let this_module = elf.section(".gnu.linkonce.this_module", VARS, &[0; 896]);
@@ -421,6 +429,42 @@ impl Spec {
                 funcs: last,
             },
         )
+    }
+
+    /// A module in the shape that kpatch-build gives to them: tables in place of the structures.
+    pub fn kpatch() -> TestElf {
+        let mut elf = TestElf::new();
+        let text = elf.section(".text", CODE, &[0xc3; 16]);
+        elf.section(".modinfo", ALLOC, Spec::default().modinfo);
+        elf.section(".gnu.linkonce.this_module", VARS, &[0; 896]);
+        // movb $1, 0x18(%rax); ret
+        let init = elf.section(".init.text", CODE, &[0xc6, 0x40, 0x18, 0x01, 0xc3]);
+        elf.symbol("init_module", u16::try_from(init).unwrap(), 0, 5, 2);
+        let strings = elf.section(".kpatch.strings", ALLOC, b"");
+        let funcs = elf.section(".kpatch.funcs", ALLOC, b"");
+        let names = elf.section_symbol(strings);
+        for (object, old, sympos) in [
+            ("vmlinux", "version_proc_show", 0),
+            ("vmlinux", "show_it", 2),
+            ("ext4", "ext4_read", 0),
+        ] {
+            let at = elf.append(funcs, 8, 56);
+            let code = elf.append(text, 16, 16);
+            let new = format!("new_{old}");
+            let new = elf.symbol(&new, u16::try_from(text).unwrap(), code, 11, 2);
+            elf.reloc(funcs, at, R_64, new, 0);
+            elf.put_u64(funcs, at + 8, 11);
+            elf.put_u64(funcs, at + 32, sympos);
+            for (field, name) in [(40, old), (48, object)] {
+                let name = elf.string(strings, name);
+                elf.reloc(funcs, at + field, R_64, names, i64::try_from(name).unwrap());
+            }
+        }
+        for table in ["pre_patch", "post_patch", "pre_unpatch", "post_unpatch"] {
+            elf.section(&format!(".kpatch.callbacks.{table}"), VARS, &[0; 8]);
+        }
+        elf.section(".kpatch.force", VARS, &[0; 8]);
+        elf
     }
 
     fn variable(&self, elf: &mut TestElf, home: usize, name: &str, size: usize) -> u64 {

@@ -69,8 +69,8 @@ fn a_plain_livepatch_is_read() {
         payload.build_id.as_deref(),
         Some(&[0xaa, 0xbb, 0xcc, 0xdd][..])
     );
-    assert_eq!(payload.klp.object_stride, 168);
-    assert_eq!(payload.klp.func_stride, 152);
+    assert_eq!(payload.klp.object_stride, Some(168));
+    assert_eq!(payload.klp.func_stride, Some(152));
     assert_eq!(payload.klp.size, Some(200));
     assert_eq!(payload.klp.replace, Some(false));
     assert_eq!(names(&payload), [(None, vec![("cmdline_proc_show", 0)])]);
@@ -114,8 +114,8 @@ fn several_objects_and_functions_are_read_with_every_layout() {
                 };
                 let payload = parse(&spec.bytes()).unwrap();
                 assert_eq!(names(&payload), spec.objects);
-                assert_eq!(payload.klp.object_stride, object_stride as u64);
-                assert_eq!(payload.klp.func_stride, func_stride as u64);
+                assert_eq!(payload.klp.object_stride, Some(object_stride as u64));
+                assert_eq!(payload.klp.func_stride, Some(func_stride as u64));
             }
         }
     }
@@ -131,7 +131,7 @@ fn one_array_may_be_of_many_functions() {
         };
         let payload = parse(&spec.bytes()).unwrap();
         assert_eq!(payload.klp.objects[0].funcs.len(), count);
-        assert_eq!(payload.klp.func_stride, 152);
+        assert_eq!(payload.klp.func_stride, Some(152));
     }
 }
 
@@ -185,7 +185,7 @@ fn other_structures_with_an_owner_are_not_taken_for_a_patch() {
         elf.reloc(at.patch.0, ops, R_64, module, 0);
         elf.reloc(at.patch.0, ops + 8, R_64, symbol, addend);
     }
-    assert_eq!(parse(&elf.build()).unwrap().klp.offset, at.patch.1);
+    assert_eq!(parse(&elf.build()).unwrap().klp.place, Some(at.patch));
 }
 
 #[test]
@@ -360,6 +360,15 @@ fn special_sections_are_named_as_concerns() {
     let payload = parse(&elf.build()).unwrap();
     let subjects: Vec<_> = payload.concerns().into_iter().map(|c| c.subject).collect();
     assert_eq!(subjects, [".altinstructions", "__brand_new"]);
+}
+
+#[test]
+fn per_cpu_variables_of_its_own_are_a_concern() {
+    let (mut elf, _) = Spec::default().elf();
+    elf.section(".data..percpu", VARS, &[0; 8]);
+    let concerns = parse(&elf.build()).unwrap().concerns();
+    assert_eq!(concerns[0].subject, ".data..percpu");
+    assert!(concerns[0].reason.contains("per-CPU"), "{concerns:?}");
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod bench;
 mod core;
 mod know;
 mod liar;
+mod objects;
 mod refuse;
 mod safety;
 mod stack;
@@ -25,6 +26,7 @@ pub fn usual() -> Vec<Scenario> {
         refuse::SCENARIOS,
         store::SCENARIOS,
         liar::SCENARIOS,
+        objects::SCENARIOS,
         know::SCENARIOS,
         safety::SCENARIOS,
     ]

@@ -31,6 +31,11 @@ pub(super) struct Layout {
     pub kallsyms: usize,
     pub syms: usize,
     pub num_syms: usize,
+    /// Exports for GPL modules, where they stand in a table of their own.
+    pub gpl_syms: Option<(usize, usize)>,
+    /// Tables of places that the kernel rewrites: what they are, offsets of the pointer to the
+    /// table and of its length, size of an entry.
+    pub rewritten: Vec<(&'static str, usize, usize, usize)>,
     pub symbols: Symbols,
     pub types: Option<Types>,
     pub taints_at: Option<Taints>,
@@ -151,6 +156,11 @@ impl Layout {
             kallsyms: member("kallsyms")?,
             syms: member("syms")?,
             num_syms: member("num_syms")?,
+            gpl_syms: match btf.has("module", "gpl_syms") {
+                false => None,
+                true => Some((member("gpl_syms")?, member("num_gpl_syms")?)),
+            },
+            rewritten: rewritten(btf)?,
             symbols: symbols(btf)?,
             types: types(btf).ok(),
             taints_at: taints(kernel, btf),
@@ -161,6 +171,12 @@ impl Layout {
                 state("MODULE_STATE_UNFORMED")?,
             ],
         })
+    }
+
+    /// The value of the state of a live module.
+    pub fn live(&self) -> u32 {
+        let [live, ..] = self.states;
+        u32::try_from(live).unwrap_or(0)
     }
 
     /// The state of the module at `addr`; `None` while it is not formed.
@@ -217,6 +233,30 @@ fn parts(btf: &Btf) -> Result<Parts, Error> {
         all.push((kind, base, size));
     }
     Ok(Parts::Layouts(all))
+}
+
+/// `jump_entries` and `static_call_sites` of `struct module`, where the kernel has them.
+fn rewritten(btf: &Btf) -> Result<Vec<(&'static str, usize, usize, usize)>, Error> {
+    let mut found = Vec::new();
+    // Sizes of `struct jump_entry` and `struct static_call_site`.
+    for (what, table, count, entry) in [
+        ("jump label", "jump_entries", "num_jump_entries", 16),
+        (
+            "static call",
+            "static_call_sites",
+            "num_static_call_sites",
+            8,
+        ),
+    ] {
+        if btf.has("module", table) {
+            let (at, count) = (
+                btf.offset_of("module", table)?,
+                btf.offset_of("module", count)?,
+            );
+            found.push((what, at, count, entry));
+        }
+    }
+    Ok(found)
 }
 
 fn notes(btf: &Btf) -> Result<Notes, Error> {

@@ -79,9 +79,20 @@ pub fn blob(age: Age) -> Blob {
             ("init_layout", layout, 136 * 8),
             ("build_id", id, 152 * 8),
         ]),
-        Age::New => members.push(("mem", mem, 120 * 8)),
+        Age::New => members.extend([
+            ("mem", mem, 120 * 8),
+            ("jump_entries", long, 152 * 8),
+            ("num_jump_entries", int, 160 * 8),
+        ]),
     }
     b.composite(Kind::Struct, "module", 176, &members);
+    let locks = [
+        ("mod", long, 0),
+        ("locks", long, 64),
+        ("locks_end", long, 128),
+        ("next", two, 192),
+    ];
+    b.composite(Kind::Struct, "smp_alt_module", 40, &locks);
     let uses = [("source_list", two, 0), ("source", long, 128)];
     b.composite(Kind::Struct, "module_use", 24, &uses);
     let tables = [

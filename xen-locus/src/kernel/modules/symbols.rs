@@ -29,6 +29,8 @@ pub struct Symbol {
     pub kind: char,
     /// Its address.
     pub addr: Gva,
+    /// It is not local to the file it comes from (ELF binding global or weak).
+    pub global: bool,
 }
 
 impl Reader<'_, '_> {
@@ -51,10 +53,12 @@ impl Reader<'_, '_> {
         let table = self.bytes(pointer(layout.symtab)?, count * ELF_SYM as u64)?;
         let types = self.bytes(pointer(layout.typetab)?, count)?;
         let strings = self.strings(module, pointer(layout.strtab)?, &table)?;
-        let exports = self.exports(module)?;
+        let exports = self.exports(module, module.exports)?;
         let mut found = Vec::new();
         for (entry, &kind) in table.chunks_exact(ELF_SYM).zip(&types) {
-            let (Some(name), Some(value)) = (fetch::u32(entry, 0), fetch::u64(entry, 8)) else {
+            let (Some(name), Some(&info), Some(value)) =
+                (fetch::u32(entry, 0), entry.get(4), fetch::u64(entry, 8))
+            else {
                 continue;
             };
             let name = strings.get(name as usize..).unwrap_or_default();
@@ -72,9 +76,24 @@ impl Reader<'_, '_> {
                 name: key.1,
                 kind: char::from(kind),
                 addr: Gva(value),
+                global: info >> 4 != 0,
             });
         }
         Ok(found)
+    }
+
+    /// What `module` exports to all modules, or to all that are under the GPL: names and addresses.
+    ///
+    /// # Errors
+    /// As [`Reader::symbols`].
+    pub fn exported(&self, module: &Module) -> Result<Vec<(String, Gva)>, Error> {
+        let mut all = self.exports(module, module.exports)?;
+        if let Some(table) = module.gpl_exports {
+            all.extend(self.exports(module, table)?);
+        }
+        let mut all: Vec<_> = all.into_iter().map(|(at, name)| (name, Gva(at))).collect();
+        all.sort();
+        Ok(all)
     }
 
     /// The string table as far as `symbols` refer to it. Its length stands nowhere.
@@ -102,10 +121,13 @@ impl Reader<'_, '_> {
         Ok(strings)
     }
 
-    /// Value and name of what the module exports to all.
-    fn exports(&self, module: &Module) -> Result<HashSet<(u64, String)>, Error> {
+    /// Value and name of what a table of exports lists: its address, and how many.
+    fn exports(
+        &self,
+        module: &Module,
+        (at, count): (Gva, u64),
+    ) -> Result<HashSet<(u64, String)>, Error> {
         let layout = &self.layout.symbols;
-        let (at, count) = module.exports;
         believable(module, "exports", count, EXPORTS_MAX)?;
         let size = layout.export_size;
         let table = self.bytes(at, count * size as u64)?;

@@ -49,6 +49,7 @@ fn symbols_are_those_proc_kallsyms_shows_upper_case_if_exported() {
         name: name.into(),
         kind,
         addr: Gva(at),
+        global: false,
     };
     assert_eq!(
         all[1],

@@ -25,7 +25,7 @@ pub use self::keys::JumpSite;
 use self::structure::{Part, Structure};
 use self::symtab::{Symtab, SYM_LEN};
 use self::table::Row;
-use super::image::encode;
+use super::reloc;
 use crate::addr::{Gva, Range};
 use crate::error::{Error, Result};
 use crate::kernel::orc::{self, Kind};
@@ -339,20 +339,18 @@ impl<'p> Entry<'p> {
         for row in rows {
             let mut bytes = row.bytes.clone();
             for reloc in &row.relocs {
-                let value = resolve(reloc)?.0.wrapping_add_signed(reloc.addend);
+                let symbol = resolve(reloc)?;
                 let at = buffer.at.plus(offset).plus(reloc.offset);
                 let start = usize::try_from(reloc.offset).unwrap_or(usize::MAX);
-                let done = encode(reloc.rtype, value, at).and_then(|(word, len)| {
-                    let room = bytes.get_mut(start..start.checked_add(len)?)?;
-                    room.copy_from_slice(word.get(..len)?);
-                    Some(())
-                });
-                done.ok_or_else(|| {
-                    Error::NotApplicable(format!(
-                        "payload {}: a table's relocation of type {} to {value:#x} does not fit",
-                        self.payload.name, reloc.rtype
-                    ))
-                })?;
+                let no = |why: &str| {
+                    Error::NotApplicable(format!("payload {}: a table: {why}", self.payload.name))
+                };
+                let (word, len) =
+                    reloc::value(reloc.rtype, symbol, reloc.addend, at).map_err(|why| no(&why))?;
+                let room = bytes
+                    .get_mut(start..start.saturating_add(len))
+                    .ok_or_else(|| no("a relocation leaves its row"))?;
+                room.copy_from_slice(word.get(..len).unwrap_or_default());
             }
             buffer.put(offset, &bytes)?;
             offset += bytes.len() as u64;

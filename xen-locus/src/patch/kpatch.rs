@@ -1,0 +1,346 @@
+//! What a module made by kpatch-build replaces.
+//!
+//! Such a module has no `struct klp_patch` in its file: its `module_init` makes one from tables
+//! that kpatch-build writes (`kmod/patch/kpatch-patch.h`, `livepatch-patch-hook.c` and
+//! `kpatch.lds.S` of kpatch). They say the same, so they are read in its place:
+//!
+//! ```text
+//! .kpatch.funcs       struct kpatch_patch_func { unsigned long new_addr, new_size, old_addr,
+//!                     old_size, sympos; char *name, *objname; } [];
+//! .kpatch.callbacks.* struct { callback; char *objname; } [];
+//! .kpatch.strings     the names
+//! .kpatch.force       functions that kpatch would not wait for; here they are waited for too
+//! ```
+//!
+//! `old_addr` and `old_size` are those of the kernel it was built for, without KASLR; the running
+//! kernel's own symbols are asked instead, as livepatch does.
+
+use iced_x86::{Decoder, DecoderOptions, Mnemonic, OpKind};
+
+use super::deref::{Pointee, View};
+use super::elf::Section;
+use super::error::{limit, PayloadErrorKind, Result};
+use super::klp::{Klp, KlpFunc, KlpObject, MAX_FUNCS, MAX_OBJECTS};
+use super::role::Role;
+use super::symbol::{SymSection, Symbol};
+use super::MAX_NAME;
+
+/// The table of functions; a module that has it was made by kpatch-build.
+pub(super) const FUNCS: &str = ".kpatch.funcs";
+/// Relocations in a format of kpatch's own, for its module `kpatch.ko` instead of livepatch.
+const DYNRELAS: &str = ".kpatch.dynrelas";
+/// Beginning of the names of the four tables of callbacks.
+const CALLBACKS: &str = ".kpatch.callbacks.";
+/// Size of a `struct kpatch_patch_func`, and offsets of its fields.
+const FUNC: u64 = 56;
+const NEW_SIZE: u64 = 8;
+const SYMPOS: u64 = 32;
+const NAME: u64 = 40;
+const OBJNAME: u64 = 48;
+/// Size of an element of a table of callbacks. Zeroes of half an element end each table.
+const CALLBACK: u64 = 16;
+/// Where `struct klp_patch` has its `replace`: since Linux 5.5, and in 5.1 to 5.4.
+const REPLACE: [u64; 2] = [24, 16];
+
+/// Reads the tables; `None` if the module has none of them.
+pub(super) fn find(sections: &[Section], symbols: &[Symbol]) -> Result<Option<Klp>> {
+    let named = |name: &str| sections.iter().find(|s| s.name == name && s.flags.alloc);
+    if named(DYNRELAS).is_some() {
+        return Err(PayloadErrorKind::KpatchCore);
+    }
+    let Some(funcs) = named(FUNCS) else {
+        return Ok(None);
+    };
+    let view = View::new(sections, symbols);
+    let mut klp = Klp {
+        place: None,
+        size: None,
+        replace: replace(sections, symbols),
+        states: false,
+        object_stride: None,
+        func_stride: None,
+        objects: Vec::new(),
+    };
+    if !funcs.size.is_multiple_of(FUNC) {
+        return fault(
+            &view,
+            (funcs, 0),
+            format!(
+                "the table has {} bytes, expected a multiple of {FUNC}: made by a kpatch \
+                 that does not know sympos yet?",
+                funcs.size
+            ),
+        );
+    }
+    limit("the number of functions", funcs.size / FUNC, MAX_FUNCS)?;
+    for index in 0..funcs.size / FUNC {
+        let (object, func) = function(&view, funcs, index.saturating_mul(FUNC))?;
+        object_of(&mut klp, object)?.funcs.push(func);
+    }
+    for table in sections
+        .iter()
+        .filter(|s| s.flags.alloc && s.name.starts_with(CALLBACKS))
+    {
+        for at in (0..table.size / CALLBACK).map(|index| index.saturating_mul(CALLBACK)) {
+            if view.pointer(table, at)?.is_some() {
+                let name = string(&view, (table, at), "objname", CALLBACK / 2)?;
+                object_of(&mut klp, name)?.callbacks = true;
+            }
+        }
+    }
+    Ok(Some(klp))
+}
+
+/// The object called `name`, made if it is new.
+fn object_of(klp: &mut Klp, name: String) -> Result<&mut KlpObject> {
+    let name = Some(name).filter(|name| name != "vmlinux");
+    let at = match klp.objects.iter().position(|o| o.name == name) {
+        Some(at) => at,
+        None => {
+            klp.objects.push(KlpObject {
+                name,
+                callbacks: false,
+                funcs: Vec::new(),
+            });
+            klp.objects.len().saturating_sub(1)
+        }
+    };
+    limit(
+        "the number of objects",
+        klp.objects.len() as u64,
+        MAX_OBJECTS,
+    )?;
+    klp.objects
+        .get_mut(at)
+        .ok_or_else(|| PayloadErrorKind::malformed(FUNCS, "no object"))
+}
+
+fn fault<T>(view: &View, at: (&Section, u64), problem: String) -> Result<T> {
+    Err(PayloadErrorKind::Klp {
+        structure: "struct kpatch_patch_func",
+        place: view.place(at.0.index, at.1),
+        problem,
+    })
+}
+
+/// The name that the field `offset` of the structure at a place points at.
+fn string(view: &View, at: (&Section, u64), field: &str, offset: u64) -> Result<String> {
+    let pointee = view.pointer(at.0, at.1.saturating_add(offset))?;
+    match pointee.and_then(|p| view.string(&p)) {
+        Some(text) if !text.is_empty() => Ok(text.to_owned()),
+        _ => fault(
+            view,
+            at,
+            format!("{field} doesn't point at a printable name of 1 to {MAX_NAME} bytes"),
+        ),
+    }
+}
+
+/// The function at an offset in the table, and the name of its object.
+fn function(view: &View, table: &Section, at: u64) -> Result<(String, KlpFunc)> {
+    let here = (table, at);
+    let object = string(view, here, "objname", OBJNAME)?;
+    let old_name = string(view, here, "name", NAME)?;
+    let old_sympos = view.literal(table, at.saturating_add(SYMPOS))?;
+    let listed = view.literal(table, at.saturating_add(NEW_SIZE))?;
+    let Some(new) = view.pointer(table, at)? else {
+        return fault(view, here, format!("{old_name} has no new_addr"));
+    };
+    let Some((new_section, new_symbol, new_size)) = code(view, &new) else {
+        return fault(
+            view,
+            here,
+            format!(
+                "new_addr of {old_name} is no function with a size in a section of code that \
+                 stays loaded"
+            ),
+        );
+    };
+    if listed != new_size {
+        return fault(
+            view,
+            here,
+            format!("{old_name} has {listed} bytes in the table, its symbol {new_size}"),
+        );
+    }
+    let func = KlpFunc {
+        old_name,
+        old_sympos,
+        new_symbol,
+        new_section,
+        new_offset: new.offset,
+        new_size,
+    };
+    Ok((object, func))
+}
+
+/// Section, symbol and size of the function that a pointer leads to.
+fn code(view: &View, pointee: &Pointee) -> Option<(usize, usize, u64)> {
+    let SymSection::Section(index) = pointee.section else {
+        return None;
+    };
+    let section = view.section(index)?;
+    let (symbol, size) = view.function(pointee, index)?;
+    (section.role == Role::Text).then_some((index, symbol, size))
+}
+
+/// What `module_init` sets `replace` to: the one constant of a byte that it writes to where
+/// `struct klp_patch` has this field, the rest of which it only fills with pointers. `None` if that
+/// can't be told.
+fn replace(sections: &[Section], symbols: &[Symbol]) -> Option<bool> {
+    let init = symbols
+        .iter()
+        .find(|s| s.name == "init_module" && s.size > 0)?;
+    let SymSection::Section(index) = init.section else {
+        return None;
+    };
+    let start = usize::try_from(init.value).ok()?;
+    let end = usize::try_from(init.value.checked_add(init.size)?).ok()?;
+    let code = sections.get(index)?.data.get(start..end)?;
+    let mut found = Decoder::new(64, code, DecoderOptions::NONE)
+        .into_iter()
+        .filter(|i| {
+            i.mnemonic() == Mnemonic::Mov
+                && i.op0_kind() == OpKind::Memory
+                && i.op1_kind() == OpKind::Immediate8
+                && !i.is_ip_rel_memory_operand()
+                && REPLACE.contains(&i.memory_displacement64())
+        })
+        .map(|i| i.immediate8());
+    match (found.next(), found.next()) {
+        (Some(value @ 0..=1), None) => Some(value == 1),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testelf::{Spec, TestElf, ALLOC, CODE, R_64, VARS};
+    use super::super::tests::{parse, refused};
+    use super::*;
+
+    /// `movb $1, 0x18(%rax)` and `ret`.
+    const SETS_REPLACE: [u8; 5] = [0xc6, 0x40, 0x18, 0x01, 0xc3];
+
+    #[test]
+    fn functions_come_from_the_tables_of_kpatch() {
+        let payload = parse(&Spec::kpatch().build()).unwrap();
+        let names: Vec<_> = payload
+            .klp
+            .objects
+            .iter()
+            .map(|o| {
+                let funcs: Vec<_> = o
+                    .funcs
+                    .iter()
+                    .map(|f| (f.old_name.as_str(), f.old_sympos, f.new_offset, f.new_size))
+                    .collect();
+                (o.name.as_deref(), o.callbacks, funcs)
+            })
+            .collect();
+        assert_eq!(
+            names,
+            [
+                (
+                    None,
+                    false,
+                    vec![("version_proc_show", 0, 16, 11), ("show_it", 2, 32, 11)]
+                ),
+                (Some("ext4"), false, vec![("ext4_read", 0, 48, 11)]),
+            ]
+        );
+        assert_eq!((payload.klp.place, payload.klp.object_stride), (None, None));
+        assert_eq!(payload.klp.replace, Some(true));
+        assert_eq!(payload.concerns(), []);
+        let placed: Vec<_> = payload.placed().map(|s| s.name.as_str()).collect();
+        assert!(
+            placed.contains(&".kpatch.funcs") && placed.contains(&".kpatch.strings"),
+            "code of the hook refers to them: {placed:?}"
+        );
+        let summary = payload.summary();
+        assert_eq!(summary.format, "kpatch");
+        assert_eq!(summary.objects[1].functions[0].new, "new_ext4_read");
+    }
+
+    #[test]
+    fn callbacks_of_kpatch_are_refused_as_those_of_livepatch() {
+        let mut elf = Spec::kpatch();
+        let table = elf.find(".kpatch.callbacks.pre_patch", VARS);
+        elf.data(table).resize(24, 0);
+        let text = elf.find(".text", CODE);
+        let strings = elf.find(".kpatch.strings", ALLOC);
+        let (text, name) = (elf.section_symbol(text), elf.string(strings, "nf_tables"));
+        let strings = elf.section_symbol(strings);
+        elf.reloc(table, 0, R_64, text, 0);
+        elf.reloc(table, 8, R_64, strings, i64::try_from(name).unwrap());
+        let payload = parse(&elf.build()).unwrap();
+        let concerns = payload.concerns();
+        assert_eq!(concerns.len(), 1, "{concerns:?}");
+        assert_eq!(concerns[0].subject, "nf_tables");
+        assert!(concerns[0].reason.contains("callbacks"));
+    }
+
+    #[test]
+    fn damaged_tables_are_refused_with_their_place() {
+        let changed = |change: &dyn Fn(&mut TestElf, usize)| {
+            let mut elf = Spec::kpatch();
+            let funcs = elf.find(FUNCS, ALLOC);
+            change(&mut elf, funcs);
+            elf
+        };
+        for (change, words) in [
+            (
+                (&|e: &mut TestElf, f| e.data(f).truncate(160)) as &dyn Fn(&mut TestElf, usize),
+                "lies outside",
+            ),
+            (
+                &|e: &mut TestElf, f| e.data(f).resize(200, 0),
+                "a multiple of 56",
+            ),
+            (&|e: &mut TestElf, f| e.drop_reloc(f, 0), "no new_addr"),
+            (
+                &|e: &mut TestElf, f| e.drop_reloc(f, 56 + NAME),
+                "name doesn't point",
+            ),
+            (
+                &|e: &mut TestElf, f| e.drop_reloc(f, OBJNAME),
+                "objname doesn't point",
+            ),
+            (
+                &|e: &mut TestElf, f| e.put_u64(f, NEW_SIZE, 12),
+                "12 bytes in the table",
+            ),
+            (
+                &|e: &mut TestElf, f| {
+                    let text = e.find(".text", CODE);
+                    let text = e.section_symbol(text);
+                    e.drop_reloc(f, 0);
+                    e.reloc(f, 0, R_64, text, 17);
+                },
+                "no function with a size",
+            ),
+        ] {
+            refused(changed(change), words);
+        }
+        let mut elf = Spec::kpatch();
+        elf.section(DYNRELAS, ALLOC, &[0; 64]);
+        refused(elf, "kpatch.ko");
+    }
+
+    #[test]
+    fn what_module_init_writes_to_replace_is_told_where_it_is_plain() {
+        let replace = |code: &[u8]| {
+            let mut elf = Spec::kpatch();
+            let init = elf.find(".init.text", CODE);
+            *elf.data(init) = code.to_vec();
+            elf.resize_symbol("init_module", code.len() as u64);
+            parse(&elf.build()).unwrap().klp.replace
+        };
+        assert_eq!(replace(&SETS_REPLACE), Some(true));
+        assert_eq!(replace(&[0xc6, 0x43, 0x10, 0x00, 0xc3]), Some(false));
+        assert_eq!(replace(&[0xc6, 0x40, 0x18, 0x02, 0xc3]), None);
+        assert_eq!(replace(&[0xc6, 0x40, 0x19, 0x01, 0xc3]), None);
+        assert_eq!(replace(&[SETS_REPLACE, SETS_REPLACE].concat()), None);
+        assert_eq!(replace(&[0xc3]), None);
+    }
+}

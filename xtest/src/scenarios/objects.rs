@@ -1,0 +1,180 @@
+//! Functions and symbols of the guest's modules.
+
+use crate::guest::{Guest, GuestSpec, Kind};
+use crate::scenario::{Ctx, Scenario, PV, PVH};
+use crate::verdict::Verdict;
+use crate::{check, check_eq};
+
+/// See the names.
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "objects-pv",
+        summary: "a function of a PV guest's module is replaced, with the help of another module",
+        profile: &PV,
+        run: |ctx| objects(ctx, Kind::Pv),
+    },
+    Scenario {
+        name: "objects-pvh",
+        summary: "a function of a PVH guest's module is replaced, with the help of another module",
+        profile: &PVH,
+        run: |ctx| objects(ctx, Kind::Pvh),
+    },
+];
+
+/// The same patch as `patches/cmdline`, in kpatch's form.
+fn kpatch(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+    let show = ctx.dom0.ok("xen-locus show /payloads/locus_kpatch.ko")?;
+    for words in ["kpatch", "cmdline_proc_show number 1 in vmlinux"] {
+        check!(show.contains(words), "show says no {words:?}: {show}");
+    }
+    let before = guest.ok("cat /proc/cmdline")?;
+    ctx.dom0
+        .ok("xen-locus apply objects /payloads/locus_kpatch.ko")?;
+    let after = guest.ok("cat /proc/cmdline")?;
+    check_eq!(after, format!("{before} locus=kpatch"));
+    ctx.dom0.ok("xen-locus revert objects locus_kpatch")?;
+    check_eq!(guest.ok("cat /proc/cmdline")?, before);
+    Ok(())
+}
+
+/// What the guest itself does with a function, from the shell: how, the words that it is refused with,
+/// how to end it.
+const HELD: [(&str, &str, &str); 2] = [
+    (
+        "echo 'p:locus cmdline_proc_show' > kprobe_events && echo 1 > events/kprobes/enable",
+        "a kprobe of the guest's own stands at",
+        "echo 0 > events/kprobes/enable && echo > kprobe_events",
+    ),
+    (
+        "echo cmdline_proc_show > set_ftrace_filter && echo function > current_tracer",
+        "traced by the guest itself",
+        "echo nop > current_tracer && echo > set_ftrace_filter",
+    ),
+];
+
+/// Functions that the guest holds are left alone, and it is said who holds them.
+fn held(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+    let apply = "xen-locus apply objects /payloads/locus_kpatch.ko";
+    let tracing =
+        "mkdir -p /run/tracing && { mount -t tracefs t /run/tracing 2>/dev/null || true; } \
+                   && cd /run/tracing";
+    for (begin, words, end) in HELD {
+        guest.ok(&format!("{tracing} && {begin}"))?;
+        refused(ctx, apply, 2, words)?;
+        guest.ok(&format!("{tracing} && {end}"))?;
+    }
+    let module = std::fs::read(ctx.payloads.join("locus_sleeper/locus_sleeper.ko"))?;
+    guest.put("/tmp/locus_sleeper.ko", 0o644, &module)?;
+    guest.ok("insmod /tmp/locus_sleeper.ko")?;
+    let same = "xen-locus apply objects /payloads/locus_sleeper.ko";
+    refused(ctx, same, 2, "livepatched by the guest itself")?;
+    let there = "/sys/kernel/livepatch/locus_sleeper";
+    guest.ok(&format!(
+        "for i in $(seq 60); do echo 0 > {there}/enabled && break; sleep 1; done; \
+         for i in $(seq 60); do [ -e {there} ] || break; sleep 1; done; rmmod locus_sleeper"
+    ))?;
+    // Nobody holds them any more.
+    for name in ["locus_kpatch", "locus_sleeper"] {
+        let out = ctx
+            .dom0
+            .sh(&format!("xen-locus check objects /payloads/{name}.ko"))?;
+        check_eq!(out.rc, 0, "check {name}: {}", out.err_text());
+    }
+    Ok(())
+}
+
+const NAME: &str = "locus_object_dummy";
+/// What `crc_itu_t(0, "locus", 5)` is: CRC-16/XMODEM, as its polynomial and start are the same.
+const CRC: &str = "25768";
+
+fn objects(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
+    let guest = ctx.ensure_guest(GuestSpec::new("objects", kind))?;
+    let apply = format!("xen-locus apply objects /payloads/{NAME}.ko");
+    let show = ctx
+        .dom0
+        .ok(&format!("xen-locus show /payloads/{NAME}.ko"))?;
+    check!(
+        show.contains("dummy_get_stats64 number 1 in dummy"),
+        "show: {show}"
+    );
+    kpatch(ctx, &guest)?;
+    held(ctx, &guest)?;
+    // One after the other, what it needs is there.
+    refused(ctx, &apply, 3, "module dummy is not loaded")?;
+    guest.ok("insmod /lib/modules/dummy.ko")?;
+    refused(ctx, &apply, 3, "no symbol crc_itu_t")?;
+    refused(ctx, &apply, 3, "crc-itu-t")?;
+    guest.ok("insmod /lib/modules/crc-itu-t.ko")?;
+    refused(
+        ctx,
+        "xen-locus apply objects /payloads/locus_object_sympos.ko",
+        3,
+        "dummy_get_stats64 number 7: it has 1",
+    )?;
+    received(&guest, "0")?;
+
+    // The second time its code is there already.
+    for _ in 0..2 {
+        ctx.dom0.ok(&apply)?;
+        received(&guest, CRC)?;
+        let status = ctx.json("xen-locus -o json status objects")?;
+        let patch = &status["patches"][0];
+        check_eq!(patch["state"], "applied", "{status}");
+        check_eq!(patch["functions"][0]["object"], "dummy", "{status}");
+        let old = guest.ok("grep ' dummy_get_stats64' /proc/kallsyms | cut -d' ' -f1")?;
+        check_eq!(patch["functions"][0]["old"], format!("0x{old}"));
+        ctx.dom0.ok(&format!("xen-locus revert objects {NAME}"))?;
+        received(&guest, "0")?;
+    }
+
+    // Either the module can't go, or it is noticed that it went.
+    ctx.dom0.ok(&apply)?;
+    let state = || -> Result<String, Verdict> {
+        let status = ctx.json("xen-locus -o json status objects")?;
+        Ok(status["patches"][0]["state"]
+            .as_str()
+            .unwrap_or("?")
+            .to_owned())
+    };
+    let revert = format!("xen-locus revert objects {NAME}");
+    if guest.sh("rmmod dummy")?.rc == 0 {
+        check_eq!(state()?, "gone");
+        refused(ctx, &revert, 1, "module dummy")?;
+        guest.ok("insmod /lib/modules/dummy.ko")?;
+        // At the same place or at another, it is as it was built.
+        received(&guest, "0")?;
+        check!(state()? != "applied", "a module that was loaded again");
+        refused(ctx, &revert, 1, NAME)?;
+        received(&guest, "0")?;
+    } else {
+        check_eq!(state()?, "applied");
+        received(&guest, CRC)?;
+        // What is undone stays where it was, and keeps what it refers to.
+        ctx.dom0.ok(&revert)?;
+        received(&guest, "0")?;
+    }
+    let log = guest.ok("dmesg")?;
+    check!(
+        !log.contains("Oops") && !log.contains("BUG:"),
+        "the guest's kernel log: {log}"
+    );
+    ctx.destroy_guest("objects")
+}
+
+/// What the device of the module says it has received.
+fn received(guest: &Guest, packets: &str) -> Result<(), Verdict> {
+    let seen = guest.ok("cat /sys/class/net/dummy0/statistics/rx_packets")?;
+    check_eq!(seen, packets, "packets received");
+    Ok(())
+}
+
+fn refused(ctx: &Ctx, cmd: &str, rc: i32, words: &str) -> Result<(), Verdict> {
+    let out = ctx.dom0.sh(cmd)?;
+    check_eq!(out.rc, rc, "exit code of `{cmd}` ({})", out.err_text());
+    check!(
+        out.err_text().contains(words),
+        "`{cmd}` does not say {words:?}: {}",
+        out.err_text()
+    );
+    Ok(())
+}
