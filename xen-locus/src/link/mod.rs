@@ -6,3 +6,4 @@ pub mod arena;
 pub mod image;
 pub mod record;
 pub mod site;
+pub mod sites;
