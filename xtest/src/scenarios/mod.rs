@@ -10,6 +10,7 @@ mod know;
 mod liar;
 mod refuse;
 mod safety;
+mod sites;
 mod store;
 
 use crate::scenario::Scenario;
@@ -24,6 +25,7 @@ pub fn usual() -> Vec<Scenario> {
         store::SCENARIOS,
         liar::SCENARIOS,
         know::SCENARIOS,
+        sites::SCENARIOS,
         safety::SCENARIOS,
     ]
     .concat()
@@ -31,7 +33,14 @@ pub fn usual() -> Vec<Scenario> {
 
 /// All kernels as all types of guest, and cores of all types: what takes too long for a usual run.
 pub fn matrix() -> Vec<Scenario> {
-    [know::SCENARIOS, know::MATRIX, core::MATRIX].concat()
+    [
+        know::SCENARIOS,
+        know::MATRIX,
+        core::MATRIX,
+        sites::SCENARIOS,
+        sites::MATRIX,
+    ]
+    .concat()
 }
 
 /// All scenarios.
@@ -39,5 +48,6 @@ pub fn all() -> Vec<Scenario> {
     let mut all = usual();
     all.extend_from_slice(know::MATRIX);
     all.extend_from_slice(core::MATRIX);
+    all.extend_from_slice(sites::MATRIX);
     all
 }
