@@ -29,20 +29,24 @@ struct Layout {
     instr: (usize, bool),
     kind: Bits,
     len: Bits,
+    /// Bytes of an entry that mean something.
+    used: usize,
 }
 
 impl Layout {
     fn of(kernel: &Kernel<'_>) -> Result<Layout> {
         let btf = kernel.btf()?;
         let ty = "paravirt_patch_site";
+        let len = btf.bits_of(ty, "len")?;
         Ok(Layout {
             size: btf.size_of(ty)?,
+            used: len.offset.saturating_add(len.bytes()),
             instr: match btf.offset_of(ty, "instr_offset") {
                 Ok(offset) => (offset, true),
                 Err(_) => (btf.offset_of(ty, "instr")?, false),
             },
             kind: btf.bits_of(ty, "type")?,
-            len: btf.bits_of(ty, "len")?,
+            len,
         })
     }
 }
@@ -64,6 +68,14 @@ pub fn apply(
     let layout = Layout::of(kernel)?;
     let ops = kernel.symbols.need("pv_ops")?;
     for table in tables {
+        let mut table = table.clone();
+        // On older kernels entries are aligned at their start only: the last one has no padding.
+        let last = table.bytes.len().checked_rem(layout.size).unwrap_or(0);
+        if last >= layout.used {
+            table
+                .bytes
+                .resize(table.bytes.len() - last + layout.size, 0);
+        }
         let entries: Vec<_> = table.entries(code, TABLE, layout.size)?.collect();
         for (entry, bytes) in entries {
             let at = match layout.instr {
@@ -180,7 +192,8 @@ mod tests {
             entry.extend(BASE.0.to_le_bytes());
         }
         entry.extend([kind, u8::try_from(len).unwrap()]);
-        entry.resize(if new { 8 } else { 16 }, 0);
+        // The last entry of an old table: aligned at its start only.
+        entry.resize(if new { 8 } else { 12 }, 0);
         kernel(&types(new), |kernel| {
             let mut code = code(&bytes);
             let table = Table {
