@@ -185,8 +185,8 @@ pub fn prepare(
     let layout = Layout::new(payload, to_json(&record)?.len(), entry.len())?;
     let link_at = |first| {
         let base = arena::page_address(first);
-        let mut image = image::link(payload, &objects, &layout, base, returns)?;
-        let entry = image::entry(&entry, payload, kernel, &objects, &layout, base)?;
+        let mut image = image::link(payload, kernel, &objects, &layout, base, returns)?;
+        let entry = image::entry(&entry, payload, kernel, &objects, &layout, (base, &image))?;
         image.put_entry(&layout, &entry)?;
         Ok::<_, Error>((image, entry))
     };
@@ -249,6 +249,14 @@ pub fn prepare(
     // First of all: the modules must be there still.
     let mut writes = presence::conditions(kernel, &record.objects)?;
     let mut watched = entering.watched;
+    if !entered {
+        // From then on the guest itself writes its keys' changes into the payload.
+        writes.extend(image.keys.iter().map(|(key, count)| Write {
+            at: key.0,
+            expect: count.to_le_bytes().to_vec(),
+            new: count.to_le_bytes().to_vec(),
+        }));
+    }
     writes.extend(entering.writes);
     writes.extend(stack.writes(&record.functions, supersedes));
     watched.extend(stack.watched(&record.functions, supersedes));

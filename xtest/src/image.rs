@@ -86,12 +86,13 @@ pub struct Tools {
 
 impl Tools {
     /// Their names.
-    pub const NAMES: [&str; 6] = [
+    pub const NAMES: [&str; 7] = [
         "xen-locus",
         "locus-copy",
         "locus-core",
         "locus-floor",
         "locus-poke",
+        "locus-sites",
         "xtest-agent",
     ];
 

@@ -1,13 +1,17 @@
 //! Lays out a payload's sections, and relocates them for their addresses.
 //!
-//! What the kernel's module loader does (`apply_relocate_add`, arch/x86/kernel/module.c; ftrace and
-//! return sites), done from outside. What can't be done yet is refused by name.
+//! What the kernel's module loader does (`apply_relocate_add`, arch/x86/kernel/module.c; ftrace; and
+//! [`sites`]), done from outside. What can't be done yet is refused by name.
+//!
+//! Tables of places in the code are relocated too, for addresses behind what is placed, where nothing
+//! of them is ever written: so they can be read as the kernel reads them.
 
 use super::arena::Rights;
-use super::module::{Built, Entry, JumpSite, Place};
+use super::module::{Built, Entry, Place};
 use super::objects::Objects;
 use super::reloc::{self, R_X86_64_NONE};
 use super::site::Returns;
+use super::sites::{self, Code, JumpSite, Table, Tables};
 use crate::addr::{Gva, Range, PAGE_LEN, PAGE_SIZE};
 use crate::error::{Error, Result};
 use crate::kernel::Kernel;
@@ -21,8 +25,10 @@ const FENTRY_NOP: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
 pub struct Layout {
     /// Rights of each page.
     pub rights: Vec<Rights>,
-    /// Offset of each placed section, by section number.
+    /// Offset of each section that is placed or looked at, by section number.
     offsets: Vec<Option<u64>>,
+    /// Offset behind all of them; what is only looked at stands behind all pages.
+    end: usize,
     /// Offset and room of the record.
     pub record: (u64, usize),
     /// Offsets of the read-only and of the writable part of the module entry.
@@ -38,6 +44,11 @@ pub struct Image {
     pub bytes: Vec<u8>,
     /// Addresses of the new functions, in the order of the payload's objects and functions.
     pub functions: Vec<Gva>,
+    /// Jump labels, sorted by key and then by place. The guest's kernel has to know them.
+    pub jumps: Vec<JumpSite>,
+    /// Static keys of the kernel and its modules that jump labels follow, and the count of each that
+    /// they were set for.
+    pub keys: Vec<(Gva, i32)>,
 }
 
 impl Image {
@@ -46,6 +57,15 @@ impl Image {
     /// # Errors
     /// It does not fit.
     pub fn put_entry(&mut self, layout: &Layout, entry: &Built) -> Result<()> {
+        for (at, word) in &entry.own_keys {
+            let at = at.0.wrapping_sub(entry.place.text.start.0);
+            let at = usize::try_from(at).unwrap_or(usize::MAX);
+            if let Some(room) = self.bytes.get_mut(at..at.saturating_add(8)) {
+                // the bit that says how the key begins stays
+                let first = room.first().copied().unwrap_or(0) & 1;
+                room.copy_from_slice(&(word.0 | u64::from(first)).to_le_bytes());
+            }
+        }
         for (at, bytes) in [(layout.entry.0, &entry.ro), (layout.entry.1, &entry.rw)] {
             let at = usize::try_from(at).unwrap_or(usize::MAX);
             self.bytes
@@ -61,9 +81,27 @@ fn rights_of(section: &Section) -> Option<Rights> {
     match section.role {
         Role::Text => Some(Rights::Text),
         Role::RoData => Some(Rights::RoData),
-        Role::Data | Role::Bss => Some(Rights::Data),
+        Role::Data | Role::Bss | Role::DynamicDebug => Some(Rights::Data),
         _ => None,
     }
+}
+
+/// Sections that are no part of the code, but say how it is to be settled.
+fn is_table(role: &Role) -> bool {
+    matches!(
+        role,
+        Role::Altinstructions
+            | Role::Parainstructions
+            | Role::RetpolineSites
+            | Role::CallSites
+            | Role::JumpTable
+            | Role::StaticCalls
+    )
+}
+
+/// Sections that tables refer to or that are tables.
+fn is_looked_at(section: &Section) -> bool {
+    is_table(&section.role) || section.role.is_init_or_exit()
 }
 
 /// Refuses what this loader can't do yet.
@@ -140,9 +178,18 @@ impl Layout {
             }
             rights.extend(std::iter::repeat_n(group, pages));
         }
+        for section in payload.sections.iter().filter(|s| is_looked_at(s)) {
+            let align = section.align.clamp(1, PAGE_SIZE);
+            at = at.checked_next_multiple_of(align).ok_or_else(too_big)?;
+            if let Some(offset) = offsets.get_mut(section.index) {
+                *offset = Some(at);
+            }
+            at = at.checked_add(section.size).ok_or_else(too_big)?;
+        }
         Ok(Layout {
             rights,
             offsets,
+            end: usize::try_from(at).map_err(|_| too_big())?,
             record,
             entry: (entry_ro, entry_rw),
             text_len,
@@ -190,6 +237,7 @@ impl Layout {
 /// an unknown type or out of range, a reference into a part that is never placed.
 pub fn link(
     payload: &Payload,
+    kernel: &Kernel<'_>,
     objects: &Objects<'_, '_>,
     layout: &Layout,
     base: Gva,
@@ -200,25 +248,27 @@ pub fn link(
         objects,
         layout,
         base,
-        bytes: vec![0; layout.rights.len() * PAGE_LEN],
+        bytes: vec![0; layout.end],
     };
-    for section in payload.placed() {
+    let relocated = |s: &Section| s.size > 0 && (s.role.is_placed() || is_table(&s.role));
+    for section in payload.sections.iter().filter(|s| relocated(s)) {
         linker.copy(section)?;
     }
     for section in &payload.sections {
         match section.role {
             Role::KlpRela { target, .. } => {
-                if let Some(target) = payload.section(target).filter(|t| t.role.is_placed()) {
+                if let Some(target) = payload.section(target).filter(|t| relocated(t)) {
                     linker.relocate(target, &section.relocs)?;
                 }
             }
-            _ if section.role.is_placed() => linker.relocate(section, &section.relocs)?,
+            _ if relocated(section) => linker.relocate(section, &section.relocs)?,
             _ => {}
         }
     }
-    if returns == Some(Returns::Plain) {
-        linker.plain_returns()?;
-    }
+    let (mut code, tables) = linker.tables();
+    let settled = sites::settle(kernel, &mut code, &tables, returns)?;
+    linker.bytes = code.bytes;
+    linker.bytes.truncate(layout.rights.len() * PAGE_LEN);
     let functions = payload
         .klp
         .objects
@@ -237,6 +287,8 @@ pub fn link(
     Ok(Image {
         bytes: linker.bytes,
         functions,
+        jumps: settled.jumps,
+        keys: settled.keys,
     })
 }
 
@@ -250,7 +302,7 @@ pub fn entry(
     kernel: &Kernel<'_>,
     objects: &Objects<'_, '_>,
     layout: &Layout,
-    base: Gva,
+    (base, image): (Gva, &Image),
 ) -> Result<Built> {
     let linker = Linker {
         payload,
@@ -259,13 +311,12 @@ pub fn entry(
         base,
         bytes: Vec::new(),
     };
-    let jumps: Vec<JumpSite> = Vec::new();
     entry.build(
         kernel,
         layout.place(base),
         &|reloc| linker.value(reloc),
         &|section| layout.offset(section).map(|at| base.plus(at).0),
-        &jumps,
+        &image.jumps,
     )
 }
 
@@ -350,29 +401,57 @@ impl Linker<'_, '_, '_> {
         Ok(is_call)
     }
 
-    /// Turns each `jmp` to the return thunk into `ret`, padded with breakpoints, as the kernel does
-    /// on a CPU that needs no return mitigation (`apply_returns`, arch/x86/kernel/alternative.c).
-    fn plain_returns(&mut self) -> Result<()> {
+    /// The relocated code, and the tables about it.
+    fn tables(&mut self) -> (Code, Tables) {
         let payload = self.payload;
-        for section in payload
-            .sections
-            .iter()
-            .filter(|s| s.role == Role::Text && s.size > 0)
-        {
-            for reloc in &section.relocs {
-                let thunk = payload
-                    .symbol(reloc.symbol)
-                    .is_some_and(|s| s.name == "__x86_return_thunk");
-                let Some(at) = reloc.offset.checked_sub(1).filter(|_| thunk) else {
-                    continue;
-                };
-                let code = self.slice(section, at, 5)?;
-                if code.first() == Some(&0xe9) {
-                    code.copy_from_slice(&[0xc3, 0xcc, 0xcc, 0xcc, 0xcc]);
-                }
-            }
-        }
-        Ok(())
+        let range = |s: &Section| {
+            let start = self.layout.offset(s.index).unwrap_or(0);
+            Range::new(self.base.plus(start), s.size)
+        };
+        let which = |wanted: &dyn Fn(&Section) -> bool| {
+            let sections = payload.sections.iter().filter(|s| wanted(s));
+            sections.map(range).collect::<Vec<_>>()
+        };
+        let copied = |s: &Section| s.role == Role::Altinstructions && s.flags.exec;
+        let live = |s: &Section| s.role == Role::Text || copied(s);
+        let own = which(&|s| rights_of(s) == Some(Rights::Data));
+        let code = Code {
+            name: payload.name.clone(),
+            base: self.base,
+            bytes: self.bytes.clone(),
+            live: which(&live),
+            dead: which(&|s| s.role.is_init_or_exit()),
+            all: Range::new(self.base, self.layout.end as u64),
+            own: Range {
+                start: own.iter().map(|r| r.start).min().unwrap_or(self.base),
+                end: own.iter().map(|r| r.end).max().unwrap_or(self.base),
+            },
+        };
+        let table = |role: Role| {
+            let found = which(&|s| s.role == role && !s.flags.exec).into_iter();
+            let table = |r: Range| {
+                let len = usize::try_from(r.len()).unwrap_or(usize::MAX);
+                let bytes = code.get(r.start, len).unwrap_or_default().to_vec();
+                Table { at: r.start, bytes }
+            };
+            found.map(table).collect()
+        };
+        let thunk = |symbol: &Symbol| symbol.name == "__x86_return_thunk";
+        let returns = payload.sections.iter().filter(|s| live(s)).flat_map(|s| {
+            let to_thunk = |r: &&Reloc| payload.symbol(r.symbol).is_some_and(thunk);
+            let sites = s.relocs.iter().filter(to_thunk);
+            sites.filter_map(move |r| Some(range(s).start.plus(r.offset.checked_sub(1)?)))
+        });
+        let tables = Tables {
+            alternatives: table(Role::Altinstructions),
+            paravirt: table(Role::Parainstructions),
+            retpolines: table(Role::RetpolineSites),
+            returns: returns.collect(),
+            calls: table(Role::CallSites),
+            static_calls: table(Role::StaticCalls),
+            jumps: table(Role::JumpTable),
+        };
+        (code, tables)
     }
 
     /// The bytes at `offset` of a placed section.
@@ -407,12 +486,20 @@ impl Linker<'_, '_, '_> {
         }
     }
 
+    /// Tables may refer to what is only looked at, but nothing that is placed may.
+    fn may_refer(&self, from: &Section, to: usize) -> bool {
+        let placed = |s: &Section| s.role.is_placed();
+        !placed(from) || self.payload.section(to).is_some_and(placed)
+    }
+
     /// The value of a symbol.
     fn address(&self, symbol: &Symbol, section: &Section, offset: u64) -> Result<Gva> {
         match symbol.section {
             SymSection::Section(index) => match self.layout.offset(index) {
-                Some(start) => Ok(self.base.plus(start).plus(symbol.value)),
-                None => Err(self.no(format!(
+                Some(start) if self.may_refer(section, index) => {
+                    Ok(self.base.plus(start).plus(symbol.value))
+                }
+                _ => Err(self.no(format!(
                     "{}+{offset:#x} refers to {} in section {}, which is never placed",
                     section.name,
                     symbol.name,
@@ -527,6 +614,16 @@ mod tests {
 
     /// Text of 32 bytes with one relocation, and data.
     fn linked(code: &[u8], relocs: Vec<Reloc>, returns: Option<Returns>) -> Result<Vec<u8>> {
+        linked_with(code, relocs, returns, |_| {})
+    }
+
+    /// The same, with a payload changed before.
+    fn linked_with(
+        code: &[u8],
+        relocs: Vec<Reloc>,
+        returns: Option<Returns>,
+        change: impl Fn(&mut Payload),
+    ) -> Result<Vec<u8>> {
         let mut fixture = Fixture::new();
         fixture.function(OUTSIDE, "outside", &[0xc3]);
         fixture.function(OUTSIDE + 16, "__fentry__", &[0xc3]);
@@ -535,9 +632,10 @@ mod tests {
         fixture
             .symbols
             .push((PERCPU, 'A', "cpu_counter".to_owned()));
+        fixture.function(OUTSIDE + 64, "__x86_indirect_thunk_rax", &[0xff, 0xe0]);
         let memory = fixture.build();
         let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-        let payload = Payload {
+        let mut payload = Payload {
             name: "p".into(),
             sha256: [0; 32],
             file_len: 0,
@@ -573,11 +671,12 @@ mod tests {
             },
             build_id: None,
         };
+        change(&mut payload);
         let layout = Layout::new(&payload, 100, (100, 100))?;
         let rights = [Rights::Text, Rights::RoData, Rights::Data, Rights::Data];
         assert_eq!(layout.rights, rights);
         let objects = Objects::new(&kernel, Vec::new());
-        link(&payload, &objects, &layout, arena::BASE, returns).map(|image| image.bytes)
+        link(&payload, &kernel, &objects, &layout, arena::BASE, returns).map(|image| image.bytes)
     }
 
     #[test]
@@ -659,5 +758,37 @@ mod tests {
         assert_eq!(image[16..21], [0xc3, 0xcc, 0xcc, 0xcc, 0xcc]);
         let image = linked(&code, relocs(), None).unwrap();
         assert_eq!(image[16], 0xe9);
+    }
+
+    #[test]
+    fn tables_are_read_for_the_place_of_the_code_and_never_placed() {
+        // call __x86_indirect_thunk_rax, and a table that names it and a call in init code
+        let mut code = [0x90; 32];
+        code[8] = 0xe8;
+        let relocs = vec![reloc(9, R_X86_64_PLT32, 7, -4)];
+        let table = |name: usize, offset: i64| {
+            let entries = vec![
+                reloc(0, R_X86_64_PC32, 3, 0),
+                reloc(4, R_X86_64_PC32, name, offset),
+            ];
+            move |payload: &mut Payload| {
+                let sites = section(4, Role::RetpolineSites, &[0; 8], entries.clone());
+                payload.sections.push(sites);
+                let thunk = symbol(7, "__x86_indirect_thunk_rax", SymSection::Undefined, 0);
+                payload.symbols.push(thunk);
+                payload
+                    .symbols
+                    .push(symbol(8, "text", SymSection::Section(1), 0));
+            }
+        };
+        let image = linked_with(&code, relocs.clone(), None, table(8, 8)).unwrap();
+        assert_eq!(image.len(), 3 * PAGE_LEN);
+        assert_eq!(image[..8], [0x90; 8]);
+        assert_eq!(image[8..13], [0xff, 0xd0, 0x0f, 0x1f, 0x00]);
+        // The table leads into data, or to what is no call.
+        for (name, offset, why) in [(2, 0, "no code of it"), (8, 7, "no call or jump")] {
+            let error = linked_with(&code, relocs.clone(), None, table(name, offset)).unwrap_err();
+            assert!(error.to_string().contains(why), "{error}");
+        }
     }
 }

@@ -12,3 +12,4 @@ pub mod presence;
 pub mod record;
 pub mod reloc;
 pub mod site;
+pub mod sites;

@@ -289,6 +289,14 @@ fn returns(kernel: &Kernel<'_>, code: &[u8], entry: Gva) -> Option<Returns> {
         })
 }
 
+/// How the function at `entry` returns, where that can be seen.
+#[must_use]
+pub fn returns_at(kernel: &Kernel<'_>, entry: Gva) -> Option<Returns> {
+    let room = kernel.symbols.room(entry)?.min(FUNCTION_MAX);
+    let len = usize::try_from(room).ok()?;
+    returns(kernel, &kernel.space.read_vec(entry, len).ok()?, entry)
+}
+
 /// The bytes of a jump from `site` to `target`; `None` when it is out of reach.
 #[must_use]
 pub fn jump(site: Gva, target: Gva) -> Option<[u8; JUMP]> {

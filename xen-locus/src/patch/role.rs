@@ -46,7 +46,7 @@ pub enum Role {
     IbtSeal,
     /// `.cfi_sites`, `__cfi`: kernel control-flow integrity.
     CfiSites,
-    /// `.altinstructions`, `.altinstr_replacement`, `.altinstr_aux`.
+    /// `.altinstructions`, `.altinstr_replacement`.
     Altinstructions,
     /// `.parainstructions`: paravirt call sites.
     Parainstructions,
@@ -76,7 +76,8 @@ pub enum Role {
     Param,
     /// `.ctors`, `.init_array`: constructors, run when the module is loaded.
     Constructors,
-    /// `__dyndbg`: sites of dynamic debug messages.
+    /// `__dyndbg`: sites of dynamic debug messages, which the code refers to. The kernel doesn't
+    /// know them, so they can't be switched on.
     DynamicDebug,
     /// `.printk_index`, `.BTF`, `.BTF_ids`, …: read by tools and tracers, not by the code.
     Index,
@@ -103,7 +104,10 @@ impl Role {
     /// True for what the code and data of replacement functions are made of.
     #[must_use]
     pub fn is_placed(&self) -> bool {
-        matches!(self, Self::Text | Self::RoData | Self::Data | Self::Bss)
+        matches!(
+            self,
+            Self::Text | Self::RoData | Self::Data | Self::Bss | Self::DynamicDebug
+        )
     }
 
     /// True for code and data that only loading and unloading from inside needs.
@@ -169,11 +173,7 @@ impl Role {
     #[must_use]
     pub fn needs(&self) -> Option<&'static str> {
         Some(match self {
-            Self::Altinstructions => "alternatives have to be applied for the guest's CPU",
-            Self::Parainstructions => "paravirt call sites have to be patched",
-            Self::SmpLocks => "lock prefixes follow the guest's number of CPUs",
-            Self::JumpTable => "static key branches have to be registered and set",
-            Self::StaticCalls | Self::StaticCallTramp => "static calls have to be registered",
+            Self::StaticCallTramp => "static calls of its own have to be registered",
             Self::Tracepoints => "tracepoints have to be registered with the kernel",
             Self::Percpu => "per-CPU variables have to be allocated in the guest",
             Self::Ksymtab => "exported symbols have to be registered with the kernel",
@@ -181,7 +181,6 @@ impl Role {
             Self::Constructors => "constructors have to be run in the guest",
             Self::CfiSites => "control-flow integrity sites have to be patched",
             Self::KlpArch => "late alternatives are a format of kernels before 5.8",
-            Self::DynamicDebug => "dynamic debug sites have to be registered with the kernel",
             Self::Unknown => "the purpose of this section is not known",
             _ => return None,
         })
@@ -245,6 +244,8 @@ fn is_text(name: &str) -> bool {
         ".kprobes.text",
         ".entry.text",
         ".irqentry.text",
+        // Where code of alternatives goes on.
+        ".altinstr_aux",
         ".softirqentry.text",
     ];
     family(name, ".text") || special.contains(&name)
@@ -266,7 +267,7 @@ fn classify_known(name: &str, flags: SectionFlags) -> Option<Role> {
         ".call_sites" => Role::CallSites,
         ".ibt_endbr_seal" => Role::IbtSeal,
         ".cfi_sites" | "__cfi" | ".kcfi_traps" => Role::CfiSites,
-        ".altinstructions" | ".altinstr_replacement" | ".altinstr_aux" => Role::Altinstructions,
+        ".altinstructions" | ".altinstr_replacement" => Role::Altinstructions,
         ".parainstructions" => Role::Parainstructions,
         ".smp_locks" => Role::SmpLocks,
         "__ex_table" | ".fixup" => Role::ExTable,
@@ -378,6 +379,6 @@ mod tests {
     fn only_code_and_data_are_placed() {
         assert!(Role::Text.is_placed() && Role::Bss.is_placed());
         assert!(!Role::InitText.is_placed() && !Role::ThisModule.is_placed());
-        assert!(Role::Altinstructions.needs().is_some() && Role::ReturnSites.needs().is_none());
+        assert!(Role::StaticCallTramp.needs().is_some() && Role::ReturnSites.needs().is_none());
     }
 }

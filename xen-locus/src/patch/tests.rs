@@ -351,15 +351,15 @@ fn special_sections_are_named_as_concerns() {
     let text = elf.section_symbol(at.text);
     let init = elf.section(".init.text", CODE, &[0xc3; 16]);
     let init = elf.section_symbol(init);
-    let alternatives = elf.section(".altinstructions", ALLOC, &[0; 12]);
-    elf.reloc(alternatives, 0, R_PC32, text, 0);
-    let locks = elf.section(".smp_locks", ALLOC, &[0; 4]);
-    elf.reloc(locks, 0, R_PC32, init, 0);
+    let ran = elf.section(".ctors", ALLOC, &[0; 12]);
+    elf.reloc(ran, 0, R_PC32, text, 0);
+    let init_only = elf.section(".init_array", ALLOC, &[0; 4]);
+    elf.reloc(init_only, 0, R_PC32, init, 0);
     elf.section("__bug_table", VARS, b"");
     elf.section("__brand_new", ALLOC, &[0; 4]);
     let payload = parse(&elf.build()).unwrap();
     let subjects: Vec<_> = payload.concerns().into_iter().map(|c| c.subject).collect();
-    assert_eq!(subjects, [".altinstructions", "__brand_new"]);
+    assert_eq!(subjects, [".ctors", "__brand_new"]);
 }
 
 #[test]

@@ -11,6 +11,7 @@ mod liar;
 mod objects;
 mod refuse;
 mod safety;
+mod sites;
 mod stack;
 mod store;
 
@@ -28,6 +29,7 @@ pub fn usual() -> Vec<Scenario> {
         liar::SCENARIOS,
         objects::SCENARIOS,
         know::SCENARIOS,
+        sites::SCENARIOS,
         safety::SCENARIOS,
     ]
     .concat()
@@ -35,7 +37,14 @@ pub fn usual() -> Vec<Scenario> {
 
 /// All kernels as all types of guest, and cores of all types: what takes too long for a usual run.
 pub fn matrix() -> Vec<Scenario> {
-    [know::SCENARIOS, know::MATRIX, core::MATRIX].concat()
+    [
+        know::SCENARIOS,
+        know::MATRIX,
+        core::MATRIX,
+        sites::SCENARIOS,
+        sites::MATRIX,
+    ]
+    .concat()
 }
 
 /// All scenarios.
@@ -43,5 +52,6 @@ pub fn all() -> Vec<Scenario> {
     let mut all = usual();
     all.extend_from_slice(know::MATRIX);
     all.extend_from_slice(core::MATRIX);
+    all.extend_from_slice(sites::MATRIX);
     all
 }

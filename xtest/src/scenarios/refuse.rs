@@ -92,7 +92,7 @@ fn payloads(ctx: &mut Ctx) -> Result<(), Verdict> {
             "locus_no_such_function",
             "no symbol locus_no_such_function_show",
         ),
-        ("locus_altinst", ".altinstructions"),
+        ("locus_own_static_call", ".static_call.text"),
         ("locus_plain", "not a livepatch"),
     ] {
         refused(

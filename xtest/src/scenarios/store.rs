@@ -127,9 +127,9 @@ fn requests(ctx: &mut Ctx) -> Result<(), Verdict> {
     )?;
     ask("b9 op=revert domain=pv patch=locus_cmdline", "0", "already")?;
     ask(
-        "b10 op=apply domain=pv patch=locus_altinst",
+        "b10 op=apply domain=pv patch=locus_own_static_call",
         "3",
-        ".altinstructions",
+        ".static_call.text",
     )?;
 
     // A second daemon does not start; the first ends when asked, and a request waits for the next.

@@ -6,23 +6,7 @@ use super::{Buffer, Built, JUMP_LEN};
 use crate::addr::Gva;
 use crate::error::{Error, Result};
 use crate::kernel::Kernel;
-
-/// A branch of the payload that follows a static key.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct JumpSite {
-    /// The nop or jump.
-    pub code: Gva,
-    /// Where the jump goes.
-    pub target: Gva,
-    /// The key, without the bits that its address carries in the table.
-    pub key: Gva,
-    /// It jumps while the key is false.
-    pub branch: bool,
-    /// The key is a variable of the payload.
-    pub key_is_own: bool,
-    /// Length of the nop or jump, in bytes.
-    pub size: u8,
-}
+use crate::link::sites::JumpSite;
 
 /// Bits of `static_key.type`: the value at first, and that the rest is a list of `static_key_mod`.
 const TRUE: u64 = 1;

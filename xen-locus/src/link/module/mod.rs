@@ -21,11 +21,11 @@ mod words;
 
 use std::cell::Cell;
 
-pub use self::keys::JumpSite;
 use self::structure::{Part, Structure};
 use self::symtab::{Symtab, SYM_LEN};
 use self::table::Row;
 use super::reloc;
+use super::sites::JumpSite;
 use crate::addr::{Gva, Range};
 use crate::error::{Error, Result};
 use crate::kernel::orc::{self, Kind};
@@ -141,6 +141,8 @@ pub struct Built {
     /// First `jump_entry` of each static key, in order of address; and whether the key is the
     /// payload's own.
     keys: Vec<(Gva, Gva, bool)>,
+    /// Of the payload's own static keys: address of the word that names their branches, and the first.
+    pub own_keys: Vec<(Gva, Gva)>,
     /// Room for the nodes that link static keys, and for those that name users.
     nodes: Gva,
     users: Gva,
@@ -318,12 +320,19 @@ impl<'p> Entry<'p> {
         }
         let at = self.rw.kallsyms + member("num_symtab")?;
         rw.put(at, &count.to_le_bytes())?;
+        let links = match keys.iter().any(|(.., own)| *own) {
+            true => btf.offset_of("static_key", "type")? as u64,
+            false => 0,
+        };
+        let own = keys.iter().filter(|(.., own)| *own);
+        let own_keys = own.map(|(key, at, _)| (key.plus(links), *at)).collect();
         Ok(Built {
             ro: ro.bytes,
             rw: rw.bytes,
             place,
             tree,
             keys,
+            own_keys,
             nodes: place.rw.plus(self.rw.nodes),
             users: place.rw.plus(self.rw.users),
         })

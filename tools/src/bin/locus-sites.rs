@@ -1,0 +1,237 @@
+//! `locus-sites DOMAIN VMLINUX`: settles the guest kernel's own code as that of a payload is settled,
+//! and compares each place with what the guest's kernel made of it when it booted.
+//!
+//! VMLINUX is the ELF file of the guest's kernel: its code as built, and the tables about it, which the
+//! guest has thrown away. Nops of other lengths and branches of other forms are the same; jump labels
+//! must be the same byte for byte.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::{bail, Context as _, Result};
+use clap::Parser;
+use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic};
+use object::{Object as _, ObjectSection as _, SectionFlags};
+use xen_locus::addr::{Gva, Range};
+use xen_locus::cli::Host;
+use xen_locus::guest::core::Core;
+use xen_locus::kernel::Kernel;
+use xen_locus::link::record::hex;
+use xen_locus::link::sites::{self, Code, Place, Table, Tables};
+
+/// Most differences that are shown.
+const SHOWN: usize = 40;
+/// What follows the jump of a trampoline of a static call (arch/x86/kernel/static_call.c).
+const TRAMPOLINE: [u8; 3] = [0x0f, 0xb9, 0xcc];
+
+/// Compare the patched code of a guest's kernel with what xen-locus would make of it
+#[derive(Parser)]
+struct Args {
+    /// Name or id, or a core's file
+    domain: String,
+    /// The guest's kernel, as an ELF file
+    vmlinux: PathBuf,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let file = std::fs::read(&args.vmlinux)?;
+    if std::path::Path::new(&args.domain).is_file() {
+        let core = Core::open(std::path::Path::new(&args.domain))?;
+        return compare(&Kernel::of_saved(&core, core.kind(), core.vcpus())?, &file);
+    }
+    let host = Host::open(None)?;
+    let domain = host.guest(&args.domain)?;
+    compare(&Kernel::of(&domain)?, &file)
+}
+
+fn compare(kernel: &Kernel<'_>, file: &[u8]) -> Result<()> {
+    let elf = object::File::parse(file)?;
+    let built = Built::of(kernel, &elf)?;
+    let mut code = built.code.clone();
+    let settled = sites::settle(kernel, &mut code, &built.tables, None)?;
+    let mut counts: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
+    let mut shown = 0;
+    for place in &settled.places {
+        let len = usize::try_from(place.range.len())?;
+        let ours = code
+            .get(place.range.start, len)
+            .context("a place outside")?;
+        let theirs = kernel.space.read_vec(place.range.start, len)?;
+        let count = counts.entry(place.table).or_default();
+        count.0 += 1;
+        if same(place, ours, &theirs) || built.later_changed(place, &settled.places) {
+            continue;
+        }
+        count.1 += 1;
+        shown += 1;
+        if shown <= SHOWN {
+            let at = place.range.start;
+            let (name, offset) = kernel.symbols.covering(at).unwrap_or(("?", 0));
+            let old = built.code.get(at, len).unwrap_or_default();
+            println!(
+                "{} {at} {name}+{offset:#x}: built {} ours {} guest {}",
+                place.table,
+                hex(old),
+                hex(ours),
+                hex(&theirs)
+            );
+        }
+    }
+    let mut wrong = 0;
+    for (table, (all, differ)) in &counts {
+        println!("{table}: {} of {all} places equal", all - differ);
+        wrong += differ;
+    }
+    println!("changed by us: {} bytes", changed(&built.code, &code));
+    if wrong > 0 {
+        bail!("{wrong} places differ");
+    }
+    Ok(())
+}
+
+fn changed(a: &Code, b: &Code) -> usize {
+    a.bytes.iter().zip(&b.bytes).filter(|(x, y)| x != y).count()
+}
+
+/// The kernel as it was built, at the addresses it has in the guest.
+struct Built {
+    code: Code,
+    tables: Tables,
+}
+
+impl Built {
+    fn of(kernel: &Kernel<'_>, elf: &object::File<'_>) -> Result<Built> {
+        let text = elf.section_by_name(".text").context("no .text")?;
+        let slide = kernel.text_base.0.wrapping_sub(text.address());
+        let start = text.address();
+        let mut bytes = Vec::new();
+        let (mut live, mut dead) = (Vec::new(), Vec::new());
+        for section in elf.sections() {
+            let SectionFlags::Elf { sh_flags, .. } = section.flags() else {
+                continue;
+            };
+            let (allocated, executed) = (sh_flags.0 & 2 != 0, sh_flags.0 & 4 != 0);
+            let name = section.name()?;
+            if !allocated || section.address() < start || name.contains("percpu") {
+                continue;
+            }
+            let data = section.data()?;
+            if executed {
+                let at = usize::try_from(section.address() - start)?;
+                bytes.resize(bytes.len().max(at + data.len()), 0);
+                bytes
+                    .get_mut(at..at + data.len())
+                    .context("sections overlap")?
+                    .copy_from_slice(data);
+                let at = Gva(section.address().wrapping_add(slide));
+                let range = Range::new(at, data.len() as u64);
+                match name {
+                    n if n.starts_with(".init.") || n.starts_with(".exit.") => dead.push(range),
+                    _ => live.push(range),
+                }
+            }
+        }
+        let code = Code {
+            name: "vmlinux".into(),
+            base: kernel.text_base,
+            bytes,
+            live,
+            dead,
+            own: Range::new(Gva(0), 0),
+            all: Range::new(Gva(0), 0),
+        };
+        let table = |name: &str| -> Result<Vec<Table>> {
+            let Some(section) = elf.section_by_name(name) else {
+                return Ok(Vec::new());
+            };
+            let at = Gva(section.address().wrapping_add(slide));
+            let bytes = section.data()?.to_vec();
+            Ok(vec![Table { at, bytes }])
+        };
+        let mut returns = Vec::new();
+        for table in table(".return_sites")? {
+            for (entry, bytes) in table.entries(&code, ".return_sites", 4)? {
+                let at = sites::code::relative(entry, bytes, 0).context("short")?;
+                // Trampolines of static calls may have been changed before, and follow their keys.
+                if code.get(at.plus(5), 3) != Some(&TRAMPOLINE) {
+                    returns.push(at);
+                }
+            }
+        }
+        let mut tables = Tables {
+            alternatives: table(".altinstructions")?,
+            paravirt: table(".parainstructions")?,
+            retpolines: table(".retpoline_sites")?,
+            returns,
+            jumps: Vec::new(),
+            calls: table(".call_sites")?,
+            static_calls: Vec::new(),
+        };
+        // The paravirt table holds addresses, which the guest's boot code slid.
+        if slide != 0 {
+            for table in &mut tables.paravirt {
+                for field in table.bytes.chunks_exact_mut(16) {
+                    if let Some((address, _)) = field.split_first_chunk_mut::<8>() {
+                        *address = u64::from_le_bytes(*address)
+                            .wrapping_add(slide)
+                            .to_le_bytes();
+                    }
+                }
+            }
+        }
+        // Jump labels stay in the guest, sorted by it.
+        let symbol = |name| kernel.symbols.addr(name);
+        if let (Some(start), Some(stop)) = (
+            symbol("__start___jump_table"),
+            symbol("__stop___jump_table"),
+        ) {
+            let len = usize::try_from(stop.0.saturating_sub(start.0))?;
+            let bytes = kernel.space.read_vec(start, len)?;
+            tables.jumps.push(Table { at: start, bytes });
+        }
+        Ok(Built { code, tables })
+    }
+
+    /// Whether something else was written over a place after its own table: what an alternative
+    /// holds, the others don't.
+    fn later_changed(&self, place: &Place, all: &[Place]) -> bool {
+        place.table != ".altinstructions"
+            && all.iter().any(|p| {
+                p.table == ".altinstructions"
+                    && p.range.start < place.range.end
+                    && place.range.start < p.range.end
+            })
+    }
+}
+
+/// Whether two forms of a place do the same.
+fn same(place: &Place, ours: &[u8], theirs: &[u8]) -> bool {
+    if ours == theirs {
+        return true;
+    }
+    place.table != "__jump_table" && meaning(place, ours) == meaning(place, theirs)
+}
+
+/// What instructions do: without nops, and without what follows an unconditional branch up to its
+/// breakpoints; branches by their target.
+fn meaning(place: &Place, code: &[u8]) -> Vec<(Mnemonic, u64, Vec<u8>)> {
+    let mut out = Vec::new();
+    let start = place.range.start.0;
+    let mut decoder = Decoder::with_ip(64, code, start, DecoderOptions::NONE);
+    while decoder.can_decode() {
+        let at = decoder.position();
+        let i = decoder.decode();
+        let bytes = code.get(at..at + i.len()).unwrap_or_default().to_vec();
+        match i.mnemonic() {
+            Mnemonic::Nop | Mnemonic::Int3 => {}
+            m if relative(&i) => out.push((m, i.near_branch_target(), Vec::new())),
+            m => out.push((m, 0, bytes)),
+        }
+    }
+    out
+}
+
+fn relative(i: &Instruction) -> bool {
+    i.is_jmp_short_or_near() || i.is_jcc_short_or_near() || i.is_call_near()
+}
