@@ -10,7 +10,7 @@ use anyhow::Result;
 use crate::fetch::{self, Root, Suite};
 use crate::image;
 use crate::paths::Paths;
-use crate::payloads;
+use crate::payloads::{self, Which};
 
 /// A guest kernel, on the host.
 #[derive(Debug)]
@@ -58,8 +58,15 @@ impl Kernels {
         Ok(kernel)
     }
 
+    /// Payloads of `patches/test/` for the kernel of this release: name and file.
+    pub fn test_payloads(&self, suite: &Suite) -> Result<Vec<(String, PathBuf)>> {
+        let root = fetch::ensure_suite(&self.paths, suite)?;
+        payloads::build_all(&self.paths, &root, Which::All)?;
+        payloads::built(&self.paths, &root.release)
+    }
+
     fn make(&self, suite: &Suite, root: &Root) -> Result<Kernel> {
-        payloads::build_all(&self.paths, root)?;
+        payloads::build_all(&self.paths, root, Which::Examples)?;
         let dir = self.paths.base.join("images").join(suite.name);
         std::fs::create_dir_all(&dir)?;
         let vmlinuz = root.kernel()?;
