@@ -7,10 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
 
-use crate::fetch::{self, Root, Suite};
+use crate::fetch::{self, Root, Suite, BOOKWORM};
 use crate::image;
 use crate::paths::Paths;
 use crate::payloads::{self, Which};
+use crate::source;
 
 /// A guest kernel, on the host.
 #[derive(Debug)]
@@ -63,6 +64,11 @@ impl Kernels {
         let root = fetch::ensure_suite(&self.paths, suite)?;
         payloads::build_all(&self.paths, &root, Which::All)?;
         payloads::built(&self.paths, &root.release)
+    }
+
+    /// The livepatches that the source of Debian 12's kernel comes with: name and file.
+    pub fn own_livepatches(&self) -> Result<Vec<(String, PathBuf)>> {
+        source::own_livepatches(&self.paths, &BOOKWORM, &self.dom0)
     }
 
     fn make(&self, suite: &Suite, root: &Root) -> Result<Kernel> {

@@ -145,10 +145,29 @@ fn files_of(dir: &Path) -> Result<Vec<PathBuf>> {
 /// Runs kbuild on the folders of these modules in `all`.
 fn build(names: &[String], all: &Path, root: &Root) -> Result<()> {
     let folders: Vec<String> = names.iter().map(|name| format!("{name}/")).collect();
-    std::fs::write(
-        all.join("Kbuild"),
-        format!("obj-m := {}\n", folders.join(" ")),
-    )?;
+    let kbuild = format!("obj-m := {}\n", folders.join(" "));
+    std::fs::write(all.join("Kbuild"), kbuild)?;
+    let modules: Vec<PathBuf> = names
+        .iter()
+        .map(|name| all.join(name).join(format!("{name}.ko")))
+        .collect();
+    make(all, &modules, root)
+}
+
+/// Builds these modules, each of one file of C in the same folder.
+pub fn build_folder(dir: &Path, names: &[String], root: &Root) -> Result<()> {
+    let objects: Vec<String> = names.iter().map(|name| format!("{name}.o")).collect();
+    let kbuild = format!("obj-m := {}\n", objects.join(" "));
+    std::fs::write(dir.join("Kbuild"), kbuild)?;
+    let modules: Vec<PathBuf> = names
+        .iter()
+        .map(|name| dir.join(format!("{name}.ko")))
+        .collect();
+    make(dir, &modules, root)
+}
+
+/// Runs kbuild in a folder that has a `Kbuild`; it must make these files.
+fn make(all: &Path, modules: &[PathBuf], root: &Root) -> Result<()> {
     let mut make = Command::new("make");
     make.arg("-C").arg(headers(&root.dir, &root.release));
     make.arg(format!("M={}", all.display()));
@@ -171,9 +190,7 @@ fn build(names: &[String], all: &Path, root: &Root) -> Result<()> {
     let out = make.output().context("running make")?;
     let log = all.join("build.log");
     std::fs::write(&log, [out.stdout.as_slice(), b"\n", &out.stderr].concat())?;
-    let missing = names
-        .iter()
-        .find(|name| !all.join(name).join(format!("{name}.ko")).is_file());
+    let missing = modules.iter().find(|file| !file.is_file());
     if let (false, _) | (_, Some(_)) = (out.status.success(), missing) {
         let said = String::from_utf8_lossy(&out.stderr);
         bail!("payloads were not built (see {}):\n{said}", log.display());

@@ -8,6 +8,7 @@ mod bench;
 mod core;
 mod know;
 mod liar;
+mod loader;
 mod refuse;
 mod safety;
 mod store;
@@ -23,6 +24,7 @@ pub fn usual() -> Vec<Scenario> {
         refuse::SCENARIOS,
         store::SCENARIOS,
         liar::SCENARIOS,
+        loader::SCENARIOS,
         know::SCENARIOS,
         safety::SCENARIOS,
     ]
@@ -31,7 +33,14 @@ pub fn usual() -> Vec<Scenario> {
 
 /// All kernels as all types of guest, and cores of all types: what takes too long for a usual run.
 pub fn matrix() -> Vec<Scenario> {
-    [know::SCENARIOS, know::MATRIX, core::MATRIX].concat()
+    [
+        know::SCENARIOS,
+        know::MATRIX,
+        core::MATRIX,
+        loader::SCENARIOS,
+        loader::MATRIX,
+    ]
+    .concat()
 }
 
 /// All scenarios.
@@ -39,5 +48,6 @@ pub fn all() -> Vec<Scenario> {
     let mut all = usual();
     all.extend_from_slice(know::MATRIX);
     all.extend_from_slice(core::MATRIX);
+    all.extend_from_slice(loader::MATRIX);
     all
 }
