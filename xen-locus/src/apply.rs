@@ -232,11 +232,11 @@ fn place(
     ready: &Prepared,
 ) -> Result<usize> {
     arena.add(machine, kernel, ready.first, &ready.layout.rights)?;
-    arena.write(
-        machine,
-        arena::page_address(ready.first),
-        &ready.image.bytes,
-    )?;
+    for part in &ready.fresh {
+        let bytes = ready.image.bytes.get(part.clone()).unwrap_or_default();
+        let at = arena::page_address(ready.first).plus(part.start as u64);
+        arena.write(machine, at, bytes)?;
+    }
     let too_big = |_| Error::Failed("the payload's place does not fit the directory".into());
     let slot = Slot {
         state: State::Applying,

@@ -7,6 +7,8 @@ use crate::error::{Error, Result};
 use crate::kernel::Kernel;
 use crate::link::arena::{self, Arena, Resident};
 use crate::link::image::{self, Image, Layout};
+use crate::link::module::enter::{self, Entering};
+use crate::link::module::{Entry, Place};
 use crate::link::record::{hex, Function, Record, State};
 use crate::link::site;
 use crate::patch::Payload;
@@ -53,6 +55,9 @@ pub struct Prepared {
     pub record_json: Vec<u8>,
     /// The directory entry it takes over, if its code is parked in the arena already.
     pub parked: Option<usize>,
+    /// What of the image is to be written: first and last byte but one. Of code that is parked the
+    /// guest may have changed tables and branches meanwhile, which are to stay.
+    pub fresh: Vec<std::ops::Range<usize>>,
     /// The change of text.
     pub plan: Plan,
 }
@@ -168,20 +173,20 @@ pub fn prepare(kernel: &Kernel<'_>, arena: &Arena, payload: &Payload) -> Result<
         functions: functions.clone(),
         text: (u64::MAX, u64::MAX),
         text_sha256: hex(&[0; 32]),
+        module: u64::MAX,
     };
     for function in &mut record.functions {
         (function.new, function.new_bytes) = (u64::MAX, [u8::MAX; 5]);
     }
     // The room for the record: as long as it can get once addresses are known.
-    let layout = Layout::new(payload, to_json(&record)?.len())?;
+    let entry = Entry::of(payload, kernel, 0)?;
+    let layout = Layout::new(payload, to_json(&record)?.len(), entry.len())?;
     let link_at = |first| {
-        image::link(
-            payload,
-            kernel,
-            &layout,
-            arena::page_address(first),
-            returns,
-        )
+        let base = arena::page_address(first);
+        let mut image = image::link(payload, kernel, &layout, base, returns)?;
+        let entry = image::entry(&entry, payload, kernel, &layout, base)?;
+        image.put_entry(&layout, &entry)?;
+        Ok::<_, Error>((image, entry))
     };
     // The code of an earlier application may stand there still: what it left behind of threads or
     // timers goes on in the same code.
@@ -192,18 +197,30 @@ pub fn prepare(kernel: &Kernel<'_>, arena: &Arena, payload: &Payload) -> Result<
         {
             continue;
         }
-        let image = link_at(first)?;
-        if text_digest(&image, &layout) == old.record.text_sha256 {
-            parked = Some((old.index, first, image));
+        let (image, entry) = link_at(first)?;
+        let entered = enter::is_entered(kernel, entry.place.rw)?;
+        if !entered || is_same(kernel, &layout, &image, &entry.place)? {
+            parked = Some((old.index, first, (image, entry), entered));
             break;
         }
     }
-    let (parked, first, mut image) = match parked {
-        Some((index, first, image)) => (Some(index), first, image),
+    let (parked, first, (mut image, mut entry), entered) = match parked {
+        Some((index, first, linked, entered)) => (Some(index), first, linked, entered),
         None => {
             let first = arena.find_room(kernel.kind, &layout.rights)?;
-            (None, first, link_at(first)?)
+            (None, first, link_at(first)?, false)
         }
+    };
+    let entering = if entered {
+        Entering::default()
+    } else {
+        enter::enter(kernel, &mut entry, &[])?
+    };
+    image.put_entry(&layout, &entry)?;
+    let fresh = if entered {
+        layout.rewritten()
+    } else {
+        std::iter::once(0..image.bytes.len()).collect()
     };
     for (function, &new) in functions.iter_mut().zip(&image.functions) {
         function.new = new.0;
@@ -217,6 +234,7 @@ pub fn prepare(kernel: &Kernel<'_>, arena: &Arena, payload: &Payload) -> Result<
     record.functions = functions;
     record.text = (arena::page_address(first).0, layout.text_len);
     record.text_sha256 = text_digest(&image, &layout);
+    record.module = entry.place.rw.0;
     let record_json = to_json(&record)?;
     let (offset, room) = layout.record;
     let place = usize::try_from(offset)
@@ -225,23 +243,17 @@ pub fn prepare(kernel: &Kernel<'_>, arena: &Arena, payload: &Payload) -> Result<
         .and_then(|at| image.bytes.get_mut(at..at + record_json.len()))
         .ok_or_else(|| Error::Failed("the record does not fit its room".into()))?;
     place.copy_from_slice(&record_json);
-    let watched = record
-        .functions
-        .iter()
-        .map(|f| Watched {
-            range: Range::new(Gva(f.old), f.old_size),
-            name: f.name.clone(),
-        })
-        .collect();
-    let writes = record
-        .functions
-        .iter()
-        .map(|f| Write {
-            at: f.site,
-            expect: f.old_bytes.to_vec(),
-            new: f.new_bytes.to_vec(),
-        })
-        .collect();
+    let mut watched = entering.watched;
+    watched.extend(record.functions.iter().map(|f| Watched {
+        range: Range::new(Gva(f.old), f.old_size),
+        name: f.name.clone(),
+    }));
+    let mut writes = entering.writes;
+    writes.extend(record.functions.iter().map(|f| Write {
+        at: f.site,
+        expect: f.old_bytes.to_vec(),
+        new: f.new_bytes.to_vec(),
+    }));
     let plan = Plan {
         patch: payload.name.clone(),
         writes,
@@ -254,6 +266,7 @@ pub fn prepare(kernel: &Kernel<'_>, arena: &Arena, payload: &Payload) -> Result<
         record,
         record_json,
         parked,
+        fresh,
         plan,
     })))
 }
@@ -306,6 +319,21 @@ pub fn undo(kernel: &Kernel<'_>, resident: &Resident) -> Result<Plan> {
 fn to_json(record: &Record) -> Result<Vec<u8>> {
     serde_json::to_vec(record)
         .map_err(|e| Error::Failed(format!("the payload's record can't be written: {e}")))
+}
+
+/// Whether the code and constants of `image`, less the record, stand in the arena already.
+fn is_same(kernel: &Kernel<'_>, layout: &Layout, image: &Image, place: &Place) -> Result<bool> {
+    let len = usize::try_from(place.text.len() + place.rodata.len()).unwrap_or(0);
+    let mut found = kernel.space.fresh().read_vec(place.text.start, len)?;
+    let mut wanted = image.bytes.get(..len).unwrap_or_default().to_vec();
+    let (record, room) = layout.record;
+    let record = usize::try_from(record).unwrap_or(usize::MAX);
+    for bytes in [&mut found, &mut wanted] {
+        if let Some(room) = bytes.get_mut(record..record.saturating_add(room)) {
+            room.fill(0);
+        }
+    }
+    Ok(found == wanted)
 }
 
 fn text_digest(image: &Image, layout: &Layout) -> String {

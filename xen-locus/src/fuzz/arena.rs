@@ -30,6 +30,7 @@ fn sample_record() -> Record {
             new_bytes: [0xe9, 1, 2, 3, 4],
         }],
         text: (page_address(1).0, 32),
+        module: 0,
         text_sha256: "0".repeat(64),
     }
 }

@@ -418,6 +418,18 @@ impl Table {
         self.count
     }
 
+    /// Bytes of a row.
+    #[must_use]
+    pub fn row_len(&self) -> usize {
+        self.layout.len
+    }
+
+    /// The row in `bytes`; `None` when it means nothing in this table's format.
+    #[must_use]
+    pub fn row(&self, bytes: &[u8]) -> Option<Row> {
+        self.layout.row(bytes)
+    }
+
     /// How rows are packed.
     #[must_use]
     pub fn format(&self) -> Format {

@@ -4,11 +4,12 @@
 //! return sites), done from outside. What can't be done yet is refused by name.
 
 use super::arena::Rights;
+use super::module::{Built, Entry, JumpSite, Place};
 use super::site::Returns;
-use crate::addr::{Gva, PAGE_LEN, PAGE_SIZE};
+use crate::addr::{Gva, Range, PAGE_LEN, PAGE_SIZE};
 use crate::error::{Error, Result};
 use crate::kernel::Kernel;
-use crate::patch::{Payload, Role, Section, SymSection, Symbol};
+use crate::patch::{Payload, Reloc, Role, Section, SymSection, Symbol};
 
 const R_X86_64_64: u32 = 1;
 const R_X86_64_PC32: u32 = 2;
@@ -28,6 +29,8 @@ pub struct Layout {
     offsets: Vec<Option<u64>>,
     /// Offset and room of the record.
     pub record: (u64, usize),
+    /// Offsets of the read-only and of the writable part of the module entry.
+    pub entry: (u64, u64),
     /// Length of the code, which begins at offset 0, in bytes.
     pub text_len: u64,
 }
@@ -35,10 +38,27 @@ pub struct Layout {
 /// A payload relocated for its place.
 #[derive(Debug)]
 pub struct Image {
-    /// Its bytes, from its first page on; the record's room is zero.
+    /// Its bytes, from its first page on; the rooms of the record and of the module entry are zero.
     pub bytes: Vec<u8>,
     /// Addresses of the new functions, in the order of the payload's objects and functions.
     pub functions: Vec<Gva>,
+}
+
+impl Image {
+    /// Puts the module entry, links and all, into its room.
+    ///
+    /// # Errors
+    /// It does not fit.
+    pub fn put_entry(&mut self, layout: &Layout, entry: &Built) -> Result<()> {
+        for (at, bytes) in [(layout.entry.0, &entry.ro), (layout.entry.1, &entry.rw)] {
+            let at = usize::try_from(at).unwrap_or(usize::MAX);
+            self.bytes
+                .get_mut(at..at.saturating_add(bytes.len()))
+                .ok_or_else(|| Error::Failed("the module entry does not fit its room".into()))?
+                .copy_from_slice(bytes);
+        }
+        Ok(())
+    }
 }
 
 fn rights_of(section: &Section) -> Option<Rights> {
@@ -71,12 +91,13 @@ pub fn check_supported(payload: &Payload) -> Result<()> {
 }
 
 impl Layout {
-    /// Places the sections, code first, then constants and a record of `record_len` bytes, then
-    /// variables.
+    /// Places the sections, code first, then constants, a record of `record_len` bytes and what of the
+    /// module entry is read only, then variables, and on pages of its own the rest of the entry: the
+    /// payload's variables begin anew when it is applied again, the entry goes on.
     ///
     /// # Errors
     /// The payload is larger than any arena.
-    pub fn new(payload: &Payload, record_len: usize) -> Result<Layout> {
+    pub fn new(payload: &Payload, record_len: usize, entry: (u64, u64)) -> Result<Layout> {
         let too_big = || {
             Error::NotApplicable(format!(
                 "payload {} needs more than the arena's {} pages",
@@ -89,6 +110,7 @@ impl Layout {
         let mut at = 0u64;
         let mut text_len = 0;
         let mut record = (0, record_len);
+        let (mut entry_ro, mut entry_rw) = (0, 0);
         for group in [Rights::Text, Rights::RoData, Rights::Data] {
             let start = at;
             for section in payload.placed().filter(|s| rights_of(s) == Some(group)) {
@@ -106,6 +128,14 @@ impl Layout {
                 at = at.checked_next_multiple_of(8).ok_or_else(too_big)?;
                 record.0 = at;
                 at = at.checked_add(record_len as u64).ok_or_else(too_big)?;
+                at = at.checked_next_multiple_of(64).ok_or_else(too_big)?;
+                entry_ro = at;
+                at = at.checked_add(entry.0).ok_or_else(too_big)?;
+            }
+            if group == Rights::Data {
+                at = at.checked_next_multiple_of(PAGE_SIZE).ok_or_else(too_big)?;
+                entry_rw = at;
+                at = at.checked_add(entry.1).ok_or_else(too_big)?;
             }
             at = at.checked_next_multiple_of(PAGE_SIZE).ok_or_else(too_big)?;
             let pages = usize::try_from((at - start) / PAGE_SIZE).unwrap_or(usize::MAX);
@@ -118,8 +148,38 @@ impl Layout {
             rights,
             offsets,
             record,
+            entry: (entry_ro, entry_rw),
             text_len,
         })
+    }
+
+    /// What is written when the payload is applied again: the record, and the variables but for the
+    /// module entry.
+    #[must_use]
+    pub fn rewritten(&self) -> Vec<std::ops::Range<usize>> {
+        let (record, room) = self.record;
+        let record = usize::try_from(record).unwrap_or(usize::MAX);
+        let data = self.rights.iter().take_while(|&&r| r != Rights::Data);
+        let data = data.count() * PAGE_LEN;
+        let entry = usize::try_from(self.entry.1).unwrap_or(usize::MAX);
+        vec![record..record.saturating_add(room), data..entry.max(data)]
+    }
+
+    /// Where all of it stands when the first page is at `base`.
+    #[must_use]
+    pub fn place(&self, base: Gva) -> Place {
+        let pages = |which: Rights| {
+            let first = self.rights.iter().position(|&r| r == which).unwrap_or(0) as u64;
+            let count = self.rights.iter().filter(|&&r| r == which).count() as u64;
+            Range::new(base.plus(first * PAGE_SIZE), count * PAGE_SIZE)
+        };
+        Place {
+            text: pages(Rights::Text),
+            rodata: pages(Rights::RoData),
+            data: pages(Rights::Data),
+            ro: base.plus(self.entry.0),
+            rw: base.plus(self.entry.1),
+        }
     }
 
     fn offset(&self, section: usize) -> Option<u64> {
@@ -184,6 +244,34 @@ pub fn link(
     })
 }
 
+/// Builds the module entry of a payload that is linked for the address `base`.
+///
+/// # Errors
+/// As [`link`] and [`Entry::build`].
+pub fn entry(
+    entry: &Entry<'_>,
+    payload: &Payload,
+    kernel: &Kernel<'_>,
+    layout: &Layout,
+    base: Gva,
+) -> Result<Built> {
+    let linker = Linker {
+        payload,
+        kernel,
+        layout,
+        base,
+        bytes: Vec::new(),
+    };
+    let jumps: Vec<JumpSite> = Vec::new();
+    entry.build(
+        kernel,
+        layout.place(base),
+        &|reloc| linker.value(reloc),
+        &|section| layout.offset(section).map(|at| base.plus(at).0),
+        &jumps,
+    )
+}
+
 struct Linker<'a, 'm> {
     payload: &'a Payload,
     kernel: &'a Kernel<'m>,
@@ -212,7 +300,7 @@ impl Linker<'_, '_> {
         }
     }
 
-    fn relocate(&mut self, section: &Section, relocs: &[crate::patch::Reloc]) -> Result<()> {
+    fn relocate(&mut self, section: &Section, relocs: &[Reloc]) -> Result<()> {
         for reloc in relocs {
             let Some(symbol) = self.payload.symbol(reloc.symbol) else {
                 return Err(self.no(format!("relocation against symbol {}", reloc.symbol)));
@@ -288,6 +376,18 @@ impl Linker<'_, '_> {
         }
     }
 
+    /// The value of a relocation's symbol, of a section that is not placed itself.
+    fn value(&self, reloc: &Reloc) -> Result<Gva> {
+        let found = self
+            .payload
+            .symbol(reloc.symbol)
+            .and_then(|symbol| Some((symbol, self.payload.section(0)?)));
+        match found {
+            Some((symbol, none)) => self.address(symbol, none, reloc.offset),
+            None => Err(self.no(format!("relocation against symbol {}", reloc.symbol))),
+        }
+    }
+
     /// The value of a symbol.
     fn address(&self, symbol: &Symbol, section: &Section, offset: u64) -> Result<Gva> {
         match symbol.section {
@@ -323,7 +423,7 @@ impl Linker<'_, '_> {
     fn patch(
         &mut self,
         section: &Section,
-        reloc: &crate::patch::Reloc,
+        reloc: &Reloc,
         target: Gva,
         symbol: &Symbol,
     ) -> Result<()> {
@@ -332,23 +432,10 @@ impl Linker<'_, '_> {
             .offset(section.index)
             .map_or(self.base, |start| self.base.plus(start).plus(reloc.offset));
         let value = target.0.wrapping_add_signed(reloc.addend);
-        let relative = value.wrapping_sub(place.0);
-        let (bytes, len) = match reloc.rtype {
-            R_X86_64_64 => (Some(value.to_le_bytes()), 8),
-            R_X86_64_PC64 => (Some(relative.to_le_bytes()), 8),
-            R_X86_64_PC32 | R_X86_64_PLT32 => (signed32(relative), 4),
-            R_X86_64_32S => (signed32(value), 4),
-            R_X86_64_32 => (u32::try_from(value).is_ok().then(|| value.to_le_bytes()), 4),
-            other => {
-                return Err(self.no(format!(
-                    "{}+{:#x}: relocations of type {other} are not supported",
-                    section.name, reloc.offset
-                )))
-            }
-        };
-        let Some(bytes) = bytes else {
+        let Some((bytes, len)) = encode(reloc.rtype, value, place) else {
             return Err(self.no(format!(
-                "{}+{:#x}: {} at {target} is out of reach of a relocation of type {} from {place}",
+                "{}+{:#x}: {} at {target} is out of reach of a relocation of type {} from {place}, \
+                 or the type is not supported",
                 section.name, reloc.offset, symbol.name, reloc.rtype
             )));
         };
@@ -356,6 +443,20 @@ impl Linker<'_, '_> {
             .copy_from_slice(bytes.get(..len).unwrap_or_default());
         Ok(())
     }
+}
+
+/// The bytes of a relocation and how many of them count; `None` when `value` is out of reach of
+/// `place`, or the type is none of those that kernel modules use.
+pub(super) fn encode(rtype: u32, value: u64, place: Gva) -> Option<([u8; 8], usize)> {
+    let relative = value.wrapping_sub(place.0);
+    Some(match rtype {
+        R_X86_64_64 => (value.to_le_bytes(), 8),
+        R_X86_64_PC64 => (relative.to_le_bytes(), 8),
+        R_X86_64_PC32 | R_X86_64_PLT32 => (signed32(relative)?, 4),
+        R_X86_64_32S => (signed32(value)?, 4),
+        R_X86_64_32 => (u32::try_from(value).ok().map(|_| value.to_le_bytes())?, 4),
+        _ => return None,
+    })
 }
 
 /// The low half of `value` if it is the sign-extension of it.
@@ -370,7 +471,7 @@ mod tests {
     use super::*;
     use crate::kernel::fixture::{vcpus, Fixture, KIND, TEXT};
     use crate::link::arena;
-    use crate::patch::{Binding, Klp, Modinfo, Reloc, SectionFlags, SymKind};
+    use crate::patch::{Binding, Klp, Modinfo, SectionFlags, SymKind};
 
     const OUTSIDE: u64 = TEXT.0 + 0x2000;
 
@@ -453,8 +554,9 @@ mod tests {
             },
             build_id: None,
         };
-        let layout = Layout::new(&payload, 100)?;
-        assert_eq!(layout.rights, [Rights::Text, Rights::RoData, Rights::Data]);
+        let layout = Layout::new(&payload, 100, (100, 100))?;
+        let rights = [Rights::Text, Rights::RoData, Rights::Data, Rights::Data];
+        assert_eq!(layout.rights, rights);
         link(&payload, &kernel, &layout, arena::BASE, returns).map(|image| image.bytes)
     }
 

@@ -4,5 +4,6 @@
 
 pub mod arena;
 pub mod image;
+pub mod module;
 pub mod record;
 pub mod site;

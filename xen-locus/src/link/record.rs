@@ -206,6 +206,8 @@ pub struct Record {
     pub text: (u64, u64),
     /// SHA-256 of its code, in hex.
     pub text_sha256: String,
+    /// Address of its `struct module`.
+    pub module: u64,
 }
 
 impl Record {

@@ -172,8 +172,6 @@ impl Role {
             Self::Altinstructions => "alternatives have to be applied for the guest's CPU",
             Self::Parainstructions => "paravirt call sites have to be patched",
             Self::SmpLocks => "lock prefixes follow the guest's number of CPUs",
-            Self::ExTable => "exception fixups have to be registered with the kernel",
-            Self::BugTable => "BUG and WARN sites have to be registered with the kernel",
             Self::JumpTable => "static key branches have to be registered and set",
             Self::StaticCalls | Self::StaticCallTramp => "static calls have to be registered",
             Self::Tracepoints => "tracepoints have to be registered with the kernel",

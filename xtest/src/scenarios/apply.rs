@@ -138,6 +138,29 @@ fn stalls(ctx: &Ctx) -> Result<String, Verdict> {
         .ok("xl dmesg | grep -c 'unexpectedly wrapped' || true")
 }
 
+/// The guest's own kernel shows the patch among its modules, with its symbols, and keeps it.
+fn is_a_module(guest: &Guest, patch: &Patch) -> Result<(), Verdict> {
+    let name = patch.name;
+    let line = guest.ok(&format!("grep '^{name} ' /proc/modules"))?;
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let arena = words
+        .get(5)
+        .is_some_and(|at| at.starts_with("0xffffffffff6"));
+    check!(
+        words.get(4) == Some(&"Live") && arena,
+        "/proc/modules says {line:?}"
+    );
+    let symbols = guest.ok(&format!("grep -c '\\[{name}\\]' /proc/kallsyms"))?;
+    check!(symbols != "0", "/proc/kallsyms has nothing of {name}");
+    let out = guest.sh(&format!("rmmod {name}; rmmod -f {name}"))?;
+    check!(
+        out.rc != 0 && guest.ok("cat /proc/modules")?.contains(name),
+        "it was unloaded: {}",
+        out.err_text()
+    );
+    Ok(())
+}
+
 fn apply(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
     let name = &guest.name;
@@ -175,6 +198,7 @@ fn apply(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     check_eq!(report["functions"], 1);
     CMDLINE.check(&guest, "after")?;
     apply_json(ctx, &guest, &CMDLINE, "already")?;
+    is_a_module(&guest, &CMDLINE)?;
     let list = ctx.json("xen-locus -o json list")?;
     let row = list["domains"]
         .as_array()

@@ -1,0 +1,96 @@
+//! Tables of a payload that the kernel reads through its `struct module`: exception fixups, `BUG` and
+//! `WARN` sites, unwind data. Rows for code that is never placed (`__init`, `__exit`) are left out.
+
+use crate::error::{Error, Result};
+use crate::patch::{Payload, Reloc, Role, Section, SymSection};
+
+/// A row, and its relocations with offsets from its start.
+#[derive(Clone, Debug)]
+pub struct Row {
+    /// As the file has it.
+    pub bytes: Vec<u8>,
+    /// By rising offset.
+    pub relocs: Vec<Reloc>,
+}
+
+/// Reads the rows of `stride` bytes of the payload's one section of this role; `None` for one whose
+/// first word refers to what is never placed.
+///
+/// # Errors
+/// [`Error::NotApplicable`]: there are several such sections, the size is no multiple of `stride`, or
+/// a row does not begin with an address.
+pub fn rows(payload: &Payload, role: &Role, stride: usize) -> Result<Vec<Option<Row>>> {
+    let no = |why: String| Error::NotApplicable(format!("payload {}: {why}", payload.name));
+    let mut sections = payload
+        .sections
+        .iter()
+        .filter(|s| s.role == *role && s.size > 0 && !s.name.ends_with("_header"));
+    let Some(section) = sections.next() else {
+        return Ok(Vec::new());
+    };
+    if let Some(second) = sections.next() {
+        return Err(no(format!(
+            "sections {} and {} serve the same purpose; expected one, as ld -r with the kernel's \
+             module.lds makes it",
+            section.name, second.name
+        )));
+    }
+    if stride == 0 || !section.data.len().is_multiple_of(stride) {
+        return Err(no(format!(
+            "section {} has {} bytes, not a multiple of the guest's {stride} for a row: built for \
+             another kernel?",
+            section.name, section.size
+        )));
+    }
+    let relocs = relocs_of(payload, section);
+    let mut left = relocs.iter().peekable();
+    let mut found = Vec::new();
+    for (i, bytes) in section.data.chunks_exact(stride).enumerate() {
+        let start = (i * stride) as u64;
+        let end = start + stride as u64;
+        let mut own = Vec::new();
+        while let Some(reloc) = left.next_if(|r| r.offset < end) {
+            let offset = reloc.offset.saturating_sub(start);
+            own.push(Reloc { offset, ..**reloc });
+        }
+        let placed = match own.first() {
+            Some(first) if first.offset == 0 => is_placed(payload, first),
+            // rows of unwind data hold no addresses
+            _ if own.is_empty() && *role == Role::OrcUnwind => true,
+            _ => {
+                return Err(no(format!(
+                    "row {i} of section {} does not begin with an address",
+                    section.name
+                )))
+            }
+        };
+        found.push(placed.then(|| Row {
+            bytes: bytes.to_vec(),
+            relocs: own,
+        }));
+    }
+    Ok(found)
+}
+
+/// All relocations of a section, livepatch relocations too, by rising offset.
+fn relocs_of<'p>(payload: &'p Payload, section: &'p Section) -> Vec<&'p Reloc> {
+    let of_klp = payload
+        .sections
+        .iter()
+        .filter(|s| matches!(s.role, Role::KlpRela { target, .. } if target == section.index));
+    let mut all: Vec<&Reloc> = of_klp
+        .flat_map(|s| s.relocs.iter())
+        .chain(&section.relocs)
+        .collect();
+    all.sort_by_key(|r| r.offset);
+    all
+}
+
+fn is_placed(payload: &Payload, reloc: &Reloc) -> bool {
+    match payload.symbol(reloc.symbol).map(|s| s.section) {
+        Some(SymSection::Section(index)) => {
+            payload.section(index).is_some_and(|s| s.role.is_placed())
+        }
+        _ => false,
+    }
+}
