@@ -5,10 +5,10 @@ use std::process::ExitCode;
 use anyhow::{bail, Context, Result};
 use clap::{Parser, Subcommand};
 use xtest::bench::Bench;
-use xtest::fetch::{ensure_suite, Suite, SUITES};
+use xtest::fetch::{ensure_suite, Suite, BOOKWORM, SUITES};
 use xtest::paths::Paths;
 use xtest::scenario::{Profile, Scenario, PROFILES};
-use xtest::{demo, measure, payloads, runner, scenarios, shell};
+use xtest::{demo, measure, payloads, runner, scenarios, shell, source};
 
 /// Runs xen-locus on nested Xen under QEMU: no KVM, no root.
 #[derive(Debug, Parser)]
@@ -119,7 +119,11 @@ fn run(cli: Cli) -> Result<bool> {
             for suite in SUITES.iter().filter(wanted).copied() {
                 let root = ensure_suite(&paths, suite)?;
                 payloads::build_all(&paths, &root, payloads::Which::All)?;
-                for (_, file) in payloads::built(&paths, &root.release)? {
+                let mut built = payloads::built(&paths, &root.release)?;
+                if *suite == BOOKWORM {
+                    built.extend(source::own_livepatches(&paths, suite, &root)?);
+                }
+                for (_, file) in built {
                     println!("{}", file.display());
                 }
             }
