@@ -23,8 +23,13 @@
 		asm volatile("locus_" #name "_end:" ::: "memory");	\
 	}
 
+#ifdef CONFIG_HAVE_PREEMPT_DYNAMIC_CALL
 SITE(with_key, (void)static_call(cond_resched)())
 SITE(with_tramp, static_call_mod(might_resched)())
+#else
+SITE(with_key, cond_resched())
+SITE(with_tramp, might_resched())
+#endif
 
 static void describe(struct seq_file *m, const char *name, const u8 *at, const u8 *end)
 {
