@@ -1,18 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Threads that are found inside: one that reads /proc/cmdline sleeps, uninterruptible, for eight
- * seconds; one that reads /proc/version keeps its CPU busy until it is sent a signal.
+ * Threads that are found inside: one that reads /proc/cmdline sleeps, uninterruptible; one that reads
+ * /proc/version keeps its CPU busy until it is sent a signal, and then ends the other's sleep. Neither
+ * stays longer than a minute.
  */
-#include <linux/delay.h>
 #include <linux/jiffies.h>
 #include <linux/sched.h>
 #include <linux/sched/signal.h>
 
 #include "../payload.h"
 
+static bool locus_told;
+
 static noinline void locus_stack_sleep(struct seq_file *m)
 {
-	schedule_timeout_uninterruptible(8 * HZ);
+	unsigned long end = jiffies + 60 * HZ;
+
+	while (!READ_ONCE(locus_told) && time_before(jiffies, end))
+		schedule_timeout_uninterruptible(HZ / 10);
+	WRITE_ONCE(locus_told, false);
 	seq_puts(m, "slept\n");
 }
 
@@ -22,6 +28,7 @@ static noinline void locus_stack_spin(struct seq_file *m)
 
 	while (!signal_pending(current) && time_before(jiffies, end))
 		cpu_relax();
+	WRITE_ONCE(locus_told, true);
 	seq_puts(m, "spun\n");
 }
 
