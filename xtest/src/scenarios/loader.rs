@@ -115,8 +115,9 @@ fn loader(ctx: &mut Ctx, kind: Kind, suite: &'static Suite) -> Result<(), Verdic
             Ok(()) => {}
             Err(Verdict::Failure(why)) => {
                 wrong.push(format!("{what}: {why}"));
-                let name = subject.guest.name.clone();
-                ctx.destroy_guest(&name)?;
+                if subject.revert_all().is_err() {
+                    ctx.destroy_guest(&Subject::guest_name(kind, suite))?;
+                }
             }
             Err(Verdict::Crash(why)) => {
                 return Err(Verdict::Crash(format!(

@@ -1,6 +1,7 @@
 //! What a guest's kernel says during a test.
 
 use std::cell::{Cell, RefCell};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::check;
 use crate::guest::Guest;
@@ -15,23 +16,26 @@ const HOST_IS_BUSY: &[&str] = &[
     "random: crng",
 ];
 
+/// Marks so far: guests outlive a [`Log`], and each mark may be found only once in theirs.
+static MARKS: AtomicU32 = AtomicU32::new(0);
+
 /// A place in the kernel's log of a guest, and what may follow it.
 #[derive(Debug, Default)]
 pub struct Log {
-    marks: Cell<u32>,
+    mark: Cell<u32>,
     stalls: RefCell<String>,
 }
 
 impl Log {
     /// From here on. The mark is a line in the guest's log.
     pub fn mark(&self, guest: &Guest) -> Result<(), Verdict> {
-        self.marks.set(self.marks.get() + 1);
+        self.mark.set(MARKS.fetch_add(1, Ordering::Relaxed));
         guest.ok(&format!("echo '{}' > /dev/kmsg", self.text()))?;
         Ok(())
     }
 
     fn text(&self) -> String {
-        format!("locus-test mark {}.", self.marks.get())
+        format!("locus-test mark {}.", self.mark.get())
     }
 
     /// Lines since the mark.

@@ -27,9 +27,7 @@ pub fn all(subject: &Subject<'_>) -> Result<(), Verdict> {
         match subject.refused(&subject.file(name), words) {
             Err(Verdict::Failure(why)) => {
                 wrong.push(format!("{name}: {why}"));
-                if subject.applied()?.iter().any(|n| n == name) {
-                    subject.revert(name)?;
-                }
+                subject.revert_all()?;
             }
             other => other?,
         }

@@ -116,6 +116,14 @@ impl<'a> Subject<'a> {
         Ok(patches.iter().map(name).collect())
     }
 
+    /// Reverts what is in force, the newest first.
+    pub fn revert_all(&self) -> Result<(), Verdict> {
+        for name in self.applied()?.iter().rev() {
+            self.revert(name)?;
+        }
+        Ok(())
+    }
+
     /// Pages of the arena in use, parked patches included.
     pub fn arena_used(&self) -> Result<u64, Verdict> {
         Ok(arena(self.ctx, &self.guest)?.1)
