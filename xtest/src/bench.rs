@@ -16,7 +16,7 @@ use crate::image::{self, Images, Tools};
 use crate::kernels::Kernels;
 use crate::limits;
 use crate::paths::{cargo, Paths};
-use crate::payloads;
+use crate::payloads::{self, Which};
 use crate::qemu::Qemu;
 use crate::scenario::{Ctx, Profile};
 
@@ -40,7 +40,7 @@ impl Bench {
         let lock = lock(&paths)?;
         let root = fetch::ensure_suite(&paths, &BOOKWORM)?;
         let tools = build_tools(&paths)?;
-        payloads::build_all(&paths, &root)?;
+        payloads::build_all(&paths, &root, Which::All)?;
         let images = image::build(&paths, &root, tools)?;
         let kernels = Arc::new(Kernels::new(paths.clone(), root.clone()));
         Ok(Self {

@@ -237,6 +237,38 @@ pub fn ensure_suite(paths: &Paths, suite: &Suite) -> Result<Root> {
     })
 }
 
+/// Downloads `package` in the version that `other`, a package of the suite's tree, has; gives its file.
+pub fn download_beside(
+    paths: &Paths,
+    suite: &Suite,
+    other: &str,
+    package: &str,
+) -> Result<PathBuf> {
+    let base = paths.base.join(suite.name);
+    let stamp = read_stamp(&base.join("stamp.json"), suite);
+    let stamp = stamp.context("the suite is not unpacked")?;
+    let version = stamp.files.iter().find_map(|file| {
+        let (name, rest) = file.split_once('_')?;
+        (name == other).then(|| rest.split('_').next())?
+    });
+    let version = version.with_context(|| format!("{} has no {other}", suite.name))?;
+    let debs = base.join("debs");
+    std::fs::create_dir_all(&debs)?;
+    let file = debs.join(format!("{package}_{version}_all.deb"));
+    if !file.is_file() {
+        let apt = Apt::prepare(&base, suite)?;
+        eprintln!("xtest: {}: downloading {package}", suite.name);
+        let wanted = format!("{package}={}", version.replace("%3a", ":"));
+        apt.run("apt-get", &["download", "-q", &wanted])?;
+    }
+    ensure!(
+        file.is_file(),
+        "apt-get download gave no {}",
+        file.display()
+    );
+    Ok(file)
+}
+
 fn read_stamp(file: &Path, suite: &Suite) -> Option<Stamp> {
     let stamp: Stamp = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
     (stamp.format == FORMAT && stamp.packages == suite.packages && stamp.only == suite.only)

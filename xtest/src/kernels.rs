@@ -7,10 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
 
-use crate::fetch::{self, Root, Suite};
+use crate::fetch::{self, Root, Suite, BOOKWORM};
 use crate::image;
 use crate::paths::Paths;
-use crate::payloads;
+use crate::payloads::{self, Which};
+use crate::source;
 
 /// A guest kernel, on the host.
 #[derive(Debug)]
@@ -58,8 +59,20 @@ impl Kernels {
         Ok(kernel)
     }
 
+    /// Payloads of `patches/test/` for the kernel of this release: name and file.
+    pub fn test_payloads(&self, suite: &Suite) -> Result<Vec<(String, PathBuf)>> {
+        let root = fetch::ensure_suite(&self.paths, suite)?;
+        payloads::build_all(&self.paths, &root, Which::All)?;
+        payloads::built(&self.paths, &root.release)
+    }
+
+    /// The livepatches that the source of Debian 12's kernel comes with: name and file.
+    pub fn own_livepatches(&self) -> Result<Vec<(String, PathBuf)>> {
+        source::own_livepatches(&self.paths, &BOOKWORM, &self.dom0)
+    }
+
     fn make(&self, suite: &Suite, root: &Root) -> Result<Kernel> {
-        payloads::build_all(&self.paths, root)?;
+        payloads::build_all(&self.paths, root, Which::Examples)?;
         let dir = self.paths.base.join("images").join(suite.name);
         std::fs::create_dir_all(&dir)?;
         let vmlinuz = root.kernel()?;

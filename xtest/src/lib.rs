@@ -24,5 +24,6 @@ pub mod runner;
 pub mod scenario;
 pub mod scenarios;
 pub mod shell;
+pub mod source;
 pub mod toolchain;
 pub mod verdict;

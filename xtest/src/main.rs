@@ -5,10 +5,10 @@ use std::process::ExitCode;
 use anyhow::{bail, Context, Result};
 use clap::{Parser, Subcommand};
 use xtest::bench::Bench;
-use xtest::fetch::{ensure_suite, SUITES};
+use xtest::fetch::{ensure_suite, Suite, BOOKWORM, SUITES};
 use xtest::paths::Paths;
 use xtest::scenario::{Profile, Scenario, PROFILES};
-use xtest::{demo, measure, payloads, runner, scenarios, shell};
+use xtest::{demo, measure, payloads, runner, scenarios, shell, source};
 
 /// Runs xen-locus on nested Xen under QEMU: no KVM, no root.
 #[derive(Debug, Parser)]
@@ -56,7 +56,10 @@ enum Command {
     /// Download and unpack the Debian packages
     Fetch,
     /// Build the payloads of patches/
-    Payloads,
+    Payloads {
+        /// Releases of Debian whose kernels they are for [default: all]
+        suites: Vec<String>,
+    },
 }
 
 fn profile(name: &str) -> Result<&'static Profile> {
@@ -107,12 +110,20 @@ fn run(cli: Cli) -> Result<bool> {
                 println!("{} {} {}", suite.name, root.release, root.dir.display());
             }
         }
-        Command::Payloads => {
+        Command::Payloads { suites } => {
             let paths = Paths::find()?;
-            for suite in SUITES {
+            if let Some(name) = suites.iter().find(|&n| SUITES.iter().all(|s| s.name != n)) {
+                bail!("{name}: not a release of Debian that guests have kernels of");
+            }
+            let wanted = |s: &&&Suite| suites.is_empty() || suites.iter().any(|n| n == s.name);
+            for suite in SUITES.iter().filter(wanted).copied() {
                 let root = ensure_suite(&paths, suite)?;
-                payloads::build_all(&paths, &root)?;
-                for (_, file) in payloads::built(&paths, &root.release)? {
+                payloads::build_all(&paths, &root, payloads::Which::All)?;
+                let mut built = payloads::built(&paths, &root.release)?;
+                if *suite == BOOKWORM {
+                    built.extend(source::own_livepatches(&paths, suite, &root)?);
+                }
+                for (_, file) in built {
                     println!("{}", file.display());
                 }
             }

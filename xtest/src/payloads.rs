@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{bail, Context, Result};
 
 use crate::fetch::Root;
 use crate::image::newer;
@@ -29,23 +29,38 @@ fn headers(root: &Path, release: &str) -> PathBuf {
     root.join(format!("usr/src/linux-headers-{release}"))
 }
 
-/// Builds every payload that is not up to date.
-pub fn build_all(paths: &Paths, root: &Root) -> Result<()> {
-    for (name, source) in sources(&paths.workspace.join("patches"))? {
-        let made = paths.payloads(&root.release).join(&name);
-        if up_to_date(&source, &made.join(format!("{name}.ko")))? {
-            continue;
+/// Which payloads to build.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Which {
+    /// Those of `patches/` itself.
+    Examples,
+    /// Those of `patches/test/` too.
+    All,
+}
+
+/// Builds every payload that is not up to date, all by one `make`.
+pub fn build_all(paths: &Paths, root: &Root, which: Which) -> Result<()> {
+    let all = paths.payloads(&root.release);
+    let mut stale = Vec::new();
+    for source in sources(&paths.workspace.join("patches"), which)? {
+        let made = all.join(&source.name);
+        if !source.up_to_date(&made.join(format!("{}.ko", source.name)))? {
+            source.copy(&made)?;
+            stale.push(source.name);
         }
-        eprintln!("xtest: building payload {name} for {}", root.release);
-        build(&name, &source, &made, root)?;
     }
-    Ok(())
+    if stale.is_empty() {
+        return Ok(());
+    }
+    let (count, release) = (stale.len(), &root.release);
+    eprintln!("xtest: building {count} payloads for {release}");
+    build(&stale, &all, root)
 }
 
 /// Payloads built for a kernel: name and file.
 pub fn built(paths: &Paths, release: &str) -> Result<Vec<(String, PathBuf)>> {
     let mut all = Vec::new();
-    for (name, _) in sources(&paths.workspace.join("patches"))? {
+    for Source { name, .. } in sources(&paths.workspace.join("patches"), Which::All)? {
         let file = paths
             .payloads(release)
             .join(&name)
@@ -57,20 +72,58 @@ pub fn built(paths: &Paths, release: &str) -> Result<Vec<(String, PathBuf)>> {
     Ok(all)
 }
 
-/// The modules of `patches/*` and `patches/test/*`: name and folder of the source.
-fn sources(patches: &Path) -> Result<Vec<(String, PathBuf)>> {
-    let mut found = Vec::new();
-    for dir in [patches.to_path_buf(), patches.join("test")] {
-        if !dir.is_dir() {
-            continue;
+/// What a payload is built of.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Source {
+    /// The module's name.
+    name: String,
+    files: Vec<PathBuf>,
+    /// Headers of the folder above, which several payloads share.
+    shared: Vec<PathBuf>,
+}
+
+impl Source {
+    fn up_to_date(&self, made: &Path) -> Result<bool> {
+        let mut files = self.files.iter().chain(&self.shared);
+        Ok(made.is_file() && !files.any(|file| newer(file, made)))
+    }
+
+    /// Copies all of it to where it is built, which is emptied.
+    fn copy(&self, made: &Path) -> Result<()> {
+        if made.exists() {
+            std::fs::remove_dir_all(made)?;
         }
+        std::fs::create_dir_all(made)?;
+        let above = made.parent().context("a folder without one above")?;
+        for (files, to) in [(&self.files, made), (&self.shared, above)] {
+            for file in files {
+                std::fs::copy(file, to.join(file.file_name().unwrap_or_default()))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The modules of `patches/*`, and of `patches/test/*` if wanted.
+fn sources(patches: &Path, which: Which) -> Result<Vec<Source>> {
+    let mut dirs = vec![patches.to_path_buf()];
+    if which == Which::All {
+        dirs.push(patches.join("test"));
+    }
+    let mut found = Vec::new();
+    for dir in dirs {
+        let mut shared = files_of(&dir)?;
+        shared.retain(|file| file.extension().is_some_and(|e| e == "h"));
         for entry in std::fs::read_dir(&dir)? {
             let path = entry?.path();
-            let module = ["Kbuild", "Makefile"]
-                .iter()
-                .find_map(|file| module_name(&std::fs::read_to_string(path.join(file)).ok()?));
-            if let Some(name) = module {
-                found.push((name, path));
+            if let Ok(kbuild) = std::fs::read_to_string(path.join("Kbuild")) {
+                let name = module_name(&kbuild)
+                    .with_context(|| format!("{}/Kbuild makes no module", path.display()))?;
+                found.push(Source {
+                    name,
+                    files: files_of(&path)?,
+                    shared: shared.clone(),
+                });
             }
         }
     }
@@ -78,36 +131,53 @@ fn sources(patches: &Path) -> Result<Vec<(String, PathBuf)>> {
     Ok(found)
 }
 
-fn up_to_date(source: &Path, made: &Path) -> Result<bool> {
-    for entry in std::fs::read_dir(source)? {
+fn files_of(dir: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(dir).with_context(|| format!("reading {}", dir.display()))? {
         let path = entry?.path();
-        if path.is_file() && newer(&path, made) {
-            return Ok(false);
+        if path.is_file() {
+            files.push(path);
         }
     }
-    Ok(made.is_file())
+    Ok(files)
 }
 
-fn build(name: &str, source: &Path, made: &Path, root: &Root) -> Result<()> {
-    if made.exists() {
-        std::fs::remove_dir_all(made)?;
-    }
-    std::fs::create_dir_all(made)?;
-    for entry in std::fs::read_dir(source)? {
-        let path = entry?.path();
-        if let (true, Some(file)) = (path.is_file(), path.file_name()) {
-            std::fs::copy(&path, made.join(file))?;
-        }
-    }
+/// Runs kbuild on the folders of these modules in `all`.
+fn build(names: &[String], all: &Path, root: &Root) -> Result<()> {
+    let folders: Vec<String> = names.iter().map(|name| format!("{name}/")).collect();
+    let kbuild = format!("obj-m := {}\n", folders.join(" "));
+    std::fs::write(all.join("Kbuild"), kbuild)?;
+    let modules: Vec<PathBuf> = names
+        .iter()
+        .map(|name| all.join(name).join(format!("{name}.ko")))
+        .collect();
+    make(all, &modules, root)
+}
+
+/// Builds these modules, each of one file of C in the same folder.
+pub fn build_folder(dir: &Path, names: &[String], root: &Root) -> Result<()> {
+    let objects: Vec<String> = names.iter().map(|name| format!("{name}.o")).collect();
+    let kbuild = format!("obj-m := {}\n", objects.join(" "));
+    std::fs::write(dir.join("Kbuild"), kbuild)?;
+    let modules: Vec<PathBuf> = names
+        .iter()
+        .map(|name| dir.join(format!("{name}.ko")))
+        .collect();
+    make(dir, &modules, root)
+}
+
+/// Runs kbuild in a folder that has a `Kbuild`; it must make these files.
+fn make(all: &Path, modules: &[PathBuf], root: &Root) -> Result<()> {
     let mut make = Command::new("make");
     make.arg("-C").arg(headers(&root.dir, &root.release));
-    make.arg(format!("M={}", made.display()));
+    make.arg(format!("M={}", all.display()));
+    make.arg(format!("-j{}", crate::runner::host_cpus()));
     let own = toolchain::bin(&root.dir);
     if own.is_dir() {
         make.args(toolchain::variables(&own));
     } else {
         make.arg(format!("CC={CC}"));
-        host_libraries(&mut make, made, root)?;
+        host_libraries(&mut make, all, root)?;
     }
     // no BTF of the payload's own: nobody needs it, and making it takes one more program
     make.arg("CONFIG_DEBUG_INFO_BTF_MODULES=");
@@ -118,20 +188,13 @@ fn build(name: &str, source: &Path, made: &Path, root: &Root) -> Result<()> {
         make.env_remove(var);
     }
     let out = make.output().context("running make")?;
-    let log = made.join("build.log");
+    let log = all.join("build.log");
     std::fs::write(&log, [out.stdout.as_slice(), b"\n", &out.stderr].concat())?;
-    let module = made.join(format!("{name}.ko"));
-    if !out.status.success() {
+    let missing = modules.iter().find(|file| !file.is_file());
+    if let (false, _) | (_, Some(_)) = (out.status.success(), missing) {
         let said = String::from_utf8_lossy(&out.stderr);
-        bail!(
-            "payload {name} was not built (see {}):\n{said}",
-            log.display()
-        );
+        bail!("payloads were not built (see {}):\n{said}", log.display());
     }
-    ensure!(
-        module.is_file(),
-        "payload {name}: its build made no {name}.ko"
-    );
     Ok(())
 }
 

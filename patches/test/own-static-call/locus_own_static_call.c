@@ -1,62 +1,29 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Replace cmdline_proc_show() by code with a static call of its own: the key and
- * the trampoline stand in the payload, and only the kernel's module loader makes
- * them known, so that static_call_update() finds them. A loader that can't do the
- * same has to refuse the payload by name.
+ * Must be refused: a static call of its own has a trampoline, which has to be registered.
  */
-#include <linux/init.h>
-#include <linux/kernel.h>
-#include <linux/livepatch.h>
-#include <linux/module.h>
-#include <linux/seq_file.h>
 #include <linux/static_call.h>
 
-static int locus_own_static_call_first(struct seq_file *m)
+#include "../payload.h"
+
+static int locus_called(void)
 {
-	seq_puts(m, " locus=own_static_call\n");
-	return 0;
+	return 1;
 }
 
-DEFINE_STATIC_CALL(locus_own_static_call_end, locus_own_static_call_first);
+static int locus_called_later(void)
+{
+	return 2;
+}
+
+DEFINE_STATIC_CALL(locus_call, locus_called);
 
 static int locus_own_static_call_show(struct seq_file *m, void *v)
 {
-	seq_puts(m, saved_command_line);
-	return static_call(locus_own_static_call_end)(m);
+	seq_printf(m, "%d\n", static_call(locus_call)());
+	static_call_update(locus_call, locus_called_later);
+	return 0;
 }
 
-static struct klp_func locus_own_static_call_funcs[] = {
-	{
-		.old_name = "cmdline_proc_show",
-		.new_func = locus_own_static_call_show,
-	},
-	{ }
-};
-
-static struct klp_object locus_own_static_call_objs[] = {
-	{
-		.funcs = locus_own_static_call_funcs,
-	},
-	{ }
-};
-
-static struct klp_patch locus_own_static_call_patch = {
-	.mod = THIS_MODULE,
-	.objs = locus_own_static_call_objs,
-};
-
-static int locus_own_static_call_init(void)
-{
-	return klp_enable_patch(&locus_own_static_call_patch);
-}
-
-static void locus_own_static_call_exit(void)
-{
-}
-
-module_init(locus_own_static_call_init);
-module_exit(locus_own_static_call_exit);
-MODULE_DESCRIPTION("Test: replacement code with a static call of its own");
-MODULE_LICENSE("GPL");
-MODULE_INFO(livepatch, "Y");
+PAYLOAD(REPLACE("cmdline_proc_show", locus_own_static_call_show));
+MODULE_DESCRIPTION("Test: a static call of its own");

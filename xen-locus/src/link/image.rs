@@ -764,8 +764,8 @@ mod tests {
     fn tables_are_read_for_the_place_of_the_code_and_never_placed() {
         // call __x86_indirect_thunk_rax, and a table that names it and a call in init code
         let mut code = [0x90; 32];
-        code[8] = 0xe8;
-        let relocs = vec![reloc(9, R_X86_64_PLT32, 7, -4)];
+        code[8..13].copy_from_slice(&[0xe8, 0, 0, 0, 0]);
+        let relocs = vec![reloc(9, R_X86_64_PLT32, 9, -4)];
         let table = |name: usize, offset: i64| {
             let entries = vec![
                 reloc(0, R_X86_64_PC32, 3, 0),
@@ -774,19 +774,19 @@ mod tests {
             move |payload: &mut Payload| {
                 let sites = section(4, Role::RetpolineSites, &[0; 8], entries.clone());
                 payload.sections.push(sites);
-                let thunk = symbol(7, "__x86_indirect_thunk_rax", SymSection::Undefined, 0);
+                let thunk = symbol(9, "__x86_indirect_thunk_rax", SymSection::Undefined, 0);
                 payload.symbols.push(thunk);
                 payload
                     .symbols
-                    .push(symbol(8, "text", SymSection::Section(1), 0));
+                    .push(symbol(10, "text", SymSection::Section(1), 0));
             }
         };
-        let image = linked_with(&code, relocs.clone(), None, table(8, 8)).unwrap();
-        assert_eq!(image.len(), 3 * PAGE_LEN);
+        let image = linked_with(&code, relocs.clone(), None, table(10, 8)).unwrap();
+        assert_eq!(image.len(), 4 * PAGE_LEN);
         assert_eq!(image[..8], [0x90; 8]);
         assert_eq!(image[8..13], [0xff, 0xd0, 0x0f, 0x1f, 0x00]);
         // The table leads into data, or to what is no call.
-        for (name, offset, why) in [(2, 0, "no code of it"), (8, 7, "no call or jump")] {
+        for (name, offset, why) in [(2, 0, "no code of it"), (10, 7, "no call or jump")] {
             let error = linked_with(&code, relocs.clone(), None, table(name, offset)).unwrap_err();
             assert!(error.to_string().contains(why), "{error}");
         }

@@ -8,6 +8,7 @@ mod bench;
 mod core;
 mod know;
 mod liar;
+mod loader;
 mod objects;
 mod refuse;
 mod safety;
@@ -28,6 +29,7 @@ pub fn usual() -> Vec<Scenario> {
         store::SCENARIOS,
         liar::SCENARIOS,
         objects::SCENARIOS,
+        loader::SCENARIOS,
         know::SCENARIOS,
         sites::SCENARIOS,
         safety::SCENARIOS,
@@ -43,6 +45,8 @@ pub fn matrix() -> Vec<Scenario> {
         core::MATRIX,
         sites::SCENARIOS,
         sites::MATRIX,
+        loader::SCENARIOS,
+        loader::MATRIX,
     ]
     .concat()
 }
@@ -53,5 +57,6 @@ pub fn all() -> Vec<Scenario> {
     all.extend_from_slice(know::MATRIX);
     all.extend_from_slice(core::MATRIX);
     all.extend_from_slice(sites::MATRIX);
+    all.extend_from_slice(loader::MATRIX);
     all
 }

@@ -1,0 +1,266 @@
+//! What payload code does by itself, once it is linked and registered.
+
+use super::subject::Subject;
+use crate::guest::Kind;
+use crate::verdict::Verdict;
+use crate::{check, check_eq};
+
+/// Every type of relocation.
+pub fn relocations(subject: &Subject<'_>) -> Result<(), Verdict> {
+    subject.comes_and_goes("locus_reloc")
+}
+
+/// Paravirtual operations, locks, indirect branches.
+pub fn sites(subject: &Subject<'_>) -> Result<(), Verdict> {
+    subject.comes_and_goes("locus_sites")
+}
+
+/// Taken and not taken.
+pub fn alternatives(subject: &Subject<'_>) -> Result<(), Verdict> {
+    subject.comes_and_goes("locus_alt")
+}
+
+/// Faults of the payload's own instructions.
+pub fn uaccess(subject: &Subject<'_>) -> Result<(), Verdict> {
+    subject.comes_and_goes("locus_uaccess")
+}
+
+/// Per-CPU variables of the kernel's: agree, and are counted where the kernel reads them.
+pub fn percpu(subject: &Subject<'_>) -> Result<(), Verdict> {
+    const NAME: &str = "locus_percpu";
+    let count = || -> Result<u64, Verdict> {
+        let sum = "awk '/^ *HI:/ {for (i = 2; i <= NF; i++) n += $i; print n}' /proc/softirqs";
+        let text = subject.guest.ok(sum)?;
+        text.parse()
+            .map_err(|_| Verdict::Error(format!("/proc/softirqs: {text:?}")))
+    };
+    subject.apply(NAME)?;
+    let before = count()?;
+    for _ in 0..3 {
+        subject.all_ok("/proc/cmdline")?;
+    }
+    let counted = count()?.saturating_sub(before);
+    check!(
+        (3000..3300).contains(&counted),
+        "/proc/softirqs counted {counted} under HI, expected 3000"
+    );
+    subject.revert(NAME)
+}
+
+/// Variables begin as they were built, keep what is written, and begin anew with the next apply.
+pub fn state(subject: &Subject<'_>) -> Result<(), Verdict> {
+    const NAME: &str = "locus_state";
+    for again in [false, true] {
+        subject.apply(NAME)?;
+        let begin = subject.read("/proc/version")?;
+        check_eq!(
+            begin,
+            state_line(0),
+            "before the first call (again: {again})"
+        );
+        for calls in 1..=3 {
+            check_eq!(subject.read("/proc/cmdline")?, state_line(calls));
+        }
+        check_eq!(subject.read("/proc/version")?, state_line(3));
+        subject.revert(NAME)?;
+    }
+    Ok(())
+}
+
+fn state_line(calls: usize) -> String {
+    let letters = format!("a{}{}", "b".repeat(calls), ".".repeat(15 - calls));
+    let last = if calls == 0 { 0 } else { 256 - calls };
+    format!(
+        "zero={calls} hundred={} mostly={} aligned={} after_init=400 constant=500 calls={calls} \
+         letters={letters} room={calls},{last}",
+        100 + calls,
+        200 + calls,
+        300 + calls
+    )
+}
+
+/// The kernel's log names file and line of a warning, and the functions of the payload and the
+/// kernel's below them.
+pub fn warnings(subject: &Subject<'_>) -> Result<(), Verdict> {
+    const NAME: &str = "locus_warn";
+    subject.apply(NAME)?;
+    for once in [true, false] {
+        let text = subject.read("/proc/cmdline")?;
+        let line = |what: &str| {
+            let found = text.lines().find_map(|l| l.strip_prefix(what));
+            found.map(|number| number.trim().to_owned())
+        };
+        let (Some(warn), Some(warn_once)) = (line("warn "), line("once ")) else {
+            return Err(Verdict::failure(format!("/proc/cmdline says {text:?}")));
+        };
+        let log = subject.log.since(&subject.guest)?;
+        let mut expected = vec![(warn, "locus_warn_inner")];
+        if once {
+            expected.push((warn_once, "locus_warn_once"));
+        }
+        let count = log.matches("WARNING: ").count();
+        check_eq!(count, expected.len(), "warnings in\n{log}");
+        for (line, function) in expected {
+            let found = log.lines().any(|l| {
+                l.contains("WARNING: ")
+                    && l.contains(&format!("locus_warn.c:{line} {function}+0x"))
+                    && l.contains("[locus_warn]")
+            });
+            check!(found, "no warning of line {line} in {function}:\n{log}");
+        }
+        check!(log.contains("locus warns"), "no message:\n{log}");
+        let trace: Vec<&str> = functions(&log, "Call Trace:").take(20).collect();
+        check_eq!(trace.first(), Some(&"locus_warn_show"), "{trace:?}\n{log}");
+        check!(trace.contains(&"seq_read_iter"), "{trace:?}\n{log}");
+        check!(trace.contains(&"do_syscall_64"), "{trace:?}\n{log}");
+        check!(log.contains("---[ end trace"), "{log}");
+        subject.log.mark(&subject.guest)?;
+    }
+    subject.revert(NAME)
+}
+
+/// Functions of the first back-trace behind `title`; not those with a question mark.
+fn functions<'l>(log: &'l str, title: &str) -> impl Iterator<Item = &'l str> {
+    let lines = log.lines().skip_while({
+        let title = title.to_owned();
+        move |line| !line.contains(&title)
+    });
+    lines.filter_map(|line| {
+        // [   12.345678]  function+0x12/0x34 [module]
+        let entry = line.rsplit("] ").find(|part| part.contains("+0x"))?.trim();
+        // RIP: 0010:function+0x12/0x34
+        let entry = entry.rsplit(':').next()?;
+        (!entry.starts_with('?')).then(|| entry.split('+').next())?
+    })
+}
+
+/// Threads found inside replacement code: all ways to see a stack name its functions, and go on
+/// below.
+pub fn stacks(subject: &Subject<'_>) -> Result<(), Verdict> {
+    const NAME: &str = "locus_stack";
+    const PATH: [&str; 2] = ["seq_read_iter", "do_syscall_64"];
+    let guest = &subject.guest;
+    subject.apply(NAME)?;
+    let goes_on = |text: &str, inner: &str, outer: &str| -> Result<(), Verdict> {
+        let trace: Vec<&str> = functions(text, "").collect();
+        let at = trace.iter().position(|f| *f == inner);
+        let rest = at.and_then(|at| trace.get(at..)).unwrap_or_default();
+        check_eq!(rest.get(1), Some(&outer), "{text}");
+        let mut below = rest.iter();
+        for expected in PATH {
+            check!(
+                below.any(|f| *f == expected),
+                "no {expected} below {outer}: {text}"
+            );
+        }
+        check!(
+            text.contains(&format!("[{NAME}]")),
+            "the payload is not named: {text}"
+        );
+        Ok(())
+    };
+    guest.ok("rm -f /tmp/pids; for f in cmdline version; do \
+        taskset 2 cat /proc/$f > /tmp/$f.out & echo $! >> /tmp/pids; done; \
+        for i in $(seq 20); do sleep 1; cat /proc/$(sed -n 1p /tmp/pids)/stack > /tmp/stack; \
+        grep -q locus /tmp/stack && break; done")?;
+    let stack = subject.read("/tmp/stack")?;
+    goes_on(&stack, "locus_stack_sleep", "locus_stack_sleeper")?;
+    for (what, inner, outer) in [
+        ("w", "locus_stack_sleep", "locus_stack_sleeper"),
+        ("l", "locus_stack_spin", "locus_stack_spinner"),
+        ("t", "locus_stack_sleep", "locus_stack_sleeper"),
+    ] {
+        // the log may be shorter than all tasks: the newest come last
+        let show = format!(
+            "dmesg -c > /dev/null; taskset 1 sh -c 'echo {what} > /proc/sysrq-trigger'; \
+             sleep 1; dmesg | grep -B 1 -A 40 {inner}+"
+        );
+        let log = guest.ok(&show)?;
+        goes_on(&log, inner, outer)?;
+    }
+    guest.ok("kill $(sed -n 2p /tmp/pids); dmesg -c > /dev/null; sleep 2")?;
+    subject.log.mark(guest)?;
+    check_eq!(subject.read("/tmp/cmdline.out")?, "slept\nwoke up");
+    subject.revert(NAME)
+}
+
+/// A function of a module: while the module is not loaded refused, afterwards replaced.
+pub fn module_function(subject: &Subject<'_>) -> Result<(), Verdict> {
+    const NAME: &str = "locus_module_function";
+    const FEATURE: &str = "/sys/fs/ext4/features/lazy_itable_init";
+    let guest = &subject.guest;
+    guest.ok("! grep -q ^ext4 /proc/modules || rmmod ext4")?;
+    subject.refused(&subject.file(NAME), &["ext4", "not loaded"])?;
+    guest.ok(
+        "while read m; do grep -q ^$(basename $m .ko | tr - _) /proc/modules || \
+         insmod /lib/modules/$m || exit 1; done < /lib/modules/order",
+    )?;
+    subject.log.mark(guest)?;
+    check_eq!(subject.read(FEATURE)?, "supported");
+    subject.apply(NAME)?;
+    check_eq!(subject.read(FEATURE)?, "locus lazy_itable_init");
+    subject.revert(NAME)?;
+    check_eq!(subject.read(FEATURE)?, "supported");
+    Ok(())
+}
+
+/// Of two functions with one name the one that is meant is replaced, and the other is not.
+pub fn same_names(subject: &Subject<'_>) -> Result<(), Verdict> {
+    const NAME: &str = "locus_same_name";
+    const OTHER: &str = "/sys/devices/system/cpu/smt/control";
+    let find = "find /sys/devices -path '*/power/control' | head -n 1";
+    let meant = subject.guest.ok(find)?;
+    check!(!meant.is_empty(), "no device has power/control");
+    let (other_before, before) = (subject.read(OTHER)?, subject.read(&meant)?);
+    subject.apply(NAME)?;
+    check_eq!(subject.read(&meant)?, "locus", "{meant}");
+    check_eq!(subject.read(OTHER)?, other_before, "{OTHER}");
+    subject.revert(NAME)?;
+    check_eq!(subject.read(&meant)?, before, "{meant}");
+    Ok(())
+}
+
+/// 300 functions at once.
+pub fn many(subject: &Subject<'_>) -> Result<(), Verdict> {
+    const NAME: &str = "locus_many";
+    let load = |text: &str| text.split_whitespace().count();
+    let report = subject.apply(NAME)?;
+    check_eq!(report["functions"], 300, "{report}");
+    for (file, first) in [
+        ("cmdline", "first"),
+        ("version", "second"),
+        ("loadavg", "third"),
+    ] {
+        let text = subject.read(&format!("/proc/{file}"))?;
+        check!(
+            text.starts_with(&format!("{first} ")),
+            "/proc/{file}: {text}"
+        );
+    }
+    subject.revert(NAME)?;
+    check_eq!(
+        load(&subject.read("/proc/loadavg")?),
+        5,
+        "words of /proc/loadavg"
+    );
+    Ok(())
+}
+
+/// One mebibyte of data: does not fit into a PV guest's arena, and both numbers are said.
+pub fn big(subject: &Subject<'_>) -> Result<(), Verdict> {
+    const NAME: &str = "locus_big";
+    if subject.kind == Kind::Pv {
+        return subject.refused(
+            &subject.file(NAME),
+            &["arena pages", "this pv guest has 95"],
+        );
+    }
+    subject.apply(NAME)?;
+    for (sum, last) in [(6, 3), (7, 4)] {
+        check_eq!(
+            subject.read("/proc/cmdline")?,
+            format!("sum={sum} first=1 last={last}")
+        );
+    }
+    subject.revert(NAME)
+}

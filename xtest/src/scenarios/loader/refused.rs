@@ -1,0 +1,37 @@
+//! Payloads that must be refused: by name, with exit code 3, and the guest as it was.
+
+use super::subject::Subject;
+use crate::check;
+use crate::verdict::Verdict;
+
+/// Each payload, and words of its refusal.
+const PAYLOADS: &[(&str, &[&str])] = &[
+    ("locus_own_percpu", &["per-CPU"]),
+    ("locus_own_static_call", &["static call"]),
+    ("locus_parameter", &["parameter"]),
+    ("locus_export", &["export"]),
+    ("locus_callbacks", &["callback"]),
+    ("locus_init_function", &["start_kernel", "__init"]),
+    ("locus_init_code", &["init"]),
+    ("locus_overflow", &["saved_command_line"]),
+    ("locus_no_such_function", &["locus_no_such_function_show"]),
+    ("locus_ambiguous", &["control_show", "2"]),
+    ("locus_third_of_two", &["control_show", "3"]),
+    ("locus_plain", &["not a livepatch"]),
+];
+
+/// All of them, and all that is wrong.
+pub fn all(subject: &Subject<'_>) -> Result<(), Verdict> {
+    let mut wrong = Vec::new();
+    for (name, words) in PAYLOADS {
+        match subject.refused(&subject.file(name), words) {
+            Err(Verdict::Failure(why)) => {
+                wrong.push(format!("{name}: {why}"));
+                subject.revert_all()?;
+            }
+            other => other?,
+        }
+    }
+    check!(wrong.is_empty(), "{}", wrong.join("\n"));
+    Ok(())
+}

@@ -1,0 +1,204 @@
+//! The guest that payloads are tried on.
+
+use serde_json::Value;
+
+use super::guest_log::Log;
+use crate::fetch::{Suite, BOOKWORM};
+use crate::guest::{Guest, GuestSpec, Kind};
+use crate::scenario::Ctx;
+use crate::verdict::Verdict;
+use crate::{check, check_eq};
+
+/// Files whose text payloads replace.
+const FILES: &str = "/proc/cmdline /proc/version /proc/sys/kernel/ostype";
+
+/// A guest, and the payloads for its kernel.
+#[derive(Debug)]
+pub struct Subject<'a> {
+    /// The machine.
+    pub ctx: &'a Ctx,
+    /// The guest.
+    pub guest: Guest,
+    /// Its type.
+    pub kind: Kind,
+    /// The release of Debian whose kernel it runs.
+    pub suite: &'static Suite,
+    /// What its kernel says.
+    pub log: Log,
+}
+
+impl<'a> Subject<'a> {
+    /// Name of the guest for such subjects.
+    pub fn guest_name(kind: Kind, suite: &Suite) -> String {
+        format!("loader-{}-{}", suite.name, kind.name())
+    }
+
+    /// A guest with at least `pages` pages of its arena free: a payload that was reverted keeps its
+    /// own, so that the guest is started anew where many were tried.
+    pub fn with_room(
+        ctx: &'a mut Ctx,
+        kind: Kind,
+        suite: &'static Suite,
+        pages: u64,
+    ) -> Result<Self, Verdict> {
+        let name = Self::guest_name(kind, suite);
+        let spec = GuestSpec::new(&name, kind).suite(suite).memory(256);
+        let known = ctx.guest(&name).is_ok();
+        let mut guest = ctx.ensure_guest(spec.clone())?;
+        let (total, used) = arena(ctx, &guest)?;
+        let fresh = if total < used + pages {
+            ctx.destroy_guest(&name)?;
+            guest = ctx.ensure_guest(spec)?;
+            true
+        } else {
+            !known
+        };
+        if fresh && *suite != BOOKWORM {
+            for (name, file) in ctx.kernels.test_payloads(suite)? {
+                let path = format!("/payloads/{}/{name}.ko", suite.name);
+                ctx.dom0.put(&path, 0o644, &std::fs::read(file)?)?;
+            }
+        }
+        let subject = Self {
+            ctx,
+            guest,
+            kind,
+            suite,
+            log: Log::default(),
+        };
+        subject.guest.ok("mkdir -p /run/trace /run/debug; \
+            [ -e /run/trace/trace ] || mount -t tracefs t /run/trace; \
+            [ -e /run/debug/sched ] || mount -t debugfs d /run/debug")?;
+        Ok(subject)
+    }
+
+    /// A line in the transcript.
+    pub fn note(&self, text: &str) {
+        self.ctx.dom0.note(text);
+    }
+
+    /// The payload's file in dom0.
+    pub fn file(&self, name: &str) -> String {
+        if *self.suite == BOOKWORM {
+            format!("/payloads/{name}.ko")
+        } else {
+            format!("/payloads/{}/{name}.ko", self.suite.name)
+        }
+    }
+
+    /// Applies a payload.
+    pub fn apply(&self, name: &str) -> Result<Value, Verdict> {
+        self.apply_file(&self.file(name))
+    }
+
+    /// Applies the payload in a file of dom0.
+    pub fn apply_file(&self, file: &str) -> Result<Value, Verdict> {
+        let cmd = format!("xen-locus -o json apply {} {file}", self.guest.name);
+        let report = self.ctx.json(&cmd)?;
+        check_eq!(report["result"], "applied", "{report}");
+        Ok(report)
+    }
+
+    /// Reverts a patch.
+    pub fn revert(&self, name: &str) -> Result<(), Verdict> {
+        let cmd = format!("xen-locus -o json revert {} {name}", self.guest.name);
+        let report = self.ctx.json(&cmd)?;
+        check_eq!(report["result"], "reverted", "{report}");
+        Ok(())
+    }
+
+    /// Names of the patches in force.
+    pub fn applied(&self) -> Result<Vec<String>, Verdict> {
+        let cmd = format!("xen-locus -o json status {}", self.guest.name);
+        let status = self.ctx.json(&cmd)?;
+        let patches = status["patches"].as_array().cloned().unwrap_or_default();
+        let name = |p: &Value| p["name"].as_str().unwrap_or("?").to_owned();
+        Ok(patches.iter().map(name).collect())
+    }
+
+    /// Reverts what is in force, the newest first.
+    pub fn revert_all(&self) -> Result<(), Verdict> {
+        for name in self.applied()?.iter().rev() {
+            self.revert(name)?;
+        }
+        Ok(())
+    }
+
+    /// Pages of the arena in use, parked patches included.
+    pub fn arena_used(&self) -> Result<u64, Verdict> {
+        Ok(arena(self.ctx, &self.guest)?.1)
+    }
+
+    /// What a file of the guest says.
+    pub fn read(&self, file: &str) -> Result<String, Verdict> {
+        self.guest.ok(&format!("cat {file}"))
+    }
+
+    /// What the files say that payloads replace.
+    pub fn texts(&self) -> Result<String, Verdict> {
+        self.read(FILES)
+    }
+
+    /// Reads a file in which each line must say ok, or have the form `name=value`. Returns the text.
+    pub fn all_ok(&self, file: &str) -> Result<String, Verdict> {
+        let text = self.read(file)?;
+        let wrong: Vec<&str> = text
+            .lines()
+            .filter(|line| !line.ends_with(": ok") && !line.contains('='))
+            .collect();
+        check!(
+            wrong.is_empty() && text.contains(": ok"),
+            "{file} of the patched guest: {}",
+            if wrong.is_empty() {
+                text
+            } else {
+                wrong.join("; ")
+            }
+        );
+        Ok(text)
+    }
+
+    /// A payload comes, its file of /proc says ok twice, and it goes.
+    pub fn comes_and_goes(&self, name: &str) -> Result<(), Verdict> {
+        let before = self.read("/proc/cmdline")?;
+        self.apply(name)?;
+        for _ in 0..2 {
+            self.all_ok("/proc/cmdline")?;
+        }
+        self.revert(name)?;
+        check_eq!(self.read("/proc/cmdline")?, before, "/proc/cmdline");
+        Ok(())
+    }
+
+    /// Applying this file must end with 3 (not applicable), say all of `words`, and change nothing.
+    pub fn refused(&self, file: &str, words: &[&str]) -> Result<(), Verdict> {
+        let used = self.arena_used()?;
+        let before = self.texts()?;
+        let cmd = format!("xen-locus apply {} {file}", self.guest.name);
+        let out = self.ctx.dom0.sh(&cmd)?;
+        let said = out.err_text();
+        check_eq!(out.rc, 3, "exit code of `{cmd}` ({said})");
+        let lower = said.to_lowercase();
+        for word in words {
+            check!(
+                lower.contains(&word.to_lowercase()),
+                "`{cmd}` does not say {word:?}: {said}"
+            );
+        }
+        check_eq!(self.texts()?, before, "the guest's files after `{cmd}`");
+        check_eq!(self.arena_used()?, used, "pages in use after `{cmd}`");
+        Ok(())
+    }
+}
+
+/// Pages that the arena has, and those in use.
+fn arena(ctx: &Ctx, guest: &Guest) -> Result<(u64, u64), Verdict> {
+    let info = ctx.json(&format!("xen-locus -o json info {}", guest.name))?;
+    let number = |key: &str| info["arena"][key].as_u64();
+    match (number("pages"), number("used")) {
+        (Some(pages), Some(used)) => Ok((pages, used)),
+        _ => Err(Verdict::failure(format!(
+            "info says nothing of the arena: {info}"
+        ))),
+    }
+}

@@ -1,0 +1,160 @@
+//! What the guest changes while a payload is in force: static keys, tracepoints, static calls.
+
+use super::subject::Subject;
+use crate::verdict::Verdict;
+use crate::{check, check_eq};
+
+/// Keys of the kernel's and the payload's own, turned while it is in force, while it is not, and
+/// between two applies.
+pub fn static_keys(subject: &Subject<'_>) -> Result<(), Verdict> {
+    const NAME: &str = "locus_statickey";
+    let guest = &subject.guest;
+    let turn = |schedstats: u8, bpf_stats: u8| {
+        guest.ok(&format!(
+            "cd /proc/sys/kernel && echo {schedstats} > sched_schedstats && \
+             echo {bpf_stats} > bpf_stats_enabled"
+        ))
+    };
+    let follows = |schedstats: u8, bpf_stats: u8, on: u8, off: u8| -> Result<(), Verdict> {
+        let text = subject.all_ok("/proc/cmdline")?;
+        for (key, state) in [
+            ("schedstats", schedstats),
+            ("bpf_stats", bpf_stats),
+            ("on", on),
+            ("off", off),
+        ] {
+            let line = format!("{key}={state}");
+            check!(text.lines().any(|l| l == line), "not {line}: {text}");
+        }
+        Ok(())
+    };
+    turn(1, 0)?;
+    subject.apply(NAME)?;
+    follows(1, 0, 1, 0)?;
+    turn(0, 1)?;
+    follows(0, 1, 1, 0)?;
+    turn(1, 1)?;
+    follows(1, 1, 1, 0)?;
+    check_eq!(subject.read("/proc/version")?, "turned");
+    follows(1, 1, 0, 1)?;
+    check_eq!(subject.read("/proc/version")?, "turned");
+    follows(1, 1, 1, 0)?;
+    subject.revert(NAME)?;
+    // Nothing of the payload may be written now, nor may what it missed be forgotten.
+    turn(0, 0)?;
+    turn(1, 1)?;
+    turn(0, 1)?;
+    subject.apply(NAME)?;
+    follows(0, 1, 1, 0)?;
+    turn(1, 0)?;
+    follows(1, 0, 1, 0)?;
+    subject.revert(NAME)?;
+    turn(0, 0)?;
+    Ok(())
+}
+
+/// A tracepoint that the payload hits is seen where it is on: not at all, with one user (the static
+/// call leads to it directly), and with two (it leads to a loop over both).
+pub fn tracepoints(subject: &Subject<'_>) -> Result<(), Verdict> {
+    const NAME: &str = "locus_tracepoint";
+    let guest = &subject.guest;
+    let enable = |dir: &str, on: u8| {
+        guest.ok(&format!(
+            "cd {dir} && echo {on} > events/power/cpu_frequency/enable && \
+             echo {on} > events/power/suspend_resume/enable"
+        ))
+    };
+    let seen = |dir: &str, times: u64, what: &str| -> Result<(), Verdict> {
+        for event in [
+            "cpu_frequency: state=4711 cpu_id=1",
+            "suspend_resume: locus_action\\[815\\] begin",
+        ] {
+            let count = guest.ok(&format!("grep -c '{event}' {dir}/trace || true"))?;
+            check_eq!(count, times.to_string(), "{event} in {dir} ({what})");
+        }
+        guest.ok(&format!("echo > {dir}/trace"))?;
+        Ok(())
+    };
+    let (one, two) = ("/run/trace", "/run/trace/instances/locus");
+    let read = |on: u8| -> Result<(), Verdict> {
+        check_eq!(subject.read("/proc/cmdline")?, format!("enabled={on}"));
+        Ok(())
+    };
+    guest.ok(&format!("mkdir -p {two}"))?;
+    subject.apply(NAME)?;
+    read(0)?;
+    seen(one, 0, "off")?;
+    enable(one, 1)?;
+    read(1)?;
+    seen(one, 1, "one user")?;
+    enable(two, 1)?;
+    read(1)?;
+    seen(one, 1, "two users")?;
+    seen(two, 1, "two users")?;
+    enable(one, 0)?;
+    read(1)?;
+    seen(one, 0, "the other user")?;
+    seen(two, 1, "the other user")?;
+    // On while it goes and comes.
+    subject.revert(NAME)?;
+    enable(one, 1)?;
+    subject.apply(NAME)?;
+    read(1)?;
+    seen(one, 1, "on before")?;
+    seen(two, 1, "on before")?;
+    enable(one, 0)?;
+    enable(two, 0)?;
+    read(0)?;
+    seen(one, 0, "off again")?;
+    seen(two, 0, "off again")?;
+    subject.revert(NAME)?;
+    guest.ok(&format!("rmdir {two}"))?;
+    Ok(())
+}
+
+/// Static calls that the kernel's model of preemption decides on (kernel/sched/core.c, "SC:"), at
+/// the time of applying and later.
+pub fn static_calls(subject: &Subject<'_>) -> Result<(), Verdict> {
+    const NAME: &str = "locus_staticcall";
+    const CALLED: &str = "__cond_resched";
+    const NOTHING: &str = "nothing";
+    let guest = &subject.guest;
+    let control = "/run/debug/sched/preempt";
+    let modes = guest.sh(&format!("cat {control}"))?;
+    if modes.rc != 0 {
+        // A kernel whose preemption can't be changed makes the calls directly.
+        subject.apply(NAME)?;
+        subject.read("/proc/cmdline")?;
+        return subject.revert(NAME);
+    }
+    let follows = |mode: &str| -> Result<(), Verdict> {
+        let (resched, might) = match mode {
+            "none" => (CALLED, NOTHING),
+            "voluntary" => (CALLED, CALLED),
+            _ => (NOTHING, NOTHING),
+        };
+        check_eq!(
+            subject.read("/proc/cmdline")?,
+            format!("with key: {resched}\nwith trampoline: {might}"),
+            "preemption {mode}"
+        );
+        Ok(())
+    };
+    let set = |mode: &str| guest.ok(&format!("echo {mode} > {control}"));
+    set("voluntary")?;
+    subject.apply(NAME)?;
+    follows("voluntary")?;
+    for mode in ["none", "full", "voluntary", "full"] {
+        set(mode)?;
+        follows(mode)?;
+    }
+    subject.revert(NAME)?;
+    set("none")?;
+    subject.apply(NAME)?;
+    follows("none")?;
+    set("full")?;
+    follows("full")?;
+    subject.revert(NAME)?;
+    set("voluntary")?;
+    Ok(())
+}
