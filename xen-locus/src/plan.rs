@@ -123,10 +123,9 @@ pub fn prepare(
         if same.record.sha256 == sha256 {
             if mode == Mode::Replace && stack.applied().len() > 1 {
                 return Err(Error::Failed(format!(
-                    "payload {} is applied already, and {} others with it: it can't supersede \
-                     itself; revert the others, as `status` lists them, the last one first",
-                    payload.name,
-                    stack.applied().len() - 1
+                    "payload {} is applied already, and not alone: it can't supersede itself; \
+                     revert the others, as `status` lists them, the last one first",
+                    payload.name
                 )));
             }
             return Ok(Readiness::Already(Box::new((*same).clone())));

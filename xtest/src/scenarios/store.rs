@@ -51,7 +51,8 @@ fn requests(ctx: &mut Ctx) -> Result<(), Verdict> {
         Ok(())
     };
     ctx.dom0.ok(&format!(
-        "for i in $(seq 100); do xenstore-read /tool/xen-locus/domain/{id}/uuid && exit 0; \
+        "for i in $(seq 100); do xenstore-read /tool/xen-locus/domain/{id}/uuid && \
+         [ \"$(xenstore-read /tool/xen-locus/state)\" = running ] && exit 0; \
          usleep 100000; done 2>/dev/null; exit 1"
     ))?;
     check_eq!(read("/tool/xen-locus/state")?.text(), "running");
