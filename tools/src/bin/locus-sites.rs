@@ -272,17 +272,21 @@ fn meaning(kernel: &Kernel<'_>, place: &Place, code: &[u8]) -> Vec<(Mnemonic, u6
                 out.push((Mnemonic::Ret, 0, Vec::new()));
             }
             m if relative(&i) => out.push((m, i.near_branch_target(), Vec::new())),
-            m => out.push((m, 0, bytes)),
+            // Newer kernels pad a call with prefixes that mean nothing, not with nops behind it.
+            m => {
+                let bytes = bytes.into_iter().skip_while(|&b| b == 0x2e).collect();
+                out.push((m, 0, bytes));
+            }
         }
     }
     out
 }
 
-/// Whether these are nops and breakpoints.
+/// Whether these are nops, breakpoints, and short jumps over such.
 fn idle(code: &[u8]) -> bool {
     Decoder::new(64, code, DecoderOptions::NONE)
         .iter()
-        .all(|i| matches!(i.mnemonic(), Mnemonic::Nop | Mnemonic::Int3))
+        .all(|i| matches!(i.mnemonic(), Mnemonic::Nop | Mnemonic::Int3) || i.is_jmp_short())
 }
 
 fn relative(i: &Instruction) -> bool {
