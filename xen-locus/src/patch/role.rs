@@ -175,7 +175,6 @@ impl Role {
         Some(match self {
             Self::ExTable => "exception fixups have to be registered with the kernel",
             Self::BugTable => "BUG and WARN sites have to be registered with the kernel",
-            Self::JumpTable => "static key branches have to be registered and set",
             Self::StaticCallTramp => "static calls of its own have to be registered",
             Self::Tracepoints => "tracepoints have to be registered with the kernel",
             Self::Percpu => "per-CPU variables have to be allocated in the guest",
