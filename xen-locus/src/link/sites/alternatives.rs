@@ -199,12 +199,11 @@ fn direct_call(
             |(name, off)| format!("{name}+{off:#x}"),
         )
     };
-    let mut new = if target.0 == 0 {
-        return Err(format!(
-            "it calls {}, which this guest does not have",
-            name()
-        ));
-    } else if Some(target) == kernel.symbols.addr("nop_func") {
+    // The replacement itself calls what says that there is nothing.
+    if target.0 == 0 {
+        return moved::moved(replacement, from, at);
+    }
+    let mut new = if Some(target) == kernel.symbols.addr("nop_func") {
         Vec::new()
     } else {
         let far = || format!("{target}, held by {}, is out of reach", name());
@@ -425,10 +424,9 @@ mod tests {
         assert_eq!(plain, [0x66, 0x0f, 0x1f, 0x44, 0, 0]);
         assert_eq!(more, [0x31, 0xc0, 0x0f, 0x1f, 0x80, 0, 0, 0, 0]);
         assert_ne!(HELD, NOP);
-        let error = called(16).unwrap_err().to_string();
-        assert!(
-            error.contains("pv_ops+0x10, which this guest does not have"),
-            "{error}"
-        );
+        // Nothing: the call in the replacement, for its new place.
+        let bug = BASE.plus(32 + 5).plus(0x0403_0201);
+        let call = branch(0xe8, BASE, bug).unwrap();
+        assert_eq!(called(16).unwrap().0, [&call[..], &[0x90]].concat());
     }
 }

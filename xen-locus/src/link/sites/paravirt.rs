@@ -2,8 +2,9 @@
 //! what the pointer holds, or into nothing where that does nothing.
 //!
 //! Left as they are they would be right as well, but they are indirect calls, and no retpoline
-//! guards them: the kernel never runs them unpatched. A call of what is not there is refused, where
-//! the kernel writes code that dies. Jumps (`iret`, `sysret` of Linux 5.10) stay.
+//! guards them: the kernel never runs them unpatched. A call of what the guest does not have becomes
+//! one of `paravirt_BUG`, as in the kernel's own code: a PV guest has such calls in code that only runs
+//! on bare metal. Jumps (`iret`, `sysret` of Linux 5.10) stay, and no operation is put in line.
 //!
 //! Sources: `apply_paravirt` (arch/x86/kernel/alternative.c), `paravirt_patch` (in v5.10:
 //! `paravirt_patch_default`; arch/x86/kernel/paravirt.c). Kernels from v6.8 on have alternatives in
@@ -21,6 +22,8 @@ use crate::kernel::btf::Bits;
 use crate::kernel::Kernel;
 
 const TABLE: &str = ".parainstructions";
+/// What dies when it is run.
+const UD2: [u8; 2] = [0x0f, 0x0b];
 
 /// Where the parts of a `struct paravirt_patch_site` are.
 struct Layout {
@@ -54,8 +57,8 @@ impl Layout {
 /// Patches the sites in `tables`.
 ///
 /// # Errors
-/// [`Error::NotApplicable`](crate::error::Error::NotApplicable): an entry is not as entries are, or the guest
-/// does not have what is called.
+/// [`Error::NotApplicable`](crate::error::Error::NotApplicable): an entry is not as entries are. Or the
+/// guest can't be read.
 pub fn apply(
     kernel: &Kernel<'_>,
     code: &mut Code,
@@ -129,21 +132,26 @@ fn one(kernel: &Kernel<'_>, code: &mut Code, pointer: Gva, at: Gva, len: usize) 
     if i.mnemonic() == Mnemonic::Jmp {
         return Ok(());
     }
-    let target = Gva(kernel.space.read_u64(pointer)?);
-    if target.0 == 0 {
-        return Err(code.no(&format!(
-            "the code at {at} calls the paravirt operation {}, which this guest does not have",
-            symbol()
-        )));
-    }
+    let mut target = Gva(kernel.space.read_u64(pointer)?);
     let mut new = vec![0x90; len];
-    if Some(target) != kernel.symbols.addr("_paravirt_nop") {
-        let call = branch(0xe8, at, target);
-        match (call, new.get_mut(..5)) {
-            (Some(call), Some(room)) => room.copy_from_slice(&call),
-            // Out of reach: the call through the pointer is right as well.
-            _ => return Ok(()),
-        }
+    if target.0 == 0 {
+        target = kernel.symbols.addr("paravirt_BUG").unwrap_or(Gva(0));
+    }
+    let call = if target.0 == 0 {
+        UD2.to_vec()
+    } else if Some(target) == kernel.symbols.addr("_paravirt_nop") {
+        Vec::new()
+    } else {
+        let far = || {
+            code.no(&format!(
+                "{target} is out of reach of the paravirt site at {at}"
+            ))
+        };
+        branch(0xe8, at, target).ok_or_else(far)?.to_vec()
+    };
+    match new.get_mut(..call.len()) {
+        Some(room) => room.copy_from_slice(&call),
+        None => return Err(code.no(&format!("the paravirt site at {at} has only {len} bytes"))),
     }
     nops::join(&mut new);
     code.put(at, &new)
@@ -223,12 +231,9 @@ mod tests {
     }
 
     #[test]
-    fn what_the_guest_does_not_have_and_what_is_no_call_is_refused() {
-        let error = patched(false, &[0xff, 0x15], 2).unwrap_err().to_string();
-        assert!(
-            error.contains("pv_ops+0x10, which this guest does not have"),
-            "{error}"
-        );
+    fn a_call_of_what_the_guest_does_not_have_dies_and_what_is_no_call_is_refused() {
+        let dies = patched(false, &[0xff, 0x15], 2).unwrap();
+        assert_eq!(dies, [0x0f, 0x0b, 0x0f, 0x1f, 0x40, 0]);
         let error = patched(false, &[0x8b, 0x05], 0).unwrap_err().to_string();
         assert!(
             error.contains("expected a call through pv_ops+0x0"),
