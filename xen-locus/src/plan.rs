@@ -149,6 +149,13 @@ pub fn prepare(kernel: &Kernel<'_>, arena: &Arena, payload: &Payload) -> Result<
         .iter()
         .find(|r| r.slot.state == State::Applied && r.record.name == payload.name)
     {
+        if let Some(why) = presence::gone(kernel, &same.record)? {
+            return Err(Error::Failed(format!(
+                "payload {} was applied, and is not in force any more: {why}. Neither what is left \
+                 of it is undone nor is it applied again before the guest starts anew",
+                payload.name
+            )));
+        }
         if same.record.sha256 == sha256 {
             return Ok(Readiness::Already(Box::new(same.clone())));
         }

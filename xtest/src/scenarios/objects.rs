@@ -140,6 +140,7 @@ fn objects(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     if guest.sh("rmmod dummy")?.rc == 0 {
         check_eq!(state()?, "gone");
         refused(ctx, &revert, 1, "module dummy")?;
+        refused(ctx, &apply, 1, "not in force any more")?;
         guest.ok("insmod /lib/modules/dummy.ko")?;
         // At the same place or at another, it is as it was built.
         received(&guest, "0")?;
