@@ -14,10 +14,10 @@ use crate::addr::Gva;
 use crate::error::{Error, Result};
 use crate::guest::{Machine, WindowMut};
 use crate::kernel::Kernel;
-use crate::link::arena::{self, Arena};
+use crate::link::arena::{self, Arena, Resident};
 use crate::link::record::{Slot, State};
 use crate::patch::Payload;
-use crate::plan::{self, Plan, Prepared, Readiness};
+use crate::plan::{self, Mode, Plan, Prepared, Readiness, Stack};
 use crate::quiesce::{Blocker, Prescan, Verdict};
 use sha2::{Digest, Sha256};
 
@@ -77,6 +77,8 @@ pub struct Report {
     pub attempts: u32,
     /// Functions replaced or put back.
     pub functions: usize,
+    /// Patches that it superseded, the undermost first.
+    pub superseded: Vec<String>,
     /// From start to end, reading the guest's kernel included, in milliseconds: filled in by
     /// [`crate::service`].
     pub total_ms: u64,
@@ -85,7 +87,10 @@ pub struct Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let count = |n: usize, what| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
-        let functions = count(self.functions, "function");
+        let mut functions = count(self.functions, "function");
+        if !self.superseded.is_empty() {
+            functions.push_str(&format!(", superseding {}", self.superseded.join(", ")));
+        }
         let done = |f: &mut fmt::Formatter<'_>, what| {
             let attempts = count(self.attempts as usize, "attempt");
             write!(
@@ -109,11 +114,20 @@ impl Report {
     /// What a dry run reports of what [`plan::prepare`] found.
     #[must_use]
     pub fn dry(payload: &Payload, ready: &Readiness) -> Report {
-        let (result, functions) = match ready {
-            Readiness::Already(resident) => (Outcome::Already, resident.record.functions.len()),
-            Readiness::Ready(ready) => (Outcome::WouldApply, ready.record.functions.len()),
+        let (result, record, superseded) = match ready {
+            Readiness::Already(resident) => (Outcome::Already, &resident.record, &[][..]),
+            Readiness::Ready(ready) => (Outcome::WouldApply, &ready.record, &ready.superseded[..]),
         };
-        report(&payload.name, result, functions, Done::default())
+        let superseded = superseded.iter().map(|r| r.record.name.clone()).collect();
+        Report {
+            superseded,
+            ..report(
+                &payload.name,
+                result,
+                record.functions.len(),
+                Done::default(),
+            )
+        }
     }
 }
 
@@ -124,11 +138,12 @@ fn report(patch: &str, result: Outcome, functions: usize, done: Done) -> Report 
         pause_us: u64::try_from(done.pause.as_micros()).unwrap_or(u64::MAX),
         attempts: done.attempts,
         functions,
+        superseded: Vec::new(),
         total_ms: 0,
     }
 }
 
-/// Applies a payload.
+/// Applies a payload on top of the patches that are there, or in their place.
 ///
 /// # Errors
 /// See [`Error`]: the guest is then unchanged, or the message says otherwise.
@@ -136,35 +151,30 @@ pub fn apply(
     machine: &dyn Machine,
     kernel: &Kernel<'_>,
     payload: &Payload,
+    mode: Mode,
     options: &Options,
 ) -> Result<Report> {
     let mut arena = Arena::read(kernel)?;
-    let ready = plan::prepare(kernel, &arena, payload)?;
+    plan::settle(kernel, &mut arena)?;
+    let ready = plan::prepare(kernel, &arena, payload, mode)?;
     let dry = Report::dry(payload, &ready);
     let ready = match ready {
         Readiness::Ready(ready) if !options.dry_run => ready,
         _ => return Ok(dry),
     };
-    let functions = dry.functions;
-    let index = place(machine, kernel, &mut arena, &ready)?;
-    let done = match execute(machine, kernel, &ready.plan, options) {
-        Ok(done) => done,
-        Err(error) => {
-            if !matches!(error, Error::Uncertain(_)) {
-                // Nothing refers to the code: it stays for the next attempt.
-                arena.set_state(machine, kernel, index, State::Parked)?;
-            }
-            return Err(error);
-        }
-    };
-    arena.set_state(machine, kernel, index, State::Applied)?;
-    Ok(report(&payload.name, Outcome::Applied, functions, done))
+    place(machine, kernel, &mut arena, &ready)?;
+    let done = carry_out(machine, kernel, &mut arena, &ready.plan, options)?;
+    let report = report(&payload.name, Outcome::Applied, dry.functions, done);
+    Ok(Report {
+        superseded: dry.superseded,
+        ..report
+    })
 }
 
 /// Undoes the payload called `name`.
 ///
 /// # Errors
-/// As [`apply`].
+/// As [`apply`]; [`Error::Failed`] when another patch lies on it.
 pub fn revert(
     machine: &dyn Machine,
     kernel: &Kernel<'_>,
@@ -172,20 +182,14 @@ pub fn revert(
     options: &Options,
 ) -> Result<Report> {
     let mut arena = Arena::read(kernel)?;
-    let residents = plan::residents(kernel, &arena)?;
-    let mut of_that_name = residents.iter().filter(|r| r.record.name == name);
-    let Some(resident) = of_that_name
-        .clone()
-        .find(|r| r.slot.state == State::Applied)
-    else {
-        if of_that_name.next().is_some() {
+    let residents = plan::settle(kernel, &mut arena)?;
+    let stack = Stack::new(&residents);
+    let mut applied = stack.applied().iter();
+    let Some(resident) = applied.find(|r| r.record.name == name) else {
+        if residents.iter().any(|r| r.record.name == name) {
             return Ok(report(name, Outcome::Already, 0, Done::default()));
         }
-        let applied: Vec<&str> = residents
-            .iter()
-            .filter(|r| r.slot.state == State::Applied)
-            .map(|r| r.record.name.as_str())
-            .collect();
+        let applied: Vec<&str> = names(stack.applied());
         return Err(Error::Failed(format!(
             "no patch {name:?} is applied to this guest; applied: {}",
             if applied.is_empty() {
@@ -196,7 +200,7 @@ pub fn revert(
         )));
     };
     let functions = resident.record.functions.len();
-    let plan = plan::undo(kernel, resident)?;
+    let plan = plan::undo(kernel, &stack, resident)?;
     if options.dry_run {
         return Ok(report(
             name,
@@ -205,32 +209,93 @@ pub fn revert(
             Done::default(),
         ));
     }
-    arena.set_state(machine, kernel, resident.index, State::Reverting)?;
-    let done = match execute(machine, kernel, &plan, options) {
-        Ok(done) => done,
-        Err(error) => {
-            if !matches!(error, Error::Uncertain(_)) {
-                let applied_at = resident.slot.applied_at;
-                let mut slots = arena.directory.slots.clone();
-                if let Some(slot) = slots.get_mut(resident.index) {
-                    (slot.state, slot.applied_at) = (State::Applied, applied_at);
-                }
-                arena.commit(machine, kernel, slots)?;
-            }
-            return Err(error);
-        }
-    };
-    arena.set_state(machine, kernel, resident.index, State::Parked)?;
+    let mut slots = arena.directory.slots.clone();
+    if let Some(slot) = slots.get_mut(resident.index) {
+        slot.state = State::Reverting;
+    }
+    arena.commit(machine, kernel, slots)?;
+    let done = carry_out(machine, kernel, &mut arena, &plan, options)?;
     Ok(report(name, Outcome::Reverted, functions, done))
 }
 
-/// Puts a payload's code into the arena and into its directory; returns its number there.
+/// Undoes all patches, the topmost first, until one can't be undone. A dry run says of each what
+/// would come of it once those on top are gone.
+///
+/// # Errors
+/// The guest's arena can't be read; what goes wrong with a patch is said of that patch.
+pub fn revert_all(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    options: &Options,
+) -> Result<Vec<(String, Result<Report>)>> {
+    let residents = plan::residents(kernel, &Arena::read(kernel)?)?;
+    let stack = Stack::new(&residents);
+    let mut results = Vec::new();
+    for resident in stack.applied().iter().rev() {
+        let name = &resident.record.name;
+        let result = if options.dry_run {
+            let functions = resident.record.functions.len();
+            stack
+                .check_holds(kernel, resident)
+                .map(|()| report(name, Outcome::WouldRevert, functions, Done::default()))
+        } else {
+            revert(machine, kernel, name, options)
+        };
+        let failed = result.is_err();
+        results.push((name.clone(), result));
+        if failed {
+            break;
+        }
+    }
+    Ok(results)
+}
+
+fn names<'r>(patches: &[&'r Resident]) -> Vec<&'r str> {
+    patches.iter().map(|r| r.record.name.as_str()).collect()
+}
+
+/// Carries out a plan whose patches the directory shows as under way, and makes it say what came of
+/// it.
+fn carry_out(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    arena: &mut Arena,
+    plan: &Plan,
+    options: &Options,
+) -> Result<Done> {
+    match execute(machine, kernel, plan, options) {
+        Ok(done) => {
+            let mut slots = arena.directory.slots.clone();
+            for slot in &mut slots {
+                if slot.state == State::Applying {
+                    slot.applied_at = arena::now();
+                }
+                slot.state = slot.state.settled(true);
+            }
+            arena.commit(machine, kernel, slots)?;
+            Ok(done)
+        }
+        Err(error) => {
+            // Whatever went wrong, the guest's text tells whether the change took place; where it
+            // doesn't, the directory goes on showing it as under way.
+            if plan::settle(kernel, arena).is_ok() {
+                // Nothing refers to code that is not in force: it stays for the next attempt.
+                let slots = arena.directory.slots.clone();
+                arena.commit(machine, kernel, slots)?;
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Puts a payload's code into the arena and into its directory, where it comes last, as being
+/// applied; those it supersedes are shown as being reverted.
 fn place(
     machine: &dyn Machine,
     kernel: &Kernel<'_>,
     arena: &mut Arena,
     ready: &Prepared,
-) -> Result<usize> {
+) -> Result<()> {
     arena.add(machine, kernel, ready.first, &ready.layout.rights)?;
     for part in &ready.fresh {
         let bytes = ready.image.bytes.get(part.clone()).unwrap_or_default();
@@ -242,27 +307,22 @@ fn place(
         state: State::Applying,
         first: u16::try_from(ready.first).map_err(too_big)?,
         pages: u16::try_from(ready.layout.rights.len()).map_err(too_big)?,
-        applied_at: 0,
+        applied_at: arena::now(),
         record_offset: u32::try_from(ready.layout.record.0).map_err(too_big)?,
         record_len: u32::try_from(ready.record_json.len()).map_err(too_big)?,
         record_sha256: Sha256::digest(&ready.record_json).into(),
     };
     let mut slots = arena.directory.slots.clone();
-    let index = match ready
-        .parked
-        .and_then(|index| slots.get_mut(index).map(|old| (index, old)))
-    {
-        Some((index, old)) => {
-            *old = slot;
-            index
+    for superseded in &ready.superseded {
+        if let Some(slot) = slots.get_mut(superseded.index) {
+            slot.state = State::Reverting;
         }
-        None => {
-            slots.push(slot);
-            slots.len() - 1
-        }
-    };
-    arena.commit(machine, kernel, slots)?;
-    Ok(index)
+    }
+    if let Some(index) = ready.parked.filter(|&index| index < slots.len()) {
+        slots.remove(index);
+    }
+    slots.push(slot);
+    arena.commit(machine, kernel, slots)
 }
 
 /// How a plan was carried out.
@@ -411,7 +471,8 @@ fn write_all(targets: &[Target<'_>]) -> Result<()> {
     if written.is_ok() && verified()? {
         return Ok(());
     }
-    for target in changed() {
+    // The last one first: what is put back last is what was written first.
+    for target in changed().rev() {
         // All are tried; what counts is what stands there in the end.
         let _ = target.put(&target.write.expect);
     }
@@ -427,6 +488,9 @@ fn write_all(targets: &[Target<'_>]) -> Result<()> {
         "writing failed midway; all bytes are put back and verified".into(),
     ))
 }
+
+#[cfg(test)]
+mod stack_tests;
 
 #[cfg(test)]
 mod tests {

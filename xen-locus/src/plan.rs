@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::addr::{Gva, Range};
+use crate::addr::Gva;
 use crate::error::{Error, Result};
 use crate::kernel::Kernel;
 use crate::link::arena::{self, Arena, Resident};
@@ -11,11 +11,15 @@ use crate::link::module::enter::{self, Entering};
 use crate::link::module::{Entry, Place};
 use crate::link::objects::{Objects, VMLINUX};
 use crate::link::presence;
-use crate::link::record::{hex, Function, ModuleAt, Record, State};
+use crate::link::record::{hex, Function, ModuleAt, Record, State, SCHEMA};
 use crate::link::{fit, site};
 use crate::patch::Payload;
-use crate::quiesce::{Watch, Watched};
+use crate::quiesce::Watch;
 use sha2::{Digest, Sha256};
+
+mod stack;
+
+pub use stack::{Layers, Mode, Stack};
 
 /// Longest single write, in bytes.
 pub const WRITE_MAX: usize = 64;
@@ -57,9 +61,11 @@ pub struct Prepared {
     pub record_json: Vec<u8>,
     /// The directory entry it takes over, if its code is parked in the arena already.
     pub parked: Option<usize>,
-    /// What of the image is to be written: first and last byte but one. Of code that is parked the
+    /// What of the image is to be written: ranges of bytes. Of code that is parked the
     /// guest may have changed tables and branches meanwhile, which are to stay.
     pub fresh: Vec<std::ops::Range<usize>>,
+    /// The patches it supersedes, the undermost first.
+    pub superseded: Vec<Resident>,
     /// The change of text.
     pub plan: Plan,
     /// Modules whose functions it replaces or whose symbols it uses, payloads applied before among
@@ -76,79 +82,44 @@ pub enum Readiness {
     Ready(Box<Prepared>),
 }
 
-/// Payloads in the arena, the state of each as the redirects themselves show it: a run that was
-/// ended midway left its directory entry at applying or reverting.
+/// Payloads in the arena in the order they were last applied, the state of each as the redirects
+/// themselves show it: a run that was ended midway left its entries at applying or reverting.
 ///
 /// # Errors
-/// [`Error::Uncertain`] when a payload is neither wholly in force nor wholly undone.
+/// [`Error::Uncertain`] when what it was about took place in part.
 pub fn residents(kernel: &Kernel<'_>, arena: &Arena) -> Result<Vec<Resident>> {
     let mut all = arena.residents(kernel)?;
-    for resident in &mut all {
-        if !matches!(resident.slot.state, State::Applying | State::Reverting) {
-            continue;
-        }
-        // What was in a module that is gone does not count any more.
-        let gone = presence::gone(kernel, &resident.record)?.is_some();
-        let sites: Vec<Redirect> = resident
-            .record
-            .functions
-            .iter()
-            .filter(|f| !gone || f.object == VMLINUX)
-            .map(|f| redirect(kernel, f))
-            .collect::<Result<_>>()?;
-        resident.slot.state = if sites.iter().all(|&s| s == Redirect::New) {
-            State::Applied
-        } else if sites.iter().all(|&s| s == Redirect::Old) {
-            State::Parked
-        } else {
-            return Err(Error::Uncertain(format!(
-                "payload {} is neither wholly applied nor wholly undone: an earlier run was ended \
-                 in between",
-                resident.record.name
-            )));
-        };
-    }
+    stack::settle(kernel, &mut all)?;
     Ok(all)
 }
 
-/// What stands where a redirect belongs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Redirect {
-    /// The original bytes.
-    Old,
-    /// The redirect.
-    New,
-    /// Something else.
-    Other,
-}
-
-/// Looks at the place of a function's redirect.
+/// The same, and makes the arena's directory say so from the next time it is written.
 ///
 /// # Errors
-/// Memory can't be read.
-pub fn redirect(kernel: &Kernel<'_>, function: &Function) -> Result<Redirect> {
-    let mut bytes = [0; 5];
-    kernel.space.read(Gva(function.site), &mut bytes)?;
-    Ok(if bytes == function.new_bytes {
-        Redirect::New
-    } else if bytes == function.old_bytes {
-        Redirect::Old
-    } else {
-        Redirect::Other
-    })
+/// As [`residents`].
+pub fn settle(kernel: &Kernel<'_>, arena: &mut Arena) -> Result<Vec<Resident>> {
+    let all = residents(kernel, arena)?;
+    for (slot, resident) in arena.directory.slots.iter_mut().zip(&all) {
+        slot.state = resident.slot.state;
+    }
+    Ok(all)
 }
 
 /// Checks everything and links the payload for this guest; writes nothing.
 ///
 /// # Errors
 /// Whatever makes it not applicable, by name.
-pub fn prepare(kernel: &Kernel<'_>, arena: &Arena, payload: &Payload) -> Result<Readiness> {
+pub fn prepare(
+    kernel: &Kernel<'_>,
+    arena: &Arena,
+    payload: &Payload,
+    mode: Mode,
+) -> Result<Readiness> {
     let residents = residents(kernel, arena)?;
+    let stack = Stack::new(&residents);
     let sha256 = hex(&payload.sha256);
-    if let Some(same) = residents
-        .iter()
-        .find(|r| r.slot.state == State::Applied && r.record.name == payload.name)
-    {
+    let mut applied = stack.applied().iter();
+    if let Some(same) = applied.find(|r| r.record.name == payload.name) {
         if let Some(why) = presence::gone(kernel, &same.record)? {
             return Err(Error::Failed(format!(
                 "payload {} was applied, and is not in force any more: {why}. Neither what is left \
@@ -157,7 +128,15 @@ pub fn prepare(kernel: &Kernel<'_>, arena: &Arena, payload: &Payload) -> Result<
             )));
         }
         if same.record.sha256 == sha256 {
-            return Ok(Readiness::Already(Box::new(same.clone())));
+            if mode == Mode::Replace && stack.applied().len() > 1 {
+                return Err(Error::Failed(format!(
+                    "payload {} is applied already, and {} others with it: it can't supersede \
+                     itself; revert the others, as `status` lists them, the last one first",
+                    payload.name,
+                    stack.applied().len() - 1
+                )));
+            }
+            return Ok(Readiness::Already(Box::new((*same).clone())));
         }
         return Err(Error::Failed(format!(
             "another payload of the name {} is applied: this file has SHA-256 {sha256}, the one \
@@ -167,19 +146,22 @@ pub fn prepare(kernel: &Kernel<'_>, arena: &Arena, payload: &Payload) -> Result<
     }
     check_kernel(kernel, payload)?;
     image::check_supported(payload)?;
-    let others = residents
-        .iter()
-        .filter(|r| r.slot.state == State::Applied)
-        .count();
-    if payload.klp.replace == Some(true) && others > 0 {
-        return Err(Error::NotApplicable(format!(
-            "payload {} says that it replaces all patches before it, and {others} are applied: \
-             that is not supported yet; revert them first",
-            payload.name
-        )));
+    let supersedes = mode == Mode::Replace || payload.klp.replace == Some(true);
+    if supersedes {
+        for patch in stack.applied() {
+            if let Some(why) = presence::gone(kernel, &patch.record)? {
+                return Err(Error::Failed(format!(
+                    "{why}: so that payload can't be superseded, for nothing is written where its \
+                     redirects were"
+                )));
+            }
+            stack.check_holds(kernel, patch)?;
+        }
     }
-    let objects = Objects::new(kernel, newest_first(&residents));
-    let (mut functions, returns) = find_functions(kernel, &objects, payload, &residents)?;
+    let payloads = stack.applied().iter().rev();
+    let payloads = payloads.map(|r| Gva(r.record.module)).collect();
+    let objects = Objects::new(kernel, payloads);
+    let (mut functions, returns) = find_functions(kernel, &objects, payload, &stack, supersedes)?;
     let patched: Vec<ModuleAt> = objects
         .used()?
         .into_iter()
@@ -190,7 +172,7 @@ pub fn prepare(kernel: &Kernel<'_>, arena: &Arena, payload: &Payload) -> Result<
         })
         .collect();
     let mut record = Record {
-        schema: 1,
+        schema: SCHEMA,
         name: payload.name.clone(),
         sha256,
         description: payload.modinfo.description.clone().unwrap_or_default(),
@@ -202,15 +184,18 @@ pub fn prepare(kernel: &Kernel<'_>, arena: &Arena, payload: &Payload) -> Result<
         objects: patched,
     };
     for function in &mut record.functions {
-        (function.new, function.new_bytes) = (u64::MAX, [u8::MAX; 5]);
+        function.new = u64::MAX;
+        (function.found, function.old_bytes) = ([u8::MAX; 5], [u8::MAX; 5]);
+        function.new_bytes = [u8::MAX; 5];
     }
-    // The room for the record: as long as it can get once addresses are known.
     objects.look_up(payload)?;
     let depends: Vec<(String, Gva)> = objects
         .used()?
         .into_iter()
         .map(|m| (m.name.clone(), m.addr))
         .collect();
+    // The room for the record: as long as it can get once addresses are known, and whatever it lies
+    // on, so that it fits its old pages when it is applied again.
     let entry = Entry::of(payload, kernel, depends.len())?;
     let layout = Layout::new(payload, to_json(&record)?.len(), entry.len())?;
     let link_at = |first| {
@@ -230,7 +215,7 @@ pub fn prepare(kernel: &Kernel<'_>, arena: &Arena, payload: &Payload) -> Result<
             continue;
         }
         let (image, entry) = link_at(first)?;
-        let entered = enter::is_entered(kernel, entry.place.rw)?;
+        let entered = enter::is_entered(kernel, entry.place.module())?;
         if !entered || is_same(kernel, &layout, &image, &entry.place)? {
             parked = Some((old.index, first, (image, entry), entered));
             break;
@@ -267,7 +252,7 @@ pub fn prepare(kernel: &Kernel<'_>, arena: &Arena, payload: &Payload) -> Result<
     record.functions = functions;
     record.text = (arena::page_address(first).0, layout.text_len);
     record.text_sha256 = text_digest(&image, &layout);
-    record.module = entry.place.rw.0;
+    record.module = entry.place.module().0;
     let record_json = to_json(&record)?;
     let (offset, room) = layout.record;
     let place = usize::try_from(offset)
@@ -276,24 +261,24 @@ pub fn prepare(kernel: &Kernel<'_>, arena: &Arena, payload: &Payload) -> Result<
         .and_then(|at| image.bytes.get_mut(at..at + record_json.len()))
         .ok_or_else(|| Error::Failed("the record does not fit its room".into()))?;
     place.copy_from_slice(&record_json);
-    let mut watched = entering.watched;
-    watched.extend(record.functions.iter().map(|f| Watched {
-        range: Range::new(Gva(f.old), f.old_size),
-        name: f.name.clone(),
-    }));
     // First of all: the modules must be there still.
-    let mut writes = presence::conditions(kernel, &record.objects)?;
+    let mut there = record.objects.clone();
+    if supersedes {
+        let others = stack.applied().iter().flat_map(|r| &r.record.objects);
+        there.extend(others.cloned());
+    }
+    let mut writes = presence::conditions(kernel, &there)?;
+    let mut watched = entering.watched;
     writes.extend(entering.writes);
-    writes.extend(record.functions.iter().map(|f| Write {
-        at: f.site,
-        expect: f.old_bytes.to_vec(),
-        new: f.new_bytes.to_vec(),
-    }));
+    writes.extend(stack.writes(&record.functions, supersedes));
+    watched.extend(stack.watched(&record.functions, supersedes));
     let plan = Plan {
         patch: payload.name.clone(),
         writes,
         watch: Watch::new(kernel, watched),
     };
+    let superseded = stack.applied().iter().filter(|_| supersedes);
+    let superseded = superseded.map(|&r| r.clone()).collect();
     Ok(Readiness::Ready(Box::new(Prepared {
         layout,
         first,
@@ -302,45 +287,25 @@ pub fn prepare(kernel: &Kernel<'_>, arena: &Arena, payload: &Payload) -> Result<
         record_json,
         parked,
         fresh,
+        superseded,
         plan,
         depends,
     })))
 }
 
-/// The way back.
+/// The way back of `resident`, one of those in `stack`.
 ///
 /// # Errors
-/// A redirect isn't as it was written.
-pub fn undo(kernel: &Kernel<'_>, resident: &Resident) -> Result<Plan> {
+/// Another patch lies on it, or a redirect isn't as it was written.
+pub fn undo(kernel: &Kernel<'_>, stack: &Stack<'_>, resident: &Resident) -> Result<Plan> {
+    stack.check_on_top(resident)?;
     let record = &resident.record;
     if let Some(why) = presence::gone(kernel, record)? {
         return Err(Error::Failed(format!(
             "{why}: its redirects went with it, and nothing is written where they were"
         )));
     }
-    for function in &record.functions {
-        if redirect(kernel, function)? != Redirect::New {
-            return Err(Error::Failed(format!(
-                "the redirect of {} at {:#x} is not as {} wrote it: the guest or another tool \
-                 changed it, so it is left alone",
-                function.name, function.site, record.name
-            )));
-        }
-    }
-    // Nobody may be in the payload's code: in a replacement, or in a function only it calls.
-    let mut watched: Vec<Watched> = record
-        .functions
-        .iter()
-        .map(|f| Watched {
-            range: Range::new(Gva(f.new), f.new_size),
-            name: f.name.clone(),
-        })
-        .collect();
-    let (text, len) = record.text;
-    watched.push(Watched {
-        range: Range::new(Gva(text), len),
-        name: record.name.clone(),
-    });
+    stack.check_holds(kernel, resident)?;
     let mut writes = presence::conditions(kernel, &record.objects)?;
     writes.extend(record.functions.iter().map(|f| Write {
         at: f.site,
@@ -350,21 +315,14 @@ pub fn undo(kernel: &Kernel<'_>, resident: &Resident) -> Result<Plan> {
     Ok(Plan {
         patch: record.name.clone(),
         writes,
-        watch: Watch::new(kernel, watched),
+        // Nobody may be in the payload's code: in a replacement, or in a function only it calls.
+        watch: Watch::new(kernel, stack::code_of(record)),
     })
 }
 
 fn to_json(record: &Record) -> Result<Vec<u8>> {
     serde_json::to_vec(record)
         .map_err(|e| Error::Failed(format!("the payload's record can't be written: {e}")))
-}
-
-/// The `struct module` of each payload that is applied, the one applied last first.
-fn newest_first(residents: &[Resident]) -> Vec<Gva> {
-    let applied = residents.iter().filter(|r| r.slot.state == State::Applied);
-    let mut applied: Vec<&Resident> = applied.collect();
-    applied.sort_by_key(|r| std::cmp::Reverse((r.slot.applied_at, r.index)));
-    applied.iter().map(|r| Gva(r.record.module)).collect()
 }
 
 /// Whether the code and constants of `image`, less the record, stand in the arena already.
@@ -405,7 +363,8 @@ fn find_functions(
     kernel: &Kernel<'_>,
     objects: &Objects<'_, '_>,
     payload: &Payload,
-    residents: &[Resident],
+    stack: &Stack<'_>,
+    supersedes: bool,
 ) -> Result<(Vec<Function>, Option<site::Returns>)> {
     let subject = format!("payload {}", payload.name);
     let no = |why: String| Error::NotApplicable(format!("{subject}: {why}"));
@@ -418,21 +377,13 @@ fn find_functions(
             let old = objects
                 .symbol(name, &func.old_name, func.old_sympos)
                 .map_err(|e| e.within(&format!("{subject}: function {}", func.old_name)))?;
-            let taken = residents
-                .iter()
-                .filter(|r| r.slot.state == State::Applied)
-                .find(|r| r.record.functions.iter().any(|f| f.old == old.0));
-            if let Some(other) = taken {
-                return Err(no(format!(
-                    "function {} is replaced by {} already; revert that first (stacking is not \
-                     supported yet)",
-                    func.old_name, other.record.name
-                )));
-            }
             if functions.iter().any(|f| f.old == old.0) {
                 return Err(no(format!("it replaces {} twice", func.old_name)));
             }
-            let examined = site::examine(kernel, owner, &func.old_name, old)?;
+            let standing = stack.layers(old.0).map(Layers::standing);
+            let examined = site::examine(kernel, owner, &func.old_name, old, standing.as_ref())?;
+            let original = examined.site.old;
+            let found = standing.map_or(original, |ours| ours.jump);
             returns = returns.or(examined.returns);
             functions.push(Function {
                 name: func.old_name.clone(),
@@ -442,7 +393,8 @@ fn find_functions(
                 new: 0,
                 new_size: func.new_size,
                 site: examined.site.at.0,
-                old_bytes: examined.site.old,
+                found,
+                old_bytes: if supersedes { original } else { found },
                 new_bytes: [0; 5],
             });
         }

@@ -11,9 +11,9 @@ use crate::error::{Error, Result};
 use crate::kernel::Kernel;
 use crate::link::arena::Arena;
 use crate::link::presence;
-use crate::link::record::{Function, State};
+use crate::link::record::Function;
 use crate::patch::Payload;
-use crate::plan::{self, Redirect};
+use crate::plan::{self, Mode, Stack};
 use crate::store::{Store, ROOT};
 
 /// Where locks stand: gone after a reboot of dom0, as the guests are.
@@ -34,7 +34,16 @@ pub struct Patch {
     /// What it says it mends.
     pub cves: Vec<String>,
     /// What it replaces.
-    pub functions: Vec<Function>,
+    pub functions: Vec<Replaced>,
+}
+
+/// A function that a patch replaces.
+#[derive(Clone, Debug)]
+pub struct Replaced {
+    /// Its entry in the patch's record.
+    pub function: Function,
+    /// The topmost patch, whose version runs instead.
+    pub covered_by: Option<String>,
 }
 
 /// The patches of a guest, as its memory shows them.
@@ -46,7 +55,8 @@ pub struct Status {
     pub uuid: String,
     /// Its kernel's release.
     pub kernel: String,
-    /// Patches in the order they were first applied.
+    /// Patches in the order they were applied: of two that replace the same function, the later lies
+    /// on top.
     pub patches: Vec<Patch>,
 }
 
@@ -68,40 +78,41 @@ fn status_of(domain: &Domain<'_>, kernel: &Kernel<'_>) -> Result<Status> {
     })
 }
 
-/// The patches that a guest's memory shows, in the order they were first applied.
+/// The patches that a guest's memory shows, in the order they were applied.
 ///
 /// # Errors
 /// Its arena can't be read.
 pub fn patches(kernel: &Kernel<'_>) -> Result<Vec<Patch>> {
     let residents = plan::residents(kernel, &Arena::read(kernel)?)?;
+    let stack = Stack::new(&residents);
     let mut patches = Vec::new();
-    for resident in residents
-        .into_iter()
-        .filter(|r| r.slot.state == State::Applied)
-    {
-        let mut state = "applied";
-        let gone = presence::gone(kernel, &resident.record)?.is_some();
-        for function in &resident.record.functions {
-            // Where a module was there may be nothing, or anything.
-            if gone {
-                state = "gone";
-            } else if plan::redirect(kernel, function)? != Redirect::New {
-                state = "drifted";
-            }
-        }
+    for resident in stack.applied() {
+        let record = &resident.record;
+        let functions = record.functions.iter().map(|f| Replaced {
+            function: f.clone(),
+            covered_by: stack.covering(resident, f).map(str::to_owned),
+        });
         patches.push(Patch {
-            name: resident.record.name,
-            state,
-            sha256: resident.record.sha256,
+            name: record.name.clone(),
+            state: if presence::gone(kernel, record)?.is_some() {
+                // where a module was there may be nothing, or anything
+                "gone"
+            } else if stack.displaced(kernel, resident)?.is_some() {
+                "drifted"
+            } else {
+                "applied"
+            },
+            sha256: record.sha256.clone(),
             applied_at: resident.slot.applied_at,
-            cves: resident.record.cves,
-            functions: resident.record.functions,
+            cves: record.cves.clone(),
+            functions: functions.collect(),
         });
     }
     Ok(patches)
 }
 
-/// Applies a payload and publishes the guest's status.
+/// Applies a payload, on top of the patches that are there or in their place, and publishes the
+/// guest's status.
 ///
 /// # Errors
 /// As [`apply::apply`]; [`Error::TryAgain`] when another run holds the guest's lock.
@@ -109,10 +120,12 @@ pub fn apply(
     store: &Store,
     domain: &Domain<'_>,
     payload: &Payload,
+    mode: Mode,
     options: &Options,
 ) -> Result<Report> {
+    let began = Instant::now();
     change(store, domain, options, |kernel| {
-        apply::apply(domain, kernel, payload, options)
+        apply::apply(domain, kernel, payload, mode, options).map(|report| timed(report, began))
     })
 }
 
@@ -126,22 +139,47 @@ pub fn revert(
     patch: &str,
     options: &Options,
 ) -> Result<Report> {
+    let began = Instant::now();
     change(store, domain, options, |kernel| {
-        apply::revert(domain, kernel, patch, options)
+        apply::revert(domain, kernel, patch, options).map(|report| timed(report, began))
     })
 }
 
-fn change(
+/// Undoes all patches, the topmost first, until one can't be undone, and publishes the guest's
+/// status. Says what came of each that was tried.
+///
+/// # Errors
+/// As [`apply::revert_all`]; [`Error::TryAgain`] when another run holds the guest's lock.
+pub fn revert_all(
     store: &Store,
     domain: &Domain<'_>,
     options: &Options,
-    action: impl FnOnce(&Kernel<'_>) -> Result<Report>,
-) -> Result<Report> {
+) -> Result<Vec<(String, Result<Report>)>> {
     let began = Instant::now();
+    change(store, domain, options, |kernel| {
+        let results = apply::revert_all(domain, kernel, options)?.into_iter();
+        Ok(results
+            .map(|(patch, result)| (patch, result.map(|report| timed(report, began))))
+            .collect())
+    })
+}
+
+fn timed(report: Report, began: Instant) -> Report {
+    Report {
+        total_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+        ..report
+    }
+}
+
+fn change<R>(
+    store: &Store,
+    domain: &Domain<'_>,
+    options: &Options,
+    action: impl FnOnce(&Kernel<'_>) -> Result<R>,
+) -> Result<R> {
     let _lock = lock(&domain.info.uuid, options.timeout)?;
     let kernel = Kernel::of(domain)?;
-    let mut report = action(&kernel)?;
-    report.total_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let done = action(&kernel)?;
     if !options.dry_run {
         // The guest is changed: what can't be published is said, and does not undo that.
         if let Err(error) = status_of(domain, &kernel).and_then(|s| publish(store, &s)) {
@@ -151,7 +189,7 @@ fn change(
             );
         }
     }
-    Ok(report)
+    Ok(done)
 }
 
 /// Takes the guest's lock: one change of a guest at a time.

@@ -1,4 +1,4 @@
-//! `xen-locus apply DOMAIN… FILE`.
+//! `xen-locus apply DOMAIN… FILE`, and `replace`, which supersedes the patches that are there.
 
 use std::io::{self, IsTerminal as _};
 use std::path::Path;
@@ -11,32 +11,38 @@ use crate::addr::DomId;
 use crate::apply::{Options, Report};
 use crate::error::{Error, ExitCode, Result};
 use crate::patch::Payload;
+use crate::plan::Mode;
 use crate::service;
 
-/// Runs `apply`.
+/// Runs `apply` or `replace`.
 ///
 /// # Errors
 /// What went wrong for the only guest; with several guests each is reported and the highest exit
 /// code is returned.
-pub fn run(session: &Session, host: &Host, args: &Apply) -> anyhow::Result<ExitCode> {
+pub fn run(session: &Session, host: &Host, args: &Apply, mode: Mode) -> anyhow::Result<ExitCode> {
+    let doing = match mode {
+        Mode::Apply => "Applying",
+        Mode::Replace => "Replacing all patches by",
+    };
     let (domains, file) = targets(host, args)?;
     let payload = Payload::read(Path::new(&file)).map_err(Error::from)?;
     let options = session.options(&args.patience);
     let mut results = Vec::new();
     for domain in &domains {
         if io::stderr().is_terminal() {
-            eprintln!("Applying {} on {domain}...", payload.name);
+            eprintln!("{doing} {} on {domain}...", payload.name);
         }
-        results.push((
-            domain.clone(),
-            apply_one(session, host, domain, &payload, &options),
-        ));
+        results.push(Done {
+            domain: domain.clone(),
+            patch: payload.name.clone(),
+            result: apply_one(session, host, domain, &payload, mode, &options),
+        });
     }
-    Ok(tell(session, "Applying", &payload.name, results))
+    Ok(tell(session, doing, results))
 }
 
 fn targets(host: &Host, args: &Apply) -> Result<(Vec<String>, String)> {
-    let usage = |why: &str| Error::Usage(format!("apply: {why}"));
+    let usage = |why: &str| Error::Usage(why.to_owned());
     let Some((file, domains)) = args.targets.split_last() else {
         return Err(usage("give a domain and a payload file"));
     };
@@ -63,23 +69,31 @@ pub(super) fn apply_one(
     host: &Host,
     wanted: &str,
     payload: &Payload,
+    mode: Mode,
     options: &Options,
 ) -> Result<(DomId, String, Report)> {
     let domain = host.guest(wanted)?;
-    let report = service::apply(&host.store, &domain, payload, options)?;
+    let report = service::apply(&host.store, &domain, payload, mode, options)?;
     session.say(1, format!("{}: {report:?}", domain.label()));
     Ok((domain.info.id, domain.label(), report))
 }
 
-/// A guest as the user named it, and what came of the action on it.
-pub(super) type Results = Vec<(String, Result<(DomId, String, Report)>)>;
+/// What came of an action.
+pub(super) struct Done {
+    /// The guest as the user named it.
+    pub domain: String,
+    /// The patch.
+    pub patch: String,
+    /// The guest's id and label, and the report.
+    pub result: Result<(DomId, String, Report)>,
+}
 
 /// Prints results; returns the highest exit code.
-pub(super) fn tell(session: &Session, doing: &str, patch: &str, results: Results) -> ExitCode {
+pub(super) fn tell(session: &Session, doing: &str, results: Vec<Done>) -> ExitCode {
     let mut code = ExitCode::Done;
     let mut objects: Vec<Value> = Vec::new();
-    for (wanted, result) in &results {
-        match result {
+    for done in &results {
+        match &done.result {
             Ok((domid, label, report)) => {
                 objects.push(with(json!(report), &[("domid", domid.0.into())]));
                 if session.output == Output::Table {
@@ -91,12 +105,12 @@ pub(super) fn tell(session: &Session, doing: &str, patch: &str, results: Results
             }
             Err(error) => {
                 code = code.max(error.exit_code());
-                let mut fields = vec![("domain", Value::from(wanted.as_str()))];
-                if !patch.is_empty() {
-                    fields.push(("patch", patch.into()));
-                }
+                let fields = [
+                    ("domain", Value::from(done.domain.as_str())),
+                    ("patch", Value::from(done.patch.as_str())),
+                ];
                 objects.push(with(out::failure(error), &fields));
-                eprintln!("xen-locus: {wanted}: {error}");
+                eprintln!("xen-locus: {}: {error}", done.domain);
                 if let Error::Blocked { blockers, .. } = error {
                     eprint!("{}", out::blockers(blockers));
                 }

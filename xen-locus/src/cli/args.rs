@@ -70,7 +70,16 @@ pub enum Command {
     Check(Check),
     /// Apply a payload to guests
     Apply(Apply),
+    /// Apply a payload in place of all patches of a guest, in one step
+    ///
+    /// Functions that only the patches before it replaced get the kernel's own code back, in the same
+    /// pause. A payload that says itself that it replaces those before it (klp_patch.replace) needs
+    /// no more than `apply`.
+    Replace(Apply),
     /// Undo an applied patch
+    ///
+    /// A patch on which another lies, one that was applied later and replaces the same function, is
+    /// refused with exit code 1 and the names of those to revert first.
     Revert(Revert),
     /// Show patches of one guest or of all
     Status {
@@ -134,18 +143,18 @@ pub struct What {
     /// A type as C, with offsets and sizes: struct NAME, union NAME, enum NAME, a typedef or a function
     #[arg(long = "type", value_name = "NAME")]
     pub type_name: Option<String>,
-    /// Bytes as they are in the guest, on stdout: btf, btf:MODULE, notes, vmcoreinfo
+    /// Bytes as they are in the guest, on stdout: btf, btf:MODULE, notes, text, vmcoreinfo
     #[arg(long, value_name = "WHAT")]
     pub raw: Option<String>,
 }
 
-/// Arguments of `apply`.
+/// Arguments of `apply` and `replace`.
 #[derive(Debug, Args)]
 pub struct Apply {
     /// Guests by name or id, then the livepatch module
     #[arg(required = true, num_args = 1.., value_names = ["DOMAIN", "FILE"])]
     pub targets: Vec<String>,
-    /// Apply to all guests; only FILE is given then
+    /// All guests; only FILE is given then
     #[arg(long)]
     pub all: bool,
     /// How patient to be

@@ -13,7 +13,7 @@ use crate::guest::core::Core;
 use crate::kernel::Kernel;
 use crate::link::arena::Arena;
 use crate::patch::Payload;
-use crate::plan::{self, Readiness};
+use crate::plan::{self, Mode, Readiness};
 use crate::quiesce::{Blocker, Prescan, Verdict};
 
 /// What can't be checked on a core.
@@ -41,13 +41,13 @@ pub fn run(session: &Session, args: &Check) -> anyhow::Result<ExitCode> {
     };
     let host = session.host()?;
     let wanted = args.whom.domain()?;
-    let result = apply::apply_one(session, &host, wanted, &payload, &options);
-    Ok(apply::tell(
-        session,
-        "Checking",
-        &payload.name,
-        vec![(wanted.to_owned(), result)],
-    ))
+    let result = apply::apply_one(session, &host, wanted, &payload, Mode::Apply, &options);
+    let done = apply::Done {
+        domain: wanted.to_owned(),
+        patch: payload.name,
+        result,
+    };
+    Ok(apply::tell(session, "Checking", vec![done]))
 }
 
 /// What a core shows of a payload.
@@ -65,7 +65,7 @@ pub struct Verdicts {
 /// # Errors
 /// Whatever makes it not applicable.
 pub fn examine(kernel: &Kernel<'_>, core: &Core, payload: &Payload) -> Result<Verdicts> {
-    let ready = plan::prepare(kernel, &Arena::read(kernel)?, payload)?;
+    let ready = plan::prepare(kernel, &Arena::read(kernel)?, payload, Mode::Apply)?;
     let report = Report::dry(payload, &ready);
     let mut blockers = Vec::new();
     if let Readiness::Ready(ready) = &ready {

@@ -23,6 +23,7 @@ use crate::daemon;
 use crate::domain::Domain;
 use crate::error::{Error, ExitCode, Result};
 use crate::kernel::cache::Cache;
+use crate::plan::Mode;
 use crate::store::Store;
 use crate::xen::{self, Control, DomainInfo};
 use args::{Cli, Command, Output, Patience};
@@ -139,7 +140,11 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         began,
         interrupted,
     };
-    if session.dry_run && !matches!(cli.command, Command::Apply(_) | Command::Revert(_)) {
+    let changes = matches!(
+        cli.command,
+        Command::Apply(_) | Command::Replace(_) | Command::Revert(_)
+    );
+    if session.dry_run && !changes {
         session.say(1, "--dry-run: this command changes nothing anyway");
     }
     match &cli.command {
@@ -147,7 +152,8 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Info(args) => info::run(&session, args),
         Command::Show { file } => show::run(&session, file),
         Command::Check(args) => check::run(&session, args),
-        Command::Apply(args) => apply::run(&session, &session.host()?, args),
+        Command::Apply(args) => apply::run(&session, &session.host()?, args, Mode::Apply),
+        Command::Replace(args) => apply::run(&session, &session.host()?, args, Mode::Replace),
         Command::Revert(args) => revert::run(&session, &session.host()?, args),
         Command::Status { domain, core } => {
             status::run(&session, domain.as_deref(), core.as_deref())

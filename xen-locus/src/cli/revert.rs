@@ -1,39 +1,31 @@
-//! `xen-locus revert DOMAIN PATCH`.
+//! `xen-locus revert DOMAIN PATCH`, or all its patches.
 
 use super::args::Revert;
 use super::{apply, Host, Session};
-use crate::error::{Error, ExitCode};
+use crate::error::ExitCode;
 use crate::service;
 
 /// Runs the command.
 ///
 /// # Errors
-/// No such guest.
+/// No such guest, or it can't be read.
 pub fn run(session: &Session, host: &Host, args: &Revert) -> anyhow::Result<ExitCode> {
     let domain = host.guest(&args.domain)?;
     let options = session.options(&args.patience);
-    let patches = match &args.patch {
-        Some(patch) => vec![patch.clone()],
-        None => service::status(&domain)?
-            .patches
-            .into_iter()
-            .rev()
-            .map(|p| p.name)
-            .collect(),
-    };
-    let mut results = Vec::new();
-    for patch in &patches {
-        let result = service::revert(&host.store, &domain, patch, &options)
-            .map(|report| (domain.info.id, domain.label(), report));
-        let failed = result.is_err();
-        results.push((args.domain.clone(), result));
-        if failed {
-            break;
+    let results = match &args.patch {
+        Some(patch) => {
+            let result = service::revert(&host.store, &domain, patch, &options);
+            vec![(patch.clone(), result)]
         }
-    }
+        None => service::revert_all(&host.store, &domain, &options)?,
+    };
     if results.is_empty() {
-        return Err(Error::Failed(format!("no patch is applied to {}", domain.label())).into());
+        session.say(0, format!("{}: no patch is applied", domain.label()));
     }
-    let patch = args.patch.as_deref().unwrap_or_default();
-    Ok(apply::tell(session, "Reverting", patch, results))
+    let results = results.into_iter().map(|(patch, result)| apply::Done {
+        domain: args.domain.clone(),
+        patch,
+        result: result.map(|report| (domain.info.id, domain.label(), report)),
+    });
+    Ok(apply::tell(session, "Reverting", results.collect()))
 }

@@ -11,7 +11,7 @@ use crate::addr::DomId;
 use crate::domain::Domain;
 use crate::error::{ExitCode, Result};
 use crate::kernel::Kernel;
-use crate::service::{self, Patch};
+use crate::service::{self, Patch, Replaced};
 
 /// What is said of one guest.
 struct Status {
@@ -77,7 +77,7 @@ fn table(statuses: &[Status]) {
     let mut rows = Vec::new();
     for status in statuses {
         for patch in &status.patches {
-            let functions: Vec<&str> = patch.functions.iter().map(|f| f.name.as_str()).collect();
+            let functions: Vec<String> = patch.functions.iter().map(shown).collect();
             rows.push([
                 status.subject.label(),
                 patch.name.clone(),
@@ -100,6 +100,15 @@ fn table(statuses: &[Status]) {
     out::table(["Domain", "Patch", "State", "Functions", "CVEs"], &rows);
 }
 
+/// A function, and by whom it is covered.
+fn shown(replaced: &Replaced) -> String {
+    let name = &replaced.function.name;
+    match &replaced.covered_by {
+        Some(by) => format!("{name} (covered by {by})"),
+        None => name.clone(),
+    }
+}
+
 impl Status {
     fn read(subject: Subject, kernel: &Kernel<'_>) -> Result<Status> {
         Ok(Status {
@@ -117,14 +126,20 @@ impl Status {
                 let functions: Vec<Value> = p
                     .functions
                     .iter()
-                    .map(|f| {
-                        json!({
-                            "name": f.name,
-                            "object": f.object,
-                            "old": out::address(f.old),
-                            "new": out::address(f.new),
-                        })
-                    })
+                    .map(
+                        |Replaced {
+                             function: f,
+                             covered_by,
+                         }| {
+                            json!({
+                                "name": f.name,
+                                "object": f.object,
+                                "old": out::address(f.old),
+                                "new": out::address(f.new),
+                                "covered_by": covered_by,
+                            })
+                        },
+                    )
                     .collect();
                 json!({
                     "name": p.name,

@@ -8,6 +8,7 @@ use crate::error::{Error, ExitCode, Result};
 use crate::link::arena::now;
 use crate::link::record::hex;
 use crate::patch::Payload;
+use crate::plan::Mode;
 use crate::service;
 use crate::store::ROOT;
 
@@ -22,10 +23,17 @@ pub(super) struct Server<'s> {
     pub options: &'s Options,
 }
 
+/// What is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Op {
+    Apply(Mode),
+    Revert,
+}
+
 /// What a request asks for.
 #[derive(Debug, PartialEq, Eq)]
 struct Request {
-    revert: bool,
+    op: Op,
     domain: String,
     uuid: Option<String>,
     patch: String,
@@ -54,12 +62,13 @@ impl Request {
             Some(value) => Ok(Some(value.trim().to_owned()).filter(|v| !v.is_empty())),
             None => Ok(None),
         };
-        let revert = match node("op")?.as_deref() {
-            Some("apply") => false,
-            Some("revert") => true,
+        let op = match node("op")?.as_deref() {
+            Some("apply") => Op::Apply(Mode::Apply),
+            Some("replace") => Op::Apply(Mode::Replace),
+            Some("revert") => Op::Revert,
             other => {
                 return Err(bad(format!(
-                    "op is {:?}; expected apply or revert",
+                    "op is {:?}; expected apply, replace or revert",
                     other.unwrap_or("")
                 )))
             }
@@ -88,7 +97,7 @@ impl Request {
                 })?),
             };
         Ok(Request {
-            revert,
+            op,
             domain,
             uuid,
             patch,
@@ -146,9 +155,12 @@ impl Server<'_> {
                 domain.info.uuid
             )));
         }
-        if request.revert {
-            return service::revert(&self.host.store, &domain, &request.patch, self.options);
-        }
+        let mode = match request.op {
+            Op::Apply(mode) => mode,
+            Op::Revert => {
+                return service::revert(&self.host.store, &domain, &request.patch, self.options)
+            }
+        };
         let payload = Payload::read(&self.payloads.join(format!("{}.ko", request.patch)))?;
         if payload.name != request.patch {
             return Err(Error::Failed(format!(
@@ -163,7 +175,7 @@ impl Server<'_> {
                 payload.name
             )));
         }
-        service::apply(&self.host.store, &domain, &payload, self.options)
+        service::apply(&self.host.store, &domain, &payload, mode, self.options)
     }
 }
 
@@ -205,7 +217,7 @@ mod tests {
             ("deadline", "12"),
         ]);
         let expected = Request {
-            revert: false,
+            op: Op::Apply(Mode::Apply),
             domain: "7".into(),
             uuid: Some("ab".into()),
             patch: "fix_1".into(),
@@ -218,7 +230,9 @@ mod tests {
     #[test]
     fn a_malformed_request_is_refused_with_a_sentence() {
         let good = [("op", "revert"), ("domain", "web"), ("patch", "fix")];
-        assert!(parse(&good).is_ok());
+        assert_eq!(parse(&good).unwrap().op, Op::Revert);
+        let replace = [("op", "replace"), ("domain", "web"), ("patch", "fix")];
+        assert_eq!(parse(&replace).unwrap().op, Op::Apply(Mode::Replace));
         for (name, value) in [
             ("op", "destroy"),
             ("op", ""),

@@ -8,12 +8,12 @@ use crate::guest::space::{Space, PTE_FRAME, PTE_NX, PTE_PRESENT};
 use crate::kernel::fixture::{KIND, TEXT};
 use crate::kernel::Kernel;
 use crate::link::arena::{page_address, Arena, Rights, BASE};
-use crate::link::record::{Directory, Function, Record, Slot, State};
-use crate::plan;
+use crate::link::record::{Directory, Function, Record, Slot, State, SCHEMA};
+use crate::plan::{self, Stack};
 
 fn sample_record() -> Record {
     Record {
-        schema: 1,
+        schema: SCHEMA,
         name: "locus_test".into(),
         sha256: "0".repeat(64),
         description: "a test".into(),
@@ -26,11 +26,12 @@ fn sample_record() -> Record {
             new: page_address(1).0,
             new_size: 32,
             site: TEXT.0 + 0x105,
+            found: [0xcc; 5],
             old_bytes: [0xcc; 5],
             new_bytes: [0xe9, 1, 2, 3, 4],
         }],
         text: (page_address(1).0, 32),
-        module: 0,
+        module: page_address(2).0 + 3072 + 64,
         text_sha256: "0".repeat(64),
         objects: Vec::new(),
     }
@@ -147,10 +148,11 @@ pub fn arena(data: &[u8]) {
     };
     let _ = arena.room(KIND);
     let _ = arena.find_room(KIND, &[Rights::Text, Rights::RoData]);
-    for resident in plan::residents(&kernel, &arena).unwrap_or_default() {
-        for function in &resident.record.functions {
-            let _ = plan::redirect(&kernel, function);
-        }
+    let residents = plan::residents(&kernel, &arena).unwrap_or_default();
+    let stack = Stack::new(&residents);
+    for resident in stack.applied() {
+        let _ = stack.displaced(&kernel, resident);
+        let _ = plan::undo(&kernel, &stack, resident);
     }
 }
 

@@ -42,6 +42,18 @@ impl MockMemory {
         Frame(number)
     }
 
+    /// Whether there is such a frame.
+    #[must_use]
+    pub fn has(&self, frame: Frame) -> bool {
+        self.frames.borrow().contains_key(&frame.0)
+    }
+
+    /// Adds the zeroed frame of this number.
+    pub fn add(&self, frame: Frame) {
+        let page = Page::new(RefCell::new(vec![0; PAGE_LEN]));
+        self.frames.borrow_mut().insert(frame.0, page);
+    }
+
     fn page(&self, frame: Frame) -> Result<Page, Error> {
         let why = || Error::Frame {
             frame,

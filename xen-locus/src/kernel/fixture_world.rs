@@ -64,8 +64,15 @@ impl World {
     /// A guest that runs as `kind`.
     #[must_use]
     pub fn new(kind: GuestType) -> World {
+        World::with(kind, |_| ())
+    }
+
+    /// The same with `more` in its kernel.
+    #[must_use]
+    pub fn with(kind: GuestType, more: impl FnOnce(&mut Fixture)) -> World {
         let mut draft = Draft::new(kind);
         draft.fill();
+        more(&mut draft.fixture);
         let memory = draft.fixture.build();
         memory.map_bytes(DATA, &draft.data, true, false);
         for (area, base) in draft.percpu.iter().zip(PERCPU) {
@@ -290,6 +297,12 @@ impl Draft {
         self.variable("__per_cpu_offset", &bases);
         let modules = self.variable("modules", &[0; 16]);
         self.link(modules, &[]);
+        let bugs = self.variable("module_bug_list", &[0; 16]);
+        self.link(bugs, &[]);
+        self.variable("module_mutex", &[0; 32]);
+        self.variable("jump_label_mutex", &[0; 32]);
+        let bounds = [0, 0, 0, u64::MAX, 0].map(u64::to_le_bytes).concat();
+        self.variable("mod_tree", &bounds);
         self.variable("xen_pvh", &[u8::from(self.kind == GuestType::Pvh)]);
         for (name, at) in [
             ("idle_threads", IDLE_THREADS),
@@ -380,20 +393,93 @@ fn modules(btf: &mut Blob, [int, long, char, list]: [u32; 4]) {
         ],
     );
     let name = btf.array(char, 56);
-    let part = btf.structure("module_layout", 16, &[("base", long, 0), ("size", int, 8)]);
+    let rb = btf.structure(
+        "rb_node",
+        24,
+        &[
+            ("__rb_parent_color", long, 0),
+            ("rb_right", long, 8),
+            ("rb_left", long, 16),
+        ],
+    );
+    let root = btf.structure("rb_root", 8, &[("rb_node", long, 0)]);
+    let two = [btf.array(rb, 2), btf.array(root, 2)];
+    let latch = btf.structure("latch_tree_node", 48, &[("node", two[0], 0)]);
+    let top = btf.structure(
+        "latch_tree_root",
+        24,
+        &[("seq", int, 0), ("tree", two[1], 8)],
+    );
+    btf.structure(
+        "mod_tree_root",
+        40,
+        &[
+            ("root", top, 0),
+            ("addr_min", long, 24),
+            ("addr_max", long, 32),
+        ],
+    );
+    let node = btf.structure("mod_tree_node", 56, &[("mod", long, 0), ("node", latch, 8)]);
+    let part = btf.structure(
+        "module_layout",
+        80,
+        &[
+            ("base", long, 0),
+            ("size", int, 8),
+            ("text_size", int, 12),
+            ("ro_size", int, 16),
+            ("ro_after_init_size", int, 20),
+            ("mtn", node, 24),
+        ],
+    );
+    let orc = btf.structure(
+        "mod_arch_specific",
+        24,
+        &[
+            ("num_orcs", int, 0),
+            ("orc_unwind_ip", long, 8),
+            ("orc_unwind", long, 16),
+        ],
+    );
+    btf.structure("mutex", 32, &[("owner", long, 0)]);
+    btf.structure("exception_table_entry", 12, &[("insn", int, 0)]);
+    btf.structure("bug_entry", 12, &[("bug_addr_disp", int, 0)]);
+    btf.structure(
+        "module_use",
+        48,
+        &[
+            ("source_list", list, 0),
+            ("target_list", list, 16),
+            ("source", long, 32),
+            ("target", long, 40),
+        ],
+    );
     btf.structure(
         "module",
-        192,
+        448,
         &[
             ("state", int, 0),
             ("list", list, 8),
             ("name", name, 24),
             ("taints", long, 80),
             ("core_layout", part, 88),
-            ("init_layout", part, 104),
-            ("kallsyms", long, 120),
-            ("syms", long, 128),
-            ("num_syms", int, 136),
+            ("init_layout", part, 168),
+            ("kallsyms", long, 248),
+            ("syms", long, 256),
+            ("num_syms", int, 264),
+            ("num_exentries", int, 268),
+            ("extable", long, 272),
+            ("arch", orc, 280),
+            ("num_bugs", int, 304),
+            ("bug_list", list, 312),
+            ("bug_table", long, 328),
+            ("jump_entries", long, 336),
+            ("num_jump_entries", int, 344),
+            ("source_list", list, 352),
+            ("target_list", list, 368),
+            ("refcnt", int, 384),
+            ("init", long, 392),
+            ("exit", long, 400),
         ],
     );
     btf.structure(

@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::guest::space::{PTE_ACCESSED, PTE_DIRTY, PTE_FRAME, PTE_NX, PTE_PRESENT, PTE_WRITE};
 use crate::guest::{GuestType, Machine};
 use crate::kernel::Kernel;
-use crate::link::record::{self, Directory, Record, Slot, State};
+use crate::link::record::{self, Directory, Record, Slot};
 
 /// First address of the arena.
 pub const BASE: Gva = Gva(0xffff_ffff_ff60_1000);
@@ -210,6 +210,16 @@ impl Arena {
             self.window(kernel, Range::new(at, len as u64))?
                 .read(at.offset(), &mut bytes)?;
             let record = Record::decode(&bytes, slot).map_err(Error::Uncertain)?;
+            let own = Range::new(page_address(slot.first.into()), room);
+            let module = Gva(record.module);
+            // two words stand before it, and are read to tell whether the guest knows it
+            if !own.contains(module) || module.0 - own.start.0 < super::module::MODULE {
+                return Err(Error::Uncertain(format!(
+                    "the record of payload {} has its struct module at {module}, outside of its own \
+                     pages: the guest's memory was changed",
+                    record.name
+                )));
+            }
             found.push(Resident {
                 index,
                 slot: slot.clone(),
@@ -227,8 +237,11 @@ impl Arena {
     /// left behind with the same rights by a run that was ended early.
     ///
     /// # Errors
-    /// Too little arena: says how much there is.
+    /// Too little arena, or no free entry of the directory: says how much there is.
     pub fn find_room(&self, kind: GuestType, rights: &[Rights]) -> Result<usize> {
+        if self.directory.slots.len() >= record::ENTRIES_MAX {
+            return Err(full());
+        }
         let capacity = capacity(kind);
         let owned = |page: usize| {
             self.directory
@@ -336,10 +349,7 @@ impl Arena {
         slots: Vec<Slot>,
     ) -> Result<()> {
         if slots.len() > record::ENTRIES_MAX {
-            return Err(Error::NotApplicable(format!(
-                "the arena's directory is full: {} payloads, parked ones included",
-                record::ENTRIES_MAX
-            )));
+            return Err(full());
         }
         self.add(machine, kernel, 0, &[Rights::RoData])?;
         let next = Directory {
@@ -351,27 +361,13 @@ impl Arena {
         self.directory = next;
         Ok(())
     }
+}
 
-    /// Puts the directory in force with the state of entry `index` changed.
-    ///
-    /// # Errors
-    /// As [`Arena::commit`].
-    pub fn set_state(
-        &mut self,
-        machine: &dyn Machine,
-        kernel: &Kernel<'_>,
-        index: usize,
-        state: State,
-    ) -> Result<()> {
-        let mut slots = self.directory.slots.clone();
-        if let Some(slot) = slots.get_mut(index) {
-            slot.state = state;
-            if state == State::Applied {
-                slot.applied_at = now();
-            }
-        }
-        self.commit(machine, kernel, slots)
-    }
+fn full() -> Error {
+    Error::NotApplicable(format!(
+        "the arena's directory is full: {} payloads, parked ones included",
+        record::ENTRIES_MAX
+    ))
 }
 
 /// Seconds since 1970.

@@ -246,7 +246,7 @@ mod tests {
         let memory = fixture.build();
         memory.map_bytes(Gva(DATA), &data, true, false);
         let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-        match site::examine(&kernel, Owner::Kernel, "victim", Gva(AT)) {
+        match site::examine(&kernel, Owner::Kernel, "victim", Gva(AT), None) {
             Ok(_) => (ExitCode::Done, String::new()),
             Err(error) => (error.exit_code(), error.to_string()),
         }

@@ -42,6 +42,16 @@ pub enum State {
 }
 
 impl State {
+    /// What becomes of it when the change that is under way, if it is part of one, is done or is not.
+    #[must_use]
+    pub fn settled(self, done: bool) -> State {
+        match (self, done) {
+            (State::Applying, true) | (State::Reverting, false) => State::Applied,
+            (State::Applying, false) | (State::Reverting, true) => State::Parked,
+            (rest, _) => rest,
+        }
+    }
+
     fn from(word: u32) -> Option<State> {
         [
             State::Applying,
@@ -78,7 +88,9 @@ pub struct Slot {
 pub struct Directory {
     /// Counts its updates.
     pub generation: u64,
-    /// Payloads in the order they came.
+    /// Payloads in the order they were last applied: of two that replace the same function, the later
+    /// lies on top. At most one change is under way: one payload reverting, or one applying and those
+    /// that it supersedes reverting.
     pub slots: Vec<Slot>,
 }
 
@@ -181,16 +193,22 @@ pub struct Function {
     pub new_size: u64,
     /// Address of the redirect.
     pub site: u64,
-    /// The bytes that stood there.
+    /// The bytes that stood there: the kernel's own, or the redirect of the patch below.
+    pub found: [u8; 5],
+    /// The bytes that are put back when it is reverted: those found, but of a patch that superseded
+    /// others the kernel's own.
     pub old_bytes: [u8; 5],
     /// The bytes of the redirect.
     pub new_bytes: [u8; 5],
 }
 
+/// Version of [`Record`] that this tool writes, and the only one that it reads.
+pub const SCHEMA: u32 = 2;
+
 /// What is known of an applied payload.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
-    /// Version of this structure.
+    /// Version of this structure: [`SCHEMA`].
     pub schema: u32,
     /// Name of the payload.
     pub name: String,
@@ -238,12 +256,26 @@ impl Record {
                 slot.first
             ));
         }
-        serde_json::from_slice(bytes).map_err(|e| {
+        /// What all versions have.
+        #[derive(Deserialize)]
+        struct Head {
+            schema: u32,
+        }
+        let bad = |why: String| {
             format!(
-                "the record of the payload at arena page {} can't be read: {e}",
+                "the record of the payload at arena page {} can't be read: {why}",
                 slot.first
             )
-        })
+        };
+        let head: Head = serde_json::from_slice(bytes).map_err(|e| bad(e.to_string()))?;
+        if head.schema != SCHEMA {
+            return Err(bad(format!(
+                "expected version {SCHEMA}, found {}: another version of xen-locus applied it; \
+                 revert it with that one",
+                head.schema
+            )));
+        }
+        serde_json::from_slice(bytes).map_err(|e| bad(e.to_string()))
     }
 }
 
@@ -293,6 +325,20 @@ mod tests {
         assert_eq!(Directory::decode(&page), Some(sample(2)));
         page[100] ^= 1; // tears generation 2, which stands in the first half
         assert_eq!(Directory::decode(&page), Some(sample(1)));
+    }
+
+    #[test]
+    fn a_record_of_another_version_is_refused_by_its_number() {
+        let read = |json: &[u8]| {
+            let slot = Slot {
+                record_sha256: Sha256::digest(json).into(),
+                ..sample(1).slots[0].clone()
+            };
+            Record::decode(json, &slot).unwrap_err()
+        };
+        let error = read(br#"{"schema": 1, "name": "x"}"#);
+        assert!(error.contains("expected version 2, found 1"), "{error}");
+        assert!(read(b"{}").contains("missing field `schema`"));
     }
 
     #[test]

@@ -52,12 +52,33 @@ pub struct Function {
     pub returns: Option<Returns>,
 }
 
-/// Reads and checks the function `name` at `entry`, which belongs to `owner`.
+/// The redirect of a patch of ours that stands in a function.
+#[derive(Clone, Debug)]
+pub struct Standing<'r> {
+    /// Name of the patch.
+    pub patch: &'r str,
+    /// Address of the redirect.
+    pub at: Gva,
+    /// Its bytes.
+    pub jump: [u8; JUMP],
+    /// The bytes that the kernel has there itself.
+    pub original: [u8; JUMP],
+}
+
+/// Reads and checks the function `name` at `entry`, which belongs to `owner`, and in which a patch of
+/// ours stands or none. The site's `old` bytes are the kernel's own in either case.
 ///
 /// # Errors
 /// [`Error::NotApplicable`] or, for what passes, [`Error::TryAgain`]: it has no ftrace nop, no room,
 /// is traced, redirected by something else, or its bytes are patched at run time by the kernel.
-pub fn examine(kernel: &Kernel<'_>, owner: Owner<'_>, name: &str, entry: Gva) -> Result<Function> {
+/// [`Error::Failed`]: the redirect that should stand there doesn't.
+pub fn examine(
+    kernel: &Kernel<'_>,
+    owner: Owner<'_>,
+    name: &str,
+    entry: Gva,
+    standing: Option<&Standing<'_>>,
+) -> Result<Function> {
     let room = owner.room(kernel, entry);
     let no = |why: String| Error::NotApplicable(format!("function {name} at {entry}: {why}"));
     if let Some(why) = holder::section(kernel, entry) {
@@ -75,7 +96,7 @@ pub fn examine(kernel: &Kernel<'_>, owner: Owner<'_>, name: &str, entry: Gva) ->
             "{room} bytes up to the next symbol; expected at most 1 MiB"
         )));
     }
-    let code = kernel
+    let mut code = kernel
         .space
         .read_vec(entry, usize::try_from(room).unwrap_or(0))?;
     if let Some(at) = holder::kprobe(kernel, Range::new(entry, room))? {
@@ -99,9 +120,16 @@ pub fn examine(kernel: &Kernel<'_>, owner: Owner<'_>, name: &str, entry: Gva) ->
             )))
         }
     };
-    let old: [u8; JUMP] = fetch::array(&code, offset)
-        .ok_or_else(|| no(format!("no room for a redirect: it is {room} bytes long")))?;
+    let too_short = || no(format!("no room for a redirect: it is {room} bytes long"));
     let at = entry.plus(offset as u64);
+    if let Some(ours) = standing {
+        let place = code.get_mut(offset..offset + JUMP).ok_or_else(too_short)?;
+        if ours.at != at || *place != ours.jump {
+            return Err(displaced(name, at, ours.patch));
+        }
+        place.copy_from_slice(&ours.original);
+    }
+    let old: [u8; JUMP] = fetch::array(&code, offset).ok_or_else(too_short)?;
     check_bytes(kernel, &code, entry, offset).map_err(no)?;
     if let Some(what) = patched_at_run_time(kernel, owner, Range::new(at, JUMP as u64))? {
         return Err(no(format!(
@@ -113,6 +141,14 @@ pub fn examine(kernel: &Kernel<'_>, owner: Owner<'_>, name: &str, entry: Gva) ->
         site: Site { at, old },
         returns: returns(kernel, &code, entry),
     })
+}
+
+/// The redirect of `function` at `at` is not as patch `patch` wrote it.
+pub fn displaced(function: &str, at: Gva, patch: &str) -> Error {
+    Error::Failed(format!(
+        "the redirect of {function} at {at} is not as {patch} wrote it: the guest or another tool \
+         changed it, so it is left alone"
+    ))
 }
 
 enum Head {
@@ -273,12 +309,16 @@ mod tests {
 
     /// Examines a function of the given code, which the next symbol follows at once.
     fn examined(code: &[u8]) -> Result<Function> {
+        examined_with(code, None)
+    }
+
+    fn examined_with(code: &[u8], standing: Option<&Standing<'_>>) -> Result<Function> {
         let mut fixture = Fixture::new();
         fixture.function(AT, "victim", code);
         fixture.function(AT + code.len() as u64, "next", &[0xc3]);
         let memory = fixture.build();
         let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-        examine(&kernel, Owner::Kernel, "victim", Gva(AT))
+        examine(&kernel, Owner::Kernel, "victim", Gva(AT), standing)
     }
 
     fn refusal(code: &[u8]) -> (ExitCode, String) {
@@ -324,6 +364,37 @@ mod tests {
             assert_eq!(exit, ExitCode::NotApplicable, "{said}");
             assert!(said.contains(why), "{said} does not say {why}");
         }
+    }
+
+    #[test]
+    fn a_redirect_of_ours_is_known_by_its_bytes_and_what_it_covers_is_looked_at() {
+        let body = |bytes: [u8; 5]| [NOP.as_slice(), &bytes, &[0x5d, 0xc3]].concat();
+        let ours = Standing {
+            patch: "first",
+            at: Gva(AT + 5),
+            jump: [0xe9, 0, 0, 0x10, 0],
+            original: [0x55, 0x48, 0x89, 0xe5, 0x90],
+        };
+        let function = examined_with(&body(ours.jump), Some(&ours)).unwrap();
+        assert_eq!(
+            (function.site.at, function.site.old),
+            (ours.at, ours.original)
+        );
+        for bytes in [ours.original, [0xe9, 1, 0, 0x10, 0]] {
+            let error = examined_with(&body(bytes), Some(&ours)).unwrap_err();
+            assert_eq!(error.exit_code(), ExitCode::Failed);
+            assert!(
+                error.to_string().contains("not as first wrote it"),
+                "{error}"
+            );
+        }
+        // Bytes that no redirect can have covered: the record of the patch is not true.
+        let liar = Standing {
+            original: [0xc3; 5],
+            ..ours.clone()
+        };
+        let error = examined_with(&body(ours.jump), Some(&liar)).unwrap_err();
+        assert!(error.to_string().contains("no room"), "{error}");
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod liar;
 mod objects;
 mod refuse;
 mod safety;
+mod stack;
 mod store;
 
 use crate::scenario::Scenario;
@@ -21,6 +22,7 @@ pub fn usual() -> Vec<Scenario> {
         bench::SCENARIOS,
         core::SCENARIOS,
         apply::SCENARIOS,
+        stack::SCENARIOS,
         refuse::SCENARIOS,
         store::SCENARIOS,
         liar::SCENARIOS,

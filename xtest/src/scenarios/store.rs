@@ -16,7 +16,7 @@ pub const SCENARIOS: &[Scenario] = &[Scenario {
 }];
 
 /// A request as a shell script makes it: nodes first, `submit` last, then wait for `state`.
-const ASK: &str = r#"#!/bin/sh
+pub(super) const ASK: &str = r#"#!/bin/sh
 # ask ID NODE=VALUE...: prints rc and message
 set -e
 at=/tool/xen-locus/request/$1; shift
@@ -113,7 +113,7 @@ fn requests(ctx: &mut Ctx) -> Result<(), Verdict> {
     ask(
         "b6 op=explode domain=pv patch=locus_cmdline",
         "64",
-        "expected apply or revert",
+        "expected apply, replace or revert",
     )?;
     ask(
         "b7 op=apply domain=pv patch=locus_cmdline deadline=1",

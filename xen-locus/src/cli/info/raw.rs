@@ -7,7 +7,7 @@ use crate::kernel::vmcoreinfo::VmcoreInfo;
 use crate::kernel::{self, Kernel};
 
 /// What can be asked for.
-const KNOWN: &str = "btf, btf:MODULE, notes, vmcoreinfo";
+const KNOWN: &str = "btf, btf:MODULE, notes, text, vmcoreinfo";
 
 /// Writes the bytes of `what` to stdout.
 ///
@@ -17,6 +17,14 @@ pub fn show(kernel: &Kernel<'_>, what: &str) -> Result<(), Error> {
     match what.split_once(':') {
         None if what == "btf" => out::bytes(kernel.btf()?.bytes()),
         None if what == "notes" => out::bytes(&kernel.notes()?),
+        None if what == "text" => {
+            for region in kernel.regions.iter().filter(|r| r.executable) {
+                out::bytes(&kernel.space.read_vec(
+                    region.range.start,
+                    usize::try_from(region.range.len()).unwrap_or(0),
+                )?);
+            }
+        }
         None if what == "vmcoreinfo" => match VmcoreInfo::read(kernel)? {
             Some(info) => out::bytes(info.text().as_bytes()),
             None => return Err(kernel::Error::Missing("VMCOREINFO".into()).into()),

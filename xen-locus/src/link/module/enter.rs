@@ -6,7 +6,7 @@ use super::{keys, tree, Built};
 use crate::addr::{Gva, Range};
 use crate::error::{Error, Result};
 use crate::kernel::modules::{Module, Reader};
-use crate::kernel::{self, Kernel};
+use crate::kernel::Kernel;
 use crate::plan::Write;
 use crate::quiesce::Watched;
 
@@ -23,16 +23,22 @@ pub struct Entering {
     pub watched: Vec<Watched>,
 }
 
-/// Whether the guest's list of modules has this `struct module`.
+/// Whether the guest knows the `struct module` at `module`, which a payload has in the arena: one of the
+/// two words before it is written before all links to it, the other after them.
 ///
 /// # Errors
-/// The list can't be read.
+/// [`Error::Uncertain`] when only one of them is: an earlier run was ended in between.
 pub fn is_entered(kernel: &Kernel<'_>, module: Gva) -> Result<bool> {
-    let list = kernel.btf()?.offset_of("module", "list")? as u64;
-    let head = kernel.symbols.need("modules")?;
+    let begun = Gva(module.0.wrapping_sub(super::MODULE));
     let space = kernel.space.fresh();
-    let all = kernel::list(&space, head, kernel::modules::MODULES_MAX)?;
-    Ok(all.contains(&module.plus(list)))
+    match (space.read_u64(begun)?, space.read_u64(begun.plus(8))?) {
+        (0, 0) => Ok(false),
+        (1, 1) => Ok(true),
+        _ => Err(Error::Uncertain(format!(
+            "the payload whose struct module is at {module} is neither wholly among the guest's \
+             modules nor wholly absent: an earlier run was ended in between, or the guest changed it"
+        ))),
+    }
 }
 
 /// Works out the links for `built`, whose writable bytes get theirs. `uses` are modules that must not
@@ -47,7 +53,9 @@ pub fn enter(kernel: &Kernel<'_>, built: &mut Built, uses: &[Gva]) -> Result<Ent
     let mut rw = std::mem::take(&mut built.rw);
     let mut words = Words::new(&space, built.place.rw, &mut rw);
     let done = Links { kernel, built }.all(&mut words, &modules, uses);
-    let writes = words.into_writes();
+    let mut writes = vec![mark(built.place.rw)];
+    writes.extend(words.into_writes());
+    writes.push(mark(built.place.rw.plus(8)));
     built.rw = rw;
     done?;
     let watched = UNLOCKED
@@ -64,6 +72,15 @@ pub fn enter(kernel: &Kernel<'_>, built: &mut Built, uses: &[Gva]) -> Result<Ent
     Ok(Entering { writes, watched })
 }
 
+/// Sets a word of ours from 0 to 1.
+fn mark(at: Gva) -> Write {
+    Write {
+        at: at.0,
+        expect: vec![0; 8],
+        new: 1u64.to_le_bytes().to_vec(),
+    }
+}
+
 struct Links<'a, 'm> {
     kernel: &'a Kernel<'m>,
     built: &'a Built,
@@ -71,7 +88,7 @@ struct Links<'a, 'm> {
 
 impl Links<'_, '_> {
     fn all(&self, words: &mut Words<'_, '_>, modules: &[Module], uses: &[Gva]) -> Result<()> {
-        let module = self.built.place.rw;
+        let module = self.built.place.module();
         let member = |path| self.offset("module", path).map(|o| module.plus(o));
         self.unlocked(words, "module_mutex", "loads or unloads a module")?;
         if !self.built.keys.is_empty() {
@@ -164,7 +181,7 @@ impl Links<'_, '_> {
     /// Says that the payload is used, by itself, and that it uses the modules `uses`: none of them can
     /// be unloaded (`struct module_use`; `delete_module` refuses a module that others use).
     fn uses(&self, words: &mut Words<'_, '_>, uses: &[Gva]) -> Result<()> {
-        let own = self.built.place.rw;
+        let own = self.built.place.module();
         let size = self.kernel.btf()?.size_of("module_use")? as u64;
         let field = |path| self.offset("module_use", path);
         let (source, target) = (field("source")?, field("target")?);

@@ -91,7 +91,7 @@ pub(super) fn link(
             below = node.0;
             node = node.plus(size);
         }
-        words.set(node.plus(of), built.place.rw.0)?;
+        words.set(node.plus(of), built.place.module().0)?;
         words.set(node.plus(entries), first.0)?;
         words.set(node.plus(next), below)?;
         words.set(key.plus(links), node.0 | LINKED | (word & TRUE))?;

@@ -34,6 +34,9 @@ use crate::patch::{Payload, Reloc, Role};
 
 /// Alignment of each part of the entry, in bytes.
 const ALIGN: u64 = 64;
+/// Offset of the `struct module` in the writable part; two words before it say whether the guest knows
+/// the entry ([`enter::is_entered`]).
+pub(super) const MODULE: u64 = ALIGN;
 /// Bytes of a `struct jump_entry` (include/linux/jump_label.h, relative form).
 const JUMP_LEN: usize = 16;
 
@@ -79,7 +82,7 @@ struct ReadOnly {
     len: u64,
 }
 
-/// Offsets of the writable parts; the structure itself stands first.
+/// Offsets of the writable parts behind the `struct module`.
 #[derive(Clone, Copy, Debug, Default)]
 struct Writable {
     kallsyms: u64,
@@ -112,8 +115,16 @@ pub struct Place {
     pub data: Range,
     /// First byte of the read-only part of the entry.
     pub ro: Gva,
-    /// First byte of the writable part of the entry: its `struct module`.
+    /// First byte of the writable part of the entry.
     pub rw: Gva,
+}
+
+impl Place {
+    /// Address of the `struct module`.
+    #[must_use]
+    pub fn module(&self) -> Gva {
+        self.rw.plus(MODULE)
+    }
 }
 
 /// An entry for its place, with no links yet.
@@ -197,7 +208,7 @@ impl<'p> Entry<'p> {
             jumps: room.take(jumps.saturating_mul(JUMP_LEN)),
             len: room.take(0),
         };
-        let room = Room::default();
+        let room = Room(Cell::new(MODULE));
         room.take(module);
         self.rw = Writable {
             kallsyms: room.take(kallsyms),
@@ -258,7 +269,7 @@ impl<'p> Entry<'p> {
 
         let keys = keys::entries(&mut ro, self.ro.jumps, jumps)?;
 
-        let mut module = Structure::new(kernel, place.rw)?;
+        let mut module = Structure::new(kernel, place.module())?;
         let live = btf
             .enum_value("module_state", "MODULE_STATE_LIVE")
             .and_then(|n| u32::try_from(n).ok())
@@ -295,7 +306,7 @@ impl<'p> Entry<'p> {
         }
         let kallsyms = place.rw.plus(self.rw.kallsyms);
         module.set("kallsyms", &kallsyms.0.to_le_bytes())?;
-        rw.put(0, &module.bytes)?;
+        rw.put(MODULE, &module.bytes)?;
         let count = u32::try_from(self.symbols.len()).unwrap_or(u32::MAX);
         let member = |path| Ok::<u64, Error>(btf.offset_of("mod_kallsyms", path)? as u64);
         for (path, value) in [

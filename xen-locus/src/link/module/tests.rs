@@ -51,7 +51,7 @@ fn a_tree_stays_sorted_and_balanced_whatever_is_inserted() {
     type Order = fn(u64) -> u64;
     let orders: [Order; 4] = [|i| i, |i| 1000 - i, |i| i * 7919 % 1009, |i| i / 3];
     for order in orders {
-        let mut bytes = vec![0; 64 + 300 * NODE as usize];
+        let mut bytes = vec![0; 64 + 300 * 32];
         let mut words = Words::new(&kernel.space, AT, &mut bytes);
         for i in 0..300 {
             let key = order(i);
@@ -72,7 +72,7 @@ fn a_tree_stays_sorted_and_balanced_whatever_is_inserted() {
 fn a_tree_with_a_loop_is_refused() {
     let memory = Fixture::new().build();
     let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-    let mut bytes = vec![0; 64 + 4 * NODE as usize];
+    let mut bytes = vec![0; 64 + 4 * 32];
     let mut words = Words::new(&kernel.space, AT, &mut bytes);
     words.set(AT, node(0).0).unwrap();
     words.set(node(0), 1).unwrap();

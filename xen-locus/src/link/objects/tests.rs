@@ -107,7 +107,7 @@ fn functions_of_modules_are_found_and_examined_in_their_own_module() {
             Gva(CODE[1] + OWN)
         );
         let owner = objects.owner(Some("first")).unwrap();
-        let function = site::examine(kernel, owner, "own", at).unwrap();
+        let function = site::examine(kernel, owner, "own", at, None).unwrap();
         assert_eq!(function.site.at, at.plus(5));
         // The next symbol's room ends with the memory of the module's text.
         assert_eq!(owner.room(kernel, Gva(CODE[0] + PUB)), OWN - PUB);
@@ -117,7 +117,7 @@ fn functions_of_modules_are_found_and_examined_in_their_own_module() {
         // Data of the module, and text of another.
         for (at, owner) in [(0xffff_ffff_c200_0000, "first"), (CODE[1] + OWN, "first")] {
             let owner = objects.owner(Some(owner)).unwrap();
-            let (exit, said) = refusal(site::examine(kernel, owner, "own", Gva(at)));
+            let (exit, said) = refusal(site::examine(kernel, owner, "own", Gva(at), None));
             assert!(
                 exit == ExitCode::NotApplicable || exit == ExitCode::Failed,
                 "{said}"
@@ -215,7 +215,7 @@ fn places_that_the_kernel_rewrites_in_a_module_are_left_alone() {
         let found = with(&d, |kernel| {
             let objects = Objects::new(kernel, Vec::new());
             let owner = objects.owner(Some("first")).unwrap();
-            site::examine(kernel, owner, "own", Gva(CODE[0] + OWN)).map_err(|e| e.to_string())
+            site::examine(kernel, owner, "own", Gva(CODE[0] + OWN), None).map_err(|e| e.to_string())
         });
         match found {
             Ok(_) => assert!(!refused, "{to:#x}"),
@@ -237,11 +237,17 @@ fn places_that_the_kernel_rewrites_in_a_module_are_left_alone() {
     with(&d, |kernel| {
         let objects = Objects::new(kernel, Vec::new());
         let owner = objects.owner(Some("first")).unwrap();
-        let (exit, said) = refusal(site::examine(kernel, owner, "own", Gva(CODE[0] + OWN)));
+        let (exit, said) = refusal(site::examine(
+            kernel,
+            owner,
+            "own",
+            Gva(CODE[0] + OWN),
+            None,
+        ));
         assert_eq!(exit, ExitCode::NotApplicable);
         assert!(said.contains("lock prefix"), "{said}");
         let other = objects.owner(Some("second")).unwrap();
-        assert!(site::examine(kernel, other, "own", Gva(CODE[1] + OWN)).is_ok());
+        assert!(site::examine(kernel, other, "own", Gva(CODE[1] + OWN), None).is_ok());
     });
 }
 
@@ -374,7 +380,12 @@ fn a_payload_for_a_module_that_is_not_loaded_is_refused_as_a_whole() {
             ..Spec::default()
         };
         let payload = Payload::parse("test.ko", &spec.bytes()).unwrap();
-        plan::prepare(&kernel, &Arena::read(&kernel).unwrap(), &payload)
+        plan::prepare(
+            &kernel,
+            &Arena::read(&kernel).unwrap(),
+            &payload,
+            plan::Mode::Apply,
+        )
     };
     let (exit, said) = refusal(prepare(Some("ext4")));
     assert_eq!(exit, ExitCode::NotApplicable);

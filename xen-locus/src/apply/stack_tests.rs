@@ -1,0 +1,501 @@
+//! Patches on patches, in the mock guest: what stands in its text after each step, and after a run
+//! that is ended at any of its writes.
+
+#![allow(clippy::cast_possible_truncation)] // small numbers
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::time::Duration;
+
+use super::*;
+use crate::addr::Frame;
+use crate::error::ExitCode;
+use crate::guest::{self, GuestType, Memory, MemoryMut, Paused, Vcpu, Window};
+use crate::kernel::cache::Cache;
+use crate::kernel::fixture::{Fixture, TEXT};
+use crate::kernel::fixture_world::{World, STACKS, STACK_LEN};
+use crate::link::record::ENTRIES_MAX;
+use crate::link::site;
+use crate::patch::testelf::Spec;
+
+/// Where the functions stand that are replaced, and their redirects.
+const FUNCTIONS: [(&str, u64); 3] = [
+    ("a_show", TEXT.0 + 0x1200),
+    ("b_show", TEXT.0 + 0x1240),
+    ("c_show", TEXT.0 + 0x1280),
+];
+/// A function's code: the nop of ftrace, `mov $n, %eax`, `ret`.
+fn code(n: u8) -> [u8; 11] {
+    [0x0f, 0x1f, 0x44, 0, 0, 0xb8, n, 0, 0, 0, 0xc3]
+}
+
+/// The mock guest, whose memory takes so many writes until the tool is ended.
+struct Guest {
+    world: World,
+    cache: Cache,
+    left: Rc<Cell<u32>>,
+}
+
+fn spend(left: &Cell<u32>) -> std::result::Result<(), guest::Error> {
+    match left.get().checked_sub(1) {
+        Some(rest) => {
+            left.set(rest);
+            Ok(())
+        }
+        None => Err(guest::Error::Odd("the tool was ended".into())),
+    }
+}
+
+struct Metered {
+    window: Box<dyn WindowMut>,
+    left: Rc<Cell<u32>>,
+}
+
+impl Window for Metered {
+    fn read(&self, offset: usize, buf: &mut [u8]) -> std::result::Result<(), guest::Error> {
+        self.window.read(offset, buf)
+    }
+}
+
+impl WindowMut for Metered {
+    fn write(&self, offset: usize, bytes: &[u8]) -> std::result::Result<(), guest::Error> {
+        spend(&self.left)?;
+        self.window.write(offset, bytes)
+    }
+}
+
+impl Memory for Guest {
+    fn map(&self, frames: &[Frame]) -> std::result::Result<Box<dyn Window>, guest::Error> {
+        self.world.memory.map(frames)
+    }
+}
+
+impl MemoryMut for Guest {
+    fn map_mut(&self, frames: &[Frame]) -> std::result::Result<Box<dyn WindowMut>, guest::Error> {
+        Ok(Box::new(Metered {
+            window: self.world.memory.map_mut(frames)?,
+            left: Rc::clone(&self.left),
+        }))
+    }
+}
+
+struct Pause(Instant);
+
+impl Paused for Pause {
+    fn elapsed(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    fn end(self: Box<Self>) -> std::result::Result<Duration, guest::Error> {
+        Ok(self.0.elapsed())
+    }
+}
+
+impl Machine for Guest {
+    fn memory(&self) -> &dyn Memory {
+        &self.world.memory
+    }
+
+    fn kind(&self) -> GuestType {
+        self.world.kind
+    }
+
+    fn cache(&self) -> &Cache {
+        &self.cache
+    }
+
+    fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
+        Ok(self.world.vcpus.clone())
+    }
+
+    fn pause(&self) -> std::result::Result<Box<dyn Paused + '_>, guest::Error> {
+        Ok(Box::new(Pause(Instant::now())))
+    }
+
+    fn write_entry(
+        &self,
+        table: Frame,
+        slot: usize,
+        entry: u64,
+    ) -> std::result::Result<(), guest::Error> {
+        spend(&self.left)?;
+        self.world.memory.set_entry(table, slot, entry);
+        Ok(())
+    }
+
+    fn vacant(&self, frames: &[Frame]) -> std::result::Result<Vec<bool>, guest::Error> {
+        let memory = &self.world.memory;
+        Ok(frames.iter().map(|&f| !memory.has(f)).collect())
+    }
+
+    fn populate(&self, frames: &[Frame]) -> std::result::Result<(), guest::Error> {
+        frames.iter().for_each(|&f| self.world.memory.add(f));
+        Ok(())
+    }
+}
+
+impl Guest {
+    fn new() -> Guest {
+        const E820: Gva = Gva(TEXT.0 + (12 << 20));
+        let world = World::with(GuestType::Pvh, |fixture: &mut Fixture| {
+            for (n, (name, at)) in FUNCTIONS.into_iter().enumerate() {
+                fixture.function(at, name, &code(n as u8));
+            }
+            let at = E820.0;
+            fixture.symbols.push((at, 'D', "e820_table".to_owned()));
+        });
+        // A pointer to an empty map.
+        let words = [E820.0 + 8, 0].map(u64::to_le_bytes).concat();
+        world.memory.map_bytes(E820, &words, true, false);
+        Guest {
+            world,
+            cache: Cache::none(),
+            left: Rc::new(Cell::new(u32::MAX)),
+        }
+    }
+
+    fn kernel(&self) -> Kernel<'_> {
+        let world = &self.world;
+        Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap()
+    }
+
+    fn apply(&self, payload: &Payload, mode: Mode) -> Result<Report> {
+        apply(self, &self.kernel(), payload, mode, &options(false))
+    }
+
+    fn applied(&self, payload: &Payload) -> Report {
+        let report = self.apply(payload, Mode::Apply).unwrap();
+        assert_eq!(report.result, Outcome::Applied);
+        report
+    }
+
+    fn revert(&self, name: &str) -> Result<Report> {
+        revert(self, &self.kernel(), name, &options(false))
+    }
+
+    fn residents(&self) -> Result<Vec<Resident>> {
+        let kernel = self.kernel();
+        plan::residents(&kernel, &Arena::read(&kernel)?)
+    }
+
+    /// Names of the applied patches, the undermost first.
+    fn status(&self) -> Result<Vec<String>> {
+        let residents = self.residents()?;
+        let stack = Stack::new(&residents);
+        Ok(names(stack.applied())
+            .into_iter()
+            .map(str::to_owned)
+            .collect())
+    }
+
+    /// Which patch's version of each function the guest runs; empty for the kernel's own.
+    fn runs(&self) -> [String; 3] {
+        let kernel = self.kernel();
+        let residents = kernel_residents(&kernel);
+        FUNCTIONS.map(|(name, at)| {
+            let mut found = [0; 11];
+            kernel.space.read(Gva(at), &mut found).unwrap();
+            let n = FUNCTIONS.iter().position(|f| f.0 == name).unwrap();
+            if found == code(n as u8) {
+                return String::new();
+            }
+            let owner = residents.iter().find(|r| {
+                let functions = &r.record.functions;
+                functions.iter().any(|f| {
+                    let jump = site::jump(Gva(f.site), Gva(f.new)).unwrap();
+                    f.old == at && found[5..10] == jump
+                })
+            });
+            owner.map_or("?".into(), |r| r.record.name.clone())
+        })
+    }
+
+    fn pages(&self) -> usize {
+        Arena::read(&self.kernel()).unwrap().room(GuestType::Pvh).1
+    }
+}
+
+/// What is in the arena, whatever the state of it.
+fn kernel_residents(kernel: &Kernel<'_>) -> Vec<Resident> {
+    Arena::read(kernel).unwrap().residents(kernel).unwrap()
+}
+
+fn options(dry_run: bool) -> Options {
+    Options {
+        timeout: Duration::ZERO,
+        dry_run,
+        ..Options::default()
+    }
+}
+
+/// A payload called `name` that replaces `functions`.
+fn payload(name: &str, functions: &[usize]) -> Payload {
+    let spec = Spec {
+        objects: vec![(
+            None,
+            functions.iter().map(|&n| (FUNCTIONS[n].0, 0)).collect(),
+        )],
+        ..Spec::default()
+    };
+    let mut payload = Payload::parse(name, &spec.bytes()).unwrap();
+    payload.name = name.into();
+    payload.sha256 = [name.as_bytes()[0]; 32];
+    payload
+}
+
+const A: usize = 0;
+const B: usize = 1;
+const C: usize = 2;
+
+#[test]
+fn patches_on_one_function_come_and_go_in_order() {
+    let guest = Guest::new();
+    guest.applied(&payload("one", &[A]));
+    guest.applied(&payload("two", &[A, B]));
+    assert_eq!(guest.runs(), ["two", "two", ""]);
+    assert_eq!(guest.status().unwrap(), ["one", "two"]);
+    assert_eq!(guest.revert("two").unwrap().result, Outcome::Reverted);
+    assert_eq!(guest.runs(), ["one", "", ""]);
+    // It comes back on top, into its own pages.
+    let pages = guest.pages();
+    guest.applied(&payload("two", &[A, B]));
+    assert_eq!(guest.runs(), ["two", "two", ""]);
+    guest.revert("two").unwrap();
+    guest.revert("one").unwrap();
+    assert_eq!(guest.runs(), ["", "", ""]);
+    // And below.
+    guest.applied(&payload("two", &[A, B]));
+    guest.applied(&payload("one", &[A]));
+    assert_eq!(guest.status().unwrap(), ["two", "one"]);
+    assert_eq!(guest.runs(), ["one", "two", ""]);
+    assert_eq!(guest.pages(), pages);
+}
+
+#[test]
+fn a_patch_under_another_is_not_reverted_and_those_on_it_are_named_in_order() {
+    let guest = Guest::new();
+    for (name, functions) in [
+        ("one", &[A][..]),
+        ("two", &[A, B]),
+        ("elsewhere", &[C]),
+        ("three", &[B]),
+    ] {
+        guest.applied(&payload(name, functions));
+    }
+    let before = guest.runs();
+    let error = guest.revert("one").unwrap_err();
+    assert_eq!(error.exit_code(), ExitCode::Failed);
+    let said = error.to_string();
+    for words in [
+        "patch one can't be reverted",
+        "two replaces a_show too",
+        "revert three, then two first",
+    ] {
+        assert!(said.contains(words), "{said}");
+    }
+    assert_eq!(guest.runs(), before);
+    // What shares no function goes whenever it likes.
+    guest.revert("elsewhere").unwrap();
+    let all = revert_all(&guest, &guest.kernel(), &options(true)).unwrap();
+    let order: Vec<&str> = all.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(order, ["three", "two", "one"]);
+    assert_eq!(guest.status().unwrap(), ["one", "two", "three"]);
+    for (_, result) in revert_all(&guest, &guest.kernel(), &options(false)).unwrap() {
+        assert_eq!(result.unwrap().result, Outcome::Reverted);
+    }
+    assert_eq!(guest.runs(), ["", "", ""]);
+}
+
+#[test]
+fn a_payload_supersedes_all_patches_in_one_step() {
+    for by_itself in [false, true] {
+        let guest = Guest::new();
+        guest.applied(&payload("one", &[A]));
+        guest.applied(&payload("two", &[A, B]));
+        let mut all = payload("all", &[A, C]);
+        all.klp.replace = Some(by_itself);
+        let mode = if by_itself {
+            Mode::Apply
+        } else {
+            Mode::Replace
+        };
+        let report = guest.apply(&all, mode).unwrap();
+        assert_eq!(report.superseded, ["one", "two"]);
+        assert_eq!(guest.runs(), ["all", "", "all"]);
+        assert_eq!(guest.status().unwrap(), ["all"]);
+        assert_eq!(guest.apply(&all, mode).unwrap().result, Outcome::Already);
+        // What it supersedes can come again, and is not brought back by its going.
+        guest.applied(&payload("one", &[A]));
+        assert_eq!(guest.runs(), ["one", "", "all"]);
+        let error = guest.apply(&all, Mode::Replace).unwrap_err();
+        assert!(
+            error.to_string().contains("can't supersede itself"),
+            "{error}"
+        );
+        guest.revert("one").unwrap();
+        guest.revert("all").unwrap();
+        assert_eq!(guest.runs(), ["", "", ""]);
+    }
+}
+
+#[test]
+fn another_payload_of_an_applied_name_is_refused_with_both_digests() {
+    let guest = Guest::new();
+    guest.applied(&payload("one", &[A]));
+    let mut other = payload("one", &[A]);
+    other.sha256 = [0xee; 32];
+    for mode in [Mode::Apply, Mode::Replace] {
+        let said = guest.apply(&other, mode).unwrap_err().to_string();
+        assert!(
+            said.contains(&"ee".repeat(32)) && said.contains(&"6f".repeat(32)),
+            "{said}"
+        );
+    }
+}
+
+#[test]
+fn a_redirect_that_someone_changed_is_left_alone() {
+    let guest = Guest::new();
+    guest.applied(&payload("one", &[A]));
+    guest.applied(&payload("two", &[A, B]));
+    let before = guest.runs();
+    let kernel = guest.kernel();
+    let at = Gva(FUNCTIONS[A].1 + 5);
+    let frames = kernel.space.frames(at, 5).unwrap();
+    let window = guest.map_mut(&frames).unwrap();
+    let mut jump = [0; 5];
+    window.read(at.offset(), &mut jump).unwrap();
+    window.write(at.offset(), &[0xe9, 0, 0, 0, 0]).unwrap();
+    let refused = [
+        guest.revert("two").unwrap_err(),
+        guest
+            .apply(&payload("three", &[A]), Mode::Apply)
+            .unwrap_err(),
+        guest
+            .apply(&payload("three", &[C]), Mode::Replace)
+            .unwrap_err(),
+    ];
+    for error in refused {
+        assert!(
+            error.to_string().contains("is not as two wrote it"),
+            "{error}"
+        );
+    }
+    window.write(at.offset(), &jump).unwrap();
+    assert_eq!(guest.runs(), before);
+    assert_eq!(guest.status().unwrap(), ["one", "two"]);
+}
+
+/// Lets the sleeping task of the mock guest hold a return address.
+fn sleep_at(guest: &Guest, word: u64) {
+    let at = STACKS.plus(3 * 4 * STACK_LEN as u64 + 0x1e88);
+    let frames = guest.kernel().space.frames(at, 8).unwrap();
+    let window = guest.map_mut(&frames).unwrap();
+    window.write(at.offset(), &word.to_le_bytes()).unwrap();
+}
+
+#[test]
+fn who_is_in_the_version_that_runs_is_in_the_way_and_who_is_below_it_is_not() {
+    let guest = Guest::new();
+    guest.applied(&payload("one", &[A]));
+    guest.applied(&payload("two", &[A, B]));
+    let [one, two] = guest.residents().unwrap().try_into().unwrap();
+    let inside = |r: &Resident, n: usize| r.record.functions[n].new + 4;
+    let blocked = |payload: &Payload, mode| {
+        let error = guest.apply(payload, mode).unwrap_err();
+        assert!(matches!(error, Error::Blocked { .. }), "{error}");
+        assert_eq!(guest.status().unwrap(), ["one", "two"]);
+        assert_eq!(guest.runs(), ["two", "two", ""]);
+    };
+    let (on_a, on_c) = (payload("three", &[A]), payload("four", &[C]));
+    sleep_at(&guest, inside(&two, 0));
+    blocked(&on_a, Mode::Apply);
+    // A function that is given back, and one that lies below.
+    sleep_at(&guest, inside(&two, 1));
+    blocked(&on_c, Mode::Replace);
+    sleep_at(&guest, inside(&one, 0));
+    blocked(&on_c, Mode::Replace);
+    // The bytes of a redirect.
+    sleep_at(&guest, FUNCTIONS[A].1 + 7);
+    blocked(&on_a, Mode::Apply);
+    // What lies below is in nobody's way while it stays there.
+    sleep_at(&guest, inside(&one, 0));
+    guest.applied(&on_a);
+    assert_eq!(guest.runs(), ["three", "two", ""]);
+}
+
+#[test]
+fn a_run_that_is_ended_at_any_write_leaves_the_old_or_the_new_or_says_so() {
+    let replacing = payload("all", &[A, C]);
+    let old = (vec!["one", "two"], ["two", "two", ""]);
+    let new = (vec!["all"], ["all", "", "all"]);
+    let (mut olds, mut news, mut uncertain, mut entering) = (0, 0, 0, 0);
+    for writes in 0.. {
+        let guest = Guest::new();
+        guest.applied(&payload("one", &[A]));
+        guest.applied(&payload("two", &[A, B]));
+        guest.left.set(writes);
+        let result = guest.apply(&replacing, Mode::Replace);
+        let finished = result.is_ok();
+        guest.left.set(u32::MAX);
+        match guest.status() {
+            Err(Error::Uncertain(said)) => {
+                assert!(said.contains("neither wholly"), "{said}");
+                if said.contains("among the guest's modules") {
+                    assert_eq!(guest.runs(), old.1);
+                    entering += 1;
+                } else {
+                    assert_ne!(guest.runs(), old.1);
+                    assert_ne!(guest.runs(), new.1);
+                    uncertain += 1;
+                }
+                continue;
+            }
+            found => {
+                let expected = if guest.runs() == old.1 {
+                    olds += 1;
+                    &old
+                } else {
+                    news += 1;
+                    &new
+                };
+                assert_eq!(found.unwrap(), expected.0, "after {writes} writes");
+                assert_eq!(guest.runs(), expected.1, "after {writes} writes");
+            }
+        }
+        // The next run goes on from there, whatever it is.
+        guest.applied(&payload("more", &[B]));
+        assert_eq!(guest.runs()[B], "more");
+        for (_, result) in revert_all(&guest, &guest.kernel(), &options(false)).unwrap() {
+            result.unwrap();
+        }
+        assert_eq!(guest.runs(), ["", "", ""]);
+        if finished {
+            break;
+        }
+    }
+    // Three words of text: in two places midway; before and after it, more than one write each.
+    assert_eq!(uncertain, 2);
+    // Links in two lists, two trees and two bounds of it, at least.
+    assert!(entering > 8, "{entering}");
+    assert!(olds > 2 && news > 1, "{olds} {news}");
+}
+
+#[test]
+fn a_full_directory_is_refused_before_anything_is_written() {
+    let guest = Guest::new();
+    for n in 0..ENTRIES_MAX {
+        let mut one = payload("x", &[A]);
+        one.name = format!("p{n}");
+        one.sha256 = [n as u8; 32];
+        guest.applied(&one);
+        guest.revert(&one.name).unwrap();
+    }
+    guest.left.set(0);
+    let error = guest.apply(&payload("one", &[A]), Mode::Apply).unwrap_err();
+    assert_eq!(error.exit_code(), ExitCode::NotApplicable);
+    assert!(
+        error.to_string().contains("directory is full: 31"),
+        "{error}"
+    );
+}

@@ -1,0 +1,347 @@
+//! Patches on patches: in order, out of order, and all superseded at once.
+
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::store::ASK;
+use crate::guest::{Guest, GuestSpec, Kind};
+use crate::scenario::{Ctx, Scenario, PV, PVH};
+use crate::verdict::Verdict;
+use crate::{check, check_eq};
+
+/// See the names.
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "stack-pv",
+        summary:
+            "patches on one function of a PV guest stack, unstack in order, and are superseded",
+        profile: &PV,
+        run: |ctx| stack(ctx, Kind::Pv),
+    },
+    Scenario {
+        name: "stack-pvh",
+        summary:
+            "patches on one function of a PVH guest stack, unstack in order, and are superseded",
+        profile: &PVH,
+        run: |ctx| stack(ctx, Kind::Pvh),
+    },
+];
+
+/// Replaces `cmdline_proc_show`: word "live" in `/proc/cmdline`.
+const ONE: &str = "locus_cmdline";
+/// Replaces that and `version_proc_show`: word "two" in `/proc/cmdline` and `/proc/version`.
+const TWO: &str = "locus_stack_two";
+/// Replaces `cmdline_proc_show`: word "three".
+const THREE: &str = "locus_stack_three";
+/// Replaces `version_proc_show`, word "all", and says itself that it supersedes what is there.
+const ALL: &str = "locus_stack_all";
+const SLEEPER: &str = "locus_sleeper";
+
+struct Test<'c> {
+    ctx: &'c Ctx,
+    guest: Guest,
+}
+
+impl Test<'_> {
+    /// Runs `xen-locus -o json WORDS`: exit code, object and stderr.
+    fn run(&self, words: &str) -> Result<(i32, Value, String), Verdict> {
+        let command = format!("xen-locus -o json {words}");
+        let out = self
+            .ctx
+            .dom0
+            .sh_timeout(&command, Duration::from_secs(120))?;
+        let object = out.json()?;
+        Ok((out.rc, object, out.err_text()))
+    }
+
+    /// Runs `VERB GUEST FILE-OR-NAME`, which must succeed with `result`.
+    fn does(&self, verb: &str, patch: &str, result: &str) -> Result<Value, Verdict> {
+        let name = &self.guest.name;
+        let words = match verb {
+            "revert" => format!("revert {name} {patch}"),
+            _ => format!("{verb} {name} /payloads/{patch}.ko"),
+        };
+        let (rc, report, said) = self.run(&words)?;
+        check_eq!(rc, 0, "{words}: {said}");
+        check_eq!(report["result"], result, "{words}: {report}");
+        check_eq!(report["patch"], patch, "{words}: {report}");
+        Ok(report)
+    }
+
+    /// Runs what must be refused with exit code 1, and say all of `words`.
+    fn refused(&self, command: &str, words: &[&str]) -> Result<(), Verdict> {
+        let (rc, report, said) = self.run(command)?;
+        check_eq!(rc, 1, "{command}: {said}");
+        check_eq!(report["result"], "failed", "{command}: {report}");
+        for word in words {
+            let message = report["message"].as_str().unwrap_or_default();
+            check!(
+                message.contains(word) && said.contains(word),
+                "{command}: {word:?} is not in {message:?}"
+            );
+        }
+        Ok(())
+    }
+
+    /// Checks what the guest shows: the word in `/proc/cmdline` and in `/proc/version`, empty for
+    /// the kernel's own text. And what `status` shows: the patches, undermost first.
+    fn shows(&self, cmdline: &str, version: &str, patches: &[&str]) -> Result<Value, Verdict> {
+        let words = self
+            .guest
+            .ok("for f in cmdline version; do tr ' ' '\\n' </proc/$f | sed -n 's/^locus=//p' | tr '\\n' ' '; echo .; done")?;
+        let expected = [cmdline, version].map(|word| match word {
+            "" => ".".to_owned(),
+            word => format!("{word} ."),
+        });
+        check_eq!(words, expected.join("\n"), "what the guest shows");
+        let (rc, status, said) = self.run(&format!("status {}", self.guest.name))?;
+        check_eq!(rc, 0, "status: {said}");
+        let listed = status["patches"].as_array().cloned().unwrap_or_default();
+        let names: Vec<&str> = listed.iter().filter_map(|p| p["name"].as_str()).collect();
+        check_eq!(names, patches, "{status}");
+        let sound = listed.iter().all(|p| p["state"] == "applied");
+        check!(sound, "not all are in force: {status}");
+        Ok(status)
+    }
+
+    /// Who covers `function` of the patch number `patch` in a status.
+    fn covered(status: &Value, patch: usize, function: &str) -> Value {
+        let functions = status["patches"][patch]["functions"].as_array();
+        functions
+            .and_then(|all| all.iter().find(|f| f["name"] == function))
+            .map_or(Value::from("no such function"), |f| f["covered_by"].clone())
+    }
+
+    /// Arena pages in use.
+    fn pages(&self) -> Result<Value, Verdict> {
+        let info = self.run(&format!("info {}", self.guest.name))?.1;
+        Ok(info["arena"].clone())
+    }
+
+    fn save_text(&self, file: &str) -> Result<(), Verdict> {
+        let command = format!("xen-locus info {} --raw text >{file}", self.guest.name);
+        self.ctx.dom0.ok(&command)?;
+        Ok(())
+    }
+}
+
+fn stack(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
+    let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
+    let test = Test { ctx, guest };
+    test.shows("", "", &[])?;
+    test.save_text("/tmp/text.before")?;
+    in_order(&test)?;
+    let pages = test.pages()?;
+    in_order(&test)?;
+    check_eq!(test.pages()?, pages, "arena pages after doing it all again");
+    superseded(&test)?;
+    blocked(&test)?;
+    through_xenstore(&test)?;
+    all_at_once(&test)?;
+    test.save_text("/tmp/text.after")?;
+    let same = ctx.dom0.sh(
+        "test $(wc -c </tmp/text.before) -gt 8000000 && cmp /tmp/text.before /tmp/text.after",
+    )?;
+    check_eq!(
+        same.rc,
+        0,
+        "the kernel's text is not what it was: {} {}",
+        same.text(),
+        same.err_text()
+    );
+    let log = test.guest.ok("dmesg")?;
+    for word in ["Oops", "BUG:", "WARNING:", "general protection"] {
+        check!(!log.contains(word), "{word} in the guest's log: {log}");
+    }
+    ctx.dom0.ok("rm -f /tmp/text.before /tmp/text.after")?;
+    Ok(())
+}
+
+/// Two patches on one function, in either order; every step back must be the last one.
+fn in_order(test: &Test<'_>) -> Result<(), Verdict> {
+    let name = &test.guest.name;
+    test.does("apply", ONE, "applied")?;
+    test.shows("live", "", &[ONE])?;
+    test.does("apply", TWO, "applied")?;
+    let status = test.shows("two", "two", &[ONE, TWO])?;
+    check_eq!(Test::covered(&status, 0, "cmdline_proc_show"), TWO);
+    check_eq!(
+        Test::covered(&status, 1, "cmdline_proc_show"),
+        Value::Null,
+        "{status}"
+    );
+    let table = test.ctx.dom0.ok(&format!("xen-locus status {name}"))?;
+    check!(
+        table.contains("cmdline_proc_show (covered by locus_stack_two)"),
+        "{table}"
+    );
+    test.refused(
+        &format!("revert {name} {ONE}"),
+        &["can't be reverted", TWO, "cmdline_proc_show"],
+    )?;
+    test.refused(&format!("-N revert {name} {ONE}"), &["can't be reverted"])?;
+    // The same name, other content.
+    let [mine, other] = [format!("/payloads/{ONE}.ko"), format!("/tmp/{ONE}.ko")];
+    let sums = test.ctx.dom0.ok(&format!(
+        "cp {mine} {other} && echo >>{other} && sha256sum {mine} {other} | cut -d' ' -f1"
+    ))?;
+    let sums: Vec<&str> = sums.lines().collect();
+    check_eq!(sums.len(), 2, "{sums:?}");
+    for verb in ["apply", "replace"] {
+        test.refused(&format!("{verb} {name} {other}"), &sums)?;
+    }
+    test.shows("two", "two", &[ONE, TWO])?;
+    test.does("revert", TWO, "reverted")?;
+    test.shows("live", "", &[ONE])?;
+    test.does("revert", ONE, "reverted")?;
+    test.shows("", "", &[])?;
+
+    // Applied again, the other way round: who came last lies on top.
+    test.does("apply", TWO, "applied")?;
+    test.does("apply", ONE, "applied")?;
+    let status = test.shows("live", "two", &[TWO, ONE])?;
+    check_eq!(Test::covered(&status, 0, "cmdline_proc_show"), ONE);
+    check_eq!(
+        Test::covered(&status, 0, "version_proc_show"),
+        Value::Null,
+        "{status}"
+    );
+    test.refused(&format!("revert {name} {TWO}"), &["can't be reverted", ONE])?;
+    test.does("revert", ONE, "reverted")?;
+    test.shows("two", "two", &[TWO])?;
+    test.does("revert", TWO, "reverted")?;
+    test.shows("", "", &[])?;
+    Ok(())
+}
+
+/// `replace`, and a payload that says itself that it replaces what is there.
+fn superseded(test: &Test<'_>) -> Result<(), Verdict> {
+    test.does("apply", ONE, "applied")?;
+    test.does("apply", TWO, "applied")?;
+    let both = Value::from(vec![ONE, TWO]);
+    let report = test.does("-N replace", THREE, "would-apply")?;
+    check_eq!(report["superseded"], both, "{report}");
+    test.shows("two", "two", &[ONE, TWO])?;
+    let report = test.does("replace", THREE, "applied")?;
+    check_eq!(report["superseded"], both, "{report}");
+    check_eq!(report["attempts"], 1, "{report}");
+    // What only the superseded one replaced is the kernel's own again.
+    test.shows("three", "", &[THREE])?;
+    test.does("replace", THREE, "already")?;
+    test.does("revert", THREE, "reverted")?;
+    test.shows("", "", &[])?;
+
+    test.does("apply", ONE, "applied")?;
+    test.does("apply", TWO, "applied")?;
+    let report = test.does("apply", ALL, "applied")?;
+    check_eq!(report["superseded"], both, "{report}");
+    test.shows("", "all", &[ALL])?;
+    test.does("apply", THREE, "applied")?;
+    test.shows("three", "all", &[ALL, THREE])?;
+    let again = format!("replace {} /payloads/{ALL}.ko", test.guest.name);
+    test.refused(&again, &["can't supersede itself"])?;
+    let out = test.ctx.dom0.ok(&format!(
+        "xen-locus replace {} /payloads/{ONE}.ko",
+        test.guest.name
+    ))?;
+    check!(
+        out.contains("superseding locus_stack_all, locus_stack_three"),
+        "{out}"
+    );
+    test.shows("live", "", &[ONE])?;
+    test.does("revert", ONE, "reverted")?;
+    test.shows("", "", &[])?;
+    Ok(())
+}
+
+/// A thread in the code of a patch that is to be superseded is in the way, and nothing changes.
+fn blocked(test: &Test<'_>) -> Result<(), Verdict> {
+    let name = &test.guest.name;
+    test.does("apply", SLEEPER, "applied")?;
+    test.does("apply", ONE, "applied")?;
+    test.guest.ok("pause & sleep 1")?;
+    let (rc, report, said) =
+        test.run(&format!("replace {name} /payloads/{THREE}.ko --timeout 2s"))?;
+    check_eq!(rc, 2, "{said}");
+    check_eq!(report["result"], "blocked", "{report}");
+    check_eq!(report["blockers"][0]["comm"], "pause", "{report}");
+    test.shows("live", "", &[SLEEPER, ONE])?;
+    test.guest.ok("killall pause; sleep 1")?;
+    test.does("replace", THREE, "applied")?;
+    test.shows("three", "", &[THREE])?;
+    test.does("revert", THREE, "reverted")?;
+    test.shows("", "", &[])?;
+    Ok(())
+}
+
+/// The same in one step, asked for through XenStore.
+fn through_xenstore(test: &Test<'_>) -> Result<(), Verdict> {
+    let dom0 = &test.ctx.dom0;
+    let (name, id) = (&test.guest.name, test.guest.domid);
+    dom0.put("/tmp/ask", 0o755, ASK.as_bytes())?;
+    dom0.ok(
+        "mkdir -p /var/lib/xen-locus/payloads && cp /payloads/*.ko /var/lib/xen-locus/payloads/ && \
+         xenstore-rm /tool/xen-locus/request 2>/dev/null; \
+         (xen-locus daemon >/var/log/daemon.log 2>&1 & echo $! >/run/daemon.pid)",
+    )?;
+    let ask = |line: &str, rc: &str, words: &str| -> Result<(), Verdict> {
+        let said = dom0.sh_timeout(&format!("/tmp/ask {line}"), Duration::from_secs(120))?;
+        let text = said.text();
+        check!(
+            text.split(' ').next() == Some(rc) && text.contains(words),
+            "`{line}`: got {text:?}, expected {rc} and {words:?}"
+        );
+        Ok(())
+    };
+    test.does("apply", ONE, "applied")?;
+    ask(
+        &format!("s1 op=apply domain={name} patch={TWO}"),
+        "0",
+        "applied",
+    )?;
+    test.shows("two", "two", &[ONE, TWO])?;
+    ask(
+        &format!("s2 op=revert domain={name} patch={ONE}"),
+        "1",
+        "can't be reverted while another lies on it",
+    )?;
+    ask(
+        &format!("s3 op=replace domain={name} patch={THREE}"),
+        "0",
+        "superseding locus_cmdline, locus_stack_two",
+    )?;
+    test.shows("three", "", &[THREE])?;
+    let published = dom0.ok(&format!("xenstore-list /tool/xen-locus/domain/{id}/patch"))?;
+    check_eq!(published, THREE, "what is published");
+    ask(
+        &format!("s4 op=revert domain={name} patch={THREE}"),
+        "0",
+        "reverted",
+    )?;
+    test.shows("", "", &[])?;
+    dom0.ok("kill $(cat /run/daemon.pid); sleep 1; rm -f /tmp/ask")?;
+    Ok(())
+}
+
+/// `revert --all`: from the top, and then there is nothing to do.
+fn all_at_once(test: &Test<'_>) -> Result<(), Verdict> {
+    let name = &test.guest.name;
+    for patch in [ONE, TWO, THREE] {
+        test.does("apply", patch, "applied")?;
+    }
+    test.shows("three", "two", &[ONE, TWO, THREE])?;
+    for (words, result) in [("-N revert", "would-revert"), ("revert", "reverted")] {
+        let (rc, done, said) = test.run(&format!("{words} {name} --all"))?;
+        check_eq!(rc, 0, "{words} --all: {said}");
+        for (i, patch) in [THREE, TWO, ONE].iter().enumerate() {
+            check_eq!(done["results"][i]["patch"], *patch, "{done}");
+            check_eq!(done["results"][i]["result"], result, "{done}");
+        }
+    }
+    test.shows("", "", &[])?;
+    let (rc, done, said) = test.run(&format!("revert {name} --all"))?;
+    check_eq!(rc, 0, "nothing to revert: {said}");
+    check_eq!(done["results"], Value::Array(vec![]), "{done}");
+    Ok(())
+}
