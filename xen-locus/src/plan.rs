@@ -120,6 +120,13 @@ pub fn prepare(
     let sha256 = hex(&payload.sha256);
     let mut applied = stack.applied().iter();
     if let Some(same) = applied.find(|r| r.record.name == payload.name) {
+        if let Some(why) = presence::gone(kernel, &same.record)? {
+            return Err(Error::Failed(format!(
+                "payload {} was applied, and is not in force any more: {why}. Neither what is left \
+                 of it is undone nor is it applied again before the guest starts anew",
+                payload.name
+            )));
+        }
         if same.record.sha256 == sha256 {
             if mode == Mode::Replace && stack.applied().len() > 1 {
                 return Err(Error::Failed(format!(
@@ -141,10 +148,18 @@ pub fn prepare(
     let supersedes = mode == Mode::Replace || payload.klp.replace == Some(true);
     if supersedes {
         for patch in stack.applied() {
+            if let Some(why) = presence::gone(kernel, &patch.record)? {
+                return Err(Error::Failed(format!(
+                    "{why}: so that payload can't be superseded, for nothing is written where its \
+                     redirects were"
+                )));
+            }
             stack.check_holds(kernel, patch)?;
         }
     }
-    let objects = Objects::new(kernel, newest_first(&residents));
+    let payloads = stack.applied().iter().rev();
+    let payloads = payloads.map(|r| Gva(r.record.module)).collect();
+    let objects = Objects::new(kernel, payloads);
     let (mut functions, returns) = find_functions(kernel, &objects, payload, &stack, supersedes)?;
     let patched: Vec<ModuleAt> = objects
         .used()?
@@ -246,7 +261,12 @@ pub fn prepare(
         .ok_or_else(|| Error::Failed("the record does not fit its room".into()))?;
     place.copy_from_slice(&record_json);
     // First of all: the modules must be there still.
-    let mut writes = presence::conditions(kernel, &record.objects)?;
+    let mut there = record.objects.clone();
+    if supersedes {
+        let others = stack.applied().iter().flat_map(|r| &r.record.objects);
+        there.extend(others.cloned());
+    }
+    let mut writes = presence::conditions(kernel, &there)?;
     let mut watched = entering.watched;
     if !entered {
         // From then on the guest itself writes its keys' changes into the payload.
@@ -310,14 +330,6 @@ pub fn undo(kernel: &Kernel<'_>, stack: &Stack<'_>, resident: &Resident) -> Resu
 fn to_json(record: &Record) -> Result<Vec<u8>> {
     serde_json::to_vec(record)
         .map_err(|e| Error::Failed(format!("the payload's record can't be written: {e}")))
-}
-
-/// The `struct module` of each payload that is applied, the one applied last first.
-fn newest_first(residents: &[Resident]) -> Vec<Gva> {
-    let applied = residents.iter().filter(|r| r.slot.state == State::Applied);
-    let mut applied: Vec<&Resident> = applied.collect();
-    applied.sort_by_key(|r| std::cmp::Reverse((r.slot.applied_at, r.index)));
-    applied.iter().map(|r| Gva(r.record.module)).collect()
 }
 
 /// Whether the code and constants of `image`, less the record, stand in the arena already.

@@ -104,7 +104,7 @@ fn objects(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     guest.ok("insmod /lib/modules/dummy.ko")?;
     refused(ctx, &apply, 3, "no symbol crc_itu_t")?;
     refused(ctx, &apply, 3, "crc-itu-t")?;
-    guest.ok("insmod /lib/modules/crc-itu-t.ko")?;
+    guest.ok("insmod /lib/modules/crc_itu_t.ko")?;
     refused(
         ctx,
         "xen-locus apply objects /payloads/locus_object_sympos.ko",
@@ -140,6 +140,7 @@ fn objects(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     if guest.sh("rmmod dummy")?.rc == 0 {
         check_eq!(state()?, "gone");
         refused(ctx, &revert, 1, "module dummy")?;
+        refused(ctx, &apply, 1, "not in force any more")?;
         guest.ok("insmod /lib/modules/dummy.ko")?;
         // At the same place or at another, it is as it was built.
         received(&guest, "0")?;
