@@ -410,8 +410,8 @@ impl Look<'_, '_, '_> {
                     .kernel
                     .symbols
                     .covering(Gva(vcpu.rip))
-                    .map_or(("?", 0), |(name, offset)| (name, offset));
-                self.report(task, Reason::UnreliableStack, name, offset);
+                    .unwrap_or_else(|| ("?".into(), 0));
+                self.report(task, Reason::UnreliableStack, &name, offset);
             }
         }
         Ok(())

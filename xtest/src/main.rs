@@ -47,11 +47,14 @@ enum Command {
     },
     /// Show xen-locus at work
     Demo,
-    /// Measure pauses
+    /// Measure reading and pauses
     Bench {
         /// Pauses of each kind
         #[arg(long, default_value_t = 30)]
         rounds: u32,
+        /// Only reading
+        #[arg(long)]
+        reading: bool,
     },
     /// Download and unpack the Debian packages
     Fetch,
@@ -102,7 +105,7 @@ fn run(cli: Cli) -> Result<bool> {
             shell::run(&Bench::prepare()?, profile, bare)?;
         }
         Command::Demo => demo::run(&Bench::prepare()?)?,
-        Command::Bench { rounds } => measure::run(&Bench::prepare()?, rounds)?,
+        Command::Bench { rounds, reading } => measure::run(&Bench::prepare()?, rounds, reading)?,
         Command::Fetch => {
             let paths = Paths::find()?;
             for suite in SUITES {

@@ -12,21 +12,25 @@ use crate::guest::{GuestSpec, Kind};
 use crate::scenario::{Ctx, PV, PVH};
 use crate::verdict::Verdict;
 
-/// Measures PV and PVH guests under load, and prints a table for each.
-pub fn run(bench: &Bench, rounds: u32) -> Result<()> {
+/// Measures PV and PVH guests, idle for reading and under load for pauses, and prints tables; those
+/// about pauses not if only `reading` is asked for.
+pub fn run(bench: &Bench, rounds: u32, reading: bool) -> Result<()> {
     for (profile, kind) in [(&PV, Kind::Pv), (&PVH, Kind::Pvh)] {
         let mut machine = bench.boot(profile, 0)?;
-        let result = measure(&mut machine.ctx, kind, rounds);
+        let result = measure(&mut machine.ctx, kind, rounds, reading);
         machine.collect_logs();
         result.map_err(|v| anyhow!("{v}"))?;
     }
     Ok(())
 }
 
-fn measure(ctx: &mut Ctx, kind: Kind, rounds: u32) -> Result<(), Verdict> {
+fn measure(ctx: &mut Ctx, kind: Kind, rounds: u32, only_reading: bool) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
     let name = &guest.name;
     reading(ctx, name, rounds.min(10))?;
+    if only_reading {
+        return Ok(());
+    }
     guest.start_workload()?;
     let floor = ctx.json(&format!("locus-floor {name} {rounds}"))?;
     let of = |key: &str| -> Vec<u64> {

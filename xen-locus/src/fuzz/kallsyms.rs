@@ -23,7 +23,7 @@ pub fn run(data: &[u8]) {
     };
     if let Ok(symbols) = read(&space, &regions, anchors) {
         for symbol in symbols.iter() {
-            assert!(symbols.addr(symbol.name).is_some());
+            assert!(symbols.addr(&symbol.name).is_some());
             let _ = symbols.covering(symbol.addr);
         }
         let _ = symbols.room(ENTRY);

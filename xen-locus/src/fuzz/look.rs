@@ -23,7 +23,7 @@ pub fn all(kernel: &Kernel<'_>) {
 /// The symbols can be found by their names and their addresses.
 pub fn symbols(kernel: &Kernel<'_>) {
     for symbol in kernel.symbols.iter() {
-        assert!(kernel.symbols.addr(symbol.name).is_some());
+        assert!(kernel.symbols.addr(&symbol.name).is_some());
         let _ = kernel.symbols.covering(symbol.addr);
         let _ = kernel.symbols.room(symbol.addr);
     }

@@ -5,8 +5,13 @@
 //! we look (vmalloc space: thread stacks, modules) wants a fresh `Space`, see [`Space::fresh`].
 //! Layout of entries: Intel SDM volume 3, chapter 4.5 ("4-level paging and 5-level paging").
 
-use std::cell::RefCell;
+#[cfg(test)]
+mod tests;
+
+use std::cell::{Cell, RefCell};
+use std::collections::hash_map::RandomState;
 use std::collections::HashMap;
+use std::hash::{BuildHasher, Hasher};
 use std::rc::Rc;
 
 use super::budget::{self, Budget};
@@ -30,11 +35,18 @@ pub const PTE_FRAME: u64 = 0x000f_ffff_ffff_f000;
 
 /// Pages mapped by one call when a long range is read.
 pub const BATCH: usize = 512;
+/// Pages mapped together where objects stand side by side: the slabs of `struct task_struct` have
+/// eight.
+const BLOCK: usize = 8;
 /// Windows kept before the store is emptied: bounds what a guest can make us hold. Each is a mapping
 /// of its own, of which Linux gives a process 65530 (`vm.max_map_count`).
 const KEEP: usize = 8192;
+/// Shorter reads take memory of their own, in bytes.
+const SPARE_MIN: usize = 1 << 20;
 /// Longest read in one piece, in bytes.
 const READ_MAX: usize = 64 << 20;
+/// Entries of a page table.
+const ENTRIES: usize = PAGE_LEN / 8;
 /// Units of the budget for looking at all entries of a table.
 const TABLE: u64 = 16;
 /// Units of the budget for a region found: they are kept, so they must not be many.
@@ -72,7 +84,11 @@ pub struct Space<'m> {
     root: Frame,
     levels: u8,
     budget: Budget,
-    windows: RefCell<HashMap<Frame, Rc<dyn Window>>>,
+    /// Pages are mapped with their neighbours.
+    blocks: bool,
+    windows: RefCell<HashMap<Frame, Rc<dyn Window>, Keys>>,
+    /// Memory of this process that was read into before.
+    spare: Rc<Cell<Vec<u8>>>,
 }
 
 impl std::fmt::Debug for Space<'_> {
@@ -99,7 +115,9 @@ impl<'m> Space<'m> {
             root,
             levels,
             budget,
+            blocks: false,
             windows: RefCell::default(),
+            spare: Rc::default(),
         }
     }
 
@@ -108,6 +126,7 @@ impl<'m> Space<'m> {
     pub fn with_root(&self, root: Frame) -> Space<'m> {
         Space {
             windows: self.windows.clone(),
+            spare: Rc::clone(&self.spare),
             ..Space::within(self.mem, root, self.levels, self.budget.clone())
         }
     }
@@ -116,6 +135,16 @@ impl<'m> Space<'m> {
     #[must_use]
     pub fn fresh(&self) -> Space<'m> {
         Space::within(self.mem, self.root, self.levels, self.budget.clone())
+    }
+
+    /// The same as [`Space::fresh`], for many small objects that stand side by side: each page is
+    /// mapped together with those around it.
+    #[must_use]
+    pub fn fresh_in_blocks(&self) -> Space<'m> {
+        Space {
+            blocks: true,
+            ..self.fresh()
+        }
     }
 
     /// Levels of its page tables: 4 or 5.
@@ -233,6 +262,24 @@ impl<'m> Space<'m> {
                 frames.push(Frame(next));
                 page = page.plus(PAGE_SIZE);
             }
+            // Of a small page, the table's other entries do.
+            let rest = usize::try_from((end - page.0.min(end)).div_ceil(PAGE_SIZE));
+            let count = (ENTRIES - slot(page, 1)).min(rest.unwrap_or(ENTRIES));
+            if leaf.size == PAGE_SIZE && slot(page, 1) != 0 && count > 0 {
+                let (table, first, _) = self.entry_slot(page, 1)?;
+                let mut entries = vec![0; 8 * count];
+                self.window(table)?.read(8 * first, &mut entries)?;
+                self.budget.note(entries.len());
+                self.budget.spend(budget::WALK * count as u64)?;
+                for i in 0..count {
+                    let entry = fetch::u64(&entries, 8 * i).unwrap_or(0);
+                    if entry & PTE_PRESENT == 0 {
+                        return Err(Error::NotMapped { at: page, level: 1 });
+                    }
+                    frames.push(Frame((entry & PTE_FRAME) >> 12));
+                    page = page.plus(PAGE_SIZE);
+                }
+            }
         }
         Ok(frames)
     }
@@ -250,7 +297,7 @@ impl<'m> Space<'m> {
         while !rest.is_empty() {
             let n = rest.len().min(PAGE_LEN - at.offset());
             let (now, later) = rest.split_at_mut(n);
-            self.window(self.walk(at)?.frame)?.read(at.offset(), now)?;
+            self.page(at)?.read(at.offset(), now)?;
             self.budget.note(n);
             rest = later;
             at = at.plus(n as u64);
@@ -279,9 +326,31 @@ impl<'m> Space<'m> {
     /// As [`Space::read`].
     pub fn pin(&self, at: Gva) -> Result<Pin, Error> {
         Ok(Pin {
-            window: self.window(self.walk(at)?.frame)?,
+            window: self.page(at)?,
             offset: at.offset(),
         })
+    }
+
+    /// A window onto the page of `at`.
+    fn page(&self, at: Gva) -> Result<Rc<dyn Window>, Error> {
+        let leaf = self.walk(at)?;
+        if self.blocks && !self.windows.borrow().contains_key(&leaf.frame) {
+            let slots = BLOCK as u64;
+            let first = Gva(at.0 & !(slots * PAGE_SIZE - 1));
+            let around = if leaf.size == PAGE_SIZE {
+                let (table, slot, _) = self.entry_slot(first, 1)?;
+                let entry = |i| self.entry(table, slot + i);
+                let entries = (0..BLOCK).map(entry).collect::<Result<Vec<_>, _>>()?;
+                let present = entries.into_iter().filter(|e| e & PTE_PRESENT != 0);
+                present.map(|e| Frame((e & PTE_FRAME) >> 12)).collect()
+            } else {
+                // A large page's frames follow each other.
+                let lowest = leaf.frame.0 & !(slots - 1);
+                (0..slots).map(|i| Frame(lowest + i)).collect()
+            };
+            self.map_together(around);
+        }
+        self.window(leaf.frame)
     }
 
     fn window(&self, frame: Frame) -> Result<Rc<dyn Window>, Error> {
@@ -289,11 +358,7 @@ impl<'m> Space<'m> {
             return Ok(Rc::clone(w));
         }
         let window: Rc<dyn Window> = Rc::from(self.map(&[frame])?);
-        let mut windows = self.windows.borrow_mut();
-        if windows.len() >= KEEP {
-            windows.clear();
-        }
-        windows.insert(frame, Rc::clone(&window));
+        self.keep(frame, Rc::clone(&window));
         Ok(window)
     }
 
@@ -327,9 +392,20 @@ impl<'m> Space<'m> {
                 "the guest's tables want {len} bytes at {at} read; at most {READ_MAX} are"
             )));
         }
-        let mut v = vec![0; len];
+        let mut v = if len > SPARE_MIN {
+            self.spare.take()
+        } else {
+            Vec::new()
+        };
+        v.resize(len, 0);
         self.read(at, &mut v)?;
         Ok(v)
+    }
+
+    /// Gives back what was read into, for the next long [`Space::read_vec`]: to touch memory that is
+    /// new to this process can take as long as to copy a page of the guest.
+    pub fn recycle(&self, bytes: Vec<u8>) {
+        self.spare.set(bytes);
     }
 
     /// Reads a NUL-terminated string of at most `max` bytes; bytes that are no UTF-8 are replaced.
@@ -392,7 +468,10 @@ impl<'m> Space<'m> {
         self.budget.note(PAGE_LEN);
         let span = PAGE_SIZE << (9 * (u32::from(level) - 1));
         let mut at = above.range.start;
-        for _ in 0..PAGE_LEN / 8 {
+        let is_leaf = |entry: u64| level == 1 || (level <= 3 && entry & PTE_LARGE != 0);
+        let frame = |entry: u64| Frame((entry & PTE_FRAME) >> 12);
+        let mut parts = Vec::new();
+        for _ in 0..ENTRIES {
             if at >= above.range.end {
                 break;
             }
@@ -408,17 +487,45 @@ impl<'m> Space<'m> {
                 executable: above.executable && entry & PTE_NX == 0,
             };
             at = end;
-            if entry & PTE_PRESENT == 0 {
-                continue;
+            if entry & PTE_PRESENT != 0 {
+                parts.push((here, entry));
             }
-            if level == 1 || (level <= 3 && entry & PTE_LARGE != 0) {
+        }
+        let tables = parts.iter().filter(|(_, entry)| !is_leaf(*entry));
+        self.map_together(tables.map(|&(_, entry)| frame(entry)).collect());
+        for (here, entry) in parts {
+            if is_leaf(entry) {
                 self.add_region(here, found)?;
             } else {
-                let next = Frame((entry & PTE_FRAME) >> 12);
-                self.regions_below(next, level - 1, here, found)?;
+                self.regions_below(frame(entry), level - 1, here, found)?;
             }
         }
         Ok(())
+    }
+
+    /// Maps frames by one call and keeps a window onto each: a call costs more than a page. Where
+    /// that fails, each is mapped when it is wanted.
+    fn map_together(&self, mut frames: Vec<Frame>) {
+        frames.sort_unstable();
+        frames.dedup();
+        frames.retain(|frame| !self.windows.borrow().contains_key(frame));
+        if frames.len() < 2 {
+            return;
+        }
+        let Ok(whole) = self.map(&frames) else { return };
+        let whole: Rc<dyn Window> = Rc::from(whole);
+        for (i, frame) in frames.into_iter().enumerate() {
+            let whole = Rc::clone(&whole);
+            self.keep(frame, Rc::new(Part { whole, page: i }));
+        }
+    }
+
+    fn keep(&self, frame: Frame, window: Rc<dyn Window>) {
+        let mut windows = self.windows.borrow_mut();
+        if windows.len() >= KEEP {
+            windows.clear();
+        }
+        windows.insert(frame, window);
     }
 
     fn add_region(&self, here: Region, found: &mut Vec<Region>) -> Result<(), Error> {
@@ -432,6 +539,65 @@ impl<'m> Space<'m> {
         self.budget.spend(REGION)?;
         found.push(here);
         Ok(())
+    }
+}
+
+/// One page of a window onto several.
+struct Part {
+    whole: Rc<dyn Window>,
+    page: usize,
+}
+
+impl Window for Part {
+    fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), Error> {
+        match offset.checked_add(buf.len()) {
+            Some(end) if end <= PAGE_LEN => self.whole.read(self.page * PAGE_LEN + offset, buf),
+            _ => Err(Error::Bounds {
+                offset,
+                len: buf.len(),
+                size: PAGE_LEN,
+            }),
+        }
+    }
+}
+
+/// Hashes frame numbers, which the guest chooses: so each store has a key of its own.
+#[derive(Clone, Copy)]
+struct Keys(u64);
+
+impl Default for Keys {
+    fn default() -> Keys {
+        Keys(RandomState::new().hash_one(0))
+    }
+}
+
+impl BuildHasher for Keys {
+    type Hasher = KeyedHash;
+
+    fn build_hasher(&self) -> KeyedHash {
+        KeyedHash(self.0)
+    }
+}
+
+/// One multiplication: walks look up a frame for every level.
+struct KeyedHash(u64);
+
+impl Hasher for KeyedHash {
+    fn write(&mut self, bytes: &[u8]) {
+        for &b in bytes {
+            self.write_u64(b.into());
+        }
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        let product = u128::from(self.0 ^ number) * 0x9e37_79b9_7f4a_7c15;
+        #[allow(clippy::cast_possible_truncation)] // its two halves
+        let halves = ((product >> 64) as u64, product as u64);
+        self.0 = halves.0 ^ halves.1;
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
     }
 }
 

@@ -84,17 +84,6 @@ impl Kind {
         })
     }
 
-    /// Bytes that follow the 12-byte head of a type of this kind with `n` parts.
-    fn tail(self, n: usize) -> usize {
-        match self {
-            Kind::Int | Kind::Var | Kind::DeclTag => 4,
-            Kind::Array => 12,
-            Kind::Struct | Kind::Union | Kind::Datasec | Kind::Enum64 => n * 12,
-            Kind::Enum | Kind::FuncProto => n * 8,
-            _ => 0,
-        }
-    }
-
     /// It only points at another type that has the same shape.
     fn transparent(self) -> bool {
         matches!(
@@ -103,6 +92,31 @@ impl Kind {
         )
     }
 }
+
+/// Bytes that follow the 12-byte head of a type, by number of its kind: so many, and so many for
+/// each part. And whether it has a layout: structures, unions and enumerations.
+const TAILS: [Option<(usize, usize, bool)>; 20] = [
+    None,
+    Some((4, 0, false)), // Int
+    Some((0, 0, false)),
+    Some((12, 0, false)), // Array
+    Some((0, 12, true)),  // Struct
+    Some((0, 12, true)),  // Union
+    Some((0, 8, true)),   // Enum
+    Some((0, 0, false)),
+    Some((0, 0, false)),
+    Some((0, 0, false)),
+    Some((0, 0, false)),
+    Some((0, 0, false)),
+    Some((0, 0, false)),
+    Some((0, 8, false)),  // FuncProto
+    Some((4, 0, false)),  // Var
+    Some((0, 12, false)), // Datasec
+    Some((0, 0, false)),
+    Some((4, 0, false)), // DeclTag
+    Some((0, 0, false)),
+    Some((0, 12, true)), // Enum64
+];
 
 /// Steps left for one question, so that no blob makes an answer slow.
 #[derive(Debug)]
@@ -153,8 +167,13 @@ pub struct Btf {
     /// Id of `types[0]`.
     first: u32,
     base: Option<Rc<Btf>>,
-    /// Hash of the name and index, sorted; of all named types.
+    /// All types of this blob by name.
     by_name: OnceCell<Index>,
+    /// Structures, unions and enumerations that have a name, by their place in `types`: what layouts
+    /// are asked of, and a tenth of all types.
+    shapes: Vec<u32>,
+    /// Those by name.
+    shapes_by_name: OnceCell<Index>,
 }
 
 impl Btf {
@@ -204,21 +223,26 @@ impl Btf {
             None => (0, vec![0]),
             Some(base) => (base.end(), Vec::new()),
         };
+        types.reserve(records.len() / 12);
+        let mut shapes = Vec::new();
         let mut at = records.start;
         while at < records.end {
             let info = fetch::u32(&bytes, at + 4).ok_or_else(|| odd("cut short"))?;
-            let kind = Kind::of(info).ok_or_else(|| {
-                Error::Odd(format!(
-                    "BTF: type {} is of the unknown kind {}",
+            let number = ((info >> 24) & 0x7f) as usize;
+            let Some(Some((own, part, is_shape))) = TAILS.get(number) else {
+                return Err(Error::Odd(format!(
+                    "BTF: type {} is of the unknown kind {number}",
                     first as usize + types.len(),
-                    (info >> 24) & 0x7f
-                ))
-            })?;
-            types.push(u32::try_from(at).map_err(|_| odd("too big"))?);
-            if first as usize + types.len() > TYPES_MAX {
-                return Err(odd("too many types"));
+                )));
+            };
+            if *is_shape && fetch::u32(&bytes, at) != Some(0) {
+                shapes.push(u32::try_from(types.len()).map_err(|_| odd("too many types"))?);
             }
-            at += 12 + kind.tail((info & 0x00ff_ffff) as usize);
+            types.push(u32::try_from(at).map_err(|_| odd("too big"))?);
+            at += 12 + own + part * (info & 0x00ff_ffff) as usize;
+        }
+        if first as usize + types.len() > TYPES_MAX {
+            return Err(odd("too many types"));
         }
         if at > records.end {
             return Err(odd("its last type leaves the types"));
@@ -230,6 +254,8 @@ impl Btf {
             first,
             base,
             by_name: OnceCell::new(),
+            shapes,
+            shapes_by_name: OnceCell::new(),
         })
     }
 
@@ -302,45 +328,55 @@ impl Btf {
             .collect()
     }
 
-    /// Types by name, numbered from the first of this blob.
-    fn by_name(&self) -> &Index {
-        self.by_name.get_or_init(|| {
-            let own = self.bytes.get(self.strings.clone()).unwrap_or_default();
-            let shared = self.base.as_ref().map_or(0, |base| base.strings.len());
-            let hash_of = |(&at, number): (&u32, u32)| {
-                let name = fetch::u32(&self.bytes, at as usize).unwrap_or(0);
-                match (name as usize).checked_sub(shared) {
-                    // Half of the types have no name: they are spread over all groups.
-                    _ if name == 0 => number.wrapping_mul(0x9e37_79b9),
-                    Some(at) => names::hash_string(own.get(at..).unwrap_or_default(), NAME_MAX),
-                    None => names::hash(self.string(name)),
-                }
-            };
-            let hashes: Vec<u32> = self.types.iter().zip(0..).map(hash_of).collect();
-            Index::of(&hashes)
-        })
+    /// Indexes `count` types of this blob by name; `numbers` are their places in `types`.
+    fn index_names(&self, numbers: impl Iterator<Item = u32>, count: usize) -> Index {
+        let own = self.bytes.get(self.strings.clone()).unwrap_or_default();
+        let shared = self.base.as_ref().map_or(0, |base| base.strings.len());
+        let mut index = Index::with_capacity(count);
+        for number in numbers {
+            let at = self.types.get(number as usize).map_or(0, |&at| at as usize);
+            let name = fetch::u32(&self.bytes, at).unwrap_or(0);
+            index.push(match (name as usize).checked_sub(shared) {
+                // Half of the types have no name: they are spread over all groups.
+                _ if name == 0 => number.wrapping_mul(0x9e37_79b9),
+                Some(at) => names::hash_string(own.get(at..).unwrap_or_default(), NAME_MAX),
+                None => names::hash(self.string(name)),
+            });
+        }
+        index
+    }
+
+    fn is_called(&self, id: u32, name: &str) -> bool {
+        self.record(id)
+            .is_some_and(|r| self.string(r.name) == name.as_bytes())
     }
 
     /// Ids of all types called `name`, rising; those of the base come first.
     fn named<'a>(&'a self, name: &'a str) -> Box<dyn Iterator<Item = u32> + 'a> {
-        let candidates = self.by_name().candidates(name.as_bytes());
-        let own = candidates
-            .iter()
-            .map(|&number| self.first + number)
-            .filter(move |&id| {
-                self.record(id)
-                    .is_some_and(|r| self.string(r.name) == name.as_bytes())
-            });
+        let all = || self.index_names((0..).take(self.types.len()), self.types.len());
+        let index = self.by_name.get_or_init(all);
+        let candidates = index.candidates(names::hash(name.as_bytes()));
+        let ids = candidates.into_iter().map(|number| self.first + number);
+        let own = ids.filter(move |&id| self.is_called(id, name));
         match &self.base {
             Some(base) => Box::new(base.named(name).chain(own)),
             None => Box::new(own),
         }
     }
 
-    /// The first type of one of `kinds` called `name`.
+    /// The first structure, union or enumeration, of one of `kinds`, that is called `name`.
     #[must_use]
     pub fn find(&self, kinds: &[Kind], name: &str) -> Option<u32> {
-        self.named(name)
+        if let Some(found) = self.base.as_ref().and_then(|base| base.find(kinds, name)) {
+            return Some(found);
+        }
+        let shapes = || self.index_names(self.shapes.iter().copied(), self.shapes.len());
+        let index = self.shapes_by_name.get_or_init(shapes);
+        let candidates = index.candidates(names::hash(name.as_bytes()));
+        candidates
+            .into_iter()
+            .filter_map(|i| Some(self.first + *self.shapes.get(i as usize)?))
+            .filter(|&id| self.is_called(id, name))
             .find(|&id| self.record(id).is_some_and(|r| kinds.contains(&r.kind)))
     }
 

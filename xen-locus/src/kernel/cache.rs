@@ -22,7 +22,7 @@ use crate::guest::fetch;
 use crate::link::record::hex;
 
 /// First bytes of a file; the last of them changes with the format.
-const MAGIC: &[u8; 8] = b"xlocus\x00\x01";
+const MAGIC: &[u8; 8] = b"xlocus\x00\x02";
 /// Bytes before the body: magic number, CRC-32 of the body.
 const HEAD: usize = 12;
 /// Longest file believed, in bytes.
@@ -318,6 +318,9 @@ mod tests {
         symbols.slide(0x20_0000);
         assert_eq!(symbols.addr("entry"), Some(ENTRY.plus(0x20_0000)));
         assert_eq!(symbols.addr("per_cpu"), Some(Gva(0x4000)));
-        assert_eq!(symbols.covering(TEXT.plus(0x20_0200)), Some(("first", 0)));
+        assert_eq!(
+            symbols.covering(TEXT.plus(0x20_0200)),
+            Some(("first".into(), 0))
+        );
     }
 }

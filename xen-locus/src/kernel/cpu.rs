@@ -185,11 +185,12 @@ fn read_mitigations(kernel: &Kernel<'_>) -> Result<BTreeMap<String, String>, Err
     let is_enum = |name: &&String| btf.find(&[Kind::Enum, Kind::Enum64], name).is_some();
     let mut found = BTreeMap::new();
     let mut looked_at = 0;
-    for s in kernel.symbols.iter() {
-        let known = OTHER_NAMES.iter().find(|(name, _)| *name == s.name);
-        if known.is_none() && !s.name.ends_with("_mitigation") {
-            continue;
-        }
+    let like = kernel.symbols.ending("_mitigation").map(|s| (s, None));
+    let others = OTHER_NAMES.iter().flat_map(|(name, ty)| {
+        let symbols = kernel.symbols.all(name);
+        symbols.map(move |s| (s, Some(*ty)))
+    });
+    for (s, known) in like.chain(others) {
         if !matches!(s.kind, 'd' | 'D' | 'b' | 'B' | 'r' | 'R') || discarded.contains(s.addr) {
             continue;
         }
@@ -201,8 +202,8 @@ fn read_mitigations(kernel: &Kernel<'_>) -> Result<BTreeMap<String, String>, Err
             )));
         }
         let candidates = match known {
-            Some((_, ty)) => vec![(*ty).to_owned()],
-            None => vec![s.name.to_owned(), format!("{}s", s.name)],
+            Some(ty) => vec![ty.to_owned()],
+            None => vec![s.name.clone(), format!("{}s", s.name)],
         };
         let Some(ty) = candidates.iter().find(is_enum) else {
             continue;
@@ -212,13 +213,13 @@ fn read_mitigations(kernel: &Kernel<'_>) -> Result<BTreeMap<String, String>, Err
             .enum_name(ty, value.into())
             .unwrap_or_else(|| format!("{value}, which {ty} has no name for"));
         let plain = |text: &str| text.bytes().all(|b| b.is_ascii_graphic() || b == b' ');
-        if !plain(s.name) || !plain(&name) {
+        if !plain(&s.name) || !plain(&name) {
             return Err(Error::Odd(format!(
                 "the mitigation {:?} is {name:?}; expected plain names",
                 s.name
             )));
         }
-        found.insert(s.name.to_owned(), name);
+        found.insert(s.name, name);
     }
     Ok(found)
 }

@@ -19,7 +19,7 @@
 //! Addresses come in several encodings; each is tried, and only one that agrees with the anchors
 //! the caller gives is believed.
 
-mod expand;
+mod compressed;
 mod packed;
 #[cfg(test)]
 mod tests;
@@ -28,9 +28,8 @@ use std::cell::OnceCell;
 
 use serde::{Deserialize, Serialize};
 
-use self::expand::{Pieces, ROOM};
+use self::compressed::Compressed;
 use super::locate::KERNEL_MAP;
-use super::names::{self, Index};
 use super::Error;
 use crate::addr::{Gva, Range};
 use crate::guest::budget::Budget;
@@ -61,22 +60,14 @@ const MARKER_EVERY: usize = 256;
 const NAME_MAX: usize = 512;
 
 /// One symbol.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Symbol<'a> {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Symbol {
     /// Name without its type character.
-    pub name: &'a str,
+    pub name: String,
     /// Type as `nm` prints it.
     pub kind: char,
     /// Address; for per-CPU symbols the offset into a CPU's area.
     pub addr: Gva,
-}
-
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-struct Entry {
-    addr: u64,
-    name: u32,
-    len: u16,
-    kind: u8,
 }
 
 /// Where the tables stand, by the names that the kernel has for them.
@@ -87,10 +78,9 @@ pub type Places = Vec<(String, Gva)>;
 pub struct Symbols {
     /// Where its tables were found.
     pub places: Places,
-    names: String,
-    entries: Vec<Entry>,
-    #[serde(skip)]
-    by_name: OnceCell<Index>,
+    names: Compressed,
+    /// The address of each.
+    addrs: Vec<u64>,
     #[serde(skip)]
     by_addr: OnceCell<Vec<u32>>,
 }
@@ -130,10 +120,13 @@ pub fn read(space: &Space<'_>, regions: &[Region], anchors: Anchors<'_>) -> Resu
     let mut budget = DATA_MAX;
     for region in regions.iter().filter(|r| !r.writable && !r.executable) {
         let mut data = Data::new(space, region.range, budget);
-        if let Some(symbols) = search(&mut data, anchors)? {
+        let found = search(&mut data, anchors)?;
+        budget -= data.have.min(budget);
+        data.bytes.truncate(data.have);
+        space.recycle(data.bytes);
+        if let Some(symbols) = found {
             return Ok(symbols);
         }
-        budget -= data.have.min(budget);
     }
     Err(Error::NotLinux(
         "no kallsyms table that agrees with the kernel's text address was found in its read-only \
@@ -204,7 +197,7 @@ struct Tokens {
     at: usize,
     /// One past `kallsyms_token_index`.
     end: usize,
-    tokens: Vec<Vec<u8>>,
+    tokens: Vec<String>,
 }
 
 const DIGITS: &[u8] = b"0\x001\x002\x003\x004\x005\x006\x007\x008\x009\x00";
@@ -233,24 +226,25 @@ fn search(data: &mut Data<'_, '_>, anchors: Anchors<'_>) -> Result<Option<Symbol
     Ok(None)
 }
 
-/// Where [`DIGITS`] stand in `data` behind `from`. They are so long that one aligned word at least
-/// holds nothing but digits and zeros by turns, which is quickly seen.
+/// Where [`DIGITS`] stand in `data` behind `from`. They are so long that one at least of the words
+/// looked at holds nothing but digits and zeros by turns, which is quickly seen.
 fn find_digits(data: &[u8], from: usize) -> Vec<usize> {
-    let from = from & !7;
+    const STRIDE: usize = 16;
+    let from = from - from % STRIDE;
     let mut found = Vec::new();
-    let words = data.get(from..).unwrap_or_default().chunks_exact(8);
-    for (i, word) in words.enumerate() {
-        let word = u64::from_le_bytes(word.try_into().unwrap_or_default());
-        if word & 0xc0c0_c0c0_c0c0_c0c0 != 0 {
+    let blocks = data.get(from..).unwrap_or_default().chunks_exact(STRIDE);
+    for (i, block) in blocks.enumerate() {
+        let word = fetch::u32(block, 0).unwrap_or(u32::MAX);
+        if word & 0xc0c0_c0c0 != 0 {
             continue; // most words
         }
         let odd = match word {
-            w if w & 0xfff0_fff0_fff0_fff0 == 0x0030_0030_0030_0030 => 0,
-            w if w & 0xf0ff_f0ff_f0ff_f0ff == 0x3000_3000_3000_3000 => 1,
+            w if w & 0xfff0_fff0 == 0x0030_0030 => 0,
+            w if w & 0xf0ff_f0ff == 0x3000_3000 => 1,
             _ => continue,
         };
         let digit = ((word >> (8 * odd)) & 0xf) as usize;
-        let Some(at) = (from + 8 * i + odd).checked_sub(2 * digit) else {
+        let Some(at) = (from + STRIDE * i + odd).checked_sub(2 * digit) else {
             continue;
         };
         let there = data.get(at..).is_some_and(|d| d.starts_with(DIGITS));
@@ -276,7 +270,7 @@ fn tokens_around(data: &[u8], digits: usize) -> Option<Tokens> {
             return None;
         }
         places.push(pos);
-        tokens.push(part.to_vec());
+        tokens.push(String::from_utf8(part.to_vec()).ok()?);
         pos += part.len() + 1;
     }
     let proven = |index: &usize| {
@@ -335,6 +329,10 @@ fn decode(
     let Some(names) = find_names(data.bytes(), tokens.at, budget)? else {
         return Ok(None);
     };
+    budget.spend(names.count as u64)?;
+    let Some(mut symbols) = Symbols::of(data.bytes(), &names, tokens) else {
+        return Ok(None);
+    };
     let table = names.count * 4;
     let before = names.num_at.checked_sub(8 + table.next_multiple_of(8));
     let behind = Some(tokens.end);
@@ -346,7 +344,8 @@ fn decode(
         if !data.reach(base_at + 8)? {
             continue;
         }
-        let base = fetch::u64(data.bytes(), base_at).unwrap_or(0);
+        let bytes = data.bytes();
+        let base = fetch::u64(bytes, base_at).unwrap_or(0);
         for encoding in [
             Encoding::PercpuAbsolute,
             Encoding::BaseRelative,
@@ -354,15 +353,14 @@ fn decode(
         ] {
             let address = |i: usize| {
                 let place = at + 4 * i;
-                let word = fetch::u32(data.bytes(), place)?;
+                let word = fetch::u32(bytes, place)?;
                 Some(encoding.address(word, base, data.start.plus(place as u64)))
             };
             if !text_is_there(&names, address, anchors) {
                 continue;
             }
             budget.spend(names.count as u64)?;
-            let symbols = build(data.bytes(), &names, tokens, address);
-            if let Some(mut symbols) = symbols.filter(|s| s.agrees(anchors)) {
+            if symbols.stand_at(address) && symbols.agrees(anchors) {
                 let mut places = vec![("kallsyms_offsets", at)];
                 if !matches!(encoding, Encoding::PlaceRelative) {
                     places.push(("kallsyms_relative_base", base_at));
@@ -380,8 +378,7 @@ fn decode(
         }
         let address = |i: usize| fetch::u64(data.bytes(), at + 8 * i);
         budget.spend(names.count as u64)?;
-        let symbols = build(data.bytes(), &names, tokens, address);
-        if let Some(mut symbols) = symbols.filter(|s| s.agrees(anchors)) {
+        if symbols.stand_at(address) && symbols.agrees(anchors) {
             symbols.places = data.places(&names, tokens, &[("kallsyms_addresses", at)]);
             return Ok(Some(symbols));
         }
@@ -431,13 +428,14 @@ fn find_names(data: &[u8], tokens_at: usize, budget: &Budget) -> Result<Option<N
     if let Some(names) = packed::names(data, lowest, budget)? {
         return Ok(Some(names));
     }
-    let mut num_at = tokens_at & !7;
-    while num_at >= lowest + 8 {
-        num_at -= 8;
-        let count = fetch::u64(data, num_at).unwrap_or(0);
+    let start = lowest.next_multiple_of(8);
+    let words = data.get(start..).unwrap_or_default().chunks_exact(8);
+    for (i, word) in words.enumerate().rev() {
+        let count = fetch::u64(word, 0).unwrap_or(0);
         if !(SYMBOLS_MIN..SYMBOLS_MAX).contains(&count) {
-            continue;
+            continue; // most words
         }
+        let num_at = start + 8 * i;
         let count = usize::try_from(count).unwrap_or(0);
         let names = data.get(num_at + 8..).unwrap_or_default();
         for long in [true, false] {
@@ -479,109 +477,77 @@ fn names_fit(bytes: &[u8], count: usize, long: bool) -> (usize, Option<usize>) {
     (count, agree.then_some(pos))
 }
 
-fn build(
-    data: &[u8],
-    names: &Names,
-    tokens: &Tokens,
-    address: impl Fn(usize) -> Option<u64>,
-) -> Option<Symbols> {
-    let bytes = names.bytes(data);
-    let pieces = Pieces::of(&tokens.tokens);
-    let mut text = vec![0; (names.count * 24).min(TEXT_MAX) + ROOM];
-    let mut end = 0;
-    let mut entries = Vec::with_capacity(names.count);
-    let mut pos = 0;
-    for i in 0..names.count {
-        let (len, start) = name_at(bytes, pos, names.long)?;
-        let begin = end;
-        if text.len() < begin + ROOM {
-            text.resize((begin + ROOM + CHUNK).min(TEXT_MAX + ROOM), 0);
-        }
-        let compressed = bytes.get(start..start + len)?;
-        end += pieces.expand(compressed, text.get_mut(begin..)?)?;
-        pos = start + len;
-        let kind = *text.get(begin)?;
-        let len = u16::try_from((end - begin).checked_sub(1)?).ok()?;
-        let name = u32::try_from(begin + 1).ok()?;
-        entries.push(Entry {
-            addr: address(i)?,
-            name,
-            len,
-            kind,
-        });
-    }
-    text.truncate(end);
-    let names = String::from_utf8(text).ok()?;
-    Some(Symbols {
-        places: Places::new(),
-        names,
-        entries,
-        by_name: OnceCell::new(),
-        by_addr: OnceCell::new(),
-    })
-}
-
 impl Symbols {
+    /// Symbols of these names, without addresses yet.
+    fn of(data: &[u8], names: &Names, tokens: &Tokens) -> Option<Symbols> {
+        let bytes = names.bytes(data).to_vec();
+        Some(Symbols {
+            places: Places::new(),
+            names: Compressed::new(tokens.tokens.clone(), bytes, names.count, names.long)?,
+            addrs: Vec::with_capacity(names.count),
+            by_addr: OnceCell::new(),
+        })
+    }
+
+    /// Sets all addresses; false when one is missing.
+    fn stand_at(&mut self, address: impl Fn(usize) -> Option<u64>) -> bool {
+        let count = self.addrs.capacity();
+        self.addrs.clear();
+        self.addrs.extend((0..count).map_while(address));
+        self.by_addr.take();
+        self.addrs.len() == count
+    }
+
     /// How many there are.
     #[must_use]
     #[allow(clippy::len_without_is_empty)] // a table without symbols is not believed
     pub fn len(&self) -> usize {
-        self.entries.len()
+        self.addrs.len()
     }
 
     /// All symbols, in the table's order.
-    pub fn iter(&self) -> impl Iterator<Item = Symbol<'_>> {
-        self.entries.iter().map(|e| self.symbol(e))
-    }
-
-    fn symbol(&self, e: &Entry) -> Symbol<'_> {
-        Symbol {
-            name: self.name_of(e),
-            kind: char::from(e.kind),
-            addr: Gva(e.addr),
-        }
-    }
-
-    fn name_of(&self, e: &Entry) -> &str {
-        let start = e.name as usize;
-        self.names
-            .get(start..start + usize::from(e.len))
-            .unwrap_or("")
-    }
-
-    fn nth(&self, index: u32) -> Option<&Entry> {
-        self.entries.get(index as usize)
-    }
-
-    fn by_name(&self) -> &Index {
-        self.by_name.get_or_init(|| {
-            let names = self.entries.iter().map(|e| self.name_of(e).as_bytes());
-            Index::of(&names.map(names::hash).collect::<Vec<u32>>())
+    pub fn iter(&self) -> impl Iterator<Item = Symbol> + '_ {
+        (0..).zip(&self.addrs).map(|(i, &addr)| Symbol {
+            name: self.names.name(i),
+            kind: self.names.kind(i),
+            addr: Gva(addr),
         })
+    }
+
+    fn nth(&self, i: u32) -> Option<Symbol> {
+        Some(Symbol {
+            name: self.names.name(i),
+            kind: self.names.kind(i),
+            addr: self.at(i)?,
+        })
+    }
+
+    fn at(&self, i: u32) -> Option<Gva> {
+        self.addrs.get(i as usize).copied().map(Gva)
     }
 
     fn by_addr(&self) -> &[u32] {
         self.by_addr.get_or_init(|| {
-            let mut order: Vec<u32> = (0..).take(self.entries.len()).collect();
-            order.sort_by_key(|&i| self.nth(i).map_or(0, |e| e.addr));
+            let mut order: Vec<u32> = (0..).take(self.addrs.len()).collect();
+            order.sort_by_key(|&i| self.at(i));
             order
         })
     }
 
     /// All symbols called `name`, in the table's order (`sympos` counts in it).
-    pub fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Symbol<'a>> + 'a {
-        let candidates = self.by_name().candidates(name.as_bytes());
-        candidates
-            .iter()
-            .filter_map(|&i| self.nth(i))
-            .filter(move |e| self.name_of(e) == name)
-            .map(|e| self.symbol(e))
+    pub fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Symbol> + 'a {
+        self.names.all(name).filter_map(|i| self.nth(i))
+    }
+
+    /// All symbols whose names end in `end`, in the table's order.
+    pub fn ending<'a>(&'a self, end: &'a str) -> impl Iterator<Item = Symbol> + 'a {
+        self.names.ending(end).filter_map(|i| self.nth(i))
     }
 
     /// The address of the only, or first, symbol called `name`.
     #[must_use]
     pub fn addr(&self, name: &str) -> Option<Gva> {
-        self.all(name).next().map(|s| s.addr)
+        self.names.all(name).next().and_then(|i| self.at(i))
     }
 
     /// The address of `name`.
@@ -596,32 +562,34 @@ impl Symbols {
     /// Bytes from `at` to the next symbol with a higher address: the room a function has.
     #[must_use]
     pub fn room(&self, at: Gva) -> Option<u64> {
-        let order = self.by_addr();
-        let next = order.partition_point(|&i| self.nth(i).is_some_and(|e| e.addr <= at.0));
-        order
-            .get(next)
-            .and_then(|&i| self.nth(i))
-            .map(|e| e.addr - at.0)
+        let behind = match self.by_addr.get() {
+            Some(order) => {
+                let next = order.partition_point(|&i| self.at(i) <= Some(at));
+                self.at(*order.get(next)?)?.0
+            }
+            // A look at all of them takes less than sorting them.
+            None => *self.addrs.iter().filter(|&&addr| addr > at.0).min()?,
+        };
+        Some(behind - at.0)
     }
 
     /// The text symbol that covers `at`, as name and offset.
     #[must_use]
-    pub fn covering(&self, at: Gva) -> Option<(&str, u64)> {
+    pub fn covering(&self, at: Gva) -> Option<(String, u64)> {
         let order = self.by_addr();
-        let next = order.partition_point(|&i| self.nth(i).is_some_and(|e| e.addr <= at.0));
-        let last = self.nth(*order.get(next.checked_sub(1)?)?)?.addr;
+        let next = order.partition_point(|&i| self.at(i) <= Some(at));
+        let last = self.at(*order.get(next.checked_sub(1)?)?)?;
         // Of several symbols at one address the first in the table is the name people know.
-        let first = order.partition_point(|&i| self.nth(i).is_some_and(|e| e.addr < last));
-        let e = self.nth(*order.get(first)?)?;
-        Some((self.name_of(e), at.0 - e.addr))
+        let first = order.partition_point(|&i| self.at(i) < Some(last));
+        Some((self.names.name(*order.get(first)?), at.0 - last.0))
     }
 
     /// Moves the addresses within the kernel's mapping by `offset` bytes, wrapping: the kernel was
     /// loaded elsewhere (KASLR). Per-CPU offsets and other absolute values stay.
     pub(super) fn slide(&mut self, offset: u64) {
-        let moving = |e: &&mut Entry| e.addr >= KERNEL_MAP.0;
-        for entry in self.entries.iter_mut().filter(moving) {
-            entry.addr = entry.addr.wrapping_add(offset);
+        let moving = |addr: &&mut u64| **addr >= KERNEL_MAP.0;
+        for addr in self.addrs.iter_mut().filter(moving) {
+            *addr = addr.wrapping_add(offset);
         }
         for (_, place) in &mut self.places {
             *place = place.plus(offset);
@@ -631,15 +599,12 @@ impl Symbols {
 
     /// Whether they fit what else is known of the kernel.
     pub(super) fn agrees(&self, anchors: Anchors<'_>) -> bool {
-        // Without the index by name, which takes longer than all before.
-        let text = self.entries.iter().find(|e| self.name_of(e) == "_text");
-        let is_text = |kind| matches!(kind, b't' | b'T' | b'W' | b'w');
-        text.is_some_and(|e| e.addr == anchors.text_base.0)
+        let is_text = |i| matches!(self.names.kind(i), 't' | 'T' | 'W' | 'w');
+        self.addr("_text") == Some(anchors.text_base)
             && match anchors.second {
-                Second::Entry(at) => self
-                    .entries
-                    .iter()
-                    .any(|e| e.addr == at.0 && is_text(e.kind)),
+                Second::Entry(at) => (0..)
+                    .zip(&self.addrs)
+                    .any(|(i, &addr)| addr == at.0 && is_text(i)),
                 Second::State(agrees) => agrees(self),
             }
     }

@@ -1,11 +1,13 @@
 //! An index of names by hash: tens of thousands of them, made anew in every run.
 
-/// Numbers of named things, grouped by the hash of their names.
+/// Numbers of named things, grouped by the hash of their names: chains, each item linked to the one
+/// before it in its group.
 #[derive(Clone, Debug)]
 pub(super) struct Index {
-    /// Where each group starts in `items`.
-    starts: Vec<u32>,
-    items: Vec<u32>,
+    /// The last item of each group, plus one.
+    last: Vec<u32>,
+    /// The item before each one, plus one.
+    before: Vec<u32>,
 }
 
 /// Bits of a hash that choose the group.
@@ -16,39 +18,31 @@ fn group(hash: u32) -> usize {
 }
 
 impl Index {
-    /// Groups the numbers 0, 1, … by their `hashes`; within a group they rise.
-    pub(super) fn of(hashes: &[u32]) -> Index {
-        let mut starts = vec![0; (1 << BITS) + 1];
-        for &hash in hashes {
-            if let Some(n) = starts.get_mut(group(hash) + 1) {
-                *n += 1;
-            }
+    /// An index of nothing yet, with room for so many items.
+    pub(super) fn with_capacity(items: usize) -> Index {
+        Index {
+            last: vec![0; 1 << BITS],
+            before: Vec::with_capacity(items),
         }
-        let mut sum = 0;
-        for start in &mut starts {
-            sum += *start;
-            *start = sum;
-        }
-        let mut next = starts.clone();
-        let mut items = vec![0; hashes.len()];
-        for (number, &hash) in (0..).zip(hashes) {
-            if let Some(place) = next.get_mut(group(hash)) {
-                if let Some(item) = items.get_mut(*place as usize) {
-                    *item = number;
-                }
-                *place += 1;
-            }
-        }
-        Index { starts, items }
     }
 
-    /// All numbers whose name may be `name`, rising.
-    pub(super) fn candidates(&self, name: &[u8]) -> &[u32] {
-        let group = group(hash(name));
-        let bound = |at: usize| self.starts.get(at).map_or(0, |&s| s as usize);
-        self.items
-            .get(bound(group)..bound(group + 1))
-            .unwrap_or_default()
+    /// Adds the next number, beginning with 0, of something whose name has this hash.
+    pub(super) fn push(&mut self, hash: u32) {
+        if let Some(last) = self.last.get_mut(group(hash)) {
+            self.before.push(*last);
+            *last = u32::try_from(self.before.len()).unwrap_or(0);
+        }
+    }
+
+    /// All numbers whose name may have this hash, rising.
+    pub(super) fn candidates(&self, hash: u32) -> Vec<u32> {
+        let last = self.last.get(group(hash)).copied().unwrap_or(0);
+        let chain = std::iter::successors(last.checked_sub(1), |&i| {
+            self.before.get(i as usize)?.checked_sub(1)
+        });
+        let mut found: Vec<u32> = chain.collect();
+        found.reverse();
+        found
     }
 }
 
@@ -108,14 +102,14 @@ mod tests {
     #[test]
     fn every_name_is_among_its_candidates_in_rising_order() {
         let names: Vec<String> = (0..5000).map(|i| format!("name_{}", i % 4000)).collect();
-        let hashes: Vec<u32> = names.iter().map(|n| hash(n.as_bytes())).collect();
-        let index = Index::of(&hashes);
+        let mut index = Index::with_capacity(0);
+        names.iter().for_each(|n| index.push(hash(n.as_bytes())));
         for (i, name) in names.iter().enumerate() {
-            let found = index.candidates(name.as_bytes());
+            let found = index.candidates(hash(name.as_bytes()));
             assert!(found.contains(&u32::try_from(i).unwrap()), "{name}");
             assert!(found.is_sorted());
         }
-        assert!(Index::of(&[]).candidates(b"x").is_empty());
+        assert!(Index::with_capacity(0).candidates(hash(b"x")).is_empty());
     }
 
     #[test]
@@ -139,11 +133,10 @@ mod tests {
 
     #[test]
     fn names_spread_over_the_groups() {
-        let hashes: Vec<u32> = (0..100_000)
-            .map(|i| hash(format!("__symbol_{i}").as_bytes()))
-            .collect();
-        let index = Index::of(&hashes);
-        let longest = index.starts.windows(2).map(|w| w[1] - w[0]).max();
+        let mut index = Index::with_capacity(100_000);
+        (0..100_000).for_each(|i| index.push(hash(format!("__symbol_{i}").as_bytes())));
+        let group = |g: u32| index.candidates(g << (32 - BITS)).len();
+        let longest = (0..1 << BITS).map(group).max();
         assert!(longest < Some(20), "{longest:?}");
     }
 }

@@ -61,7 +61,7 @@ fn cost(session: &Session, kernel: &Kernel<'_>) -> String {
 
 fn summary(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<(), Error> {
     let btf_types = kernel.btf()?.len();
-    let tasks = kernel::tasks::snapshot(kernel, |_, tasks| Ok(tasks.len()))?;
+    let tasks = kernel::tasks::count(kernel)?;
     let orc = optional(Table::of(kernel))?;
     let entries = orc.as_ref().map_or(0, Table::len);
     let format = orc.map(|table| table.format().to_string());

@@ -20,7 +20,7 @@ pub fn show(
     pattern: &str,
 ) -> Result<(), Error> {
     let wanted = |name: &str| matches(pattern.as_bytes(), name.as_bytes());
-    let found = kernel.symbols.iter().filter(|s| wanted(s.name));
+    let found = kernel.symbols.iter().filter(|s| wanted(&s.name));
     let of_modules = Reader::new(kernel)?.each(|reader, module| {
         let mut symbols = reader.symbols(module)?;
         symbols.retain(|s| wanted(&s.name));

@@ -29,7 +29,10 @@ fn symbols_are_read_in_every_order_and_encoding_of_the_tables() {
         assert_eq!(symbols.all("twice").count(), 2);
         assert_eq!(symbols.addr(&long), Some(TEXT.plus(0x340)));
         assert_eq!(symbols.room(TEXT.plus(0x200)), Some(0x100));
-        assert_eq!(symbols.covering(TEXT.plus(0x305)), Some(("twice", 5)));
+        assert_eq!(
+            symbols.covering(TEXT.plus(0x305)),
+            Some(("twice".into(), 5))
+        );
         if absolute {
             assert_eq!(symbols.addr("per_cpu"), Some(Gva(0x4000)));
         }
@@ -90,5 +93,18 @@ fn damaged_tables_are_refused_or_harmless() {
                 second: Second::Entry(TEXT),
             },
         );
+    }
+}
+
+#[test]
+fn the_digits_are_found_wherever_they_stand() {
+    for at in 0..64 {
+        let mut data = vec![b'x'; 96];
+        data[at..at + DIGITS.len()].copy_from_slice(DIGITS);
+        for from in (0..=at).step_by(8) {
+            assert_eq!(find_digits(&data, from), [at], "from {from}");
+        }
+        data[at + 9] = b'x';
+        assert!(find_digits(&data, 0).is_empty());
     }
 }

@@ -155,6 +155,7 @@ fn threads_and_the_idle_task_are_listed_with_their_details() {
                 .iter()
                 .map(|(d, t)| (t.pid, d.tgid, d.state, d.cpu, t.idle))
                 .collect();
+            assert_eq!(count(kernel).unwrap(), 3);
             let wanted = [
                 (10, 10, state, 3, false),
                 (11, 10, state, 4, false),
@@ -175,6 +176,7 @@ fn a_list_of_threads_that_never_ends_or_leaves_memory_is_an_error() {
                 .unwrap()
                 .all(kernel, &kernel.space)
                 .is_err());
+            assert!(count(kernel).is_err());
         });
     }
 }
