@@ -86,7 +86,7 @@ fn compare(kernel: &Kernel<'_>, file: &[u8]) -> Result<()> {
         shown += 1;
         if shown <= SHOWN {
             let at = place.range.start;
-            let (name, offset) = kernel.symbols.covering(at).unwrap_or(("?", 0));
+            let (name, offset) = kernel.symbols.covering(at).unwrap_or(("?".into(), 0));
             let old = built.code.get(at, len).unwrap_or_default();
             println!(
                 "{} {at} {name}+{offset:#x}: built {} ours {} guest {}",
@@ -236,7 +236,7 @@ fn inlined(kernel: &Kernel<'_>, place: &Place, ours: &[u8]) -> bool {
     let to = called.and_then(|code| sites::code::target(place.range.start, code));
     let name = to
         .and_then(|to| kernel.symbols.covering(to))
-        .map_or("", |(name, _)| name);
+        .map_or_else(String::new, |(name, _)| name);
     old && (name.contains("native_") || name.contains("paravirt_ident"))
 }
 
