@@ -2,8 +2,8 @@
 /*
  * Static calls of the kernel's that change at run time: /sys/kernel/debug/sched/preempt says what
  * cond_resched() and might_resched() are. One call names the key, the other only the trampoline, as
- * modules do. Reading /proc/cmdline makes both, and tells what stands at their places: the function
- * called, "nothing" for what returns zero.
+ * modules do. Reading /proc/cmdline makes both, and tells where they lead, through the call's
+ * trampoline if need be: the function called, "nothing" for what returns zero.
  */
 #include <linux/sched.h>
 #include <linux/static_call.h>
@@ -31,6 +31,12 @@ SITE(with_key, cond_resched())
 SITE(with_tramp, might_resched())
 #endif
 
+/* Where a call of a trampoline ends. */
+static const u8 *behind(const u8 *to)
+{
+	return *to == 0xe9 ? to + 5 + *(const s32 *)(to + 1) : to;
+}
+
 static void describe(struct seq_file *m, const char *name, const u8 *at, const u8 *end)
 {
 	static const u8 zero[][5] = {
@@ -44,8 +50,11 @@ static void describe(struct seq_file *m, const char *name, const u8 *at, const u
 			return;
 		}
 		if (*at == 0xe8) {
-			seq_printf(m, "%s: %ps\n", name,
-				   at + 5 + *(const s32 *)(at + 1));
+			at = behind(at + 5 + *(const s32 *)(at + 1));
+			if (at == (const u8 *)&__static_call_return0)
+				seq_printf(m, "%s: nothing\n", name);
+			else
+				seq_printf(m, "%s: %ps\n", name, at);
 			return;
 		}
 	}

@@ -1,7 +1,8 @@
 //! Following pointers through the relocations of a file that was never loaded.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
+use iced_x86::{Decoder, DecoderOptions};
 use object::elf;
 
 use super::elf::{reloc_width, Reloc, Section};
@@ -38,27 +39,54 @@ pub(super) struct View<'a> {
 /// Places in the payload's own sections that its code refers to.
 fn code_refs(sections: &[Section], symbols: &[Symbol]) -> Vec<(usize, i128, i128)> {
     let is_code = |role: &Role| matches!(role, Role::Text | Role::InitText | Role::Unknown);
-    let mut refs: Vec<_> = sections
-        .iter()
-        .filter(|s| s.flags.exec && is_code(&s.role))
-        .flat_map(|s| s.relocs.iter())
-        .filter_map(|reloc| {
-            let symbol = symbols.get(reloc.symbol)?;
-            let SymSection::Section(section) = symbol.section else {
-                return None;
+    let mut refs = Vec::new();
+    for code in sections.iter().filter(|s| s.flags.exec && is_code(&s.role)) {
+        let ends = ends(code);
+        for reloc in &code.relocs {
+            let Some(SymSection::Section(section)) = symbols.get(reloc.symbol).map(|s| s.section)
+            else {
+                continue;
             };
             let relative = matches!(
                 elf::RelocationType(reloc.rtype),
                 elf::R_X86_64_PC32 | elf::R_X86_64_PLT32 | elf::R_X86_64_PC64
             );
-            let width = if relative { 4 } else { 0 };
-            let start = i128::from(symbol.value) + i128::from(reloc.addend) + width;
-            Some((section, start, width))
-        })
-        .collect();
+            let value = symbols.get(reloc.symbol).map_or(0, |s| s.value);
+            let at = i128::from(value) + i128::from(reloc.addend);
+            refs.push(match (relative, ends.get(&reloc.offset)) {
+                (false, _) => (section, at, 0),
+                (true, Some(&end)) => (section, at + i128::from(end - reloc.offset), 0),
+                (true, None) => (section, at + 4, 4),
+            });
+        }
+    }
     refs.sort_unstable();
     refs.dedup();
     refs
+}
+
+/// For each place of a relative address in `code`, the end of its instruction, from which the address
+/// is reckoned. Only those where an instruction is known to have its displacement or its branch.
+fn ends(code: &Section) -> HashMap<u64, u64> {
+    let places: HashSet<u64> = code.relocs.iter().map(|r| r.offset).collect();
+    let mut decoder = Decoder::with_ip(64, &code.data, 0, DecoderOptions::NONE);
+    let mut ends = HashMap::new();
+    while decoder.can_decode() && !places.is_empty() {
+        let instruction = decoder.decode();
+        let fields = decoder.get_constant_offsets(&instruction);
+        let near =
+            instruction.is_call_near() || instruction.is_jmp_near() || instruction.is_jcc_near();
+        let at = match (fields.has_displacement(), near && fields.has_immediate()) {
+            (true, _) => fields.displacement_offset(),
+            (_, true) => fields.immediate_offset(),
+            _ => continue,
+        };
+        let at = instruction.ip() + at as u64;
+        if places.contains(&at) {
+            ends.insert(at, instruction.next_ip());
+        }
+    }
+    ends
 }
 
 impl<'a> View<'a> {
@@ -179,8 +207,8 @@ impl<'a> View<'a> {
     /// True if code of the payload refers to a range of a section other than by a pointer in data:
     /// `module_init` may fill in fields that are zero in the file.
     ///
-    /// Where an instruction has a constant behind its address, the address can't be told exactly
-    /// without decoding it; up to four bytes too many are counted as part of the range.
+    /// Where an instruction could not be made out, it may have a constant behind its address, and up to
+    /// four bytes too many are counted as part of the range.
     pub fn code_refers_to(&self, section: usize, from: u64, to: u64) -> bool {
         let (from, to) = (i128::from(from), i128::from(to));
         let first = self

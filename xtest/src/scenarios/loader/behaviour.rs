@@ -159,10 +159,13 @@ pub fn stacks(subject: &Subject<'_>) -> Result<(), Verdict> {
         );
         Ok(())
     };
-    guest.ok("rm -f /tmp/pids; for f in cmdline version; do \
-        taskset 2 cat /proc/$f > /tmp/$f.out & echo $! >> /tmp/pids; done; \
+    // who spins keeps a CPU from who only wakes up now and then
+    guest.ok(
+        "rm -f /tmp/pids; taskset 1 cat /proc/cmdline > /tmp/cmdline.out & echo $! > /tmp/pids; \
+        taskset 2 cat /proc/version > /tmp/version.out & echo $! >> /tmp/pids; \
         for i in $(seq 20); do sleep 1; cat /proc/$(sed -n 1p /tmp/pids)/stack > /tmp/stack; \
-        grep -q locus /tmp/stack && break; done")?;
+        grep -q locus /tmp/stack && break; done",
+    )?;
     let stack = subject.read("/tmp/stack")?;
     goes_on(&stack, "locus_stack_sleep", "locus_stack_sleeper")?;
     for (what, inner, outer) in [
