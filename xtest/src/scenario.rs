@@ -44,8 +44,8 @@ pub const PV: Profile = Profile {
     thread: "multi",
     hvm: false,
     cpus: 2,
-    memory: 2560,
-    dom0_memory: 1024,
+    memory: 3072,
+    dom0_memory: 1536,
     dom0_vcpus: 1,
     xen_args: "",
     dom0_args: "",
@@ -65,7 +65,7 @@ pub const PVH: Profile = Profile {
 pub const HVM: Profile = Profile {
     name: "hvm",
     hvm: true,
-    memory: 3072,
+    memory: 3584,
     ..PVH
 };
 

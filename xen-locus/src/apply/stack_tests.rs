@@ -14,6 +14,7 @@ use crate::guest::{self, GuestType, Memory, MemoryMut, Paused, Vcpu, Window};
 use crate::kernel::cache::Cache;
 use crate::kernel::fixture::{Fixture, TEXT};
 use crate::kernel::fixture_world::{World, STACKS, STACK_LEN};
+use crate::kernel::modules::{self, Reader};
 use crate::link::record::ENTRIES_MAX;
 use crate::link::site;
 use crate::patch::testelf::Spec;
@@ -516,4 +517,37 @@ fn a_full_directory_is_refused_before_anything_is_written() {
         error.to_string().contains("directory is full: 31"),
         "{error}"
     );
+}
+
+#[test]
+fn an_applied_patch_is_a_module_of_the_guest_and_stays_one() {
+    let guest = Guest::new();
+    guest.applied(&payload("one", &[A]));
+    guest.applied(&payload("two", &[B]));
+    guest.revert("one").unwrap();
+    let kernel = guest.kernel();
+    let mut reader = Reader::new(&kernel).unwrap();
+    let modules = reader.all().unwrap();
+    let names: Vec<&str> = modules.iter().map(|m| m.name.as_str()).collect();
+    assert_eq!(names, ["two", "one"], "the newest comes first");
+    for module in &modules {
+        assert_eq!(module.state, modules::State::Live);
+        assert_eq!(module.refcount, Some(1));
+        assert_eq!(module.used_by.join(" "), module.name, "so it can't go");
+        let [core] = &module.parts[..] else {
+            panic!("{:?}", module.parts);
+        };
+        assert!(core.range.contains(module.addr), "{core:?}");
+    }
+    let record = &kernel_residents(&kernel)[0].record;
+    let at = Gva(record.functions[0].new);
+    let of = modules.iter().find(|m| m.name == record.name).unwrap();
+    let symbols = reader.symbols(of).unwrap();
+    assert!(symbols.iter().any(|s| s.addr == at), "{symbols:?}");
+    drop(reader);
+
+    // Applied again it is the same module.
+    guest.applied(&payload("one", &[A]));
+    let again = Reader::new(&guest.kernel()).unwrap().all().unwrap();
+    assert_eq!(again, modules);
 }

@@ -373,7 +373,7 @@ impl Linker<'_, '_, '_> {
             let Some(symbol) = self.payload.symbol(reloc.symbol) else {
                 return Err(self.no(format!("relocation against symbol {}", reloc.symbol)));
             };
-            // The pointer to the module itself has no meaning outside of the module loader.
+            // Nobody asks the patch which module it is of.
             if self.payload.klp.place == Some((section.index, reloc.offset)) {
                 continue;
             }
@@ -494,7 +494,13 @@ impl Linker<'_, '_, '_> {
 
     /// The value of a symbol.
     fn address(&self, symbol: &Symbol, section: &Section, offset: u64) -> Result<Gva> {
+        let is_module = |s: &Section| s.role == Role::ThisModule;
         match symbol.section {
+            // The module that the payload becomes.
+            SymSection::Section(index) if self.payload.section(index).is_some_and(is_module) => {
+                let module = self.layout.place(self.base).module();
+                Ok(module.plus(symbol.value))
+            }
             SymSection::Section(index) => match self.layout.offset(index) {
                 Some(start) if self.may_refer(section, index) => {
                     Ok(self.base.plus(start).plus(symbol.value))

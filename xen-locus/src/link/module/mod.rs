@@ -167,6 +167,7 @@ impl<'p> Entry<'p> {
         };
         let unwind = unwind(payload, kernel)?;
         let symbols = Symtab::of(payload)?;
+        table::check_own_module(payload, stride("module")?)?;
         let jumps: u64 = payload
             .sections
             .iter()
