@@ -47,30 +47,31 @@ fn sites(ctx: &mut Ctx, suite: &'static Suite, kind: Kind) -> Result<(), Verdict
             .memory(256)
     };
     let file = format!("{}/vmlinux", spec.boot_dir());
-    let payloads = if *suite == BOOKWORM {
-        "/payloads".to_owned()
-    } else {
-        format!("/payloads/{}", suite.name)
-    };
     let guest = ctx.ensure_guest(spec)?;
+    if *suite != BOOKWORM {
+        // what other kernels boot from does not stay in dom0
+        let kernel = ctx.kernels.get(suite)?;
+        ctx.dom0
+            .put(&file, 0o644, &std::fs::read(&kernel.vmlinux)?)?;
+    }
     let out = ctx.dom0.sh_timeout(
         &format!("locus-sites {} {file}", guest.name),
         Duration::from_secs(600),
     )?;
     ctx.dom0.note(&out.text());
     check_eq!(out.rc, 0, "{}\n{}", out.text(), out.err_text());
-    alternative(ctx, &guest, &payloads)?;
-    if *suite != BOOKWORM {
-        ctx.destroy_guest(&guest.name)?;
+    if *suite == BOOKWORM {
+        return alternative(ctx, &guest);
     }
-    Ok(())
+    ctx.dom0.ok(&format!("rm -f {file}"))?;
+    ctx.destroy_guest(&guest.name)
 }
 
 /// A payload with an alternative in its code comes and goes.
-fn alternative(ctx: &Ctx, guest: &Guest, payloads: &str) -> Result<(), Verdict> {
+fn alternative(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let name = &guest.name;
     ctx.dom0.ok(&format!(
-        "xen-locus apply {name} {payloads}/locus_altinst.ko"
+        "xen-locus apply {name} /payloads/locus_altinst.ko"
     ))?;
     let seen = guest.ok("cat /proc/cmdline")?;
     check!(
