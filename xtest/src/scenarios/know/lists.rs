@@ -169,7 +169,7 @@ pub fn tasks(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     check!(
         strangers
             .iter()
-            // busybox runs its own commands from /proc/self/exe
+            // the workload starts itself from /proc/self/exe, again and again
             .all(|(_, t)| t.comm.starts_with("kworker/") || ["sh", "exe"].contains(&&*t.comm)),
         "threads that /proc did not have: {strangers:?}"
     );
