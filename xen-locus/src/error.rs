@@ -55,6 +55,9 @@ pub enum Error {
     /// Does not fit this guest.
     #[error("{0}")]
     NotApplicable(String),
+    /// A module that the payload changes is not loaded: does not fit this guest now.
+    #[error("{0}")]
+    NotLoaded(String),
     /// Failed midway; the old state is back and verified.
     #[error("{0}")]
     RolledBack(String),
@@ -84,6 +87,7 @@ impl Error {
     pub fn within(self, what: &str) -> Error {
         match self {
             Error::NotApplicable(why) => Error::NotApplicable(format!("{what}: {why}")),
+            Error::NotLoaded(why) => Error::NotLoaded(format!("{what}: {why}")),
             Error::TryAgain(why) => Error::TryAgain(format!("{what}: {why}")),
             other => other,
         }
@@ -107,9 +111,10 @@ impl Error {
             Error::Kernel(kernel::Error::NotReady(_)) => ExitCode::TryAgain,
             Error::Kernel(kernel::Error::Memory(_)) => ExitCode::Failed,
             Error::Payload(e) if e.kind.is_damage() => ExitCode::Failed,
-            Error::NotApplicable(_) | Error::Kernel(_) | Error::Payload(_) => {
-                ExitCode::NotApplicable
-            }
+            Error::NotApplicable(_)
+            | Error::NotLoaded(_)
+            | Error::Kernel(_)
+            | Error::Payload(_) => ExitCode::NotApplicable,
             Error::RolledBack(_) => ExitCode::RolledBack,
             Error::Uncertain(_) => ExitCode::Uncertain,
             Error::Usage(_) => ExitCode::Usage,

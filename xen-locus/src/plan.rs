@@ -363,6 +363,18 @@ fn check_kernel(kernel: &Kernel<'_>, payload: &Payload) -> Result<()> {
             payload.name, kernel.release
         )));
     }
+    if let Some(wanted) = &payload.modinfo.target_build_id {
+        let found = kernel.build_id.as_deref();
+        if found != Some(&**wanted) {
+            return Err(Error::NotApplicable(format!(
+                "payload {} was made for the kernel with build-id {}, and the guest's has {}: its \
+                 text is another; make the payload from the guest's own kernel",
+                payload.name,
+                hex(wanted),
+                found.map_or_else(|| "none".into(), hex)
+            )));
+        }
+    }
     fit::check_layout(kernel.btf()?, payload)
 }
 

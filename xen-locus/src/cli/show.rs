@@ -43,6 +43,10 @@ fn table(summary: &Summary) {
         ("sha256", &summary.sha256),
         ("CVEs", &summary.cves.join(", ")),
         ("supersedes", &summary.supersedes.join(", ")),
+        (
+            "build-id",
+            summary.target_build_id.as_deref().unwrap_or_default(),
+        ),
         ("replaces all", replaces_all(summary.replace)),
     ] {
         if !value.is_empty() {

@@ -3,6 +3,7 @@
 //! One thread: watches of `xenstore-rs` are awaited, and a request is carried out before the next is
 //! looked at, so no two of them meet. Protocol: DESIGN.md section 7, xen-locus-xenstore(7).
 
+mod later;
 mod request;
 
 use std::collections::HashMap;
@@ -21,12 +22,16 @@ use crate::cli::{Host, Session};
 use crate::error::{Error, ExitCode};
 use crate::service;
 use crate::store::ROOT;
+use later::Later;
+use request::Served;
 
 const LOCK: &str = "/run/xen-locus/daemon.lock";
 /// How often guests that are not published yet are looked at, and signals are noticed.
 const TICK: Duration = Duration::from_millis(500);
 /// Longest wait between two looks at a guest that can't be read.
 const WAIT_MAX: Duration = Duration::from_secs(60);
+/// Longest wait between two tries of a request whose module is not loaded yet.
+const MODULE_WAIT_MAX: Duration = Duration::from_secs(8);
 
 /// Runs until asked to stop.
 ///
@@ -74,11 +79,19 @@ async fn serve(session: &Session, host: &Host, args: &Daemon) -> anyhow::Result<
         payloads: &args.payloads,
         options: &options,
     };
+    let mut waiting = Later::new(TICK, MODULE_WAIT_MAX);
+    let answer = |waiting: &mut Later<String>, id: String| {
+        match server.serve(&id)? {
+            Served::Answered => waiting.forget(&id),
+            Served::Waits => waiting.put_off(id, Instant::now()),
+        }
+        Ok::<_, Error>(())
+    };
     // Requests made while no daemon ran.
     for id in store.children(&requests)? {
-        server.serve(&id)?;
+        answer(&mut waiting, id)?;
     }
-    let mut publisher = Publisher::default();
+    let mut publisher = Publisher::new();
     let mut tick = tokio::time::interval(TICK);
     while !session.interrupted.load(Ordering::SeqCst) {
         tokio::select! {
@@ -88,10 +101,15 @@ async fn serve(session: &Session, host: &Host, args: &Daemon) -> anyhow::Result<
                     rest.strip_prefix('/')?.strip_suffix("/submit")
                 });
                 if let Some(id) = id {
-                    server.serve(id)?;
+                    answer(&mut waiting, id.to_owned())?;
                 }
             }
-            _ = tick.tick() => publisher.look(session, host)?,
+            _ = tick.tick() => {
+                publisher.look(session, host)?;
+                for id in waiting.due(Instant::now()) {
+                    answer(&mut waiting, id)?;
+                }
+            }
         }
     }
     Ok(())
@@ -99,15 +117,21 @@ async fn serve(session: &Session, host: &Host, args: &Daemon) -> anyhow::Result<
 
 /// Publishes guests as they come and removes them as they go. What changes a guest's patches
 /// publishes it itself.
-#[derive(Default)]
 struct Publisher {
-    /// By UUID: guests that could not be read, and when to try again.
-    waiting: HashMap<String, (Instant, Duration)>,
+    /// UUIDs of guests that could not be read.
+    waiting: Later<String>,
     /// UUIDs of guests that are published.
     known: HashMap<DomId, String>,
 }
 
 impl Publisher {
+    fn new() -> Publisher {
+        Publisher {
+            waiting: Later::new(TICK * 2, WAIT_MAX),
+            known: HashMap::new(),
+        }
+    }
+
     fn look(&mut self, session: &Session, host: &Host) -> anyhow::Result<()> {
         let domains = host.control.domains(DomId(1)).map_err(Error::from)?;
         for gone in host.store.children(&format!("{ROOT}/domain"))? {
@@ -118,11 +142,11 @@ impl Publisher {
         self.known
             .retain(|id, _| domains.iter().any(|d| d.id == *id));
         self.waiting
-            .retain(|uuid, _| domains.iter().any(|d| d.uuid == *uuid));
+            .retain(|uuid| domains.iter().any(|d| d.uuid == *uuid));
         let now = Instant::now();
         for info in domains {
             let (id, uuid) = (info.id, info.uuid.clone());
-            let patient = self.waiting.get(&uuid).is_some_and(|(at, _)| *at > now);
+            let patient = self.waiting.is_early(&uuid, now);
             if info.dying || info.shutdown || patient || self.known.get(&id) == Some(&uuid) {
                 continue;
             }
@@ -136,9 +160,7 @@ impl Publisher {
                 }
                 Err(error) => {
                     session.say(1, format!("domain {id} is not published yet: {error}"));
-                    let last = self.waiting.get(&uuid).map_or(TICK, |(_, wait)| *wait);
-                    let wait = (last * 2).min(WAIT_MAX);
-                    self.waiting.insert(uuid, (now + wait, wait));
+                    self.waiting.put_off(uuid, now);
                 }
             }
         }

@@ -23,6 +23,15 @@ pub(super) struct Server<'s> {
     pub options: &'s Options,
 }
 
+/// What became of a request for now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Served {
+    /// It is answered, or no request.
+    Answered,
+    /// It is to be tried again: a module that it changes is not loaded, and its deadline is ahead.
+    Waits,
+}
+
 /// What is to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Op {
@@ -109,9 +118,9 @@ impl Request {
 
 impl Server<'_> {
     /// Serves request `id` if it is submitted and not answered yet.
-    pub(super) fn serve(&self, id: &str) -> Result<()> {
+    pub(super) fn serve(&self, id: &str) -> Result<Served> {
         if !is_name(id) {
-            return Ok(());
+            return Ok(Served::Answered);
         }
         let store = &self.host.store;
         let base = format!("{ROOT}/request/{id}");
@@ -119,7 +128,7 @@ impl Server<'_> {
             .read(&format!("{base}/submit"))?
             .is_some_and(|v| v.trim() == "1");
         if !submitted || store.read(&format!("{base}/state"))?.as_deref() == Some("done") {
-            return Ok(());
+            return Ok(Served::Answered);
         }
         store.write(&format!("{base}/state"), "queued")?;
         let request = Request::parse(|name| store.read(&format!("{base}/{name}")));
@@ -128,6 +137,12 @@ impl Server<'_> {
             Ok(request) => {
                 store.write(&format!("{base}/state"), "running")?;
                 match self.carry_out(&request) {
+                    // The deadline is looked at first, so it ends this.
+                    Err(Error::NotLoaded(why)) if request.deadline.is_some() => {
+                        store.write(&format!("{base}/message"), &cut(why))?;
+                        store.write(&format!("{base}/state"), "queued")?;
+                        return Ok(Served::Waits);
+                    }
                     Ok(report) => (ExitCode::Done, format!("{}: {report}", report.patch)),
                     Err(error) => (error.exit_code(), told(&error)),
                 }
@@ -137,7 +152,8 @@ impl Server<'_> {
             .say(0, format!("request {id}: rc {}: {message}", code as u8));
         store.write(&format!("{base}/rc"), &(code as u8).to_string())?;
         store.write(&format!("{base}/message"), &message)?;
-        store.write(&format!("{base}/state"), "done")
+        store.write(&format!("{base}/state"), "done")?;
+        Ok(Served::Answered)
     }
 
     fn carry_out(&self, request: &Request) -> Result<Report> {
@@ -190,6 +206,11 @@ fn told(error: &Error) -> String {
             ));
         }
     }
+    cut(text)
+}
+
+/// No longer than a node should be.
+fn cut(mut text: String) -> String {
     text.truncate(text.floor_char_boundary(1024));
     text
 }

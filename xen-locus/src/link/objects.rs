@@ -223,7 +223,7 @@ impl<'k, 'm> Objects<'k, 'm> {
     /// The module called `name`.
     ///
     /// # Errors
-    /// [`Error::NotApplicable`] when it is not loaded, [`Error::TryAgain`] when it is about to be, or
+    /// [`Error::NotLoaded`] when it is not loaded, [`Error::TryAgain`] when it is about to be, or
     /// about to go.
     fn module(&self, name: &str) -> Result<&Loaded> {
         // In file names a dash stands for the same as an underscore.
@@ -233,7 +233,7 @@ impl<'k, 'm> Objects<'k, 'm> {
             .iter()
             .find(|l| l.module.name.replace('-', "_") == wanted && !in_arena(l));
         let Some(found) = found else {
-            return Err(Error::NotApplicable(format!(
+            return Err(Error::NotLoaded(format!(
                 "module {name} is not loaded in the guest; load it there (modprobe {name}), then \
                  apply the payload"
             )));
@@ -270,8 +270,8 @@ impl<'k, 'm> Objects<'k, 'm> {
     /// else the one of that number, in the order of the object's symbol table.
     ///
     /// # Errors
-    /// [`Error::NotApplicable`]: no such symbol, several, or the module is not loaded;
-    /// [`Error::TryAgain`]: the module is about to be.
+    /// [`Error::NotApplicable`]: no such symbol, or several; [`Error::NotLoaded`]: the module is not;
+    /// [`Error::TryAgain`]: it is about to be.
     pub fn symbol(&self, object: Option<&str>, name: &str, sympos: u64) -> Result<Gva> {
         let Some(object) = object.filter(|&object| object != VMLINUX) else {
             return self.kernel.function(name, sympos).map_err(not_applicable);

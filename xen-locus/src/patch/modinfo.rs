@@ -8,6 +8,8 @@ use super::error::{limit, PayloadErrorKind, Result};
 const MAX_ENTRIES: u64 = 4096;
 /// Longest value that is accepted, in bytes.
 const MAX_VALUE: u64 = 16 << 10;
+/// Longest build-id, in hex digits (`BUILD_ID_SIZE_MAX` of the kernel is 20 bytes).
+const MAX_BUILD_ID: usize = 64;
 /// Longest module name: `MODULE_NAME_LEN` of 64-bit kernels, less the final zero.
 const MAX_MODULE_NAME: usize = 55;
 
@@ -30,6 +32,10 @@ pub struct Modinfo {
     pub cves: Vec<String>,
     /// `supersedes`, comma separated in the file: payloads it replaces. An extension of ours.
     pub supersedes: Vec<String>,
+    /// `target_build_id`, in hex in the file: the build-id of the one kernel it was made for, which
+    /// names that kernel's text as `vermagic` can't. An extension of ours.
+    #[serde(skip)]
+    pub target_build_id: Option<Vec<u8>>,
     /// All other entries, in their order.
     pub others: Vec<(String, String)>,
 }
@@ -46,6 +52,7 @@ impl Modinfo {
         let mut info = Self::default();
         let mut vermagic = None;
         let mut livepatch = None;
+        let mut target = None;
         let mut entries = 0u64;
         for entry in data.split(|b| *b == 0).filter(|entry| !entry.is_empty()) {
             entries = entries.saturating_add(1);
@@ -76,6 +83,7 @@ impl Modinfo {
                 "name" => once(&mut info.name, key, value)?,
                 "vermagic" => once(&mut vermagic, key, value.trim())?,
                 "livepatch" => once(&mut livepatch, key, value)?,
+                "target_build_id" => once(&mut target, key, value.trim())?,
                 "license" => once(&mut info.license, key, value)?,
                 "description" => once(&mut info.description, key, value)?,
                 "depends" => info.depends.extend(list(value)),
@@ -93,8 +101,34 @@ impl Modinfo {
         if let Some(name) = &info.name {
             check_name(name)?;
         }
+        if let Some(text) = target {
+            info.target_build_id = Some(unhex(&text).ok_or_else(|| {
+                PayloadErrorKind::modinfo(format!(
+                    "target_build_id is {text:?}, expected 2 to {MAX_BUILD_ID} hex digits, two a byte"
+                ))
+            })?);
+        }
         Ok(info)
     }
+}
+
+/// The bytes that hex digits stand for.
+fn unhex(text: &str) -> Option<Vec<u8>> {
+    if text.is_empty() || text.len() > MAX_BUILD_ID || !text.len().is_multiple_of(2) {
+        return None;
+    }
+    let digit = |c: &u8| {
+        char::from(*c)
+            .to_digit(16)
+            .and_then(|d| u8::try_from(d).ok())
+    };
+    text.as_bytes()
+        .chunks_exact(2)
+        .map(|pair| match pair {
+            [high, low] => Some(digit(high)? << 4 | digit(low)?),
+            _ => None,
+        })
+        .collect()
 }
 
 /// Stores a value that may be given only once (or again with the same value).
@@ -150,6 +184,7 @@ mod tests {
         let info = parse(
             "livepatch=Y\0license=GPL\0description=Fix = it\0depends=\0\0\0retpoline=Y\0\
              cves=CVE-2024-1, CVE-2024-2\0supersedes=old_one\0name=fix_it\0\
+             target_build_id=0aFf\0\
              vermagic=6.1.0-56-amd64 SMP preempt mod_unload modversions \0",
         )
         .unwrap();
@@ -160,6 +195,7 @@ mod tests {
         assert!(info.depends.is_empty());
         assert_eq!(info.cves, ["CVE-2024-1", "CVE-2024-2"]);
         assert_eq!(info.supersedes, ["old_one"]);
+        assert_eq!(info.target_build_id, Some(vec![0x0a, 0xff]));
         assert_eq!(info.others, [("retpoline".to_owned(), "Y".to_owned())]);
     }
 
@@ -172,6 +208,9 @@ mod tests {
             ("vermagic=1\0name=a/b\0", "module name"),
             ("vermagic=1\0name=\0", "module name"),
             ("vermagic=1\0description=\x1b[2J\0", "control characters"),
+            ("vermagic=1\0target_build_id=\0", "target_build_id"),
+            ("vermagic=1\0target_build_id=abc\0", "target_build_id"),
+            ("vermagic=1\0target_build_id=zz\0", "target_build_id"),
         ];
         for (text, expected) in cases {
             let error = parse(text).unwrap_err().to_string();

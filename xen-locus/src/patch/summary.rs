@@ -45,6 +45,8 @@ pub struct Summary {
     pub cves: Vec<String>,
     /// Payloads that it names as superseded.
     pub supersedes: Vec<String>,
+    /// Build-id of the one kernel it is for, if it names one.
+    pub target_build_id: Option<String>,
     /// Modules that must be loaded.
     pub depends: Vec<String>,
     /// True if it replaces all other patches; `None` if the file alone can't tell.
@@ -122,6 +124,7 @@ impl Payload {
             build_id: self.build_id.as_deref().map(hex),
             cves: self.modinfo.cves.clone(),
             supersedes: self.modinfo.supersedes.clone(),
+            target_build_id: self.modinfo.target_build_id.as_deref().map(hex),
             depends: self.modinfo.depends.clone(),
             replace: self.klp.replace,
             objects: self.object_summaries(),

@@ -8,12 +8,21 @@ use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
 /// See the names.
-pub const SCENARIOS: &[Scenario] = &[Scenario {
-    name: "xenstore-requests",
-    summary: "the daemon serves apply and revert asked for through XenStore, and publishes status",
-    profile: &PV,
-    run: requests,
-}];
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "xenstore-requests",
+        summary:
+            "the daemon serves apply and revert asked for through XenStore, and publishes status",
+        profile: &PV,
+        run: requests,
+    },
+    Scenario {
+        name: "xenstore-late-module",
+        summary: "a request for a module that is not loaded is carried out when it is loaded",
+        profile: &PV,
+        run: late_module,
+    },
+];
 
 /// A request as a shell script makes it: nodes first, `submit` last, then wait for `state`.
 pub(super) const ASK: &str = r#"#!/bin/sh
@@ -30,14 +39,16 @@ done
 echo "$(xenstore-read "$at/rc") $(xenstore-read "$at/message")"
 "#;
 
+/// Starts the daemon.
+const START: &str = "mkdir -p /var/lib/xen-locus/payloads && \
+                     cp /payloads/*.ko /var/lib/xen-locus/payloads/ && \
+                     (xen-locus daemon >>/var/log/daemon.log 2>&1 & echo $! >/run/daemon.pid)";
+
 fn requests(ctx: &mut Ctx) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new("pv", Kind::Pv))?;
     let id = guest.domid;
     ctx.dom0.put("/tmp/ask", 0o755, ASK.as_bytes())?;
-    ctx.dom0.ok(
-        "mkdir -p /var/lib/xen-locus/payloads && cp /payloads/*.ko /var/lib/xen-locus/payloads/ && \
-         (xen-locus daemon >/var/log/daemon.log 2>&1 & echo $! >/run/daemon.pid)",
-    )?;
+    ctx.dom0.ok(START)?;
     let read = |path: &str| ctx.dom0.sh(&format!("xenstore-read {path} 2>/dev/null"));
     let ask = |line: &str, rc: &str, words: &str| -> Result<(), Verdict> {
         let limit = Duration::from_secs(90);
@@ -151,4 +162,48 @@ fn requests(ctx: &mut Ctx) -> Result<(), Verdict> {
     )?;
     ctx.dom0.ok("kill $(cat /run/daemon.pid)")?;
     Ok(())
+}
+
+/// A request for a module that is not loaded yet waits for it, until its deadline.
+fn late_module(ctx: &mut Ctx) -> Result<(), Verdict> {
+    let guest = ctx.ensure_guest(GuestSpec::new("late", Kind::Pv))?;
+    ctx.dom0.ok(START)?;
+    let at = "/tool/xen-locus/request";
+    let ask = |id: &str, seconds: u32| {
+        ctx.dom0.ok(&format!(
+            "xenstore-write {at}/{id}/op apply {at}/{id}/domain late \
+             {at}/{id}/patch locus_object_dummy {at}/{id}/deadline $(($(date +%s) + {seconds})) && \
+             xenstore-write {at}/{id}/submit 1"
+        ))
+    };
+    let wait = |id: &str, state: &str| {
+        ctx.dom0.ok(&format!(
+            "for i in $(seq 600); do [ \"$(xenstore-read {at}/{id}/state 2>/dev/null)\" = {state} ] && \
+             xenstore-read {at}/{id}/message 2>/dev/null && exit 0; usleep 100000; done; exit 1"
+        ))
+    };
+    ask("d1", 4)?;
+    let why = wait("d1", "queued")?;
+    check!(why.contains("module dummy is not loaded"), "d1: {why}");
+    let end = wait("d1", "done")?;
+    check!(end.contains("deadline"), "d1: {end}");
+    check_eq!(
+        ctx.dom0.ok(&format!("xenstore-read {at}/d1/rc"))?,
+        "2",
+        "d1"
+    );
+    ask("d2", 120)?;
+    wait("d2", "queued")?;
+    guest.ok("insmod /lib/modules/crc_itu_t.ko && insmod /lib/modules/dummy.ko")?;
+    let end = wait("d2", "done")?;
+    check!(end.contains("applied"), "d2: {end}");
+    check_eq!(
+        ctx.dom0.ok(&format!("xenstore-read {at}/d2/rc"))?,
+        "0",
+        "d2"
+    );
+    let status = ctx.dom0.ok("xen-locus status late")?;
+    check!(status.contains("locus_object_dummy"), "status: {status}");
+    ctx.dom0.ok("kill $(cat /run/daemon.pid)")?;
+    ctx.destroy_guest("late")
 }

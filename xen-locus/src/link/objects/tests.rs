@@ -394,3 +394,38 @@ fn a_payload_for_a_module_that_is_not_loaded_is_refused_as_a_whole() {
         "{said}"
     );
 }
+
+#[test]
+fn a_payload_that_names_the_build_id_of_another_kernel_is_refused() {
+    use crate::guest::GuestType;
+    use crate::kernel::fixture_world::World;
+    use crate::link::arena::Arena;
+    use crate::patch::testelf::Spec;
+    use crate::patch::Payload;
+    use crate::plan;
+    let world = World::new(GuestType::Pvh);
+    let mut kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
+    let spec = Spec {
+        modinfo: b"livepatch=Y\0license=GPL\0name=locus_test\0target_build_id=0badcafe\0\
+            vermagic=6.1.0-56-amd64 SMP preempt \0",
+        ..Spec::default()
+    };
+    let payload = Payload::parse("test.ko", &spec.bytes()).unwrap();
+    for (found, told) in [
+        (None, Some("the guest's has none")),
+        (Some(vec![1, 2]), Some("the guest's has 0102")),
+        (Some(vec![0x0b, 0xad, 0xca, 0xfe]), None),
+    ] {
+        kernel.build_id = found;
+        let arena = Arena::read(&kernel).unwrap();
+        let prepared = plan::prepare(&kernel, &arena, &payload, plan::Mode::Apply);
+        match told {
+            None => assert!(prepared.is_ok(), "{:?}", prepared.err()),
+            Some(words) => {
+                let (exit, said) = refusal(prepared);
+                assert_eq!(exit, ExitCode::NotApplicable);
+                assert!(said.contains(words) && said.contains("0badcafe"), "{said}");
+            }
+        }
+    }
+}

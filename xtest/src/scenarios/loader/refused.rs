@@ -17,6 +17,10 @@ const PAYLOADS: &[(&str, &[&str])] = &[
     ("locus_no_such_function", &["locus_no_such_function_show"]),
     ("locus_ambiguous", &["control_show", "2"]),
     ("locus_third_of_two", &["control_show", "3"]),
+    (
+        "locus_other_build",
+        &["build-id 0123456789abcdef0123456789abcdef01234567", "text"],
+    ),
     ("locus_plain", &["not a livepatch"]),
 ];
 
