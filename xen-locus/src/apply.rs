@@ -14,13 +14,16 @@ use crate::addr::Gva;
 use crate::error::{Error, Result};
 use crate::guest::{Machine, WindowMut};
 use crate::kernel::Kernel;
-use crate::link::arena::{self, Arena, Resident};
+use crate::link::arena::{self, Arena};
 use crate::link::record::{Slot, State};
 use crate::patch::Payload;
 use crate::plan::{self, Mode, Plan, Prepared, Readiness, Stack};
-use crate::quiesce::{Blocker, Prescan, Verdict};
+use crate::quiesce::{Blocker, Prescan, Verdict, Watch};
 use sha2::{Digest, Sha256};
 
+/// Attempts to find a moment at which no task has run since the rehearsal, before all tasks are asked
+/// for it while the guest is paused.
+const HASTY: u32 = 8;
 /// Longest wait between two attempts.
 const WAIT_MAX: Duration = Duration::from_millis(500);
 
@@ -184,20 +187,8 @@ pub fn revert(
     let mut arena = Arena::read(kernel)?;
     let residents = plan::settle(kernel, &mut arena)?;
     let stack = Stack::new(&residents);
-    let mut applied = stack.applied().iter();
-    let Some(resident) = applied.find(|r| r.record.name == name) else {
-        if residents.iter().any(|r| r.record.name == name) {
-            return Ok(report(name, Outcome::Already, 0, Done::default()));
-        }
-        let applied: Vec<&str> = names(stack.applied());
-        return Err(Error::Failed(format!(
-            "no patch {name:?} is applied to this guest; applied: {}",
-            if applied.is_empty() {
-                "none".into()
-            } else {
-                applied.join(", ")
-            }
-        )));
+    let Some(resident) = stack.named(&residents, name)? else {
+        return Ok(report(name, Outcome::Already, 0, Done::default()));
     };
     let functions = resident.record.functions.len();
     let plan = plan::undo(kernel, &stack, resident)?;
@@ -250,8 +241,36 @@ pub fn revert_all(
     Ok(results)
 }
 
-fn names<'r>(patches: &[&'r Resident]) -> Vec<&'r str> {
-    patches.iter().map(|r| r.record.name.as_str()).collect()
+/// Who is in the way of a change: in one of the ranges of `watch`, at one moment for which the guest
+/// is paused.
+///
+/// # Errors
+/// [`Error::TryAgain`] when there is no such moment within the time allowed; memory can't be read.
+pub fn blocking(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    watch: &Watch,
+    options: &Options,
+) -> Result<Vec<Blocker>> {
+    let began = Instant::now();
+    let mut prescan = Prescan::new(kernel, watch)?;
+    while began.elapsed() < options.timeout && !options.interrupted.load(Ordering::SeqCst) {
+        prescan.refresh()?;
+        prescan.rehearse()?;
+        let paused = machine.pause()?;
+        let too_long = || paused.elapsed() > options.max_pause;
+        let verdict = prescan.look(&machine.vcpus()?, true, &too_long)?;
+        paused.end()?;
+        if let Some(blockers) = verdict.blockers() {
+            return Ok(blockers);
+        }
+    }
+    Err(Error::TryAgain(format!(
+        "the guest's tasks could not be looked at in {} ms with pauses of at most {} ms: it starts \
+         new ones all the time, or has too many; nothing was changed",
+        began.elapsed().as_millis(),
+        options.max_pause.as_millis()
+    )))
 }
 
 /// Carries out a plan whose patches the directory shows as under way, and makes it say what came of
@@ -371,8 +390,9 @@ fn execute(
             offset: at.offset(),
         });
     }
-    let mut prescan = Prescan::new(kernel)?;
+    let mut prescan = Prescan::new(kernel, &plan.watch)?;
     let mut attempts = 0;
+    let mut stirred = 0;
     let mut wait = Duration::from_millis(1);
     loop {
         if options.interrupted.load(Ordering::SeqCst) {
@@ -380,22 +400,20 @@ fn execute(
         }
         prescan.refresh()?;
         attempts += 1;
-        // A rehearsal while the guest runs: it warms caches and mappings, and shows who sleeps in
-        // the way without costing the guest a pause.
+        // While the guest runs: who sleeps in the way is known without costing it a pause.
         let mut pause = Duration::ZERO;
-        let mut verdict = prescan.look(&machine.vcpus()?, &plan.watch, &|| false)?;
+        let mut verdict = prescan.rehearse()?;
         if !verdict.is_sleepers() {
-            // A busy guest has new tasks by now; listing those alone is quick.
+            // A busy guest has new tasks by now; listing those alone is quick, and so is looking at
+            // those that ran meanwhile.
             if prescan.moved()? {
                 prescan.refresh()?;
             }
+            machine.vcpus()?;
+            prescan.rehearse()?;
             let paused = machine.pause()?;
             let too_long = || paused.elapsed() > options.max_pause;
-            verdict = if prescan.moved()? {
-                Verdict::Moved
-            } else {
-                prescan.look(&machine.vcpus()?, &plan.watch, &too_long)?
-            };
+            verdict = prescan.look(&machine.vcpus()?, stirred >= HASTY, &too_long)?;
             if verdict == Verdict::Quiet {
                 write_all(&targets)?;
                 return Ok(Done {
@@ -404,6 +422,10 @@ fn execute(
                 });
             }
             pause = paused.end()?;
+        }
+        if verdict == Verdict::Stirred {
+            stirred += 1;
+            continue;
         }
         if began.elapsed() + wait >= options.timeout {
             return Err(gave_up(plan, verdict, attempts, began.elapsed(), pause));
@@ -421,8 +443,8 @@ fn gave_up(
     pause: Duration,
 ) -> Error {
     let waited_ms = u64::try_from(waited.as_millis()).unwrap_or(u64::MAX);
-    let blockers: Vec<Blocker> = match verdict {
-        Verdict::Blocked(blockers) => blockers,
+    let blockers = match verdict {
+        blocked @ Verdict::Blocked(_) => blocked.blockers().unwrap_or_default(),
         Verdict::TooLong => {
             return Error::TryAgain(format!(
             "{}: the guest would have to be paused for longer than --max-pause allows (the last \
@@ -431,7 +453,7 @@ fn gave_up(
             pause.as_micros()
         ))
         }
-        Verdict::Moved | Verdict::Quiet => {
+        Verdict::Moved | Verdict::Stirred | Verdict::Quiet => {
             return Error::TryAgain(format!(
                 "{}: in {attempts} attempts in {waited_ms} ms the guest always started new tasks \
                  between the listing of tasks and the pause; nothing was changed",

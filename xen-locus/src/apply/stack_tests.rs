@@ -15,6 +15,7 @@ use crate::kernel::cache::Cache;
 use crate::kernel::fixture::{Fixture, TEXT};
 use crate::kernel::fixture_world::{World, STACKS, STACK_LEN};
 use crate::kernel::modules::{self, Reader};
+use crate::link::arena::Resident;
 use crate::link::record::ENTRIES_MAX;
 use crate::link::site;
 use crate::patch::testelf::Spec;
@@ -183,10 +184,8 @@ impl Guest {
     fn status(&self) -> Result<Vec<String>> {
         let residents = self.residents()?;
         let stack = Stack::new(&residents);
-        Ok(names(stack.applied())
-            .into_iter()
-            .map(str::to_owned)
-            .collect())
+        let applied = stack.applied().iter();
+        Ok(applied.map(|r| r.record.name.clone()).collect())
     }
 
     /// Which patch's version of each function the guest runs; empty for the kernel's own.

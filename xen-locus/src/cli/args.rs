@@ -81,6 +81,11 @@ pub enum Command {
     /// A patch on which another lies, one that was applied later and replaces the same function, is
     /// refused with exit code 1 and the names of those to revert first.
     Revert(Revert),
+    /// Show who is in the way of applying a payload, or of reverting a patch
+    ///
+    /// Who is inside a function that is to be replaced, or in a replacement, or has it on its stack: at
+    /// one moment, for which the guest is paused as long as a try to apply would pause it.
+    Blocking(Blocking),
     /// Show patches of one guest or of all
     Status {
         /// Name or id; all guests if not given
@@ -114,6 +119,19 @@ pub struct Check {
     pub whom: Whom,
     /// Livepatch module
     pub file: PathBuf,
+}
+
+/// Arguments of `blocking`.
+#[derive(Debug, Args)]
+#[command(allow_missing_positional = true)]
+pub struct Blocking {
+    /// On whom
+    #[command(flatten)]
+    pub whom: Whom,
+    /// Livepatch module (with a folder before its name, or .ko behind it), or the name of an applied
+    /// patch
+    #[arg(value_name = "FILE|PATCH")]
+    pub what: String,
 }
 
 /// Arguments of `info`.

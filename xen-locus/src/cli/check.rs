@@ -14,7 +14,7 @@ use crate::kernel::Kernel;
 use crate::link::arena::Arena;
 use crate::patch::Payload;
 use crate::plan::{self, Mode, Readiness};
-use crate::quiesce::{Blocker, Prescan, Verdict};
+use crate::quiesce::{self, Blocker};
 
 /// What can't be checked on a core.
 const NOT_CHECKED: [&str; 2] = [
@@ -67,15 +67,10 @@ pub struct Verdicts {
 pub fn examine(kernel: &Kernel<'_>, core: &Core, payload: &Payload) -> Result<Verdicts> {
     let ready = plan::prepare(kernel, &Arena::read(kernel)?, payload, Mode::Apply)?;
     let report = Report::dry(payload, &ready);
-    let mut blockers = Vec::new();
-    if let Readiness::Ready(ready) = &ready {
-        let mut scan = Prescan::new(kernel)?;
-        scan.refresh()?;
-        if let Verdict::Blocked(all) = scan.look(core.vcpus(), &ready.plan.watch, &|| false)? {
-            blockers = all;
-            blockers.sort_by(|a, b| (a.pid, &a.function).cmp(&(b.pid, &b.function)));
-        }
-    }
+    let blockers = match &ready {
+        Readiness::Ready(ready) => quiesce::inside(kernel, core.vcpus(), &ready.plan.watch)?,
+        Readiness::Already(_) => Vec::new(),
+    };
     Ok(Verdicts { report, blockers })
 }
 

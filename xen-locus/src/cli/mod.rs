@@ -2,6 +2,7 @@
 
 pub mod apply;
 pub mod args;
+pub mod blocking;
 pub mod check;
 pub mod info;
 pub mod list;
@@ -155,6 +156,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Apply(args) => apply::run(&session, &session.host()?, args, Mode::Apply),
         Command::Replace(args) => apply::run(&session, &session.host()?, args, Mode::Replace),
         Command::Revert(args) => revert::run(&session, &session.host()?, args),
+        Command::Blocking(args) => blocking::run(&session, args),
         Command::Status { domain, core } => {
             status::run(&session, domain.as_deref(), core.as_deref())
         }

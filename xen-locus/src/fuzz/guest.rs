@@ -66,6 +66,8 @@ pub fn types() -> Vec<u8> {
         ("__state", int, SP_AT + 12),
         ("exit_state", int, SP_AT + 16),
         ("cpu", int, SP_AT + 20),
+        ("nvcsw", long, SP_AT + 24),
+        ("nivcsw", long, SP_AT + 32),
     ]
     .map(|(name, ty, at)| (name, ty, at as usize));
     // Members stand in an anonymous structure, as they do with randomised layouts.

@@ -32,6 +32,7 @@ const IDLE: Gva = Gva(TEXT.0 + 0x1100);
 const IDLE_THREADS: u64 = 0x1000;
 const CURRENT_TASK: u64 = 0x1008;
 const HARDIRQ_STACK: u64 = 0x1010;
+const RUNQUEUES: u64 = 0x1018;
 /// Size of its `task_struct`, and offsets of members.
 const TASK_LEN: usize = 256;
 const TASKS: usize = 16;
@@ -47,6 +48,7 @@ const STATE: usize = 100;
 const EXIT_STATE: usize = 104;
 const CPU: usize = 108;
 const SP: usize = 128 + 24;
+const SWITCHES: usize = 160;
 /// Offset of `thread_head` in its `signal_struct`.
 const THREAD_HEAD: usize = 16;
 
@@ -308,6 +310,7 @@ impl Draft {
             ("idle_threads", IDLE_THREADS),
             ("current_task", CURRENT_TASK),
             ("hardirq_stack_ptr", HARDIRQ_STACK),
+            ("runqueues", RUNQUEUES),
         ] {
             self.fixture.symbols.push((at, 'A', name.to_owned()));
         }
@@ -374,7 +377,14 @@ fn types() -> Vec<u8> {
             ("exit_state", int, EXIT_STATE),
             ("cpu", int, CPU),
             ("thread", thread, SP - 24),
+            ("nvcsw", long, SWITCHES),
+            ("nivcsw", long, SWITCHES + 8),
         ],
+    );
+    btf.structure(
+        "rq",
+        16,
+        &[("nr_running", int, 0), ("nr_switches", long, 8)],
     );
     btf.structure("signal_struct", 64, &[("thread_head", list, THREAD_HEAD)]);
     modules(&mut btf, [int, long, char, list]);

@@ -30,6 +30,8 @@ pub struct Layout {
     comm: usize,
     /// Offset of the flag that says it is on a CPU.
     pub on_cpu: usize,
+    /// Offsets of the counters of how often it was switched out, by its own will and not.
+    pub switches: [usize; 2],
     start_time: usize,
     /// Size of a kernel stack (`THREAD_SIZE`), in bytes.
     pub stack_size: u64,
@@ -96,6 +98,7 @@ impl Layout {
             pid: member("pid")?,
             comm: member("comm")?,
             on_cpu: member("on_cpu")?,
+            switches: [member("nvcsw")?, member("nivcsw")?],
             start_time: member("start_time")?,
             stack_size,
         })
@@ -359,6 +362,14 @@ pub fn current_symbol(kernel: &Kernel<'_>) -> Option<Gva> {
         .offset_of("pcpu_hot", "current_task")
         .ok()?;
     Some(hot.plus(offset as u64))
+}
+
+/// Where the kernel counts how often a CPU switched between tasks, as a per-CPU address
+/// (kernel/sched/sched.h: `struct rq`).
+#[must_use]
+pub fn switches_symbol(kernel: &Kernel<'_>) -> Option<Gva> {
+    let offset = kernel.btf().ok()?.offset_of("rq", "nr_switches").ok()?;
+    Some(kernel.symbols.addr("runqueues")?.plus(offset as u64))
 }
 
 #[cfg(test)]

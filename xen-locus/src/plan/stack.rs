@@ -102,6 +102,28 @@ impl<'r> Stack<'r> {
         &self.applied
     }
 
+    /// The patch called `name`; `None` when it is one of `residents` and undone.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] when there is none.
+    pub fn named(&self, residents: &[Resident], name: &str) -> Result<Option<&'r Resident>> {
+        if let Some(found) = self.applied.iter().find(|r| r.record.name == name) {
+            return Ok(Some(found));
+        }
+        if residents.iter().any(|r| r.record.name == name) {
+            return Ok(None);
+        }
+        let applied: Vec<&str> = self.applied.iter().map(|r| &*r.record.name).collect();
+        Err(Error::Failed(format!(
+            "no patch {name:?} is applied to this guest; applied: {}",
+            if applied.is_empty() {
+                "none".into()
+            } else {
+                applied.join(", ")
+            }
+        )))
+    }
+
     /// The patches on the function at `old`.
     #[must_use]
     pub fn layers(&self, old: u64) -> Option<&Layers<'r>> {

@@ -273,12 +273,15 @@ fn blocked(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let try_apply =
         format!("xen-locus -o json apply {name} /payloads/locus_sleeper.ko --timeout 2s");
     let try_revert = format!("xen-locus -o json revert {name} locus_sleeper --timeout 2s");
-    let sleeper = |cmd: &str, result: &str, function: &str| -> Result<(), Verdict> {
+    let sleeper = |cmd: &str, what: &str, function: &str| -> Result<(), Verdict> {
+        let blocking = format!("xen-locus -o json blocking {name} {what}");
+        check_eq!(ctx.json(&blocking)?["blockers"], serde_json::json!([]));
         guest.ok("pause & sleep 1")?;
         let out = ctx.dom0.sh(cmd)?;
         check_eq!(out.rc, 2, "{cmd}: {}", out.err_text());
         let report = out.json()?;
-        check_eq!(report["result"], result, "{report}");
+        check_eq!(report["result"], "blocked", "{report}");
+        check_eq!(ctx.json(&blocking)?["blockers"], report["blockers"]);
         let blocker = &report["blockers"][0];
         check_eq!(blocker["comm"], "pause", "{report}");
         check_eq!(blocker["reason"], "sleeping-on", "{report}");
@@ -293,10 +296,11 @@ fn blocked(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         guest.ok("killall pause; sleep 1")?;
         Ok(())
     };
-    sleeper(&try_apply, "blocked", "__x64_sys_pause")?;
+    let file = "/payloads/locus_sleeper.ko";
+    sleeper(&try_apply, file, "__x64_sys_pause")?;
     check_eq!(applied(ctx, &guest)?, Vec::<String>::new());
     check_eq!(ctx.json(&try_apply)?["result"], "applied");
-    sleeper(&try_revert, "blocked", "__x64_sys_pause")?;
+    sleeper(&try_revert, "locus_sleeper", "__x64_sys_pause")?;
     check_eq!(applied(ctx, &guest)?, ["locus_sleeper"]);
     check_eq!(ctx.json(&try_revert)?["result"], "reverted");
     Ok(())

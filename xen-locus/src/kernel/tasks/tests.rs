@@ -75,6 +75,8 @@ fn btf(newer: bool) -> Vec<u8> {
         ("on_cpu", 3, bytes(112), 0),
         ("exit_state", 3, bytes(116), 0),
         ("start_time", 4, bytes(120), 0),
+        ("nvcsw", 4, bytes(128), 0),
+        ("nivcsw", 4, bytes(136), 0),
     ];
     if newer {
         members.extend([("thread_info", info, 0, 0), ("__state", 3, bytes(16), 0)]);

@@ -1,0 +1,128 @@
+//! `xen-locus blocking DOMAIN FILE|PATCH`: who is in the way of applying a payload, or of reverting a
+//! patch. Changes nothing.
+
+use std::path::Path;
+
+use serde_json::json;
+
+use super::args::{Blocking, Output};
+use super::subject::{self, Subject};
+use super::{out, Session};
+use crate::apply::{self, Options};
+use crate::error::{ExitCode, Result};
+use crate::kernel::Kernel;
+use crate::link::arena::Arena;
+use crate::patch::Payload;
+use crate::plan::{self, Mode, Readiness, Stack};
+use crate::quiesce::{self, Blocker, Watch};
+
+/// What is about to be done.
+enum Change {
+    Apply(Box<Payload>),
+    Revert(String),
+}
+
+impl Change {
+    /// A payload's file has a folder before its name or `.ko` behind it; a patch's name has neither.
+    fn of(what: &str) -> Result<Change> {
+        if what.contains('/') || what.ends_with(".ko") {
+            return Ok(Change::Apply(Box::new(Payload::read(Path::new(what))?)));
+        }
+        Ok(Change::Revert(what.to_owned()))
+    }
+
+    fn name(&self) -> &str {
+        match self {
+            Change::Apply(payload) => &payload.name,
+            Change::Revert(name) => name,
+        }
+    }
+
+    fn verb(&self) -> &'static str {
+        match self {
+            Change::Apply(_) => "applying",
+            Change::Revert(_) => "reverting",
+        }
+    }
+
+    /// Where nobody may be; `None` when there is nothing to do.
+    fn watch(&self, kernel: &Kernel<'_>) -> Result<Option<Watch>> {
+        let arena = Arena::read(kernel)?;
+        Ok(match self {
+            Change::Apply(payload) => match plan::prepare(kernel, &arena, payload, Mode::Apply)? {
+                Readiness::Ready(ready) => Some(ready.plan.watch),
+                Readiness::Already(_) => None,
+            },
+            Change::Revert(name) => {
+                let residents = plan::residents(kernel, &arena)?;
+                let stack = Stack::new(&residents);
+                match stack.named(&residents, name)? {
+                    Some(resident) => Some(plan::undo(kernel, &stack, resident)?.watch),
+                    None => None,
+                }
+            }
+        })
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// The guest can't be read, or the payload or patch is not for it.
+pub fn run(session: &Session, args: &Blocking) -> anyhow::Result<ExitCode> {
+    let change = Change::of(&args.what)?;
+    if let Some(path) = &args.whom.core {
+        let (subject, found) = subject::with_core(path, |subject, kernel, core| {
+            let found = match change.watch(kernel)? {
+                Some(watch) => Some(quiesce::inside(kernel, core.vcpus(), &watch)?),
+                None => None,
+            };
+            Ok((subject.clone(), found))
+        })?;
+        return Ok(tell(session, &subject, &change, found));
+    }
+    let host = session.host()?;
+    let domain = host.guest(args.whom.domain()?)?;
+    let kernel = Kernel::of(&domain)?;
+    let options = Options {
+        interrupted: std::sync::Arc::clone(&session.interrupted),
+        ..Options::default()
+    };
+    let found = match change.watch(&kernel)? {
+        Some(watch) => Some(apply::blocking(&domain, &kernel, &watch, &options)?),
+        None => None,
+    };
+    let subject = Subject::of(&domain);
+    Ok(tell(session, &subject, &change, found))
+}
+
+fn tell(
+    session: &Session,
+    subject: &Subject,
+    change: &Change,
+    found: Option<Vec<Blocker>>,
+) -> ExitCode {
+    let (name, verb) = (change.name(), change.verb());
+    match (session.output, found) {
+        (Output::Json, found) => {
+            let blockers = found.unwrap_or_default();
+            out::object(subject.object(json!({ "patch": name, "blockers": blockers })));
+        }
+        (Output::Table, None) => out::line(&format!(
+            "{}: nothing is to be done for {verb} {name}: it is so already",
+            subject.label()
+        )),
+        (Output::Table, Some(all)) if all.is_empty() => out::line(&format!(
+            "{}: nobody is in the way of {verb} {name}",
+            subject.label()
+        )),
+        (Output::Table, Some(all)) => {
+            out::line(&format!(
+                "{}: in the way of {verb} {name}:",
+                subject.label()
+            ));
+            out::text(&out::blockers(&all));
+        }
+    }
+    ExitCode::Done
+}

@@ -1,0 +1,170 @@
+//! One look at stacks and registers.
+
+use std::collections::HashMap;
+
+use super::prescan::{Known, Prescan};
+use super::{Blocker, Reason, Verdict};
+use crate::addr::{Gva, Range};
+use crate::error::Result;
+use crate::guest::{fetch, Vcpu};
+use crate::kernel::tasks::Task;
+
+/// The live part of a task's stack, when the task is on a CPU.
+#[derive(Clone, Copy)]
+pub(super) enum Live {
+    /// Nothing but the registers of user mode.
+    Nothing,
+    /// From here up.
+    From(Gva),
+}
+
+/// A look under way, with what it found so far.
+pub(super) struct Look<'s, 'k, 'm> {
+    scan: &'s Prescan<'k, 'm>,
+    found: Vec<Blocker>,
+    words: Vec<u8>,
+}
+
+impl<'s, 'k, 'm> Look<'s, 'k, 'm> {
+    pub(super) fn new(scan: &'s Prescan<'k, 'm>) -> Look<'s, 'k, 'm> {
+        Look {
+            scan,
+            found: Vec::new(),
+            words: Vec::new(),
+        }
+    }
+
+    pub(super) fn verdict(self) -> Verdict {
+        if self.found.is_empty() {
+            Verdict::Quiet
+        } else {
+            Verdict::Blocked(self.found)
+        }
+    }
+
+    fn report(&mut self, task: Option<&Task>, reason: Reason, name: &str, offset: u64) {
+        let blocker = Blocker {
+            pid: task.map_or(0, |t| t.pid),
+            comm: task.map_or_else(|| "?".into(), |t| t.comm.clone()),
+            reason,
+            function: name.into(),
+            offset,
+        };
+        // One line a task and function says enough.
+        let same = |b: &Blocker| b.pid == blocker.pid && b.function == blocker.function;
+        if !self.found.iter().any(same) {
+            self.found.push(blocker);
+        }
+    }
+
+    /// Looks where a vCPU is, and notes in `running` which tasks are on it, with the live part of
+    /// their stacks, which is left to [`Look::task`].
+    pub(super) fn vcpu(&mut self, vcpu: &Vcpu, running: &mut HashMap<Gva, Live>) -> Result<()> {
+        let scan = self.scan;
+        let current = scan.current_of(vcpu);
+        if vcpu.user {
+            if let Some(known) = current {
+                running.insert(known.task.addr, Live::Nothing);
+            }
+            return Ok(());
+        }
+        let task = current.map(|k| &k.task);
+        if let Some((watched, offset)) = scan.watch.hit(vcpu.rip) {
+            self.report(task, Reason::Running, &watched.name, offset);
+        }
+        let rsp = Gva(vcpu.rsp);
+        // Mostly it is the current task's, and there are many others.
+        let owner = current
+            .filter(|k| k.task.stack.contains(rsp))
+            .or_else(|| scan.owner_of_stack(rsp));
+        if let Some(known) = owner {
+            running.insert(known.task.addr, Live::From(rsp));
+            // In the middle of a switch between two tasks.
+            if let Some(other) = current.filter(|k| k.task.addr != known.task.addr) {
+                running.insert(other.task.addr, Live::From(other.task.stack.start));
+            }
+            return Ok(());
+        }
+        let on_irq_stack = scan
+            .cpus
+            .iter()
+            .filter_map(|cpu| cpu.irq_stack.as_ref())
+            .find(|(range, _)| range.contains(rsp));
+        match (on_irq_stack, current) {
+            (Some((range, window)), Some(known)) => {
+                let from = Gva(rsp.0 & !7);
+                let offset = usize::try_from(from.0 - range.start.0).unwrap_or(0);
+                let read = |words: &mut [u8]| Ok(window.read(offset, words)?);
+                self.words(task, Reason::Running, range.end.0 - from.0, read)?;
+                // The interrupted stack pointer stands on this stack: the lowest address into the
+                // task's stack that is found there is it, or lies below it.
+                let stack = known.task.stack;
+                let from = lowest_into(&self.words, stack).unwrap_or(stack.start);
+                running.insert(known.task.addr, Live::From(from));
+            }
+            _ => {
+                // On an exception or entry stack, or in the middle of a switch of stacks.
+                let (name, offset) = scan
+                    .kernel
+                    .symbols
+                    .covering(Gva(vcpu.rip))
+                    .unwrap_or_else(|| ("?".into(), 0));
+                self.report(task, Reason::UnreliableStack, &name, offset);
+            }
+        }
+        Ok(())
+    }
+
+    /// Scans the live part of a task's stack, which is the whole of it when its stack pointer isn't
+    /// known; says whether nothing watched is there.
+    pub(super) fn task(&mut self, known: &Known, live: Option<Live>) -> Result<bool> {
+        let task = &known.task;
+        let (reason, from) = match live {
+            Some(Live::Nothing) => return Ok(true),
+            Some(Live::From(at)) => (Reason::Running, at),
+            None if known.is_on_cpu()? => (Reason::Running, task.stack.start),
+            None => (Reason::SleepingOn, known.sp()?),
+        };
+        let from = if task.stack.contains(from) {
+            Gva(from.0 & !7)
+        } else {
+            task.stack.start
+        };
+        let offset = usize::try_from(from.0 - task.stack.start.0).unwrap_or(0);
+        let read = |words: &mut [u8]| known.read(offset, words);
+        self.words(Some(task), reason, task.stack.end.0 - from.0, read)
+    }
+
+    /// Scans `len` bytes of a stack; they stay in `self.words`.
+    fn words(
+        &mut self,
+        task: Option<&Task>,
+        reason: Reason,
+        len: u64,
+        read: impl Fn(&mut [u8]) -> Result<()>,
+    ) -> Result<bool> {
+        let scan = self.scan;
+        let mut words = std::mem::take(&mut self.words);
+        words.resize(usize::try_from(len).unwrap_or(0), 0);
+        read(&mut words)?;
+        let mut clear = true;
+        for word in words.chunks_exact(8) {
+            let word = fetch::u64(word, 0).unwrap_or(0);
+            if let Some((watched, offset)) = scan.watch.hit(word) {
+                self.report(task, reason, &watched.name, offset);
+                clear = false;
+            }
+        }
+        self.words = words;
+        Ok(clear)
+    }
+}
+
+fn lowest_into(words: &[u8], range: Range) -> Option<Gva> {
+    words
+        .chunks_exact(8)
+        .filter_map(|w| fetch::u64(w, 0))
+        .map(Gva)
+        .filter(|&at| range.contains(at))
+        .min()
+}

@@ -1,0 +1,372 @@
+//! What is done about the guest's stacks before it is paused, so that little is left to do then.
+//!
+//! [`Prescan::refresh`] lists the tasks and maps their stacks, and [`Prescan::rehearse`] scans the
+//! stacks of those that are off their CPU, all while the guest runs. Inside the pause
+//! [`Prescan::look`] maps nothing, and trusts
+//!
+//! - the list, if no task was born since: the kernel counts births in `total_forks` (kernel/fork.c)
+//!   under the lock that links a new task. A task that died since can only alarm; one that is not
+//!   counted yet has never run;
+//! - what was found of a task, if it was not switched out since: the kernel counts that in `nvcsw`
+//!   and `nivcsw` before it takes the task off its CPU (kernel/sched/core.c: `__schedule`), and a task
+//!   that was off its CPU and has run since is either still on one, where it is looked at in any
+//!   case, or was switched out;
+//! - what was found of all tasks, if no CPU switched since (`rq->nr_switches`, counted at the same
+//!   place): then not even the tasks' counters need to be read, and the pause costs the same for
+//!   fifty tasks as for ten thousand.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use super::look::{Live, Look};
+use super::{Verdict, Watch};
+use crate::addr::{Frame, Gva, Range, PAGE_LEN};
+use crate::error::{Error, Result};
+use crate::guest::space::{Pin, Space};
+use crate::guest::{Vcpu, Window};
+use crate::kernel::tasks::{self, Layout, Task};
+use crate::kernel::Kernel;
+
+/// Stacks mapped by one call.
+const STACKS: usize = 128;
+/// So many tasks can be asked whether they ran in a time that is little beside that of a pause.
+const FEW: usize = 256;
+
+/// Words of a task that change as it runs.
+pub(super) struct Words {
+    sp: Pin,
+    on_cpu: Pin,
+    switches: [Pin; 2],
+}
+
+/// A task with its stack mapped.
+pub(super) struct Known {
+    pub(super) task: Task,
+    words: Words,
+    stacks: Rc<dyn Window>,
+    offset: usize,
+    /// Its counters when it was off its CPU and out of the way.
+    clear: Cell<Option<[u64; 2]>>,
+}
+
+impl Known {
+    /// How often it was switched out, by its own will and not.
+    fn switches(&self) -> Result<[u64; 2]> {
+        let [own, other] = &self.words.switches;
+        Ok([own.u64()?, other.u64()?])
+    }
+
+    fn is_clear(&self) -> Result<bool> {
+        Ok(match self.clear.get() {
+            None => false,
+            was => was == Some(self.switches()?),
+        })
+    }
+
+    pub(super) fn is_on_cpu(&self) -> Result<bool> {
+        Ok(self.words.on_cpu.u32()? != 0)
+    }
+
+    /// Its saved stack pointer; right while it is off its CPU.
+    pub(super) fn sp(&self) -> Result<Gva> {
+        Ok(Gva(self.words.sp.u64()?))
+    }
+
+    /// Copies words of its stack, from `offset` bytes above its lowest address.
+    pub(super) fn read(&self, offset: usize, words: &mut [u8]) -> Result<()> {
+        Ok(self.stacks.read(self.offset + offset, words)?)
+    }
+}
+
+pub(super) struct Cpu {
+    base: u64,
+    current: Option<Pin>,
+    switches: Option<Pin>,
+    pub(super) irq_stack: Option<(Range, Box<dyn Window>)>,
+}
+
+/// The guest's tasks and stacks, listed, mapped and looked at while it runs.
+pub struct Prescan<'k, 'm> {
+    pub(super) kernel: &'k Kernel<'m>,
+    pub(super) watch: &'k Watch,
+    space: Space<'m>,
+    layout: Layout,
+    forks_at: Pin,
+    forks: u64,
+    known: HashMap<Gva, Known>,
+    pub(super) cpus: Vec<Cpu>,
+    /// What the CPUs' counters of switches showed before the last rehearsal.
+    switches: Vec<u64>,
+    /// Tasks that the last rehearsal could not clear.
+    restless: RefCell<Vec<Gva>>,
+}
+
+impl std::fmt::Debug for Prescan<'_, '_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Prescan")
+            .field("tasks", &self.known.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'k, 'm> Prescan<'k, 'm> {
+    /// Prepares to look who among the tasks of `kernel` is in the way.
+    ///
+    /// # Errors
+    /// The kernel lacks a symbol or type that is needed.
+    pub fn new(kernel: &'k Kernel<'m>, watch: &'k Watch) -> Result<Prescan<'k, 'm>> {
+        let space = kernel.space.fresh_in_blocks();
+        let forks_at = space.pin(kernel.symbols.need("total_forks")?)?;
+        Ok(Prescan {
+            kernel,
+            watch,
+            layout: Layout::of(kernel)?,
+            forks: 0,
+            forks_at,
+            known: HashMap::new(),
+            cpus: Vec::new(),
+            switches: Vec::new(),
+            restless: RefCell::default(),
+            space,
+        })
+    }
+
+    /// Lists the tasks anew, while the guest runs, and maps the stacks of those not known yet.
+    ///
+    /// # Errors
+    /// [`Error::TryAgain`] when the list moved too much while it was read; else as reading memory.
+    pub fn refresh(&mut self) -> Result<()> {
+        const TRIES: u32 = 20;
+        // Who waits for a quiet moment lists the tasks again and again, until a deadline.
+        self.space.budget().refill();
+        let mut last = None;
+        for _ in 0..TRIES {
+            match self.list() {
+                Ok(()) => return Ok(()),
+                // A task went away while it was read: its memory may hold anything.
+                Err(error) => last = Some(error),
+            }
+            self.space = self.kernel.space.fresh_in_blocks();
+        }
+        Err(Error::TryAgain(format!(
+            "the guest's task list could not be read in {TRIES} tries: {}",
+            last.map_or_else(String::new, |e| e.to_string())
+        )))
+    }
+
+    fn list(&mut self) -> Result<()> {
+        self.forks = self.forks_at.u64()?;
+        let tasks = self.layout.all(self.kernel, &self.space)?;
+        let mut known = HashMap::with_capacity(tasks.len());
+        let mut fresh = Vec::new();
+        for task in tasks {
+            let same = |k: &Known| {
+                (k.task.pid, k.task.start_time, k.task.stack)
+                    == (task.pid, task.start_time, task.stack)
+            };
+            match self.known.remove(&task.addr).filter(same) {
+                Some(entry) => {
+                    known.insert(task.addr, entry);
+                }
+                None => fresh.push(task),
+            }
+        }
+        for entry in self.meet(fresh)? {
+            known.insert(entry.task.addr, entry);
+        }
+        self.known = known;
+        if self.cpus.is_empty() {
+            self.cpus = self.list_cpus()?;
+        }
+        Ok(())
+    }
+
+    /// Maps the stacks of tasks, and the pages with their words.
+    fn meet(&self, mut tasks: Vec<Task>) -> Result<Vec<Known>> {
+        // Stacks live in vmalloc space, whose page tables change: walk them anew.
+        let fresh = self.kernel.space.fresh();
+        let mut met = Vec::with_capacity(tasks.len());
+        while !tasks.is_empty() {
+            let rest = tasks.split_off(tasks.len().min(STACKS));
+            let mut frames: Vec<Frame> = Vec::new();
+            let mut offsets = Vec::with_capacity(tasks.len());
+            for task in &tasks {
+                let first = task.stack.start;
+                offsets.push(frames.len() * PAGE_LEN + first.offset());
+                frames.extend(fresh.frames(first, task.stack.len())?);
+            }
+            let stacks: Rc<dyn Window> = Rc::from(self.space.map(&frames)?);
+            for (task, offset) in tasks.into_iter().zip(offsets) {
+                let pin = |offset: usize| self.space.pin(task.addr.plus(offset as u64));
+                let layout = &self.layout;
+                met.push(Known {
+                    words: Words {
+                        sp: pin(layout.sp)?,
+                        on_cpu: pin(layout.on_cpu)?,
+                        switches: [pin(layout.switches[0])?, pin(layout.switches[1])?],
+                    },
+                    stacks: Rc::clone(&stacks),
+                    offset,
+                    clear: Cell::new(None),
+                    task,
+                });
+            }
+            tasks = rest;
+        }
+        Ok(met)
+    }
+
+    /// Per CPU: where its running task stands, its counter of switches, and its interrupt stack
+    /// (`hardirq_stack_ptr`, the address one past its last word but one: arch/x86/kernel/irq_64.c).
+    fn list_cpus(&self) -> Result<Vec<Cpu>> {
+        let kernel = self.kernel;
+        let current = tasks::current_symbol(kernel);
+        let irq = kernel.symbols.addr("hardirq_stack_ptr").or_else(|| {
+            let offset = kernel
+                .btf()
+                .ok()?
+                .offset_of("pcpu_hot", "hardirq_stack_ptr")
+                .ok()?;
+            Some(kernel.symbols.addr("pcpu_hot")?.plus(offset as u64))
+        });
+        let switches = tasks::switches_symbol(kernel);
+        let bases = tasks::percpu_bases(kernel, &self.space)?;
+        Ok(bases
+            .into_iter()
+            .map(|base| {
+                let pin = |at: Option<Gva>| self.space.pin(tasks::percpu(at?, base)).ok();
+                let irq_stack = irq.and_then(|at| {
+                    let top = self.space.read_u64(tasks::percpu(at, base)).ok()?;
+                    let end = top.checked_add(64)? & !0xfff;
+                    let start = Gva(end.checked_sub(self.layout.stack_size)?);
+                    let range = Range::new(start, self.layout.stack_size);
+                    let frames = self.space.frames(range.start, range.len()).ok()?;
+                    Some((range, self.space.map(&frames).ok()?))
+                });
+                Cpu {
+                    base,
+                    current: pin(current),
+                    switches: pin(switches),
+                    irq_stack,
+                }
+            })
+            .collect())
+    }
+
+    /// Whether tasks were born since they were listed.
+    ///
+    /// # Errors
+    /// Memory can't be read.
+    pub fn moved(&self) -> Result<bool> {
+        Ok(self.forks_at.u64()? != self.forks)
+    }
+
+    /// How often each CPU switched between tasks; none where a kernel doesn't tell. A CPU without
+    /// memory of its own never ran.
+    fn count_switches(&self) -> Result<Vec<u64>> {
+        let pins = self.cpus.iter().filter_map(|cpu| cpu.switches.as_ref());
+        Ok(pins.map(Pin::u64).collect::<std::result::Result<_, _>>()?)
+    }
+
+    /// Scans, while the guest runs, the stacks of those tasks that are off their CPU and were not
+    /// found out of the way before, or ran since.
+    ///
+    /// # Errors
+    /// Memory can't be read.
+    pub fn rehearse(&mut self) -> Result<Verdict> {
+        self.switches = self.count_switches()?;
+        let mut look = Look::new(self);
+        let mut restless = Vec::new();
+        for known in self.known.values() {
+            if known.is_clear()? {
+                continue;
+            }
+            let before = known.switches()?;
+            known.clear.set(None);
+            // The order counts: a task that begins to run after this shows it below.
+            if !known.is_on_cpu()?
+                && look.task(known, None)?
+                && !known.is_on_cpu()?
+                && known.switches()? == before
+            {
+                known.clear.set(Some(before));
+            } else {
+                restless.push(known.task.addr);
+            }
+        }
+        let verdict = look.verdict();
+        self.restless.replace(restless);
+        Ok(verdict)
+    }
+
+    /// Looks at everything that may have changed since the last rehearsal, and maps nothing: what it
+    /// says holds if the guest is paused. Unless it is to be `thorough`, it gives up when it would
+    /// have to ask many tasks whether they ran.
+    ///
+    /// # Errors
+    /// Memory can't be read.
+    pub fn look(
+        &self,
+        vcpus: &[Vcpu],
+        thorough: bool,
+        too_long: &dyn Fn() -> bool,
+    ) -> Result<Verdict> {
+        if self.moved()? {
+            return Ok(Verdict::Moved);
+        }
+        let switches = self.count_switches()?;
+        let calm = !switches.is_empty() && switches == self.switches;
+        if !calm && !thorough && self.known.len() > FEW {
+            return Ok(Verdict::Stirred);
+        }
+        let mut look = Look::new(self);
+        let mut running: HashMap<Gva, Live> = HashMap::new();
+        for vcpu in vcpus.iter().filter(|v| v.online) {
+            look.vcpu(vcpu, &mut running)?;
+        }
+        for (addr, live) in &running {
+            if let Some(known) = self.known.get(addr) {
+                look.task(known, Some(*live))?;
+            }
+        }
+        let mut scan = |known: &Known| {
+            if !running.contains_key(&known.task.addr) && (calm || !known.is_clear()?) {
+                look.task(known, None)?;
+            }
+            Ok::<(), Error>(())
+        };
+        if calm {
+            for known in self
+                .restless
+                .borrow()
+                .iter()
+                .filter_map(|a| self.known.get(a))
+            {
+                scan(known)?;
+            }
+        } else {
+            for (n, known) in self.known.values().enumerate() {
+                if n % 64 == 0 && too_long() {
+                    return Ok(Verdict::TooLong);
+                }
+                scan(known)?;
+            }
+        }
+        Ok(look.verdict())
+    }
+
+    pub(super) fn owner_of_stack(&self, rsp: Gva) -> Option<&Known> {
+        self.known.values().find(|k| k.task.stack.contains(rsp))
+    }
+
+    pub(super) fn current_of(&self, vcpu: &Vcpu) -> Option<&Known> {
+        // In the kernel's entry code the two GS bases may not be exchanged yet.
+        let cpu = self
+            .cpus
+            .iter()
+            .find(|c| c.base == vcpu.gs_base)
+            .or_else(|| self.cpus.iter().find(|c| c.base == vcpu.gs_other))?;
+        self.known.get(&Gva(cpu.current.as_ref()?.u64().ok()?))
+    }
+}

@@ -1,0 +1,176 @@
+//! What is looked at again in the pause, in the mock guest.
+
+use super::*;
+use crate::addr::Gva;
+use crate::guest::{GuestType, Vcpu};
+use crate::kernel::fixture_world::{World, PATCHED, PERCPU};
+use crate::kernel::tasks::{self, Layout, Task};
+
+/// An address in the function that is watched.
+const INSIDE: u64 = PATCHED.0 + 10;
+
+const NOBODY: [u32; 0] = [];
+
+struct Guest<'w> {
+    world: &'w World,
+    kernel: &'w Kernel<'w>,
+    layout: Layout,
+    tasks: Vec<Task>,
+}
+
+impl Guest<'_> {
+    fn poke(&self, at: Gva, bytes: &[u8]) {
+        let frame = self.kernel.space.walk(at).unwrap().frame;
+        self.world.memory.fill(frame, at.offset(), bytes);
+    }
+
+    fn task(&self, pid: u32) -> &Task {
+        self.tasks.iter().find(|t| t.pid == pid).unwrap()
+    }
+
+    /// Puts the task with its whole stack at rest in the function, or out of it.
+    fn enter(&self, pid: u32, inside: bool) {
+        let word = if inside { INSIDE } else { 0 };
+        let at = Gva(self.task(pid).stack.end.0 - 0x180);
+        self.poke(at, &word.to_le_bytes());
+    }
+
+    /// The task was switched out so many times.
+    fn switched(&self, pid: u32, times: u64) {
+        let at = self.task(pid).addr.plus(self.layout.switches[0] as u64);
+        self.poke(at, &times.to_le_bytes());
+    }
+
+    /// The CPU switched between tasks so many times.
+    fn cpu_switched(&self, cpu: usize, times: u64) {
+        let at = tasks::switches_symbol(self.kernel).unwrap();
+        self.poke(tasks::percpu(at, PERCPU[cpu]), &times.to_le_bytes());
+    }
+
+    fn look(&self, scan: &Prescan<'_, '_>) -> Vec<u32> {
+        let vcpus: &[Vcpu] = &self.world.vcpus;
+        blocked(scan.look(vcpus, true, &|| false).unwrap())
+    }
+}
+
+fn blocked(verdict: Verdict) -> Vec<u32> {
+    match verdict {
+        Verdict::Quiet => Vec::new(),
+        Verdict::Blocked(all) => all.iter().map(|b| b.pid).collect(),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn with_guest(test: impl FnOnce(&Guest<'_>, &mut Prescan<'_, '_>)) {
+    let world = World::new(GuestType::Pvh);
+    let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
+    let layout = Layout::of(&kernel).unwrap();
+    let tasks = layout.all(&kernel, &kernel.space.fresh()).unwrap();
+    let watch = Watch::of(vec![Watched {
+        range: Range::new(PATCHED, 0x10),
+        name: "patched".into(),
+    }]);
+    let guest = Guest {
+        world: &world,
+        kernel: &kernel,
+        layout,
+        tasks,
+    };
+    let mut scan = Prescan::new(&kernel, &watch).unwrap();
+    scan.refresh().unwrap();
+    test(&guest, &mut scan);
+}
+
+#[test]
+fn a_task_that_did_not_run_since_it_was_found_clear_is_not_looked_at_again() {
+    with_guest(|guest, scan| {
+        guest.enter(42, false);
+        assert_eq!(blocked(scan.rehearse().unwrap()), NOBODY);
+        guest.cpu_switched(0, 1);
+        // This can't be without a switch, and shows that it isn't looked at.
+        guest.enter(1, true);
+        assert_eq!(guest.look(scan), NOBODY);
+        guest.switched(1, 1);
+        assert_eq!(guest.look(scan), [1]);
+        assert_eq!(blocked(scan.rehearse().unwrap()), [1]);
+        guest.enter(1, false);
+        assert_eq!(guest.look(scan), NOBODY);
+    });
+}
+
+#[test]
+fn no_task_is_asked_whether_it_ran_when_no_cpu_switched() {
+    with_guest(|guest, scan| {
+        guest.enter(42, false);
+        scan.rehearse().unwrap();
+        guest.enter(1, true);
+        guest.switched(1, 1);
+        assert_eq!(guest.look(scan), NOBODY);
+        for cpu in [0, 1] {
+            guest.cpu_switched(cpu, 5);
+            assert_eq!(guest.look(scan), [1]);
+            guest.cpu_switched(cpu, 0);
+        }
+    });
+}
+
+#[test]
+fn who_was_in_the_way_or_on_a_cpu_at_the_rehearsal_is_always_looked_at() {
+    with_guest(|guest, scan| {
+        assert_eq!(blocked(scan.rehearse().unwrap()), [42]);
+        assert_eq!(guest.look(scan), [42]);
+        guest.enter(42, false);
+        assert_eq!(guest.look(scan), NOBODY);
+        // Of the task in user mode nothing is live; of the idle one what is above its stack pointer.
+        guest.enter(43, true);
+        assert_eq!(guest.look(scan), NOBODY);
+        let idle = guest.tasks.iter().find(|t| t.on_cpu && t.pid == 0).unwrap();
+        let word = |offset| Gva(idle.stack.end.0 - offset);
+        guest.poke(word(0x108), &INSIDE.to_le_bytes());
+        assert_eq!(guest.look(scan), NOBODY);
+        guest.poke(word(0x80), &INSIDE.to_le_bytes());
+        assert_eq!(guest.look(scan), [0]);
+    });
+}
+
+#[test]
+fn tasks_born_since_they_were_listed_are_noticed() {
+    with_guest(|guest, scan| {
+        scan.rehearse().unwrap();
+        let births = guest.kernel.symbols.need("total_forks").unwrap();
+        guest.poke(births, &78u64.to_le_bytes());
+        let vcpus = &guest.world.vcpus;
+        let verdict = scan.look(vcpus, true, &|| false).unwrap();
+        assert_eq!(verdict, Verdict::Moved);
+        scan.refresh().unwrap();
+        assert_eq!(guest.look(scan), [42]);
+    });
+}
+
+#[test]
+fn a_watched_range_is_hit_behind_its_first_byte_and_up_to_its_end() {
+    let watched = |start, len, name: &str| Watched {
+        range: Range::new(Gva(start), len),
+        name: name.into(),
+    };
+    let watch = Watch::of(vec![watched(0x2000, 0x10, "b"), watched(0x1000, 0x10, "a")]);
+    let name = |word| watch.hit(word).map(|(w, offset)| (w.name.clone(), offset));
+    assert_eq!(name(0x1000), None);
+    assert_eq!(name(0x1001), Some(("a".into(), 1)));
+    assert_eq!(name(0x1010), Some(("a".into(), 0x10)));
+    assert_eq!(name(0x1011), None);
+    assert_eq!(name(0x2008), Some(("b".into(), 8)));
+    assert_eq!(name(0x3000), None);
+    assert!(Watch::default().hit(5).is_none());
+    // One within another.
+    let watch = Watch::of(vec![
+        watched(0x1010, 0x10, "b"),
+        watched(0x1010, 0x20, "c"),
+        watched(0x1000, 0x100, "a"),
+    ]);
+    let name = |word| watch.hit(word).map(|(w, offset)| (w.name.clone(), offset));
+    assert_eq!(name(0x1018), Some(("b".into(), 8)));
+    assert_eq!(name(0x1028), Some(("c".into(), 0x18)));
+    assert_eq!(name(0x1080), Some(("a".into(), 0x80)));
+    assert_eq!(name(0x1101), None);
+}
