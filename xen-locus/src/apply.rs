@@ -409,17 +409,17 @@ fn execute(
             if prescan.moved()? {
                 prescan.refresh()?;
             }
-            machine.vcpus()?;
+            // All that the pause will do, but for the writes: code that runs for the first time is slow.
+            prescan.look(&machine.vcpus()?, true, &|| false)?;
+            check_all(&targets)?;
             prescan.rehearse()?;
             let paused = machine.pause()?;
             let too_long = || paused.elapsed() > options.max_pause;
             verdict = prescan.look(&machine.vcpus()?, stirred >= HASTY, &too_long)?;
             if verdict == Verdict::Quiet {
                 write_all(&targets)?;
-                return Ok(Done {
-                    pause: paused.end()?,
-                    attempts,
-                });
+                let pause = paused.end()?;
+                return Ok(Done { pause, attempts });
             }
             pause = paused.end()?;
         }
@@ -469,8 +469,8 @@ fn gave_up(
     }
 }
 
-/// Writes all targets or none.
-fn write_all(targets: &[Target<'_>]) -> Result<()> {
+/// Checks that the guest's memory holds what is to be replaced.
+fn check_all(targets: &[Target<'_>]) -> Result<()> {
     for target in targets {
         if !target.holds(&target.write.expect)? {
             return Err(Error::TryAgain(format!(
@@ -480,6 +480,12 @@ fn write_all(targets: &[Target<'_>]) -> Result<()> {
             )));
         }
     }
+    Ok(())
+}
+
+/// Writes all targets or none.
+fn write_all(targets: &[Target<'_>]) -> Result<()> {
+    check_all(targets)?;
     let changed = || targets.iter().filter(|t| t.write.new != t.write.expect);
     let written = changed().try_for_each(|t| t.put(&t.write.new));
     let verified = || -> Result<bool> {

@@ -15,6 +15,7 @@ use crate::link::record::Function;
 use crate::patch::Payload;
 use crate::plan::{self, Mode, Stack};
 use crate::store::{Store, ROOT};
+use crate::xen;
 
 /// Where locks stand: gone after a reboot of dom0, as the guests are.
 const LOCKS: &str = "/run/xen-locus";
@@ -179,6 +180,8 @@ fn change<R>(
 ) -> Result<R> {
     let _lock = lock(&domain.info.uuid, options.timeout)?;
     let kernel = Kernel::of(domain)?;
+    // Where it isn't allowed the pause takes longer.
+    let _ = xen::stay_resident();
     let done = action(&kernel)?;
     if !options.dry_run {
         // The guest is changed: what can't be published is said, and does not undo that.

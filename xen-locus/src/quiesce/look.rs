@@ -30,11 +30,12 @@ impl<'s, 'k, 'm> Look<'s, 'k, 'm> {
         Look {
             scan,
             found: Vec::new(),
-            words: Vec::new(),
+            words: scan.room.take(),
         }
     }
 
     pub(super) fn verdict(self) -> Verdict {
+        self.scan.room.replace(self.words);
         if self.found.is_empty() {
             Verdict::Quiet
         } else {

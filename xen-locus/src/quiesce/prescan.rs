@@ -100,6 +100,8 @@ pub struct Prescan<'k, 'm> {
     switches: Vec<u64>,
     /// Tasks that the last rehearsal could not clear.
     restless: RefCell<Vec<Gva>>,
+    /// Room for the words of a stack: not to be found inside the pause.
+    pub(super) room: RefCell<Vec<u8>>,
 }
 
 impl std::fmt::Debug for Prescan<'_, '_> {
@@ -128,6 +130,7 @@ impl<'k, 'm> Prescan<'k, 'm> {
             cpus: Vec::new(),
             switches: Vec::new(),
             restless: RefCell::default(),
+            room: RefCell::default(),
             space,
         })
     }

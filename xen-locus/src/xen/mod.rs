@@ -14,7 +14,7 @@ mod pause;
 pub use call::Hypercalls;
 pub use ctl::{Control, DomainInfo};
 pub use foreign::{Access, Foreign};
-pub use pause::Pause;
+pub use pause::{stay_resident, Pause};
 
 use std::fs;
 

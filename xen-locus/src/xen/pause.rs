@@ -21,6 +21,19 @@ const HELD: [libc::c_int; 7] = [
     libc::SIGTTOU,
 ];
 
+/// Keeps all memory of this process in place from now on: code, data and what it will allocate. Else
+/// the first use of a page inside a pause waits for the kernel, or for a disk to swap it in.
+///
+/// # Errors
+/// The kernel refuses: the process may not lock so much.
+pub fn stay_resident() -> Result<(), Error> {
+    // SAFETY: the call changes no memory's contents and takes no pointer.
+    if unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) } == 0 {
+        return Ok(());
+    }
+    Err(Error::last("locking this process in memory (mlockall)"))
+}
+
 /// A paused domain. Dropping it unpauses, also when the stack unwinds.
 #[derive(Debug)]
 pub struct Pause<'c> {
