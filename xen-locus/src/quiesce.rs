@@ -94,7 +94,9 @@ impl Watch {
     }
 
     fn of(mut ranges: Vec<Watched>) -> Watch {
-        // Of those that begin together the innermost last: the last that fits is reported.
+        // The last that fits is reported: of those that begin together the innermost, of equal ones the
+        // one that was named first.
+        ranges.reverse();
         ranges.sort_by_key(|w| (w.range.start, std::cmp::Reverse(w.range.end)));
         let mut highest = 0;
         let with_highest = |watched: Watched| {

@@ -165,6 +165,7 @@ fn a_watched_range_is_hit_behind_its_first_byte_and_up_to_its_end() {
     // One within another.
     let watch = Watch::of(vec![
         watched(0x1010, 0x10, "b"),
+        watched(0x1010, 0x10, "twin"),
         watched(0x1010, 0x20, "c"),
         watched(0x1000, 0x100, "a"),
     ]);
