@@ -257,11 +257,22 @@ fn find_digits(data: &[u8], from: usize) -> Vec<usize> {
 
 /// Tries `digits`, the place of the token `0`, as the 49th of 256 tokens.
 fn tokens_around(data: &[u8], digits: usize) -> Option<Tokens> {
-    // 48 strings end before the digit 0; the byte before the first of them is a NUL as well, the
-    // high byte of the last marker or padding.
+    // 48 strings end before the digit 0. The byte before the first of them is a NUL as well, the
+    // high byte of the last marker or padding; or it is the last of `kallsyms_seqs_of_names`, which
+    // may be any, if no padding follows. The table is aligned to 4 bytes at least.
     let from = digits.saturating_sub(48 * TOKEN_MAX);
     let mut ends = data.get(from..digits)?.iter().enumerate().rev();
     let at = from + ends.by_ref().filter(|(_, &b)| b == 0).nth(48)?.0 + 1;
+    let len = data.get(at..)?.iter().position(|&b| b == 0)?;
+    let lowest = (at + len.saturating_sub(TOKEN_MAX)).next_multiple_of(4);
+    let aligned = (lowest..=at + len).step_by(4);
+    std::iter::once(at)
+        .chain(aligned)
+        .find_map(|at| tokens_at(data, at))
+}
+
+/// The token table that begins at `at`, if the index behind it agrees.
+fn tokens_at(data: &[u8], at: usize) -> Option<Tokens> {
     let mut tokens = Vec::with_capacity(256);
     let mut places = Vec::with_capacity(256);
     let mut pos = 0;

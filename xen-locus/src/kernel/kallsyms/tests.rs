@@ -43,6 +43,20 @@ fn symbols_are_read_in_every_order_and_encoding_of_the_tables() {
 }
 
 #[test]
+fn tokens_are_found_behind_a_sequence_that_leaves_no_room_for_padding() {
+    for more in 0..16 {
+        let mut fixture = Fixture::new();
+        fixture.tables = Tables::OldWithSequence;
+        for n in 0..more {
+            fixture.function(TEXT.0 + 0x200 + n, &format!("more_{n}"), &[0xc3]);
+        }
+        let kernel = fixture.build();
+        let kernel = Kernel::read(&kernel, KIND, &vcpus());
+        assert!(kernel.is_ok(), "{more}");
+    }
+}
+
+#[test]
 fn a_table_whose_addresses_disagree_with_the_anchors_is_not_believed() {
     let memory = Fixture::new().build();
     let mut vcpus = vcpus();
