@@ -10,6 +10,8 @@
 //! `total_forks` (kernel/fork.c) under the lock that links a new task. A task that died since is
 //! scanned all the same, which can only alarm. A task not yet counted has never run.
 
+pub mod walk;
+
 use std::collections::HashMap;
 
 use serde::Serialize;
