@@ -54,6 +54,7 @@ fn object(one: &TaskStack, names: &Names<'_, '_>) -> Value {
         "ends_in": one.walk.end.ok().map(|end| match end {
             End::User => "user",
             End::Kernel => "kernel",
+            End::Gone => "gone",
         }),
         "why": one.walk.end.err().map(|why| why.to_string()),
         "frames": frames.collect::<Vec<_>>(),

@@ -4,7 +4,7 @@
 //! meanwhile, which its counts of context switches tell.
 
 use super::stack::{self, Copied, Stack, StackKind};
-use super::{Walk, Walker, Why};
+use super::{End, Walk, Walker, Why};
 use crate::addr::Gva;
 use crate::guest::space::Space;
 use crate::guest::Vcpu;
@@ -86,6 +86,12 @@ impl Look<'_, '_, '_> {
     }
 
     fn walk(&self, space: &Space<'_>, task: &Task) -> Result<Walk, Error> {
+        if task.stack.start == Gva(0) {
+            return Ok(Walk {
+                frames: Vec::new(),
+                end: Ok(End::Gone),
+            });
+        }
         for _ in 0..TRIES {
             let before = self.moment(space, task)?;
             if before.on_cpu {
