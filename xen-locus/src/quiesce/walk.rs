@@ -50,7 +50,7 @@ pub enum End {
     /// At the end of a stack below which nobody ever was in user mode, or not yet: kernel threads,
     /// idle tasks, tasks that never ran, the kernel's entry code.
     Kernel,
-    /// There is no stack: the task is dead, and its stack was given back.
+    /// There is no stack: the task is dead, and its stack was given back or will be.
     Gone,
 }
 

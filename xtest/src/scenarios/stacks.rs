@@ -73,7 +73,12 @@ fn stacks(ctx: &mut Ctx, suite: &'static Suite, kind: Kind) -> Result<(), Verdic
     let mut preempted = 0;
     let mut interrupted = 0;
     for _ in 0..BUSY {
-        for task in reliable(ctx, &guest)?.values() {
+        let tasks = reliable(ctx, &guest)?;
+        let zombie = tasks
+            .values()
+            .any(|t| t.state == 'Z' && t.ends_in == "gone");
+        check!(zombie, "no dead task has no stack: {tasks:#?}");
+        for task in tasks.values() {
             preempted += usize::from(task.state == 'R');
             interrupted += usize::from(task.interrupted);
         }
@@ -93,6 +98,8 @@ fn stacks(ctx: &mut Ctx, suite: &'static Suite, kind: Kind) -> Result<(), Verdic
 struct Seen {
     comm: String,
     state: char,
+    /// Where the walk ended.
+    ends_in: String,
     /// One frame at least was interrupted in the kernel.
     interrupted: bool,
     /// Addresses and names.
@@ -117,6 +124,7 @@ fn reliable(ctx: &Ctx, guest: &Guest) -> Result<BTreeMap<u64, Seen>, Verdict> {
         let frames: Vec<&Value> = task["frames"].as_array().into_iter().flatten().collect();
         let seen = Seen {
             comm: text(&task["comm"]),
+            ends_in: text(&task["ends_in"]),
             state: text(&task["state"]).chars().next().unwrap_or('?'),
             // The first frame of a task that never ran counts as interrupted.
             interrupted: frames.iter().skip(1).any(|f| f["interrupted"] == true),

@@ -86,18 +86,28 @@ impl Look<'_, '_, '_> {
     }
 
     fn walk(&self, space: &Space<'_>, task: &Task) -> Result<Walk, Error> {
+        let gone = || Walk {
+            frames: Vec::new(),
+            end: Ok(End::Gone),
+        };
         if task.stack.start == Gva(0) {
-            return Ok(Walk {
-                frames: Vec::new(),
-                end: Ok(End::Gone),
-            });
+            return Ok(gone());
         }
         for _ in 0..TRIES {
             let before = self.moment(space, task)?;
             if before.on_cpu {
                 return self.running(space, task);
             }
-            let memory = Copied::read(space, task.stack, before.sp)?;
+            if self.details.read(space, task.addr)?.dead {
+                if self.moment(space, task)? == before {
+                    return Ok(gone());
+                }
+                continue;
+            }
+            // The stack of one that dies now is unmapped.
+            let Ok(memory) = Copied::read(space, task.stack, before.sp) else {
+                continue;
+            };
             if self.moment(space, task)? == before {
                 let stack = Stack {
                     kind: StackKind::Task,
