@@ -2,13 +2,15 @@
 //!
 //! Every vCPU's registers and every task's kernel stack are looked at. A stack is not unwound but
 //! scanned: each word of its live part that could be a return address into a watched range counts.
-//! That gives false alarms (a stale or unrelated word), never misses.
+//! That gives false alarms (a stale or unrelated word), never misses. ([`walk`] unwinds stacks; nothing
+//! is decided by it yet.)
 //!
 //! The work is split so that the guest is paused only for the last look, and that costs what changed
 //! since the one before it, not what there is ([`prescan`]).
 
 mod look;
 mod prescan;
+pub mod walk;
 
 pub use prescan::Prescan;
 
@@ -80,6 +82,7 @@ impl Watch {
         for name in [
             "arch_rethook_trampoline",
             "__kretprobe_trampoline",
+            "kretprobe_trampoline",
             "return_to_handler",
         ] {
             if let Some(at) = kernel.symbols.addr(name) {

@@ -13,7 +13,7 @@ use std::process::Command;
 const CORES: [&str; 2] = ["mock-pv", "mock-pvh"];
 
 /// Name of the file, and arguments; `CORE` stands for the core.
-const COMMANDS: [(&str, &[&str]); 10] = [
+const COMMANDS: [(&str, &[&str]); 11] = [
     ("list", &["list", "--core", "CORE"]),
     ("info", &["info", "--core", "CORE"]),
     (
@@ -21,6 +21,7 @@ const COMMANDS: [(&str, &[&str]); 10] = [
         &["info", "--core", "CORE", "--symbols", "*_task*"],
     ),
     ("tasks", &["info", "--core", "CORE", "--tasks"]),
+    ("stacks", &["info", "--core", "CORE", "--stacks"]),
     ("modules", &["info", "--core", "CORE", "--modules"]),
     ("type", &["info", "--core", "CORE", "--type", "task_struct"]),
     ("status", &["status", "--core", "CORE"]),

@@ -155,6 +155,9 @@ pub struct What {
     /// Tasks: every thread of every process, and the idle task of every CPU
     #[arg(long)]
     pub tasks: bool,
+    /// The kernel stack of every task, as /proc/PID/stack shows it, and whether it is reliable
+    #[arg(long)]
+    pub stacks: bool,
     /// Loaded modules, in the order of /proc/modules
     #[arg(long)]
     pub modules: bool,

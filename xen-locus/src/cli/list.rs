@@ -64,6 +64,7 @@ fn rows_of_domains(host: &Host) -> Result<Vec<Row>> {
                     uuid: Some(info.uuid),
                     vcpus: info.vcpus,
                     core: None,
+                    registers: Vec::new(),
                 };
                 unsupported(subject, kind, error.to_string())
             }

@@ -10,6 +10,7 @@ use crate::addr::DomId;
 use crate::domain::Domain;
 use crate::error::{Error, Result};
 use crate::guest::core::Core;
+use crate::guest::Vcpu;
 use crate::kernel::Kernel;
 
 /// Who is looked at, apart from the kernel.
@@ -25,6 +26,9 @@ pub struct Subject {
     pub vcpus: u32,
     /// The core's file.
     pub core: Option<PathBuf>,
+    /// Registers of its virtual CPUs, of the same moment as its memory; those of a running domain
+    /// are not.
+    pub registers: Vec<Vcpu>,
 }
 
 impl Subject {
@@ -37,6 +41,7 @@ impl Subject {
             uuid: Some(domain.info.uuid.clone()),
             vcpus: domain.info.vcpus,
             core: None,
+            registers: Vec::new(),
         }
     }
 
@@ -50,6 +55,7 @@ impl Subject {
             uuid: None,
             vcpus: u32::try_from(core.vcpus().len()).unwrap_or(u32::MAX),
             core: Some(core.path().to_owned()),
+            registers: core.vcpus().to_vec(),
         }
     }
 

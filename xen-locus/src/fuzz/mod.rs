@@ -24,6 +24,7 @@ mod mutate;
 mod orc;
 mod pages;
 mod payload;
+mod stacks;
 mod stage;
 mod vmcoreinfo;
 
@@ -74,6 +75,11 @@ pub const TARGETS: &[Target] = &[
         name: "orc",
         run: orc::run,
         seeds: orc::seeds,
+    },
+    Target {
+        name: "stacks",
+        run: stacks::run,
+        seeds: stacks::seeds,
     },
     Target {
         name: "vmcoreinfo",

@@ -401,6 +401,12 @@ fn vcpu(id: u32, context: &[u8], kind: GuestType) -> Option<Vcpu> {
         online: flags & write::ONLINE != 0,
         rip: word(write::RIP)?,
         rsp: word(write::RSP)?,
+        rbp: word(write::RBP)?,
+        rax: word(write::RAX)?,
+        rdx: word(write::RDX)?,
+        rdi: word(write::RDI)?,
+        r10: word(write::R10)?,
+        r13: word(write::R13)?,
         user,
         // EFER is not saved: a 32-bit kernel with PAE passes, and is not found by its tables.
         long_mode: pv || (cr0 & write::CR0_PAGING != 0 && cr4 & write::CR4_PAE != 0),

@@ -114,6 +114,18 @@ pub struct Vcpu {
     pub rip: u64,
     /// Stack pointer.
     pub rsp: u64,
+    /// Frame pointer, and the other registers on which the kernel's unwinder may base a frame.
+    pub rbp: u64,
+    /// RAX.
+    pub rax: u64,
+    /// RDX.
+    pub rdx: u64,
+    /// RDI.
+    pub rdi: u64,
+    /// R10.
+    pub r10: u64,
+    /// R13.
+    pub r13: u64,
     /// It runs in user mode.
     pub user: bool,
     /// It is in 64-bit mode with paging on.

@@ -9,6 +9,8 @@
 )] // part of tests only
 #![allow(missing_debug_implementations)]
 
+pub mod frames;
+
 use super::btf::blob::Blob;
 use super::fixture::{Fixture, Tables, ENTRY, TABLES, TEXT};
 use crate::addr::{Frame, Gva, PAGE_LEN};
@@ -27,7 +29,7 @@ pub const STACK_LEN: usize = 8 << 10;
 /// The function that the test payload replaces.
 pub const PATCHED: Gva = Gva(TEXT.0 + 0x1000);
 /// Where its idle task waits.
-const IDLE: Gva = Gva(TEXT.0 + 0x1100);
+pub const IDLE: Gva = Gva(TEXT.0 + 0x1100);
 /// Addresses of per-CPU variables within an area.
 const IDLE_THREADS: u64 = 0x1000;
 const CURRENT_TASK: u64 = 0x1008;
@@ -273,8 +275,8 @@ impl Draft {
     }
 
     fn fill(&mut self) {
-        // Text: nop of ftrace, `mov $42, %eax`, `ret`.
-        let code = [0x0f, 0x1f, 0x44, 0, 0, 0xb8, 0x2a, 0, 0, 0, 0xc3];
+        // Text: nop of ftrace, a call of __schedule, `ret`.
+        let code = [0x0f, 0x1f, 0x44, 0, 0, 0xe8, 0xf6, 0x31, 0, 0, 0xc3];
         self.fixture.function(PATCHED.0, "cmdline_proc_show", &code);
         self.fixture
             .function(PATCHED.0 + 0x10, "__fentry__", &[0xc3]);
@@ -289,10 +291,9 @@ impl Draft {
             ("__stop_BTF", vec![0; 8]),
             ("__start_notes", note.to_vec()),
             ("__stop_notes", vec![0; 8]),
-            ("__start_orc_unwind_ip", vec![0; 16]),
-            ("__stop_orc_unwind_ip", vec![0; 8]),
         ]);
         // Variables.
+        self.code();
         self.variable("total_forks", &77u64.to_le_bytes());
         self.variable("nr_cpu_ids", &2u32.to_le_bytes());
         let bases: Vec<u8> = PERCPU.iter().flat_map(|b| b.to_le_bytes()).collect();
@@ -339,7 +340,7 @@ impl Draft {
         let node = |task: Gva| task.plus(TASKS as u64);
         self.link(node(idle[0]), &[node(init), node(sleeper)]);
         // The sleeper is in the function that the payload replaces.
-        self.stacks[3][0x1e80..0x1e88].copy_from_slice(&(PATCHED.0 + 10).to_le_bytes());
+        self.frames();
         for on_second in [idle[1], busy] {
             self.put(on_second.plus(CPU as u64), &1u32.to_le_bytes());
         }
@@ -388,6 +389,7 @@ fn types() -> Vec<u8> {
     );
     btf.structure("signal_struct", 64, &[("thread_head", list, THREAD_HEAD)]);
     modules(&mut btf, [int, long, char, list]);
+    frames::types(&mut btf, [int, long, char]);
     btf.bytes()
 }
 

@@ -460,6 +460,8 @@ pub struct Orc {
     base: u64,
     rows: Vec<u8>,
     text: Vec<Range>,
+    /// Where code stood that is gone.
+    discarded: Option<Range>,
 }
 
 impl std::fmt::Debug for Orc {
@@ -478,7 +480,7 @@ impl Orc {
     /// As [`Table::of`]; [`Error::Odd`] when the addresses are not sorted or leave the kernel's
     /// text, or a row isn't known. Rows may also be for what the kernel has discarded since it
     /// booted (`__init_begin` to `__init_end`, code of exit and replacements of alternatives
-    /// included); nobody is there any more, and no row is given for it.
+    /// included); [`Orc::row`] gives none for it.
     pub fn read(kernel: &Kernel<'_>) -> Result<Orc, Error> {
         let table = Table::of(kernel)?;
         let end = |name| kernel.symbols.need(name);
@@ -486,15 +488,16 @@ impl Orc {
             start: kernel.text_base,
             end: end("_etext")?,
         }];
-        let mut all = text.clone();
-        if let (Ok(start), Ok(end)) = (end("__init_begin"), end("__init_end")) {
-            all.push(Range { start, end });
-        }
-        Orc::load(&kernel.space, &table, text, &all)
+        let discarded = match (end("__init_begin"), end("__init_end")) {
+            (Ok(start), Ok(end)) => Some(Range { start, end }),
+            _ => None,
+        };
+        Orc::load(&kernel.space, &table, text, discarded, false)
     }
 
     /// Reads the table of a module: `count` rows at `rows`, their addresses at `ips`
-    /// (`mod->arch.orc_unwind`, `orc_unwind_ip`, `num_orcs`), all within `text`. Its format is
+    /// (`mod->arch.orc_unwind`, `orc_unwind_ip`, `num_orcs`). Rows for other places than `text` are
+    /// left out: those for its init code stay in the table when that code is gone. Its format is
     /// taken to be the kernel's own: the kernel reads both through one `struct orc_entry`.
     ///
     /// # Errors
@@ -516,22 +519,25 @@ impl Orc {
             count,
             layout: Table::of(kernel)?.layout,
         };
-        let all = text.clone();
-        Orc::load(space, &table, text, &all)
+        Orc::load(space, &table, text, None, true)
     }
 
-    /// Reads `table`, whose rows may be for any of `all`, and are given for `text`.
+    /// Reads `table`, whose rows are for `text` or what was `discarded`; others are left out if it is
+    /// `partial`, and else are an error.
     fn load(
         space: &Space<'_>,
         table: &Table,
         text: Vec<Range>,
-        all: &[Range],
+        discarded: Option<Range>,
+        partial: bool,
     ) -> Result<Orc, Error> {
+        let all: Vec<Range> = text.iter().copied().chain(discarded).collect();
         let odd =
             |i: usize, what: String| Error::Odd(format!("ORC row {i} of {} {what}", table.count));
         let base = all.iter().map(|r| r.start.0).min().unwrap_or(0);
         let raw = space.read_vec(table.ips, table.count * 4)?;
         let mut ips = Vec::with_capacity(table.count);
+        let mut left_out = Vec::new();
         let mut last = 0;
         for (i, word) in raw.chunks_exact(4).enumerate() {
             let word = fetch::u32(word, 0).unwrap_or(0).cast_signed();
@@ -539,6 +545,10 @@ impl Orc {
             let ip = Gva(place.0.wrapping_add_signed(word.into()));
             // A row may begin where text ends: "undefined from here".
             if !all.iter().any(|r| r.contains(ip) || r.end == ip) {
+                if partial {
+                    left_out.push(i);
+                    continue;
+                }
                 return Err(odd(i, format!("is for {ip}; expected within {all:?}")));
             }
             let offset = u32::try_from(ip.0 - base)
@@ -550,7 +560,7 @@ impl Orc {
             ips.push(offset);
         }
         drop(raw);
-        let rows = space.read_vec(table.rows, table.count * table.layout.len)?;
+        let mut rows = space.read_vec(table.rows, table.count * table.layout.len)?;
         for (i, bytes) in rows.chunks_exact(table.layout.len).enumerate() {
             if table.layout.row(bytes).is_none() {
                 return Err(odd(
@@ -562,12 +572,18 @@ impl Orc {
                 ));
             }
         }
+        if !left_out.is_empty() {
+            let rest = rows.chunks_exact(table.layout.len).enumerate();
+            let rest = rest.filter(|(i, _)| left_out.binary_search(i).is_err());
+            rows = rest.flat_map(|(_, row)| row.iter().copied()).collect();
+        }
         Ok(Orc {
             layout: table.layout,
             ips,
             base,
             rows,
             text,
+            discarded,
         })
     }
 
@@ -599,6 +615,19 @@ impl Orc {
         if !self.text.iter().any(|r| r.contains(ip)) {
             return None;
         }
+        self.row_at(ip)
+    }
+
+    /// The row that held at `ip` in code that the kernel discarded after it booted. The idle task of
+    /// the first CPU still has return addresses into it on its stack, and never returns there.
+    #[must_use]
+    pub fn row_discarded(&self, ip: Gva) -> Option<Row> {
+        self.discarded
+            .filter(|range| range.contains(ip))
+            .and_then(|_| self.row_at(ip))
+    }
+
+    fn row_at(&self, ip: Gva) -> Option<Row> {
         let offset = ip.0.checked_sub(self.base)?;
         let next = self.ips.partition_point(|&at| u64::from(at) <= offset);
         self.nth(next.checked_sub(1)?)

@@ -238,6 +238,9 @@ pub struct Detail {
     pub state: char,
     /// The CPU it runs on, or ran on last.
     pub cpu: u32,
+    /// It gives up the CPU for the last time (`TASK_DEAD`). Once it is on none it is in no function,
+    /// and its stack may be another's.
+    pub dead: bool,
 }
 
 impl Details {
@@ -269,11 +272,14 @@ impl Details {
     /// # Errors
     /// Memory that can't be read.
     pub fn read(&self, space: &Space<'_>, task: Gva) -> Result<Detail, Error> {
+        const DEAD: u32 = 0x80;
         let word = |offset: usize| space.read_u32(task.plus(offset as u64));
+        let state = word(self.state)?;
         Ok(Detail {
             tgid: word(self.tgid)?,
-            state: letter(word(self.state)?, word(self.exit_state)?),
+            state: letter(state, word(self.exit_state)?),
             cpu: word(self.cpu)?,
+            dead: state & DEAD != 0,
         })
     }
 }

@@ -160,7 +160,9 @@ impl<'k, 'm> Prescan<'k, 'm> {
 
     fn list(&mut self) -> Result<()> {
         self.forks = self.forks_at.u64()?;
-        let tasks = self.layout.all(self.kernel, &self.space)?;
+        let mut tasks = self.layout.all(self.kernel, &self.space)?;
+        // The dead have no stack any more (kernel/fork.c: `release_task_stack`), nor run again.
+        tasks.retain(|task| task.stack.start != Gva(0));
         let mut known = HashMap::with_capacity(tasks.len());
         let mut fresh = Vec::new();
         for task in tasks {

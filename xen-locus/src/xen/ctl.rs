@@ -222,6 +222,17 @@ impl Control {
         let r = &c.user_regs;
         // SAFETY: the register unions hold views of one 64-bit register.
         let (rip, rsp) = unsafe { (r.__bindgen_anon_16.rip, r.__bindgen_anon_18.rsp) };
+        // SAFETY: as above.
+        let [rbp, rax, rdx, rdi, r10, r13] = unsafe {
+            [
+                r.__bindgen_anon_5.rbp,
+                r.__bindgen_anon_11.rax,
+                r.__bindgen_anon_13.rdx,
+                r.__bindgen_anon_15.rdi,
+                r.__bindgen_anon_8.r10,
+                r.__bindgen_anon_3.r13,
+            ]
+        };
         let user = c.flags & u64::from(sys::VGCF_in_kernel) == 0;
         let (gs_base, gs_other) = if user {
             (c.gs_base_user, c.gs_base_kernel)
@@ -233,6 +244,12 @@ impl Control {
             online: state.online != 0,
             rip,
             rsp,
+            rbp,
+            rax,
+            rdx,
+            rdi,
+            r10,
+            r13,
             user,
             long_mode: true,
             root: c.ctrlreg.get(3).copied().unwrap_or(0) >> 12,
@@ -269,6 +286,12 @@ impl Control {
             online: true,
             rip: c.rip,
             rsp: c.rsp,
+            rbp: c.rbp,
+            rax: c.rax,
+            rdx: c.rdx,
+            rdi: c.rdi,
+            r10: c.r10,
+            r13: c.r13,
             user: c.cs_sel & 3 == 3,
             long_mode,
             root: (c.cr3 & crate::guest::space::PTE_FRAME) >> 12,

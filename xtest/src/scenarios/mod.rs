@@ -14,6 +14,7 @@ mod refuse;
 mod safety;
 mod sites;
 mod stack;
+mod stacks;
 mod store;
 
 use crate::scenario::Scenario;
@@ -25,6 +26,7 @@ pub fn usual() -> Vec<Scenario> {
         core::SCENARIOS,
         apply::SCENARIOS,
         stack::SCENARIOS,
+        stacks::SCENARIOS,
         refuse::SCENARIOS,
         store::SCENARIOS,
         liar::SCENARIOS,
@@ -42,6 +44,8 @@ pub fn matrix() -> Vec<Scenario> {
     [
         know::SCENARIOS,
         know::MATRIX,
+        stacks::SCENARIOS,
+        stacks::MATRIX,
         core::MATRIX,
         sites::SCENARIOS,
         sites::MATRIX,
@@ -55,6 +59,7 @@ pub fn matrix() -> Vec<Scenario> {
 pub fn all() -> Vec<Scenario> {
     let mut all = usual();
     all.extend_from_slice(know::MATRIX);
+    all.extend_from_slice(stacks::MATRIX);
     all.extend_from_slice(core::MATRIX);
     all.extend_from_slice(sites::MATRIX);
     all.extend_from_slice(loader::MATRIX);

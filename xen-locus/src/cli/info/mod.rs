@@ -2,6 +2,7 @@
 
 mod modules;
 mod raw;
+mod stacks;
 mod symbols;
 mod tasks;
 mod types;
@@ -30,6 +31,8 @@ pub fn run(session: &Session, args: &args::Info) -> anyhow::Result<ExitCode> {
             symbols::show(session, subject, kernel, pattern)?;
         } else if args.what.tasks {
             tasks::show(session, subject, kernel)?;
+        } else if args.what.stacks {
+            stacks::show(session, subject, kernel)?;
         } else if args.what.modules {
             modules::show(session, subject, kernel)?;
         } else if let Some(name) = &args.what.type_name {

@@ -80,6 +80,7 @@ mod tests {
             tgid: 7,
             state: 'S',
             cpu: 1,
+            dead: false,
         };
         let task = Task {
             addr: Gva(0x1000),

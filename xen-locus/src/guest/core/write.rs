@@ -11,6 +11,18 @@ use crate::guest::{GuestType, Vcpu};
 pub(super) const CONTEXT_LEN: usize = 5168;
 /// Byte offsets of its members. `flags` comes behind the FPU's 512 bytes.
 pub(super) const FLAGS: usize = 512;
+/// `user_regs.r13`.
+pub(super) const R13: usize = 520 + 16;
+/// `user_regs.rbp`.
+pub(super) const RBP: usize = 520 + 32;
+/// `user_regs.r10`.
+pub(super) const R10: usize = 520 + 56;
+/// `user_regs.rax`.
+pub(super) const RAX: usize = 520 + 80;
+/// `user_regs.rdx`.
+pub(super) const RDX: usize = 520 + 96;
+/// `user_regs.rdi`.
+pub(super) const RDI: usize = 520 + 112;
 /// `user_regs.rip`.
 pub(super) const RIP: usize = 520 + 128;
 /// `user_regs.cs`.
@@ -86,6 +98,16 @@ fn context(vcpu: &Vcpu, kind: GuestType) -> Vec<u8> {
     // PV kernels run in ring 3 too.
     put(CS, if vcpu.user || pv { 0x33 } else { 0x10 });
     put(RSP, vcpu.rsp);
+    for (at, value) in [
+        (R13, vcpu.r13),
+        (RBP, vcpu.rbp),
+        (R10, vcpu.r10),
+        (RAX, vcpu.rax),
+        (RDX, vcpu.rdx),
+        (RDI, vcpu.rdi),
+    ] {
+        put(at, value);
+    }
     put(CONTROL, flag(vcpu.long_mode, CR0_PAGING));
     put(CONTROL + 24, vcpu.root << 12);
     put(

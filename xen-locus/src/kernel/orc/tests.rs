@@ -284,6 +284,10 @@ fn rows_for_discarded_code_are_let_be_and_not_given() {
     let orc = sample.read().unwrap();
     assert_eq!(orc.len(), 6);
     assert_eq!(orc.row(Gva(init + 0x10)), None);
+    let discarded = |at: u64| orc.row_discarded(Gva(at)).map(|row| row.sp.offset);
+    assert_eq!(discarded(init + 0x10), Some(8));
+    assert_eq!(discarded(init + 0x1000), None);
+    assert_eq!(discarded(TEXT.0), None);
     assert!(orc.row(TEXT).is_some());
 }
 
@@ -326,9 +330,19 @@ fn a_module_brings_its_own_table_for_its_own_text() {
         assert_eq!(offset(0x40), Some(16));
         assert_eq!(offset(0x1000), None);
         assert!(read(0, text).unwrap().is_empty());
-        assert!(read(2, Range::new(text.start, 0x20)).is_err());
+        // The second row is for what is gone.
+        let orc = read(2, Range::new(text.start, 0x20)).unwrap();
+        assert_eq!(orc.len(), 1);
+        assert_eq!(orc.row(text.start.plus(0x1f)).map(|r| r.sp.offset), Some(8));
+        assert_eq!(orc.row(text.start.plus(0x40)), None);
+        let orc = read(2, Range::new(text.start.plus(0x20), 0x100)).unwrap();
+        assert_eq!(
+            orc.row(text.start.plus(0x40)).map(|r| r.sp.offset),
+            Some(16)
+        );
         assert!(read(usize::MAX, text).is_err());
-        assert!(read(4, text).is_err());
+        // Rows for nothing of its text.
+        assert_eq!(read(4, text).unwrap().len(), 2);
     });
 }
 

@@ -1,0 +1,267 @@
+//! `info --stacks` shows the stack of every task as the guest shows it itself, and all that are on no
+//! CPU are reliable: sleeping, stopped, dead and preempted ones.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::fetch::{Suite, BOOKWORM, BULLSEYE, TESTING, TRIXIE};
+use crate::guest::{Guest, GuestSpec, Kind};
+use crate::scenario::{Ctx, Scenario, PV, PVH};
+use crate::verdict::Verdict;
+use crate::{check, check_eq};
+
+/// A scenario for a release's kernel and a guest's type.
+macro_rules! stacks {
+    ($name:literal, $suite:ident, $kind:ident, $profile:ident) => {
+        Scenario {
+            name: $name,
+            summary: "every stack is reliable, and as the guest shows it",
+            profile: &$profile,
+            run: |ctx| stacks(ctx, &$suite, Kind::$kind),
+        }
+    };
+}
+
+/// Part of every run.
+pub const SCENARIOS: &[Scenario] = &[
+    stacks!("stacks-bookworm-pv", BOOKWORM, Pv, PV),
+    stacks!("stacks-bookworm-pvh", BOOKWORM, Pvh, PVH),
+];
+
+/// The rest of the matrix of kernels and types.
+pub const MATRIX: &[Scenario] = &[
+    stacks!("stacks-bullseye-pv", BULLSEYE, Pv, PV),
+    stacks!("stacks-trixie-pv", TRIXIE, Pv, PV),
+    stacks!("stacks-testing-pv", TESTING, Pv, PV),
+    stacks!("stacks-bullseye-pvh", BULLSEYE, Pvh, PVH),
+    stacks!("stacks-trixie-pvh", TRIXIE, Pvh, PVH),
+    stacks!("stacks-testing-pvh", TESTING, Pvh, PVH),
+];
+
+/// Looks at the guest while it is busy.
+const BUSY: usize = 6;
+/// Times the two sides are compared until each task was seen asleep.
+const ROUNDS: usize = 12;
+/// Most frames that `/proc/PID/stack` shows (fs/proc/base.c: `MAX_STACK_TRACE_DEPTH`).
+const SHOWN_MAX: usize = 64;
+/// What a guest says of itself is gathered on an emulated processor.
+const LIMIT: Duration = Duration::from_secs(300);
+
+/// Sleeps, waits for a pipe, is stopped, and is dead with a parent that does not ask.
+const SLEEPERS: &str = "mkfifo /tmp/stacks.fifo; sleep 99999 & echo $! > /tmp/stacks.pids; \
+    sh -c 'read x < /tmp/stacks.fifo' & echo $! >> /tmp/stacks.pids; \
+    sleep 99998 & echo $! >> /tmp/stacks.pids; kill -STOP $!; \
+    sh -c 'true & exec sleep 99997' & echo $! >> /tmp/stacks.pids";
+/// In user mode, in long system calls, in short ones, in page faults.
+const BUSY_ONES: &str = "rm -f /tmp/stacks.busy; for c in 'while :; do :; done' \
+    'exec dd if=/dev/zero of=/dev/null bs=1M' 'exec dd if=/dev/zero of=/dev/null bs=64' \
+    'while :; do read x < /proc/self/maps; done' 'while :; do true | true; done'; do \
+    sh -c \"$c\" >/dev/null 2>&1 & echo $! >> /tmp/stacks.busy; done";
+
+fn stacks(ctx: &mut Ctx, suite: &'static Suite, kind: Kind) -> Result<(), Verdict> {
+    // Where the kernel lets one choose, tasks are preempted in the kernel too.
+    let name = format!("stacks-{}-{}", suite.name, kind.name());
+    let spec = GuestSpec::new(&name, kind)
+        .suite(suite)
+        .memory(256)
+        .kernel_args("preempt=full");
+    let guest = ctx.ensure_guest(spec)?;
+    guest.ok(SLEEPERS)?;
+    guest.ok(BUSY_ONES)?;
+    let mut preempted = 0;
+    let mut interrupted = 0;
+    for _ in 0..BUSY {
+        let tasks = reliable(ctx, &guest)?;
+        let zombie = tasks
+            .values()
+            .any(|t| t.state == 'Z' && t.ends_in == "gone");
+        check!(zombie, "no dead task has no stack: {tasks:#?}");
+        for task in tasks.values() {
+            preempted += usize::from(task.state == 'R');
+            interrupted += usize::from(task.interrupted);
+        }
+    }
+    ctx.dom0.note(&format!(
+        "{name}: {preempted} tasks were ready and waited for a CPU, {interrupted} of them or others \
+         had been interrupted in the kernel"
+    ));
+    check!(preempted > 0, "nobody waited for a CPU");
+    guest.ok("kill -9 $(cat /tmp/stacks.busy)")?;
+    compare(ctx, &guest)?;
+    ctx.destroy_guest(&name)
+}
+
+/// A task as `info --stacks` shows it.
+#[derive(Debug)]
+struct Seen {
+    comm: String,
+    state: char,
+    /// Where the walk ended.
+    ends_in: String,
+    /// One frame at least was interrupted in the kernel.
+    interrupted: bool,
+    /// Addresses and names.
+    frames: Vec<(u64, String)>,
+}
+
+/// The tasks that were on no CPU, by id. All of them must be reliable.
+fn reliable(ctx: &Ctx, guest: &Guest) -> Result<BTreeMap<u64, Seen>, Verdict> {
+    let info = ctx.json(&format!("xen-locus -o json info {} --stacks", guest.name))?;
+    let list = info["stack_list"].as_array();
+    let list = list.ok_or_else(|| Verdict::failure(format!("no stack_list: {info}")))?;
+    let mut all = BTreeMap::new();
+    for task in list {
+        let why = task["why"].as_str().unwrap_or_default();
+        if ["it runs", "it ran while its stack was read"].contains(&why) {
+            continue;
+        }
+        check!(task["reliable"] == true, "unreliable: {task:#}");
+        if task["idle"] == true {
+            continue;
+        }
+        let frames: Vec<&Value> = task["frames"].as_array().into_iter().flatten().collect();
+        let seen = Seen {
+            comm: text(&task["comm"]),
+            ends_in: text(&task["ends_in"]),
+            state: text(&task["state"]).chars().next().unwrap_or('?'),
+            // The first frame of a task that never ran counts as interrupted.
+            interrupted: frames.iter().skip(1).any(|f| f["interrupted"] == true),
+            frames: frames
+                .iter()
+                .map(|f| (hex(&text(&f["address"])), text(&f["function"])))
+                .collect(),
+        };
+        let pid = task["pid"].as_u64().unwrap_or_default();
+        check!(all.insert(pid, seen).is_none(), "pid {pid} is listed twice");
+    }
+    Ok(all)
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
+}
+
+fn hex(text: &str) -> u64 {
+    u64::from_str_radix(text.trim_start_matches("0x"), 16).unwrap_or_default()
+}
+
+/// A task as `/proc` shows it: its frames, and how often it gave up the CPU or lost it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Shown {
+    frames: Vec<String>,
+    switches: Vec<String>,
+}
+
+fn shown(guest: &Guest) -> Result<BTreeMap<u64, Shown>, Verdict> {
+    // Tasks that end under it make grep end with 2. An empty stack shows no line.
+    let cmd = "cd /proc; grep -H -e ctxt_switches [0-9]*/task/[0-9]*/status 2>/dev/null; \
+               grep -H . [0-9]*/task/[0-9]*/stack 2>/dev/null; true";
+    let out = guest.sh_timeout(cmd, LIMIT)?.text();
+    let mut all = BTreeMap::<u64, Shown>::new();
+    for line in out.lines() {
+        let Some((pid, file, rest)) = entry(line) else {
+            return Err(Verdict::Error(format!("/proc gave {line:?}")));
+        };
+        let task = all.entry(pid).or_default();
+        match file {
+            "stack" => task
+                .frames
+                .push(rest.trim_start_matches("[<0>] ").to_owned()),
+            _ => task.switches.push(rest.to_owned()),
+        }
+    }
+    Ok(all)
+}
+
+/// Of `TGID/task/PID/FILE:REST`: PID, FILE, REST.
+fn entry(line: &str) -> Option<(u64, &str, &str)> {
+    let (path, rest) = line.split_once(':')?;
+    let mut parts = path.split('/').skip(2);
+    Some((parts.next()?.parse().ok()?, parts.next()?, rest))
+}
+
+/// Text that `/proc/PID/stack` leaves out: of the scheduler and of spin locks
+/// (kernel/sched/core.c: `in_sched_functions`).
+fn hidden(guest: &Guest) -> Result<Vec<(u64, u64)>, Verdict> {
+    let list = guest.ok("grep -E ' __(sched|lock)_text_(start|end)$' /proc/kallsyms")?;
+    let at = |name: &str| {
+        let line = list.lines().find(|l| l.ends_with(name));
+        line.and_then(|l| l.split(' ').next()).map_or(0, hex)
+    };
+    let ranges = ["sched", "lock"].map(|what| {
+        let [start, end] = ["start", "end"].map(|end| at(&format!(" __{what}_text_{end}")));
+        (start, end)
+    });
+    check!(ranges[0].0 < ranges[0].1, "the scheduler's text: {list}");
+    Ok(ranges.to_vec())
+}
+
+/// Both sides agree on every task.
+fn compare(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+    let hidden = hidden(guest)?;
+    let mut agreed = BTreeSet::new();
+    let mut left = BTreeMap::new();
+    for _ in 0..ROUNDS {
+        let before = shown(guest)?;
+        let ours = reliable(ctx, guest)?;
+        let after = shown(guest)?;
+        left.clear();
+        for (pid, was) in &before {
+            let Some(is) = after.get(pid) else { continue };
+            let Some(seen) = ours.get(pid) else {
+                left.insert(*pid, format!("running; {was:?}"));
+                continue;
+            };
+            let frames: Vec<&String> = seen
+                .frames
+                .iter()
+                .filter(|(at, _)| !hidden.iter().any(|(start, end)| (start..end).contains(&at)))
+                .map(|(_, name)| name)
+                .take(SHOWN_MAX)
+                .collect();
+            if frames.iter().copied().eq(&was.frames) || frames.iter().copied().eq(&is.frames) {
+                agreed.insert(*pid);
+                continue;
+            }
+            // It did not run meanwhile.
+            if was.switches == is.switches && was.frames == is.frames {
+                check_eq!(
+                    frames,
+                    was.frames.iter().collect::<Vec<_>>(),
+                    "{pid} {seen:?}"
+                );
+            }
+            let comm = &seen.comm;
+            left.insert(*pid, format!("{comm}: {frames:?}; {was:?}; {is:?}"));
+        }
+        left.retain(|pid, _| !agreed.contains(pid));
+        if left.is_empty() {
+            break;
+        }
+    }
+    // Who looks is always new, and runs.
+    check!(left.is_empty(), "never seen asleep: {left:#?}");
+    ctx.dom0
+        .note(&format!("{}: {} stacks agree", guest.name, agreed.len()));
+    check!(
+        agreed.len() > 20,
+        "only {} tasks were compared",
+        agreed.len()
+    );
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::entry;
+
+    #[test]
+    fn lines_of_proc_are_taken_apart() {
+        let line = "7/task/8/stack:[<0>] pipe_read+0x1/0x2 [a:b]";
+        let rest = "[<0>] pipe_read+0x1/0x2 [a:b]";
+        assert_eq!(entry(line), Some((8, "stack", rest)));
+        assert_eq!(entry("7/task/x/stack:y"), None);
+    }
+}
