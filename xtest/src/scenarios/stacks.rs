@@ -43,7 +43,7 @@ pub const MATRIX: &[Scenario] = &[
 /// Looks at the guest while it is busy.
 const BUSY: usize = 6;
 /// Cores that are saved of it.
-const CORES: usize = 3;
+const CORES: usize = 2;
 /// Times the two sides are compared until each task was seen asleep.
 const ROUNDS: usize = 8;
 /// Most frames that `/proc/PID/stack` shows (fs/proc/base.c: `MAX_STACK_TRACE_DEPTH`).
