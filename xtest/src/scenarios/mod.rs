@@ -10,10 +10,12 @@ mod know;
 mod liar;
 mod loader;
 mod objects;
+mod protocol;
 mod refuse;
 mod safety;
 mod sites;
 mod stack;
+mod states;
 mod store;
 
 use crate::scenario::Scenario;
@@ -32,6 +34,8 @@ pub fn usual() -> Vec<Scenario> {
         loader::SCENARIOS,
         know::SCENARIOS,
         sites::SCENARIOS,
+        states::SCENARIOS,
+        protocol::SCENARIOS,
         safety::SCENARIOS,
     ]
     .concat()
@@ -47,6 +51,8 @@ pub fn matrix() -> Vec<Scenario> {
         sites::MATRIX,
         loader::SCENARIOS,
         loader::MATRIX,
+        states::SCENARIOS,
+        protocol::MATRIX,
     ]
     .concat()
 }
@@ -58,5 +64,6 @@ pub fn all() -> Vec<Scenario> {
     all.extend_from_slice(core::MATRIX);
     all.extend_from_slice(sites::MATRIX);
     all.extend_from_slice(loader::MATRIX);
+    all.extend_from_slice(protocol::MATRIX);
     all
 }
