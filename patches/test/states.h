@@ -9,6 +9,7 @@
 #include <linux/atomic.h>
 #include <linux/compiler.h>
 #include <linux/processor.h>
+#include <linux/timex.h>
 #include <linux/wait.h>
 
 #define LOCUS_APART noinline __attribute__((__noipa__))
@@ -21,6 +22,8 @@ struct locus_place {
 	/* What LOCUS_CALL calls. */
 	int (*callee)(struct locus_place *);
 	bool released;
+	/* Who spins gives up at this count of the CPU's cycles. */
+	cycles_t end;
 	wait_queue_head_t wait;
 	atomic_t inside;
 	/* Who has left the old function, and the new one. */
@@ -29,6 +32,12 @@ struct locus_place {
 
 int locus_states_target(void *place);
 int locus_states_outer(void *place);
+
+static __always_inline void locus_spin(struct locus_place *p)
+{
+	while (!READ_ONCE(p->released) && get_cycles() < p->end)
+		cpu_relax();
+}
 
 /* All of it in the function it stands in: but for the calls it makes, nothing but its own address
  * shows that somebody is here.
@@ -40,8 +49,7 @@ static __always_inline int locus_stay(struct locus_place *p, int version)
 	atomic_inc(&p->inside);
 	switch (p->how) {
 	case LOCUS_SPIN:
-		while (!READ_ONCE(p->released))
-			cpu_relax();
+		locus_spin(p);
 		break;
 	case LOCUS_SLEEP:
 		found = wait_event_interruptible(p->wait, READ_ONCE(p->released));

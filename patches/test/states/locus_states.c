@@ -3,7 +3,9 @@
  * No patch: puts somebody inside locus_states_target(), in the state whose name is written to
  * /proc/locus_states, until "release" is written. Reading tells who is there. It can't be unloaded.
  *
- * What spins does so on CPU 1: the writer must not be there.
+ * What spins does so on CPU 1: the writer must not be there. Interrupts come a second after they
+ * were asked for, and last ten at most: while one does, who waits for that CPU waits, and that may be
+ * the next to write or read here.
  */
 #include <linux/delay.h>
 #include <linux/err.h>
@@ -17,11 +19,13 @@
 #include <linux/smp.h>
 #include <linux/string.h>
 #include <linux/uaccess.h>
+#include <asm/tsc.h>
 
 #include "../states.h"
 
+#define WRITER_CPU 0
 #define BUSY_CPU 1
-#define PATIENCE_MS 20000
+#define PATIENCE_MS 30000
 
 static struct locus_place place;
 static struct task_struct *created;
@@ -54,8 +58,7 @@ static LOCUS_APART int locus_states_callee(struct locus_place *p)
 
 static LOCUS_APART void locus_states_elsewhere(void)
 {
-	while (!READ_ONCE(place.released))
-		cpu_relax();
+	locus_spin(&place);
 }
 
 static int in_target(void *unused)
@@ -130,10 +133,31 @@ static int start(int (*thread)(void *), const char *name, bool pinned, int nice)
 	return 0;
 }
 
-static int interrupt(void (*handler)(void *))
+static void (*handler)(void *);
+
+static int interrupt_later(void *unused)
 {
+	int err;
+
+	msleep(1000);
+	place.end = get_cycles() + 10000ull * tsc_khz;
+	err = smp_call_function_single(BUSY_CPU, handler, NULL, 0);
+	if (err)
+		atomic_dec(&busy);
+	return err;
+}
+
+static int interrupt(void (*with)(void *))
+{
+	struct task_struct *task = kthread_create(interrupt_later, NULL, "later");
+
+	if (IS_ERR(task))
+		return PTR_ERR(task);
+	handler = with;
+	kthread_bind(task, WRITER_CPU);
 	atomic_inc(&busy);
-	return smp_call_function_single(BUSY_CPU, handler, NULL, 0);
+	wake_up_process(task);
+	return 0;
 }
 
 static int until(atomic_t *count, int wanted)
@@ -172,6 +196,8 @@ static int begin(const char *state)
 	atomic_set(&place.left[0], 0);
 	atomic_set(&place.left[1], 0);
 	place.released = false;
+	/* longer than any test, but for what can't be preempted */
+	place.end = get_cycles() + 600000ull * tsc_khz;
 	place.callee = locus_states_callee;
 	place.how = LOCUS_SLEEP;
 	if (!strcmp(state, "sleeping"))
@@ -225,10 +251,8 @@ static int begin(const char *state)
 		return interrupt(interrupt_target);
 	if (!strcmp(state, "elsewhere"))
 		return interrupt(interrupt_elsewhere);
-	if (!strcmp(state, "softirq")) {
-		atomic_inc(&busy);
-		return smp_call_function_single(BUSY_CPU, raise_tasklet, NULL, 0);
-	}
+	if (!strcmp(state, "softirq"))
+		return interrupt(raise_tasklet);
 	return -ENOENT;
 }
 
