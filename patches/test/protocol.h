@@ -12,9 +12,10 @@
 #include <linux/types.h>
 
 /* Called as a function by all, so that its replacement is met, and not counted on by the callers'
- * register allocation.
+ * register allocation. In the order of the file: a thread's stack has a pointer to the function that
+ * the thread began in, and if that followed one of these, the pointer would look like a call at its end.
  */
-#define LOCUS_APART noinline __attribute__((__noipa__))
+#define LOCUS_APART noinline __attribute__((__noipa__, __no_reorder__))
 
 /* One thread; nobody else writes it. */
 struct locus_walker {

@@ -12,7 +12,10 @@
 #include <linux/timex.h>
 #include <linux/wait.h>
 
-#define LOCUS_APART noinline __attribute__((__noipa__))
+/* In the order of the file too: a pointer to the function behind, on some stack, must not look like a
+ * call at the end of this one.
+ */
+#define LOCUS_APART noinline __attribute__((__noipa__, __no_reorder__))
 
 /* How to stay. */
 enum locus_how { LOCUS_SPIN, LOCUS_SLEEP, LOCUS_SLEEP_DEEP, LOCUS_CALL };

@@ -87,10 +87,7 @@ impl Watch {
         ] {
             if let Some(at) = kernel.symbols.addr(name) {
                 let len = kernel.symbols.room(at).unwrap_or(0);
-                ranges.push(Watched {
-                    range: Range::new(at, len),
-                    name: name.into(),
-                });
+                ranges.push(trampoline(at, len, name));
             }
         }
         Watch::of(ranges)
@@ -119,6 +116,16 @@ impl Watch {
             .iter()
             .find(|w| word > w.range.start.0 && word <= w.range.end.0)
             .map(|w| (w, word - w.range.start.0))
+    }
+}
+
+/// A trampoline at `at`: in the place of a return address stands that of its first byte, which is no
+/// hit of a function's.
+fn trampoline(at: Gva, len: u64, name: &str) -> Watched {
+    let start = Gva(at.0.saturating_sub(1));
+    Watched {
+        range: Range::new(start, len.saturating_add(1)),
+        name: name.into(),
     }
 }
 
@@ -497,5 +504,14 @@ mod tests {
         assert_eq!(name(0x2008), Some(("b".into(), 8)));
         assert_eq!(name(0x3000), None);
         assert!(Watch::default().hit(5).is_none());
+    }
+
+    #[test]
+    fn a_return_address_that_is_a_trampoline_s_first_byte_is_a_hit() {
+        let watch = Watch::of(vec![trampoline(Gva(0x1000), 0x20, "return_to_handler")]);
+        assert!(watch.hit(0xfff).is_none());
+        assert!(watch.hit(0x1000).is_some());
+        assert!(watch.hit(0x1020).is_some());
+        assert!(watch.hit(0x1021).is_none());
     }
 }

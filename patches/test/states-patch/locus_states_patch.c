@@ -10,12 +10,20 @@ static LOCUS_APART int locus_new_target(void *p)
 	return locus_stay(p, 1);
 }
 
+static LOCUS_APART __used void locus_new_gap(void)
+{
+}
+
 static LOCUS_APART int locus_new_outer(void *p)
 {
 	int found = locus_new_target(p);
 
 	barrier();
 	return found + 2;
+}
+
+static LOCUS_APART __used void locus_new_next_gap(void)
+{
 }
 
 PAYLOAD_OF("locus_states",

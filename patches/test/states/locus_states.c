@@ -33,9 +33,18 @@ static bool probed;
 /* Threads and interrupts that are not done. */
 static atomic_t busy;
 
+/* Nobody calls these, and no stack has their addresses. */
+static LOCUS_APART __used void locus_states_gap(void)
+{
+}
+
 LOCUS_APART int locus_states_target(void *p)
 {
 	return locus_stay(p, 0);
+}
+
+static LOCUS_APART __used void locus_states_next_gap(void)
+{
 }
 
 LOCUS_APART int locus_states_outer(void *p)
@@ -45,6 +54,10 @@ LOCUS_APART int locus_states_outer(void *p)
 	/* not the last thing it does: it stays on the stack */
 	barrier();
 	return found + 1;
+}
+
+static LOCUS_APART __used void locus_states_last_gap(void)
+{
 }
 
 /* What the target calls, in the place of staying itself. */

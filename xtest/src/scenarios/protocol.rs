@@ -93,9 +93,7 @@ fn threads(ctx: &mut Ctx, kind: Kind) -> Result<(Guest, Count), Verdict> {
     let spec = GuestSpec::new(&name, kind).kernel_args("preempt=full");
     let guest = ctx.ensure_guest(spec)?;
     if !guest.ok("cat /proc/modules")?.contains(SUBJECT) {
-        let module = std::fs::read(ctx.payloads.join(format!("{SUBJECT}/{SUBJECT}.ko")))?;
-        guest.put("/tmp/subject.ko", 0o644, &module)?;
-        guest.ok("insmod /tmp/subject.ko")?;
+        guest.insmod(&ctx.payloads.join(format!("{SUBJECT}/{SUBJECT}.ko")))?;
     }
     let count = Count::read(&guest)?;
     check_eq!(count.violations, 0, "before anything was changed");

@@ -29,6 +29,8 @@ pub const SCENARIOS: &[Scenario] = &[
 
 const SUBJECT: &str = "locus_states";
 const PATCH: &str = "locus_states_patch";
+/// How fast an emulated machine looks is no matter here.
+const PAUSE: &str = "--max-pause 1s";
 const TARGET: &str = "locus_states_target";
 
 /// Behind which a tracer hides return addresses.
@@ -103,9 +105,7 @@ fn states(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let name = format!("states-{}", kind.name());
     let spec = GuestSpec::new(&name, kind).kernel_args("preempt=full");
     let guest = ctx.ensure_guest(spec)?;
-    let module = std::fs::read(ctx.payloads.join(format!("{SUBJECT}/{SUBJECT}.ko")))?;
-    guest.put("/tmp/subject.ko", 0o644, &module)?;
-    guest.ok("insmod /tmp/subject.ko")?;
+    guest.insmod(&ctx.payloads.join(format!("{SUBJECT}/{SUBJECT}.ko")))?;
     let log = Log::default();
     log.mark(&guest)?;
     let subject = Subject { ctx, guest };
@@ -128,8 +128,9 @@ fn states(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     tell("created", subject.created())?;
     tell("elsewhere", subject.elsewhere())?;
     tell("fresh fork", subject.fresh_fork())?;
-    tell("CPU down", subject.cpu_down())?;
     tell("the guest's log", log.nothing_new(ctx, &subject.guest))?;
+    // It says so in its log.
+    tell("CPU down", subject.cpu_down())?;
     let guest = subject.guest.name;
     check!(
         wrong.is_empty(),
@@ -177,12 +178,12 @@ impl Subject<'_> {
 
     fn applying(&self, timeout: &str) -> String {
         let name = &self.guest.name;
-        format!("xen-locus -o json apply {name} /payloads/{PATCH}.ko --timeout {timeout}")
+        format!("xen-locus -o json apply {name} /payloads/{PATCH}.ko {PAUSE} --timeout {timeout}")
     }
 
     fn reverting_within(&self, timeout: &str) -> String {
         let name = &self.guest.name;
-        format!("xen-locus -o json revert {name} {PATCH} --timeout {timeout}")
+        format!("xen-locus -o json revert {name} {PATCH} {PAUSE} --timeout {timeout}")
     }
 
     /// A command that must be in somebody's way: who that is.
