@@ -16,7 +16,7 @@ pub use prescan::Prescan;
 
 use serde::Serialize;
 
-use crate::addr::Range;
+use crate::addr::{Gva, Range};
 use crate::error::Result;
 use crate::guest::Vcpu;
 use crate::kernel::Kernel;
@@ -87,10 +87,7 @@ impl Watch {
         ] {
             if let Some(at) = kernel.symbols.addr(name) {
                 let len = kernel.symbols.room(at).unwrap_or(0);
-                ranges.push(Watched {
-                    range: Range::new(at, len),
-                    name: name.into(),
-                });
+                ranges.push(trampoline(at, len, name));
             }
         }
         Watch::of(ranges)
@@ -116,6 +113,9 @@ impl Watch {
     /// One past the end is: the last instruction may be a call that never returns.
     #[must_use]
     pub fn hit(&self, word: u64) -> Option<(&Watched, u64)> {
+        if cfg!(feature = "blind") {
+            return None;
+        }
         let below = self.sorted.partition_point(|(w, _)| w.range.start.0 < word);
         self.sorted
             .get(..below)?
@@ -124,6 +124,16 @@ impl Watch {
             .take_while(|(_, highest)| word <= *highest)
             .find(|(w, _)| word <= w.range.end.0)
             .map(|(w, _)| (w, word - w.range.start.0))
+    }
+}
+
+/// A trampoline at `at`: in the place of a return address stands that of its first byte, which is no
+/// hit of a function's.
+fn trampoline(at: Gva, len: u64, name: &str) -> Watched {
+    let start = Gva(at.0.saturating_sub(1));
+    Watched {
+        range: Range::new(start, len.saturating_add(1)),
+        name: name.into(),
     }
 }
 

@@ -131,16 +131,22 @@ fn lock(paths: &Paths) -> Result<File> {
 
 /// Builds what is to run in dom0.
 fn build_tools(paths: &Paths) -> Result<Tools> {
-    let mut cmd = Command::new(cargo());
-    cmd.args(["build", "--release", "--locked", "--workspace"]);
-    for name in Tools::NAMES {
-        cmd.args(["--bin", name]);
-    }
-    cmd.current_dir(&paths.workspace);
-    ensure!(
-        cmd.status().context("running cargo")?.success(),
-        "cargo build failed"
-    );
+    let build = |args: &[&str], names: &[&str]| -> Result<()> {
+        let mut cmd = Command::new(cargo());
+        cmd.args(["build", "--release", "--locked", "--workspace"]);
+        cmd.args(args);
+        for name in names {
+            cmd.args(["--bin", name]);
+        }
+        cmd.current_dir(&paths.workspace);
+        ensure!(
+            cmd.status().context("running cargo")?.success(),
+            "cargo build failed"
+        );
+        Ok(())
+    };
+    build(&[], &Tools::NAMES)?;
+    build(&["--features", "xen-locus/blind"], &[Tools::BLIND])?;
     Ok(Tools {
         built: paths.target.join("release"),
     })

@@ -1,9 +1,11 @@
 //! Guests: what they are made of, and commands in them.
 
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use crate::dom0::{Dom0, Output, Trouble};
-use crate::fetch::{Suite, BOOKWORM};
+use crate::fetch::{checked, Suite, BOOKWORM};
 use crate::limits;
 use crate::verdict::Verdict;
 
@@ -247,6 +249,22 @@ impl Guest {
             self.ok(&format!("base64 -d >> {path} <<E\n{text}\nE"))?;
         }
         self.ok(&format!("chmod {mode:o} {path}"))?;
+        Ok(())
+    }
+
+    /// Loads a kernel module of the host's, without its debug information.
+    pub fn insmod(&self, module: &Path) -> Result<(), Verdict> {
+        let fail = |e: std::io::Error| Verdict::Error(format!("{}: {e}", module.display()));
+        let name = module.file_name().unwrap_or_default().to_string_lossy();
+        let small = std::env::temp_dir().join(format!("xtest-{}-{name}", std::process::id()));
+        let mut strip = Command::new("strip");
+        strip.arg("--strip-debug").arg("-o").args([&small, module]);
+        checked(&mut strip)?;
+        let data = std::fs::read(&small).map_err(fail)?;
+        std::fs::remove_file(&small).map_err(fail)?;
+        let there = format!("/tmp/{name}");
+        self.put(&there, 0o644, &data)?;
+        self.ok(&format!("insmod {there}"))?;
         Ok(())
     }
 

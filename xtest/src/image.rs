@@ -95,10 +95,13 @@ impl Tools {
         "locus-sites",
         "xtest-agent",
     ];
+    /// xen-locus built to see nobody in the way, by the feature `blind`.
+    pub const BLIND: &str = "xen-locus-blind";
 
     fn files(&self) -> impl Iterator<Item = (&'static str, PathBuf)> + '_ {
         Self::NAMES
             .into_iter()
+            .chain([Self::BLIND])
             .map(|name| (name, self.built.join(name)))
     }
 }

@@ -5,11 +5,20 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
+const VERSION: &str = if cfg!(feature = "blind") {
+    concat!(
+        env!("CARGO_PKG_VERSION"),
+        " (blind: never looks whether code is in use; for tests)"
+    )
+} else {
+    env!("CARGO_PKG_VERSION")
+};
+
 /// Change a running guest's kernel from dom0.
 ///
 /// No agent, no reboot, no profile: the guest's symbols and types are read from its own memory.
 #[derive(Debug, Parser)]
-#[command(name = "xen-locus", version, max_term_width = 100)]
+#[command(name = "xen-locus", version = VERSION, max_term_width = 100)]
 #[command(
     after_help = "Exit codes: 0 done or nothing to do; 1 failed, guest unchanged; 2 try again \
     (blocked, busy, timed out); 3 not applicable (other kernel, unsupported); 4 refused (signature, \

@@ -18,6 +18,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context as _;
+use clap::error::ErrorKind;
+use clap::Parser as _;
 
 use crate::apply::Options;
 use crate::daemon;
@@ -120,6 +122,30 @@ impl Session {
             interrupted: Arc::clone(&self.interrupted),
         }
     }
+}
+
+/// The program: parses, runs, and turns the outcome into an exit code.
+#[must_use]
+pub fn main() -> std::process::ExitCode {
+    let code = match Cli::try_parse() {
+        Ok(args) => run(&args).unwrap_or_else(|e| {
+            // The library's errors say all in one sentence; others have a chain of causes.
+            match e.downcast_ref::<Error>() {
+                Some(known) => eprintln!("xen-locus: {known}"),
+                None => eprintln!("xen-locus: {e:#}"),
+            }
+            exit_code(&e)
+        }),
+        Err(e) => {
+            // A closed stdout or stderr leaves nobody to tell.
+            let _ = e.print();
+            match e.kind() {
+                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::Done,
+                _ => ExitCode::Usage,
+            }
+        }
+    };
+    std::process::ExitCode::from(code as u8)
 }
 
 /// Runs a command and says how it ended.

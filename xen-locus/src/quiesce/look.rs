@@ -44,6 +44,9 @@ impl<'s, 'k, 'm> Look<'s, 'k, 'm> {
     }
 
     fn report(&mut self, task: Option<&Task>, reason: Reason, name: &str, offset: u64) {
+        if cfg!(feature = "blind") {
+            return;
+        }
         let blocker = Blocker {
             pid: task.map_or(0, |t| t.pid),
             comm: task.map_or_else(|| "?".into(), |t| t.comm.clone()),

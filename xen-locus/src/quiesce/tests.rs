@@ -1,7 +1,6 @@
 //! What is looked at again in the pause, in the mock guest.
 
 use super::*;
-use crate::addr::Gva;
 use crate::guest::{GuestType, Vcpu};
 use crate::kernel::fixture_world::{World, PATCHED, PERCPU};
 use crate::kernel::tasks::{self, Layout, Task};
@@ -174,4 +173,13 @@ fn a_watched_range_is_hit_behind_its_first_byte_and_up_to_its_end() {
     assert_eq!(name(0x1028), Some(("c".into(), 0x18)));
     assert_eq!(name(0x1080), Some(("a".into(), 0x80)));
     assert_eq!(name(0x1101), None);
+}
+
+#[test]
+fn a_return_address_that_is_a_trampoline_s_first_byte_is_a_hit() {
+    let watch = Watch::of(vec![trampoline(Gva(0x1000), 0x20, "return_to_handler")]);
+    assert!(watch.hit(0xfff).is_none());
+    assert!(watch.hit(0x1000).is_some());
+    assert!(watch.hit(0x1020).is_some());
+    assert!(watch.hit(0x1021).is_none());
 }

@@ -5,7 +5,7 @@
 //! what they found.
 
 mod behaviour;
-mod guest_log;
+pub(super) mod guest_log;
 mod own;
 mod refused;
 mod subject;

@@ -10,11 +10,13 @@ mod know;
 mod liar;
 mod loader;
 mod objects;
+mod protocol;
 mod refuse;
 mod safety;
 mod sites;
 mod stack;
 mod stacks;
+mod states;
 mod store;
 
 use crate::scenario::Scenario;
@@ -26,7 +28,6 @@ pub fn usual() -> Vec<Scenario> {
         core::SCENARIOS,
         apply::SCENARIOS,
         stack::SCENARIOS,
-        stacks::SCENARIOS,
         refuse::SCENARIOS,
         store::SCENARIOS,
         liar::SCENARIOS,
@@ -34,6 +35,8 @@ pub fn usual() -> Vec<Scenario> {
         loader::SCENARIOS,
         know::SCENARIOS,
         sites::SCENARIOS,
+        states::SCENARIOS,
+        protocol::SCENARIOS,
         safety::SCENARIOS,
     ]
     .concat()
@@ -44,13 +47,15 @@ pub fn matrix() -> Vec<Scenario> {
     [
         know::SCENARIOS,
         know::MATRIX,
-        stacks::SCENARIOS,
         stacks::MATRIX,
         core::MATRIX,
         sites::SCENARIOS,
         sites::MATRIX,
         loader::SCENARIOS,
         loader::MATRIX,
+        states::SCENARIOS,
+        states::MATRIX,
+        protocol::MATRIX,
     ]
     .concat()
 }
@@ -63,5 +68,7 @@ pub fn all() -> Vec<Scenario> {
     all.extend_from_slice(core::MATRIX);
     all.extend_from_slice(sites::MATRIX);
     all.extend_from_slice(loader::MATRIX);
+    all.extend_from_slice(states::MATRIX);
+    all.extend_from_slice(protocol::MATRIX);
     all
 }

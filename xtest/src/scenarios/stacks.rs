@@ -24,14 +24,10 @@ macro_rules! stacks {
     };
 }
 
-/// Part of every run.
-pub const SCENARIOS: &[Scenario] = &[
+/// The matrix of kernels and types.
+pub const MATRIX: &[Scenario] = &[
     stacks!("stacks-bookworm-pv", BOOKWORM, Pv, PV),
     stacks!("stacks-bookworm-pvh", BOOKWORM, Pvh, PVH),
-];
-
-/// The rest of the matrix of kernels and types.
-pub const MATRIX: &[Scenario] = &[
     stacks!("stacks-bullseye-pv", BULLSEYE, Pv, PV),
     stacks!("stacks-trixie-pv", TRIXIE, Pv, PV),
     stacks!("stacks-testing-pv", TESTING, Pv, PV),

@@ -14,6 +14,7 @@ const HOST_IS_BUSY: &[&str] = &[
     "clocksource",
     "sched: RT throttling",
     "random: crng",
+    "sched: DL replenish lagged too much",
 ];
 
 /// Marks so far: guests outlive a [`Log`], and each mark may be found only once in theirs.

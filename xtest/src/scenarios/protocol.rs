@@ -1,0 +1,164 @@
+//! Threads enter, sleep in, are preempted in and leave functions whose old and new versions disagree:
+//! not one of them ever meets the other version beneath its own.
+
+use std::time::Duration;
+
+use super::loader::guest_log::Log;
+use crate::guest::{Guest, GuestSpec, Kind};
+use crate::scenario::{Ctx, Scenario, PV, PVH};
+use crate::verdict::Verdict;
+use crate::{check, check_eq};
+
+/// See the names.
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "protocol-pv",
+        summary: "40 changes of functions that threads are always about: nobody sees half of one",
+        profile: &PV,
+        run: |ctx| protocol(ctx, Kind::Pv, 20),
+    },
+    Scenario {
+        name: "protocol-blind-pv",
+        summary: "the same without the look at stacks: threads see halves of changes",
+        profile: &PV,
+        run: |ctx| blind(ctx, Kind::Pv),
+    },
+];
+
+/// What takes too long for a usual run.
+pub const MATRIX: &[Scenario] = &[
+    Scenario {
+        name: "protocol-500-pv",
+        summary: "the same 1,000 times",
+        profile: &PV,
+        run: |ctx| protocol(ctx, Kind::Pv, 500),
+    },
+    Scenario {
+        name: "protocol-500-pvh",
+        summary: "the same 1,000 times in a PVH guest",
+        profile: &PVH,
+        run: |ctx| protocol(ctx, Kind::Pvh, 500),
+    },
+];
+
+const SUBJECT: &str = "locus_protocol";
+const PATCH: &str = "locus_protocol_patch";
+/// Cycles that one command does: the guest is asked how it is in between.
+const ROUND: u32 = 20;
+
+/// What the threads have counted.
+#[derive(Debug)]
+struct Count {
+    /// Functions that found the token held by the other rule.
+    violations: u64,
+    /// Calls of the old functions, and of the new.
+    calls: [u64; 2],
+    /// Of each thread.
+    rounds: Vec<u64>,
+}
+
+impl Count {
+    fn read(guest: &Guest) -> Result<Self, Verdict> {
+        let text = guest.ok(&format!("cat /proc/{SUBJECT}"))?;
+        let numbers = |name: &str| -> Vec<u64> {
+            let mut lines = text.lines().filter_map(|l| l.strip_prefix(name));
+            let words = lines.next().unwrap_or_default().split_whitespace();
+            words.filter_map(|w| w.parse().ok()).collect()
+        };
+        let one = |name: &str| match *numbers(name) {
+            [n] => Ok(n),
+            _ => Err(Verdict::Error(format!("/proc/{SUBJECT}: {text:?}"))),
+        };
+        Ok(Self {
+            violations: one("violations ")?,
+            calls: [one("old ")?, one("new ")?],
+            rounds: numbers("rounds "),
+        })
+    }
+
+    /// Every thread did something since.
+    fn goes_on_from(&self, before: &Self) -> Result<(), Verdict> {
+        let mut pairs = before.rounds.iter().zip(&self.rounds);
+        check!(
+            self.rounds.len() == 24 && pairs.all(|(before, now)| now > before),
+            "a thread is stuck: {before:?}, then {self:?}"
+        );
+        Ok(())
+    }
+}
+
+/// A guest with the threads, and what they have counted so far. The kernel may preempt itself.
+fn threads(ctx: &mut Ctx, kind: Kind) -> Result<(Guest, Count), Verdict> {
+    let name = format!("threads-{}", kind.name());
+    let spec = GuestSpec::new(&name, kind).kernel_args("preempt=full");
+    let guest = ctx.ensure_guest(spec)?;
+    if !guest.ok("cat /proc/modules")?.contains(SUBJECT) {
+        guest.insmod(&ctx.payloads.join(format!("{SUBJECT}/{SUBJECT}.ko")))?;
+    }
+    let count = Count::read(&guest)?;
+    check_eq!(count.violations, 0, "before anything was changed");
+    Ok((guest, count))
+}
+
+/// Applies and reverts with this program, so many times; adds the pauses to those in a file of dom0.
+fn cycles(ctx: &Ctx, guest: &Guest, program: &str, count: u32) -> Result<(), Verdict> {
+    let name = &guest.name;
+    let cmd = format!(
+        "for i in $(seq {count}); do {program} apply {name} /payloads/{PATCH}.ko --timeout 60s && \
+         {program} revert {name} {PATCH} --timeout 60s || {{ echo \"cycle $i: $?\"; exit 1; }}; \
+         done | tee -a /run/{name}.log"
+    );
+    let limit = Duration::from_secs(120) + count * Duration::from_secs(10);
+    let out = ctx
+        .dom0
+        .sh_timeout(&format!("set -o pipefail; {cmd}"), limit)?;
+    check_eq!(out.rc, 0, "{} {}", out.text(), out.err_text());
+    Ok(())
+}
+
+fn protocol(ctx: &mut Ctx, kind: Kind, count: u32) -> Result<(), Verdict> {
+    let (guest, first) = threads(ctx, kind)?;
+    let log = Log::default();
+    log.mark(&guest)?;
+    let mut before = first;
+    let mut done = 0;
+    while done < count {
+        let round = ROUND.min(count - done);
+        cycles(ctx, &guest, "xen-locus", round)?;
+        done += round;
+        let now = Count::read(&guest)?;
+        check_eq!(now.violations, 0, "after {done} cycles: {now:?}");
+        now.goes_on_from(&before)?;
+        let [old, new] = [0, 1].map(|i| now.calls[i] > before.calls[i]);
+        check!(old && new, "one version ran only: {before:?}, then {now:?}");
+        before = now;
+    }
+    log.nothing_new(ctx, &guest)?;
+    let tries = ctx.dom0.ok(&format!(
+        "sed -n 's/.* \\([0-9]*\\) attempt.*/\\1/p' /run/{}.log | sort -n | uniq -c",
+        guest.name
+    ))?;
+    let tries = tries.split_whitespace().collect::<Vec<_>>().join(" ");
+    eprintln!("protocol: {done} cycles, {before:?}; how many took how many attempts: {tries}");
+    Ok(())
+}
+
+fn blind(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
+    let (guest, _) = threads(ctx, kind)?;
+    let version = ctx.dom0.ok("xen-locus-blind --version")?;
+    check!(version.contains("blind"), "{version}");
+    let mut cycles_done = 0;
+    let mut count = Count::read(&guest)?;
+    while count.violations == 0 && cycles_done < 30 {
+        cycles(ctx, &guest, "xen-locus-blind", 2)?;
+        cycles_done += 2;
+        count = Count::read(&guest)?;
+    }
+    eprintln!("protocol: without the look at stacks, after {cycles_done} cycles: {count:?}");
+    check!(
+        count.violations > 0,
+        "{cycles_done} blind cycles, and no violation: the test of the look at stacks shows nothing"
+    );
+    // What its threads have counted, and what they stand on, is of no use to others.
+    ctx.destroy_guest(&guest.name)
+}
