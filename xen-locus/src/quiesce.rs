@@ -79,6 +79,13 @@ impl Watch {
     /// hide return addresses: who is below one of those can't be judged.
     #[must_use]
     pub fn new(kernel: &Kernel<'_>, mut ranges: Vec<Watched>) -> Watch {
+        let space = kernel.space.fresh();
+        for Watched { range, .. } in &mut ranges {
+            // What stands there begins the next function, whose address may well be on a stack.
+            if range.len() > 0 && !walk::ends_call(&space, range.end) {
+                range.end = Gva(range.end.0 - 1);
+            }
+        }
         for name in [
             "arch_rethook_trampoline",
             "__kretprobe_trampoline",
@@ -110,7 +117,7 @@ impl Watch {
 
     /// Whether `word` could be a place in a watched range where a thread goes on. The first byte is
     /// no such place: who is there, or has a pointer to there, enters the function by the redirect.
-    /// One past the end is: the last instruction may be a call that never returns.
+    /// One past the end is, if the last instruction is a call: one that never returns.
     #[must_use]
     pub fn hit(&self, word: u64) -> Option<(&Watched, u64)> {
         if cfg!(feature = "blind") {

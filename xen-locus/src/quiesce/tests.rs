@@ -183,3 +183,28 @@ fn a_return_address_that_is_a_trampoline_s_first_byte_is_a_hit() {
     assert!(watch.hit(0x1020).is_some());
     assert!(watch.hit(0x1021).is_none());
 }
+
+#[test]
+fn one_past_the_end_is_a_hit_only_behind_a_call() {
+    let world = World::new(GuestType::Pvh);
+    let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
+    let range = Range::new(PATCHED, 0x10);
+    let frame = kernel.space.walk(PATCHED).unwrap().frame;
+    let watch = || {
+        Watch::new(
+            &kernel,
+            vec![Watched {
+                range,
+                name: "patched".into(),
+            }],
+        )
+    };
+    assert!(watch().hit(range.end.0 - 1).is_some());
+    assert!(watch().hit(range.end.0).is_none());
+    let call = [0xe8, 1, 2, 3, 4];
+    world
+        .memory
+        .fill(frame, PATCHED.offset() + 0x10 - call.len(), &call);
+    assert!(watch().hit(range.end.0).is_some());
+    assert!(watch().hit(range.end.0 + 1).is_none());
+}

@@ -21,6 +21,7 @@ use crate::addr::Gva;
 use crate::guest::Vcpu;
 use crate::kernel::orc::{Base, Bp, Kind, Row};
 use crate::kernel::{Error, Kernel};
+pub(super) use code::ends_call;
 use code::Code;
 pub use stack::{Stack, StackKind};
 

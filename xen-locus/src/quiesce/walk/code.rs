@@ -136,28 +136,13 @@ impl<'k, 'm> Code<'k, 'm> {
         if let Some(&known) = self.known.borrow().get(&at) {
             return known;
         }
-        let is = self.ends_call(at);
+        let is = ends_call(&self.space, at);
         let mut known = self.known.borrow_mut();
         if known.len() >= KNOWN_MAX {
             known.clear();
         }
         known.insert(at, is);
         is
-    }
-
-    fn ends_call(&self, at: Gva) -> bool {
-        let mut bytes = [0; CALL_MAX];
-        // No more than is there, if the call is among the first bytes of what is mapped.
-        let len = (CALL_MIN..=CALL_MAX).rev().find(|&len| {
-            let part = bytes.get_mut(CALL_MAX - len..).unwrap_or_default();
-            let start = Gva(at.0.wrapping_sub(len as u64));
-            self.space.read(start, part).is_ok()
-        });
-        let Some(len) = len else { return false };
-        (CALL_MIN..=len).any(|len| {
-            let code = bytes.get(CALL_MAX - len..).unwrap_or_default();
-            is_call(code)
-        })
     }
 
     /// The name of the trampoline that `ip` is in, if it is one that hides the caller.
@@ -193,6 +178,22 @@ impl<'k, 'm> Code<'k, 'm> {
         }
         (decoder.ip() == ip.0).then_some(pushed)
     }
+}
+
+/// Whether a `call` ends right before `at`.
+pub(in crate::quiesce) fn ends_call(space: &Space<'_>, at: Gva) -> bool {
+    let mut bytes = [0; CALL_MAX];
+    // No more than is there, if the call is among the first bytes of what is mapped.
+    let len = (CALL_MIN..=CALL_MAX).rev().find(|&len| {
+        let part = bytes.get_mut(CALL_MAX - len..).unwrap_or_default();
+        let start = Gva(at.0.wrapping_sub(len as u64));
+        space.read(start, part).is_ok()
+    });
+    let Some(len) = len else { return false };
+    (CALL_MIN..=len).any(|len| {
+        let code = bytes.get(CALL_MAX - len..).unwrap_or_default();
+        is_call(code)
+    })
 }
 
 /// Whether `code` is one near `call`, all of it.
