@@ -13,7 +13,7 @@ use std::process::Command;
 const CORES: [&str; 2] = ["mock-pv", "mock-pvh"];
 
 /// Name of the file, and arguments; `CORE` stands for the core.
-const COMMANDS: [(&str, &[&str]); 11] = [
+const COMMANDS: [(&str, &[&str]); 12] = [
     ("list", &["list", "--core", "CORE"]),
     ("info", &["info", "--core", "CORE"]),
     (
@@ -26,6 +26,10 @@ const COMMANDS: [(&str, &[&str]); 11] = [
     ("type", &["info", "--core", "CORE", "--type", "task_struct"]),
     ("status", &["status", "--core", "CORE"]),
     ("check", &["check", "--core", "CORE", "payload.ko"]),
+    (
+        "blocking-v",
+        &["-v", "blocking", "--core", "CORE", "./payload.ko"],
+    ),
     ("blocking", &["blocking", "--core", "CORE", "./payload.ko"]),
     ("check-core", &["check", "--core", "CORE", "CORE"]),
 ];

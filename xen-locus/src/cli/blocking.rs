@@ -6,10 +6,12 @@ use std::path::Path;
 use serde_json::json;
 
 use super::args::{Blocking, Output};
+use super::info::stacks::{self, Shown};
 use super::subject::{self, Subject};
 use super::{out, Session};
 use crate::apply::{self, Options};
 use crate::error::{ExitCode, Result};
+use crate::guest::Vcpu;
 use crate::kernel::Kernel;
 use crate::link::arena::Arena;
 use crate::patch::Payload;
@@ -65,6 +67,31 @@ impl Change {
     }
 }
 
+/// What there is to tell.
+struct Found {
+    /// Who is in the way; `None` when there is nothing to do.
+    blockers: Option<Vec<Blocker>>,
+    /// Their stacks, if they are asked for.
+    stacks: Vec<Shown>,
+}
+
+impl Found {
+    fn of(
+        session: &Session,
+        kernel: &Kernel<'_>,
+        registers: &[Vcpu],
+        blockers: Option<Vec<Blocker>>,
+    ) -> Result<Found> {
+        let all = blockers.as_deref().unwrap_or_default();
+        let stacks = if session.verbose == 0 || all.is_empty() {
+            Vec::new()
+        } else {
+            stacks::of(kernel, registers, |pid| all.iter().any(|b| b.pid == pid))?
+        };
+        Ok(Found { blockers, stacks })
+    }
+}
+
 /// Runs the command.
 ///
 /// # Errors
@@ -73,10 +100,11 @@ pub fn run(session: &Session, args: &Blocking) -> anyhow::Result<ExitCode> {
     let change = Change::of(&args.what)?;
     if let Some(path) = &args.whom.core {
         let (subject, found) = subject::with_core(path, |subject, kernel, core| {
-            let found = match change.watch(kernel)? {
+            let blockers = match change.watch(kernel)? {
                 Some(watch) => Some(quiesce::inside(kernel, core.vcpus(), &watch)?),
                 None => None,
             };
+            let found = Found::of(session, kernel, core.vcpus(), blockers)?;
             Ok((subject.clone(), found))
         })?;
         return Ok(tell(session, &subject, &change, found));
@@ -88,40 +116,41 @@ pub fn run(session: &Session, args: &Blocking) -> anyhow::Result<ExitCode> {
         interrupted: std::sync::Arc::clone(&session.interrupted),
         ..Options::default()
     };
-    let found = match change.watch(&kernel)? {
+    let blockers = match change.watch(&kernel)? {
         Some(watch) => Some(apply::blocking(&domain, &kernel, &watch, &options)?),
         None => None,
     };
+    let found = Found::of(session, &kernel, &[], blockers)?;
     let subject = Subject::of(&domain);
     Ok(tell(session, &subject, &change, found))
 }
 
-fn tell(
-    session: &Session,
-    subject: &Subject,
-    change: &Change,
-    found: Option<Vec<Blocker>>,
-) -> ExitCode {
+fn tell(session: &Session, subject: &Subject, change: &Change, found: Found) -> ExitCode {
     let (name, verb) = (change.name(), change.verb());
-    match (session.output, found) {
-        (Output::Json, found) => {
-            let blockers = found.unwrap_or_default();
-            out::object(subject.object(json!({ "patch": name, "blockers": blockers })));
+    let label = subject.label();
+    match (session.output, found.blockers) {
+        (Output::Json, blockers) => {
+            let mut object = json!({ "patch": name, "blockers": blockers.unwrap_or_default() });
+            if session.verbose > 0 {
+                let stacks = found.stacks.into_iter().map(|one| one.value);
+                if let Some(map) = object.as_object_mut() {
+                    map.insert("stack_list".into(), stacks.collect());
+                }
+            }
+            out::object(subject.object(object));
         }
         (Output::Table, None) => out::line(&format!(
-            "{}: nothing is to be done for {verb} {name}: it is so already",
-            subject.label()
+            "{label}: nothing is to be done for {verb} {name}: it is so already"
         )),
-        (Output::Table, Some(all)) if all.is_empty() => out::line(&format!(
-            "{}: nobody is in the way of {verb} {name}",
-            subject.label()
-        )),
+        (Output::Table, Some(all)) if all.is_empty() => {
+            out::line(&format!("{label}: nobody is in the way of {verb} {name}"));
+        }
         (Output::Table, Some(all)) => {
-            out::line(&format!(
-                "{}: in the way of {verb} {name}:",
-                subject.label()
-            ));
+            out::line(&format!("{label}: in the way of {verb} {name}:"));
             out::text(&out::blockers(&all));
+            for one in &found.stacks {
+                out::text(&format!("\n{}", one.text));
+            }
         }
     }
     ExitCode::Done

@@ -2,7 +2,7 @@
 
 mod modules;
 mod raw;
-mod stacks;
+pub(super) mod stacks;
 mod symbols;
 mod tasks;
 mod types;

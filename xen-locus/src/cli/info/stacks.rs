@@ -6,33 +6,63 @@ use crate::cli::args::Output;
 use crate::cli::subject::Subject;
 use crate::cli::{out, Session};
 use crate::error::Result;
+use crate::guest::Vcpu;
 use crate::kernel::Kernel;
 use crate::quiesce::walk::all::{self, TaskStack};
 use crate::quiesce::walk::names::Names;
 use crate::quiesce::walk::End;
 
-/// Shows the stacks, each as it was at one moment of the running guest. What a CPU is at is known of
-/// a core only.
+/// A task's stack, for people and for programs.
+#[derive(Debug)]
+pub struct Shown {
+    /// Lines.
+    pub text: String,
+    /// An object.
+    pub value: Value,
+}
+
+/// The stacks of the tasks whose id is `wanted`, each as it was at one moment of the running guest.
+/// What a CPU is at is known of a core only.
 ///
 /// # Errors
 /// The kernel has no ORC data, or its tasks can't be read.
-pub fn show(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<()> {
-    let all = all::walk(kernel, &subject.registers)?;
+pub fn of(
+    kernel: &Kernel<'_>,
+    registers: &[Vcpu],
+    wanted: impl Fn(u32) -> bool,
+) -> Result<Vec<Shown>> {
     let names = Names::read(kernel)?;
+    let mut all = all::walk(kernel, registers)?;
+    all.retain(|one| wanted(one.task.pid));
+    let shown = |one: &TaskStack| Shown {
+        text: text(one, &names),
+        value: object(one, &names),
+    };
+    Ok(all.iter().map(shown).collect())
+}
+
+/// Shows all stacks.
+///
+/// # Errors
+/// As [`of`].
+pub fn show(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<()> {
+    let all = of(kernel, &subject.registers, |_| true)?;
     match session.output {
-        Output::Json => out::object(subject.object(json!({
-            "stack_list": all.iter().map(|one| object(one, &names)).collect::<Vec<_>>(),
-        }))),
-        Output::Table => {
-            for one in &all {
-                out::line(&head(one));
-                for &frame in &one.walk.frames {
-                    out::line(&format!("[<0>] {}", names.of(frame)));
-                }
-            }
+        Output::Json => {
+            let all: Vec<Value> = all.into_iter().map(|one| one.value).collect();
+            out::object(subject.object(json!({ "stack_list": all })));
         }
+        Output::Table => all.iter().for_each(|one| out::text(&one.text)),
     }
     Ok(())
+}
+
+fn text(one: &TaskStack, names: &Names<'_, '_>) -> String {
+    let mut text = head(one) + "\n";
+    for &frame in &one.walk.frames {
+        text.push_str(&format!("[<0>] {}\n", names.of(frame)));
+    }
+    text
 }
 
 fn object(one: &TaskStack, names: &Names<'_, '_>) -> Value {
