@@ -273,7 +273,7 @@ fn blocked(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let try_apply =
         format!("xen-locus -o json apply {name} /payloads/locus_sleeper.ko --timeout 2s");
     let try_revert = format!("xen-locus -o json revert {name} locus_sleeper --timeout 2s");
-    let sleeper = |cmd: &str, what: &str, function: &str| -> Result<(), Verdict> {
+    let sleeper = |cmd: &str, what: &str, function: &str, frame: &str| -> Result<(), Verdict> {
         let blocking = format!("xen-locus -o json blocking {name} {what}");
         check_eq!(ctx.json(&blocking)?["blockers"], serde_json::json!([]));
         guest.ok("pause & sleep 1")?;
@@ -282,6 +282,12 @@ fn blocked(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         let report = out.json()?;
         check_eq!(report["result"], "blocked", "{report}");
         check_eq!(ctx.json(&blocking)?["blockers"], report["blockers"]);
+        let stacks = ctx
+            .dom0
+            .ok(&format!("xen-locus -v blocking {name} {what}"))?;
+        for words in [" pause (S) reliable", "[<0>] schedule+", frame] {
+            check!(stacks.contains(words), "no {words:?} in {stacks}");
+        }
         let blocker = &report["blockers"][0];
         check_eq!(blocker["comm"], "pause", "{report}");
         check_eq!(blocker["reason"], "sleeping-on", "{report}");
@@ -297,10 +303,20 @@ fn blocked(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         Ok(())
     };
     let file = "/payloads/locus_sleeper.ko";
-    sleeper(&try_apply, file, "__x64_sys_pause")?;
+    sleeper(
+        &try_apply,
+        file,
+        "__x64_sys_pause",
+        "[<0>] __x64_sys_pause+",
+    )?;
     check_eq!(applied(ctx, &guest)?, Vec::<String>::new());
     check_eq!(ctx.json(&try_apply)?["result"], "applied");
-    sleeper(&try_revert, "locus_sleeper", "__x64_sys_pause")?;
+    sleeper(
+        &try_revert,
+        "locus_sleeper",
+        "__x64_sys_pause",
+        "[locus_sleeper]",
+    )?;
     check_eq!(applied(ctx, &guest)?, ["locus_sleeper"]);
     check_eq!(ctx.json(&try_revert)?["result"], "reverted");
     Ok(())
