@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::store::ASK;
+use super::store::{ASK, START, STOP};
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::scenario::{Ctx, Scenario, PV, PVH};
 use crate::verdict::Verdict;
@@ -279,11 +279,8 @@ fn through_xenstore(test: &Test<'_>) -> Result<(), Verdict> {
     let dom0 = &test.ctx.dom0;
     let (name, id) = (&test.guest.name, test.guest.domid);
     dom0.put("/tmp/ask", 0o755, ASK.as_bytes())?;
-    dom0.ok(
-        "mkdir -p /var/lib/xen-locus/payloads && cp /payloads/*.ko /var/lib/xen-locus/payloads/ && \
-         xenstore-rm /tool/xen-locus/request 2>/dev/null; \
-         (xen-locus daemon >/var/log/daemon.log 2>&1 & echo $! >/run/daemon.pid)",
-    )?;
+    dom0.ok("xenstore-rm /tool/xen-locus/request 2>/dev/null || true")?;
+    dom0.ok(START)?;
     let ask = |line: &str, rc: &str, words: &str| -> Result<(), Verdict> {
         let said = dom0.sh_timeout(&format!("/tmp/ask {line}"), Duration::from_secs(120))?;
         let text = said.text();
@@ -319,7 +316,8 @@ fn through_xenstore(test: &Test<'_>) -> Result<(), Verdict> {
         "reverted",
     )?;
     test.shows("", "", &[])?;
-    dom0.ok("kill $(cat /run/daemon.pid); sleep 1; rm -f /tmp/ask")?;
+    dom0.ok(STOP)?;
+    dom0.ok("rm -f /tmp/ask")?;
     Ok(())
 }
 

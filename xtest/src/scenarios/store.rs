@@ -40,9 +40,13 @@ echo "$(xenstore-read "$at/rc") $(xenstore-read "$at/message")"
 "#;
 
 /// Starts the daemon.
-const START: &str = "mkdir -p /var/lib/xen-locus/payloads && \
+pub(super) const START: &str = "mkdir -p /var/lib/xen-locus/payloads && \
                      cp /payloads/*.ko /var/lib/xen-locus/payloads/ && \
                      (xen-locus daemon >>/var/log/daemon.log 2>&1 & echo $! >/run/daemon.pid)";
+
+/// Ends it; returns when it has ended.
+pub(super) const STOP: &str = "kill $(cat /run/daemon.pid); for i in $(seq 100); do \
+                    kill -0 $(cat /run/daemon.pid) 2>/dev/null || exit 0; usleep 100000; done; exit 1";
 
 fn requests(ctx: &mut Ctx) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new("pv", Kind::Pv))?;
@@ -146,10 +150,7 @@ fn requests(ctx: &mut Ctx) -> Result<(), Verdict> {
 
     // A second daemon does not start; the first ends when asked, and a request waits for the next.
     check_eq!(ctx.dom0.sh("xen-locus daemon")?.rc, 2, "a second daemon");
-    ctx.dom0.ok(
-        "kill $(cat /run/daemon.pid); for i in $(seq 50); do \
-                 kill -0 $(cat /run/daemon.pid) 2>/dev/null || exit 0; usleep 100000; done; exit 1",
-    )?;
+    ctx.dom0.ok(STOP)?;
     check_eq!(read("/tool/xen-locus/state")?.text(), "stopped");
     ctx.dom0.ok(
         "(sleep 3; exec xen-locus daemon >>/var/log/daemon.log 2>&1) & echo $! >/run/daemon.pid",
@@ -160,7 +161,7 @@ fn requests(ctx: &mut Ctx) -> Result<(), Verdict> {
         "0",
         "reverted",
     )?;
-    ctx.dom0.ok("kill $(cat /run/daemon.pid)")?;
+    ctx.dom0.ok(STOP)?;
     Ok(())
 }
 
@@ -204,6 +205,6 @@ fn late_module(ctx: &mut Ctx) -> Result<(), Verdict> {
     );
     let status = ctx.dom0.ok("xen-locus status late")?;
     check!(status.contains("locus_object_dummy"), "status: {status}");
-    ctx.dom0.ok("kill $(cat /run/daemon.pid)")?;
+    ctx.dom0.ok(STOP)?;
     ctx.destroy_guest("late")
 }
