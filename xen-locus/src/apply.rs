@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::addr::Gva;
 use crate::error::{Error, Result};
-use crate::guest::{Machine, WindowMut};
+use crate::guest::{Machine, Paused, WindowMut};
 use crate::kernel::Kernel;
 use crate::link::arena::{self, Arena};
 use crate::link::record::{Slot, State};
@@ -24,6 +24,8 @@ use sha2::{Digest, Sha256};
 /// Attempts to find a moment at which no task has run since the rehearsal, before all tasks are asked
 /// for it while the guest is paused.
 const HASTY: u32 = 8;
+/// Shortest wait between two attempts.
+const WAIT_MIN: Duration = Duration::from_millis(1);
 /// Longest wait between two attempts.
 const WAIT_MAX: Duration = Duration::from_millis(500);
 
@@ -254,16 +256,18 @@ pub fn blocking(
 ) -> Result<Vec<Blocker>> {
     let began = Instant::now();
     let mut prescan = Prescan::new(kernel, watch)?;
+    let mut wait = WAIT_MIN;
     while began.elapsed() < options.timeout && !options.interrupted.load(Ordering::SeqCst) {
         prescan.refresh()?;
         prescan.rehearse()?;
-        let paused = machine.pause()?;
-        let too_long = || paused.elapsed() > options.max_pause;
-        let verdict = prescan.look(&machine.vcpus()?, true, &too_long)?;
+        let (verdict, paused) = last_look(machine, &mut prescan, true, options)?;
         paused.end()?;
         if let Some(blockers) = verdict.blockers() {
             return Ok(blockers);
         }
+        // Else a guest that can't be looked at would be paused all the time.
+        std::thread::sleep(wait);
+        wait = (wait * 2).min(WAIT_MAX);
     }
     Err(Error::TryAgain(format!(
         "the guest's tasks could not be looked at in {} ms with pauses of at most {} ms: it starts \
@@ -271,6 +275,27 @@ pub fn blocking(
         began.elapsed().as_millis(),
         options.max_pause.as_millis()
     )))
+}
+
+/// Pauses the guest for the last look, and says what it showed while the guest is still paused.
+fn last_look<'g>(
+    machine: &'g dyn Machine,
+    prescan: &mut Prescan<'_, '_>,
+    thorough: bool,
+    options: &Options,
+) -> Result<(Verdict, Box<dyn Paused + 'g>)> {
+    // A busy guest has new tasks by now; listing those alone is quick, and so is looking at those that
+    // ran meanwhile.
+    if prescan.moved()? {
+        prescan.refresh()?;
+    }
+    // What follows is done once before: code that runs for the first time is slow.
+    prescan.look(&machine.vcpus()?, true, &|| false)?;
+    prescan.rehearse()?;
+    let paused = machine.pause()?;
+    let too_long = || paused.elapsed() > options.max_pause;
+    let verdict = prescan.look(&machine.vcpus()?, thorough, &too_long)?;
+    Ok((verdict, paused))
 }
 
 /// Carries out a plan whose patches the directory shows as under way, and makes it say what came of
@@ -393,7 +418,7 @@ fn execute(
     let mut prescan = Prescan::new(kernel, &plan.watch)?;
     let mut attempts = 0;
     let mut stirred = 0;
-    let mut wait = Duration::from_millis(1);
+    let mut wait = WAIT_MIN;
     loop {
         if options.interrupted.load(Ordering::SeqCst) {
             return Err(Error::Failed("interrupted; nothing was changed".into()));
@@ -404,18 +429,9 @@ fn execute(
         let mut pause = Duration::ZERO;
         let mut verdict = prescan.rehearse()?;
         if !verdict.is_sleepers() {
-            // A busy guest has new tasks by now; listing those alone is quick, and so is looking at
-            // those that ran meanwhile.
-            if prescan.moved()? {
-                prescan.refresh()?;
-            }
-            // All that the pause will do, but for the writes: code that runs for the first time is slow.
-            prescan.look(&machine.vcpus()?, true, &|| false)?;
             check_all(&targets)?;
-            prescan.rehearse()?;
-            let paused = machine.pause()?;
-            let too_long = || paused.elapsed() > options.max_pause;
-            verdict = prescan.look(&machine.vcpus()?, stirred >= HASTY, &too_long)?;
+            let (found, paused) = last_look(machine, &mut prescan, stirred >= HASTY, options)?;
+            verdict = found;
             if verdict == Verdict::Quiet {
                 write_all(&targets)?;
                 let pause = paused.end()?;
@@ -423,12 +439,12 @@ fn execute(
             }
             pause = paused.end()?;
         }
+        if began.elapsed() + wait >= options.timeout {
+            return Err(gave_up(plan, verdict, attempts, began.elapsed(), pause));
+        }
         if verdict == Verdict::Stirred {
             stirred += 1;
             continue;
-        }
-        if began.elapsed() + wait >= options.timeout {
-            return Err(gave_up(plan, verdict, attempts, began.elapsed(), pause));
         }
         std::thread::sleep(wait);
         wait = (wait * 2).min(WAIT_MAX);
@@ -455,8 +471,8 @@ fn gave_up(
         }
         Verdict::Moved | Verdict::Stirred | Verdict::Quiet => {
             return Error::TryAgain(format!(
-                "{}: in {attempts} attempts in {waited_ms} ms the guest always started new tasks \
-                 between the listing of tasks and the pause; nothing was changed",
+                "{}: in {attempts} attempts in {waited_ms} ms the guest always started or ran \
+                 tasks between the listing of tasks and the pause; nothing was changed",
                 plan.patch
             ))
         }

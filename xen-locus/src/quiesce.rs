@@ -86,17 +86,9 @@ impl Watch {
                 range.end = Gva(range.end.0 - 1);
             }
         }
-        for name in [
-            "arch_rethook_trampoline",
-            "__kretprobe_trampoline",
-            "kretprobe_trampoline",
-            "return_to_handler",
-        ] {
-            if let Some(at) = kernel.symbols.addr(name) {
-                let len = kernel.symbols.room(at).unwrap_or(0);
-                ranges.push(trampoline(at, len, name));
-            }
-        }
+        ranges.extend(
+            walk::hiding(kernel).map(|(name, range)| trampoline(range.start, range.len(), name)),
+        );
         Watch::of(ranges)
     }
 

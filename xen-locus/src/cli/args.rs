@@ -93,8 +93,7 @@ pub enum Command {
     /// Show who is in the way of applying a payload, or of reverting a patch
     ///
     /// Who is inside a function that is to be replaced, or in a replacement, or has it on its stack: at
-    /// one moment, for which the guest is paused as long as a try to apply would pause it. With -v the
-    /// whole stacks of those that sleep.
+    /// one moment, for which the guest is paused. With -v the whole stacks of those that sleep.
     Blocking(Blocking),
     /// Show patches of one guest or of all
     Status {

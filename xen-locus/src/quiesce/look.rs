@@ -77,10 +77,16 @@ impl<'s, 'k, 'm> Look<'s, 'k, 'm> {
             self.report(task, Reason::Running, &watched.name, offset);
         }
         let rsp = Gva(vcpu.rsp);
-        // Mostly it is the current task's, and there are many others.
-        let owner = current
-            .filter(|k| k.task.stack.contains(rsp))
-            .or_else(|| scan.owner_of_stack(rsp));
+        let on_irq_stack = scan
+            .cpus
+            .iter()
+            .filter_map(|cpu| cpu.irq_stack.as_ref())
+            .find(|(range, _)| range.contains(rsp));
+        // All tasks are asked only when it is neither the current task's stack nor one of these.
+        let mut owner = current.filter(|k| k.task.stack.contains(rsp));
+        if owner.is_none() && on_irq_stack.is_none() {
+            owner = scan.owner_of_stack(rsp);
+        }
         if let Some(known) = owner {
             running.insert(known.task.addr, Live::From(rsp));
             // In the middle of a switch between two tasks.
@@ -89,11 +95,6 @@ impl<'s, 'k, 'm> Look<'s, 'k, 'm> {
             }
             return Ok(());
         }
-        let on_irq_stack = scan
-            .cpus
-            .iter()
-            .filter_map(|cpu| cpu.irq_stack.as_ref())
-            .find(|(range, _)| range.contains(rsp));
         match (on_irq_stack, current) {
             (Some((range, window)), Some(known)) => {
                 let from = Gva(rsp.0 & !7);

@@ -99,7 +99,7 @@ pub struct Prescan<'k, 'm> {
     /// What the CPUs' counters of switches showed before the last rehearsal.
     switches: Vec<u64>,
     /// Tasks that the last rehearsal could not clear.
-    restless: RefCell<Vec<Gva>>,
+    restless: Vec<Gva>,
     /// Room for the words of a stack: not to be found inside the pause.
     pub(super) room: RefCell<Vec<u8>>,
 }
@@ -129,7 +129,7 @@ impl<'k, 'm> Prescan<'k, 'm> {
             known: HashMap::new(),
             cpus: Vec::new(),
             switches: Vec::new(),
-            restless: RefCell::default(),
+            restless: Vec::new(),
             room: RefCell::default(),
             space,
         })
@@ -301,7 +301,7 @@ impl<'k, 'm> Prescan<'k, 'm> {
             }
         }
         let verdict = look.verdict();
-        self.restless.replace(restless);
+        self.restless = restless;
         Ok(verdict)
     }
 
@@ -336,18 +336,13 @@ impl<'k, 'm> Prescan<'k, 'm> {
             }
         }
         let mut scan = |known: &Known| {
-            if !running.contains_key(&known.task.addr) && (calm || !known.is_clear()?) {
+            if (calm || !known.is_clear()?) && !running.contains_key(&known.task.addr) {
                 look.task(known, None)?;
             }
             Ok::<(), Error>(())
         };
         if calm {
-            for known in self
-                .restless
-                .borrow()
-                .iter()
-                .filter_map(|a| self.known.get(a))
-            {
+            for known in self.restless.iter().filter_map(|a| self.known.get(a)) {
                 scan(known)?;
             }
         } else {

@@ -21,8 +21,8 @@ use crate::addr::Gva;
 use crate::guest::Vcpu;
 use crate::kernel::orc::{Base, Bp, Kind, Row};
 use crate::kernel::{Error, Kernel};
-pub(super) use code::ends_call;
 use code::Code;
+pub(super) use code::{ends_call, hiding};
 pub use stack::{Stack, StackKind};
 
 /// Most frames of one walk. The kernel's own limit for those who ask is far lower.
@@ -370,10 +370,7 @@ impl Unwind<'_, '_, '_, '_> {
             Kind::EndOfStack => return self.end_of_stack().map(Some),
             Kind::Call | Kind::Regs | Kind::RegsPartial => {}
         }
-        if self.first {
-            self.enter(self.sp, true)?;
-        } else if self.at.is_none() {
-            // A sleeping task: where the stack pointer was saved.
+        if self.at.is_none() {
             self.enter(self.sp, true)?;
         }
         let from = self.sp;

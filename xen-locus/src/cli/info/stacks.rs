@@ -32,8 +32,7 @@ pub fn of(
     wanted: impl Fn(u32) -> bool,
 ) -> Result<Vec<Shown>> {
     let names = Names::read(kernel)?;
-    let mut all = all::walk(kernel, registers)?;
-    all.retain(|one| wanted(one.task.pid));
+    let all = all::walk(kernel, registers, wanted)?;
     let shown = |one: &TaskStack| Shown {
         text: text(one, &names),
         value: object(one, &names),
@@ -97,7 +96,5 @@ fn head(one: &TaskStack) -> String {
         Ok(_) => "reliable".to_owned(),
         Err(why) => format!("unreliable: {why}"),
     };
-    // A task chooses its own name: it must not reach the terminal as control characters.
-    let comm = task.comm.replace(char::is_control, "?");
-    format!("{} {comm} ({state}) {verdict}", task.pid)
+    format!("{} {} ({state}) {verdict}", task.pid, task.comm)
 }

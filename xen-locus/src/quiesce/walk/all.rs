@@ -1,4 +1,4 @@
-//! The stacks of all tasks of a guest, whether it runs or not.
+//! The stacks of the tasks of a guest, whether it runs or not.
 //!
 //! A task that is on no CPU does not change its stack: it is read, and read again if the task ran
 //! meanwhile, which its counts of context switches tell.
@@ -25,11 +25,16 @@ pub struct TaskStack {
     pub walk: Walk,
 }
 
-/// Walks the stacks of all tasks. `vcpus` are registers of the same moment as memory, or none.
+/// Walks the stacks of the tasks whose id is `wanted`. `vcpus` are registers of the same moment as
+/// memory, or none.
 ///
 /// # Errors
 /// The kernel lacks a symbol or type, or the list of tasks can't be read.
-pub fn walk(kernel: &Kernel<'_>, vcpus: &[Vcpu]) -> Result<Vec<TaskStack>, Error> {
+pub fn walk(
+    kernel: &Kernel<'_>,
+    vcpus: &[Vcpu],
+    wanted: impl Fn(u32) -> bool,
+) -> Result<Vec<TaskStack>, Error> {
     let look = Look {
         kernel,
         walker: Walker::new(kernel)?,
@@ -38,8 +43,8 @@ pub fn walk(kernel: &Kernel<'_>, vcpus: &[Vcpu]) -> Result<Vec<TaskStack>, Error
         vcpus,
     };
     tasks::snapshot(kernel, |space, tasks| {
-        let each = tasks.into_iter().map(|task| look.task(space, task));
-        each.collect()
+        let tasks = tasks.into_iter().filter(|task| wanted(task.pid));
+        tasks.map(|task| look.task(space, task)).collect()
     })
 }
 

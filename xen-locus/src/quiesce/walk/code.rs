@@ -31,6 +31,18 @@ const HIDING: [&str; 4] = [
     "return_to_handler",
 ];
 
+/// Those of them that `kernel` has.
+pub(in crate::quiesce) fn hiding<'k>(
+    kernel: &'k Kernel<'_>,
+) -> impl Iterator<Item = (&'static str, Range)> + 'k {
+    HIDING.iter().filter_map(|&name| {
+        let at = kernel.symbols.addr(name)?;
+        // Its first byte is what stands on a stack.
+        let room = kernel.symbols.room(at).unwrap_or(1);
+        Some((name, Range::new(at, room)))
+    })
+}
+
 /// Code of the kernel and of its modules.
 pub struct Code<'k, 'm> {
     kernel: &'k Kernel<'m>,
@@ -58,19 +70,13 @@ impl<'k, 'm> Code<'k, 'm> {
     /// The kernel has no ORC table, or it can't be read.
     pub fn read(kernel: &'k Kernel<'m>) -> Result<Code<'k, 'm>, Error> {
         let symbol = |name| kernel.symbols.addr(name);
-        let hiding = HIDING.iter().filter_map(|&name| {
-            let at = symbol(name)?;
-            // Also when it is called without being there: the range has one byte at least.
-            let room = kernel.symbols.room(at).unwrap_or(1);
-            Some((name, Range::new(at, room)))
-        });
         let first = ["ret_from_fork", "ret_from_fork_asm"];
         let mut code = Code {
             kernel,
             space: kernel.space.fresh(),
             orc: Orc::read(kernel)?,
             modules: Vec::new(),
-            hiding: hiding.collect(),
+            hiding: hiding(kernel).collect(),
             first: first.iter().filter_map(|name| symbol(name)).collect(),
             hypercalls: symbol("hypercall_page").map(|at| Range::new(at, HYPERCALLS)),
             known: RefCell::default(),
