@@ -419,6 +419,8 @@ fn execute(
     let mut attempts = 0;
     let mut stirred = 0;
     let mut wait = WAIT_MIN;
+    // Of the last attempt that could tell who was in the way, else of the last one.
+    let mut last = Verdict::Quiet;
     loop {
         if options.interrupted.load(Ordering::SeqCst) {
             return Err(Error::Failed("interrupted; nothing was changed".into()));
@@ -439,10 +441,15 @@ fn execute(
             }
             pause = paused.end()?;
         }
-        if began.elapsed() + wait >= options.timeout {
-            return Err(gave_up(plan, verdict, attempts, began.elapsed(), pause));
+        let at_once = verdict == Verdict::Stirred;
+        let is_blocked = |v: &Verdict| matches!(v, Verdict::Blocked(_));
+        if is_blocked(&verdict) || !is_blocked(&last) {
+            last = verdict;
         }
-        if verdict == Verdict::Stirred {
+        if began.elapsed() + wait >= options.timeout {
+            return Err(gave_up(plan, last, attempts, began.elapsed(), pause));
+        }
+        if at_once {
             stirred += 1;
             continue;
         }

@@ -20,6 +20,8 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use super::look::{Live, Look};
+use super::walk::stack::Copied;
+use super::walk::{self, Stack, StackKind, Walker};
 use super::{Verdict, Watch};
 use crate::addr::{Frame, Gva, Range, PAGE_LEN};
 use crate::error::{Error, Result};
@@ -46,8 +48,20 @@ pub(super) struct Known {
     words: Words,
     stacks: Rc<dyn Window>,
     offset: usize,
-    /// Its counters when it was off its CPU and out of the way.
-    clear: Cell<Option<[u64; 2]>>,
+    /// What a scan found when it was off its CPU, and its counters then.
+    seen: Cell<Option<([u64; 2], Seen)>>,
+}
+
+/// What was found on the stack of a task that is off its CPU. It stays so until the task runs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Seen {
+    /// Nothing watched.
+    Clear,
+    /// A word that may be a return address. Most who are in the way are so for a moment only: the
+    /// next rehearsal shows whether it is worth a walk.
+    Alarm,
+    /// The same, and a walk did not show that nobody is there.
+    Inside,
 }
 
 impl Known {
@@ -57,10 +71,11 @@ impl Known {
         Ok([own.u64()?, other.u64()?])
     }
 
-    fn is_clear(&self) -> Result<bool> {
-        Ok(match self.clear.get() {
-            None => false,
-            was => was == Some(self.switches()?),
+    /// What was found, if the task did not run since.
+    fn seen(&self) -> Result<Option<Seen>> {
+        Ok(match self.seen.get() {
+            Some((then, seen)) if then == self.switches()? => Some(seen),
+            _ => None,
         })
     }
 
@@ -100,6 +115,10 @@ pub struct Prescan<'k, 'm> {
     switches: Vec<u64>,
     /// Tasks that the last rehearsal could not clear.
     restless: Vec<Gva>,
+    /// Made when it is wanted for the first time; `None` in it if the kernel's unwind data can't be read.
+    walker: Option<Option<Walker<'k, 'm>>>,
+    /// The tasks were listed since the walker knew all modules.
+    walker_is_old: bool,
     /// Room for the words of a stack: not to be found inside the pause.
     pub(super) room: RefCell<Vec<u8>>,
 }
@@ -130,6 +149,8 @@ impl<'k, 'm> Prescan<'k, 'm> {
             cpus: Vec::new(),
             switches: Vec::new(),
             restless: Vec::new(),
+            walker: None,
+            walker_is_old: false,
             room: RefCell::default(),
             space,
         })
@@ -159,6 +180,7 @@ impl<'k, 'm> Prescan<'k, 'm> {
     }
 
     fn list(&mut self) -> Result<()> {
+        self.walker_is_old = true;
         self.forks = self.forks_at.u64()?;
         let mut tasks = self.layout.all(self.kernel, &self.space)?;
         // The dead have no stack any more (kernel/fork.c: `release_task_stack`), nor run again.
@@ -213,7 +235,7 @@ impl<'k, 'm> Prescan<'k, 'm> {
                     },
                     stacks: Rc::clone(&stacks),
                     offset,
-                    clear: Cell::new(None),
+                    seen: Cell::new(None),
                     task,
                 });
             }
@@ -274,35 +296,87 @@ impl<'k, 'm> Prescan<'k, 'm> {
         Ok(pins.map(Pin::u64).collect::<std::result::Result<_, _>>()?)
     }
 
+    /// Whether a walk shows that the scan of a sleeping task's stack was a false alarm. Where that can't
+    /// be told, nobody is acquitted.
+    fn acquits(&mut self, task: Gva) -> Result<bool> {
+        let kernel = self.kernel;
+        let walker = self.walker.get_or_insert_with(|| Walker::new(kernel).ok());
+        if std::mem::take(&mut self.walker_is_old) {
+            if let Some(Err(_)) = walker.as_mut().map(Walker::refresh) {
+                *walker = None;
+            }
+        }
+        let (Some(walker), Some(known)) = (walker, self.known.get(&task)) else {
+            return Ok(false);
+        };
+        let range = known.task.stack;
+        let memory = Copied::of(range, |words| known.read(0, words))?;
+        let stack = Stack {
+            kind: StackKind::Task,
+            range,
+            memory: &memory,
+        };
+        let walk = walker.sleeping(known.sp()?, stack, known.task.idle);
+        let inside = |frame: &walk::Frame| self.watch.hit(frame.address.0).is_some();
+        Ok(walk.is_reliable() && !walk.frames.iter().any(inside))
+    }
+
     /// Scans, while the guest runs, the stacks of those tasks that are off their CPU and were not
-    /// found out of the way before, or ran since.
+    /// found out of the way before, or ran since. A scan that alarms twice of the same sleep is believed
+    /// unless a walk of the stack ([`super::walk`]) shows that nobody is there.
     ///
     /// # Errors
     /// Memory can't be read.
     pub fn rehearse(&mut self) -> Result<Verdict> {
         self.switches = self.count_switches()?;
+        for task in self.doubtful()? {
+            let acquitted = self.acquits(task)?;
+            if let Some(known) = self.known.get(&task) {
+                let seen = if acquitted { Seen::Clear } else { Seen::Inside };
+                known
+                    .seen
+                    .set(known.seen.get().map(|(then, _)| (then, seen)));
+            }
+        }
         let mut look = Look::new(self);
         let mut restless = Vec::new();
         for known in self.known.values() {
-            if known.is_clear()? {
+            let seen = known.seen()?;
+            if seen == Some(Seen::Clear) {
                 continue;
             }
             let before = known.switches()?;
-            known.clear.set(None);
+            known.seen.set(None);
             // The order counts: a task that begins to run after this shows it below.
-            if !known.is_on_cpu()?
-                && look.task(known, None)?
-                && !known.is_on_cpu()?
-                && known.switches()? == before
-            {
-                known.clear.set(Some(before));
+            let scanned = if known.is_on_cpu()? {
+                None
+            } else if look.task(known, None)? {
+                Some(Seen::Clear)
             } else {
+                Some(seen.unwrap_or(Seen::Alarm))
+            };
+            let scanned = scanned.map(|seen| (before, seen));
+            if scanned.is_some() && !known.is_on_cpu()? && known.switches()? == before {
+                known.seen.set(scanned);
+            }
+            if known.seen.get() != Some((before, Seen::Clear)) {
                 restless.push(known.task.addr);
             }
         }
         let verdict = look.verdict();
         self.restless = restless;
         Ok(verdict)
+    }
+
+    /// Tasks that alarmed when they were last scanned, and still sleep the same sleep.
+    fn doubtful(&self) -> Result<Vec<Gva>> {
+        let mut doubtful = Vec::new();
+        for known in self.known.values() {
+            if known.seen()? == Some(Seen::Alarm) {
+                doubtful.push(known.task.addr);
+            }
+        }
+        Ok(doubtful)
     }
 
     /// Looks at everything that may have changed since the last rehearsal, and maps nothing: what it
@@ -336,7 +410,9 @@ impl<'k, 'm> Prescan<'k, 'm> {
             }
         }
         let mut scan = |known: &Known| {
-            if (calm || !known.is_clear()?) && !running.contains_key(&known.task.addr) {
+            if (calm || known.seen()? != Some(Seen::Clear))
+                && !running.contains_key(&known.task.addr)
+            {
                 look.task(known, None)?;
             }
             Ok::<(), Error>(())

@@ -208,3 +208,36 @@ fn one_past_the_end_is_a_hit_only_behind_a_call() {
     assert!(watch().hit(range.end.0).is_some());
     assert!(watch().hit(range.end.0 + 1).is_none());
 }
+
+#[test]
+fn a_stale_word_is_no_alarm_where_the_walk_of_the_stack_can_be_relied_on() {
+    with_guest(|guest, scan| {
+        guest.enter(42, false);
+        // Between two frames of a task whose stack a walk understands.
+        let task = guest.task(1);
+        let word = |offset| Gva(task.stack.end.0 - offset);
+        let space = guest.kernel.space.fresh();
+        let is_free = |&offset: &u64| space.read_u64(word(offset)).unwrap() == 0;
+        let free = (0xb0..0x1f0u64).step_by(8).filter(is_free);
+        let stale = free.filter(|&offset| word(offset) > task.sp).min().unwrap();
+        guest.poke(word(stale), &INSIDE.to_le_bytes());
+        // It may sleep for a moment only: a walk is worth it when it still does.
+        assert_eq!(blocked(scan.rehearse().unwrap()), [1]);
+        assert_eq!(guest.look(scan), [1]);
+        assert_eq!(blocked(scan.rehearse().unwrap()), NOBODY);
+        assert_eq!(guest.look(scan), NOBODY);
+        // It ran: in the pause nobody is acquitted.
+        guest.switched(1, 1);
+        guest.cpu_switched(0, 1);
+        assert_eq!(guest.look(scan), [1]);
+    });
+}
+
+#[test]
+fn who_can_not_be_acquitted_stays_in_the_way() {
+    with_guest(|_, scan| {
+        for _ in 0..3 {
+            assert_eq!(blocked(scan.rehearse().unwrap()), [42]);
+        }
+    });
+}

@@ -81,6 +81,19 @@ impl Copied {
             bytes: space.read_vec(from, len)?,
         })
     }
+
+    /// Copies all of `range`.
+    ///
+    /// # Errors
+    /// Those of `read`, which is asked for so many bytes from its start.
+    pub fn of<E>(
+        range: Range,
+        read: impl FnOnce(&mut [u8]) -> std::result::Result<(), E>,
+    ) -> std::result::Result<Copied, E> {
+        let mut bytes = vec![0; usize::try_from(range.len()).unwrap_or(0)];
+        read(&mut bytes)?;
+        Ok(Copied { from: 0, bytes })
+    }
 }
 
 impl Window for Copied {
