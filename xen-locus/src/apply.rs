@@ -29,6 +29,9 @@ const WAIT_MIN: Duration = Duration::from_millis(1);
 /// Longest wait between two attempts.
 const WAIT_MAX: Duration = Duration::from_millis(500);
 
+/// The wait from which on a sleeper's stack is walked: those who leave by themselves have left.
+const WAIT_LONG: Duration = Duration::from_millis(64);
+
 /// How patient to be.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -36,6 +39,9 @@ pub struct Options {
     pub timeout: Duration,
     /// Longest pause of the guest; an attempt that would take longer is given up.
     pub max_pause: Duration,
+    /// Threads may go on in the versions that are replaced, if the payload says that they may: nobody
+    /// is waited for who is in them, but only for who stands on the bytes that are written.
+    pub entry_only: bool,
     /// Check and link, but write nothing.
     pub dry_run: bool,
     /// Set from outside to give up between two attempts.
@@ -47,6 +53,7 @@ impl Default for Options {
         Options {
             timeout: Duration::from_secs(30),
             max_pause: Duration::from_millis(10),
+            entry_only: false,
             dry_run: false,
             interrupted: Arc::default(),
         }
@@ -163,6 +170,9 @@ pub fn apply(
     plan::settle(kernel, &mut arena)?;
     let ready = plan::prepare(kernel, &arena, payload, mode)?;
     let dry = Report::dry(payload, &ready);
+    if let Readiness::Ready(ready) = &ready {
+        watch_of(&ready.plan, options)?;
+    }
     let ready = match ready {
         Readiness::Ready(ready) if !options.dry_run => ready,
         _ => return Ok(dry),
@@ -194,6 +204,7 @@ pub fn revert(
     };
     let functions = resident.record.functions.len();
     let plan = plan::undo(kernel, &stack, resident)?;
+    watch_of(&plan, options)?;
     if options.dry_run {
         return Ok(report(
             name,
@@ -260,6 +271,7 @@ pub fn blocking(
     while began.elapsed() < options.timeout && !options.interrupted.load(Ordering::SeqCst) {
         prescan.refresh()?;
         prescan.rehearse()?;
+        prescan.acquit()?;
         let (verdict, paused) = last_look(machine, &mut prescan, true, options)?;
         paused.end()?;
         if let Some(blockers) = verdict.blockers() {
@@ -398,6 +410,21 @@ impl Target<'_> {
     }
 }
 
+/// Where nobody may be.
+fn watch_of<'p>(plan: &'p Plan, options: &Options) -> Result<&'p Watch> {
+    if !options.entry_only {
+        return Ok(&plan.watch);
+    }
+    plan.entry_only.as_ref().ok_or_else(|| {
+        Error::NotApplicable(format!(
+            "{}: --entry-only is for a payload whose author says, by MODULE_INFO(entry_only, \"Y\"), \
+             that old and new versions of its functions may run at the same time, and that supersedes \
+             no other; this one does not, so leave --entry-only out",
+            plan.patch
+        ))
+    })
+}
+
 fn execute(
     machine: &dyn Machine,
     kernel: &Kernel<'_>,
@@ -415,7 +442,7 @@ fn execute(
             offset: at.offset(),
         });
     }
-    let mut prescan = Prescan::new(kernel, &plan.watch)?;
+    let mut prescan = Prescan::new(kernel, watch_of(plan, options)?)?;
     let mut attempts = 0;
     let mut stirred = 0;
     let mut wait = WAIT_MIN;
@@ -430,6 +457,10 @@ fn execute(
         // While the guest runs: who sleeps in the way is known without costing it a pause.
         let mut pause = Duration::ZERO;
         let mut verdict = prescan.rehearse()?;
+        if wait >= WAIT_LONG && verdict.is_sleepers() {
+            prescan.acquit()?;
+            verdict = prescan.rehearse()?;
+        }
         if !verdict.is_sleepers() {
             check_all(&targets)?;
             let (found, paused) = last_look(machine, &mut prescan, stirred >= HASTY, options)?;

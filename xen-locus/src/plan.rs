@@ -44,6 +44,9 @@ pub struct Plan {
     pub writes: Vec<Write>,
     /// Where nobody may be.
     pub watch: Watch,
+    /// Where nobody may be if threads may go on in the versions that are replaced: in the bytes that
+    /// are written. `None` where the payload does not say that they may.
+    pub entry_only: Option<Watch>,
 }
 
 /// A payload made ready for one guest, nothing of it written yet.
@@ -103,6 +106,14 @@ pub fn settle(kernel: &Kernel<'_>, arena: &mut Arena) -> Result<Vec<Resident>> {
         slot.state = resident.slot.state;
     }
     Ok(all)
+}
+
+/// Where threads may still be that entered functions of `resident`, one of those in `stack`, before it
+/// was applied; `None` if it does not say that they may.
+#[must_use]
+pub fn old_versions(kernel: &Kernel<'_>, stack: &Stack<'_>, resident: &Resident) -> Option<Watch> {
+    let entry_only = resident.record.entry_only;
+    entry_only.then(|| Watch::new(kernel, stack.below(resident)))
 }
 
 /// Checks everything and links the payload for this guest; writes nothing.
@@ -181,6 +192,7 @@ pub fn prepare(
         text_sha256: hex(&[0; 32]),
         module: u64::MAX,
         objects: patched,
+        entry_only: payload.modinfo.entry_only,
     };
     for function in &mut record.functions {
         function.new = u64::MAX;
@@ -235,7 +247,7 @@ pub fn prepare(
     };
     image.put_entry(&layout, &entry)?;
     let fresh = if entered {
-        layout.rewritten()
+        layout.rewritten(record.entry_only)
     } else {
         std::iter::once(0..image.bytes.len()).collect()
     };
@@ -278,11 +290,16 @@ pub fn prepare(
     }
     writes.extend(entering.writes);
     writes.extend(stack.writes(&record.functions, supersedes));
+    let entry_only = (record.entry_only && !supersedes).then(|| {
+        let redirects = stack::redirects(&record.functions);
+        Watch::new(kernel, watched.iter().cloned().chain(redirects).collect())
+    });
     watched.extend(stack.watched(&record.functions, supersedes));
     let plan = Plan {
         patch: payload.name.clone(),
         writes,
         watch: Watch::new(kernel, watched),
+        entry_only,
     };
     let superseded = stack.applied().iter().filter(|_| supersedes);
     let superseded = superseded.map(|&r| r.clone()).collect();
@@ -324,6 +341,9 @@ pub fn undo(kernel: &Kernel<'_>, stack: &Stack<'_>, resident: &Resident) -> Resu
         writes,
         // Nobody may be in the payload's code: in a replacement, or in a function only it calls.
         watch: Watch::new(kernel, stack::code_of(record)),
+        entry_only: record
+            .entry_only
+            .then(|| Watch::new(kernel, stack::redirects(&record.functions).collect())),
     })
 }
 

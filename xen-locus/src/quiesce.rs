@@ -2,8 +2,8 @@
 //!
 //! Every vCPU's registers and every task's kernel stack are looked at. A stack is scanned: each word of
 //! its live part that could be a return address into a watched range counts. That gives false alarms
-//! (a stale or unrelated word), never misses. A task that goes on sleeping is cleared of a false alarm
-//! by unwinding its stack ([`walk`]) while the guest runs; where that can't be relied on, the alarm
+//! (a stale or unrelated word), never misses. A task that sleeps is cleared of a false alarm by
+//! unwinding its stack ([`walk`]) while the guest runs; where that can't be relied on, the alarm
 //! stands.
 //!
 //! The work is split so that the guest is paused only for the last look, and that costs what changed
@@ -180,9 +180,8 @@ impl Verdict {
 pub fn inside(kernel: &Kernel<'_>, vcpus: &[Vcpu], watch: &Watch) -> Result<Vec<Blocker>> {
     let mut scan = Prescan::new(kernel, watch)?;
     scan.refresh()?;
-    // Alarms, and then what is to be said of them.
     scan.rehearse()?;
-    scan.rehearse()?;
+    scan.acquit()?;
     let verdict = scan.look(vcpus, true, &|| false)?;
     Ok(verdict.blockers().unwrap_or_default())
 }

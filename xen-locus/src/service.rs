@@ -14,6 +14,7 @@ use crate::link::presence;
 use crate::link::record::Function;
 use crate::patch::Payload;
 use crate::plan::{self, Mode, Stack};
+use crate::quiesce::Watch;
 use crate::store::{Store, ROOT};
 use crate::xen;
 
@@ -36,6 +37,8 @@ pub struct Patch {
     pub cves: Vec<String>,
     /// What it replaces.
     pub functions: Vec<Replaced>,
+    /// Where threads may still be that entered its functions before it was applied, if it lets them.
+    pub old_versions: Option<Watch>,
 }
 
 /// A function that a patch replaces.
@@ -107,6 +110,7 @@ pub fn patches(kernel: &Kernel<'_>) -> Result<Vec<Patch>> {
             applied_at: resident.slot.applied_at,
             cves: record.cves.clone(),
             functions: functions.collect(),
+            old_versions: plan::old_versions(kernel, &stack, resident),
         });
     }
     Ok(patches)

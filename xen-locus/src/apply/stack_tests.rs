@@ -388,7 +388,7 @@ fn a_redirect_that_someone_changed_is_left_alone() {
 
 /// Lets the sleeping task of the mock guest hold a return address.
 fn sleep_at(guest: &Guest, word: u64) {
-    let at = STACKS.plus(3 * 4 * STACK_LEN as u64 + 0x1e88);
+    let at = STACKS.plus(3 * 4 * STACK_LEN as u64 + 0x1e80);
     let frames = guest.kernel().space.frames(at, 8).unwrap();
     let window = guest.map_mut(&frames).unwrap();
     window.write(at.offset(), &word.to_le_bytes()).unwrap();
@@ -549,4 +549,65 @@ fn an_applied_patch_is_a_module_of_the_guest_and_stays_one() {
     guest.applied(&payload("one", &[A]));
     let again = Reader::new(&guest.kernel()).unwrap().all().unwrap();
     assert_eq!(again, modules);
+}
+
+/// A payload that lets threads go on in what it replaces.
+fn entry_only(name: &str, functions: &[usize]) -> Payload {
+    let mut payload = payload(name, functions);
+    payload.modinfo.entry_only = true;
+    payload
+}
+
+#[test]
+fn where_both_versions_may_run_only_the_bytes_of_the_redirect_must_be_free() {
+    let guest = Guest::new();
+    let once = |entry_only| Options {
+        entry_only,
+        ..options(false)
+    };
+    let apply = |payload: &Payload, options: &Options| {
+        super::apply(&guest, &guest.kernel(), payload, Mode::Apply, options)
+    };
+    let code = |result: Result<Report>| result.unwrap_err().exit_code();
+    let one = entry_only("one", &[A]);
+    // Only who asks for it gets it, and only for a payload that says so.
+    sleep_at(&guest, FUNCTIONS[A].1 + 10);
+    assert_eq!(code(apply(&one, &once(false))), ExitCode::TryAgain);
+    let strict = payload("two", &[A]);
+    assert_eq!(code(apply(&strict, &once(true))), ExitCode::NotApplicable);
+    sleep_at(&guest, FUNCTIONS[A].1 + 7);
+    assert_eq!(code(apply(&one, &once(true))), ExitCode::TryAgain);
+    sleep_at(&guest, FUNCTIONS[A].1 + 10);
+    assert_eq!(apply(&one, &once(true)).unwrap().result, Outcome::Applied);
+    assert_eq!(guest.runs(), ["one", "", ""]);
+
+    // Who is in the old version yet is told, and is in the way of others on top.
+    let kernel = guest.kernel();
+    let drains = || {
+        let residents = guest.residents().unwrap();
+        let stack = Stack::new(&residents);
+        let watch = plan::old_versions(&kernel, &stack, stack.applied()[0]).unwrap();
+        let blockers = crate::quiesce::inside(&kernel, &guest.world.vcpus, &watch).unwrap();
+        blockers.len()
+    };
+    assert_eq!(drains(), 1);
+    assert_eq!(code(apply(&strict, &once(false))), ExitCode::TryAgain);
+    sleep_at(&guest, 0);
+    assert_eq!(drains(), 0);
+
+    // The way back.
+    let place = || {
+        let residents = guest.residents().unwrap();
+        let one = residents.iter().find(|r| r.record.name == "one").unwrap();
+        one.record.functions[0].new
+    };
+    let new = place();
+    sleep_at(&guest, new + 4);
+    assert_eq!(code(guest.revert("one")), ExitCode::TryAgain);
+    let back = super::revert(&guest, &guest.kernel(), "one", &once(true));
+    assert_eq!(back.unwrap().result, Outcome::Reverted);
+    assert_eq!(guest.runs(), ["", "", ""]);
+    // And again, into the pages that the thread is in yet.
+    assert_eq!(apply(&one, &once(true)).unwrap().result, Outcome::Applied);
+    assert_eq!(place(), new);
 }

@@ -26,7 +26,10 @@ pub fn run(session: &Session, host: &Host, args: &Apply, mode: Mode) -> anyhow::
     };
     let (domains, file) = targets(host, args)?;
     let payload = Payload::read(Path::new(&file)).map_err(Error::from)?;
-    let options = session.options(&args.patience);
+    let options = Options {
+        entry_only: args.consistency.entry_only,
+        ..session.options(&args.patience)
+    };
     let mut results = Vec::new();
     for domain in &domains {
         if io::stderr().is_terminal() {

@@ -187,6 +187,9 @@ pub struct Apply {
     /// All guests; only FILE is given then
     #[arg(long)]
     pub all: bool,
+    /// Do not wait for threads that are inside the functions to be replaced
+    #[command(flatten)]
+    pub consistency: Consistency,
     /// How patient to be
     #[command(flatten)]
     pub patience: Patience,
@@ -203,9 +206,24 @@ pub struct Revert {
     /// Undo all patches of the guest, the newest first
     #[arg(long)]
     pub all: bool,
+    /// Do not wait for threads that are inside the replacements
+    #[command(flatten)]
+    pub consistency: Consistency,
     /// How patient to be
     #[command(flatten)]
     pub patience: Patience,
+}
+
+/// Whether old and new versions may run at the same time.
+#[derive(Clone, Debug, Args)]
+pub struct Consistency {
+    /// Change only where threads enter: whoever is inside goes on in the version that he entered
+    ///
+    /// For threads that never leave. Refused unless the payload's author says, by
+    /// MODULE_INFO(entry_only, "Y"), that both versions may run at the same time. `status` shows how
+    /// many threads are in the old ones yet.
+    #[arg(long)]
+    pub entry_only: bool,
 }
 
 /// How patient to be.

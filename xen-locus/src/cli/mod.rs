@@ -118,6 +118,7 @@ impl Session {
         Options {
             timeout: patience.timeout,
             max_pause: patience.max_pause,
+            entry_only: false,
             dry_run: self.dry_run,
             interrupted: Arc::clone(&self.interrupted),
         }

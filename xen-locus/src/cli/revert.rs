@@ -2,6 +2,7 @@
 
 use super::args::Revert;
 use super::{apply, Host, Session};
+use crate::apply::Options;
 use crate::error::ExitCode;
 use crate::service;
 
@@ -11,7 +12,10 @@ use crate::service;
 /// No such guest, or it can't be read.
 pub fn run(session: &Session, host: &Host, args: &Revert) -> anyhow::Result<ExitCode> {
     let domain = host.guest(&args.domain)?;
-    let options = session.options(&args.patience);
+    let options = Options {
+        entry_only: args.consistency.entry_only,
+        ..session.options(&args.patience)
+    };
     let results = match &args.patch {
         Some(patch) => {
             let result = service::revert(&host.store, &domain, patch, &options);

@@ -48,6 +48,14 @@ fn table(summary: &Summary) {
             summary.target_build_id.as_deref().unwrap_or_default(),
         ),
         ("replaces all", replaces_all(summary.replace)),
+        (
+            "entry only",
+            if summary.entry_only {
+                "yes: old and new may run at the same time"
+            } else {
+                ""
+            },
+        ),
     ] {
         if !value.is_empty() {
             out::line(&format!("{what:<13} {value}"));

@@ -1,5 +1,6 @@
 //! `xen-locus status [DOMAIN]`: the patches of one guest or of all.
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use serde_json::{json, Value};
@@ -8,16 +9,25 @@ use super::args::Output;
 use super::subject::{self, Subject};
 use super::{out, Host, Session};
 use crate::addr::DomId;
+use crate::apply::{self, Options};
 use crate::domain::Domain;
 use crate::error::{ExitCode, Result};
 use crate::kernel::Kernel;
+use crate::quiesce::{self, Blocker, Watch};
 use crate::service::{self, Patch, Replaced};
 
 /// What is said of one guest.
 struct Status {
     subject: Subject,
     kernel: String,
-    patches: Vec<Patch>,
+    patches: Vec<Shown>,
+}
+
+/// What is said of one patch.
+struct Shown {
+    patch: Patch,
+    /// Threads that are still in versions it replaced; of a patch that lets them.
+    draining: Vec<Blocker>,
 }
 
 /// Runs the command: of a core, of the domain `wanted`, or of all guests.
@@ -31,8 +41,9 @@ pub fn run(
 ) -> anyhow::Result<ExitCode> {
     let one = wanted.is_some() || core.is_some();
     let statuses = match (core, wanted) {
-        (Some(path), _) => vec![subject::with_core(path, |subject, kernel, _| {
-            Status::read(subject.clone(), kernel)
+        (Some(path), _) => vec![subject::with_core(path, |subject, kernel, core| {
+            let inside = |watch: &Watch| quiesce::inside(kernel, core.vcpus(), watch);
+            Status::read(subject.clone(), kernel, inside)
         })?],
         (None, Some(wanted)) => vec![status(&session.host()?.guest(wanted)?)?],
         (None, None) => all(session, &session.host()?)?,
@@ -57,7 +68,9 @@ pub fn run(
 }
 
 fn status(domain: &Domain<'_>) -> Result<Status> {
-    Status::read(Subject::of(domain), &Kernel::of(domain)?)
+    let kernel = Kernel::of(domain)?;
+    let inside = |watch: &Watch| apply::blocking(domain, &kernel, watch, &Options::default());
+    Status::read(Subject::of(domain), &kernel, inside)
 }
 
 fn all(session: &Session, host: &Host) -> Result<Vec<Status>> {
@@ -76,12 +89,15 @@ fn all(session: &Session, host: &Host) -> Result<Vec<Status>> {
 fn table(statuses: &[Status]) {
     let mut rows = Vec::new();
     for status in statuses {
-        for patch in &status.patches {
+        for Shown { patch, draining } in &status.patches {
             let functions: Vec<String> = patch.functions.iter().map(shown).collect();
             rows.push([
                 status.subject.label(),
                 patch.name.clone(),
-                patch.state.into(),
+                match threads(draining) {
+                    0 => patch.state.into(),
+                    threads => format!("draining {threads}"),
+                },
                 functions.join(","),
                 if patch.cves.is_empty() {
                     "-".into()
@@ -100,6 +116,12 @@ fn table(statuses: &[Status]) {
     out::table(["Domain", "Patch", "State", "Functions", "CVEs"], &rows);
 }
 
+/// How many threads these are: one may be in several functions.
+fn threads(blockers: &[Blocker]) -> usize {
+    let ids: HashSet<_> = blockers.iter().map(|b| (b.pid, &b.comm)).collect();
+    ids.len()
+}
+
 /// A function, and by whom it is covered.
 fn shown(replaced: &Replaced) -> String {
     let name = &replaced.function.name;
@@ -110,11 +132,23 @@ fn shown(replaced: &Replaced) -> String {
 }
 
 impl Status {
-    fn read(subject: Subject, kernel: &Kernel<'_>) -> Result<Status> {
+    fn read(
+        subject: Subject,
+        kernel: &Kernel<'_>,
+        inside: impl Fn(&Watch) -> Result<Vec<Blocker>>,
+    ) -> Result<Status> {
+        let mut patches = Vec::new();
+        for patch in service::patches(kernel)? {
+            let draining = match &patch.old_versions {
+                Some(watch) => inside(watch)?,
+                None => Vec::new(),
+            };
+            patches.push(Shown { patch, draining });
+        }
         Ok(Status {
             subject,
             kernel: kernel.release.clone(),
-            patches: service::patches(kernel)?,
+            patches,
         })
     }
 
@@ -122,7 +156,7 @@ impl Status {
         let patches: Vec<Value> = self
             .patches
             .iter()
-            .map(|p| {
+            .map(|Shown { patch: p, draining }| {
                 let functions: Vec<Value> = p
                     .functions
                     .iter()
@@ -148,6 +182,7 @@ impl Status {
                     "applied_at": p.applied_at,
                     "cves": p.cves,
                     "functions": functions,
+                    "draining": draining,
                 })
             })
             .collect();

@@ -34,6 +34,7 @@ fn sample_record() -> Record {
         module: page_address(2).0 + 3072 + 64,
         text_sha256: "0".repeat(64),
         objects: Vec::new(),
+        entry_only: false,
     }
 }
 

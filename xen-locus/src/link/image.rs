@@ -197,15 +197,19 @@ impl Layout {
     }
 
     /// What is written when the payload is applied again: the record, and the variables but for the
-    /// module entry.
+    /// module entry. They keep their values if threads may be in its code all the time.
     #[must_use]
-    pub fn rewritten(&self) -> Vec<std::ops::Range<usize>> {
+    pub fn rewritten(&self, entry_only: bool) -> Vec<std::ops::Range<usize>> {
         let (record, room) = self.record;
         let record = usize::try_from(record).unwrap_or(usize::MAX);
+        let record = record..record.saturating_add(room);
+        if entry_only {
+            return vec![record];
+        }
         let data = self.rights.iter().take_while(|&&r| r != Rights::Data);
         let data = data.count() * PAGE_LEN;
         let entry = usize::try_from(self.entry.1).unwrap_or(usize::MAX);
-        vec![record..record.saturating_add(room), data..entry.max(data)]
+        vec![record, data..entry.max(data)]
     }
 
     /// Where all of it stands when the first page is at `base`.

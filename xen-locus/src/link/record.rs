@@ -229,6 +229,9 @@ pub struct Record {
     /// Modules whose functions it replaces.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub objects: Vec<ModuleAt>,
+    /// It says that old and new versions of its functions may run at the same time.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub entry_only: bool,
 }
 
 /// Where a module was when its functions were replaced.

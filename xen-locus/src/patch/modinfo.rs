@@ -36,6 +36,9 @@ pub struct Modinfo {
     /// names that kernel's text as `vermagic` can't. An extension of ours.
     #[serde(skip)]
     pub target_build_id: Option<Vec<u8>>,
+    /// `entry_only=Y`: old and new versions of its functions may run at the same time, in different
+    /// threads. An extension of ours.
+    pub entry_only: bool,
     /// All other entries, in their order.
     pub others: Vec<(String, String)>,
 }
@@ -53,6 +56,7 @@ impl Modinfo {
         let mut vermagic = None;
         let mut livepatch = None;
         let mut target = None;
+        let mut entry_only = None;
         let mut entries = 0u64;
         for entry in data.split(|b| *b == 0).filter(|entry| !entry.is_empty()) {
             entries = entries.saturating_add(1);
@@ -83,6 +87,7 @@ impl Modinfo {
                 "name" => once(&mut info.name, key, value)?,
                 "vermagic" => once(&mut vermagic, key, value.trim())?,
                 "livepatch" => once(&mut livepatch, key, value)?,
+                "entry_only" => once(&mut entry_only, key, value.trim())?,
                 "target_build_id" => once(&mut target, key, value.trim())?,
                 "license" => once(&mut info.license, key, value)?,
                 "description" => once(&mut info.description, key, value)?,
@@ -101,6 +106,15 @@ impl Modinfo {
         if let Some(name) = &info.name {
             check_name(name)?;
         }
+        info.entry_only = match entry_only.as_deref() {
+            None | Some("N") => false,
+            Some("Y") => true,
+            Some(other) => {
+                return Err(PayloadErrorKind::modinfo(format!(
+                    "entry_only is {other:?}, expected Y or N"
+                )))
+            }
+        };
         if let Some(text) = target {
             info.target_build_id = Some(unhex(&text).ok_or_else(|| {
                 PayloadErrorKind::modinfo(format!(
@@ -184,7 +198,7 @@ mod tests {
         let info = parse(
             "livepatch=Y\0license=GPL\0description=Fix = it\0depends=\0\0\0retpoline=Y\0\
              cves=CVE-2024-1, CVE-2024-2\0supersedes=old_one\0name=fix_it\0\
-             target_build_id=0aFf\0\
+             target_build_id=0aFf\0entry_only=Y\0\
              vermagic=6.1.0-56-amd64 SMP preempt mod_unload modversions \0",
         )
         .unwrap();
@@ -196,6 +210,7 @@ mod tests {
         assert_eq!(info.cves, ["CVE-2024-1", "CVE-2024-2"]);
         assert_eq!(info.supersedes, ["old_one"]);
         assert_eq!(info.target_build_id, Some(vec![0x0a, 0xff]));
+        assert!(info.entry_only);
         assert_eq!(info.others, [("retpoline".to_owned(), "Y".to_owned())]);
     }
 
@@ -211,6 +226,7 @@ mod tests {
             ("vermagic=1\0target_build_id=\0", "target_build_id"),
             ("vermagic=1\0target_build_id=abc\0", "target_build_id"),
             ("vermagic=1\0target_build_id=zz\0", "target_build_id"),
+            ("vermagic=1\0entry_only=yes\0", "expected Y or N"),
         ];
         for (text, expected) in cases {
             let error = parse(text).unwrap_err().to_string();

@@ -47,6 +47,8 @@ pub struct Summary {
     pub supersedes: Vec<String>,
     /// Build-id of the one kernel it is for, if it names one.
     pub target_build_id: Option<String>,
+    /// True if it says that old and new versions of its functions may run at the same time.
+    pub entry_only: bool,
     /// Modules that must be loaded.
     pub depends: Vec<String>,
     /// True if it replaces all other patches; `None` if the file alone can't tell.
@@ -125,6 +127,7 @@ impl Payload {
             cves: self.modinfo.cves.clone(),
             supersedes: self.modinfo.supersedes.clone(),
             target_build_id: self.modinfo.target_build_id.as_deref().map(hex),
+            entry_only: self.modinfo.entry_only,
             depends: self.modinfo.depends.clone(),
             replace: self.klp.replace,
             objects: self.object_summaries(),

@@ -210,6 +210,27 @@ impl<'r> Stack<'r> {
         }
     }
 
+    /// The versions of the functions of `patch` that ran before it was applied.
+    #[must_use]
+    pub fn below(&self, patch: &Resident) -> Vec<Watched> {
+        let earlier = self.applied.iter().take_while(|r| r.index != patch.index);
+        let earlier: Vec<&Function> = earlier.flat_map(|r| &r.record.functions).collect();
+        let mut below = Vec::new();
+        for function in &patch.record.functions {
+            let versions = earlier.iter().filter(|f| f.old == function.old);
+            let versions = versions.map(|f| (f.new, f.new_size));
+            below.extend(
+                std::iter::once((function.old, function.old_size))
+                    .chain(versions)
+                    .map(|(at, len)| Watched {
+                        range: Range::new(Gva(at), len),
+                        name: function.name.clone(),
+                    }),
+            );
+        }
+        below
+    }
+
     /// The functions that a patch which replaces `kept` gives back when it supersedes all.
     fn given_back<'s>(&'s self, kept: &[Function]) -> impl Iterator<Item = &'s Layers<'r>> {
         let kept: HashSet<u64> = kept.iter().map(|f| f.old).collect();
@@ -247,6 +268,13 @@ impl<'r> Stack<'r> {
     #[must_use]
     pub fn watched(&self, functions: &[Function], supersedes: bool) -> Vec<Watched> {
         let mut all = Vec::new();
+        // Threads may still be in what those replaced that let them.
+        for patch in self.applied.iter().filter(|r| r.record.entry_only) {
+            let mut shared = patch.record.functions.iter();
+            if supersedes || shared.any(|f| functions.iter().any(|own| own.old == f.old)) {
+                all.extend(self.below(patch));
+            }
+        }
         for function in functions {
             match self.layers(function.old) {
                 Some(layers) => all.extend(layers.watched()),
@@ -262,6 +290,14 @@ impl<'r> Stack<'r> {
         }
         all
     }
+}
+
+/// The bytes of the redirects of `functions`, by the names of those.
+pub fn redirects(functions: &[Function]) -> impl Iterator<Item = Watched> + '_ {
+    functions.iter().map(|f| Watched {
+        range: Range::new(Gva(f.site), JUMP as u64),
+        name: f.name.clone(),
+    })
 }
 
 /// A patch's code: the replacements by name, and all of it, for what only they call.

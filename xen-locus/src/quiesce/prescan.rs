@@ -57,8 +57,7 @@ pub(super) struct Known {
 enum Seen {
     /// Nothing watched.
     Clear,
-    /// A word that may be a return address. Most who are in the way are so for a moment only: the
-    /// next rehearsal shows whether it is worth a walk.
+    /// A word that may be a return address.
     Alarm,
     /// The same, and a walk did not show that nobody is there.
     Inside,
@@ -296,6 +295,29 @@ impl<'k, 'm> Prescan<'k, 'm> {
         Ok(pins.map(Pin::u64).collect::<std::result::Result<_, _>>()?)
     }
 
+    /// Walks the stacks of those whose scan alarmed, while the guest runs: a false alarm is taken back
+    /// until that task runs. It takes longer than a scan, and most who are in the way are so for a
+    /// moment.
+    ///
+    /// # Errors
+    /// Memory can't be read.
+    pub fn acquit(&mut self) -> Result<()> {
+        let mut alarming = Vec::new();
+        for known in self.known.values() {
+            if known.seen()? == Some(Seen::Alarm) {
+                alarming.push(known.task.addr);
+            }
+        }
+        for task in alarming {
+            let acquitted = self.acquits(task)?;
+            if let Some(seen) = self.known.get(&task).map(|known| &known.seen) {
+                let what = if acquitted { Seen::Clear } else { Seen::Inside };
+                seen.set(seen.get().map(|(then, _)| (then, what)));
+            }
+        }
+        Ok(())
+    }
+
     /// Whether a walk shows that the scan of a sleeping task's stack was a false alarm. Where that can't
     /// be told, nobody is acquitted.
     fn acquits(&mut self, task: Gva) -> Result<bool> {
@@ -322,22 +344,12 @@ impl<'k, 'm> Prescan<'k, 'm> {
     }
 
     /// Scans, while the guest runs, the stacks of those tasks that are off their CPU and were not
-    /// found out of the way before, or ran since. A scan that alarms twice of the same sleep is believed
-    /// unless a walk of the stack ([`super::walk`]) shows that nobody is there.
+    /// found out of the way before, or ran since.
     ///
     /// # Errors
     /// Memory can't be read.
     pub fn rehearse(&mut self) -> Result<Verdict> {
         self.switches = self.count_switches()?;
-        for task in self.doubtful()? {
-            let acquitted = self.acquits(task)?;
-            if let Some(known) = self.known.get(&task) {
-                let seen = if acquitted { Seen::Clear } else { Seen::Inside };
-                known
-                    .seen
-                    .set(known.seen.get().map(|(then, _)| (then, seen)));
-            }
-        }
         let mut look = Look::new(self);
         let mut restless = Vec::new();
         for known in self.known.values() {
@@ -366,17 +378,6 @@ impl<'k, 'm> Prescan<'k, 'm> {
         let verdict = look.verdict();
         self.restless = restless;
         Ok(verdict)
-    }
-
-    /// Tasks that alarmed when they were last scanned, and still sleep the same sleep.
-    fn doubtful(&self) -> Result<Vec<Gva>> {
-        let mut doubtful = Vec::new();
-        for known in self.known.values() {
-            if known.seen()? == Some(Seen::Alarm) {
-                doubtful.push(known.task.addr);
-            }
-        }
-        Ok(doubtful)
     }
 
     /// Looks at everything that may have changed since the last rehearsal, and maps nothing: what it

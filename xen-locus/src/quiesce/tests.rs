@@ -221,9 +221,9 @@ fn a_stale_word_is_no_alarm_where_the_walk_of_the_stack_can_be_relied_on() {
         let free = (0xb0..0x1f0u64).step_by(8).filter(is_free);
         let stale = free.filter(|&offset| word(offset) > task.sp).min().unwrap();
         guest.poke(word(stale), &INSIDE.to_le_bytes());
-        // It may sleep for a moment only: a walk is worth it when it still does.
         assert_eq!(blocked(scan.rehearse().unwrap()), [1]);
         assert_eq!(guest.look(scan), [1]);
+        scan.acquit().unwrap();
         assert_eq!(blocked(scan.rehearse().unwrap()), NOBODY);
         assert_eq!(guest.look(scan), NOBODY);
         // It ran: in the pause nobody is acquitted.
@@ -238,6 +238,7 @@ fn who_can_not_be_acquitted_stays_in_the_way() {
     with_guest(|_, scan| {
         for _ in 0..3 {
             assert_eq!(blocked(scan.rehearse().unwrap()), [42]);
+            scan.acquit().unwrap();
         }
     });
 }

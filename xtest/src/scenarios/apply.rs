@@ -38,6 +38,13 @@ pub const SCENARIOS: &[Scenario] = &[
         run: |ctx| blocked(ctx, Kind::Pv),
     },
     Scenario {
+        name: "drain-pv",
+        summary:
+            "with --entry-only a thread goes on in the version it entered, and status tells of it",
+        profile: &PV,
+        run: |ctx| drains(ctx, Kind::Pv),
+    },
+    Scenario {
         name: "arena-is-kernel-only-pv",
         summary: "user mode of a PV guest can neither read nor write the arena",
         profile: &PV,
@@ -314,6 +321,52 @@ fn blocked(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     )?;
     check_eq!(applied(ctx, &guest)?, ["locus_sleeper"]);
     check_eq!(ctx.json(&try_revert)?["result"], "reverted");
+    Ok(())
+}
+
+/// What sleeps in the old version goes on there, and is told of, until it leaves.
+fn drains(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
+    let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
+    let name = &guest.name;
+    let draining = || -> Result<Vec<String>, Verdict> {
+        let status = ctx.json(&format!("xen-locus -o json status {name}"))?;
+        let all = status["patches"][0]["draining"].as_array().cloned();
+        let all = all.ok_or_else(|| Verdict::failure(format!("no draining: {status}")))?;
+        Ok(all.iter().map(|b| b["pid"].to_string()).collect())
+    };
+    guest.ok("pause & sleep 1")?;
+    let old = guest.ok("pidof pause")?;
+    let apply = |more: &str, file: &str| {
+        let cmd = format!("xen-locus apply {name} /payloads/{file}.ko --timeout 2s {more}");
+        ctx.dom0.sh(&cmd)
+    };
+    let out = apply("--entry-only", "locus_sleeper")?;
+    check_eq!(out.rc, 3, "{}", out.err_text());
+    check_eq!(apply("", "locus_drain")?.rc, 2);
+    let out = apply("--entry-only", "locus_drain")?;
+    check_eq!(out.rc, 0, "{}", out.err_text());
+    check_eq!(draining()?, [old.as_str()]);
+    let table = ctx.dom0.ok(&format!("xen-locus status {name}"))?;
+    check!(table.contains("draining 1"), "{table}");
+
+    // Another on top waits for him too.
+    check_eq!(apply("", "locus_sleeper")?.rc, 2);
+    // Whoever comes now is in the new version, and not counted.
+    guest.ok("pause & sleep 1")?;
+    check_eq!(draining()?, [old.as_str()]);
+    guest.ok(&format!("kill {old}; sleep 1"))?;
+    check_eq!(draining()?, Vec::<String>::new());
+    let table = ctx.dom0.ok(&format!("xen-locus status {name}"))?;
+    check!(table.contains(" applied "), "{table}");
+
+    // He is in the way of reverting unless the same is asked for; and comes out of it all the same.
+    let new = guest.ok("pidof pause")?;
+    let revert = format!("xen-locus revert {name} locus_drain --timeout 2s");
+    check_eq!(ctx.dom0.sh(&revert)?.rc, 2);
+    ctx.dom0.ok(&format!("{revert} --entry-only"))?;
+    check_eq!(applied(ctx, &guest)?, Vec::<String>::new());
+    check_eq!(guest.ok("pidof pause")?, new);
+    guest.ok(&format!("kill {new}; sleep 1; ! pidof pause"))?;
     Ok(())
 }
 

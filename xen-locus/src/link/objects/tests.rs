@@ -270,6 +270,7 @@ fn a_module_that_went_or_came_back_elsewhere_is_noticed() {
             at,
             base,
         }],
+        entry_only: false,
     };
     with(&modules(), |kernel| {
         let gone = |record: &Record| presence::gone(kernel, record).unwrap().unwrap_or_default();
