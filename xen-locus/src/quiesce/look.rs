@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::prescan::{Known, Prescan};
+use super::prescan::{Cpu, Known, Prescan};
 use super::{Blocker, Reason, Verdict};
 use crate::addr::{Gva, Range};
 use crate::error::Result;
@@ -77,14 +77,12 @@ impl<'s, 'k, 'm> Look<'s, 'k, 'm> {
             self.report(task, Reason::Running, &watched.name, offset);
         }
         let rsp = Gva(vcpu.rsp);
-        let on_irq_stack = scan
-            .cpus
-            .iter()
-            .filter_map(|cpu| cpu.irq_stack.as_ref())
-            .find(|(range, _)| range.contains(rsp));
+        let on = |(range, _): &(Range, _)| range.contains(rsp);
+        let mut cpus = scan.cpus.iter();
+        let own_stacks = cpus.find_map(|cpu| Some((cpu, cpu.stacks.iter().position(on)?)));
         // All tasks are asked only when it is neither the current task's stack nor one of these.
         let mut owner = current.filter(|k| k.task.stack.contains(rsp));
-        if owner.is_none() && on_irq_stack.is_none() {
+        if owner.is_none() && own_stacks.is_none() {
             owner = scan.owner_of_stack(rsp);
         }
         if let Some(known) = owner {
@@ -95,20 +93,13 @@ impl<'s, 'k, 'm> Look<'s, 'k, 'm> {
             }
             return Ok(());
         }
-        match (on_irq_stack, current) {
-            (Some((range, window)), Some(known)) => {
-                let from = Gva(rsp.0 & !7);
-                let offset = usize::try_from(from.0 - range.start.0).unwrap_or(0);
-                let read = |words: &mut [u8]| Ok(window.read(offset, words)?);
-                self.words(task, Reason::Running, range.end.0 - from.0, read)?;
-                // The interrupted stack pointer stands on this stack: the lowest address into the
-                // task's stack that is found there is it, or lies below it.
-                let stack = known.task.stack;
-                let from = lowest_into(&self.words, stack).unwrap_or(stack.start);
+        match (own_stacks, current) {
+            (Some((cpu, first)), Some(known)) => {
+                let from = self.own_stacks(known, cpu, (first, rsp))?;
                 running.insert(known.task.addr, Live::From(from));
             }
             _ => {
-                // On an exception or entry stack, or in the middle of a switch of stacks.
+                // In the middle of a switch of stacks.
                 let (name, offset) = scan
                     .kernel
                     .symbols
@@ -118,6 +109,40 @@ impl<'s, 'k, 'm> Look<'s, 'k, 'm> {
             }
         }
         Ok(())
+    }
+
+    /// Scans the live part of a CPU's own stacks, beginning at a place on the first, and says where
+    /// that of its task's begins. The interrupted stack pointer stands on the stack that was switched
+    /// to: the lowest address into another that is found there is it, or lies below it.
+    fn own_stacks(&mut self, known: &Known, cpu: &Cpu, first: (usize, Gva)) -> Result<Gva> {
+        let stack = known.task.stack;
+        let mut lowest = None;
+        let mut met = vec![first.0];
+        let mut left = vec![first];
+        while let Some((n, from)) = left.pop() {
+            let Some((range, window)) = cpu.stacks.get(n) else {
+                continue;
+            };
+            let from = Gva(from.0 & !7);
+            let offset = usize::try_from(from.0 - range.start.0).unwrap_or(0);
+            let read = |words: &mut [u8]| Ok(window.read(offset, words)?);
+            self.words(
+                Some(&known.task),
+                Reason::Running,
+                range.end.0 - from.0,
+                read,
+            )?;
+            for (other, (range, _)) in cpu.stacks.iter().enumerate() {
+                if let (false, Some(at)) = (met.contains(&other), lowest_into(&self.words, *range))
+                {
+                    met.push(other);
+                    left.push((other, at));
+                }
+            }
+            let at = lowest_into(&self.words, stack);
+            lowest = lowest.into_iter().chain(at).min();
+        }
+        Ok(lowest.unwrap_or(stack.start))
     }
 
     /// Scans the live part of a task's stack, which is the whole of it when its stack pointer isn't

@@ -20,7 +20,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use super::look::{Live, Look};
-use super::walk::stack::Copied;
+use super::walk::stack::{self, Copied};
 use super::walk::{self, Stack, StackKind, Walker};
 use super::{Verdict, Watch};
 use crate::addr::{Frame, Gva, Range, PAGE_LEN};
@@ -97,7 +97,8 @@ pub(super) struct Cpu {
     base: u64,
     current: Option<Pin>,
     switches: Option<Pin>,
-    pub(super) irq_stack: Option<(Range, Box<dyn Window>)>,
+    /// For interrupts, and for exceptions that need one of their own.
+    pub(super) stacks: Vec<(Range, Box<dyn Window>)>,
 }
 
 /// The guest's tasks and stacks, listed, mapped and looked at while it runs.
@@ -243,41 +244,28 @@ impl<'k, 'm> Prescan<'k, 'm> {
         Ok(met)
     }
 
-    /// Per CPU: where its running task stands, its counter of switches, and its interrupt stack
-    /// (`hardirq_stack_ptr`, the address one past its last word but one: arch/x86/kernel/irq_64.c).
+    /// Per CPU: where its running task stands, its counter of switches, and its own stacks.
     fn list_cpus(&self) -> Result<Vec<Cpu>> {
         let kernel = self.kernel;
         let current = tasks::current_symbol(kernel);
-        let irq = kernel.symbols.addr("hardirq_stack_ptr").or_else(|| {
-            let offset = kernel
-                .btf()
-                .ok()?
-                .offset_of("pcpu_hot", "hardirq_stack_ptr")
-                .ok()?;
-            Some(kernel.symbols.addr("pcpu_hot")?.plus(offset as u64))
-        });
         let switches = tasks::switches_symbol(kernel);
         let bases = tasks::percpu_bases(kernel, &self.space)?;
-        Ok(bases
-            .into_iter()
-            .map(|base| {
-                let pin = |at: Option<Gva>| self.space.pin(tasks::percpu(at?, base)).ok();
-                let irq_stack = irq.and_then(|at| {
-                    let top = self.space.read_u64(tasks::percpu(at, base)).ok()?;
-                    let end = top.checked_add(64)? & !0xfff;
-                    let start = Gva(end.checked_sub(self.layout.stack_size)?);
-                    let range = Range::new(start, self.layout.stack_size);
-                    let frames = self.space.frames(range.start, range.len()).ok()?;
-                    Some((range, self.space.map(&frames).ok()?))
-                });
-                Cpu {
-                    base,
-                    current: pin(current),
-                    switches: pin(switches),
-                    irq_stack,
-                }
-            })
-            .collect())
+        let mut cpus = Vec::with_capacity(bases.len());
+        for base in bases {
+            let pin = |at: Option<Gva>| self.space.pin(tasks::percpu(at?, base)).ok();
+            let stacks = stack::of_cpu(kernel, &self.space, base)?.into_iter();
+            let map = |(_, range): (_, Range)| {
+                let frames = self.space.frames(range.start, range.len()).ok()?;
+                Some((range, self.space.map(&frames).ok()?))
+            };
+            cpus.push(Cpu {
+                base,
+                current: pin(current),
+                switches: pin(switches),
+                stacks: stacks.filter_map(map).collect(),
+            });
+        }
+        Ok(cpus)
     }
 
     /// Whether tasks were born since they were listed.

@@ -1,7 +1,10 @@
 //! What is looked at again in the pause, in the mock guest.
 
+#![allow(clippy::cast_possible_truncation)] // small stacks
+
+use super::walk::stack::Copied;
 use super::*;
-use crate::guest::{GuestType, Vcpu};
+use crate::guest::{GuestType, Vcpu, Window};
 use crate::kernel::fixture_world::{World, PATCHED, PERCPU};
 use crate::kernel::tasks::{self, Layout, Task};
 
@@ -240,5 +243,58 @@ fn who_can_not_be_acquitted_stays_in_the_way() {
             assert_eq!(blocked(scan.rehearse().unwrap()), [42]);
             scan.acquit().unwrap();
         }
+    });
+}
+
+#[test]
+fn a_cpu_s_own_stacks_are_followed_to_its_task_s() {
+    const NMI: u64 = 0xffff_fe00_0000_1000;
+    const IRQ: u64 = 0xffff_c900_0000_4000;
+    with_guest(|guest, scan| {
+        guest.enter(42, false);
+        let idle = guest.tasks.iter().find(|t| t.on_cpu && t.pid == 0).unwrap();
+        let word = |offset| Gva(idle.stack.end.0 - offset);
+        let at = |start: u64, offset: u64, value: u64| (start + offset, value);
+        // An NMI met an interrupt, which had met the idle task: its stack pointers, and words that are
+        // not live.
+        let look = |scan: &mut Prescan<'_, '_>, words: &[(u64, u64)]| {
+            let stack = |start: u64| {
+                let mut bytes = vec![0; 0x1000];
+                for &(at, value) in words {
+                    if let Some(at) = at.checked_sub(start).filter(|&at| at < 0x1000) {
+                        bytes[at as usize..][..8].copy_from_slice(&value.to_le_bytes());
+                    }
+                }
+                let range = Range::new(Gva(start), 0x1000);
+                let whole = Copied::of(range, |copy| {
+                    copy.copy_from_slice(&bytes);
+                    Ok::<(), ()>(())
+                });
+                (range, Box::new(whole.unwrap()) as Box<dyn Window>)
+            };
+            let mut vcpus = guest.world.vcpus.clone();
+            let vcpu = vcpus.iter_mut().find(|v| !v.user).unwrap();
+            vcpu.rsp = NMI + 0x800;
+            for cpu in &mut scan.cpus {
+                cpu.stacks = vec![stack(IRQ), stack(NMI)];
+            }
+            blocked(scan.look(&vcpus, true, &|| false).unwrap())
+        };
+        let met = [at(NMI, 0xf00, IRQ + 0xc00), at(IRQ, 0xf00, word(0x100).0)];
+        let with = |more: &[(u64, u64)]| [&met[..], more].concat();
+        assert_eq!(look(scan, &met), NOBODY);
+        for (live, (start, offset)) in [
+            (true, (NMI, 0x900)),
+            (false, (NMI, 0x7f8)),
+            (true, (IRQ, 0xc08)),
+            (false, (IRQ, 0xb00)),
+        ] {
+            let found = look(scan, &with(&[at(start, offset, INSIDE)]));
+            assert_eq!(found == [0], live, "{start:#x}+{offset:#x}: {found:?}");
+        }
+        guest.poke(word(0x108), &INSIDE.to_le_bytes());
+        assert_eq!(look(scan, &met), NOBODY);
+        guest.poke(word(0x80), &INSIDE.to_le_bytes());
+        assert_eq!(look(scan, &met), [0]);
     });
 }
