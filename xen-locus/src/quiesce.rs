@@ -30,6 +30,8 @@ pub enum Reason {
     Running,
     /// Off the CPU, with the function on its stack.
     SleepingOn,
+    /// A signal cut its system call short, which will go on in the function (`restart_block`).
+    RestartBlock,
     /// Its stack can't be judged at this moment.
     UnreliableStack,
 }
@@ -39,6 +41,7 @@ impl std::fmt::Display for Reason {
         f.write_str(match self {
             Reason::Running => "running",
             Reason::SleepingOn => "sleeping-on",
+            Reason::RestartBlock => "restart-block",
             Reason::UnreliableStack => "unreliable-stack",
         })
     }
@@ -169,7 +172,8 @@ impl Verdict {
     /// Somebody sleeps in the way: that holds whether the guest is paused or not.
     #[must_use]
     pub fn is_sleepers(&self) -> bool {
-        matches!(self, Verdict::Blocked(all) if all.iter().any(|b| b.reason == Reason::SleepingOn))
+        let sleeps = |b: &Blocker| matches!(b.reason, Reason::SleepingOn | Reason::RestartBlock);
+        matches!(self, Verdict::Blocked(all) if all.iter().any(sleeps))
     }
 }
 

@@ -244,6 +244,11 @@ static int begin(const char *state)
 			created = NULL;
 		return err;
 	}
+	/* A signal cuts the writer's system call short. It must end him then. */
+	if (!strcmp(state, "restarting")) {
+		wait_event_interruptible(place.wait, READ_ONCE(place.released));
+		return set_restart_fn(&current->restart_block, (void *)locus_states_target);
+	}
 	place.how = LOCUS_SLEEP_DEEP;
 	if (!strcmp(state, "deep"))
 		return start(in_target, state, false, 0);

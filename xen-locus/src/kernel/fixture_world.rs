@@ -51,6 +51,8 @@ const EXIT_STATE: usize = 104;
 const CPU: usize = 108;
 const SP: usize = 128 + 24;
 const SWITCHES: usize = 160;
+/// Offset of `restart_block.fn` in the mock guest's tasks.
+pub const RESTART: usize = 176 + 8;
 /// Offset of `thread_head` in its `signal_struct`.
 const THREAD_HEAD: usize = 16;
 
@@ -360,6 +362,11 @@ fn types() -> Vec<u8> {
     let char = btf.int("char", 1);
     let comm = btf.array(char, 16);
     let list = btf.structure("list_head", 16, &[("next", long, 0), ("prev", long, 8)]);
+    let restart = btf.structure(
+        "restart_block",
+        48,
+        &[("arch_data", long, 0), ("fn", long, 8)],
+    );
     let thread = btf.structure("thread_struct", 64, &[("sp", long, 24)]);
     btf.structure(
         "task_struct",
@@ -380,6 +387,7 @@ fn types() -> Vec<u8> {
             ("thread", thread, SP - 24),
             ("nvcsw", long, SWITCHES),
             ("nivcsw", long, SWITCHES + 8),
+            ("restart_block", restart, RESTART - 8),
         ],
     );
     btf.structure(

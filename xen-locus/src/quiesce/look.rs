@@ -3,11 +3,18 @@
 use std::collections::HashMap;
 
 use super::prescan::{Cpu, Known, Prescan};
-use super::{Blocker, Reason, Verdict};
+use super::walk::PADDINGS;
+use super::{Blocker, Reason, Verdict, Watched};
 use crate::addr::{Gva, Range};
 use crate::error::Result;
 use crate::guest::{fetch, Vcpu};
 use crate::kernel::tasks::Task;
+
+/// What a system call returns that a signal cut short and that goes on in `restart_block.fn`
+/// (`-ERESTART_RESTARTBLOCK`, include/linux/errno.h), and the number of the one by which it does
+/// (arch/x86/entry/syscalls/syscall_64.tbl).
+const CUT_SHORT: u64 = 516u64.wrapping_neg();
+const RESTART_SYSCALL: u64 = 219;
 
 /// The live part of a task's stack, when the task is on a CPU.
 #[derive(Clone, Copy)]
@@ -69,6 +76,10 @@ impl<'s, 'k, 'm> Look<'s, 'k, 'm> {
         if vcpu.user {
             if let Some(known) = current {
                 running.insert(known.task.addr, Live::Nothing);
+                if vcpu.rax == RESTART_SYSCALL {
+                    let hit = scan.watch.hit(known.restart()?.wrapping_add(1));
+                    self.report_restart(&known.task, hit.map(|(w, _)| w));
+                }
             }
             return Ok(());
         }
@@ -162,7 +173,39 @@ impl<'s, 'k, 'm> Look<'s, 'k, 'm> {
         };
         let offset = usize::try_from(from.0 - task.stack.start.0).unwrap_or(0);
         let read = |words: &mut [u8]| known.read(offset, words);
-        self.words(Some(task), reason, task.stack.end.0 - from.0, read)
+        let clear = self.words(Some(task), reason, task.stack.end.0 - from.0, read)?;
+        let restarts = Self::restarts(self.scan, known, &self.words)?;
+        self.report_restart(task, restarts);
+        Ok(clear && restarts.is_none())
+    }
+
+    /// The watched function that a task will go on in with its system call, which a signal cut short:
+    /// it is stopped meanwhile, or on its way to user mode and back. `words` end where its stack does.
+    pub(super) fn restarts(
+        scan: &'s Prescan<'k, 'm>,
+        known: &Known,
+        words: &[u8],
+    ) -> Result<Option<&'s Watched>> {
+        let due = |padding: u64| {
+            let end = words.len().checked_sub(usize::try_from(padding).ok()?)?;
+            let word = |before: usize| fetch::u64(words, end.checked_sub(before)?);
+            let (result, call) = (word(scan.restart.result)?, word(scan.restart.call)?);
+            Some(result == CUT_SHORT || result == RESTART_SYSCALL || call == RESTART_SYSCALL)
+        };
+        if !PADDINGS
+            .into_iter()
+            .any(|padding| due(padding) == Some(true))
+        {
+            return Ok(None);
+        }
+        let function = known.restart()?;
+        Ok(scan.watch.hit(function.wrapping_add(1)).map(|(w, _)| w))
+    }
+
+    fn report_restart(&mut self, task: &Task, watched: Option<&Watched>) {
+        if let Some(watched) = watched {
+            self.report(Some(task), Reason::RestartBlock, &watched.name, 0);
+        }
     }
 
     /// Scans `len` bytes of a stack; they stay in `self.words`.

@@ -40,6 +40,7 @@ pub(super) struct Words {
     sp: Pin,
     on_cpu: Pin,
     switches: [Pin; 2],
+    restart: Pin,
 }
 
 /// A task with its stack mapped.
@@ -87,6 +88,11 @@ impl Known {
         Ok(Gva(self.words.sp.u64()?))
     }
 
+    /// The function that goes on with its system call, if a signal cut one short.
+    pub(super) fn restart(&self) -> Result<u64> {
+        Ok(self.words.restart.u64()?)
+    }
+
     /// Copies words of its stack, from `offset` bytes above its lowest address.
     pub(super) fn read(&self, offset: usize, words: &mut [u8]) -> Result<()> {
         Ok(self.stacks.read(self.offset + offset, words)?)
@@ -101,6 +107,31 @@ pub(super) struct Cpu {
     pub(super) stacks: Vec<(Range, Box<dyn Window>)>,
 }
 
+/// How a system call goes on that a signal cut short.
+pub(super) struct Restart {
+    /// Where a task has the function in which it does (`restart_block.fn`), in bytes.
+    function: usize,
+    /// Where the registers of user mode keep what the call returns, and its number, in bytes from the
+    /// end of a task's stack (`struct pt_regs`).
+    pub(super) result: usize,
+    pub(super) call: usize,
+}
+
+impl Restart {
+    fn of(kernel: &Kernel<'_>) -> Result<Restart> {
+        let btf = kernel.btf()?;
+        let block = btf.offset_of("task_struct", "restart_block")?;
+        let size = btf.size_of("pt_regs")?;
+        let before_end =
+            |name| Ok::<_, Error>(size.saturating_sub(btf.offset_of("pt_regs", name)?));
+        Ok(Restart {
+            function: block + btf.offset_of("restart_block", "fn")?,
+            result: before_end("ax")?,
+            call: before_end("orig_ax")?,
+        })
+    }
+}
+
 /// The guest's tasks and stacks, listed, mapped and looked at while it runs.
 pub struct Prescan<'k, 'm> {
     pub(super) kernel: &'k Kernel<'m>,
@@ -111,6 +142,7 @@ pub struct Prescan<'k, 'm> {
     forks: u64,
     known: HashMap<Gva, Known>,
     pub(super) cpus: Vec<Cpu>,
+    pub(super) restart: Restart,
     /// What the CPUs' counters of switches showed before the last rehearsal.
     switches: Vec<u64>,
     /// Tasks that the last rehearsal could not clear.
@@ -147,6 +179,7 @@ impl<'k, 'm> Prescan<'k, 'm> {
             forks_at,
             known: HashMap::new(),
             cpus: Vec::new(),
+            restart: Restart::of(kernel)?,
             switches: Vec::new(),
             restless: Vec::new(),
             walker: None,
@@ -232,6 +265,7 @@ impl<'k, 'm> Prescan<'k, 'm> {
                         sp: pin(layout.sp)?,
                         on_cpu: pin(layout.on_cpu)?,
                         switches: [pin(layout.switches[0])?, pin(layout.switches[1])?],
+                        restart: pin(self.restart.function)?,
                     },
                     stacks: Rc::clone(&stacks),
                     offset,
@@ -309,6 +343,14 @@ impl<'k, 'm> Prescan<'k, 'm> {
     /// Whether a walk shows that the scan of a sleeping task's stack was a false alarm. Where that can't
     /// be told, nobody is acquitted.
     fn acquits(&mut self, task: Gva) -> Result<bool> {
+        let Some(known) = self.known.get(&task) else {
+            return Ok(false);
+        };
+        let range = known.task.stack;
+        let memory = Copied::of(range, |words| known.read(0, words))?;
+        if Look::restarts(self, known, memory.bytes())?.is_some() {
+            return Ok(false);
+        }
         let kernel = self.kernel;
         let walker = self.walker.get_or_insert_with(|| Walker::new(kernel).ok());
         if std::mem::take(&mut self.walker_is_old) {
@@ -316,11 +358,9 @@ impl<'k, 'm> Prescan<'k, 'm> {
                 *walker = None;
             }
         }
-        let (Some(walker), Some(known)) = (walker, self.known.get(&task)) else {
+        let Some(walker) = walker else {
             return Ok(false);
         };
-        let range = known.task.stack;
-        let memory = Copied::of(range, |words| known.read(0, words))?;
         let stack = Stack {
             kind: StackKind::Task,
             range,

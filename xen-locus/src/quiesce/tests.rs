@@ -5,7 +5,7 @@
 use super::walk::stack::Copied;
 use super::*;
 use crate::guest::{GuestType, Vcpu, Window};
-use crate::kernel::fixture_world::{World, PATCHED, PERCPU};
+use crate::kernel::fixture_world::{World, PATCHED, PERCPU, RESTART};
 use crate::kernel::tasks::{self, Layout, Task};
 
 /// An address in the function that is watched.
@@ -296,5 +296,45 @@ fn a_cpu_s_own_stacks_are_followed_to_its_task_s() {
         assert_eq!(look(scan, &met), NOBODY);
         guest.poke(word(0x80), &INSIDE.to_le_bytes());
         assert_eq!(look(scan, &met), [0]);
+    });
+}
+
+#[test]
+fn who_is_to_go_on_in_a_function_with_a_system_call_is_in_the_way() {
+    with_guest(|guest, scan| {
+        guest.enter(42, false);
+        let task = guest.task(42);
+        // Stopped by a signal: the function, and what the call has returned.
+        guest.poke(task.addr.plus(RESTART as u64), &PATCHED.0.to_le_bytes());
+        assert_eq!(blocked(scan.rehearse().unwrap()), NOBODY);
+        let result = task.stack.end.0 - scan.restart.result as u64;
+        guest.poke(Gva(result), &(-516i64).to_le_bytes());
+        guest.switched(42, 1);
+        let Verdict::Blocked(found) = scan.rehearse().unwrap() else {
+            panic!("nobody is in the way");
+        };
+        assert_eq!((found[0].pid, found[0].reason), (42, Reason::RestartBlock));
+        assert!(Verdict::Blocked(found).is_sleepers());
+        scan.acquit().unwrap();
+        assert_eq!(blocked(scan.rehearse().unwrap()), [42]);
+        // Of another function, or with nothing to go on with.
+        guest.poke(
+            task.addr.plus(RESTART as u64),
+            &(PATCHED.0 + 0x10).to_le_bytes(),
+        );
+        assert_eq!(blocked(scan.rehearse().unwrap()), NOBODY);
+        guest.poke(task.addr.plus(RESTART as u64), &PATCHED.0.to_le_bytes());
+        guest.poke(Gva(result), &(-4i64).to_le_bytes());
+        guest.switched(42, 2);
+        assert_eq!(blocked(scan.rehearse().unwrap()), NOBODY);
+        // On its way back from user mode.
+        let mut vcpus = guest.world.vcpus.clone();
+        let vcpu = vcpus.iter_mut().find(|v| v.user).unwrap();
+        let running = guest.tasks.iter().find(|t| t.on_cpu && t.pid != 0).unwrap();
+        guest.poke(running.addr.plus(RESTART as u64), &PATCHED.0.to_le_bytes());
+        assert_eq!(guest.look(scan), NOBODY);
+        vcpu.rax = 219;
+        let found = scan.look(&vcpus, true, &|| false).unwrap();
+        assert_eq!(blocked(found), [running.pid]);
     });
 }

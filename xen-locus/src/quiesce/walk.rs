@@ -29,7 +29,7 @@ pub use stack::{Stack, StackKind};
 const FRAMES_MAX: usize = 1024;
 /// Unused bytes at the top of a task's stack where the kernel knows FRED
 /// (`TOP_OF_KERNEL_STACK_PADDING`, arch/x86/include/asm/thread_info.h), and elsewhere.
-const PADDINGS: [u64; 2] = [16, 0];
+pub(super) const PADDINGS: [u64; 2] = [16, 0];
 /// First address that is not user mode's.
 const USER_END: u64 = 1 << 47;
 

@@ -123,6 +123,7 @@ fn states(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     for one in INSIDE {
         tell(one.state, subject.is_seen(one))?;
     }
+    tell("restarting", subject.restarting())?;
     tell("traced", subject.traced())?;
     tell("reverting", subject.reverting())?;
     tell("created", subject.created())?;
@@ -217,6 +218,21 @@ impl Subject<'_> {
         let tried = self.blocked(&self.applying("1s"));
         self.release()?;
         named(&tried?, one)?;
+        self.comes_and_goes()
+    }
+
+    /// A stopped process whose system call is to go on in the function.
+    fn restarting(&self) -> Result<(), Verdict> {
+        let pid = self.guest.ok(&format!(
+            "taskset 1 sh -c 'echo restarting > /proc/{SUBJECT}' >/dev/null 2>&1 & \
+             sleep 1; kill -STOP $!; sleep 1; grep -q '^State:.T' /proc/$!/status && echo $!"
+        ))?;
+        let tried = self.blocked(&self.applying("1s"));
+        self.guest.ok(&format!("kill -9 {pid}; sleep 1"))?;
+        let blockers = tried?;
+        let mut restarting = blockers.iter().filter(|b| b["reason"] == "restart-block");
+        let found = restarting.find(|b| b["pid"].as_u64() == pid.parse().ok());
+        check!(found.is_some(), "{pid} is not among {blockers:?}");
         self.comes_and_goes()
     }
 

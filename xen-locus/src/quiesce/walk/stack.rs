@@ -94,6 +94,12 @@ impl Copied {
         read(&mut bytes)?;
         Ok(Copied { from: 0, bytes })
     }
+
+    /// What was copied.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 impl Window for Copied {
