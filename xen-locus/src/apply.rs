@@ -3,12 +3,9 @@
 //! All that can be done before the pause is done before it: the new code stands in the arena, every
 //! page to be written and every stack is mapped. Inside it: registers, the last look, the writes.
 
-use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-use serde::Serialize;
 
 use crate::addr::Gva;
 use crate::error::{Error, Result};
@@ -20,6 +17,11 @@ use crate::patch::Payload;
 use crate::plan::{self, Mode, Plan, Prepared, Readiness, Stack};
 use crate::quiesce::{Blocker, Prescan, Verdict, Watch};
 use sha2::{Digest, Sha256};
+
+mod report;
+
+use report::{report, Concerned, Done};
+pub use report::{Outcome, Report};
 
 /// Attempts to find a moment at which no task has run since the rehearsal, before all tasks are asked
 /// for it while the guest is paused.
@@ -60,101 +62,6 @@ impl Default for Options {
     }
 }
 
-/// What came of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Outcome {
-    /// The patch is in force now.
-    Applied,
-    /// The patch is undone now.
-    Reverted,
-    /// There was nothing to do.
-    Already,
-    /// It could be done; a dry run.
-    WouldApply,
-    /// It could be undone; a dry run.
-    WouldRevert,
-}
-
-/// The result of an action on one guest.
-#[derive(Clone, Debug, Serialize)]
-pub struct Report {
-    /// Name of the payload.
-    pub patch: String,
-    /// What came of it.
-    pub result: Outcome,
-    /// How long the guest was paused at the attempt that succeeded, in microseconds.
-    pub pause_us: u64,
-    /// Pauses tried.
-    pub attempts: u32,
-    /// Functions replaced or put back.
-    pub functions: usize,
-    /// Patches that it superseded, the undermost first.
-    pub superseded: Vec<String>,
-    /// From start to end, reading the guest's kernel included, in milliseconds: filled in by
-    /// [`crate::service`].
-    pub total_ms: u64,
-}
-
-impl fmt::Display for Report {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let count = |n: usize, what| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
-        let mut functions = count(self.functions, "function");
-        if !self.superseded.is_empty() {
-            functions.push_str(&format!(", superseding {}", self.superseded.join(", ")));
-        }
-        let done = |f: &mut fmt::Formatter<'_>, what| {
-            let attempts = count(self.attempts as usize, "attempt");
-            write!(
-                f,
-                "{what} ({functions}, paused {} us, {attempts})",
-                self.pause_us
-            )
-        };
-        match self.result {
-            Outcome::Applied => done(f, "applied"),
-            Outcome::Reverted => done(f, "reverted"),
-            Outcome::Already => f.write_str("no action needed: already so"),
-            Outcome::WouldApply | Outcome::WouldRevert => {
-                write!(f, "possible ({functions}); nothing was changed")
-            }
-        }
-    }
-}
-
-impl Report {
-    /// What a dry run reports of what [`plan::prepare`] found.
-    #[must_use]
-    pub fn dry(payload: &Payload, ready: &Readiness) -> Report {
-        let (result, record, superseded) = match ready {
-            Readiness::Already(resident) => (Outcome::Already, &resident.record, &[][..]),
-            Readiness::Ready(ready) => (Outcome::WouldApply, &ready.record, &ready.superseded[..]),
-        };
-        let superseded = superseded.iter().map(|r| r.record.name.clone()).collect();
-        Report {
-            superseded,
-            ..report(
-                &payload.name,
-                result,
-                record.functions.len(),
-                Done::default(),
-            )
-        }
-    }
-}
-
-fn report(patch: &str, result: Outcome, functions: usize, done: Done) -> Report {
-    Report {
-        patch: patch.into(),
-        result,
-        pause_us: u64::try_from(done.pause.as_micros()).unwrap_or(u64::MAX),
-        attempts: done.attempts,
-        functions,
-        superseded: Vec::new(),
-        total_ms: 0,
-    }
-}
-
 /// Applies a payload on top of the patches that are there, or in their place.
 ///
 /// # Errors
@@ -177,11 +84,16 @@ pub fn apply(
         Readiness::Ready(ready) if !options.dry_run => ready,
         _ => return Ok(dry),
     };
+    let superseded = ready.superseded.iter().map(|r| &r.record);
+    let concerned = Concerned::of(superseded.chain([&ready.record]));
+    let before = concerned.digest(kernel)?;
     place(machine, kernel, &mut arena, &ready)?;
     let done = carry_out(machine, kernel, &mut arena, &ready.plan, options)?;
     let report = report(&payload.name, Outcome::Applied, dry.functions, done);
     Ok(Report {
         superseded: dry.superseded,
+        sha256: dry.sha256,
+        text: concerned.change(kernel, before),
         ..report
     })
 }
@@ -218,8 +130,14 @@ pub fn revert(
         slot.state = State::Reverting;
     }
     arena.commit(machine, kernel, slots)?;
+    let concerned = Concerned::of(std::iter::once(&resident.record));
+    let before = concerned.digest(kernel)?;
     let done = carry_out(machine, kernel, &mut arena, &plan, options)?;
-    Ok(report(name, Outcome::Reverted, functions, done))
+    Ok(Report {
+        sha256: resident.record.sha256.clone(),
+        text: concerned.change(kernel, before),
+        ..report(name, Outcome::Reverted, functions, done)
+    })
 }
 
 /// Undoes all patches, the topmost first, until one can't be undone. A dry run says of each what
@@ -379,13 +297,6 @@ fn place(
     }
     slots.push(slot);
     arena.commit(machine, kernel, slots)
-}
-
-/// How a plan was carried out.
-#[derive(Clone, Copy, Debug, Default)]
-struct Done {
-    pause: Duration,
-    attempts: u32,
 }
 
 /// A write with its page mapped.

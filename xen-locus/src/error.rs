@@ -93,6 +93,20 @@ impl Error {
         }
     }
 
+    /// What became of an action, in one word.
+    #[must_use]
+    pub fn result(&self) -> &'static str {
+        match (self, self.exit_code()) {
+            (Error::Blocked { .. }, _) => "blocked",
+            (_, ExitCode::TryAgain) => "try-again",
+            (_, ExitCode::NotApplicable) => "not-applicable",
+            (_, ExitCode::Refused) => "refused",
+            (_, ExitCode::RolledBack) => "rolled-back",
+            (_, ExitCode::Uncertain) => "uncertain",
+            _ => "failed",
+        }
+    }
+
     /// The exit code that tells a script what happened.
     #[must_use]
     pub fn exit_code(&self) -> ExitCode {

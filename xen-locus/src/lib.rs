@@ -12,6 +12,7 @@
 
 pub mod addr;
 pub mod apply;
+pub mod audit;
 pub mod cli;
 pub mod daemon;
 pub mod domain;

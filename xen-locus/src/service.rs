@@ -6,12 +6,13 @@ use std::time::{Duration, Instant};
 
 use crate::addr::DomId;
 use crate::apply::{self, Options, Report};
+use crate::audit::{Action, Audit, Writer};
 use crate::domain::Domain;
 use crate::error::{Error, Result};
 use crate::kernel::Kernel;
-use crate::link::arena::Arena;
+use crate::link::arena::{self, Arena};
 use crate::link::presence;
-use crate::link::record::Function;
+use crate::link::record::{hex, Function};
 use crate::patch::Payload;
 use crate::plan::{self, Mode, Stack};
 use crate::quiesce::Watch;
@@ -116,57 +117,169 @@ pub fn patches(kernel: &Kernel<'_>) -> Result<Vec<Patch>> {
     Ok(patches)
 }
 
-/// Applies a payload, on top of the patches that are there or in their place, and publishes the
-/// guest's status.
+/// Who asks for actions, and what they go through.
+#[derive(Debug)]
+pub struct Desk<'a> {
+    /// Where a guest's status is published.
+    pub store: &'a Store,
+    /// Where actions are recorded.
+    pub audit: Audit,
+    /// Who asks.
+    pub who: String,
+    /// Who asks comes again when the module that is not loaded is: until then there is nothing to
+    /// record.
+    pub waits: bool,
+}
+
+/// An action, as it is recorded.
+struct Asked<'a> {
+    op: &'static str,
+    patch: &'a str,
+    sha256: String,
+}
+
+impl Desk<'_> {
+    /// Carries out an action and records what came of it; a dry run is no action.
+    fn record(
+        &self,
+        domain: &Domain<'_>,
+        asked: &Asked<'_>,
+        options: &Options,
+        action: impl FnOnce() -> Result<Report>,
+    ) -> Result<Report> {
+        if options.dry_run {
+            return action();
+        }
+        // What can't be recorded is not begun.
+        let mut log = self.audit.open()?;
+        let done = action();
+        self.append(&mut log, domain, asked, &done);
+        done
+    }
+
+    fn append(
+        &self,
+        log: &mut Writer<'_>,
+        domain: &Domain<'_>,
+        asked: &Asked<'_>,
+        done: &Result<Report>,
+    ) {
+        if self.waits && matches!(done, Err(Error::NotLoaded(_))) {
+            return;
+        }
+        let name = self.store.domain_name(domain.info.id).unwrap_or_default();
+        let mut action = Action {
+            time: arena::now(),
+            who: self.who.clone(),
+            op: asked.op.into(),
+            domid: domain.info.id.0,
+            domain: name,
+            uuid: domain.info.uuid.clone(),
+            patch: asked.patch.into(),
+            sha256: asked.sha256.clone(),
+            ..Action::default()
+        };
+        match done {
+            Ok(report) => {
+                action.result = report.result.name().into();
+                action.sha256.clone_from(&report.sha256);
+                action.pause_us = report.pause_us;
+                [action.text_before, action.text_after] = report.text.clone();
+            }
+            Err(error) => {
+                action.result = error.result().into();
+                action.exit = error.exit_code() as u8;
+                action.message = error.to_string();
+            }
+        }
+        if let Err(error) = log.append(action) {
+            eprintln!(
+                "xen-locus: {}: {} {}: not recorded: {error}",
+                domain.label(),
+                asked.op,
+                asked.patch
+            );
+        }
+    }
+}
+
+/// Applies a payload, on top of the patches that are there or in their place, records it and publishes
+/// the guest's status.
 ///
 /// # Errors
 /// As [`apply::apply`]; [`Error::TryAgain`] when another run holds the guest's lock.
 pub fn apply(
-    store: &Store,
+    desk: &Desk<'_>,
     domain: &Domain<'_>,
     payload: &Payload,
     mode: Mode,
     options: &Options,
 ) -> Result<Report> {
     let began = Instant::now();
-    change(store, domain, options, |kernel| {
-        apply::apply(domain, kernel, payload, mode, options).map(|report| timed(report, began))
+    let asked = Asked {
+        op: match mode {
+            Mode::Apply => "apply",
+            Mode::Replace => "replace",
+        },
+        patch: &payload.name,
+        sha256: hex(&payload.sha256),
+    };
+    desk.record(domain, &asked, options, || {
+        change(desk.store, domain, options, |kernel| {
+            apply::apply(domain, kernel, payload, mode, options).map(|report| timed(report, began))
+        })
     })
 }
 
-/// Undoes a patch and publishes the guest's status.
+/// An action that undoes `patch`.
+fn undoing(patch: &str) -> Asked<'_> {
+    Asked {
+        op: "revert",
+        patch,
+        sha256: String::new(),
+    }
+}
+
+/// Undoes a patch, records it and publishes the guest's status.
 ///
 /// # Errors
 /// As [`apply::revert`]; [`Error::TryAgain`] when another run holds the guest's lock.
 pub fn revert(
-    store: &Store,
+    desk: &Desk<'_>,
     domain: &Domain<'_>,
     patch: &str,
     options: &Options,
 ) -> Result<Report> {
     let began = Instant::now();
-    change(store, domain, options, |kernel| {
-        apply::revert(domain, kernel, patch, options).map(|report| timed(report, began))
+    desk.record(domain, &undoing(patch), options, || {
+        change(desk.store, domain, options, |kernel| {
+            apply::revert(domain, kernel, patch, options).map(|report| timed(report, began))
+        })
     })
 }
 
-/// Undoes all patches, the topmost first, until one can't be undone, and publishes the guest's
-/// status. Says what came of each that was tried.
+/// Undoes all patches, the topmost first, until one can't be undone, records each that was tried and
+/// publishes the guest's status. Says what came of them.
 ///
 /// # Errors
 /// As [`apply::revert_all`]; [`Error::TryAgain`] when another run holds the guest's lock.
 pub fn revert_all(
-    store: &Store,
+    desk: &Desk<'_>,
     domain: &Domain<'_>,
     options: &Options,
 ) -> Result<Vec<(String, Result<Report>)>> {
     let began = Instant::now();
-    change(store, domain, options, |kernel| {
+    let mut log = desk.audit.open()?;
+    let results = change(desk.store, domain, options, |kernel| {
         let results = apply::revert_all(domain, kernel, options)?.into_iter();
         Ok(results
             .map(|(patch, result)| (patch, result.map(|report| timed(report, began))))
-            .collect())
-    })
+            .collect::<Vec<_>>())
+    })?;
+    for (patch, result) in results.iter().filter(|_| !options.dry_run) {
+        desk.append(&mut log, domain, &undoing(patch), result);
+    }
+    Ok(results)
 }
 
 fn timed(report: Report, began: Instant) -> Report {

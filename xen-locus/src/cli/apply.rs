@@ -1,6 +1,7 @@
 //! `xen-locus apply DOMAIN… FILE`, and `replace`, which supersedes the patches that are there.
 
 use std::io::{self, IsTerminal as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use serde_json::{json, Value};
@@ -44,6 +45,21 @@ pub fn run(session: &Session, host: &Host, args: &Apply, mode: Mode) -> anyhow::
     Ok(tell(session, doing, results))
 }
 
+/// Who runs this command: the user id, and the one that logged in (pam_loginuid(8)) or used sudo.
+pub(super) fn user() -> String {
+    let uid = std::fs::metadata("/proc/self").map_or(0, |meta| meta.uid());
+    let login = std::fs::read_to_string("/proc/self/loginuid").unwrap_or_default();
+    let mut who = format!("uid {uid}");
+    // Not set: -1.
+    if let Some(login) = login.trim().parse().ok().filter(|&id: &u32| id != u32::MAX) {
+        who.push_str(&format!(", logged in as uid {login}"));
+    }
+    if let Ok(name) = std::env::var("SUDO_USER") {
+        who.push_str(&format!(", by sudo of {name}"));
+    }
+    who
+}
+
 fn targets(host: &Host, args: &Apply) -> Result<(Vec<String>, String)> {
     let usage = |why: &str| Error::Usage(why.to_owned());
     let Some((file, domains)) = args.targets.split_last() else {
@@ -76,7 +92,8 @@ pub(super) fn apply_one(
     options: &Options,
 ) -> Result<(DomId, String, Report)> {
     let domain = host.guest(wanted)?;
-    let report = service::apply(&host.store, &domain, payload, mode, options)?;
+    let desk = host.desk(user());
+    let report = service::apply(&desk, &domain, payload, mode, options)?;
     session.say(1, format!("{}: {report:?}", domain.label()));
     Ok((domain.info.id, domain.label(), report))
 }

@@ -104,6 +104,11 @@ pub enum Command {
         #[arg(long, value_name = "FILE")]
         core: Option<PathBuf>,
     },
+    /// Show what was done to guests, and check that the record of it is whole
+    ///
+    /// Every action is recorded in /var/log/xen-locus/audit.jsonl. Exit code 1 if somebody changed that
+    /// record since.
+    History(History),
     /// Serve requests made through XenStore, and publish status there
     Daemon(Daemon),
 }
@@ -193,6 +198,16 @@ pub struct Apply {
     /// How patient to be
     #[command(flatten)]
     pub patience: Patience,
+}
+
+/// Arguments of `history`.
+#[derive(Debug, Args)]
+pub struct History {
+    /// Name, id or UUID; all guests if not given
+    pub domain: Option<String>,
+    /// Another record than that of this dom0; needs no Xen either
+    #[arg(long, value_name = "FILE")]
+    pub log: Option<PathBuf>,
 }
 
 /// Arguments of `revert`.

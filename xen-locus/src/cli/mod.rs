@@ -4,6 +4,7 @@ pub mod apply;
 pub mod args;
 pub mod blocking;
 pub mod check;
+pub mod history;
 pub mod info;
 pub mod list;
 pub mod out;
@@ -22,11 +23,13 @@ use clap::error::ErrorKind;
 use clap::Parser as _;
 
 use crate::apply::Options;
+use crate::audit::Audit;
 use crate::daemon;
 use crate::domain::Domain;
 use crate::error::{Error, ExitCode, Result};
 use crate::kernel::cache::Cache;
 use crate::plan::Mode;
+use crate::service::Desk;
 use crate::store::Store;
 use crate::xen::{self, Control, DomainInfo};
 use args::{Cli, Command, Output, Patience};
@@ -53,6 +56,17 @@ impl Host {
             store: Store::open()?,
             cache: cache.map(Path::to_owned),
         })
+    }
+
+    /// What actions go through that `who` asks for.
+    #[must_use]
+    pub fn desk(&self, who: String) -> Desk<'_> {
+        Desk {
+            store: &self.store,
+            audit: Audit::system(),
+            who,
+            waits: false,
+        }
     }
 
     /// The domain `info` is about.
@@ -187,6 +201,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Status { domain, core } => {
             status::run(&session, domain.as_deref(), core.as_deref())
         }
+        Command::History(args) => history::run(&session, args),
         Command::Daemon(args) => daemon::run(&session, &session.host()?, args),
     }
 }

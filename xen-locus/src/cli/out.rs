@@ -80,19 +80,7 @@ pub fn blockers(all: &[Blocker]) -> String {
 /// How a failed action is told to a program.
 #[must_use]
 pub fn failure(error: &Error) -> Value {
-    let result = match error {
-        Error::Blocked { .. } => "blocked",
-        Error::TryAgain(_) => "try-again",
-        Error::RolledBack(_) => "rolled-back",
-        Error::Uncertain(_) => "uncertain",
-        _ => match error.exit_code() {
-            crate::error::ExitCode::NotApplicable => "not-applicable",
-            crate::error::ExitCode::TryAgain => "try-again",
-            crate::error::ExitCode::Refused => "refused",
-            _ => "failed",
-        },
-    };
-    let mut value = json!({ "result": result, "message": error.to_string() });
+    let mut value = json!({ "result": error.result(), "message": error.to_string() });
     if let Error::Blocked {
         blockers, attempts, ..
     } = error

@@ -16,12 +16,13 @@ pub fn run(session: &Session, host: &Host, args: &Revert) -> anyhow::Result<Exit
         entry_only: args.consistency.entry_only,
         ..session.options(&args.patience)
     };
+    let desk = host.desk(apply::user());
     let results = match &args.patch {
         Some(patch) => {
-            let result = service::revert(&host.store, &domain, patch, &options);
+            let result = service::revert(&desk, &domain, patch, &options);
             vec![(patch.clone(), result)]
         }
-        None => service::revert_all(&host.store, &domain, &options)?,
+        None => service::revert_all(&desk, &domain, &options)?,
     };
     if results.is_empty() {
         session.say(0, format!("{}: no patch is applied", domain.label()));

@@ -9,7 +9,7 @@ use crate::link::arena::now;
 use crate::link::record::hex;
 use crate::patch::Payload;
 use crate::plan::Mode;
-use crate::service;
+use crate::service::{self, Desk};
 use crate::store::ROOT;
 
 /// Longest value of a request's node that is believed, in bytes.
@@ -136,7 +136,7 @@ impl Server<'_> {
             Err(error) => (error.exit_code(), error.to_string()),
             Ok(request) => {
                 store.write(&format!("{base}/state"), "running")?;
-                match self.carry_out(&request) {
+                match self.carry_out(id, &request) {
                     // The deadline is looked at first, so it ends this.
                     Err(Error::NotLoaded(why)) if request.deadline.is_some() => {
                         store.write(&format!("{base}/message"), &cut(why))?;
@@ -156,7 +156,11 @@ impl Server<'_> {
         Ok(Served::Answered)
     }
 
-    fn carry_out(&self, request: &Request) -> Result<Report> {
+    fn carry_out(&self, id: &str, request: &Request) -> Result<Report> {
+        let desk = Desk {
+            waits: request.deadline.is_some(),
+            ..self.host.desk(format!("XenStore request {id}"))
+        };
         if let Some(deadline) = request.deadline.filter(|&d| d < now()) {
             return Err(Error::TryAgain(format!(
                 "the deadline {deadline} has passed"
@@ -173,9 +177,7 @@ impl Server<'_> {
         }
         let mode = match request.op {
             Op::Apply(mode) => mode,
-            Op::Revert => {
-                return service::revert(&self.host.store, &domain, &request.patch, self.options)
-            }
+            Op::Revert => return service::revert(&desk, &domain, &request.patch, self.options),
         };
         let payload = Payload::read(&self.payloads.join(format!("{}.ko", request.patch)))?;
         if payload.name != request.patch {
@@ -191,7 +193,7 @@ impl Server<'_> {
                 payload.name
             )));
         }
-        service::apply(&self.host.store, &domain, &payload, mode, self.options)
+        service::apply(&desk, &domain, &payload, mode, self.options)
     }
 }
 

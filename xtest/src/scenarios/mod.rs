@@ -6,6 +6,7 @@
 mod apply;
 mod bench;
 mod core;
+mod history;
 mod know;
 mod liar;
 mod loader;
@@ -38,6 +39,7 @@ pub fn usual() -> Vec<Scenario> {
         states::SCENARIOS,
         protocol::SCENARIOS,
         safety::SCENARIOS,
+        history::SCENARIOS,
     ]
     .concat()
 }

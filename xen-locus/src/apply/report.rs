@@ -1,0 +1,167 @@
+//! What an action reports.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use crate::addr::Gva;
+use crate::error::Result;
+use crate::kernel::Kernel;
+use crate::link::record::{hex, Record};
+use crate::patch::Payload;
+use crate::plan::Readiness;
+
+/// What came of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// The patch is in force now.
+    Applied,
+    /// The patch is undone now.
+    Reverted,
+    /// There was nothing to do.
+    Already,
+    /// It could be done; a dry run.
+    WouldApply,
+    /// It could be undone; a dry run.
+    WouldRevert,
+}
+
+impl Outcome {
+    /// As programs are told it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Outcome::Applied => "applied",
+            Outcome::Reverted => "reverted",
+            Outcome::Already => "already",
+            Outcome::WouldApply => "would-apply",
+            Outcome::WouldRevert => "would-revert",
+        }
+    }
+}
+
+/// The result of an action on one guest.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// Name of the payload.
+    pub patch: String,
+    /// What came of it.
+    pub result: Outcome,
+    /// How long the guest was paused at the attempt that succeeded, in microseconds.
+    pub pause_us: u64,
+    /// Pauses tried.
+    pub attempts: u32,
+    /// Functions replaced or put back.
+    pub functions: usize,
+    /// Patches that it superseded, the undermost first.
+    pub superseded: Vec<String>,
+    /// SHA-256 of the payload's file, in hex; for the audit log.
+    #[serde(skip)]
+    pub sha256: String,
+    /// SHA-256 of the guest's code of all functions concerned before and after, in hex; empty where
+    /// nothing was done. For the audit log.
+    #[serde(skip)]
+    pub text: [String; 2],
+    /// From start to end, reading the guest's kernel included, in milliseconds: filled in by
+    /// [`crate::service`].
+    pub total_ms: u64,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let count = |n: usize, what| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
+        let mut functions = count(self.functions, "function");
+        if !self.superseded.is_empty() {
+            functions.push_str(&format!(", superseding {}", self.superseded.join(", ")));
+        }
+        let done = |f: &mut fmt::Formatter<'_>, what| {
+            let attempts = count(self.attempts as usize, "attempt");
+            write!(
+                f,
+                "{what} ({functions}, paused {} us, {attempts})",
+                self.pause_us
+            )
+        };
+        match self.result {
+            Outcome::Applied => done(f, "applied"),
+            Outcome::Reverted => done(f, "reverted"),
+            Outcome::Already => f.write_str("no action needed: already so"),
+            Outcome::WouldApply | Outcome::WouldRevert => {
+                write!(f, "possible ({functions}); nothing was changed")
+            }
+        }
+    }
+}
+
+impl Report {
+    /// What a dry run reports of what [`plan::prepare`] found.
+    #[must_use]
+    pub fn dry(payload: &Payload, ready: &Readiness) -> Report {
+        let (result, record, superseded) = match ready {
+            Readiness::Already(resident) => (Outcome::Already, &resident.record, &[][..]),
+            Readiness::Ready(ready) => (Outcome::WouldApply, &ready.record, &ready.superseded[..]),
+        };
+        let superseded = superseded.iter().map(|r| r.record.name.clone()).collect();
+        Report {
+            superseded,
+            sha256: record.sha256.clone(),
+            ..report(
+                &payload.name,
+                result,
+                record.functions.len(),
+                Done::default(),
+            )
+        }
+    }
+}
+
+pub(super) fn report(patch: &str, result: Outcome, functions: usize, done: Done) -> Report {
+    Report {
+        patch: patch.into(),
+        result,
+        pause_us: u64::try_from(done.pause.as_micros()).unwrap_or(u64::MAX),
+        attempts: done.attempts,
+        functions,
+        superseded: Vec::new(),
+        sha256: String::new(),
+        text: Default::default(),
+        total_ms: 0,
+    }
+}
+
+/// How a plan was carried out.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Done {
+    pub pause: Duration,
+    pub attempts: u32,
+}
+
+/// The functions that an action concerns, each once, by address and length.
+pub(super) struct Concerned(BTreeMap<u64, u64>);
+
+impl Concerned {
+    pub(super) fn of<'r>(records: impl Iterator<Item = &'r Record>) -> Concerned {
+        let functions = records.flat_map(|r| &r.functions);
+        Concerned(functions.map(|f| (f.old, f.old_size)).collect())
+    }
+
+    /// SHA-256 of their code.
+    pub(super) fn digest(&self, kernel: &Kernel<'_>) -> Result<String> {
+        let space = kernel.space.fresh();
+        let mut digest = Sha256::new();
+        for (&at, &len) in &self.0 {
+            let len = usize::try_from(len).unwrap_or(usize::MAX);
+            digest.update(space.read_vec(Gva(at), len)?);
+        }
+        Ok(hex(&digest.finalize()))
+    }
+
+    /// That from before and that of now. What is done is done, though it may not be read any more.
+    pub(super) fn change(&self, kernel: &Kernel<'_>, before: String) -> [String; 2] {
+        [before, self.digest(kernel).unwrap_or_default()]
+    }
+}

@@ -1,0 +1,101 @@
+//! Every action is recorded, and a record that somebody changed is told from one that nobody did.
+
+use crate::guest::{GuestSpec, Kind};
+use crate::scenario::{Ctx, Scenario, PV};
+use crate::verdict::Verdict;
+use crate::{check, check_eq};
+
+/// See the names.
+pub const SCENARIOS: &[Scenario] = &[Scenario {
+    name: "history-pv",
+    summary:
+        "every action is in the audit log, whose changes are noticed, and none is done without it",
+    profile: &PV,
+    run: history,
+}];
+
+const LOG: &str = "/var/log/xen-locus/audit.jsonl";
+const PATCH: &str = "locus_cmdline";
+
+fn history(ctx: &mut Ctx) -> Result<(), Verdict> {
+    let guest = ctx.ensure_guest(GuestSpec::new("pv", Kind::Pv))?;
+    let name = &guest.name;
+    let before = actions(ctx, name)?.len();
+    let apply = format!("xen-locus apply {name} /payloads/{PATCH}.ko");
+    ctx.dom0
+        .ok(&format!("xen-locus -N apply {name} /payloads/{PATCH}.ko"))?;
+    ctx.dom0.ok(&apply)?;
+    let out = ctx.dom0.sh(&format!(
+        "xen-locus apply {name} /payloads/locus_no_such_function.ko"
+    ))?;
+    check_eq!(out.rc, 3, "{}", out.err_text());
+    ctx.dom0.ok(&format!("xen-locus revert {name} --all"))?;
+    let all = actions(ctx, name)?;
+    let new = all.get(before..).unwrap_or_default();
+    let said = |key: &str| -> Vec<String> {
+        let text = |a: &serde_json::Value| a[key].to_string().trim_matches('"').to_owned();
+        new.iter().map(text).collect()
+    };
+    check_eq!(said("op"), ["apply", "apply", "revert"]);
+    check_eq!(said("result"), ["applied", "not-applicable", "reverted"]);
+    check_eq!(said("exit"), ["0", "3", "0"]);
+    check_eq!(said("patch"), [PATCH, "locus_no_such_function", PATCH]);
+    let (sums, uuids) = (said("sha256"), said("uuid"));
+    let file = ctx.dom0.ok(&format!("sha256sum < /payloads/{PATCH}.ko"))?;
+    check!(
+        file.starts_with(&sums[0]) && sums[0] == sums[2],
+        "{file}: {sums:?}"
+    );
+    check!(uuids[0].len() == 36 && uuids[0] == uuids[2], "{uuids:?}");
+    check!(
+        said("who").iter().all(|who| who.starts_with("uid 0")),
+        "{new:?}"
+    );
+    let (was, is) = (said("text_before"), said("text_after"));
+    check!(
+        was[0] == is[2] && is[0] == was[2] && was[0] != is[0],
+        "{new:?}"
+    );
+    let table = ctx.dom0.ok(&format!("xen-locus history {name}"))?;
+    check!(
+        table.contains("not-applicable") && table.contains("uid 0"),
+        "{table}"
+    );
+
+    // Somebody edits it; and puts it back.
+    ctx.dom0.ok(&format!(
+        "cp -a {LOG} /tmp/kept && sed -i '$s/reverted/applied/' {LOG}"
+    ))?;
+    let out = ctx.dom0.sh("xen-locus -o json history")?;
+    check_eq!(out.rc, 1, "{}", out.text());
+    check_eq!(out.json()?["intact"], false);
+    check!(
+        out.err_text().contains("is not what was written"),
+        "{}",
+        out.err_text()
+    );
+    ctx.dom0.ok(&format!("sed '$d' /tmp/kept > {LOG}"))?;
+    let out = ctx.dom0.sh("xen-locus history")?;
+    check_eq!(out.rc, 1, "{}", out.text());
+    ctx.dom0
+        .ok(&format!("cp -a /tmp/kept {LOG}; xen-locus history"))?;
+
+    // Where nothing can be recorded nothing is done.
+    ctx.dom0.ok(&format!("mv {LOG} /tmp/kept && mkdir {LOG}"))?;
+    let out = ctx.dom0.sh(&apply)?;
+    ctx.dom0.ok(&format!("rmdir {LOG} && mv /tmp/kept {LOG}"))?;
+    check_eq!(out.rc, 1, "{}", out.err_text());
+    check!(out.err_text().contains("audit log"), "{}", out.err_text());
+    check_eq!(guest.ok("cat /proc/cmdline")?.contains("locus="), false);
+    Ok(())
+}
+
+/// What is recorded of a guest; the record must be whole.
+fn actions(ctx: &Ctx, name: &str) -> Result<Vec<serde_json::Value>, Verdict> {
+    let history = ctx.json(&format!("xen-locus -o json history {name}"))?;
+    check_eq!(history["intact"], true, "{history}");
+    let actions = history["actions"].as_array();
+    actions
+        .cloned()
+        .ok_or_else(|| Verdict::failure(format!("no actions: {history}")))
+}
