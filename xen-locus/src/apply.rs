@@ -125,13 +125,13 @@ pub fn revert(
             Done::default(),
         ));
     }
+    let concerned = Concerned::of(std::iter::once(&resident.record));
+    let before = concerned.digest(kernel)?;
     let mut slots = arena.directory.slots.clone();
     if let Some(slot) = slots.get_mut(resident.index) {
         slot.state = State::Reverting;
     }
     arena.commit(machine, kernel, slots)?;
-    let concerned = Concerned::of(std::iter::once(&resident.record));
-    let before = concerned.digest(kernel)?;
     let done = carry_out(machine, kernel, &mut arena, &plan, options)?;
     Ok(Report {
         sha256: resident.record.sha256.clone(),
