@@ -12,7 +12,8 @@ use serde::Serialize;
 
 use crate::addr::Gva;
 use crate::error::{Error, Result};
-use crate::guest::{Machine, Paused, WindowMut};
+use crate::guard::Spot;
+use crate::guest::{Guard, Machine, Paused, WindowMut};
 use crate::kernel::Kernel;
 use crate::link::arena::{self, Arena};
 use crate::link::record::{Slot, State};
@@ -255,12 +256,13 @@ pub fn blocking(
     options: &Options,
 ) -> Result<Vec<Blocker>> {
     let began = Instant::now();
+    let guard = machine.guard(&[])?;
     let mut prescan = Prescan::new(kernel, watch)?;
     let mut wait = WAIT_MIN;
     while began.elapsed() < options.timeout && !options.interrupted.load(Ordering::SeqCst) {
         prescan.refresh()?;
         prescan.rehearse()?;
-        let (verdict, paused) = last_look(machine, &mut prescan, true, options)?;
+        let (verdict, paused) = last_look(machine, &*guard, &mut prescan, true, options)?;
         paused.end()?;
         if let Some(blockers) = verdict.blockers() {
             return Ok(blockers);
@@ -279,7 +281,8 @@ pub fn blocking(
 
 /// Pauses the guest for the last look, and says what it showed while the guest is still paused.
 fn last_look<'g>(
-    machine: &'g dyn Machine,
+    machine: &dyn Machine,
+    guard: &'g dyn Guard,
     prescan: &mut Prescan<'_, '_>,
     thorough: bool,
     options: &Options,
@@ -292,7 +295,7 @@ fn last_look<'g>(
     // What follows is done once before: code that runs for the first time is slow.
     prescan.look(&machine.vcpus()?, true, &|| false)?;
     prescan.rehearse()?;
-    let paused = machine.pause()?;
+    let paused = guard.pause()?;
     let too_long = || paused.elapsed() > options.max_pause;
     let verdict = prescan.look(&machine.vcpus()?, thorough, &too_long)?;
     Ok((verdict, paused))
@@ -406,15 +409,20 @@ fn execute(
 ) -> Result<Done> {
     let began = Instant::now();
     let mut targets = Vec::with_capacity(plan.writes.len());
+    let mut spots = Vec::new();
     for write in &plan.writes {
         let at = Gva(write.at);
         let frames = kernel.space.frames(at, write.new.len() as u64)?;
+        if write.new != write.expect {
+            spots.extend(Spot::split(&frames, at.offset(), &write.expect, &write.new));
+        }
         targets.push(Target {
             write,
             window: machine.map_mut(&frames)?,
             offset: at.offset(),
         });
     }
+    let guard = machine.guard(&spots)?;
     let mut prescan = Prescan::new(kernel, &plan.watch)?;
     let mut attempts = 0;
     let mut stirred = 0;
@@ -430,10 +438,11 @@ fn execute(
         let mut verdict = prescan.rehearse()?;
         if !verdict.is_sleepers() {
             check_all(&targets)?;
-            let (found, paused) = last_look(machine, &mut prescan, stirred >= HASTY, options)?;
+            let thorough = stirred >= HASTY;
+            let (found, paused) = last_look(machine, &*guard, &mut prescan, thorough, options)?;
             verdict = found;
             if verdict == Verdict::Quiet {
-                write_all(&targets)?;
+                write_all(&targets, || paused.writing())?;
                 let pause = paused.end()?;
                 return Ok(Done { pause, attempts });
             }
@@ -499,9 +508,10 @@ fn check_all(targets: &[Target<'_>]) -> Result<()> {
     Ok(())
 }
 
-/// Writes all targets or none.
-fn write_all(targets: &[Target<'_>]) -> Result<()> {
+/// Writes all targets or none; calls `begin` when they are checked and before the first is written.
+fn write_all(targets: &[Target<'_>], begin: impl FnOnce()) -> Result<()> {
     check_all(targets)?;
+    begin();
     let changed = || targets.iter().filter(|t| t.write.new != t.write.expect);
     let written = changed().try_for_each(|t| t.put(&t.write.new));
     let verified = || -> Result<bool> {
@@ -609,7 +619,7 @@ mod tests {
                 }
             })
             .collect();
-        let result = write_all(&targets);
+        let result = write_all(&targets, || {});
         let stands = [0, 1].map(|i| {
             let mut bytes = [0; 5];
             targets[i].window.read(100, &mut bytes).unwrap();

@@ -2,7 +2,11 @@
 
 use crate::addr::{DomId, Frame};
 use crate::error::{Error, Result};
-use crate::guest::{self, GuestType, Machine, Memory, MemoryMut, Paused, Vcpu, Window, WindowMut};
+use crate::guard::worker::Guarded;
+use crate::guard::{Spot, Task};
+use crate::guest::{
+    self, Guard, GuestType, Machine, Memory, MemoryMut, Paused, Vcpu, Window, WindowMut,
+};
 use crate::kernel::cache::Cache;
 use crate::store::Store;
 use crate::xen::{Control, DomainInfo, Foreign, Hypercalls, Pause};
@@ -112,8 +116,14 @@ impl Machine for Domain<'_> {
         Ok(self.control.vcpus(&self.info)?)
     }
 
-    fn pause(&self) -> std::result::Result<Box<dyn Paused + '_>, guest::Error> {
-        Ok(Box::new(Pause::new(self.control, self.info.id)?))
+    fn guard(&self, spots: &[Spot]) -> Result<Box<dyn Guard + '_>> {
+        let task = Task {
+            domid: self.info.id.0,
+            uuid: self.info.uuid.clone(),
+            pid: std::process::id(),
+            spots: spots.to_vec(),
+        };
+        Ok(Box::new(Guarded::start(self.control, &task)?))
     }
 
     /// PV page tables belong to Xen's validation and are written by hypercall; those of PVH and HVM
@@ -151,7 +161,17 @@ impl Machine for Domain<'_> {
     }
 }
 
+impl Guard for Guarded<'_> {
+    fn pause(&self) -> std::result::Result<Box<dyn Paused + '_>, guest::Error> {
+        Ok(Box::new(Guarded::pause(self)?))
+    }
+}
+
 impl Paused for Pause<'_> {
+    fn writing(&self) {
+        Pause::writing(self);
+    }
+
     fn elapsed(&self) -> std::time::Duration {
         Pause::elapsed(self)
     }

@@ -18,6 +18,7 @@ pub mod domain;
 pub mod error;
 #[cfg(any(test, feature = "testing"))]
 pub mod fuzz;
+pub mod guard;
 pub mod guest;
 pub mod kernel;
 pub mod link;

@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::*;
 use crate::addr::Frame;
 use crate::error::ExitCode;
-use crate::guest::{self, GuestType, Memory, MemoryMut, Paused, Vcpu, Window};
+use crate::guest::{self, Guard, GuestType, Memory, MemoryMut, Paused, Vcpu, Window};
 use crate::kernel::cache::Cache;
 use crate::kernel::fixture::{Fixture, TEXT};
 use crate::kernel::fixture_world::{World, STACKS, STACK_LEN};
@@ -81,9 +81,19 @@ impl MemoryMut for Guest {
     }
 }
 
+struct Unguarded;
+
+impl Guard for Unguarded {
+    fn pause(&self) -> std::result::Result<Box<dyn Paused + '_>, guest::Error> {
+        Ok(Box::new(Pause(Instant::now())))
+    }
+}
+
 struct Pause(Instant);
 
 impl Paused for Pause {
+    fn writing(&self) {}
+
     fn elapsed(&self) -> Duration {
         Duration::ZERO
     }
@@ -110,8 +120,8 @@ impl Machine for Guest {
         Ok(self.world.vcpus.clone())
     }
 
-    fn pause(&self) -> std::result::Result<Box<dyn Paused + '_>, guest::Error> {
-        Ok(Box::new(Pause(Instant::now())))
+    fn guard(&self, _: &[Spot]) -> Result<Box<dyn Guard + '_>> {
+        Ok(Box::new(Unguarded))
     }
 
     fn write_entry(

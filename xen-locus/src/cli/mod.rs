@@ -25,6 +25,7 @@ use crate::apply::Options;
 use crate::daemon;
 use crate::domain::Domain;
 use crate::error::{Error, ExitCode, Result};
+use crate::guard::guardian;
 use crate::kernel::cache::Cache;
 use crate::plan::Mode;
 use crate::store::Store;
@@ -127,6 +128,9 @@ impl Session {
 /// The program: parses, runs, and turns the outcome into an exit code.
 #[must_use]
 pub fn main() -> std::process::ExitCode {
+    if guardian::is_meant() {
+        return guardian::main();
+    }
     let code = match Cli::try_parse() {
         Ok(args) => run(&args).unwrap_or_else(|e| {
             // The library's errors say all in one sentence; others have a chain of causes.

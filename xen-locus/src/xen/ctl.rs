@@ -77,6 +77,15 @@ pub struct DomainInfo {
     pub max_pages: u64,
 }
 
+/// Whether a domain is the one meant, and whether it is paused: asked without allocating memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// Its UUID.
+    pub uuid: [u8; 16],
+    /// Somebody holds a pause of it (`xl pause`, or this tool).
+    pub paused: bool,
+}
+
 impl Control {
     /// Opens the interface with the library of the running hypervisor.
     ///
@@ -167,6 +176,27 @@ impl Control {
         }
     }
 
+    /// How a domain stands, if it exists.
+    ///
+    /// # Errors
+    /// The call failed.
+    pub fn standing(&self, id: DomId) -> Result<Option<Standing>, Error> {
+        let mut info = sys::xc_domaininfo_t::default();
+        // SAFETY: the buffer holds one element of the type the call fills.
+        let n =
+            unsafe { (self.getinfolist)(self.handle.as_ptr(), u32::from(id.0), 1, &raw mut info) };
+        match n {
+            1 if info.domain == id.0 => Ok(Some(Standing {
+                uuid: info.handle,
+                paused: info.flags & sys::XEN_DOMINF_paused != 0,
+            })),
+            0 | 1 => Ok(None),
+            _ => Err(Error::last(format!(
+                "asking for domain {id} (xc_domain_getinfolist)"
+            ))),
+        }
+    }
+
     /// Takes one pause count of a domain and waits until none of its vCPUs runs.
     pub(super) fn pause(&self, id: DomId) -> Result<(), Error> {
         // SAFETY: a valid handle; the call takes plain numbers.
@@ -176,8 +206,11 @@ impl Control {
         )
     }
 
-    /// Gives one pause count back.
-    pub(super) fn unpause(&self, id: DomId) -> Result<(), Error> {
+    /// Gives one pause count back: one that a [`super::Pause`] took in this process or in one that died.
+    ///
+    /// # Errors
+    /// Xen refused: the domain is gone, or nobody holds a pause of it.
+    pub fn unpause(&self, id: DomId) -> Result<(), Error> {
         // SAFETY: a valid handle; the call takes plain numbers.
         self.check(
             unsafe { (self.unpause)(self.handle.as_ptr(), u32::from(id.0)) },

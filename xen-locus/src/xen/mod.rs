@@ -8,12 +8,16 @@
 
 mod call;
 mod ctl;
+mod detached;
 mod foreign;
+mod page;
 mod pause;
 
 pub use call::Hypercalls;
-pub use ctl::{Control, DomainInfo};
+pub use ctl::{Control, DomainInfo, Standing};
+pub use detached::detach;
 pub use foreign::{Access, Foreign};
+pub use page::{End, Page, Step};
 pub use pause::{stay_resident, Pause};
 
 use std::fs;
