@@ -14,6 +14,7 @@ use crate::addr::Gva;
 use crate::error::{Error, Result};
 use crate::guard::Spot;
 use crate::guest::{Guard, Machine, Paused, WindowMut};
+use crate::journal::{Change, Op};
 use crate::kernel::Kernel;
 use crate::link::arena::{self, Arena};
 use crate::link::record::{Slot, State};
@@ -168,8 +169,10 @@ pub fn apply(
         Readiness::Ready(ready) if !options.dry_run => ready,
         _ => return Ok(dry),
     };
-    place(machine, kernel, &mut arena, &ready)?;
-    let done = carry_out(machine, kernel, &mut arena, &ready.plan, options)?;
+    machine.begin(&Change::new(kernel, Op::Apply, &ready.record, &ready.plan))?;
+    let done = place(machine, kernel, &mut arena, &ready)
+        .and_then(|()| carry_out(machine, kernel, &mut arena, &ready.plan, options));
+    let done = ended(machine, kernel, done)?;
     let report = report(&payload.name, Outcome::Applied, dry.functions, done);
     Ok(Report {
         superseded: dry.superseded,
@@ -207,9 +210,38 @@ pub fn revert(
     if let Some(slot) = slots.get_mut(resident.index) {
         slot.state = State::Reverting;
     }
-    arena.commit(machine, kernel, slots)?;
-    let done = carry_out(machine, kernel, &mut arena, &plan, options)?;
+    machine.begin(&Change::new(kernel, Op::Revert, &resident.record, &plan))?;
+    let done = arena
+        .commit(machine, kernel, slots)
+        .and_then(|()| carry_out(machine, kernel, &mut arena, &plan, options));
+    let done = ended(machine, kernel, done)?;
     Ok(report(name, Outcome::Reverted, functions, done))
+}
+
+/// Notes that the run has ended, unless the guest's directory shows a change as under way still.
+fn ended(machine: &dyn Machine, kernel: &Kernel<'_>, done: Result<Done>) -> Result<Done> {
+    let settled = || {
+        let arena = Arena::read(kernel)?;
+        let under_way = |s: &Slot| matches!(s.state, State::Applying | State::Reverting);
+        Ok::<_, Error>(!arena.directory.slots.iter().any(under_way))
+    };
+    if done.is_ok() || settled().unwrap_or(false) {
+        machine.ended();
+    }
+    done
+}
+
+/// Carries out a plan that puts back what a run wrote that ended in between.
+///
+/// # Errors
+/// As [`apply`].
+pub fn put_back(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    plan: &Plan,
+    options: &Options,
+) -> Result<()> {
+    execute(machine, kernel, plan, options).map(|_| ())
 }
 
 /// Undoes all patches, the topmost first, until one can't be undone. A dry run says of each what

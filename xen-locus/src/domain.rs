@@ -7,7 +7,9 @@ use crate::guard::{Spot, Task};
 use crate::guest::{
     self, Guard, GuestType, Machine, Memory, MemoryMut, Paused, Vcpu, Window, WindowMut,
 };
+use crate::journal::{Change, Intent, Journal};
 use crate::kernel::cache::Cache;
+use crate::link::arena;
 use crate::store::Store;
 use crate::xen::{Control, DomainInfo, Foreign, Hypercalls, Pause};
 
@@ -22,6 +24,7 @@ pub struct Domain<'c> {
     pub name: String,
     /// Where what is read of its kernel may be kept; nowhere unless set.
     pub cache: Cache,
+    journal: Journal,
 }
 
 impl<'c> Domain<'c> {
@@ -65,13 +68,21 @@ impl<'c> Domain<'c> {
     pub fn of(control: &'c Control, store: &Store, info: DomainInfo) -> Result<Domain<'c>> {
         let foreign = Foreign::open(info.id)?;
         let name = store.domain_name(info.id).unwrap_or_default();
+        let journal = Journal::new(&info.uuid);
         Ok(Domain {
+            journal,
             control,
             foreign,
             info,
             name,
             cache: Cache::none(),
         })
+    }
+
+    /// Xen's control interface.
+    #[must_use]
+    pub fn control(&self) -> &'c Control {
+        self.control
     }
 
     /// Name and id as a person reads them: `web1 (3)`.
@@ -114,6 +125,23 @@ impl Machine for Domain<'_> {
 
     fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
         Ok(self.control.vcpus(&self.info)?)
+    }
+
+    fn begin(&self, change: &Change) -> Result<()> {
+        self.journal.begin(&Intent {
+            uuid: self.info.uuid.clone(),
+            domid: self.info.id.0,
+            started_at: arena::now(),
+            pid: std::process::id(),
+            change: change.clone(),
+        })
+    }
+
+    fn ended(&self) {
+        if let Err(error) = self.journal.end() {
+            // The guest is as it should be, and the next run finds that out.
+            eprintln!("xen-locus: {}: {error}", self.label());
+        }
     }
 
     fn guard(&self, spots: &[Spot]) -> Result<Box<dyn Guard + '_>> {

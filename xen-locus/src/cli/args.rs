@@ -22,7 +22,7 @@ const VERSION: &str = if cfg!(feature = "blind") {
 #[command(
     after_help = "Exit codes: 0 done or nothing to do; 1 failed, guest unchanged; 2 try again \
     (blocked, busy, timed out); 3 not applicable (other kernel, unsupported); 4 refused (signature, \
-    policy); 5 failed midway, rolled back and verified; 6 uncertain; 64 usage."
+    policy); 5 failed midway, rolled back and verified; 6 uncertain, run recover; 64 usage."
 )]
 pub struct Cli {
     /// Say more on stderr (repeat for more)
@@ -104,6 +104,11 @@ pub enum Command {
         #[arg(long, value_name = "FILE")]
         core: Option<PathBuf>,
     },
+    /// Settle what an interrupted run left, and say how it ended
+    ///
+    /// A run that is killed leaves its guest running, with the patch in force or not: this says which, and
+    /// clears what is left of the run. `apply`, `replace` and `revert` do so by themselves first.
+    Recover(Recover),
     /// Serve requests made through XenStore, and publish status there
     Daemon(Daemon),
 }
@@ -203,6 +208,16 @@ pub struct Revert {
     /// Undo all patches of the guest, the newest first
     #[arg(long)]
     pub all: bool,
+    /// How patient to be
+    #[command(flatten)]
+    pub patience: Patience,
+}
+
+/// Arguments of `recover`.
+#[derive(Debug, Args)]
+pub struct Recover {
+    /// Name or id; all guests if not given
+    pub domain: Option<String>,
     /// How patient to be
     #[command(flatten)]
     pub patience: Patience,

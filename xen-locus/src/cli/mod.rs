@@ -7,6 +7,7 @@ pub mod check;
 pub mod info;
 pub mod list;
 pub mod out;
+pub mod recover;
 pub mod revert;
 pub mod show;
 pub mod status;
@@ -173,7 +174,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     };
     let changes = matches!(
         cli.command,
-        Command::Apply(_) | Command::Replace(_) | Command::Revert(_)
+        Command::Apply(_) | Command::Replace(_) | Command::Revert(_) | Command::Recover(_)
     );
     if session.dry_run && !changes {
         session.say(1, "--dry-run: this command changes nothing anyway");
@@ -190,6 +191,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Status { domain, core } => {
             status::run(&session, domain.as_deref(), core.as_deref())
         }
+        Command::Recover(args) => recover::run(&session, &session.host()?, args),
         Command::Daemon(args) => daemon::run(&session, &session.host()?, args),
     }
 }

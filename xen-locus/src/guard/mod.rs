@@ -101,7 +101,7 @@ impl Task {
             .map_err(|e| bad(&e.to_string()))
     }
 
-    fn read(file: &File) -> Result<Task> {
+    pub(crate) fn read(file: &File) -> Result<Task> {
         let failed = |e: std::io::Error| bad(&e.to_string());
         let len = file.metadata().map_err(failed)?.len();
         let len = len.saturating_sub(PAGE_LEN as u64);

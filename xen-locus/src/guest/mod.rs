@@ -12,6 +12,7 @@ pub mod space;
 
 use crate::addr::{Frame, Gva};
 use crate::guard::Spot;
+use crate::journal::Change;
 use crate::kernel::cache::Cache;
 
 /// Failure to reach guest memory.
@@ -154,6 +155,10 @@ pub trait Machine: MemoryMut {
     fn cache(&self) -> &Cache;
     /// Registers of all its virtual CPUs.
     fn vcpus(&self) -> Result<Vec<Vcpu>, Error>;
+    /// Notes, durably, what is about to be done.
+    fn begin(&self, change: &Change) -> crate::error::Result<()>;
+    /// Notes that it is known how that ended.
+    fn ended(&self);
     /// Prepares for pauses, in which nothing but `spots` will be changed: should this process die in one,
     /// the guest runs again, with all of them changed or none.
     fn guard(&self, spots: &[Spot]) -> crate::error::Result<Box<dyn Guard + '_>>;
