@@ -86,11 +86,12 @@ pub struct Tools {
 
 impl Tools {
     /// Their names.
-    pub const NAMES: [&str; 7] = [
+    pub const NAMES: [&str; 8] = [
         "xen-locus",
         "locus-copy",
         "locus-core",
         "locus-floor",
+        "locus-kill",
         "locus-poke",
         "locus-sites",
         "xtest-agent",

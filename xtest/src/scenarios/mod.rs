@@ -6,6 +6,7 @@
 mod apply;
 mod bench;
 mod core;
+mod kills;
 mod know;
 mod liar;
 mod loader;
@@ -37,6 +38,7 @@ pub fn usual() -> Vec<Scenario> {
         sites::SCENARIOS,
         states::SCENARIOS,
         protocol::SCENARIOS,
+        kills::SCENARIOS,
         safety::SCENARIOS,
     ]
     .concat()
@@ -56,6 +58,7 @@ pub fn matrix() -> Vec<Scenario> {
         states::SCENARIOS,
         states::MATRIX,
         protocol::MATRIX,
+        kills::MATRIX,
     ]
     .concat()
 }
@@ -70,5 +73,6 @@ pub fn all() -> Vec<Scenario> {
     all.extend_from_slice(loader::MATRIX);
     all.extend_from_slice(states::MATRIX);
     all.extend_from_slice(protocol::MATRIX);
+    all.extend_from_slice(kills::MATRIX);
     all
 }
