@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
+use crate::fault;
 use crate::kernel::Kernel;
 use crate::link::record::{hex, Record};
 use crate::plan::{stack, Plan, Write};
@@ -24,6 +25,8 @@ use crate::plan::{stack, Plan, Write};
 pub const DIR: &str = "/var/lib/xen-locus/journal";
 /// First bytes of a journal, its schema among them.
 const MAGIC: &[u8; 16] = b"XEN-LOCUS-JRNL1\n";
+/// Called by this name, a run's first place at which a fault matters to the guest.
+const FIRST_FAULT: &str = "journal";
 const HEAD: usize = MAGIC.len() + 32;
 /// Longest journal read, in bytes.
 const LEN_MAX: u64 = 32 << 20;
@@ -164,10 +167,12 @@ impl Journal {
     }
 
     fn write(&self, content: &[u8]) -> io::Result<()> {
+        fault::point(FIRST_FAULT)?;
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(&self.dir)?;
+        fault::point("journal: open")?;
         let new = self.dir.join(format!("{}.new", self.uuid));
         let mut file = File::options()
             .write(true)
@@ -175,16 +180,20 @@ impl Journal {
             .truncate(true)
             .mode(0o600)
             .open(&new)?;
-        let written = file
-            .write_all(MAGIC)
+        let written = fault::point("journal: write")
+            .and_then(|()| file.write_all(MAGIC))
             .and_then(|()| file.write_all(&Sha256::digest(content)))
+            .and_then(|()| fault::point("journal: write content"))
             .and_then(|()| file.write_all(content))
+            .and_then(|()| fault::point("journal: sync"))
             .and_then(|()| file.sync_all())
+            .and_then(|()| fault::point("journal: rename"))
             .and_then(|()| fs::rename(&new, self.path()));
         if written.is_err() {
             let _ = fs::remove_file(&new);
         }
         written?;
+        fault::point("journal: sync folder")?;
         File::open(&self.dir)?.sync_all()
     }
 
@@ -241,7 +250,8 @@ impl Journal {
     /// # Errors
     /// It can't be.
     pub fn end(&self) -> Result<()> {
-        let removed = match fs::remove_file(self.path()) {
+        let removed = fault::point("journal: remove");
+        let removed = match removed.and_then(|()| fs::remove_file(self.path())) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(e) => Err(e),
             Ok(()) => File::open(&self.dir).and_then(|dir| dir.sync_all()),

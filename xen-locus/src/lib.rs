@@ -16,6 +16,7 @@ pub mod cli;
 pub mod daemon;
 pub mod domain;
 pub mod error;
+pub mod fault;
 #[cfg(any(test, feature = "testing"))]
 pub mod fuzz;
 pub mod guard;

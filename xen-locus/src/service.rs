@@ -8,6 +8,7 @@ use crate::addr::DomId;
 use crate::apply::{self, Options, Report};
 use crate::domain::Domain;
 use crate::error::{Error, Result};
+use crate::fault;
 use crate::kernel::Kernel;
 use crate::link::arena::Arena;
 use crate::link::presence;
@@ -240,6 +241,7 @@ fn lock(uuid: &str, patience: Duration) -> Result<File> {
     let path = Path::new(LOCKS).join(format!("{uuid}.lock"));
     let failed =
         |e: std::io::Error| Error::Failed(format!("cannot take the lock {}: {e}", path.display()));
+    fault::point("lock").map_err(failed)?;
     fs::create_dir_all(LOCKS).map_err(failed)?;
     let file = File::create(&path).map_err(failed)?;
     loop {

@@ -485,7 +485,8 @@ fn ended_at_any_write(
         guest.applied(&payload("two", &[A, B]));
         guest.left.set(writes);
         let finished = action(&guest).is_ok();
-        guest.left.set(u32::MAX);
+        // The directory is written last, and what it would say stands in the text.
+        let whole = guest.left.replace(u32::MAX) > 0;
         let runs = guest.runs();
         match guest.status() {
             Err(Error::Uncertain(said)) => {
@@ -525,7 +526,7 @@ fn ended_at_any_write(
             result.unwrap();
         }
         assert_eq!(guest.runs(), ["", "", ""]);
-        if finished {
+        if finished && whole {
             break;
         }
     }

@@ -5,7 +5,12 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
-const VERSION: &str = if cfg!(feature = "blind") {
+const VERSION: &str = if cfg!(feature = "faults") {
+    concat!(
+        env!("CARGO_PKG_VERSION"),
+        " (faults: fails or dies where a test wants it; for tests)"
+    )
+} else if cfg!(feature = "blind") {
     concat!(
         env!("CARGO_PKG_VERSION"),
         " (blind: never looks whether code is in use; for tests)"

@@ -4,14 +4,17 @@ use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::fd::AsFd as _;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use super::settle::{settle, Counter as _, Outcome};
 use super::{Places, Task};
 use crate::error::{Error, Result};
-use crate::xen::{self, Control, End, Foreign, Page};
+use crate::xen::{self, Control, End, Foreign, Other, Page, Step};
 
 /// What the process is called.
 pub const NAME: &str = "xen-locus-guardian";
+/// Between two looks whether the run is stopped.
+const TICK: Duration = Duration::from_millis(40);
 /// What it says when it is prepared.
 pub const READY: &[u8] = b"ready\n";
 
@@ -35,6 +38,21 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Waits until the run ends. One that is stopped while it holds the guest is killed: it may never go on.
+fn wait(page: &Page, worker: &Other) -> Result<End> {
+    let mut held = false;
+    loop {
+        if let Some(end) = page.wait(TICK)? {
+            return Ok(end);
+        }
+        let holds = page.step() != Some(Step::Idle);
+        if held && holds && worker.is_stopped() {
+            worker.kill();
+        }
+        held = holds;
+    }
+}
+
 fn watch() -> Result<()> {
     let file = io::stdin()
         .as_fd()
@@ -47,6 +65,7 @@ fn watch() -> Result<()> {
     let foreign = Foreign::open(task.domain())?;
     let places = Places::map(&foreign, &task.spots)?;
     let counter = (&control, task.domain());
+    let worker = Other::open(task.pid)?;
     let Some(standing) = counter.standing()? else {
         return Err(Error::Failed(format!("domain {} is gone", task.domid)));
     };
@@ -55,7 +74,7 @@ fn watch() -> Result<()> {
         .write_all(READY)
         .and_then(|()| io::stdout().flush())
         .map_err(|e| Error::Failed(format!("the guardian is not heard: {e}")))?;
-    if page.wait()? == End::Released {
+    if wait(&page, &worker)? == End::Released {
         return Ok(());
     }
     let outcome = settle(&page, &counter, standing.uuid, &places);

@@ -11,6 +11,7 @@ use std::process::{Child, Command, Stdio};
 use super::{guardian, Task, DIR};
 use crate::addr::DomId;
 use crate::error::{Error, Result};
+use crate::fault;
 use crate::guest;
 use crate::xen::{Control, Page, Pause};
 
@@ -68,22 +69,39 @@ impl<'c> Guarded<'c> {
         path: &Path,
         failed: &dyn Fn(std::io::Error) -> Error,
     ) -> Result<Guarded<'c>> {
+        fault::point("guard: lock").map_err(failed)?;
         file.lock().map_err(failed)?;
         task.write(&file)?;
         let page = Page::create(&file)?;
         // Under its name it is complete and locked. One that stands there already is of a process that had
         // this number and died: what it left is not to be lost.
+        fault::point("guard: link").map_err(failed)?;
         fs::hard_link(new, path).map_err(failed)?;
-        fs::remove_file(new).map_err(failed)?;
+        let started = fs::remove_file(new)
+            .map_err(failed)
+            .and_then(|()| Guarded::launch(control, task, file, page, failed));
+        if started.is_err() {
+            let _ = fs::remove_file(path);
+        }
+        started
+    }
+
+    fn launch(
+        control: &'c Control,
+        task: &Task,
+        file: File,
+        page: Page,
+        failed: &dyn Fn(std::io::Error) -> Error,
+    ) -> Result<Guarded<'c>> {
+        fault::point("guard: spawn").map_err(failed)?;
         let mut child = Command::new("/proc/self/exe")
             .arg0(guardian::NAME)
+            .env_remove(fault::VARIABLE)
             .stdin(Stdio::from(file.try_clone().map_err(failed)?))
             .stdout(Stdio::piped())
             .spawn()
-            .map_err(|e| {
-                let _ = fs::remove_file(path);
-                failed(e)
-            })?;
+            .map_err(failed)?;
+        let _ = fault::point("guard: hear");
         let mut said = Vec::new();
         let heard = match child.stdout.take() {
             Some(stdout) => hear(stdout, &mut said),
@@ -93,7 +111,7 @@ impl<'c> Guarded<'c> {
             control,
             domain: task.domain(),
             page,
-            path: path.to_owned(),
+            path: task.path(),
             child: RefCell::new(child),
             _file: file,
         };
@@ -143,8 +161,10 @@ fn hear(mut stdout: impl Read, said: &mut Vec<u8>) -> std::io::Result<()> {
 
 impl Drop for Guarded<'_> {
     fn drop(&mut self) {
+        let _ = fault::point("guard: end");
         // Nothing is held: what is gone now nobody needs to settle.
         let _ = fs::remove_file(&self.path);
+        let _ = fault::point("guard: let go");
         self.page.release();
         let _ = self.child.get_mut().wait();
     }

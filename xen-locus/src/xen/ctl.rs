@@ -7,7 +7,7 @@ use std::ptr::{null_mut, NonNull};
 use libloading::os::unix::Library;
 use xenctrl_sys as sys;
 
-use super::{load, symbol, Error};
+use super::{fault, load, symbol, Error};
 use crate::addr::{DomId, Frame};
 use crate::guest::{GuestType, Vcpu};
 
@@ -133,6 +133,7 @@ impl Control {
     /// # Errors
     /// The call failed.
     pub fn domains(&self, first: DomId) -> Result<Vec<DomainInfo>, Error> {
+        fault("xc_domain_getinfolist")?;
         const AT_ONCE: c_uint = 64;
         let mut found = Vec::new();
         let mut next = u32::from(first.0);
@@ -162,6 +163,7 @@ impl Control {
     /// # Errors
     /// The call failed.
     pub fn domain(&self, id: DomId) -> Result<Option<DomainInfo>, Error> {
+        fault("xc_domain_getinfolist")?;
         let mut info = sys::xc_domaininfo_t::default();
         // SAFETY: the buffer holds one element of the type the call fills.
         let n =
@@ -181,6 +183,7 @@ impl Control {
     /// # Errors
     /// The call failed.
     pub fn standing(&self, id: DomId) -> Result<Option<Standing>, Error> {
+        fault("xc_domain_getinfolist")?;
         let mut info = sys::xc_domaininfo_t::default();
         // SAFETY: the buffer holds one element of the type the call fills.
         let n =
@@ -199,6 +202,7 @@ impl Control {
 
     /// Takes one pause count of a domain and waits until none of its vCPUs runs.
     pub(super) fn pause(&self, id: DomId) -> Result<(), Error> {
+        fault("xc_domain_pause")?;
         // SAFETY: a valid handle; the call takes plain numbers.
         self.check(
             unsafe { (self.pause)(self.handle.as_ptr(), u32::from(id.0)) },
@@ -211,6 +215,8 @@ impl Control {
     /// # Errors
     /// Xen refused: the domain is gone, or nobody holds a pause of it.
     pub fn unpause(&self, id: DomId) -> Result<(), Error> {
+        // A guest that can't be unpaused is nothing to be tried: the place counts, but never fails.
+        let _ = fault("xc_domain_unpause");
         // SAFETY: a valid handle; the call takes plain numbers.
         self.check(
             unsafe { (self.unpause)(self.handle.as_ptr(), u32::from(id.0)) },
@@ -227,6 +233,7 @@ impl Control {
     }
 
     fn vcpu(&self, info: &DomainInfo, vcpu: u32) -> Result<Vcpu, Error> {
+        fault("xc_vcpu_getcontext")?;
         match info.kind {
             GuestType::Pv => self.vcpu_pv(info.id, vcpu),
             GuestType::Pvh | GuestType::Hvm => self.vcpu_hvm(info.id, vcpu),
@@ -340,6 +347,7 @@ impl Control {
     /// # Errors
     /// No memory, or a frame could not be populated; frames before it then are.
     pub fn populate(&self, info: &DomainInfo, gfns: &[Frame]) -> Result<(), Error> {
+        fault("xc_domain_populate_physmap_exact")?;
         let id = info.id;
         let wanted = info.pages + gfns.len() as u64;
         if wanted > info.max_pages {

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd as _;
 use std::ptr::{null_mut, NonNull};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::Error;
 use crate::addr::PAGE_LEN;
@@ -168,6 +169,15 @@ impl Page {
 
     /// Says at which step the run is from now on.
     pub fn set_step(&self, step: Step) {
+        let named = match step {
+            Step::Idle => "mark idle",
+            Step::Pausing => "mark pausing",
+            Step::Paused => "mark paused",
+            Step::Writing => "mark writing",
+            Step::Unpausing => "mark unpausing",
+        };
+        // A store can't fail; before it the run may end.
+        let _ = crate::fault::point(named);
         self.head().step.store(step as u32, Ordering::SeqCst);
         // What follows may be plain writes to guest memory.
         std::sync::atomic::fence(Ordering::SeqCst);
@@ -203,17 +213,27 @@ impl Page {
         }
     }
 
-    /// Waits until the run that made the page gives the mutex up, or dies.
+    /// Waits until the run that made the page gives the mutex up, or dies; `None` if neither happens within
+    /// `limit`.
     ///
     /// # Errors
     /// What stands in the page is no mutex.
-    pub fn wait(&self) -> Result<End, Error> {
+    pub fn wait(&self, limit: Duration) -> Result<Option<End>, Error> {
+        let until = SystemTime::now().duration_since(UNIX_EPOCH);
+        let until = until.unwrap_or_default() + limit;
+        let until = libc::timespec {
+            tv_sec: i64::try_from(until.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: until.subsec_nanos().into(),
+        };
         // SAFETY: the mutex was initialised by the process that made the page, with the same library.
-        let rc = unsafe { libc::pthread_mutex_lock(&raw mut (*self.head.as_ptr()).mutex) };
+        let rc = unsafe {
+            libc::pthread_mutex_timedlock(&raw mut (*self.head.as_ptr()).mutex, &raw const until)
+        };
         self.held.set(matches!(rc, 0 | libc::EOWNERDEAD));
         match rc {
-            0 => Ok(End::Released),
-            libc::EOWNERDEAD => Ok(End::Died),
+            0 => Ok(Some(End::Released)),
+            libc::EOWNERDEAD => Ok(Some(End::Died)),
+            libc::ETIMEDOUT => Ok(None),
             rc => Err(Error::Environment(format!(
                 "waiting for the working process failed: error {rc}"
             ))),
@@ -264,10 +284,22 @@ mod tests {
             .join()
             .unwrap();
             let page = Page::open(&file).unwrap();
-            assert_eq!(page.wait().unwrap(), end);
+            assert_eq!(page.wait(Duration::from_secs(9)).unwrap(), Some(end));
             assert_eq!(page.step(), Some(Step::Writing));
             assert!(page.paused_by_others());
         }
+    }
+
+    #[test]
+    fn whoever_waits_gives_up_after_a_while() {
+        let file = file();
+        let page = Page::create(&file).unwrap();
+        let waiting = std::thread::spawn(move || {
+            let theirs = Page::open(&file).unwrap();
+            theirs.wait(Duration::from_millis(5)).unwrap()
+        });
+        assert_eq!(waiting.join().unwrap(), None);
+        page.release();
     }
 
     #[test]
