@@ -4,6 +4,7 @@
 //! Prints, as JSON, how the command ended and the longest time for which the guest was seen paused. A guest
 //! that is still paused three seconds after the command's end is `stuck`.
 
+use std::io::Read as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -12,7 +13,7 @@ use anyhow::{Context as _, Result};
 use clap::Parser;
 use serde_json::json;
 use xen_locus::cli::Host;
-use xen_locus::xen::Control;
+use xen_locus::xen::{run_first, Control, Other};
 
 /// Run a command, kill it, and see whether the guest runs on
 #[derive(Parser)]
@@ -32,6 +33,8 @@ struct Args {
 
 /// How long a guest may stay paused before it is given up.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// How long a command may be stopped.
+const STOPPED: Duration = Duration::from_millis(500);
 /// Between two looks.
 const REST: Duration = Duration::from_micros(200);
 
@@ -71,14 +74,19 @@ fn main() -> Result<()> {
         since: None,
         longest: Duration::ZERO,
     };
+    // Else what is seen is when this process runs, not how the guest does.
+    run_first();
     let (program, rest) = args.command.split_first().context("no command")?;
     let began = Instant::now();
     let mut child = Command::new(program)
         .args(rest)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
+        .stderr(Stdio::piped())
         .spawn()
         .with_context(|| format!("starting {program}"))?;
+    let process = Other::open(child.id())?;
+    let mut stopped: Option<Instant> = None;
     let mut killed_in_pause = None;
     let mut due = args.after.map(|us| began + Duration::from_micros(us));
     let mut status: Option<ExitStatus> = None;
@@ -92,6 +100,12 @@ fn main() -> Result<()> {
             child.kill()?;
             killed_in_pause = Some(paused);
         }
+        // One that stopped itself is somebody's to end if it holds nothing.
+        if process.is_stopped() {
+            if stopped.get_or_insert_with(Instant::now).elapsed() > STOPPED {
+                child.kill()?;
+            }
+        }
         if status.is_none() {
             status = child.try_wait()?;
             ended = Instant::now();
@@ -102,6 +116,11 @@ fn main() -> Result<()> {
             std::thread::sleep(REST);
         }
     }
+    // The end of it comes when the guardian has ended too.
+    let mut said = String::new();
+    if let Some(mut stderr) = child.stderr.take() {
+        stderr.read_to_string(&mut said)?;
+    }
     println!(
         "{}",
         json!({
@@ -111,6 +130,7 @@ fn main() -> Result<()> {
             "killed_in_pause": killed_in_pause,
             "longest_pause_us": watch.longest.as_micros(),
             "stuck": watch.since.is_some(),
+            "stderr": said,
             "total_us": (ended - began).as_micros(),
         })
     );

@@ -11,12 +11,21 @@ use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
 /// See the names.
-pub const SCENARIOS: &[Scenario] = &[Scenario {
-    name: "kills-pv",
-    summary: "killed 60 times at random moments, the tool leaves the guest running, old or new",
-    profile: &PV,
-    run: |ctx| random(ctx, Kind::Pv, 60),
-}];
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "kills-pv",
+        summary: "killed 60 times at random moments, the tool leaves the guest running, old or new",
+        profile: &PV,
+        run: |ctx| random(ctx, Kind::Pv, 60),
+    },
+    Scenario {
+        name: "faults-pv",
+        summary:
+            "killed at every 7th of its calls from the journal on, it leaves the guest old or new",
+        profile: &PV,
+        run: |ctx| injected(ctx, Kind::Pv, "kill", 7),
+    },
+];
 
 /// What takes too long for a usual run.
 pub const MATRIX: &[Scenario] = &[
@@ -25,6 +34,24 @@ pub const MATRIX: &[Scenario] = &[
         summary: "killed 200 times at random moments",
         profile: &PV,
         run: |ctx| random(ctx, Kind::Pv, 200),
+    },
+    Scenario {
+        name: "faults-all-pv",
+        summary: "killed at each of its calls from the journal on",
+        profile: &PV,
+        run: |ctx| injected(ctx, Kind::Pv, "kill", 1),
+    },
+    Scenario {
+        name: "fails-all-pv",
+        summary: "each of its calls from the journal on fails once: exit code and guest agree",
+        profile: &PV,
+        run: |ctx| injected(ctx, Kind::Pv, "fail", 1),
+    },
+    Scenario {
+        name: "stops-pv",
+        summary: "stopped at every 7th of its calls from the journal on, it is killed where it holds the guest",
+        profile: &PV,
+        run: |ctx| injected(ctx, Kind::Pv, "stop", 7),
     },
     Scenario {
         name: "kills-pvh",
@@ -50,6 +77,8 @@ struct Tally {
     undone: u32,
     nothing_to_do: u32,
     longest_pause_us: u64,
+    /// Exit codes of those that were not killed.
+    codes: Vec<i64>,
 }
 
 /// The guest under test.
@@ -88,6 +117,7 @@ impl Subject {
         let status = ctx.json(&format!("xen-locus -o json status {}", self.guest.name))?;
         match status["patches"].as_array().map(Vec::as_slice) {
             Some([]) => Ok(false),
+            Some([one]) if one["name"] == "locus_cmdline" => Ok(false),
             Some([one]) if one["name"] == PATCH && one["state"] == "applied" => Ok(true),
             _ => Err(Verdict::failure(format!("status says {status}"))),
         }
@@ -150,6 +180,26 @@ impl Subject {
         })
     }
 
+    /// Makes `patch`, and nothing else, be in force.
+    fn prepare(&self, ctx: &Ctx, patch: Option<&str>) -> Result<(), Verdict> {
+        let name = &self.guest.name;
+        let status = ctx.json(&format!("xen-locus -o json status {name}"))?;
+        let there = status["patches"].as_array().map_or(0, Vec::len);
+        if let (Some(patch), 1) = (patch, there) {
+            if status["patches"][0]["name"] == patch {
+                return Ok(());
+            }
+        }
+        if there > 0 {
+            ctx.dom0.ok(&format!("xen-locus revert {name} --all"))?;
+        }
+        if let Some(patch) = patch {
+            ctx.dom0
+                .ok(&format!("xen-locus apply {name} /payloads/{patch}.ko"))?;
+        }
+        Ok(())
+    }
+
     fn progresses(&mut self) -> Result<(), Verdict> {
         let now = self.guest.rounds()?;
         check!(now > self.rounds, "the workload stands still at {now}");
@@ -202,6 +252,65 @@ fn random(ctx: &mut Ctx, kind: Kind, kills: u32) -> Result<(), Verdict> {
     subject.recover(ctx, &mut tally)?;
     nothing_left(ctx)?;
     eprintln!("{}: {tally:?}", subject.guest.name);
+    Ok(())
+}
+
+/// The actions that are made to end early: what they are called, the patch that is in force before, if
+/// any, and the command. In a guest that has just started a payload's first way in is the longest.
+const ACTIONS: [(&str, Option<&str>, &str); 3] = [
+    ("apply", None, "apply {} /payloads/locus_proc_pair.ko"),
+    ("revert", Some(PATCH), "revert {} locus_proc_pair"),
+    (
+        "replace",
+        Some("locus_cmdline"),
+        "replace {} /payloads/locus_proc_pair.ko",
+    ),
+];
+
+/// Makes each action end at its first place, at its second, and so on, in steps of `step`, until it ends by
+/// itself.
+fn injected(ctx: &mut Ctx, kind: Kind, what: &str, step: u32) -> Result<(), Verdict> {
+    for (action, before, command) in ACTIONS {
+        ctx.destroy_guest(kind.name())?;
+        let mut subject = Subject::new(ctx, kind)?;
+        let mut tally = Tally::default();
+        let name = subject.guest.name.clone();
+        let command = command.replace("{}", &name);
+        let mut nth = 1;
+        loop {
+            subject.prepare(ctx, before)?;
+            let cmd =
+                format!("env XEN_LOCUS_FAULT={nth}:{what}:journal xen-locus-faults {command}");
+            let done = subject.kill(ctx, "", &cmd, &mut tally)?;
+            let said = done["stderr"].as_str().unwrap_or_default();
+            let hit = said.contains("xen-locus: fault: ");
+            // What it says of the guest is true.
+            if let Some(rc) = done["rc"].as_i64() {
+                let new = subject.is_new()?;
+                let expected = (action != "revert") == (rc == 0);
+                check!(
+                    new == expected || rc == 6,
+                    "guest is new: {new}, and {cmd} says {done}"
+                );
+                tally.codes.push(rc);
+            }
+            if !hit {
+                break;
+            }
+            // Every other time the next run does so by itself.
+            if nth % 2 == 0 {
+                subject.recover(ctx, &mut tally)?;
+            }
+            if nth % 16 == 0 {
+                subject.progresses()?;
+            }
+            nth += step;
+        }
+        subject.prepare(ctx, None)?;
+        subject.recover(ctx, &mut tally)?;
+        nothing_left(ctx)?;
+        eprintln!("{name}: {action}, {what} at place 1 to {nth}: {tally:?}");
+    }
     Ok(())
 }
 
