@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 use crate::addr::Gva;
 use crate::error::{Error, Result};
-use crate::guest::{Machine, Paused, WindowMut};
+use crate::guard::Spot;
+use crate::guest::{Guard, Machine, Paused, WindowMut};
+use crate::journal::{Change, Op};
 use crate::kernel::Kernel;
 use crate::link::arena::{self, Arena};
 use crate::link::record::{Slot, State};
@@ -87,8 +89,10 @@ pub fn apply(
     let superseded = ready.superseded.iter().map(|r| &r.record);
     let concerned = Concerned::of(superseded.chain([&ready.record]));
     let before = concerned.digest(kernel)?;
-    place(machine, kernel, &mut arena, &ready)?;
-    let done = carry_out(machine, kernel, &mut arena, &ready.plan, options)?;
+    machine.begin(&Change::new(kernel, Op::Apply, &ready.record, &ready.plan))?;
+    let done = place(machine, kernel, &mut arena, &ready)
+        .and_then(|()| carry_out(machine, kernel, &mut arena, &ready.plan, options));
+    let done = ended(machine, kernel, done)?;
     let report = report(&payload.name, Outcome::Applied, dry.functions, done);
     Ok(Report {
         superseded: dry.superseded,
@@ -131,13 +135,42 @@ pub fn revert(
     if let Some(slot) = slots.get_mut(resident.index) {
         slot.state = State::Reverting;
     }
-    arena.commit(machine, kernel, slots)?;
-    let done = carry_out(machine, kernel, &mut arena, &plan, options)?;
+    machine.begin(&Change::new(kernel, Op::Revert, &resident.record, &plan))?;
+    let done = arena
+        .commit(machine, kernel, slots)
+        .and_then(|()| carry_out(machine, kernel, &mut arena, &plan, options));
+    let done = ended(machine, kernel, done)?;
     Ok(Report {
         sha256: resident.record.sha256.clone(),
         text: concerned.change(kernel, before),
         ..report(name, Outcome::Reverted, functions, done)
     })
+}
+
+/// Notes that the run has ended, unless the guest's directory shows a change as under way still.
+fn ended(machine: &dyn Machine, kernel: &Kernel<'_>, done: Result<Done>) -> Result<Done> {
+    let settled = || {
+        let arena = Arena::read(kernel)?;
+        let under_way = |s: &Slot| matches!(s.state, State::Applying | State::Reverting);
+        Ok::<_, Error>(!arena.directory.slots.iter().any(under_way))
+    };
+    if done.is_ok() || settled().unwrap_or(false) {
+        machine.ended();
+    }
+    done
+}
+
+/// Carries out a plan that puts back what a run wrote that ended in between.
+///
+/// # Errors
+/// As [`apply`].
+pub fn put_back(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    plan: &Plan,
+    options: &Options,
+) -> Result<()> {
+    execute(machine, kernel, plan, options).map(|_| ())
 }
 
 /// Undoes all patches, the topmost first, until one can't be undone. A dry run says of each what
@@ -184,13 +217,14 @@ pub fn blocking(
     options: &Options,
 ) -> Result<Vec<Blocker>> {
     let began = Instant::now();
+    let guard = machine.guard(&[])?;
     let mut prescan = Prescan::new(kernel, watch)?;
     let mut wait = WAIT_MIN;
     while began.elapsed() < options.timeout && !options.interrupted.load(Ordering::SeqCst) {
         prescan.refresh()?;
         prescan.rehearse()?;
         prescan.acquit()?;
-        let (verdict, paused) = last_look(machine, &mut prescan, true, options)?;
+        let (verdict, paused) = last_look(machine, &*guard, &mut prescan, true, options)?;
         paused.end()?;
         if let Some(blockers) = verdict.blockers() {
             return Ok(blockers);
@@ -209,7 +243,8 @@ pub fn blocking(
 
 /// Pauses the guest for the last look, and says what it showed while the guest is still paused.
 fn last_look<'g>(
-    machine: &'g dyn Machine,
+    machine: &dyn Machine,
+    guard: &'g dyn Guard,
     prescan: &mut Prescan<'_, '_>,
     thorough: bool,
     options: &Options,
@@ -222,7 +257,7 @@ fn last_look<'g>(
     // What follows is done once before: code that runs for the first time is slow.
     prescan.look(&machine.vcpus()?, true, &|| false)?;
     prescan.rehearse()?;
-    let paused = machine.pause()?;
+    let paused = guard.pause()?;
     let too_long = || paused.elapsed() > options.max_pause;
     let verdict = prescan.look(&machine.vcpus()?, thorough, &too_long)?;
     Ok((verdict, paused))
@@ -246,7 +281,8 @@ fn carry_out(
                 }
                 slot.state = slot.state.settled(true);
             }
-            arena.commit(machine, kernel, slots)?;
+            // Should the directory not take it: what stands in the text says the same, and is asked.
+            let _ = arena.commit(machine, kernel, slots);
             Ok(done)
         }
         Err(error) => {
@@ -344,15 +380,20 @@ fn execute(
 ) -> Result<Done> {
     let began = Instant::now();
     let mut targets = Vec::with_capacity(plan.writes.len());
+    let mut spots = Vec::new();
     for write in &plan.writes {
         let at = Gva(write.at);
         let frames = kernel.space.frames(at, write.new.len() as u64)?;
+        if write.new != write.expect {
+            spots.extend(Spot::split(&frames, at.offset(), &write.expect, &write.new));
+        }
         targets.push(Target {
             write,
             window: machine.map_mut(&frames)?,
             offset: at.offset(),
         });
     }
+    let guard = machine.guard(&spots)?;
     let mut prescan = Prescan::new(kernel, watch_of(plan, options)?)?;
     let mut attempts = 0;
     let mut stirred = 0;
@@ -374,10 +415,11 @@ fn execute(
         }
         if !verdict.is_sleepers() {
             check_all(&targets)?;
-            let (found, paused) = last_look(machine, &mut prescan, stirred >= HASTY, options)?;
+            let thorough = stirred >= HASTY;
+            let (found, paused) = last_look(machine, &*guard, &mut prescan, thorough, options)?;
             verdict = found;
             if verdict == Verdict::Quiet {
-                write_all(&targets)?;
+                write_all(&targets, || paused.writing())?;
                 let pause = paused.end()?;
                 return Ok(Done { pause, attempts });
             }
@@ -448,9 +490,10 @@ fn check_all(targets: &[Target<'_>]) -> Result<()> {
     Ok(())
 }
 
-/// Writes all targets or none.
-fn write_all(targets: &[Target<'_>]) -> Result<()> {
+/// Writes all targets or none; calls `begin` when they are checked and before the first is written.
+fn write_all(targets: &[Target<'_>], begin: impl FnOnce()) -> Result<()> {
     check_all(targets)?;
+    begin();
     let changed = || targets.iter().filter(|t| t.write.new != t.write.expect);
     let written = changed().try_for_each(|t| t.put(&t.write.new));
     let verified = || -> Result<bool> {
@@ -558,7 +601,7 @@ mod tests {
                 }
             })
             .collect();
-        let result = write_all(&targets);
+        let result = write_all(&targets, || {});
         let stands = [0, 1].map(|i| {
             let mut bytes = [0; 5];
             targets[i].window.read(100, &mut bytes).unwrap();

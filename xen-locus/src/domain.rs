@@ -2,8 +2,14 @@
 
 use crate::addr::{DomId, Frame};
 use crate::error::{Error, Result};
-use crate::guest::{self, GuestType, Machine, Memory, MemoryMut, Paused, Vcpu, Window, WindowMut};
+use crate::guard::worker::Guarded;
+use crate::guard::{Spot, Task};
+use crate::guest::{
+    self, Guard, GuestType, Machine, Memory, MemoryMut, Paused, Vcpu, Window, WindowMut,
+};
+use crate::journal::{Change, Intent, Journal};
 use crate::kernel::cache::Cache;
+use crate::link::arena;
 use crate::store::Store;
 use crate::xen::{Control, DomainInfo, Foreign, Hypercalls, Pause};
 
@@ -18,6 +24,7 @@ pub struct Domain<'c> {
     pub name: String,
     /// Where what is read of its kernel may be kept; nowhere unless set.
     pub cache: Cache,
+    journal: Journal,
 }
 
 impl<'c> Domain<'c> {
@@ -61,13 +68,21 @@ impl<'c> Domain<'c> {
     pub fn of(control: &'c Control, store: &Store, info: DomainInfo) -> Result<Domain<'c>> {
         let foreign = Foreign::open(info.id)?;
         let name = store.domain_name(info.id).unwrap_or_default();
+        let journal = Journal::new(&info.uuid);
         Ok(Domain {
+            journal,
             control,
             foreign,
             info,
             name,
             cache: Cache::none(),
         })
+    }
+
+    /// Xen's control interface.
+    #[must_use]
+    pub fn control(&self) -> &'c Control {
+        self.control
     }
 
     /// Name and id as a person reads them: `web1 (3)`.
@@ -112,8 +127,31 @@ impl Machine for Domain<'_> {
         Ok(self.control.vcpus(&self.info)?)
     }
 
-    fn pause(&self) -> std::result::Result<Box<dyn Paused + '_>, guest::Error> {
-        Ok(Box::new(Pause::new(self.control, self.info.id)?))
+    fn begin(&self, change: &Change) -> Result<()> {
+        self.journal.begin(&Intent {
+            uuid: self.info.uuid.clone(),
+            domid: self.info.id.0,
+            started_at: arena::now(),
+            pid: std::process::id(),
+            change: change.clone(),
+        })
+    }
+
+    fn ended(&self) {
+        if let Err(error) = self.journal.end() {
+            // The guest is as it should be, and the next run finds that out.
+            eprintln!("xen-locus: {}: {error}", self.label());
+        }
+    }
+
+    fn guard(&self, spots: &[Spot]) -> Result<Box<dyn Guard + '_>> {
+        let task = Task {
+            domid: self.info.id.0,
+            uuid: self.info.uuid.clone(),
+            pid: std::process::id(),
+            spots: spots.to_vec(),
+        };
+        Ok(Box::new(Guarded::start(self.control, &task)?))
     }
 
     /// PV page tables belong to Xen's validation and are written by hypercall; those of PVH and HVM
@@ -151,7 +189,17 @@ impl Machine for Domain<'_> {
     }
 }
 
+impl Guard for Guarded<'_> {
+    fn pause(&self) -> std::result::Result<Box<dyn Paused + '_>, guest::Error> {
+        Ok(Box::new(Guarded::pause(self)?))
+    }
+}
+
 impl Paused for Pause<'_> {
+    fn writing(&self) {
+        Pause::writing(self);
+    }
+
     fn elapsed(&self) -> std::time::Duration {
         Pause::elapsed(self)
     }

@@ -17,14 +17,18 @@ pub mod cli;
 pub mod daemon;
 pub mod domain;
 pub mod error;
+pub mod fault;
 #[cfg(any(test, feature = "testing"))]
 pub mod fuzz;
+pub mod guard;
 pub mod guest;
+pub mod journal;
 pub mod kernel;
 pub mod link;
 pub mod patch;
 pub mod plan;
 pub mod quiesce;
+pub mod recover;
 pub mod service;
 pub mod store;
 pub mod xen;

@@ -1,6 +1,6 @@
 //! What is to be written, and when that is safe: decided here, carried out by [`crate::apply`].
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::addr::Gva;
 use crate::error::{Error, Result};
@@ -17,7 +17,7 @@ use crate::patch::Payload;
 use crate::quiesce::Watch;
 use sha2::{Digest, Sha256};
 
-mod stack;
+pub mod stack;
 
 pub use stack::{Layers, Mode, Stack};
 
@@ -25,7 +25,7 @@ pub use stack::{Layers, Mode, Stack};
 pub const WRITE_MAX: usize = 64;
 
 /// Bytes to be changed, and what must stand there before.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Write {
     /// Address in the guest's kernel, of text or data.
     pub at: u64,

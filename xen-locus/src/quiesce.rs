@@ -96,7 +96,14 @@ impl Watch {
         Watch::of(ranges)
     }
 
-    fn of(mut ranges: Vec<Watched>) -> Watch {
+    /// The ranges, each with what a person calls it.
+    pub fn ranges(&self) -> impl Iterator<Item = (&Range, &str)> {
+        self.sorted.iter().map(|(w, _)| (&w.range, &*w.name))
+    }
+
+    /// Watches just `ranges`, as [`Watch::ranges`] gave them.
+    #[must_use]
+    pub fn of(mut ranges: Vec<Watched>) -> Watch {
         // The last that fits is reported: of those that begin together the innermost, of equal ones the
         // one that was named first.
         ranges.reverse();

@@ -9,6 +9,7 @@ use crate::apply::{self, Options, Report};
 use crate::audit::{Action, Audit, Writer};
 use crate::domain::Domain;
 use crate::error::{Error, Result};
+use crate::fault;
 use crate::kernel::Kernel;
 use crate::link::arena::{self, Arena};
 use crate::link::presence;
@@ -16,8 +17,9 @@ use crate::link::record::{hex, Function};
 use crate::patch::Payload;
 use crate::plan::{self, Mode, Stack};
 use crate::quiesce::Watch;
+use crate::recover;
 use crate::store::{Store, ROOT};
-use crate::xen;
+use crate::xen::{self, Control};
 
 /// Where locks stand: gone after a reboot of dom0, as the guests are.
 const LOCKS: &str = "/run/xen-locus";
@@ -282,6 +284,31 @@ pub fn revert_all(
     Ok(results)
 }
 
+/// Settles what an interrupted run left on a guest, and publishes the guest's status.
+///
+/// # Errors
+/// As [`recover::recover`]; [`Error::TryAgain`] when another run holds the guest's lock.
+pub fn recover(store: &Store, domain: &Domain<'_>, options: &Options) -> Result<recover::Report> {
+    let _lock = lock(&domain.info.uuid, options.timeout)?;
+    let report = recover::recover(domain, options)?;
+    if report.result != recover::Finding::NothingToDo {
+        let kernel = Kernel::of(domain)?;
+        if let Err(error) = status_of(domain, &kernel).and_then(|s| publish(store, &s)) {
+            eprintln!("xen-locus: {}: not published: {error}", domain.label());
+        }
+    }
+    Ok(report)
+}
+
+/// Removes what speaks of a guest that is not there any more.
+///
+/// # Errors
+/// As [`recover::forget`]; [`Error::TryAgain`] when another run holds that guest's lock.
+pub fn forget(control: &Control, uuid: &str, options: &Options) -> Result<recover::Report> {
+    let _lock = lock(uuid, options.timeout)?;
+    recover::forget(control, uuid)
+}
+
 fn timed(report: Report, began: Instant) -> Report {
     Report {
         total_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
@@ -296,6 +323,19 @@ fn change<R>(
     action: impl FnOnce(&Kernel<'_>) -> Result<R>,
 ) -> Result<R> {
     let _lock = lock(&domain.info.uuid, options.timeout)?;
+    let due = recover::is_due(&domain.info.uuid)?;
+    if due && options.dry_run {
+        eprintln!(
+            "xen-locus: {}: an earlier run did not end as it should: `xen-locus recover` settles what it left",
+            domain.label()
+        );
+    } else if due {
+        let found = recover::recover(domain, options)?;
+        eprintln!(
+            "xen-locus: {}: what an earlier run left: {found}",
+            domain.label()
+        );
+    }
     let kernel = Kernel::of(domain)?;
     // Where it isn't allowed the pause takes longer.
     let _ = xen::stay_resident();
@@ -318,6 +358,7 @@ fn lock(uuid: &str, patience: Duration) -> Result<File> {
     let path = Path::new(LOCKS).join(format!("{uuid}.lock"));
     let failed =
         |e: std::io::Error| Error::Failed(format!("cannot take the lock {}: {e}", path.display()));
+    fault::point("lock").map_err(failed)?;
     fs::create_dir_all(LOCKS).map_err(failed)?;
     let file = File::create(&path).map_err(failed)?;
     loop {

@@ -12,6 +12,7 @@ use xenstore_rs::Xs;
 
 use crate::addr::DomId;
 use crate::error::{Error, Result};
+use crate::fault;
 
 /// Where this tool's nodes stand.
 pub const ROOT: &str = "/tool/xen-locus";
@@ -60,7 +61,7 @@ impl Store {
     /// # Errors
     /// xenstored failed.
     pub fn read(&self, path: &str) -> Result<Option<String>> {
-        match self.xs.read(path) {
+        match fault::point("xs_read").and_then(|()| self.xs.read(path)) {
             Ok(value) => Ok(Some(value.into())),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(failed("reading", path, &e)),
@@ -72,7 +73,7 @@ impl Store {
     /// # Errors
     /// xenstored failed.
     pub fn children(&self, path: &str) -> Result<Vec<String>> {
-        match self.xs.directory(path) {
+        match fault::point("xs_directory").and_then(|()| self.xs.directory(path)) {
             Ok(names) => Ok(names
                 .into_iter()
                 .map(String::from)
@@ -88,8 +89,8 @@ impl Store {
     /// # Errors
     /// xenstored failed.
     pub fn write(&self, path: &str, value: &str) -> Result<()> {
-        self.xs
-            .write(path, value)
+        fault::point("xs_write")
+            .and_then(|()| self.xs.write(path, value))
             .map_err(|e| failed("writing", path, &e))
     }
 
@@ -98,7 +99,7 @@ impl Store {
     /// # Errors
     /// xenstored failed.
     pub fn remove(&self, path: &str) -> Result<()> {
-        match self.xs.rm(path) {
+        match fault::point("xs_rm").and_then(|()| self.xs.rm(path)) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("removing", path, &e)),
             _ => Ok(()),
         }

@@ -86,11 +86,12 @@ pub struct Tools {
 
 impl Tools {
     /// Their names.
-    pub const NAMES: [&str; 7] = [
+    pub const NAMES: [&str; 8] = [
         "xen-locus",
         "locus-copy",
         "locus-core",
         "locus-floor",
+        "locus-kill",
         "locus-poke",
         "locus-sites",
         "xtest-agent",
@@ -98,10 +99,13 @@ impl Tools {
     /// xen-locus built to see nobody in the way, by the feature `blind`.
     pub const BLIND: &str = "xen-locus-blind";
 
+    /// xen-locus built so that a test can make it fail or die at any call, by the feature `faults`.
+    pub const FAULTS: &str = "xen-locus-faults";
+
     fn files(&self) -> impl Iterator<Item = (&'static str, PathBuf)> + '_ {
         Self::NAMES
             .into_iter()
-            .chain([Self::BLIND])
+            .chain([Self::BLIND, Self::FAULTS])
             .map(|name| (name, self.built.join(name)))
     }
 }

@@ -6,6 +6,7 @@
 use anyhow::{bail, Context as _, Result};
 use clap::Parser;
 use xen_locus::cli::Host;
+use xen_locus::guard::guardian;
 use xen_locus::guest::{Machine as _, MemoryMut as _};
 use xen_locus::kernel::Kernel;
 use xen_locus::link::record::hex;
@@ -22,6 +23,10 @@ struct Args {
 }
 
 fn main() -> Result<()> {
+    if guardian::is_meant() {
+        let _ = guardian::main();
+        return Ok(());
+    }
     let args = Args::parse();
     let host = Host::open(None)?;
     let domain = host.guest(&args.domain)?;
@@ -35,7 +40,8 @@ fn main() -> Result<()> {
     if let Some(bytes) = bytes {
         let frames = kernel.space.frames(at, bytes.len() as u64)?;
         let window = domain.map_mut(&frames)?;
-        let paused = domain.pause()?;
+        let guard = domain.guard(&[])?;
+        let paused = guard.pause()?;
         window.write(at.offset(), &bytes)?;
         paused.end()?;
     }

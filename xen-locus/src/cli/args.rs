@@ -5,7 +5,12 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
-const VERSION: &str = if cfg!(feature = "blind") {
+const VERSION: &str = if cfg!(feature = "faults") {
+    concat!(
+        env!("CARGO_PKG_VERSION"),
+        " (faults: fails or dies where a test wants it; for tests)"
+    )
+} else if cfg!(feature = "blind") {
     concat!(
         env!("CARGO_PKG_VERSION"),
         " (blind: never looks whether code is in use; for tests)"
@@ -22,7 +27,7 @@ const VERSION: &str = if cfg!(feature = "blind") {
 #[command(
     after_help = "Exit codes: 0 done or nothing to do; 1 failed, guest unchanged; 2 try again \
     (blocked, busy, timed out); 3 not applicable (other kernel, unsupported); 4 refused (signature, \
-    policy); 5 failed midway, rolled back and verified; 6 uncertain; 64 usage."
+    policy); 5 failed midway, rolled back and verified; 6 uncertain, run recover; 64 usage."
 )]
 pub struct Cli {
     /// Say more on stderr (repeat for more)
@@ -104,6 +109,11 @@ pub enum Command {
         #[arg(long, value_name = "FILE")]
         core: Option<PathBuf>,
     },
+    /// Settle what an interrupted run left, and say how it ended
+    ///
+    /// A run that is killed leaves its guest running, with the patch in force or not: this says which, and
+    /// clears what is left of the run. `apply`, `replace` and `revert` do so by themselves first.
+    Recover(Recover),
     /// Show what was done to guests, and check that the record of it is whole
     ///
     /// Every action is recorded in /var/log/xen-locus/audit.jsonl. Exit code 1 if somebody changed that
@@ -239,6 +249,16 @@ pub struct Consistency {
     /// many threads are in the old ones yet.
     #[arg(long)]
     pub entry_only: bool,
+}
+
+/// Arguments of `recover`.
+#[derive(Debug, Args)]
+pub struct Recover {
+    /// Name or id; all guests if not given
+    pub domain: Option<String>,
+    /// How patient to be
+    #[command(flatten)]
+    pub patience: Patience,
 }
 
 /// How patient to be.

@@ -8,6 +8,7 @@ pub mod history;
 pub mod info;
 pub mod list;
 pub mod out;
+pub mod recover;
 pub mod revert;
 pub mod show;
 pub mod status;
@@ -27,6 +28,7 @@ use crate::audit::Audit;
 use crate::daemon;
 use crate::domain::Domain;
 use crate::error::{Error, ExitCode, Result};
+use crate::guard::guardian;
 use crate::kernel::cache::Cache;
 use crate::plan::Mode;
 use crate::service::Desk;
@@ -142,6 +144,9 @@ impl Session {
 /// The program: parses, runs, and turns the outcome into an exit code.
 #[must_use]
 pub fn main() -> std::process::ExitCode {
+    if guardian::is_meant() {
+        return guardian::main();
+    }
     let code = match Cli::try_parse() {
         Ok(args) => run(&args).unwrap_or_else(|e| {
             // The library's errors say all in one sentence; others have a chain of causes.
@@ -184,7 +189,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     };
     let changes = matches!(
         cli.command,
-        Command::Apply(_) | Command::Replace(_) | Command::Revert(_)
+        Command::Apply(_) | Command::Replace(_) | Command::Revert(_) | Command::Recover(_)
     );
     if session.dry_run && !changes {
         session.say(1, "--dry-run: this command changes nothing anyway");
@@ -202,6 +207,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
             status::run(&session, domain.as_deref(), core.as_deref())
         }
         Command::History(args) => history::run(&session, args),
+        Command::Recover(args) => recover::run(&session, &session.host()?, args),
         Command::Daemon(args) => daemon::run(&session, &session.host()?, args),
     }
 }

@@ -18,8 +18,9 @@ use xenstore_rs::AsyncWatch as _;
 
 use crate::addr::DomId;
 use crate::cli::args::Daemon;
-use crate::cli::{Host, Session};
+use crate::cli::{self, Host, Session};
 use crate::error::{Error, ExitCode};
+use crate::recover::Finding;
 use crate::service;
 use crate::store::ROOT;
 use later::Later;
@@ -87,6 +88,12 @@ async fn serve(session: &Session, host: &Host, args: &Daemon) -> anyhow::Result<
         }
         Ok::<_, Error>(())
     };
+    // Runs that died while no daemon ran, or as the one before this.
+    for found in cli::recover::all(host, &options)? {
+        if !matches!(&found.result, Ok(report) if report.result == Finding::NothingToDo) {
+            session.say(0, format!("recover: {}", found.line()));
+        }
+    }
     // Requests made while no daemon ran.
     for id in store.children(&requests)? {
         answer(&mut waiting, id)?;

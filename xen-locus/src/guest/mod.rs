@@ -11,6 +11,8 @@ pub mod mock;
 pub mod space;
 
 use crate::addr::{Frame, Gva};
+use crate::guard::Spot;
+use crate::journal::Change;
 use crate::kernel::cache::Cache;
 
 /// Failure to reach guest memory.
@@ -153,8 +155,13 @@ pub trait Machine: MemoryMut {
     fn cache(&self) -> &Cache;
     /// Registers of all its virtual CPUs.
     fn vcpus(&self) -> Result<Vec<Vcpu>, Error>;
-    /// Pauses it; the guest runs again when the value is dropped.
-    fn pause(&self) -> Result<Box<dyn Paused + '_>, Error>;
+    /// Notes, durably, what is about to be done.
+    fn begin(&self, change: &Change) -> crate::error::Result<()>;
+    /// Notes that it is known how that ended.
+    fn ended(&self);
+    /// Prepares for pauses, in which nothing but `spots` will be changed: should this process die in one,
+    /// the guest runs again, with all of them changed or none.
+    fn guard(&self, spots: &[Spot]) -> crate::error::Result<Box<dyn Guard + '_>>;
     /// Sets entry number `slot` of the last-level page table in frame `table`.
     fn write_entry(&self, table: Frame, slot: usize, entry: u64) -> Result<(), Error>;
     /// Which of these guest frames have no memory behind them.
@@ -163,8 +170,16 @@ pub trait Machine: MemoryMut {
     fn populate(&self, frames: &[Frame]) -> Result<(), Error>;
 }
 
+/// The way to pause a guest, guarded while this value lives.
+pub trait Guard {
+    /// Pauses it; the guest runs again when the value is dropped.
+    fn pause(&self) -> Result<Box<dyn Paused + '_>, Error>;
+}
+
 /// A paused guest; unpauses when dropped.
 pub trait Paused {
+    /// Says that from now on the guest's memory is changed, which held until now what was to be replaced.
+    fn writing(&self);
     /// Time since the pause was asked for.
     fn elapsed(&self) -> std::time::Duration;
     /// Unpauses, and says how long the guest was paused.

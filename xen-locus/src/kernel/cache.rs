@@ -18,6 +18,7 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 
 use super::kallsyms::Symbols;
+use crate::fault;
 use crate::guest::fetch;
 use crate::link::record::hex;
 
@@ -98,6 +99,7 @@ impl Cache {
         if !self.is_wanted() || kept.build_id.is_empty() {
             return Ok(());
         }
+        fault::point("cache: store")?;
         let mut folder = DirBuilder::new();
         folder.recursive(true).mode(0o700).create(&self.dir)?;
         for old in names(&self.dir).into_iter().skip(FILES_MAX - 1) {
@@ -111,6 +113,7 @@ impl Cache {
             .mode(0o600)
             .open(&fresh)
             .and_then(|mut file| file.write_all(&format(kept)?))
+            .and_then(|()| fault::point("cache: rename"))
             .and_then(|()| fs::rename(&fresh, self.dir.join(name)));
         written.inspect_err(|_| {
             let _ = fs::remove_file(&fresh);

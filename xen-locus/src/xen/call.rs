@@ -7,7 +7,7 @@ use std::ptr::{null_mut, NonNull};
 use libloading::os::unix::Library;
 use xenctrl_sys as sys;
 
-use super::{load, symbol, Error};
+use super::{fault, load, symbol, Error};
 use crate::addr::{DomId, Frame};
 
 type Handle = *mut c_void;
@@ -72,6 +72,7 @@ impl Hypercalls {
         // one in the high half (xen/include/public/xen.h, `mmu_update`).
         let domains = u64::from(owner.0) | (u64::from(owner.0) + 1) << 16;
         for &(table, slot, entry) in updates {
+            fault("mmu_update")?;
             let size = size_of::<sys::mmu_update>();
             // SAFETY: a valid handle; the result is checked before use.
             let buffer = unsafe { (self.alloc)(self.handle.as_ptr(), size) };

@@ -7,7 +7,7 @@ use std::ptr::{null_mut, NonNull};
 use libloading::os::unix::Library;
 use xenctrl_sys as sys;
 
-use super::{load, symbol, Error};
+use super::{fault, load, symbol, Error};
 use crate::addr::{DomId, Frame};
 use crate::guest::{GuestType, Vcpu};
 
@@ -77,6 +77,15 @@ pub struct DomainInfo {
     pub max_pages: u64,
 }
 
+/// Whether a domain is the one meant, and whether it is paused: asked without allocating memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// Its UUID.
+    pub uuid: [u8; 16],
+    /// Somebody holds a pause of it (`xl pause`, or this tool).
+    pub paused: bool,
+}
+
 impl Control {
     /// Opens the interface with the library of the running hypervisor.
     ///
@@ -124,6 +133,7 @@ impl Control {
     /// # Errors
     /// The call failed.
     pub fn domains(&self, first: DomId) -> Result<Vec<DomainInfo>, Error> {
+        fault("xc_domain_getinfolist")?;
         const AT_ONCE: c_uint = 64;
         let mut found = Vec::new();
         let mut next = u32::from(first.0);
@@ -153,6 +163,7 @@ impl Control {
     /// # Errors
     /// The call failed.
     pub fn domain(&self, id: DomId) -> Result<Option<DomainInfo>, Error> {
+        fault("xc_domain_getinfolist")?;
         let mut info = sys::xc_domaininfo_t::default();
         // SAFETY: the buffer holds one element of the type the call fills.
         let n =
@@ -167,8 +178,31 @@ impl Control {
         }
     }
 
+    /// How a domain stands, if it exists.
+    ///
+    /// # Errors
+    /// The call failed.
+    pub fn standing(&self, id: DomId) -> Result<Option<Standing>, Error> {
+        fault("xc_domain_getinfolist")?;
+        let mut info = sys::xc_domaininfo_t::default();
+        // SAFETY: the buffer holds one element of the type the call fills.
+        let n =
+            unsafe { (self.getinfolist)(self.handle.as_ptr(), u32::from(id.0), 1, &raw mut info) };
+        match n {
+            1 if info.domain == id.0 => Ok(Some(Standing {
+                uuid: info.handle,
+                paused: info.flags & sys::XEN_DOMINF_paused != 0,
+            })),
+            0 | 1 => Ok(None),
+            _ => Err(Error::last(format!(
+                "asking for domain {id} (xc_domain_getinfolist)"
+            ))),
+        }
+    }
+
     /// Takes one pause count of a domain and waits until none of its vCPUs runs.
     pub(super) fn pause(&self, id: DomId) -> Result<(), Error> {
+        fault("xc_domain_pause")?;
         // SAFETY: a valid handle; the call takes plain numbers.
         self.check(
             unsafe { (self.pause)(self.handle.as_ptr(), u32::from(id.0)) },
@@ -176,8 +210,13 @@ impl Control {
         )
     }
 
-    /// Gives one pause count back.
-    pub(super) fn unpause(&self, id: DomId) -> Result<(), Error> {
+    /// Gives one pause count back: one that a [`super::Pause`] took in this process or in one that died.
+    ///
+    /// # Errors
+    /// Xen refused: the domain is gone, or nobody holds a pause of it.
+    pub fn unpause(&self, id: DomId) -> Result<(), Error> {
+        // A guest that can't be unpaused is nothing to be tried: the place counts, but never fails.
+        let _ = fault("xc_domain_unpause");
         // SAFETY: a valid handle; the call takes plain numbers.
         self.check(
             unsafe { (self.unpause)(self.handle.as_ptr(), u32::from(id.0)) },
@@ -194,6 +233,7 @@ impl Control {
     }
 
     fn vcpu(&self, info: &DomainInfo, vcpu: u32) -> Result<Vcpu, Error> {
+        fault("xc_vcpu_getcontext")?;
         match info.kind {
             GuestType::Pv => self.vcpu_pv(info.id, vcpu),
             GuestType::Pvh | GuestType::Hvm => self.vcpu_hvm(info.id, vcpu),
@@ -307,6 +347,7 @@ impl Control {
     /// # Errors
     /// No memory, or a frame could not be populated; frames before it then are.
     pub fn populate(&self, info: &DomainInfo, gfns: &[Frame]) -> Result<(), Error> {
+        fault("xc_domain_populate_physmap_exact")?;
         let id = info.id;
         let wanted = info.pages + gfns.len() as u64;
         if wanted > info.max_pages {

@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use libloading::os::unix::Library;
 
-use super::{load, symbol, Error};
+use super::{fault, load, symbol, Error};
 use crate::addr::{DomId, Frame, PAGE_LEN};
 use crate::guest::{self, Memory, MemoryMut, Window, WindowMut};
 
@@ -89,6 +89,10 @@ impl Foreign {
     }
 
     fn map_all(&self, frames: &[Frame], access: Access) -> Result<Mapping, guest::Error> {
+        fault(match access {
+            Access::Read => "map to read",
+            Access::Write => "map to write",
+        })?;
         let numbers: Vec<u64> = frames.iter().map(|f| f.0).collect();
         let mut errors = vec![0 as c_int; frames.len()];
         let rights = match access {
@@ -213,7 +217,11 @@ impl Window for Mapping {
 impl WindowMut for Mapping {
     fn write(&self, offset: usize, bytes: &[u8]) -> Result<(), guest::Error> {
         let to = self.check(offset, bytes.len())?;
+        fault("write to the guest")?;
         for (i, &b) in bytes.iter().enumerate() {
+            if i == 1 {
+                fault("write to the guest, after its first byte")?;
+            }
             // SAFETY: `check` bounded every index, and windows for writing are mapped writable.
             unsafe { to.add(i).as_ptr().write_volatile(b) };
         }

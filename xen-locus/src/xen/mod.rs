@@ -8,12 +8,18 @@
 
 mod call;
 mod ctl;
+mod detached;
 mod foreign;
+mod page;
 mod pause;
 
 pub use call::Hypercalls;
-pub use ctl::{Control, DomainInfo};
+pub use ctl::{Control, DomainInfo, Standing};
+#[cfg(feature = "faults")]
+pub use detached::end_self;
+pub use detached::{detach, run_first, Other};
 pub use foreign::{Access, Foreign};
+pub use page::{End, Page, Step};
 pub use pause::{stay_resident, Pause};
 
 use std::fs;
@@ -58,6 +64,15 @@ impl Error {
             errno: os.raw_os_error().unwrap_or(0),
         }
     }
+}
+
+/// The place before `call` at which a test may have it fail ([`crate::fault`]).
+fn fault(call: &'static str) -> Result<(), Error> {
+    crate::fault::point(call).map_err(|e| Error::Call {
+        call: call.into(),
+        why: e.to_string(),
+        errno: libc::EIO,
+    })
 }
 
 /// Checks that this is root in a Xen control domain.

@@ -2,12 +2,13 @@
 //!
 //! Xen's counter belongs to nobody, so a tool that stops or dies while it holds a count leaves the
 //! guest frozen. While a [`Pause`] lives, the signals that would stop or end this process wait;
-//! they are delivered once the guest runs again.
+//! they are delivered once the guest runs again. For the one signal that can't wait each step is marked in
+//! a [`Page`], which a guardian reads if this process dies.
 
 use std::mem::MaybeUninit;
 use std::time::{Duration, Instant};
 
-use super::{Control, Error};
+use super::{Control, Error, Page, Step};
 use crate::addr::DomId;
 
 /// Signals that wait while a guest is paused.
@@ -38,6 +39,7 @@ pub fn stay_resident() -> Result<(), Error> {
 #[derive(Debug)]
 pub struct Pause<'c> {
     control: &'c Control,
+    page: &'c Page,
     domain: DomId,
     began: Instant,
     held: bool,
@@ -45,26 +47,36 @@ pub struct Pause<'c> {
 }
 
 impl<'c> Pause<'c> {
-    /// Pauses `domain`; returns once none of its vCPUs runs.
+    /// Pauses `domain`; returns once none of its vCPUs runs. Each step is marked in `page`.
     ///
     /// # Errors
     /// Xen refused: the domain is gone, or its counter is full.
-    pub fn new(control: &'c Control, domain: DomId) -> Result<Pause<'c>, Error> {
+    pub fn new(control: &'c Control, page: &'c Page, domain: DomId) -> Result<Pause<'c>, Error> {
         let mask = hold_signals();
-        let began = Instant::now();
-        let pause = Pause {
+        let mut pause = Pause {
             control,
+            page,
             domain,
-            began,
-            held: true,
+            began: Instant::now(),
+            held: false,
             mask,
         };
+        let others = control.standing(domain)?.is_some_and(|s| s.paused);
+        page.set_paused_by_others(others);
+        page.set_step(Step::Pausing);
+        pause.began = Instant::now();
         if let Err(error) = control.pause(domain) {
-            let mut pause = pause;
-            pause.held = false;
+            page.set_step(Step::Idle);
             return Err(error);
         }
+        pause.held = true;
+        page.set_step(Step::Paused);
         Ok(pause)
+    }
+
+    /// Says that the guest's memory is being changed from now on.
+    pub fn writing(&self) {
+        self.page.set_step(Step::Writing);
     }
 
     /// Time since the pause was asked for.
@@ -81,9 +93,16 @@ impl<'c> Pause<'c> {
     /// Xen refused: the domain is gone.
     pub fn end(mut self) -> Result<Duration, Error> {
         let paused = self.began.elapsed();
-        self.held = false;
-        self.control.unpause(self.domain)?;
+        self.give_back()?;
         Ok(paused)
+    }
+
+    fn give_back(&mut self) -> Result<(), Error> {
+        self.held = false;
+        self.page.set_step(Step::Unpausing);
+        let done = self.control.unpause(self.domain);
+        self.page.set_step(Step::Idle);
+        done
     }
 }
 
@@ -91,7 +110,7 @@ impl Drop for Pause<'_> {
     fn drop(&mut self) {
         if self.held {
             // A domain that is gone needs no unpause, and there is nobody left to tell.
-            let _ = self.control.unpause(self.domain);
+            let _ = self.give_back();
         }
         // SAFETY: the mask was filled by pthread_sigmask.
         unsafe {

@@ -7,6 +7,7 @@ mod apply;
 mod bench;
 mod core;
 mod history;
+mod kills;
 mod know;
 mod liar;
 mod loader;
@@ -38,6 +39,7 @@ pub fn usual() -> Vec<Scenario> {
         sites::SCENARIOS,
         states::SCENARIOS,
         protocol::SCENARIOS,
+        kills::SCENARIOS,
         safety::SCENARIOS,
         history::SCENARIOS,
     ]
@@ -58,6 +60,7 @@ pub fn matrix() -> Vec<Scenario> {
         states::SCENARIOS,
         states::MATRIX,
         protocol::MATRIX,
+        kills::MATRIX,
     ]
     .concat()
 }
@@ -72,5 +75,6 @@ pub fn all() -> Vec<Scenario> {
     all.extend_from_slice(loader::MATRIX);
     all.extend_from_slice(states::MATRIX);
     all.extend_from_slice(protocol::MATRIX);
+    all.extend_from_slice(kills::MATRIX);
     all
 }

@@ -1,0 +1,138 @@
+//! `locus-kill DOMAIN [--after US | --in-pause US] -- COMMAND…`: runs a command that works on a guest, kills it,
+//! and watches whether Xen holds the guest paused.
+//!
+//! Prints, as JSON, how the command ended and the longest time for which the guest was seen paused. A guest
+//! that is still paused three seconds after the command's end is `stuck`.
+
+use std::io::Read as _;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use clap::Parser;
+use serde_json::json;
+use xen_locus::cli::Host;
+use xen_locus::xen::{run_first, Control, Other};
+
+/// Run a command, kill it, and see whether the guest runs on
+#[derive(Parser)]
+struct Args {
+    /// Name or id
+    domain: String,
+    /// Kill it so many microseconds after its start
+    #[arg(long, conflicts_with = "in_pause")]
+    after: Option<u64>,
+    /// Kill it so many microseconds after the guest was first seen paused
+    #[arg(long)]
+    in_pause: Option<u64>,
+    /// The command, which may as well end or kill itself
+    #[arg(last = true, required = true)]
+    command: Vec<String>,
+}
+
+/// How long a guest may stay paused before it is given up.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// How long a command may be stopped.
+const STOPPED: Duration = Duration::from_millis(500);
+/// Between two looks.
+const REST: Duration = Duration::from_micros(200);
+
+/// When the guest was seen paused.
+struct Watch<'c> {
+    control: &'c Control,
+    id: xen_locus::addr::DomId,
+    since: Option<Instant>,
+    longest: Duration,
+}
+
+impl Watch<'_> {
+    fn look(&mut self) -> Result<bool> {
+        let standing = self.control.standing(self.id)?;
+        let now = Instant::now();
+        let paused = standing.context("the domain is gone")?.paused;
+        match (paused, self.since) {
+            (true, None) => self.since = Some(now),
+            (true, Some(since)) => self.longest = self.longest.max(now - since),
+            (false, Some(since)) => {
+                self.longest = self.longest.max(now - since);
+                self.since = None;
+            }
+            (false, None) => {}
+        }
+        Ok(paused)
+    }
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let host = Host::open(None)?;
+    let id = host.guest(&args.domain)?.info.id;
+    let mut watch = Watch {
+        control: &host.control,
+        id,
+        since: None,
+        longest: Duration::ZERO,
+    };
+    // Else what is seen is when this process runs, not how the guest does.
+    run_first();
+    let (program, rest) = args.command.split_first().context("no command")?;
+    let began = Instant::now();
+    let mut child = Command::new(program)
+        .args(rest)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("starting {program}"))?;
+    let process = Other::open(child.id())?;
+    let mut stopped: Option<Instant> = None;
+    let mut killed_in_pause = None;
+    let mut due = args.after.map(|us| began + Duration::from_micros(us));
+    let mut status: Option<ExitStatus> = None;
+    let mut ended = began;
+    loop {
+        let paused = watch.look()?;
+        if let (true, Some(us), None) = (paused, args.in_pause, due) {
+            due = Some(Instant::now() + Duration::from_micros(us));
+        }
+        if killed_in_pause.is_none() && due.is_some_and(|at| at <= Instant::now()) {
+            child.kill()?;
+            killed_in_pause = Some(paused);
+        }
+        // One that stopped itself is somebody's to end if it holds nothing.
+        if process.is_stopped() {
+            if stopped.get_or_insert_with(Instant::now).elapsed() > STOPPED {
+                child.kill()?;
+            }
+        }
+        if status.is_none() {
+            status = child.try_wait()?;
+            ended = Instant::now();
+        } else if !paused || ended.elapsed() > PATIENCE {
+            break;
+        }
+        if due.is_none_or(|at| at > Instant::now() + REST) || killed_in_pause.is_some() {
+            std::thread::sleep(REST);
+        }
+    }
+    // The end of it comes when the guardian has ended too.
+    let mut said = String::new();
+    if let Some(mut stderr) = child.stderr.take() {
+        stderr.read_to_string(&mut said)?;
+    }
+    println!(
+        "{}",
+        json!({
+            "schema": 1,
+            "rc": status.and_then(|s| s.code()),
+            "signal": status.and_then(|s| s.signal()),
+            "killed_in_pause": killed_in_pause,
+            "longest_pause_us": watch.longest.as_micros(),
+            "stuck": watch.since.is_some(),
+            "stderr": said,
+            "total_us": (ended - began).as_micros(),
+        })
+    );
+    Ok(())
+}

@@ -1,0 +1,226 @@
+//! The guardian: a process of its own that puts a guest right when the one that works on it dies.
+//!
+//! Xen's pause is a counter that no process owns, and a change takes more than one write. So before a guest
+//! is paused for the first time a run starts a guardian ([`worker`]), which opens its own ways to Xen, maps
+//! the places to be changed, locks itself in memory and then waits ([`guardian`]). The run marks each step in
+//! a page that both share. If it dies, the guardian finishes or undoes the change, by the bytes that stand in
+//! the guest, and lets it run on ([`settle`]); for that it needs no memory and no file.
+//!
+//! The page stands in a file below [`DIR`], with all that is to be known of the change behind it. Both
+//! processes hold the file's lock: a file that can be locked is that of a run whose guardian is gone too, and
+//! `recover` does the guardian's work then. dom0's own end takes these files with it, as it does the guests.
+
+pub mod guardian;
+pub mod settle;
+pub mod worker;
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::addr::{DomId, Frame, PAGE_LEN};
+use crate::error::{Error, Result};
+use crate::guest::{MemoryMut, WindowMut};
+
+/// Where guards' files stand: gone after a reboot of dom0, as the guests are.
+pub const DIR: &str = "/run/xen-locus/guard";
+/// Longest task read from such a file, in bytes.
+const TASK_MAX: u64 = 16 << 20;
+
+/// Bytes of one frame that a run may change.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Spot {
+    /// The frame, as foreign mapping takes it.
+    pub frame: u64,
+    /// Where in it.
+    pub offset: usize,
+    /// What stands there before.
+    #[serde(with = "serde_bytes")]
+    pub old: Vec<u8>,
+    /// What is to stand there, as many bytes.
+    #[serde(with = "serde_bytes")]
+    pub new: Vec<u8>,
+}
+
+impl Spot {
+    /// The parts, one for each frame, of a change of `old` to `new` at `offset` in the first of `frames`.
+    #[must_use]
+    pub fn split(frames: &[Frame], offset: usize, old: &[u8], new: &[u8]) -> Vec<Spot> {
+        let mut spots = Vec::new();
+        let (mut at, mut done) = (offset, 0);
+        for frame in frames {
+            let len = (PAGE_LEN - at.min(PAGE_LEN)).min(old.len() - done);
+            let part = |bytes: &[u8]| bytes.get(done..done + len).unwrap_or_default().to_vec();
+            if len > 0 {
+                spots.push(Spot {
+                    frame: frame.0,
+                    offset: at,
+                    old: part(old),
+                    new: part(new),
+                });
+            }
+            (at, done) = (0, done + len);
+        }
+        spots
+    }
+}
+
+/// What a guardian must know.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Task {
+    /// The domain.
+    pub domid: u16,
+    /// Its UUID.
+    pub uuid: String,
+    /// The process that works on it.
+    pub pid: u32,
+    /// What it is about to change, in that order. None if it only looks.
+    pub spots: Vec<Spot>,
+}
+
+impl Task {
+    /// The domain.
+    #[must_use]
+    pub fn domain(&self) -> DomId {
+        DomId(self.domid)
+    }
+
+    /// The guard's file of this task.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
+        Path::new(DIR).join(format!("{}.{}", self.uuid, self.pid))
+    }
+
+    fn write(&self, file: &File) -> Result<()> {
+        let bytes = postcard::to_stdvec(self).map_err(|e| bad(&e.to_string()))?;
+        let blank = [0; PAGE_LEN];
+        file.write_all_at(&blank, 0)
+            .and_then(|()| file.write_all_at(&bytes, PAGE_LEN as u64))
+            .map_err(|e| bad(&e.to_string()))
+    }
+
+    pub(crate) fn read(file: &File) -> Result<Task> {
+        let failed = |e: std::io::Error| bad(&e.to_string());
+        let len = file.metadata().map_err(failed)?.len();
+        let len = len.saturating_sub(PAGE_LEN as u64);
+        if len > TASK_MAX {
+            return Err(bad("it is too long"));
+        }
+        let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+        file.read_exact_at(&mut bytes, PAGE_LEN as u64)
+            .map_err(failed)?;
+        let task: Task = postcard::from_bytes(&bytes).map_err(|e| bad(&e.to_string()))?;
+        let fits = |s: &Spot| s.old.len() == s.new.len() && s.offset + s.old.len() <= PAGE_LEN;
+        if !task.spots.iter().all(fits) {
+            return Err(bad("a change in it leaves its page"));
+        }
+        Ok(task)
+    }
+}
+
+fn bad(why: &str) -> Error {
+    Error::Failed(format!("a guard's file below {DIR} can't be used: {why}"))
+}
+
+/// The places of a change, mapped.
+pub struct Places<'t> {
+    spots: Vec<(&'t Spot, usize)>,
+    window: Option<Box<dyn WindowMut>>,
+}
+
+impl std::fmt::Debug for Places<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Places").field(&self.spots).finish()
+    }
+}
+
+impl<'t> Places<'t> {
+    /// Maps the frames of `spots`, each once.
+    ///
+    /// # Errors
+    /// A frame can't be mapped.
+    pub fn map(memory: &dyn MemoryMut, spots: &'t [Spot]) -> Result<Places<'t>> {
+        let mut frames: Vec<Frame> = spots.iter().map(|s| Frame(s.frame)).collect();
+        frames.sort_unstable();
+        frames.dedup();
+        let window = match frames.is_empty() {
+            true => None,
+            false => Some(memory.map_mut(&frames)?),
+        };
+        let place = |spot: &'t Spot| {
+            let page = frames.partition_point(|f| f.0 < spot.frame);
+            (spot, page * PAGE_LEN + spot.offset)
+        };
+        Ok(Places {
+            spots: spots.iter().map(place).collect(),
+            window,
+        })
+    }
+}
+
+/// The files of guards for the guest `uuid`, or for all.
+///
+/// # Errors
+/// The folder can't be read.
+pub fn files(uuid: Option<&str>) -> Result<Vec<PathBuf>> {
+    let entries = match fs::read_dir(DIR) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(Error::Failed(format!("cannot read {DIR}: {e}"))),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry
+            .map_err(|e| Error::Failed(format!("cannot read {DIR}: {e}")))?
+            .path();
+        if uuid_of(&path).is_some_and(|own| uuid.is_none_or(|wanted| wanted == own)) {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// The guest that a guard's file is about, by its name: `UUID.NUMBER`.
+#[must_use]
+pub fn uuid_of(path: &Path) -> Option<&str> {
+    let (uuid, rest) = path.file_name()?.to_str()?.split_once('.')?;
+    let whole = !rest.is_empty() && rest.bytes().all(|b| b.is_ascii_digit());
+    (uuid.len() == 36 && whole).then_some(uuid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_across_pages_has_a_part_in_each() {
+        let frames = [Frame(7), Frame(3)];
+        let spots = Spot::split(&frames, PAGE_LEN - 2, &[1, 2, 3, 4, 5], &[6, 7, 8, 9, 10]);
+        assert_eq!(spots.len(), 2);
+        assert_eq!((spots[0].frame, spots[0].offset), (7, PAGE_LEN - 2));
+        assert_eq!(
+            (&spots[0].old[..], &spots[0].new[..]),
+            (&[1, 2][..], &[6, 7][..])
+        );
+        assert_eq!((spots[1].frame, spots[1].offset), (3, 0));
+        assert_eq!(spots[1].old, [3, 4, 5]);
+    }
+
+    #[test]
+    fn a_file_is_told_by_its_name() {
+        let uuid = "00000000-0000-0000-0000-000000000001";
+        let own = |name: &str| uuid_of(Path::new(name)).map(str::to_owned);
+        assert_eq!(own(&format!("/x/{uuid}.12")), Some(uuid.into()));
+        for other in [
+            uuid.to_owned(),
+            format!("{uuid}."),
+            format!("{uuid}.12.new"),
+            "a.1".into(),
+        ] {
+            assert_eq!(own(&other), None, "{other}");
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! What is done for a run that died: its change finished or undone, the guest running again.
+//!
+//! Nothing here allocates memory or waits for anything but Xen, as long as nothing fails.
+
+use serde::Serialize;
+
+use super::Places;
+use crate::addr::DomId;
+use crate::plan::WRITE_MAX;
+use crate::xen::{self, Control, Page, Standing, Step};
+
+/// What came of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[repr(u32)]
+pub enum Outcome {
+    /// The guest was not held, or nothing had been written yet: it runs, unchanged in that pause.
+    Running = 1,
+    /// All was written: the change is in force.
+    Finished = 2,
+    /// The old bytes are back and verified.
+    Undone = 3,
+    /// The old bytes could not be put back; the guest runs.
+    Torn = 4,
+    /// The run died while it took or gave back a pause beside that of somebody else: whether its own count
+    /// is among them can't be known, and they are left as they are.
+    PausedByOthers = 5,
+    /// The domain is gone.
+    Gone = 6,
+    /// The guest could not be unpaused.
+    Stuck = 7,
+}
+
+impl Outcome {
+    /// The outcome of this number.
+    #[must_use]
+    pub fn of(word: u32) -> Option<Outcome> {
+        use Outcome::{Finished, Gone, PausedByOthers, Running, Stuck, Torn, Undone};
+        [Running, Finished, Undone, Torn, PausedByOthers, Gone, Stuck]
+            .into_iter()
+            .find(|&outcome| outcome as u32 == word)
+    }
+}
+
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Outcome::Running => "nothing had been written in the pause it was in; the guest runs",
+            Outcome::Finished => "all had been written; the guest runs with the change",
+            Outcome::Undone => "what had been written is undone; the guest runs without the change",
+            Outcome::Torn => "what had been written could not be undone; the guest runs",
+            Outcome::PausedByOthers => {
+                "somebody else has paused the guest too, and whether one more pause is left of that run \
+                 can't be known: if the guest stays paused when it should run, `xl unpause` it"
+            }
+            Outcome::Gone => "the guest is gone",
+            Outcome::Stuck => "the guest could not be unpaused: `xl unpause` it",
+        })
+    }
+}
+
+/// The pause of one domain, as Xen counts it.
+pub trait Counter {
+    /// How the domain stands.
+    ///
+    /// # Errors
+    /// Xen can't be asked.
+    fn standing(&self) -> Result<Option<Standing>, xen::Error>;
+    /// Gives one pause count back.
+    ///
+    /// # Errors
+    /// Xen refused.
+    fn unpause(&self) -> Result<(), xen::Error>;
+}
+
+impl Counter for (&Control, DomId) {
+    fn standing(&self) -> Result<Option<Standing>, xen::Error> {
+        self.0.standing(self.1)
+    }
+
+    fn unpause(&self) -> Result<(), xen::Error> {
+        self.0.unpause(self.1)
+    }
+}
+
+/// Does what the run that left `page` can't do any more, on the domain with this UUID.
+pub fn settle(page: &Page, counter: &dyn Counter, uuid: [u8; 16], places: &Places<'_>) -> Outcome {
+    let step = page.step().unwrap_or(Step::Idle);
+    if step == Step::Idle {
+        return Outcome::Running;
+    }
+    let paused = match counter.standing() {
+        Ok(Some(standing)) if standing.uuid == uuid => standing.paused,
+        Ok(_) => return Outcome::Gone,
+        // It was paused when it was asked last.
+        Err(_) => true,
+    };
+    let held = match step {
+        Step::Idle => false,
+        Step::Paused | Step::Writing => true,
+        // Nobody else held one before, so a pause is the run's own.
+        Step::Pausing | Step::Unpausing if !page.paused_by_others() => paused,
+        Step::Pausing | Step::Unpausing => {
+            page.set_step(Step::Idle);
+            return Outcome::PausedByOthers;
+        }
+    };
+    let outcome = match step {
+        Step::Writing => places.settle(),
+        _ => Outcome::Running,
+    };
+    if held {
+        // Whoever comes after this process has died too finds the change settled.
+        page.set_step(Step::Unpausing);
+        if counter.unpause().is_err() {
+            return Outcome::Stuck;
+        }
+    }
+    page.set_step(Step::Idle);
+    outcome
+}
+
+impl Places<'_> {
+    /// Leaves what is written in full, and puts back what isn't, the last one first. The guest is paused.
+    fn settle(&self) -> Outcome {
+        if self.all(|spot| &spot.new) {
+            return Outcome::Finished;
+        }
+        for (spot, at) in self.spots.iter().rev() {
+            if !self.holds(*at, &spot.old) {
+                if let Some(window) = &self.window {
+                    // All are tried; what counts is what stands there in the end.
+                    let _ = window.write(*at, &spot.old);
+                }
+            }
+        }
+        match self.all(|spot| &spot.old) {
+            true => Outcome::Undone,
+            false => Outcome::Torn,
+        }
+    }
+
+    fn all(&self, wanted: impl Fn(&super::Spot) -> &Vec<u8>) -> bool {
+        self.spots
+            .iter()
+            .all(|(spot, at)| self.holds(*at, wanted(spot)))
+    }
+
+    fn holds(&self, at: usize, bytes: &[u8]) -> bool {
+        let mut found = [0; WRITE_MAX];
+        match (found.get_mut(..bytes.len()), &self.window) {
+            (Some(found), Some(window)) => window.read(at, found).is_ok() && found == bytes,
+            _ => false,
+        }
+    }
+
+    /// Reads all places once, so that nothing is done for the first time when it matters.
+    pub fn rehearse(&self) {
+        self.all(|spot| &spot.old);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,136 @@
+use super::*;
+use crate::addr::Frame;
+use crate::guard::Spot;
+use crate::guest::mock::MockMemory;
+use crate::guest::MemoryMut as _;
+use std::cell::Cell;
+use std::fs::File;
+
+const UUID: [u8; 16] = [7; 16];
+const OLD: [u8; 5] = [1; 5];
+const NEW: [u8; 5] = [2; 5];
+
+/// Xen's pause counter of one domain.
+struct Count(Cell<u32>);
+
+impl Counter for Count {
+    fn standing(&self) -> Result<Option<Standing>, xen::Error> {
+        Ok(Some(Standing {
+            uuid: UUID,
+            paused: self.0.get() > 0,
+        }))
+    }
+
+    fn unpause(&self) -> Result<(), xen::Error> {
+        self.0.set(self.0.get().checked_sub(1).expect("not paused"));
+        Ok(())
+    }
+}
+
+fn page(name: &str) -> Page {
+    let path = std::env::temp_dir().join(format!("xen-locus-settle-{}-{name}", std::process::id()));
+    std::fs::write(&path, [0; 4096]).unwrap();
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    std::fs::remove_file(path).unwrap();
+    Page::create(&file).unwrap()
+}
+
+#[test]
+fn a_pause_of_a_run_that_died_is_given_back_and_no_other() {
+    // what the run had marked, what others held before, what is held now; what is left
+    let cases = [
+        (Step::Idle, 0, 0, 0, Outcome::Running),
+        (Step::Idle, 1, 1, 1, Outcome::Running),
+        // before and after the call that takes the count
+        (Step::Pausing, 0, 0, 0, Outcome::Running),
+        (Step::Pausing, 0, 1, 0, Outcome::Running),
+        (Step::Paused, 0, 1, 0, Outcome::Running),
+        (Step::Paused, 1, 2, 1, Outcome::Running),
+        (Step::Writing, 1, 2, 1, Outcome::Undone),
+        // before and after the call that gives it back
+        (Step::Unpausing, 0, 1, 0, Outcome::Running),
+        (Step::Unpausing, 0, 0, 0, Outcome::Running),
+        (Step::Unpausing, 1, 1, 1, Outcome::PausedByOthers),
+        (Step::Pausing, 1, 1, 1, Outcome::PausedByOthers),
+    ];
+    for (i, (step, others, now, left, outcome)) in cases.into_iter().enumerate() {
+        let page = page(&format!("count{i}"));
+        page.set_paused_by_others(others > 0);
+        page.set_step(step);
+        let memory = MockMemory::new();
+        let frame = memory.frame();
+        memory.fill(frame, 8, &OLD);
+        let spots = Spot::split(&[frame], 8, &OLD, &NEW);
+        let places = Places::map(&memory, &spots).unwrap();
+        let count = Count(Cell::new(now));
+        assert_eq!(settle(&page, &count, UUID, &places), outcome, "{i}");
+        assert_eq!(count.0.get(), left, "{i}");
+        assert_eq!(page.step(), Some(Step::Idle), "{i}");
+    }
+}
+
+#[test]
+fn a_domain_that_took_the_id_of_the_one_meant_is_left_alone() {
+    let page = page("reused");
+    page.set_step(Step::Paused);
+    let memory = MockMemory::new();
+    let places = Places::map(&memory, &[]).unwrap();
+    let count = Count(Cell::new(1));
+    assert_eq!(settle(&page, &count, [8; 16], &places), Outcome::Gone);
+    assert_eq!(count.0.get(), 1);
+}
+
+/// Ends a run after `bytes` of its bytes are written; says what came of it and what then stands there.
+fn torn(bytes: usize, all_writable: bool) -> (Outcome, Vec<[u8; 5]>) {
+    let memory = MockMemory::new();
+    // not in the order of the writes, and one twice
+    let frames: Vec<Frame> = (0..2).map(|_| memory.frame()).collect();
+    let at = [(frames[1], 8), (frames[0], 100), (frames[1], 200)];
+    let mut spots = Vec::new();
+    let mut left = bytes;
+    for &(frame, offset) in &at {
+        memory.fill(frame, offset, &OLD);
+        spots.extend(Spot::split(&[frame], offset, &OLD, &NEW));
+        let n = left.min(5);
+        memory.fill(frame, offset, &NEW[..n]);
+        left -= n;
+    }
+    let mut places = Places::map(&memory, &spots).unwrap();
+    if !all_writable {
+        places.window = None;
+    }
+    let page = page(&format!("torn{bytes}{all_writable}"));
+    page.set_step(Step::Writing);
+    let count = Count(Cell::new(1));
+    let outcome = settle(&page, &count, UUID, &places);
+    assert_eq!(count.0.get(), 0);
+    let stands = at.map(|(frame, offset)| {
+        let mut found = [0; 5];
+        let window = memory.map_mut(&[frame]).unwrap();
+        window.read(offset, &mut found).unwrap();
+        found
+    });
+    (outcome, stands.to_vec())
+}
+
+#[test]
+fn a_change_is_undone_wherever_it_was_ended_and_finished_when_all_was_written() {
+    for bytes in 0..15 {
+        let undone = (Outcome::Undone, vec![OLD; 3]);
+        assert_eq!(torn(bytes, true), undone, "{bytes} bytes written");
+    }
+    assert_eq!(torn(15, true), (Outcome::Finished, vec![NEW; 3]));
+}
+
+#[test]
+fn a_change_that_can_not_be_undone_is_called_torn() {
+    assert_eq!(torn(7, false).0, Outcome::Torn);
+}
+
+#[test]
+fn outcomes_are_told_apart_by_number() {
+    for outcome in [Outcome::Running, Outcome::Torn, Outcome::Stuck] {
+        assert_eq!(Outcome::of(outcome as u32), Some(outcome));
+    }
+    assert_eq!(Outcome::of(0), None);
+}

@@ -1,0 +1,171 @@
+//! The working process's side: starts a guardian, pauses under its eyes, and ends it.
+
+use std::cell::RefCell;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use super::{guardian, Task, DIR};
+use crate::addr::DomId;
+use crate::error::{Error, Result};
+use crate::fault;
+use crate::guest;
+use crate::xen::{Control, Page, Pause};
+
+/// A guardian that watches this process. Dropping it lets it go.
+#[derive(Debug)]
+pub struct Guarded<'c> {
+    control: &'c Control,
+    domain: DomId,
+    page: Page,
+    path: std::path::PathBuf,
+    child: RefCell<Child>,
+    // Holds the file's lock, as the guardian does.
+    _file: File,
+}
+
+impl<'c> Guarded<'c> {
+    /// Starts a guardian and waits until it is prepared.
+    ///
+    /// # Errors
+    /// It can't be: nothing of the guest is touched then.
+    pub fn start(control: &'c Control, task: &Task) -> Result<Guarded<'c>> {
+        let path = task.path();
+        let new = path.with_extension(format!("{}.new", task.pid));
+        let failed = |e: std::io::Error| {
+            Error::Failed(format!(
+                "no guardian can be started for this run, so nothing was changed: {}: {e}",
+                path.display()
+            ))
+        };
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(DIR)
+            .map_err(failed)?;
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&new)
+            .map_err(failed)?;
+        let made = Guarded::start_in(control, task, file, &new, &path, &failed);
+        if made.is_err() {
+            let _ = fs::remove_file(&new);
+        }
+        made
+    }
+
+    fn start_in(
+        control: &'c Control,
+        task: &Task,
+        file: File,
+        new: &Path,
+        path: &Path,
+        failed: &dyn Fn(std::io::Error) -> Error,
+    ) -> Result<Guarded<'c>> {
+        fault::point("guard: lock").map_err(failed)?;
+        file.lock().map_err(failed)?;
+        task.write(&file)?;
+        let page = Page::create(&file)?;
+        // Under its name it is complete and locked. One that stands there already is of a process that had
+        // this number and died: what it left is not to be lost.
+        fault::point("guard: link").map_err(failed)?;
+        fs::hard_link(new, path).map_err(failed)?;
+        let started = fs::remove_file(new)
+            .map_err(failed)
+            .and_then(|()| Guarded::launch(control, task, file, page, failed));
+        if started.is_err() {
+            let _ = fs::remove_file(path);
+        }
+        started
+    }
+
+    fn launch(
+        control: &'c Control,
+        task: &Task,
+        file: File,
+        page: Page,
+        failed: &dyn Fn(std::io::Error) -> Error,
+    ) -> Result<Guarded<'c>> {
+        fault::point("guard: spawn").map_err(failed)?;
+        let mut child = Command::new("/proc/self/exe")
+            .arg0(guardian::NAME)
+            .env_remove(fault::VARIABLE)
+            .stdin(Stdio::from(file.try_clone().map_err(failed)?))
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(failed)?;
+        let _ = fault::point("guard: hear");
+        let mut said = Vec::new();
+        let heard = match child.stdout.take() {
+            Some(stdout) => hear(stdout, &mut said),
+            None => Ok(()),
+        };
+        let guarded = Guarded {
+            control,
+            domain: task.domain(),
+            page,
+            path: task.path(),
+            child: RefCell::new(child),
+            _file: file,
+        };
+        if heard.is_err() || said != guardian::READY {
+            return Err(Error::Failed(format!(
+                "the guardian of this run could not prepare itself, so nothing was changed: {}",
+                String::from_utf8_lossy(&said).trim()
+            )));
+        }
+        Ok(guarded)
+    }
+
+    /// Pauses the guest.
+    ///
+    /// # Errors
+    /// The guardian is gone; Xen refused.
+    pub fn pause(&self) -> std::result::Result<Pause<'_>, guest::Error> {
+        let gone = || {
+            guest::Error::Odd("the guardian of this run has ended; the guest is not touched".into())
+        };
+        let mut child = self.child.try_borrow_mut().map_err(|_| gone())?;
+        match child.try_wait() {
+            Ok(None) => Ok(Pause::new(self.control, &self.page, self.domain)?),
+            _ => Err(gone()),
+        }
+    }
+}
+
+/// Reads what the guardian says until it is ready, or has told why it isn't.
+fn hear(mut stdout: impl Read, said: &mut Vec<u8>) -> std::io::Result<()> {
+    let mut first = vec![0; guardian::READY.len()];
+    let mut len = 0;
+    while let Some(rest) = first.get_mut(len..).filter(|rest| !rest.is_empty()) {
+        match stdout.read(rest)? {
+            0 => break,
+            n => len += n,
+        }
+    }
+    first.truncate(len);
+    let ready = first == guardian::READY;
+    said.append(&mut first);
+    if !ready {
+        stdout.take(4096).read_to_end(said)?;
+    }
+    Ok(())
+}
+
+impl Drop for Guarded<'_> {
+    fn drop(&mut self) {
+        let _ = fault::point("guard: end");
+        // Nothing is held: what is gone now nobody needs to settle.
+        let _ = fs::remove_file(&self.path);
+        let _ = fault::point("guard: let go");
+        self.page.release();
+        let _ = self.child.get_mut().wait();
+    }
+}

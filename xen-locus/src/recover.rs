@@ -1,0 +1,329 @@
+//! Finds out how a run ended that nobody saw end, and settles what it left.
+//!
+//! Three things speak of such a run: the file of its guardian, which says whether the guest is held
+//! ([`crate::guard`]); its journal, which says what it was about ([`crate::journal`]); and the guest's own
+//! memory, which shows what took place. The last decides. All is done under the guest's lock.
+
+use std::fs::{self, File, TryLockError};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::apply::{self, Options};
+use crate::domain::Domain;
+use crate::error::{Error, Result};
+use crate::guard::settle::{settle, Counter as _, Outcome};
+use crate::guard::{self, Places, Task};
+use crate::guest::Machine;
+use crate::journal::{Change, Intent, Journal, Op};
+use crate::kernel::Kernel;
+use crate::link::arena::{Arena, Resident};
+use crate::link::record::{hex, State};
+use crate::plan::{self, Plan, Stack, Write};
+use crate::quiesce::{Watch, Watched};
+use crate::xen::{Control, Foreign, Page, Step};
+
+/// How long the guardian of a run that died may take.
+const GUARDIAN: Duration = Duration::from_secs(5);
+
+/// How a guest stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Finding {
+    /// No run was left in the middle.
+    NothingToDo,
+    /// The change that it was about is in force.
+    Finished,
+    /// The guest is as it was before.
+    Undone,
+    /// The guest that it worked on is not there any more.
+    Gone,
+    /// It took place in part, and could not be taken back.
+    Uncertain,
+}
+
+impl std::fmt::Display for Finding {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Finding::NothingToDo => "nothing to do",
+            Finding::Finished => "finished",
+            Finding::Undone => "undone",
+            Finding::Gone => "gone",
+            Finding::Uncertain => "uncertain",
+        })
+    }
+}
+
+/// What was found of a guest, and done.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// How it stands now.
+    pub result: Finding,
+    /// The patch that the run was about.
+    pub patch: Option<String>,
+    /// What it was doing with it.
+    pub op: Option<Op>,
+    /// In words.
+    pub detail: String,
+}
+
+impl Report {
+    fn new(result: Finding, intent: Option<&Intent>, detail: String) -> Report {
+        Report {
+            result,
+            patch: intent.map(|i| i.change.patch.clone()),
+            op: intent.map(|i| i.change.op),
+            detail,
+        }
+    }
+}
+
+impl std::fmt::Display for Report {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match (&self.op, &self.patch) {
+            (Some(op), Some(patch)) => write!(f, "{op} {patch}: {}", self.result)?,
+            (None, Some(patch)) => write!(f, "{patch}: {}", self.result)?,
+            _ => write!(f, "{}", self.result)?,
+        }
+        match self.detail.is_empty() {
+            true => Ok(()),
+            false => write!(f, " ({})", self.detail),
+        }
+    }
+}
+
+/// Whether anything outside of the guest's memory speaks of a run that is not known to have ended. The
+/// caller has the guest's lock.
+///
+/// # Errors
+/// The folders can't be read.
+pub fn is_due(uuid: &str) -> Result<bool> {
+    Ok(Journal::new(uuid).exists() || !guard::files(Some(uuid))?.is_empty())
+}
+
+/// Settles what runs on `domain` left. The caller has the guest's lock.
+///
+/// # Errors
+/// [`Error::Uncertain`]: the guest can't be brought to a known state; what it is about can't be read.
+pub fn recover(domain: &Domain<'_>, options: &Options) -> Result<Report> {
+    let uuid = &domain.info.uuid;
+    let mut said = Vec::new();
+    for path in guard::files(Some(uuid))? {
+        if let Some(outcome) = of_dead(domain.control(), &path)? {
+            match outcome {
+                Outcome::Running => {}
+                Outcome::Stuck => {
+                    return Err(Error::Uncertain(format!(
+                        "a run on {} died: {outcome}",
+                        domain.label()
+                    )))
+                }
+                _ => said.push(outcome.to_string()),
+            }
+        }
+    }
+    let kernel = Kernel::of(domain)?;
+    let journal = Journal::new(uuid);
+    let intent = match journal.read() {
+        Ok(intent) => intent,
+        Err(error) => {
+            said.push(error.to_string());
+            None
+        }
+    };
+    let mut report = of_guest(domain, &kernel, intent.as_ref(), options)?;
+    said.push(std::mem::take(&mut report.detail));
+    said.retain(|s| !s.is_empty());
+    report.detail = said.join("; ");
+    // All that it says is settled or, of a guest that started anew, void.
+    journal.end()?;
+    Ok(report)
+}
+
+/// Settles what the guardian's file at `path` says, unless the run that made it is alive. `None` if it is,
+/// or was ended well.
+///
+/// # Errors
+/// Its guardian doesn't end; the file can't be read; the guest's memory can't be mapped.
+fn of_dead(control: &Control, path: &Path) -> Result<Option<Outcome>> {
+    let began = Instant::now();
+    let odd = |e: std::io::Error| Error::Failed(format!("cannot use {}: {e}", path.display()));
+    let file = match File::options().read(true).write(true).open(path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(odd(e)),
+    };
+    let task = Task::read(&file)?;
+    loop {
+        match file.try_lock() {
+            Ok(()) => break,
+            Err(TryLockError::Error(e)) => return Err(odd(e)),
+            // It only looks, and does so without the guest's lock.
+            Err(TryLockError::WouldBlock) if task.spots.is_empty() => return Ok(None),
+            Err(TryLockError::WouldBlock) if began.elapsed() > GUARDIAN => {
+                return Err(Error::TryAgain(format!(
+                    "the guardian of process {}, which died at work on this guest, still holds {}",
+                    task.pid,
+                    path.display()
+                )))
+            }
+            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(5)),
+        }
+    }
+    if !path.exists() {
+        // It ended well meanwhile.
+        return Ok(None);
+    }
+    let page = Page::open(&file)?;
+    let outcome = match page.step() {
+        Some(Step::Idle) => Outcome::of(page.outcome()).unwrap_or(Outcome::Running),
+        _ => as_guardian(control, &task, &page)?,
+    };
+    fs::remove_file(path).map_err(odd)?;
+    Ok(Some(outcome))
+}
+
+/// Does what a guardian would have done that died with its run.
+fn as_guardian(control: &Control, task: &Task, page: &Page) -> Result<Outcome> {
+    let counter = (control, task.domain());
+    let Some(standing) = counter.standing()? else {
+        return Ok(Outcome::Gone);
+    };
+    let info = control.domain(task.domain())?;
+    if info.is_none_or(|i| i.uuid != task.uuid) {
+        return Ok(Outcome::Gone);
+    }
+    let foreign = Foreign::open(task.domain())?;
+    let places = Places::map(&foreign, &task.spots)?;
+    Ok(settle(page, &counter, standing.uuid, &places))
+}
+
+/// Finds out by the guest's memory what became of `intent`, and makes its directory say so.
+pub(crate) fn of_guest(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    intent: Option<&Intent>,
+    options: &Options,
+) -> Result<Report> {
+    let build_id = kernel.build_id.as_deref().map(hex).unwrap_or_default();
+    if intent.is_some_and(|i| i.change.build_id != build_id) {
+        let why = "the guest has another kernel now: it started anew".to_owned();
+        return Ok(Report::new(Finding::Gone, intent, why));
+    }
+    let mut detail = String::new();
+    let mut arena = Arena::read(kernel)?;
+    if let Err(error) = plan::residents(kernel, &arena) {
+        let (Error::Uncertain(why), Some(intent)) = (&error, intent) else {
+            return Err(error);
+        };
+        roll_back(machine, kernel, &intent.change, options).map_err(|e| match e {
+            Error::TryAgain(_) | Error::Blocked { .. } => e,
+            e => Error::Uncertain(format!("{why}; it could not be taken back: {e}")),
+        })?;
+        detail = "what it had written is put back by the journal".to_owned();
+    }
+    let before: Vec<State> = arena.directory.slots.iter().map(|s| s.state).collect();
+    let residents = plan::settle(kernel, &mut arena)?;
+    let left = under_way(&before, &residents);
+    if left.is_some() {
+        let slots = arena.directory.slots.clone();
+        arena.commit(machine, kernel, slots)?;
+    }
+    Ok(match (intent, left) {
+        (Some(intent), _) => {
+            let stack = Stack::new(&residents);
+            let change = &intent.change;
+            let same =
+                |r: &&&Resident| r.record.name == change.patch && r.record.sha256 == change.sha256;
+            let applied = stack.applied().iter().find(same).is_some();
+            let result = match applied == (change.op == Op::Apply) {
+                true => Finding::Finished,
+                false => Finding::Undone,
+            };
+            Report::new(result, Some(intent), detail)
+        }
+        (None, Some((patch, op, done))) => Report {
+            result: if done {
+                Finding::Finished
+            } else {
+                Finding::Undone
+            },
+            patch: Some(patch),
+            op: Some(op),
+            detail,
+        },
+        (None, None) => Report::new(Finding::NothingToDo, None, detail),
+    })
+}
+
+/// The change that the directory shows as under way: of which patch, what, and whether it took place.
+fn under_way(before: &[State], residents: &[Resident]) -> Option<(String, Op, bool)> {
+    let find = |state| {
+        let both = before.iter().zip(residents);
+        both.filter(move |(b, _)| **b == state)
+            .map(|(_, r)| r)
+            .next()
+    };
+    let (resident, op) = match find(State::Applying) {
+        Some(resident) => (resident, Op::Apply),
+        None => (find(State::Reverting)?, Op::Revert),
+    };
+    let applied = resident.slot.state == State::Applied;
+    let done = applied == (op == Op::Apply);
+    Some((resident.record.name.clone(), op, done))
+}
+
+/// Puts back all that stood in the guest before `change`, while nobody is in the code that it
+/// is about. What stands there now must be of the change: each byte the old or the new one.
+fn roll_back(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    change: &Change,
+    options: &Options,
+) -> Result<()> {
+    let space = kernel.space.fresh();
+    let mut writes = Vec::new();
+    for write in change.writes.iter().rev() {
+        let found = space.read_vec(crate::addr::Gva(write.at), write.new.len())?;
+        let own = |((found, old), new): ((&u8, &u8), &u8)| found == old || found == new;
+        if !found.iter().zip(&write.expect).zip(&write.new).all(own) {
+            return Err(Error::Uncertain(format!(
+                "the bytes at {:#x} are neither the old ones nor the new ones: somebody else changed them",
+                write.at
+            )));
+        }
+        writes.push(Write {
+            at: write.at,
+            expect: found,
+            new: write.expect.clone(),
+        });
+    }
+    let watched = change.watched.iter().map(|w| Watched {
+        range: crate::addr::Range::new(crate::addr::Gva(w.start), w.len),
+        name: w.name.clone(),
+    });
+    let plan = Plan {
+        patch: change.patch.clone(),
+        writes,
+        watch: Watch::of(watched.collect()),
+        entry_only: None,
+    };
+    apply::put_back(machine, kernel, &plan, options)
+}
+
+/// Removes what speaks of the guest `uuid`, which is not there any more, and says so.
+///
+/// # Errors
+/// It can't be removed.
+pub fn forget(control: &Control, uuid: &str) -> Result<Report> {
+    for path in guard::files(Some(uuid))? {
+        of_dead(control, &path)?;
+    }
+    let journal = Journal::new(uuid);
+    // One that can't be believed names a guest that is not there all the same.
+    let intent = journal.read().unwrap_or_default();
+    journal.end()?;
+    let why = "the guest is not there any more; what was noted of it is removed".to_owned();
+    Ok(Report::new(Finding::Gone, intent.as_ref(), why))
+}

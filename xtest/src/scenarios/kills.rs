@@ -1,0 +1,325 @@
+//! The tool is killed, at any moment: the guest runs on, wholly old or wholly new.
+
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::guest::{Guest, GuestSpec, Kind};
+use crate::scenario::{Ctx, Scenario, PV, PVH};
+use crate::verdict::Verdict;
+use crate::{check, check_eq};
+
+/// See the names.
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "kills-pv",
+        summary: "killed 60 times at random moments, the tool leaves the guest running, old or new",
+        profile: &PV,
+        run: |ctx| random(ctx, Kind::Pv, 60),
+    },
+    Scenario {
+        name: "faults-pv",
+        summary:
+            "killed at every 7th of its calls from the journal on, it leaves the guest old or new",
+        profile: &PV,
+        run: |ctx| injected(ctx, Kind::Pv, "kill", 7),
+    },
+];
+
+/// What takes too long for a usual run.
+pub const MATRIX: &[Scenario] = &[
+    Scenario {
+        name: "kills-200-pv",
+        summary: "killed 200 times at random moments",
+        profile: &PV,
+        run: |ctx| random(ctx, Kind::Pv, 200),
+    },
+    Scenario {
+        name: "faults-all-pv",
+        summary: "killed at each of its calls from the journal on",
+        profile: &PV,
+        run: |ctx| injected(ctx, Kind::Pv, "kill", 1),
+    },
+    Scenario {
+        name: "fails-all-pv",
+        summary: "each of its calls from the journal on fails once: exit code and guest agree",
+        profile: &PV,
+        run: |ctx| injected(ctx, Kind::Pv, "fail", 1),
+    },
+    Scenario {
+        name: "stops-pv",
+        summary: "stopped at every 7th of its calls from the journal on, it is killed where it holds the guest",
+        profile: &PV,
+        run: |ctx| injected(ctx, Kind::Pv, "stop", 7),
+    },
+    Scenario {
+        name: "kills-pvh",
+        summary: "killed 60 times at random moments at work on a PVH guest",
+        profile: &PVH,
+        run: |ctx| random(ctx, Kind::Pvh, 60),
+    },
+];
+
+const PATCH: &str = "locus_proc_pair";
+/// Longest time for which a guest may be paused, the pause of the run that is killed included.
+const PAUSE_MAX_US: u64 = 200_000;
+
+/// What the kills of a scenario came to.
+#[derive(Debug, Default)]
+struct Tally {
+    kills: u32,
+    in_pause: u32,
+    not_hit: u32,
+    old: u32,
+    new: u32,
+    finished: u32,
+    undone: u32,
+    nothing_to_do: u32,
+    longest_pause_us: u64,
+    /// Exit codes of those that were not killed.
+    codes: Vec<i64>,
+}
+
+/// The guest under test.
+struct Subject {
+    guest: Guest,
+    rounds: u64,
+}
+
+impl Subject {
+    fn new(ctx: &mut Ctx, kind: Kind) -> Result<Subject, Verdict> {
+        let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
+        let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("../patches");
+        let script = std::fs::read(top.join("version-loadavg/check.sh"))?;
+        guest.put("/tmp/pair.sh", 0o755, &script)?;
+        guest.start_workload()?;
+        let rounds = guest.rounds()?;
+        Ok(Subject { guest, rounds })
+    }
+
+    /// What runs in the guest, by what its files in /proc show.
+    fn is_new(&self) -> Result<bool, Verdict> {
+        let cmd = "sh /tmp/pair.sh after && exit 10; sh /tmp/pair.sh before && exit 11";
+        let out = self.guest.sh(cmd)?;
+        match out.rc {
+            10 => Ok(true),
+            11 => Ok(false),
+            _ => Err(Verdict::failure(format!(
+                "the guest is neither old nor new: {}",
+                out.text()
+            ))),
+        }
+    }
+
+    /// What the tool says of it.
+    fn status(&self, ctx: &Ctx) -> Result<bool, Verdict> {
+        let status = ctx.json(&format!("xen-locus -o json status {}", self.guest.name))?;
+        match status["patches"].as_array().map(Vec::as_slice) {
+            Some([]) => Ok(false),
+            Some([one]) if one["name"] == "locus_cmdline" => Ok(false),
+            Some([one]) if one["name"] == PATCH && one["state"] == "applied" => Ok(true),
+            _ => Err(Verdict::failure(format!("status says {status}"))),
+        }
+    }
+
+    /// Runs the tool under `locus-kill` and looks at what is left.
+    fn kill(
+        &mut self,
+        ctx: &Ctx,
+        when: &str,
+        cmd: &str,
+        tally: &mut Tally,
+    ) -> Result<Value, Verdict> {
+        let name = &self.guest.name;
+        let killed = ctx.json(&format!("locus-kill {name} {when} -- {cmd}"))?;
+        let what = format!("{cmd} {when}: {killed}");
+        check_eq!(killed["stuck"], false, "{what}");
+        let pause = killed["longest_pause_us"].as_u64().unwrap_or(u64::MAX);
+        tally.longest_pause_us = tally.longest_pause_us.max(pause);
+        check!(pause <= PAUSE_MAX_US, "paused for too long: {what}");
+        match killed["signal"].as_i64() {
+            Some(9) => tally.kills += 1,
+            _ => tally.not_hit += 1,
+        }
+        tally.in_pause += u32::from(killed["killed_in_pause"] == true);
+        let new = self.is_new()?;
+        check_eq!(self.status(ctx)?, new, "status after {what}");
+        *(if new { &mut tally.new } else { &mut tally.old }) += 1;
+        Ok(killed)
+    }
+
+    /// What `recover` says, which must be what the guest shows; a second time there is nothing to do.
+    fn recover(&self, ctx: &Ctx, tally: &mut Tally) -> Result<(), Verdict> {
+        let recover = format!("xen-locus -o json recover {}", self.guest.name);
+        let found = ctx.json(&recover)?;
+        let new = self.is_new()?;
+        match (found["result"].as_str(), found["op"].as_str()) {
+            (Some("nothing-to-do"), _) => tally.nothing_to_do += 1,
+            (Some("finished"), Some(op)) => {
+                check_eq!(new, op == "apply", "{found}");
+                tally.finished += 1;
+            }
+            (Some("undone"), Some(op)) => {
+                check_eq!(new, op == "revert", "{found}");
+                tally.undone += 1;
+            }
+            _ => return Err(Verdict::failure(format!("recover says {found}"))),
+        }
+        check_eq!(ctx.json(&recover)?["result"], "nothing-to-do");
+        check_eq!(self.status(ctx)?, new, "status after {found}");
+        Ok(())
+    }
+
+    /// The other one of apply and revert.
+    fn next(&self, ctx: &Ctx) -> Result<String, Verdict> {
+        let name = &self.guest.name;
+        Ok(match self.status(ctx)? {
+            true => format!("xen-locus revert {name} {PATCH}"),
+            false => format!("xen-locus apply {name} /payloads/{PATCH}.ko"),
+        })
+    }
+
+    /// Makes `patch`, and nothing else, be in force.
+    fn prepare(&self, ctx: &Ctx, patch: Option<&str>) -> Result<(), Verdict> {
+        let name = &self.guest.name;
+        let status = ctx.json(&format!("xen-locus -o json status {name}"))?;
+        let there = status["patches"].as_array().map_or(0, Vec::len);
+        if let (Some(patch), 1) = (patch, there) {
+            if status["patches"][0]["name"] == patch {
+                return Ok(());
+            }
+        }
+        if there > 0 {
+            ctx.dom0.ok(&format!("xen-locus revert {name} --all"))?;
+        }
+        if let Some(patch) = patch {
+            ctx.dom0
+                .ok(&format!("xen-locus apply {name} /payloads/{patch}.ko"))?;
+        }
+        Ok(())
+    }
+
+    fn progresses(&mut self) -> Result<(), Verdict> {
+        let now = self.guest.rounds()?;
+        check!(now > self.rounds, "the workload stands still at {now}");
+        self.rounds = now;
+        Ok(())
+    }
+}
+
+/// Numbers that are the same in each run (xorshift).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit.max(1)
+    }
+}
+
+fn random(ctx: &mut Ctx, kind: Kind, kills: u32) -> Result<(), Verdict> {
+    let mut subject = Subject::new(ctx, kind)?;
+    let mut tally = Tally::default();
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let mut length = 400_000;
+    while tally.kills < kills {
+        let cmd = subject.next(ctx)?;
+        let when = match random.below(2) {
+            0 => format!("--after {}", random.below(length)),
+            _ => format!("--in-pause {}", random.below(1000)),
+        };
+        let done = subject.kill(ctx, &when, &cmd, &mut tally)?;
+        if done["signal"].is_null() {
+            length = done["total_us"].as_u64().unwrap_or(length);
+        }
+        // Else the next run does so by itself.
+        if random.below(2) == 0 {
+            subject.recover(ctx, &mut tally)?;
+        }
+        // The next run finds nothing in its way.
+        if tally.kills % 4 == 0 {
+            let cmd = subject.next(ctx)?;
+            ctx.dom0.ok(&cmd)?;
+            subject.progresses()?;
+        }
+    }
+    ctx.dom0
+        .ok(&format!("xen-locus revert {} --all", subject.guest.name))?;
+    check_eq!(subject.is_new()?, false);
+    subject.recover(ctx, &mut tally)?;
+    nothing_left(ctx)?;
+    eprintln!("{}: {tally:?}", subject.guest.name);
+    Ok(())
+}
+
+/// The actions that are made to end early: what they are called, the patch that is in force before, if
+/// any, and the command. In a guest that has just started a payload's first way in is the longest.
+const ACTIONS: [(&str, Option<&str>, &str); 3] = [
+    ("apply", None, "apply {} /payloads/locus_proc_pair.ko"),
+    ("revert", Some(PATCH), "revert {} locus_proc_pair"),
+    (
+        "replace",
+        Some("locus_cmdline"),
+        "replace {} /payloads/locus_proc_pair.ko",
+    ),
+];
+
+/// Makes each action end at its first place, at its second, and so on, in steps of `step`, until it ends by
+/// itself.
+fn injected(ctx: &mut Ctx, kind: Kind, what: &str, step: u32) -> Result<(), Verdict> {
+    for (action, before, command) in ACTIONS {
+        ctx.destroy_guest(kind.name())?;
+        let mut subject = Subject::new(ctx, kind)?;
+        let mut tally = Tally::default();
+        let name = subject.guest.name.clone();
+        let command = command.replace("{}", &name);
+        let mut nth = 1;
+        loop {
+            subject.prepare(ctx, before)?;
+            let cmd =
+                format!("env XEN_LOCUS_FAULT={nth}:{what}:journal xen-locus-faults {command}");
+            let done = subject.kill(ctx, "", &cmd, &mut tally)?;
+            let said = done["stderr"].as_str().unwrap_or_default();
+            let hit = said.contains("xen-locus: fault: ");
+            // What it says of the guest is true.
+            if let Some(rc) = done["rc"].as_i64() {
+                let new = subject.is_new()?;
+                let expected = (action != "revert") == (rc == 0);
+                check!(
+                    new == expected || rc == 6,
+                    "guest is new: {new}, and {cmd} says {done}"
+                );
+                tally.codes.push(rc);
+            }
+            if !hit {
+                break;
+            }
+            // Every other time the next run does so by itself.
+            if nth % 2 == 0 {
+                subject.recover(ctx, &mut tally)?;
+            }
+            if nth % 16 == 0 {
+                subject.progresses()?;
+            }
+            nth += step;
+        }
+        subject.prepare(ctx, None)?;
+        subject.recover(ctx, &mut tally)?;
+        nothing_left(ctx)?;
+        eprintln!("{name}: {action}, {what} at place 1 to {nth}: {tally:?}");
+    }
+    Ok(())
+}
+
+/// No guardian and no file of one is left.
+fn nothing_left(ctx: &Ctx) -> Result<(), Verdict> {
+    std::thread::sleep(Duration::from_millis(500));
+    let left = ctx
+        .dom0
+        .ok("ls /run/xen-locus/guard /var/lib/xen-locus/journal | grep -v : ; ps | grep xen-locus-guardia[n]; true")?;
+    check_eq!(left, "");
+    Ok(())
+}
