@@ -356,7 +356,9 @@ impl Unwind<'_, '_, '_, '_> {
             }
         }
         let row = code.row(at).ok_or(Why::NoRow)?;
-        if !self.signal && !code.is_after_call(ip) {
+        // The first code of a CPU puts its own address there, and returns to C (arch/x86/kernel/head_64.S).
+        let is_last = row.kind == Kind::EndOfStack;
+        if !self.signal && !is_last && !code.is_after_call(ip) {
             return Err(Why::NoCall);
         }
         Ok(row)

@@ -74,7 +74,6 @@ impl Draft {
             (KTHREAD, "kthread"),
             (DO_IDLE, "do_idle"),
             (STARTUP, "cpu_startup_entry"),
-            (SECONDARY, "secondary_startup_64"),
             (ON_IRQ_STACK, "asm_call_on_stack"),
             (INTERRUPT, "asm_sysvec_reboot"),
             (RETHOOK, "arch_rethook_trampoline"),
@@ -84,6 +83,10 @@ impl Draft {
         ] {
             self.fixture.function(at.0, name, &call);
         }
+        // It does not call, but returns to where it has put there itself: `lretq`.
+        let starts = [0x6a, 0x10, 0x50, 0x48, 0xcb, 0x0f, 0x0b];
+        self.fixture
+            .function(SECONDARY.0, "secondary_startup_64", &starts);
         self.fixture
             .function(HYPERCALLS.0, "hypercall_page", &HYPERCALL);
         let [stack, base, prev, _, stack_at, _] = numbers(FORMAT);
