@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
+use crate::fault;
 use crate::link::record::hex;
 
 /// Where the system's log is.
@@ -22,6 +23,8 @@ pub const LOG: &str = "/var/log/xen-locus/audit.jsonl";
 const HEAD: &str = "/var/lib/xen-locus/audit-head.json";
 /// Longest line, in bytes.
 const LINE_MAX: u64 = 64 << 10;
+/// Longest message in one.
+const MESSAGE_MAX: usize = 4096;
 /// What stands before a line's own hash.
 const OWN: &str = ",\"hash\":\"";
 /// The hash before the first line.
@@ -34,7 +37,7 @@ pub struct Action {
     pub time: u64,
     /// Who asked for it.
     pub who: String,
-    /// `apply`, `replace` or `revert`.
+    /// `apply`, `replace`, `revert` or `recover`.
     pub op: String,
     /// Id of the domain.
     pub domid: u16,
@@ -139,6 +142,7 @@ impl Audit {
     /// [`Error::Failed`].
     pub fn open(&self) -> Result<Writer<'_>> {
         let open = || {
+            fault::point("audit: open")?;
             for path in self.head.iter().chain([&self.log]) {
                 if let Some(folder) = path.parent() {
                     fs::create_dir_all(folder)?;
@@ -268,7 +272,10 @@ impl Writer<'_> {
         appended.map_err(|error| self.audit.failed("cannot write", &error))
     }
 
-    fn append_locked(&mut self, action: Action) -> io::Result<()> {
+    fn append_locked(&mut self, mut action: Action) -> io::Result<()> {
+        let end = action.message.floor_char_boundary(MESSAGE_MAX);
+        action.message.truncate(end);
+        fault::point("audit: append")?;
         let before = self.last()?;
         let line = Line {
             schema: 1,
@@ -285,6 +292,7 @@ impl Writer<'_> {
         };
         self.file
             .write_all(format!("{hashed}{OWN}{}\"}}\n", head.hash).as_bytes())?;
+        fault::point("audit: sync")?;
         self.file.sync_data()?;
         let Some(at) = &self.audit.head else {
             return Ok(());
@@ -293,6 +301,7 @@ impl Writer<'_> {
         let mut file = File::create(&fresh)?;
         file.write_all(&serde_json::to_vec(&head)?)?;
         file.sync_all()?;
+        fault::point("audit: rename")?;
         fs::rename(&fresh, at)
     }
 

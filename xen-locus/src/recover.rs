@@ -43,15 +43,23 @@ pub enum Finding {
     Uncertain,
 }
 
-impl std::fmt::Display for Finding {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
+impl Finding {
+    /// In one word or two.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
             Finding::NothingToDo => "nothing to do",
             Finding::Finished => "finished",
             Finding::Undone => "undone",
             Finding::Gone => "gone",
             Finding::Uncertain => "uncertain",
-        })
+        }
+    }
+}
+
+impl std::fmt::Display for Finding {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
     }
 }
 

@@ -169,17 +169,9 @@ impl Desk<'_> {
         if self.waits && matches!(done, Err(Error::NotLoaded(_))) {
             return;
         }
-        let name = self.store.domain_name(domain.info.id).unwrap_or_default();
         let mut action = Action {
-            time: arena::now(),
-            who: self.who.clone(),
-            op: asked.op.into(),
-            domid: domain.info.id.0,
-            domain: name,
-            uuid: domain.info.uuid.clone(),
-            patch: asked.patch.into(),
             sha256: asked.sha256.clone(),
-            ..Action::default()
+            ..self.action(domain, asked.op, asked.patch)
         };
         match done {
             Ok(report) => {
@@ -194,14 +186,53 @@ impl Desk<'_> {
                 action.message = error.to_string();
             }
         }
-        if let Err(error) = log.append(action) {
-            eprintln!(
-                "xen-locus: {}: {} {}: not recorded: {error}",
-                domain.label(),
-                asked.op,
-                asked.patch
-            );
+        write(log, domain, action);
+    }
+
+    /// What an earlier run left is settled, or can't be: recorded, if there was anything.
+    fn recover(&self, domain: &Domain<'_>, options: &Options) -> Result<recover::Report> {
+        let mut log = self.audit.open()?;
+        let done = recover::recover(domain, options);
+        let mut action = self.action(domain, "recover", "");
+        match &done {
+            Ok(report) if report.result == recover::Finding::NothingToDo => return done,
+            Ok(report) => {
+                action.patch = report.patch.clone().unwrap_or_default();
+                action.result = report.result.name().into();
+                action.message = report.to_string();
+            }
+            Err(error) => {
+                action.result = error.result().into();
+                action.exit = error.exit_code() as u8;
+                action.message = error.to_string();
+            }
         }
+        write(&mut log, domain, action);
+        done
+    }
+
+    fn action(&self, domain: &Domain<'_>, op: &str, patch: &str) -> Action {
+        Action {
+            time: arena::now(),
+            who: self.who.clone(),
+            op: op.into(),
+            domid: domain.info.id.0,
+            domain: self.store.domain_name(domain.info.id).unwrap_or_default(),
+            uuid: domain.info.uuid.clone(),
+            patch: patch.into(),
+            ..Action::default()
+        }
+    }
+}
+
+/// Records what is done already: if that fails it is said.
+fn write(log: &mut Writer<'_>, domain: &Domain<'_>, action: Action) {
+    let what = format!("{} {}", action.op, action.patch);
+    if let Err(error) = log.append(action) {
+        eprintln!(
+            "xen-locus: {}: {what}: not recorded: {error}",
+            domain.label()
+        );
     }
 }
 
@@ -227,7 +258,7 @@ pub fn apply(
         sha256: hex(&payload.sha256),
     };
     desk.record(domain, &asked, options, || {
-        change(desk.store, domain, options, |kernel| {
+        change(desk, domain, options, |kernel| {
             apply::apply(domain, kernel, payload, mode, options).map(|report| timed(report, began))
         })
     })
@@ -254,7 +285,7 @@ pub fn revert(
 ) -> Result<Report> {
     let began = Instant::now();
     desk.record(domain, &undoing(patch), options, || {
-        change(desk.store, domain, options, |kernel| {
+        change(desk, domain, options, |kernel| {
             apply::revert(domain, kernel, patch, options).map(|report| timed(report, began))
         })
     })
@@ -272,7 +303,7 @@ pub fn revert_all(
 ) -> Result<Vec<(String, Result<Report>)>> {
     let began = Instant::now();
     let mut log = desk.audit.open()?;
-    let results = change(desk.store, domain, options, |kernel| {
+    let results = change(desk, domain, options, |kernel| {
         let results = apply::revert_all(domain, kernel, options)?.into_iter();
         Ok(results
             .map(|(patch, result)| (patch, result.map(|report| timed(report, began))))
@@ -284,16 +315,16 @@ pub fn revert_all(
     Ok(results)
 }
 
-/// Settles what an interrupted run left on a guest, and publishes the guest's status.
+/// Settles what an interrupted run left on a guest, records it and publishes the guest's status.
 ///
 /// # Errors
 /// As [`recover::recover`]; [`Error::TryAgain`] when another run holds the guest's lock.
-pub fn recover(store: &Store, domain: &Domain<'_>, options: &Options) -> Result<recover::Report> {
+pub fn recover(desk: &Desk<'_>, domain: &Domain<'_>, options: &Options) -> Result<recover::Report> {
     let _lock = lock(&domain.info.uuid, options.timeout)?;
-    let report = recover::recover(domain, options)?;
+    let report = desk.recover(domain, options)?;
     if report.result != recover::Finding::NothingToDo {
         let kernel = Kernel::of(domain)?;
-        if let Err(error) = status_of(domain, &kernel).and_then(|s| publish(store, &s)) {
+        if let Err(error) = status_of(domain, &kernel).and_then(|s| publish(desk.store, &s)) {
             eprintln!("xen-locus: {}: not published: {error}", domain.label());
         }
     }
@@ -317,7 +348,7 @@ fn timed(report: Report, began: Instant) -> Report {
 }
 
 fn change<R>(
-    store: &Store,
+    desk: &Desk<'_>,
     domain: &Domain<'_>,
     options: &Options,
     action: impl FnOnce(&Kernel<'_>) -> Result<R>,
@@ -330,7 +361,7 @@ fn change<R>(
             domain.label()
         );
     } else if due {
-        let found = recover::recover(domain, options)?;
+        let found = desk.recover(domain, options)?;
         eprintln!(
             "xen-locus: {}: what an earlier run left: {found}",
             domain.label()
@@ -342,7 +373,7 @@ fn change<R>(
     let done = action(&kernel)?;
     if !options.dry_run {
         // The guest is changed: what can't be published is said, and does not undo that.
-        if let Err(error) = status_of(domain, &kernel).and_then(|s| publish(store, &s)) {
+        if let Err(error) = status_of(domain, &kernel).and_then(|s| publish(desk.store, &s)) {
             eprintln!(
                 "xen-locus: {}: done, but not published: {error}",
                 domain.label()

@@ -4,7 +4,7 @@ use serde_json::{json, Value};
 
 use super::args::{Output, Recover};
 use super::subject::Subject;
-use super::{out, Host, Session};
+use super::{apply, out, Host, Session};
 use crate::addr::DomId;
 use crate::apply::Options;
 use crate::error::{Error, ExitCode, Result};
@@ -69,7 +69,7 @@ pub fn run(session: &Session, host: &Host, args: &Recover) -> anyhow::Result<Exi
             let domain = host.guest(wanted)?;
             vec![Found {
                 subject: Subject::of(&domain),
-                result: service::recover(&host.store, &domain, &options),
+                result: service::recover(&host.desk(apply::user()), &domain, &options),
             }]
         }
         None => all(host, &options)?,
@@ -119,7 +119,7 @@ pub fn all(host: &Host, options: &Options) -> Result<Vec<Found>> {
             continue;
         }
         let domain = host.domain(info)?;
-        let result = service::recover(&host.store, &domain, options);
+        let result = service::recover(&host.desk(apply::user()), &domain, options);
         if known || result.is_ok() {
             found.push(Found {
                 subject: Subject::of(&domain),
