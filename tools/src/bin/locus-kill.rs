@@ -35,8 +35,10 @@ struct Args {
 const PATIENCE: Duration = Duration::from_secs(3);
 /// How long a command may be stopped.
 const STOPPED: Duration = Duration::from_millis(500);
-/// Between two looks.
-const REST: Duration = Duration::from_micros(200);
+/// Between two looks: what they cost the command is missing to it.
+const REST: Duration = Duration::from_millis(2);
+/// The same where the pause is waited for.
+const SHORT_REST: Duration = Duration::from_micros(200);
 
 /// When the guest was seen paused.
 struct Watch<'c> {
@@ -101,10 +103,11 @@ fn main() -> Result<()> {
             killed_in_pause = Some(paused);
         }
         // One that stopped itself is somebody's to end if it holds nothing.
-        if process.is_stopped() {
-            if stopped.get_or_insert_with(Instant::now).elapsed() > STOPPED {
-                child.kill()?;
-            }
+        let for_long = |since: &mut Option<Instant>| {
+            since.get_or_insert_with(Instant::now).elapsed() > STOPPED
+        };
+        if process.is_stopped() && for_long(&mut stopped) {
+            child.kill()?;
         }
         if status.is_none() {
             status = child.try_wait()?;
@@ -112,8 +115,13 @@ fn main() -> Result<()> {
         } else if !paused || ended.elapsed() > PATIENCE {
             break;
         }
-        if due.is_none_or(|at| at > Instant::now() + REST) || killed_in_pause.is_some() {
-            std::thread::sleep(REST);
+        let rest = if args.in_pause.is_some() {
+            SHORT_REST
+        } else {
+            REST
+        };
+        if due.is_none_or(|at| at > Instant::now() + rest) || killed_in_pause.is_some() {
+            std::thread::sleep(rest);
         }
     }
     // The end of it comes when the guardian has ended too.

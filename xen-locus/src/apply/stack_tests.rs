@@ -550,6 +550,32 @@ fn a_run_that_is_ended_at_any_write_leaves_the_old_or_the_new_or_says_so() {
 }
 
 #[test]
+fn a_first_run_that_is_ended_at_any_write_is_in_nobodys_way() {
+    let one = payload("one", &[A]);
+    for writes in 0.. {
+        let guest = Guest::new();
+        guest.left.set(writes);
+        let finished = guest.apply(&one, Mode::Apply).is_ok();
+        let whole = guest.left.replace(u32::MAX) > 0;
+        let kernel = guest.kernel();
+        let intent = guest.intent.take();
+        let found = recover::of_guest(&guest, &kernel, intent.as_ref(), &options(false)).unwrap();
+        let applied = guest.runs()[A] == "one";
+        assert_eq!(
+            guest.status().unwrap().len(),
+            usize::from(applied),
+            "{found}"
+        );
+        assert!(applied || !finished);
+        guest.apply(&one, Mode::Apply).unwrap();
+        assert_eq!(guest.runs(), ["one", "", ""]);
+        if finished && whole {
+            break;
+        }
+    }
+}
+
+#[test]
 fn a_full_directory_is_refused_before_anything_is_written() {
     let guest = Guest::new();
     for n in 0..ENTRIES_MAX {

@@ -72,7 +72,7 @@ pub fn run(session: &Session, host: &Host, args: &Recover) -> anyhow::Result<Exi
                 result: service::recover(&host.desk(apply::user()), &domain, &options),
             }]
         }
-        None => all(host, &options)?,
+        None => all(host, &options, false)?,
     };
     match (session.output, &args.domain) {
         (Output::Json, Some(_)) => out::object(found.first().map(Found::json).unwrap_or_default()),
@@ -93,12 +93,13 @@ pub fn run(session: &Session, host: &Host, args: &Recover) -> anyhow::Result<Exi
     Ok(code.unwrap_or(ExitCode::Done))
 }
 
-/// All guests, those that are gone and left something among them. A guest whose kernel can't be read, and
-/// of which nothing is noted, is none of ours.
+/// All guests, those that are gone and left something among them; or only those of which something is
+/// noted in this control domain. A guest whose kernel can't be read, and of which nothing is noted, is none
+/// of ours.
 ///
 /// # Errors
 /// Domains can't be listed.
-pub fn all(host: &Host, options: &Options) -> Result<Vec<Found>> {
+pub fn all(host: &Host, options: &Options, only_noted: bool) -> Result<Vec<Found>> {
     let mut found = Vec::new();
     let mut noted = journal::all()?;
     let files = guard::files(None)?;
@@ -115,7 +116,7 @@ pub fn all(host: &Host, options: &Options) -> Result<Vec<Found>> {
         let known = noted.binary_search(&uuid).is_ok();
         let running = !info.dying && !info.shutdown;
         noted.retain(|n| *n != uuid);
-        if !running {
+        if !running || (only_noted && !known) {
             continue;
         }
         let domain = host.domain(info)?;

@@ -89,7 +89,7 @@ async fn serve(session: &Session, host: &Host, args: &Daemon) -> anyhow::Result<
         Ok::<_, Error>(())
     };
     // Runs that died while no daemon ran, or as the one before this.
-    for found in cli::recover::all(host, &options)? {
+    for found in cli::recover::all(host, &options, true)? {
         if !matches!(&found.result, Ok(report) if report.result == Finding::NothingToDo) {
             session.say(0, format!("recover: {}", found.line()));
         }

@@ -93,12 +93,11 @@ impl Task {
         Path::new(DIR).join(format!("{}.{}", self.uuid, self.pid))
     }
 
-    fn write(&self, file: &File) -> Result<()> {
-        let bytes = postcard::to_stdvec(self).map_err(|e| bad(&e.to_string()))?;
+    fn write(&self, file: &File) -> std::io::Result<()> {
+        let bytes = postcard::to_stdvec(self).map_err(|e| std::io::Error::other(e.to_string()))?;
         let blank = [0; PAGE_LEN];
         file.write_all_at(&blank, 0)
             .and_then(|()| file.write_all_at(&bytes, PAGE_LEN as u64))
-            .map_err(|e| bad(&e.to_string()))
     }
 
     pub(crate) fn read(file: &File) -> Result<Task> {

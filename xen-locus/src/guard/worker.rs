@@ -71,7 +71,7 @@ impl<'c> Guarded<'c> {
     ) -> Result<Guarded<'c>> {
         fault::point("guard: lock").map_err(failed)?;
         file.lock().map_err(failed)?;
-        task.write(&file)?;
+        task.write(&file).map_err(failed)?;
         let page = Page::create(&file)?;
         // Under its name it is complete and locked. One that stands there already is of a process that had
         // this number and died: what it left is not to be lost.

@@ -281,6 +281,10 @@ impl Arena {
         first: usize,
         rights: &[Rights],
     ) -> Result<()> {
+        if first > 0 && self.frame(0).is_none() {
+            // A run may end between any two entries, and the directory says whose the others are.
+            self.add(machine, kernel, 0, &[Rights::RoData])?;
+        }
         let missing: Vec<(usize, Rights)> = rights
             .iter()
             .enumerate()

@@ -25,6 +25,18 @@ pub const SCENARIOS: &[Scenario] = &[
         profile: &PV,
         run: |ctx| injected(ctx, Kind::Pv, "kill", 7),
     },
+    Scenario {
+        name: "both-die-pv",
+        summary: "where the guardian is killed too the guest stays paused until recover settles it",
+        profile: &PV,
+        run: |ctx| both_die(ctx, Kind::Pv),
+    },
+    Scenario {
+        name: "no-journal-pv",
+        summary: "a journal that can't be written, and no room for a guardian's file: exit 1, nothing done",
+        profile: &PV,
+        run: |ctx| no_journal(ctx, Kind::Pv),
+    },
 ];
 
 /// What takes too long for a usual run.
@@ -312,6 +324,100 @@ fn injected(ctx: &mut Ctx, kind: Kind, what: &str, step: u32) -> Result<(), Verd
         eprintln!("{name}: {action}, {what} at place 1 to {nth}: {tally:?}");
     }
     Ok(())
+}
+
+/// Stops a run at a place inside its pause, with the guardian stopped before it can notice, and kills both.
+const BOTH_DIE: &str = r#"
+guardian() { ps | awk '/xen-locus-guardia[n]/ {print $1}'; }
+XEN_LOCUS_FAULT="$1" xen-locus-faults apply "$2" /payloads/locus_proc_pair.ko >/tmp/both.log 2>&1 &
+pid=$!
+until [ -n "$(guardian)" ]; do usleep 1000; done
+for i in $(seq 200); do
+	# One that is stopped before it is prepared is waited for: let it go on now and then.
+	kill -STOP $(guardian)
+	for j in $(seq 20); do
+		grep -q ') T' /proc/$pid/stat && break 2
+		usleep 20000
+	done
+	kill -CONT $(guardian)
+	usleep 5000
+done
+kill -9 $(guardian)
+kill -9 $pid
+wait $pid
+cat /tmp/both.log
+xl list "$2" | awk 'NR == 2 {print "state " $5}'
+"#;
+
+fn both_die(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
+    let subject = Subject::new(ctx, kind)?;
+    let name = &subject.guest.name;
+    ctx.dom0
+        .put("/tmp/both-die.sh", 0o755, BOTH_DIE.as_bytes())?;
+    // In a write, after its first byte; and when all is written.
+    for (place, result) in [
+        ("3:stop:mark writing", "undone"),
+        ("1:stop:mark unpausing", "finished"),
+    ] {
+        for by_itself in [false, true] {
+            subject.prepare(ctx, None)?;
+            let said = ctx
+                .dom0
+                .ok(&format!("sh /tmp/both-die.sh '{place}' {name}"))?;
+            let state = said.lines().find_map(|l| l.strip_prefix("state "));
+            check!(
+                state.is_some_and(|s| s.contains('p')),
+                "not paused, so nothing is shown: {said}"
+            );
+            if by_itself {
+                let out = ctx
+                    .dom0
+                    .sh(&format!("xen-locus apply {name} /payloads/{PATCH}.ko"))?;
+                let told = out.err_text();
+                check!(
+                    out.rc == 0 && told.contains(result),
+                    "{} {told}",
+                    out.text()
+                );
+                check!(subject.is_new()?, "apply did nothing after {place}");
+            } else {
+                let found = ctx.json(&format!("xen-locus -o json recover {name}"))?;
+                check_eq!(found["result"], result, "{place}: {found}");
+                check_eq!(subject.is_new()?, result == "finished", "{place}");
+            }
+        }
+    }
+    subject.prepare(ctx, None)?;
+    nothing_left(ctx)
+}
+
+fn no_journal(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
+    let subject = Subject::new(ctx, kind)?;
+    subject.prepare(ctx, None)?;
+    let name = &subject.guest.name;
+    let apply = format!("xen-locus apply {name} /payloads/{PATCH}.ko");
+    for (place, options) in [
+        ("/var/lib/xen-locus/journal", "ro"),
+        ("/var/lib/xen-locus/journal", "size=4k"),
+        ("/run/xen-locus/guard", "size=4k"),
+    ] {
+        let out = ctx.dom0.sh(&format!(
+            "mkdir -p {place}; mount -t tmpfs -o {options} none {place} || exit 64
+             echo full >{place}/file; {apply}; rc=$?; umount {place}; exit $rc"
+        ))?;
+        let said = out.err_text();
+        check!(
+            out.rc == 1 && said.contains(place) && said.contains("nothing was changed"),
+            "{place} {options}: {} {said}",
+            out.rc
+        );
+        check!(!subject.is_new()?, "{place} {options}: it was applied");
+        check_eq!(subject.status(ctx)?, false);
+    }
+    ctx.dom0.ok(&apply)?;
+    check!(subject.is_new()?, "it is not applied");
+    subject.prepare(ctx, None)?;
+    nothing_left(ctx)
 }
 
 /// No guardian and no file of one is left.
