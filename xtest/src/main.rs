@@ -49,7 +49,7 @@ enum Command {
     },
     /// Show xen-locus at work
     Demo,
-    /// Measure pauses, calls and reading, beside the least they could cost and the guest's livepatch
+    /// Measure pauses and calls, beside the least they could cost and the guest's own livepatch
     Bench {
         /// Applies, and as many reverts, at the base point; half as many at others [default: 200]
         #[arg(long)]
@@ -60,7 +60,7 @@ enum Command {
         /// Only guests of this type
         #[arg(long, value_parser = kind)]
         kind: Option<Kind>,
-        /// Only reading
+        /// Only what reading a guest's kernel costs, which else is left out
         #[arg(long)]
         reading: bool,
         /// Longest time for one point, in seconds; what was measured until then counts

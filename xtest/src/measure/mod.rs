@@ -12,6 +12,7 @@ mod reading;
 mod report;
 mod stats;
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Result};
@@ -40,7 +41,7 @@ pub struct Wanted {
     pub quick: bool,
     /// Only guests of this type.
     pub kind: Option<Kind>,
-    /// Only what reading costs.
+    /// Only what reading costs, which else is left out.
     pub reading: bool,
     /// Longest time for one point.
     pub limit: Duration,
@@ -56,6 +57,7 @@ pub fn run(bench: &Bench, wanted: &Wanted) -> Result<()> {
         rounds: wanted.rounds,
         guests: Vec::new(),
     };
+    let mut files = None;
     for (profile, kind) in [(&PV, Kind::Pv), (&PVH, Kind::Pvh)] {
         if wanted.kind.is_some_and(|only| only != kind) {
             continue;
@@ -68,21 +70,27 @@ pub fn run(bench: &Bench, wanted: &Wanted) -> Result<()> {
         }
         println!("{found}");
         report.guests.push(found);
+        // Each time: a long run that is ended has something to show.
+        files = Some(write(bench, &report)?);
     }
-    if wanted.reading {
-        return Ok(());
+    if let Some((json, svg)) = files {
+        println!("{}\n{}", json.display(), svg.display());
     }
-    let dir = bench.paths.base.join("bench");
-    std::fs::create_dir_all(&dir)?;
-    let (json, svg) = (dir.join("bench.json"), dir.join("bench.svg"));
-    image::replace(&json, &serde_json::to_vec_pretty(&report)?)?;
-    image::replace(&svg, plot::svg(&report).as_bytes())?;
-    println!("{}\n{}", json.display(), svg.display());
     eprintln!("xtest: that took {} s", began.elapsed().as_secs());
     if report.guests.iter().any(|g| !g.missing.is_empty()) {
         bail!("not all could be measured");
     }
     Ok(())
+}
+
+/// Writes the report as JSON and as a plot, and says where.
+fn write(bench: &Bench, report: &Report) -> Result<(PathBuf, PathBuf)> {
+    let dir = bench.paths.base.join("bench");
+    std::fs::create_dir_all(&dir)?;
+    let (json, svg) = (dir.join("bench.json"), dir.join("bench.svg"));
+    image::replace(&json, &serde_json::to_vec_pretty(report)?)?;
+    image::replace(&svg, plot::svg(report).as_bytes())?;
+    Ok((json, svg))
 }
 
 /// Measures all points in guests of one type; what goes wrong at one is said in the end.
@@ -102,10 +110,12 @@ fn measure(ctx: &mut Ctx, kind: Kind, wanted: &Wanted) -> OfGuests {
     }
     for point in points(wanted.quick) {
         let began = Instant::now();
-        let result = at(ctx, kind, wanted, point).map(|m| found.points.push(m));
+        let result = at(ctx, kind, wanted, point).map(|measured| {
+            let took = began.elapsed().as_secs();
+            eprintln!("xtest: {}: {measured} ({took} s)", kind.name());
+            found.points.push(measured);
+        });
         note(&mut found, &point.name(), result);
-        let took = began.elapsed().as_secs();
-        eprintln!("xtest: {}: {}: {took} s", kind.name(), point.name());
     }
     found.judge();
     found
@@ -121,11 +131,8 @@ fn note(found: &mut OfGuests, what: &str, result: Result<(), Verdict>) {
 /// What wants a guest that xen-locus has not changed yet.
 fn before(ctx: &mut Ctx, kind: Kind, wanted: &Wanted, found: &mut OfGuests) -> Result<(), Verdict> {
     let guest = guest(ctx, kind, BASE.vcpus)?;
-    if wanted.reading || !wanted.quick {
-        reading::reading(ctx, &guest.name, wanted.rounds.min(10))?;
-    }
     if wanted.reading {
-        return Ok(());
+        return reading::reading(ctx, &guest.name, wanted.rounds.min(10));
     }
     // Idle: what the load takes of the CPU is no cost of a call.
     found.calls = Some(inside::calls(ctx, &guest)?);

@@ -133,7 +133,7 @@ fn panels(guests: &OfGuests) -> Vec<Panel<'_>> {
         .iter()
         .filter_map(|(name, point)| Some(((*name).to_owned(), guests.at(*point)?)));
     all.push(Panel {
-        title: "load, and a process for each change",
+        title: "load; one-shot commands",
         columns: found.collect(),
     });
     all.retain(|panel| !panel.columns.is_empty());

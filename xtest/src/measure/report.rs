@@ -128,25 +128,7 @@ impl fmt::Display for OfGuests {
         )?;
         writeln!(f, "{HEAD}")?;
         for m in &self.points {
-            let p = &m.pause_us;
-            writeln!(
-                f,
-                "{:<18} {:>9} {:>7} {:>7} {:>6} {:>7} {:>7} {:>8} {:>7.2} {:>5.1} {:>7} {:>9} {:>4} of {}",
-                m.name,
-                m.threads_found,
-                m.empty_us.p50,
-                m.floor_us.p50,
-                p.count,
-                p.p50,
-                p.p99,
-                p.max,
-                m.median_ratio(),
-                m.p99_ratio(),
-                m.attempts.max,
-                m.total_ms.p50,
-                m.converged,
-                m.applies
-            )?;
+            writeln!(f, "{m}")?;
         }
         if let Some(m) = self.at(BASE) {
             writeln!(f, "\n{kind}: base, by kind of pause, us")?;
@@ -221,6 +203,30 @@ impl fmt::Display for OfGuests {
             }
         }
         Ok(())
+    }
+}
+
+impl fmt::Display for Measured {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let p = &self.pause_us;
+        write!(
+            f,
+            "{:<18} {:>9} {:>7} {:>7} {:>6} {:>7} {:>7} {:>8} {:>7.2} {:>5.1} {:>7} {:>9} {:>4} of {}",
+            self.name,
+            self.threads_found,
+            self.empty_us.p50,
+            self.floor_us.p50,
+            p.count,
+            p.p50,
+            p.p99,
+            p.max,
+            self.median_ratio(),
+            self.p99_ratio(),
+            self.attempts.max,
+            self.total_ms.p50,
+            self.converged,
+            self.applies
+        )
     }
 }
 
