@@ -51,6 +51,7 @@ test-matrix: deps
 
 bench: deps
 	$(XTEST) bench
+	$(XTEST) bench --reading
 
 # Seconds for each target of the fuzzer.
 SECONDS = 20

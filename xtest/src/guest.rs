@@ -254,6 +254,15 @@ impl Guest {
 
     /// Loads a kernel module of the host's, without its debug information.
     pub fn insmod(&self, module: &Path) -> Result<(), Verdict> {
+        let name = module.file_name().unwrap_or_default().to_string_lossy();
+        let there = format!("/tmp/{name}");
+        self.put_module(&there, module)?;
+        self.ok(&format!("insmod {there}"))?;
+        Ok(())
+    }
+
+    /// Writes a kernel module of the host's, without its debug information, to a file in the guest.
+    pub fn put_module(&self, there: &str, module: &Path) -> Result<(), Verdict> {
         let fail = |e: std::io::Error| Verdict::Error(format!("{}: {e}", module.display()));
         let name = module.file_name().unwrap_or_default().to_string_lossy();
         let small = std::env::temp_dir().join(format!("xtest-{}-{name}", std::process::id()));
@@ -262,10 +271,7 @@ impl Guest {
         checked(&mut strip)?;
         let data = std::fs::read(&small).map_err(fail)?;
         std::fs::remove_file(&small).map_err(fail)?;
-        let there = format!("/tmp/{name}");
-        self.put(&there, 0o644, &data)?;
-        self.ok(&format!("insmod {there}"))?;
-        Ok(())
+        self.put(there, 0o644, &data)
     }
 
     /// Starts the workload of `guest/spin-workload.c` unless it runs; see [`Self::rounds`].
@@ -281,5 +287,12 @@ impl Guest {
         let text = self.ok("cat /run/workload 2>/dev/null || echo 0")?;
         text.parse()
             .map_err(|_| Verdict::failure(format!("/run/workload has {text:?}")))
+    }
+
+    /// Threads and processes that the guest has, kernel threads included.
+    pub fn threads(&self) -> Result<u64, Verdict> {
+        let text = self.ok("cut -d' ' -f4 /proc/loadavg")?;
+        let count = text.split_once('/').and_then(|(_, all)| all.parse().ok());
+        count.ok_or_else(|| Verdict::failure(format!("/proc/loadavg has {text:?}")))
     }
 }

@@ -28,7 +28,7 @@ const MODULES: &[&str] = &[
 
 /// Modules that scenarios load in guests: small and large ones, with and without dependencies, of
 /// which some are for others only.
-const GUEST_MODULES: &[&str] = &["dummy", "crc8", "crc-itu-t", "nls_utf8", "ext4"];
+const GUEST_MODULES: &[&str] = &["dummy", "crc8", "crc-itu-t", "nls_utf8", "ext4", "loop"];
 
 /// Xen's programs, from `usr/lib/xen-4.17/bin`.
 const XEN_PROGRAMS: &[&str] = &[
@@ -90,8 +90,8 @@ impl Tools {
         "xen-locus",
         "locus-copy",
         "locus-core",
-        "locus-floor",
         "locus-kill",
+        "locus-pauses",
         "locus-poke",
         "locus-sites",
         "xtest-agent",

@@ -1,11 +1,13 @@
 //! `xtest`: runs xen-locus on nested Xen under QEMU.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use clap::{Parser, Subcommand};
 use xtest::bench::Bench;
 use xtest::fetch::{ensure_suite, Suite, BOOKWORM, SUITES};
+use xtest::guest::Kind;
 use xtest::paths::Paths;
 use xtest::scenario::{Profile, Scenario, PROFILES};
 use xtest::{demo, measure, payloads, runner, scenarios, shell, source};
@@ -47,14 +49,23 @@ enum Command {
     },
     /// Show xen-locus at work
     Demo,
-    /// Measure reading and pauses
+    /// Measure pauses and calls, beside the least they could cost and the guest's own livepatch
     Bench {
-        /// Pauses of each kind
-        #[arg(long, default_value_t = 30)]
-        rounds: u32,
-        /// Only reading
+        /// Applies, and as many reverts, at the base point; half as many at others [default: 200]
+        #[arg(long)]
+        rounds: Option<u32>,
+        /// Fewer points, and 20 rounds
+        #[arg(long)]
+        quick: bool,
+        /// Only guests of this type
+        #[arg(long, value_parser = kind)]
+        kind: Option<Kind>,
+        /// Only what reading a guest's kernel costs, which else is left out
         #[arg(long)]
         reading: bool,
+        /// Longest time for one point, in seconds; what was measured until then counts
+        #[arg(long, default_value_t = 480)]
+        limit: u64,
     },
     /// Download and unpack the Debian packages
     Fetch,
@@ -69,6 +80,11 @@ fn profile(name: &str) -> Result<&'static Profile> {
     let names: Vec<&str> = PROFILES.iter().map(|p| p.name).collect();
     let found = PROFILES.iter().find(|p| p.name == name).copied();
     found.with_context(|| format!("profiles are: {}", names.join(", ")))
+}
+
+fn kind(name: &str) -> Result<Kind> {
+    let found = [Kind::Pv, Kind::Pvh].into_iter().find(|k| k.name() == name);
+    found.context("types are: pv, pvh")
 }
 
 fn main() -> ExitCode {
@@ -105,7 +121,22 @@ fn run(cli: Cli) -> Result<bool> {
             shell::run(&Bench::prepare()?, profile, bare)?;
         }
         Command::Demo => demo::run(&Bench::prepare()?)?,
-        Command::Bench { rounds, reading } => measure::run(&Bench::prepare()?, rounds, reading)?,
+        Command::Bench {
+            rounds,
+            quick,
+            kind,
+            reading,
+            limit,
+        } => {
+            let wanted = measure::Wanted {
+                rounds: rounds.unwrap_or(if quick { 20 } else { 200 }),
+                quick,
+                kind,
+                reading,
+                limit: Duration::from_secs(limit),
+            };
+            measure::run(&Bench::prepare()?, &wanted)?;
+        }
         Command::Fetch => {
             let paths = Paths::find()?;
             for suite in SUITES {

@@ -354,7 +354,7 @@ fn both_die(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let name = &subject.guest.name;
     ctx.dom0
         .put("/tmp/both-die.sh", 0o755, BOTH_DIE.as_bytes())?;
-    // In a write, after its first byte; and when all is written.
+    // In a write, after its first access; and when all is written.
     for (place, result) in [
         ("3:stop:mark writing", "undone"),
         ("1:stop:mark unpausing", "finished"),

@@ -1,0 +1,130 @@
+//! The guest's own livepatch, beside which xen-locus is measured: the same files, loaded from inside.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::stats::Samples;
+use crate::guest::Guest;
+use crate::scenario::Ctx;
+use crate::verdict::Verdict;
+
+/// The module whose function is called, and the payload that replaces it by the same.
+const SUBJECT: &str = "locus_bench";
+const PATCH: &str = "locus_bench_patch";
+
+/// How long the guest's own livepatch takes, in microseconds of the guest's clock.
+#[derive(Debug, Serialize)]
+pub struct Livepatch {
+    /// From insmod until the end of the transition.
+    pub apply_us: Samples,
+    /// Of that, insmod.
+    pub insmod_us: Samples,
+    /// From disabling until the end of that transition.
+    pub revert_us: Samples,
+}
+
+/// Loads a payload in the guest and unloads it, so many times.
+///
+/// To be done before xen-locus applies it: what it reverts stays in the guest's list of modules.
+pub fn livepatch(
+    ctx: &Ctx,
+    guest: &Guest,
+    payload: &str,
+    rounds: u32,
+) -> Result<Livepatch, Verdict> {
+    let file = bring(ctx, guest, payload)?;
+    let limit = Duration::from_secs(60 + 20 * u64::from(rounds));
+    let out = guest.sh_timeout(&format!("livepatch-time {file} {payload} {rounds}"), limit)?;
+    let text = out.text();
+    let rows: Vec<Vec<u64>> = text
+        .lines()
+        .map(|l| l.split(' ').filter_map(|w| w.parse().ok()).collect())
+        .collect();
+    if out.rc != 0 || rows.iter().any(|row| row.len() != 3) {
+        return Err(Verdict::failure(format!(
+            "livepatch in the guest: {} {text} {}",
+            out.rc,
+            out.err_text()
+        )));
+    }
+    let column = |n: usize| {
+        let values = rows.iter().filter_map(|row| row.get(n).copied());
+        Samples::from(values.collect::<Vec<_>>())
+    };
+    Ok(Livepatch {
+        apply_us: column(0),
+        insmod_us: column(1),
+        revert_us: column(2),
+    })
+}
+
+/// What one call of a function costs, in picoseconds.
+#[derive(Debug, Serialize)]
+pub struct Calls {
+    /// As it is.
+    pub unpatched: Samples,
+    /// Replaced by xen-locus.
+    pub ours: Samples,
+    /// Replaced by the guest's own livepatch.
+    pub livepatch: Samples,
+}
+
+/// Measures calls of a function of a module that is loaded for this, in a guest that is idle.
+pub fn calls(ctx: &Ctx, guest: &Guest) -> Result<Calls, Verdict> {
+    if !guest.ok("cat /proc/modules")?.contains(SUBJECT) {
+        guest.insmod(&ctx.payloads.join(format!("{SUBJECT}/{SUBJECT}.ko")))?;
+    }
+    let read = || -> Result<Vec<u64>, Verdict> {
+        let text = guest.ok(&format!("cat /proc/{SUBJECT}"))?;
+        Ok(text.lines().filter_map(|l| l.parse().ok()).collect())
+    };
+    let mut unpatched = read()?;
+
+    let file = bring(ctx, guest, PATCH)?;
+    let settled = format!(
+        "until [ \"$(cat /sys/kernel/livepatch/{PATCH}/transition 2>/dev/null || echo 0)\" = 0 ]; \
+         do sleep 0.1; done"
+    );
+    guest.ok(&format!("insmod {file} && {settled}"))?;
+    let livepatch = read()?;
+    guest.ok(&format!(
+        "echo 0 > /sys/kernel/livepatch/{PATCH}/enabled; {settled}; \
+         until rmmod {PATCH} 2>/dev/null; do sleep 0.1; done"
+    ))?;
+
+    let name = &guest.name;
+    ctx.dom0.ok(&format!(
+        "xen-locus apply {name} /payloads/{PATCH}.ko --max-pause 1s"
+    ))?;
+    let ours = read()?;
+    ctx.dom0
+        .ok(&format!("xen-locus revert {name} {PATCH} --max-pause 1s"))?;
+    unpatched.extend(read()?);
+    Ok(Calls {
+        unpatched: unpatched.into(),
+        ours: ours.into(),
+        livepatch: livepatch.into(),
+    })
+}
+
+impl Calls {
+    /// What a redirect adds to a call, beside what the livepatch adds; `None` where that adds
+    /// nothing that could be measured.
+    pub fn overhead(&self) -> Option<f64> {
+        let added = |to: &Samples| to.p50.checked_sub(self.unpatched.p50);
+        let livepatch = added(&self.livepatch).filter(|&ps| ps > 0)?;
+        Some(super::stats::ratio(
+            added(&self.ours).unwrap_or(0),
+            livepatch,
+        ))
+    }
+}
+
+/// Puts a payload's file into the guest.
+fn bring(ctx: &Ctx, guest: &Guest, payload: &str) -> Result<String, Verdict> {
+    let there = format!("/tmp/{payload}.ko");
+    let here = ctx.payloads.join(format!("{payload}/{payload}.ko"));
+    guest.put_module(&there, &here)?;
+    Ok(there)
+}

@@ -1,0 +1,181 @@
+//! Pauses of changes at one point.
+
+use std::time::Duration;
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::points::{Asker, Point};
+use super::stats::{ratio, Samples};
+use crate::guest::Guest;
+use crate::scenario::Ctx;
+use crate::verdict::Verdict;
+
+/// Applies that take longer, from start to end, have not converged.
+const CONVERGED_MS: u64 = 2000;
+
+/// What was measured at a point.
+#[derive(Debug, Serialize)]
+pub struct Measured {
+    /// Its name.
+    pub name: String,
+    /// What the guest was to be like.
+    #[serde(flatten)]
+    pub point: Point,
+    /// Threads and processes that it had in the end.
+    pub threads_found: u64,
+    /// Microseconds of an empty pause and unpause.
+    pub empty_us: Samples,
+    /// Microseconds of a pause in which all vCPUs' contexts are read: the floor.
+    pub floor_us: Samples,
+    /// Microseconds of the pauses in which a payload was applied or reverted.
+    pub pause_us: Samples,
+    /// Of these, the applies.
+    pub apply_us: Samples,
+    /// Of these, the reverts.
+    pub revert_us: Samples,
+    /// Pauses that each change needed.
+    pub attempts: Samples,
+    /// Milliseconds of each apply from start to end, reading the guest's kernel included.
+    pub total_ms: Samples,
+    /// Applies that were tried.
+    pub applies: u32,
+    /// Applies that were done within two seconds.
+    pub converged: usize,
+    /// Why changes failed.
+    pub errors: Vec<String>,
+}
+
+impl Measured {
+    /// How many floors the median pause is.
+    pub fn median_ratio(&self) -> f64 {
+        ratio(self.pause_us.p50, self.floor_us.p50)
+    }
+
+    /// How many median floors the 99th percentile is.
+    pub fn p99_ratio(&self) -> f64 {
+        ratio(self.pause_us.p99, self.floor_us.p50)
+    }
+}
+
+/// Measures `rounds` applies and reverts in a guest that is as the point wants it, or as many as the
+/// time allows.
+pub fn measure(
+    ctx: &Ctx,
+    guest: &Guest,
+    point: Point,
+    rounds: u32,
+    limit: Duration,
+) -> Result<Measured, Verdict> {
+    let name = &guest.name;
+    let payload = point.payload();
+    let seconds = limit.as_secs();
+    let cmd = match point.asker {
+        Asker::Resident => format!(
+            "locus-pauses {name} /payloads/{payload}.ko --rounds {rounds} --limit {seconds}"
+        ),
+        Asker::OneShot => format!(
+            "end=$(($(cut -d. -f1 /proc/uptime) + {seconds})); for i in $(seq {rounds}); do \
+             [ $(cut -d. -f1 /proc/uptime) -lt $end ] || break; \
+             locus-pauses {name} --rounds 1 --cold; \
+             xen-locus -o json apply {name} /payloads/{payload}.ko --max-pause 1s; \
+             xen-locus -o json revert {name} {payload} --max-pause 1s; done; true"
+        ),
+    };
+    let patience = limit + Duration::from_secs(120);
+    let out = ctx.dom0.sh_timeout(&cmd, patience)?;
+    if out.rc != 0 || out.timed_out {
+        let said = out.err_text();
+        return Err(Verdict::failure(format!("`{cmd}`: {}: {said}", out.rc)));
+    }
+    let documents = serde_json::Deserializer::from_slice(&out.stdout).into_iter();
+    let documents: Vec<Value> = documents
+        .collect::<Result<_, _>>()
+        .map_err(|e| Verdict::failure(format!("`{cmd}`: {e}: {}", out.text())))?;
+    let threads_found = guest.threads()?;
+    Ok(of(point, &documents, threads_found))
+}
+
+fn of(point: Point, documents: &[Value], threads_found: u64) -> Measured {
+    let all = |key: &str| -> Vec<u64> {
+        let lists = documents.iter().filter_map(|d| d.get(key)?.as_array());
+        lists.flatten().filter_map(Value::as_u64).collect()
+    };
+    let inner = documents
+        .iter()
+        .filter_map(|d| d.get("changes")?.as_array());
+    let changes: Vec<&Value> = inner
+        .flatten()
+        .chain(documents.iter().filter(|d| d.get("empty_us").is_none()))
+        .collect();
+    let result = |change: &Value| {
+        change
+            .get("result")
+            .and_then(Value::as_str)
+            .map(str::to_owned)
+    };
+    let number = |key: &str, of: &[&str]| -> Vec<u64> {
+        let wanted = |c: &&&Value| result(c).is_some_and(|r| of.contains(&r.as_str()));
+        let chosen = changes.iter().filter(wanted);
+        chosen.filter_map(|c| c.get(key)?.as_u64()).collect()
+    };
+    let both = ["applied", "reverted"];
+    let total_ms = number("total_ms", &["applied"]);
+    Measured {
+        name: point.name(),
+        point,
+        threads_found,
+        empty_us: all("empty_us").into(),
+        floor_us: all("contexts_us").into(),
+        pause_us: number("pause_us", &both).into(),
+        apply_us: number("pause_us", &["applied"]).into(),
+        revert_us: number("pause_us", &["reverted"]).into(),
+        attempts: number("attempts", &both).into(),
+        // An apply and a revert each.
+        applies: u32::try_from(changes.len() / 2).unwrap_or(u32::MAX),
+        converged: total_ms.iter().filter(|&&ms| ms <= CONVERGED_MS).count(),
+        total_ms: total_ms.into(),
+        errors: changes
+            .iter()
+            .filter(|c| !result(c).is_some_and(|r| both.contains(&r.as_str())))
+            .map(|c| c.to_string())
+            .collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::points::BASE;
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn changes_are_told_apart_whoever_asked_for_them() {
+        let applied = json!({"result": "applied", "pause_us": 30, "attempts": 1, "total_ms": 400});
+        let late = json!({"result": "applied", "pause_us": 50, "attempts": 9, "total_ms": 2001});
+        let reverted =
+            json!({"result": "reverted", "pause_us": 20, "attempts": 2, "total_ms": 300});
+        let failed = json!({"error": "blocked"});
+        let changes = [&applied, &reverted, &late, &failed];
+        let floor = json!({"empty_us": [5, 6], "contexts_us": [10, 10], "changes": changes});
+        let resident = of(BASE, &[floor], 510);
+        let alone = json!({"empty_us": [5], "contexts_us": [10], "changes": []});
+        let documents = [
+            alone.clone(),
+            applied.clone(),
+            reverted.clone(),
+            alone,
+            late.clone(),
+            failed.clone(),
+        ];
+        let one_shot = of(BASE, &documents, 510);
+        for found in [resident, one_shot] {
+            assert_eq!(found.pause_us.samples, [30, 20, 50]);
+            assert_eq!(found.total_ms.samples, [400, 2001]);
+            assert_eq!((found.applies, found.converged), (2, 1));
+            assert_eq!(found.floor_us.samples, [10, 10]);
+            assert_eq!(found.errors.len(), 1);
+            assert!((found.median_ratio() - 3.0).abs() < 1e-9);
+        }
+    }
+}

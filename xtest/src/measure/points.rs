@@ -1,0 +1,115 @@
+//! Where pauses are measured: one base point, and points that differ from it in one thing.
+
+use serde::Serialize;
+
+/// Who asks for a change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Asker {
+    /// One process that makes all of them, as the daemon does.
+    Resident,
+    /// The command line: a new process for each.
+    OneShot,
+}
+
+/// What a guest is like, and what is done to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Point {
+    /// Threads and processes, kernel threads included; a guest has some of its own.
+    pub threads: u32,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Whether processes, files, disk and network are busy.
+    pub load: bool,
+    /// Functions that the payload replaces.
+    pub functions: u32,
+    /// Who asks.
+    pub asker: Asker,
+}
+
+/// The point that targets are about.
+pub const BASE: Point = Point {
+    threads: 500,
+    vcpus: 2,
+    load: true,
+    functions: 1,
+    asker: Asker::Resident,
+};
+
+impl Point {
+    /// What sets it apart from the base.
+    pub fn name(&self) -> String {
+        if self.asker == Asker::OneShot {
+            "one-shot command".to_owned()
+        } else if !self.load {
+            "idle".to_owned()
+        } else if self.threads != BASE.threads {
+            format!("{} threads", self.threads)
+        } else if self.vcpus != BASE.vcpus {
+            format!(
+                "{} vCPU{}",
+                self.vcpus,
+                if self.vcpus == 1 { "" } else { "s" }
+            )
+        } else if self.functions != BASE.functions {
+            format!("{} functions", self.functions)
+        } else {
+            "base".to_owned()
+        }
+    }
+
+    /// The payload to apply.
+    pub fn payload(&self) -> String {
+        format!("locus_many_{}", self.functions)
+    }
+}
+
+/// All points, in an order in which a guest is started anew and threads are ended as seldom as
+/// possible; `quick`: some of them.
+pub fn points(quick: bool) -> Vec<Point> {
+    let threads = |threads| Point { threads, ..BASE };
+    let vcpus = |vcpus| Point { vcpus, ..BASE };
+    let functions = |functions| Point { functions, ..BASE };
+    let idle = Point {
+        load: false,
+        ..BASE
+    };
+    let one_shot = Point {
+        asker: Asker::OneShot,
+        ..BASE
+    };
+    let mut all = vec![idle, BASE, one_shot];
+    if quick {
+        all.extend([functions(100), threads(50), threads(2000), vcpus(4)]);
+    } else {
+        all.extend([10, 100].map(functions));
+        all.extend([50, 2000, 8000].map(threads));
+        all.extend([1, 4, 8].map(vcpus));
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_point_differs_from_the_base_in_one_thing_and_has_its_own_name() {
+        for quick in [false, true] {
+            let all = points(quick);
+            assert!(all.contains(&BASE));
+            for (n, point) in all.iter().enumerate() {
+                let differs = [
+                    point.threads != BASE.threads,
+                    point.vcpus != BASE.vcpus,
+                    point.load != BASE.load,
+                    point.functions != BASE.functions,
+                    point.asker != BASE.asker,
+                ];
+                let count = differs.iter().filter(|d| **d).count();
+                assert_eq!(count, usize::from(*point != BASE), "{point:?}");
+                assert!(all[..n].iter().all(|p| p.name() != point.name()));
+            }
+        }
+    }
+}

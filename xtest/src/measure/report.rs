@@ -1,0 +1,242 @@
+//! The report: what was measured in guests of one type, as text and for JSON.
+
+use std::fmt::{self, Write as _};
+
+use serde::Serialize;
+
+use super::inside::{Calls, Livepatch};
+use super::pauses::Measured;
+use super::points::{Point, BASE};
+use super::stats::{ratio, Samples};
+
+/// All that was measured.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// Of this form.
+    pub schema: u32,
+    /// Release of the guests' kernel.
+    pub kernel: String,
+    /// Applies, and reverts, that were asked for at the base point.
+    pub rounds: u32,
+    /// One for each type of guest.
+    pub guests: Vec<OfGuests>,
+}
+
+/// What was measured in guests of one type.
+#[derive(Debug, Serialize)]
+pub struct OfGuests {
+    /// `pv` or `pvh`.
+    pub kind: &'static str,
+    /// Pauses.
+    pub points: Vec<Measured>,
+    /// The guest's own livepatch, in the guest of the base point.
+    pub livepatch: Option<Livepatch>,
+    /// What a call costs.
+    pub calls: Option<Calls>,
+    /// What must hold.
+    pub targets: Vec<Target>,
+    /// What could not be measured, and why.
+    pub missing: Vec<String>,
+}
+
+/// A target, and what was measured.
+#[derive(Debug, Serialize)]
+pub struct Target {
+    /// What must hold.
+    pub what: &'static str,
+    /// What was measured; none if it could not be.
+    pub measured: Option<f64>,
+    /// What it must not be above, or (`at_least`) below.
+    pub limit: f64,
+    /// The limit is one from below.
+    pub at_least: bool,
+}
+
+impl Target {
+    /// Whether it holds, if that is known.
+    pub fn holds(&self) -> Option<bool> {
+        let measured = self.measured?;
+        Some(if self.at_least {
+            measured >= self.limit
+        } else {
+            measured <= self.limit
+        })
+    }
+}
+
+impl OfGuests {
+    /// What was measured at a point.
+    pub fn at(&self, point: Point) -> Option<&Measured> {
+        self.points.iter().find(|m| m.point == point)
+    }
+
+    /// Compares with what must hold.
+    pub fn judge(&mut self) {
+        let base = self.at(BASE);
+        let threads = |threads| self.at(Point { threads, ..BASE });
+        let growth = threads(50)
+            .zip(threads(8000))
+            .map(|(few, many)| ratio(many.pause_us.p50, few.pause_us.p50));
+        let most = |what, measured, limit| Target {
+            what,
+            measured,
+            limit,
+            at_least: false,
+        };
+        let calls = self.calls.as_ref();
+        let targets = vec![
+            most(
+                "base: median pause, in floors",
+                base.map(Measured::median_ratio),
+                1.5,
+            ),
+            most(
+                "base: p99 of pauses, in floors",
+                base.map(Measured::p99_ratio),
+                3.0,
+            ),
+            most("median with 8000 threads, in medians with 50", growth, 2.0),
+            most(
+                "what a redirect adds to a call, in what the livepatch adds",
+                calls.and_then(Calls::overhead),
+                0.1,
+            ),
+            Target {
+                what: "base: applies done within 2 s, of all",
+                measured: base.map(|m| ratio(m.converged as u64, u64::from(m.applies))),
+                limit: 1.0,
+                at_least: true,
+            },
+        ];
+        self.targets = targets;
+    }
+}
+
+/// Columns of the table of pauses.
+const HEAD: &str = "                     threads   empty   floor         pause of a change, us          in floors   \
+                    pauses  apply ms  applies
+                       found  median  median      n  median     p99      max  median   p99     max    median   in 2 s";
+
+impl fmt::Display for OfGuests {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = self.kind;
+        writeln!(
+            f,
+            "{kind}: base: {} threads, {} vCPUs, under load, 1 function, asked by one process; other \
+             lines differ in one thing",
+            BASE.threads, BASE.vcpus
+        )?;
+        writeln!(f, "{HEAD}")?;
+        for m in &self.points {
+            writeln!(f, "{m}")?;
+        }
+        if let Some(m) = self.at(BASE) {
+            writeln!(f, "\n{kind}: base, by kind of pause, us")?;
+            writeln!(
+                f,
+                "{:<34} {:>5} {:>8} {:>8} {:>8}",
+                "", "n", "median", "p99", "max"
+            )?;
+            for (what, samples) in [
+                ("empty pause and unpause", &m.empty_us),
+                ("with all vCPU contexts (floor)", &m.floor_us),
+                ("apply", &m.apply_us),
+                ("revert", &m.revert_us),
+            ] {
+                line(f, what, samples)?;
+            }
+        }
+        if let Some(own) = &self.livepatch {
+            let what = "the guest's own livepatch, same file, same guest, us of its clock";
+            writeln!(f, "\n{kind}: {what}")?;
+            writeln!(
+                f,
+                "{:<34} {:>5} {:>8} {:>8} {:>8}",
+                "", "n", "median", "p99", "max"
+            )?;
+            line(f, "insmod until end of transition", &own.apply_us)?;
+            line(f, "of that, insmod", &own.insmod_us)?;
+            line(f, "disable until end of transition", &own.revert_us)?;
+        }
+        if let Some(calls) = &self.calls {
+            writeln!(
+                f,
+                "\n{kind}: one call of a function, ps, idle guest, a million calls each time"
+            )?;
+            writeln!(
+                f,
+                "{:<34} {:>5} {:>8} {:>8} {:>8}",
+                "", "n", "median", "p99", "max"
+            )?;
+            line(f, "unpatched", &calls.unpatched)?;
+            line(f, "redirected by xen-locus", &calls.ours)?;
+            line(f, "redirected by livepatch (ftrace)", &calls.livepatch)?;
+        }
+        writeln!(f, "\n{kind}: {:<60} measured   limit", "must hold")?;
+        for target in &self.targets {
+            let mut text = String::new();
+            match target.measured {
+                Some(value) => write!(text, "{value:>8.2}")?,
+                None => write!(text, "{:>8}", "-")?,
+            }
+            let bound = if target.at_least { ">=" } else { "<=" };
+            let holds = match target.holds() {
+                Some(true) => "holds",
+                Some(false) => "does not hold",
+                None => "not measured",
+            };
+            let (what, limit) = (target.what, target.limit);
+            writeln!(f, "  {what:<62} {text} {bound} {limit:>4.1}  {holds}")?;
+        }
+        for why in &self.missing {
+            writeln!(f, "{kind}: not measured: {why}")?;
+        }
+        for m in &self.points {
+            let errors = &m.errors;
+            if let Some(first) = errors.first() {
+                let count = errors.len();
+                writeln!(
+                    f,
+                    "{kind}: {}: {count} changes failed, first: {first}",
+                    m.name
+                )?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Measured {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let p = &self.pause_us;
+        write!(
+            f,
+            "{:<18} {:>9} {:>7} {:>7} {:>6} {:>7} {:>7} {:>8} {:>7.2} {:>5.1} {:>7} {:>9} {:>4} of {}",
+            self.name,
+            self.threads_found,
+            self.empty_us.p50,
+            self.floor_us.p50,
+            p.count,
+            p.p50,
+            p.p99,
+            p.max,
+            self.median_ratio(),
+            self.p99_ratio(),
+            self.attempts.max,
+            self.total_ms.p50,
+            self.converged,
+            self.applies
+        )
+    }
+}
+
+fn line(f: &mut fmt::Formatter<'_>, what: &str, s: &Samples) -> fmt::Result {
+    let Samples {
+        count,
+        p50,
+        p99,
+        max,
+        ..
+    } = s;
+    writeln!(f, "{what:<34} {count:>5} {p50:>8} {p99:>8} {max:>8}")
+}
