@@ -362,10 +362,11 @@ fn change<R>(
         );
     } else if due {
         let found = desk.recover(domain, options)?;
-        eprintln!(
-            "xen-locus: {}: what an earlier run left: {found}",
-            domain.label()
-        );
+        // Else there was but the file of somebody who looks at the guest right now.
+        if found.result != recover::Finding::NothingToDo || !found.detail.is_empty() {
+            let whom = domain.label();
+            eprintln!("xen-locus: {whom}: what an earlier run left: {found}");
+        }
     }
     let kernel = Kernel::of(domain)?;
     // Where it isn't allowed the pause takes longer.

@@ -331,18 +331,14 @@ const BOTH_DIE: &str = r#"
 guardian() { ps | awk '/xen-locus-guardia[n]/ {print $1}'; }
 XEN_LOCUS_FAULT="$1" xen-locus-faults apply "$2" /payloads/locus_proc_pair.ko >/tmp/both.log 2>&1 &
 pid=$!
-until [ -n "$(guardian)" ]; do usleep 1000; done
-for i in $(seq 200); do
-	# One that is stopped before it is prepared is waited for: let it go on now and then.
-	kill -STOP $(guardian)
-	for j in $(seq 20); do
-		grep -q ') T' /proc/$pid/stat && break 2
-		usleep 20000
-	done
-	kill -CONT $(guardian)
-	usleep 5000
+# One that waits (in futex, system call 202) is prepared.
+until g=$(guardian) && [ -n "$g" ] && grep -q '^202 ' /proc/$g/syscall; do usleep 1000; done 2>/dev/null
+kill -STOP $g
+for i in $(seq 1000); do
+	grep -q ') T' /proc/$pid/stat && break
+	usleep 20000
 done
-kill -9 $(guardian)
+kill -9 $g
 kill -9 $pid
 wait $pid
 cat /tmp/both.log
