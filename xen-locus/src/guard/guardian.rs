@@ -70,6 +70,8 @@ fn watch() -> Result<()> {
         return Err(Error::Failed(format!("domain {} is gone", task.domid)));
     };
     places.rehearse();
+    // What it did so far was not urgent.
+    xen::run_first();
     io::stdout()
         .write_all(READY)
         .and_then(|()| io::stdout().flush())

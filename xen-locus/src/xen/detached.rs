@@ -14,9 +14,8 @@ pub fn end_self(stop: bool) {
     unsafe { libc::kill(libc::getpid(), signal) };
 }
 
-/// Makes this process live on when its parent dies: its own session, no signal but KILL and STOP, before
-/// others when it wants to run, kept in memory, last to be killed for lack of it. What the kernel does not
-/// allow of the last three it goes without.
+/// Makes this process live on when its parent dies: its own session, no signal but KILL and STOP, kept in
+/// memory, last to be killed for lack of it. What the kernel does not allow of the last two it goes without.
 pub fn detach() {
     // SAFETY: plain calls; the set is filled before it is used.
     unsafe {
@@ -25,7 +24,6 @@ pub fn detach() {
         libc::sigfillset(&raw mut all);
         libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, std::ptr::null_mut());
     }
-    run_first();
     let _ = std::env::set_current_dir("/");
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
     let _ = stay_resident();
