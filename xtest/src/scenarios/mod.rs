@@ -40,8 +40,8 @@ pub fn usual() -> Vec<Scenario> {
         states::SCENARIOS,
         protocol::SCENARIOS,
         kills::SCENARIOS,
-        safety::SCENARIOS,
         history::SCENARIOS,
+        safety::SCENARIOS,
     ]
     .concat()
 }
