@@ -14,16 +14,16 @@ use crate::{check, check_eq};
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "kills-pv",
-        summary: "killed 60 times at random moments, the tool leaves the guest running, old or new",
+        summary: "killed 25 times at random moments, the tool leaves the guest running, old or new",
         profile: &PV,
-        run: |ctx| random(ctx, Kind::Pv, 60),
+        run: |ctx| random(ctx, Kind::Pv, 25),
     },
     Scenario {
         name: "faults-pv",
         summary:
-            "killed at every 7th of its calls from the journal on, it leaves the guest old or new",
+            "killed at every 13th of its calls from the journal on, it leaves the guest old or new",
         profile: &PV,
-        run: |ctx| injected(ctx, Kind::Pv, "kill", 7),
+        run: |ctx| injected(ctx, Kind::Pv, "kill", 13),
     },
     Scenario {
         name: "both-die-pv",
