@@ -115,6 +115,7 @@ pub fn is_due(uuid: &str) -> Result<bool> {
 /// # Errors
 /// [`Error::Uncertain`]: the guest can't be brought to a known state; what it is about can't be read.
 pub fn recover(domain: &Domain<'_>, options: &Options) -> Result<Report> {
+    guard::sweep();
     let uuid = &domain.info.uuid;
     let mut said = Vec::new();
     for path in guard::files(Some(uuid))? {

@@ -182,6 +182,23 @@ pub fn files(uuid: Option<&str>) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
+/// Removes what runs left that died before their files were complete: nothing was done then.
+pub fn sweep() {
+    sweep_in(Path::new(DIR));
+}
+
+fn sweep_in(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let whole = path.with_extension("");
+        let begun = path.extension().is_some_and(|e| e == "new") && uuid_of(&whole).is_some();
+        let pid = whole.extension().unwrap_or_default();
+        if begun && !Path::new("/proc").join(pid).exists() {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
 /// The guest that a guard's file is about, by its name: `UUID.NUMBER`.
 #[must_use]
 pub fn uuid_of(path: &Path) -> Option<&str> {
@@ -206,6 +223,27 @@ mod tests {
         );
         assert_eq!((spots[1].frame, spots[1].offset), (3, 0));
         assert_eq!(spots[1].old, [3, 4, 5]);
+    }
+
+    #[test]
+    fn what_dead_runs_began_is_removed_and_nothing_else() {
+        let folder = std::env::temp_dir().join(format!("locus-guard-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let uuid = "00000000-0000-0000-0000-000000000001";
+        // No process has a number that high (PID_MAX_LIMIT, include/linux/threads.h).
+        let names = [
+            format!("{uuid}.99999999.new"),
+            format!("{uuid}.99999999"),
+            format!("{uuid}.{}.new", std::process::id()),
+            "other.99999999.new".to_owned(),
+        ];
+        for name in &names {
+            fs::write(folder.join(name), "").unwrap();
+        }
+        sweep_in(&folder);
+        let left = names.each_ref().map(|name| folder.join(name).exists());
+        fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(left, [false, true, true, true]);
     }
 
     #[test]
