@@ -2,8 +2,9 @@
 //! process that changes a guest again and again, as the daemon does, pauses it for.
 //!
 //! Each round has an empty pause, a pause in which all vCPU contexts are read (the floor under that
-//! of `xen-locus apply`), and, with a payload, its apply and revert. Printed as JSON: microseconds of
-//! each pause, and of each change attempts and milliseconds from start to end, or why it failed.
+//! of `xen-locus apply`), and, with a payload, the same with one write to the kernel's code in it, and
+//! the payload's apply and revert. Printed as JSON: microseconds of each pause, and of each change
+//! attempts and milliseconds from start to end, or why it failed.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -15,8 +16,8 @@ use xen_locus::apply::{Options, Report};
 use xen_locus::cli::Host;
 use xen_locus::domain::Domain;
 use xen_locus::guard::guardian;
-use xen_locus::guest::Guard;
-use xen_locus::guest::Machine as _;
+use xen_locus::guest::{Guard, Machine as _, MemoryMut as _, WindowMut};
+use xen_locus::kernel::Kernel;
 use xen_locus::patch::Payload;
 use xen_locus::plan::Mode;
 use xen_locus::service;
@@ -60,32 +61,73 @@ fn main() -> Result<()> {
     }
     let began = Instant::now();
     let (mut empty, mut contexts, mut changes) = (Vec::new(), Vec::new(), Vec::new());
+    let mut writes = Vec::new();
+    let code = payload.as_ref().map(|p| Code::of(&domain, p)).transpose()?;
     let guard = domain.guard(&[])?;
     for _ in 0..args.rounds {
         if began.elapsed().as_secs() >= args.limit {
             break;
         }
-        empty.push(pause(&domain, &*guard, false, args.cold)?);
-        contexts.push(pause(&domain, &*guard, true, args.cold)?);
+        empty.push(pause(&*guard, args.cold, || Ok(()))?);
+        let read = || domain.vcpus().map(|_| ());
+        contexts.push(pause(&*guard, args.cold, || Ok(read()?))?);
+        if let Some(code) = &code {
+            writes.push(pause(&*guard, args.cold, || {
+                read()?;
+                code.rewrite()
+            })?);
+        }
         if let Some(payload) = &payload {
             changes.extend(cycle(&host, &args.domain, payload));
         }
     }
     println!(
         "{}",
-        json!({ "schema": 1, "empty_us": empty, "contexts_us": contexts, "changes": changes })
+        json!({
+            "schema": 1,
+            "empty_us": empty,
+            "contexts_us": contexts,
+            "write_us": writes,
+            "changes": changes,
+        })
     );
     Ok(())
 }
 
-/// Microseconds of a pause: the second of two, unless the first is wanted.
-fn pause(domain: &Domain<'_>, guard: &dyn Guard, with_contexts: bool, first: bool) -> Result<u64> {
+/// The first bytes of the first function that a payload replaces.
+struct Code {
+    window: Box<dyn WindowMut>,
+    offset: usize,
+}
+
+impl Code {
+    fn of(domain: &Domain<'_>, payload: &Payload) -> Result<Code> {
+        let mut objects = payload.klp.objects.iter();
+        let first = objects.find_map(|o| o.funcs.first().filter(|_| o.name.is_none()));
+        let first = first.context("the payload replaces no function of the kernel itself")?;
+        let kernel = Kernel::of(domain)?;
+        let at = kernel.function(&first.old_name, first.old_sympos)?;
+        Ok(Code {
+            window: domain.map_mut(&kernel.space.frames(at, 8)?)?,
+            offset: at.offset(),
+        })
+    }
+
+    /// Writes what stands there.
+    fn rewrite(&self) -> Result<()> {
+        let mut bytes = [0; 8];
+        self.window.read(self.offset, &mut bytes)?;
+        Ok(self.window.write(self.offset, &bytes)?)
+    }
+}
+
+/// Microseconds of a pause with `work` in it: the second of two, unless the first is wanted.
+fn pause(guard: &dyn Guard, first: bool, work: impl Fn() -> Result<()>) -> Result<u64> {
     let once = || -> Result<u64> {
         let paused = guard.pause()?;
-        if with_contexts {
-            domain.vcpus()?;
-        }
+        let done = work();
         let took = paused.end().context("unpausing")?;
+        done?;
         Ok(u64::try_from(took.as_micros())?)
     };
     let took = once()?;

@@ -28,6 +28,8 @@ pub struct Measured {
     pub empty_us: Samples,
     /// Microseconds of a pause in which all vCPUs' contexts are read: the floor.
     pub floor_us: Samples,
+    /// Microseconds of the same with one write to the kernel's code.
+    pub write_us: Samples,
     /// Microseconds of the pauses in which a payload was applied or reverted.
     pub pause_us: Samples,
     /// Of these, the applies.
@@ -127,6 +129,7 @@ fn of(point: Point, documents: &[Value], threads_found: u64) -> Measured {
         threads_found,
         empty_us: all("empty_us").into(),
         floor_us: all("contexts_us").into(),
+        write_us: all("write_us").into(),
         pause_us: number("pause_us", &both).into(),
         apply_us: number("pause_us", &["applied"]).into(),
         revert_us: number("pause_us", &["reverted"]).into(),
