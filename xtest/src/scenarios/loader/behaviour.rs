@@ -179,7 +179,7 @@ pub fn stacks(subject: &Subject<'_>) -> Result<(), Verdict> {
         // the log may be shorter than all tasks: the newest come last
         let show = format!(
             "dmesg -c > /dev/null; taskset 1 sh -c 'echo {what} > /proc/sysrq-trigger'; \
-             for i in $(seq 20); do sleep 1; dmesg > /tmp/log; grep -q {inner}+ /tmp/log && break; \
+             for i in $(seq 100); do sleep 1; dmesg > /tmp/log; grep -q {inner}+ /tmp/log && break; \
              done; sleep 1; dmesg | grep -B 1 -A 40 {inner}+"
         );
         let log = guest.ok(&show)?;
