@@ -31,4 +31,5 @@ pub mod quiesce;
 pub mod recover;
 pub mod service;
 pub mod store;
+pub mod verify;
 pub mod xen;

@@ -2,20 +2,20 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::addr::Gva;
+use crate::addr::{Gva, Range};
 use crate::error::{Error, Result};
 use crate::kernel::Kernel;
 use crate::link::arena::{self, Arena, Resident};
 use crate::link::image::{self, Image, Layout};
 use crate::link::module::enter::{self, Entering};
-use crate::link::module::{Entry, Place};
+use crate::link::module::{self, Entry, Place};
 use crate::link::objects::{Objects, VMLINUX};
 use crate::link::presence;
 use crate::link::record::{hex, Function, ModuleAt, Record, State, SCHEMA};
+use crate::link::seal::{self, Code, Label};
 use crate::link::{fit, site};
 use crate::patch::Payload;
 use crate::quiesce::Watch;
-use sha2::{Digest, Sha256};
 
 pub mod stack;
 
@@ -189,7 +189,9 @@ pub fn prepare(
         cves: payload.modinfo.cves.clone(),
         functions: functions.clone(),
         text: (u64::MAX, u64::MAX),
-        text_sha256: hex(&[0; 32]),
+        code: Code::default(),
+        rodata_len: u64::MAX,
+        rodata_sha256: hex(&[0; 32]),
         module: u64::MAX,
         objects: patched,
         entry_only: payload.modinfo.entry_only,
@@ -208,6 +210,8 @@ pub fn prepare(
     // The room for the record: as long as it can get once addresses are known, and whatever it lies
     // on, so that it fits its old pages when it is applied again.
     let entry = Entry::of(payload, kernel, depends.len())?;
+    let text_len = Layout::new(payload, 0, entry.len())?.text_len;
+    record.code = Code::longest(text_len, module::jump_labels(payload));
     let layout = Layout::new(payload, to_json(&record)?.len(), entry.len())?;
     let link_at = |first| {
         let base = arena::page_address(first);
@@ -262,7 +266,7 @@ pub fn prepare(
     }
     record.functions = functions;
     record.text = (arena::page_address(first).0, layout.text_len);
-    record.text_sha256 = text_digest(&image, &layout);
+    seal(&mut record, &image, &layout);
     record.module = entry.place.module().0;
     let record_json = to_json(&record)?;
     let (offset, room) = layout.record;
@@ -367,9 +371,21 @@ fn is_same(kernel: &Kernel<'_>, layout: &Layout, image: &Image, place: &Place) -
     Ok(found == wanted)
 }
 
-fn text_digest(image: &Image, layout: &Layout) -> String {
-    let len = usize::try_from(layout.text_len).unwrap_or(0);
-    hex(&Sha256::digest(image.bytes.get(..len).unwrap_or_default()))
+/// Notes what of the payload is not to change from now on.
+fn seal(record: &mut Record, image: &Image, layout: &Layout) {
+    let place = layout.place(arena::page_address(0));
+    let len = |range: Range| usize::try_from(range.len()).unwrap_or(0);
+    let (text, rodata) = image.bytes.split_at(len(place.text).min(image.bytes.len()));
+    let code = text.get(..usize::try_from(layout.text_len).unwrap_or(0));
+    let labels = image
+        .jumps
+        .iter()
+        .filter_map(|j| Label::of(j, record.text.0));
+    record.code = Code::of(code.unwrap_or_default().to_vec(), labels.collect());
+    let rodata = rodata.get(..len(place.rodata)).unwrap_or_default();
+    record.rodata_len = place.rodata.len();
+    // its room holds zeroes until it is written
+    record.rodata_sha256 = seal::digest(rodata);
 }
 
 /// The payload must be built for this very kernel.

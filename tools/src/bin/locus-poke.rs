@@ -1,10 +1,11 @@
-//! `locus-poke DOMAIN SYMBOL[+OFFSET] [HEX]`: reads or writes bytes of a guest's kernel.
+//! `locus-poke DOMAIN SYMBOL[+OFFSET]|ADDRESS [HEX]`: reads or writes bytes of a guest's kernel.
 //!
 //! For tests that need a guest whose kernel someone else has changed. Prints the bytes that stood
 //! there before.
 
 use anyhow::{bail, Context as _, Result};
 use clap::Parser;
+use xen_locus::addr::Gva;
 use xen_locus::cli::Host;
 use xen_locus::guard::guardian;
 use xen_locus::guest::{Machine as _, MemoryMut as _};
@@ -16,7 +17,7 @@ use xen_locus::link::record::hex;
 struct Args {
     /// Name or id
     domain: String,
-    /// Where: a symbol, and an offset in hex
+    /// Where: a symbol and an offset in hex, or an address that begins with 0x
     place: String,
     /// Bytes to write, in hex; 16 bytes are only shown if not given
     bytes: Option<String>,
@@ -31,9 +32,13 @@ fn main() -> Result<()> {
     let host = Host::open(None)?;
     let domain = host.guest(&args.domain)?;
     let kernel = Kernel::of(&domain)?;
+    let number = |hex: &str| u64::from_str_radix(hex.trim_start_matches("0x"), 16);
     let (symbol, offset) = args.place.split_once('+').unwrap_or((&args.place, "0"));
-    let offset = u64::from_str_radix(offset.trim_start_matches("0x"), 16).context("offset")?;
-    let at = kernel.function(symbol, 0)?.plus(offset);
+    let start = match symbol.starts_with("0x") {
+        true => Gva(number(symbol).context("address")?),
+        false => kernel.function(symbol, 0)?,
+    };
+    let at = start.plus(number(offset).context("offset")?);
     let bytes = args.bytes.as_deref().map(unhex).transpose()?;
     let len = bytes.as_ref().map_or(16, Vec::len);
     println!("{}", hex(&kernel.space.read_vec(at, len)?));

@@ -22,6 +22,8 @@ use crate::link::site;
 use crate::patch::testelf::Spec;
 use crate::recover::{self, Finding};
 
+mod drift;
+
 /// Where the functions stand that are replaced, and their redirects.
 const FUNCTIONS: [(&str, u64); 3] = [
     ("a_show", TEXT.0 + 0x1200),
@@ -249,6 +251,7 @@ impl Guest {
         let found = find(intent.as_ref());
         assert_eq!(found.result, expected, "{found}");
         assert_eq!(find(None).result, Finding::NothingToDo);
+        self.is_as_recorded();
     }
 
     fn pages(&self) -> usize {
@@ -309,6 +312,7 @@ fn patches_on_one_function_come_and_go_in_order() {
     guest.applied(&payload("one", &[A]));
     assert_eq!(guest.status().unwrap(), ["two", "one"]);
     assert_eq!(guest.runs(), ["one", "two", ""]);
+    guest.is_as_recorded();
     assert_eq!(guest.pages(), pages);
 }
 

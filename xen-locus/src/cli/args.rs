@@ -109,6 +109,19 @@ pub enum Command {
         #[arg(long, value_name = "FILE")]
         core: Option<PathBuf>,
     },
+    /// Compare a guest's patches with the record of them, and say exactly what differs
+    ///
+    /// Redirects and what stands before them, the pages of the payloads and their rights, code and
+    /// constants; of each difference what was expected, what is there, and whether the guest's own ftrace,
+    /// kprobes, livepatch or BPF did it. Mends nothing. Exit code 1 if anything differs.
+    Verify {
+        /// Name or id; all guests if not given
+        #[arg(conflicts_with = "core")]
+        domain: Option<String>,
+        /// Look into a saved core (`xl dump-core`); needs no Xen
+        #[arg(long, value_name = "FILE")]
+        core: Option<PathBuf>,
+    },
     /// Settle what an interrupted run left, and say how it ended
     ///
     /// A run that is killed leaves its guest running, with the patch in force or not: this says which, and

@@ -13,6 +13,7 @@ pub mod revert;
 pub mod show;
 pub mod status;
 pub mod subject;
+pub mod verify;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -205,6 +206,9 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Blocking(args) => blocking::run(&session, args),
         Command::Status { domain, core } => {
             status::run(&session, domain.as_deref(), core.as_deref())
+        }
+        Command::Verify { domain, core } => {
+            verify::run(&session, domain.as_deref(), core.as_deref())
         }
         Command::History(args) => history::run(&session, args),
         Command::Recover(args) => recover::run(&session, &session.host()?, args),

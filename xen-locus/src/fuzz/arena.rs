@@ -9,7 +9,9 @@ use crate::kernel::fixture::{KIND, TEXT};
 use crate::kernel::Kernel;
 use crate::link::arena::{page_address, Arena, Rights, BASE};
 use crate::link::record::{Directory, Function, Record, Slot, State, SCHEMA};
+use crate::link::seal::Code;
 use crate::plan::{self, Stack};
+use crate::verify;
 
 fn sample_record() -> Record {
     Record {
@@ -32,7 +34,9 @@ fn sample_record() -> Record {
         }],
         text: (page_address(1).0, 32),
         module: page_address(2).0 + 3072 + 64,
-        text_sha256: "0".repeat(64),
+        code: Code::default(),
+        rodata_len: 4096,
+        rodata_sha256: "0".repeat(64),
         objects: Vec::new(),
         entry_only: false,
     }
@@ -149,6 +153,7 @@ pub fn arena(data: &[u8]) {
     };
     let _ = arena.room(KIND);
     let _ = arena.find_room(KIND, &[Rights::Text, Rights::RoData]);
+    let _ = verify::look(&kernel);
     let residents = plan::residents(&kernel, &arena).unwrap_or_default();
     let stack = Stack::new(&residents);
     for resident in stack.applied() {

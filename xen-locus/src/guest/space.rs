@@ -22,6 +22,8 @@ use crate::addr::{Frame, Gva, Range, PAGE_LEN, PAGE_SIZE};
 pub const PTE_PRESENT: u64 = 1;
 /// Entry allows writing.
 pub const PTE_WRITE: u64 = 1 << 1;
+/// Entry is for user mode too.
+pub const PTE_USER: u64 = 1 << 2;
 /// Accessed.
 pub const PTE_ACCESSED: u64 = 1 << 5;
 /// Dirty.

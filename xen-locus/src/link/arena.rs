@@ -14,9 +14,13 @@
 //!
 //! Page `i` of the arena is the page at `BASE + i * 4096`. Page 0 is the directory ([`record`]).
 
+use std::fmt;
+
 use crate::addr::{Frame, Gva, Range, PAGE_LEN, PAGE_SIZE};
 use crate::error::{Error, Result};
-use crate::guest::space::{PTE_ACCESSED, PTE_DIRTY, PTE_FRAME, PTE_NX, PTE_PRESENT, PTE_WRITE};
+use crate::guest::space::{
+    PTE_ACCESSED, PTE_DIRTY, PTE_FRAME, PTE_NX, PTE_PRESENT, PTE_USER, PTE_WRITE,
+};
 use crate::guest::{GuestType, Machine};
 use crate::kernel::Kernel;
 use crate::link::record::{self, Directory, Record, Slot};
@@ -31,6 +35,9 @@ const PV_PAGES: usize = 96;
 const PV_FIRST: u64 = 0xa0;
 /// Guest frames tried for PVH and HVM.
 const GFNS: [std::ops::Range<u64>; 2] = [0xfef00..0xfeff8, 0xfe000..0xfe400];
+/// Xen's mark of a PV guest's entries that are for its kernel alone; all of them are for user mode as
+/// the processor sees it (`_PAGE_GUEST_KERNEL`, xen/arch/x86/include/asm/x86_64/page.h).
+const XEN_KERNEL: u64 = 1 << 52;
 /// Type of usable RAM in the e820 map.
 const E820_RAM: u32 = 1;
 
@@ -54,12 +61,24 @@ impl Rights {
         }
     }
 
-    fn of(entry: u64) -> Rights {
+    /// Those of `entry`; none of ours allow both writing and execution.
+    fn of(entry: u64) -> Option<Rights> {
         match (entry & PTE_NX != 0, entry & PTE_WRITE != 0) {
-            (false, _) => Rights::Text,
-            (true, false) => Rights::RoData,
-            (true, true) => Rights::Data,
+            (false, true) => None,
+            (false, false) => Some(Rights::Text),
+            (true, false) => Some(Rights::RoData),
+            (true, true) => Some(Rights::Data),
         }
+    }
+}
+
+impl fmt::Display for Rights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Rights::Text => "code",
+            Rights::RoData => "read only",
+            Rights::Data => "writable",
+        })
     }
 }
 
@@ -163,6 +182,48 @@ impl Arena {
         (entry & PTE_PRESENT != 0).then_some(Frame((entry & PTE_FRAME) >> 12))
     }
 
+    /// How the entry of `page` differs from one that xen-locus makes for `rights`, as what is expected
+    /// and what is there; `None` if it does not. That the guest used the page is no difference.
+    ///
+    /// # Errors
+    /// The guest's page tables can't be read.
+    pub fn compare(
+        &self,
+        kernel: &Kernel<'_>,
+        page: usize,
+        rights: Rights,
+    ) -> Result<Option<(String, String)>> {
+        let entry = self.entries.get(page).copied().unwrap_or(0);
+        let shown = |rights: &str| format!("{rights} (entry {entry:#x})");
+        if entry & PTE_PRESENT == 0 {
+            return Ok(Some((rights.to_string(), shown("no page"))));
+        }
+        let user =
+            entry & PTE_USER != 0 && !(kernel.kind == GuestType::Pv && entry & XEN_KERNEL != 0);
+        let found = Rights::of(entry).filter(|_| !user);
+        if found != Some(rights) {
+            let found = match found {
+                Some(found) => found.to_string(),
+                None if user => "for user mode too".into(),
+                None => "writable code".into(),
+            };
+            return Ok(Some((rights.to_string(), shown(&found))));
+        }
+        let frame = Frame((entry & PTE_FRAME) >> 12);
+        let expected = match kernel.kind {
+            GuestType::Pv => {
+                let at = pv_page(kernel, page)?;
+                let own = kernel.space.walk(at)?.frame;
+                (own != frame).then(|| format!("the guest's memory at {at}"))
+            }
+            GuestType::Pvh | GuestType::Hvm => {
+                let ours = GFNS.iter().any(|window| window.contains(&frame.0));
+                (!ours).then(|| "memory that xen-locus added".into())
+            }
+        };
+        Ok(expected.map(|expected| (expected, shown("other memory"))))
+    }
+
     /// Frames behind `range`, which must lie in the arena.
     ///
     /// # Errors
@@ -251,7 +312,7 @@ impl Arena {
         };
         let fits = |page: usize, want: Rights| {
             let entry = self.entries.get(page).copied().unwrap_or(0);
-            !owned(page) && (entry & PTE_PRESENT == 0 || Rights::of(entry) == want)
+            !owned(page) && (entry & PTE_PRESENT == 0 || Rights::of(entry) == Some(want))
         };
         (1..capacity.saturating_sub(rights.len().saturating_sub(1)))
             .find(|&first| {
@@ -294,15 +355,9 @@ impl Arena {
         let frames = match machine.kind() {
             GuestType::Pv => {
                 check_not_ram(kernel, PV_FIRST, PV_FIRST + PV_PAGES as u64)?;
-                let base = kernel
-                    .space
-                    .read_u64(kernel.symbols.need("page_offset_base")?)?;
-                missing
-                    .iter()
-                    .map(|&(page, _)| {
-                        let at = Gva(base).plus((PV_FIRST + page as u64) * PAGE_SIZE);
-                        Ok(kernel.space.walk(at)?.frame)
-                    })
+                let pages = missing.iter();
+                pages
+                    .map(|&(page, _)| Ok(kernel.space.walk(pv_page(kernel, page)?)?.frame))
                     .collect::<Result<Vec<Frame>>>()?
             }
             GuestType::Pvh | GuestType::Hvm => vacant_frames(machine, kernel, missing.len())?,
@@ -372,6 +427,13 @@ fn full() -> Error {
         "the arena's directory is full: {} payloads, parked ones included",
         record::ENTRIES_MAX
     ))
+}
+
+/// Where a PV guest's kernel sees the memory of arena page `page`, in the mapping of all its memory.
+fn pv_page(kernel: &Kernel<'_>, page: usize) -> Result<Gva> {
+    let base = kernel.symbols.need("page_offset_base")?;
+    let base = Gva(kernel.space.read_u64(base)?);
+    Ok(base.plus((PV_FIRST + page as u64) * PAGE_SIZE))
 }
 
 /// Seconds since 1970.

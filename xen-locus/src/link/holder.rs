@@ -4,6 +4,8 @@
 //! nothing, or, in code that runs before the kernel is set up or while it is entered, have effects
 //! that can't be foreseen. The guest's own tables say who it is.
 
+use std::fmt;
+
 use crate::addr::{Gva, Range};
 use crate::error::Result;
 use crate::kernel::{list, Kernel};
@@ -96,26 +98,47 @@ pub fn kprobe(kernel: &Kernel<'_>, range: Range) -> Result<Option<Gva>> {
     Ok(None)
 }
 
-/// Who made the ftrace site of the function at `entry` call `target`, in words.
+/// Who makes a function's ftrace site call something.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Caller {
+    /// The guest's own livepatch: the function that runs is another one.
+    Livepatch,
+    /// A BPF program, by its name.
+    Bpf(String),
+    /// A tracer, by what is called.
+    Ftrace(String),
+}
+
+impl fmt::Display for Caller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Caller::Livepatch => f.write_str("livepatched by the guest itself"),
+            Caller::Bpf(name) => write!(f, "attached to by a BPF program of the guest ({name})"),
+            Caller::Ftrace(whom) => {
+                write!(
+                    f,
+                    "traced by the guest itself (its ftrace site calls {whom})"
+                )
+            }
+        }
+    }
+}
+
+/// Who made the ftrace site of the function at `entry` call `target`.
 ///
 /// # Errors
 /// The guest's lists can't be read.
-pub fn caller(kernel: &Kernel<'_>, entry: Gva, target: Gva) -> Result<String> {
+pub fn caller(kernel: &Kernel<'_>, entry: Gva, target: Gva) -> Result<Caller> {
     if livepatched(kernel, entry)? {
-        return Ok("livepatched by the guest itself".into());
+        return Ok(Caller::Livepatch);
     }
     if let Some(name) = bpf_image(kernel, target)? {
-        return Ok(format!(
-            "attached to by a BPF program of the guest ({name})"
-        ));
+        return Ok(Caller::Bpf(name));
     }
-    let whom = match kernel.symbols.covering(target) {
+    Ok(Caller::Ftrace(match kernel.symbols.covering(target) {
         Some((name, offset)) if offset < 4096 => name.to_owned(),
         _ => target.to_string(),
-    };
-    Ok(format!(
-        "traced by the guest itself (its ftrace site calls {whom})"
-    ))
+    }))
 }
 
 /// `klp_ops` of kernel/livepatch/patch.c lists, for each livepatched function, the stack of what

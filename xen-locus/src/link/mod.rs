@@ -11,5 +11,6 @@ pub mod objects;
 pub mod presence;
 pub mod record;
 pub mod reloc;
+pub mod seal;
 pub mod site;
 pub mod sites;

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::guest::fetch;
+use crate::link::seal::Code;
 
 /// First bytes of each copy of the directory.
 pub const MAGIC: &[u8; 8] = b"XENLOCUS";
@@ -203,7 +204,7 @@ pub struct Function {
 }
 
 /// Version of [`Record`] that this tool writes, and the only one that it reads.
-pub const SCHEMA: u32 = 2;
+pub const SCHEMA: u32 = 3;
 
 /// What is known of an applied payload.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -222,8 +223,12 @@ pub struct Record {
     pub functions: Vec<Function>,
     /// Its code: address and length in bytes.
     pub text: (u64, u64),
-    /// SHA-256 of its code, in hex.
-    pub text_sha256: String,
+    /// What its code was when it was placed.
+    pub code: Code,
+    /// Length of the pages behind its code that are read only, in bytes.
+    pub rodata_len: u64,
+    /// SHA-256 of them, in hex, with zeroes for this record.
+    pub rodata_sha256: String,
     /// Address of its `struct module`.
     pub module: u64,
     /// Modules whose functions it replaces.
@@ -340,7 +345,7 @@ mod tests {
             Record::decode(json, &slot).unwrap_err()
         };
         let error = read(br#"{"schema": 1, "name": "x"}"#);
-        assert!(error.contains("expected version 2, found 1"), "{error}");
+        assert!(error.contains("expected version 3, found 1"), "{error}");
         assert!(read(b"{}").contains("missing field `schema`"));
     }
 

@@ -18,7 +18,7 @@ pub const JUMP: usize = 5;
 const FUNCTION_MAX: u64 = 1 << 20;
 const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
 /// Five-byte nops the kernel uses (arch/x86/include/asm/nops.h, and its K8 form on older kernels).
-const NOPS: [[u8; 5]; 2] = [
+pub(super) const NOPS: [[u8; 5]; 2] = [
     [0x0f, 0x1f, 0x44, 0x00, 0x00],
     [0x66, 0x66, 0x66, 0x66, 0x90],
 ];
@@ -151,14 +151,20 @@ pub fn displaced(function: &str, at: Gva, patch: &str) -> Error {
     ))
 }
 
-enum Head {
+/// What a function begins with instead of ftrace's nop.
+#[derive(Clone, Debug)]
+pub enum Head {
     /// A call to there.
     Call(Gva),
+    /// These bytes, in hex.
     Unknown(String),
 }
 
 /// Offset of the first byte behind the ftrace nop.
-fn fentry_end(code: &[u8], entry: Gva) -> std::result::Result<usize, Head> {
+///
+/// # Errors
+/// There is none: what is there instead.
+pub fn fentry_end(code: &[u8], entry: Gva) -> std::result::Result<usize, Head> {
     let start = if code.starts_with(&ENDBR64) {
         ENDBR64.len()
     } else {

@@ -180,6 +180,8 @@ impl Subject {
         }
         check_eq!(ctx.json(&recover)?["result"], "nothing-to-do");
         check_eq!(self.status(ctx)?, new, "status after {found}");
+        let verify = format!("xen-locus -o json verify {}", self.guest.name);
+        check_eq!(ctx.json(&verify)?["result"], "clean", "after {found}");
         Ok(())
     }
 

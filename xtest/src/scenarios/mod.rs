@@ -20,6 +20,7 @@ mod stack;
 mod stacks;
 mod states;
 mod store;
+mod verify;
 
 use crate::scenario::Scenario;
 
@@ -41,6 +42,7 @@ pub fn usual() -> Vec<Scenario> {
         protocol::SCENARIOS,
         kills::SCENARIOS,
         history::SCENARIOS,
+        verify::SCENARIOS,
         safety::SCENARIOS,
     ]
     .concat()

@@ -104,6 +104,14 @@ impl Room {
     }
 }
 
+/// The most jump labels that `payload` can have.
+#[must_use]
+pub fn jump_labels(payload: &Payload) -> u64 {
+    let tables = payload.sections.iter();
+    let tables = tables.filter(|s| s.role == Role::JumpTable);
+    tables.map(|s| s.size / JUMP_LEN as u64).sum()
+}
+
 /// Where a payload and its entry stand.
 #[derive(Clone, Copy, Debug)]
 pub struct Place {
@@ -168,13 +176,7 @@ impl<'p> Entry<'p> {
         let unwind = unwind(payload, kernel)?;
         let symbols = Symtab::of(payload)?;
         table::check_own_module(payload, stride("module")?)?;
-        let jumps: u64 = payload
-            .sections
-            .iter()
-            .filter(|s| s.role == Role::JumpTable)
-            .map(|s| s.size / JUMP_LEN as u64)
-            .sum();
-        let jumps = usize::try_from(jumps).unwrap_or(usize::MAX);
+        let jumps = usize::try_from(jump_labels(payload)).unwrap_or(usize::MAX);
         let mut entry = Entry {
             payload,
             fixups: fixups.into_iter().flatten().collect(),

@@ -3,6 +3,7 @@ use crate::addr::PAGE_LEN;
 use crate::error::ExitCode;
 use crate::kernel::fixture::{vcpus, KIND, TEXT};
 use crate::kernel::modules::sample::{data, fixture, Age, Data, DATA, LEN, STEP};
+use crate::link::seal::Code;
 use crate::link::site;
 
 /// Text of the sample's first module, which is live, and of its second, which is loading.
@@ -263,7 +264,9 @@ fn a_module_that_went_or_came_back_elsewhere_is_noticed() {
         cves: Vec::new(),
         functions: Vec::new(),
         text: (0, 0),
-        text_sha256: String::new(),
+        code: Code::default(),
+        rodata_len: 0,
+        rodata_sha256: String::new(),
         module: 0,
         objects: vec![ModuleAt {
             name: name.into(),

@@ -1,0 +1,174 @@
+//! What `verify` says of the mock guest after something in it was changed.
+
+use super::*;
+use crate::guest::space::{PTE_NX, PTE_USER, PTE_WRITE};
+use crate::verify::{verify, What, Who};
+
+impl Guest {
+    /// Nothing differs from the records.
+    pub(super) fn is_as_recorded(&self) {
+        let outcome = verify(&self.kernel()).unwrap();
+        assert_eq!(outcome.drift, []);
+    }
+
+    fn poke(&self, at: u64, bytes: &[u8]) {
+        let at = Gva(at);
+        let kernel = self.kernel();
+        let frames = kernel.space.frames(at, bytes.len() as u64).unwrap();
+        let window = self.map_mut(&frames).unwrap();
+        window.write(at.offset(), bytes).unwrap();
+    }
+
+    fn peek<const N: usize>(&self, at: u64) -> [u8; N] {
+        let mut bytes = [0; N];
+        self.kernel().space.read(Gva(at), &mut bytes).unwrap();
+        bytes
+    }
+
+    /// Writes `bytes` at `at`, and puts back what stood there once it was said what differs: whose it
+    /// is, what, where, what is there, by whom.
+    fn differs(&self, at: u64, bytes: &[u8]) -> Vec<(String, What, u64, String, Who)> {
+        let frames = self.kernel().space.frames(Gva(at), bytes.len() as u64);
+        let window = self.map_mut(&frames.unwrap()).unwrap();
+        let mut old = vec![0; bytes.len()];
+        window.read(Gva(at).offset(), &mut old).unwrap();
+        self.poke(at, bytes);
+        let drift = verify(&self.kernel()).unwrap().drift;
+        self.poke(at, &old);
+        self.is_as_recorded();
+        let told = |d: crate::verify::Drift| (d.patch, d.what, d.at.0, d.found, d.by);
+        drift.into_iter().map(told).collect()
+    }
+}
+
+fn site(n: usize) -> u64 {
+    FUNCTIONS[n].1 + 5
+}
+
+#[test]
+fn redirects_and_what_stands_before_them_are_told_by_their_bytes() {
+    let guest = Guest::new();
+    guest.applied(&payload("one", &[A]));
+    guest.applied(&payload("two", &[A, B]));
+    let outcome = verify(&guest.kernel()).unwrap();
+    assert_eq!(
+        (outcome.patches, outcome.parked, outcome.redirects),
+        (2, 0, 2)
+    );
+    let one =
+        |patch: &str, what, at, found: &str, by| vec![(patch.into(), what, at, found.into(), by)];
+    let own: [u8; 5] = code(0)[5..10].try_into().unwrap();
+    assert_eq!(
+        guest.differs(site(A), &own),
+        one(
+            "two",
+            What::Redirect,
+            site(A),
+            "b800000000, the kernel's own",
+            Who::Unknown
+        )
+    );
+    let elsewhere = site::jump(Gva(site(B)), Gva(FUNCTIONS[C].1 + 2)).unwrap();
+    let told = guest.differs(site(B), &elsewhere);
+    assert!(told[0].3.ends_with("a jump to c_show+0x2"), "{told:?}");
+    assert_eq!(
+        guest.differs(FUNCTIONS[B].1, &[0x90]),
+        one(
+            "two",
+            What::Entry,
+            FUNCTIONS[B].1,
+            &told_bytes(&guest, B),
+            Who::Unknown
+        )
+    );
+    let call = [0xe8, 0, 0, 0, 0];
+    let told = guest.differs(FUNCTIONS[B].1, &call);
+    assert_eq!(
+        (told[0].1, told[0].4),
+        (What::Entry, Who::Ftrace),
+        "{told:?}"
+    );
+}
+
+/// The bytes of function `n` with a nop of one byte for its first.
+fn told_bytes(guest: &Guest, n: usize) -> String {
+    let mut bytes: [u8; 10] = guest.peek(FUNCTIONS[n].1);
+    bytes[0] = 0x90;
+    let bytes: Vec<String> = bytes.iter().map(|b| format!("{b:02x}")).collect();
+    bytes.join(" ")
+}
+
+#[test]
+fn a_function_that_was_put_back_is_looked_at_too() {
+    let guest = Guest::new();
+    guest.applied(&payload("one", &[A]));
+    let jump: [u8; 5] = guest.peek(site(A));
+    guest.applied(&payload("two", &[A]));
+    guest.revert("two").unwrap();
+    guest.revert("one").unwrap();
+    let outcome = verify(&guest.kernel()).unwrap();
+    assert_eq!((outcome.parked, outcome.redirects), (2, 1));
+    let told = guest.differs(site(A), &jump);
+    assert_eq!((told.len(), told[0].1), (1, What::Redirect), "{told:?}");
+    // The guest may trace what is its own again.
+    assert_eq!(guest.differs(FUNCTIONS[A].1, &[0xe8, 0, 0, 0, 0]), []);
+}
+
+#[test]
+fn every_page_of_a_payload_is_looked_at() {
+    let guest = Guest::new();
+    guest.applied(&payload("one", &[A]));
+    let kernel = guest.kernel();
+    let arena = Arena::read(&kernel).unwrap();
+    let resident = &arena.residents(&kernel).unwrap()[0];
+    let record = &resident.record;
+    let first = usize::from(resident.slot.first);
+    let code = record.functions[0].new;
+    let told = guest.differs(code, &[0xcc]);
+    assert_eq!(
+        (told[0].1, told[0].2, told.len()),
+        (What::Code, record.text.0, 1)
+    );
+    let constants = arena::page_address(first).0 + record.text.1.next_multiple_of(4096);
+    let last = constants + record.rodata_len - 1;
+    let told = guest.differs(last, &[guest.peek::<1>(last)[0] ^ 1]);
+    assert_eq!(
+        (told[0].1, told[0].2, told.len()),
+        (What::Constants, constants, 1)
+    );
+    // Its variables are its own.
+    let variables = constants + record.rodata_len;
+    assert_eq!(guest.differs(variables, &[0xff]), []);
+
+    let page = |n: usize| {
+        let (table, slot, entry) = kernel
+            .space
+            .fresh()
+            .entry_slot(arena::page_address(first + n), 1)
+            .unwrap();
+        (table, slot, entry)
+    };
+    for n in 0..usize::from(resident.slot.pages) {
+        let (table, slot, entry) = page(n);
+        let (_, _, other) = page((n + 1) % usize::from(resident.slot.pages));
+        let frame = crate::guest::space::PTE_FRAME;
+        for changed in [
+            entry ^ PTE_WRITE,
+            entry ^ PTE_NX,
+            entry | PTE_USER,
+            entry & !frame | (other & frame),
+        ] {
+            guest.world.memory.set_entry(table, slot, changed);
+            match verify(&guest.kernel()) {
+                Ok(outcome) => {
+                    let pages = outcome.drift.iter().filter(|d| d.what == What::Page);
+                    assert!(pages.count() > 0, "page {n}, {changed:#x}");
+                }
+                // the record is no longer where it was, or the module
+                Err(error) => assert_eq!(error.exit_code(), ExitCode::Uncertain, "{error}"),
+            }
+            guest.world.memory.set_entry(table, slot, entry);
+        }
+    }
+    guest.is_as_recorded();
+}

@@ -1,0 +1,140 @@
+//! `xen-locus verify [DOMAIN]`: is all of a guest's patches as it was written?
+
+use std::path::Path;
+
+use serde_json::{json, Value};
+
+use super::args::Output;
+use super::subject::{self, Subject};
+use super::{out, Session};
+use crate::addr::DomId;
+use crate::error::ExitCode;
+use crate::kernel::Kernel;
+use crate::verify::{verify, Outcome};
+
+/// Runs the command: of a core, of the domain `wanted`, or of all guests.
+///
+/// # Errors
+/// The guest can't be read, or what it says of its patches is damaged.
+pub fn run(
+    session: &Session,
+    wanted: Option<&str>,
+    core: Option<&Path>,
+) -> anyhow::Result<ExitCode> {
+    let one = wanted.is_some() || core.is_some();
+    let mut all = Vec::new();
+    let mut worst = ExitCode::Done;
+    match (core, wanted) {
+        (Some(path), _) => all.push(subject::with_core(path, |subject, kernel, _| {
+            Ok((subject.clone(), verify(kernel)?))
+        })?),
+        (None, Some(wanted)) => {
+            let host = session.host()?;
+            let domain = host.guest(wanted)?;
+            all.push((Subject::of(&domain), verify(&Kernel::of(&domain)?)?));
+        }
+        (None, None) => {
+            let host = session.host()?;
+            for info in host.control.domains(DomId(1))? {
+                let domain = host.domain(info)?;
+                let subject = Subject::of(&domain);
+                let kernel = match Kernel::of(&domain) {
+                    Ok(kernel) => kernel,
+                    Err(error) => {
+                        // A guest this tool can't read has no patches of ours; `list` says why.
+                        session.say(1, format!("{}: {error}", subject.label()));
+                        continue;
+                    }
+                };
+                match verify(&kernel) {
+                    Ok(outcome) => all.push((subject, outcome)),
+                    Err(error) => {
+                        eprintln!("xen-locus: {}: {error}", subject.label());
+                        worst = worst.max(error.exit_code());
+                    }
+                }
+            }
+        }
+    }
+    if all.iter().any(|(_, outcome)| !outcome.drift.is_empty()) {
+        worst = worst.max(ExitCode::Failed);
+    }
+    let mut objects = all
+        .iter()
+        .map(|(subject, outcome)| object(subject, outcome));
+    match session.output {
+        Output::Json if one => out::object(objects.next().unwrap_or_default()),
+        Output::Json => out::object(json!({ "domains": objects.collect::<Vec<Value>>() })),
+        Output::Table => all
+            .iter()
+            .for_each(|(subject, outcome)| table(subject, outcome)),
+    }
+    Ok(worst)
+}
+
+fn object(subject: &Subject, outcome: &Outcome) -> Value {
+    let clean = outcome.drift.is_empty();
+    let drift = outcome.drift.iter().map(|d| {
+        json!({
+            "patch": d.patch,
+            "what": d.what.name(),
+            "address": out::address(d.at.0),
+            "function": d.function,
+            "expected": d.expected,
+            "found": d.found,
+            "by": d.by.name(),
+        })
+    });
+    subject.object(json!({
+        "uuid": subject.uuid,
+        "result": if clean { "clean" } else { "drifted" },
+        "patches": outcome.patches,
+        "parked": outcome.parked,
+        "redirects": outcome.redirects,
+        "pages": outcome.pages,
+        "drift": drift.collect::<Vec<Value>>(),
+    }))
+}
+
+fn table(subject: &Subject, outcome: &Outcome) {
+    let Outcome {
+        patches,
+        parked,
+        redirects,
+        pages,
+        drift,
+    } = outcome;
+    let found = match drift.len() {
+        0 => "all as recorded".to_owned(),
+        1 => "1 difference".to_owned(),
+        n => format!("{n} differences"),
+    };
+    out::line(&format!(
+        "{}: {found} ({patches} patches, {parked} parked, {redirects} redirects, {pages} pages)",
+        subject.label()
+    ));
+    if drift.is_empty() {
+        return;
+    }
+    let rows: Vec<[String; 6]> = drift
+        .iter()
+        .map(|d| {
+            let what = d.what.name();
+            [
+                d.patch.clone(),
+                match &d.function {
+                    Some(name) => format!("{what} of {name}"),
+                    None => what.into(),
+                },
+                d.at.to_string(),
+                d.expected.clone(),
+                d.found.clone(),
+                d.by.name().into(),
+            ]
+        })
+        .collect();
+    out::table(
+        ["Patch", "What", "Address", "Expected", "Found", "By"],
+        &rows,
+    );
+}

@@ -1,0 +1,157 @@
+//! What differs from the record of a guest's patches is told exactly, and who did it; and what the guest
+//! does to them by right is no difference.
+
+use serde_json::Value;
+
+use crate::guest::{Guest, GuestSpec, Kind};
+use crate::scenario::{Ctx, Scenario, PV, PVH};
+use crate::verdict::Verdict;
+use crate::{check, check_eq};
+
+/// See the names.
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "verify-pv",
+        summary: "what a PV guest or someone else changes about patches is told, and by whom",
+        profile: &PV,
+        run: |ctx| verify(ctx, Kind::Pv),
+    },
+    Scenario {
+        name: "verify-pvh",
+        summary: "what a PVH guest or someone else changes about patches is told, and by whom",
+        profile: &PVH,
+        run: |ctx| verify(ctx, Kind::Pvh),
+    },
+];
+
+const PATCH: &str = "locus_cmdline";
+const FUNCTION: &str = "cmdline_proc_show";
+
+/// All differences; the command must end with `rc`.
+fn drift(ctx: &Ctx, guest: &Guest, rc: i32) -> Result<Vec<Value>, Verdict> {
+    let out = ctx
+        .dom0
+        .sh(&format!("xen-locus -o json verify {}", guest.name))?;
+    check_eq!(out.rc, rc, "{} {}", out.text(), out.err_text());
+    let said = out.json()?;
+    let word = if rc == 0 { "clean" } else { "drifted" };
+    check_eq!(said["result"], word, "{said}");
+    Ok(said["drift"].as_array().cloned().unwrap_or_default())
+}
+
+fn clean(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+    check_eq!(drift(ctx, guest, 0)?.len(), 0);
+    Ok(())
+}
+
+/// One difference, and its `what`, `by` and `function`.
+fn differs(
+    ctx: &Ctx,
+    guest: &Guest,
+    (what, by, function): (&str, &str, &str),
+) -> Result<Value, Verdict> {
+    let all = drift(ctx, guest, 1)?;
+    check!(all.len() == 1, "{all:?}");
+    let one = all.into_iter().next().unwrap_or_default();
+    check_eq!(one["what"], what, "{one}");
+    check_eq!(one["by"], by, "{one}");
+    check_eq!(one["function"], function, "{one}");
+    eprintln!("verify: {}: {one}", guest.name);
+    Ok(one)
+}
+
+fn verify(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
+    let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
+    let name = &guest.name;
+    clean(ctx, &guest)?;
+    ctx.dom0
+        .ok(&format!("xen-locus apply {name} /payloads/{PATCH}.ko"))?;
+    clean(ctx, &guest)?;
+    by_the_guest(ctx, &guest)?;
+    by_others(ctx, &guest)?;
+    let table = ctx.dom0.ok("xen-locus verify")?;
+    check!(table.contains("all as recorded (1 patches"), "{table}");
+    ctx.dom0.ok(&format!("xen-locus revert {name} --all"))?;
+    clean(ctx, &guest)?;
+    keys(ctx, &guest)
+}
+
+/// ftrace, a kprobe and a livepatch of the guest's own, on a function that is redirected.
+fn by_the_guest(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+    let tracing = "mkdir -p /run/tracing && { mount -t tracefs t /run/tracing || true; } && \
+                   cd /run/tracing &&";
+    guest.ok(&format!(
+        "{tracing} echo {FUNCTION} > set_ftrace_filter && echo function > current_tracer"
+    ))?;
+    differs(ctx, guest, ("entry", "ftrace", FUNCTION))?;
+    guest.ok(&format!(
+        "{tracing} echo nop > current_tracer && echo > set_ftrace_filter"
+    ))?;
+    clean(ctx, guest)?;
+
+    guest.ok(&format!(
+        "{tracing} echo 'p:verify {FUNCTION}+5' > kprobe_events && \
+         echo 1 > events/kprobes/verify/enable"
+    ))?;
+    differs(ctx, guest, ("redirect", "kprobe", FUNCTION))?;
+    guest.ok(&format!(
+        "{tracing} echo 0 > events/kprobes/verify/enable && echo > kprobe_events"
+    ))?;
+    clean(ctx, guest)?;
+
+    let module = "locus_stack";
+    let settled = format!(
+        "until [ \"$(cat /sys/kernel/livepatch/{module}/transition 2>/dev/null || echo 0)\" = 0 ]; \
+         do sleep 0.1; done"
+    );
+    guest.insmod(&ctx.payloads.join(module).join(format!("{module}.ko")))?;
+    guest.ok(&settled)?;
+    differs(ctx, guest, ("entry", "livepatch", FUNCTION))?;
+    guest.ok(&format!(
+        "echo 0 > /sys/kernel/livepatch/{module}/enabled; {settled}; rmmod {module}"
+    ))?;
+    clean(ctx, guest)
+}
+
+/// Somebody with access to the guest's memory: the redirect, the payload's code, its constants.
+fn by_others(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+    let name = &guest.name;
+    let poke = |place: &str, bytes: &str| {
+        let cmd = format!("locus-poke {name} {place} {bytes}");
+        Ok::<String, Verdict>(ctx.dom0.ok(&cmd)?.trim().to_owned())
+    };
+    let site = format!("{FUNCTION}+5");
+    let was = poke(&site, "0f1f440000")?;
+    let one = differs(ctx, guest, ("redirect", "unknown", FUNCTION))?;
+    check_eq!(one["expected"], was.as_str(), "{one}");
+    check_eq!(one["found"], "0f1f440000", "{one}");
+    poke(&site, &was)?;
+    clean(ctx, guest)?;
+
+    let status = ctx.json(&format!("xen-locus -o json status {name}"))?;
+    let new = status["patches"][0]["functions"][0]["new"].as_str();
+    let new = new.unwrap_or_default().to_owned();
+    let was = poke(&new, "c3")?;
+    let one = differs(ctx, guest, ("code", "unknown", FUNCTION))?;
+    check_eq!(one["address"], "0xffffffffff602000", "{one}");
+    poke(&new, &was)?;
+    clean(ctx, guest)
+}
+
+/// The guest turns static keys that a payload follows, in force and parked.
+fn keys(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+    let name = &guest.name;
+    let turn = |on: u8| guest.ok(&format!("echo {on} > /proc/sys/kernel/sched_schedstats"));
+    turn(0)?;
+    ctx.dom0.ok(&format!(
+        "xen-locus apply {name} /payloads/locus_statickey.ko"
+    ))?;
+    for on in [1, 0, 1] {
+        turn(on)?;
+        clean(ctx, guest)?;
+    }
+    ctx.dom0.ok(&format!("xen-locus revert {name} --all"))?;
+    clean(ctx, guest)?;
+    turn(0)?;
+    clean(ctx, guest)
+}
