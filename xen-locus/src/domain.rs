@@ -128,6 +128,7 @@ impl Machine for Domain<'_> {
     }
 
     fn begin(&self, change: &Change) -> Result<()> {
+        crate::xen::at_work();
         self.journal.begin(&Intent {
             uuid: self.info.uuid.clone(),
             domid: self.info.id.0,

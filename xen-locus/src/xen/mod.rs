@@ -10,6 +10,7 @@ mod call;
 mod ctl;
 mod detached;
 mod foreign;
+mod memory;
 mod page;
 mod pause;
 
@@ -19,6 +20,7 @@ pub use ctl::{Control, DomainInfo, Standing};
 pub use detached::end_self;
 pub use detached::{detach, run_first, Other};
 pub use foreign::{Access, Foreign};
+pub use memory::{at_work, Memory};
 pub use page::{End, Page, Step};
 pub use pause::{stay_resident, Pause};
 

@@ -1,5 +1,6 @@
 //! The tool is killed, at any moment: the guest runs on, wholly old or wholly new.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
@@ -36,6 +37,12 @@ pub const SCENARIOS: &[Scenario] = &[
         summary: "a journal that can't be written, and no room for a guardian's file: exit 1, nothing done",
         profile: &PV,
         run: |ctx| no_journal(ctx, Kind::Pv),
+    },
+    Scenario {
+        name: "no-memory-pv",
+        summary: "with too little memory for itself, however much that is, it says so, and the guest is old or new",
+        profile: &PV,
+        run: |ctx| no_memory(ctx, Kind::Pv),
     },
 ];
 
@@ -433,6 +440,58 @@ fn no_journal(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     check!(subject.is_new()?, "it is not applied");
     subject.prepare(ctx, None)?;
     nothing_left(ctx)
+}
+
+/// Gives the tool more and more memory, until it has enough.
+fn no_memory(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
+    let mut subject = Subject::new(ctx, kind)?;
+    let name = subject.guest.name.clone();
+    let mut tally = Tally::default();
+    let mut said = BTreeMap::<String, u32>::new();
+    for (action, before, command) in ACTIONS {
+        let command = command.replace("{}", &name);
+        // KiB of address space: less does not load the libraries.
+        let mut limit = 12_000;
+        loop {
+            check!(limit < 4 << 20, "{action} takes more than 4 GiB");
+            subject.prepare(ctx, before)?;
+            let was = subject.is_new()?;
+            let cmd = format!("sh -c 'ulimit -v {limit}; exec xen-locus --no-cache {command}'");
+            let done = subject.kill(ctx, "", &cmd, &mut tally)?;
+            let rc = done["rc"].as_i64();
+            let told = done["stderr"].as_str().unwrap_or_default();
+            let what = format!("{action} with {limit} KiB: {done}");
+            let last = told.lines().last().unwrap_or_default();
+            check!(
+                rc == Some(0) || last.starts_with("xen-locus: "),
+                "no word of why: {what}"
+            );
+            match rc {
+                Some(0) => break,
+                Some(1 | 2) => check_eq!(subject.is_new()?, was, "{what}"),
+                Some(6) => {}
+                _ => return Err(Verdict::failure(what)),
+            }
+            *said.entry(format!("{rc:?} {}", why(last))).or_default() += 1;
+            subject.recover(ctx, &mut tally)?;
+            limit += limit / 5;
+        }
+        subject.progresses()?;
+        eprintln!("{name}: {action} takes {limit} KiB");
+    }
+    subject.prepare(ctx, None)?;
+    nothing_left(ctx)?;
+    check!(
+        said.keys().any(|s| s.contains("out of memory")),
+        "memory was never the matter: {said:?}"
+    );
+    eprintln!("{name}: {said:#?}");
+    Ok(())
+}
+
+/// A message without the numbers in it.
+fn why(message: &str) -> String {
+    message.chars().filter(|c| !c.is_ascii_digit()).collect()
 }
 
 /// No guardian and no file of one is left.

@@ -1,0 +1,96 @@
+//! What becomes of this process when there is no memory left for it.
+//!
+//! Rust's own answer is `abort`: no word of the guest, and an exit code that says nothing. Here the
+//! process says what it asked for and ends with an exit code that is true of the guest. Should it have
+//! been at work on one, its guardian does the rest.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::fmt::Write as _;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::error::ExitCode;
+
+/// A guest may have been changed.
+static AT_WORK: AtomicBool = AtomicBool::new(false);
+
+/// From now on it can't be said any more that no guest was changed.
+pub fn at_work() {
+    AT_WORK.store(true, Ordering::SeqCst);
+}
+
+/// The system's memory; who can't get any is ended.
+#[derive(Debug)]
+pub struct Memory;
+
+// SAFETY: each function is that of `System`, called with what the caller vouches for; null is never
+// returned, for then the process ends.
+unsafe impl GlobalAlloc for Memory {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: as above.
+        checked(unsafe { System.alloc(layout) }, layout.size())
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        // SAFETY: as above.
+        unsafe { System.dealloc(memory, layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: as above.
+        checked(unsafe { System.alloc_zeroed(layout) }, layout.size())
+    }
+
+    unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        // SAFETY: as above.
+        checked(unsafe { System.realloc(memory, layout, size) }, size)
+    }
+}
+
+fn checked(memory: *mut u8, size: usize) -> *mut u8 {
+    if memory.is_null() {
+        give_up(size);
+    }
+    memory
+}
+
+/// A line that needs no memory.
+struct Line {
+    bytes: [u8; 256],
+    len: usize,
+}
+
+impl std::fmt::Write for Line {
+    fn write_str(&mut self, text: &str) -> std::fmt::Result {
+        for (room, byte) in self.bytes.iter_mut().skip(self.len).zip(text.bytes()) {
+            *room = byte;
+            self.len += 1;
+        }
+        Ok(())
+    }
+}
+
+fn give_up(size: usize) -> ! {
+    let at_work = AT_WORK.load(Ordering::SeqCst);
+    let (code, then) = if at_work {
+        (
+            ExitCode::Uncertain,
+            "what came of the change of a guest says `xen-locus recover`",
+        )
+    } else {
+        (ExitCode::Failed, "nothing was changed")
+    };
+    let mut line = Line {
+        bytes: [0; 256],
+        len: 0,
+    };
+    let _ = writeln!(
+        line,
+        "xen-locus: out of memory: {size} more bytes were asked for and not to be had; {then}"
+    );
+    // SAFETY: the bytes are there, and the call keeps no pointer; `_exit` runs nothing of this process,
+    // which may be in the middle of anything.
+    unsafe {
+        libc::write(2, line.bytes.as_ptr().cast(), line.len);
+        libc::_exit(code as i32)
+    }
+}
