@@ -13,6 +13,7 @@ use serde::Serialize;
 use crate::apply::{self, Options};
 use crate::domain::Domain;
 use crate::error::{Error, Result};
+use crate::fault;
 use crate::guard::settle::{settle, Counter as _, Outcome};
 use crate::guard::{self, Places, Task};
 use crate::guest::Machine;
@@ -115,6 +116,8 @@ pub fn is_due(uuid: &str) -> Result<bool> {
 /// # Errors
 /// [`Error::Uncertain`]: the guest can't be brought to a known state; what it is about can't be read.
 pub fn recover(domain: &Domain<'_>, options: &Options) -> Result<Report> {
+    let begun = fault::point("recover");
+    begun.map_err(|e| Error::Failed(format!("{}: {e}", domain.label())))?;
     guard::sweep();
     let uuid = &domain.info.uuid;
     let mut said = Vec::new();

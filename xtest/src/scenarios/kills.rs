@@ -33,6 +33,12 @@ pub const SCENARIOS: &[Scenario] = &[
         run: |ctx| both_die(ctx, Kind::Pv),
     },
     Scenario {
+        name: "faults-recover-pv",
+        summary: "where recover is killed as well, at every 37th of its calls, the next one settles it",
+        profile: &PV,
+        run: |ctx| recover_dies(ctx, Kind::Pv, 37),
+    },
+    Scenario {
         name: "no-journal-pv",
         summary: "a journal that can't be written, and no room for a guardian's file: exit 1, nothing done",
         profile: &PV,
@@ -59,6 +65,12 @@ pub const MATRIX: &[Scenario] = &[
         summary: "killed at each of its calls from the journal on",
         profile: &PV,
         run: |ctx| injected(ctx, Kind::Pv, "kill", 1),
+    },
+    Scenario {
+        name: "faults-recover-all-pv",
+        summary: "killed at each of its calls, recover leaves what the next one settles",
+        profile: &PV,
+        run: |ctx| recover_dies(ctx, Kind::Pv, 1),
     },
     Scenario {
         name: "fails-all-pv",
@@ -413,6 +425,48 @@ fn both_killed(ctx: &Ctx, subject: &Subject, place: &str) -> Result<(), Verdict>
     )))
 }
 
+/// A run and its guardian are killed in the middle of a write, then the `recover` that settles it at its first
+/// place, at its next one, and so on in steps of `step`.
+fn recover_dies(ctx: &mut Ctx, kind: Kind, step: u32) -> Result<(), Verdict> {
+    let mut subject = Subject::new(ctx, kind)?;
+    let name = subject.guest.name.clone();
+    let mut tally = Tally::default();
+    let mut nth = 1;
+    loop {
+        both_killed(ctx, &subject, "3:stop:mark writing")?;
+        let out = ctx.dom0.sh(&format!(
+            "XEN_LOCUS_FAULT={nth}:kill:recover xen-locus-faults recover {name}"
+        ))?;
+        let hit = out.err_text().contains("xen-locus: fault: ");
+        check!(
+            hit != (out.rc == 0),
+            "place {nth}: {} {}",
+            out.rc,
+            out.err_text()
+        );
+        tally.kills += u32::from(hit);
+        ctx.dom0.ok(&format!("xen-locus recover {name}"))?;
+        let new = subject.is_new()?;
+        check!(
+            !new,
+            "what was half written was not taken back, place {nth}"
+        );
+        subject.recover(ctx, &mut tally)?;
+        subject.progresses()?;
+        if !hit {
+            break;
+        }
+        nth += step;
+    }
+    subject.prepare(ctx, None)?;
+    nothing_left(ctx)?;
+    eprintln!(
+        "{name}: recover, killed at place 1 to {nth}: {} kills",
+        tally.kills
+    );
+    Ok(())
+}
+
 fn no_journal(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let subject = Subject::new(ctx, kind)?;
     subject.prepare(ctx, None)?;
@@ -474,7 +528,7 @@ fn no_memory(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
             }
             *said.entry(format!("{rc:?} {}", why(last))).or_default() += 1;
             subject.recover(ctx, &mut tally)?;
-            limit += limit / 5;
+            limit += limit / 3;
         }
         subject.progresses()?;
         eprintln!("{name}: {action} takes {limit} KiB");
