@@ -22,6 +22,8 @@ use crate::link::site;
 use crate::patch::testelf::Spec;
 use crate::recover::{self, Finding};
 
+mod moving;
+
 /// Where the functions stand that are replaced, and their redirects.
 const FUNCTIONS: [(&str, u64); 3] = [
     ("a_show", TEXT.0 + 0x1200),
