@@ -123,6 +123,30 @@ fn a_change_is_undone_wherever_it_was_ended_and_finished_when_all_was_written() 
 }
 
 #[test]
+fn bytes_that_the_change_never_had_are_left_alone() {
+    let memory = MockMemory::new();
+    let frame = memory.frame();
+    let spots = [8, 100].map(|at| Spot::split(&[frame], at, &OLD, &NEW).remove(0));
+    memory.fill(frame, 8, &NEW);
+    memory.fill(frame, 100, &[9; 5]);
+    let places = Places::map(&memory, &spots).unwrap();
+    let page = page("foreign");
+    page.set_step(Step::Writing);
+    let count = Count(Cell::new(1));
+    assert_eq!(settle(&page, &count, UUID, &places), Outcome::Torn);
+    let stands = [8, 100].map(|at| {
+        let mut found = [0; 5];
+        memory
+            .map_mut(&[frame])
+            .unwrap()
+            .read(at, &mut found)
+            .unwrap();
+        found
+    });
+    assert_eq!(stands, [OLD, [9; 5]]);
+}
+
+#[test]
 fn a_change_that_can_not_be_undone_is_called_torn() {
     assert_eq!(torn(7, false).0, Outcome::Torn);
 }
