@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use crate::addr::Gva;
 use crate::error::{Error, Result};
 use crate::guard::Spot;
+use crate::guest::space::Trail;
 use crate::guest::{Guard, Machine, Paused, WindowMut};
 use crate::journal::{Change, Op};
 use crate::kernel::Kernel;
@@ -382,9 +383,11 @@ fn execute(
     let began = Instant::now();
     let mut targets = Vec::with_capacity(plan.writes.len());
     let mut spots = Vec::new();
+    // Nothing remembered: what leads there now.
+    let (space, mut trail) = (kernel.space.fresh(), Trail::default());
     for write in &plan.writes {
         let at = Gva(write.at);
-        let frames = kernel.space.frames(at, write.new.len() as u64)?;
+        let frames = space.trace(at, write.new.len() as u64, &mut trail)?;
         if write.new != write.expect {
             spots.extend(Spot::split(&frames, at.offset(), &write.expect, &write.new));
         }
@@ -415,12 +418,12 @@ fn execute(
             verdict = prescan.rehearse()?;
         }
         if !verdict.is_sleepers() {
-            check_all(&targets)?;
+            check_all(&targets, &trail)?;
             let thorough = stirred >= HASTY;
             let (found, paused) = last_look(machine, &*guard, &mut prescan, thorough, options)?;
             verdict = found;
             if verdict == Verdict::Quiet {
-                write_all(&targets, || paused.writing())?;
+                write_all(&targets, &trail, || paused.writing())?;
                 let pause = paused.end()?;
                 return Ok(Done { pause, attempts });
             }
@@ -477,8 +480,15 @@ fn gave_up(
     }
 }
 
-/// Checks that the guest's memory holds what is to be replaced.
-fn check_all(targets: &[Target<'_>]) -> Result<()> {
+/// Checks that the guest's memory holds what is to be replaced, and that its page tables still lead there.
+fn check_all(targets: &[Target<'_>], trail: &Trail) -> Result<()> {
+    if !trail.holds()? {
+        return Err(Error::TryAgain(
+            "the guest's page tables lead elsewhere than when the pages to be written were mapped (the \
+             guest remaps its own code?); nothing was changed"
+                .into(),
+        ));
+    }
     for target in targets {
         if !target.holds(&target.write.expect)? {
             return Err(Error::TryAgain(format!(
@@ -492,8 +502,8 @@ fn check_all(targets: &[Target<'_>]) -> Result<()> {
 }
 
 /// Writes all targets or none; calls `begin` when they are checked and before the first is written.
-fn write_all(targets: &[Target<'_>], begin: impl FnOnce()) -> Result<()> {
-    check_all(targets)?;
+fn write_all(targets: &[Target<'_>], trail: &Trail, begin: impl FnOnce()) -> Result<()> {
+    check_all(targets, trail)?;
     begin();
     let changed = || targets.iter().filter(|t| t.write.new != t.write.expect);
     let written = changed().try_for_each(|t| t.put(&t.write.new));
@@ -614,7 +624,7 @@ mod tests {
                 }
             })
             .collect();
-        let result = write_all(&targets, || {});
+        let result = write_all(&targets, &Trail::default(), || {});
         let stands = [0, 1].map(|i| {
             let mut bytes = [0; 5];
             targets[i].window.read(100, &mut bytes).unwrap();

@@ -9,7 +9,7 @@ use std::collections::HashSet;
 use std::thread;
 use std::time::Duration;
 
-use crate::addr::{Frame, Gva, Range, PAGE_LEN, PAGE_SIZE};
+use crate::addr::{Gva, Range, PAGE_SIZE};
 use crate::error::Result;
 use crate::guest::space::Space;
 use crate::kernel::Kernel;
@@ -159,12 +159,11 @@ pub fn look(kernel: &Kernel<'_>) -> Result<Outcome> {
         parked: residents.len() - stack.applied().len(),
         ..Outcome::default()
     };
-    let mut frames = HashSet::new();
     let mut sites = HashSet::new();
     // The newest first: of a function that several replaced, the newest's word counts.
     for patch in residents.iter().rev() {
         outcome.pages += usize::from(patch.slot.pages);
-        look.pages(&arena, patch, &mut frames)?;
+        look.pages(&arena, patch);
         look.code(patch)?;
         look.constants(patch)?;
         if look.module(patch)? {
@@ -202,41 +201,23 @@ impl Look<'_, '_> {
         });
     }
 
-    /// The entries of a payload's pages: their rights, and whose memory they show.
-    fn pages(
-        &mut self,
-        arena: &Arena,
-        patch: &Resident,
-        frames: &mut HashSet<Frame>,
-    ) -> Result<()> {
+    /// The rights of a payload's pages. That their entries lead to pages of the arena was found when it
+    /// was read.
+    fn pages(&mut self, arena: &Arena, patch: &Resident) {
         let text = patch.record.text.1.div_ceil(PAGE_SIZE);
         let rodata = patch.record.rodata_len / PAGE_SIZE;
-        for i in 0..u64::from(patch.slot.pages) {
-            let page = usize::from(patch.slot.first) + usize::try_from(i).unwrap_or(0);
-            let rights = match i {
-                _ if i < text => Rights::Text,
-                _ if i < text.saturating_add(rodata) => Rights::RoData,
+        for i in 0..patch.slot.pages {
+            let page = usize::from(patch.slot.first) + usize::from(i);
+            let rights = match u64::from(i) {
+                i if i < text => Rights::Text,
+                i if i < text.saturating_add(rodata) => Rights::RoData,
                 _ => Rights::Data,
             };
-            let unlike = match arena.compare(self.kernel, page, rights)? {
-                None if !frames.insert(
-                    arena
-                        .frames(one(page))?
-                        .first()
-                        .copied()
-                        .unwrap_or(Frame(0)),
-                ) =>
-                {
-                    Some(("memory of its own".into(), "that of another page".into()))
-                }
-                unlike => unlike,
-            };
-            if let Some(said) = unlike {
+            if let Some(said) = arena.compare(self.kernel.kind, page, rights) {
                 let at = page_address(page);
                 self.note(patch, (What::Page, at), said, Who::Unknown);
             }
         }
-        Ok(())
     }
 
     fn code(&mut self, patch: &Resident) -> Result<()> {
@@ -406,11 +387,6 @@ impl Look<'_, '_> {
             _ => to.to_string(),
         })
     }
-}
-
-/// The page numbered `page`.
-fn one(page: usize) -> Range {
-    Range::new(page_address(page), PAGE_LEN as u64)
 }
 
 /// The bytes that the kernel itself has at `site`, by the records of those that replaced it: what they

@@ -51,6 +51,13 @@ pub const PV: Profile = Profile {
     dom0_args: "",
 };
 
+/// PV guests, and memory for twenty of them.
+pub const CROWD: Profile = Profile {
+    name: "crowd",
+    memory: 4096,
+    ..PV
+};
+
 /// PVH guests (and PV ones), on one physical CPU: with two, QEMU's SVM emulation loses the guest's GS
 /// base even under `thread=single` (9 of 15 guests crashed as their first process began, none of 16
 /// with one; those 16 without fsgsbase).
@@ -70,7 +77,7 @@ pub const HVM: Profile = Profile {
 };
 
 /// All profiles, in the order they are run.
-pub const PROFILES: &[&Profile] = &[&PV, &PVH, &HVM];
+pub const PROFILES: &[&Profile] = &[&PV, &CROWD, &PVH, &HVM];
 
 /// A test of the suite.
 #[derive(Debug, Clone, Copy)]

@@ -46,22 +46,30 @@ struct Watch<'c> {
     id: xen_locus::addr::DomId,
     since: Option<Instant>,
     longest: Duration,
+    /// How long its vCPUs had run at the last look, in nanoseconds, and how many there are.
+    ran: u64,
+    vcpus: u64,
 }
 
 impl Watch<'_> {
     fn look(&mut self) -> Result<bool> {
         let standing = self.control.standing(self.id)?;
         let now = Instant::now();
-        let paused = standing.context("the domain is gone")?.paused;
-        match (paused, self.since) {
-            (true, None) => self.since = Some(now),
-            (true, Some(since)) => self.longest = self.longest.max(now - since),
-            (false, Some(since)) => {
-                self.longest = self.longest.max(now - since);
-                self.since = None;
-            }
-            (false, None) => {}
+        let standing = standing.context("the domain is gone")?;
+        let paused = standing.paused;
+        // This process may have been kept from looking for long: what the guest ran meanwhile it was not
+        // paused.
+        let ran = standing.ran.saturating_sub(self.ran) / self.vcpus.max(1);
+        self.ran = standing.ran;
+        if let Some(since) = self.since {
+            let held = (now - since).saturating_sub(Duration::from_nanos(ran));
+            self.longest = self.longest.max(held);
         }
+        self.since = match self.since {
+            _ if !paused => None,
+            Some(since) if ran == 0 => Some(since),
+            _ => Some(now),
+        };
         Ok(paused)
     }
 }
@@ -69,12 +77,14 @@ impl Watch<'_> {
 fn main() -> Result<()> {
     let args = Args::parse();
     let host = Host::open(None)?;
-    let id = host.guest(&args.domain)?.info.id;
+    let info = host.guest(&args.domain)?.info;
     let mut watch = Watch {
         control: &host.control,
-        id,
+        id: info.id,
         since: None,
         longest: Duration::ZERO,
+        ran: 0,
+        vcpus: info.vcpus.into(),
     };
     // Else what is seen is when this process runs, not how the guest does.
     run_first();

@@ -157,12 +157,13 @@ impl Publisher {
             if info.dying || info.shutdown || patient || self.known.get(&id) == Some(&uuid) {
                 continue;
             }
+            // No guest may end the daemon: not by what it has to be published either.
             let status = host
                 .domain(info)
-                .and_then(|domain| service::status(&domain));
+                .and_then(|domain| service::status(&domain))
+                .and_then(|status| service::publish(&host.store, &status));
             match status {
-                Ok(status) => {
-                    service::publish(&host.store, &status)?;
+                Ok(()) => {
                     self.known.insert(id, uuid);
                 }
                 Err(error) => {

@@ -92,6 +92,8 @@ pub fn record_seeds() -> Vec<Vec<u8>> {
     vec![serde_json::to_vec(&sample_record()).unwrap()]
 }
 
+/// Where the pages of an arena are here.
+const FRAMES: std::ops::Range<u64> = 0xfef00..0xfef00 + PAGES as u64;
 /// Most pages of an arena here.
 const PAGES: usize = 7;
 
@@ -111,7 +113,10 @@ impl Stage {
         let (table, _, _) = space.entry_slot(BASE, 1).unwrap();
         Stage {
             table,
-            frames: (0..PAGES).map(|_| memory.frame()).collect(),
+            frames: FRAMES
+                .map(Frame)
+                .inspect(|&frame| memory.add(frame))
+                .collect(),
             guest,
         }
     }
@@ -127,6 +132,10 @@ impl Stage {
         }
         for (slot, word) in table.chunks_exact(8).enumerate() {
             let word = u64::from_le_bytes(word.try_into().unwrap());
+            if word == 0 {
+                memory.set_entry(self.table, slot, 0);
+                continue;
+            }
             let number = ((word & PTE_FRAME) >> 12) % (count + 1);
             let frame = match self.frames.get(number as usize) {
                 Some(frame) if number < count => frame.0,

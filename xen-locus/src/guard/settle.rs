@@ -127,7 +127,9 @@ impl Places<'_> {
             return Outcome::Finished;
         }
         for (spot, at) in self.spots.iter().rev() {
-            if !self.holds(*at, &spot.old) {
+            // What is neither was not written by the run: somebody let the guest run, and it may have
+            // another use for the page.
+            if self.is_of_change(*at, spot) && !self.holds(*at, &spot.old) {
                 if let Some(window) = &self.window {
                     // All are tried; what counts is what stands there in the end.
                     let _ = window.write(*at, &spot.old);
@@ -152,6 +154,16 @@ impl Places<'_> {
             (Some(found), Some(window)) => window.read(at, found).is_ok() && found == bytes,
             _ => false,
         }
+    }
+
+    /// Whether each byte at a place is the old or the new one.
+    fn is_of_change(&self, at: usize, spot: &super::Spot) -> bool {
+        let mut found = [0; WRITE_MAX];
+        let (Some(found), Some(window)) = (found.get_mut(..spot.old.len()), &self.window) else {
+            return false;
+        };
+        let own = |((found, old), new): ((&u8, &u8), &u8)| found == old || found == new;
+        window.read(at, found).is_ok() && found.iter().zip(&spot.old).zip(&spot.new).all(own)
     }
 
     /// Reads all places once, so that nothing is done for the first time when it matters.

@@ -7,6 +7,7 @@
 
 #[cfg(test)]
 mod tests;
+mod trail;
 
 use std::cell::{Cell, RefCell};
 use std::collections::hash_map::RandomState;
@@ -17,6 +18,8 @@ use std::rc::Rc;
 use super::budget::{self, Budget};
 use super::{fetch, Error, Memory, Window};
 use crate::addr::{Frame, Gva, Range, PAGE_LEN, PAGE_SIZE};
+
+pub use trail::Trail;
 
 /// Entry is present.
 pub const PTE_PRESENT: u64 = 1;

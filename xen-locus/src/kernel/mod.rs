@@ -236,6 +236,8 @@ impl<'m> Kernel<'m> {
         banner
             .strip_prefix("Linux version ")
             .and_then(|rest| rest.split(' ').next())
+            // It is shown, and published in XenStore.
+            .filter(|release| !release.is_empty() && !release.contains(char::is_control))
             .map(str::to_owned)
             .ok_or_else(|| Error::Odd(format!("linux_banner reads {banner:?}")))
     }

@@ -10,10 +10,14 @@
 //!   unpopulated memory, which comes in whole 128 MiB sections, there; and they lie below the
 //!   guest's highest frame, so a save need not walk further.
 //! - PV: the pages of PFN 0xa0 to 0xff, which are real memory that PV Linux reserves as if there were
-//!   a BIOS (`xen_memory_setup`, arch/x86/xen/setup.c) and never uses.
+//!   a BIOS (`xen_memory_setup`, arch/x86/xen/setup.c) and never uses. One that holds anything or is
+//!   not reserved any more is not taken ([`low`]).
+//!
+//! An entry that leads to another page than these is none of ours, and nothing is written there.
 //!
 //! Page `i` of the arena is the page at `BASE + i * 4096`. Page 0 is the directory ([`record`]).
 
+use std::collections::HashSet;
 use std::fmt;
 
 use crate::addr::{Frame, Gva, Range, PAGE_LEN, PAGE_SIZE};
@@ -24,6 +28,8 @@ use crate::guest::space::{
 use crate::guest::{GuestType, Machine};
 use crate::kernel::Kernel;
 use crate::link::record::{self, Directory, Record, Slot};
+
+mod low;
 
 /// First address of the arena.
 pub const BASE: Gva = Gva(0xffff_ffff_ff60_1000);
@@ -38,6 +44,10 @@ const GFNS: [std::ops::Range<u64>; 2] = [0xfef00..0xfeff8, 0xfe000..0xfe400];
 /// Xen's mark of a PV guest's entries that are for its kernel alone; all of them are for user mode as
 /// the processor sees it (`_PAGE_GUEST_KERNEL`, xen/arch/x86/include/asm/x86_64/page.h).
 const XEN_KERNEL: u64 = 1 << 52;
+/// The kernel's page tables of its last 4 MiB or so of fixed addresses, that of the arena among them.
+const TABLE: &str = "level1_fixmap_pgt";
+/// Most bytes of them: `FIXMAP_PMD_NUM` pages (arch/x86/include/asm/fixmap.h).
+const TABLE_MAX: u64 = 16 * PAGE_SIZE;
 /// Type of usable RAM in the e820 map.
 const E820_RAM: u32 = 1;
 
@@ -143,6 +153,8 @@ impl Arena {
             entries,
             directory: Directory::default(),
         };
+        arena.check_table(kernel)?;
+        arena.check_frames(kernel)?;
         if let Some(frame) = arena.frame(0) {
             let mut page = vec![0; PAGE_LEN];
             kernel.space.map(&[frame])?.read(0, &mut page)?;
@@ -156,6 +168,77 @@ impl Arena {
         }
         arena.check_slots()?;
         Ok(arena)
+    }
+
+    /// Refuses a table that is not the kernel's own: entries are written into it, and the guest could
+    /// have made its page tables lead anywhere.
+    fn check_table(&self, kernel: &Kernel<'_>) -> Result<()> {
+        let Some(own) = kernel.symbols.addr(TABLE) else {
+            return Ok(());
+        };
+        let room = kernel.symbols.room(own).unwrap_or(PAGE_SIZE);
+        let frames = kernel.space.frames(own, room.clamp(1, TABLE_MAX))?;
+        if frames.contains(&self.table) {
+            return Ok(());
+        }
+        Err(foreign_arena(&format!(
+            "{} is their page table, which is none of the kernel's {TABLE} at {own}",
+            self.table
+        )))
+    }
+
+    /// Refuses entries that lead to pages which xen-locus can't have put there: what is written to a
+    /// page of the arena must not reach memory that the guest uses for something else.
+    fn check_frames(&self, kernel: &Kernel<'_>) -> Result<()> {
+        let mut low = None;
+        let mut seen = HashSet::new();
+        for (page, &entry) in self.entries.iter().enumerate().filter(|(_, &e)| e != 0) {
+            let ours = match self.frame(page) {
+                Some(frame) if !seen.insert(frame) => false,
+                Some(frame) if kernel.kind == GuestType::Pv => {
+                    let low = match low {
+                        Some(base) => base,
+                        None => *low.insert(direct_map(kernel)?),
+                    };
+                    page < PV_PAGES && kernel.space.walk(low_page(low, page))?.frame == frame
+                }
+                Some(frame) => GFNS.iter().any(|gfns| gfns.contains(&frame.0)),
+                None => false,
+            };
+            if !ours {
+                let what = format!(
+                    "the entry of {} is {entry:#x}, which is no page of the arena",
+                    page_address(page)
+                );
+                // With a directory of ours it was us who had these addresses first.
+                let first = page == 0 || self.frame(0).is_none();
+                return Err(if first {
+                    foreign_arena(&what)
+                } else {
+                    Error::Uncertain(format!(
+                        "the arena is damaged: {what}; the guest or another tool changed it"
+                    ))
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses to write entries that something else wrote since they were read.
+    fn check_still(&self, machine: &dyn Machine, pages: &[(usize, Rights)]) -> Result<()> {
+        let table = machine.memory().map(&[self.table])?;
+        for &(page, _) in pages {
+            let mut found = [0; 8];
+            table.read(8 * (page + 1), &mut found)?;
+            let found = u64::from_le_bytes(found);
+            if self.entries.get(page) != Some(&found) {
+                return Err(foreign_arena(&format!(
+                    "the entry of {} became {found:#x} meanwhile",
+                    page_address(page)
+                )));
+            }
+        }
+        Ok(())
     }
 
     fn check_slots(&self) -> Result<()> {
@@ -184,22 +267,19 @@ impl Arena {
 
     /// How the entry of `page` differs from one that xen-locus makes for `rights`, as what is expected
     /// and what is there; `None` if it does not. That the guest used the page is no difference.
-    ///
-    /// # Errors
-    /// The guest's page tables can't be read.
+    #[must_use]
     pub fn compare(
         &self,
-        kernel: &Kernel<'_>,
+        kind: GuestType,
         page: usize,
         rights: Rights,
-    ) -> Result<Option<(String, String)>> {
+    ) -> Option<(String, String)> {
         let entry = self.entries.get(page).copied().unwrap_or(0);
         let shown = |rights: &str| format!("{rights} (entry {entry:#x})");
         if entry & PTE_PRESENT == 0 {
-            return Ok(Some((rights.to_string(), shown("no page"))));
+            return Some((rights.to_string(), shown("no page")));
         }
-        let user =
-            entry & PTE_USER != 0 && !(kernel.kind == GuestType::Pv && entry & XEN_KERNEL != 0);
+        let user = entry & PTE_USER != 0 && !(kind == GuestType::Pv && entry & XEN_KERNEL != 0);
         let found = Rights::of(entry).filter(|_| !user);
         if found != Some(rights) {
             let found = match found {
@@ -207,21 +287,9 @@ impl Arena {
                 None if user => "for user mode too".into(),
                 None => "writable code".into(),
             };
-            return Ok(Some((rights.to_string(), shown(&found))));
+            return Some((rights.to_string(), shown(&found)));
         }
-        let frame = Frame((entry & PTE_FRAME) >> 12);
-        let expected = match kernel.kind {
-            GuestType::Pv => {
-                let at = pv_page(kernel, page)?;
-                let own = kernel.space.walk(at)?.frame;
-                (own != frame).then(|| format!("the guest's memory at {at}"))
-            }
-            GuestType::Pvh | GuestType::Hvm => {
-                let ours = GFNS.iter().any(|window| window.contains(&frame.0));
-                (!ours).then(|| "memory that xen-locus added".into())
-            }
-        };
-        Ok(expected.map(|expected| (expected, shown("other memory"))))
+        None
     }
 
     /// Frames behind `range`, which must lie in the arena.
@@ -355,17 +423,24 @@ impl Arena {
         let frames = match machine.kind() {
             GuestType::Pv => {
                 check_not_ram(kernel, PV_FIRST, PV_FIRST + PV_PAGES as u64)?;
-                let pages = missing.iter();
-                pages
-                    .map(|&(page, _)| Ok(kernel.space.walk(pv_page(kernel, page)?)?.frame))
-                    .collect::<Result<Vec<Frame>>>()?
+                let base = direct_map(kernel)?;
+                let mut frames = Vec::new();
+                for &(page, _) in &missing {
+                    low::check_unused(kernel, PV_FIRST + page as u64, low_page(base, page))?;
+                    frames.push(kernel.space.walk(low_page(base, page))?.frame);
+                }
+                frames
             }
-            GuestType::Pvh | GuestType::Hvm => vacant_frames(machine, kernel, missing.len())?,
+            GuestType::Pvh | GuestType::Hvm => {
+                let frames = vacant_frames(machine, kernel, missing.len())?;
+                let blank = vec![0; frames.len() * PAGE_LEN];
+                if !frames.is_empty() {
+                    machine.map_mut(&frames)?.write(0, &blank)?;
+                }
+                frames
+            }
         };
-        let blank = vec![0; frames.len() * PAGE_LEN];
-        if !frames.is_empty() {
-            machine.map_mut(&frames)?.write(0, &blank)?;
-        }
+        self.check_still(machine, &missing)?;
         for (&(page, rights), &frame) in missing.iter().zip(&frames) {
             let entry = (frame.0 << 12) | PTE_PRESENT | PTE_ACCESSED | rights.bits();
             machine.write_entry(self.table, page + 1, entry)?;
@@ -412,7 +487,12 @@ impl Arena {
         }
         self.add(machine, kernel, 0, &[Rights::RoData])?;
         let next = Directory {
-            generation: self.directory.generation + 1,
+            generation: self.directory.generation.checked_add(1).ok_or_else(|| {
+                Error::Uncertain(
+                    "the arena's directory is damaged: it says that it was changed 2^64 times"
+                        .into(),
+                )
+            })?,
             slots,
         };
         let (half, bytes) = next.encode();
@@ -427,13 +507,6 @@ fn full() -> Error {
         "the arena's directory is full: {} payloads, parked ones included",
         record::ENTRIES_MAX
     ))
-}
-
-/// Where a PV guest's kernel sees the memory of arena page `page`, in the mapping of all its memory.
-fn pv_page(kernel: &Kernel<'_>, page: usize) -> Result<Gva> {
-    let base = kernel.symbols.need("page_offset_base")?;
-    let base = Gva(kernel.space.read_u64(base)?);
-    Ok(base.plus((PV_FIRST + page as u64) * PAGE_SIZE))
 }
 
 /// Seconds since 1970.
@@ -454,6 +527,17 @@ fn capacity(kind: GuestType) -> usize {
         GuestType::Pv => PV_PAGES,
         GuestType::Pvh | GuestType::Hvm => PAGES,
     }
+}
+
+/// Start of the kernel's mapping of all memory.
+fn direct_map(kernel: &Kernel<'_>) -> Result<Gva> {
+    let base = kernel.symbols.need("page_offset_base")?;
+    Ok(Gva(kernel.space.read_u64(base)?))
+}
+
+/// Where a PV guest's kernel sees the memory of arena page `page` in that mapping, which begins at `base`.
+fn low_page(base: Gva, page: usize) -> Gva {
+    base.plus((PV_FIRST + page as u64) * PAGE_SIZE)
 }
 
 /// `count` guest frames without memory behind them.

@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 
 use crate::guest::fetch;
 use crate::link::seal::Code;
+use crate::patch::is_module_name;
 
 /// First bytes of each copy of the directory.
 pub const MAGIC: &[u8; 8] = b"XENLOCUS";
@@ -283,7 +284,25 @@ impl Record {
                 head.schema
             )));
         }
-        serde_json::from_slice(bytes).map_err(|e| bad(e.to_string()))
+        let record: Record = serde_json::from_slice(bytes).map_err(|e| bad(e.to_string()))?;
+        record.check_words().map_err(bad)?;
+        Ok(record)
+    }
+
+    /// What is shown to people and becomes part of paths in XenStore must be what a payload can have.
+    fn check_words(&self) -> Result<(), String> {
+        if !is_module_name(&self.name) {
+            return Err(format!("its name is {:?}, which no module has", self.name));
+        }
+        let functions = self.functions.iter().flat_map(|f| [&f.name, &f.object]);
+        let words = functions
+            .chain([&self.sha256])
+            .chain(&self.cves)
+            .chain(self.objects.iter().map(|m| &m.name));
+        match words.into_iter().find(|w| w.contains(char::is_control)) {
+            Some(odd) => Err(format!("it has control characters: {odd:?}")),
+            None => Ok(()),
+        }
     }
 }
 
@@ -347,6 +366,31 @@ mod tests {
         let error = read(br#"{"schema": 1, "name": "x"}"#);
         assert!(error.contains("expected version 3, found 1"), "{error}");
         assert!(read(b"{}").contains("missing field `schema`"));
+    }
+
+    #[test]
+    fn words_that_no_payload_has_are_refused() {
+        let json = |name: &str, cve: &str| {
+            format!(
+                r#"{{"schema":3,"name":"{name}","sha256":"","description":"","cves":["{cve}"],
+                "functions":[],"text":[0,0],"code":{{"sha256":"","blocks":"","labels":[]}},
+                "rodata_len":0,"rodata_sha256":"","module":0}}"#
+            )
+        };
+        let read = |json: &str| {
+            let slot = Slot {
+                record_sha256: Sha256::digest(json).into(),
+                ..sample(1).slots[0].clone()
+            };
+            Record::decode(json.as_bytes(), &slot)
+        };
+        read(&json("locus_test", "CVE-2000-0001")).unwrap();
+        for name in ["", "../../1", "a/b", "a b", "\\u001b[2J"] {
+            let error = read(&json(name, "")).unwrap_err();
+            assert!(error.contains("which no module has"), "{name}: {error}");
+        }
+        let error = read(&json("locus_test", "\\u001b[2J")).unwrap_err();
+        assert!(error.contains("control characters"), "{error}");
     }
 
     #[test]

@@ -48,7 +48,7 @@ mod tests_hostile;
 pub use elf::{Reloc, Section};
 pub use error::{PayloadError, PayloadErrorKind};
 pub use klp::{Klp, KlpFunc, KlpObject};
-pub use modinfo::Modinfo;
+pub use modinfo::{is_module_name, Modinfo};
 pub use role::{Role, SectionFlags};
 pub use summary::{Concern, FunctionSummary, ObjectSummary, RoleSummary, Summary};
 pub use symbol::{Binding, KlpSym, SymKind, SymSection, Symbol};

@@ -167,7 +167,7 @@ fn list(value: &str) -> impl Iterator<Item = String> + '_ {
 }
 
 /// True for names that a module may have and that XenStore paths and file names can hold.
-pub(super) fn is_module_name(name: &str) -> bool {
+pub fn is_module_name(name: &str) -> bool {
     !name.is_empty()
         && name.len() <= MAX_MODULE_NAME
         && name

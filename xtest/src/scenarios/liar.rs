@@ -62,13 +62,17 @@ fn liar(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
 }
 
 /// How a command ended, and what it took.
-struct Run {
-    rc: i32,
-    said: String,
-    took: Duration,
+pub(super) struct Run {
+    /// Its exit code.
+    pub rc: i32,
+    /// What it said on stderr.
+    pub said: String,
+    /// How long it took.
+    pub took: Duration,
 }
 
-fn run(ctx: &Ctx, command: &str) -> Result<Run, Verdict> {
+/// Runs a command of xen-locus in dom0, in bounded time and memory.
+pub(super) fn run(ctx: &Ctx, command: &str) -> Result<Run, Verdict> {
     let began = std::time::Instant::now();
     let out = ctx.dom0.sh_timeout(
         &format!("ulimit -d {MEMORY} && exec xen-locus {command}"),

@@ -40,7 +40,7 @@ pub const SCENARIOS: &[Scenario] = &[
         name: "loader-cycles-pv",
         summary: "a mixed payload comes and goes 50 times and leaks no page of the arena",
         profile: &PV,
-        run: |ctx| cycles(ctx, Kind::Pv, 50),
+        run: |ctx| cycles(ctx, Kind::Pv, 50, false),
     },
     Scenario {
         name: "loader-pvh",
@@ -63,7 +63,19 @@ pub const MATRIX: &[Scenario] = &[
         name: "loader-cycles-1000-pv",
         summary: "a mixed payload comes and goes 1,000 times and leaks no page of the arena",
         profile: &PV,
-        run: |ctx| cycles(ctx, Kind::Pv, 1000),
+        run: |ctx| cycles(ctx, Kind::Pv, 1000, false),
+    },
+    Scenario {
+        name: "cycles-2000-pv",
+        summary: "the same 2,000 times in a PV guest under load: no memory grows, ours, its arena or its own",
+        profile: &PV,
+        run: |ctx| cycles(ctx, Kind::Pv, 2000, true),
+    },
+    Scenario {
+        name: "cycles-2000-pvh",
+        summary: "the same 2,000 times in a PVH guest under load",
+        profile: &PVH,
+        run: |ctx| cycles(ctx, Kind::Pvh, 2000, true),
     },
     Scenario {
         name: "loader-trixie-pvh",
@@ -153,11 +165,61 @@ fn shown(subject: &Subject<'_>, behaviour: Behaviour) -> Result<(), Verdict> {
     subject.log.nothing_new(subject.ctx, &subject.guest)
 }
 
-/// Applies and reverts again and again in one go. The arena has the same number of pages in use after
-/// the first cycle as after the last.
-fn cycles(ctx: &mut Ctx, kind: Kind, count: u32) -> Result<(), Verdict> {
+/// What applying again and again must not make more of.
+#[derive(Debug, PartialEq, Eq)]
+struct Held {
+    /// Pages of the arena in use.
+    arena: u64,
+    /// Memory that Xen gives the guest, in MiB, as `xl list` has it.
+    guest: u64,
+    /// Processes in dom0.
+    processes: u64,
+}
+
+impl Held {
+    fn of(subject: &Subject<'_>) -> Result<Self, Verdict> {
+        let name = &subject.guest.name;
+        let count = |cmd: &str| -> Result<u64, Verdict> {
+            let text = subject.ctx.dom0.ok(cmd)?;
+            let number = text.trim().parse();
+            number.map_err(|_| Verdict::Error(format!("`{cmd}` says {text:?}")))
+        };
+        Ok(Self {
+            arena: subject.arena_used()?,
+            guest: count(&format!("xl list {name} | awk 'NR == 2 {{print $3}}'"))?,
+            processes: count("ps | grep -c 'xen-locu[s]'; true")?,
+        })
+    }
+}
+
+/// One cycle, and the most memory that one of its two runs took, in KiB (`VmHWM`).
+fn peak(subject: &Subject<'_>) -> Result<u64, Verdict> {
+    let (name, file) = (&subject.guest.name, subject.file("locus_mixed"));
+    let mut most = 0;
+    for command in [
+        format!("apply {name} {file}"),
+        format!("revert {name} locus_mixed"),
+    ] {
+        let text = subject.ctx.dom0.ok(&format!(
+            "busybox time -f 'peak %M' xen-locus {command} 2>&1"
+        ))?;
+        let found = text
+            .lines()
+            .find_map(|l| l.strip_prefix("peak ")?.parse().ok());
+        let found: u64 = found.ok_or_else(|| Verdict::Error(format!("{command}: {text}")))?;
+        most = most.max(found);
+    }
+    Ok(most)
+}
+
+/// Applies and reverts again and again in one go. After the last cycle nobody has more memory than after
+/// the first: the guest, its arena, or a run of xen-locus.
+fn cycles(ctx: &mut Ctx, kind: Kind, count: u32, load: bool) -> Result<(), Verdict> {
     let subject = Subject::with_room(ctx, kind, &BOOKWORM, ROOM)?;
     let before = subject.texts()?;
+    if load {
+        subject.guest.start_workload()?;
+    }
     subject.log.mark(&subject.guest)?;
     let (name, file) = (&subject.guest.name, subject.file("locus_mixed"));
     let run = |count: u32| -> Result<(), Verdict> {
@@ -171,17 +233,26 @@ fn cycles(ctx: &mut Ctx, kind: Kind, count: u32) -> Result<(), Verdict> {
         Ok(())
     };
     run(1)?;
-    let used = subject.arena_used()?;
+    let (held, first) = (Held::of(&subject)?, peak(&subject)?);
     run(count)?;
-    check_eq!(subject.arena_used()?, used, "pages of the arena in use");
+    let last = peak(&subject)?;
+    check_eq!(Held::of(&subject)?, held, "held after {count} cycles");
+    eprintln!("cycles: {count}: {held:?}, peak of a run {first} KiB, then {last} KiB");
+    check!(
+        last <= first + first / 8,
+        "a run took {first} KiB, then {last}"
+    );
     subject.apply("locus_mixed")?;
     subject.all_ok("/proc/cmdline")?;
     subject.revert("locus_mixed")?;
-    check_eq!(subject.arena_used()?, used, "pages of the arena in use");
+    check_eq!(Held::of(&subject)?, held, "held after one more");
     check_eq!(
         subject.texts()?,
         before,
         "what the guest's files say afterwards"
     );
+    if load {
+        subject.guest.ok("kill $(pidof spin-workload)")?;
+    }
     subject.log.nothing_new(subject.ctx, &subject.guest)
 }

@@ -7,10 +7,12 @@ mod apply;
 mod bench;
 mod core;
 mod history;
+mod hostile;
 mod kills;
 mod know;
 mod liar;
 mod loader;
+mod many;
 mod objects;
 mod protocol;
 mod refuse;
@@ -34,6 +36,7 @@ pub fn usual() -> Vec<Scenario> {
         refuse::SCENARIOS,
         store::SCENARIOS,
         liar::SCENARIOS,
+        hostile::SCENARIOS,
         objects::SCENARIOS,
         loader::SCENARIOS,
         know::SCENARIOS,
@@ -63,6 +66,8 @@ pub fn matrix() -> Vec<Scenario> {
         states::MATRIX,
         protocol::MATRIX,
         kills::MATRIX,
+        hostile::MATRIX,
+        many::MATRIX,
     ]
     .concat()
 }
@@ -78,5 +83,7 @@ pub fn all() -> Vec<Scenario> {
     all.extend_from_slice(states::MATRIX);
     all.extend_from_slice(protocol::MATRIX);
     all.extend_from_slice(kills::MATRIX);
+    all.extend_from_slice(hostile::MATRIX);
+    all.extend_from_slice(many::MATRIX);
     all
 }

@@ -18,6 +18,7 @@ impl Counter for Count {
         Ok(Some(Standing {
             uuid: UUID,
             paused: self.0.get() > 0,
+            ran: 0,
         }))
     }
 
@@ -120,6 +121,30 @@ fn a_change_is_undone_wherever_it_was_ended_and_finished_when_all_was_written() 
         assert_eq!(torn(bytes, true), undone, "{bytes} bytes written");
     }
     assert_eq!(torn(15, true), (Outcome::Finished, vec![NEW; 3]));
+}
+
+#[test]
+fn bytes_that_the_change_never_had_are_left_alone() {
+    let memory = MockMemory::new();
+    let frame = memory.frame();
+    let spots = [8, 100].map(|at| Spot::split(&[frame], at, &OLD, &NEW).remove(0));
+    memory.fill(frame, 8, &NEW);
+    memory.fill(frame, 100, &[9; 5]);
+    let places = Places::map(&memory, &spots).unwrap();
+    let page = page("foreign");
+    page.set_step(Step::Writing);
+    let count = Count(Cell::new(1));
+    assert_eq!(settle(&page, &count, UUID, &places), Outcome::Torn);
+    let stands = [8, 100].map(|at| {
+        let mut found = [0; 5];
+        memory
+            .map_mut(&[frame])
+            .unwrap()
+            .read(at, &mut found)
+            .unwrap();
+        found
+    });
+    assert_eq!(stands, [OLD, [9; 5]]);
 }
 
 #[test]

@@ -1,0 +1,431 @@
+//! A guest that changes its memory while dom0 reads it, takes what dom0 wrote for itself, or floods
+//! XenStore: dom0 says what it saw, and nobody but that guest is hurt.
+//!
+//! What the guest does is `patches/test/hostile`.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use super::liar::run;
+use super::store::{ASK, START, STOP};
+use crate::guest::{Guest, GuestSpec, Kind};
+use crate::scenario::{Ctx, Scenario, PV, PVH};
+use crate::verdict::Verdict;
+use crate::{check, check_eq};
+
+/// See the names.
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "hostile-own-pv",
+        summary: "a PV guest that uses the arena's addresses or pages itself is refused, and keeps its data",
+        profile: &PV,
+        run: |ctx| own(ctx, Kind::Pv),
+    },
+    Scenario {
+        name: "hostile-remap-pv",
+        summary: "a PV guest whose arena leads elsewhere is told so, and nothing is written",
+        profile: &PV,
+        run: |ctx| remap(ctx, Kind::Pv),
+    },
+    Scenario {
+        name: "hostile-store-pv",
+        summary: "a PV guest writes nonsense into XenStore at speed: the daemon serves another one",
+        profile: &PV,
+        run: |ctx| store(ctx, 3),
+    },
+    Scenario {
+        name: "hostile-flip-pv",
+        summary: "a PV guest changes its names, types, lists and page tables while they are read",
+        profile: &PV,
+        run: |ctx| flip(ctx, Kind::Pv, &["flip"], 1),
+    },
+    Scenario {
+        name: "hostile-arena-pv",
+        summary: "a PV guest changes directory and records of the arena while they are read",
+        profile: &PV,
+        run: |ctx| arena(ctx, Kind::Pv, 1),
+    },
+    Scenario {
+        name: "hostile-own-pvh",
+        summary: "a PVH guest that uses the arena's addresses itself is refused, and keeps its data",
+        profile: &PVH,
+        run: |ctx| own(ctx, Kind::Pvh),
+    },
+    Scenario {
+        name: "hostile-remap-pvh",
+        summary: "a PVH guest whose arena leads elsewhere is told so, and nothing is written",
+        profile: &PVH,
+        run: |ctx| remap(ctx, Kind::Pvh),
+    },
+    Scenario {
+        name: "hostile-flip-pvh",
+        summary: "a PVH guest changes its names, types, lists and page tables while they are read",
+        profile: &PVH,
+        run: |ctx| flip(ctx, Kind::Pvh, &["flip"], 1),
+    },
+    Scenario {
+        name: "hostile-arena-pvh",
+        summary: "a PVH guest changes directory and records of the arena while they are read",
+        profile: &PVH,
+        run: |ctx| arena(ctx, Kind::Pvh, 1),
+    },
+];
+
+/// What takes too long for a usual run.
+pub const MATRIX: &[Scenario] = &[
+    Scenario {
+        name: "hostile-soak-pv",
+        summary: "all of it again and again, one thing at a time and all at once, in a PV guest",
+        profile: &PV,
+        run: |ctx| soak(ctx, Kind::Pv),
+    },
+    Scenario {
+        name: "hostile-soak-pvh",
+        summary: "all of it again and again, one thing at a time and all at once, in a PVH guest",
+        profile: &PVH,
+        run: |ctx| soak(ctx, Kind::Pvh),
+    },
+];
+
+const NAME: &str = "hostile";
+const FILE: &str = "/payloads/locus_cmdline.ko";
+const PATCH: &str = "locus_cmdline";
+/// Where the module takes orders and tells how it goes.
+const MODULE: &str = "/sys/module/locus_hostile/parameters";
+
+/// The hostile guest, and one beside it that must not notice.
+struct Pair {
+    guest: Guest,
+    neighbour: Guest,
+    /// What [`Pair::beside`] said first.
+    before: String,
+    /// How often commands ended with which exit code.
+    ends: BTreeMap<i32, u32>,
+    longest: Duration,
+}
+
+impl Pair {
+    /// A guest with the module; one that was never patched if `fresh`.
+    fn new(ctx: &mut Ctx, kind: Kind, fresh: bool) -> Result<Pair, Verdict> {
+        if fresh {
+            ctx.destroy_guest(NAME)?;
+        }
+        let guest = ctx.ensure_guest(GuestSpec::new(NAME, kind))?;
+        let neighbour = ctx.ensure_guest(GuestSpec::new("neighbour", Kind::Pv))?;
+        if guest.sh(&format!("[ -e {MODULE} ]"))?.rc != 0 {
+            guest.insmod(&ctx.payloads.join("locus_hostile/locus_hostile.ko"))?;
+        }
+        let mut pair = Pair {
+            guest,
+            neighbour,
+            before: String::new(),
+            ends: BTreeMap::new(),
+            longest: Duration::ZERO,
+        };
+        pair.before = pair.beside(ctx)?;
+        Ok(pair)
+    }
+
+    /// What must stay as it is: the neighbour's code and what its files say, the memory Xen gives it,
+    /// and who runs in dom0.
+    fn beside(&self, ctx: &Ctx) -> Result<String, Verdict> {
+        let inside = self.neighbour.ok("cat /proc/version /proc/cmdline")?;
+        let outside = ctx.dom0.ok(
+            "xen-locus info neighbour --raw text | sha256sum; xl list neighbour | awk 'NR == 2 \
+             {print $3, $4}'; for p in /proc/[0-9]*; do [ -e $p/exe ] && tr '\\0' ' ' <$p/cmdline; \
+             done 2>/dev/null | grep -o 'xen-locus[a-z-]*'; ls /run/xen-locus/guard 2>/dev/null; true",
+        )?;
+        Ok(format!("{inside}\n{outside}"))
+    }
+
+    /// The guest begins to do what `mode` says.
+    fn mode(&self, mode: &str) -> Result<(), Verdict> {
+        self.guest.ok(&format!("echo {mode} >{MODULE}/mode"))?;
+        Ok(())
+    }
+
+    /// How often the guest did it, and whether its own data is intact.
+    fn state(&self) -> Result<(u64, bool), Verdict> {
+        let text = self.guest.ok(&format!("cat {MODULE}/state"))?;
+        let (rounds, data) = text.split_once(' ').unwrap_or_default();
+        Ok((rounds.parse().unwrap_or(0), data == "intact"))
+    }
+
+    /// A command about the guest: ends soon, with one of the exit codes that there are, and says why if
+    /// it did not do what was asked.
+    fn command(&mut self, ctx: &Ctx, command: &str) -> Result<(i32, String), Verdict> {
+        let done = run(ctx, command)?;
+        check!(
+            (0..=6).contains(&done.rc) && done.rc != 4,
+            "{command} ended with {}: {}",
+            done.rc,
+            done.said
+        );
+        check!(
+            done.rc == 0 || !done.said.trim().is_empty(),
+            "{command} ended with {} and said nothing",
+            done.rc
+        );
+        *self.ends.entry(done.rc).or_default() += 1;
+        self.longest = self.longest.max(done.took);
+        Ok((done.rc, done.said))
+    }
+
+    /// Each command once, whatever comes of it.
+    fn all_commands(&mut self, ctx: &Ctx) -> Result<(), Verdict> {
+        for command in [
+            format!("--no-cache info {NAME}"),
+            format!("status {NAME}"),
+            format!("check {NAME} {FILE}"),
+            format!("apply {NAME} {FILE} --timeout 2s"),
+            format!("info {NAME}"),
+            format!("blocking {NAME} {PATCH} --timeout 2s"),
+            format!("revert {NAME} {PATCH} --timeout 2s"),
+            "list".to_owned(),
+        ] {
+            self.command(ctx, &command)?;
+        }
+        Ok(())
+    }
+
+    /// The command must end with `rc` and say all of `words`.
+    fn refused(
+        &mut self,
+        ctx: &Ctx,
+        command: &str,
+        rc: i32,
+        words: &[&str],
+    ) -> Result<(), Verdict> {
+        let (found, said) = self.command(ctx, command)?;
+        check_eq!(found, rc, "{command}: {said}");
+        for word in words {
+            check!(
+                said.contains(word),
+                "{command} does not say {word:?}: {said}"
+            );
+        }
+        eprintln!("hostile: {command}: {found}: {}", said.trim());
+        Ok(())
+    }
+
+    /// Whether the patch is in force, by what the guest's own file says.
+    fn is_new(&self) -> Result<bool, Verdict> {
+        Ok(self.guest.ok("cat /proc/cmdline")?.ends_with("locus=live"))
+    }
+
+    fn patches(&self, ctx: &Ctx) -> Result<Vec<String>, Verdict> {
+        let status = ctx.json(&format!("xen-locus -o json status {NAME}"))?;
+        let patches = status["patches"].as_array().cloned().unwrap_or_default();
+        let applied = patches.iter().filter(|p| p["state"] == "applied");
+        Ok(applied
+            .map(|p| p["name"].as_str().unwrap_or("?").to_owned())
+            .collect())
+    }
+
+    /// The guest has stopped: what is said of it is true, and all can be taken back.
+    fn is_well(&mut self, ctx: &Ctx) -> Result<(), Verdict> {
+        let recovered = self.command(ctx, &format!("recover {NAME}"))?;
+        check_eq!(recovered.0, 0, "recover: {}", recovered.1);
+        let applied = !self.patches(ctx)?.is_empty();
+        check_eq!(
+            applied,
+            self.is_new()?,
+            "status says applied, and the guest"
+        );
+        let undone = self.command(ctx, &format!("revert {NAME} --all"))?;
+        check_eq!(undone.0, 0, "revert: {}", undone.1);
+        check!(!self.is_new()?, "the guest still shows the patch");
+        Ok(())
+    }
+
+    /// Nobody else was hurt, and nothing is left behind in dom0.
+    fn nobody_hurt(&self, ctx: &Ctx, what: &str) -> Result<(), Verdict> {
+        // A guardian ends a moment after its run.
+        std::thread::sleep(Duration::from_millis(500));
+        check_eq!(self.beside(ctx)?, self.before, "beside the hostile guest");
+        let state = ctx
+            .dom0
+            .ok(&format!("xl list {NAME} | awk 'NR == 2 {{print $5}}'"))?;
+        check!(!state.contains('p'), "the hostile guest is paused: {state}");
+        eprintln!(
+            "hostile: {what}: exit codes {:?}, longest {:?}",
+            self.ends, self.longest
+        );
+        Ok(())
+    }
+}
+
+/// What the arena needs is in use when the first patch comes.
+fn own(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
+    let mut pair = Pair::new(ctx, kind, true)?;
+    let apply = format!("apply {NAME} {FILE}");
+    let uses: &[(&str, &str)] = match kind {
+        Kind::Pv => &[
+            ("data", "it is not empty"),
+            ("free", "PG_reserved"),
+            ("own", "no page of the arena"),
+        ],
+        _ => &[
+            ("own", "no page of the arena"),
+            ("table", "level1_fixmap_pgt"),
+        ],
+    };
+    for (mode, words) in uses {
+        pair.mode(mode)?;
+        pair.refused(ctx, &apply, 3, &["arena", words])?;
+        pair.all_commands(ctx)?;
+        check!(pair.state()?.1, "{mode}: the guest's own data was changed");
+        check!(!pair.is_new()?, "{mode}: it was applied");
+        pair.mode("stop")?;
+    }
+    // Then it is left alone, and all is as in any guest.
+    check_eq!(pair.command(ctx, &apply)?.0, 0, "apply afterwards");
+    check!(pair.is_new()?, "the patch is not in force");
+    pair.is_well(ctx)?;
+    pair.nobody_hurt(ctx, "own")
+}
+
+/// The arena's entries lead elsewhere when a patch is in force.
+fn remap(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
+    let mut pair = Pair::new(ctx, kind, false)?;
+    let applied = pair.command(ctx, &format!("apply {NAME} {FILE}"))?;
+    check_eq!(applied.0, 0, "apply: {}", applied.1);
+    let mut ways = vec![
+        ("clear", 3, "is mapped"),
+        ("swap", 3, "no page of the arena"),
+        ("code", 6, "no page of the arena"),
+    ];
+    if kind != Kind::Pv {
+        ways.push(("table", 3, "level1_fixmap_pgt"));
+    }
+    for (mode, rc, words) in ways {
+        pair.mode(mode)?;
+        for command in [
+            format!("status {NAME}"),
+            format!("revert {NAME} {PATCH}"),
+            format!("apply {NAME} {FILE}"),
+        ] {
+            pair.refused(ctx, &command, rc, &["arena", words])?;
+        }
+        check!(pair.is_new()?, "{mode}: something was changed");
+        pair.mode("stop")?;
+        check_eq!(pair.patches(ctx)?, [PATCH], "after {mode}");
+    }
+    pair.is_well(ctx)?;
+    pair.nobody_hurt(ctx, "remap")
+}
+
+/// What dom0 reads changes while it does.
+fn flip(ctx: &mut Ctx, kind: Kind, modes: &[&str], rounds: u32) -> Result<(), Verdict> {
+    let mut pair = Pair::new(ctx, kind, false)?;
+    for mode in modes {
+        pair.mode(mode)?;
+        for _ in 0..rounds {
+            pair.all_commands(ctx)?;
+        }
+        let (turns, _) = pair.state()?;
+        check!(turns > 100, "{mode}: the guest made {turns} turns only");
+        pair.mode("stop")?;
+        pair.is_well(ctx)?;
+        pair.nobody_hurt(ctx, &format!("{mode}, {turns} turns"))?;
+    }
+    Ok(())
+}
+
+/// What dom0 wrote changes while it is read, and some of it stays so.
+fn arena(ctx: &mut Ctx, kind: Kind, rounds: u32) -> Result<(), Verdict> {
+    for round in 0..rounds {
+        let mut pair = Pair::new(ctx, kind, false)?;
+        let applied = pair.command(ctx, &format!("apply {NAME} {FILE}"))?;
+        check_eq!(applied.0, 0, "apply: {}", applied.1);
+        pair.mode("arena")?;
+        pair.all_commands(ctx)?;
+        pair.all_commands(ctx)?;
+        let (turns, _) = pair.state()?;
+        check!(turns > 100, "the guest made {turns} turns only");
+        pair.mode("stop")?;
+        // By now it may say anything of itself: whatever that is, it is told.
+        pair.all_commands(ctx)?;
+        pair.command(ctx, &format!("recover {NAME}"))?;
+        pair.guest.ok("cat /proc/cmdline /proc/modules")?;
+        pair.nobody_hurt(ctx, &format!("arena, round {round}, {turns} turns"))?;
+        ctx.destroy_guest(NAME)?;
+    }
+    // With the guest goes what was noted of it.
+    ctx.dom0.ok("xen-locus recover")?;
+    let left = ctx
+        .dom0
+        .ok("ls /var/lib/xen-locus/journal 2>/dev/null; true")?;
+    check_eq!(left, "", "journals left");
+    Ok(())
+}
+
+/// What the daemon holds: kilobytes, files, mapped ranges of guests.
+const HOLDS: &str = "p=$(cat /run/daemon.pid); awk '/VmRSS/ {print $2}' /proc/$p/status; \
+                     ls /proc/$p/fd | wc -l; grep -c privcmd /proc/$p/maps; true";
+/// How much more memory it may take when it has served its first requests, in KiB.
+const MORE: u64 = 4096;
+
+fn store(ctx: &mut Ctx, rounds: u32) -> Result<(), Verdict> {
+    let pair = Pair::new(ctx, Kind::Pv, false)?;
+    ctx.dom0.put("/tmp/ask", 0o755, ASK.as_bytes())?;
+    ctx.dom0.ok(START)?;
+    let holds = || -> Result<Vec<u64>, Verdict> {
+        let text = ctx.dom0.ok(HOLDS)?;
+        Ok(text.lines().filter_map(|l| l.parse().ok()).collect())
+    };
+    let serve = |round: u32| -> Result<Duration, Verdict> {
+        let began = Instant::now();
+        for op in ["apply", "revert"] {
+            let said = ctx.dom0.sh_timeout(
+                &format!("/tmp/ask flood-{op}-{round} op={op} domain=neighbour patch={PATCH}"),
+                Duration::from_secs(90),
+            )?;
+            let text = said.text();
+            check!(text.starts_with("0 "), "{op}: {text} {}", said.err_text());
+        }
+        Ok(began.elapsed())
+    };
+    let quiet = serve(0)?;
+    let before = holds()?;
+    pair.mode("store")?;
+    let mut slowest = Duration::ZERO;
+    for round in 1..=rounds {
+        slowest = slowest.max(serve(round)?);
+    }
+    let (writes, _) = pair.state()?;
+    pair.mode("stop")?;
+    check!(writes > 50, "the guest wrote {writes} times only");
+    let after = holds()?;
+    eprintln!(
+        "hostile: store: {writes} writes; apply and revert took {quiet:?}, then at most {slowest:?}; \
+         the daemon held {before:?} and holds {after:?} (KiB, files, mappings)"
+    );
+    match (&*before, &*after) {
+        (&[kib, files, maps], &[kib_now, files_now, maps_now]) => {
+            check!(kib_now <= kib + MORE, "it grew from {kib} to {kib_now} KiB");
+            check_eq!((files_now, maps_now), (files, maps), "files, mappings");
+        }
+        _ => {
+            return Err(Verdict::failure(format!(
+                "the daemon: {before:?} {after:?}"
+            )))
+        }
+    }
+    check_eq!(
+        ctx.dom0.ok("xenstore-read /tool/xen-locus/state")?,
+        "running"
+    );
+    ctx.dom0.ok(STOP)?;
+    pair.nobody_hurt(ctx, "store")
+}
+
+fn soak(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
+    const MODES: &[&str] = &["names", "btf", "tasks", "pages", "flip"];
+    flip(ctx, kind, MODES, 8)?;
+    arena(ctx, kind, 8)?;
+    if kind == Kind::Pv {
+        store(ctx, 40)?;
+    }
+    Ok(())
+}
