@@ -84,6 +84,8 @@ pub struct Standing {
     pub uuid: [u8; 16],
     /// Somebody holds a pause of it (`xl pause`, or this tool).
     pub paused: bool,
+    /// It has shut down or crashed, or is suspended: to be saved, moved, or of its own.
+    pub shutdown: bool,
 }
 
 impl Control {
@@ -192,6 +194,7 @@ impl Control {
             1 if info.domain == id.0 => Ok(Some(Standing {
                 uuid: info.handle,
                 paused: info.flags & sys::XEN_DOMINF_paused != 0,
+                shutdown: info.flags & sys::XEN_DOMINF_shutdown != 0,
             })),
             0 | 1 => Ok(None),
             _ => Err(Error::last(format!(

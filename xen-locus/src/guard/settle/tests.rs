@@ -18,6 +18,7 @@ impl Counter for Count {
         Ok(Some(Standing {
             uuid: UUID,
             paused: self.0.get() > 0,
+            shutdown: false,
         }))
     }
 
