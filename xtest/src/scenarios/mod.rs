@@ -10,6 +10,7 @@ mod history;
 mod kills;
 mod know;
 mod liar;
+mod life;
 mod loader;
 mod objects;
 mod protocol;
@@ -39,6 +40,7 @@ pub fn usual() -> Vec<Scenario> {
         sites::SCENARIOS,
         states::SCENARIOS,
         protocol::SCENARIOS,
+        &life::scenarios()[..],
         kills::SCENARIOS,
         history::SCENARIOS,
         safety::SCENARIOS,
@@ -61,6 +63,8 @@ pub fn matrix() -> Vec<Scenario> {
         states::MATRIX,
         protocol::MATRIX,
         kills::MATRIX,
+        &life::scenarios()[..],
+        &life::matrix()[..],
     ]
     .concat()
 }
@@ -76,5 +80,6 @@ pub fn all() -> Vec<Scenario> {
     all.extend_from_slice(states::MATRIX);
     all.extend_from_slice(protocol::MATRIX);
     all.extend_from_slice(kills::MATRIX);
+    all.extend_from_slice(&life::matrix());
     all
 }
