@@ -423,7 +423,7 @@ fn execute(
             let (found, paused) = last_look(machine, &*guard, &mut prescan, thorough, options)?;
             verdict = found;
             if verdict == Verdict::Quiet {
-                write_all(&targets, &trail, || paused.writing())?;
+                write_all(&targets, &trail, || Ok(paused.writing()?))?;
                 let pause = paused.end()?;
                 return Ok(Done { pause, attempts });
             }
@@ -501,10 +501,20 @@ fn check_all(targets: &[Target<'_>], trail: &Trail) -> Result<()> {
     Ok(())
 }
 
-/// Writes all targets or none; calls `begin` when they are checked and before the first is written.
-fn write_all(targets: &[Target<'_>], trail: &Trail, begin: impl FnOnce()) -> Result<()> {
+/// Writes all targets or none; calls `begin` when they are checked and before the first is written, which
+/// says whether that may be.
+fn write_all(
+    targets: &[Target<'_>],
+    trail: &Trail,
+    begin: impl FnOnce() -> Result<bool>,
+) -> Result<()> {
     check_all(targets, trail)?;
-    begin();
+    if !begin()? {
+        return Err(Error::TryAgain(
+            "the guest has shut down or is suspended (is it being saved or moved?); nothing was changed"
+                .into(),
+        ));
+    }
     let changed = || targets.iter().filter(|t| t.write.new != t.write.expect);
     let written = changed().try_for_each(|t| t.put(&t.write.new));
     // What can't be read back isn't known to be there.
@@ -624,7 +634,7 @@ mod tests {
                 }
             })
             .collect();
-        let result = write_all(&targets, &Trail::default(), || {});
+        let result = write_all(&targets, &Trail::default(), || Ok(true));
         let stands = [0, 1].map(|i| {
             let mut bytes = [0; 5];
             targets[i].window.read(100, &mut bytes).unwrap();

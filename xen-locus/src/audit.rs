@@ -45,6 +45,9 @@ pub struct Action {
     pub domain: String,
     /// Its UUID.
     pub uuid: String,
+    /// What the run was about that `recover` settled: `apply` or `revert`.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub of: String,
     /// Name of the payload.
     pub patch: String,
     /// SHA-256 of its file, in hex; of one that is reverted as the guest's memory has it.
@@ -53,6 +56,9 @@ pub struct Action {
     pub result: String,
     /// The exit code.
     pub exit: u8,
+    /// Patches that are not in force any more because of it; of `recover` all that are not.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub superseded: Vec<String>,
     /// What went wrong.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub message: String,

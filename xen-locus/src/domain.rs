@@ -197,8 +197,8 @@ impl Guard for Guarded<'_> {
 }
 
 impl Paused for Pause<'_> {
-    fn writing(&self) {
-        Pause::writing(self);
+    fn writing(&self) -> std::result::Result<bool, guest::Error> {
+        Ok(Pause::writing(self)?)
     }
 
     fn elapsed(&self) -> std::time::Duration {

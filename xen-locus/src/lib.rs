@@ -25,6 +25,7 @@ pub mod guest;
 pub mod journal;
 pub mod kernel;
 pub mod link;
+pub mod lost;
 pub mod patch;
 pub mod plan;
 pub mod quiesce;

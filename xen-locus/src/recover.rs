@@ -75,6 +75,12 @@ pub struct Report {
     pub op: Option<Op>,
     /// In words.
     pub detail: String,
+    /// SHA-256 of the patch's file, in hex; for the audit log.
+    #[serde(skip)]
+    pub sha256: String,
+    /// Patches that stay in the guest without being in force; for the audit log.
+    #[serde(skip)]
+    pub parked: Vec<String>,
 }
 
 impl Report {
@@ -84,6 +90,8 @@ impl Report {
             patch: intent.map(|i| i.change.patch.clone()),
             op: intent.map(|i| i.change.op),
             detail,
+            sha256: intent.map(|i| i.change.sha256.clone()).unwrap_or_default(),
+            parked: Vec::new(),
         }
     }
 }
@@ -242,7 +250,9 @@ pub(crate) fn of_guest(
         let slots = arena.directory.slots.clone();
         arena.commit(machine, kernel, slots)?;
     }
-    Ok(match (intent, left) {
+    let parked = residents.iter().filter(|r| r.slot.state == State::Parked);
+    let parked = parked.map(|r| r.record.name.clone()).collect();
+    let report = match (intent, left) {
         (Some(intent), _) => {
             let stack = Stack::new(&residents);
             let change = &intent.change;
@@ -255,22 +265,27 @@ pub(crate) fn of_guest(
             };
             Report::new(result, Some(intent), detail)
         }
-        (None, Some((patch, op, done))) => Report {
-            result: if done {
-                Finding::Finished
-            } else {
-                Finding::Undone
-            },
-            patch: Some(patch),
+        (None, Some((resident, op, done))) => Report {
+            patch: Some(resident.record.name.clone()),
             op: Some(op),
-            detail,
+            sha256: resident.record.sha256.clone(),
+            ..Report::new(
+                if done {
+                    Finding::Finished
+                } else {
+                    Finding::Undone
+                },
+                None,
+                detail,
+            )
         },
         (None, None) => Report::new(Finding::NothingToDo, None, detail),
-    })
+    };
+    Ok(Report { parked, ..report })
 }
 
 /// The change that the directory shows as under way: of which patch, what, and whether it took place.
-fn under_way(before: &[State], residents: &[Resident]) -> Option<(String, Op, bool)> {
+fn under_way<'r>(before: &[State], residents: &'r [Resident]) -> Option<(&'r Resident, Op, bool)> {
     let find = |state| {
         let both = before.iter().zip(residents);
         both.filter(move |(b, _)| **b == state)
@@ -283,7 +298,7 @@ fn under_way(before: &[State], residents: &[Resident]) -> Option<(String, Op, bo
     };
     let applied = resident.slot.state == State::Applied;
     let done = applied == (op == Op::Apply);
-    Some((resident.record.name.clone(), op, done))
+    Some((resident, op, done))
 }
 
 /// Puts back all that stood in the guest before `change`, while nobody is in the code that it

@@ -1,12 +1,13 @@
 //! The actions a person or the daemon asks for: on one guest, under its lock, published after.
 
 use std::fs::{self, File, TryLockError};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::addr::DomId;
 use crate::apply::{self, Options, Report};
-use crate::audit::{Action, Audit, Writer};
+use crate::audit::{Action, Audit, History, Writer};
 use crate::domain::Domain;
 use crate::error::{Error, Result};
 use crate::fault;
@@ -14,24 +15,31 @@ use crate::kernel::Kernel;
 use crate::link::arena::{self, Arena};
 use crate::link::presence;
 use crate::link::record::{hex, Function};
+use crate::lost::lost;
 use crate::patch::Payload;
 use crate::plan::{self, Mode, Stack};
 use crate::quiesce::Watch;
 use crate::recover;
 use crate::store::{Store, ROOT};
-use crate::xen::{self, Control};
+use crate::xen::{self, Control, DomainInfo};
 
 /// Where locks stand: gone after a reboot of dom0, as the guests are.
 const LOCKS: &str = "/run/xen-locus";
+
+/// Why a patch is gone that went with the guest's kernel.
+pub const GUEST_REBOOTED: &str = "guest-rebooted";
 
 /// One patch of a guest.
 #[derive(Clone, Debug)]
 pub struct Patch {
     /// Its name.
     pub name: String,
-    /// `applied`, `gone` when a module whose functions it replaces is not there any more, or
-    /// `drifted` when a redirect is not as it was written.
+    /// `applied`, `gone` when it is in force no more though nobody took it back, or `drifted` when a
+    /// redirect is not as it was written.
     pub state: &'static str,
+    /// Why it is gone: `module-gone` when a module whose functions it replaces is not there any more,
+    /// `guest-rebooted` when the guest was started anew.
+    pub reason: Option<&'static str>,
     /// SHA-256 of its file.
     pub sha256: String,
     /// When it was applied, in seconds since 1970.
@@ -81,27 +89,31 @@ fn status_of(domain: &Domain<'_>, kernel: &Kernel<'_>) -> Result<Status> {
         domid: domain.info.id,
         uuid: domain.info.uuid.clone(),
         kernel: kernel.release.clone(),
-        patches: patches(kernel)?,
+        patches: patches(kernel, Some(&domain.info.uuid))?,
     })
 }
 
-/// The patches that a guest's memory shows, in the order they were applied.
+/// The patches that a guest's memory shows, in the order they were applied; before them those that the
+/// guest `uuid` lost, by the audit log.
 ///
 /// # Errors
 /// Its arena can't be read.
-pub fn patches(kernel: &Kernel<'_>) -> Result<Vec<Patch>> {
+pub fn patches(kernel: &Kernel<'_>, uuid: Option<&str>) -> Result<Vec<Patch>> {
     let residents = plan::residents(kernel, &Arena::read(kernel)?)?;
     let stack = Stack::new(&residents);
-    let mut patches = Vec::new();
+    let has = |sha256: &str| residents.iter().any(|r| r.record.sha256 == sha256);
+    let mut patches = uuid.map_or_else(Vec::new, |uuid| gone(uuid, has));
     for resident in stack.applied() {
         let record = &resident.record;
+        let module_gone = presence::gone(kernel, record)?.is_some();
         let functions = record.functions.iter().map(|f| Replaced {
             function: f.clone(),
             covered_by: stack.covering(resident, f).map(str::to_owned),
         });
         patches.push(Patch {
             name: record.name.clone(),
-            state: if presence::gone(kernel, record)?.is_some() {
+            reason: module_gone.then_some("module-gone"),
+            state: if module_gone {
                 // where a module was there may be nothing, or anything
                 "gone"
             } else if stack.displaced(kernel, resident)?.is_some() {
@@ -117,6 +129,27 @@ pub fn patches(kernel: &Kernel<'_>) -> Result<Vec<Patch>> {
         });
     }
     Ok(patches)
+}
+
+/// Those that the guest `uuid` lost. A log that can't be read is no reason to hide what is there.
+fn gone(uuid: &str, has: impl Fn(&str) -> bool) -> Vec<Patch> {
+    let log = Audit::system().history().unwrap_or_else(|error| {
+        eprintln!("xen-locus: what the guest lost when it was started anew can't be told: {error}");
+        History::default()
+    });
+    let lost = lost(&log.lines, uuid, has);
+    lost.into_iter()
+        .map(|lost| Patch {
+            name: lost.name,
+            state: "gone",
+            reason: Some(GUEST_REBOOTED),
+            sha256: lost.sha256,
+            applied_at: lost.applied_at,
+            cves: Vec::new(),
+            functions: Vec::new(),
+            old_versions: None,
+        })
+        .collect()
 }
 
 /// Who asks for actions, and what they go through.
@@ -178,6 +211,7 @@ impl Desk<'_> {
                 action.result = report.result.name().into();
                 action.sha256.clone_from(&report.sha256);
                 action.pause_us = report.pause_us;
+                action.superseded.clone_from(&report.superseded);
                 [action.text_before, action.text_after] = report.text.clone();
             }
             Err(error) => {
@@ -198,6 +232,9 @@ impl Desk<'_> {
             Ok(report) if report.result == recover::Finding::NothingToDo => return done,
             Ok(report) => {
                 action.patch = report.patch.clone().unwrap_or_default();
+                action.of = report.op.map(|op| op.to_string()).unwrap_or_default();
+                action.sha256.clone_from(&report.sha256);
+                action.superseded.clone_from(&report.parked);
                 action.result = report.result.name().into();
                 action.message = report.to_string();
             }
@@ -354,6 +391,27 @@ fn change<R>(
     action: impl FnOnce(&Kernel<'_>) -> Result<R>,
 ) -> Result<R> {
     let _lock = lock(&domain.info.uuid, options.timeout)?;
+    changed(desk, domain, options, action).map_err(|error| if_gone(domain, error))
+}
+
+/// What went wrong with `domain`; that it is gone, if it is.
+fn if_gone(domain: &Domain<'_>, error: Error) -> Error {
+    let same = |now: &DomainInfo| now.uuid == domain.info.uuid && !now.dying;
+    match domain.control().domain(domain.info.id) {
+        Ok(now) if !now.as_ref().is_some_and(same) => Error::Failed(format!(
+            "domain {} is gone: it ended while it was worked on ({error})",
+            domain.label()
+        )),
+        _ => error,
+    }
+}
+
+fn changed<R>(
+    desk: &Desk<'_>,
+    domain: &Domain<'_>,
+    options: &Options,
+    action: impl FnOnce(&Kernel<'_>) -> Result<R>,
+) -> Result<R> {
     let due = recover::is_due(&domain.info.uuid)?;
     if due && options.dry_run {
         eprintln!(
@@ -392,10 +450,12 @@ fn lock(uuid: &str, patience: Duration) -> Result<File> {
         |e: std::io::Error| Error::Failed(format!("cannot take the lock {}: {e}", path.display()));
     fault::point("lock").map_err(failed)?;
     fs::create_dir_all(LOCKS).map_err(failed)?;
-    let file = File::create(&path).map_err(failed)?;
     loop {
+        let file = File::create(&path).map_err(failed)?;
         match file.try_lock() {
-            Ok(()) => return Ok(file),
+            // Else it was removed meanwhile, and another may have its name.
+            Ok(()) if is_at(&file, &path) => return Ok(file),
+            Ok(()) => {}
             Err(TryLockError::Error(e)) => return Err(failed(e)),
             Err(TryLockError::WouldBlock) if began.elapsed() >= patience => {
                 return Err(Error::TryAgain(format!(
@@ -404,6 +464,31 @@ fn lock(uuid: &str, patience: Duration) -> Result<File> {
                 )))
             }
             Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(50)),
+        }
+    }
+}
+
+/// Whether `file` is what stands at `path`.
+fn is_at(file: &File, path: &Path) -> bool {
+    let id = |m: &fs::Metadata| (m.dev(), m.ino());
+    matches!((file.metadata(), fs::metadata(path)), (Ok(a), Ok(b)) if id(&a) == id(&b))
+}
+
+/// Removes the locks of guests that are none of `domains`, unless somebody holds them.
+pub fn sweep(domains: &[DomainInfo]) {
+    for entry in fs::read_dir(LOCKS).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let uuid = name.to_str().and_then(|n| n.strip_suffix(".lock"));
+        // The daemon's own lock is none of a guest's.
+        let is_gone = |uuid: &str| uuid.len() == 36 && domains.iter().all(|d| d.uuid != uuid);
+        if !uuid.is_some_and(is_gone) {
+            continue;
+        }
+        let path = entry.path();
+        let free = File::open(&path).is_ok_and(|f| f.try_lock().is_ok() && is_at(&f, &path));
+        if free {
+            // What stays is an empty file.
+            let _ = fs::remove_file(&path);
         }
     }
 }

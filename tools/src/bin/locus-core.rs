@@ -122,7 +122,7 @@ fn touch(memory: &dyn Memory, core: &Core, payloads: &[PathBuf]) -> Result<()> {
         info.check(&kernel)?;
     }
     Arena::read(&kernel)?;
-    service::patches(&kernel)?;
+    service::patches(&kernel, None)?;
     for path in payloads {
         // A payload that does not fit is a case for a test as well.
         if let Err(error) = check::examine(&kernel, core, &Payload::read(path)?) {

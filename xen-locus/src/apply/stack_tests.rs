@@ -98,7 +98,9 @@ impl Guard for Unguarded {
 struct Pause(Instant);
 
 impl Paused for Pause {
-    fn writing(&self) {}
+    fn writing(&self) -> std::result::Result<bool, guest::Error> {
+        Ok(true)
+    }
 
     fn elapsed(&self) -> Duration {
         Duration::ZERO

@@ -291,6 +291,9 @@ pub struct Daemon {
     /// Folder of the payloads that requests name
     #[arg(long, default_value = "/var/lib/xen-locus/payloads")]
     pub payloads: PathBuf,
+    /// Apply again from there what guests lost when they were started anew
+    #[arg(long)]
+    pub reapply: bool,
     /// How patient to be with each request
     #[command(flatten)]
     pub patience: Patience,

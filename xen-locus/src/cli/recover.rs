@@ -111,7 +111,8 @@ pub fn all(host: &Host, options: &Options, only_noted: bool) -> Result<Vec<Found
     );
     noted.sort();
     noted.dedup();
-    for info in host.control.domains(DomId(1))? {
+    let domains = host.control.domains(DomId(1))?;
+    for info in domains.clone() {
         let uuid = info.uuid.clone();
         let known = noted.binary_search(&uuid).is_ok();
         let running = !info.dying && !info.shutdown;
@@ -141,5 +142,6 @@ pub fn all(host: &Host, options: &Options, only_noted: bool) -> Result<Vec<Found
             },
         });
     }
+    service::sweep(&domains);
     Ok(found)
 }

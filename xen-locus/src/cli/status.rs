@@ -14,7 +14,7 @@ use crate::domain::Domain;
 use crate::error::{ExitCode, Result};
 use crate::kernel::Kernel;
 use crate::quiesce::{self, Blocker, Watch};
-use crate::service::{self, Patch, Replaced};
+use crate::service::{self, Patch, Replaced, GUEST_REBOOTED};
 
 /// What is said of one guest.
 struct Status {
@@ -95,10 +95,14 @@ fn table(statuses: &[Status]) {
                 status.subject.label(),
                 patch.name.clone(),
                 match threads(draining) {
+                    0 if patch.reason == Some(GUEST_REBOOTED) => "gone (guest rebooted)".into(),
                     0 => patch.state.into(),
                     threads => format!("draining {threads}"),
                 },
-                functions.join(","),
+                match functions.is_empty() {
+                    true => "-".into(),
+                    false => functions.join(","),
+                },
                 if patch.cves.is_empty() {
                     "-".into()
                 } else {
@@ -138,7 +142,7 @@ impl Status {
         inside: impl Fn(&Watch) -> Result<Vec<Blocker>>,
     ) -> Result<Status> {
         let mut patches = Vec::new();
-        for patch in service::patches(kernel)? {
+        for patch in service::patches(kernel, subject.uuid.as_deref())? {
             let draining = match &patch.old_versions {
                 Some(watch) => inside(watch)?,
                 None => Vec::new(),
@@ -178,6 +182,7 @@ impl Status {
                 json!({
                     "name": p.name,
                     "state": p.state,
+                    "reason": p.reason,
                     "sha256": p.sha256,
                     "applied_at": p.applied_at,
                     "cves": p.cves,

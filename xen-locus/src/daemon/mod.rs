@@ -4,6 +4,7 @@
 //! looked at, so no two of them meet. Protocol: DESIGN.md section 7, xen-locus-xenstore(7).
 
 mod later;
+mod reapply;
 mod request;
 
 use std::collections::HashMap;
@@ -24,7 +25,7 @@ use crate::recover::Finding;
 use crate::service;
 use crate::store::ROOT;
 use later::Later;
-use request::Served;
+use request::{Served, Server};
 
 const LOCK: &str = "/run/xen-locus/daemon.lock";
 /// How often guests that are not published yet are looked at, and signals are noticed.
@@ -74,7 +75,7 @@ async fn serve(session: &Session, host: &Host, args: &Daemon) -> anyhow::Result<
     store.write(&format!("{ROOT}/state"), "running")?;
     session.say(0, format!("xen-locus daemon: serving {requests}"));
     let options = session.options(&args.patience);
-    let server = request::Server {
+    let server = Server {
         session,
         host,
         payloads: &args.payloads,
@@ -98,7 +99,7 @@ async fn serve(session: &Session, host: &Host, args: &Daemon) -> anyhow::Result<
     for id in store.children(&requests)? {
         answer(&mut waiting, id)?;
     }
-    let mut publisher = Publisher::new();
+    let mut publisher = Publisher::new(args.reapply);
     let mut tick = tokio::time::interval(TICK);
     while !session.interrupted.load(Ordering::SeqCst) {
         tokio::select! {
@@ -112,7 +113,7 @@ async fn serve(session: &Session, host: &Host, args: &Daemon) -> anyhow::Result<
                 }
             }
             _ = tick.tick() => {
-                publisher.look(session, host)?;
+                publisher.look(&server)?;
                 for id in waiting.due(Instant::now()) {
                     answer(&mut waiting, id)?;
                 }
@@ -129,17 +130,21 @@ struct Publisher {
     waiting: Later<String>,
     /// UUIDs of guests that are published.
     known: HashMap<DomId, String>,
+    /// Patches that guests lost are applied again.
+    reapply: bool,
 }
 
 impl Publisher {
-    fn new() -> Publisher {
+    fn new(reapply: bool) -> Publisher {
         Publisher {
             waiting: Later::new(TICK * 2, WAIT_MAX),
             known: HashMap::new(),
+            reapply,
         }
     }
 
-    fn look(&mut self, session: &Session, host: &Host) -> anyhow::Result<()> {
+    fn look(&mut self, server: &Server<'_>) -> anyhow::Result<()> {
+        let (session, host) = (server.session, server.host);
         let domains = host.control.domains(DomId(1)).map_err(Error::from)?;
         for gone in host.store.children(&format!("{ROOT}/domain"))? {
             if !domains.iter().any(|d| d.id.to_string() == gone) {
@@ -158,16 +163,20 @@ impl Publisher {
                 continue;
             }
             // No guest may end the daemon: not by what it has to be published either.
-            let status = host
-                .domain(info)
-                .and_then(|domain| service::status(&domain))
-                .and_then(|status| service::publish(&host.store, &status));
-            match status {
+            let seen = host.domain(info).and_then(|domain| {
+                let status = service::status(&domain)?;
+                service::publish(&host.store, &status)?;
+                match self.reapply {
+                    true => reapply::reapply(server, &domain, &status),
+                    false => Ok(()),
+                }
+            });
+            match seen {
                 Ok(()) => {
                     self.known.insert(id, uuid);
                 }
                 Err(error) => {
-                    session.say(1, format!("domain {id} is not published yet: {error}"));
+                    session.say(1, format!("domain {id} is looked at again later: {error}"));
                     self.waiting.put_off(uuid, now);
                 }
             }

@@ -179,21 +179,26 @@ impl Server<'_> {
             Op::Apply(mode) => mode,
             Op::Revert => return service::revert(&desk, &domain, &request.patch, self.options),
         };
-        let payload = Payload::read(&self.payloads.join(format!("{}.ko", request.patch)))?;
-        if payload.name != request.patch {
+        let payload = self.named(&request.patch, request.sha256.as_deref())?;
+        service::apply(&desk, &domain, &payload, mode, self.options)
+    }
+
+    /// The payload of this name, whose file must have this SHA-256, if one is given.
+    pub(super) fn named(&self, name: &str, sha256: Option<&str>) -> Result<Payload> {
+        let payload = Payload::read(&self.payloads.join(format!("{name}.ko")))?;
+        if payload.name != name {
             return Err(Error::Failed(format!(
-                "the payload in {}.ko calls itself {}; name the file after it",
-                request.patch, payload.name
-            )));
-        }
-        let found = hex(&payload.sha256);
-        if let Some(wanted) = request.sha256.as_ref().filter(|s| **s != found) {
-            return Err(Error::Failed(format!(
-                "payload {} has SHA-256 {found}, the request wants {wanted}",
+                "the payload in {name}.ko calls itself {}; name the file after it",
                 payload.name
             )));
         }
-        service::apply(&desk, &domain, &payload, mode, self.options)
+        let found = hex(&payload.sha256);
+        if let Some(wanted) = sha256.filter(|s| *s != found) {
+            return Err(Error::Failed(format!(
+                "payload {name} has SHA-256 {found}, and {wanted} is asked for",
+            )));
+        }
+        Ok(payload)
     }
 }
 

@@ -179,7 +179,8 @@ pub trait Guard {
 /// A paused guest; unpauses when dropped.
 pub trait Paused {
     /// Says that from now on the guest's memory is changed, which held until now what was to be replaced.
-    fn writing(&self);
+    /// False, and it may not be, if the guest has shut down: whoever saves it or moves it copies it now.
+    fn writing(&self) -> Result<bool, Error>;
     /// Time since the pause was asked for.
     fn elapsed(&self) -> std::time::Duration;
     /// Unpauses, and says how long the guest was paused.

@@ -86,6 +86,8 @@ pub struct Standing {
     pub paused: bool,
     /// How long its vCPUs ran, in nanoseconds.
     pub ran: u64,
+    /// It has shut down or crashed, or is suspended: to be saved, moved, or of its own.
+    pub shutdown: bool,
 }
 
 impl Control {
@@ -195,6 +197,7 @@ impl Control {
                 uuid: info.handle,
                 paused: info.flags & sys::XEN_DOMINF_paused != 0,
                 ran: info.cpu_time,
+                shutdown: info.flags & sys::XEN_DOMINF_shutdown != 0,
             })),
             0 | 1 => Ok(None),
             _ => Err(Error::last(format!(

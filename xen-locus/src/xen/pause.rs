@@ -74,9 +74,18 @@ impl<'c> Pause<'c> {
         Ok(pause)
     }
 
-    /// Says that the guest's memory is being changed from now on.
-    pub fn writing(&self) {
-        self.page.set_step(Step::Writing);
+    /// Says that the guest's memory is being changed from now on, unless the guest has shut down, be it to
+    /// be saved or moved: false then. Nobody who is paused can do that any more.
+    ///
+    /// # Errors
+    /// Xen can't be asked.
+    pub fn writing(&self) -> Result<bool, Error> {
+        let standing = self.control.standing(self.domain)?;
+        let runs = standing.is_some_and(|s| !s.shutdown);
+        if runs {
+            self.page.set_step(Step::Writing);
+        }
+        Ok(runs)
     }
 
     /// Time since the pause was asked for.

@@ -77,7 +77,8 @@ impl Guests {
         }
     }
 
-    /// Marks guests that are kept after their end: their console stays open, but silent.
+    /// Marks guests that are kept after their end: their console stays open, but silent. One that was only
+    /// suspended, to be saved, comes back.
     fn bury(&self) -> Result<()> {
         if locked(&self.by_domid).is_empty() {
             return Ok(());
@@ -94,8 +95,8 @@ impl Guests {
                 .nth(2)
                 .is_some_and(|state| state.contains(['s', 'c', 'd']));
             let found = domid.and_then(|d| locked(&self.by_domid).get(&d).cloned());
-            if let (true, Some(console)) = (dead, found) {
-                console.dead.store(true, Ordering::Relaxed);
+            if let Some(console) = found {
+                console.dead.store(dead, Ordering::Relaxed);
             }
         }
         Ok(())
@@ -156,6 +157,10 @@ impl Guests {
                 None => std::thread::sleep(Duration::from_millis(50)),
             }
         };
+        if console.dead.load(Ordering::Relaxed) {
+            self.bury()
+                .map_err(|e| fail(FailKind::Other, format!("{e:#}")))?;
+        }
         let id = format!("{}", self.next.fetch_add(1, Ordering::Relaxed));
         let (tx, rx) = mpsc::channel();
         locked(&console.waiting).insert(id.clone(), tx);

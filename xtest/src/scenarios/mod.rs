@@ -11,6 +11,7 @@ mod hostile;
 mod kills;
 mod know;
 mod liar;
+mod life;
 mod loader;
 mod many;
 mod objects;
@@ -43,6 +44,7 @@ pub fn usual() -> Vec<Scenario> {
         sites::SCENARIOS,
         states::SCENARIOS,
         protocol::SCENARIOS,
+        &life::scenarios()[..],
         kills::SCENARIOS,
         history::SCENARIOS,
         verify::SCENARIOS,
@@ -68,6 +70,8 @@ pub fn matrix() -> Vec<Scenario> {
         kills::MATRIX,
         hostile::MATRIX,
         many::MATRIX,
+        &life::scenarios()[..],
+        &life::matrix()[..],
     ]
     .concat()
 }
@@ -85,5 +89,6 @@ pub fn all() -> Vec<Scenario> {
     all.extend_from_slice(kills::MATRIX);
     all.extend_from_slice(hostile::MATRIX);
     all.extend_from_slice(many::MATRIX);
+    all.extend_from_slice(&life::matrix());
     all
 }

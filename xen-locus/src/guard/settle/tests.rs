@@ -19,6 +19,7 @@ impl Counter for Count {
             uuid: UUID,
             paused: self.0.get() > 0,
             ran: 0,
+            shutdown: false,
         }))
     }
 

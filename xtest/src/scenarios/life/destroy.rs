@@ -1,0 +1,144 @@
+//! Guests are destroyed while a patch is being applied to them.
+
+use std::time::Duration;
+
+use super::{shows, words, PAIR};
+use crate::guest::{GuestSpec, Kind};
+use crate::scenario::{Ctx, Scenario, PV, PVH};
+use crate::verdict::Verdict;
+use crate::{check, check_eq};
+
+/// See the names.
+pub const SCENARIOS: &[Scenario] = &[Scenario {
+    name: "destroy-pv",
+    summary:
+        "a guest that is destroyed while it is patched is said to be gone, and nothing is left of it",
+    profile: &PV,
+    run: |ctx| destroy(ctx, Kind::Pv, &["1:stop:journal", "40:stop:journal"], &[600]),
+}];
+
+/// What takes too long for a usual run.
+pub const MATRIX: &[Scenario] = &[
+    Scenario {
+        name: "destroy-all-pv",
+        summary: "a PV guest is destroyed at 12 places and 12 random moments of an apply",
+        profile: &PV,
+        run: |ctx| destroy(ctx, Kind::Pv, PLACES, DELAYS),
+    },
+    Scenario {
+        name: "destroy-all-pvh",
+        summary: "a PVH guest is destroyed at 6 places and 6 random moments of an apply",
+        profile: &PVH,
+        run: |ctx| {
+            let (places, _) = PLACES.split_at(6);
+            let delays: Vec<u32> = DELAYS.iter().copied().step_by(2).collect();
+            destroy(ctx, Kind::Pvh, places, &delays)
+        },
+    },
+];
+
+/// Places at which the run is stopped, the guest destroyed, and the run goes on.
+const PLACES: &[&str] = &[
+    "1:stop:journal",
+    "8:stop:journal",
+    "20:stop:journal",
+    "1:stop:guard: spawn",
+    "1:stop:mark pausing",
+    "1:stop:mark writing",
+    "1:stop:mark unpausing",
+    "1:stop:guard: end",
+    "1:stop:audit: append",
+    "30:stop:journal",
+    "40:stop:journal",
+    "60:stop:journal",
+];
+/// How long a run is under way when the guest is destroyed, in milliseconds.
+const DELAYS: &[u32] = &[0, 60, 120, 200, 280, 360, 440, 520, 600, 700, 800, 1000];
+
+/// `destroy.sh PLACE DELAY-MS NAME`: exit code and messages of the run. One that is stopped in its pause is
+/// killed by its guardian.
+const SCRIPT: &str = r#"
+XEN_LOCUS_FAULT="$1" xen-locus-faults apply "$3" /payloads/locus_proc_pair.ko >/tmp/destroy.log 2>&1 &
+pid=$!
+if [ -n "$1" ]; then
+	until grep -q ') [TZ]' /proc/$pid/stat || ! [ -e /proc/$pid/stat ]; do usleep 20000; done 2>/dev/null
+else
+	usleep "$2"000
+fi
+xl destroy "$3"
+kill -CONT $pid 2>/dev/null
+wait $pid
+echo "rc $?"
+cat /tmp/destroy.log
+"#;
+
+/// Domains that Xen still has, dying ones among them.
+fn domains(ctx: &Ctx) -> Result<String, Verdict> {
+    ctx.dom0.ok("xl list | awk 'NR > 1 && $2 > 0'")
+}
+
+fn destroy(ctx: &mut Ctx, kind: Kind, places: &[&str], delays: &[u32]) -> Result<(), Verdict> {
+    ctx.destroy_all()?;
+    ctx.dom0.put("/tmp/destroy.sh", 0o755, SCRIPT.as_bytes())?;
+    let spec = GuestSpec::new("victim", kind).memory(128).vcpus(1);
+    let stops = places.iter().map(|place| (*place, 0));
+    let waits = delays.iter().map(|delay| ("", *delay));
+    let mut seen: Vec<String> = Vec::new();
+    for (place, delay) in stops.chain(waits) {
+        ctx.ensure_guest(spec.clone())?;
+        let out = ctx.dom0.sh_timeout(
+            &format!("sh /tmp/destroy.sh '{place}' {delay} victim"),
+            Duration::from_secs(60),
+        )?;
+        let when = format!("destroyed at {place:?} or after {delay} ms");
+        check!(!out.timed_out, "{when}: the run hangs: {}", out.text());
+        let said = out.text();
+        let rc = said.lines().next().unwrap_or_default().to_owned();
+        match &*rc {
+            // It was over; killed by its guardian, for it was stopped in its pause.
+            "rc 0" => check!(said.contains("applied"), "{when}: {said}"),
+            "rc 137" => check!(place.contains("mark"), "{when}: {said}"),
+            "rc 1" | "rc 2" => check!(
+                said.contains("is gone") || said.contains("there is no domain"),
+                "{when}: it isn't said that the guest is gone: {said}"
+            ),
+            _ => return Err(Verdict::failure(format!("{when}: {said}"))),
+        }
+        seen.push(format!("{place}{delay}: {rc}"));
+        nothing_left(ctx, &when)?;
+    }
+    eprintln!("xtest: {}: {seen:?}", kind.name());
+
+    // A new one with the same name is a new one.
+    let guest = ctx.ensure_guest(spec)?;
+    shows(ctx, &guest, &words("", "", ""), &[])?;
+    ctx.dom0
+        .ok(&format!("xen-locus apply victim /payloads/{PAIR}.ko"))?;
+    shows(ctx, &guest, &words("", "live", "live"), &[PAIR])?;
+    ctx.dom0.ok("xen-locus revert victim --all")?;
+    shows(ctx, &guest, &words("", "", ""), &[])?;
+    ctx.destroy_guest("victim")
+}
+
+/// Xen has let the domain go, and what was noted of it is removed by `recover`, which says so.
+fn nothing_left(ctx: &Ctx, when: &str) -> Result<(), Verdict> {
+    let mut tries = 0;
+    while !domains(ctx)?.is_empty() {
+        tries += 1;
+        check!(tries < 20, "{when}: {}", domains(ctx)?);
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    const LEFT: &str = "ls /run/xen-locus/guard /var/lib/xen-locus/journal | grep -v :";
+    let left = ctx.dom0.sh(LEFT)?.text();
+    let found = ctx.dom0.ok("xen-locus recover")?;
+    check_eq!(
+        found.contains(": gone"),
+        !left.is_empty(),
+        "{when}: {left:?} was left, and recover says {found:?}"
+    );
+    let left = ctx.dom0.sh(&format!(
+        "{LEFT}; ls /run/xen-locus/*.lock | grep -v daemon; ps | grep xen-locus-guardia[n]"
+    ))?;
+    check_eq!(left.text(), "", "{when}: after recover");
+    Ok(())
+}

@@ -1,0 +1,139 @@
+//! Guests get less and more memory and processors, and are suspended, with patches in force and while
+//! others come.
+
+use std::time::{Duration, Instant};
+
+use super::{shows, words, ONE, PAIR, TWO};
+use crate::check;
+use crate::guest::{Guest, GuestSpec, Kind};
+use crate::limits;
+use crate::scenario::{Ctx, Scenario, PV, PVH};
+use crate::verdict::Verdict;
+
+/// See the names.
+pub const SCENARIOS: &[Scenario] = &[];
+
+/// What takes too long for a usual run.
+pub const MATRIX: &[Scenario] = &[
+    Scenario {
+        name: "sizes-pv",
+        summary:
+            "patches come and stay while a PV guest loses and gains memory and vCPUs, and sleeps",
+        profile: &PV,
+        run: |ctx| sizes(ctx, Kind::Pv),
+    },
+    Scenario {
+        name: "sizes-pvh",
+        summary:
+            "patches come and stay while a PVH guest loses and gains memory and vCPUs, and sleeps",
+        profile: &PVH,
+        run: |ctx| sizes(ctx, Kind::Pvh),
+    },
+];
+
+/// Waits until the guest's answer to `cmd`, a number, is as wanted.
+fn until(guest: &Guest, cmd: &str, wanted: impl Fn(u64) -> bool) -> Result<u64, Verdict> {
+    let began = Instant::now();
+    let limit = limits::scaled(Duration::from_secs(60));
+    loop {
+        let text = guest.ok(cmd)?;
+        if let Some(number) = text.parse().ok().filter(|&n| wanted(n)) {
+            return Ok(number);
+        }
+        check!(began.elapsed() < limit, "`{cmd}` still says {text:?}");
+        std::thread::sleep(Duration::from_millis(300));
+    }
+}
+
+/// Memory that the guest's kernel has, in KiB.
+const MEMORY: &str = "awk '/^MemTotal/ {print $2}' /proc/meminfo";
+const CPUS: &str = "nproc";
+
+/// On each of so many CPUs the word stands in `/proc/cmdline`.
+fn on_each(guest: &Guest, cpus: u32, word: &str) -> Result<(), Verdict> {
+    for cpu in 0..cpus {
+        let mask = 1 << cpu;
+        let line = guest.ok(&format!("taskset {mask:x} cat /proc/cmdline"))?;
+        let word = format!("locus={word}");
+        check!(line.ends_with(&word), "CPU {cpu} has no {word}: {line}");
+    }
+    Ok(())
+}
+
+fn sizes(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
+    let name = format!("sizes-{}", kind.name());
+    let spec = GuestSpec::new(&name, kind).config("maxmem=256\nmaxvcpus=3");
+    let guest = ctx.ensure_guest(spec)?;
+    guest.start_workload()?;
+    let rounds = guest.rounds()?;
+    let xl = |line: &str| ctx.dom0.ok(&format!("xl {line}"));
+    let apply = |patch: &str| {
+        ctx.dom0
+            .ok(&format!("xen-locus apply {name} /payloads/{patch}.ko"))
+    };
+    let dom0 = |line: String| ctx.dom0.ok(&line);
+
+    // Memory: down, and up above what it began with; up to what it may have.
+    apply(ONE)?;
+    let start = until(&guest, MEMORY, |_| true)?;
+    xl(&format!("mem-set {name} 150"))?;
+    let small = until(&guest, MEMORY, |kib| kib + 30_000 < start)?;
+    shows(ctx, &guest, &words("live", "", ""), &[ONE])?;
+    apply(PAIR)?;
+    shows(ctx, &guest, &words("live", "live", "live"), &[ONE, PAIR])?;
+    xl(&format!("mem-set {name} 240"))?;
+    let large = until(&guest, MEMORY, |kib| kib > start + 30_000)?;
+    shows(ctx, &guest, &words("live", "live", "live"), &[ONE, PAIR])?;
+    // More than it could have when it was started is added at run time.
+    xl(&format!("mem-max {name} 320"))?;
+    xl(&format!("mem-set {name} 300"))?;
+    let added = until(&guest, MEMORY, |kib| kib > large + 30_000)?;
+    apply(TWO)?;
+    shows(ctx, &guest, &words("two", "two", "live"), &[ONE, PAIR, TWO])?;
+    dom0(format!("xen-locus revert {name} {TWO}"))?;
+    eprintln!("xtest: {name}: memory {start} KiB, then {small}, {large}, {added}");
+
+    // Processors: one of two is taken while a patch comes, and two come after that.
+    xl(&format!("vcpu-set {name} 1"))?;
+    until(&guest, CPUS, |n| n == 1)?;
+    shows(ctx, &guest, &words("live", "live", "live"), &[ONE, PAIR])?;
+    apply(TWO)?;
+    shows(ctx, &guest, &words("two", "two", "live"), &[ONE, PAIR, TWO])?;
+    xl(&format!("vcpu-set --ignore-host {name} 3"))?;
+    until(&guest, CPUS, |n| n == 3)?;
+    on_each(&guest, 3, "two")?;
+    dom0(format!("xen-locus revert {name} {TWO}"))?;
+    on_each(&guest, 3, "live")?;
+    shows(ctx, &guest, &words("live", "live", "live"), &[ONE, PAIR])?;
+
+    sleeps(ctx, &guest)?;
+    dom0(format!("xen-locus revert {name} --all"))?;
+    shows(ctx, &guest, &words("", "", ""), &[])?;
+    std::thread::sleep(Duration::from_secs(1));
+    check!(guest.rounds()? > rounds, "the workload stands still");
+    let log = guest.ok("dmesg")?;
+    for word in ["Oops", "BUG:", "WARNING:", "general protection"] {
+        check!(!log.contains(word), "{word} in the guest's log: {log}");
+    }
+    ctx.destroy_guest(&name)
+}
+
+/// Suspend to RAM, which in such a guest is suspend to idle, by the kernel's own test of it: tasks are
+/// frozen and devices are down for five seconds, within which a patch comes.
+fn sleeps(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+    let name = &guest.name;
+    let began = Instant::now();
+    guest.ok("echo platform >/sys/power/pm_test && (sleep 2; echo mem >/sys/power/state; echo $? >/tmp/slept) >/dev/null 2>&1 &")?;
+    std::thread::sleep(Duration::from_secs(3));
+    ctx.dom0
+        .ok(&format!("xen-locus apply {name} /payloads/{TWO}.ko"))?;
+    let applied = began.elapsed();
+    until(guest, "cat /tmp/slept 2>/dev/null || echo 99", |rc| rc == 0)?;
+    let log = guest.ok("dmesg | grep -i -e 'PM: suspend' -e 'suspend debug' ")?;
+    check!(log.contains("suspend exit"), "it did not sleep: {log}");
+    eprintln!(
+        "xtest: {name}: applied after {applied:?}, awake after {:?}: {log}",
+        began.elapsed()
+    );
+    shows(ctx, guest, &words("two", "two", "live"), &[ONE, PAIR, TWO])
+}
