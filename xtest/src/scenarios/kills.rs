@@ -368,8 +368,6 @@ xl list "$2" | awk 'NR == 2 {print "state " $5}'
 fn both_die(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let subject = Subject::new(ctx, kind)?;
     let name = &subject.guest.name;
-    ctx.dom0
-        .put("/tmp/both-die.sh", 0o755, BOTH_DIE.as_bytes())?;
     // In a write, after its first access; and when all is written, if that pause was the one.
     for (place, results) in [
         ("3:stop:mark writing", &["undone"][..]),
@@ -406,6 +404,8 @@ fn both_killed(ctx: &Ctx, subject: &Subject, place: &str) -> Result<(), Verdict>
     const TRIES: u32 = 8;
     let name = &subject.guest.name;
     let mut said = String::new();
+    ctx.dom0
+        .put("/tmp/both-die.sh", 0o755, BOTH_DIE.as_bytes())?;
     for _ in 0..TRIES {
         subject.prepare(ctx, None)?;
         said = ctx

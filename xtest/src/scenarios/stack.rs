@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::store::{ASK, START, STOP};
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, PV, PVH};
+use crate::scenario::{Ctx, Scenario, HVM, PV};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -23,7 +23,7 @@ pub const SCENARIOS: &[Scenario] = &[
         name: "stack-pvh",
         summary:
             "patches on one function of a PVH guest stack, unstack in order, and are superseded",
-        profile: &PVH,
+        profile: &HVM,
         run: |ctx| stack(ctx, Kind::Pvh),
     },
 ];
