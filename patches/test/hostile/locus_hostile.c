@@ -20,7 +20,6 @@
 #include <linux/sched/task.h>
 #include <linux/vmalloc.h>
 #include <asm/pgtable.h>
-#include <asm/tlbflush.h>
 #include <xen/xen.h>
 #include <xen/xenbus.h>
 
@@ -257,7 +256,10 @@ static void arena_round(void)
 	usleep_range(20, 20 + any() % 400);
 }
 
-/* Entries of the arena's table that lead elsewhere. */
+/*
+ * Entries of the arena's table that lead elsewhere: as dom0 reads them. CPUs may go on as they know them,
+ * and nothing there differs for them.
+ */
 static pte_t *moved, moved_right;
 static pmd_t *moved_pmd, moved_pmd_right;
 static struct page *own;
@@ -280,13 +282,6 @@ static bool is_own(const u64 *at)
 	return true;
 }
 
-static void put_entry(pte_t *at, pte_t entry)
-{
-	set_pte(at, entry);
-	/* Each CPU sees it at once when it loads its page table anew; this one does now. */
-	__flush_tlb_all();
-}
-
 static int remap_start(const char *how)
 {
 	int page = !strcmp(how, "code") ? 1 : 0;
@@ -298,7 +293,7 @@ static int remap_start(const char *how)
 		return -ENOENT;
 	moved_right = *moved;
 	if (!strcmp(how, "clear")) {
-		put_entry(moved, __pte(0));
+		set_pte(moved, __pte(0));
 		return 0;
 	}
 	own = alloc_page(GFP_KERNEL | __GFP_ZERO);
@@ -326,7 +321,7 @@ static int remap_start(const char *how)
 		WRITE_ONCE(*(u64 *)moved_pmd, page_to_phys(own) | (pmd_val(*moved_pmd) & ~PTE_PFN_MASK));
 		return 0;
 	}
-	put_entry(moved, mk_pte(own, page ? PAGE_KERNEL_ROX : PAGE_KERNEL));
+	set_pte(moved, mk_pte(own, page ? PAGE_KERNEL_ROX : PAGE_KERNEL));
 	return 0;
 }
 
@@ -335,7 +330,7 @@ static void remap_stop(void)
 	if (moved_pmd)
 		WRITE_ONCE(*(u64 *)moved_pmd, pmd_val(moved_pmd_right));
 	else if (moved)
-		put_entry(moved, moved_right);
+		set_pte(moved, moved_right);
 	/* The page is not given back: a TLB may know it. */
 	moved = NULL;
 	moved_pmd = NULL;

@@ -115,6 +115,8 @@ impl Pair {
         if guest.sh(&format!("[ -e {MODULE} ]"))?.rc != 0 {
             guest.insmod(&ctx.payloads.join("locus_hostile/locus_hostile.ko"))?;
         }
+        // An earlier scenario may have ended in the middle.
+        guest.ok(&format!("echo stop >{MODULE}/mode"))?;
         let mut pair = Pair {
             guest,
             neighbour,
@@ -179,7 +181,7 @@ impl Pair {
             format!("check {NAME} {FILE}"),
             format!("apply {NAME} {FILE} --timeout 2s"),
             format!("info {NAME}"),
-            format!("blocking {NAME} {PATCH} --timeout 2s"),
+            format!("blocking {NAME} {PATCH}"),
             format!("revert {NAME} {PATCH} --timeout 2s"),
             "list".to_owned(),
         ] {
