@@ -132,11 +132,12 @@ impl Pair {
     /// and who runs in dom0.
     fn beside(&self, ctx: &Ctx) -> Result<String, Verdict> {
         let inside = self.neighbour.ok("cat /proc/version /proc/cmdline")?;
-        let outside = ctx.dom0.ok(
-            "xen-locus info neighbour --raw text | sha256sum; xl list neighbour | awk 'NR == 2 \
-             {print $3, $4}'; for p in /proc/[0-9]*; do [ -e $p/exe ] && tr '\\0' ' ' <$p/cmdline; \
-             done 2>/dev/null | grep -o 'xen-locus[a-z-]*'; ls /run/xen-locus/guard 2>/dev/null; true",
-        )?;
+        let outside = ctx
+            .dom0
+            .ok("xen-locus info neighbour --raw text | sha256sum; \
+             xl list neighbour | awk 'NR == 2 {print $3, $4}'; \
+             ls -l /proc/[0-9]*/exe 2>/dev/null | grep -o 'xen-locus[a-z-]*$'; \
+             ls /run/xen-locus/guard 2>/dev/null; true")?;
         Ok(format!("{inside}\n{outside}"))
     }
 
@@ -173,19 +174,19 @@ impl Pair {
         Ok((done.rc, done.said))
     }
 
-    /// Each command once, whatever comes of it.
+    /// Each command once, whatever comes of it; without what was kept of the guest before.
     fn all_commands(&mut self, ctx: &Ctx) -> Result<(), Verdict> {
         for command in [
-            format!("--no-cache info {NAME}"),
+            format!("info {NAME}"),
             format!("status {NAME}"),
             format!("check {NAME} {FILE}"),
             format!("apply {NAME} {FILE} --timeout 2s"),
-            format!("info {NAME}"),
+            format!("info {NAME} --stacks"),
             format!("blocking {NAME} {PATCH}"),
             format!("revert {NAME} {PATCH} --timeout 2s"),
             "list".to_owned(),
         ] {
-            self.command(ctx, &command)?;
+            self.command(ctx, &format!("--no-cache {command}"))?;
         }
         Ok(())
     }
@@ -327,6 +328,8 @@ fn flip(ctx: &mut Ctx, kind: Kind, modes: &[&str], rounds: u32) -> Result<(), Ve
         }
         let (turns, _) = pair.state()?;
         check!(turns > 100, "{mode}: the guest made {turns} turns only");
+        let told: u32 = pair.ends.values().sum::<u32>() - pair.ends.get(&0).copied().unwrap_or(0);
+        check!(told > 0, "{mode}: no command noticed anything");
         pair.mode("stop")?;
         pair.is_well(ctx)?;
         pair.nobody_hurt(ctx, &format!("{mode}, {turns} turns"))?;
