@@ -223,34 +223,62 @@ static void put_page_of(u8 *at)
 		iounmap((void __iomem *)at);
 }
 
-/* Bytes of the directory, or of the text that is the record of a payload. */
-static void arena_round(void)
+/* One byte becomes another for a while; sometimes it stays so. */
+struct change {
+	u8 *at, was;
+};
+
+static void change_byte(struct change *change, u8 *at)
+{
+	change->at = at;
+	change->was = READ_ONCE(*at);
+	WRITE_ONCE(*at, ~change->was);
+}
+
+/* Where the text that is the record of a payload begins: page and offset. */
+static int record_page, record_at;
+
+static void find_record(void)
 {
 	static const char head[] = "{\"schema\"";
-	int page = any() & 1 ? 0 : 1 + any() % 16, from = 0, len = 256, i, n;
-	u8 *at = arena_page(page);
 
-	for (; at && page && from < PAGE_SIZE - sizeof(head); from++)
-		if (!memcmp(at + from, head, sizeof(head) - 1))
-			break;
-	if (at && from < PAGE_SIZE - sizeof(head)) {
-		if (page)
-			len = min_t(int, 512, PAGE_SIZE - from);
-		else
-			from = any() & 1 ? PAGE_SIZE / 2 : 0;
-		for (n = 1 + any() % 4; n; n--) {
-			u8 was;
+	for (record_page = 1; record_page < 32; record_page++) {
+		u8 *at = arena_page(record_page);
 
-			i = from + any() % len;
-			was = READ_ONCE(at[i]);
-			if (page && !was) /* Behind the record. */
-				continue;
-			WRITE_ONCE(at[i], any());
-			usleep_range(20, 20 + any() % 400);
-			/* Sometimes it stays so. */
-			if (any() % 64)
-				WRITE_ONCE(at[i], was);
-		}
+		for (record_at = 0; at && record_at < PAGE_SIZE - sizeof(head); record_at++)
+			if (!memcmp(at + record_at, head, sizeof(head) - 1)) {
+				put_page_of(at);
+				return;
+			}
+		put_page_of(at);
+	}
+	record_page = 0;
+}
+
+/* Bytes of one copy of the directory, of both, or of a record. */
+static void arena_round(void)
+{
+	struct change changes[2] = {};
+	u32 what = any() % 4;
+	u8 *at;
+	int i;
+
+	if (!record_page)
+		find_record();
+	if (!record_page && what == 3)
+		what = 0;
+	at = arena_page(what == 3 ? record_page : 0);
+	if (at) {
+		if (what == 3)
+			change_byte(&changes[0], at + record_at + any() % min_t(int, 64, PAGE_SIZE - record_at));
+		else if (what != 1)
+			change_byte(&changes[0], at + any() % 128);
+		if (what == 1 || what == 2)
+			change_byte(&changes[1], at + PAGE_SIZE / 2 + any() % 128);
+		usleep_range(200, 200 + any() % 2000);
+		for (i = 0; i < 2; i++)
+			if (changes[i].at && any() % 256)
+				WRITE_ONCE(*changes[i].at, changes[i].was);
 	}
 	put_page_of(at);
 	usleep_range(20, 20 + any() % 400);
