@@ -20,7 +20,6 @@
 #include <linux/sched/task.h>
 #include <linux/vmalloc.h>
 #include <asm/pgtable.h>
-#include <asm/tlbflush.h>
 #include <xen/xen.h>
 #include <xen/xenbus.h>
 
@@ -224,40 +223,71 @@ static void put_page_of(u8 *at)
 		iounmap((void __iomem *)at);
 }
 
-/* Bytes of the directory, or of the text that is the record of a payload. */
-static void arena_round(void)
+/* One byte becomes another for a while; sometimes it stays so. */
+struct change {
+	u8 *at, was;
+};
+
+static void change_byte(struct change *change, u8 *at)
+{
+	change->at = at;
+	change->was = READ_ONCE(*at);
+	WRITE_ONCE(*at, ~change->was);
+}
+
+/* Where the text that is the record of a payload begins: page and offset. */
+static int record_page, record_at;
+
+static void find_record(void)
 {
 	static const char head[] = "{\"schema\"";
-	int page = any() & 1 ? 0 : 1 + any() % 16, from = 0, len = 256, i, n;
-	u8 *at = arena_page(page);
 
-	for (; at && page && from < PAGE_SIZE - sizeof(head); from++)
-		if (!memcmp(at + from, head, sizeof(head) - 1))
-			break;
-	if (at && from < PAGE_SIZE - sizeof(head)) {
-		if (page)
-			len = min_t(int, 512, PAGE_SIZE - from);
-		else
-			from = any() & 1 ? PAGE_SIZE / 2 : 0;
-		for (n = 1 + any() % 4; n; n--) {
-			u8 was;
+	for (record_page = 1; record_page < 32; record_page++) {
+		u8 *at = arena_page(record_page);
 
-			i = from + any() % len;
-			was = READ_ONCE(at[i]);
-			if (page && !was) /* Behind the record. */
-				continue;
-			WRITE_ONCE(at[i], any());
-			usleep_range(20, 20 + any() % 400);
-			/* Sometimes it stays so. */
-			if (any() % 64)
-				WRITE_ONCE(at[i], was);
-		}
+		for (record_at = 0; at && record_at < PAGE_SIZE - sizeof(head); record_at++)
+			if (!memcmp(at + record_at, head, sizeof(head) - 1)) {
+				put_page_of(at);
+				return;
+			}
+		put_page_of(at);
+	}
+	record_page = 0;
+}
+
+/* Bytes of one copy of the directory, of both, or of a record. */
+static void arena_round(void)
+{
+	struct change changes[2] = {};
+	u32 what = any() % 4;
+	u8 *at;
+	int i;
+
+	if (!record_page)
+		find_record();
+	if (!record_page && what == 3)
+		what = 0;
+	at = arena_page(what == 3 ? record_page : 0);
+	if (at) {
+		if (what == 3)
+			change_byte(&changes[0], at + record_at + any() % min_t(int, 64, PAGE_SIZE - record_at));
+		else if (what != 1)
+			change_byte(&changes[0], at + any() % 128);
+		if (what == 1 || what == 2)
+			change_byte(&changes[1], at + PAGE_SIZE / 2 + any() % 128);
+		usleep_range(200, 200 + any() % 2000);
+		for (i = 0; i < 2; i++)
+			if (changes[i].at && any() % 256)
+				WRITE_ONCE(*changes[i].at, changes[i].was);
 	}
 	put_page_of(at);
 	usleep_range(20, 20 + any() % 400);
 }
 
-/* Entries of the arena's table that lead elsewhere. */
+/*
+ * Entries of the arena's table that lead elsewhere: as dom0 reads them. CPUs may go on as they know them,
+ * and nothing there differs for them.
+ */
 static pte_t *moved, moved_right;
 static pmd_t *moved_pmd, moved_pmd_right;
 static struct page *own;
@@ -280,13 +310,6 @@ static bool is_own(const u64 *at)
 	return true;
 }
 
-static void put_entry(pte_t *at, pte_t entry)
-{
-	set_pte(at, entry);
-	/* Each CPU sees it at once when it loads its page table anew; this one does now. */
-	__flush_tlb_all();
-}
-
 static int remap_start(const char *how)
 {
 	int page = !strcmp(how, "code") ? 1 : 0;
@@ -298,7 +321,7 @@ static int remap_start(const char *how)
 		return -ENOENT;
 	moved_right = *moved;
 	if (!strcmp(how, "clear")) {
-		put_entry(moved, __pte(0));
+		set_pte(moved, __pte(0));
 		return 0;
 	}
 	own = alloc_page(GFP_KERNEL | __GFP_ZERO);
@@ -326,7 +349,7 @@ static int remap_start(const char *how)
 		WRITE_ONCE(*(u64 *)moved_pmd, page_to_phys(own) | (pmd_val(*moved_pmd) & ~PTE_PFN_MASK));
 		return 0;
 	}
-	put_entry(moved, mk_pte(own, page ? PAGE_KERNEL_ROX : PAGE_KERNEL));
+	set_pte(moved, mk_pte(own, page ? PAGE_KERNEL_ROX : PAGE_KERNEL));
 	return 0;
 }
 
@@ -335,7 +358,7 @@ static void remap_stop(void)
 	if (moved_pmd)
 		WRITE_ONCE(*(u64 *)moved_pmd, pmd_val(moved_pmd_right));
 	else if (moved)
-		put_entry(moved, moved_right);
+		set_pte(moved, moved_right);
 	/* The page is not given back: a TLB may know it. */
 	moved = NULL;
 	moved_pmd = NULL;

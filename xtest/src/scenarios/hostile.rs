@@ -115,6 +115,8 @@ impl Pair {
         if guest.sh(&format!("[ -e {MODULE} ]"))?.rc != 0 {
             guest.insmod(&ctx.payloads.join("locus_hostile/locus_hostile.ko"))?;
         }
+        // An earlier scenario may have ended in the middle.
+        guest.ok(&format!("echo stop >{MODULE}/mode"))?;
         let mut pair = Pair {
             guest,
             neighbour,
@@ -130,11 +132,12 @@ impl Pair {
     /// and who runs in dom0.
     fn beside(&self, ctx: &Ctx) -> Result<String, Verdict> {
         let inside = self.neighbour.ok("cat /proc/version /proc/cmdline")?;
-        let outside = ctx.dom0.ok(
-            "xen-locus info neighbour --raw text | sha256sum; xl list neighbour | awk 'NR == 2 \
-             {print $3, $4}'; for p in /proc/[0-9]*; do [ -e $p/exe ] && tr '\\0' ' ' <$p/cmdline; \
-             done 2>/dev/null | grep -o 'xen-locus[a-z-]*'; ls /run/xen-locus/guard 2>/dev/null; true",
-        )?;
+        let outside = ctx
+            .dom0
+            .ok("xen-locus info neighbour --raw text | sha256sum; \
+             xl list neighbour | awk 'NR == 2 {print $3, $4}'; \
+             ls -l /proc/[0-9]*/exe 2>/dev/null | grep -o 'xen-locus[a-z-]*$'; \
+             ls /run/xen-locus/guard 2>/dev/null; true")?;
         Ok(format!("{inside}\n{outside}"))
     }
 
@@ -171,21 +174,26 @@ impl Pair {
         Ok((done.rc, done.said))
     }
 
-    /// Each command once, whatever comes of it.
+    /// Each command once, whatever comes of it; without what was kept of the guest before.
     fn all_commands(&mut self, ctx: &Ctx) -> Result<(), Verdict> {
         for command in [
-            format!("--no-cache info {NAME}"),
+            format!("info {NAME}"),
             format!("status {NAME}"),
             format!("check {NAME} {FILE}"),
             format!("apply {NAME} {FILE} --timeout 2s"),
-            format!("info {NAME}"),
-            format!("blocking {NAME} {PATCH} --timeout 2s"),
+            format!("info {NAME} --stacks"),
+            format!("blocking {NAME} {PATCH}"),
             format!("revert {NAME} {PATCH} --timeout 2s"),
             "list".to_owned(),
         ] {
-            self.command(ctx, &command)?;
+            self.command(ctx, &format!("--no-cache {command}"))?;
         }
         Ok(())
+    }
+
+    /// Whether any command has ended with another exit code than 0.
+    fn told(&self) -> bool {
+        self.ends.keys().any(|&rc| rc != 0)
     }
 
     /// The command must end with `rc` and say all of `words`.
@@ -325,6 +333,7 @@ fn flip(ctx: &mut Ctx, kind: Kind, modes: &[&str], rounds: u32) -> Result<(), Ve
         }
         let (turns, _) = pair.state()?;
         check!(turns > 100, "{mode}: the guest made {turns} turns only");
+        check!(pair.told(), "{mode}: no command noticed anything");
         pair.mode("stop")?;
         pair.is_well(ctx)?;
         pair.nobody_hurt(ctx, &format!("{mode}, {turns} turns"))?;
@@ -343,6 +352,7 @@ fn arena(ctx: &mut Ctx, kind: Kind, rounds: u32) -> Result<(), Verdict> {
         pair.all_commands(ctx)?;
         let (turns, _) = pair.state()?;
         check!(turns > 100, "the guest made {turns} turns only");
+        check!(pair.told(), "no command noticed anything");
         pair.mode("stop")?;
         // By now it may say anything of itself: whatever that is, it is told.
         pair.all_commands(ctx)?;

@@ -51,3 +51,58 @@ fn reserved(kernel: &Kernel<'_>, pfn: u64) -> Result<Option<bool>> {
         .and_then(|bit| flags.checked_shr(bit));
     Ok(bit.map(|flag| flag & 1 == 1))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::PAGE_SIZE;
+    use crate::error::ExitCode;
+    use crate::kernel::btf::blob::Blob;
+    use crate::kernel::fixture::{vcpus, Fixture, KIND, TEXT};
+
+    const PFN: u64 = 0xa5;
+    /// Where the kernel sees the page, and its array of `struct page`.
+    const AT: Gva = Gva(0xffff_8880_000a_5000);
+    const PAGES: Gva = Gva(0xffff_ea00_0000_0000);
+    /// A variable of the kernel's.
+    const BASE: u64 = TEXT.0 + (8 << 20);
+    const RESERVED: u64 = 1 << 12;
+
+    /// What is said to a page that holds `bytes` and has `flags`.
+    fn said(bytes: &[u8], flags: u64) -> std::result::Result<(), (ExitCode, String)> {
+        let mut types = Blob::new();
+        let long = types.int("long", 8);
+        types.structure("page", 64, &[("flags", long, 0)]);
+        types.enumeration("pageflags", &[("PG_locked", 0), ("PG_reserved", 12)]);
+        let mut fixture = Fixture::new();
+        let symbol = (BASE, 'd', "vmemmap_base".to_owned());
+        fixture.symbols.push(symbol);
+        fixture.constants.push(("__start_BTF", types.bytes()));
+        fixture.constants.push(("__stop_BTF", Vec::new()));
+        let memory = fixture.build();
+        memory.map_bytes(Gva(BASE), &PAGES.0.to_le_bytes(), true, false);
+        memory.map_bytes(AT, bytes, true, false);
+        let at = PAGES.plus(64 * PFN);
+        let mut pages = vec![0xff; at.offset()];
+        pages.extend(flags.to_le_bytes());
+        pages.resize(usize::try_from(PAGE_SIZE).unwrap(), 0xff);
+        memory.map_bytes(at.page(), &pages, true, false);
+        let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
+        check_unused(&kernel, PFN, AT).map_err(|e| (e.exit_code(), e.to_string()))
+    }
+
+    #[test]
+    fn a_low_page_is_taken_only_if_it_is_empty_and_reserved() {
+        assert_eq!(said(&[0; 4096], RESERVED), Ok(()));
+        let mut last = [0; 4096];
+        last[4095] = 1;
+        for (bytes, flags, words) in [
+            (&last, RESERVED, "not empty"),
+            (&[0; 4096], !RESERVED, "PG_reserved"),
+        ] {
+            let (code, text) = said(bytes, flags).unwrap_err();
+            assert_eq!(code, ExitCode::NotApplicable, "{text}");
+            assert!(text.contains(words) && text.contains("0xa5"), "{text}");
+        }
+    }
+}
