@@ -75,6 +75,7 @@ pub fn apply(
     mode: Mode,
     options: &Options,
 ) -> Result<Report> {
+    kernel.check_runs()?;
     let mut arena = Arena::read(kernel)?;
     plan::settle(kernel, &mut arena)?;
     let ready = plan::prepare(kernel, &arena, payload, mode)?;
