@@ -382,11 +382,13 @@ fn execute(
     let began = Instant::now();
     let mut targets = Vec::with_capacity(plan.writes.len());
     let mut spots = Vec::new();
+    let mut changed = Vec::new();
     for write in &plan.writes {
         let at = Gva(write.at);
         let frames = kernel.space.frames(at, write.new.len() as u64)?;
         if write.new != write.expect {
             spots.extend(Spot::split(&frames, at.offset(), &write.expect, &write.new));
+            changed.extend_from_slice(&frames);
         }
         targets.push(Target {
             write,
@@ -394,6 +396,8 @@ fn execute(
             offset: at.offset(),
         });
     }
+    changed.sort_unstable();
+    changed.dedup();
     let guard = machine.guard(&spots)?;
     let mut prescan = Prescan::new(kernel, watch_of(plan, options)?)?;
     let mut attempts = 0;
@@ -420,8 +424,17 @@ fn execute(
             let (found, paused) = last_look(machine, &*guard, &mut prescan, thorough, options)?;
             verdict = found;
             if verdict == Verdict::Quiet {
-                write_all(&targets, || Ok(paused.writing()?))?;
+                let written = write_all(&targets, || Ok(paused.writing()?));
+                // What was put back was written too. While it is paused the guest can't be suspended, so
+                // none of this is missed.
+                let told = machine.written(&changed);
+                written?;
                 let pause = paused.end()?;
+                if let Err(error) = told {
+                    eprintln!(
+                        "xen-locus: if the guest is being moved as it runs, stop that: {error}"
+                    );
+                }
                 return Ok(Done { pause, attempts });
             }
             pause = paused.end()?;
