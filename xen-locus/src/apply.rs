@@ -76,6 +76,7 @@ pub fn apply(
     mode: Mode,
     options: &Options,
 ) -> Result<Report> {
+    kernel.check_runs()?;
     let mut arena = Arena::read(kernel)?;
     plan::settle(kernel, &mut arena)?;
     let ready = plan::prepare(kernel, &arena, payload, mode)?;
@@ -385,11 +386,13 @@ fn execute(
     let mut spots = Vec::new();
     // Nothing remembered: what leads there now.
     let (space, mut trail) = (kernel.space.fresh(), Trail::default());
+    let mut changed = Vec::new();
     for write in &plan.writes {
         let at = Gva(write.at);
         let frames = space.trace(at, write.new.len() as u64, &mut trail)?;
         if write.new != write.expect {
             spots.extend(Spot::split(&frames, at.offset(), &write.expect, &write.new));
+            changed.extend_from_slice(&frames);
         }
         targets.push(Target {
             write,
@@ -397,6 +400,8 @@ fn execute(
             offset: at.offset(),
         });
     }
+    changed.sort_unstable();
+    changed.dedup();
     let guard = machine.guard(&spots)?;
     let mut prescan = Prescan::new(kernel, watch_of(plan, options)?)?;
     let mut attempts = 0;
@@ -423,8 +428,17 @@ fn execute(
             let (found, paused) = last_look(machine, &*guard, &mut prescan, thorough, options)?;
             verdict = found;
             if verdict == Verdict::Quiet {
-                write_all(&targets, &trail, || Ok(paused.writing()?))?;
+                let written = write_all(&targets, &trail, || Ok(paused.writing()?));
+                // What was put back was written too. While it is paused the guest can't be suspended, so
+                // none of this is missed.
+                let told = machine.written(&changed);
+                written?;
                 let pause = paused.end()?;
+                if let Err(error) = told {
+                    eprintln!(
+                        "xen-locus: if the guest is being moved as it runs, stop that: {error}"
+                    );
+                }
                 return Ok(Done { pause, attempts });
             }
             pause = paused.end()?;

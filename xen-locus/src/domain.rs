@@ -108,6 +108,14 @@ impl MemoryMut for Domain<'_> {
     fn map_mut(&self, frames: &[Frame]) -> std::result::Result<Box<dyn WindowMut>, guest::Error> {
         self.foreign.map_mut(frames)
     }
+
+    /// PV guests are moved by other means, if at all: Xen has no such call for them.
+    fn written(&self, frames: &[Frame]) -> std::result::Result<(), guest::Error> {
+        match self.info.kind {
+            GuestType::Pv => Ok(()),
+            GuestType::Pvh | GuestType::Hvm => self.foreign.written(frames),
+        }
+    }
 }
 
 impl Machine for Domain<'_> {
@@ -169,7 +177,8 @@ impl Machine for Domain<'_> {
         }
         self.foreign
             .map_mut(&[table])?
-            .write(slot * 8, &entry.to_le_bytes())
+            .write(slot * 8, &entry.to_le_bytes())?;
+        self.written(&[table])
     }
 
     fn vacant(&self, frames: &[Frame]) -> std::result::Result<Vec<bool>, guest::Error> {

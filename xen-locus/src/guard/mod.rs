@@ -127,6 +127,8 @@ fn bad(why: &str) -> Error {
 pub struct Places<'t> {
     spots: Vec<(&'t Spot, usize)>,
     window: Option<Box<dyn WindowMut>>,
+    memory: &'t dyn MemoryMut,
+    frames: Vec<Frame>,
 }
 
 impl std::fmt::Debug for Places<'_> {
@@ -140,7 +142,7 @@ impl<'t> Places<'t> {
     ///
     /// # Errors
     /// A frame can't be mapped.
-    pub fn map(memory: &dyn MemoryMut, spots: &'t [Spot]) -> Result<Places<'t>> {
+    pub fn map(memory: &'t dyn MemoryMut, spots: &'t [Spot]) -> Result<Places<'t>> {
         let mut frames: Vec<Frame> = spots.iter().map(|s| Frame(s.frame)).collect();
         frames.sort_unstable();
         frames.dedup();
@@ -155,6 +157,8 @@ impl<'t> Places<'t> {
         Ok(Places {
             spots: spots.iter().map(place).collect(),
             window,
+            memory,
+            frames,
         })
     }
 }

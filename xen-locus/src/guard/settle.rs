@@ -106,7 +106,11 @@ pub fn settle(page: &Page, counter: &dyn Counter, uuid: [u8; 16], places: &Place
         }
     };
     let outcome = match step {
-        Step::Writing => places.settle(),
+        Step::Writing => {
+            let outcome = places.settle();
+            places.tell();
+            outcome
+        }
         _ => Outcome::Running,
     };
     if held {
@@ -166,9 +170,16 @@ impl Places<'_> {
         window.read(at, found).is_ok() && found.iter().zip(&spot.old).zip(&spot.new).all(own)
     }
 
-    /// Reads all places once, so that nothing is done for the first time when it matters.
+    /// Says that all of it was written, by whomever. Of a PV guest there is nobody to tell.
+    fn tell(&self) {
+        let _ = self.memory.written(&self.frames);
+    }
+
+    /// Reads all places once, and opens what is to be told, so that nothing is done for the first time when
+    /// it matters.
     pub fn rehearse(&self) {
         self.all(|spot| &spot.old);
+        let _ = self.memory.written(&[]);
     }
 }
 

@@ -81,6 +81,13 @@ pub trait Memory {
 pub trait MemoryMut: Memory {
     /// Maps `frames` for writing.
     fn map_mut(&self, frames: &[Frame]) -> Result<Box<dyn WindowMut>, Error>;
+
+    /// Says that `frames` were written, so that whoever moves the guest as it runs copies them again.
+    /// Nobody moves memory that is no guest's.
+    fn written(&self, frames: &[Frame]) -> Result<(), Error> {
+        let _ = frames;
+        Ok(())
+    }
 }
 
 /// How a guest runs on Xen.

@@ -12,6 +12,7 @@ pub mod locate;
 pub mod modules;
 mod names;
 pub mod orc;
+mod state;
 pub mod tasks;
 pub mod vmcoreinfo;
 

@@ -436,6 +436,7 @@ impl Arena {
                 let blank = vec![0; frames.len() * PAGE_LEN];
                 if !frames.is_empty() {
                     machine.map_mut(&frames)?.write(0, &blank)?;
+                    machine.written(&frames)?;
                 }
                 frames
             }
@@ -459,8 +460,10 @@ impl Arena {
         if bytes.is_empty() {
             return Ok(());
         }
-        let window = machine.map_mut(&self.frames(Range::new(at, bytes.len() as u64))?)?;
+        let frames = self.frames(Range::new(at, bytes.len() as u64))?;
+        let window = machine.map_mut(&frames)?;
         window.write(at.offset(), bytes)?;
+        machine.written(&frames)?;
         let mut back = vec![0; bytes.len()];
         window.read(at.offset(), &mut back)?;
         if back != bytes {

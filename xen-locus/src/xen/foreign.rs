@@ -1,11 +1,13 @@
 //! `libxenforeignmemory`: guest frames mapped into this process.
 
+use std::cell::OnceCell;
 use std::ffi::{c_int, c_uint, c_void};
 use std::ptr::{null_mut, NonNull};
 use std::rc::Rc;
 
 use libloading::os::unix::Library;
 
+use super::dirty::Dirty;
 use super::{fault, load, symbol, Error};
 use crate::addr::{DomId, Frame, PAGE_LEN};
 use crate::guest::{self, Memory, MemoryMut, Window, WindowMut};
@@ -39,6 +41,7 @@ impl Drop for Inner {
 pub struct Foreign {
     inner: Rc<Inner>,
     domain: DomId,
+    dirty: Rc<OnceCell<Dirty>>,
 }
 
 impl std::fmt::Debug for Foreign {
@@ -85,6 +88,7 @@ impl Foreign {
         Ok(Foreign {
             inner: Rc::new(inner),
             domain,
+            dirty: Rc::default(),
         })
     }
 
@@ -147,6 +151,18 @@ impl Memory for Foreign {
 impl MemoryMut for Foreign {
     fn map_mut(&self, frames: &[Frame]) -> Result<Box<dyn WindowMut>, guest::Error> {
         Ok(Box::new(self.map_all(frames, Access::Write)?))
+    }
+
+    /// For PVH and HVM guests only.
+    fn written(&self, frames: &[Frame]) -> Result<(), guest::Error> {
+        if self.dirty.get().is_none() {
+            // Where it is set already it is as good.
+            let _ = self.dirty.set(Dirty::open()?);
+        }
+        match self.dirty.get() {
+            Some(dirty) if !frames.is_empty() => Ok(dirty.mark(self.domain, frames)?),
+            _ => Ok(()),
+        }
     }
 }
 

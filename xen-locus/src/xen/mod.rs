@@ -9,6 +9,7 @@
 mod call;
 mod ctl;
 mod detached;
+mod dirty;
 mod foreign;
 mod memory;
 mod page;

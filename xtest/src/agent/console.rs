@@ -35,7 +35,8 @@ pub(super) struct Guests {
 }
 
 struct Console {
-    name: String,
+    /// One that is being moved here has another name until it is there.
+    name: Mutex<String>,
     input: Mutex<File>,
     /// The guest's command server has announced itself, or has answered.
     up: AtomicBool,
@@ -113,10 +114,14 @@ impl Guests {
             .retain(|domid, c| domids.contains(domid) && !c.closed.load(Ordering::Relaxed));
         let mut pending = false;
         for domid in domids.into_iter().filter(|&d| d != 0) {
-            if locked(&self.by_domid).contains_key(&domid) {
+            let name = store.read(&format!("/local/domain/{domid}/name"));
+            let known = locked(&self.by_domid).get(&domid).cloned();
+            if let Some(console) = known {
+                if let Ok(name) = name {
+                    *locked(&console.name) = name;
+                }
                 continue;
             }
-            let name = store.read(&format!("/local/domain/{domid}/name"));
             let tty = store.read(&format!("/local/domain/{domid}/console/tty"));
             match (name, tty) {
                 (Ok(name), Ok(tty)) if !tty.is_empty() => match Console::open(&name, &tty) {
@@ -134,7 +139,7 @@ impl Guests {
     fn find(&self, name: &str) -> Option<Arc<Console>> {
         let all = locked(&self.by_domid);
         // the newest, where a destroyed one of the same name is still about
-        let console = all.values().rev().find(|c| c.name == name)?;
+        let console = all.values().rev().find(|c| *locked(&c.name) == name)?;
         (!console.closed.load(Ordering::Relaxed)).then(|| Arc::clone(console))
     }
 
@@ -191,7 +196,7 @@ impl Console {
             .append(true)
             .open(Path::new("/var/log").join(format!("guest-{name}.log")))?;
         let console = Arc::new(Self {
-            name: name.to_owned(),
+            name: Mutex::new(name.to_owned()),
             input: Mutex::new(reader.try_clone()?),
             up: AtomicBool::new(false),
             closed: AtomicBool::new(false),
@@ -353,13 +358,13 @@ impl Talk<'_> {
             Err(mpsc::RecvTimeoutError::Timeout) if self.console.dead.load(Ordering::Relaxed) => {
                 Err(fail(
                     FailKind::Gone,
-                    format!("{}: has crashed", self.console.name),
+                    format!("{}: has crashed", locked(&self.console.name)),
                 ))
             }
             Err(mpsc::RecvTimeoutError::Timeout) => Ok(None),
             Err(mpsc::RecvTimeoutError::Disconnected) => Err(fail(
                 FailKind::Gone,
-                format!("{}: its console was closed", self.console.name),
+                format!("{}: its console was closed", locked(&self.console.name)),
             )),
         }
     }
@@ -369,7 +374,7 @@ impl Talk<'_> {
             return Ok(());
         }
         let seconds = self.silence.as_secs();
-        let name = &self.console.name;
+        let name = locked(&self.console.name).clone();
         Err(fail(
             FailKind::Hung,
             format!("{name}: no sign of life for {seconds} s"),

@@ -2,6 +2,7 @@
 //! started anew, destroyed, and get more or less of memory and processors.
 
 mod destroy;
+mod migrate;
 mod reboot;
 mod save;
 mod sizes;
@@ -24,7 +25,14 @@ pub fn scenarios() -> Vec<Scenario> {
 
 /// What takes too long for a usual run.
 pub fn matrix() -> Vec<Scenario> {
-    [save::MATRIX, destroy::MATRIX, reboot::MATRIX, sizes::MATRIX].concat()
+    [
+        save::MATRIX,
+        destroy::MATRIX,
+        reboot::MATRIX,
+        sizes::MATRIX,
+        migrate::MATRIX,
+    ]
+    .concat()
 }
 
 /// Replaces `version_proc_show` and `loadavg_proc_show`: word "live" in both.

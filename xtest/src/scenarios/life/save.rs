@@ -30,7 +30,7 @@ const THREE: &str = "locus_stack_three";
 const FILE: &str = "/tmp/saved";
 
 /// SHA-256 of the guest's whole kernel text; the text itself stays in `file`.
-fn text(ctx: &Ctx, name: &str, file: &str) -> Result<String, Verdict> {
+pub(super) fn text(ctx: &Ctx, name: &str, file: &str) -> Result<String, Verdict> {
     let sum = ctx.dom0.ok(&format!(
         "xen-locus info {name} --raw text >{file} && test $(wc -c <{file}) -gt 8000000 \
          && sha256sum <{file}"

@@ -1,0 +1,99 @@
+//! A guest is moved to the same host as it runs, and patched meanwhile.
+
+use std::time::Duration;
+
+use super::save::text;
+use super::{shows, words, ONE, PAIR};
+use crate::guest::{GuestSpec, Kind};
+use crate::scenario::{Ctx, Scenario, PVH};
+use crate::verdict::Verdict;
+use crate::{check, check_eq};
+
+/// What takes too long for a usual run. Only PVH: to move a PV guest as it runs Xen needs shadow paging,
+/// which Debian's is built without.
+pub const MATRIX: &[Scenario] = &[Scenario {
+    name: "migrate-pvh",
+    summary:
+        "what is applied and reverted while a PVH guest is moved has taken place where it is then",
+    profile: &PVH,
+    run: migrate,
+}];
+
+/// `migrate.sh NAME`: applies a patch and takes it back, again and again, until the guest is moved. Says
+/// after how many steps, whether the patch is in force, and how the first step failed that did.
+const SCRIPT: &str = r#"
+id=$(xl domid "$1")
+rm -f /tmp/migrate.rc
+(xl migrate -s '' "$1" 'xl migrate-receive' >/tmp/migrate.log 2>&1; echo $? >/tmp/migrate.rc) &
+in=no steps=0
+until [ -e /tmp/migrate.rc ]; do
+	case $in in
+	no) next=yes; xen-locus apply "$id" /payloads/locus_proc_pair.ko ;;
+	yes) next=no; xen-locus revert "$id" locus_proc_pair ;;
+	esac >/tmp/step.log 2>&1
+	rc=$?
+	[ $rc = 0 ] || break
+	in=$next steps=$((steps + 1))
+done
+wait
+echo "$(cat /tmp/migrate.rc) $in $steps ${rc:-0} $(tail -n 1 /tmp/step.log)"
+"#;
+
+fn migrate(ctx: &mut Ctx) -> Result<(), Verdict> {
+    let name = "move-pvh";
+    let spec = GuestSpec::new(name, Kind::Pvh);
+    let mut guest = ctx.ensure_guest(spec.clone())?;
+    guest.start_workload()?;
+    let sum = text(ctx, name, "/tmp/text.before")?;
+    ctx.dom0.put("/tmp/migrate.sh", 0o755, SCRIPT.as_bytes())?;
+    ctx.dom0
+        .ok(&format!("xen-locus apply {name} /payloads/{ONE}.ko"))?;
+    for round in 1..=2 {
+        let rounds = guest.rounds()?;
+        let old = guest.domid;
+        let out = ctx.dom0.sh_timeout(
+            &format!("sh /tmp/migrate.sh {name}"),
+            Duration::from_secs(300),
+        )?;
+        let said = out.text();
+        eprintln!("xtest: {name}, round {round}: {said}");
+        let mut parts = said.splitn(5, ' ');
+        let mut part = || parts.next().unwrap_or_default().to_owned();
+        let (moved, is_in, steps, rc) = (part(), part(), part(), part());
+        check_eq!(moved, "0", "xl migrate: {said}");
+        check!(
+            steps.parse().is_ok_and(|n: u32| n > 0),
+            "no step meanwhile: {said}"
+        );
+        check!(["0", "1", "2"].contains(&&*rc), "a step ended with {said}");
+        guest = ctx.adopt_guest(spec.clone())?;
+        check!(guest.domid != old, "it is domain {old} still");
+        let (seen, patches) = match &*is_in {
+            "yes" => (words("live", "live", "live"), &[ONE, PAIR][..]),
+            _ => (words("live", "", ""), &[ONE][..]),
+        };
+        shows(ctx, &guest, &seen, patches)?;
+        check!(guest.rounds()? > rounds, "the workload stands still");
+        // What the last step left, on whichever side, is settled by the next one.
+        let [patch, revert] = [
+            format!("xen-locus apply {name} /payloads/{PAIR}.ko"),
+            format!("xen-locus revert {name} {PAIR}"),
+        ];
+        ctx.dom0.ok(&patch)?;
+        shows(ctx, &guest, &words("live", "live", "live"), &[ONE, PAIR])?;
+        ctx.dom0.ok(&revert)?;
+        shows(ctx, &guest, &words("live", "", ""), &[ONE])?;
+    }
+    ctx.dom0.ok(&format!("xen-locus revert {name} --all"))?;
+    shows(ctx, &guest, &words("", "", ""), &[])?;
+    check_eq!(
+        text(ctx, name, "/tmp/text.after")?,
+        sum,
+        "SHA-256 of the kernel's text"
+    );
+    let log = guest.ok("dmesg")?;
+    for word in ["Oops", "BUG:", "WARNING:", "general protection"] {
+        check!(!log.contains(word), "{word} in the guest's log: {log}");
+    }
+    ctx.destroy_guest(name)
+}
