@@ -14,13 +14,7 @@ use crate::{check, check_eq};
 
 /// See the names.
 pub fn scenarios() -> Vec<Scenario> {
-    [
-        save::SCENARIOS,
-        destroy::SCENARIOS,
-        reboot::SCENARIOS,
-        sizes::SCENARIOS,
-    ]
-    .concat()
+    [save::SCENARIOS, destroy::SCENARIOS].concat()
 }
 
 /// What takes too long for a usual run.

@@ -9,21 +9,23 @@ use crate::scenario::{Ctx, Scenario, PV, PVH};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// See the names.
-pub const SCENARIOS: &[Scenario] = &[Scenario {
-    name: "reboot-pv",
-    summary: "status knows what a PV guest lost when it rebooted; the daemon can apply it again",
-    profile: &PV,
-    run: |ctx| reboots(ctx, Kind::Pv),
-}];
-
-/// What takes too long for a usual run.
-pub const MATRIX: &[Scenario] = &[Scenario {
-    name: "reboot-pvh",
-    summary: "status knows what a PVH guest lost when it rebooted; the daemon can apply it again",
-    profile: &PVH,
-    run: |ctx| reboots(ctx, Kind::Pvh),
-}];
+/// What takes too long for a usual run: each guest starts four times.
+pub const MATRIX: &[Scenario] = &[
+    Scenario {
+        name: "reboot-pv",
+        summary:
+            "status knows what a PV guest lost when it rebooted; the daemon can apply it again",
+        profile: &PV,
+        run: |ctx| reboots(ctx, Kind::Pv),
+    },
+    Scenario {
+        name: "reboot-pvh",
+        summary:
+            "status knows what a PVH guest lost when it rebooted; the daemon can apply it again",
+        profile: &PVH,
+        run: |ctx| reboots(ctx, Kind::Pvh),
+    },
+];
 
 /// One that is taken back before the guest starts anew.
 const BACK: &str = "locus_sleeper";

@@ -10,9 +10,6 @@ use crate::limits;
 use crate::scenario::{Ctx, Scenario, PV, PVH};
 use crate::verdict::Verdict;
 
-/// See the names.
-pub const SCENARIOS: &[Scenario] = &[];
-
 /// What takes too long for a usual run.
 pub const MATRIX: &[Scenario] = &[
     Scenario {
