@@ -149,6 +149,12 @@ pub fn revert(
     })
 }
 
+/// What is reported of a patch that is as it should be.
+#[must_use]
+pub fn nothing_to_do(patch: &str) -> Report {
+    report(patch, Outcome::Already, 0, Done::default())
+}
+
 /// Notes that the run has ended, unless the guest's directory shows a change as under way still.
 fn ended(machine: &dyn Machine, kernel: &Kernel<'_>, done: Result<Done>) -> Result<Done> {
     let settled = || {
