@@ -11,7 +11,7 @@ use crate::addr::Gva;
 use crate::error::{Error, Result};
 use crate::guard::Spot;
 use crate::guest::space::Trail;
-use crate::guest::{Guard, Machine, Paused, WindowMut};
+use crate::guest::{Guard, Machine, Paused};
 use crate::journal::{Change, Op};
 use crate::kernel::Kernel;
 use crate::link::arena::{self, Arena};
@@ -22,9 +22,11 @@ use crate::quiesce::{Blocker, Prescan, Verdict, Watch};
 use sha2::{Digest, Sha256};
 
 mod report;
+mod write;
 
+pub use report::{nothing_to_do, Outcome, Report};
 use report::{report, Concerned, Done};
-pub use report::{Outcome, Report};
+use write::{check_all, write_all, Target};
 
 /// Attempts to find a moment at which no task has run since the rehearsal, before all tasks are asked
 /// for it while the guest is paused.
@@ -147,12 +149,6 @@ pub fn revert(
         text: concerned.change(kernel, before),
         ..report(name, Outcome::Reverted, functions, done)
     })
-}
-
-/// What is reported of a patch that is as it should be.
-#[must_use]
-pub fn nothing_to_do(patch: &str) -> Report {
-    report(patch, Outcome::Already, 0, Done::default())
 }
 
 /// Notes that the run has ended, unless the guest's directory shows a change as under way still.
@@ -344,28 +340,6 @@ fn place(
     arena.commit(machine, kernel, slots)
 }
 
-/// A write with its page mapped.
-struct Target<'p> {
-    write: &'p plan::Write,
-    window: Box<dyn WindowMut>,
-    offset: usize,
-}
-
-impl Target<'_> {
-    fn holds(&self, bytes: &[u8]) -> Result<bool> {
-        let mut found = [0; plan::WRITE_MAX];
-        let found = found.get_mut(..bytes.len()).ok_or_else(|| {
-            Error::Failed(format!("a write of more than {} bytes", plan::WRITE_MAX))
-        })?;
-        self.window.read(self.offset, found)?;
-        Ok(found == bytes)
-    }
-
-    fn put(&self, bytes: &[u8]) -> Result<()> {
-        Ok(self.window.write(self.offset, bytes)?)
-    }
-}
-
 /// Where nobody may be.
 fn watch_of<'p>(plan: &'p Plan, options: &Options) -> Result<&'p Watch> {
     if !options.entry_only {
@@ -500,207 +474,5 @@ fn gave_up(
     }
 }
 
-/// Checks that the guest's memory holds what is to be replaced, and that its page tables still lead there.
-fn check_all(targets: &[Target<'_>], trail: &Trail) -> Result<()> {
-    if !trail.holds()? {
-        return Err(Error::TryAgain(
-            "the guest's page tables lead elsewhere than when the pages to be written were mapped (the \
-             guest remaps its own code?); nothing was changed"
-                .into(),
-        ));
-    }
-    for target in targets {
-        if !target.holds(&target.write.expect)? {
-            return Err(Error::TryAgain(format!(
-                "the bytes at {:#x} changed since they were checked (the guest traces or patches \
-                 this function itself?); nothing was changed",
-                target.write.at
-            )));
-        }
-    }
-    Ok(())
-}
-
-/// Writes all targets or none; calls `begin` when they are checked and before the first is written, which
-/// says whether that may be.
-fn write_all(
-    targets: &[Target<'_>],
-    trail: &Trail,
-    begin: impl FnOnce() -> Result<bool>,
-) -> Result<()> {
-    check_all(targets, trail)?;
-    if !begin()? {
-        return Err(Error::TryAgain(
-            "the guest has shut down or is suspended (is it being saved or moved?); nothing was changed"
-                .into(),
-        ));
-    }
-    let changed = || targets.iter().filter(|t| t.write.new != t.write.expect);
-    let written = changed().try_for_each(|t| t.put(&t.write.new));
-    // What can't be read back isn't known to be there.
-    let is_there = |t: &Target<'_>, bytes: &[u8]| t.holds(bytes).unwrap_or(false);
-    if written.is_ok() && targets.iter().all(|t| is_there(t, &t.write.new)) {
-        return Ok(());
-    }
-    // The last one first: what is put back last is what was written first.
-    for target in changed().rev() {
-        // All are tried; what counts is what stands there in the end.
-        let _ = target.put(&target.write.expect);
-    }
-    for target in targets {
-        if !is_there(target, &target.write.expect) {
-            return Err(Error::Uncertain(format!(
-                "writing failed midway and the bytes at {:#x} could not be put back; run `xen-locus \
-                 recover`",
-                target.write.at
-            )));
-        }
-    }
-    Err(Error::RolledBack(
-        "writing failed midway; all bytes are put back and verified".into(),
-    ))
-}
-
 #[cfg(test)]
 mod stack_tests;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::addr::{Frame, PAGE_LEN};
-    use crate::error::ExitCode;
-    use crate::guest::mock::MockMemory;
-    use crate::guest::{self, MemoryMut as _, Window};
-    use std::cell::Cell;
-
-    const OLD: [u8; 5] = [1; 5];
-    const NEW: [u8; 5] = [2; 5];
-
-    /// A window whose writes number `fails` and reads number `blind` fail, from 0.
-    struct Failing {
-        inner: Box<dyn WindowMut>,
-        writes: Cell<u32>,
-        fails: std::ops::Range<u32>,
-        reads: Cell<u32>,
-        blind: std::ops::Range<u32>,
-    }
-
-    impl Window for Failing {
-        fn read(&self, offset: usize, buf: &mut [u8]) -> std::result::Result<(), guest::Error> {
-            let n = self.reads.replace(self.reads.get() + 1);
-            if self.blind.contains(&n) {
-                return Err(guest::Error::Odd("the read failed".into()));
-            }
-            self.inner.read(offset, buf)
-        }
-    }
-
-    impl WindowMut for Failing {
-        fn write(&self, offset: usize, bytes: &[u8]) -> std::result::Result<(), guest::Error> {
-            let n = self.writes.replace(self.writes.get() + 1);
-            if self.fails.contains(&n) {
-                // Torn: the first time two bytes get there, the second time one, then none.
-                self.inner
-                    .write(offset, &bytes[..2usize.saturating_sub(n as usize)])?;
-                return Err(guest::Error::Odd("the write failed".into()));
-            }
-            self.inner.write(offset, bytes)
-        }
-    }
-
-    /// Writes two redirects, of which the second fails at its writes `fails`; returns the outcome
-    /// and what then stands at both places.
-    fn written(first_byte: u8, fails: std::ops::Range<u32>) -> (Result<()>, [[u8; 5]; 2]) {
-        written_blindly(first_byte, fails, 0..0)
-    }
-
-    /// The same, where it can't be read at its reads `blind`.
-    fn written_blindly(
-        first_byte: u8,
-        fails: std::ops::Range<u32>,
-        blind: std::ops::Range<u32>,
-    ) -> (Result<()>, [[u8; 5]; 2]) {
-        let memory = MockMemory::new();
-        let frames: Vec<Frame> = (0..2).map(|_| memory.frame()).collect();
-        let write = plan::Write {
-            at: 0x1000,
-            expect: OLD.to_vec(),
-            new: NEW.to_vec(),
-        };
-        for &frame in &frames {
-            memory.map_mut(&[frame]).unwrap().write(100, &OLD).unwrap();
-        }
-        memory
-            .map_mut(&frames[1..])
-            .unwrap()
-            .write(100, &[first_byte])
-            .unwrap();
-        let targets: Vec<Target<'_>> = frames
-            .iter()
-            .zip([(0..0, 0..0), (fails, blind)])
-            .map(|(&frame, (fails, blind))| {
-                let inner = memory.map_mut(&[frame]).unwrap();
-                let window = Box::new(Failing {
-                    inner,
-                    writes: Cell::new(0),
-                    fails,
-                    reads: Cell::new(0),
-                    blind,
-                });
-                Target {
-                    write: &write,
-                    window,
-                    offset: 100,
-                }
-            })
-            .collect();
-        let result = write_all(&targets, &Trail::default(), || Ok(true));
-        let stands = [0, 1].map(|i| {
-            let mut bytes = [0; 5];
-            targets[i].window.read(100, &mut bytes).unwrap();
-            bytes
-        });
-        assert!(targets
-            .iter()
-            .all(|t| t.window.read(PAGE_LEN - 8, &mut [0; 8]).is_ok()));
-        (result, stands)
-    }
-
-    #[test]
-    fn all_redirects_are_written_or_none() {
-        let (result, stands) = written(1, 0..0);
-        assert!(result.is_ok());
-        assert_eq!(stands, [NEW, NEW]);
-    }
-
-    #[test]
-    fn bytes_that_changed_since_they_were_checked_stop_the_write_before_it_begins() {
-        let (result, stands) = written(9, 0..0);
-        assert_eq!(result.unwrap_err().exit_code(), ExitCode::TryAgain);
-        assert_eq!(stands, [OLD, [9, 1, 1, 1, 1]]);
-    }
-
-    #[test]
-    fn a_write_that_fails_midway_is_rolled_back_and_verified() {
-        let (result, stands) = written(1, 0..1);
-        assert_eq!(result.unwrap_err().exit_code(), ExitCode::RolledBack);
-        assert_eq!(stands, [OLD, OLD]);
-    }
-
-    #[test]
-    fn what_cant_be_read_back_is_rolled_back() {
-        // its reads: before the write, after it, after the old bytes were put back
-        let (result, stands) = written_blindly(1, 0..0, 1..2);
-        assert_eq!(result.unwrap_err().exit_code(), ExitCode::RolledBack);
-        assert_eq!(stands, [OLD, OLD]);
-        let (result, stands) = written_blindly(1, 0..0, 1..3);
-        assert_eq!(result.unwrap_err().exit_code(), ExitCode::Uncertain);
-        assert_eq!(stands, [OLD, OLD]);
-    }
-
-    #[test]
-    fn a_rollback_that_fails_too_is_called_uncertain() {
-        let (result, _) = written(1, 0..9);
-        assert_eq!(result.unwrap_err().exit_code(), ExitCode::Uncertain);
-    }
-}

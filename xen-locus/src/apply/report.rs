@@ -119,6 +119,12 @@ impl Report {
     }
 }
 
+/// What is reported of a patch that is as it should be.
+#[must_use]
+pub fn nothing_to_do(patch: &str) -> Report {
+    report(patch, Outcome::Already, 0, Done::default())
+}
+
 pub(super) fn report(patch: &str, result: Outcome, functions: usize, done: Done) -> Report {
     Report {
         patch: patch.into(),

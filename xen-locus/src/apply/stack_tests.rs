@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::*;
 use crate::addr::Frame;
 use crate::error::ExitCode;
-use crate::guest::{self, Guard, GuestType, Memory, MemoryMut, Paused, Vcpu, Window};
+use crate::guest::{self, Guard, GuestType, Memory, MemoryMut, Paused, Vcpu, Window, WindowMut};
 use crate::journal::Intent;
 use crate::kernel::cache::Cache;
 use crate::kernel::fixture::{Fixture, TEXT};
