@@ -15,7 +15,7 @@ use crate::guest::{Guard, Machine, Paused};
 use crate::journal::{Change, Op};
 use crate::kernel::Kernel;
 use crate::link::arena::{self, Arena};
-use crate::link::record::{Slot, State};
+use crate::link::record::{hex, Slot, State};
 use crate::patch::Payload;
 use crate::plan::{self, Mode, Plan, Prepared, Readiness, Stack};
 use crate::quiesce::{Blocker, Prescan, Verdict, Watch};
@@ -93,7 +93,11 @@ pub fn apply(
     let superseded = ready.superseded.iter().map(|r| &r.record);
     let concerned = Concerned::of(superseded.chain([&ready.record]));
     let before = concerned.digest(kernel)?;
-    machine.begin(&Change::new(kernel, Op::Apply, &ready.record, &ready.plan))?;
+    let record = hex(&Sha256::digest(&ready.record_json));
+    machine.begin(&Change {
+        record: record.clone(),
+        ..Change::new(kernel, Op::Apply, &ready.record, &ready.plan)
+    })?;
     let done = place(machine, kernel, &mut arena, &ready)
         .and_then(|()| carry_out(machine, kernel, &mut arena, &ready.plan, options));
     let done = ended(machine, kernel, done)?;
@@ -101,6 +105,7 @@ pub fn apply(
     Ok(Report {
         superseded: dry.superseded,
         sha256: dry.sha256,
+        record,
         text: concerned.change(kernel, before),
         ..report
     })

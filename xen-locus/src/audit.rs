@@ -52,6 +52,9 @@ pub struct Action {
     pub patch: String,
     /// SHA-256 of its file, in hex; of one that is reverted as the guest's memory has it.
     pub sha256: String,
+    /// SHA-256 of the record that was placed in the guest's memory, in hex; empty where none was.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub record: String,
     /// What came of it, as `-o json` says it.
     pub result: String,
     /// The exit code.

@@ -1,5 +1,7 @@
 //! A domain on the Xen this process runs on: found by name or id, read and changed through `xen/`.
 
+use std::cell::Cell;
+
 use crate::addr::{DomId, Frame};
 use crate::error::{Error, Result};
 use crate::guard::worker::Guarded;
@@ -25,6 +27,7 @@ pub struct Domain<'c> {
     /// Where what is read of its kernel may be kept; nowhere unless set.
     pub cache: Cache,
     journal: Journal,
+    ended: Cell<bool>,
 }
 
 impl<'c> Domain<'c> {
@@ -71,6 +74,7 @@ impl<'c> Domain<'c> {
         let journal = Journal::new(&info.uuid);
         Ok(Domain {
             journal,
+            ended: Cell::new(false),
             control,
             foreign,
             info,
@@ -89,6 +93,18 @@ impl<'c> Domain<'c> {
     #[must_use]
     pub fn label(&self) -> String {
         format!("{} ({})", self.name, self.info.id)
+    }
+
+    /// What was done and ended is recorded elsewhere: the journal of it is removed. The caller has the
+    /// guest's lock still.
+    pub fn close(&self) {
+        if !self.ended.take() {
+            return;
+        }
+        if let Err(error) = self.journal.end() {
+            // The guest is as it should be, and the next run finds that out.
+            eprintln!("xen-locus: {}: {error}", self.label());
+        }
     }
 }
 
@@ -137,6 +153,7 @@ impl Machine for Domain<'_> {
 
     fn begin(&self, change: &Change) -> Result<()> {
         crate::xen::at_work();
+        self.ended.set(false);
         self.journal.begin(&Intent {
             uuid: self.info.uuid.clone(),
             domid: self.info.id.0,
@@ -146,11 +163,9 @@ impl Machine for Domain<'_> {
         })
     }
 
+    /// The journal stays until that is recorded: see [`Domain::close`].
     fn ended(&self) {
-        if let Err(error) = self.journal.end() {
-            // The guest is as it should be, and the next run finds that out.
-            eprintln!("xen-locus: {}: {error}", self.label());
-        }
+        self.ended.set(true);
     }
 
     fn guard(&self, spots: &[Spot]) -> Result<Box<dyn Guard + '_>> {

@@ -24,7 +24,7 @@ use crate::plan::{stack, Plan, Write};
 /// Where the journals stand.
 pub const DIR: &str = "/var/lib/xen-locus/journal";
 /// First bytes of a journal, its schema among them.
-const MAGIC: &[u8; 16] = b"XEN-LOCUS-JRNL1\n";
+const MAGIC: &[u8; 16] = b"XEN-LOCUS-JRNL2\n";
 /// Called by this name, a run's first place at which a fault matters to the guest.
 const FIRST_FAULT: &str = "journal";
 const HEAD: usize = MAGIC.len() + 32;
@@ -85,6 +85,8 @@ pub struct Change {
     pub patch: String,
     /// SHA-256 of its file, in hex.
     pub sha256: String,
+    /// SHA-256 of the record that is placed in the guest, in hex; empty where none is.
+    pub record: String,
     /// What is done with it.
     pub op: Op,
     /// What is written, in that order.
@@ -110,6 +112,7 @@ impl Change {
             build_id: kernel.build_id.as_deref().map(hex).unwrap_or_default(),
             patch: record.name.clone(),
             sha256: record.sha256.clone(),
+            record: String::new(),
             op,
             writes: plan.writes.clone(),
             watched: all.collect(),
@@ -314,6 +317,7 @@ mod tests {
                 build_id: "abcd".into(),
                 patch: "fix".into(),
                 sha256: "00".into(),
+                record: "11".into(),
                 op: Op::Apply,
                 writes: vec![Write {
                     at: 0xffff_ffff_8100_0005,

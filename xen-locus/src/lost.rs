@@ -7,22 +7,31 @@
 
 use crate::audit::Line;
 
-/// A patch that was in force.
+/// A patch that is in force, by the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Lost {
+pub struct InForce {
     /// Its name.
     pub name: String,
     /// SHA-256 of its file, in hex.
     pub sha256: String,
     /// When it was applied, in seconds since 1970.
     pub applied_at: u64,
+    /// SHA-256 of the record that was placed in the guest, in hex; empty where the log doesn't say.
+    pub record: String,
 }
 
-/// The patches that were in force in the guest `uuid` by the log, in the order they were applied, and of
-/// whose file, by its SHA-256, `has` its arena no trace.
+/// Those of [`in_force`] of whose file, by its SHA-256, `has` the guest's arena no trace.
 #[must_use]
-pub fn lost(log: &[Line], uuid: &str, has: impl Fn(&str) -> bool) -> Vec<Lost> {
-    let mut in_force: Vec<Lost> = Vec::new();
+pub fn lost(log: &[Line], uuid: &str, has: impl Fn(&str) -> bool) -> Vec<InForce> {
+    let mut lost = in_force(log, uuid);
+    lost.retain(|p| !has(&p.sha256));
+    lost
+}
+
+/// The patches that are in force in the guest `uuid` by the log, in the order they were applied.
+#[must_use]
+pub fn in_force(log: &[Line], uuid: &str) -> Vec<InForce> {
+    let mut in_force: Vec<InForce> = Vec::new();
     for line in log.iter().filter(|l| l.action.uuid == uuid) {
         let action = &line.action;
         // What a run that was interrupted had done, `recover` says.
@@ -43,14 +52,14 @@ pub fn lost(log: &[Line], uuid: &str, has: impl Fn(&str) -> bool) -> Vec<Lost> {
             !ended && op != "replace"
         });
         if !unwanted {
-            in_force.push(Lost {
+            in_force.push(InForce {
                 name: action.patch.clone(),
                 sha256: action.sha256.clone(),
                 applied_at: action.time,
+                record: action.record.clone(),
             });
         }
     }
-    in_force.retain(|p| !has(&p.sha256));
     in_force
 }
 

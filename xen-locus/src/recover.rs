@@ -78,6 +78,9 @@ pub struct Report {
     /// SHA-256 of the patch's file, in hex; for the audit log.
     #[serde(skip)]
     pub sha256: String,
+    /// SHA-256 of the record that the run placed in the guest, in hex; for the audit log.
+    #[serde(skip)]
+    pub record: String,
     /// Patches that stay in the guest without being in force; for the audit log.
     #[serde(skip)]
     pub parked: Vec<String>,
@@ -91,6 +94,7 @@ impl Report {
             op: intent.map(|i| i.change.op),
             detail,
             sha256: intent.map(|i| i.change.sha256.clone()).unwrap_or_default(),
+            record: intent.map(|i| i.change.record.clone()).unwrap_or_default(),
             parked: Vec::new(),
         }
     }
@@ -119,7 +123,8 @@ pub fn is_due(uuid: &str) -> Result<bool> {
     Ok(Journal::new(uuid).exists() || !guard::files(Some(uuid))?.is_empty())
 }
 
-/// Settles what runs on `domain` left. The caller has the guest's lock.
+/// Settles what runs on `domain` left. The caller has the guest's lock, records what came of it, and then
+/// removes the journal: all that it says is settled or, of a guest that started anew, void.
 ///
 /// # Errors
 /// [`Error::Uncertain`]: the guest can't be brought to a known state; what it is about can't be read.
@@ -156,8 +161,6 @@ pub fn recover(domain: &Domain<'_>, options: &Options) -> Result<Report> {
     said.push(std::mem::take(&mut report.detail));
     said.retain(|s| !s.is_empty());
     report.detail = said.join("; ");
-    // All that it says is settled or, of a guest that started anew, void.
-    journal.end()?;
     Ok(report)
 }
 

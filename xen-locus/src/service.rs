@@ -11,6 +11,7 @@ use crate::audit::{Action, Audit, History, Writer};
 use crate::domain::Domain;
 use crate::error::{Error, Result};
 use crate::fault;
+use crate::journal::Journal;
 use crate::kernel::Kernel;
 use crate::link::arena::{self, Arena};
 use crate::link::presence;
@@ -174,22 +175,75 @@ struct Asked<'a> {
 }
 
 impl Desk<'_> {
-    /// Carries out an action and records what came of it; a dry run is no action.
+    /// Carries out an action under the guest's lock and records what came of it; a dry run is no action.
     fn record(
         &self,
         domain: &Domain<'_>,
         asked: &Asked<'_>,
         options: &Options,
-        action: impl FnOnce() -> Result<Report>,
+        action: impl FnOnce(&Kernel<'_>) -> Result<Report>,
     ) -> Result<Report> {
-        if options.dry_run {
-            return action();
-        }
+        let began = Instant::now();
         // What can't be recorded is not begun.
-        let mut log = self.audit.open()?;
-        let done = action();
-        self.append(&mut log, domain, asked, &done);
+        let log = (!options.dry_run).then(|| self.audit.open()).transpose()?;
+        let (_lock, done) = match lock(&domain.info.uuid, options.timeout) {
+            Ok(lock) => (Some(lock), self.change(domain, options, action)),
+            Err(error) => (None, Err(error)),
+        };
+        let done = done.map(|report| timed(report, began));
+        if let Some(mut log) = log {
+            self.append(&mut log, domain, asked, &done);
+        }
+        domain.close();
         done
+    }
+
+    /// Settles what an earlier run left, carries out `action` and publishes the guest's status. The caller
+    /// has the guest's lock.
+    fn change<R>(
+        &self,
+        domain: &Domain<'_>,
+        options: &Options,
+        action: impl FnOnce(&Kernel<'_>) -> Result<R>,
+    ) -> Result<R> {
+        self.changed(domain, options, action)
+            .map_err(|error| if_gone(domain, error))
+    }
+
+    fn changed<R>(
+        &self,
+        domain: &Domain<'_>,
+        options: &Options,
+        action: impl FnOnce(&Kernel<'_>) -> Result<R>,
+    ) -> Result<R> {
+        let due = recover::is_due(&domain.info.uuid)?;
+        if due && options.dry_run {
+            eprintln!(
+                "xen-locus: {}: an earlier run did not end as it should: `xen-locus recover` settles what it left",
+                domain.label()
+            );
+        } else if due {
+            let found = self.recover(domain, options)?;
+            // Else there was but the file of somebody who looks at the guest right now.
+            if found.result != recover::Finding::NothingToDo || !found.detail.is_empty() {
+                let whom = domain.label();
+                eprintln!("xen-locus: {whom}: what an earlier run left: {found}");
+            }
+        }
+        let kernel = Kernel::of(domain)?;
+        // Where it isn't allowed the pause takes longer.
+        let _ = xen::stay_resident();
+        let done = action(&kernel)?;
+        if !options.dry_run {
+            // The guest is changed: what can't be published is said, and does not undo that.
+            if let Err(error) = status_of(domain, &kernel).and_then(|s| publish(self.store, &s)) {
+                eprintln!(
+                    "xen-locus: {}: done, but not published: {error}",
+                    domain.label()
+                );
+            }
+        }
+        Ok(done)
     }
 
     fn append(
@@ -210,6 +264,7 @@ impl Desk<'_> {
             Ok(report) => {
                 action.result = report.result.name().into();
                 action.sha256.clone_from(&report.sha256);
+                action.record.clone_from(&report.record);
                 action.pause_us = report.pause_us;
                 action.superseded.clone_from(&report.superseded);
                 [action.text_before, action.text_after] = report.text.clone();
@@ -229,11 +284,12 @@ impl Desk<'_> {
         let done = recover::recover(domain, options);
         let mut action = self.action(domain, "recover", "");
         match &done {
-            Ok(report) if report.result == recover::Finding::NothingToDo => return done,
+            Ok(report) if report.result == recover::Finding::NothingToDo => {}
             Ok(report) => {
                 action.patch = report.patch.clone().unwrap_or_default();
                 action.of = report.op.map(|op| op.to_string()).unwrap_or_default();
                 action.sha256.clone_from(&report.sha256);
+                action.record.clone_from(&report.record);
                 action.superseded.clone_from(&report.parked);
                 action.result = report.result.name().into();
                 action.message = report.to_string();
@@ -244,8 +300,12 @@ impl Desk<'_> {
                 action.message = error.to_string();
             }
         }
-        write(&mut log, domain, action);
-        done
+        if !action.result.is_empty() {
+            write(&mut log, domain, action);
+        }
+        let report = done?;
+        Journal::new(&domain.info.uuid).end()?;
+        Ok(report)
     }
 
     fn action(&self, domain: &Domain<'_>, op: &str, patch: &str) -> Action {
@@ -285,7 +345,6 @@ pub fn apply(
     mode: Mode,
     options: &Options,
 ) -> Result<Report> {
-    let began = Instant::now();
     let asked = Asked {
         op: match mode {
             Mode::Apply => "apply",
@@ -294,10 +353,8 @@ pub fn apply(
         patch: &payload.name,
         sha256: hex(&payload.sha256),
     };
-    desk.record(domain, &asked, options, || {
-        change(desk, domain, options, |kernel| {
-            apply::apply(domain, kernel, payload, mode, options).map(|report| timed(report, began))
-        })
+    desk.record(domain, &asked, options, |kernel| {
+        apply::apply(domain, kernel, payload, mode, options)
     })
 }
 
@@ -320,18 +377,14 @@ pub fn revert(
     patch: &str,
     options: &Options,
 ) -> Result<Report> {
-    let began = Instant::now();
-    desk.record(domain, &undoing(patch), options, || {
-        change(desk, domain, options, |kernel| {
-            let all = patches(kernel, Some(&domain.info.uuid))?;
-            let lost = |p: &Patch| p.name == patch && p.reason == Some(GUEST_REBOOTED);
-            // It is not there, and from now on not missed: the audit log says so.
-            let done = match all.iter().any(lost) {
-                true => Ok(apply::nothing_to_do(patch)),
-                false => apply::revert(domain, kernel, patch, options),
-            };
-            done.map(|report| timed(report, began))
-        })
+    desk.record(domain, &undoing(patch), options, |kernel| {
+        let all = patches(kernel, Some(&domain.info.uuid))?;
+        let lost = |p: &Patch| p.name == patch && p.reason == Some(GUEST_REBOOTED);
+        // It is not there, and from now on not missed: the audit log says so.
+        match all.iter().any(lost) {
+            true => Ok(apply::nothing_to_do(patch)),
+            false => apply::revert(domain, kernel, patch, options),
+        }
     })
 }
 
@@ -347,7 +400,8 @@ pub fn revert_all(
 ) -> Result<Vec<(String, Result<Report>)>> {
     let began = Instant::now();
     let mut log = desk.audit.open()?;
-    let results = change(desk, domain, options, |kernel| {
+    let _lock = lock(&domain.info.uuid, options.timeout)?;
+    let results = desk.change(domain, options, |kernel| {
         let results = apply::revert_all(domain, kernel, options)?.into_iter();
         Ok(results
             .map(|(patch, result)| (patch, result.map(|report| timed(report, began))))
@@ -356,6 +410,7 @@ pub fn revert_all(
     for (patch, result) in results.iter().filter(|_| !options.dry_run) {
         desk.append(&mut log, domain, &undoing(patch), result);
     }
+    domain.close();
     Ok(results)
 }
 
@@ -391,16 +446,6 @@ fn timed(report: Report, began: Instant) -> Report {
     }
 }
 
-fn change<R>(
-    desk: &Desk<'_>,
-    domain: &Domain<'_>,
-    options: &Options,
-    action: impl FnOnce(&Kernel<'_>) -> Result<R>,
-) -> Result<R> {
-    let _lock = lock(&domain.info.uuid, options.timeout)?;
-    changed(desk, domain, options, action).map_err(|error| if_gone(domain, error))
-}
-
 /// What went wrong with `domain`; that it is gone, if it is.
 fn if_gone(domain: &Domain<'_>, error: Error) -> Error {
     let same = |now: &DomainInfo| now.uuid == domain.info.uuid && !now.dying;
@@ -411,42 +456,6 @@ fn if_gone(domain: &Domain<'_>, error: Error) -> Error {
         )),
         _ => error,
     }
-}
-
-fn changed<R>(
-    desk: &Desk<'_>,
-    domain: &Domain<'_>,
-    options: &Options,
-    action: impl FnOnce(&Kernel<'_>) -> Result<R>,
-) -> Result<R> {
-    let due = recover::is_due(&domain.info.uuid)?;
-    if due && options.dry_run {
-        eprintln!(
-            "xen-locus: {}: an earlier run did not end as it should: `xen-locus recover` settles what it left",
-            domain.label()
-        );
-    } else if due {
-        let found = desk.recover(domain, options)?;
-        // Else there was but the file of somebody who looks at the guest right now.
-        if found.result != recover::Finding::NothingToDo || !found.detail.is_empty() {
-            let whom = domain.label();
-            eprintln!("xen-locus: {whom}: what an earlier run left: {found}");
-        }
-    }
-    let kernel = Kernel::of(domain)?;
-    // Where it isn't allowed the pause takes longer.
-    let _ = xen::stay_resident();
-    let done = action(&kernel)?;
-    if !options.dry_run {
-        // The guest is changed: what can't be published is said, and does not undo that.
-        if let Err(error) = status_of(domain, &kernel).and_then(|s| publish(desk.store, &s)) {
-            eprintln!(
-                "xen-locus: {}: done, but not published: {error}",
-                domain.label()
-            );
-        }
-    }
-    Ok(done)
 }
 
 /// Takes the guest's lock: one change of a guest at a time.

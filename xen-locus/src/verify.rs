@@ -10,6 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::addr::{Gva, Range, PAGE_SIZE};
+use crate::audit::Line;
 use crate::error::Result;
 use crate::guest::space::Space;
 use crate::kernel::Kernel;
@@ -20,6 +21,7 @@ use crate::link::presence;
 use crate::link::record::{hex, Function, State};
 use crate::link::seal::{self, BLOCK};
 use crate::link::site::{self, Head, JUMP};
+use crate::lost::{in_force, lost};
 use crate::plan::{self, Stack};
 
 /// Looks at most, while each shows changes.
@@ -42,6 +44,8 @@ pub enum What {
     Page,
     /// The payload among the guest's modules.
     Module,
+    /// The record that all else is compared with, by the audit log.
+    Record,
 }
 
 /// Who changed it.
@@ -70,6 +74,7 @@ impl What {
             What::Constants => "constants",
             What::Page => "page",
             What::Module => "module",
+            What::Record => "record",
         }
     }
 }
@@ -118,23 +123,36 @@ pub struct Outcome {
     pub redirects: usize,
     /// Pages of payloads.
     pub pages: usize,
+    /// Patches in force of whose record the audit log knows nothing: they came with a guest that was
+    /// moved or restored, or were forged.
+    pub unconfirmed: Vec<String>,
     /// What differs.
     pub drift: Vec<Drift>,
 }
 
-/// Compares a guest with the records of its patches.
+/// What this host knows of a guest besides what its memory shows.
+#[derive(Clone, Copy, Debug)]
+pub struct Known<'a> {
+    /// The audit log.
+    pub log: &'a [Line],
+    /// The guest's UUID.
+    pub uuid: &'a str,
+}
+
+/// Compares a guest with the records of its patches, which stand in its own memory; and those with what
+/// is known of them from elsewhere.
 ///
 /// # Errors
 /// The arena's directory or a record was changed, so there is nothing to compare with; the guest can't
 /// be read; a run that was ended midway left it uncertain.
-pub fn verify(kernel: &Kernel<'_>) -> Result<Outcome> {
-    let mut seen = look(kernel)?;
+pub fn verify(kernel: &Kernel<'_>, known: Option<Known<'_>>) -> Result<Outcome> {
+    let mut seen = look(kernel, known)?;
     for _ in 1..LOOKS {
         if seen.drift.is_empty() {
             break;
         }
         thread::sleep(BETWEEN);
-        let mut again = look(kernel)?;
+        let mut again = look(kernel, known)?;
         again.drift.retain(|drift| seen.drift.contains(drift));
         seen = again;
     }
@@ -145,7 +163,7 @@ pub fn verify(kernel: &Kernel<'_>) -> Result<Outcome> {
 ///
 /// # Errors
 /// As [`verify`].
-pub fn look(kernel: &Kernel<'_>) -> Result<Outcome> {
+pub fn look(kernel: &Kernel<'_>, known: Option<Known<'_>>) -> Result<Outcome> {
     let arena = Arena::read(kernel)?;
     let residents = plan::residents(kernel, &arena)?;
     let stack = Stack::new(&residents);
@@ -176,6 +194,9 @@ pub fn look(kernel: &Kernel<'_>) -> Result<Outcome> {
             }
         }
     }
+    if let Some(known) = known {
+        outcome.unconfirmed = look.records(&residents, stack.applied(), known);
+    }
     outcome.drift = look.drift;
     Ok(outcome)
 }
@@ -199,6 +220,51 @@ impl Look<'_, '_> {
             found,
             by,
         });
+    }
+
+    /// Whether the records are those that were placed, and all of them are there; returns of whom the log
+    /// doesn't tell.
+    fn records(
+        &mut self,
+        all: &[Resident],
+        applied: &[&Resident],
+        known: Known<'_>,
+    ) -> Vec<String> {
+        let in_force = in_force(known.log, known.uuid);
+        let mut unconfirmed = Vec::new();
+        for patch in applied {
+            let found = hex(&patch.slot.record_sha256);
+            let name = &patch.record.name;
+            let mut own = known.log.iter().map(|l| &l.action);
+            if own.any(|a| a.uuid == known.uuid && a.record == found) {
+                continue;
+            }
+            match in_force.iter().find(|p| p.name == *name) {
+                Some(p) if !p.record.is_empty() => {
+                    let at =
+                        page_address(patch.slot.first.into()).plus(patch.slot.record_offset.into());
+                    let expected = format!("SHA-256 {}, by the audit log", p.record);
+                    let said = (expected, format!("SHA-256 {found}"));
+                    self.note(patch, (What::Record, at), said, Who::Unknown);
+                }
+                _ => unconfirmed.push(name.clone()),
+            }
+        }
+        for lost in lost(known.log, known.uuid, |sha256| {
+            all.iter().any(|r| r.record.sha256 == sha256)
+        }) {
+            self.drift.push(Drift {
+                patch: lost.name,
+                what: What::Record,
+                at: page_address(0),
+                function: None,
+                expected: "a patch in force, by the audit log".into(),
+                found: "no trace of it: the guest was started anew, or its directory was changed"
+                    .into(),
+                by: Who::Unknown,
+            });
+        }
+        unconfirmed
     }
 
     /// The rights of a payload's pages. That their entries lead to pages of the arena was found when it

@@ -62,6 +62,9 @@ pub struct Report {
     /// SHA-256 of the payload's file, in hex; for the audit log.
     #[serde(skip)]
     pub sha256: String,
+    /// SHA-256 of the record that was placed in the guest, in hex; for the audit log.
+    #[serde(skip)]
+    pub record: String,
     /// SHA-256 of the guest's code of all functions concerned before and after, in hex; empty where
     /// nothing was done. For the audit log.
     #[serde(skip)]
@@ -134,6 +137,7 @@ pub(super) fn report(patch: &str, result: Outcome, functions: usize, done: Done)
         functions,
         superseded: Vec::new(),
         sha256: String::new(),
+        record: String::new(),
         text: Default::default(),
         total_ms: 0,
     }

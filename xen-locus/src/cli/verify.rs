@@ -8,9 +8,11 @@ use super::args::Output;
 use super::subject::{self, Subject};
 use super::{out, Session};
 use crate::addr::DomId;
+use crate::audit::{Audit, History};
+use crate::domain::Domain;
 use crate::error::ExitCode;
 use crate::kernel::Kernel;
-use crate::verify::{verify, Outcome};
+use crate::verify::{verify, Known, Outcome};
 
 /// Runs the command: of a core, of the domain `wanted`, or of all guests.
 ///
@@ -26,15 +28,19 @@ pub fn run(
     let mut worst = ExitCode::Done;
     match (core, wanted) {
         (Some(path), _) => all.push(subject::with_core(path, |subject, kernel, _| {
-            Ok((subject.clone(), verify(kernel)?))
+            Ok((subject.clone(), verify(kernel, None)?))
         })?),
         (None, Some(wanted)) => {
             let host = session.host()?;
             let domain = host.guest(wanted)?;
-            all.push((Subject::of(&domain), verify(&Kernel::of(&domain)?)?));
+            let history = log()?;
+            let known = known(&history, &domain);
+            let outcome = verify(&Kernel::of(&domain)?, Some(known))?;
+            all.push((Subject::of(&domain), outcome));
         }
         (None, None) => {
             let host = session.host()?;
+            let history = log()?;
             for info in host.control.domains(DomId(1))? {
                 let domain = host.domain(info)?;
                 let subject = Subject::of(&domain);
@@ -46,7 +52,7 @@ pub fn run(
                         continue;
                     }
                 };
-                match verify(&kernel) {
+                match verify(&kernel, Some(known(&history, &domain))) {
                     Ok(outcome) => all.push((subject, outcome)),
                     Err(error) => {
                         eprintln!("xen-locus: {}: {error}", subject.label());
@@ -72,6 +78,27 @@ pub fn run(
     Ok(worst)
 }
 
+/// The audit log, with a word of warning where it can't be believed.
+fn log() -> anyhow::Result<History> {
+    let audit = Audit::system();
+    let history = audit.history()?;
+    if !history.faults.is_empty() {
+        eprintln!(
+            "xen-locus: the audit log {} is not as it was written (`xen-locus history` says where), and \
+             records are compared with it",
+            audit.path().display()
+        );
+    }
+    Ok(history)
+}
+
+fn known<'a>(history: &'a History, domain: &'a Domain<'_>) -> Known<'a> {
+    Known {
+        log: &history.lines,
+        uuid: &domain.info.uuid,
+    }
+}
+
 fn object(subject: &Subject, outcome: &Outcome) -> Value {
     let clean = outcome.drift.is_empty();
     let drift = outcome.drift.iter().map(|d| {
@@ -92,6 +119,7 @@ fn object(subject: &Subject, outcome: &Outcome) -> Value {
         "parked": outcome.parked,
         "redirects": outcome.redirects,
         "pages": outcome.pages,
+        "unconfirmed": outcome.unconfirmed,
         "drift": drift.collect::<Vec<Value>>(),
     }))
 }
@@ -102,6 +130,7 @@ fn table(subject: &Subject, outcome: &Outcome) {
         parked,
         redirects,
         pages,
+        unconfirmed,
         drift,
     } = outcome;
     let found = match drift.len() {
@@ -113,6 +142,13 @@ fn table(subject: &Subject, outcome: &Outcome) {
         "{}: {found} ({patches} patches, {parked} parked, {redirects} redirects, {pages} pages)",
         subject.label()
     ));
+    if !unconfirmed.is_empty() {
+        out::line(&format!(
+            "{}: this host's audit log knows nothing of the record of {}: applied elsewhere, or forged",
+            subject.label(),
+            unconfirmed.join(", ")
+        ));
+    }
     if drift.is_empty() {
         return;
     }

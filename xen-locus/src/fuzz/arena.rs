@@ -162,7 +162,7 @@ pub fn arena(data: &[u8]) {
     };
     let _ = arena.room(KIND);
     let _ = arena.find_room(KIND, &[Rights::Text, Rights::RoData]);
-    let _ = verify::look(&kernel);
+    let _ = verify::look(&kernel, None);
     let residents = plan::residents(&kernel, &arena).unwrap_or_default();
     let stack = Stack::new(&residents);
     for resident in stack.applied() {

@@ -69,6 +69,7 @@ fn verify(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     clean(ctx, &guest)?;
     by_the_guest(ctx, &guest)?;
     by_others(ctx, &guest)?;
+    by_the_log(ctx, &guest)?;
     let table = ctx.dom0.ok("xen-locus verify")?;
     check!(table.contains("all as recorded (1 patches"), "{table}");
     ctx.dom0.ok(&format!("xen-locus revert {name} --all"))?;
@@ -135,6 +136,32 @@ fn by_others(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let one = differs(ctx, guest, ("code", "unknown", FUNCTION))?;
     check_eq!(one["address"], "0xffffffffff602000", "{one}");
     poke(&new, &was)?;
+    clean(ctx, guest)
+}
+
+/// The record itself is held against the audit log: without the log it is not confirmed, and one that is
+/// another than the log tells of is a difference.
+fn by_the_log(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+    let verify = format!("xen-locus -o json verify {}", guest.name);
+    let unconfirmed = |said: &Value| said["unconfirmed"].as_array().cloned().unwrap_or_default();
+    check_eq!(unconfirmed(&ctx.json(&verify)?).len(), 0);
+    let log = "/var/log/xen-locus/audit.jsonl";
+    ctx.dom0.ok(&format!("mv {log} {log}.away"))?;
+    let said = ctx.json(&verify)?;
+    check_eq!(unconfirmed(&said), [PATCH], "{said}");
+    check_eq!(said["result"], "clean", "{said}");
+    ctx.dom0.ok(&format!(
+        "sed 's/\"record\":\"..../\"record\":\"----/' {log}.away > {log}"
+    ))?;
+    let all = drift(ctx, guest, 1)?;
+    check!(all.len() == 1, "{all:?}");
+    let one = all.first().cloned().unwrap_or_default();
+    check_eq!(one["what"], "record", "{one}");
+    check!(
+        one["expected"].as_str().is_some_and(|e| e.contains("----")),
+        "{one}"
+    );
+    ctx.dom0.ok(&format!("mv {log}.away {log}"))?;
     clean(ctx, guest)
 }
 

@@ -1,13 +1,14 @@
 //! What `verify` says of the mock guest after something in it was changed.
 
 use super::*;
+use crate::audit::{Action, Line};
 use crate::guest::space::{PTE_NX, PTE_USER, PTE_WRITE};
-use crate::verify::{verify, What, Who};
+use crate::verify::{verify, Known, What, Who};
 
 impl Guest {
     /// Nothing differs from the records.
     pub(super) fn is_as_recorded(&self) {
-        let outcome = verify(&self.kernel()).unwrap();
+        let outcome = verify(&self.kernel(), None).unwrap();
         assert_eq!(outcome.drift, []);
     }
 
@@ -33,7 +34,7 @@ impl Guest {
         let mut old = vec![0; bytes.len()];
         window.read(Gva(at).offset(), &mut old).unwrap();
         self.poke(at, bytes);
-        let drift = verify(&self.kernel()).unwrap().drift;
+        let drift = verify(&self.kernel(), None).unwrap().drift;
         self.poke(at, &old);
         self.is_as_recorded();
         let told = |d: crate::verify::Drift| (d.patch, d.what, d.at.0, d.found, d.by);
@@ -50,7 +51,7 @@ fn redirects_and_what_stands_before_them_are_told_by_their_bytes() {
     let guest = Guest::new();
     guest.applied(&payload("one", &[A]));
     guest.applied(&payload("two", &[A, B]));
-    let outcome = verify(&guest.kernel()).unwrap();
+    let outcome = verify(&guest.kernel(), None).unwrap();
     assert_eq!(
         (outcome.patches, outcome.parked, outcome.redirects),
         (2, 0, 2)
@@ -106,7 +107,7 @@ fn a_function_that_was_put_back_is_looked_at_too() {
     guest.applied(&payload("two", &[A]));
     guest.revert("two").unwrap();
     guest.revert("one").unwrap();
-    let outcome = verify(&guest.kernel()).unwrap();
+    let outcome = verify(&guest.kernel(), None).unwrap();
     assert_eq!((outcome.parked, outcome.redirects), (2, 1));
     let told = guest.differs(site(A), &jump);
     assert_eq!((told.len(), told[0].1), (1, What::Redirect), "{told:?}");
@@ -159,7 +160,7 @@ fn every_page_of_a_payload_is_looked_at() {
             entry & !frame | (other & frame),
         ] {
             guest.world.memory.set_entry(table, slot, changed);
-            match verify(&guest.kernel()) {
+            match verify(&guest.kernel(), None) {
                 Ok(outcome) => {
                     let pages = outcome.drift.iter().filter(|d| d.what == What::Page);
                     assert!(pages.count() > 0, "page {n}, {changed:#x}");
@@ -171,4 +172,51 @@ fn every_page_of_a_payload_is_looked_at() {
         }
     }
     guest.is_as_recorded();
+}
+
+#[test]
+fn records_are_held_against_the_audit_log() {
+    let guest = Guest::new();
+    guest.applied(&payload("one", &[A]));
+    let kernel = guest.kernel();
+    let residents = Arena::read(&kernel).unwrap().residents(&kernel).unwrap();
+    let placed = hex(&residents[0].slot.record_sha256);
+    let line = |uuid: &str, patch: &str, record: &str| Line {
+        schema: 1,
+        seq: 1,
+        action: Action {
+            op: "apply".into(),
+            result: "applied".into(),
+            uuid: uuid.into(),
+            patch: patch.into(),
+            record: record.into(),
+            sha256: if patch == "one" {
+                residents[0].record.sha256.clone()
+            } else {
+                "another file".into()
+            },
+            ..Action::default()
+        },
+        prev: String::new(),
+    };
+    let told = |log: &[Line]| {
+        let known = Known { log, uuid: "u" };
+        let outcome = verify(&guest.kernel(), Some(known)).unwrap();
+        let drift = outcome.drift.into_iter().map(|d| (d.patch, d.what));
+        (outcome.unconfirmed, drift.collect::<Vec<_>>())
+    };
+    let one = || vec!["one".to_owned()];
+    assert_eq!(told(&[line("u", "one", &placed)]), (vec![], vec![]));
+    let forged = line("u", "one", "00");
+    let drift = vec![("one".into(), What::Record)];
+    assert_eq!(told(std::slice::from_ref(&forged)), (vec![], drift));
+    // What was placed earlier may be there again: the guest was restored.
+    assert_eq!(told(&[line("u", "one", &placed), forged]), (vec![], vec![]));
+    assert_eq!(told(&[line("v", "one", &placed)]), (one(), vec![]));
+    assert_eq!(told(&[line("u", "one", "")]), (one(), vec![]));
+    let lost = vec![("two".into(), What::Record)];
+    assert_eq!(
+        told(&[line("u", "one", &placed), line("u", "two", "11")]),
+        (vec![], lost)
+    );
 }
