@@ -24,8 +24,9 @@ use sha2::{Digest, Sha256};
 mod report;
 mod write;
 
+use report::Concerned;
 pub use report::{nothing_to_do, Outcome, Report};
-use report::{report, Concerned, Done};
+pub(crate) use report::{report, Done};
 use write::{check_all, write_all, Target};
 
 /// Attempts to find a moment at which no task has run since the rehearsal, before all tasks are asked
@@ -167,19 +168,6 @@ fn ended(machine: &dyn Machine, kernel: &Kernel<'_>, done: Result<Done>) -> Resu
         machine.ended();
     }
     done
-}
-
-/// Carries out a plan that puts back what a run wrote that ended in between.
-///
-/// # Errors
-/// As [`apply`].
-pub fn put_back(
-    machine: &dyn Machine,
-    kernel: &Kernel<'_>,
-    plan: &Plan,
-    options: &Options,
-) -> Result<()> {
-    execute(machine, kernel, plan, options).map(|_| ())
 }
 
 /// Undoes all patches, the topmost first, until one can't be undone. A dry run says of each what
@@ -360,7 +348,8 @@ fn watch_of<'p>(plan: &'p Plan, options: &Options) -> Result<&'p Watch> {
     })
 }
 
-fn execute(
+/// Carries out a plan as soon as nobody is in the way.
+pub(crate) fn execute(
     machine: &dyn Machine,
     kernel: &Kernel<'_>,
     plan: &Plan,

@@ -39,6 +39,8 @@ pub enum Op {
     Apply,
     /// Take one out of force.
     Revert,
+    /// Wake those who sleep in the way of one, by a write that is taken back.
+    Nudge,
 }
 
 impl std::fmt::Display for Op {
@@ -46,6 +48,7 @@ impl std::fmt::Display for Op {
         f.write_str(match self {
             Op::Apply => "apply",
             Op::Revert => "revert",
+            Op::Nudge => "nudge",
         })
     }
 }

@@ -26,6 +26,7 @@ pub mod journal;
 pub mod kernel;
 pub mod link;
 pub mod lost;
+pub mod nudge;
 pub mod patch;
 pub mod plan;
 pub mod quiesce;

@@ -234,6 +234,10 @@ pub(crate) fn of_guest(
         let why = "the guest has another kernel now: it started anew".to_owned();
         return Ok(Report::new(Finding::Gone, intent, why));
     }
+    if let Some(intent) = intent.filter(|i| i.change.op == Op::Nudge) {
+        roll_back(machine, kernel, &intent.change, options)?;
+        return Ok(Report::new(Finding::Undone, Some(intent), String::new()));
+    }
     let mut detail = String::new();
     let mut arena = Arena::read(kernel)?;
     if let Err(error) = plan::residents(kernel, &arena) {
@@ -339,7 +343,7 @@ fn roll_back(
         watch: Watch::of(watched.collect()),
         entry_only: None,
     };
-    apply::put_back(machine, kernel, &plan, options)
+    apply::execute(machine, kernel, &plan, options).map(|_| ())
 }
 
 /// Removes what speaks of the guest `uuid`, which is not there any more, and says so.

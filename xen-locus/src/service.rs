@@ -17,6 +17,7 @@ use crate::link::arena::{self, Arena};
 use crate::link::presence;
 use crate::link::record::{hex, Function};
 use crate::lost::lost;
+use crate::nudge::{self, Nudged};
 use crate::patch::Payload;
 use crate::plan::{self, Mode, Stack};
 use crate::quiesce::Watch;
@@ -386,6 +387,34 @@ pub fn revert(
             false => apply::revert(domain, kernel, patch, options),
         }
     })
+}
+
+/// Wakes those who sleep in the ranges that `watch` gives, for the sake of `patch`, and records it. `None` if
+/// it gives none.
+///
+/// # Errors
+/// As [`nudge::nudge`]; [`Error::TryAgain`] when another run holds the guest's lock.
+pub fn nudge(
+    desk: &Desk<'_>,
+    domain: &Domain<'_>,
+    patch: &str,
+    watch: impl FnOnce(&Kernel<'_>) -> Result<Option<Watch>>,
+    options: &Options,
+) -> Result<Option<Nudged>> {
+    let asked = Asked {
+        op: "nudge",
+        patch,
+        sha256: String::new(),
+    };
+    let mut nudged = None;
+    desk.record(domain, &asked, options, |kernel| {
+        let Some(watch) = watch(kernel)? else {
+            return Ok(apply::nothing_to_do(patch));
+        };
+        let done = nudge::nudge(domain, kernel, patch, &watch, options)?;
+        Ok(nudged.insert(done).report.clone())
+    })?;
+    Ok(nudged)
 }
 
 /// Undoes all patches, the topmost first, until one can't be undone, records each that was tried and

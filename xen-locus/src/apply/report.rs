@@ -28,6 +28,10 @@ pub enum Outcome {
     WouldApply,
     /// It could be undone; a dry run.
     WouldRevert,
+    /// Those who sleep in the way were woken.
+    Nudged,
+    /// They could be woken; a dry run.
+    WouldNudge,
 }
 
 impl Outcome {
@@ -40,6 +44,8 @@ impl Outcome {
             Outcome::Already => "already",
             Outcome::WouldApply => "would-apply",
             Outcome::WouldRevert => "would-revert",
+            Outcome::Nudged => "nudged",
+            Outcome::WouldNudge => "would-nudge",
         }
     }
 }
@@ -93,7 +99,8 @@ impl fmt::Display for Report {
             Outcome::Applied => done(f, "applied"),
             Outcome::Reverted => done(f, "reverted"),
             Outcome::Already => f.write_str("no action needed: already so"),
-            Outcome::WouldApply | Outcome::WouldRevert => {
+            Outcome::Nudged => write!(f, "nudged (paused {} us)", self.pause_us),
+            Outcome::WouldApply | Outcome::WouldRevert | Outcome::WouldNudge => {
                 write!(f, "possible ({functions}); nothing was changed")
             }
         }
@@ -128,7 +135,7 @@ pub fn nothing_to_do(patch: &str) -> Report {
     report(patch, Outcome::Already, 0, Done::default())
 }
 
-pub(super) fn report(patch: &str, result: Outcome, functions: usize, done: Done) -> Report {
+pub(crate) fn report(patch: &str, result: Outcome, functions: usize, done: Done) -> Report {
     Report {
         patch: patch.into(),
         result,
@@ -145,7 +152,7 @@ pub(super) fn report(patch: &str, result: Outcome, functions: usize, done: Done)
 
 /// How a plan was carried out.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Done {
+pub(crate) struct Done {
     pub pause: Duration,
     pub attempts: u32,
 }

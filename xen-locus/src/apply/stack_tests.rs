@@ -23,6 +23,7 @@ use crate::patch::testelf::Spec;
 use crate::recover::{self, Finding};
 
 mod drift;
+mod gate;
 mod moving;
 
 /// Where the functions stand that are replaced, and their redirects.

@@ -100,6 +100,13 @@ pub enum Command {
     /// Who is inside a function that is to be replaced, or in a replacement, or has it on its stack: at
     /// one moment, for which the guest is paused. With -v the whole stacks of those that sleep.
     Blocking(Blocking),
+    /// Wake those who sleep in the way, as a signal would that is none
+    ///
+    /// In the way of applying a payload or reverting a patch; or, where `status` says that a patch is
+    /// draining, in what it replaced. They leave their system call and restart it, as those do whom the
+    /// kernel's own livepatch signals; some calls end with EINTR. At most 128 at once; kernel threads are left
+    /// alone. The guest's kernel does it, on its next timer interrupt.
+    Nudge(Nudge),
     /// Show patches of one guest or of all
     Status {
         /// Name or id; all guests if not given
@@ -169,6 +176,20 @@ pub struct Blocking {
     /// patch
     #[arg(value_name = "FILE|PATCH")]
     pub what: String,
+}
+
+/// Arguments of `nudge`.
+#[derive(Debug, Args)]
+pub struct Nudge {
+    /// Name or id
+    pub domain: String,
+    /// Livepatch module (with a folder before its name, or .ko behind it), or the name of an applied
+    /// patch
+    #[arg(value_name = "FILE|PATCH")]
+    pub what: String,
+    /// How patient to be
+    #[command(flatten)]
+    pub patience: Patience,
 }
 
 /// Arguments of `info`.

@@ -19,21 +19,21 @@ use crate::plan::{self, Mode, Readiness, Stack};
 use crate::quiesce::{self, Blocker, Watch};
 
 /// What is about to be done.
-enum Change {
+pub(super) enum Change {
     Apply(Box<Payload>),
     Revert(String),
 }
 
 impl Change {
     /// A payload's file has a folder before its name or `.ko` behind it; a patch's name has neither.
-    fn of(what: &str) -> Result<Change> {
+    pub(super) fn of(what: &str) -> Result<Change> {
         if what.contains('/') || what.ends_with(".ko") {
             return Ok(Change::Apply(Box::new(Payload::read(Path::new(what))?)));
         }
         Ok(Change::Revert(what.to_owned()))
     }
 
-    fn name(&self) -> &str {
+    pub(super) fn name(&self) -> &str {
         match self {
             Change::Apply(payload) => &payload.name,
             Change::Revert(name) => name,
@@ -48,7 +48,7 @@ impl Change {
     }
 
     /// Where nobody may be; `None` when there is nothing to do.
-    fn watch(&self, kernel: &Kernel<'_>) -> Result<Option<Watch>> {
+    pub(super) fn watch(&self, kernel: &Kernel<'_>) -> Result<Option<Watch>> {
         let arena = Arena::read(kernel)?;
         Ok(match self {
             Change::Apply(payload) => match plan::prepare(kernel, &arena, payload, Mode::Apply)? {

@@ -7,6 +7,7 @@ pub mod check;
 pub mod history;
 pub mod info;
 pub mod list;
+pub mod nudge;
 pub mod out;
 pub mod recover;
 pub mod revert;
@@ -190,7 +191,11 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     };
     let changes = matches!(
         cli.command,
-        Command::Apply(_) | Command::Replace(_) | Command::Revert(_) | Command::Recover(_)
+        Command::Apply(_)
+            | Command::Replace(_)
+            | Command::Revert(_)
+            | Command::Nudge(_)
+            | Command::Recover(_)
     );
     if session.dry_run && !changes {
         session.say(1, "--dry-run: this command changes nothing anyway");
@@ -204,6 +209,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Replace(args) => apply::run(&session, &session.host()?, args, Mode::Replace),
         Command::Revert(args) => revert::run(&session, &session.host()?, args),
         Command::Blocking(args) => blocking::run(&session, args),
+        Command::Nudge(args) => nudge::run(&session, &session.host()?, args),
         Command::Status { domain, core } => {
             status::run(&session, domain.as_deref(), core.as_deref())
         }

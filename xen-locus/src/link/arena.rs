@@ -160,8 +160,13 @@ impl Arena {
             kernel.space.map(&[frame])?.read(0, &mut page)?;
             // Nothing but zeroes: an earlier run was ended between adding the page and filling it.
             if page.iter().any(|&b| b != 0) {
-                arena.directory = Directory::decode(&page)
-                    .ok_or_else(|| foreign_arena("no directory stands in its first page"))?;
+                // It leads to where only xen-locus puts it.
+                arena.directory = Directory::decode(&page).ok_or_else(|| {
+                    Error::Uncertain(format!(
+                        "the arena's directory at {BASE} is damaged: neither of its copies is whole; \
+                         the guest or another tool changed it"
+                    ))
+                })?;
             }
         } else if let Some(used) = (0..PAGES).find(|&i| arena.frame(i).is_some()) {
             return Err(foreign_arena(&format!("{} is mapped", page_address(used))));

@@ -4,6 +4,7 @@
 
 pub mod arena;
 pub mod fit;
+pub mod gate;
 pub mod holder;
 pub mod image;
 pub mod module;

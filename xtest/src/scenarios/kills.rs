@@ -425,6 +425,22 @@ fn both_killed(ctx: &Ctx, subject: &Subject, place: &str) -> Result<(), Verdict>
     )))
 }
 
+/// Runs a command that is killed at its `nth` place from the one called `from`. Whether it has so many; else it
+/// must end well.
+pub(super) fn killed_at(ctx: &Ctx, nth: u32, from: &str, command: &str) -> Result<bool, Verdict> {
+    let out = ctx.dom0.sh(&format!(
+        "XEN_LOCUS_FAULT={nth}:kill:{from} xen-locus-faults {command}"
+    ))?;
+    let hit = out.err_text().contains("xen-locus: fault: ");
+    check!(
+        hit != (out.rc == 0),
+        "place {nth}: {} {}",
+        out.rc,
+        out.err_text()
+    );
+    Ok(hit)
+}
+
 /// A run and its guardian are killed in the middle of a write, then the `recover` that settles it at its first
 /// place, at its next one, and so on in steps of `step`.
 fn recover_dies(ctx: &mut Ctx, kind: Kind, step: u32) -> Result<(), Verdict> {
@@ -434,16 +450,7 @@ fn recover_dies(ctx: &mut Ctx, kind: Kind, step: u32) -> Result<(), Verdict> {
     let mut nth = 1;
     loop {
         both_killed(ctx, &subject, "3:stop:mark writing")?;
-        let out = ctx.dom0.sh(&format!(
-            "XEN_LOCUS_FAULT={nth}:kill:recover xen-locus-faults recover {name}"
-        ))?;
-        let hit = out.err_text().contains("xen-locus: fault: ");
-        check!(
-            hit != (out.rc == 0),
-            "place {nth}: {} {}",
-            out.rc,
-            out.err_text()
-        );
+        let hit = killed_at(ctx, nth, "recover", &format!("recover {name}"))?;
         tally.kills += u32::from(hit);
         ctx.dom0.ok(&format!("xen-locus recover {name}"))?;
         let new = subject.is_new()?;

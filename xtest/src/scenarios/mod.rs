@@ -14,6 +14,7 @@ mod liar;
 mod life;
 mod loader;
 mod many;
+mod nudge;
 mod objects;
 mod protocol;
 mod refuse;
@@ -33,6 +34,7 @@ pub fn usual() -> Vec<Scenario> {
         bench::SCENARIOS,
         core::SCENARIOS,
         apply::SCENARIOS,
+        nudge::SCENARIOS,
         stack::SCENARIOS,
         refuse::SCENARIOS,
         store::SCENARIOS,

@@ -12,7 +12,7 @@ impl Guest {
         assert_eq!(outcome.drift, []);
     }
 
-    fn poke(&self, at: u64, bytes: &[u8]) {
+    pub(super) fn poke(&self, at: u64, bytes: &[u8]) {
         let at = Gva(at);
         let kernel = self.kernel();
         let frames = kernel.space.frames(at, bytes.len() as u64).unwrap();
@@ -20,7 +20,7 @@ impl Guest {
         window.write(at.offset(), bytes).unwrap();
     }
 
-    fn peek<const N: usize>(&self, at: u64) -> [u8; N] {
+    pub(super) fn peek<const N: usize>(&self, at: u64) -> [u8; N] {
         let mut bytes = [0; N];
         self.kernel().space.read(Gva(at), &mut bytes).unwrap();
         bytes

@@ -20,7 +20,7 @@
 pub mod alternatives;
 pub mod code;
 pub mod jump_label;
-mod moved;
+pub(in crate::link) mod moved;
 mod nops;
 pub mod paravirt;
 pub mod retpoline;

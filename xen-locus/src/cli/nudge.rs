@@ -1,0 +1,67 @@
+//! `xen-locus nudge DOMAIN FILE|PATCH`: wakes those who sleep in the way of applying a payload or of reverting
+//! a patch, or in what a draining patch replaced.
+
+use serde_json::json;
+
+use super::args::{Nudge, Output};
+use super::blocking::Change;
+use super::{apply, out, Host, Session};
+use crate::error::{ExitCode, Result};
+use crate::kernel::Kernel;
+use crate::link::arena::Arena;
+use crate::plan::{self, Stack};
+use crate::quiesce::Watch;
+use crate::service;
+
+/// Where those sleep who are to be woken.
+fn watch(change: &Change, kernel: &Kernel<'_>) -> Result<Option<Watch>> {
+    if let Change::Revert(name) = change {
+        let residents = plan::residents(kernel, &Arena::read(kernel)?)?;
+        let stack = Stack::new(&residents);
+        let named = stack.named(&residents, name)?;
+        if let Some(old) = named.and_then(|r| plan::old_versions(kernel, &stack, r)) {
+            return Ok(Some(old));
+        }
+    }
+    change.watch(kernel)
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// The guest can't be read, or the payload or patch is not for it; nobody could be woken.
+pub fn run(session: &Session, host: &Host, args: &Nudge) -> anyhow::Result<ExitCode> {
+    let change = Change::of(&args.what)?;
+    let name = change.name();
+    let domain = host.guest(&args.domain)?;
+    let options = session.options(&args.patience);
+    let desk = host.desk(apply::user());
+    let nudged = service::nudge(&desk, &domain, name, |k| watch(&change, k), &options)?;
+    let label = domain.label();
+    if session.output == Output::Json {
+        let report = nudged.as_ref().map(|n| &n.report);
+        out::object(json!({
+            "domid": domain.info.id.0,
+            "domain": args.domain,
+            "patch": name,
+            "result": report.map_or("already", |r| r.result.name()),
+            "asleep": nudged.as_ref().map(|n| &n.asleep[..]).unwrap_or_default(),
+            "woken": nudged.as_ref().map_or(0, |n| n.woken),
+            "pause_us": report.map_or(0, |r| r.pause_us),
+        }));
+        return Ok(ExitCode::Done);
+    }
+    match nudged.filter(|n| !n.asleep.is_empty()) {
+        None => out::line(&format!("{label}: nobody sleeps in the way of {name}")),
+        Some(nudged) => {
+            out::line(&format!(
+                "{label}: {} of {} threads asleep were woken (paused {} us)",
+                nudged.woken,
+                nudged.asleep.len(),
+                nudged.report.pause_us
+            ));
+            out::text(&out::blockers(&nudged.asleep));
+        }
+    }
+    Ok(ExitCode::Done)
+}

@@ -1,0 +1,150 @@
+//! Those who sleep in the way are woken, restart their system call, and the guest is as it was but for that.
+
+use super::kills::killed_at;
+use crate::guest::{Guest, GuestSpec, Kind};
+use crate::scenario::{Ctx, Scenario, PV, PVH};
+use crate::verdict::Verdict;
+use crate::{check, check_eq};
+
+/// See the names.
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "nudge-pv",
+        summary: "threads of a PV guest that sleep in what was replaced are woken, and have left it then",
+        profile: &PV,
+        run: |ctx| nudge(ctx, Kind::Pv),
+    },
+    Scenario {
+        name: "nudge-pvh",
+        summary: "threads of a PVH guest that sleep in what was replaced are woken, and have left it then",
+        profile: &PVH,
+        run: |ctx| nudge(ctx, Kind::Pvh),
+    },
+];
+
+const PATCH: &str = "locus_drain";
+const FILE: &str = "/payloads/locus_drain.ko";
+/// Threads asleep.
+const SLEEPERS: usize = 5;
+/// Places between two kills of a nudge.
+const STEP: u32 = 9;
+
+/// What a nudge came to: its result, who sleeps, how many were woken.
+fn nudged(ctx: &Ctx, guest: &Guest, what: &str) -> Result<(String, usize, u64), Verdict> {
+    let said = ctx.json(&format!("xen-locus -o json nudge {} {what}", guest.name))?;
+    eprintln!("nudge: {}: {what}: {said}", guest.name);
+    let asleep = said["asleep"].as_array().map_or(0, Vec::len);
+    let result = said["result"].as_str().unwrap_or_default().to_owned();
+    Ok((result, asleep, said["woken"].as_u64().unwrap_or_default()))
+}
+
+/// How often each of them went to sleep, by thread id.
+fn sleeps(guest: &Guest) -> Result<Vec<(u32, u64)>, Verdict> {
+    let text = guest.ok("for pid in $(pidof pause); do \
+         echo $pid $(sed -n 's/^voluntary_ctxt_switches:\\s*//p' /proc/$pid/status); done")?;
+    let number = |word: Option<&str>| word.and_then(|w| w.parse().ok()).unwrap_or(0);
+    let mut all: Vec<(u32, u64)> = text
+        .lines()
+        .map(|line| {
+            let mut words = line.split_whitespace();
+            let pid = u32::try_from(number(words.next())).unwrap_or(0);
+            (pid, number(words.next()))
+        })
+        .collect();
+    all.sort_unstable();
+    check_eq!(all.len(), SLEEPERS, "{text}");
+    Ok(all)
+}
+
+/// They are the same threads, and each went to sleep again since `before`.
+fn slept_again(guest: &Guest, before: &[(u32, u64)]) -> Result<(), Verdict> {
+    let after = sleeps(guest)?;
+    let again = |((pid, was), (same, is)): (&(u32, u64), &(u32, u64))| pid == same && is > was;
+    check!(
+        before.iter().zip(&after).all(again),
+        "before {before:?}, after {after:?}"
+    );
+    Ok(())
+}
+
+fn text(ctx: &Ctx, guest: &Guest) -> Result<String, Verdict> {
+    let name = &guest.name;
+    ctx.dom0
+        .ok(&format!("xen-locus info {name} --raw text | sha256sum"))
+}
+
+fn nudge(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
+    let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
+    let name = guest.name.clone();
+    let none = ("already".to_owned(), 0, 0);
+    check_eq!(nudged(ctx, &guest, FILE)?, none);
+    guest.ok(&format!(
+        "for i in $(seq {SLEEPERS}); do pause & done; sleep 1"
+    ))?;
+    let log = guest.ok("dmesg | wc -l")?;
+    let untouched = text(ctx, &guest)?;
+
+    // In the way of applying: woken, they are in it again.
+    let before = sleeps(&guest)?;
+    let dry = ctx.json(&format!("xen-locus -N -o json nudge {name} {FILE}"))?;
+    check_eq!(dry["result"], "would-nudge", "{dry}");
+    check_eq!(sleeps(&guest)?, before);
+    let all = ("nudged".to_owned(), SLEEPERS, SLEEPERS as u64);
+    check_eq!(nudged(ctx, &guest, FILE)?, all);
+    guest.ok("sleep 1")?;
+    slept_again(&guest, &before)?;
+    check_eq!(text(ctx, &guest)?, untouched);
+
+    killed(ctx, &guest, &untouched)?;
+
+    // In what was replaced: woken, they are in the new version.
+    ctx.dom0
+        .ok(&format!("xen-locus apply {name} {FILE} --entry-only"))?;
+    let draining = || {
+        let status = ctx.json(&format!("xen-locus -o json status {name}"))?;
+        let all = status["patches"][0]["draining"].as_array().map(Vec::len);
+        all.ok_or_else(|| Verdict::failure(format!("no draining: {status}")))
+    };
+    check_eq!(draining()?, SLEEPERS);
+    let before = sleeps(&guest)?;
+    check_eq!(nudged(ctx, &guest, PATCH)?, all);
+    guest.ok("sleep 1")?;
+    check_eq!(draining()?, 0);
+    slept_again(&guest, &before)?;
+    check_eq!(nudged(ctx, &guest, PATCH)?, none);
+
+    ctx.dom0
+        .ok(&format!("xen-locus revert {name} {PATCH} --entry-only"))?;
+    check_eq!(text(ctx, &guest)?, untouched);
+    guest.ok("killall pause; sleep 1; ! pidof pause")?;
+    check_eq!(guest.ok("dmesg | wc -l")?, log, "the guest's kernel log");
+    let history = ctx.dom0.ok(&format!("xen-locus history {name}"))?;
+    check!(history.contains("nudge"), "{history}");
+    ctx.dom0
+        .ok(&format!("xen-locus -o json verify {name}"))
+        .map(drop)
+}
+
+/// A nudge that is killed at any place leaves a guest whose text `recover` makes what it was.
+fn killed(ctx: &Ctx, guest: &Guest, untouched: &str) -> Result<(), Verdict> {
+    let name = &guest.name;
+    let mut kills = 0;
+    for nth in (1..).step_by(STEP as usize) {
+        let hit = killed_at(ctx, nth, "journal", &format!("nudge {name} {FILE}"))?;
+        if !hit {
+            break;
+        }
+        kills += 1;
+        let found = ctx.json(&format!("xen-locus -o json recover {name}"))?;
+        let result = found["result"].as_str().unwrap_or_default();
+        check!(
+            matches!(result, "undone" | "nothing-to-do"),
+            "place {nth}: {found}"
+        );
+        check_eq!(text(ctx, guest)?, untouched, "place {nth}");
+        sleeps(guest)?;
+    }
+    eprintln!("nudge: {name}: {kills} kills");
+    check!(kills > 3, "{kills} kills");
+    Ok(())
+}
