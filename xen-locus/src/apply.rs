@@ -397,7 +397,9 @@ pub(crate) fn execute(
             verdict = prescan.rehearse()?;
         }
         if !verdict.is_sleepers() {
+            // What is called in the pause is called before it too: see `last_look`.
             check_all(&targets, &trail)?;
+            machine.written(&changed)?;
             let thorough = stirred >= HASTY;
             let (found, paused) = last_look(machine, &*guard, &mut prescan, thorough, options)?;
             verdict = found;

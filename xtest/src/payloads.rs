@@ -187,6 +187,8 @@ fn make(all: &Path, modules: &[PathBuf], root: &Root) -> Result<()> {
     for var in ["MAKEFLAGS", "MFLAGS", "MAKELEVEL"] {
         make.env_remove(var);
     }
+    // what an earlier make left is, to the newest kbuild, a tree that is not clean
+    let _ = std::fs::remove_file(all.join("modules.order"));
     let out = make.output().context("running make")?;
     let log = all.join("build.log");
     std::fs::write(&log, [out.stdout.as_slice(), b"\n", &out.stderr].concat())?;

@@ -63,11 +63,12 @@ fn main() -> Result<()> {
     let (mut empty, mut contexts, mut changes) = (Vec::new(), Vec::new(), Vec::new());
     let mut writes = Vec::new();
     let code = payload.as_ref().map(|p| Code::of(&domain, p)).transpose()?;
-    let guard = domain.guard(&[])?;
     for _ in 0..args.rounds {
         if began.elapsed().as_secs() >= args.limit {
             break;
         }
+        // A change has a guardian of its own, and a process one at a time.
+        let guard = domain.guard(&[])?;
         empty.push(pause(&*guard, args.cold, || Ok(()))?);
         let read = || domain.vcpus().map(|_| ());
         contexts.push(pause(&*guard, args.cold, || Ok(read()?))?);
@@ -77,6 +78,7 @@ fn main() -> Result<()> {
                 code.rewrite()
             })?);
         }
+        drop(guard);
         if let Some(payload) = &payload {
             changes.extend(cycle(&host, &args.domain, payload));
         }
