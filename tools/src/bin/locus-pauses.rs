@@ -26,6 +26,8 @@ use xen_locus::service;
 const CACHE: &str = "/var/cache/xen-locus";
 /// A change that takes longer has failed.
 const TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the guest runs between two pauses, at least: a change is made to one that runs.
+const BETWEEN: Duration = Duration::from_millis(5);
 /// How fast an emulated machine looks is what is to be found out.
 const MAX_PAUSE: Duration = Duration::from_secs(1);
 
@@ -69,11 +71,12 @@ fn main() -> Result<()> {
         }
         // A change has a guardian of its own, and a process one at a time.
         let guard = domain.guard(&[])?;
-        empty.push(pause(&*guard, args.cold, || Ok(()))?);
-        let read = || domain.vcpus().map(|_| ());
-        contexts.push(pause(&*guard, args.cold, || Ok(read()?))?);
+        let read = || -> Result<()> { Ok(domain.vcpus().map(|_| ())?) };
+        let pause = |work: &dyn Fn() -> Result<()>| pause(&*guard, args.cold, &read, work);
+        empty.push(pause(&|| Ok(()))?);
+        contexts.push(pause(&read)?);
         if let Some(code) = &code {
-            writes.push(pause(&*guard, args.cold, || {
+            writes.push(pause(&|| {
                 read()?;
                 code.rewrite()
             })?);
@@ -123,8 +126,14 @@ impl Code {
     }
 }
 
-/// Microseconds of a pause with `work` in it: the second of two, unless the first is wanted.
-fn pause(guard: &dyn Guard, first: bool, work: impl Fn() -> Result<()>) -> Result<u64> {
+/// Microseconds of a pause with `work` in it: the second of two, unless the first is wanted. Between them the
+/// guest runs for a while, as before any pause, and what the work needs is kept at hand by `meanwhile`.
+fn pause(
+    guard: &dyn Guard,
+    first: bool,
+    meanwhile: &dyn Fn() -> Result<()>,
+    work: &dyn Fn() -> Result<()>,
+) -> Result<u64> {
     let once = || -> Result<u64> {
         let paused = guard.pause()?;
         let done = work();
@@ -135,6 +144,10 @@ fn pause(guard: &dyn Guard, first: bool, work: impl Fn() -> Result<()>) -> Resul
     let took = once()?;
     if first {
         return Ok(took);
+    }
+    let began = Instant::now();
+    while began.elapsed() < BETWEEN {
+        meanwhile()?;
     }
     once()
 }

@@ -1,5 +1,5 @@
-//! `libxencall`: the one hypercall that libxenctrl does not export for us, `mmu_update` on another
-//! domain's page tables.
+//! `libxencall`: hypercalls that libxenctrl does not export for us. Here `mmu_update` on another domain's
+//! page tables; what else is called has a file of its own.
 
 use std::ffi::{c_int, c_uint, c_void};
 use std::ptr::{null_mut, NonNull};
@@ -62,6 +62,36 @@ impl Hypercalls {
         })
     }
 
+    /// Memory for a `T` that Xen may read and write in a call, aligned to a page, its contents unknown.
+    ///
+    /// # Errors
+    /// There is none.
+    pub(super) fn buffer<T>(&self) -> Result<NonNull<T>, Error> {
+        // SAFETY: a valid handle; the result is checked before use.
+        let buffer = unsafe { (self.alloc)(self.handle.as_ptr(), size_of::<T>()) };
+        NonNull::new(buffer.cast::<T>())
+            .ok_or_else(|| Error::last("allocating a hypercall buffer (xencall_alloc_buffer)"))
+    }
+
+    /// Gives it back.
+    ///
+    /// # Safety
+    /// It is one of [`Hypercalls::buffer`] of this handle, and not used any more.
+    pub(super) unsafe fn release<T>(&self, buffer: NonNull<T>) {
+        // SAFETY: as the caller says.
+        unsafe { (self.free)(self.handle.as_ptr(), buffer.as_ptr().cast()) };
+    }
+
+    /// Hypercall `number`.
+    ///
+    /// # Safety
+    /// The arguments are what Xen's interface wants of this hypercall, and what they point to stands in
+    /// buffers of this handle.
+    pub(super) unsafe fn call(&self, number: u32, [a, b, c, d]: [u64; 4]) -> c_int {
+        // SAFETY: a valid handle; the rest as the caller says.
+        unsafe { (self.call4)(self.handle.as_ptr(), number, a, b, c, d) }
+    }
+
     /// Writes page-table entries of a PV domain: entry number `slot` of page-table frame `table`
     /// becomes `entry`, for each of `updates`. Xen checks every entry as it checks the guest's own.
     ///
@@ -73,36 +103,23 @@ impl Hypercalls {
         let domains = u64::from(owner.0) | (u64::from(owner.0) + 1) << 16;
         for &(table, slot, entry) in updates {
             fault("mmu_update")?;
-            let size = size_of::<sys::mmu_update>();
-            // SAFETY: a valid handle; the result is checked before use.
-            let buffer = unsafe { (self.alloc)(self.handle.as_ptr(), size) };
-            let Some(update) = NonNull::new(buffer.cast::<sys::mmu_update>()) else {
-                return Err(Error::last(
-                    "allocating a hypercall buffer (xencall_alloc_buffer)",
-                ));
-            };
+            let update = self.buffer::<sys::mmu_update>()?;
             let ptr = (table.0 << 12) | ((slot as u64) << 3) | u64::from(sys::MMU_NORMAL_PT_UPDATE);
             // SAFETY: the buffer is page-aligned, ours, and large enough for one update.
             unsafe { update.write(sys::mmu_update { ptr, val: entry }) };
             // SAFETY: the first argument points to one update, as the second says; no count of
             // updates done is asked for.
             let rc = unsafe {
-                (self.call4)(
-                    self.handle.as_ptr(),
-                    sys::__HYPERVISOR_mmu_update,
-                    update.as_ptr() as u64,
-                    1,
-                    0,
-                    domains,
-                )
+                let arguments = [update.as_ptr() as u64, 1, 0, domains];
+                self.call(sys::__HYPERVISOR_mmu_update, arguments)
             };
             let failed = (rc != 0).then(|| {
                 Error::last(format!(
                     "writing entry {slot} of page table {table} of domain {owner} (mmu_update)"
                 ))
             });
-            // SAFETY: allocated above by the same handle and not used any more.
-            unsafe { (self.free)(self.handle.as_ptr(), buffer) };
+            // SAFETY: allocated above and not used any more.
+            unsafe { self.release(update) };
             match failed {
                 Some(Error::Call {
                     errno: libc::ENOSYS,

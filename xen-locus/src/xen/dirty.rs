@@ -1,66 +1,53 @@
-//! `libxendevicemodel`: frames of a PVH or HVM guest that were written through a mapping, told to Xen.
+//! Frames of a PVH or HVM guest that were written through a mapping, told to Xen.
 //!
 //! While such a guest is moved as it runs, Xen notes which frames it writes, and those are copied again. A
 //! write by the control domain it doesn't see: it is told of it, as device models do (`XEN_DMOP_modified_memory`,
 //! xen/include/public/hvm/dm_op.h). If the guest isn't being moved that is no work.
+//!
+//! It is done in the pause, so not by libxendevicemodel, for which the control domain's kernel pins the
+//! caller's memory anew at each call: here the call's buffer is made before.
 
-use std::ffi::{c_int, c_uint, c_void};
-use std::ptr::{null_mut, NonNull};
+use std::ptr::NonNull;
 
-use libloading::os::unix::Library;
+use xenctrl_sys as sys;
 
-use super::{fault, load, symbol, Error};
+use super::call::Hypercalls;
+use super::{fault, Error};
 use crate::addr::{DomId, Frame};
 
-type Handle = *mut c_void;
-type OpenFn = unsafe extern "C" fn(Handle, c_uint) -> Handle;
-type CloseFn = unsafe extern "C" fn(Handle) -> c_int;
-type ModifiedFn = unsafe extern "C" fn(Handle, u16, *mut Extent, u32) -> c_int;
-
-const LIBRARY: &str = "libxendevicemodel.so.1";
 /// Frames of one call.
 const AT_ONCE: usize = 32;
 
-/// `struct xen_dm_op_modified_memory_extent`.
-#[derive(Clone, Copy, Default)]
+/// `struct xen_dm_op_buf`.
 #[repr(C)]
-struct Extent {
-    nr: u32,
-    pad: u32,
-    first_pfn: u64,
+struct Buffer {
+    at: u64,
+    len: u64,
+}
+
+/// What a call is given: the buffers, and what they lead to.
+#[repr(C)]
+struct Given {
+    buffers: [Buffer; 2],
+    op: sys::xen_dm_op,
+    extents: [sys::xen_dm_op_modified_memory_extent; AT_ONCE],
 }
 
 /// The way to say so.
 pub struct Dirty {
-    handle: NonNull<c_void>,
-    close: CloseFn,
-    modified: ModifiedFn,
-    _lib: Library,
+    calls: Hypercalls,
+    given: NonNull<Given>,
 }
 
 impl Dirty {
     /// Opens it.
     ///
     /// # Errors
-    /// No such library, or no access to `/dev/xen/privcmd`.
+    /// As [`Hypercalls::open`]; no memory for the call.
     pub fn open() -> Result<Dirty, Error> {
-        let lib = load(LIBRARY)?;
-        macro_rules! get {
-            ($symbol:literal) => {
-                // SAFETY: the types above are the C prototypes of xendevicemodel.h, a stable ABI.
-                unsafe { symbol(&lib, LIBRARY, $symbol)? }
-            };
-        }
-        let open: OpenFn = get!("xendevicemodel_open");
-        // SAFETY: a null logger means the default one; flags 0.
-        let handle = NonNull::new(unsafe { open(null_mut(), 0) })
-            .ok_or_else(|| Error::last("opening Xen's device model calls (xendevicemodel_open)"))?;
-        Ok(Dirty {
-            handle,
-            close: get!("xendevicemodel_close"),
-            modified: get!("xendevicemodel_modified_memory_bulk"),
-            _lib: lib,
-        })
+        let calls = Hypercalls::open()?;
+        let given = calls.buffer()?;
+        Ok(Dirty { calls, given })
     }
 
     /// Says that these guest frames of `id` were written, many in one call. Allocates nothing.
@@ -69,23 +56,46 @@ impl Dirty {
     /// Xen refused.
     pub fn mark(&self, id: DomId, frames: &[Frame]) -> Result<(), Error> {
         for some in frames.chunks(AT_ONCE) {
-            fault("xendevicemodel_modified_memory_bulk")?;
-            let mut extents = [Extent::default(); AT_ONCE];
+            fault("XEN_DMOP_modified_memory")?;
+            let mut extents = [sys::xen_dm_op_modified_memory_extent::default(); AT_ONCE];
             for (extent, frame) in extents.iter_mut().zip(some) {
-                *extent = Extent {
-                    nr: 1,
-                    pad: 0,
-                    first_pfn: frame.0,
-                };
+                extent.nr = 1;
+                extent.first_pfn = frame.0;
             }
             let count = u32::try_from(some.len()).unwrap_or(0);
-            // SAFETY: a valid handle; the array holds at least as many elements as the call is told.
-            let rc =
-                unsafe { (self.modified)(self.handle.as_ptr(), id.0, extents.as_mut_ptr(), count) };
+            let mut op = sys::xen_dm_op {
+                op: sys::XEN_DMOP_modified_memory,
+                ..sys::xen_dm_op::default()
+            };
+            op.u.modified_memory = sys::xen_dm_op_modified_memory {
+                nr_extents: count,
+                opaque: 0,
+            };
+            let at = self.given.as_ptr();
+            // SAFETY: the buffer is a `Given` of ours that nobody else has; only addresses are taken of what
+            // is not filled yet.
+            let rc = unsafe {
+                let buffers = [
+                    Buffer {
+                        at: &raw const (*at).op as u64,
+                        len: size_of::<sys::xen_dm_op>() as u64,
+                    },
+                    Buffer {
+                        at: &raw const (*at).extents as u64,
+                        len: size_of_val(&extents) as u64,
+                    },
+                ];
+                at.write(Given {
+                    buffers,
+                    op,
+                    extents,
+                });
+                let arguments = [u64::from(id.0), 2, at as u64, 0];
+                self.calls.call(sys::__HYPERVISOR_dm_op, arguments)
+            };
             if rc != 0 {
                 return Err(Error::last(format!(
-                    "telling Xen which frames of domain {id} were written \
-                     (xendevicemodel_modified_memory_bulk)"
+                    "telling Xen which frames of domain {id} were written (XEN_DMOP_modified_memory)"
                 )));
             }
         }
@@ -95,7 +105,7 @@ impl Dirty {
 
 impl Drop for Dirty {
     fn drop(&mut self) {
-        // SAFETY: the handle was opened by this library and is used no more.
-        unsafe { (self.close)(self.handle.as_ptr()) };
+        // SAFETY: allocated when this was made, and used no more.
+        unsafe { self.calls.release(self.given) };
     }
 }

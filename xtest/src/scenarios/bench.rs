@@ -23,6 +23,13 @@ pub const SCENARIOS: &[Scenario] = &[
         run: hung_guest,
     },
     Scenario {
+        name: "pauses-pv",
+        summary:
+            "what measures pauses for `make bench` makes changes of a PV guest, and they succeed",
+        profile: &PV,
+        run: |ctx| pauses(ctx, Kind::Pv),
+    },
+    Scenario {
         name: "bench-pvh",
         summary: "a PVH guest comes up and takes commands",
         profile: &PVH,
@@ -35,6 +42,26 @@ pub const SCENARIOS: &[Scenario] = &[
         run: |ctx| guest_works(ctx, Kind::Hvm),
     },
 ];
+
+fn pauses(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
+    const ROUNDS: usize = 3;
+    let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
+    let said = ctx.json(&format!(
+        "locus-pauses {} /payloads/locus_cmdline.ko --rounds {ROUNDS}",
+        guest.name
+    ))?;
+    for pauses in ["empty_us", "contexts_us", "write_us"] {
+        let some = said[pauses].as_array().map_or(0, Vec::len);
+        check_eq!(some, ROUNDS, "{pauses}: {said}");
+    }
+    let changes = said["changes"].as_array().cloned().unwrap_or_default();
+    let results: Vec<&str> = changes
+        .iter()
+        .map(|c| c["result"].as_str().unwrap_or("failed"))
+        .collect();
+    check_eq!(results, ["applied", "reverted"].repeat(ROUNDS), "{said}");
+    Ok(())
+}
 
 fn guest_works(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;

@@ -81,7 +81,7 @@ fn nudge(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     guest.ok(&format!(
         "for i in $(seq {SLEEPERS}); do pause & done; sleep 1"
     ))?;
-    let log = guest.ok("dmesg | wc -l")?;
+    let lines = guest.ok("dmesg | wc -l")?;
     let untouched = text(ctx, &guest)?;
 
     // In the way of applying: woken, they are in it again.
@@ -117,7 +117,10 @@ fn nudge(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         .ok(&format!("xen-locus revert {name} {PATCH} --entry-only"))?;
     check_eq!(text(ctx, &guest)?, untouched);
     guest.ok("killall pause; sleep 1; ! pidof pause")?;
-    check_eq!(guest.ok("dmesg | wc -l")?, log, "the guest's kernel log");
+    // An emulated machine may well have `hrtimer: interrupt took …` to say.
+    let log = guest.ok(&format!("dmesg | tail -n +$(({lines} + 1))"))?;
+    let bad = ["BUG", "WARNING", "Oops", "Call Trace", "general protection"];
+    check!(!bad.iter().any(|words| log.contains(words)), "{log}");
     let history = ctx.dom0.ok(&format!("xen-locus history {name}"))?;
     check!(history.contains("nudge"), "{history}");
     ctx.dom0
