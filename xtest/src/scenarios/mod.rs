@@ -72,6 +72,7 @@ pub fn matrix() -> Vec<Scenario> {
         kills::MATRIX,
         hostile::MATRIX,
         many::MATRIX,
+        nudge::MATRIX,
         &life::scenarios()[..],
         &life::matrix()[..],
     ]
@@ -91,6 +92,7 @@ pub fn all() -> Vec<Scenario> {
     all.extend_from_slice(kills::MATRIX);
     all.extend_from_slice(hostile::MATRIX);
     all.extend_from_slice(many::MATRIX);
+    all.extend_from_slice(nudge::MATRIX);
     all.extend_from_slice(&life::matrix());
     all
 }

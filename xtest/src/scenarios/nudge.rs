@@ -1,6 +1,7 @@
 //! Those who sleep in the way are woken, restart their system call, and the guest is as it was but for that.
 
 use super::kills::killed_at;
+use crate::fetch::{Suite, BOOKWORM, TRIXIE};
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::scenario::{Ctx, Scenario, PV, PVH};
 use crate::verdict::Verdict;
@@ -12,18 +13,25 @@ pub const SCENARIOS: &[Scenario] = &[
         name: "nudge-pv",
         summary: "threads of a PV guest that sleep in what was replaced are woken, and have left it then",
         profile: &PV,
-        run: |ctx| nudge(ctx, Kind::Pv),
+        run: |ctx| nudge(ctx, Kind::Pv, &BOOKWORM),
     },
     Scenario {
         name: "nudge-pvh",
         summary: "threads of a PVH guest that sleep in what was replaced are woken, and have left it then",
         profile: &PVH,
-        run: |ctx| nudge(ctx, Kind::Pvh),
+        run: |ctx| nudge(ctx, Kind::Pvh, &BOOKWORM),
     },
 ];
 
+/// What takes too long for a usual run.
+pub const MATRIX: &[Scenario] = &[Scenario {
+    name: "nudge-trixie-pv",
+    summary: "the same with the PV kernel of Debian 13",
+    profile: &PV,
+    run: |ctx| nudge(ctx, Kind::Pv, &TRIXIE),
+}];
+
 const PATCH: &str = "locus_drain";
-const FILE: &str = "/payloads/locus_drain.ko";
 /// Threads asleep.
 const SLEEPERS: usize = 5;
 /// Places between two kills of a nudge.
@@ -73,11 +81,27 @@ fn text(ctx: &Ctx, guest: &Guest) -> Result<String, Verdict> {
         .ok(&format!("xen-locus info {name} --raw text | sha256sum"))
 }
 
-fn nudge(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
-    let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
+/// A guest with a kernel of this release, and where in dom0 the payload for it is.
+fn guest(ctx: &mut Ctx, kind: Kind, suite: &'static Suite) -> Result<(Guest, String), Verdict> {
+    if *suite == BOOKWORM {
+        let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
+        return Ok((guest, format!("/payloads/{PATCH}.ko")));
+    }
+    let spec = GuestSpec::new(&format!("nudge-{}", suite.name), kind);
+    let guest = ctx.ensure_guest(spec.suite(suite).memory(256))?;
+    let made = ctx.kernels.test_payloads(suite)?;
+    let payload = made.iter().find(|(name, _)| name == PATCH);
+    let (_, file) = payload.ok_or_else(|| Verdict::Error(format!("no payload {PATCH}")))?;
+    let path = format!("/payloads/{}/{PATCH}.ko", suite.name);
+    ctx.dom0.put(&path, 0o644, &std::fs::read(file)?)?;
+    Ok((guest, path))
+}
+
+fn nudge(ctx: &mut Ctx, kind: Kind, suite: &'static Suite) -> Result<(), Verdict> {
+    let (guest, file) = guest(ctx, kind, suite)?;
     let name = guest.name.clone();
     let none = ("already".to_owned(), 0, 0);
-    check_eq!(nudged(ctx, &guest, FILE)?, none);
+    check_eq!(nudged(ctx, &guest, &file)?, none);
     guest.ok(&format!(
         "for i in $(seq {SLEEPERS}); do pause & done; sleep 1"
     ))?;
@@ -86,20 +110,20 @@ fn nudge(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
 
     // In the way of applying: woken, they are in it again.
     let before = sleeps(&guest)?;
-    let dry = ctx.json(&format!("xen-locus -N -o json nudge {name} {FILE}"))?;
+    let dry = ctx.json(&format!("xen-locus -N -o json nudge {name} {file}"))?;
     check_eq!(dry["result"], "would-nudge", "{dry}");
     check_eq!(sleeps(&guest)?, before);
     let all = ("nudged".to_owned(), SLEEPERS, SLEEPERS as u64);
-    check_eq!(nudged(ctx, &guest, FILE)?, all);
+    check_eq!(nudged(ctx, &guest, &file)?, all);
     guest.ok("sleep 1")?;
     slept_again(&guest, &before)?;
     check_eq!(text(ctx, &guest)?, untouched);
 
-    killed(ctx, &guest, &untouched)?;
+    killed(ctx, &guest, &file, &untouched)?;
 
     // In what was replaced: woken, they are in the new version.
     ctx.dom0
-        .ok(&format!("xen-locus apply {name} {FILE} --entry-only"))?;
+        .ok(&format!("xen-locus apply {name} {file} --entry-only"))?;
     let draining = || {
         let status = ctx.json(&format!("xen-locus -o json status {name}"))?;
         let all = status["patches"][0]["draining"].as_array().map(Vec::len);
@@ -129,11 +153,11 @@ fn nudge(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
 }
 
 /// A nudge that is killed at any place leaves a guest whose text `recover` makes what it was.
-fn killed(ctx: &Ctx, guest: &Guest, untouched: &str) -> Result<(), Verdict> {
+fn killed(ctx: &Ctx, guest: &Guest, file: &str, untouched: &str) -> Result<(), Verdict> {
     let name = &guest.name;
     let mut kills = 0;
     for nth in (1..).step_by(STEP as usize) {
-        let hit = killed_at(ctx, nth, "journal", &format!("nudge {name} {FILE}"))?;
+        let hit = killed_at(ctx, nth, "journal", &format!("nudge {name} {file}"))?;
         if !hit {
             break;
         }
