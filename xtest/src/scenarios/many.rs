@@ -67,7 +67,7 @@ fn twenty(ctx: &mut Ctx) -> Result<(), Verdict> {
     check_eq!(memory()?, before, "memory of the guests");
     let left = ctx.dom0.ok(
         "ls /run/xen-locus/guard /var/lib/xen-locus/journal 2>/dev/null | grep -v : ; \
-         xl list | awk 'NR > 1 && $5 ~ /[pc]/'; ps | grep 'xen-locu[s]'; true",
+         xl list | awk 'NR > 1 && $5 ~ /[pc]/'; pidof xen-locus; true",
     )?;
     check!(left.trim().is_empty(), "left: {left}");
     // Each of them is in the record of what was done.
