@@ -186,7 +186,7 @@ fn run_profile(
             totals.failures.push(format!("{}: {why}", scenario.name));
         }
         println!(
-            "{:<5}{:<28} {took:6.1} s{retried}  {word}",
+            "{:<6}{:<28} {took:6.1} s{retried}  {word}",
             profile.name, scenario.name
         );
     }
