@@ -221,7 +221,7 @@ pub fn blocking(
         prescan.refresh()?;
         prescan.rehearse()?;
         prescan.acquit()?;
-        let (verdict, paused) = last_look(machine, &*guard, &mut prescan, true, options)?;
+        let (verdict, paused) = last_look(&*guard, &mut prescan, true, options)?;
         paused.end()?;
         if let Some(blockers) = verdict.blockers() {
             return Ok(blockers);
@@ -240,7 +240,6 @@ pub fn blocking(
 
 /// Pauses the guest for the last look, and says what it showed while the guest is still paused.
 fn last_look<'g>(
-    machine: &dyn Machine,
     guard: &'g dyn Guard,
     prescan: &mut Prescan<'_, '_>,
     thorough: bool,
@@ -254,10 +253,10 @@ fn last_look<'g>(
     prescan.rehearse()?;
     // What follows is done once before: what is used for the first time is slow, and what was used a
     // moment ago is quick, after a rehearsal that went through all tasks.
-    prescan.look(&machine.vcpus()?, true, &|| false)?;
+    prescan.look(&guard.vcpus()?, true, &|| false)?;
     let paused = guard.pause()?;
     let too_long = || paused.elapsed() > options.max_pause;
-    let verdict = prescan.look(&machine.vcpus()?, thorough, &too_long)?;
+    let verdict = prescan.look(&paused.vcpus()?, thorough, &too_long)?;
     Ok((verdict, paused))
 }
 
@@ -360,13 +359,11 @@ pub(crate) fn execute(
     let mut spots = Vec::new();
     // Nothing remembered: what leads there now.
     let (space, mut trail) = (kernel.space.fresh(), Trail::default());
-    let mut changed = Vec::new();
     for write in &plan.writes {
         let at = Gva(write.at);
         let frames = space.trace(at, write.new.len() as u64, &mut trail)?;
         if write.new != write.expect {
             spots.extend(Spot::split(&frames, at.offset(), &write.expect, &write.new));
-            changed.extend_from_slice(&frames);
         }
         targets.push(Target {
             write,
@@ -374,8 +371,6 @@ pub(crate) fn execute(
             offset: at.offset(),
         });
     }
-    changed.sort_unstable();
-    changed.dedup();
     let guard = machine.guard(&spots)?;
     let mut prescan = Prescan::new(kernel, watch_of(plan, options)?)?;
     let mut attempts = 0;
@@ -399,22 +394,12 @@ pub(crate) fn execute(
         if !verdict.is_sleepers() {
             // What is called in the pause is called before it too: see `last_look`.
             check_all(&targets, &trail)?;
-            machine.written(&changed)?;
             let thorough = stirred >= HASTY;
-            let (found, paused) = last_look(machine, &*guard, &mut prescan, thorough, options)?;
+            let (found, paused) = last_look(&*guard, &mut prescan, thorough, options)?;
             verdict = found;
             if verdict == Verdict::Quiet {
-                let written = write_all(&targets, &trail, || Ok(paused.writing()?));
-                // What was put back was written too. While it is paused the guest can't be suspended, so
-                // none of this is missed.
-                let told = machine.written(&changed);
-                written?;
+                write_all(&targets, &trail, || Ok(paused.writing()?))?;
                 let pause = paused.end()?;
-                if let Err(error) = told {
-                    eprintln!(
-                        "xen-locus: if the guest is being moved as it runs, stop that: {error}"
-                    );
-                }
                 return Ok(Done { pause, attempts });
             }
             pause = paused.end()?;

@@ -13,7 +13,7 @@ use crate::journal::{Change, Intent, Journal};
 use crate::kernel::cache::Cache;
 use crate::link::arena;
 use crate::store::Store;
-use crate::xen::{Control, DomainInfo, Foreign, Hypercalls, Pause};
+use crate::xen::{Control, DomainInfo, Foreign, Hypercalls, Pause, Pauses};
 
 /// A live domain.
 #[derive(Debug)]
@@ -95,6 +95,17 @@ impl<'c> Domain<'c> {
         format!("{} ({})", self.name, self.info.id)
     }
 
+    /// What a guardian of this process must know that watches changes of `spots`.
+    #[must_use]
+    pub fn task(&self, spots: &[Spot]) -> Task {
+        Task {
+            domid: self.info.id.0,
+            uuid: self.info.uuid.clone(),
+            pid: std::process::id(),
+            spots: spots.to_vec(),
+        }
+    }
+
     /// What was done and ended is recorded elsewhere: the journal of it is removed. The caller has the
     /// guest's lock still.
     pub fn close(&self) {
@@ -169,13 +180,9 @@ impl Machine for Domain<'_> {
     }
 
     fn guard(&self, spots: &[Spot]) -> Result<Box<dyn Guard + '_>> {
-        let task = Task {
-            domid: self.info.id.0,
-            uuid: self.info.uuid.clone(),
-            pid: std::process::id(),
-            spots: spots.to_vec(),
-        };
-        Ok(Box::new(Guarded::start(self.control, &task)?))
+        let task = self.task(spots);
+        let pauses = Pauses::new(self.control, &self.info, &task.frames())?;
+        Ok(Box::new(Guarded::start(pauses, &task)?))
     }
 
     /// PV page tables belong to Xen's validation and are written by hypercall; those of PVH and HVM
@@ -215,12 +222,20 @@ impl Machine for Domain<'_> {
 }
 
 impl Guard for Guarded<'_> {
+    fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
+        self.vcpus_now()
+    }
+
     fn pause(&self) -> std::result::Result<Box<dyn Paused + '_>, guest::Error> {
         Ok(Box::new(Guarded::pause(self)?))
     }
 }
 
 impl Paused for Pause<'_> {
+    fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
+        Ok(Pause::vcpus(self)?)
+    }
+
     fn writing(&self) -> std::result::Result<bool, guest::Error> {
         Ok(Pause::writing(self)?)
     }
@@ -230,6 +245,10 @@ impl Paused for Pause<'_> {
     }
 
     fn end(self: Box<Self>) -> std::result::Result<std::time::Duration, guest::Error> {
-        Ok(Pause::end(*self)?)
+        let ended = Pause::end(*self)?;
+        if let Err(error) = ended.told {
+            eprintln!("xen-locus: if the guest is being moved as it runs, stop that: {error}");
+        }
+        Ok(ended.paused)
     }
 }

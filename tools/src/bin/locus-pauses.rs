@@ -2,8 +2,9 @@
 //! process that changes a guest again and again, as the daemon does, pauses it for.
 //!
 //! Each round has an empty pause, a pause in which all vCPU contexts are read (the floor under that
-//! of `xen-locus apply`), and, with a payload, the same with one write to the kernel's code in it, and
-//! the payload's apply and revert. Printed as JSON: microseconds of each pause, and of each change
+//! of `xen-locus apply`), both by libxenctrl's calls, as any program makes them; the same contexts read as
+//! xen-locus does, in the call that pauses; and, with a payload, that with one write to the kernel's code in it,
+//! and the payload's apply and revert. Printed as JSON: microseconds of each pause, and of each change
 //! attempts and milliseconds from start to end, or why it failed.
 
 use std::path::{Path, PathBuf};
@@ -16,11 +17,13 @@ use xen_locus::apply::{Options, Report};
 use xen_locus::cli::Host;
 use xen_locus::domain::Domain;
 use xen_locus::guard::guardian;
-use xen_locus::guest::{Guard, Machine as _, MemoryMut as _, WindowMut};
+use xen_locus::guard::worker::Guarded;
+use xen_locus::guest::{Guard, Machine as _, MemoryMut as _, Paused, WindowMut};
 use xen_locus::kernel::Kernel;
 use xen_locus::patch::Payload;
 use xen_locus::plan::Mode;
 use xen_locus::service;
+use xen_locus::xen::Pauses;
 
 /// Where the kernel's symbols and types are kept between two changes, as the daemon does.
 const CACHE: &str = "/var/cache/xen-locus";
@@ -63,21 +66,24 @@ fn main() -> Result<()> {
     }
     let began = Instant::now();
     let (mut empty, mut contexts, mut changes) = (Vec::new(), Vec::new(), Vec::new());
-    let mut writes = Vec::new();
+    let (mut together, mut writes) = (Vec::new(), Vec::new());
     let code = payload.as_ref().map(|p| Code::of(&domain, p)).transpose()?;
     for _ in 0..args.rounds {
         if began.elapsed().as_secs() >= args.limit {
             break;
         }
         // A change has a guardian of its own, and a process one at a time.
+        {
+            let calls = Pauses::one_by_one(domain.control(), &domain.info, &[])?;
+            let guard = Guarded::start(calls, &domain.task(&[]))?;
+            empty.push(pause(&guard, args.cold, &|_| Ok(()))?);
+            contexts.push(pause(&guard, args.cold, &|paused| read(paused))?);
+        }
         let guard = domain.guard(&[])?;
-        let read = || -> Result<()> { Ok(domain.vcpus().map(|_| ())?) };
-        let pause = |work: &dyn Fn() -> Result<()>| pause(&*guard, args.cold, &read, work);
-        empty.push(pause(&|| Ok(()))?);
-        contexts.push(pause(&read)?);
+        together.push(pause(&*guard, args.cold, &|paused| read(paused))?);
         if let Some(code) = &code {
-            writes.push(pause(&|| {
-                read()?;
+            writes.push(pause(&*guard, args.cold, &|paused| {
+                read(paused)?;
                 code.rewrite()
             })?);
         }
@@ -92,6 +98,7 @@ fn main() -> Result<()> {
             "schema": 1,
             "empty_us": empty,
             "contexts_us": contexts,
+            "together_us": together,
             "write_us": writes,
             "changes": changes,
         })
@@ -126,17 +133,16 @@ impl Code {
     }
 }
 
+fn read(paused: &dyn Paused) -> Result<()> {
+    Ok(paused.vcpus().map(|_| ())?)
+}
+
 /// Microseconds of a pause with `work` in it: the second of two, unless the first is wanted. Between them the
-/// guest runs for a while, as before any pause, and what the work needs is kept at hand by `meanwhile`.
-fn pause(
-    guard: &dyn Guard,
-    first: bool,
-    meanwhile: &dyn Fn() -> Result<()>,
-    work: &dyn Fn() -> Result<()>,
-) -> Result<u64> {
+/// guest runs for a while, as before any pause, and what the work needs is kept at hand.
+fn pause(guard: &dyn Guard, first: bool, work: &dyn Fn(&dyn Paused) -> Result<()>) -> Result<u64> {
     let once = || -> Result<u64> {
         let paused = guard.pause()?;
-        let done = work();
+        let done = work(&*paused);
         let took = paused.end().context("unpausing")?;
         done?;
         Ok(u64::try_from(took.as_micros())?)
@@ -147,7 +153,7 @@ fn pause(
     }
     let began = Instant::now();
     while began.elapsed() < BETWEEN {
-        meanwhile()?;
+        guard.vcpus()?;
     }
     once()
 }

@@ -88,17 +88,25 @@ impl MemoryMut for Guest {
     }
 }
 
-struct Unguarded;
+struct Unguarded<'g>(&'g World);
 
-impl Guard for Unguarded {
+impl Guard for Unguarded<'_> {
+    fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
+        Ok(self.0.vcpus.clone())
+    }
+
     fn pause(&self) -> std::result::Result<Box<dyn Paused + '_>, guest::Error> {
-        Ok(Box::new(Pause(Instant::now())))
+        Ok(Box::new(Pause(self.0, Instant::now())))
     }
 }
 
-struct Pause(Instant);
+struct Pause<'g>(&'g World, Instant);
 
-impl Paused for Pause {
+impl Paused for Pause<'_> {
+    fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
+        Ok(self.0.vcpus.clone())
+    }
+
     fn writing(&self) -> std::result::Result<bool, guest::Error> {
         Ok(true)
     }
@@ -108,7 +116,7 @@ impl Paused for Pause {
     }
 
     fn end(self: Box<Self>) -> std::result::Result<Duration, guest::Error> {
-        Ok(self.0.elapsed())
+        Ok(self.1.elapsed())
     }
 }
 
@@ -145,7 +153,7 @@ impl Machine for Guest {
     }
 
     fn guard(&self, _: &[Spot]) -> Result<Box<dyn Guard + '_>> {
-        Ok(Box::new(Unguarded))
+        Ok(Box::new(Unguarded(&self.world)))
     }
 
     fn write_entry(

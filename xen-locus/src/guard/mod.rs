@@ -87,6 +87,15 @@ impl Task {
         DomId(self.domid)
     }
 
+    /// The frames that may be changed, each once, in ascending order.
+    #[must_use]
+    pub fn frames(&self) -> Vec<Frame> {
+        let mut frames: Vec<Frame> = self.spots.iter().map(|s| Frame(s.frame)).collect();
+        frames.sort_unstable();
+        frames.dedup();
+        frames
+    }
+
     /// The guard's file of this task.
     #[must_use]
     pub fn path(&self) -> PathBuf {

@@ -9,17 +9,16 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use super::{guardian, Task, DIR};
-use crate::addr::DomId;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::guest;
-use crate::xen::{Control, Page, Pause};
+use crate::guest::Vcpu;
+use crate::xen::{Page, Pause, Pauses};
 
 /// A guardian that watches this process. Dropping it lets it go.
 #[derive(Debug)]
 pub struct Guarded<'c> {
-    control: &'c Control,
-    domain: DomId,
+    pauses: Pauses<'c>,
     page: Page,
     path: std::path::PathBuf,
     child: RefCell<Child>,
@@ -28,11 +27,11 @@ pub struct Guarded<'c> {
 }
 
 impl<'c> Guarded<'c> {
-    /// Starts a guardian and waits until it is prepared.
+    /// Starts a guardian for these pauses and waits until it is prepared.
     ///
     /// # Errors
     /// It can't be: nothing of the guest is touched then.
-    pub fn start(control: &'c Control, task: &Task) -> Result<Guarded<'c>> {
+    pub fn start(pauses: Pauses<'c>, task: &Task) -> Result<Guarded<'c>> {
         let path = task.path();
         let new = path.with_extension(format!("{}.new", task.pid));
         let failed = |e: std::io::Error| {
@@ -54,7 +53,7 @@ impl<'c> Guarded<'c> {
             .mode(0o600)
             .open(&new)
             .map_err(failed)?;
-        let made = Guarded::start_in(control, task, file, &new, &path, &failed);
+        let made = Guarded::start_in(pauses, task, file, &new, &path, &failed);
         if made.is_err() {
             let _ = fs::remove_file(&new);
         }
@@ -62,7 +61,7 @@ impl<'c> Guarded<'c> {
     }
 
     fn start_in(
-        control: &'c Control,
+        pauses: Pauses<'c>,
         task: &Task,
         file: File,
         new: &Path,
@@ -79,7 +78,7 @@ impl<'c> Guarded<'c> {
         fs::hard_link(new, path).map_err(failed)?;
         let started = fs::remove_file(new)
             .map_err(failed)
-            .and_then(|()| Guarded::launch(control, task, file, page, failed));
+            .and_then(|()| Guarded::launch(pauses, task, file, page, failed));
         if started.is_err() {
             let _ = fs::remove_file(path);
         }
@@ -87,7 +86,7 @@ impl<'c> Guarded<'c> {
     }
 
     fn launch(
-        control: &'c Control,
+        pauses: Pauses<'c>,
         task: &Task,
         file: File,
         page: Page,
@@ -108,8 +107,7 @@ impl<'c> Guarded<'c> {
             None => Ok(()),
         };
         let guarded = Guarded {
-            control,
-            domain: task.domain(),
+            pauses,
             page,
             path: task.path(),
             child: RefCell::new(child),
@@ -124,6 +122,14 @@ impl<'c> Guarded<'c> {
         Ok(guarded)
     }
 
+    /// The registers of all vCPUs, read as in a pause, while the guest runs.
+    ///
+    /// # Errors
+    /// Xen could not be asked for them.
+    pub fn vcpus_now(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
+        Ok(self.pauses.vcpus_now()?)
+    }
+
     /// Pauses the guest.
     ///
     /// # Errors
@@ -134,7 +140,7 @@ impl<'c> Guarded<'c> {
         };
         let mut child = self.child.try_borrow_mut().map_err(|_| gone())?;
         match child.try_wait() {
-            Ok(None) => Ok(Pause::new(self.control, &self.page, self.domain)?),
+            Ok(None) => Ok(Pause::new(&self.pauses, &self.page)?),
             _ => Err(gone()),
         }
     }

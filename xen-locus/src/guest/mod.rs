@@ -179,17 +179,23 @@ pub trait Machine: MemoryMut {
 
 /// The way to pause a guest, guarded while this value lives.
 pub trait Guard {
+    /// Registers of all virtual CPUs, read as in a pause but while the guest runs: what is done there is done
+    /// here before.
+    fn vcpus(&self) -> Result<Vec<Vcpu>, Error>;
     /// Pauses it; the guest runs again when the value is dropped.
     fn pause(&self) -> Result<Box<dyn Paused + '_>, Error>;
 }
 
 /// A paused guest; unpauses when dropped.
 pub trait Paused {
+    /// Registers of all virtual CPUs.
+    fn vcpus(&self) -> Result<Vec<Vcpu>, Error>;
     /// Says that from now on the guest's memory is changed, which held until now what was to be replaced.
     /// False, and it may not be, if the guest has shut down: whoever saves it or moves it copies it now.
     fn writing(&self) -> Result<bool, Error>;
     /// Time since the pause was asked for.
     fn elapsed(&self) -> std::time::Duration;
-    /// Unpauses, and says how long the guest was paused.
+    /// Unpauses, and says how long the guest was paused. Whoever moves the guest as it runs knows then what was
+    /// written in the pause.
     fn end(self: Box<Self>) -> Result<std::time::Duration, Error>;
 }

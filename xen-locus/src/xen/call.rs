@@ -62,22 +62,25 @@ impl Hypercalls {
         })
     }
 
-    /// Memory for a `T` that Xen may read and write in a call, aligned to a page, its contents unknown.
+    /// Memory that Xen may read and write in a call, zeroed and aligned to a page.
     ///
     /// # Errors
     /// There is none.
-    pub(super) fn buffer<T>(&self) -> Result<NonNull<T>, Error> {
+    pub(super) fn alloc(&self, len: usize) -> Result<NonNull<u8>, Error> {
         // SAFETY: a valid handle; the result is checked before use.
-        let buffer = unsafe { (self.alloc)(self.handle.as_ptr(), size_of::<T>()) };
-        NonNull::new(buffer.cast::<T>())
-            .ok_or_else(|| Error::last("allocating a hypercall buffer (xencall_alloc_buffer)"))
+        let buffer = unsafe { (self.alloc)(self.handle.as_ptr(), len) };
+        let buffer = NonNull::new(buffer.cast::<u8>())
+            .ok_or_else(|| Error::last("allocating a hypercall buffer (xencall_alloc_buffer)"))?;
+        // SAFETY: so many bytes were given, and nobody else has them.
+        unsafe { buffer.write_bytes(0, len) };
+        Ok(buffer)
     }
 
     /// Gives it back.
     ///
     /// # Safety
-    /// It is one of [`Hypercalls::buffer`] of this handle, and not used any more.
-    pub(super) unsafe fn release<T>(&self, buffer: NonNull<T>) {
+    /// It is one of [`Hypercalls::alloc`] of this handle, and not used any more.
+    pub(super) unsafe fn free(&self, buffer: NonNull<u8>) {
         // SAFETY: as the caller says.
         unsafe { (self.free)(self.handle.as_ptr(), buffer.as_ptr().cast()) };
     }
@@ -103,7 +106,8 @@ impl Hypercalls {
         let domains = u64::from(owner.0) | (u64::from(owner.0) + 1) << 16;
         for &(table, slot, entry) in updates {
             fault("mmu_update")?;
-            let update = self.buffer::<sys::mmu_update>()?;
+            let buffer = self.alloc(size_of::<sys::mmu_update>())?;
+            let update = buffer.cast::<sys::mmu_update>();
             let ptr = (table.0 << 12) | ((slot as u64) << 3) | u64::from(sys::MMU_NORMAL_PT_UPDATE);
             // SAFETY: the buffer is page-aligned, ours, and large enough for one update.
             unsafe { update.write(sys::mmu_update { ptr, val: entry }) };
@@ -119,7 +123,7 @@ impl Hypercalls {
                 ))
             });
             // SAFETY: allocated above and not used any more.
-            unsafe { self.release(update) };
+            unsafe { self.free(buffer) };
             match failed {
                 Some(Error::Call {
                     errno: libc::ENOSYS,

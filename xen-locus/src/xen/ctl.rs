@@ -13,7 +13,7 @@ use crate::guest::{GuestType, Vcpu};
 
 /// `HVM_SAVE_CODE(CPU)`: a macro, so `xenctrl-sys` has no constant for it
 /// (xen/include/public/arch-x86/hvm/save.h).
-const HVM_SAVE_CPU: u16 = 2;
+pub(super) const HVM_SAVE_CPU: u16 = 2;
 /// `EFER.LMA`: the CPU is in 64-bit mode.
 const EFER_LMA: u64 = 1 << 10;
 /// `CR4.LA57`: five levels of page tables.
@@ -259,51 +259,10 @@ impl Control {
         let rc = unsafe {
             (self.vcpu_getcontext)(self.handle.as_ptr(), u32::from(id.0), vcpu, &raw mut *any)
         };
-        if rc != 0 {
-            return down_or(Error::last(what("xc_vcpu_getcontext")), vcpu);
+        match rc {
+            0 => Ok(vcpu_pv(vcpu, state.online != 0, &any)),
+            _ => down_or(Error::last(what("xc_vcpu_getcontext")), vcpu),
         }
-        // SAFETY: all members of the union are plain numbers and it was zeroed before the call;
-        // Debian's Xen has no 32-bit PV, and a 32-bit context read so shows no kernel address.
-        let c = unsafe { &any.x64 };
-        let r = &c.user_regs;
-        // SAFETY: the register unions hold views of one 64-bit register.
-        let (rip, rsp) = unsafe { (r.__bindgen_anon_16.rip, r.__bindgen_anon_18.rsp) };
-        // SAFETY: as above.
-        let [rbp, rax, rdx, rdi, r10, r13] = unsafe {
-            [
-                r.__bindgen_anon_5.rbp,
-                r.__bindgen_anon_11.rax,
-                r.__bindgen_anon_13.rdx,
-                r.__bindgen_anon_15.rdi,
-                r.__bindgen_anon_8.r10,
-                r.__bindgen_anon_3.r13,
-            ]
-        };
-        let user = c.flags & u64::from(sys::VGCF_in_kernel) == 0;
-        let (gs_base, gs_other) = if user {
-            (c.gs_base_user, c.gs_base_kernel)
-        } else {
-            (c.gs_base_kernel, c.gs_base_user)
-        };
-        Ok(Vcpu {
-            id: vcpu,
-            online: state.online != 0,
-            rip,
-            rsp,
-            rbp,
-            rax,
-            rdx,
-            rdi,
-            r10,
-            r13,
-            user,
-            long_mode: true,
-            root: c.ctrlreg.get(3).copied().unwrap_or(0) >> 12,
-            la57: false,
-            gs_base,
-            gs_other,
-            entry: c.event_callback_eip,
-        })
     }
 
     fn vcpu_hvm(&self, id: DomId, vcpu: u32) -> Result<Vcpu, Error> {
@@ -326,26 +285,7 @@ impl Control {
                 format!("reading vCPU {vcpu} of domain {id} (xc_domain_hvm_getcontext_partial)");
             return down_or(Error::last(what), vcpu);
         }
-        let long_mode = c.msr_efer & EFER_LMA != 0;
-        Ok(Vcpu {
-            id: vcpu,
-            online: true,
-            rip: c.rip,
-            rsp: c.rsp,
-            rbp: c.rbp,
-            rax: c.rax,
-            rdx: c.rdx,
-            rdi: c.rdi,
-            r10: c.r10,
-            r13: c.r13,
-            user: c.cs_sel & 3 == 3,
-            long_mode,
-            root: (c.cr3 & crate::guest::space::PTE_FRAME) >> 12,
-            la57: c.cr4 & CR4_LA57 != 0,
-            gs_base: c.gs_base,
-            gs_other: c.shadow_gs,
-            entry: c.msr_lstar,
-        })
+        Ok(vcpu_hvm(vcpu, &c))
     }
 
     /// Puts fresh pages at the free guest frames `gfns`, raising the domain's limit if needed.
@@ -400,8 +340,77 @@ impl Drop for Control {
     }
 }
 
+/// A PV guest's vCPU, of what Xen says of it.
+pub(super) fn vcpu_pv(vcpu: u32, online: bool, any: &sys::vcpu_guest_context_any_t) -> Vcpu {
+    // SAFETY: all members of the union are plain numbers, and the whole of it was filled or zeroed; Debian's
+    // Xen has no 32-bit PV, and a 32-bit context read so shows no kernel address.
+    let c = unsafe { &any.x64 };
+    let r = &c.user_regs;
+    // SAFETY: the register unions hold views of one 64-bit register.
+    let (rip, rsp) = unsafe { (r.__bindgen_anon_16.rip, r.__bindgen_anon_18.rsp) };
+    // SAFETY: as above.
+    let [rbp, rax, rdx, rdi, r10, r13] = unsafe {
+        [
+            r.__bindgen_anon_5.rbp,
+            r.__bindgen_anon_11.rax,
+            r.__bindgen_anon_13.rdx,
+            r.__bindgen_anon_15.rdi,
+            r.__bindgen_anon_8.r10,
+            r.__bindgen_anon_3.r13,
+        ]
+    };
+    let user = c.flags & u64::from(sys::VGCF_in_kernel) == 0;
+    let (gs_base, gs_other) = if user {
+        (c.gs_base_user, c.gs_base_kernel)
+    } else {
+        (c.gs_base_kernel, c.gs_base_user)
+    };
+    Vcpu {
+        id: vcpu,
+        online,
+        rip,
+        rsp,
+        rbp,
+        rax,
+        rdx,
+        rdi,
+        r10,
+        r13,
+        user,
+        long_mode: true,
+        root: c.ctrlreg.get(3).copied().unwrap_or(0) >> 12,
+        la57: false,
+        gs_base,
+        gs_other,
+        entry: c.event_callback_eip,
+    }
+}
+
+/// A PVH or HVM guest's vCPU, of its record in what Xen saves.
+pub(super) fn vcpu_hvm(vcpu: u32, c: &sys::hvm_hw_cpu) -> Vcpu {
+    Vcpu {
+        id: vcpu,
+        online: true,
+        rip: c.rip,
+        rsp: c.rsp,
+        rbp: c.rbp,
+        rax: c.rax,
+        rdx: c.rdx,
+        rdi: c.rdi,
+        r10: c.r10,
+        r13: c.r13,
+        user: c.cs_sel & 3 == 3,
+        long_mode: c.msr_efer & EFER_LMA != 0,
+        root: (c.cr3 & crate::guest::space::PTE_FRAME) >> 12,
+        la57: c.cr4 & CR4_LA57 != 0,
+        gs_base: c.gs_base,
+        gs_other: c.shadow_gs,
+        entry: c.msr_lstar,
+    }
+}
+
 /// A vCPU that is down, or was never up, has no context to read.
-fn down_or(error: Error, vcpu: u32) -> Result<Vcpu, Error> {
+pub(super) fn down_or(error: Error, vcpu: u32) -> Result<Vcpu, Error> {
     match error {
         Error::Call {
             errno: libc::ENODATA | libc::ENOENT,

@@ -6,6 +6,7 @@
 //! anywhere and can say what is missing.
 #![allow(unsafe_code)]
 
+mod batch;
 mod call;
 mod ctl;
 mod detached;
@@ -14,6 +15,7 @@ mod foreign;
 mod memory;
 mod page;
 mod pause;
+mod room;
 
 pub use call::Hypercalls;
 pub use ctl::{Control, DomainInfo, Standing};
@@ -23,7 +25,7 @@ pub use detached::{detach, run_first, Other};
 pub use foreign::{Access, Foreign};
 pub use memory::{at_work, Memory};
 pub use page::{End, Page, Step};
-pub use pause::{stay_resident, Pause};
+pub use pause::{stay_resident, Ended, Pause, Pauses};
 
 use std::fs;
 

@@ -24,11 +24,13 @@ pub struct Measured {
     pub point: Point,
     /// Threads and processes that it had in the end.
     pub threads_found: u64,
-    /// Microseconds of an empty pause and unpause.
+    /// Microseconds of an empty pause and unpause, by libxenctrl's calls.
     pub empty_us: Samples,
-    /// Microseconds of a pause in which all vCPUs' contexts are read: the floor.
+    /// Microseconds of a pause in which all vCPUs' contexts are read, by libxenctrl's calls: the floor.
     pub floor_us: Samples,
-    /// Microseconds of the same with one write to the kernel's code.
+    /// Microseconds of the same done as xen-locus does it: several hypercalls at once.
+    pub together_us: Samples,
+    /// Microseconds of that with one write to the kernel's code.
     pub write_us: Samples,
     /// Microseconds of the pauses in which a payload was applied or reverted.
     pub pause_us: Samples,
@@ -129,6 +131,7 @@ fn of(point: Point, documents: &[Value], threads_found: u64) -> Measured {
         threads_found,
         empty_us: all("empty_us").into(),
         floor_us: all("contexts_us").into(),
+        together_us: all("together_us").into(),
         write_us: all("write_us").into(),
         pause_us: number("pause_us", &both).into(),
         apply_us: number("pause_us", &["applied"]).into(),

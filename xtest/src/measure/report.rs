@@ -140,7 +140,8 @@ impl fmt::Display for OfGuests {
             for (what, samples) in [
                 ("empty pause and unpause", &m.empty_us),
                 ("with all vCPU contexts (floor)", &m.floor_us),
-                ("the same and a write to code", &m.write_us),
+                ("the same in two calls of Xen", &m.together_us),
+                ("that and a write to code", &m.write_us),
                 ("apply", &m.apply_us),
                 ("revert", &m.revert_us),
             ] {
