@@ -7,6 +7,9 @@
 /// `N:WHAT` or `N:WHAT:FROM`: at the N-th place, counted from the first one called FROM if that is given,
 /// WHAT happens: `kill`, `stop` or `fail`.
 pub const VARIABLE: &str = "XEN_LOCUS_FAULT";
+/// Set, whatever it says, it makes such a program see nobody in the way.
+#[cfg(feature = "faults")]
+const BLIND: &str = "XEN_LOCUS_BLIND";
 
 /// A place that is called `name`.
 ///
@@ -18,8 +21,16 @@ pub fn point(_name: &str) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Whether the look at stacks is to see nobody, which breaks guests: a test of that look must fail then.
+#[cfg(not(feature = "faults"))]
+#[inline]
+#[must_use]
+pub fn is_blind() -> bool {
+    false
+}
+
 #[cfg(feature = "faults")]
-pub use chosen::point;
+pub use chosen::{is_blind, point};
 
 #[cfg(feature = "faults")]
 mod chosen {
@@ -35,6 +46,7 @@ mod chosen {
         from: Option<String>,
     }
 
+    static IS_BLIND: OnceLock<bool> = OnceLock::new();
     static ORDER: OnceLock<Option<Order>> = OnceLock::new();
     static PASSED: AtomicU64 = AtomicU64::new(0);
     static COUNTS: AtomicBool = AtomicBool::new(false);
@@ -47,6 +59,12 @@ mod chosen {
             what: parts.next()?.to_owned(),
             from: parts.next().map(str::to_owned),
         })
+    }
+
+    /// Whether the look at stacks is to see nobody.
+    #[must_use]
+    pub fn is_blind() -> bool {
+        *IS_BLIND.get_or_init(|| std::env::var_os(super::BLIND).is_some())
     }
 
     /// A place that is called `name`.

@@ -123,7 +123,7 @@ impl Watch {
     /// One past the end is, if the last instruction is a call: one that never returns.
     #[must_use]
     pub fn hit(&self, word: u64) -> Option<(&Watched, u64)> {
-        if cfg!(feature = "blind") {
+        if crate::fault::is_blind() {
             return None;
         }
         let below = self.sorted.partition_point(|(w, _)| w.range.start.0 < word);

@@ -146,7 +146,6 @@ fn build_tools(paths: &Paths) -> Result<Tools> {
         Ok(())
     };
     build(&[], &Tools::NAMES)?;
-    build(&["--features", "xen-locus/blind"], &[Tools::BLIND])?;
     build(&["--features", "xen-locus/faults"], &[Tools::FAULTS])?;
     Ok(Tools {
         built: paths.target.join("release"),

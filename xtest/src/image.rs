@@ -96,16 +96,14 @@ impl Tools {
         "locus-sites",
         "xtest-agent",
     ];
-    /// xen-locus built to see nobody in the way, by the feature `blind`.
-    pub const BLIND: &str = "xen-locus-blind";
-
-    /// xen-locus built so that a test can make it fail or die at any call, by the feature `faults`.
+    /// xen-locus built so that a test can make it fail or die at any call, or see nobody in the way, by the
+    /// feature `faults`.
     pub const FAULTS: &str = "xen-locus-faults";
 
     fn files(&self) -> impl Iterator<Item = (&'static str, PathBuf)> + '_ {
         Self::NAMES
             .into_iter()
-            .chain([Self::BLIND, Self::FAULTS])
+            .chain([Self::FAULTS])
             .map(|name| (name, self.built.join(name)))
     }
 }

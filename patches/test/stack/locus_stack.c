@@ -2,7 +2,7 @@
 /*
  * Threads that are found inside: one that reads /proc/cmdline sleeps, uninterruptible; one that reads
  * /proc/version keeps its CPU busy until it is sent a signal, and then ends the other's sleep. Neither
- * stays longer than a minute.
+ * stays longer than ten minutes.
  */
 #include <linux/jiffies.h>
 #include <linux/sched.h>
@@ -14,7 +14,7 @@ static bool locus_told;
 
 static noinline void locus_stack_sleep(struct seq_file *m)
 {
-	unsigned long end = jiffies + 60 * HZ;
+	unsigned long end = jiffies + 600 * HZ;
 
 	while (!READ_ONCE(locus_told) && time_before(jiffies, end))
 		schedule_timeout_uninterruptible(HZ / 10);
@@ -24,10 +24,10 @@ static noinline void locus_stack_sleep(struct seq_file *m)
 
 static noinline void locus_stack_spin(struct seq_file *m)
 {
-	unsigned long end = jiffies + 60 * HZ;
+	unsigned long end = jiffies + 600 * HZ;
 
 	while (!signal_pending(current) && time_before(jiffies, end))
-		cpu_relax();
+		cond_resched();
 	WRITE_ONCE(locus_told, true);
 	seq_puts(m, "spun\n");
 }

@@ -1,4 +1,5 @@
-//! The command `xen-locus`, built so that a test can make it fail or die at any of its calls.
+//! The command `xen-locus`, built so that a test can make it fail or die at any of its calls, or see nobody in
+//! the way.
 
 use std::process::ExitCode;
 

@@ -8,12 +8,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 const VERSION: &str = if cfg!(feature = "faults") {
     concat!(
         env!("CARGO_PKG_VERSION"),
-        " (faults: fails or dies where a test wants it; for tests)"
-    )
-} else if cfg!(feature = "blind") {
-    concat!(
-        env!("CARGO_PKG_VERSION"),
-        " (blind: never looks whether code is in use; for tests)"
+        " (faults: fails, dies or sees nobody where a test wants it; for tests)"
     )
 } else {
     env!("CARGO_PKG_VERSION")

@@ -51,7 +51,7 @@ impl<'s, 'k, 'm> Look<'s, 'k, 'm> {
     }
 
     fn report(&mut self, task: Option<&Task>, reason: Reason, name: &str, offset: u64) {
-        if cfg!(feature = "blind") {
+        if crate::fault::is_blind() {
             return;
         }
         let blocker = Blocker {
