@@ -45,7 +45,7 @@ unit: deps
 nested: deps
 	$(XTEST) run
 
-# Every guest kernel as every type of guest: downloads the kernels of four releases of Debian.
+# All scenarios, for hours; downloads the kernels of four releases of Debian.
 test-matrix: deps
 	$(XTEST) run --matrix
 

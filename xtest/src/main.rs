@@ -28,7 +28,7 @@ enum Command {
     Run {
         /// Names; `apply-*` takes all that begin so
         names: Vec<String>,
-        /// All guest kernels as all types of guest
+        /// All there are: all guest kernels as all types of guest, and what takes hours
         #[arg(long, conflicts_with = "names")]
         matrix: bool,
         /// Only those of this profile
@@ -172,9 +172,8 @@ fn choose(
     profile: Option<&'static Profile>,
 ) -> Result<Vec<Scenario>> {
     let all = match (matrix, names) {
-        (true, _) => scenarios::matrix(),
         (false, []) => scenarios::usual(),
-        (false, _) => scenarios::all(),
+        _ => scenarios::all(),
     };
     let matches = |pattern: &String, s: &Scenario| match pattern.strip_suffix('*') {
         Some(start) => s.name.starts_with(start),

@@ -51,6 +51,14 @@ pub const PV: Profile = Profile {
     dom0_args: "",
 };
 
+/// PV guests on one physical CPU: on a host with two another machine runs beside it.
+pub const PV1: Profile = Profile {
+    name: "pv1",
+    thread: "single",
+    cpus: 1,
+    ..PV
+};
+
 /// PV guests, and memory for twenty of them.
 pub const CROWD: Profile = Profile {
     name: "crowd",
@@ -77,7 +85,7 @@ pub const HVM: Profile = Profile {
 };
 
 /// All profiles, in the order they are run.
-pub const PROFILES: &[&Profile] = &[&PV, &CROWD, &PVH, &HVM];
+pub const PROFILES: &[&Profile] = &[&PV, &CROWD, &PV1, &PVH, &HVM];
 
 /// A test of the suite.
 #[derive(Debug, Clone, Copy)]

@@ -13,6 +13,9 @@ use crate::verdict::Verdict;
 const SUBJECT: &str = "locus_bench";
 const PATCH: &str = "locus_bench_patch";
 
+/// How often calls of a function are measured in each state, in turn with those of the unpatched one.
+const READINGS: u32 = 3;
+
 /// How long the guest's own livepatch takes, in microseconds of the guest's clock.
 #[derive(Debug, Serialize)]
 pub struct Livepatch {
@@ -80,27 +83,34 @@ pub fn calls(ctx: &Ctx, guest: &Guest) -> Result<Calls, Verdict> {
         Ok(text.lines().filter_map(|l| l.parse().ok()).collect())
     };
     let mut unpatched = read()?;
+    let (mut livepatch, mut ours) = (Vec::new(), Vec::new());
 
     let file = bring(ctx, guest, PATCH)?;
     let settled = format!(
         "until [ \"$(cat /sys/kernel/livepatch/{PATCH}/transition 2>/dev/null || echo 0)\" = 0 ]; \
          do sleep 0.1; done"
     );
-    guest.ok(&format!("insmod {file} && {settled}"))?;
-    let livepatch = read()?;
-    guest.ok(&format!(
-        "echo 0 > /sys/kernel/livepatch/{PATCH}/enabled; {settled}; \
-         until rmmod {PATCH} 2>/dev/null; do sleep 0.1; done"
-    ))?;
+    for _ in 0..READINGS {
+        guest.ok(&format!("insmod {file} && {settled}"))?;
+        livepatch.extend(read()?);
+        guest.ok(&format!(
+            "echo 0 > /sys/kernel/livepatch/{PATCH}/enabled; {settled}; \
+             until rmmod {PATCH} 2>/dev/null; do sleep 0.1; done"
+        ))?;
+        unpatched.extend(read()?);
+    }
 
+    // Comes last: what it takes back stays in the guest's list of modules.
     let name = &guest.name;
-    ctx.dom0.ok(&format!(
-        "xen-locus apply {name} /payloads/{PATCH}.ko --max-pause 1s"
-    ))?;
-    let ours = read()?;
-    ctx.dom0
-        .ok(&format!("xen-locus revert {name} {PATCH} --max-pause 1s"))?;
-    unpatched.extend(read()?);
+    for _ in 0..READINGS {
+        ctx.dom0.ok(&format!(
+            "xen-locus apply {name} /payloads/{PATCH}.ko --max-pause 1s"
+        ))?;
+        ours.extend(read()?);
+        ctx.dom0
+            .ok(&format!("xen-locus revert {name} {PATCH} --max-pause 1s"))?;
+        unpatched.extend(read()?);
+    }
     Ok(Calls {
         unpatched: unpatched.into(),
         ours: ours.into(),

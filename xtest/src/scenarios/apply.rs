@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, HVM, PV, PVH};
+use crate::scenario::{Ctx, Scenario, HVM, PV, PV1, PVH};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -34,20 +34,20 @@ pub const SCENARIOS: &[Scenario] = &[
         name: "blocked-pv",
         summary:
             "a thread that sleeps in the old function blocks applying, one in the new reverting",
-        profile: &PV,
+        profile: &PV1,
         run: |ctx| blocked(ctx, Kind::Pv),
     },
     Scenario {
         name: "drain-pv",
         summary:
             "with --entry-only a thread goes on in the version it entered, and status tells of it",
-        profile: &PV,
+        profile: &PV1,
         run: |ctx| drains(ctx, Kind::Pv),
     },
     Scenario {
         name: "arena-is-kernel-only-pv",
         summary: "user mode of a PV guest can neither read nor write the arena",
-        profile: &PV,
+        profile: &PV1,
         run: |ctx| kernel_only(ctx, Kind::Pv),
     },
 ];
@@ -241,7 +241,13 @@ fn apply(ctx: &mut Ctx, kind: Kind, count: u32) -> Result<(), Verdict> {
         patch = PAIR.name,
     );
     let out = ctx.dom0.sh_timeout(&cycles, Duration::from_secs(900))?;
-    check_eq!(out.rc, 0, "{count} cycles: {} {}", out.text(), out.err_text());
+    check_eq!(
+        out.rc,
+        0,
+        "{count} cycles: {} {}",
+        out.text(),
+        out.err_text()
+    );
     let later = guest.rounds()?;
     check!(
         later > rounds,

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::dom0::Trouble;
 use crate::guest::{GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, HVM, PV, PVH};
+use crate::scenario::{Ctx, Scenario, HVM, PV, PV1, PVH};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -19,7 +19,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "bench-hung-guest",
         summary: "a guest that no longer runs is reported as hung, within the limit",
-        profile: &PV,
+        profile: &PV1,
         run: hung_guest,
     },
     Scenario {

@@ -6,14 +6,14 @@ use serde_json::Value;
 
 use crate::check_eq;
 use crate::guest::{GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, HVM, PV, PVH};
+use crate::scenario::{Ctx, Scenario, HVM, PV1, PVH};
 use crate::verdict::Verdict;
 
 /// Part of every run.
 pub const SCENARIOS: &[Scenario] = &[Scenario {
     name: "core-pv",
     summary: "read-only commands say of a PV guest's core what they say of the paused guest",
-    profile: &PV,
+    profile: &PV1,
     run: |ctx| core(ctx, Kind::Pv),
 }];
 

@@ -1,7 +1,7 @@
 //! Every action is recorded, and a record that somebody changed is told from one that nobody did.
 
 use crate::guest::{GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, PV};
+use crate::scenario::{Ctx, Scenario, PV1};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -10,7 +10,7 @@ pub const SCENARIOS: &[Scenario] = &[Scenario {
     name: "history-pv",
     summary:
         "every action is in the audit log, whose changes are noticed, and none is done without it",
-    profile: &PV,
+    profile: &PV1,
     run: history,
 }];
 

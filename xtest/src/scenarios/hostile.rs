@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::liar::run;
 use super::store::{ASK, START, STOP};
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, PV, PVH};
+use crate::scenario::{Ctx, Scenario, PV, PV1, PVH};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -18,19 +18,19 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "hostile-own-pv",
         summary: "a PV guest that uses the arena's addresses or pages itself is refused, and keeps its data",
-        profile: &PV,
+        profile: &PV1,
         run: |ctx| own(ctx, Kind::Pv),
     },
     Scenario {
         name: "hostile-remap-pv",
         summary: "a PV guest whose arena leads elsewhere is told so, and nothing is written",
-        profile: &PV,
+        profile: &PV1,
         run: |ctx| remap(ctx, Kind::Pv),
     },
     Scenario {
         name: "hostile-store-pv",
         summary: "a PV guest writes nonsense into XenStore at speed: the daemon serves another one",
-        profile: &PV,
+        profile: &PV1,
         run: |ctx| store(ctx, 3),
     },
     Scenario {

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::fetch::{Suite, BOOKWORM, BULLSEYE, TESTING, TRIXIE};
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, HVM, PV, PVH};
+use crate::scenario::{Ctx, Scenario, HVM, PV1, PVH};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -30,16 +30,16 @@ macro_rules! know {
 
 /// Part of every run: Debian 12's kernel, an older and a newer one.
 pub const SCENARIOS: &[Scenario] = &[
-    know!("know-bookworm-pv", BOOKWORM, Pv, PV),
-    know!("know-bullseye-pv", BULLSEYE, Pv, PV),
-    know!("know-trixie-pv", TRIXIE, Pv, PV),
+    know!("know-bookworm-pv", BOOKWORM, Pv, PV1),
+    know!("know-bullseye-pv", BULLSEYE, Pv, PV1),
+    know!("know-trixie-pv", TRIXIE, Pv, PV1),
     know!("know-bookworm-pvh", BOOKWORM, Pvh, PVH),
 ];
 
 /// The rest of the matrix of kernels and types.
 pub const MATRIX: &[Scenario] = &[
     know!("know-bullseye-pvh", BULLSEYE, Pvh, PVH),
-    know!("know-testing-pv", TESTING, Pv, PV),
+    know!("know-testing-pv", TESTING, Pv, PV1),
     know!("know-trixie-pvh", TRIXIE, Pvh, PVH),
     know!("know-testing-pvh", TESTING, Pvh, PVH),
     know!("know-bookworm-hvm", BOOKWORM, Hvm, HVM),

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use crate::guest::{GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, PV, PVH};
+use crate::scenario::{Ctx, Scenario, PV1, PVH};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -13,7 +13,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "liar-pv",
         summary: "a PV guest that lies about its lists, types and names is refused soon",
-        profile: &PV,
+        profile: &PV1,
         run: |ctx| liar(ctx, Kind::Pv),
     },
     Scenario {

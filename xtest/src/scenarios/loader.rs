@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use crate::fetch::{Suite, BOOKWORM, TRIXIE};
 use crate::guest::Kind;
-use crate::scenario::{Ctx, Scenario, HVM, PV, PVH};
+use crate::scenario::{Ctx, Scenario, HVM, PV1, PVH};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 use subject::Subject;
@@ -26,14 +26,14 @@ pub const SCENARIOS: &[Scenario] = &[
         name: "loader-pv",
         summary:
             "payloads with all that a loader prepares work in a PV guest, or are refused by name",
-        profile: &PV,
+        profile: &PV1,
         run: |ctx| loader(ctx, Kind::Pv, &BOOKWORM),
     },
     Scenario {
         name: "loader-own-pv",
         summary:
             "the kernel's own livepatches, built unchanged, work or are refused for a true reason",
-        profile: &PV,
+        profile: &PV1,
         run: |ctx| own::run(ctx, Kind::Pv),
     },
     Scenario {
@@ -50,25 +50,25 @@ pub const MATRIX: &[Scenario] = &[
     Scenario {
         name: "loader-trixie-pv",
         summary: "the same with the PV kernel of Debian 13",
-        profile: &PV,
+        profile: &PV1,
         run: |ctx| loader(ctx, Kind::Pv, &TRIXIE),
     },
     Scenario {
         name: "loader-cycles-pv",
         summary: "a mixed payload comes and goes 50 times and leaks no page of the arena",
-        profile: &PV,
+        profile: &PV1,
         run: |ctx| cycles(ctx, Kind::Pv, 50, false),
     },
     Scenario {
         name: "loader-cycles-1000-pv",
         summary: "a mixed payload comes and goes 1,000 times and leaks no page of the arena",
-        profile: &PV,
+        profile: &PV1,
         run: |ctx| cycles(ctx, Kind::Pv, 1000, false),
     },
     Scenario {
         name: "cycles-2000-pv",
         summary: "the same 2,000 times in a PV guest under load: no memory grows, ours, its arena or its own",
-        profile: &PV,
+        profile: &PV1,
         run: |ctx| cycles(ctx, Kind::Pv, 2000, true),
     },
     Scenario {

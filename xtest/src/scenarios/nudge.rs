@@ -3,7 +3,7 @@
 use super::kills::killed_at;
 use crate::fetch::{Suite, BOOKWORM, TRIXIE};
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, PV, PVH};
+use crate::scenario::{Ctx, Scenario, PV, PV1, PVH};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -27,7 +27,7 @@ pub const SCENARIOS: &[Scenario] = &[
 pub const MATRIX: &[Scenario] = &[Scenario {
     name: "nudge-trixie-pv",
     summary: "the same with the PV kernel of Debian 13",
-    profile: &PV,
+    profile: &PV1,
     run: |ctx| nudge(ctx, Kind::Pv, &TRIXIE),
 }];
 

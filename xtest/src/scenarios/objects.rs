@@ -1,7 +1,7 @@
 //! Functions and symbols of the guest's modules.
 
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, PV, PVH};
+use crate::scenario::{Ctx, Scenario, PV1, PVH};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -10,7 +10,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "objects-pv",
         summary: "a function of a PV guest's module is replaced, with the help of another module",
-        profile: &PV,
+        profile: &PV1,
         run: |ctx| objects(ctx, Kind::Pv),
     },
     Scenario {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, HVM, PV};
+use crate::scenario::{Ctx, Scenario, HVM, PV1};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -13,20 +13,20 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "refuse-payloads",
         summary: "garbage, foreign and unsuitable payloads are refused by name",
-        profile: &PV,
+        profile: &PV1,
         run: payloads,
     },
     Scenario {
         name: "refuse-domains",
         summary:
             "unknown domains, dom0, a guest that is not up, and one that is no Linux are refused",
-        profile: &PV,
+        profile: &PV1,
         run: domains,
     },
     Scenario {
         name: "refuse-changed-functions",
         summary: "a function that is traced, or redirected by someone else, is left alone",
-        profile: &PV,
+        profile: &PV1,
         run: changed_functions,
     },
     Scenario {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::guest::{GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, PV};
+use crate::scenario::{Ctx, Scenario, PV, PV1};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -18,13 +18,13 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "two-at-once-pv",
         summary: "two runs on one guest do not meet",
-        profile: &PV,
+        profile: &PV1,
         run: two_at_once,
     },
     Scenario {
         name: "environment",
         summary: "not root, and no xenstored: one clear sentence, exit 1",
-        profile: &PV,
+        profile: &PV1,
         run: environment,
     },
 ];

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::fetch::{Suite, BOOKWORM, BULLSEYE, TESTING, TRIXIE};
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, HVM, PV, PVH};
+use crate::scenario::{Ctx, Scenario, HVM, PV1, PVH};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -23,15 +23,15 @@ macro_rules! sites {
 
 /// Part of every run.
 pub const SCENARIOS: &[Scenario] = &[
-    sites!("sites-bookworm-pv", BOOKWORM, Pv, PV),
-    sites!("sites-trixie-pv", TRIXIE, Pv, PV),
+    sites!("sites-bookworm-pv", BOOKWORM, Pv, PV1),
+    sites!("sites-trixie-pv", TRIXIE, Pv, PV1),
     sites!("sites-bookworm-pvh", BOOKWORM, Pvh, PVH),
 ];
 
 /// The rest of the matrix of kernels and types.
 pub const MATRIX: &[Scenario] = &[
-    sites!("sites-bullseye-pv", BULLSEYE, Pv, PV),
-    sites!("sites-testing-pv", TESTING, Pv, PV),
+    sites!("sites-bullseye-pv", BULLSEYE, Pv, PV1),
+    sites!("sites-testing-pv", TESTING, Pv, PV1),
     sites!("sites-bullseye-pvh", BULLSEYE, Pvh, PVH),
     sites!("sites-trixie-pvh", TRIXIE, Pvh, PVH),
     sites!("sites-testing-pvh", TESTING, Pvh, PVH),

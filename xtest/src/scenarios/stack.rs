@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::store::{ASK, START, STOP};
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, HVM, PV};
+use crate::scenario::{Ctx, Scenario, HVM, PV1};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -16,7 +16,7 @@ pub const SCENARIOS: &[Scenario] = &[
         name: "stack-pv",
         summary:
             "patches on one function of a PV guest stack, unstack in order, and are superseded",
-        profile: &PV,
+        profile: &PV1,
         run: |ctx| stack(ctx, Kind::Pv),
     },
     Scenario {

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::fetch::{Suite, BOOKWORM, BULLSEYE, TESTING, TRIXIE};
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, PV, PVH};
+use crate::scenario::{Ctx, Scenario, PV1, PVH};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -26,11 +26,11 @@ macro_rules! stacks {
 
 /// The matrix of kernels and types.
 pub const MATRIX: &[Scenario] = &[
-    stacks!("stacks-bookworm-pv", BOOKWORM, Pv, PV),
+    stacks!("stacks-bookworm-pv", BOOKWORM, Pv, PV1),
     stacks!("stacks-bookworm-pvh", BOOKWORM, Pvh, PVH),
-    stacks!("stacks-bullseye-pv", BULLSEYE, Pv, PV),
-    stacks!("stacks-trixie-pv", TRIXIE, Pv, PV),
-    stacks!("stacks-testing-pv", TESTING, Pv, PV),
+    stacks!("stacks-bullseye-pv", BULLSEYE, Pv, PV1),
+    stacks!("stacks-trixie-pv", TRIXIE, Pv, PV1),
+    stacks!("stacks-testing-pv", TESTING, Pv, PV1),
     stacks!("stacks-bullseye-pvh", BULLSEYE, Pvh, PVH),
     stacks!("stacks-trixie-pvh", TRIXIE, Pvh, PVH),
     stacks!("stacks-testing-pvh", TESTING, Pvh, PVH),

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::guest::{GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, PV};
+use crate::scenario::{Ctx, Scenario, PV1};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -13,13 +13,13 @@ pub const SCENARIOS: &[Scenario] = &[
         name: "xenstore-requests",
         summary:
             "the daemon serves apply and revert asked for through XenStore, and publishes status",
-        profile: &PV,
+        profile: &PV1,
         run: requests,
     },
     Scenario {
         name: "xenstore-late-module",
         summary: "a request for a module that is not loaded is carried out when it is loaded",
-        profile: &PV,
+        profile: &PV1,
         run: late_module,
     },
 ];

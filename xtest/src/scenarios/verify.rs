@@ -4,7 +4,7 @@
 use serde_json::Value;
 
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, PV, PVH};
+use crate::scenario::{Ctx, Scenario, PV1, PVH};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -13,7 +13,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "verify-pv",
         summary: "what a PV guest or someone else changes about patches is told, and by whom",
-        profile: &PV,
+        profile: &PV1,
         run: |ctx| verify(ctx, Kind::Pv),
     },
     Scenario {

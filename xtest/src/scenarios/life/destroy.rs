@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{shows, words, PAIR};
 use crate::guest::{GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, PV, PVH};
+use crate::scenario::{Ctx, Scenario, PV1, PVH};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -13,7 +13,7 @@ pub const SCENARIOS: &[Scenario] = &[Scenario {
     name: "destroy-pv",
     summary:
         "a guest that is destroyed while it is patched is said to be gone, and nothing is left of it",
-    profile: &PV,
+    profile: &PV1,
     run: |ctx| destroy(ctx, Kind::Pv, &["1:stop:journal", "40:stop:journal"], &[600]),
 }];
 
@@ -22,7 +22,7 @@ pub const MATRIX: &[Scenario] = &[
     Scenario {
         name: "destroy-all-pv",
         summary: "a PV guest is destroyed at 12 places and 12 random moments of an apply",
-        profile: &PV,
+        profile: &PV1,
         run: |ctx| destroy(ctx, Kind::Pv, PLACES, DELAYS),
     },
     Scenario {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::{shows, words, ONE, PAIR};
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::limits;
-use crate::scenario::{Ctx, Scenario, PV, PVH};
+use crate::scenario::{Ctx, Scenario, PV1, PVH};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -15,7 +15,7 @@ pub const MATRIX: &[Scenario] = &[
         name: "reboot-pv",
         summary:
             "status knows what a PV guest lost when it rebooted; the daemon can apply it again",
-        profile: &PV,
+        profile: &PV1,
         run: |ctx| reboots(ctx, Kind::Pv),
     },
     Scenario {

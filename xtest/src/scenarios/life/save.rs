@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{shows, words, ONE, PAIR, TWO};
 use crate::guest::{GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, PV, PVH};
+use crate::scenario::{Ctx, Scenario, PV1, PVH};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -12,7 +12,7 @@ use crate::{check, check_eq};
 pub const SCENARIOS: &[Scenario] = &[Scenario {
     name: "save-pv",
     summary: "three patches outlive save and restore of a PV guest, and leave its text as it was",
-    profile: &PV,
+    profile: &PV1,
     run: |ctx| save(ctx, Kind::Pv),
 }];
 

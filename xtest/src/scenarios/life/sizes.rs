@@ -7,7 +7,7 @@ use super::{shows, words, ONE, PAIR, TWO};
 use crate::check;
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::limits;
-use crate::scenario::{Ctx, Scenario, PV, PVH};
+use crate::scenario::{Ctx, Scenario, PV1, PVH};
 use crate::verdict::Verdict;
 
 /// What takes too long for a usual run.
@@ -16,7 +16,7 @@ pub const MATRIX: &[Scenario] = &[
         name: "sizes-pv",
         summary:
             "patches come and stay while a PV guest loses and gains memory and vCPUs, and sleeps",
-        profile: &PV,
+        profile: &PV1,
         run: |ctx| sizes(ctx, Kind::Pv),
     },
     Scenario {
