@@ -1,9 +1,9 @@
 # Two commands do all the set-up on a fresh Debian 12 with Rust: `make demo` and `make test`.
 
 # What building and testing need beside Rust. qemu: the machine nested Xen runs on; libxen-dev and
-# libclang: xenctrl-sys makes its bindings from Xen's headers; gcc and libelf1: payloads are built by
+# libclang: xenctrl-sys makes its bindings from Xen's headers; gcc, binutils and libelf1: payloads are built by
 # kbuild, whose objtool links libelf and libcrypto; xz and zstd unpack kernels.
-PACKAGES = qemu-system-x86 libxen-dev libclang1-14 libclang-common-14-dev gcc libc6-dev make \
+PACKAGES = qemu-system-x86 libxen-dev libclang1-14 libclang-common-14-dev gcc binutils libc6-dev make \
 	pkg-config libelf1 libssl3 xz-utils zstd util-linux debian-archive-keyring
 
 SUDO = $(if $(filter 0,$(shell id -u)),,sudo)

@@ -12,7 +12,7 @@ use rustix::fs::{flock, FlockOperation};
 
 use crate::dom0::Dom0;
 use crate::fetch::{self, Root, BOOKWORM};
-use crate::image::{self, Images, Tools};
+use crate::image::{self, newer, Images, Tools};
 use crate::kernels::Kernels;
 use crate::limits;
 use crate::paths::{cargo, Paths};
@@ -129,7 +129,8 @@ fn lock(paths: &Paths) -> Result<File> {
     Ok(file)
 }
 
-/// Builds what is to run in dom0.
+/// Builds what is to run in dom0, without what only a debugger reads, which is nine tenths of it: dom0's files are
+/// memory, unpacked at each boot.
 fn build_tools(paths: &Paths) -> Result<Tools> {
     let build = |args: &[&str], names: &[&str]| -> Result<()> {
         let mut cmd = Command::new(cargo());
@@ -147,7 +148,18 @@ fn build_tools(paths: &Paths) -> Result<Tools> {
     };
     build(&[], &Tools::NAMES)?;
     build(&["--features", "xen-locus/faults"], &[Tools::FAULTS])?;
-    Ok(Tools {
-        built: paths.target.join("release"),
-    })
+    let tools = Tools {
+        built: paths.base.join("tools"),
+    };
+    std::fs::create_dir_all(&tools.built)?;
+    for (name, small) in tools.files() {
+        let whole = paths.target.join("release").join(name);
+        if newer(&whole, &small) {
+            let mut cmd = Command::new("strip");
+            cmd.args(["--strip-debug", "-o"]).arg(&small).arg(&whole);
+            let status = cmd.status().context("running strip (binutils)")?;
+            ensure!(status.success(), "strip failed for {name}");
+        }
+    }
+    Ok(tools)
 }

@@ -100,7 +100,8 @@ impl Tools {
     /// feature `faults`.
     pub const FAULTS: &str = "xen-locus-faults";
 
-    fn files(&self) -> impl Iterator<Item = (&'static str, PathBuf)> + '_ {
+    /// Each with its file.
+    pub fn files(&self) -> impl Iterator<Item = (&'static str, PathBuf)> + '_ {
         Self::NAMES
             .into_iter()
             .chain([Self::FAULTS])

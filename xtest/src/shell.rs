@@ -19,10 +19,9 @@ const ESCAPE: u8 = 1;
 pub fn run(bench: &Bench, profile: &Profile, bare: bool) -> Result<()> {
     eprintln!("xtest: booting Xen and dom0");
     let mut machine = bench.boot(profile, 0)?;
-    let mut kinds = vec![if profile.name == "pv" {
-        Kind::Pv
-    } else {
-        Kind::Pvh
+    let mut kinds = vec![match profile.name {
+        "pvh" | "hvm" => Kind::Pvh,
+        _ => Kind::Pv,
     }];
     if profile.hvm {
         kinds.push(Kind::Hvm);

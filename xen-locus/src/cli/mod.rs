@@ -54,6 +54,7 @@ impl Host {
     /// # Errors
     /// Not dom0, not root, no libxenctrl, no xenstored: one sentence.
     pub fn open(cache: Option<&Path>) -> Result<Host> {
+        xen::keep();
         xen::check_environment()?;
         Ok(Host {
             control: Control::open()?,

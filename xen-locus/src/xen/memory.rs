@@ -18,6 +18,22 @@ pub fn at_work() {
     AT_WORK.store(true, Ordering::SeqCst);
 }
 
+/// Has this process get its memory in large pieces and keep them. Else each table of a guest's kernel comes in pages
+/// of its own and goes back with them, and for a PV control domain each page is a change of page tables that Xen
+/// checks: more than half of the time that a short command takes.
+pub fn keep() {
+    #[cfg(target_env = "gnu")]
+    for (what, value) in [
+        // The most that malloc takes (HEAP_MAX_SIZE / 2, malloc/malloc.c).
+        (libc::M_MMAP_THRESHOLD, 32 << 20),
+        (libc::M_TRIM_THRESHOLD, 1 << 30),
+        (libc::M_TOP_PAD, 16 << 20),
+    ] {
+        // SAFETY: the call takes plain numbers; what it does not know it leaves as it is.
+        unsafe { libc::mallopt(what, value) };
+    }
+}
+
 /// The system's memory; who can't get any is ended.
 #[derive(Debug)]
 pub struct Memory;
