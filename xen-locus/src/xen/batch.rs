@@ -18,8 +18,8 @@ use crate::addr::Frame;
 use crate::guest::{GuestType, Vcpu};
 
 /// Versions of the control interface whose operations used here are those that xenctrl-sys has
-/// (xen/include/public/domctl.h); that of Xen 4.17 is 0x15.
-const VERSIONS: std::ops::RangeInclusive<u32> = 0x15..=0x18;
+/// (xen/include/public/domctl.h): of Xen 4.16 and 4.17, 4.18, and 4.19 to 4.21.
+const VERSIONS: std::ops::RangeInclusive<u32> = 0x15..=0x17;
 /// What stands in the place of a result until there is one.
 const NOT_MADE: u64 = 1 << 62;
 /// Calls about the domain as a whole: taking the pause, how it stands, what was written, giving it back.
@@ -204,7 +204,7 @@ impl Batch {
         let made = self.make(0, self.told());
         // It may have been made though others were not: what counts is its own result.
         let paused = self.result(0, || format!("pausing domain {}", self.info.id));
-        made.and(paused.clone()).or(paused)
+        paused.or_else(|error| made.and(Err(error)))
     }
 
     /// Whether the domain has shut down or is suspended, as the last calls found it.
@@ -280,7 +280,7 @@ impl Batch {
         let unpaused = self.result(self.told() + 1, || {
             format!("unpausing domain {}", self.info.id)
         });
-        made.and(unpaused.clone()).or(unpaused)?;
+        unpaused.or_else(|error| made.and(Err(error)))?;
         if !telling {
             return Ok(Ok(()));
         }

@@ -14,15 +14,15 @@ use crate::{check, check_eq};
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "apply-pv",
-        summary: "patches come and go in a PV guest under load, 50 times in a row",
+        summary: "patches come and go in a PV guest under load, 20 times in a row",
         profile: &PV,
-        run: |ctx| apply(ctx, Kind::Pv, 50),
+        run: |ctx| apply(ctx, Kind::Pv, 20),
     },
     Scenario {
         name: "apply-pvh",
-        summary: "patches come and go in a PVH guest under load, 20 times in a row",
+        summary: "patches come and go in a PVH guest under load, 10 times in a row",
         profile: &PVH,
-        run: |ctx| apply(ctx, Kind::Pvh, 20),
+        run: |ctx| apply(ctx, Kind::Pvh, 10),
     },
     Scenario {
         name: "apply-hvm",

@@ -3,7 +3,7 @@
 use super::kills::killed_at;
 use crate::fetch::{Suite, BOOKWORM, TRIXIE};
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, PV, PV1, PVH};
+use crate::scenario::{Ctx, Scenario, PV1, PVH};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -12,14 +12,14 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "nudge-pv",
         summary: "threads of a PV guest that sleep in what was replaced are woken, and have left it then",
-        profile: &PV,
-        run: |ctx| nudge(ctx, Kind::Pv, &BOOKWORM),
+        profile: &PV1,
+        run: |ctx| nudge(ctx, Kind::Pv, &BOOKWORM, 31),
     },
     Scenario {
         name: "nudge-pvh",
         summary: "threads of a PVH guest that sleep in what was replaced are woken, and have left it then",
         profile: &PVH,
-        run: |ctx| nudge(ctx, Kind::Pvh, &BOOKWORM),
+        run: |ctx| nudge(ctx, Kind::Pvh, &BOOKWORM, 9),
     },
 ];
 
@@ -28,14 +28,12 @@ pub const MATRIX: &[Scenario] = &[Scenario {
     name: "nudge-trixie-pv",
     summary: "the same with the PV kernel of Debian 13",
     profile: &PV1,
-    run: |ctx| nudge(ctx, Kind::Pv, &TRIXIE),
+    run: |ctx| nudge(ctx, Kind::Pv, &TRIXIE, 9),
 }];
 
 const PATCH: &str = "locus_drain";
 /// Threads asleep.
 const SLEEPERS: usize = 5;
-/// Places between two kills of a nudge.
-const STEP: u32 = 9;
 
 /// What a nudge came to: its result, who sleeps, how many were woken.
 fn nudged(ctx: &Ctx, guest: &Guest, what: &str) -> Result<(String, usize, u64), Verdict> {
@@ -97,7 +95,8 @@ fn guest(ctx: &mut Ctx, kind: Kind, suite: &'static Suite) -> Result<(Guest, Str
     Ok((guest, path))
 }
 
-fn nudge(ctx: &mut Ctx, kind: Kind, suite: &'static Suite) -> Result<(), Verdict> {
+/// `step`: places between two at which a nudge is killed.
+fn nudge(ctx: &mut Ctx, kind: Kind, suite: &'static Suite, step: usize) -> Result<(), Verdict> {
     let (guest, file) = guest(ctx, kind, suite)?;
     let name = guest.name.clone();
     let none = ("already".to_owned(), 0, 0);
@@ -119,7 +118,7 @@ fn nudge(ctx: &mut Ctx, kind: Kind, suite: &'static Suite) -> Result<(), Verdict
     slept_again(&guest, &before)?;
     check_eq!(text(ctx, &guest)?, untouched);
 
-    killed(ctx, &guest, &file, &untouched)?;
+    killed(ctx, &guest, &file, &untouched, step)?;
 
     // In what was replaced: woken, they are in the new version.
     ctx.dom0
@@ -153,10 +152,16 @@ fn nudge(ctx: &mut Ctx, kind: Kind, suite: &'static Suite) -> Result<(), Verdict
 }
 
 /// A nudge that is killed at any place leaves a guest whose text `recover` makes what it was.
-fn killed(ctx: &Ctx, guest: &Guest, file: &str, untouched: &str) -> Result<(), Verdict> {
+fn killed(
+    ctx: &Ctx,
+    guest: &Guest,
+    file: &str,
+    untouched: &str,
+    step: usize,
+) -> Result<(), Verdict> {
     let name = &guest.name;
     let mut kills = 0;
-    for nth in (1..).step_by(STEP as usize) {
+    for nth in (1..).step_by(step) {
         let hit = killed_at(ctx, nth, "journal", &format!("nudge {name} {file}"))?;
         if !hit {
             break;
