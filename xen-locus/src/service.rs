@@ -232,8 +232,6 @@ impl Desk<'_> {
             }
         }
         let kernel = Kernel::of(domain)?;
-        // Where it isn't allowed the pause takes longer.
-        let _ = xen::stay_resident();
         let done = action(&kernel)?;
         if !options.dry_run {
             // The guest is changed: what can't be published is said, and does not undo that.

@@ -27,7 +27,8 @@ const HELD: [libc::c_int; 7] = [
 ];
 
 /// Keeps all memory of this process in place from now on: code, data and what it will allocate. Else
-/// the first use of a page inside a pause waits for the kernel, or for a disk to swap it in.
+/// the first use of a page inside a pause waits for the kernel, or for a disk to swap it in; and outside one pages
+/// come one by one, for each of which a PV control domain asks Xen.
 ///
 /// # Errors
 /// The kernel refuses: the process may not lock so much.
