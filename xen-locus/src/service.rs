@@ -23,7 +23,7 @@ use crate::plan::{self, Mode, Stack};
 use crate::quiesce::Watch;
 use crate::recover;
 use crate::store::{Store, ROOT};
-use crate::xen::{self, Control, DomainInfo};
+use crate::xen::{Control, DomainInfo};
 
 /// Where locks stand: gone after a reboot of dom0, as the guests are.
 const LOCKS: &str = "/run/xen-locus";

@@ -53,6 +53,7 @@ for sig in INT TERM HUP TSTP; do
 		kill -CONT $pid 2>/dev/null
 		wait $pid
 		rc=$?
+		echo "$sig at $delay ms: $rc"
 		# Over 128: it came before the run could begin to hold signals off.
 		case $rc in 0 | 1 | 129 | 130 | 143) ;; *) fail "rc $rc after $sig at $delay ms" ;; esac
 	done
@@ -64,7 +65,7 @@ fn signals(ctx: &mut Ctx) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new("pv", Kind::Pv))?;
     guest.start_workload()?;
     let rounds = guest.rounds()?;
-    let out = ctx.dom0.sh_timeout(SIGNALS, Duration::from_secs(400))?;
+    let out = ctx.dom0.sh_timeout(SIGNALS, Duration::from_secs(900))?;
     check_eq!(out.rc, 0, "{} {}", out.text(), out.err_text());
     ctx.dom0.sh("xen-locus revert pv --all")?;
     let status = ctx.json("xen-locus -o json status pv")?;
