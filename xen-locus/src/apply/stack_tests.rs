@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::*;
 use crate::addr::Frame;
 use crate::error::ExitCode;
-use crate::guest::{self, Guard, GuestType, Memory, MemoryMut, Paused, Vcpu, Window, WindowMut};
+use crate::guest::{GuestType, Memory, MemoryMut};
 use crate::journal::Intent;
 use crate::kernel::cache::Cache;
 use crate::kernel::fixture::{Fixture, TEXT};
@@ -24,7 +24,10 @@ use crate::recover::{self, Finding};
 
 mod drift;
 mod gate;
+mod mock;
 mod moving;
+
+use mock::Guest;
 
 /// Where the functions stand that are replaced, and their redirects.
 const FUNCTIONS: [(&str, u64); 3] = [
@@ -35,147 +38,6 @@ const FUNCTIONS: [(&str, u64); 3] = [
 /// A function's code: the nop of ftrace, `mov $n, %eax`, `ret`.
 fn code(n: u8) -> [u8; 11] {
     [0x0f, 0x1f, 0x44, 0, 0, 0xb8, n, 0, 0, 0, 0xc3]
-}
-
-/// The mock guest, whose memory takes so many writes until the tool is ended.
-struct Guest {
-    world: World,
-    cache: Cache,
-    left: Rc<Cell<u32>>,
-    intent: RefCell<Option<Intent>>,
-}
-
-fn spend(left: &Cell<u32>) -> std::result::Result<(), guest::Error> {
-    match left.get().checked_sub(1) {
-        Some(rest) => {
-            left.set(rest);
-            Ok(())
-        }
-        None => Err(guest::Error::Odd("the tool was ended".into())),
-    }
-}
-
-struct Metered {
-    window: Box<dyn WindowMut>,
-    left: Rc<Cell<u32>>,
-}
-
-impl Window for Metered {
-    fn read(&self, offset: usize, buf: &mut [u8]) -> std::result::Result<(), guest::Error> {
-        self.window.read(offset, buf)
-    }
-}
-
-impl WindowMut for Metered {
-    fn write(&self, offset: usize, bytes: &[u8]) -> std::result::Result<(), guest::Error> {
-        spend(&self.left)?;
-        self.window.write(offset, bytes)
-    }
-}
-
-impl Memory for Guest {
-    fn map(&self, frames: &[Frame]) -> std::result::Result<Box<dyn Window>, guest::Error> {
-        self.world.memory.map(frames)
-    }
-}
-
-impl MemoryMut for Guest {
-    fn map_mut(&self, frames: &[Frame]) -> std::result::Result<Box<dyn WindowMut>, guest::Error> {
-        Ok(Box::new(Metered {
-            window: self.world.memory.map_mut(frames)?,
-            left: Rc::clone(&self.left),
-        }))
-    }
-}
-
-struct Unguarded<'g>(&'g World);
-
-impl Guard for Unguarded<'_> {
-    fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
-        Ok(self.0.vcpus.clone())
-    }
-
-    fn pause(&self) -> std::result::Result<Box<dyn Paused + '_>, guest::Error> {
-        Ok(Box::new(Pause(self.0, Instant::now())))
-    }
-}
-
-struct Pause<'g>(&'g World, Instant);
-
-impl Paused for Pause<'_> {
-    fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
-        Ok(self.0.vcpus.clone())
-    }
-
-    fn writing(&self) -> std::result::Result<bool, guest::Error> {
-        Ok(true)
-    }
-
-    fn elapsed(&self) -> Duration {
-        Duration::ZERO
-    }
-
-    fn end(self: Box<Self>) -> std::result::Result<Duration, guest::Error> {
-        Ok(self.1.elapsed())
-    }
-}
-
-impl Machine for Guest {
-    fn memory(&self) -> &dyn Memory {
-        &self.world.memory
-    }
-
-    fn kind(&self) -> GuestType {
-        self.world.kind
-    }
-
-    fn cache(&self) -> &Cache {
-        &self.cache
-    }
-
-    fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
-        Ok(self.world.vcpus.clone())
-    }
-
-    fn begin(&self, change: &Change) -> Result<()> {
-        *self.intent.borrow_mut() = Some(Intent {
-            uuid: String::new(),
-            domid: 1,
-            started_at: 0,
-            pid: 0,
-            change: change.clone(),
-        });
-        Ok(())
-    }
-
-    fn ended(&self) {
-        *self.intent.borrow_mut() = None;
-    }
-
-    fn guard(&self, _: &[Spot]) -> Result<Box<dyn Guard + '_>> {
-        Ok(Box::new(Unguarded(&self.world)))
-    }
-
-    fn write_entry(
-        &self,
-        table: Frame,
-        slot: usize,
-        entry: u64,
-    ) -> std::result::Result<(), guest::Error> {
-        spend(&self.left)?;
-        self.world.memory.set_entry(table, slot, entry);
-        Ok(())
-    }
-
-    fn vacant(&self, frames: &[Frame]) -> std::result::Result<Vec<bool>, guest::Error> {
-        let memory = &self.world.memory;
-        Ok(frames.iter().map(|&f| !memory.has(f)).collect())
-    }
-
-    fn populate(&self, frames: &[Frame]) -> std::result::Result<(), guest::Error> {
-        frames.iter().for_each(|&f| self.world.memory.add(f));
-        Ok(())
-    }
 }
 
 impl Guest {
