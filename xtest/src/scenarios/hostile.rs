@@ -92,6 +92,8 @@ const FILE: &str = "/payloads/locus_cmdline.ko";
 const PATCH: &str = "locus_cmdline";
 /// Rounds more, at most, until something is noticed.
 const ROUNDS_MORE: u32 = 8;
+/// Turns that the guest must have made: each changes all that it changes, or changes it back.
+const TURNS: u64 = 100;
 /// Where the module takes orders and tells how it goes.
 const MODULE: &str = "/sys/module/locus_hostile/parameters";
 
@@ -198,17 +200,20 @@ impl Pair {
         self.ends.keys().any(|&rc| rc != 0)
     }
 
-    /// All commands so often; then again until one has noticed something, for whether guest and reader get
-    /// in each other's way is up to how they are scheduled.
-    fn rounds(&mut self, ctx: &Ctx, rounds: u32) -> Result<(), Verdict> {
+    /// All commands so often; then again until one has noticed something and the guest has changed things often,
+    /// for how the two get in each other's way is up to how they are scheduled. Returns how often it did.
+    fn rounds(&mut self, ctx: &Ctx, rounds: u32) -> Result<u64, Verdict> {
         for round in 0..rounds.saturating_add(ROUNDS_MORE) {
-            if round >= rounds && self.told() {
-                return Ok(());
+            let (turns, _) = self.state()?;
+            if round >= rounds && self.told() && turns > TURNS {
+                return Ok(turns);
             }
             self.all_commands(ctx)?;
         }
+        let (turns, _) = self.state()?;
         check!(self.told(), "no command noticed anything");
-        Ok(())
+        check!(turns > TURNS, "the guest made {turns} turns only");
+        Ok(turns)
     }
 
     /// The command must end with `rc` and say all of `words`.
@@ -343,9 +348,7 @@ fn flip(ctx: &mut Ctx, kind: Kind, modes: &[&str], rounds: u32) -> Result<(), Ve
     let mut pair = Pair::new(ctx, kind, false)?;
     for mode in modes {
         pair.mode(mode)?;
-        pair.rounds(ctx, rounds)?;
-        let (turns, _) = pair.state()?;
-        check!(turns > 100, "{mode}: the guest made {turns} turns only");
+        let turns = pair.rounds(ctx, rounds)?;
         pair.mode("stop")?;
         pair.is_well(ctx)?;
         pair.nobody_hurt(ctx, &format!("{mode}, {turns} turns"))?;
@@ -360,9 +363,7 @@ fn arena(ctx: &mut Ctx, kind: Kind, rounds: u32) -> Result<(), Verdict> {
         let applied = pair.command(ctx, &format!("apply {NAME} {FILE}"))?;
         check_eq!(applied.0, 0, "apply: {}", applied.1);
         pair.mode("arena")?;
-        pair.rounds(ctx, 2)?;
-        let (turns, _) = pair.state()?;
-        check!(turns > 100, "the guest made {turns} turns only");
+        let turns = pair.rounds(ctx, 2)?;
         pair.mode("stop")?;
         // By now it may say anything of itself: whatever that is, it is told.
         pair.all_commands(ctx)?;
