@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, PV1, PVH};
+use crate::scenario::{Ctx, Scenario, PV, PVH};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -16,38 +16,38 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "kills-pv",
         summary: "killed 25 times at random moments, the tool leaves the guest running, old or new",
-        profile: &PV1,
+        profile: &PV,
         run: |ctx| random(ctx, Kind::Pv, 25),
     },
     Scenario {
         name: "faults-pv",
         summary:
             "killed at every 13th of its calls from the journal on, it leaves the guest old or new",
-        profile: &PV1,
+        profile: &PV,
         run: |ctx| injected(ctx, Kind::Pv, "kill", 13),
     },
     Scenario {
         name: "both-die-pv",
         summary: "where the guardian is killed too the guest stays paused until recover settles it",
-        profile: &PV1,
+        profile: &PV,
         run: |ctx| both_die(ctx, Kind::Pv),
     },
     Scenario {
         name: "faults-recover-pv",
         summary: "where recover is killed as well, at every 37th of its calls, the next one settles it",
-        profile: &PV1,
+        profile: &PV,
         run: |ctx| recover_dies(ctx, Kind::Pv, 37),
     },
     Scenario {
         name: "no-journal-pv",
         summary: "a journal that can't be written, and no room for a guardian's file: exit 1, nothing done",
-        profile: &PV1,
+        profile: &PV,
         run: |ctx| no_journal(ctx, Kind::Pv),
     },
     Scenario {
         name: "no-memory-pv",
         summary: "with too little memory for itself, however much that is, it says so, and the guest is old or new",
-        profile: &PV1,
+        profile: &PV,
         run: |ctx| no_memory(ctx, Kind::Pv),
     },
 ];
@@ -57,31 +57,31 @@ pub const MATRIX: &[Scenario] = &[
     Scenario {
         name: "kills-200-pv",
         summary: "killed 200 times at random moments",
-        profile: &PV1,
+        profile: &PV,
         run: |ctx| random(ctx, Kind::Pv, 200),
     },
     Scenario {
         name: "faults-all-pv",
         summary: "killed at each of its calls from the journal on",
-        profile: &PV1,
+        profile: &PV,
         run: |ctx| injected(ctx, Kind::Pv, "kill", 1),
     },
     Scenario {
         name: "faults-recover-all-pv",
         summary: "killed at each of its calls, recover leaves what the next one settles",
-        profile: &PV1,
+        profile: &PV,
         run: |ctx| recover_dies(ctx, Kind::Pv, 1),
     },
     Scenario {
         name: "fails-all-pv",
         summary: "each of its calls from the journal on fails once: exit code and guest agree",
-        profile: &PV1,
+        profile: &PV,
         run: |ctx| injected(ctx, Kind::Pv, "fail", 1),
     },
     Scenario {
         name: "stops-pv",
         summary: "stopped at every 7th of its calls from the journal on, it is killed where it holds the guest",
-        profile: &PV1,
+        profile: &PV,
         run: |ctx| injected(ctx, Kind::Pv, "stop", 7),
     },
     Scenario {
