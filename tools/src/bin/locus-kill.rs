@@ -86,8 +86,9 @@ fn main() -> Result<()> {
         ran: 0,
         vcpus: info.vcpus.into(),
     };
-    // Else what is seen is when this process runs, not how the guest does.
-    run_first();
+    // Else what is seen is when this process runs, not how the guest does; and the command runs first itself while
+    // it holds the guest.
+    run_first(2);
     let (program, rest) = args.command.split_first().context("no command")?;
     let began = Instant::now();
     let mut child = Command::new(program)

@@ -71,7 +71,7 @@ fn watch() -> Result<()> {
     };
     places.rehearse();
     // What it did so far was not urgent.
-    xen::run_first();
+    xen::run_first(1);
     io::stdout()
         .write_all(READY)
         .and_then(|()| io::stdout().flush())

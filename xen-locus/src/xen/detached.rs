@@ -29,9 +29,12 @@ pub fn detach() {
     let _ = stay_resident();
 }
 
-/// Lets this process, but none that it starts, run before all others of ordinary priority, if it may.
-pub fn run_first() {
-    let first = libc::sched_param { sched_priority: 1 };
+/// Lets this process, but none that it starts, run before all others of ordinary priority, if it may, and before
+/// those that asked for the same with a lower `rank`: 1 is the lowest (`SCHED_FIFO`, sched(7)).
+pub fn run_first(rank: i32) {
+    let first = libc::sched_param {
+        sched_priority: rank,
+    };
     let policy = libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK;
     // SAFETY: the parameter is a plain structure.
     unsafe { libc::sched_setscheduler(0, policy, &raw const first) };

@@ -280,7 +280,8 @@ impl First {
             libc::sched_getparam(0, &raw mut parameter);
             libc::sched_getscheduler(0)
         };
-        run_first();
+        // Its guardian can wait as well: it has nothing to do as long as this process runs.
+        run_first(1);
         First {
             before: (policy >= 0).then_some((policy, parameter)),
         }
