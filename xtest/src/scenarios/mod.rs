@@ -28,7 +28,7 @@ mod verify;
 
 use crate::scenario::Scenario;
 
-/// What a usual run leaves out, for it is to take half an hour on two processors: shown in it for another type of
+/// What a usual run leaves out, for it is to take less than an hour on two processors: shown in it for another type of
 /// guest, or for another kernel.
 const LEFT_OUT: &[&str] = &[
     "nudge-pvh",
