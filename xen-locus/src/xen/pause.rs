@@ -280,7 +280,7 @@ impl First {
             libc::sched_getparam(0, &raw mut parameter);
             libc::sched_getscheduler(0)
         };
-        // Its guardian can wait as well: it has nothing to do as long as this process runs.
+        // Its guardian comes before it.
         run_first(1);
         First {
             before: (policy >= 0).then_some((policy, parameter)),
