@@ -5,7 +5,7 @@ use std::cell::Cell;
 use crate::addr::{DomId, Frame};
 use crate::error::{Error, Result};
 use crate::guard::worker::Guarded;
-use crate::guard::{Spot, Task};
+use crate::guard::{self, Spot, Task};
 use crate::guest::{
     self, Guard, GuestType, Machine, Memory, MemoryMut, Paused, Vcpu, Window, WindowMut,
 };
@@ -180,9 +180,8 @@ impl Machine for Domain<'_> {
     }
 
     fn guard(&self, spots: &[Spot]) -> Result<Box<dyn Guard + '_>> {
-        let task = self.task(spots);
-        let pauses = Pauses::new(self.control, &self.info, &task.frames())?;
-        Ok(Box::new(Guarded::start(pauses, &task)?))
+        let pauses = Pauses::new(self.control, &self.info, &guard::frames(spots))?;
+        Ok(Box::new(Guarded::start(pauses, &self.task(spots))?))
     }
 
     /// PV page tables belong to Xen's validation and are written by hypercall; those of PVH and HVM

@@ -67,6 +67,15 @@ impl Spot {
     }
 }
 
+/// The frames of `spots`, each once, in ascending order.
+#[must_use]
+pub fn frames(spots: &[Spot]) -> Vec<Frame> {
+    let mut frames: Vec<Frame> = spots.iter().map(|s| Frame(s.frame)).collect();
+    frames.sort_unstable();
+    frames.dedup();
+    frames
+}
+
 /// What a guardian must know.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Task {
@@ -85,15 +94,6 @@ impl Task {
     #[must_use]
     pub fn domain(&self) -> DomId {
         DomId(self.domid)
-    }
-
-    /// The frames that may be changed, each once, in ascending order.
-    #[must_use]
-    pub fn frames(&self) -> Vec<Frame> {
-        let mut frames: Vec<Frame> = self.spots.iter().map(|s| Frame(s.frame)).collect();
-        frames.sort_unstable();
-        frames.dedup();
-        frames
     }
 
     /// The guard's file of this task.
@@ -152,9 +152,7 @@ impl<'t> Places<'t> {
     /// # Errors
     /// A frame can't be mapped.
     pub fn map(memory: &'t dyn MemoryMut, spots: &'t [Spot]) -> Result<Places<'t>> {
-        let mut frames: Vec<Frame> = spots.iter().map(|s| Frame(s.frame)).collect();
-        frames.sort_unstable();
-        frames.dedup();
+        let frames = frames(spots);
         let window = match frames.is_empty() {
             true => None,
             false => Some(memory.map_mut(&frames)?),
