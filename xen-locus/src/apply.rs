@@ -245,6 +245,7 @@ fn last_look<'g>(
     thorough: bool,
     options: &Options,
 ) -> Result<(Verdict, Box<dyn Paused + 'g>)> {
+    guard.settle();
     // A busy guest has new tasks by now; listing those alone is quick, and so is looking at those that
     // ran meanwhile.
     if prescan.moved()? {

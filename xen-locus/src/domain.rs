@@ -221,6 +221,10 @@ impl Machine for Domain<'_> {
 }
 
 impl Guard for Guarded<'_> {
+    fn settle(&self) {
+        Guarded::settle(self);
+    }
+
     fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
         self.vcpus_now()
     }

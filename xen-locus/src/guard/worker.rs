@@ -7,6 +7,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use super::{guardian, Task, DIR};
 use crate::error::{Error, Result};
@@ -14,6 +15,11 @@ use crate::fault;
 use crate::guest;
 use crate::guest::Vcpu;
 use crate::xen::{Page, Pause, Pauses};
+
+/// From the call of [`Guarded::settle`] to the end of the pause that follows, where nothing takes long.
+const MOMENTS: Duration = Duration::from_millis(8);
+/// What the guardian takes for a look at most, where nothing is wrong.
+const LOOK: Duration = Duration::from_micros(500);
 
 /// A guardian that watches this process. Dropping it lets it go.
 #[derive(Debug)]
@@ -128,6 +134,14 @@ impl<'c> Guarded<'c> {
     /// Xen could not be asked for them.
     pub fn vcpus_now(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
         Ok(self.pauses.vcpus_now()?)
+    }
+
+    /// Waits, should the guardian look after this run within the next moments, until it has: it comes before this
+    /// run, and would do so in the middle of a pause.
+    pub fn settle(&self) {
+        if let Some(left) = self.page.next_look().filter(|&left| left < MOMENTS) {
+            std::thread::sleep(left + LOOK);
+        }
     }
 
     /// Pauses the guest.

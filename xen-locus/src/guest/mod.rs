@@ -179,6 +179,9 @@ pub trait Machine: MemoryMut {
 
 /// The way to pause a guest, guarded while this value lives.
 pub trait Guard {
+    /// Comes before what is done in preparation of a pause: waits until whatever watches over this process will not
+    /// do so within the next moments.
+    fn settle(&self) {}
     /// Registers of all virtual CPUs, read as in a pause but while the guest runs: what is done there is done
     /// here before.
     fn vcpus(&self) -> Result<Vec<Vcpu>, Error>;

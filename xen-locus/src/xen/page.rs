@@ -8,7 +8,7 @@ use std::cell::Cell;
 use std::fs::File;
 use std::os::fd::AsRawFd as _;
 use std::ptr::{null_mut, NonNull};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::Error;
@@ -65,6 +65,8 @@ struct Head {
     step: AtomicU32,
     others: AtomicU32,
     outcome: AtomicU32,
+    /// When whoever waits looks again, in nanoseconds since 1970; 0 before the first wait.
+    next_look: AtomicU64,
 }
 
 /// The mapped page.
@@ -205,6 +207,14 @@ impl Page {
         self.head().outcome.store(outcome, Ordering::SeqCst);
     }
 
+    /// How long it is until whoever waits for the end of the run looks again; `None` where nobody waits, or that is
+    /// happening now.
+    #[must_use]
+    pub fn next_look(&self) -> Option<Duration> {
+        let at = Duration::from_nanos(self.head().next_look.load(Ordering::SeqCst));
+        at.checked_sub(now())
+    }
+
     /// Gives the mutex up, by the thread that made the page; so does dropping it.
     pub fn release(&self) {
         if self.held.replace(false) {
@@ -219,8 +229,9 @@ impl Page {
     /// # Errors
     /// What stands in the page is no mutex.
     pub fn wait(&self, limit: Duration) -> Result<Option<End>, Error> {
-        let until = SystemTime::now().duration_since(UNIX_EPOCH);
-        let until = until.unwrap_or_default() + limit;
+        let until = now() + limit;
+        let nanos = u64::try_from(until.as_nanos()).unwrap_or(0);
+        self.head().next_look.store(nanos, Ordering::SeqCst);
         let until = libc::timespec {
             tv_sec: i64::try_from(until.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: until.subsec_nanos().into(),
@@ -239,6 +250,12 @@ impl Page {
             ))),
         }
     }
+}
+
+/// Time since 1970: the clock of the mutex.
+fn now() -> Duration {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.unwrap_or_default()
 }
 
 impl Drop for Page {
@@ -292,13 +309,23 @@ mod tests {
 
     #[test]
     fn whoever_waits_gives_up_after_a_while() {
+        const LIMIT: Duration = Duration::from_millis(200);
         let file = file();
         let page = Page::create(&file).unwrap();
+        assert_eq!(page.next_look(), None);
         let waiting = std::thread::spawn(move || {
             let theirs = Page::open(&file).unwrap();
-            theirs.wait(Duration::from_millis(5)).unwrap()
+            theirs.wait(LIMIT).unwrap()
         });
+        let next = loop {
+            match page.next_look() {
+                None if !waiting.is_finished() => {}
+                next => break next,
+            }
+        };
+        assert!(next.is_some_and(|n| n <= LIMIT), "{next:?}");
         assert_eq!(waiting.join().unwrap(), None);
+        assert_eq!(page.next_look(), None);
         page.release();
     }
 
