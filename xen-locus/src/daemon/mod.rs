@@ -20,10 +20,10 @@ use xenstore_rs::AsyncWatch as _;
 use crate::addr::DomId;
 use crate::cli::args::Daemon;
 use crate::cli::{self, Host, Session};
-use crate::error::{Error, ExitCode};
+use crate::error::{Error, ExitCode, Result};
 use crate::recover::Finding;
 use crate::service;
-use crate::store::ROOT;
+use crate::store::{Store, ROOT};
 use later::Later;
 use request::{Served, Server};
 
@@ -123,6 +123,36 @@ async fn serve(session: &Session, host: &Host, args: &Daemon) -> anyhow::Result<
     Ok(())
 }
 
+/// What tells that a guest is published: a node in the domain's own directory. The toolstack makes that anew, without
+/// the node, where a guest's kernel starts another one (soft reset): its id and UUID stay as they were.
+struct Mark<'s> {
+    store: &'s Store,
+    home: String,
+}
+
+impl<'s> Mark<'s> {
+    fn of(store: &'s Store, id: DomId) -> Mark<'s> {
+        let home = format!("/local/domain/{id}");
+        Mark { store, home }
+    }
+
+    fn node(&self) -> String {
+        format!("{}/xen-locus", self.home)
+    }
+
+    fn is_there(&self) -> Result<bool> {
+        Ok(self.store.read(&self.node())?.is_some())
+    }
+
+    /// Sets it, unless the directory is gone: it is not for us to make.
+    fn set(&self) -> Result<()> {
+        match self.store.read(&self.home)? {
+            Some(_) => self.store.write(&self.node(), "published"),
+            None => Ok(()),
+        }
+    }
+}
+
 /// Publishes guests as they come and removes them as they go. What changes a guest's patches
 /// publishes it itself.
 struct Publisher {
@@ -153,6 +183,14 @@ impl Publisher {
         }
         self.known
             .retain(|id, _| domains.iter().any(|d| d.id == *id));
+        let known: Vec<DomId> = self.known.keys().copied().collect();
+        for id in known {
+            if !Mark::of(&host.store, id).is_there()? {
+                session.say(1, format!("domain {id} was made anew"));
+                self.known.remove(&id);
+                host.store.remove(&format!("{ROOT}/domain/{id}"))?;
+            }
+        }
         self.waiting
             .retain(|uuid| domains.iter().any(|d| d.uuid == *uuid));
         let now = Instant::now();
@@ -162,8 +200,16 @@ impl Publisher {
             if info.dying || info.shutdown || patient || self.known.get(&id) == Some(&uuid) {
                 continue;
             }
+            // The toolstack is making it or making it anew, and what runs in it when that is done is yet to come.
+            if info.paused {
+                self.waiting.forget(&uuid);
+                self.waiting.put_off(uuid, now);
+                continue;
+            }
             // No guest may end the daemon: not by what it has to be published either.
             let seen = host.domain(info).and_then(|domain| {
+                // Before the look: what is made anew since is looked at again.
+                Mark::of(&host.store, id).set()?;
                 let status = service::status(&domain)?;
                 service::publish(&host.store, &status)?;
                 match self.reapply {

@@ -69,6 +69,8 @@ pub struct DomainInfo {
     pub dying: bool,
     /// It has shut down or crashed.
     pub shutdown: bool,
+    /// Somebody held a pause of it.
+    pub paused: bool,
     /// Number of its virtual CPUs, down ones included.
     pub vcpus: u32,
     /// Pages it has.
@@ -438,6 +440,7 @@ fn domain_info(info: &sys::xc_domaininfo_t) -> DomainInfo {
         kind,
         dying: has(sys::XEN_DOMINF_dying),
         shutdown: has(sys::XEN_DOMINF_shutdown),
+        paused: has(sys::XEN_DOMINF_paused),
         vcpus: info.max_vcpu_id.saturating_add(1).min(4096),
         pages: info.tot_pages,
         max_pages: info.max_pages,
