@@ -22,6 +22,13 @@ pub const SCENARIOS: &[Scenario] = &[
         profile: &PV1,
         run: late_module,
     },
+    Scenario {
+        name: "xenstore-updated",
+        summary:
+            "xenstored is updated live as patches come and go: nobody notices, the daemon included",
+        profile: &PV1,
+        run: updated,
+    },
 ];
 
 /// A request as a shell script makes it: nodes first, `submit` last, then wait for `state`.
@@ -207,4 +214,58 @@ fn late_module(ctx: &mut Ctx) -> Result<(), Verdict> {
     check!(status.contains("locus_object_dummy"), "status: {status}");
     ctx.dom0.ok(STOP)?;
     ctx.destroy_guest("late")
+}
+
+/// Applies a patch and takes it back until told to stop, and says how many steps ended with which exit code.
+const STEPS: &str = r#"
+rm -f /tmp/steps /tmp/stop
+while [ ! -e /tmp/stop ]; do
+	xen-locus apply updated /payloads/locus_proc_pair.ko >/tmp/step.log 2>&1
+	echo $? >>/tmp/steps
+	xen-locus revert updated locus_proc_pair >>/tmp/step.log 2>&1
+	echo $? >>/tmp/steps
+done
+sort /tmp/steps | uniq -c >/tmp/said
+"#;
+
+/// xenstored is replaced by itself, with all that it knows, while runs of the command and the daemon talk to it.
+fn updated(ctx: &mut Ctx) -> Result<(), Verdict> {
+    let guest = ctx.ensure_guest(GuestSpec::new("updated", Kind::Pv))?;
+    guest.start_workload()?;
+    let rounds = guest.rounds()?;
+    ctx.dom0.put("/tmp/ask", 0o755, ASK.as_bytes())?;
+    ctx.dom0.put("/tmp/steps.sh", 0o755, STEPS.as_bytes())?;
+    ctx.dom0.ok(START)?;
+    let ask = |line: &str| ctx.dom0.ok(&format!("/tmp/ask {line} patch=locus_cmdline"));
+    let said = ask("u1 op=apply domain=updated")?;
+    check!(said.starts_with("0 "), "before the update: {said}");
+
+    ctx.dom0
+        .ok("sh /tmp/steps.sh </dev/null >/dev/null 2>&1 &")?;
+    let steps = "until [ $(grep -c . /tmp/steps) -ge STEPS ]; do usleep 100000; done 2>/dev/null";
+    ctx.dom0.ok(&steps.replace("STEPS", "2"))?;
+    for round in 1..=5 {
+        let said = ctx.dom0.ok(
+            "xenstore-control live-update /usr/lib/xen/bin/xenstored && \
+             tr '\\0' ' ' </proc/$(pidof xenstored)/cmdline",
+        )?;
+        check!(said.ends_with(" -U"), "round {round}: {said}");
+    }
+    ctx.dom0
+        .ok("touch /tmp/stop; until [ -s /tmp/said ]; do usleep 100000; done")?;
+    let said = ctx.dom0.ok("cat /tmp/said")?;
+    let words: Vec<&str> = said.split_whitespace().collect();
+    check!(
+        matches!(words[..], [_, "0"]),
+        "steps by exit code: {said}, last: {}",
+        ctx.dom0.ok("cat /tmp/step.log")?
+    );
+
+    let said = ask("u2 op=revert domain=updated")?;
+    check!(said.starts_with("0 "), "after the updates: {said}");
+    ctx.dom0.ok(STOP)?;
+    let status = ctx.json("xen-locus -o json status updated")?;
+    check_eq!(status["patches"], serde_json::json!([]));
+    check!(guest.rounds()? > rounds, "the workload stands still");
+    ctx.destroy_guest("updated")
 }

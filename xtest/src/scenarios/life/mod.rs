@@ -1,6 +1,7 @@
 //! What happens to guests in their lives, with patches in force: they are saved and restored, moved,
 //! started anew, destroyed, and get more or less of memory and processors.
 
+mod crash;
 mod destroy;
 mod migrate;
 mod reboot;
@@ -22,6 +23,7 @@ pub fn matrix() -> Vec<Scenario> {
     [
         save::MATRIX,
         destroy::MATRIX,
+        crash::MATRIX,
         reboot::MATRIX,
         sizes::MATRIX,
         migrate::MATRIX,
