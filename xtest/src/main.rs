@@ -60,6 +60,9 @@ enum Command {
         /// Only guests of this type
         #[arg(long, value_parser = kind)]
         kind: Option<Kind>,
+        /// Only these lines of the table, by name (may be repeated); "calls" is what is measured beside it
+        #[arg(long, value_name = "NAME")]
+        only: Vec<String>,
         /// Only what reading a guest's kernel costs, which else is left out
         #[arg(long)]
         reading: bool,
@@ -125,6 +128,7 @@ fn run(cli: Cli) -> Result<bool> {
             rounds,
             quick,
             kind,
+            only,
             reading,
             limit,
         } => {
@@ -132,6 +136,7 @@ fn run(cli: Cli) -> Result<bool> {
                 rounds: rounds.unwrap_or(if quick { 20 } else { 200 }),
                 quick,
                 kind,
+                only,
                 reading,
                 limit: Duration::from_secs(limit),
             };

@@ -46,7 +46,7 @@ struct Args {
     /// Rounds
     #[arg(long, default_value_t = 100)]
     rounds: u32,
-    /// End after the ten rounds in which so many seconds have passed
+    /// End when so many seconds have passed
     #[arg(long, default_value_t = 3600)]
     limit: u64,
     /// Count the first pauses of the process too, which else are made to warm up
@@ -95,7 +95,11 @@ fn main() -> Result<()> {
         }
         drop(guard);
         if let Some(payload) = &payload {
-            changes.extend((0..rounds).flat_map(|_| cycle(&host, &args.domain, payload)));
+            for _ in 0..rounds {
+                if began.elapsed().as_secs() < args.limit {
+                    changes.extend(cycle(&host, &args.domain, payload));
+                }
+            }
         }
     }
     println!(

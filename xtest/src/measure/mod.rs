@@ -32,6 +32,9 @@ const MANY_THREADS: u32 = 20_000;
 /// Times that the guest's own livepatch is applied.
 const LIVEPATCHES: u32 = 20;
 
+/// What is measured beside the points: calls of a function, and the guest's own livepatch.
+const CALLS: &str = "calls";
+
 /// What to measure.
 #[derive(Debug, Clone)]
 pub struct Wanted {
@@ -41,6 +44,8 @@ pub struct Wanted {
     pub quick: bool,
     /// Only guests of this type.
     pub kind: Option<Kind>,
+    /// Only these points, and [`CALLS`]; all where there is none.
+    pub only: Vec<String>,
     /// Only what reading costs, which else is left out.
     pub reading: bool,
     /// Longest time for one point.
@@ -103,12 +108,18 @@ fn measure(ctx: &mut Ctx, kind: Kind, wanted: &Wanted) -> OfGuests {
         targets: Vec::new(),
         missing: Vec::new(),
     };
-    let first = before(ctx, kind, wanted, &mut found);
-    note(&mut found, "reading and livepatch", first);
+    let is_wanted = |name: &str| wanted.only.is_empty() || wanted.only.iter().any(|n| n == name);
+    if wanted.reading || is_wanted(CALLS) {
+        let first = before(ctx, kind, wanted, &mut found);
+        note(&mut found, "reading and livepatch", first);
+    }
     if wanted.reading {
         return found;
     }
     for point in points(wanted.quick) {
+        if !is_wanted(&point.name()) {
+            continue;
+        }
         let began = Instant::now();
         let result = at(ctx, kind, wanted, point).map(|measured| {
             let took = began.elapsed().as_secs();

@@ -95,6 +95,11 @@ impl OfGuests {
                 base.map(Measured::p99_ratio),
                 3.0,
             ),
+            most(
+                "base: p99 of pauses, in the floor's own",
+                base.map(|m| ratio(m.pause_us.p99, m.floor_us.p99)),
+                3.0,
+            ),
             most("median with 8000 threads, in medians with 50", growth, 2.0),
             most(
                 "what a redirect adds to a call, in what the livepatch adds",
@@ -113,9 +118,9 @@ impl OfGuests {
 }
 
 /// Columns of the table of pauses.
-const HEAD: &str = "                     threads   empty   floor         pause of a change, us          in floors   \
+const HEAD: &str = "                     threads   empty    floor, us         pause of a change, us          in floors   \
                     pauses  apply ms  applies
-                       found  median  median      n  median     p99      max  median   p99     max    median   in 2 s";
+                       found  median  median     p99      n  median     p99      max  median   p99     max    median   in 2 s";
 
 impl fmt::Display for OfGuests {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -213,11 +218,12 @@ impl fmt::Display for Measured {
         let p = &self.pause_us;
         write!(
             f,
-            "{:<18} {:>9} {:>7} {:>7} {:>6} {:>7} {:>7} {:>8} {:>7.2} {:>5.1} {:>7} {:>9} {:>4} of {}",
+            "{:<18} {:>9} {:>7} {:>7} {:>7} {:>6} {:>7} {:>7} {:>8} {:>7.2} {:>5.1} {:>7} {:>9} {:>4} of {}",
             self.name,
             self.threads_found,
             self.empty_us.p50,
             self.floor_us.p50,
+            self.floor_us.p99,
             p.count,
             p.p50,
             p.p99,
