@@ -36,7 +36,7 @@ const START: &str = "mkdir -p /var/lib/xen-locus/payloads && \
                      (xen-locus daemon --reapply >/tmp/reapply.log 2>&1 & echo $! >/run/daemon.pid)";
 
 /// Restarts the guest's kernel, and waits until it takes commands.
-pub(super) fn reboot(ctx: &mut Ctx, spec: &GuestSpec) -> Result<Guest, Verdict> {
+fn reboot(ctx: &mut Ctx, spec: &GuestSpec) -> Result<Guest, Verdict> {
     let old = ctx.guest(&spec.name)?;
     let _ = old.try_sh("reboot -f", Duration::from_secs(2), Duration::from_secs(2));
     let began = Instant::now();
@@ -55,7 +55,7 @@ pub(super) fn reboot(ctx: &mut Ctx, spec: &GuestSpec) -> Result<Guest, Verdict> 
 }
 
 /// Checks patches and their states, in JSON, with `gone` for those that went with the old kernel.
-pub(super) fn states(ctx: &Ctx, name: &str, expected: &[(&str, &str)]) -> Result<(), Verdict> {
+fn states(ctx: &Ctx, name: &str, expected: &[(&str, &str)]) -> Result<(), Verdict> {
     let status = ctx.json(&format!("xen-locus -o json status {name}"))?;
     let patches = status["patches"].as_array().cloned().unwrap_or_default();
     let seen: Vec<(&str, &str)> = patches
