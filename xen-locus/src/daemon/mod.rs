@@ -24,6 +24,7 @@ use crate::error::{Error, ExitCode, Result};
 use crate::recover::Finding;
 use crate::service;
 use crate::store::{Store, ROOT};
+use crate::xen::{self, DomainInfo};
 use later::Later;
 use request::{Served, Server};
 
@@ -83,7 +84,7 @@ async fn serve(session: &Session, host: &Host, args: &Daemon) -> anyhow::Result<
     };
     let mut waiting = Later::new(TICK, MODULE_WAIT_MAX);
     let answer = |waiting: &mut Later<String>, id: String| {
-        match server.serve(&id)? {
+        match xen::resident(|| server.serve(&id))? {
             Served::Answered => waiting.forget(&id),
             Served::Waits => waiting.put_off(id, Instant::now()),
         }
@@ -173,6 +174,19 @@ impl Publisher {
         }
     }
 
+    fn publish(&self, server: &Server<'_>, info: DomainInfo) -> Result<()> {
+        let host = server.host;
+        let domain = host.domain(info)?;
+        // Before the look: what is made anew since is looked at again.
+        Mark::of(&host.store, domain.info.id).set()?;
+        let status = service::status(&domain)?;
+        service::publish(&host.store, &status)?;
+        match self.reapply {
+            true => reapply::reapply(server, &domain, &status),
+            false => Ok(()),
+        }
+    }
+
     fn look(&mut self, server: &Server<'_>) -> anyhow::Result<()> {
         let (session, host) = (server.session, server.host);
         let domains = host.control.domains(DomId(1)).map_err(Error::from)?;
@@ -207,16 +221,7 @@ impl Publisher {
                 continue;
             }
             // No guest may end the daemon: not by what it has to be published either.
-            let seen = host.domain(info).and_then(|domain| {
-                // Before the look: what is made anew since is looked at again.
-                Mark::of(&host.store, id).set()?;
-                let status = service::status(&domain)?;
-                service::publish(&host.store, &status)?;
-                match self.reapply {
-                    true => reapply::reapply(server, &domain, &status),
-                    false => Ok(()),
-                }
-            });
+            let seen = xen::resident(|| self.publish(server, info));
             match seen {
                 Ok(()) => {
                     self.known.insert(id, uuid);

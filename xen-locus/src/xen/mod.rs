@@ -23,7 +23,7 @@ pub use ctl::{Control, DomainInfo, Standing};
 pub use detached::end_self;
 pub use detached::{detach, run_first, Other};
 pub use foreign::{Access, Foreign};
-pub use memory::{at_work, keep, Memory};
+pub use memory::{at_work, keep, resident, Memory};
 pub use page::{End, Page, Step};
 pub use pause::{stay_resident, Ended, Pause, Pauses};
 
