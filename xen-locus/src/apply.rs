@@ -246,15 +246,13 @@ fn last_look<'g>(
     options: &Options,
 ) -> Result<(Verdict, Box<dyn Paused + 'g>)> {
     guard.settle();
-    // A busy guest has new tasks by now; listing those alone is quick, and so is looking at those that
-    // ran meanwhile.
-    if prescan.moved()? {
-        prescan.refresh()?;
-    }
+    // A busy guest has new tasks by now, and again when all have been looked at.
+    prescan.catch_up()?;
     prescan.rehearse()?;
     // What follows is done once before: what is used for the first time is slow, and what was used a
     // moment ago is quick, after a rehearsal that went through all tasks.
     prescan.look(&guard.vcpus()?, true, &|| false)?;
+    prescan.catch_up()?;
     let paused = guard.pause()?;
     let too_long = || paused.elapsed() > options.max_pause;
     let verdict = prescan.look(&paused.vcpus()?, thorough, &too_long)?;
@@ -383,7 +381,11 @@ pub(crate) fn execute(
         if options.interrupted.load(Ordering::SeqCst) {
             return Err(Error::Failed("interrupted; nothing was changed".into()));
         }
-        prescan.refresh()?;
+        match last {
+            // Who died meanwhile does not matter.
+            Verdict::Moved | Verdict::Stirred => prescan.catch_up()?,
+            _ => prescan.refresh()?,
+        }
         attempts += 1;
         // While the guest runs: who sleeps in the way is known without costing it a pause.
         let mut pause = Duration::ZERO;

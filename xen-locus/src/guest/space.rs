@@ -12,7 +12,7 @@ mod trail;
 use std::cell::{Cell, RefCell};
 use std::collections::hash_map::RandomState;
 use std::collections::HashMap;
-use std::hash::{BuildHasher, Hasher};
+use std::hash::{BuildHasher, Hash, Hasher};
 use std::rc::Rc;
 
 use super::budget::{self, Budget};
@@ -41,11 +41,12 @@ pub const PTE_FRAME: u64 = 0x000f_ffff_ffff_f000;
 /// Pages mapped by one call when a long range is read.
 pub const BATCH: usize = 512;
 /// Pages mapped together where objects stand side by side: the slabs of `struct task_struct` have
-/// eight.
-const BLOCK: usize = 8;
-/// Windows kept before the store is emptied: bounds what a guest can make us hold. Each is a mapping
-/// of its own, of which Linux gives a process 65530 (`vm.max_map_count`).
-const KEEP: usize = 8192;
+/// eight, and many threads have slabs side by side. A call costs as much as fifty pages.
+const BLOCK: usize = 32;
+/// Windows kept before a store is emptied: bounds what a guest can make us hold. Each may be a mapping
+/// of its own, of which Linux gives a process 65530 (`vm.max_map_count`), and there are two stores.
+/// 8,000 threads have their `struct task_struct` on 21,000 pages.
+const KEEP: usize = 24 << 10;
 /// Shorter reads take memory of their own, in bytes.
 const SPARE_MIN: usize = 1 << 20;
 /// Longest read in one piece, in bytes.
@@ -89,8 +90,10 @@ pub struct Space<'m> {
     root: Frame,
     levels: u8,
     budget: Budget,
-    /// Pages are mapped with their neighbours.
+    /// Pages are mapped with their neighbours, and remembered.
     blocks: bool,
+    /// The pages that are.
+    pages: RefCell<HashMap<Gva, Rc<dyn Window>, Keys>>,
     windows: RefCell<HashMap<Frame, Rc<dyn Window>, Keys>>,
     /// Memory of this process that was read into before.
     spare: Rc<Cell<Vec<u8>>>,
@@ -121,6 +124,7 @@ impl<'m> Space<'m> {
             levels,
             budget,
             blocks: false,
+            pages: RefCell::default(),
             windows: RefCell::default(),
             spare: Rc::default(),
         }
@@ -143,7 +147,7 @@ impl<'m> Space<'m> {
     }
 
     /// The same as [`Space::fresh`], for many small objects that stand side by side: each page is
-    /// mapped together with those around it.
+    /// mapped together with those around it, and where it is remembered: not for what the guest may remap.
     #[must_use]
     pub fn fresh_in_blocks(&self) -> Space<'m> {
         Space {
@@ -257,21 +261,10 @@ impl<'m> Space<'m> {
             level: self.levels,
         })?;
         while page.0 < end {
-            let leaf = self.walk(page)?;
-            frames.push(leaf.frame);
-            page = page.plus(PAGE_SIZE);
-            // A large page's other frames follow the first.
-            let mut next = leaf.frame.0;
-            while page.0 < end && page.0 & (leaf.size - 1) != 0 {
-                next += 1;
-                frames.push(Frame(next));
-                page = page.plus(PAGE_SIZE);
-            }
-            // Of a small page, the table's other entries do.
-            let rest = usize::try_from((end - page.0.min(end)).div_ceil(PAGE_SIZE));
-            let count = (ENTRIES - slot(page, 1)).min(rest.unwrap_or(ENTRIES));
-            if leaf.size == PAGE_SIZE && slot(page, 1) != 0 && count > 0 {
-                let (table, first, _) = self.entry_slot(page, 1)?;
+            let rest = usize::try_from((end - page.0).div_ceil(PAGE_SIZE)).unwrap_or(ENTRIES);
+            if let Ok((table, first, _)) = self.entry_slot(page, 1) {
+                // Of small pages, the table's entries follow each other.
+                let count = (ENTRIES - first).min(rest);
                 let mut entries = vec![0; 8 * count];
                 self.window(table)?.read(8 * first, &mut entries)?;
                 self.budget.note(entries.len());
@@ -284,6 +277,18 @@ impl<'m> Space<'m> {
                     frames.push(Frame((entry & PTE_FRAME) >> 12));
                     page = page.plus(PAGE_SIZE);
                 }
+                continue;
+            }
+            let leaf = self.walk(page)?;
+            let mut next = leaf.frame.0;
+            loop {
+                frames.push(Frame(next));
+                page = page.plus(PAGE_SIZE);
+                // A large page's other frames follow the first.
+                if page.0 >= end || page.0 & (leaf.size - 1) == 0 {
+                    break;
+                }
+                next += 1;
             }
         }
         Ok(frames)
@@ -338,15 +343,24 @@ impl<'m> Space<'m> {
 
     /// A window onto the page of `at`.
     fn page(&self, at: Gva) -> Result<Rc<dyn Window>, Error> {
+        if !self.blocks {
+            return self.window(self.walk(at)?.frame);
+        }
+        if let Some(window) = self.pages.borrow().get(&at.page()) {
+            self.budget.spend(budget::WALK)?;
+            return Ok(Rc::clone(window));
+        }
         let leaf = self.walk(at)?;
-        if self.blocks && !self.windows.borrow().contains_key(&leaf.frame) {
+        if !self.windows.borrow().contains_key(&leaf.frame) {
             let slots = BLOCK as u64;
             let first = Gva(at.0 & !(slots * PAGE_SIZE - 1));
             let around = if leaf.size == PAGE_SIZE {
                 let (table, slot, _) = self.entry_slot(first, 1)?;
-                let entry = |i| self.entry(table, slot + i);
-                let entries = (0..BLOCK).map(entry).collect::<Result<Vec<_>, _>>()?;
-                let present = entries.into_iter().filter(|e| e & PTE_PRESENT != 0);
+                let mut entries = [0; 8 * BLOCK];
+                self.window(table)?.read(8 * slot, &mut entries)?;
+                self.budget.note(entries.len());
+                let entries = (0..BLOCK).filter_map(|i| fetch::u64(&entries, 8 * i));
+                let present = entries.filter(|e| e & PTE_PRESENT != 0);
                 present.map(|e| Frame((e & PTE_FRAME) >> 12)).collect()
             } else {
                 // A large page's frames follow each other.
@@ -355,7 +369,9 @@ impl<'m> Space<'m> {
             };
             self.map_together(around);
         }
-        self.window(leaf.frame)
+        let window = self.window(leaf.frame)?;
+        keep(&self.pages, at.page(), Rc::clone(&window));
+        Ok(window)
     }
 
     fn window(&self, frame: Frame) -> Result<Rc<dyn Window>, Error> {
@@ -363,7 +379,7 @@ impl<'m> Space<'m> {
             return Ok(Rc::clone(w));
         }
         let window: Rc<dyn Window> = Rc::from(self.map(&[frame])?);
-        self.keep(frame, Rc::clone(&window));
+        keep(&self.windows, frame, Rc::clone(&window));
         Ok(window)
     }
 
@@ -521,16 +537,8 @@ impl<'m> Space<'m> {
         let whole: Rc<dyn Window> = Rc::from(whole);
         for (i, frame) in frames.into_iter().enumerate() {
             let whole = Rc::clone(&whole);
-            self.keep(frame, Rc::new(Part { whole, page: i }));
+            keep(&self.windows, frame, Rc::new(Part { whole, page: i }));
         }
-    }
-
-    fn keep(&self, frame: Frame, window: Rc<dyn Window>) {
-        let mut windows = self.windows.borrow_mut();
-        if windows.len() >= KEEP {
-            windows.clear();
-        }
-        windows.insert(frame, window);
     }
 
     fn add_region(&self, here: Region, found: &mut Vec<Region>) -> Result<(), Error> {
@@ -545,6 +553,19 @@ impl<'m> Space<'m> {
         found.push(here);
         Ok(())
     }
+}
+
+/// Keeps a window, in a store that is emptied when it holds many.
+fn keep<K: Eq + Hash>(
+    store: &RefCell<HashMap<K, Rc<dyn Window>, Keys>>,
+    key: K,
+    window: Rc<dyn Window>,
+) {
+    let mut windows = store.borrow_mut();
+    if windows.len() >= KEEP {
+        windows.clear();
+    }
+    windows.insert(key, window);
 }
 
 /// One page of a window onto several.
@@ -566,7 +587,7 @@ impl Window for Part {
     }
 }
 
-/// Hashes frame numbers, which the guest chooses: so each store has a key of its own.
+/// Hashes numbers of frames and pages, which the guest chooses: so each store has a key of its own.
 #[derive(Clone, Copy)]
 struct Keys(u64);
 

@@ -37,8 +37,10 @@ const HARDIRQ_STACK: u64 = 0x1010;
 const RUNQUEUES: u64 = 0x1018;
 /// Size of its `task_struct`, and offsets of members.
 const TASK_LEN: usize = 256;
-const TASKS: usize = 16;
-const THREAD_NODE: usize = 32;
+/// Offset of `tasks` in `task_struct`.
+pub const TASKS: usize = 16;
+/// Offset of `thread_node` in `task_struct`.
+pub const THREAD_NODE: usize = 32;
 const SIGNAL: usize = 48;
 const STACK: usize = 56;
 const PID: usize = 64;

@@ -126,46 +126,130 @@ impl Layout {
     /// # Errors
     /// A list that does not end, or memory that can't be read.
     pub fn all(&self, kernel: &Kernel<'_>, space: &Space<'_>) -> Result<Vec<Task>, Error> {
-        let mut found = Vec::new();
-        self.each_thread(kernel, space, |addr| {
-            found.push(self.task(space, addr)?);
-            Ok(())
-        })?;
-        for addr in idle(kernel, space)? {
-            found.push(Task {
-                idle: true,
-                ..self.task(space, addr)?
-            });
-        }
-        Ok(found)
+        Ok(self.all_in_groups(kernel, space)?.0)
     }
-}
 
-impl Layout {
-    /// Calls `each` for the address of every task in the lists: all but the idle ones.
-    fn each_thread(
+    /// As [`Layout::all`], and where the list of each process' threads begins.
+    ///
+    /// # Errors
+    /// As [`Layout::all`].
+    pub fn all_in_groups(
         &self,
         kernel: &Kernel<'_>,
         space: &Space<'_>,
-        mut each: impl FnMut(Gva) -> Result<(), Error>,
+    ) -> Result<(Vec<Task>, Vec<Gva>), Error> {
+        let (mut found, mut groups) = (Vec::new(), Vec::new());
+        self.each_group(kernel, space, |group, threads| {
+            groups.push(group);
+            for &thread in threads {
+                found.push(self.task(space, thread)?);
+            }
+            Ok(())
+        })?;
+        found.extend(self.all_idle(kernel, space)?);
+        Ok((found, groups))
+    }
+
+    /// Reads the tasks that were born since those that are `known` were listed, with their processes in
+    /// `groups`, to which new ones are added. The kernel adds a process to the end of its list, and a thread to the
+    /// end of its process' (kernel/fork.c: `copy_process`); a thread that starts another program takes its process'
+    /// place (fs/exec.c: `de_thread`). So the new ones are those behind the last that is known.
+    ///
+    /// # Errors
+    /// As [`Layout::all`]; more often, as a list is read against the direction in which it is kept in order for
+    /// readers.
+    pub fn newer(
+        &self,
+        kernel: &Kernel<'_>,
+        space: &Space<'_>,
+        groups: &mut Vec<Gva>,
+        known: impl Fn(&Task) -> bool,
+    ) -> Result<Vec<Task>, Error> {
+        let newer = |head: Gva, node: usize| {
+            let mut found = Vec::new();
+            let mut at = Gva(space.read_u64(head.plus(8))?);
+            while at != head {
+                let task = self.task(space, Gva(at.0.wrapping_sub(node as u64)))?;
+                if known(&task) {
+                    break;
+                }
+                if found.len() >= TASKS_MAX {
+                    return Err(too_many());
+                }
+                found.push(task);
+                at = Gva(space.read_u64(at.plus(8))?);
+            }
+            Ok(found)
+        };
+        for leader in newer(self.leaders(kernel)?, self.tasks)? {
+            let group = self.group_of(space, leader.addr)?;
+            if !groups.contains(&group) {
+                groups.push(group);
+            }
+        }
+        let mut found = Vec::new();
+        for &group in groups.iter() {
+            found.extend(newer(group, self.thread_node)?);
+            if found.len() > TASKS_MAX {
+                return Err(too_many());
+            }
+        }
+        found.extend(
+            self.all_idle(kernel, space)?
+                .into_iter()
+                .filter(|t| !known(t)),
+        );
+        Ok(found)
+    }
+
+    fn all_idle(&self, kernel: &Kernel<'_>, space: &Space<'_>) -> Result<Vec<Task>, Error> {
+        let read = |addr| {
+            Ok(Task {
+                idle: true,
+                ..self.task(space, addr)?
+            })
+        };
+        idle(kernel, space)?.into_iter().map(read).collect()
+    }
+
+    /// Where the list of processes begins, by their leaders.
+    fn leaders(&self, kernel: &Kernel<'_>) -> Result<Gva, Error> {
+        Ok(kernel.symbols.need("init_task")?.plus(self.tasks as u64))
+    }
+
+    /// Where the list of the threads begins that belong to a task's process.
+    fn group_of(&self, space: &Space<'_>, task: Gva) -> Result<Gva, Error> {
+        let signal = Gva(space.read_u64(task.plus(self.signal as u64))?);
+        Ok(signal.plus(self.thread_head as u64))
+    }
+
+    /// Calls `each` for every process, with the start of its list of threads and their addresses: all
+    /// tasks but the idle ones.
+    fn each_group(
+        &self,
+        kernel: &Kernel<'_>,
+        space: &Space<'_>,
+        mut each: impl FnMut(Gva, &[Gva]) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let mut found = 0;
-        let init = kernel.symbols.need("init_task")?;
-        let head = init.plus(self.tasks as u64);
-        for leader in list(space, head, TASKS_MAX)? {
-            let leader = Gva(leader.0.wrapping_sub(self.tasks as u64));
-            let signal = Gva(space.read_u64(leader.plus(self.signal as u64))?);
-            let threads = list(space, signal.plus(self.thread_head as u64), TASKS_MAX)?;
-            for thread in threads {
-                found += 1;
-                if found > TASKS_MAX {
-                    return Err(Error::Odd(format!("more than {TASKS_MAX} tasks")));
-                }
-                each(Gva(thread.0.wrapping_sub(self.thread_node as u64)))?;
+        for leader in list(space, self.leaders(kernel)?, TASKS_MAX)? {
+            let group = self.group_of(space, Gva(leader.0.wrapping_sub(self.tasks as u64)))?;
+            let mut threads = list(space, group, TASKS_MAX)?;
+            found += threads.len();
+            if found > TASKS_MAX {
+                return Err(too_many());
             }
+            for thread in &mut threads {
+                *thread = Gva(thread.0.wrapping_sub(self.thread_node as u64));
+            }
+            each(group, &threads)?;
         }
         Ok(())
     }
+}
+
+fn too_many() -> Error {
+    Error::Odd(format!("more than {TASKS_MAX} tasks"))
 }
 
 /// Lists all tasks of a running guest, as `read` wants them. The list moves while it is read, so
@@ -211,8 +295,8 @@ pub fn count(kernel: &Kernel<'_>) -> Result<usize, Error> {
     tries(|| {
         let space = kernel.space.fresh_in_blocks();
         let mut threads = 0;
-        layout.each_thread(kernel, &space, |_| {
-            threads += 1;
+        layout.each_group(kernel, &space, |_, group| {
+            threads += group.len();
             Ok(())
         })?;
         Ok(threads + idle(kernel, &space)?.len())

@@ -1,7 +1,7 @@
 //! What is done about the guest's stacks before it is paused, so that little is left to do then.
 //!
-//! [`Prescan::refresh`] lists the tasks and maps their stacks, and [`Prescan::rehearse`] scans the
-//! stacks of those that are off their CPU, all while the guest runs. Inside the pause
+//! [`Prescan::refresh`] lists the tasks and maps their stacks, [`Prescan::catch_up`] adds those that were
+//! born meanwhile, and [`Prescan::rehearse`] scans the stacks of those that are off their CPU, all while the guest runs. Inside the pause
 //! [`Prescan::look`] maps nothing, and trusts
 //!
 //! - the list, if no task was born since: the kernel counts births in `total_forks` (kernel/fork.c)
@@ -65,6 +65,11 @@ enum Seen {
 }
 
 impl Known {
+    fn is(&self, task: &Task) -> bool {
+        let what = |t: &Task| (t.pid, t.start_time, t.stack);
+        what(&self.task) == what(task)
+    }
+
     /// How often it was switched out, by its own will and not.
     fn switches(&self) -> Result<[u64; 2]> {
         let [own, other] = &self.words.switches;
@@ -141,6 +146,8 @@ pub struct Prescan<'k, 'm> {
     forks_at: Pin,
     forks: u64,
     known: HashMap<Gva, Known>,
+    /// Where the lists of processes' threads begin.
+    groups: Vec<Gva>,
     pub(super) cpus: Vec<Cpu>,
     pub(super) restart: Restart,
     /// What the CPUs' counters of switches showed before the last rehearsal.
@@ -178,6 +185,7 @@ impl<'k, 'm> Prescan<'k, 'm> {
             forks: 0,
             forks_at,
             known: HashMap::new(),
+            groups: Vec::new(),
             cpus: Vec::new(),
             restart: Restart::of(kernel)?,
             switches: Vec::new(),
@@ -214,18 +222,12 @@ impl<'k, 'm> Prescan<'k, 'm> {
 
     fn list(&mut self) -> Result<()> {
         self.walker_is_old = true;
-        self.forks = self.forks_at.u64()?;
-        let mut tasks = self.layout.all(self.kernel, &self.space)?;
-        // The dead have no stack any more (kernel/fork.c: `release_task_stack`), nor run again.
-        tasks.retain(|task| task.stack.start != Gva(0));
+        let forks = self.forks_at.u64()?;
+        let (tasks, groups) = self.layout.all_in_groups(self.kernel, &self.space)?;
         let mut known = HashMap::with_capacity(tasks.len());
         let mut fresh = Vec::new();
         for task in tasks {
-            let same = |k: &Known| {
-                (k.task.pid, k.task.start_time, k.task.stack)
-                    == (task.pid, task.start_time, task.stack)
-            };
-            match self.known.remove(&task.addr).filter(same) {
+            match self.known.remove(&task.addr).filter(|k| k.is(&task)) {
                 Some(entry) => {
                     known.insert(task.addr, entry);
                 }
@@ -236,14 +238,49 @@ impl<'k, 'm> Prescan<'k, 'm> {
             known.insert(entry.task.addr, entry);
         }
         self.known = known;
+        self.groups = groups;
+        self.forks = forks;
         if self.cpus.is_empty() {
             self.cpus = self.list_cpus()?;
         }
         Ok(())
     }
 
+    /// Adds the tasks that were born since they were listed, which is quick however many there are. Those that
+    /// died stay, until they are listed anew.
+    ///
+    /// # Errors
+    /// As [`Prescan::refresh`].
+    pub fn catch_up(&mut self) -> Result<()> {
+        self.walker_is_old = true;
+        if !self.moved()? {
+            return Ok(());
+        }
+        // A list that moves is read anew from its start.
+        self.newcomers().or_else(|_| self.refresh())
+    }
+
+    fn newcomers(&mut self) -> Result<()> {
+        self.space.budget().refill();
+        let forks = self.forks_at.u64()?;
+        let mut groups = self.groups.clone();
+        let known = |task: &Task| self.known.get(&task.addr).is_some_and(|k| k.is(task));
+        let newer = self
+            .layout
+            .newer(self.kernel, &self.space, &mut groups, known)?;
+        self.groups = groups;
+        for entry in self.meet(newer)? {
+            self.restless.push(entry.task.addr);
+            self.known.insert(entry.task.addr, entry);
+        }
+        self.forks = forks;
+        Ok(())
+    }
+
     /// Maps the stacks of tasks, and the pages with their words.
     fn meet(&self, mut tasks: Vec<Task>) -> Result<Vec<Known>> {
+        // The dead have no stack any more (kernel/fork.c: `release_task_stack`), nor run again.
+        tasks.retain(|task| task.stack.start != Gva(0));
         // Stacks live in vmalloc space, whose page tables change: walk them anew.
         let fresh = self.kernel.space.fresh();
         let mut met = Vec::with_capacity(tasks.len());

@@ -5,7 +5,7 @@
 use super::walk::stack::Copied;
 use super::*;
 use crate::guest::{GuestType, Vcpu, Window};
-use crate::kernel::fixture_world::{World, PATCHED, PERCPU, RESTART};
+use crate::kernel::fixture_world::{World, PATCHED, PERCPU, RESTART, TASKS, THREAD_NODE};
 use crate::kernel::tasks::{self, Layout, Task};
 
 /// An address in the function that is watched.
@@ -145,6 +145,43 @@ fn tasks_born_since_they_were_listed_are_noticed() {
         let verdict = scan.look(vcpus, true, &|| false).unwrap();
         assert_eq!(verdict, Verdict::Moved);
         scan.refresh().unwrap();
+        assert_eq!(guest.look(scan), [42]);
+    });
+}
+
+#[test]
+fn who_was_born_since_the_tasks_were_listed_is_caught_up_with() {
+    with_guest(|guest, scan| {
+        let births = guest.kernel.symbols.need("total_forks").unwrap();
+        let word = |at: Gva| guest.kernel.space.fresh().read_u64(at).unwrap();
+        let set = |at: Gva, value: Gva| guest.poke(at, &value.0.to_le_bytes());
+        // The process of 42 is the last, and 43 its last thread.
+        for (n, (pid, node)) in (78u64..).zip([(42, TASKS), (43, THREAD_NODE), (42, TASKS)]) {
+            let node = guest.task(pid).addr.plus(node as u64);
+            let (next, before) = (Gva(word(node)), Gva(word(node.plus(8))));
+            set(before, next);
+            set(next.plus(8), before);
+            scan.refresh().unwrap();
+            assert_eq!(guest.look(scan), if pid == 42 { vec![] } else { vec![42] });
+            set(before, node);
+            set(next.plus(8), node);
+            // Without a birth nobody is looked for.
+            scan.catch_up().unwrap();
+            assert_eq!(guest.look(scan), if pid == 42 { vec![] } else { vec![42] });
+            guest.poke(births, &n.to_le_bytes());
+            scan.catch_up().unwrap();
+            assert!(!scan.moved().unwrap());
+            assert_eq!(guest.look(scan), [42]);
+            let tasks = format!("tasks: {}", guest.tasks.len());
+            assert!(format!("{scan:?}").contains(&tasks), "{scan:?}");
+        }
+        // A list that can't be followed backwards, as where a task just leaves it, is read anew.
+        let last = guest.task(42).addr.plus(TASKS as u64);
+        let head = Gva(word(last));
+        set(head.plus(8), Gva(0xdead_0000_0000_0122));
+        guest.poke(births, &90u64.to_le_bytes());
+        scan.catch_up().unwrap();
+        assert!(!scan.moved().unwrap());
         assert_eq!(guest.look(scan), [42]);
     });
 }
