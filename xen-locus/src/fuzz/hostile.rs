@@ -7,7 +7,7 @@ use super::guest::{self, DATA, HEAD_AT, MODULES, SIGNAL_AT, TASKS_AT};
 use super::mutate::{cpu_time, patience};
 use crate::addr::{Frame, Gva, PAGE_LEN, PAGE_SIZE};
 use crate::guest::mock::{MockMemory, Restless, ROOT};
-use crate::guest::space::{PTE_NX, PTE_PRESENT, PTE_WRITE};
+use crate::guest::space::{Space, PTE_NX, PTE_PRESENT, PTE_WRITE};
 use crate::guest::Memory;
 use crate::kernel::fixture::{kallsyms, vcpus, Fixture, Tables, ENTRY, KIND, RODATA, TEXT};
 use crate::kernel::locate::KERNEL_MAP;
@@ -117,9 +117,9 @@ fn an_honest_guest_is_read() {
 fn a_task_list_that_leads_back_to_its_middle_is_given_up() {
     refused(
         "a_task_list_that_leads_back_to_its_middle_is_given_up",
-        "does not come back to its head",
+        "the list of tasks changed",
         0,
-        || with(&[(0x400 + TASKS_AT, DATA.0 + 0x200 + TASKS_AT)]),
+        || with(&[(0x200 + TASKS_AT + 8, DATA.0 + 0x400 + TASKS_AT)]),
     );
 }
 
@@ -133,30 +133,35 @@ fn a_module_list_that_leads_to_itself_is_given_up() {
     );
 }
 
+/// A circular list of so many elements at [`MORE`], each followed by `word`.
+fn long_ring(memory: &MockMemory, count: u64, word: u64) {
+    let at = |i: u64| MORE.0 + i % count * 24;
+    let elements = (0..count).flat_map(|i| [at(i + 1), at(i + count - 1), word]);
+    // What lies around the list is read as tasks.
+    more(memory, elements.chain((0..512).map(|_| 0)));
+    memory.map_bytes(Gva(MORE.0 - PAGE_SIZE), &[0; PAGE_LEN], true, false);
+}
+
 #[test]
-fn lists_that_are_each_other_by_the_million_are_given_up() {
-    // Every word leads to the next and the last to the head of the tasks, which leads to the first:
-    // so all words are leaders, and wherever the threads of one have their head, all are its threads.
+fn processes_by_the_million_are_given_up() {
     refused(
-        "lists_that_are_each_other_by_the_million_are_given_up",
+        "processes_by_the_million_are_given_up",
         "more than 131072 tasks",
         0,
         || {
-            let count = 100_000;
-            let address = |i: u64| MORE.0 + i * 8;
-            let memory = with(&[(TASKS_AT, address(0))]);
-            let last = DATA.0 + TASKS_AT;
-            // What lies around the list is read as tasks; all of it leads into the list.
-            let pad = |_| address(0);
-            more(
-                &memory,
-                (1..count)
-                    .map(address)
-                    .chain([last])
-                    .chain((0..512).map(pad)),
-            );
-            let before: Vec<u8> = (0..512).map(pad).flat_map(u64::to_le_bytes).collect();
-            memory.map_bytes(Gva(MORE.0 - PAGE_SIZE), &before, true, false);
+            let memory = with(&[
+                (TASKS_AT, MORE.0 + 24),
+                (TASKS_AT + 8, MORE.0 + 24 * 999_999),
+            ]);
+            long_ring(&memory, 1_000_000, 0);
+            // The first task in place of the ring's first element.
+            let head = (DATA.0 + TASKS_AT).to_le_bytes();
+            let place = |at: Gva| {
+                let space = Space::new(&memory, ROOT, 4);
+                memory.fill(space.walk(at.page()).unwrap().frame, at.offset(), &head);
+            };
+            place(MORE.plus(24 + 8));
+            place(MORE.plus(24 * 999_999));
             memory
         },
     );
@@ -166,11 +171,26 @@ fn lists_that_are_each_other_by_the_million_are_given_up() {
 fn a_thread_list_of_a_million_is_given_up() {
     refused(
         "a_thread_list_of_a_million_is_given_up",
-        "131072",
+        "more than 131072 tasks",
+        0,
+        || {
+            let signal = MORE.0 - HEAD_AT;
+            let memory = with(&[(0x200 + SIGNAL_AT, signal)]);
+            long_ring(&memory, 1_000_000, signal);
+            memory
+        },
+    );
+}
+
+#[test]
+fn a_thread_of_another_process_is_not_followed() {
+    refused(
+        "a_thread_of_another_process_is_not_followed",
+        "the list of tasks changed",
         0,
         || {
             let memory = with(&[(0x200 + SIGNAL_AT, MORE.0 - HEAD_AT)]);
-            more(&memory, (1..=1 << 20).map(|i| MORE.0 + i * 8));
+            long_ring(&memory, 3, MORE.0);
             memory
         },
     );

@@ -4,6 +4,7 @@
 //! (include/linux/sched/signal.h: `for_each_process_thread`); idle tasks hang in neither and come
 //! from the per-CPU pointer `idle_threads` (kernel/smpboot.c).
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use super::{list, Error, Kernel};
@@ -120,44 +121,26 @@ impl Layout {
         })
     }
 
-    /// Reads every task. While the guest runs the list moves under the reader: the answer is then a
-    /// hint, to be confirmed while it is paused.
+    /// Reads every task. While the guest runs the lists move under the reader: those born meanwhile may be missing.
     ///
     /// # Errors
-    /// A list that does not end, or memory that can't be read.
+    /// A list that does not end or that changed where it was read, or memory that can't be read.
     pub fn all(&self, kernel: &Kernel<'_>, space: &Space<'_>) -> Result<Vec<Task>, Error> {
-        Ok(self.all_in_groups(kernel, space)?.0)
+        self.newer(kernel, space, &mut Vec::new(), |_| false)
     }
 
-    /// As [`Layout::all`], and where the list of each process' threads begins.
+    /// Reads the tasks that were born since those that are `known` were read, whose processes (where the list of
+    /// their threads begins) are `groups`; new ones are added to that.
+    ///
+    /// The kernel adds a process to the end of its list, and a thread to the end of its process'
+    /// (kernel/fork.c: `copy_process`); a thread that starts another program takes its process' place
+    /// (fs/exec.c: `de_thread`). So the new ones are those behind the last that is known, and the lists are read from
+    /// their ends: a task that dies under the reader, and whose memory is another's then, leads back to the
+    /// end, from where nobody is passed over. What leads elsewhere is noticed: a neighbour that doesn't point back,
+    /// or one of another process.
     ///
     /// # Errors
     /// As [`Layout::all`].
-    pub fn all_in_groups(
-        &self,
-        kernel: &Kernel<'_>,
-        space: &Space<'_>,
-    ) -> Result<(Vec<Task>, Vec<Gva>), Error> {
-        let (mut found, mut groups) = (Vec::new(), Vec::new());
-        self.each_group(kernel, space, |group, threads| {
-            groups.push(group);
-            for &thread in threads {
-                found.push(self.task(space, thread)?);
-            }
-            Ok(())
-        })?;
-        found.extend(self.all_idle(kernel, space)?);
-        Ok((found, groups))
-    }
-
-    /// Reads the tasks that were born since those that are `known` were listed, with their processes in
-    /// `groups`, to which new ones are added. The kernel adds a process to the end of its list, and a thread to the
-    /// end of its process' (kernel/fork.c: `copy_process`); a thread that starts another program takes its process'
-    /// place (fs/exec.c: `de_thread`). So the new ones are those behind the last that is known.
-    ///
-    /// # Errors
-    /// As [`Layout::all`]; more often, as a list is read against the direction in which it is kept in order for
-    /// readers.
     pub fn newer(
         &self,
         kernel: &Kernel<'_>,
@@ -165,56 +148,76 @@ impl Layout {
         groups: &mut Vec<Gva>,
         known: impl Fn(&Task) -> bool,
     ) -> Result<Vec<Task>, Error> {
-        let newer = |head: Gva, node: usize| {
-            let mut found = Vec::new();
-            let mut at = Gva(space.read_u64(head.plus(8))?);
-            while at != head {
-                let task = self.task(space, Gva(at.0.wrapping_sub(node as u64)))?;
-                if known(&task) {
-                    break;
-                }
-                if found.len() >= TASKS_MAX {
-                    return Err(too_many());
-                }
-                found.push(task);
-                at = Gva(space.read_u64(at.plus(8))?);
-            }
-            Ok(found)
-        };
-        for leader in newer(self.leaders(kernel)?, self.tasks)? {
+        let mut met: HashSet<Gva> = groups.iter().copied().collect();
+        let init = kernel.symbols.need("init_task")?;
+        let leaders = self.behind(
+            space,
+            (init.plus(self.tasks as u64), self.tasks),
+            &known,
+            |_| Ok(true),
+        )?;
+        for leader in leaders {
             let group = self.group_of(space, leader.addr)?;
-            if !groups.contains(&group) {
+            if met.insert(group) {
                 groups.push(group);
             }
         }
         let mut found = Vec::new();
         for &group in groups.iter() {
-            found.extend(newer(group, self.thread_node)?);
+            let list = (group, self.thread_node);
+            let is_its = |task: Gva| Ok(self.group_of(space, task)? == group);
+            found.extend(self.behind(space, list, &known, is_its)?);
             if found.len() > TASKS_MAX {
                 return Err(too_many());
             }
         }
-        found.extend(
-            self.all_idle(kernel, space)?
-                .into_iter()
-                .filter(|t| !known(t)),
-        );
+        for addr in idle(kernel, space)? {
+            let task = Task {
+                idle: true,
+                ..self.task(space, addr)?
+            };
+            if !known(&task) {
+                found.push(task);
+            }
+        }
         Ok(found)
     }
 
-    fn all_idle(&self, kernel: &Kernel<'_>, space: &Space<'_>) -> Result<Vec<Task>, Error> {
-        let read = |addr| {
-            Ok(Task {
-                idle: true,
-                ..self.task(space, addr)?
-            })
+    /// The tasks behind the last that is `known`, in a list that begins somewhere and goes through the tasks
+    /// so many bytes from their starts, and whose elements all are what `belongs` says.
+    fn behind(
+        &self,
+        space: &Space<'_>,
+        (head, node): (Gva, usize),
+        known: &impl Fn(&Task) -> bool,
+        belongs: impl Fn(Gva) -> Result<bool, Error>,
+    ) -> Result<Vec<Task>, Error> {
+        let before = |at: Gva| {
+            let before = Gva(space.read_u64(at.plus(8))?);
+            if space.read_u64(before)? != at.0 {
+                return Err(moved(at));
+            }
+            Ok(before)
         };
-        idle(kernel, space)?.into_iter().map(read).collect()
-    }
-
-    /// Where the list of processes begins, by their leaders.
-    fn leaders(&self, kernel: &Kernel<'_>) -> Result<Gva, Error> {
-        Ok(kernel.symbols.need("init_task")?.plus(self.tasks as u64))
+        let mut found = Vec::new();
+        let mut at = before(head)?;
+        while at != head {
+            let addr = Gva(at.0.wrapping_sub(node as u64));
+            let task = self.task(space, addr)?;
+            if !belongs(addr)? {
+                return Err(moved(at));
+            }
+            if known(&task) {
+                break;
+            }
+            if found.len() >= TASKS_MAX {
+                return Err(too_many());
+            }
+            found.push(task);
+            at = before(at)?;
+        }
+        found.reverse();
+        Ok(found)
     }
 
     /// Where the list of the threads begins that belong to a task's process.
@@ -223,29 +226,23 @@ impl Layout {
         Ok(signal.plus(self.thread_head as u64))
     }
 
-    /// Calls `each` for every process, with the start of its list of threads and their addresses: all
-    /// tasks but the idle ones.
-    fn each_group(
-        &self,
-        kernel: &Kernel<'_>,
-        space: &Space<'_>,
-        mut each: impl FnMut(Gva, &[Gva]) -> Result<(), Error>,
-    ) -> Result<(), Error> {
+    /// How many tasks are in the lists: all but the idle ones.
+    fn count(&self, kernel: &Kernel<'_>, space: &Space<'_>) -> Result<usize, Error> {
         let mut found = 0;
-        for leader in list(space, self.leaders(kernel)?, TASKS_MAX)? {
+        let init = kernel.symbols.need("init_task")?;
+        for leader in list(space, init.plus(self.tasks as u64), TASKS_MAX)? {
             let group = self.group_of(space, Gva(leader.0.wrapping_sub(self.tasks as u64)))?;
-            let mut threads = list(space, group, TASKS_MAX)?;
-            found += threads.len();
+            found += list(space, group, TASKS_MAX)?.len();
             if found > TASKS_MAX {
                 return Err(too_many());
             }
-            for thread in &mut threads {
-                *thread = Gva(thread.0.wrapping_sub(self.thread_node as u64));
-            }
-            each(group, &threads)?;
         }
-        Ok(())
+        Ok(found)
     }
+}
+
+fn moved(at: Gva) -> Error {
+    Error::Odd(format!("the list of tasks changed at {at} as it was read"))
 }
 
 fn too_many() -> Error {
@@ -294,12 +291,7 @@ pub fn count(kernel: &Kernel<'_>) -> Result<usize, Error> {
     let layout = Layout::of(kernel)?;
     tries(|| {
         let space = kernel.space.fresh_in_blocks();
-        let mut threads = 0;
-        layout.each_group(kernel, &space, |_, group| {
-            threads += group.len();
-            Ok(())
-        })?;
-        Ok(threads + idle(kernel, &space)?.len())
+        Ok(layout.count(kernel, &space)? + idle(kernel, &space)?.len())
     })
 }
 

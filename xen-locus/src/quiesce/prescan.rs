@@ -223,7 +223,10 @@ impl<'k, 'm> Prescan<'k, 'm> {
     fn list(&mut self) -> Result<()> {
         self.walker_is_old = true;
         let forks = self.forks_at.u64()?;
-        let (tasks, groups) = self.layout.all_in_groups(self.kernel, &self.space)?;
+        let mut groups = Vec::new();
+        let tasks = self
+            .layout
+            .newer(self.kernel, &self.space, &mut groups, |_| false)?;
         let mut known = HashMap::with_capacity(tasks.len());
         let mut fresh = Vec::new();
         for task in tasks {

@@ -175,14 +175,20 @@ fn who_was_born_since_the_tasks_were_listed_is_caught_up_with() {
             let tasks = format!("tasks: {}", guest.tasks.len());
             assert!(format!("{scan:?}").contains(&tasks), "{scan:?}");
         }
-        // A list that can't be followed backwards, as where a task just leaves it, is read anew.
-        let last = guest.task(42).addr.plus(TASKS as u64);
-        let head = Gva(word(last));
-        set(head.plus(8), Gva(0xdead_0000_0000_0122));
-        guest.poke(births, &90u64.to_le_bytes());
-        scan.catch_up().unwrap();
-        assert!(!scan.moved().unwrap());
-        assert_eq!(guest.look(scan), [42]);
+        // A task just leaves the list.
+        let head = Gva(word(guest.task(42).addr.plus(TASKS as u64)));
+        let last = Gva(word(head.plus(8)));
+        let elsewhere = [0xdead_0000_0000_0122, guest.task(1).addr.0 + TASKS as u64];
+        for (n, elsewhere) in (90u64..).zip(elsewhere) {
+            set(head.plus(8), Gva(elsewhere));
+            guest.poke(births, &n.to_le_bytes());
+            scan.catch_up().unwrap_err();
+            assert!(scan.moved().unwrap());
+            set(head.plus(8), last);
+            scan.catch_up().unwrap();
+            assert!(!scan.moved().unwrap());
+            assert_eq!(guest.look(scan), [42]);
+        }
     });
 }
 

@@ -121,6 +121,11 @@ fn kernel_with<T>(newer: bool, last: u64, look: impl FnOnce(&Kernel<'_>) -> T) -
     // The list of processes has one beside its head, which is the idle task.
     word(task(0) + 32, task(1) + 32);
     word(task(1) + 32, task(0) + 32);
+    word(task(0) + 40, task(1) + 32);
+    word(task(1) + 40, task(0) + 32);
+    word(signal + 8, task(2) + 48);
+    word(task(2) + 56, task(1) + 48);
+    word(task(1) + 56, signal);
     for (n, next) in [(1, task(2) + 48), (2, last)] {
         word(task(n) + 48, next);
         word(task(n) + 64, signal);
