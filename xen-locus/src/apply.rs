@@ -249,6 +249,7 @@ fn last_look<'g>(
     // A busy guest has new tasks by now, and again when all have been looked at.
     prescan.catch_up()?;
     prescan.rehearse()?;
+    prescan.reckon(|| Ok(guard.vcpus()?))?;
     // What follows is done once before: what is used for the first time is slow, and what was used a
     // moment ago is quick, after a rehearsal that went through all tasks.
     prescan.look(&guard.vcpus()?, true, &|| false)?;

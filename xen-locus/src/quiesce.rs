@@ -9,6 +9,7 @@
 //! The work is split so that the guest is paused only for the last look, and that costs what changed
 //! since the one before it, not what there is ([`prescan`]).
 
+mod ledger;
 mod look;
 mod prescan;
 pub mod walk;

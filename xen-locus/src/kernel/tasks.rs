@@ -33,7 +33,8 @@ pub struct Layout {
     pub on_cpu: usize,
     /// Offsets of the counters of how often it was switched out, by its own will and not.
     pub switches: [usize; 2],
-    start_time: usize,
+    /// Offset of when it began.
+    pub start_time: usize,
     /// Size of a kernel stack (`THREAD_SIZE`), in bytes.
     pub stack_size: u64,
 }

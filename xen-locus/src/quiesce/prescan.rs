@@ -12,13 +12,15 @@
 //!   that was off its CPU and has run since is either still on one, where it is looked at in any
 //!   case, or was switched out;
 //! - what was found of all tasks, if no CPU switched since (`rq->nr_switches`, counted at the same
-//!   place): then not even the tasks' counters need to be read, and the pause costs the same for
-//!   fifty tasks as for ten thousand.
+//!   place), and of all but a few if these account for all switches ([`super::ledger`]): then not even
+//!   the others' counters need to be read, and the pause costs the same for fifty tasks as for ten
+//!   thousand.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 
+use super::ledger::{self, Ledger, FEW};
 use super::look::{Live, Look};
 use super::walk::stack::{self, Copied};
 use super::walk::{self, Stack, StackKind, Walker};
@@ -32,8 +34,8 @@ use crate::kernel::Kernel;
 
 /// Stacks mapped by one call.
 const STACKS: usize = 128;
-/// So many tasks can be asked whether they ran in a time that is little beside that of a pause.
-const FEW: usize = 256;
+/// Rehearsals for which a task that ran is thought to run again soon.
+const LATELY: u32 = 8;
 
 /// Words of a task that change as it runs.
 pub(super) struct Words {
@@ -41,6 +43,7 @@ pub(super) struct Words {
     on_cpu: Pin,
     switches: [Pin; 2],
     restart: Pin,
+    start_time: Pin,
 }
 
 /// A task with its stack mapped.
@@ -51,6 +54,10 @@ pub(super) struct Known {
     offset: usize,
     /// What a scan found when it was off its CPU, and its counters then.
     seen: Cell<Option<([u64; 2], Seen)>>,
+    /// How often it was switched out when it was last rehearsed.
+    pub(super) rehearsed: Cell<u64>,
+    /// The rehearsal at which it was found to have run last; 0 for none.
+    pub(super) lively: Cell<u32>,
 }
 
 /// What was found on the stack of a task that is off its CPU. It stays so until the task runs.
@@ -74,6 +81,17 @@ impl Known {
     fn switches(&self) -> Result<[u64; 2]> {
         let [own, other] = &self.words.switches;
         Ok([own.u64()?, other.u64()?])
+    }
+
+    /// Whether its memory is not another's meanwhile.
+    pub(super) fn is_itself(&self) -> Result<bool> {
+        Ok(self.words.start_time.u64()? == self.task.start_time)
+    }
+
+    /// How often it was switched out.
+    pub(super) fn ran(&self) -> Result<u64> {
+        let [own, other] = self.switches()?;
+        Ok(own.wrapping_add(other))
     }
 
     /// What was found, if the task did not run since.
@@ -107,7 +125,7 @@ impl Known {
 pub(super) struct Cpu {
     base: u64,
     current: Option<Pin>,
-    switches: Option<Pin>,
+    pub(super) switches: Option<Pin>,
     /// For interrupts, and for exceptions that need one of their own.
     pub(super) stacks: Vec<(Range, Box<dyn Window>)>,
 }
@@ -145,7 +163,7 @@ pub struct Prescan<'k, 'm> {
     layout: Layout,
     forks_at: Pin,
     forks: u64,
-    known: HashMap<Gva, Known>,
+    pub(super) known: HashMap<Gva, Known>,
     /// Where the lists of processes' threads begin.
     groups: Vec<Gva>,
     pub(super) cpus: Vec<Cpu>,
@@ -154,6 +172,10 @@ pub struct Prescan<'k, 'm> {
     switches: Vec<u64>,
     /// Tasks that the last rehearsal could not clear.
     restless: Vec<Gva>,
+    /// How many rehearsals there were.
+    pub(super) rehearsals: u32,
+    pub(super) ledger: Option<Ledger>,
+    pub(super) counting: Option<Range>,
     /// Made when it is wanted for the first time; `None` in it if the kernel's unwind data can't be read.
     walker: Option<Option<Walker<'k, 'm>>>,
     /// The tasks were listed since the walker knew all modules.
@@ -190,6 +212,9 @@ impl<'k, 'm> Prescan<'k, 'm> {
             restart: Restart::of(kernel)?,
             switches: Vec::new(),
             restless: Vec::new(),
+            rehearsals: 0,
+            ledger: None,
+            counting: ledger::counting(kernel),
             walker: None,
             walker_is_old: false,
             room: RefCell::default(),
@@ -222,6 +247,7 @@ impl<'k, 'm> Prescan<'k, 'm> {
 
     fn list(&mut self) -> Result<()> {
         self.walker_is_old = true;
+        self.ledger = None;
         let forks = self.forks_at.u64()?;
         let mut groups = Vec::new();
         let tasks = self
@@ -273,8 +299,15 @@ impl<'k, 'm> Prescan<'k, 'm> {
             .newer(self.kernel, &self.space, &mut groups, known)?;
         self.groups = groups;
         for entry in self.meet(newer)? {
-            self.restless.push(entry.task.addr);
-            self.known.insert(entry.task.addr, entry);
+            let addr = entry.task.addr;
+            entry.lively.set(self.rehearsals);
+            self.restless.push(addr);
+            // What another had counted there is not known any more.
+            let is_first = self.known.insert(addr, entry).is_none();
+            self.ledger = self.ledger.take().filter(|_| is_first);
+            if let Some(ledger) = &mut self.ledger {
+                ledger.add(addr);
+            }
         }
         self.forks = forks;
         Ok(())
@@ -306,10 +339,13 @@ impl<'k, 'm> Prescan<'k, 'm> {
                         on_cpu: pin(layout.on_cpu)?,
                         switches: [pin(layout.switches[0])?, pin(layout.switches[1])?],
                         restart: pin(self.restart.function)?,
+                        start_time: pin(layout.start_time)?,
                     },
                     stacks: Rc::clone(&stacks),
                     offset,
                     seen: Cell::new(None),
+                    rehearsed: Cell::new(0),
+                    lively: Cell::new(0),
                     task,
                 });
             }
@@ -352,7 +388,7 @@ impl<'k, 'm> Prescan<'k, 'm> {
 
     /// How often each CPU switched between tasks; none where a kernel doesn't tell. A CPU without
     /// memory of its own never ran.
-    fn count_switches(&self) -> Result<Vec<u64>> {
+    pub(super) fn count_switches(&self) -> Result<Vec<u64>> {
         let pins = self.cpus.iter().filter_map(|cpu| cpu.switches.as_ref());
         Ok(pins.map(Pin::u64).collect::<std::result::Result<_, _>>()?)
     }
@@ -417,10 +453,17 @@ impl<'k, 'm> Prescan<'k, 'm> {
     /// # Errors
     /// Memory can't be read.
     pub fn rehearse(&mut self) -> Result<Verdict> {
+        self.ledger = None;
         self.switches = self.count_switches()?;
+        self.rehearsals = self.rehearsals.wrapping_add(1);
         let mut look = Look::new(self);
         let mut restless = Vec::new();
         for known in self.known.values() {
+            // Before what was found is trusted: it is asked whether it ran since then.
+            let ran = known.ran()?;
+            if !matches!(known.rehearsed.replace(ran), before if before == 0 || before == ran) {
+                known.lively.set(self.rehearsals);
+            }
             let seen = known.seen()?;
             if seen == Some(Seen::Clear) {
                 continue;
@@ -465,7 +508,8 @@ impl<'k, 'm> Prescan<'k, 'm> {
         }
         let switches = self.count_switches()?;
         let calm = !switches.is_empty() && switches == self.switches;
-        if !calm && !thorough && self.known.len() > FEW {
+        let told = !calm && self.accounts(vcpus)?;
+        if !calm && !told && !thorough && self.known.len() > FEW {
             return Ok(Verdict::Stirred);
         }
         let mut look = Look::new(self);
@@ -490,6 +534,10 @@ impl<'k, 'm> Prescan<'k, 'm> {
             for known in self.restless.iter().filter_map(|a| self.known.get(a)) {
                 scan(known)?;
             }
+        } else if let (true, Some(ledger)) = (told, &self.ledger) {
+            for known in ledger.tasks().filter_map(|a| self.known.get(&a)) {
+                scan(known)?;
+            }
         } else {
             for (n, known) in self.known.values().enumerate() {
                 if n % 64 == 0 && too_long() {
@@ -499,6 +547,18 @@ impl<'k, 'm> Prescan<'k, 'm> {
             }
         }
         Ok(look.verdict())
+    }
+
+    /// Tasks that the last rehearsal could not clear, that were born since, or that ran lately; those first that did
+    /// last.
+    pub(super) fn lively(&self) -> Vec<Gva> {
+        let is_lively = |known: &&Known| {
+            known.seen.get().map(|(_, seen)| seen) != Some(Seen::Clear)
+                || (known.lively.get() != 0 && known.lively.get() + LATELY > self.rehearsals)
+        };
+        let mut found: Vec<&Known> = self.known.values().filter(is_lively).collect();
+        found.sort_by_key(|known| std::cmp::Reverse(known.lively.get()));
+        found.into_iter().map(|known| known.task.addr).collect()
     }
 
     pub(super) fn owner_of_stack(&self, rsp: Gva) -> Option<&Known> {

@@ -2,6 +2,8 @@
 
 #![allow(clippy::cast_possible_truncation)] // small stacks
 
+use std::cell::Cell;
+
 use super::walk::stack::Copied;
 use super::*;
 use crate::guest::{GuestType, Vcpu, Window};
@@ -189,6 +191,124 @@ fn who_was_born_since_the_tasks_were_listed_is_caught_up_with() {
             assert!(!scan.moved().unwrap());
             assert_eq!(guest.look(scan), [42]);
         }
+    });
+}
+
+/// A guest in which nobody is in the way, its switches reckoned when `meanwhile` has happened since the
+/// rehearsal. Task 43 is on a CPU.
+fn reckoned(meanwhile: impl Fn(&Guest<'_>), test: impl FnOnce(&Guest<'_>, &mut Prescan<'_, '_>)) {
+    with_guest(|guest, scan| {
+        guest.enter(42, false);
+        assert_eq!(blocked(scan.rehearse().unwrap()), NOBODY);
+        meanwhile(guest);
+        scan.reckon(|| Ok(guest.world.vcpus.clone())).unwrap();
+        test(guest, scan);
+    });
+}
+
+#[test]
+fn who_can_not_have_run_is_not_asked() {
+    reckoned(
+        |_| (),
+        |guest, scan| {
+            // One that ran shows it; that it isn't looked at shows that it wasn't asked.
+            guest.enter(1, true);
+            guest.switched(1, 1);
+            guest.cpu_switched(1, 1);
+            assert_eq!(guest.look(scan), [1], "nobody else ran");
+            guest.switched(43, 1);
+            assert_eq!(guest.look(scan), NOBODY);
+            guest.cpu_switched(0, 2);
+            assert_eq!(guest.look(scan), [1], "43 is not all that ran");
+            guest.switched(43, 3);
+            assert_eq!(guest.look(scan), NOBODY);
+            guest.switched(43, 4);
+            assert_eq!(guest.look(scan), [1], "43 ran more often than all together");
+            guest.switched(43, 3);
+            // A CPU that may be counting right now, or was interrupted in it by an NMI.
+            let mut vcpus = guest.world.vcpus.clone();
+            let vcpu = vcpus.iter_mut().find(|v| !v.user).unwrap();
+            let schedule = guest.kernel.symbols.need("__schedule").unwrap();
+            vcpu.rip = schedule.0 + 5;
+            assert_eq!(blocked(scan.look(&vcpus, true, &|| false).unwrap()), [1]);
+            // The memory of one that died.
+            let start = guest.task(43).addr.plus(guest.layout.start_time as u64);
+            guest.poke(start, &5u64.to_le_bytes());
+            assert_eq!(guest.look(scan), [1]);
+        },
+    );
+}
+
+#[test]
+fn who_runs_while_switches_are_reckoned_is_asked() {
+    // Before the moment, whether it is counted or not.
+    for cpu in [0, 7] {
+        let ran = |guest: &Guest<'_>| {
+            guest.switched(1, 7);
+            guest.cpu_switched(0, cpu);
+        };
+        reckoned(ran, |guest, scan| {
+            guest.enter(1, true);
+            guest.switched(43, 1);
+            guest.cpu_switched(0, cpu + 1);
+            assert_eq!(guest.look(scan), [1]);
+            // The next time it is one of those who are asked first.
+            guest.enter(1, false);
+            scan.rehearse().unwrap();
+            scan.reckon(|| Ok(guest.world.vcpus.clone())).unwrap();
+            guest.enter(1, true);
+            guest.switched(1, 8);
+            guest.cpu_switched(0, cpu + 2);
+            assert_eq!(guest.look(scan), [1]);
+            guest.enter(1, false);
+            assert_eq!(guest.look(scan), NOBODY);
+            guest.enter(42, true);
+            guest.switched(42, 1);
+            assert_eq!(guest.look(scan), NOBODY, "42 is not asked");
+        });
+    }
+    // At the moment.
+    with_guest(|guest, scan| {
+        guest.enter(42, false);
+        scan.rehearse().unwrap();
+        let switches = Cell::new(0);
+        scan.reckon(|| {
+            switches.set(switches.get() + 1);
+            guest.cpu_switched(0, switches.get());
+            guest.switched(43, switches.get());
+            Ok(guest.world.vcpus.clone())
+        })
+        .unwrap();
+        guest.enter(1, true);
+        guest.switched(1, 1);
+        guest.switched(43, switches.get() + 1);
+        guest.cpu_switched(0, switches.get() + 1);
+        assert_eq!(guest.look(scan), [1]);
+    });
+}
+
+#[test]
+fn who_was_born_after_the_reckoning_is_asked_too() {
+    with_guest(|guest, scan| {
+        let births = guest.kernel.symbols.need("total_forks").unwrap();
+        let word = |at: Gva| guest.kernel.space.fresh().read_u64(at).unwrap();
+        let set = |at: Gva, value: Gva| guest.poke(at, &value.0.to_le_bytes());
+        let node = guest.task(42).addr.plus(TASKS as u64);
+        let (next, before) = (Gva(word(node)), Gva(word(node.plus(8))));
+        set(before, next);
+        set(next.plus(8), before);
+        scan.refresh().unwrap();
+        assert_eq!(blocked(scan.rehearse().unwrap()), NOBODY);
+        scan.reckon(|| Ok(guest.world.vcpus.clone())).unwrap();
+        set(before, node);
+        set(next.plus(8), node);
+        guest.poke(births, &78u64.to_le_bytes());
+        scan.catch_up().unwrap();
+        guest.switched(42, 3);
+        guest.cpu_switched(1, 3);
+        guest.enter(1, true);
+        guest.switched(1, 1);
+        assert_eq!(guest.look(scan), [42]);
     });
 }
 

@@ -1,0 +1,136 @@
+//! Who ran since a moment, without asking everybody.
+//!
+//! The kernel counts each switch between two tasks twice, one statement after the other: for the CPU
+//! (`rq->nr_switches`) and for the task that leaves it (`nvcsw` or `nivcsw`; kernel/sched/core.c:
+//! `__schedule`). So the switches of all CPUs since a moment are those of all tasks since then. Those who ran
+//! lately are asked first: where they account for all switches, nobody else ran, and nobody else need be asked.
+//!
+//! For that must be known what all tasks had counted at one moment. Of those who ran lately it is read at that moment
+//! ([`Prescan::reckon`]); of the others what they say before is what they say after it. A task that is born later
+//! begins with nothing.
+
+use super::prescan::Prescan;
+use crate::addr::{Gva, Range};
+use crate::error::Result;
+use crate::guest::Vcpu;
+use crate::kernel::Kernel;
+
+/// Most tasks that are asked in a pause: a time that is little beside that of the pause itself.
+pub(super) const FEW: usize = 256;
+/// Tries to read all counters at one moment.
+const TRIES: u32 = 4;
+
+/// What was counted at a moment.
+pub(super) struct Ledger {
+    /// Switches of all CPUs.
+    switches: u64,
+    /// Switches of each task that ran lately, the latest first.
+    accounts: Vec<(Gva, u64)>,
+}
+
+impl Ledger {
+    /// The tasks that may have run since.
+    pub(super) fn tasks(&self) -> impl Iterator<Item = Gva> + '_ {
+        self.accounts.iter().map(|&(task, _)| task)
+    }
+
+    /// Adds a task that was born since.
+    pub(super) fn add(&mut self, task: Gva) {
+        self.accounts.insert(0, (task, 0));
+    }
+}
+
+/// Where a CPU may be between the two statements that count.
+pub(super) fn counting(kernel: &Kernel<'_>) -> Option<Range> {
+    let at = kernel.symbols.addr("__schedule")?;
+    Some(Range::new(at, kernel.symbols.room(at)?))
+}
+
+impl Prescan<'_, '_> {
+    /// Notes what is counted now, while the guest runs, with the registers of its `vcpus`. Comes after a rehearsal.
+    ///
+    /// # Errors
+    /// Memory or registers can't be read.
+    pub fn reckon(&mut self, vcpus: impl Fn() -> Result<Vec<Vcpu>>) -> Result<()> {
+        self.ledger = None;
+        let lively = self.lively();
+        // Each CPU must tell, or its tasks account for what another's left open.
+        if lively.len() > FEW || self.cpus.iter().any(|cpu| cpu.switches.is_none()) {
+            return Ok(());
+        }
+        let read = || {
+            let switches = self.all_switches()?;
+            let ran = |&task: &Gva| Some((task, self.known.get(&task)?.ran()));
+            let accounts = lively.iter().filter_map(ran);
+            let accounts = accounts
+                .map(|(task, ran)| Ok((task, ran?)))
+                .collect::<Result<Vec<_>>>()?;
+            Ok::<_, crate::error::Error>(Ledger { switches, accounts })
+        };
+        let mut moment = None;
+        for _ in 0..TRIES {
+            let ledger = read()?;
+            let counts = self.may_count(&vcpus()?);
+            let after = read()?;
+            // Nobody switched, was about to, or was born unknown meanwhile.
+            let same = ledger.switches == after.switches && ledger.accounts == after.accounts;
+            if same && !counts && !self.moved()? {
+                moment = Some(ledger);
+                break;
+            }
+        }
+        let mut others_ran = false;
+        for (task, known) in &self.known {
+            if known.rehearsed.get() != known.ran()? && !lively.contains(task) {
+                known.lively.set(self.rehearsals);
+                others_ran = true;
+            }
+        }
+        self.ledger = moment.filter(|_| !others_ran);
+        Ok(())
+    }
+
+    /// Whether those who ran lately account for all switches since the reckoning.
+    pub(super) fn accounts(&self, vcpus: &[Vcpu]) -> Result<bool> {
+        let Some(ledger) = &self.ledger else {
+            return Ok(false);
+        };
+        if self.may_count(vcpus) {
+            return Ok(false);
+        }
+        let mut left = self.all_switches()?.wrapping_sub(ledger.switches);
+        for (task, then) in &ledger.accounts {
+            if left == 0 {
+                break;
+            }
+            let Some(known) = self.known.get(task) else {
+                return Ok(false);
+            };
+            let ran = known.ran()?.wrapping_sub(*then);
+            match left.checked_sub(ran) {
+                Some(rest) if ran == 0 || known.is_itself()? => left = rest,
+                _ => return Ok(false),
+            }
+        }
+        Ok(left == 0)
+    }
+
+    /// Whether a vCPU may be between the statements that count a switch. It may have been interrupted there only by
+    /// what has a stack of its own.
+    fn may_count(&self, vcpus: &[Vcpu]) -> bool {
+        let Some(counting) = self.counting else {
+            return true;
+        };
+        let is_own = |at: Gva| {
+            let mut stacks = self.cpus.iter().flat_map(|cpu| &cpu.stacks);
+            stacks.any(|(range, _)| range.contains(at))
+        };
+        let mut inside = vcpus.iter().filter(|v| v.online && !v.user);
+        inside.any(|v| counting.contains(Gva(v.rip)) || is_own(Gva(v.rsp)))
+    }
+
+    fn all_switches(&self) -> Result<u64> {
+        let switches = self.count_switches()?;
+        Ok(switches.into_iter().fold(0, u64::wrapping_add))
+    }
+}
