@@ -59,7 +59,7 @@ impl Prescan<'_, '_> {
             return Ok(());
         }
         let read = || {
-            let switches = self.all_switches()?;
+            let switches = total(&self.count_switches()?);
             let ran = |&task: &Gva| Some((task, self.known.get(&task)?.ran()));
             let accounts = lively.iter().filter_map(ran);
             let accounts = accounts
@@ -90,15 +90,15 @@ impl Prescan<'_, '_> {
         Ok(())
     }
 
-    /// Whether those who ran lately account for all switches since the reckoning.
-    pub(super) fn accounts(&self, vcpus: &[Vcpu]) -> Result<bool> {
+    /// Whether those who ran lately account for all switches since the reckoning, now that the CPUs count `switches`.
+    pub(super) fn accounts(&self, vcpus: &[Vcpu], switches: &[u64]) -> Result<bool> {
         let Some(ledger) = &self.ledger else {
             return Ok(false);
         };
         if self.may_count(vcpus) {
             return Ok(false);
         }
-        let mut left = self.all_switches()?.wrapping_sub(ledger.switches);
+        let mut left = total(switches).wrapping_sub(ledger.switches);
         for (task, then) in &ledger.accounts {
             if left == 0 {
                 break;
@@ -128,9 +128,8 @@ impl Prescan<'_, '_> {
         let mut inside = vcpus.iter().filter(|v| v.online && !v.user);
         inside.any(|v| counting.contains(Gva(v.rip)) || is_own(Gva(v.rsp)))
     }
+}
 
-    fn all_switches(&self) -> Result<u64> {
-        let switches = self.count_switches()?;
-        Ok(switches.into_iter().fold(0, u64::wrapping_add))
-    }
+fn total(switches: &[u64]) -> u64 {
+    switches.iter().copied().fold(0, u64::wrapping_add)
 }

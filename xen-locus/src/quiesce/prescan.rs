@@ -1,7 +1,8 @@
 //! What is done about the guest's stacks before it is paused, so that little is left to do then.
 //!
 //! [`Prescan::refresh`] lists the tasks and maps their stacks, [`Prescan::catch_up`] adds those that were
-//! born meanwhile, and [`Prescan::rehearse`] scans the stacks of those that are off their CPU, all while the guest runs. Inside the pause
+//! born meanwhile, and [`Prescan::rehearse`] scans the stacks of those that are off their CPU, all while
+//! the guest runs. Inside the pause
 //! [`Prescan::look`] maps nothing, and trusts
 //!
 //! - the list, if no task was born since: the kernel counts births in `total_forks` (kernel/fork.c)
@@ -508,7 +509,7 @@ impl<'k, 'm> Prescan<'k, 'm> {
         }
         let switches = self.count_switches()?;
         let calm = !switches.is_empty() && switches == self.switches;
-        let told = !calm && self.accounts(vcpus)?;
+        let told = !calm && self.accounts(vcpus, &switches)?;
         if !calm && !told && !thorough && self.known.len() > FEW {
             return Ok(Verdict::Stirred);
         }
