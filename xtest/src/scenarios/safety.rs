@@ -38,9 +38,9 @@ for sig in INT TERM HUP TSTP; do
 	for delay in 50 150 250 300 350 400 450 500 550 600 650 700 800 1000; do
 		n=$((n + 1))
 		if [ $((n % 2)) = 1 ]; then
-			xen-locus apply pv /payloads/locus_proc_pair.ko >/dev/null 2>&1 &
+			xen-locus apply pv /payloads/locus_proc_pair.ko >/tmp/said 2>&1 &
 		else
-			xen-locus revert pv locus_proc_pair >/dev/null 2>&1 &
+			xen-locus revert pv locus_proc_pair >/tmp/said 2>&1 &
 		fi
 		pid=$!
 		usleep ${delay}000
@@ -55,7 +55,7 @@ for sig in INT TERM HUP TSTP; do
 		rc=$?
 		echo "$sig at $delay ms: $rc"
 		# Over 128: it came before the run could begin to hold signals off.
-		case $rc in 0 | 1 | 129 | 130 | 143) ;; *) fail "rc $rc after $sig at $delay ms" ;; esac
+		case $rc in 0 | 1 | 129 | 130 | 143) ;; *) fail "rc $rc after $sig at $delay ms: $(cat /tmp/said)" ;; esac
 	done
 done
 echo "$n signals"
