@@ -2,22 +2,31 @@
 
 use std::time::Duration;
 
-use super::save::text;
+use super::save::Text;
 use super::{shows, words, ONE, PAIR};
 use crate::guest::{GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, PVH};
+use crate::scenario::{Ctx, Scenario, HVM, PVH};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// What takes too long for a usual run. Only PVH: to move a PV guest as it runs Xen needs shadow paging,
+/// What takes too long for a usual run. No PV: to move a PV guest as it runs Xen needs shadow paging,
 /// which Debian's is built without.
-pub const MATRIX: &[Scenario] = &[Scenario {
-    name: "migrate-pvh",
-    summary:
-        "what is applied and reverted while a PVH guest is moved has taken place where it is then",
-    profile: &PVH,
-    run: migrate,
-}];
+pub const MATRIX: &[Scenario] = &[
+    Scenario {
+        name: "migrate-pvh",
+        summary:
+            "what is applied and reverted while a PVH guest is moved has taken place where it is then",
+        profile: &PVH,
+        run: |ctx| migrate(ctx, Kind::Pvh),
+    },
+    Scenario {
+        name: "migrate-hvm",
+        summary:
+            "what is applied and reverted while an HVM guest is moved has taken place where it is then",
+        profile: &HVM,
+        run: |ctx| migrate(ctx, Kind::Hvm),
+    },
+];
 
 /// `migrate.sh NAME`: applies a patch and takes it back, again and again, until the guest is moved. Says
 /// after how many steps, whether the patch is in force, and how the first step failed that did.
@@ -39,12 +48,12 @@ wait
 echo "$(cat /tmp/migrate.rc) $in $steps ${rc:-0} $(tail -n 1 /tmp/step.log)"
 "#;
 
-fn migrate(ctx: &mut Ctx) -> Result<(), Verdict> {
-    let name = "move-pvh";
-    let spec = GuestSpec::new(name, Kind::Pvh);
+fn migrate(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
+    let name = &format!("move-{}", kind.name());
+    let spec = GuestSpec::new(name, kind);
     let mut guest = ctx.ensure_guest(spec.clone())?;
     guest.start_workload()?;
-    let sum = text(ctx, name, "/tmp/text.before")?;
+    let text = Text::of(ctx, name)?;
     ctx.dom0.put("/tmp/migrate.sh", 0o755, SCRIPT.as_bytes())?;
     ctx.dom0
         .ok(&format!("xen-locus apply {name} /payloads/{ONE}.ko"))?;
@@ -86,11 +95,7 @@ fn migrate(ctx: &mut Ctx) -> Result<(), Verdict> {
     }
     ctx.dom0.ok(&format!("xen-locus revert {name} --all"))?;
     shows(ctx, &guest, &words("", "", ""), &[])?;
-    check_eq!(
-        text(ctx, name, "/tmp/text.after")?,
-        sum,
-        "SHA-256 of the kernel's text"
-    );
+    text.check(ctx, name, kind)?;
     let log = guest.ok("dmesg")?;
     for word in ["Oops", "BUG:", "WARNING:", "general protection"] {
         check!(!log.contains(word), "{word} in the guest's log: {log}");
