@@ -24,7 +24,7 @@ pub const SCENARIOS: &[Scenario] = &[
         summary:
             "killed at every 13th of its calls from the journal on, it leaves the guest old or new",
         profile: &PV,
-        run: |ctx| injected(ctx, Kind::Pv, "kill", 13),
+        run: |ctx| injected(ctx, Kind::Pv, "kill", 13, &ACTIONS),
     },
     Scenario {
         name: "both-die-pv",
@@ -61,10 +61,22 @@ pub const MATRIX: &[Scenario] = &[
         run: |ctx| random(ctx, Kind::Pv, 200),
     },
     Scenario {
-        name: "faults-all-pv",
-        summary: "killed at each of its calls from the journal on",
+        name: "faults-all-apply-pv",
+        summary: "apply is killed at each of its calls from the journal on",
         profile: &PV,
-        run: |ctx| injected(ctx, Kind::Pv, "kill", 1),
+        run: |ctx| injected(ctx, Kind::Pv, "kill", 1, &[APPLY]),
+    },
+    Scenario {
+        name: "faults-all-revert-pv",
+        summary: "revert is killed at each of its calls from the journal on",
+        profile: &PV,
+        run: |ctx| injected(ctx, Kind::Pv, "kill", 1, &[REVERT]),
+    },
+    Scenario {
+        name: "faults-all-replace-pv",
+        summary: "replace is killed at each of its calls from the journal on",
+        profile: &PV,
+        run: |ctx| injected(ctx, Kind::Pv, "kill", 1, &[REPLACE]),
     },
     Scenario {
         name: "faults-recover-all-pv",
@@ -76,13 +88,13 @@ pub const MATRIX: &[Scenario] = &[
         name: "fails-all-pv",
         summary: "each of its calls from the journal on fails once: exit code and guest agree",
         profile: &PV,
-        run: |ctx| injected(ctx, Kind::Pv, "fail", 1),
+        run: |ctx| injected(ctx, Kind::Pv, "fail", 1, &ACTIONS),
     },
     Scenario {
         name: "stops-pv",
         summary: "stopped at every 7th of its calls from the journal on, it is killed where it holds the guest",
         profile: &PV,
-        run: |ctx| injected(ctx, Kind::Pv, "stop", 7),
+        run: |ctx| injected(ctx, Kind::Pv, "stop", 7, &ACTIONS),
     },
     Scenario {
         name: "kills-pvh",
@@ -288,22 +300,30 @@ fn random(ctx: &mut Ctx, kind: Kind, kills: u32) -> Result<(), Verdict> {
     Ok(())
 }
 
-/// The actions that are made to end early: what they are called, the patch that is in force before, if
-/// any, and the command. In a guest that has just started a payload's first way in is the longest.
-const ACTIONS: [(&str, Option<&str>, &str); 3] = [
-    ("apply", None, "apply {} /payloads/locus_proc_pair.ko"),
-    ("revert", Some(PATCH), "revert {} locus_proc_pair"),
-    (
-        "replace",
-        Some("locus_cmdline"),
-        "replace {} /payloads/locus_proc_pair.ko",
-    ),
-];
+/// An action that is made to end early: what it is called, the patch that is in force before, if any,
+/// and the command.
+type Action = (&'static str, Option<&'static str>, &'static str);
+
+/// In a guest that has just started a payload's first way in is the longest.
+const APPLY: Action = ("apply", None, "apply {} /payloads/locus_proc_pair.ko");
+const REVERT: Action = ("revert", Some(PATCH), "revert {} locus_proc_pair");
+const REPLACE: Action = (
+    "replace",
+    Some("locus_cmdline"),
+    "replace {} /payloads/locus_proc_pair.ko",
+);
+const ACTIONS: [Action; 3] = [APPLY, REVERT, REPLACE];
 
 /// Makes each action end at its first place, at its second, and so on, in steps of `step`, until it ends by
 /// itself.
-fn injected(ctx: &mut Ctx, kind: Kind, what: &str, step: u32) -> Result<(), Verdict> {
-    for (action, before, command) in ACTIONS {
+fn injected(
+    ctx: &mut Ctx,
+    kind: Kind,
+    what: &str,
+    step: u32,
+    actions: &[Action],
+) -> Result<(), Verdict> {
+    for &(action, before, command) in actions {
         ctx.destroy_guest(kind.name())?;
         let mut subject = Subject::new(ctx, kind)?;
         let mut tally = Tally::default();

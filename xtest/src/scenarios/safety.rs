@@ -69,7 +69,7 @@ fn signals(ctx: &mut Ctx) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new("pv", Kind::Pv))?;
     guest.start_workload()?;
     let rounds = guest.rounds()?;
-    let out = ctx.dom0.sh_timeout(SIGNALS, Duration::from_secs(900))?;
+    let out = ctx.dom0.sh_timeout(SIGNALS, Duration::from_secs(1800))?;
     check_eq!(out.rc, 0, "{} {}", out.text(), out.err_text());
     ctx.dom0.sh("xen-locus revert pv --all")?;
     let status = ctx.json("xen-locus -o json status pv")?;
