@@ -124,9 +124,11 @@ fn hot_add(ctx: &Ctx, guest: &Guest, before: u64) -> Result<u64, Verdict> {
 }
 
 /// Suspend to RAM, which in such a guest is suspend to idle, by the kernel's own test of it: tasks are
-/// frozen and devices are down for five seconds, within which a patch comes.
+/// frozen and devices are down for five seconds, within which a patch comes. It passes them in a loop that
+/// counts cycles, which took over twenty seconds of an emulated guest's clock, and its watchdog for a lockup.
 fn sleeps(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let name = &guest.name;
+    guest.ok("echo 60 >/proc/sys/kernel/watchdog_thresh")?;
     let began = Instant::now();
     guest.ok("echo platform >/sys/power/pm_test && (sleep 2; echo mem >/sys/power/state; echo $? >/tmp/slept) >/dev/null 2>&1 &")?;
     std::thread::sleep(Duration::from_secs(3));
