@@ -181,9 +181,9 @@ fn run_profile(
             }
         };
         if totals.failed > failed_before {
-            totals
-                .failures
-                .push(format!("{}: {}", scenario.name, ends_of(&word)));
+            let why: Vec<&str> = word.lines().map(str::trim).take(4).collect();
+            let why = why.join(" ");
+            totals.failures.push(format!("{}: {why}", scenario.name));
         }
         println!(
             "{:<6}{:<28} {took:6.1} s{retried}  {word}",
@@ -194,15 +194,6 @@ fn run_profile(
         machine.collect_logs();
     }
     totals
-}
-
-/// The first two lines of a text and its last four: a script says at its end why it ended.
-fn ends_of(text: &str) -> String {
-    let lines: Vec<&str> = text.lines().map(str::trim).collect();
-    match lines.as_slice() {
-        [a, b, _, .., w, x, y, z] => [a, b, "..", w, x, y, z].join(" "),
-        all => all.join(" "),
-    }
 }
 
 /// Runs one scenario; the flag of an error says that QEMU was at fault, provably.
