@@ -51,7 +51,8 @@ test-matrix: deps
 
 bench: deps
 	$(XTEST) bench
-	$(XTEST) bench --reading
+	$(XTEST) bench --clock host --only base --only calls
+	$(XTEST) bench --clock host --reading
 
 # Seconds for each target of the fuzzer.
 SECONDS = 20

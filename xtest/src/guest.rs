@@ -172,8 +172,12 @@ impl Guest {
         let config = format!("/etc/xen/{name}.cfg");
         dom0.put(&config, 0o644, spec.to_config().as_bytes())?;
         let limit = Duration::from_secs(240);
+        let log = format!("/var/log/guest-{name}");
+        // What one before it said may be why it is gone.
         let out = dom0.sh_timeout(
-            &format!("rm -f /var/log/guest-{name}.log; xl create -q {config}"),
+            &format!(
+                "[ ! -e {log}.log ] || mv -f {log}.log {log}-before.log; xl create -q {config}"
+            ),
             limit,
         )?;
         if out.rc != 0 {

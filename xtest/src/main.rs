@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 use xtest::bench::Bench;
 use xtest::fetch::{ensure_suite, Suite, BOOKWORM, SUITES};
 use xtest::guest::Kind;
+use xtest::measure::Clock;
 use xtest::paths::Paths;
 use xtest::scenario::{Profile, Scenario, PROFILES};
 use xtest::{demo, measure, payloads, runner, scenarios, shell, source};
@@ -66,9 +67,12 @@ enum Command {
         /// Only what reading a guest's kernel costs, which else is left out
         #[arg(long)]
         reading: bool,
-        /// Longest time for one point, in seconds; what was measured until then counts
+        /// Longest time for one point, in seconds by the machine's clock; what was measured until then counts
         #[arg(long, default_value_t = 480)]
         limit: u64,
+        /// Clock of the machine: the host's has the host's noise in it
+        #[arg(long, value_enum, default_value_t = Clock::Instructions)]
+        clock: Clock,
     },
     /// Download and unpack the Debian packages
     Fetch,
@@ -131,6 +135,7 @@ fn run(cli: Cli) -> Result<bool> {
             only,
             reading,
             limit,
+            clock,
         } => {
             let wanted = measure::Wanted {
                 rounds: rounds.unwrap_or(if quick { 20 } else { 200 }),
@@ -139,6 +144,7 @@ fn run(cli: Cli) -> Result<bool> {
                 only,
                 reading,
                 limit: Duration::from_secs(limit),
+                clock,
             };
             measure::run(&Bench::prepare()?, &wanted)?;
         }

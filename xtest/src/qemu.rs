@@ -165,6 +165,9 @@ fn arguments(
         ),
     ];
     let mut args = vec!["-nodefaults".to_owned(), "-no-reboot".to_owned()];
+    if profile.counted {
+        args.extend(["-icount", "shift=1,sleep=off"].map(str::to_owned));
+    }
     args.extend(
         pairs
             .into_iter()

@@ -303,7 +303,8 @@ fn lost_gs(logs: &Path, crashed: &[String]) -> bool {
         .any(|log| gs_signature(&tail(&log, 60)))
 }
 
-fn gs_signature(console: &str) -> bool {
+/// What shows that fault on a guest's console.
+pub(crate) fn gs_signature(console: &str) -> bool {
     let panicked = console.contains("Kernel panic - not syncing: Fatal exception in interrupt");
     let bases = |line: &str| {
         let (_, rest) = line.split_once(" GS:")?;

@@ -24,6 +24,9 @@ pub struct Profile {
     pub thread: &'static str,
     /// Whether the device model and firmware for HVM guests are in the image.
     pub hvm: bool,
+    /// Whether the machine's clock counts instructions, 2 ns each, instead of the host's time; while all of its
+    /// CPUs are idle it leaps to the next timer. Takes `thread=single`.
+    pub counted: bool,
     /// Physical CPUs.
     pub cpus: u32,
     /// Memory of the machine, in MiB.
@@ -43,6 +46,7 @@ pub const PV: Profile = Profile {
     name: "pv",
     thread: "multi",
     hvm: false,
+    counted: false,
     cpus: 2,
     memory: 3072,
     dom0_memory: 1536,

@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::points::{Asker, Point};
 use super::stats::{ratio, Samples};
+use super::Wanted;
 use crate::guest::Guest;
 use crate::scenario::Ctx;
 use crate::verdict::Verdict;
@@ -69,11 +70,11 @@ pub fn measure(
     guest: &Guest,
     point: Point,
     rounds: u32,
-    limit: Duration,
+    wanted: &Wanted,
 ) -> Result<Measured, Verdict> {
     let name = &guest.name;
     let payload = point.payload();
-    let seconds = limit.as_secs();
+    let seconds = wanted.limit.as_secs();
     let cmd = match point.asker {
         Asker::Resident => format!(
             "locus-pauses {name} /payloads/{payload}.ko --rounds {rounds} --limit {seconds}"
@@ -86,7 +87,7 @@ pub fn measure(
              xen-locus -o json revert {name} {payload} --max-pause 1s; done; true"
         ),
     };
-    let patience = limit + Duration::from_secs(120);
+    let patience = wanted.patience(wanted.limit + Duration::from_secs(120));
     let out = ctx.dom0.sh_timeout(&cmd, patience)?;
     if out.rc != 0 || out.timed_out {
         let said = out.err_text();

@@ -53,8 +53,15 @@ pub fn svg(report: &Report) -> String {
     text(&mut out, LEFT, y, "title", &base);
     y += 22.0;
     let key = "blue: median (dot), p99 (bar), largest (end of line); grey: the same of the floor; \
-               microseconds; kernel ";
-    text(&mut out, LEFT, y, "", &format!("{key}{}", report.kernel));
+               microseconds";
+    let (clock, kernel) = (report.clock, &report.kernel);
+    text(
+        &mut out,
+        LEFT,
+        y,
+        "",
+        &format!("{key} {clock}; kernel {kernel}"),
+    );
     y = TOP;
     for (guests, panels) in &rows {
         text(&mut out, LEFT, y, "title", &guests.kind.to_uppercase());

@@ -8,6 +8,7 @@ use super::inside::{Calls, Livepatch};
 use super::pauses::Measured;
 use super::points::{Point, BASE};
 use super::stats::{ratio, Samples};
+use super::Clock;
 
 /// All that was measured.
 #[derive(Debug, Serialize)]
@@ -16,6 +17,8 @@ pub struct Report {
     pub schema: u32,
     /// Release of the guests' kernel.
     pub kernel: String,
+    /// Clock of the machines.
+    pub clock: Clock,
     /// Applies, and reverts, that were asked for at the base point.
     pub rounds: u32,
     /// One for each type of guest.
