@@ -9,7 +9,7 @@
 //! ([`Prescan::reckon`]); of the others what they say before is what they say after it. A task that is born later
 //! begins with nothing.
 
-use super::prescan::Prescan;
+use super::prescan::{Known, Prescan};
 use crate::addr::{Gva, Range};
 use crate::error::Result;
 use crate::guest::Vcpu;
@@ -24,19 +24,37 @@ const TRIES: u32 = 4;
 pub(super) struct Ledger {
     /// Switches of all CPUs.
     switches: u64,
-    /// Switches of each task that ran lately, the latest first.
-    accounts: Vec<(Gva, u64)>,
+    /// Of each task that ran lately, the latest first.
+    pub(super) accounts: Vec<Account>,
+}
+
+/// What was counted of a task.
+#[derive(PartialEq, Eq)]
+pub(super) struct Account {
+    pub(super) task: Gva,
+    /// Its switches.
+    ran: u64,
+    /// Nothing watched had been found on its stack, and it had not run since.
+    clear: bool,
+}
+
+impl Account {
+    /// Whether what was found of the task at that moment is that nothing watched is there, and holds.
+    /// Those that need not be `asked` did not run.
+    pub(super) fn is_clear(&self, known: &Known, asked: bool) -> Result<bool> {
+        Ok(self.clear && (!asked || known.ran()? == self.ran))
+    }
 }
 
 impl Ledger {
-    /// The tasks that may have run since.
-    pub(super) fn tasks(&self) -> impl Iterator<Item = Gva> + '_ {
-        self.accounts.iter().map(|&(task, _)| task)
-    }
-
     /// Adds a task that was born since.
     pub(super) fn add(&mut self, task: Gva) {
-        self.accounts.insert(0, (task, 0));
+        let born = Account {
+            task,
+            ran: 0,
+            clear: false,
+        };
+        self.accounts.insert(0, born);
     }
 }
 
@@ -60,11 +78,15 @@ impl Prescan<'_, '_> {
         }
         let read = || {
             let switches = total(&self.count_switches()?);
-            let ran = |&task: &Gva| Some((task, self.known.get(&task)?.ran()));
-            let accounts = lively.iter().filter_map(ran);
-            let accounts = accounts
-                .map(|(task, ran)| Ok((task, ran?)))
-                .collect::<Result<Vec<_>>>()?;
+            let known = lively.iter().filter_map(|task| self.known.get(task));
+            let account = |known: &Known| {
+                Ok(Account {
+                    task: known.task.addr,
+                    ran: known.ran()?,
+                    clear: known.is_clear()?,
+                })
+            };
+            let accounts = known.map(account).collect::<Result<Vec<_>>>()?;
             Ok::<_, crate::error::Error>(Ledger { switches, accounts })
         };
         let mut moment = None;
@@ -90,29 +112,32 @@ impl Prescan<'_, '_> {
         Ok(())
     }
 
-    /// Whether those who ran lately account for all switches since the reckoning, now that the CPUs count `switches`.
-    pub(super) fn accounts(&self, vcpus: &[Vcpu], switches: &[u64]) -> Result<bool> {
+    /// Whether those who ran lately account for all switches since the reckoning, now that the CPUs count `switches`:
+    /// how many had to be asked, in the ledger's order. Nobody else ran.
+    pub(super) fn accounts(&self, vcpus: &[Vcpu], switches: &[u64]) -> Result<Option<usize>> {
         let Some(ledger) = &self.ledger else {
-            return Ok(false);
+            return Ok(None);
         };
         if self.may_count(vcpus) {
-            return Ok(false);
+            return Ok(None);
         }
         let mut left = total(switches).wrapping_sub(ledger.switches);
-        for (task, then) in &ledger.accounts {
+        let mut asked = 0;
+        for account in &ledger.accounts {
             if left == 0 {
                 break;
             }
-            let Some(known) = self.known.get(task) else {
-                return Ok(false);
+            asked += 1;
+            let Some(known) = self.known.get(&account.task) else {
+                return Ok(None);
             };
-            let ran = known.ran()?.wrapping_sub(*then);
+            let ran = known.ran()?.wrapping_sub(account.ran);
             match left.checked_sub(ran) {
                 Some(rest) if ran == 0 || known.is_itself()? => left = rest,
-                _ => return Ok(false),
+                _ => return Ok(None),
             }
         }
-        Ok(left == 0)
+        Ok((left == 0).then_some(asked))
     }
 
     /// Whether a vCPU may be between the statements that count a switch. It may have been interrupted there only by

@@ -103,6 +103,11 @@ impl Known {
         })
     }
 
+    /// Whether nothing watched was found, and the task did not run since.
+    pub(super) fn is_clear(&self) -> Result<bool> {
+        Ok(self.seen()? == Some(Seen::Clear))
+    }
+
     pub(super) fn is_on_cpu(&self) -> Result<bool> {
         Ok(self.words.on_cpu.u32()? != 0)
     }
@@ -509,8 +514,11 @@ impl<'k, 'm> Prescan<'k, 'm> {
         }
         let switches = self.count_switches()?;
         let calm = !switches.is_empty() && switches == self.switches;
-        let told = !calm && self.accounts(vcpus, &switches)?;
-        if !calm && !told && !thorough && self.known.len() > FEW {
+        let told = match calm {
+            true => None,
+            false => self.accounts(vcpus, &switches)?,
+        };
+        if !calm && told.is_none() && !thorough && self.known.len() > FEW {
             return Ok(Verdict::Stirred);
         }
         let mut look = Look::new(self);
@@ -524,9 +532,7 @@ impl<'k, 'm> Prescan<'k, 'm> {
             }
         }
         let mut scan = |known: &Known| {
-            if (calm || known.seen()? != Some(Seen::Clear))
-                && !running.contains_key(&known.task.addr)
-            {
+            if (calm || !known.is_clear()?) && !running.contains_key(&known.task.addr) {
                 look.task(known, None)?;
             }
             Ok::<(), Error>(())
@@ -535,9 +541,12 @@ impl<'k, 'm> Prescan<'k, 'm> {
             for known in self.restless.iter().filter_map(|a| self.known.get(a)) {
                 scan(known)?;
             }
-        } else if let (true, Some(ledger)) = (told, &self.ledger) {
-            for known in ledger.tasks().filter_map(|a| self.known.get(&a)) {
-                scan(known)?;
+        } else if let (Some(asked), Some(ledger)) = (told, &self.ledger) {
+            for (n, account) in ledger.accounts.iter().enumerate() {
+                match self.known.get(&account.task) {
+                    Some(known) if !account.is_clear(known, n < asked)? => scan(known)?,
+                    _ => {}
+                }
             }
         } else {
             for (n, known) in self.known.values().enumerate() {

@@ -288,6 +288,32 @@ fn who_runs_while_switches_are_reckoned_is_asked() {
 }
 
 #[test]
+fn who_ran_before_the_reckoning_only_is_looked_at_all_the_same() {
+    reckoned(
+        |_| (),
+        |guest, scan| {
+            let ran = |count| {
+                guest.switched(1, count);
+                guest.cpu_switched(0, count);
+            };
+            for count in [7, 8] {
+                ran(count);
+                assert_eq!(blocked(scan.rehearse().unwrap()), NOBODY);
+            }
+            ran(9);
+            guest.enter(1, true);
+            scan.reckon(|| Ok(guest.world.vcpus.clone())).unwrap();
+            guest.switched(43, 1);
+            guest.cpu_switched(0, 10);
+            // One that ran shows it: that it isn't found shows that it wasn't asked.
+            guest.enter(42, true);
+            guest.switched(42, 1);
+            assert_eq!(guest.look(scan), [1]);
+        },
+    );
+}
+
+#[test]
 fn who_was_born_after_the_reckoning_is_asked_too() {
     with_guest(|guest, scan| {
         let births = guest.kernel.symbols.need("total_forks").unwrap();
