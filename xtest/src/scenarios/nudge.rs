@@ -164,6 +164,9 @@ fn killed(
     for nth in (1..).step_by(step) {
         let hit = killed_at(ctx, nth, "journal", &format!("nudge {name} {file}"))?;
         if !hit {
+            // Woken: it may take a moment until they all sleep in it again.
+            guest.ok("sleep 1")?;
+            sleeps(guest)?;
             break;
         }
         kills += 1;
