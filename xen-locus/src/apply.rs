@@ -32,6 +32,8 @@ use write::{check_all, write_all, Target};
 /// Attempts to find a moment at which no task has run since the rehearsal, before all tasks are asked
 /// for it while the guest is paused.
 const HASTY: u32 = 8;
+/// Most rehearsals before an attempt, while too many run between one and what would be the pause.
+const REHEARSALS: u32 = 4;
 /// Shortest wait between two attempts.
 const WAIT_MIN: Duration = Duration::from_millis(1);
 /// Longest wait between two attempts.
@@ -246,14 +248,20 @@ fn last_look<'g>(
     options: &Options,
 ) -> Result<(Verdict, Box<dyn Paused + 'g>)> {
     guard.settle();
-    // A busy guest has new tasks by now, and again when all have been looked at.
-    prescan.catch_up()?;
-    prescan.rehearse()?;
-    prescan.reckon(|| Ok(guard.vcpus()?))?;
-    // What follows is done once before: what is used for the first time is slow, and what was used a
-    // moment ago is quick, after a rehearsal that went through all tasks.
-    prescan.look(&guard.vcpus()?, true, &|| false)?;
-    prescan.catch_up()?;
+    for _ in 0..REHEARSALS {
+        // A busy guest has new tasks by now, and again when all have been looked at.
+        prescan.catch_up()?;
+        prescan.rehearse()?;
+        prescan.reckon(|| Ok(guard.vcpus()?))?;
+        // What follows is done once before: what is used for the first time is slow, and what was used a
+        // moment ago is quick, after a rehearsal that went through all tasks.
+        let before = prescan.look(&guard.vcpus()?, thorough, &|| false)?;
+        prescan.catch_up()?;
+        // That too many ran meanwhile, or were born, is seen without a pause.
+        if !matches!(before, Verdict::Stirred | Verdict::Moved) {
+            break;
+        }
+    }
     let paused = guard.pause()?;
     let too_long = || paused.elapsed() > options.max_pause;
     let verdict = prescan.look(&paused.vcpus()?, thorough, &too_long)?;

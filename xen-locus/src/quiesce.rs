@@ -20,7 +20,7 @@ use serde::Serialize;
 
 use crate::addr::{Gva, Range};
 use crate::error::Result;
-use crate::guest::Vcpu;
+use crate::guest::{fetch, Vcpu};
 use crate::kernel::Kernel;
 
 /// Why someone is in the way, in the kernel's vocabulary (kernel/livepatch/transition.c).
@@ -135,6 +135,20 @@ impl Watch {
             .take_while(|(_, highest)| word <= *highest)
             .find(|(w, _)| word <= w.range.end.0)
             .map(|(w, _)| (w, word - w.range.start.0))
+    }
+
+    /// The hits among the 64-bit words of `stack`.
+    fn hits<'w>(&'w self, stack: &'w [u8]) -> impl Iterator<Item = (&'w Watched, u64)> {
+        // Most words are far from all ranges, which two comparisons show.
+        let first = self
+            .sorted
+            .first()
+            .map_or(u64::MAX, |(w, _)| w.range.start.0);
+        let last = self.sorted.last().map_or(0, |&(_, highest)| highest);
+        let words = stack.chunks_exact(8).filter_map(|w| fetch::u64(w, 0));
+        words
+            .filter(move |&word| first < word && word <= last)
+            .filter_map(|word| self.hit(word))
     }
 }
 

@@ -9,6 +9,7 @@
 //! ([`Prescan::reckon`]); of the others what they say before is what they say after it. A task that is born later
 //! begins with nothing.
 
+use super::look::Look;
 use super::prescan::{Known, Prescan};
 use crate::addr::{Gva, Range};
 use crate::error::Result;
@@ -76,9 +77,59 @@ impl Prescan<'_, '_> {
         if lively.len() > FEW || self.cpus.iter().any(|cpu| cpu.switches.is_none()) {
             return Ok(());
         }
+        let moment = self.moment(&lively, &vcpus)?;
+        let mut others_ran = false;
+        for (task, known) in &self.known {
+            if known.rehearsed.get() != known.ran()? && !lively.contains(task) {
+                known.lively.set(self.rehearsals);
+                others_ran = true;
+            }
+        }
+        self.ledger = moment.filter(|_| !others_ran);
+        self.reckon_again(vcpus)
+    }
+
+    /// Scans those of the ledger again that ran since they were, and reckons anew from there on. That takes as long for
+    /// fifty tasks as for ten thousand, so that few run between it and a pause.
+    fn reckon_again(&mut self, vcpus: impl Fn() -> Result<Vec<Vcpu>>) -> Result<()> {
+        let Some(before) = &self.ledger else {
+            return Ok(());
+        };
+        let tasks: Vec<Gva> = before.accounts.iter().map(|a| a.task).collect();
+        let mut look = Look::new(self);
+        for known in tasks.iter().filter_map(|task| self.known.get(task)) {
+            self.scan(known, &mut look)?;
+        }
+        look.verdict();
+        let Some(after) = self.moment(&tasks, vcpus)? else {
+            return Ok(());
+        };
+        let mut left = after.switches.wrapping_sub(before.switches);
+        for (then, now) in before.accounts.iter().zip(&after.accounts) {
+            let Some(known) = self.known.get(&now.task).filter(|_| then.task == now.task) else {
+                return Ok(());
+            };
+            match without(left, known, now.ran.wrapping_sub(then.ran))? {
+                Some(rest) => left = rest,
+                None => return Ok(()),
+            }
+        }
+        // Nobody else ran.
+        if left == 0 {
+            self.ledger = Some(after);
+        }
+        Ok(())
+    }
+
+    /// What is counted at one moment of `tasks` and of the CPUs; `None` where there is no such moment.
+    fn moment(
+        &self,
+        tasks: &[Gva],
+        vcpus: impl Fn() -> Result<Vec<Vcpu>>,
+    ) -> Result<Option<Ledger>> {
         let read = || {
             let switches = total(&self.count_switches()?);
-            let known = lively.iter().filter_map(|task| self.known.get(task));
+            let known = tasks.iter().filter_map(|task| self.known.get(task));
             let account = |known: &Known| {
                 Ok(Account {
                     task: known.task.addr,
@@ -89,7 +140,6 @@ impl Prescan<'_, '_> {
             let accounts = known.map(account).collect::<Result<Vec<_>>>()?;
             Ok::<_, crate::error::Error>(Ledger { switches, accounts })
         };
-        let mut moment = None;
         for _ in 0..TRIES {
             let ledger = read()?;
             let counts = self.may_count(&vcpus()?);
@@ -97,19 +147,10 @@ impl Prescan<'_, '_> {
             // Nobody switched, was about to, or was born unknown meanwhile.
             let same = ledger.switches == after.switches && ledger.accounts == after.accounts;
             if same && !counts && !self.moved()? {
-                moment = Some(ledger);
-                break;
+                return Ok(Some(ledger));
             }
         }
-        let mut others_ran = false;
-        for (task, known) in &self.known {
-            if known.rehearsed.get() != known.ran()? && !lively.contains(task) {
-                known.lively.set(self.rehearsals);
-                others_ran = true;
-            }
-        }
-        self.ledger = moment.filter(|_| !others_ran);
-        Ok(())
+        Ok(None)
     }
 
     /// Whether those who ran lately account for all switches since the reckoning, now that the CPUs count `switches`:
@@ -131,10 +172,9 @@ impl Prescan<'_, '_> {
             let Some(known) = self.known.get(&account.task) else {
                 return Ok(None);
             };
-            let ran = known.ran()?.wrapping_sub(account.ran);
-            match left.checked_sub(ran) {
-                Some(rest) if ran == 0 || known.is_itself()? => left = rest,
-                _ => return Ok(None),
+            match without(left, known, known.ran()?.wrapping_sub(account.ran))? {
+                Some(rest) => left = rest,
+                None => return Ok(None),
             }
         }
         Ok((left == 0).then_some(asked))
@@ -153,6 +193,14 @@ impl Prescan<'_, '_> {
         let mut inside = vcpus.iter().filter(|v| v.online && !v.user);
         inside.any(|v| counting.contains(Gva(v.rip)) || is_own(Gva(v.rsp)))
     }
+}
+
+/// What is left of so many switches of all CPUs without those `ran` of a task; `None` if they can't be its own.
+fn without(switches: u64, known: &Known, ran: u64) -> Result<Option<u64>> {
+    Ok(match switches.checked_sub(ran) {
+        Some(rest) if ran == 0 || known.is_itself()? => Some(rest),
+        _ => None,
+    })
 }
 
 fn total(switches: &[u64]) -> u64 {

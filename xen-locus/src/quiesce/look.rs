@@ -221,12 +221,9 @@ impl<'s, 'k, 'm> Look<'s, 'k, 'm> {
         words.resize(usize::try_from(len).unwrap_or(0), 0);
         read(&mut words)?;
         let mut clear = true;
-        for word in words.chunks_exact(8) {
-            let word = fetch::u64(word, 0).unwrap_or(0);
-            if let Some((watched, offset)) = scan.watch.hit(word) {
-                self.report(task, reason, &watched.name, offset);
-                clear = false;
-            }
+        for (watched, offset) in scan.watch.hits(&words) {
+            self.report(task, reason, &watched.name, offset);
+            clear = false;
         }
         self.words = words;
         Ok(clear)

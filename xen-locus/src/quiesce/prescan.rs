@@ -470,31 +470,37 @@ impl<'k, 'm> Prescan<'k, 'm> {
             if !matches!(known.rehearsed.replace(ran), before if before == 0 || before == ran) {
                 known.lively.set(self.rehearsals);
             }
-            let seen = known.seen()?;
-            if seen == Some(Seen::Clear) {
-                continue;
-            }
-            let before = known.switches()?;
-            known.seen.set(None);
-            // The order counts: a task that begins to run after this shows it below.
-            let scanned = if known.is_on_cpu()? {
-                None
-            } else if look.task(known, None)? {
-                Some(Seen::Clear)
-            } else {
-                Some(seen.unwrap_or(Seen::Alarm))
-            };
-            let scanned = scanned.map(|seen| (before, seen));
-            if scanned.is_some() && !known.is_on_cpu()? && known.switches()? == before {
-                known.seen.set(scanned);
-            }
-            if known.seen.get() != Some((before, Seen::Clear)) {
+            if !self.scan(known, &mut look)? {
                 restless.push(known.task.addr);
             }
         }
         let verdict = look.verdict();
         self.restless = restless;
         Ok(verdict)
+    }
+
+    /// Scans the stack of a task that is off its CPU, if nothing is known of it or it ran since; says whether
+    /// it is known that nothing watched is there.
+    pub(super) fn scan(&self, known: &Known, look: &mut Look<'_, 'k, 'm>) -> Result<bool> {
+        let seen = known.seen()?;
+        if seen == Some(Seen::Clear) {
+            return Ok(true);
+        }
+        let before = known.switches()?;
+        known.seen.set(None);
+        // The order counts: a task that begins to run after this shows it below.
+        let scanned = if known.is_on_cpu()? {
+            None
+        } else if look.task(known, None)? {
+            Some(Seen::Clear)
+        } else {
+            Some(seen.unwrap_or(Seen::Alarm))
+        };
+        let scanned = scanned.map(|seen| (before, seen));
+        if scanned.is_some() && !known.is_on_cpu()? && known.switches()? == before {
+            known.seen.set(scanned);
+        }
+        Ok(known.seen.get() == Some((before, Seen::Clear)))
     }
 
     /// Looks at everything that may have changed since the last rehearsal, and maps nothing: what it

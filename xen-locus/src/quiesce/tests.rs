@@ -314,6 +314,51 @@ fn who_ran_before_the_reckoning_only_is_looked_at_all_the_same() {
 }
 
 #[test]
+fn who_ran_until_the_reckoning_is_scanned_before_the_pause() {
+    // Task 1 is one of the ledger, 42 is not. `runs` enters the function while they are reckoned for the second time.
+    let reckoned = |runs: Option<u32>, test: &dyn Fn(&Guest<'_>, &Prescan<'_, '_>)| {
+        with_guest(|guest, scan| {
+            guest.enter(42, false);
+            for count in [7, 8] {
+                guest.switched(1, count);
+                guest.cpu_switched(0, count);
+                assert_eq!(blocked(scan.rehearse().unwrap()), NOBODY);
+            }
+            guest.switched(1, 9);
+            guest.cpu_switched(0, 9);
+            let asked = Cell::new(0);
+            scan.reckon(|| {
+                asked.set(asked.get() + 1);
+                if let Some(pid) = runs.filter(|_| asked.get() == 2) {
+                    guest.enter(pid, true);
+                    guest.switched(pid, 10);
+                    guest.cpu_switched(0, if pid == 1 { 10 } else { 19 });
+                }
+                Ok(guest.world.vcpus.clone())
+            })
+            .unwrap();
+            assert!(asked.get() >= 2);
+            test(guest, scan);
+        });
+    };
+    reckoned(None, &|guest, scan| {
+        // That it is not found shows that it wasn't looked at.
+        guest.enter(1, true);
+        guest.switched(43, 1);
+        guest.cpu_switched(0, 10);
+        assert_eq!(guest.look(scan), NOBODY);
+    });
+    reckoned(Some(1), &|guest, scan| assert_eq!(guest.look(scan), [1]));
+    reckoned(Some(42), &|guest, scan| {
+        assert_eq!(guest.look(scan), [42]);
+        // Nor are all that ran since taken for those that ran at the second reckoning.
+        guest.switched(1, 10);
+        guest.cpu_switched(0, 20);
+        assert_eq!(guest.look(scan), [42]);
+    });
+}
+
+#[test]
 fn who_was_born_after_the_reckoning_is_asked_too() {
     with_guest(|guest, scan| {
         let births = guest.kernel.symbols.need("total_forks").unwrap();
@@ -352,6 +397,17 @@ fn a_watched_range_is_hit_behind_its_first_byte_and_up_to_its_end() {
     assert_eq!(name(0x1011), None);
     assert_eq!(name(0x2008), Some(("b".into(), 8)));
     assert_eq!(name(0x3000), None);
+    let words: Vec<u64> = (0xff0..0x2030).chain([0, u64::MAX]).collect();
+    let stack: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+    let offsets = |found: &mut dyn Iterator<Item = (&Watched, u64)>| {
+        found
+            .map(|(w, offset)| (w.name.clone(), offset))
+            .collect::<Vec<_>>()
+    };
+    let one_by_one = offsets(&mut words.iter().filter_map(|&w| watch.hit(w)));
+    assert_eq!(offsets(&mut watch.hits(&stack)), one_by_one);
+    assert_eq!(one_by_one.len(), 32);
+    assert_eq!(Watch::default().hits(&stack).count(), 0);
     assert!(Watch::default().hit(5).is_none());
     // One within another.
     let watch = Watch::of(vec![

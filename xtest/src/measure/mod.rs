@@ -198,8 +198,10 @@ fn measure(ctx: &mut Ctx, kind: Kind, wanted: &Wanted) -> OfGuests {
     };
     let is_wanted = |name: &str| wanted.only.is_empty() || wanted.only.iter().any(|n| n == name);
     if wanted.reading || is_wanted(CALLS) {
-        let first = before(ctx, kind, wanted, &mut found);
-        note(&mut found, "reading and livepatch", first);
+        let what = "reading, calls and livepatch";
+        let first = twice(ctx, kind, BASE.vcpus, what, |ctx| before(ctx, kind, wanted));
+        let first = first.map(|inside| (found.calls, found.livepatch) = inside.unzip());
+        note(&mut found, what, first);
     }
     if wanted.reading {
         return found;
@@ -209,12 +211,16 @@ fn measure(ctx: &mut Ctx, kind: Kind, wanted: &Wanted) -> OfGuests {
             continue;
         }
         let began = Instant::now();
-        let result = at(ctx, kind, wanted, point).map(|measured| {
+        let what = point.name();
+        let result = twice(ctx, kind, point.vcpus, &what, |ctx| {
+            at(ctx, kind, wanted, point)
+        });
+        let result = result.map(|measured| {
             let took = began.elapsed().as_secs();
             eprintln!("xtest: {}: {measured} ({took} s)", kind.name());
             found.points.push(measured);
         });
-        note(&mut found, &point.name(), result);
+        note(&mut found, &what, result);
     }
     found.judge();
     found
@@ -228,46 +234,50 @@ fn note(found: &mut OfGuests, what: &str, result: Result<(), Verdict>) {
 }
 
 /// What wants a guest that xen-locus has not changed yet.
-fn before(ctx: &mut Ctx, kind: Kind, wanted: &Wanted, found: &mut OfGuests) -> Result<(), Verdict> {
-    let guest = guest(ctx, kind, BASE.vcpus)?;
-    if wanted.reading {
-        return reading::reading(ctx, &guest.name, wanted.rounds.min(10));
-    }
-    // Idle: what the load takes of the CPU is no cost of a call.
-    found.calls = Some(inside::calls(ctx, &guest)?);
-    prepare(&guest, BASE)?;
-    let rounds = wanted.rounds.min(LIVEPATCHES);
-    found.livepatch = Some(inside::livepatch(ctx, &guest, &BASE.payload(), rounds)?);
-    Ok(())
-}
-
-/// Measures at a point, once more if QEMU lost the guest.
-fn at(
+fn before(
     ctx: &mut Ctx,
     kind: Kind,
     wanted: &Wanted,
-    point: Point,
-) -> Result<pauses::Measured, Verdict> {
-    let first = once(ctx, kind, wanted, point);
+) -> Result<Option<(inside::Calls, inside::Livepatch)>, Verdict> {
+    let guest = guest(ctx, kind, BASE.vcpus)?;
+    if wanted.reading {
+        reading::reading(ctx, &guest.name, wanted.rounds.min(10))?;
+        return Ok(None);
+    }
+    // Idle: what the load takes of the CPU is no cost of a call.
+    let calls = inside::calls(ctx, &guest)?;
+    prepare(&guest, BASE)?;
+    let rounds = wanted.rounds.min(LIVEPATCHES);
+    let livepatch = inside::livepatch(ctx, &guest, &BASE.payload(), rounds)?;
+    Ok(Some((calls, livepatch)))
+}
+
+/// Measures, once more if QEMU lost the guest with so many vCPUs.
+fn twice<T>(
+    ctx: &mut Ctx,
+    kind: Kind,
+    vcpus: u32,
+    what: &str,
+    measure: impl Fn(&mut Ctx) -> Result<T, Verdict>,
+) -> Result<T, Verdict> {
+    let first = measure(ctx);
     let Err(why) = first else {
         return first;
     };
-    let log = format!("/var/log/guest-{}.log", name(kind, point.vcpus));
+    let log = format!("/var/log/guest-{}.log", name(kind, vcpus));
     let console = ctx.dom0.sh(&format!("tail -n 60 {log}"))?.text();
     if runner::gs_signature(&console) {
-        let name = point.name();
-        eprintln!(
-            "xtest: {}: {name}: QEMU lost the guest (SVM): once more: {why}",
-            kind.name()
-        );
-        return once(ctx, kind, wanted, point);
+        let kind = kind.name();
+        eprintln!("xtest: {kind}: {what}: QEMU lost the guest (SVM): once more: {why}");
+        return measure(ctx);
     }
     Err(Verdict::failure(format!(
         "{why}; the guest's console ends:\n{console}"
     )))
 }
 
-fn once(
+/// Measures at a point.
+fn at(
     ctx: &mut Ctx,
     kind: Kind,
     wanted: &Wanted,
