@@ -7,7 +7,7 @@
 //!
 //! For that must be known what all tasks had counted at one moment. Of those who ran lately it is read at that moment
 //! ([`Prescan::reckon`]); of the others what they say before is what they say after it. A task that is born later
-//! begins with nothing.
+//! begins with nothing. From that moment on, those who ran lately tell by themselves of a later one.
 
 use super::look::Look;
 use super::prescan::{Known, Prescan};

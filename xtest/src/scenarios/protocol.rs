@@ -45,6 +45,8 @@ const SUBJECT: &str = "locus_protocol";
 const PATCH: &str = "locus_protocol_patch";
 /// Cycles that one command does: the guest is asked how it is in between.
 const ROUND: u32 = 20;
+/// Cycles after which a long run says how far it is.
+const SAY: u32 = 100;
 
 /// What the threads have counted.
 #[derive(Debug)]
@@ -138,6 +140,9 @@ fn protocol(ctx: &mut Ctx, kind: Kind, count: u32) -> Result<(), Verdict> {
         now.goes_on_from(&before)?;
         let [old, new] = [0, 1].map(|i| now.calls[i] > before.calls[i]);
         check!(old && new, "one version ran only: {before:?}, then {now:?}");
+        if done % SAY == 0 {
+            eprintln!("protocol: {done} cycles, no violation");
+        }
         before = now;
     }
     log.nothing_new(ctx, &guest)?;
