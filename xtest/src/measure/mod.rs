@@ -36,6 +36,8 @@ use report::{OfGuests, Report};
 const MEMORY: u32 = 768;
 /// Threads that a guest may have for certain.
 const MANY_THREADS: u32 = 20_000;
+/// Tries to measure at a point, as long as it is QEMU that loses the guest.
+const TRIES: u32 = 3;
 /// Times that the guest's own livepatch is applied.
 const LIVEPATCHES: u32 = 20;
 
@@ -199,7 +201,7 @@ fn measure(ctx: &mut Ctx, kind: Kind, wanted: &Wanted) -> OfGuests {
     let is_wanted = |name: &str| wanted.only.is_empty() || wanted.only.iter().any(|n| n == name);
     if wanted.reading || is_wanted(CALLS) {
         let what = "reading, calls and livepatch";
-        let first = twice(ctx, kind, BASE.vcpus, what, |ctx| before(ctx, kind, wanted));
+        let first = again(ctx, kind, BASE.vcpus, what, |ctx| before(ctx, kind, wanted));
         let first = first.map(|inside| (found.calls, found.livepatch) = inside.unzip());
         note(&mut found, what, first);
     }
@@ -212,7 +214,7 @@ fn measure(ctx: &mut Ctx, kind: Kind, wanted: &Wanted) -> OfGuests {
         }
         let began = Instant::now();
         let what = point.name();
-        let result = twice(ctx, kind, point.vcpus, &what, |ctx| {
+        let result = again(ctx, kind, point.vcpus, &what, |ctx| {
             at(ctx, kind, wanted, point)
         });
         let result = result.map(|measured| {
@@ -252,8 +254,8 @@ fn before(
     Ok(Some((calls, livepatch)))
 }
 
-/// Measures, once more if QEMU lost the guest with so many vCPUs.
-fn twice<T>(
+/// Measures, and again if QEMU lost the guest with so many vCPUs.
+fn again<T>(
     ctx: &mut Ctx,
     kind: Kind,
     vcpus: u32,
@@ -270,14 +272,14 @@ fn twice<T>(
         let log = format!("/var/log/guest-{}.log", name(kind, vcpus));
         let console = ctx.dom0.sh(&format!("tail -n 60 {log}"))?.text();
         let lost = runner::gs_signature(&console);
-        if tries == 2 || !lost {
+        if tries == TRIES || !lost {
             let known = if lost { "by" } else { "not by" };
             return Err(Verdict::failure(format!(
                 "{why}, {known} QEMU's known fault (SVM); the guest's console ends:\n{console}"
             )));
         }
         let kind = kind.name();
-        eprintln!("xtest: {kind}: {what}: QEMU lost the guest (SVM): once more: {why}");
+        eprintln!("xtest: {kind}: {what}: QEMU lost the guest (SVM), once more: {why}");
     }
 }
 
