@@ -7,24 +7,28 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use memchr::{memchr, memmem};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::link::record::hex;
+use crate::lost::{self, InForce};
 
 /// Where the system's log is.
 pub const LOG: &str = "/var/log/xen-locus/audit.jsonl";
 /// Where its last line is known from.
 const HEAD: &str = "/var/lib/xen-locus/audit-head.json";
 /// Longest line, in bytes.
-const LINE_MAX: u64 = 64 << 10;
+const LINE_MAX: usize = 64 << 10;
 /// Longest message in one.
 const MESSAGE_MAX: usize = 4096;
+/// Bytes read at once by who looks for a guest's last line.
+const BLOCK: usize = 256 << 10;
 /// What stands before a line's own hash.
 const OWN: &str = ",\"hash\":\"";
 /// The hash before the first line.
@@ -86,6 +90,10 @@ pub struct Line {
     /// What was done.
     #[serde(flatten)]
     pub action: Action,
+    /// Patches that are in force in the guest after it, in the order they were applied: those too that went with a
+    /// kernel, until somebody takes them back.
+    #[serde(default)]
+    pub in_force: Vec<InForce>,
     /// Hash of the line before it, in hex.
     pub prev: String,
 }
@@ -178,6 +186,24 @@ impl Audit {
         }
     }
 
+    /// The patches that are in force in the guest `uuid`, in the order they were applied; of a guest without a line
+    /// none. Takes as long however many lines there are before its last one; what is changed in the log
+    /// [`Audit::history`] says.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] when the log can't be read.
+    pub fn in_force(&self, uuid: &str) -> Result<Vec<InForce>> {
+        let last = || match File::open(&self.log) {
+            Ok(file) => file
+                .lock_shared()
+                .and_then(|()| last_of(&file, uuid, BLOCK)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        };
+        let last = last().map_err(|error| self.failed("cannot read", &error))?;
+        Ok(last.map_or_else(Vec::new, |line| line.in_force))
+    }
+
     /// Reads the log and checks its chain. A log that isn't there is an empty one.
     ///
     /// # Errors
@@ -217,7 +243,12 @@ impl History {
         let mut heads: Vec<Head> = Vec::new();
         for number in 1u64.. {
             let mut text = Vec::new();
-            if from.by_ref().take(LINE_MAX).read_until(b'\n', &mut text)? == 0 {
+            if from
+                .by_ref()
+                .take(LINE_MAX as u64)
+                .read_until(b'\n', &mut text)?
+                == 0
+            {
                 break;
             }
             let Some((line, hash)) = parse(&text) else {
@@ -261,6 +292,40 @@ fn parse(text: &[u8]) -> Option<(Line, Option<String>)> {
     Some((line, (digest(hashed) == own).then(|| own.to_owned())))
 }
 
+/// The last line about the guest `uuid`, looked for from the end in steps of `block` bytes.
+fn last_of(file: &File, uuid: &str, block: usize) -> io::Result<Option<Line>> {
+    // A quote within a string has a backslash before it, so only the member is found.
+    let member = format!("\"uuid\":{}", serde_json::to_string(uuid)?);
+    let member = memmem::Finder::new(&member);
+    let mut end = file.metadata()?.len();
+    // What was read of the line that begins before `end`.
+    let mut rest = Vec::new();
+    while end > 0 {
+        let start = end.saturating_sub(block as u64);
+        let mut bytes = vec![0; usize::try_from(end - start).unwrap_or(0)];
+        file.read_exact_at(&mut bytes, start)?;
+        bytes.append(&mut rest);
+        let whole = match start {
+            0 => 0,
+            _ => memchr(b'\n', &bytes).map_or(bytes.len(), |at| at + 1),
+        };
+        let lines = bytes.split_off(whole);
+        let mut lines = lines.split_inclusive(|&byte| byte == b'\n').rev();
+        let found = lines.find_map(|text| {
+            member.find(text)?;
+            parse(text).map(|(line, _)| line)
+        });
+        if found.is_some() {
+            return Ok(found);
+        }
+        rest = bytes;
+        // One that is longer is no entry.
+        rest.truncate(LINE_MAX);
+        end = start;
+    }
+    Ok(None)
+}
+
 /// A log that is open.
 #[derive(Debug)]
 pub struct Writer<'a> {
@@ -286,9 +351,12 @@ impl Writer<'_> {
         action.message.truncate(end);
         fault::point("audit: append")?;
         let before = self.last()?;
+        let in_force =
+            last_of(&self.file, &action.uuid, BLOCK)?.map_or_else(Vec::new, |l| l.in_force);
         let line = Line {
             schema: 1,
             seq: before.seq.wrapping_add(1),
+            in_force: lost::after(in_force, &action),
             action,
             prev: before.hash,
         };
@@ -323,7 +391,7 @@ impl Writer<'_> {
         });
         let len = self.file.metadata()?.len();
         self.file
-            .seek(SeekFrom::Start(len.saturating_sub(LINE_MAX)))?;
+            .seek(SeekFrom::Start(len.saturating_sub(LINE_MAX as u64)))?;
         let mut tail = Vec::new();
         self.file.read_to_end(&mut tail)?;
         if tail.last().is_some_and(|&byte| byte != b'\n') {
@@ -457,6 +525,47 @@ mod tests {
         let history = audit.history().unwrap();
         assert_eq!(history.faults, ["line 4 is no entry"]);
         assert_eq!(history.lines.last().unwrap().seq, 4);
+    }
+
+    #[test]
+    fn what_is_in_force_in_a_guest_is_told_by_its_last_line_wherever_that_is() {
+        let audit = log("in-force");
+        assert_eq!(audit.in_force("a").unwrap(), []);
+        let action = |uuid: &str, patch: &str, said: &str| Action {
+            uuid: uuid.into(),
+            op: "apply".into(),
+            patch: patch.into(),
+            result: "applied".into(),
+            message: said.into(),
+            ..Action::default()
+        };
+        let mut writer = audit.open().unwrap();
+        writer.append(action("a", "one", "")).unwrap();
+        writer.append(action("b", "two", "")).unwrap();
+        writer.append(action("a", "three", "")).unwrap();
+        // Lines of others, one of which speaks of it; and one that was cut short.
+        writer
+            .append(action("b", "four", "\"uuid\":\"a\""))
+            .unwrap();
+        let mut file = OpenOptions::new().append(true).open(&audit.log).unwrap();
+        file.write_all(b"{\"uuid\":\"a\",").unwrap();
+        writer.append(action("b", "five", "")).unwrap();
+        let names = |line: Option<Line>| -> Vec<String> {
+            let all = line.map_or_else(Vec::new, |l| l.in_force);
+            all.into_iter().map(|p| p.name).collect()
+        };
+        let file = File::open(&audit.log).unwrap();
+        let len = usize::try_from(file.metadata().unwrap().len()).unwrap();
+        for block in 1..=len + 1 {
+            let of = |uuid| names(last_of(&file, uuid, block).unwrap());
+            assert_eq!(of("a"), ["one", "three"], "{block} bytes at once");
+            assert_eq!(of("b"), ["two", "four", "five"], "{block} bytes at once");
+            assert_eq!(of("c"), [""; 0], "{block} bytes at once");
+        }
+        // By the first line that can be read.
+        let text = fs::read_to_string(&audit.log).unwrap();
+        fs::write(&audit.log, text.replace("three", "\0")).unwrap();
+        assert_eq!(names(last_of(&file, "a", 100).unwrap()), ["one"]);
     }
 
     #[test]

@@ -5,10 +5,15 @@
 //! in the guest's arena; so one that was in force by the log, and of which the arena has no trace, went with
 //! a kernel.
 
-use crate::audit::Line;
+use serde::{Deserialize, Serialize};
+
+use crate::audit::Action;
+
+/// Most patches that a line of the log tells of, several times what a guest has room for: the line stays one.
+const IN_FORCE_MAX: usize = 100;
 
 /// A patch that is in force, by the log.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InForce {
     /// Its name.
     pub name: String,
@@ -20,46 +25,37 @@ pub struct InForce {
     pub record: String,
 }
 
-/// Those of [`in_force`] of whose file, by its SHA-256, `has` the guest's arena no trace.
+/// What is in force in a guest after `action`, when `before` was before it: in the order it was applied.
 #[must_use]
-pub fn lost(log: &[Line], uuid: &str, has: impl Fn(&str) -> bool) -> Vec<InForce> {
-    let mut lost = in_force(log, uuid);
-    lost.retain(|p| !has(&p.sha256));
-    lost
-}
-
-/// The patches that are in force in the guest `uuid` by the log, in the order they were applied.
-#[must_use]
-pub fn in_force(log: &[Line], uuid: &str) -> Vec<InForce> {
-    let mut in_force: Vec<InForce> = Vec::new();
-    for line in log.iter().filter(|l| l.action.uuid == uuid) {
-        let action = &line.action;
-        // What a run that was interrupted had done, `recover` says.
-        let (op, done) = match action.op.as_str() {
-            "recover" => (
-                action.of.as_str(),
-                action.result == "finished" && !action.of.is_empty(),
-            ),
-            op => (op, matches!(&*action.result, "applied" | "reverted")),
-        };
-        // To take back what is not there says that it is not wanted.
-        let unwanted = op == "revert" && (done || action.result == "already");
-        if !done && !unwanted {
-            continue;
-        }
-        in_force.retain(|p| {
-            let ended = p.name == action.patch || action.superseded.contains(&p.name);
-            !ended && op != "replace"
-        });
-        if !unwanted {
-            in_force.push(InForce {
-                name: action.patch.clone(),
-                sha256: action.sha256.clone(),
-                applied_at: action.time,
-                record: action.record.clone(),
-            });
-        }
+pub fn after(before: Vec<InForce>, action: &Action) -> Vec<InForce> {
+    let mut in_force = before;
+    // What a run that was interrupted had done, `recover` says.
+    let (op, done) = match action.op.as_str() {
+        "recover" => (
+            action.of.as_str(),
+            action.result == "finished" && !action.of.is_empty(),
+        ),
+        op => (op, matches!(&*action.result, "applied" | "reverted")),
+    };
+    // To take back what is not there says that it is not wanted.
+    let unwanted = op == "revert" && (done || action.result == "already");
+    if !done && !unwanted {
+        return in_force;
     }
+    in_force.retain(|p| {
+        let ended = p.name == action.patch || action.superseded.contains(&p.name);
+        !ended && op != "replace"
+    });
+    if !unwanted {
+        in_force.push(InForce {
+            name: action.patch.clone(),
+            sha256: action.sha256.clone(),
+            applied_at: action.time,
+            record: action.record.clone(),
+        });
+    }
+    let many = in_force.len().saturating_sub(IN_FORCE_MAX);
+    in_force.drain(..many);
     in_force
 }
 
@@ -68,67 +64,81 @@ mod tests {
     use super::*;
     use crate::audit::Action;
 
-    /// Lines of a guest, from (op, patch, result, what it superseded).
-    fn log(lines: &[(&str, &str, &str, &[&str])]) -> Vec<Line> {
-        let line =
-            |(at, (op, patch, result, superseded)): (usize, &(&str, &str, &str, &[&str]))| {
-                let (op, of) = op.split_once('-').unwrap_or((op, ""));
-                Line {
-                    schema: 1,
-                    seq: at as u64,
-                    action: Action {
-                        time: at as u64,
-                        op: op.into(),
-                        of: of.into(),
-                        uuid: "u".into(),
-                        patch: (*patch).into(),
-                        sha256: format!("sha of {patch}"),
-                        result: (*result).into(),
-                        superseded: superseded.iter().map(|&s| s.into()).collect(),
-                        ..Action::default()
-                    },
-                    prev: String::new(),
-                }
+    /// An action: what was done to a patch, what came of it, what it superseded.
+    type Done = (
+        &'static str,
+        &'static str,
+        &'static str,
+        &'static [&'static str],
+    );
+
+    /// What is in force after these.
+    fn log(lines: &[Done]) -> Vec<InForce> {
+        let mut in_force = Vec::new();
+        for (at, (op, patch, result, superseded)) in (0..).zip(lines) {
+            let (op, of) = op.split_once('-').unwrap_or((op, ""));
+            let action = Action {
+                time: at,
+                op: op.into(),
+                of: of.into(),
+                patch: (*patch).into(),
+                sha256: format!("sha of {patch}"),
+                result: (*result).into(),
+                superseded: superseded.iter().map(|&s| s.into()).collect(),
+                ..Action::default()
             };
-        lines.iter().enumerate().map(line).collect()
+            in_force = after(in_force, &action);
+        }
+        in_force
     }
 
-    fn names(lines: &[(&str, &str, &str, &[&str])], there: &[&str]) -> Vec<String> {
-        let has = |sha256: &str| there.iter().any(|t| sha256 == format!("sha of {t}"));
-        let lost = lost(&log(lines), "u", has);
-        lost.into_iter().map(|l| l.name).collect()
+    fn names(lines: &[Done]) -> Vec<String> {
+        log(lines).into_iter().map(|p| p.name).collect()
     }
 
     #[test]
-    fn what_was_applied_and_left_no_trace_is_lost() {
-        let lines: &[(&str, &str, &str, &[&str])] = &[
+    fn what_was_applied_is_in_force() {
+        let lines: &[Done] = &[
             ("apply", "a", "applied", &[]),
             ("apply", "b", "blocked", &[]),
+            ("nudge", "a", "woken", &[]),
             ("apply", "c", "applied", &[]),
         ];
-        assert_eq!(names(lines, &[]), ["a", "c"]);
-        // One of them was applied again; or taken back, and stays parked.
-        assert_eq!(names(lines, &["a"]), ["c"]);
-        assert_eq!(lost(&log(lines), "another", |_| false), []);
-        assert_eq!(lost(&log(lines), "u", |_| false)[1].applied_at, 2);
+        assert_eq!(names(lines), ["a", "c"]);
+        let last = log(lines).pop().unwrap();
+        assert_eq!((last.applied_at, &*last.sha256), (3, "sha of c"));
     }
 
     #[test]
-    fn what_was_taken_back_or_superseded_is_not_lost() {
+    fn however_many_a_guest_lost_what_came_last_is_told() {
+        let mut in_force = Vec::new();
+        for number in 0..2 * IN_FORCE_MAX {
+            let action = Action {
+                op: "apply".into(),
+                result: "applied".into(),
+                patch: number.to_string(),
+                ..Action::default()
+            };
+            in_force = after(in_force, &action);
+        }
+        assert_eq!(in_force.len(), IN_FORCE_MAX);
+        assert_eq!(
+            in_force.last().unwrap().name,
+            (2 * IN_FORCE_MAX - 1).to_string()
+        );
+    }
+
+    #[test]
+    fn what_was_taken_back_or_superseded_is_not_in_force() {
         let applied = [
             ("apply", "a", "applied", &[][..]),
             ("apply", "b", "applied", &[]),
             ("apply", "c", "applied", &[]),
         ];
-        let and = |more: (
-            &'static str,
-            &'static str,
-            &'static str,
-            &'static [&'static str],
-        )| {
+        let and = |more: Done| {
             let mut lines = applied.to_vec();
             lines.push(more);
-            names(&lines, &[])
+            names(&lines)
         };
         assert_eq!(and(("revert", "c", "reverted", &[])), ["a", "b"]);
         assert_eq!(and(("revert", "a", "already", &[])), ["b", "c"]);
@@ -142,13 +152,10 @@ mod tests {
     #[test]
     fn what_recover_settled_counts() {
         let ends = |of: &'static str, result: &'static str, superseded: &'static [&'static str]| {
-            names(
-                &[
-                    ("apply", "a", "applied", &[]),
-                    (of, "b", result, superseded),
-                ],
-                &[],
-            )
+            names(&[
+                ("apply", "a", "applied", &[]),
+                (of, "b", result, superseded),
+            ])
         };
         assert_eq!(ends("recover-apply", "finished", &[]), ["a", "b"]);
         assert_eq!(ends("recover-apply", "finished", &["a"]), ["b"]);
@@ -158,6 +165,6 @@ mod tests {
             ("apply", "a", "applied", &[][..]),
             ("recover-revert", "a", "finished", &[]),
         ];
-        assert_eq!(names(&back, &[]), Vec::<String>::new());
+        assert_eq!(names(&back), Vec::<String>::new());
     }
 }

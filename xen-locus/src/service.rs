@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::addr::DomId;
 use crate::apply::{self, Options, Report};
-use crate::audit::{Action, Audit, History, Writer};
+use crate::audit::{Action, Audit, Writer};
 use crate::domain::Domain;
 use crate::error::{Error, Result};
 use crate::fault;
@@ -16,7 +16,6 @@ use crate::kernel::Kernel;
 use crate::link::arena::{self, Arena};
 use crate::link::presence;
 use crate::link::record::{hex, Function};
-use crate::lost::lost;
 use crate::nudge::{self, Nudged};
 use crate::patch::Payload;
 use crate::plan::{self, Mode, Stack};
@@ -135,11 +134,11 @@ pub fn patches(kernel: &Kernel<'_>, uuid: Option<&str>) -> Result<Vec<Patch>> {
 
 /// Those that the guest `uuid` lost. A log that can't be read is no reason to hide what is there.
 fn gone(uuid: &str, has: impl Fn(&str) -> bool) -> Vec<Patch> {
-    let log = Audit::system().history().unwrap_or_else(|error| {
+    let mut lost = Audit::system().in_force(uuid).unwrap_or_else(|error| {
         eprintln!("xen-locus: what the guest lost when it was started anew can't be told: {error}");
-        History::default()
+        Vec::new()
     });
-    let lost = lost(&log.lines, uuid, has);
+    lost.retain(|p| !has(&p.sha256));
     lost.into_iter()
         .map(|lost| Patch {
             name: lost.name,

@@ -21,7 +21,6 @@ use crate::link::presence;
 use crate::link::record::{hex, Function, State};
 use crate::link::seal::{self, BLOCK};
 use crate::link::site::{self, Head, JUMP};
-use crate::lost::{in_force, lost};
 use crate::plan::{self, Stack};
 
 /// Looks at most, while each shows changes.
@@ -230,7 +229,9 @@ impl Look<'_, '_> {
         applied: &[&Resident],
         known: Known<'_>,
     ) -> Vec<String> {
-        let in_force = in_force(known.log, known.uuid);
+        let mut lines = known.log.iter().rev();
+        let last = lines.find(|line| line.action.uuid == known.uuid);
+        let in_force = last.map_or(&[][..], |line| &line.in_force);
         let mut unconfirmed = Vec::new();
         for patch in applied {
             let found = hex(&patch.slot.record_sha256);
@@ -250,11 +251,12 @@ impl Look<'_, '_> {
                 _ => unconfirmed.push(name.clone()),
             }
         }
-        for lost in lost(known.log, known.uuid, |sha256| {
-            all.iter().any(|r| r.record.sha256 == sha256)
-        }) {
+        for lost in in_force {
+            if all.iter().any(|r| r.record.sha256 == lost.sha256) {
+                continue;
+            }
             self.drift.push(Drift {
-                patch: lost.name,
+                patch: lost.name.clone(),
                 what: What::Record,
                 at: page_address(0),
                 function: None,

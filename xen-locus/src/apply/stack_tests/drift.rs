@@ -3,6 +3,7 @@
 use super::*;
 use crate::audit::{Action, Line};
 use crate::guest::space::{PTE_NX, PTE_USER, PTE_WRITE};
+use crate::lost::{self, InForce};
 use crate::verify::{verify, Known, What, Who};
 
 impl Guest {
@@ -181,42 +182,54 @@ fn records_are_held_against_the_audit_log() {
     let kernel = guest.kernel();
     let residents = Arena::read(&kernel).unwrap().residents(&kernel).unwrap();
     let placed = hex(&residents[0].slot.record_sha256);
-    let line = |uuid: &str, patch: &str, record: &str| Line {
-        schema: 1,
-        seq: 1,
-        action: Action {
-            op: "apply".into(),
-            result: "applied".into(),
-            uuid: uuid.into(),
-            patch: patch.into(),
-            record: record.into(),
-            sha256: if patch == "one" {
-                residents[0].record.sha256.clone()
-            } else {
-                "another file".into()
-            },
-            ..Action::default()
-        },
-        prev: String::new(),
+    // A log of what was applied: to which guest, which patch, with which record.
+    let log = |applied: &[(&str, &str, &str)]| -> Vec<Line> {
+        let mut in_force = std::collections::HashMap::<String, Vec<InForce>>::new();
+        let line = |&(uuid, patch, record): &(&str, &str, &str)| {
+            let sha256 = match patch {
+                "one" => &residents[0].record.sha256,
+                _ => "another file",
+            };
+            let action = Action {
+                op: "apply".into(),
+                result: "applied".into(),
+                uuid: uuid.into(),
+                patch: patch.into(),
+                record: record.into(),
+                sha256: sha256.into(),
+                ..Action::default()
+            };
+            let own = in_force.entry(uuid.into()).or_default();
+            *own = lost::after(std::mem::take(own), &action);
+            Line {
+                schema: 1,
+                seq: 1,
+                in_force: own.clone(),
+                action,
+                prev: String::new(),
+            }
+        };
+        applied.iter().map(line).collect()
     };
-    let told = |log: &[Line]| {
-        let known = Known { log, uuid: "u" };
+    let told = |applied: &[(&str, &str, &str)]| {
+        let known = Known {
+            log: &log(applied),
+            uuid: "u",
+        };
         let outcome = verify(&guest.kernel(), Some(known)).unwrap();
         let drift = outcome.drift.into_iter().map(|d| (d.patch, d.what));
         (outcome.unconfirmed, drift.collect::<Vec<_>>())
     };
     let one = || vec!["one".to_owned()];
-    assert_eq!(told(&[line("u", "one", &placed)]), (vec![], vec![]));
-    let forged = line("u", "one", "00");
+    assert_eq!(told(&[("u", "one", &placed)]), (vec![], vec![]));
+    let forged = ("u", "one", "00");
     let drift = vec![("one".into(), What::Record)];
-    assert_eq!(told(std::slice::from_ref(&forged)), (vec![], drift));
+    assert_eq!(told(&[forged]), (vec![], drift));
     // What was placed earlier may be there again: the guest was restored.
-    assert_eq!(told(&[line("u", "one", &placed), forged]), (vec![], vec![]));
-    assert_eq!(told(&[line("v", "one", &placed)]), (one(), vec![]));
-    assert_eq!(told(&[line("u", "one", "")]), (one(), vec![]));
+    assert_eq!(told(&[("u", "one", &placed), forged]), (vec![], vec![]));
+    assert_eq!(told(&[("v", "one", &placed)]), (one(), vec![]));
+    assert_eq!(told(&[("u", "one", "")]), (one(), vec![]));
     let lost = vec![("two".into(), What::Record)];
-    assert_eq!(
-        told(&[line("u", "one", &placed), line("u", "two", "11")]),
-        (vec![], lost)
-    );
+    let both = [("u", "one", &*placed), ("u", "two", "11"), ("v", "one", "")];
+    assert_eq!(told(&both), (vec![], lost));
 }
