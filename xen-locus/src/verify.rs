@@ -236,11 +236,14 @@ impl Look<'_, '_> {
         for patch in applied {
             let found = hex(&patch.slot.record_sha256);
             let name = &patch.record.name;
+            let told = in_force.iter().find(|p| p.name == *name);
             let mut own = known.log.iter().map(|l| &l.action);
-            if own.any(|a| a.uuid == known.uuid && a.record == found) {
+            if told.is_some_and(|p| p.record == found)
+                || own.any(|a| a.uuid == known.uuid && a.record == found)
+            {
                 continue;
             }
-            match in_force.iter().find(|p| p.name == *name) {
+            match told {
                 Some(p) if !p.record.is_empty() => {
                     let at =
                         page_address(patch.slot.first.into()).plus(patch.slot.record_offset.into());
