@@ -23,7 +23,7 @@ use crate::guest::fetch;
 use crate::link::record::hex;
 
 /// First bytes of a file; the last of them changes with the format.
-const MAGIC: &[u8; 8] = b"xlocus\x00\x02";
+const MAGIC: &[u8; 8] = b"xlocus\x00\x03";
 /// Bytes before the body: magic number, CRC-32 of the body.
 const HEAD: usize = 12;
 /// Longest file believed, in bytes.

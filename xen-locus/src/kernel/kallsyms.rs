@@ -80,9 +80,27 @@ pub struct Symbols {
     pub places: Places,
     names: Compressed,
     /// The address of each.
+    #[serde(with = "words")]
     addrs: Vec<u64>,
     #[serde(skip)]
     by_addr: OnceCell<Vec<u32>>,
+}
+
+/// Words as the bytes that they have in memory: of kernel addresses, whose upper bits are set, postcard would make
+/// more, and take its time for each.
+mod words {
+    use serde::{Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(words: &[u64], to: S) -> Result<S::Ok, S::Error> {
+        let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+        serde_bytes::serialize(&bytes, to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<u64>, D::Error> {
+        let bytes: &[u8] = serde_bytes::deserialize(from)?;
+        let word = |bytes: &[u8]| bytes.try_into().map(u64::from_le_bytes).unwrap_or_default();
+        Ok(bytes.chunks_exact(8).map(word).collect())
+    }
 }
 
 /// What a symbol table must agree with before it is believed.
