@@ -5,6 +5,8 @@
 //! of the last line are kept elsewhere too, so lines missing at the end are noticed. Whoever is root in
 //! dom0 can write all of it anew; who can't, can't unnoticed.
 
+pub mod in_force;
+
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt};
@@ -14,10 +16,10 @@ use memchr::{memchr, memmem};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use self::in_force::InForce;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::link::record::hex;
-use crate::lost::{self, InForce};
 
 /// Where the system's log is.
 pub const LOG: &str = "/var/log/xen-locus/audit.jsonl";
@@ -356,7 +358,7 @@ impl Writer<'_> {
         let line = Line {
             schema: 1,
             seq: before.seq.wrapping_add(1),
-            in_force: lost::after(in_force, &action),
+            in_force: in_force::after(in_force, &action),
             action,
             prev: before.hash,
         };

@@ -25,7 +25,6 @@ pub mod guest;
 pub mod journal;
 pub mod kernel;
 pub mod link;
-pub mod lost;
 pub mod nudge;
 pub mod patch;
 pub mod plan;

@@ -1,9 +1,9 @@
 //! What `verify` says of the mock guest after something in it was changed.
 
 use super::*;
+use crate::audit::in_force::{self, InForce};
 use crate::audit::{Action, Line};
 use crate::guest::space::{PTE_NX, PTE_USER, PTE_WRITE};
-use crate::lost::{self, InForce};
 use crate::verify::{verify, Known, What, Who};
 
 impl Guest {
@@ -200,7 +200,7 @@ fn records_are_held_against_the_audit_log() {
                 ..Action::default()
             };
             let own = in_force.entry(uuid.into()).or_default();
-            *own = lost::after(std::mem::take(own), &action);
+            *own = in_force::after(std::mem::take(own), &action);
             Line {
                 schema: 1,
                 seq: 1,

@@ -1,9 +1,10 @@
-//! Patches that a guest lost: it was started anew since they were applied, or restored from before.
+//! Patches that are in force in a guest, by the audit log: each line says which, from what the line before it of the
+//! same guest says and what was done since.
 //!
-//! What is in force stands in the guest's own memory, and with that it goes. That it was there is told by
-//! the audit log, under the guest's UUID, which a reboot leaves as it is. A patch that was taken back stays
-//! in the guest's arena; so one that was in force by the log, and of which the arena has no trace, went with
-//! a kernel.
+//! What is in force stands in the guest's own memory, and with that it goes. The log knows the guest by its
+//! UUID, which a reboot leaves as it is. A patch that was taken back stays in the guest's arena; so one that is in
+//! force by the log, and of which the arena has no trace, was lost: the guest was started anew since, or restored
+//! from before.
 
 use serde::{Deserialize, Serialize};
 
