@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result};
 use clap::Parser;
 use serde_json::json;
 use xen_locus::cli::Host;
+use xen_locus::journal::Journal;
 use xen_locus::xen::{run_first, Control, Other};
 
 /// Run a command, kill it, and see whether the guest runs on
@@ -37,7 +38,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 const STOPPED: Duration = Duration::from_millis(500);
 /// Between two looks: what they cost the command is missing to it.
 const REST: Duration = Duration::from_millis(2);
-/// The same where the pause is waited for.
+/// The same where a pause is waited for that may come: what is about to be changed is in the journal.
 const SHORT_REST: Duration = Duration::from_micros(200);
 
 /// When the guest was seen paused.
@@ -99,6 +100,7 @@ fn main() -> Result<()> {
         .spawn()
         .with_context(|| format!("starting {program}"))?;
     let process = Other::open(child.id())?;
+    let journal = Journal::new(&info.uuid);
     let mut stopped: Option<Instant> = None;
     let mut killed_in_pause = None;
     let mut due = args.after.map(|us| began + Duration::from_micros(us));
@@ -126,10 +128,9 @@ fn main() -> Result<()> {
         } else if !paused || ended.elapsed() > PATIENCE {
             break;
         }
-        let rest = if args.in_pause.is_some() {
-            SHORT_REST
-        } else {
-            REST
+        let rest = match args.in_pause {
+            Some(_) if journal.exists() => SHORT_REST,
+            _ => REST,
         };
         if due.is_none_or(|at| at > Instant::now() + rest) || killed_in_pause.is_some() {
             std::thread::sleep(rest);
