@@ -26,10 +26,10 @@ pub const LOG: &str = "/var/log/xen-locus/audit.jsonl";
 /// Where its last line is known from.
 const HEAD: &str = "/var/lib/xen-locus/audit-head.json";
 /// Longest line, in bytes.
-const LINE_MAX: usize = 64 << 10;
+const LINE_MAX: u64 = 64 << 10;
 /// Longest message in one.
 const MESSAGE_MAX: usize = 4096;
-/// Bytes read at once by who looks for a guest's last line.
+/// Bytes read at once by who looks for a guest's last line: several lines.
 const BLOCK: usize = 256 << 10;
 /// What stands before a line's own hash.
 const OWN: &str = ",\"hash\":\"";
@@ -195,15 +195,14 @@ impl Audit {
     /// # Errors
     /// [`Error::Failed`] when the log can't be read.
     pub fn in_force(&self, uuid: &str) -> Result<Vec<InForce>> {
-        let last = || match File::open(&self.log) {
+        let read = match File::open(&self.log) {
             Ok(file) => file
                 .lock_shared()
-                .and_then(|()| last_of(&file, uuid, BLOCK)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+                .and_then(|()| last_in_force(&file, uuid, BLOCK)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
             Err(error) => Err(error),
         };
-        let last = last().map_err(|error| self.failed("cannot read", &error))?;
-        Ok(last.map_or_else(Vec::new, |line| line.in_force))
+        read.map_err(|error| self.failed("cannot read", &error))
     }
 
     /// Reads the log and checks its chain. A log that isn't there is an empty one.
@@ -245,12 +244,7 @@ impl History {
         let mut heads: Vec<Head> = Vec::new();
         for number in 1u64.. {
             let mut text = Vec::new();
-            if from
-                .by_ref()
-                .take(LINE_MAX as u64)
-                .read_until(b'\n', &mut text)?
-                == 0
-            {
+            if from.by_ref().take(LINE_MAX).read_until(b'\n', &mut text)? == 0 {
                 break;
             }
             let Some((line, hash)) = parse(&text) else {
@@ -294,8 +288,8 @@ fn parse(text: &[u8]) -> Option<(Line, Option<String>)> {
     Some((line, (digest(hashed) == own).then(|| own.to_owned())))
 }
 
-/// The last line about the guest `uuid`, looked for from the end in steps of `block` bytes.
-fn last_of(file: &File, uuid: &str, block: usize) -> io::Result<Option<Line>> {
+/// What is in force by the last line about the guest `uuid`, looked for from the end in steps of `block` bytes.
+fn last_in_force(file: &File, uuid: &str, block: usize) -> io::Result<Vec<InForce>> {
     // A quote within a string has a backslash before it, so only the member is found.
     let member = format!("\"uuid\":{}", serde_json::to_string(uuid)?);
     let member = memmem::Finder::new(&member);
@@ -317,15 +311,15 @@ fn last_of(file: &File, uuid: &str, block: usize) -> io::Result<Option<Line>> {
             member.find(text)?;
             parse(text).map(|(line, _)| line)
         });
-        if found.is_some() {
-            return Ok(found);
+        if let Some(line) = found {
+            return Ok(line.in_force);
         }
         rest = bytes;
         // One that is longer is no entry.
-        rest.truncate(LINE_MAX);
+        rest.truncate(BLOCK);
         end = start;
     }
-    Ok(None)
+    Ok(Vec::new())
 }
 
 /// A log that is open.
@@ -353,8 +347,7 @@ impl Writer<'_> {
         action.message.truncate(end);
         fault::point("audit: append")?;
         let before = self.last()?;
-        let in_force =
-            last_of(&self.file, &action.uuid, BLOCK)?.map_or_else(Vec::new, |l| l.in_force);
+        let in_force = last_in_force(&self.file, &action.uuid, BLOCK)?;
         let line = Line {
             schema: 1,
             seq: before.seq.wrapping_add(1),
@@ -393,7 +386,7 @@ impl Writer<'_> {
         });
         let len = self.file.metadata()?.len();
         self.file
-            .seek(SeekFrom::Start(len.saturating_sub(LINE_MAX as u64)))?;
+            .seek(SeekFrom::Start(len.saturating_sub(LINE_MAX)))?;
         let mut tail = Vec::new();
         self.file.read_to_end(&mut tail)?;
         if tail.last().is_some_and(|&byte| byte != b'\n') {
@@ -552,14 +545,12 @@ mod tests {
         let mut file = OpenOptions::new().append(true).open(&audit.log).unwrap();
         file.write_all(b"{\"uuid\":\"a\",").unwrap();
         writer.append(action("b", "five", "")).unwrap();
-        let names = |line: Option<Line>| -> Vec<String> {
-            let all = line.map_or_else(Vec::new, |l| l.in_force);
-            all.into_iter().map(|p| p.name).collect()
-        };
+        let names =
+            |all: Vec<InForce>| -> Vec<String> { all.into_iter().map(|p| p.name).collect() };
         let file = File::open(&audit.log).unwrap();
         let len = usize::try_from(file.metadata().unwrap().len()).unwrap();
         for block in 1..=len + 1 {
-            let of = |uuid| names(last_of(&file, uuid, block).unwrap());
+            let of = |uuid| names(last_in_force(&file, uuid, block).unwrap());
             assert_eq!(of("a"), ["one", "three"], "{block} bytes at once");
             assert_eq!(of("b"), ["two", "four", "five"], "{block} bytes at once");
             assert_eq!(of("c"), [""; 0], "{block} bytes at once");
@@ -567,7 +558,7 @@ mod tests {
         // By the first line that can be read.
         let text = fs::read_to_string(&audit.log).unwrap();
         fs::write(&audit.log, text.replace("three", "\0")).unwrap();
-        assert_eq!(names(last_of(&file, "a", 100).unwrap()), ["one"]);
+        assert_eq!(names(last_in_force(&file, "a", 100).unwrap()), ["one"]);
     }
 
     #[test]

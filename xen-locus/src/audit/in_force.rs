@@ -8,7 +8,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::audit::Action;
+use super::Action;
 
 /// Most patches that a line of the log tells of, several times what a guest has room for: the line stays one.
 const IN_FORCE_MAX: usize = 100;
@@ -63,7 +63,6 @@ pub fn after(before: Vec<InForce>, action: &Action) -> Vec<InForce> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::audit::Action;
 
     /// An action: what was done to a patch, what came of it, what it superseded.
     type Done = (
