@@ -14,6 +14,7 @@ pub mod addr;
 pub mod apply;
 pub mod audit;
 pub mod cli;
+pub mod cold;
 pub mod daemon;
 pub mod domain;
 pub mod error;

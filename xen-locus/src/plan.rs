@@ -156,7 +156,7 @@ pub fn prepare(
     }
     check_kernel(kernel, payload)?;
     image::check_supported(payload)?;
-    let supersedes = mode == Mode::Replace || payload.klp.replace == Some(true);
+    let supersedes = mode.supersedes(payload);
     if supersedes {
         for patch in stack.applied() {
             if let Some(why) = presence::gone(kernel, &patch.record)? {
@@ -198,6 +198,10 @@ pub fn prepare(
     };
     for function in &mut record.functions {
         function.new = u64::MAX;
+        function
+            .new_cold
+            .iter_mut()
+            .for_each(|part| part.0 = u64::MAX);
         (function.found, function.old_bytes) = ([u8::MAX; 5], [u8::MAX; 5]);
         function.new_bytes = [u8::MAX; 5];
     }
@@ -255,9 +259,12 @@ pub fn prepare(
     } else {
         std::iter::once(0..image.bytes.len()).collect()
     };
-    for (function, &new) in functions.iter_mut().zip(&image.functions) {
+    for (function, (new, cold)) in functions.iter_mut().zip(&image.functions) {
         function.new = new.0;
-        function.new_bytes = site::jump(Gva(function.site), new).ok_or_else(|| {
+        for (part, at) in function.new_cold.iter_mut().zip(cold) {
+            part.0 = at.0;
+        }
+        function.new_bytes = site::jump(Gva(function.site), *new).ok_or_else(|| {
             Error::NotApplicable(format!(
                 "{new} is out of reach of a jump from {}",
                 function.name
@@ -445,8 +452,10 @@ fn find_functions(
                 object: name.unwrap_or(VMLINUX).to_owned(),
                 old: old.0,
                 old_size: examined.range.len(),
+                old_cold: examined.cold.iter().map(|r| (r.start.0, r.len())).collect(),
                 new: 0,
                 new_size: func.new_size,
+                new_cold: payload.cold(func).map(|(_, _, size)| (0, size)).collect(),
                 site: examined.site.at.0,
                 found,
                 old_bytes: if supersedes { original } else { found },

@@ -27,6 +27,8 @@ fn sample_record() -> Record {
             old_size: 64,
             new: page_address(1).0,
             new_size: 32,
+            new_cold: Vec::new(),
+            old_cold: Vec::new(),
             site: TEXT.0 + 0x105,
             found: [0xcc; 5],
             old_bytes: [0xcc; 5],

@@ -32,6 +32,7 @@ use self::compressed::Compressed;
 use super::locate::KERNEL_MAP;
 use super::Error;
 use crate::addr::{Gva, Range};
+use crate::cold;
 use crate::guest::budget::Budget;
 use crate::guest::fetch;
 use crate::guest::space::{Region, Space};
@@ -571,6 +572,24 @@ impl Symbols {
     /// All symbols whose names end in `end`, in the table's order.
     pub fn ending<'a>(&'a self, end: &'a str) -> impl Iterator<Item = Symbol> + 'a {
         self.names.ending(end).filter_map(|i| self.nth(i))
+    }
+
+    /// Where the parts of the function at `entry` stand that seldom run, by any of its names: see [`cold`].
+    #[must_use]
+    pub fn cold(&self, entry: Gva) -> Vec<Gva> {
+        let names = (0..).zip(&self.addrs).filter(|(_, &at)| at == entry.0);
+        let names: Vec<String> = names.map(|(i, _)| self.names.name(i)).collect();
+        let mut parts = Vec::new();
+        for name in &names {
+            let name = format!("{name}{}", cold::SUFFIX);
+            parts.extend(self.all(&name).map(|s| s.addr));
+        }
+        // A compiler numbers them all or none.
+        if parts.is_empty() && self.ending(cold::SUFFIX).next().is_none() {
+            let is_part = |s: &Symbol| names.iter().any(|name| cold::is_part(&s.name, name));
+            parts.extend(self.iter().filter(is_part).map(|s| s.addr));
+        }
+        parts
     }
 
     /// The address of the only, or first, symbol called `name`.

@@ -42,8 +42,9 @@ pub struct Layout {
 pub struct Image {
     /// Its bytes, from its first page on; the rooms of the record and of the module entry are zero.
     pub bytes: Vec<u8>,
-    /// Addresses of the new functions, in the order of the payload's objects and functions.
-    pub functions: Vec<Gva>,
+    /// Addresses of the new functions and of the parts of each that stand elsewhere, in the order of the payload's
+    /// objects and functions.
+    pub functions: Vec<(Gva, Vec<Gva>)>,
     /// Jump labels, sorted by key and then by place. The guest's kernel has to know them.
     pub jumps: Vec<JumpSite>,
     /// Static keys of the kernel and its modules that jump labels follow, and the count of each that
@@ -279,15 +280,20 @@ pub fn link(
         .iter()
         .flat_map(|object| &object.funcs)
         .map(|func| {
-            let offset = layout.offset(func.new_section).ok_or_else(|| {
-                linker.no(format!(
-                    "the new {} is in no section that is placed",
-                    func.old_name
-                ))
-            })?;
-            Ok(base.plus(offset).plus(func.new_offset))
+            let place = |section, offset| {
+                let start = layout.offset(section).ok_or_else(|| {
+                    linker.no(format!(
+                        "the new {} is in no section that is placed",
+                        func.old_name
+                    ))
+                })?;
+                Ok::<_, Error>(base.plus(start).plus(offset))
+            };
+            let cold = payload.cold(func).map(|s| place(s.0, s.1));
+            let cold = cold.collect::<Result<_>>()?;
+            Ok((place(func.new_section, func.new_offset)?, cold))
         })
-        .collect::<Result<Vec<Gva>>>()?;
+        .collect::<Result<Vec<_>>>()?;
     Ok(Image {
         bytes: linker.bytes,
         functions,

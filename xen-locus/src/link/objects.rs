@@ -9,6 +9,7 @@
 use std::cell::{OnceCell, RefCell};
 
 use crate::addr::{Gva, Range};
+use crate::cold;
 use crate::error::{Error, Result};
 use crate::guest::fetch;
 use crate::kernel::modules::{Module, Reader, Rewritten, State, Symbol, MODULES_MAX};
@@ -65,6 +66,23 @@ impl Owner<'_> {
                 let end = part.map_or(at, |p| p.range.end);
                 let next = symbols.iter().map(|s| s.addr).filter(|&a| a > at).min();
                 next.map_or(end, |next| next.min(end)).0 - at.0
+            }
+        }
+    }
+
+    /// Where the parts of the function at `entry` stand that seldom run, by any of its names: see [`cold`]. Those of another
+    /// function of the same name may be among them.
+    #[must_use]
+    pub fn cold(&self, kernel: &Kernel<'_>, entry: Gva) -> Vec<Gva> {
+        match self {
+            Owner::Kernel => kernel.symbols.cold(entry),
+            Owner::Module(_, symbols) => {
+                let names = symbols.iter().filter(|s| s.addr == entry);
+                let names: Vec<&str> = names.map(|s| &*s.name).collect();
+                let cold = symbols
+                    .iter()
+                    .filter(|s| names.iter().any(|name| cold::is_part(&s.name, name)));
+                cold.map(|s| s.addr).collect()
             }
         }
     }

@@ -189,10 +189,16 @@ pub struct Function {
     pub old: u64,
     /// Its size: bytes up to the next symbol.
     pub old_size: u64,
+    /// Parts of it that stand elsewhere because they seldom run (GCC's `NAME.cold`): address and size.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub old_cold: Vec<(u64, u64)>,
     /// Address of the new function.
     pub new: u64,
     /// Its size, in bytes.
     pub new_size: u64,
+    /// Such parts of it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub new_cold: Vec<(u64, u64)>,
     /// Address of the redirect.
     pub site: u64,
     /// The bytes that stood there: the kernel's own, or the redirect of the patch below.

@@ -48,6 +48,8 @@ pub struct Function {
     pub range: Range,
     /// Where it can be redirected.
     pub site: Site,
+    /// Parts of it that stand elsewhere because they seldom run, each up to the next symbol.
+    pub cold: Vec<Range>,
     /// How it returns, where that can be seen.
     pub returns: Option<Returns>,
 }
@@ -131,6 +133,15 @@ pub fn examine(
     }
     let old: [u8; JUMP] = fetch::array(&code, offset).ok_or_else(too_short)?;
     check_bytes(kernel, &code, entry, offset).map_err(no)?;
+    let mut cold = Vec::new();
+    for part in owner.cold(kernel, entry) {
+        let len = owner.room(kernel, part).min(FUNCTION_MAX);
+        let code = kernel
+            .space
+            .read_vec(part, usize::try_from(len).unwrap_or(0))?;
+        check_branches(&code, part, at).map_err(no)?;
+        cold.push(Range::new(part, len));
+    }
     if let Some(what) = patched_at_run_time(kernel, owner, Range::new(at, JUMP as u64))? {
         return Err(no(format!(
             "the kernel itself rewrites the bytes at {at} ({what})"
@@ -139,6 +150,7 @@ pub fn examine(
     Ok(Function {
         range: Range::new(entry, room),
         site: Site { at, old },
+        cold,
         returns: returns(kernel, &code, entry),
     })
 }
@@ -192,7 +204,6 @@ fn check_bytes(
     offset: usize,
 ) -> std::result::Result<(), String> {
     let first = entry.plus(offset as u64);
-    let end = first.plus(JUMP as u64);
     let body = code.get(offset..).unwrap_or_default();
     let mut covered = 0;
     for i in Decoder::with_ip(64, body, first.0, DecoderOptions::NONE).iter() {
@@ -228,15 +239,19 @@ fn check_bytes(
             "no room for a redirect: {covered} bytes behind its ftrace nop"
         ));
     }
-    // The first of the overwritten bytes may be a target: who comes there is redirected, too late
-    // in the old function to be right. So none may be.
-    for i in Decoder::with_ip(64, code, entry.0, DecoderOptions::NONE).iter() {
+    check_branches(code, entry, first)
+}
+
+/// No branch in `code`, which stands at `start`, may lead into the bytes that are overwritten at `first`. The first
+/// of them may be a target: who comes there is redirected, too late in the old function to be right. So none may be.
+fn check_branches(code: &[u8], start: Gva, first: Gva) -> std::result::Result<(), String> {
+    let overwritten = Range::new(first, JUMP as u64);
+    for i in Decoder::with_ip(64, code, start.0, DecoderOptions::NONE).iter() {
         let branches = matches!(
             i.flow_control(),
             FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch
         );
-        let to = Gva(i.near_branch_target());
-        if branches && to >= first && to < end {
+        if branches && overwritten.contains(Gva(i.near_branch_target())) {
             return Err(format!(
                 "the branch at {} leads into the bytes to be overwritten",
                 Gva(i.ip())

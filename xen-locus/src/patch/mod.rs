@@ -22,6 +22,8 @@ use std::path::Path;
 
 use sha2::{Digest, Sha256};
 
+use crate::cold;
+
 mod deref;
 mod elf;
 mod error;
@@ -111,6 +113,23 @@ impl Payload {
             file: label.to_owned(),
             kind,
         })
+    }
+
+    /// Parts of a new function that stand elsewhere because they seldom run, by all its names: section, offset and size in
+    /// bytes of each.
+    pub fn cold<'a>(&'a self, func: &KlpFunc) -> impl Iterator<Item = (usize, u64, u64)> + 'a {
+        let place = |s: &Symbol| match s.section {
+            SymSection::Section(section) => Some((section, s.value)),
+            _ => None,
+        };
+        let own = Some((func.new_section, func.new_offset));
+        let names = self.symbols.iter().filter(move |s| place(s) == own);
+        let names: Vec<&str> = names.map(|s| &*s.name).collect();
+        let parts = self
+            .symbols
+            .iter()
+            .filter(move |s| s.size > 0 && names.iter().any(|name| cold::is_part(&s.name, name)));
+        parts.filter_map(move |s| place(s).map(|(section, offset)| (section, offset, s.size)))
     }
 
     /// The section with an ELF index.

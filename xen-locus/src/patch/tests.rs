@@ -95,6 +95,29 @@ fn a_plain_livepatch_is_read() {
 }
 
 #[test]
+fn parts_of_a_new_function_that_stand_elsewhere_are_found() {
+    let (mut elf, places) = Spec::default().elf();
+    let unlikely = elf.section(".text.unlikely", CODE, &[0xc3; 64]);
+    let section = u16::try_from(unlikely).unwrap();
+    let own = parse(&Spec::default().bytes()).unwrap().klp.objects[0].funcs[0].clone();
+    let text = u16::try_from(places.text).unwrap();
+    // By another name of the function, and by none.
+    elf.symbol("again", text, own.new_offset, 11, 2);
+    elf.symbol("new_0_cmdline_proc_show.cold", section, 16, 8, 2);
+    elf.symbol("again.cold", section, 32, 4, 2);
+    elf.symbol("other.cold", section, 40, 4, 2);
+    let payload = parse(&elf.build()).unwrap();
+    let func = &payload.klp.objects[0].funcs[0];
+    let found: Vec<_> = payload.cold(func).collect();
+    let index = payload
+        .sections
+        .iter()
+        .position(|s| s.name == ".text.unlikely");
+    let index = index.unwrap();
+    assert_eq!(found, [(index, 16, 8), (index, 32, 4)]);
+}
+
+#[test]
 fn several_objects_and_functions_are_read_with_every_layout() {
     let homes = [
         [".data"; 3],

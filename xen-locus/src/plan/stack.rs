@@ -13,6 +13,7 @@ use crate::link::arena::Resident;
 use crate::link::module::enter;
 use crate::link::record::{Function, Record, State};
 use crate::link::site::{self, Standing, JUMP};
+use crate::patch::Payload;
 use crate::plan::Write;
 use crate::quiesce::Watched;
 
@@ -23,6 +24,14 @@ pub enum Mode {
     Apply,
     /// They are superseded.
     Replace,
+}
+
+impl Mode {
+    /// Whether `payload` supersedes the patches that are there.
+    #[must_use]
+    pub fn supersedes(self, payload: &Payload) -> bool {
+        self == Mode::Replace || payload.klp.replace == Some(true)
+    }
 }
 
 /// The patches on one function.
@@ -54,12 +63,9 @@ impl<'r> Layers<'r> {
 
     /// Where nobody may be when the function's redirect changes: the version that runs now, and the
     /// bytes of the redirect.
-    fn watched(&self) -> [Watched; 2] {
-        let top = self.top.1;
-        [(top.new, top.new_size), (top.site, JUMP as u64)].map(|(at, len)| Watched {
-            range: Range::new(Gva(at), len),
-            name: top.name.clone(),
-        })
+    fn watched(&self) -> impl Iterator<Item = Watched> + 'r {
+        let top = std::slice::from_ref(self.top.1);
+        new_version(self.top.1).chain(redirects(top))
     }
 }
 
@@ -67,6 +73,8 @@ impl<'r> Layers<'r> {
 #[derive(Debug, Default)]
 pub struct Stack<'r> {
     applied: Vec<&'r Resident>,
+    /// Those that were taken back, perhaps while threads were in them: they say that they may.
+    left: Vec<&'r Resident>,
     /// By the address of the old function.
     layers: HashMap<u64, Layers<'r>>,
 }
@@ -75,7 +83,12 @@ impl<'r> Stack<'r> {
     /// Of those `residents` that are applied.
     #[must_use]
     pub fn new(residents: &'r [Resident]) -> Stack<'r> {
-        Stack::of(residents.iter().filter(|r| r.slot.state == State::Applied))
+        let in_state = |state| residents.iter().filter(move |r| r.slot.state == state);
+        let left = in_state(State::Parked).filter(|r| r.record.entry_only);
+        Stack {
+            left: left.collect(),
+            ..Stack::of(in_state(State::Applied))
+        }
     }
 
     fn of(patches: impl Iterator<Item = &'r Resident>) -> Stack<'r> {
@@ -210,25 +223,26 @@ impl<'r> Stack<'r> {
         }
     }
 
-    /// The versions of the functions of `patch` that ran before it was applied.
+    /// The versions of the functions of `patch` in which threads may be that entered them before it was applied.
     #[must_use]
     pub fn below(&self, patch: &Resident) -> Vec<Watched> {
         let earlier = self.applied.iter().take_while(|r| r.index != patch.index);
         let earlier: Vec<&Function> = earlier.flat_map(|r| &r.record.functions).collect();
         let mut below = Vec::new();
         for function in &patch.record.functions {
+            below.extend(old_version(function));
             let versions = earlier.iter().filter(|f| f.old == function.old);
-            let versions = versions.map(|f| (f.new, f.new_size));
-            below.extend(
-                std::iter::once((function.old, function.old_size))
-                    .chain(versions)
-                    .map(|(at, len)| Watched {
-                        range: Range::new(Gva(at), len),
-                        name: function.name.clone(),
-                    }),
-            );
+            below.extend(versions.flat_map(|f| new_version(f)));
         }
+        below.extend(self.left(&patch.record.functions));
         below
+    }
+
+    /// The versions of `functions` that were taken back, perhaps while threads were in them.
+    fn left<'s>(&'s self, functions: &'s [Function]) -> impl Iterator<Item = Watched> + 's {
+        let all = self.left.iter().flat_map(|r| &r.record.functions);
+        all.filter(|f| functions.iter().any(|own| own.old == f.old))
+            .flat_map(new_version)
     }
 
     /// The functions that a patch which replaces `kept` gives back when it supersedes all.
@@ -275,18 +289,17 @@ impl<'r> Stack<'r> {
                 all.extend(self.below(patch));
             }
         }
+        all.extend(self.left(functions));
         for function in functions {
             match self.layers(function.old) {
                 Some(layers) => all.extend(layers.watched()),
-                None => all.push(Watched {
-                    range: Range::new(Gva(function.old), function.old_size),
-                    name: function.name.clone(),
-                }),
+                None => all.extend(old_version(function)),
             }
         }
         if supersedes {
             all.extend(self.given_back(functions).flat_map(Layers::watched));
-            all.extend(self.applied.iter().flat_map(|r| code_of(&r.record)));
+            let code = self.applied.iter().chain(&self.left);
+            all.extend(code.flat_map(|r| code_of(&r.record)));
         }
         all
     }
@@ -294,25 +307,53 @@ impl<'r> Stack<'r> {
 
 /// The bytes of the redirects of `functions`, by the names of those.
 pub fn redirects(functions: &[Function]) -> impl Iterator<Item = Watched> + '_ {
-    functions.iter().map(|f| Watched {
-        range: Range::new(Gva(f.site), JUMP as u64),
-        name: f.name.clone(),
-    })
+    let redirect = |f: &Function| watched((f.site, JUMP as u64), f.name.clone());
+    functions.iter().map(redirect)
+}
+
+/// Where the version is that a function's patch replaces, if that is the kernel's own.
+fn old_version(function: &Function) -> impl Iterator<Item = Watched> + '_ {
+    version(
+        (function.old, function.old_size),
+        &function.old_cold,
+        &function.name,
+    )
+}
+
+/// Where a patch's version of a function is.
+fn new_version(function: &Function) -> impl Iterator<Item = Watched> + '_ {
+    version(
+        (function.new, function.new_size),
+        &function.new_cold,
+        &function.name,
+    )
+}
+
+/// A version of the function `name`: address and size, and those of its parts that stand elsewhere.
+fn version<'f>(
+    whole: (u64, u64),
+    cold: &'f [(u64, u64)],
+    name: &'f str,
+) -> impl Iterator<Item = Watched> + 'f {
+    let cold = cold
+        .iter()
+        .map(move |&part| watched(part, format!("{name}.cold")));
+    std::iter::once(watched(whole, name.to_owned())).chain(cold)
+}
+
+fn watched((at, len): (u64, u64), name: String) -> Watched {
+    Watched {
+        range: Range::new(Gva(at), len),
+        name,
+    }
 }
 
 /// A patch's code: the replacements by name, and all of it, for what only they call.
 #[must_use]
 pub fn code_of(record: &Record) -> Vec<Watched> {
-    let replacements = record.functions.iter().map(|f| Watched {
-        range: Range::new(Gva(f.new), f.new_size),
-        name: f.name.clone(),
-    });
-    let (text, len) = record.text;
+    let replacements = record.functions.iter().flat_map(new_version);
     replacements
-        .chain([Watched {
-            range: Range::new(Gva(text), len),
-            name: record.name.clone(),
-        }])
+        .chain([watched(record.text, record.name.clone())])
         .collect()
 }
 

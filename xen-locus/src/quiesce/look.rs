@@ -1,6 +1,6 @@
 //! One look at stacks and registers.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use super::prescan::{Cpu, Known, Prescan};
 use super::walk::PADDINGS;
@@ -16,8 +16,11 @@ use crate::kernel::tasks::Task;
 const CUT_SHORT: u64 = 516u64.wrapping_neg();
 const RESTART_SYSCALL: u64 = 219;
 
+/// Most that are named: a guest whose stacks are full of hits is not to keep us busy with it.
+const BLOCKERS_MAX: usize = 1 << 14;
+
 /// The live part of a task's stack, when the task is on a CPU.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Live {
     /// Nothing but the registers of user mode.
     Nothing,
@@ -25,10 +28,41 @@ pub(super) enum Live {
     From(Gva),
 }
 
+/// The tasks that are on a CPU.
+#[derive(Default)]
+pub(super) struct Running(HashMap<Gva, Live>);
+
+impl Running {
+    /// A task is on a CPU, with this part of its stack live. Where two CPUs say so, for user mode chooses much of what a CPU
+    /// shows, all that either says is live.
+    fn add(&mut self, task: Gva, live: Live) {
+        self.0
+            .entry(task)
+            .and_modify(|known| {
+                *known = match (*known, live) {
+                    (Live::From(a), Live::From(b)) => Live::From(a.min(b)),
+                    (Live::Nothing, other) | (other, Live::Nothing) => other,
+                }
+            })
+            .or_insert(live);
+    }
+
+    pub(super) fn contains(&self, task: Gva) -> bool {
+        self.0.contains_key(&task)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (Gva, Live)> + '_ {
+        self.0.iter().map(|(&task, &live)| (task, live))
+    }
+}
+
 /// A look under way, with what it found so far.
 pub(super) struct Look<'s, 'k, 'm> {
     scan: &'s Prescan<'k, 'm>,
-    found: Vec<Blocker>,
+    /// By thread.
+    found: BTreeMap<u32, Vec<Blocker>>,
+    /// How many there are.
+    count: usize,
     words: Vec<u8>,
 }
 
@@ -36,7 +70,8 @@ impl<'s, 'k, 'm> Look<'s, 'k, 'm> {
     pub(super) fn new(scan: &'s Prescan<'k, 'm>) -> Look<'s, 'k, 'm> {
         Look {
             scan,
-            found: Vec::new(),
+            found: BTreeMap::new(),
+            count: 0,
             words: scan.room.take(),
         }
     }
@@ -46,7 +81,7 @@ impl<'s, 'k, 'm> Look<'s, 'k, 'm> {
         if self.found.is_empty() {
             Verdict::Quiet
         } else {
-            Verdict::Blocked(self.found)
+            Verdict::Blocked(self.found.into_values().flatten().collect())
         }
     }
 
@@ -54,28 +89,29 @@ impl<'s, 'k, 'm> Look<'s, 'k, 'm> {
         if crate::fault::is_blind() {
             return;
         }
-        let blocker = Blocker {
-            pid: task.map_or(0, |t| t.pid),
-            comm: task.map_or_else(|| "?".into(), |t| t.comm.clone()),
-            reason,
-            function: name.into(),
-            offset,
-        };
+        let pid = task.map_or(0, |t| t.pid);
+        let of_thread = self.found.entry(pid).or_default();
         // One line a task and function says enough.
-        let same = |b: &Blocker| b.pid == blocker.pid && b.function == blocker.function;
-        if !self.found.iter().any(same) {
-            self.found.push(blocker);
+        if self.count < BLOCKERS_MAX && !of_thread.iter().any(|b| b.function == name) {
+            self.count += 1;
+            of_thread.push(Blocker {
+                pid,
+                comm: task.map_or_else(|| "?".into(), |t| t.comm.clone()),
+                reason,
+                function: name.into(),
+                offset,
+            });
         }
     }
 
     /// Looks where a vCPU is, and notes in `running` which tasks are on it, with the live part of
     /// their stacks, which is left to [`Look::task`].
-    pub(super) fn vcpu(&mut self, vcpu: &Vcpu, running: &mut HashMap<Gva, Live>) -> Result<()> {
+    pub(super) fn vcpu(&mut self, vcpu: &Vcpu, running: &mut Running) -> Result<()> {
         let scan = self.scan;
         let current = scan.current_of(vcpu);
         if vcpu.user {
             if let Some(known) = current {
-                running.insert(known.task.addr, Live::Nothing);
+                running.add(known.task.addr, Live::Nothing);
                 if vcpu.rax == RESTART_SYSCALL {
                     let hit = scan.watch.hit(known.restart()?.wrapping_add(1));
                     self.report_restart(&known.task, hit.map(|(w, _)| w));
@@ -97,17 +133,20 @@ impl<'s, 'k, 'm> Look<'s, 'k, 'm> {
             owner = scan.owner_of_stack(rsp);
         }
         if let Some(known) = owner {
-            running.insert(known.task.addr, Live::From(rsp));
-            // In the middle of a switch between two tasks.
-            if let Some(other) = current.filter(|k| k.task.addr != known.task.addr) {
-                running.insert(other.task.addr, Live::From(other.task.stack.start));
+            match current.filter(|k| k.task.addr != known.task.addr) {
+                None => running.add(known.task.addr, Live::From(rsp)),
+                // In the middle of a switch between two tasks; or user mode chose the stack pointer, and the kernel did
+                // not exchange it yet.
+                Some(other) => [known, other].into_iter().for_each(|k| {
+                    running.add(k.task.addr, Live::From(k.task.stack.start));
+                }),
             }
             return Ok(());
         }
         match (own_stacks, current) {
             (Some((cpu, first)), Some(known)) => {
                 let from = self.own_stacks(known, cpu, (first, rsp))?;
-                running.insert(known.task.addr, Live::From(from));
+                running.add(known.task.addr, Live::From(from));
             }
             _ => {
                 // In the middle of a switch of stacks.
@@ -224,6 +263,9 @@ impl<'s, 'k, 'm> Look<'s, 'k, 'm> {
         for (watched, offset) in scan.watch.hits(&words) {
             self.report(task, reason, &watched.name, offset);
             clear = false;
+            if self.count == BLOCKERS_MAX {
+                break;
+            }
         }
         self.words = words;
         Ok(clear)

@@ -22,7 +22,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use super::ledger::{self, Ledger, FEW};
-use super::look::{Live, Look};
+use super::look::{Look, Running};
 use super::walk::stack::{self, Copied};
 use super::walk::{self, Stack, StackKind, Walker};
 use super::{Verdict, Watch};
@@ -37,6 +37,9 @@ use crate::kernel::Kernel;
 const STACKS: usize = 128;
 /// Rehearsals for which a task that ran is thought to run again soon.
 const LATELY: u32 = 8;
+
+/// Most stacks walked by one call.
+const ACQUITTED_MAX: usize = 1 << 12;
 
 /// Words of a task that change as it runs.
 pub(super) struct Words {
@@ -253,7 +256,9 @@ impl<'k, 'm> Prescan<'k, 'm> {
 
     fn list(&mut self) -> Result<()> {
         self.walker_is_old = true;
+        // Who is met now was not rehearsed.
         self.ledger = None;
+        self.switches.clear();
         let forks = self.forks_at.u64()?;
         let mut groups = Vec::new();
         let tasks = self
@@ -410,6 +415,10 @@ impl<'k, 'm> Prescan<'k, 'm> {
         for known in self.known.values() {
             if known.seen()? == Some(Seen::Alarm) {
                 alarming.push(known.task.addr);
+                // The others have their turn next time.
+                if alarming.len() == ACQUITTED_MAX {
+                    break;
+                }
             }
         }
         for task in alarming {
@@ -528,38 +537,49 @@ impl<'k, 'm> Prescan<'k, 'm> {
             return Ok(Verdict::Stirred);
         }
         let mut look = Look::new(self);
-        let mut running: HashMap<Gva, Live> = HashMap::new();
+        let mut running = Running::default();
         for vcpu in vcpus.iter().filter(|v| v.online) {
             look.vcpu(vcpu, &mut running)?;
         }
-        for (addr, live) in &running {
-            if let Some(known) = self.known.get(addr) {
-                look.task(known, Some(*live))?;
+        for (addr, live) in running.iter() {
+            if let Some(known) = self.known.get(&addr) {
+                look.task(known, Some(live))?;
             }
         }
+        // A CPU that is down keeps the task in which it went, of which nothing counts that it was switched to.
+        let currents = self.cpus.iter().filter_map(|cpu| self.current(cpu));
+        for known in currents.filter(|k| !running.contains(k.task.addr)) {
+            look.task(known, None)?;
+        }
+        let mut scanned = 0_u32;
+        // Whether it could be scanned within the time.
         let mut scan = |known: &Known| {
-            if (calm || !known.is_clear()?) && !running.contains_key(&known.task.addr) {
+            if (calm || !known.is_clear()?) && !running.contains(known.task.addr) {
                 look.task(known, None)?;
             }
-            Ok::<(), Error>(())
+            scanned += 1;
+            Ok::<bool, Error>(!scanned.is_multiple_of(64) || !too_long())
         };
         if calm {
             for known in self.restless.iter().filter_map(|a| self.known.get(a)) {
-                scan(known)?;
+                if !scan(known)? {
+                    return Ok(Verdict::TooLong);
+                }
             }
         } else if let (Some(asked), Some(ledger)) = (told, &self.ledger) {
             for (n, account) in ledger.accounts.iter().enumerate() {
-                match self.known.get(&account.task) {
-                    Some(known) if !account.is_clear(known, n < asked)? => scan(known)?,
-                    _ => {}
+                let Some(known) = self.known.get(&account.task) else {
+                    continue;
+                };
+                if !account.is_clear(known, n < asked)? && !scan(known)? {
+                    return Ok(Verdict::TooLong);
                 }
             }
         } else {
-            for (n, known) in self.known.values().enumerate() {
-                if n % 64 == 0 && too_long() {
+            for known in self.known.values() {
+                if !scan(known)? {
                     return Ok(Verdict::TooLong);
                 }
-                scan(known)?;
             }
         }
         Ok(look.verdict())
@@ -582,12 +602,18 @@ impl<'k, 'm> Prescan<'k, 'm> {
     }
 
     pub(super) fn current_of(&self, vcpu: &Vcpu) -> Option<&Known> {
-        // In the kernel's entry code the two GS bases may not be exchanged yet.
-        let cpu = self
-            .cpus
-            .iter()
-            .find(|c| c.base == vcpu.gs_base)
-            .or_else(|| self.cpus.iter().find(|c| c.base == vcpu.gs_other))?;
+        let find = |base: u64| self.cpus.iter().find(|c| c.base == base);
+        let cpu = match vcpu.user {
+            // User mode may choose the one that is in use, another CPU's among them.
+            true => find(vcpu.gs_other),
+            // In the kernel's entry code the two may not be exchanged yet.
+            false => find(vcpu.gs_base).or_else(|| find(vcpu.gs_other)),
+        };
+        self.current(cpu?)
+    }
+
+    /// The task that a CPU runs.
+    fn current(&self, cpu: &Cpu) -> Option<&Known> {
         self.known.get(&Gva(cpu.current.as_ref()?.u64().ok()?))
     }
 }

@@ -137,6 +137,78 @@ fn who_was_in_the_way_or_on_a_cpu_at_the_rehearsal_is_always_looked_at() {
     });
 }
 
+/// The idle task, which is on a CPU in the kernel, and a word of its stack that is live.
+fn idle_inside<'g>(guest: &'g Guest<'_>) -> &'g Task {
+    let mut tasks = guest.tasks.iter();
+    let idle = tasks.find(|t| t.on_cpu && t.pid == 0).unwrap();
+    guest.poke(Gva(idle.stack.end.0 - 0x80), &INSIDE.to_le_bytes());
+    idle
+}
+
+#[test]
+fn user_mode_can_not_hide_who_is_in_the_kernel_on_another_cpu() {
+    with_guest(|guest, scan| {
+        guest.enter(42, false);
+        scan.rehearse().unwrap();
+        let idle = idle_inside(guest);
+        let mut vcpus = guest.world.vcpus.clone();
+        let user = vcpus.iter().position(|v| v.user).unwrap();
+        let look = |vcpus: &[Vcpu]| blocked(scan.look(vcpus, true, &|| false).unwrap());
+        // It chose the other CPU's GS base.
+        for base in [0, PERCPU[0]] {
+            vcpus[user].gs_base = base;
+            assert_eq!(look(&vcpus), [0], "{base:#x}");
+        }
+        // And a stack pointer, of which nothing is left to look at; it is in the kernel's first instruction.
+        vcpus[user].user = false;
+        vcpus[user].rsp = idle.stack.end.0 - 8;
+        assert_eq!(look(&vcpus), [0]);
+        vcpus[user].gs_base = PERCPU[1];
+        assert_eq!(look(&vcpus), [0]);
+    });
+    with_guest(|guest, scan| {
+        // The stack of one who sleeps in the function.
+        scan.rehearse().unwrap();
+        let mut vcpus = guest.world.vcpus.clone();
+        let vcpu = vcpus.iter_mut().find(|v| v.user).unwrap();
+        (vcpu.user, vcpu.gs_base) = (false, PERCPU[1]);
+        vcpu.rsp = guest.task(42).stack.end.0 - 8;
+        assert_eq!(blocked(scan.look(&vcpus, true, &|| false).unwrap()), [42]);
+    });
+}
+
+#[test]
+fn who_was_on_a_cpu_that_went_down_is_looked_at() {
+    with_guest(|guest, scan| {
+        guest.enter(42, false);
+        let idle = guest.tasks.iter().find(|t| t.on_cpu && t.pid == 0).unwrap();
+        let on_cpu = |on: u32| {
+            let at = idle.addr.plus(guest.layout.on_cpu as u64);
+            guest.poke(at, &on.to_le_bytes());
+        };
+        // Off its CPU there was nothing in its way; it has gone on since, which counts nothing of it.
+        on_cpu(0);
+        assert_eq!(blocked(scan.rehearse().unwrap()), NOBODY);
+        on_cpu(1);
+        idle_inside(guest);
+        let mut vcpus = guest.world.vcpus.clone();
+        vcpus[0].online = false;
+        assert_eq!(blocked(scan.look(&vcpus, true, &|| false).unwrap()), [0]);
+    });
+}
+
+#[test]
+fn a_guest_whose_tasks_were_listed_anew_is_not_calm() {
+    with_guest(|guest, scan| {
+        guest.enter(42, false);
+        scan.rehearse().unwrap();
+        scan.refresh().unwrap();
+        guest.enter(1, true);
+        guest.switched(1, 1);
+        assert_eq!(guest.look(scan), [1]);
+    });
+}
+
 #[test]
 fn tasks_born_since_they_were_listed_are_noticed() {
     with_guest(|guest, scan| {
