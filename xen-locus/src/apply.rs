@@ -11,7 +11,7 @@ use crate::addr::Gva;
 use crate::error::{Error, Result};
 use crate::guard::Spot;
 use crate::guest::space::Trail;
-use crate::guest::{Guard, Machine, Paused};
+use crate::guest::{self, Guard, Machine, Paused};
 use crate::journal::{Change, Op};
 use crate::kernel::Kernel;
 use crate::link::arena::{self, Arena};
@@ -66,6 +66,19 @@ impl Default for Options {
             entry_only: false,
             dry_run: false,
             interrupted: Arc::default(),
+        }
+    }
+}
+
+impl Options {
+    /// That somebody asked to stop is an error while nothing was changed.
+    ///
+    /// # Errors
+    /// [`Error::Failed`].
+    pub fn check_interrupted(&self) -> Result<()> {
+        match self.interrupted.load(Ordering::SeqCst) {
+            true => Err(Error::Failed("interrupted; nothing was changed".into())),
+            false => Ok(()),
         }
     }
 }
@@ -172,8 +185,8 @@ fn ended(machine: &dyn Machine, kernel: &Kernel<'_>, done: Result<Done>) -> Resu
     done
 }
 
-/// Undoes all patches, the topmost first, until one can't be undone. A dry run says of each what
-/// would come of it once those on top are gone.
+/// Undoes all patches, the topmost first, until one can't be undone or `tell`, which hears what came of each, says that
+/// it is enough. A dry run says of each what would come of it once those on top are gone.
 ///
 /// # Errors
 /// The guest's arena can't be read; what goes wrong with a patch is said of that patch.
@@ -181,10 +194,10 @@ pub fn revert_all(
     machine: &dyn Machine,
     kernel: &Kernel<'_>,
     options: &Options,
-) -> Result<Vec<(String, Result<Report>)>> {
+    mut tell: impl FnMut(&str, Result<Report>) -> bool,
+) -> Result<()> {
     let residents = plan::residents(kernel, &Arena::read(kernel)?)?;
     let stack = Stack::new(&residents);
-    let mut results = Vec::new();
     for resident in stack.applied().iter().rev() {
         let name = &resident.record.name;
         let result = if options.dry_run {
@@ -196,12 +209,11 @@ pub fn revert_all(
             revert(machine, kernel, name, options)
         };
         let failed = result.is_err();
-        results.push((name.clone(), result));
-        if failed {
+        if !tell(name, result) || failed {
             break;
         }
     }
-    Ok(results)
+    Ok(())
 }
 
 /// Who is in the way of a change: in one of the ranges of `watch`, at one moment for which the guest
@@ -387,9 +399,7 @@ pub(crate) fn execute(
     // Of the last attempt that could tell who was in the way, else of the last one.
     let mut last = Verdict::Quiet;
     loop {
-        if options.interrupted.load(Ordering::SeqCst) {
-            return Err(Error::Failed("interrupted; nothing was changed".into()));
-        }
+        options.check_interrupted()?;
         match last {
             // Who died meanwhile does not matter.
             Verdict::Moved | Verdict::Stirred => prescan.catch_up()?,
@@ -411,7 +421,7 @@ pub(crate) fn execute(
             verdict = found;
             if verdict == Verdict::Quiet {
                 write_all(&targets, &trail, || Ok(paused.writing()?))?;
-                let pause = paused.end()?;
+                let pause = paused.end().map_err(|e| stuck(plan, &e))?;
                 return Ok(Done { pause, attempts });
             }
             pause = paused.end()?;
@@ -431,6 +441,15 @@ pub(crate) fn execute(
         std::thread::sleep(wait);
         wait = (wait * 2).min(WAIT_MAX);
     }
+}
+
+/// The change was made, and then the guest could not be let go on.
+fn stuck(plan: &Plan, error: &guest::Error) -> Error {
+    Error::Uncertain(format!(
+        "{}: all was written, but the guest could not be unpaused: {error}. `xl list` shows whether it is \
+         paused; run `xen-locus recover`",
+        plan.patch
+    ))
 }
 
 fn gave_up(

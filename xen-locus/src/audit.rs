@@ -167,6 +167,7 @@ impl Audit {
                     fs::create_dir_all(folder)?;
                 }
             }
+            self.read_head()?;
             let mut options = OpenOptions::new();
             options.read(true).append(true).create(true).mode(0o600);
             options.open(&self.log)
@@ -333,7 +334,7 @@ impl Writer<'_> {
     /// Appends a line, on disk when this returns.
     ///
     /// # Errors
-    /// [`Error::Failed`].
+    /// [`Error::Failed`]: the log is as it was before.
     pub fn append(&mut self, action: Action) -> Result<()> {
         let appended = self.file.lock().and_then(|()| {
             let done = self.append_locked(action);
@@ -357,13 +358,22 @@ impl Writer<'_> {
         };
         let text = serde_json::to_string(&line)?;
         let hashed = text.strip_suffix('}').unwrap_or(&text);
-        let hash = digest(hashed);
         let head = Head {
             seq: line.seq,
-            hash,
+            hash: digest(hashed),
         };
-        self.file
-            .write_all(format!("{hashed}{OWN}{}\"}}\n", head.hash).as_bytes())?;
+        let len = self.file.metadata()?.len();
+        let written = self.write(&format!("{hashed}{OWN}{}\"}}\n", head.hash), &head);
+        if written.is_err() {
+            // No part of what is not recorded stays. If it can't be taken away, what is there is told of as a fault.
+            let _ = self.file.set_len(len);
+        }
+        written
+    }
+
+    /// Writes a line, and where the last line is known from.
+    fn write(&mut self, text: &str, head: &Head) -> io::Result<()> {
+        self.file.write_all(text.as_bytes())?;
         fault::point("audit: sync")?;
         self.file.sync_data()?;
         let Some(at) = &self.audit.head else {
@@ -371,7 +381,7 @@ impl Writer<'_> {
         };
         let fresh = at.with_extension("new");
         let mut file = File::create(&fresh)?;
-        file.write_all(&serde_json::to_vec(&head)?)?;
+        file.write_all(&serde_json::to_vec(head)?)?;
         file.sync_all()?;
         fault::point("audit: rename")?;
         fs::rename(&fresh, at)
@@ -523,6 +533,24 @@ mod tests {
     }
 
     #[test]
+    fn of_a_line_that_could_not_be_recorded_nothing_stays() {
+        let audit = log("unrecorded");
+        add(&audit, "one");
+        let before = fs::read(&audit.log).unwrap();
+        // Where the last line is known from can't be written.
+        let blocked = audit.head.as_ref().unwrap().with_extension("new");
+        fs::create_dir(&blocked).unwrap();
+        let mut writer = audit.open().unwrap();
+        let error = writer.append(Action::default()).unwrap_err();
+        assert!(error.to_string().contains("head.json"), "{error}");
+        assert_eq!(fs::read(&audit.log).unwrap(), before);
+        fs::remove_dir(&blocked).unwrap();
+        add(&audit, "two");
+        assert_eq!(faults(&audit), Vec::<String>::new());
+        assert_eq!(audit.history().unwrap().lines.len(), 2);
+    }
+
+    #[test]
     fn what_is_in_force_in_a_guest_is_told_by_its_last_line_wherever_that_is() {
         let audit = log("in-force");
         assert_eq!(audit.in_force("a").unwrap(), []);
@@ -568,5 +596,10 @@ mod tests {
         let error = audit.open().unwrap_err();
         assert_eq!(error.exit_code() as u8, 1, "{error}");
         assert!(error.to_string().contains("audit.jsonl"), "{error}");
+        let audit = log("refused-head");
+        add(&audit, "one");
+        fs::write(audit.head.as_ref().unwrap(), "{").unwrap();
+        let error = audit.open().unwrap_err();
+        assert_eq!(error.exit_code() as u8, 1, "{error}");
     }
 }

@@ -12,6 +12,7 @@ use crate::guest::{
 use crate::journal::{Change, Intent, Journal};
 use crate::kernel::cache::Cache;
 use crate::link::arena;
+use crate::say;
 use crate::store::Store;
 use crate::xen::{Control, DomainInfo, Foreign, Hypercalls, Pause, Pauses};
 
@@ -114,7 +115,7 @@ impl<'c> Domain<'c> {
         }
         if let Err(error) = self.journal.end() {
             // The guest is as it should be, and the next run finds that out.
-            eprintln!("xen-locus: {}: {error}", self.label());
+            say::warn(format_args!("{}: {error}", self.label()));
         }
     }
 }
@@ -250,7 +251,9 @@ impl Paused for Pause<'_> {
     fn end(self: Box<Self>) -> std::result::Result<std::time::Duration, guest::Error> {
         let ended = Pause::end(*self)?;
         if let Err(error) = ended.told {
-            eprintln!("xen-locus: if the guest is being moved as it runs, stop that: {error}");
+            say::warn(format_args!(
+                "if the guest is being moved as it runs, stop that: {error}"
+            ));
         }
         Ok(ended.paused)
     }

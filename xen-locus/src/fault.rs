@@ -83,7 +83,7 @@ mod chosen {
             return Ok(());
         }
         let what = order.what.as_str();
-        eprintln!("xen-locus: fault: {what} at {name}");
+        crate::say::warn(format_args!("fault: {what} at {name}"));
         if what == "fail" {
             return Err(io::Error::other(format!("a test made it fail ({name})")));
         }

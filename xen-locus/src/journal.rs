@@ -24,7 +24,7 @@ use crate::plan::{stack, Plan, Write};
 /// Where the journals stand.
 pub const DIR: &str = "/var/lib/xen-locus/journal";
 /// First bytes of a journal, its schema among them.
-const MAGIC: &[u8; 16] = b"XEN-LOCUS-JRNL2\n";
+const MAGIC: &[u8; 16] = b"XEN-LOCUS-JRNL3\n";
 /// Called by this name, a run's first place at which a fault matters to the guest.
 const FIRST_FAULT: &str = "journal";
 const HEAD: usize = MAGIC.len() + 32;
@@ -84,6 +84,8 @@ pub struct Intent {
 pub struct Change {
     /// Build-id of the guest's kernel, in hex.
     pub build_id: String,
+    /// Address of its text: of the same kernel that starts anew it may be another (KASLR).
+    pub text_base: u64,
     /// Name of the payload.
     pub patch: String,
     /// SHA-256 of its file, in hex.
@@ -113,6 +115,7 @@ impl Change {
         });
         Change {
             build_id: kernel.build_id.as_deref().map(hex).unwrap_or_default(),
+            text_base: kernel.text_base.0,
             patch: record.name.clone(),
             sha256: record.sha256.clone(),
             record: String::new(),
@@ -318,6 +321,7 @@ mod tests {
             pid: 34,
             change: Change {
                 build_id: "abcd".into(),
+                text_base: 0xffff_ffff_8100_0000,
                 patch: "fix".into(),
                 sha256: "00".into(),
                 record: "11".into(),

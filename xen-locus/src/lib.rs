@@ -8,7 +8,7 @@
 //! kernel + patch -> link (image for the arena) -> plan (checks and exact writes)
 //! plan -> apply            pause, last look, write, verify, unpause
 //! ```
-#![deny(unsafe_code)]
+#![deny(unsafe_code, clippy::print_stderr)]
 
 pub mod addr;
 pub mod apply;
@@ -31,6 +31,7 @@ pub mod patch;
 pub mod plan;
 pub mod quiesce;
 pub mod recover;
+pub mod say;
 pub mod service;
 pub mod store;
 pub mod verify;

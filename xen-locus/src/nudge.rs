@@ -185,6 +185,7 @@ impl Gate {
             });
         Change {
             build_id: kernel.build_id.as_deref().map(hex).unwrap_or_default(),
+            text_base: kernel.text_base.0,
             patch: self.up.patch.clone(),
             sha256: String::new(),
             record: String::new(),

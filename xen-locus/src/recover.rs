@@ -230,8 +230,10 @@ pub(crate) fn of_guest(
     options: &Options,
 ) -> Result<Report> {
     let build_id = kernel.build_id.as_deref().map(hex).unwrap_or_default();
-    if intent.is_some_and(|i| i.change.build_id != build_id) {
-        let why = "the guest has another kernel now: it started anew".to_owned();
+    let same = |c: &Change| c.build_id == build_id && c.text_base == kernel.text_base.0;
+    if intent.is_some_and(|i| !same(&i.change)) {
+        let why =
+            "the guest has another kernel now, or at another place: it started anew".to_owned();
         return Ok(Report::new(Finding::Gone, intent, why));
     }
     if let Some(intent) = intent.filter(|i| i.change.op == Op::Nudge) {
@@ -257,11 +259,14 @@ pub(crate) fn of_guest(
         let slots = arena.directory.slots.clone();
         arena.commit(machine, kernel, slots)?;
     }
+    let stack = Stack::new(&residents);
+    // An earlier version of what is in force may be parked.
+    let in_force = |name: &str| stack.applied().iter().any(|r| r.record.name == name);
     let parked = residents.iter().filter(|r| r.slot.state == State::Parked);
-    let parked = parked.map(|r| r.record.name.clone()).collect();
+    let parked = parked.map(|r| r.record.name.clone());
+    let parked = parked.filter(|name| !in_force(name)).collect();
     let report = match (intent, left) {
         (Some(intent), _) => {
-            let stack = Stack::new(&residents);
             let change = &intent.change;
             let same =
                 |r: &&&Resident| r.record.name == change.patch && r.record.sha256 == change.sha256;

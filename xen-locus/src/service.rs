@@ -21,6 +21,7 @@ use crate::patch::Payload;
 use crate::plan::{self, Mode, Stack};
 use crate::quiesce::Watch;
 use crate::recover;
+use crate::say;
 use crate::store::{Store, ROOT};
 use crate::xen::{Control, DomainInfo};
 
@@ -135,7 +136,9 @@ pub fn patches(kernel: &Kernel<'_>, uuid: Option<&str>) -> Result<Vec<Patch>> {
 /// Those that the guest `uuid` lost. A log that can't be read is no reason to hide what is there.
 fn gone(uuid: &str, has: impl Fn(&str) -> bool) -> Vec<Patch> {
     let mut lost = Audit::system().in_force(uuid).unwrap_or_else(|error| {
-        eprintln!("xen-locus: what the guest lost when it was started anew can't be told: {error}");
+        say::warn(format_args!(
+            "what the guest lost when it was started anew can't be told: {error}"
+        ));
         Vec::new()
     });
     lost.retain(|p| !has(&p.sha256));
@@ -162,9 +165,8 @@ pub struct Desk<'a> {
     pub audit: Audit,
     /// Who asks.
     pub who: String,
-    /// Who asks comes again when the module that is not loaded is: until then there is nothing to
-    /// record.
-    pub waits: bool,
+    /// Whether who asks comes again after this error by himself: then there is nothing to record yet.
+    pub comes_again: fn(&Error) -> bool,
 }
 
 /// An action, as it is recorded.
@@ -181,20 +183,22 @@ impl Desk<'_> {
         domain: &Domain<'_>,
         asked: &Asked<'_>,
         options: &Options,
-        action: impl FnOnce(&Kernel<'_>) -> Result<Report>,
+        action: impl FnOnce(&Kernel<'_>, &Options) -> Result<Report>,
     ) -> Result<Report> {
         let began = Instant::now();
         // What can't be recorded is not begun.
         let log = (!options.dry_run).then(|| self.audit.open()).transpose()?;
-        let (_lock, done) = match lock(&domain.info.uuid, options.timeout) {
-            Ok(lock) => (Some(lock), self.change(domain, options, action)),
+        let (_lock, done) = match lock(&domain.info.uuid, options) {
+            Ok(lock) => (
+                Some(lock),
+                self.change(domain, &rest(options, began), action),
+            ),
             Err(error) => (None, Err(error)),
         };
         let done = done.map(|report| timed(report, began));
         if let Some(mut log) = log {
-            self.append(&mut log, domain, asked, &done);
+            self.end(&mut log, domain, asked, &done);
         }
-        domain.close();
         done
     }
 
@@ -204,7 +208,7 @@ impl Desk<'_> {
         &self,
         domain: &Domain<'_>,
         options: &Options,
-        action: impl FnOnce(&Kernel<'_>) -> Result<R>,
+        action: impl FnOnce(&Kernel<'_>, &Options) -> Result<R>,
     ) -> Result<R> {
         self.changed(domain, options, action)
             .map_err(|error| if_gone(domain, error))
@@ -214,45 +218,48 @@ impl Desk<'_> {
         &self,
         domain: &Domain<'_>,
         options: &Options,
-        action: impl FnOnce(&Kernel<'_>) -> Result<R>,
+        action: impl FnOnce(&Kernel<'_>, &Options) -> Result<R>,
     ) -> Result<R> {
         let due = recover::is_due(&domain.info.uuid)?;
         if due && options.dry_run {
-            eprintln!(
-                "xen-locus: {}: an earlier run did not end as it should: `xen-locus recover` settles what it left",
+            say::warn(format_args!(
+                "{}: an earlier run did not end as it should: `xen-locus recover` settles what it left",
                 domain.label()
-            );
+            ));
         } else if due {
             let found = self.recover(domain, options)?;
             // Else there was but the file of somebody who looks at the guest right now.
             if found.result != recover::Finding::NothingToDo || !found.detail.is_empty() {
                 let whom = domain.label();
-                eprintln!("xen-locus: {whom}: what an earlier run left: {found}");
+                say::warn(format_args!("{whom}: what an earlier run left: {found}"));
             }
         }
         let kernel = Kernel::of(domain)?;
-        let done = action(&kernel)?;
+        let done = action(&kernel, options)?;
         if !options.dry_run {
             // The guest is changed: what can't be published is said, and does not undo that.
             if let Err(error) = status_of(domain, &kernel).and_then(|s| publish(self.store, &s)) {
-                eprintln!(
-                    "xen-locus: {}: done, but not published: {error}",
+                say::warn(format_args!(
+                    "{}: done, but not published: {error}",
                     domain.label()
-                );
+                ));
             }
         }
         Ok(done)
     }
 
-    fn append(
+    /// Records what came of an action, and only then removes its journal: else the next run finds by that what is
+    /// to be recorded. Whether it is.
+    fn end(
         &self,
         log: &mut Writer<'_>,
         domain: &Domain<'_>,
         asked: &Asked<'_>,
         done: &Result<Report>,
-    ) {
-        if self.waits && matches!(done, Err(Error::NotLoaded(_))) {
-            return;
+    ) -> bool {
+        if done.as_ref().is_err_and(self.comes_again) {
+            domain.close();
+            return true;
         }
         let mut action = Action {
             sha256: asked.sha256.clone(),
@@ -273,10 +280,22 @@ impl Desk<'_> {
                 action.message = error.to_string();
             }
         }
-        write(log, domain, action);
+        let what = format!("{} {}", action.op, action.patch);
+        match log.append(action) {
+            Ok(()) => domain.close(),
+            Err(error) => {
+                say::warn(format_args!(
+                    "{}: {what}: not recorded, which the next run makes good: {error}",
+                    domain.label()
+                ));
+                return false;
+            }
+        }
+        true
     }
 
-    /// What an earlier run left is settled, or can't be: recorded, if there was anything.
+    /// What an earlier run left is settled, or can't be: recorded, if there was anything. While that can't be
+    /// recorded nothing else is begun.
     fn recover(&self, domain: &Domain<'_>, options: &Options) -> Result<recover::Report> {
         let mut log = self.audit.open()?;
         let done = recover::recover(domain, options);
@@ -298,10 +317,12 @@ impl Desk<'_> {
                 action.message = error.to_string();
             }
         }
-        if !action.result.is_empty() {
-            write(&mut log, domain, action);
-        }
+        let recorded = match action.result.is_empty() {
+            true => Ok(()),
+            false => log.append(action),
+        };
         let report = done?;
+        recorded?;
         Journal::new(&domain.info.uuid).end()?;
         Ok(report)
     }
@@ -320,17 +341,6 @@ impl Desk<'_> {
     }
 }
 
-/// Records what is done already: if that fails it is said.
-fn write(log: &mut Writer<'_>, domain: &Domain<'_>, action: Action) {
-    let what = format!("{} {}", action.op, action.patch);
-    if let Err(error) = log.append(action) {
-        eprintln!(
-            "xen-locus: {}: {what}: not recorded: {error}",
-            domain.label()
-        );
-    }
-}
-
 /// Applies a payload, on top of the patches that are there or in their place, records it and publishes
 /// the guest's status.
 ///
@@ -344,14 +354,14 @@ pub fn apply(
     options: &Options,
 ) -> Result<Report> {
     let asked = Asked {
-        op: match mode {
-            Mode::Apply => "apply",
-            Mode::Replace => "replace",
+        op: match mode.supersedes(payload) {
+            false => "apply",
+            true => "replace",
         },
         patch: &payload.name,
         sha256: hex(&payload.sha256),
     };
-    desk.record(domain, &asked, options, |kernel| {
+    desk.record(domain, &asked, options, |kernel, options| {
         apply::apply(domain, kernel, payload, mode, options)
     })
 }
@@ -365,23 +375,36 @@ fn undoing(patch: &str) -> Asked<'_> {
     }
 }
 
-/// Undoes a patch, records it and publishes the guest's status.
+/// Undoes a patch, which must be of the file with this SHA-256 if one is given, records it and publishes the guest's
+/// status.
 ///
 /// # Errors
-/// As [`apply::revert`]; [`Error::TryAgain`] when another run holds the guest's lock.
+/// As [`apply::revert`]; [`Error::Failed`] when the patch is of another file; [`Error::TryAgain`] when another run holds
+/// the guest's lock.
 pub fn revert(
     desk: &Desk<'_>,
     domain: &Domain<'_>,
     patch: &str,
+    sha256: Option<&str>,
     options: &Options,
 ) -> Result<Report> {
-    desk.record(domain, &undoing(patch), options, |kernel| {
+    desk.record(domain, &undoing(patch), options, |kernel, options| {
         let all = patches(kernel, Some(&domain.info.uuid))?;
-        let lost = |p: &Patch| p.name == patch && p.reason == Some(GUEST_REBOOTED);
-        // It is not there, and from now on not missed: the audit log says so.
-        match all.iter().any(lost) {
-            true => Ok(apply::nothing_to_do(patch)),
-            false => apply::revert(domain, kernel, patch, options),
+        // One that is there is meant, if it was lost and is there again.
+        let of_name = all.iter().filter(|p| p.name == patch);
+        let named = of_name.max_by_key(|p| p.reason != Some(GUEST_REBOOTED));
+        if let (Some(named), Some(wanted)) = (named, sha256) {
+            if named.sha256 != wanted {
+                return Err(Error::Failed(format!(
+                    "patch {patch} is of a file with SHA-256 {}, and that of {wanted} is to be reverted",
+                    named.sha256
+                )));
+            }
+        }
+        match named {
+            // It is not there, and from now on not missed: the audit log says so.
+            Some(lost) if lost.reason == Some(GUEST_REBOOTED) => Ok(apply::nothing_to_do(patch)),
+            _ => apply::revert(domain, kernel, patch, options),
         }
     })
 }
@@ -404,7 +427,7 @@ pub fn nudge(
         sha256: String::new(),
     };
     let mut nudged = None;
-    desk.record(domain, &asked, options, |kernel| {
+    desk.record(domain, &asked, options, |kernel, options| {
         let Some(watch) = watch(kernel)? else {
             return Ok(apply::nothing_to_do(patch));
         };
@@ -426,18 +449,18 @@ pub fn revert_all(
 ) -> Result<Vec<(String, Result<Report>)>> {
     let began = Instant::now();
     let mut log = desk.audit.open()?;
-    let _lock = lock(&domain.info.uuid, options.timeout)?;
-    let results = desk.change(domain, options, |kernel| {
-        let results = apply::revert_all(domain, kernel, options)?.into_iter();
-        Ok(results
-            .map(|(patch, result)| (patch, result.map(|report| timed(report, began))))
-            .collect::<Vec<_>>())
-    })?;
-    for (patch, result) in results.iter().filter(|_| !options.dry_run) {
-        desk.append(&mut log, domain, &undoing(patch), result);
-    }
-    domain.close();
-    Ok(results)
+    let _lock = lock(&domain.info.uuid, options)?;
+    desk.change(domain, options, |kernel, options| {
+        let mut results = Vec::new();
+        apply::revert_all(domain, kernel, options, |patch, result| {
+            let result = result.map(|report| timed(report, began));
+            // What can't be recorded is the last one.
+            let recorded = options.dry_run || desk.end(&mut log, domain, &undoing(patch), &result);
+            results.push((patch.to_owned(), result));
+            recorded
+        })?;
+        Ok(results)
+    })
 }
 
 /// Settles what an interrupted run left on a guest, records it and publishes the guest's status.
@@ -445,12 +468,12 @@ pub fn revert_all(
 /// # Errors
 /// As [`recover::recover`]; [`Error::TryAgain`] when another run holds the guest's lock.
 pub fn recover(desk: &Desk<'_>, domain: &Domain<'_>, options: &Options) -> Result<recover::Report> {
-    let _lock = lock(&domain.info.uuid, options.timeout)?;
+    let _lock = lock(&domain.info.uuid, options)?;
     let report = desk.recover(domain, options)?;
     if report.result != recover::Finding::NothingToDo {
         let kernel = Kernel::of(domain)?;
         if let Err(error) = status_of(domain, &kernel).and_then(|s| publish(desk.store, &s)) {
-            eprintln!("xen-locus: {}: not published: {error}", domain.label());
+            say::warn(format_args!("{}: not published: {error}", domain.label()));
         }
     }
     Ok(report)
@@ -461,7 +484,7 @@ pub fn recover(desk: &Desk<'_>, domain: &Domain<'_>, options: &Options) -> Resul
 /// # Errors
 /// As [`recover::forget`]; [`Error::TryAgain`] when another run holds that guest's lock.
 pub fn forget(control: &Control, uuid: &str, options: &Options) -> Result<recover::Report> {
-    let _lock = lock(uuid, options.timeout)?;
+    let _lock = lock(uuid, options)?;
     recover::forget(control, uuid)
 }
 
@@ -484,8 +507,16 @@ fn if_gone(domain: &Domain<'_>, error: Error) -> Error {
     }
 }
 
+/// What is left of the time for all, which began at `began`.
+fn rest(options: &Options, began: Instant) -> Options {
+    Options {
+        timeout: options.timeout.saturating_sub(began.elapsed()),
+        ..options.clone()
+    }
+}
+
 /// Takes the guest's lock: one change of a guest at a time.
-fn lock(uuid: &str, patience: Duration) -> Result<File> {
+fn lock(uuid: &str, options: &Options) -> Result<File> {
     let began = Instant::now();
     let path = Path::new(LOCKS).join(format!("{uuid}.lock"));
     let failed =
@@ -493,13 +524,14 @@ fn lock(uuid: &str, patience: Duration) -> Result<File> {
     fault::point("lock").map_err(failed)?;
     fs::create_dir_all(LOCKS).map_err(failed)?;
     loop {
+        options.check_interrupted()?;
         let file = File::create(&path).map_err(failed)?;
         match file.try_lock() {
             // Else it was removed meanwhile, and another may have its name.
             Ok(()) if is_at(&file, &path) => return Ok(file),
             Ok(()) => {}
             Err(TryLockError::Error(e)) => return Err(failed(e)),
-            Err(TryLockError::WouldBlock) if began.elapsed() >= patience => {
+            Err(TryLockError::WouldBlock) if began.elapsed() >= options.timeout => {
                 return Err(Error::TryAgain(format!(
                     "another run of xen-locus works on this guest (lock {}); try again",
                     path.display()
@@ -527,12 +559,31 @@ pub fn sweep(domains: &[DomainInfo]) {
             continue;
         }
         let path = entry.path();
-        let free = File::open(&path).is_ok_and(|f| f.try_lock().is_ok() && is_at(&f, &path));
-        if free {
+        let Ok(file) = File::open(&path) else {
+            continue;
+        };
+        // Held until it is gone: whoever waits for it finds that it has no name any more.
+        if file.try_lock().is_ok() && is_at(&file, &path) {
             // What stays is an empty file.
             let _ = fs::remove_file(&path);
         }
     }
+}
+
+/// Reads a guest's status and publishes it, unless somebody works on the guest.
+///
+/// # Errors
+/// As [`status`] and [`publish`]; [`Error::TryAgain`] when another run holds the guest's lock: it publishes what
+/// it leaves.
+pub fn look(store: &Store, domain: &Domain<'_>) -> Result<Status> {
+    let at_once = Options {
+        timeout: Duration::ZERO,
+        ..Options::default()
+    };
+    let _lock = lock(&domain.info.uuid, &at_once)?;
+    let status = status(domain)?;
+    publish(store, &status)?;
+    Ok(status)
 }
 
 /// Writes a guest's status below `/tool/xen-locus/domain/DOMID`.

@@ -40,7 +40,7 @@ impl Store {
     pub fn open() -> Result<Store> {
         let none = |why: &str| {
             Error::Failed(format!(
-                "no xenstored answers ({why}): is it running? (systemctl status xenstored)"
+                "no xenstored answers ({why}): is it running? (systemctl status xenstored, or xen where an init script starts it)"
             ))
         };
         let (sender, receiver) = mpsc::channel();

@@ -185,6 +185,6 @@ fn cycle(host: &Host, name: &str, payload: &Payload) -> [Value; 2] {
     };
     [
         change(&|domain| service::apply(&desk, domain, payload, Mode::Apply, &options)),
-        change(&|domain| service::revert(&desk, domain, &payload.name, &options)),
+        change(&|domain| service::revert(&desk, domain, &payload.name, None, &options)),
     ]
 }

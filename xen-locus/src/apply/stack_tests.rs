@@ -35,6 +35,11 @@ const FUNCTIONS: [(&str, u64); 3] = [
     ("b_show", TEXT.0 + 0x1240),
     ("c_show", TEXT.0 + 0x1280),
 ];
+/// A part of the first of them that stands elsewhere: a call, and back to its main part.
+const COLD: (u64, [u8; 10]) = (
+    TEXT.0 + 0x12c0,
+    [0xe8, 0, 0, 0, 0, 0xe9, 0x40, 0xff, 0xff, 0xff],
+);
 /// A function's code: the nop of ftrace, `mov $n, %eax`, `ret`.
 fn code(n: u8) -> [u8; 11] {
     [0x0f, 0x1f, 0x44, 0, 0, 0xb8, n, 0, 0, 0, 0xc3]
@@ -47,6 +52,7 @@ impl Guest {
             for (n, (name, at)) in FUNCTIONS.into_iter().enumerate() {
                 fixture.function(at, name, &code(n as u8));
             }
+            fixture.function(COLD.0, "a_show.cold", &COLD.1);
             let at = E820.0;
             fixture.symbols.push((at, 'D', "e820_table".to_owned()));
         });
@@ -78,6 +84,16 @@ impl Guest {
 
     fn revert(&self, name: &str) -> Result<Report> {
         revert(self, &self.kernel(), name, &options(false))
+    }
+
+    fn revert_all(&self, dry_run: bool) -> Vec<(String, Result<Report>)> {
+        let mut all = Vec::new();
+        revert_all(self, &self.kernel(), &options(dry_run), |name, result| {
+            all.push((name.to_owned(), result));
+            true
+        })
+        .unwrap();
+        all
     }
 
     fn residents(&self) -> Result<Vec<Resident>> {
@@ -215,14 +231,37 @@ fn a_patch_under_another_is_not_reverted_and_those_on_it_are_named_in_order() {
     assert_eq!(guest.runs(), before);
     // What shares no function goes whenever it likes.
     guest.revert("elsewhere").unwrap();
-    let all = revert_all(&guest, &guest.kernel(), &options(true)).unwrap();
+    let all = guest.revert_all(true);
     let order: Vec<&str> = all.iter().map(|(name, _)| name.as_str()).collect();
     assert_eq!(order, ["three", "two", "one"]);
     assert_eq!(guest.status().unwrap(), ["one", "two", "three"]);
-    for (_, result) in revert_all(&guest, &guest.kernel(), &options(false)).unwrap() {
+    // Until whoever hears of it has enough.
+    let mut heard = Vec::new();
+    revert_all(&guest, &guest.kernel(), &options(false), |name, _| {
+        heard.push(name.to_owned());
+        false
+    })
+    .unwrap();
+    assert_eq!(heard, ["three"]);
+    assert_eq!(guest.status().unwrap(), ["one", "two"]);
+    for (_, result) in guest.revert_all(false) {
         assert_eq!(result.unwrap().result, Outcome::Reverted);
     }
     assert_eq!(guest.runs(), ["", "", ""]);
+}
+
+#[test]
+fn a_name_that_is_in_force_is_none_of_those_that_are_not() {
+    let guest = Guest::new();
+    guest.applied(&payload("fix", &[A]));
+    guest.applied(&payload("other", &[C]));
+    guest.revert("fix").unwrap();
+    guest.revert("other").unwrap();
+    let mut second = payload("fix", &[A, B]);
+    second.sha256 = [2; 32];
+    guest.applied(&second);
+    let found = recover::of_guest(&guest, &guest.kernel(), None, &options(false)).unwrap();
+    assert_eq!(found.parked, ["other"]);
 }
 
 #[test]
@@ -314,6 +353,40 @@ fn sleep_at(guest: &Guest, word: u64) {
 }
 
 #[test]
+fn who_is_in_a_part_of_a_function_that_stands_elsewhere_is_in_its_way() {
+    let guest = Guest::new();
+    sleep_at(&guest, COLD.0 + 5);
+    let Err(Error::Blocked { blockers, .. }) = guest.apply(&payload("one", &[A]), Mode::Apply)
+    else {
+        panic!("nobody is in the way");
+    };
+    assert_eq!(
+        (&*blockers[0].function, blockers[0].offset),
+        ("a_show.cold", 5)
+    );
+    // Of another function's he is not.
+    guest.applied(&payload("two", &[B]));
+    sleep_at(&guest, 0);
+    guest.applied(&payload("one", &[A]));
+    guest.revert("one").unwrap();
+    // It leads back to the bytes that are overwritten.
+    let to = |offset: u64| {
+        let distance = (FUNCTIONS[A].1 + offset).wrapping_sub(COLD.0 + 10) as u32;
+        guest.poke(COLD.0 + 6, &distance.to_le_bytes());
+        guest.apply(&payload("other", &[A]), Mode::Apply)
+    };
+    for offset in [5, 9] {
+        let error = to(offset).unwrap_err();
+        assert_eq!(error.exit_code(), ExitCode::NotApplicable, "{error}");
+        assert!(
+            error.to_string().contains("leads into the bytes"),
+            "{error}"
+        );
+    }
+    to(10).unwrap();
+}
+
+#[test]
 fn who_is_in_the_version_that_runs_is_in_the_way_and_who_is_below_it_is_not() {
     let guest = Guest::new();
     guest.applied(&payload("one", &[A]));
@@ -400,7 +473,7 @@ fn ended_at_any_write(
         }
         guest.applied(&payload("more", &[B]));
         assert_eq!(guest.runs()[B], "more");
-        for (_, result) in revert_all(&guest, &guest.kernel(), &options(false)).unwrap() {
+        for (_, result) in guest.revert_all(false) {
             result.unwrap();
         }
         assert_eq!(guest.runs(), ["", "", ""]);
@@ -561,6 +634,12 @@ fn where_both_versions_may_run_only_the_bytes_of_the_redirect_must_be_free() {
     let back = super::revert(&guest, &guest.kernel(), "one", &once(true));
     assert_eq!(back.unwrap().result, Outcome::Reverted);
     assert_eq!(guest.runs(), ["", "", ""]);
+    // He is in the way of what comes there, until he leaves.
+    assert_eq!(code(apply(&strict, &once(false))), ExitCode::TryAgain);
+    sleep_at(&guest, 0);
+    apply(&strict, &once(false)).unwrap();
+    guest.revert("two").unwrap();
+    sleep_at(&guest, new + 4);
     // And again, into the pages that the thread is in yet.
     assert_eq!(apply(&one, &once(true)).unwrap().result, Outcome::Applied);
     assert_eq!(place(), new);

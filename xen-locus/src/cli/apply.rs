@@ -13,6 +13,7 @@ use crate::apply::{Options, Report};
 use crate::error::{Error, ExitCode, Result};
 use crate::patch::Payload;
 use crate::plan::Mode;
+use crate::say;
 use crate::service;
 
 /// Runs `apply` or `replace`.
@@ -34,7 +35,7 @@ pub fn run(session: &Session, host: &Host, args: &Apply, mode: Mode) -> anyhow::
     let mut results = Vec::new();
     for domain in &domains {
         if io::stderr().is_terminal() {
-            eprintln!("{doing} {} on {domain}...", payload.name);
+            say::line(format_args!("{doing} {} on {domain}...", payload.name));
         }
         results.push(Done {
             domain: domain.clone(),
@@ -130,9 +131,9 @@ pub(super) fn tell(session: &Session, doing: &str, results: Vec<Done>) -> ExitCo
                     ("patch", Value::from(done.patch.as_str())),
                 ];
                 objects.push(with(out::failure(error), &fields));
-                eprintln!("xen-locus: {}: {error}", done.domain);
+                say::warn(format_args!("{}: {error}", done.domain));
                 if let Error::Blocked { blockers, .. } = error {
-                    eprint!("{}", out::blockers(blockers));
+                    say::text(out::blockers(blockers));
                 }
             }
         }

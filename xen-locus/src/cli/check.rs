@@ -15,6 +15,7 @@ use crate::link::arena::Arena;
 use crate::patch::Payload;
 use crate::plan::{self, Mode, Readiness};
 use crate::quiesce::{self, Blocker};
+use crate::say;
 
 /// What can't be checked on a core.
 const NOT_CHECKED: [&str; 2] = [
@@ -84,7 +85,7 @@ fn on_core(session: &Session, path: &Path, payload: &Payload) -> ExitCode {
             ExitCode::Done
         }
         Err(error) => {
-            eprintln!("xen-locus: {}: {error}", path.display());
+            say::warn(format_args!("{}: {error}", path.display()));
             if session.output == Output::Json {
                 let path = path.display().to_string();
                 let fields = [

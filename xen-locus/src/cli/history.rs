@@ -8,6 +8,10 @@ use super::args::{History, Output};
 use super::{out, Session};
 use crate::audit::{Audit, Line};
 use crate::error::ExitCode;
+use crate::say;
+
+/// The first second of the year 10000, which has no name.
+const YEAR_10000: u64 = 253_402_300_800;
 
 /// Runs the command.
 ///
@@ -41,7 +45,7 @@ pub fn run(session: &Session, args: &History) -> anyhow::Result<ExitCode> {
         }
     }
     for fault in &history.faults {
-        eprintln!("xen-locus: {}: {fault}", audit.path().display());
+        say::warn(format_args!("{}: {fault}", audit.path().display()));
     }
     Ok(if history.faults.is_empty() {
         ExitCode::Done
@@ -52,9 +56,8 @@ pub fn run(session: &Session, args: &History) -> anyhow::Result<ExitCode> {
 
 fn row(line: &Line) -> [String; 7] {
     let action = &line.action;
-    let time = UNIX_EPOCH + Duration::from_secs(action.time);
     [
-        humantime::format_rfc3339_seconds(time).to_string(),
+        time(action.time),
         format!("{} ({})", action.domain, action.domid),
         action.op.clone(),
         action.patch.clone(),
@@ -66,4 +69,27 @@ fn row(line: &Line) -> [String; 7] {
         },
         action.who.clone(),
     ]
+}
+
+/// The time so many seconds after 1970; the number itself where no calendar has it, for the log may have been changed.
+fn time(seconds: u64) -> String {
+    match seconds < YEAR_10000 {
+        true => {
+            humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(seconds)).to_string()
+        }
+        false => seconds.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_number_is_shown_as_a_time() {
+        assert_eq!(time(0), "1970-01-01T00:00:00Z");
+        assert_eq!(time(YEAR_10000 - 1), "9999-12-31T23:59:59Z");
+        assert_eq!(time(YEAR_10000), "253402300800");
+        assert_eq!(time(u64::MAX), u64::MAX.to_string());
+    }
 }

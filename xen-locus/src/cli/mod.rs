@@ -33,6 +33,7 @@ use crate::error::{Error, ExitCode, Result};
 use crate::guard::guardian;
 use crate::kernel::cache::Cache;
 use crate::plan::Mode;
+use crate::say;
 use crate::service::Desk;
 use crate::store::Store;
 use crate::xen::{self, Control, DomainInfo};
@@ -72,7 +73,7 @@ impl Host {
             store: &self.store,
             audit: Audit::system(),
             who,
-            waits: false,
+            comes_again: |_| false,
         }
     }
 
@@ -129,7 +130,7 @@ impl Session {
     /// Says something on stderr if the user wants to hear it.
     pub fn say(&self, level: u8, what: impl std::fmt::Display) {
         if self.verbose >= level {
-            eprintln!("{what}");
+            say::line(what);
         }
     }
 
@@ -156,8 +157,8 @@ pub fn main() -> std::process::ExitCode {
         Ok(args) => run(&args).unwrap_or_else(|e| {
             // The library's errors say all in one sentence; others have a chain of causes.
             match e.downcast_ref::<Error>() {
-                Some(known) => eprintln!("xen-locus: {known}"),
-                None => eprintln!("xen-locus: {e:#}"),
+                Some(known) => say::warn(known),
+                None => say::warn(format_args!("{e:#}")),
             }
             exit_code(&e)
         }),

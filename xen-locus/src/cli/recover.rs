@@ -9,6 +9,7 @@ use crate::addr::DomId;
 use crate::apply::Options;
 use crate::error::{Error, ExitCode, Result};
 use crate::recover::{Finding, Report};
+use crate::say;
 use crate::{guard, journal, service};
 
 /// What is said of one guest.
@@ -84,7 +85,7 @@ pub fn run(session: &Session, host: &Host, args: &Recover) -> anyhow::Result<Exi
             for one in &found {
                 match one.result {
                     Ok(_) => out::line(&one.line()),
-                    Err(_) => eprintln!("xen-locus: {}", one.line()),
+                    Err(_) => say::warn(one.line()),
                 }
             }
         }

@@ -19,7 +19,7 @@ pub fn run(session: &Session, host: &Host, args: &Revert) -> anyhow::Result<Exit
     let desk = host.desk(apply::user());
     let results = match &args.patch {
         Some(patch) => {
-            let result = service::revert(&desk, &domain, patch, &options);
+            let result = service::revert(&desk, &domain, patch, None, &options);
             vec![(patch.clone(), result)]
         }
         None => service::revert_all(&desk, &domain, &options)?,

@@ -40,13 +40,18 @@ pub fn run(
     core: Option<&Path>,
 ) -> anyhow::Result<ExitCode> {
     let one = wanted.is_some() || core.is_some();
+    let mut code = ExitCode::Done;
     let statuses = match (core, wanted) {
         (Some(path), _) => vec![subject::with_core(path, |subject, kernel, core| {
             let inside = |watch: &Watch| quiesce::inside(kernel, core.vcpus(), watch);
             Status::read(subject.clone(), kernel, inside)
         })?],
         (None, Some(wanted)) => vec![status(&session.host()?.guest(wanted)?)?],
-        (None, None) => all(session, &session.host()?)?,
+        (None, None) => {
+            let (all, worst) = all(session, &session.host()?)?;
+            code = worst;
+            all
+        }
     };
     match session.output {
         Output::Json if one => {
@@ -64,7 +69,7 @@ pub fn run(
         }
         Output::Table => table(&statuses),
     }
-    Ok(ExitCode::Done)
+    Ok(code)
 }
 
 fn status(domain: &Domain<'_>) -> Result<Status> {
@@ -73,17 +78,21 @@ fn status(domain: &Domain<'_>) -> Result<Status> {
     Status::read(Subject::of(domain), &kernel, inside)
 }
 
-fn all(session: &Session, host: &Host) -> Result<Vec<Status>> {
+/// All guests that can be read, and the exit code for those that can't.
+fn all(session: &Session, host: &Host) -> Result<(Vec<Status>, ExitCode)> {
     let mut found = Vec::new();
+    let mut worst = ExitCode::Done;
     for info in host.control.domains(DomId(1))? {
         let domain = host.domain(info)?;
         match status(&domain) {
             Ok(status) => found.push(status),
-            // A guest this tool can't read has no patches of ours; `list` says why.
-            Err(error) => session.say(1, format!("{}: {error}", domain.label())),
+            Err(error) => {
+                let code = subject::unread(session, &Subject::of(&domain), &error);
+                worst = worst.max(code);
+            }
         }
     }
-    Ok(found)
+    Ok((found, worst))
 }
 
 fn table(statuses: &[Status]) {

@@ -7,11 +7,13 @@ use serde_json::Value;
 use super::args::Whom;
 use super::Session;
 use crate::addr::DomId;
+use crate::audit::Audit;
 use crate::domain::Domain;
-use crate::error::{Error, Result};
+use crate::error::{Error, ExitCode, Result};
 use crate::guest::core::Core;
 use crate::guest::Vcpu;
 use crate::kernel::Kernel;
+use crate::say;
 
 /// Who is looked at, apart from the kernel.
 #[derive(Clone, Debug)]
@@ -123,4 +125,20 @@ impl Whom {
             .as_deref()
             .ok_or_else(|| Error::Usage("give a domain, or --core FILE".into()))
     }
+}
+
+/// Says that `subject` can't be read, and how that counts: a guest is none of ours if it has no patches of ours, by the
+/// audit log; `list` says why it can't be read.
+pub(super) fn unread(session: &Session, subject: &Subject, error: &Error) -> ExitCode {
+    let in_force = |uuid: &str| Audit::system().in_force(uuid);
+    let has = |uuid| in_force(uuid).map_or(true, |patches| !patches.is_empty());
+    if !subject.uuid.as_deref().is_some_and(has) {
+        session.say(1, format!("{}: {error}", subject.label()));
+        return ExitCode::Done;
+    }
+    say::warn(format_args!(
+        "{}: it has patches, by the audit log, and can't be read: {error}",
+        subject.label()
+    ));
+    error.exit_code()
 }

@@ -12,6 +12,7 @@ use crate::audit::{Audit, History};
 use crate::domain::Domain;
 use crate::error::ExitCode;
 use crate::kernel::Kernel;
+use crate::say;
 use crate::verify::{verify, Known, Outcome};
 
 /// Runs the command: of a core, of the domain `wanted`, or of all guests.
@@ -47,15 +48,14 @@ pub fn run(
                 let kernel = match Kernel::of(&domain) {
                     Ok(kernel) => kernel,
                     Err(error) => {
-                        // A guest this tool can't read has no patches of ours; `list` says why.
-                        session.say(1, format!("{}: {error}", subject.label()));
+                        worst = worst.max(subject::unread(session, &subject, &error.into()));
                         continue;
                     }
                 };
                 match verify(&kernel, Some(known(&history, &domain))) {
                     Ok(outcome) => all.push((subject, outcome)),
                     Err(error) => {
-                        eprintln!("xen-locus: {}: {error}", subject.label());
+                        say::warn(format_args!("{}: {error}", subject.label()));
                         worst = worst.max(error.exit_code());
                     }
                 }
@@ -83,11 +83,11 @@ fn log() -> anyhow::Result<History> {
     let audit = Audit::system();
     let history = audit.history()?;
     if !history.faults.is_empty() {
-        eprintln!(
-            "xen-locus: the audit log {} is not as it was written (`xen-locus history` says where), and \
+        say::warn(format_args!(
+            "the audit log {} is not as it was written (`xen-locus history` says where), and \
              records are compared with it",
             audit.path().display()
-        );
+        ));
     }
     Ok(history)
 }

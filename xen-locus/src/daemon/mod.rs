@@ -7,9 +7,8 @@ mod later;
 mod reapply;
 mod request;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs::{self, File, TryLockError};
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context as _};
@@ -35,6 +34,9 @@ const TICK: Duration = Duration::from_millis(500);
 const WAIT_MAX: Duration = Duration::from_secs(60);
 /// Longest wait between two tries of a request whose module is not loaded yet.
 const MODULE_WAIT_MAX: Duration = Duration::from_secs(8);
+/// Most answered requests that stay until whoever asked removes them: with the longest names they leave room in the 4 KiB
+/// that XenStore lists of a folder.
+const ANSWERED_MAX: usize = 48;
 
 /// Runs until asked to stop.
 ///
@@ -82,14 +84,7 @@ async fn serve(session: &Session, host: &Host, args: &Daemon) -> anyhow::Result<
         payloads: &args.payloads,
         options: &options,
     };
-    let mut waiting = Later::new(TICK, MODULE_WAIT_MAX);
-    let answer = |waiting: &mut Later<String>, id: String| {
-        match xen::resident(|| server.serve(&id))? {
-            Served::Answered => waiting.forget(&id),
-            Served::Waits => waiting.put_off(id, Instant::now()),
-        }
-        Ok::<_, Error>(())
-    };
+    let mut desk = Requests::new(&server);
     // Runs that died while no daemon ran, or as the one before this.
     for found in cli::recover::all(host, &options, true)? {
         if !matches!(&found.result, Ok(report) if report.result == Finding::NothingToDo) {
@@ -97,12 +92,17 @@ async fn serve(session: &Session, host: &Host, args: &Daemon) -> anyhow::Result<
         }
     }
     // Requests made while no daemon ran.
-    for id in store.children(&requests)? {
-        answer(&mut waiting, id)?;
+    match store.children(&requests) {
+        Ok(ids) => ids.into_iter().try_for_each(|id| desk.serve(id))?,
+        // There may be more than xenstored lists.
+        Err(error) => session.say(
+            0,
+            format!("requests made before are not served, remove some and start again: {error}"),
+        ),
     }
     let mut publisher = Publisher::new(args.reapply);
     let mut tick = tokio::time::interval(TICK);
-    while !session.interrupted.load(Ordering::SeqCst) {
+    while !server.is_stopping() {
         tokio::select! {
             path = submitted.next() => {
                 let Some(path) = path else { bail!("xenstored went away") };
@@ -110,18 +110,58 @@ async fn serve(session: &Session, host: &Host, args: &Daemon) -> anyhow::Result<
                     rest.strip_prefix('/')?.strip_suffix("/submit")
                 });
                 if let Some(id) = id {
-                    answer(&mut waiting, id.to_owned())?;
+                    desk.serve(id.to_owned())?;
                 }
             }
             _ = tick.tick() => {
                 publisher.look(&server)?;
-                for id in waiting.due(Instant::now()) {
-                    answer(&mut waiting, id)?;
+                for id in desk.waiting.due(Instant::now()) {
+                    desk.serve(id)?;
                 }
             }
         }
     }
     Ok(())
+}
+
+/// The requests that are known.
+struct Requests<'s> {
+    server: &'s Server<'s>,
+    /// Those that are to be tried again.
+    waiting: Later<String>,
+    /// Those that are answered, in that order; of many the last ones.
+    answered: VecDeque<String>,
+}
+
+impl<'s> Requests<'s> {
+    fn new(server: &'s Server<'s>) -> Requests<'s> {
+        Requests {
+            server,
+            waiting: Later::new(TICK, MODULE_WAIT_MAX),
+            answered: VecDeque::new(),
+        }
+    }
+
+    /// Serves request `id`, unless this daemon is asked to stop: the next one finds it.
+    fn serve(&mut self, id: String) -> Result<()> {
+        if self.server.is_stopping() {
+            return Ok(());
+        }
+        match xen::resident(|| self.server.serve(&id))? {
+            Served::None => self.waiting.forget(&id),
+            Served::Waits => self.waiting.put_off(id, Instant::now()),
+            Served::Answered => {
+                self.waiting.forget(&id);
+                self.answered.retain(|known| *known != id);
+                self.answered.push_back(id);
+                if self.answered.len() > ANSWERED_MAX {
+                    let oldest = self.answered.pop_front();
+                    oldest.map_or(Ok(()), |id| self.server.clear(&id))?;
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// What tells that a guest is published: a node in the domain's own directory. The toolstack makes that anew, without
@@ -179,8 +219,7 @@ impl Publisher {
         let domain = host.domain(info)?;
         // Before the look: what is made anew since is looked at again.
         Mark::of(&host.store, domain.info.id).set()?;
-        let status = service::status(&domain)?;
-        service::publish(&host.store, &status)?;
+        let status = service::look(&host.store, &domain)?;
         match self.reapply {
             true => reapply::reapply(server, &domain, &status),
             false => Ok(()),

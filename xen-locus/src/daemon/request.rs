@@ -1,6 +1,8 @@
 //! One request: read, checked, carried out, answered.
 
 use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use crate::apply::{Options, Report};
 use crate::cli::{Host, Session};
@@ -9,11 +11,13 @@ use crate::link::arena::now;
 use crate::link::record::hex;
 use crate::patch::Payload;
 use crate::plan::Mode;
-use crate::service::{self, Desk};
+use crate::service;
 use crate::store::ROOT;
 
 /// Longest value of a request's node that is believed, in bytes.
 const VALUE_MAX: usize = 256;
+/// Longest name in a path of the protocol.
+pub(super) const NAME_MAX: usize = 64;
 
 /// What serves requests.
 pub(super) struct Server<'s> {
@@ -26,9 +30,12 @@ pub(super) struct Server<'s> {
 /// What became of a request for now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Served {
-    /// It is answered, or no request.
+    /// It is no request, or none any more.
+    None,
+    /// It is answered.
     Answered,
-    /// It is to be tried again: a module that it changes is not loaded, and its deadline is ahead.
+    /// It is to be tried again: a module that it changes is not loaded, and its deadline is ahead; or this daemon is
+    /// asked to stop, and the next one carries it out.
     Waits,
 }
 
@@ -53,7 +60,7 @@ struct Request {
 /// Whether `name` may stand in a path of the protocol.
 fn is_name(name: &str) -> bool {
     !name.is_empty()
-        && name.len() <= 64
+        && name.len() <= NAME_MAX
         && name
             .bytes()
             .all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')
@@ -83,7 +90,9 @@ impl Request {
             }
         };
         let domain = node("domain")?.ok_or_else(|| bad("no domain is given".into()))?;
-        let uuid = node("uuid")?.map(|u| u.to_ascii_lowercase());
+        // As the toolstack writes it, or bare.
+        let bare = |u: String| u.strip_prefix("/vm/").unwrap_or(&u).to_ascii_lowercase();
+        let uuid = node("uuid")?.map(bare);
         if uuid.is_none() && domain.bytes().all(|b| b.is_ascii_digit()) {
             return Err(bad(format!(
                 "domain is the id {domain} and no uuid is given; ids are reused, so write the uuid \
@@ -116,55 +125,97 @@ impl Request {
     }
 }
 
+impl Request {
+    /// Whether it is to be tried again after this error.
+    fn waits_after(&self, error: &Error) -> bool {
+        self.deadline.is_some() && matches!(error, Error::NotLoaded(_))
+    }
+}
+
 impl Server<'_> {
     /// Serves request `id` if it is submitted and not answered yet.
     pub(super) fn serve(&self, id: &str) -> Result<Served> {
-        if !is_name(id) {
-            return Ok(Served::Answered);
+        if id.contains('/') {
+            return Ok(Served::None);
         }
         let store = &self.host.store;
         let base = format!("{ROOT}/request/{id}");
-        let submitted = store
-            .read(&format!("{base}/submit"))?
-            .is_some_and(|v| v.trim() == "1");
-        if !submitted || store.read(&format!("{base}/state"))?.as_deref() == Some("done") {
+        let write = |name: &str, value: &str| store.write(&format!("{base}/{name}"), value);
+        let read = |name: &str| store.read(&format!("{base}/{name}"));
+        let is_submitted = || Ok::<_, Error>(read("submit")?.is_some_and(|v| v.trim() == "1"));
+        if !is_submitted()? {
+            return Ok(Served::None);
+        }
+        if self.is_done(id)? {
             return Ok(Served::Answered);
         }
-        store.write(&format!("{base}/state"), "queued")?;
-        let request = Request::parse(|name| store.read(&format!("{base}/{name}")));
+        write("state", "queued")?;
+        let request = match is_name(id) {
+            true => Request::parse(read),
+            false => Err(Error::Usage(format!(
+                "malformed request: its ID is {id}; expected at most {NAME_MAX} letters, digits, _ and -"
+            ))),
+        };
         let (code, message) = match request {
             Err(error) => (error.exit_code(), error.to_string()),
             Ok(request) => {
-                store.write(&format!("{base}/state"), "running")?;
+                write("state", "running")?;
                 match self.carry_out(id, &request) {
+                    Ok(report) => (ExitCode::Done, format!("{}: {report}", report.patch)),
                     // The deadline is looked at first, so it ends this.
-                    Err(Error::NotLoaded(why)) if request.deadline.is_some() => {
-                        store.write(&format!("{base}/message"), &cut(why))?;
-                        store.write(&format!("{base}/state"), "queued")?;
+                    Err(error) if self.is_stopping() || request.waits_after(&error) => {
+                        if is_submitted()? {
+                            write("message", &told(&error))?;
+                            write("state", "queued")?;
+                        }
                         return Ok(Served::Waits);
                     }
-                    Ok(report) => (ExitCode::Done, format!("{}: {report}", report.patch)),
                     Err(error) => (error.exit_code(), told(&error)),
                 }
             }
         };
+        // Whoever asked may have taken the request away meanwhile: it is not for us to make it anew.
+        if is_submitted()? {
+            write("rc", &(code as u8).to_string())?;
+            write("message", &message)?;
+            write("state", "done")?;
+        }
         self.session
             .say(0, format!("request {id}: rc {}: {message}", code as u8));
-        store.write(&format!("{base}/rc"), &(code as u8).to_string())?;
-        store.write(&format!("{base}/message"), &message)?;
-        store.write(&format!("{base}/state"), "done")?;
         Ok(Served::Answered)
     }
 
+    /// Whether request `id` is answered.
+    fn is_done(&self, id: &str) -> Result<bool> {
+        let state = self
+            .host
+            .store
+            .read(&format!("{ROOT}/request/{id}/state"))?;
+        Ok(state.as_deref() == Some("done"))
+    }
+
+    /// Removes request `id`, unless it was made anew.
+    pub(super) fn clear(&self, id: &str) -> Result<()> {
+        match self.is_done(id)? {
+            true => self.host.store.remove(&format!("{ROOT}/request/{id}")),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether this daemon is asked to stop.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.session.interrupted.load(Ordering::SeqCst)
+    }
+
     fn carry_out(&self, id: &str, request: &Request) -> Result<Report> {
-        let desk = Desk {
-            waits: request.deadline.is_some(),
-            ..self.host.desk(format!("XenStore request {id}"))
-        };
-        if let Some(deadline) = request.deadline.filter(|&d| d < now()) {
-            return Err(Error::TryAgain(format!(
-                "the deadline {deadline} has passed"
-            )));
+        let mut desk = self.host.desk(format!("XenStore request {id}"));
+        let mut options = self.options.clone();
+        if let Some(deadline) = request.deadline {
+            let left = deadline
+                .checked_sub(now())
+                .ok_or_else(|| Error::TryAgain(format!("the deadline {deadline} has passed")))?;
+            options.timeout = options.timeout.min(Duration::from_secs(left));
+            desk.comes_again = |error| matches!(error, Error::NotLoaded(_));
         }
         let domain = self.host.guest(&request.domain)?;
         if let Some(uuid) = request.uuid.as_ref().filter(|u| **u != domain.info.uuid) {
@@ -175,12 +226,14 @@ impl Server<'_> {
                 domain.info.uuid
             )));
         }
-        let mode = match request.op {
-            Op::Apply(mode) => mode,
-            Op::Revert => return service::revert(&desk, &domain, &request.patch, self.options),
-        };
-        let payload = self.named(&request.patch, request.sha256.as_deref())?;
-        service::apply(&desk, &domain, &payload, mode, self.options)
+        let (patch, sha256) = (&request.patch, request.sha256.as_deref());
+        match request.op {
+            Op::Apply(mode) => {
+                let payload = self.named(patch, sha256)?;
+                service::apply(&desk, &domain, &payload, mode, &options)
+            }
+            Op::Revert => service::revert(&desk, &domain, patch, sha256, &options),
+        }
     }
 
     /// The payload of this name, whose file must have this SHA-256, if one is given.
@@ -240,7 +293,7 @@ mod tests {
         let request = parse(&[
             ("op", "apply"),
             ("domain", "7"),
-            ("uuid", "AB"),
+            ("uuid", "/vm/AB"),
             ("patch", "fix_1"),
             ("deadline", "12"),
         ]);

@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::settle::{settle, Counter as _, Outcome};
 use super::{Places, Task};
 use crate::error::{Error, Result};
+use crate::say;
 use crate::xen::{self, Control, End, Foreign, Other, Page, Step};
 
 /// What the process is called.
@@ -83,12 +84,10 @@ fn watch() -> Result<()> {
     let outcome = settle(&page, &counter, standing.uuid, &places);
     page.set_outcome(outcome as u32);
     // From here on nothing is urgent any more, and nobody may be there to hear it.
-    let _ = writeln!(
-        io::stderr(),
-        "xen-locus: process {} died at work on domain {}: {outcome}",
-        task.pid,
-        task.domid
-    );
+    say::warn(format_args!(
+        "process {} died at work on domain {}: {outcome}",
+        task.pid, task.domid
+    ));
     if outcome == Outcome::Running && task.spots.is_empty() {
         // There is nothing that `recover` could tell.
         let _ = std::fs::remove_file(task.path());

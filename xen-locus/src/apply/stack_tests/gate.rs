@@ -16,6 +16,7 @@ fn a_gate_that_still_stands_is_taken_down_by_the_journal() {
             .as_deref()
             .map(hex)
             .unwrap_or_default(),
+        text_base: TEXT.0,
         patch: "one".into(),
         sha256: String::new(),
         record: String::new(),
@@ -35,6 +36,13 @@ fn a_gate_that_still_stands_is_taken_down_by_the_journal() {
         assert_eq!(guest.peek::<5>(at), old);
         assert_eq!(guest.runs(), ["", "one", ""]);
     }
+    // Of a kernel that started anew elsewhere nothing stands.
+    let moved = Change {
+        text_base: TEXT.0 + 0x20_0000,
+        ..change.clone()
+    };
+    guest.begin(&moved).unwrap();
+    guest.recover(Finding::Gone);
     // What is somebody else's stays.
     guest.poke(at, &[0xcc; 5]);
     guest.begin(&change).unwrap();
