@@ -246,6 +246,9 @@ fn is_text(name: &str) -> bool {
         ".irqentry.text",
         // Where code of alternatives goes on.
         ".altinstr_aux",
+        // Where code goes on after a fault, until Linux kernel commit e5eefda5aa51 ("x86: Remove .fixup
+        // section") (in v5.17).
+        ".fixup",
         ".softirqentry.text",
     ];
     family(name, ".text") || special.contains(&name)
@@ -270,7 +273,7 @@ fn classify_known(name: &str, flags: SectionFlags) -> Option<Role> {
         ".altinstructions" | ".altinstr_replacement" => Role::Altinstructions,
         ".parainstructions" => Role::Parainstructions,
         ".smp_locks" => Role::SmpLocks,
-        "__ex_table" | ".fixup" => Role::ExTable,
+        "__ex_table" => Role::ExTable,
         "__bug_table" => Role::BugTable,
         "__jump_table" => Role::JumpTable,
         ".static_call_sites" => Role::StaticCalls,
@@ -352,6 +355,9 @@ mod tests {
             (".smp_locks", CONST, Role::SmpLocks),
             ("__something_new", CONST, Role::Unknown),
             (".texture", CODE, Role::Unknown),
+            (".fixup", CODE, Role::Text),
+            (".fixup", CONST, Role::Unknown),
+            ("__ex_table", CONST, Role::ExTable),
             (".debug_info", SectionFlags::default(), Role::NonAlloc),
             (".comment", SectionFlags::default(), Role::NonAlloc),
             (".modinfo", SectionFlags::default(), Role::Modinfo),

@@ -121,3 +121,30 @@ pub fn check_own_module(payload: &Payload, size: usize) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::patch::testelf::{Spec, ALLOC, CODE, R_PC32};
+
+    #[test]
+    fn fixups_lead_to_code_of_their_own_section_which_is_placed() {
+        let (mut elf, places) = Spec::default().elf();
+        let table = elf.section("__ex_table", ALLOC, &[0; 12]);
+        // mov $-14, %eax; jmp
+        let fixup = elf.section(
+            ".fixup",
+            CODE,
+            &[0xb8, 0xf2, 0xff, 0xff, 0xff, 0xe9, 0, 0, 0, 0],
+        );
+        let (text, after) = (elf.section_symbol(places.text), elf.section_symbol(fixup));
+        elf.reloc(table, 0, R_PC32, text, 0);
+        elf.reloc(table, 4, R_PC32, after, 0);
+        elf.reloc(fixup, 6, R_PC32, text, -4);
+        let payload = Payload::parse("test.ko", &elf.build()).unwrap();
+        let rows = rows(&payload, &Role::ExTable, 12).unwrap();
+        assert_eq!(rows.iter().flatten().count(), 1);
+        assert!(payload.section(fixup).unwrap().role.is_placed());
+        assert!(payload.concerns().is_empty(), "{:?}", payload.concerns());
+    }
+}
