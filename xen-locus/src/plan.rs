@@ -214,9 +214,9 @@ pub fn prepare(
     // The room for the record: as long as it can get once addresses are known, and whatever it lies
     // on, so that it fits its old pages when it is applied again.
     let entry = Entry::of(payload, kernel, depends.len())?;
-    let text_len = Layout::new(payload, 0, entry.len())?.text_len;
+    let text_len = Layout::new(payload, 0, entry.size())?.text_len;
     record.code = Code::longest(text_len, module::jump_labels(payload));
-    let layout = Layout::new(payload, to_json(&record)?.len(), entry.len())?;
+    let layout = Layout::new(payload, to_json(&record)?.len(), entry.size())?;
     let link_at = |first| {
         let base = arena::page_address(first);
         let mut image = image::link(payload, kernel, &objects, &layout, base, returns)?;

@@ -7,7 +7,7 @@
 //! of them is ever written: so they can be read as the kernel reads them.
 
 use super::arena::Rights;
-use super::module::{Built, Entry, Place};
+use super::module::{Built, Entry, Place, Size};
 use super::objects::Objects;
 use super::reloc::{self, R_X86_64_NONE};
 use super::site::Returns;
@@ -25,7 +25,8 @@ const FENTRY_NOP: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
 pub struct Layout {
     /// Rights of each page.
     pub rights: Vec<Rights>,
-    /// Offset of each section that is placed or looked at, by section number.
+    /// Offset of each section that is placed or looked at, and of the table of `BUG` and `WARN` sites
+    /// as part of the module entry, by section number.
     offsets: Vec<Option<u64>>,
     /// Offset behind all of them; what is only looked at stands behind all pages.
     end: usize,
@@ -105,6 +106,13 @@ fn is_looked_at(section: &Section) -> bool {
     is_table(&section.role) || section.role.is_init_or_exit()
 }
 
+/// The table of `BUG` and `WARN` sites, of which there is one at most ([`Entry::of`]). `WARN` with a
+/// message hands its row to `__WARN_trap`, so code refers to it: Linux kernel commit 5b472b6e5bd9
+/// ("x86_64/bug: Implement `__WARN_printf()`") (in v6.19).
+fn is_bug_table(section: &Section) -> bool {
+    section.role == Role::BugTable && section.size > 0
+}
+
 /// Refuses what this loader can't do yet.
 ///
 /// # Errors
@@ -132,7 +140,7 @@ impl Layout {
     ///
     /// # Errors
     /// The payload is larger than any arena.
-    pub fn new(payload: &Payload, record_len: usize, entry: (u64, u64)) -> Result<Layout> {
+    pub fn new(payload: &Payload, record_len: usize, entry: Size) -> Result<Layout> {
         let too_big = || {
             Error::NotApplicable(format!(
                 "payload {} needs more than the arena's {} pages",
@@ -165,12 +173,12 @@ impl Layout {
                 at = at.checked_add(record_len as u64).ok_or_else(too_big)?;
                 at = at.checked_next_multiple_of(64).ok_or_else(too_big)?;
                 entry_ro = at;
-                at = at.checked_add(entry.0).ok_or_else(too_big)?;
+                at = at.checked_add(entry.ro).ok_or_else(too_big)?;
             }
             if group == Rights::Data {
                 at = at.checked_next_multiple_of(PAGE_SIZE).ok_or_else(too_big)?;
                 entry_rw = at;
-                at = at.checked_add(entry.1).ok_or_else(too_big)?;
+                at = at.checked_add(entry.rw).ok_or_else(too_big)?;
             }
             at = at.checked_next_multiple_of(PAGE_SIZE).ok_or_else(too_big)?;
             let pages = usize::try_from((at - start) / PAGE_SIZE).unwrap_or(usize::MAX);
@@ -178,6 +186,10 @@ impl Layout {
                 return Err(too_big());
             }
             rights.extend(std::iter::repeat_n(group, pages));
+        }
+        let bugs = payload.sections.iter().find(|s| is_bug_table(s));
+        if let Some(offset) = bugs.and_then(|s| offsets.get_mut(s.index)) {
+            *offset = Some(entry_rw.checked_add(entry.bugs).ok_or_else(too_big)?);
         }
         for section in payload.sections.iter().filter(|s| is_looked_at(s)) {
             let align = section.align.clamp(1, PAGE_SIZE);
@@ -498,7 +510,7 @@ impl Linker<'_, '_, '_> {
 
     /// Tables may refer to what is only looked at, but nothing that is placed may.
     fn may_refer(&self, from: &Section, to: usize) -> bool {
-        let placed = |s: &Section| s.role.is_placed();
+        let placed = |s: &Section| s.role.is_placed() || is_bug_table(s);
         !placed(from) || self.payload.section(to).is_some_and(placed)
     }
 

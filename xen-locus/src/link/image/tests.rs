@@ -9,6 +9,8 @@ use crate::patch::{Klp, Modinfo, SectionFlags, SymKind};
 
 const OUTSIDE: u64 = TEXT.0 + 0x2000;
 const PERCPU: u64 = 0x1_f010;
+/// Where the module entry has its table of `BUG` and `WARN` sites.
+const BUGS: u64 = 0x40;
 
 fn section(index: usize, role: Role, data: &[u8], relocs: Vec<Reloc>) -> Section {
     Section {
@@ -109,7 +111,12 @@ fn linked_with(
         build_id: None,
     };
     change(&mut payload);
-    let layout = Layout::new(&payload, 100, (100, 100))?;
+    let size = Size {
+        ro: 100,
+        rw: 200,
+        bugs: BUGS,
+    };
+    let layout = Layout::new(&payload, 100, size)?;
     let rights = [Rights::Text, Rights::RoData, Rights::Data, Rights::Data];
     assert_eq!(layout.rights, rights);
     let objects = Objects::new(&kernel, Vec::new());
@@ -195,6 +202,34 @@ fn calls_of_fentry_become_nops_and_returns_follow_the_kernel() {
     assert_eq!(image[16..21], [0xc3, 0xcc, 0xcc, 0xcc, 0xcc]);
     let image = linked(&code, relocs(), None).unwrap();
     assert_eq!(image[16], 0xe9);
+}
+
+#[test]
+fn code_refers_to_rows_of_the_bug_table_where_the_module_entry_has_them() {
+    // lea row(%rip), %rdi with a row that is the second of its section, of 16 bytes each
+    let mut code = [0x90; 32];
+    code[8..15].copy_from_slice(&[0x48, 0x8d, 0x3d, 0, 0, 0, 0]);
+    let relocs = vec![reloc(11, R_X86_64_PC32, 9, 16 - 4)];
+    let image = linked_with(&code, relocs.clone(), None, |payload| {
+        let bugs = section(4, Role::BugTable, &[0; 32], vec![]);
+        payload.sections.push(bugs);
+        let table = symbol(9, "", SymSection::Section(4), 0);
+        payload.symbols.push(table);
+    });
+    let image = image.unwrap();
+    let row = 3 * PAGE_SIZE + BUGS + 16;
+    let distance = u32::try_from(row - 15).unwrap();
+    assert_eq!(image[11..15], distance.to_le_bytes());
+    // Its bytes come with the entry.
+    assert!(image[3 * PAGE_LEN..].iter().all(|&b| b == 0));
+    let error = linked_with(&code, relocs, None, |payload| {
+        let empty = section(4, Role::BugTable, &[], vec![]);
+        payload.sections.push(empty);
+        payload
+            .symbols
+            .push(symbol(9, "", SymSection::Section(4), 0));
+    });
+    assert!(error.unwrap_err().to_string().contains("never placed"));
 }
 
 #[test]

@@ -62,6 +62,18 @@ struct Unwind {
     end: bool,
 }
 
+/// The room that an entry takes.
+#[derive(Clone, Copy, Debug)]
+pub struct Size {
+    /// Length of the read-only part, in bytes.
+    pub ro: u64,
+    /// Length of the writable part, in bytes.
+    pub rw: u64,
+    /// Offset in the writable part of the table of `BUG` and `WARN` sites, whose rows stand in it as
+    /// they do in the payload's section: code refers to them ([`super::image`]).
+    pub bugs: u64,
+}
+
 /// Sizes of the guest's structures, in bytes.
 #[derive(Clone, Copy, Debug)]
 struct Sizes {
@@ -170,7 +182,11 @@ impl<'p> Entry<'p> {
             false => Vec::new(),
         };
         let bugs = match payload.sections.iter().any(|s| s.role == Role::BugTable) {
-            true => table::rows(payload, &Role::BugTable, stride("bug_entry")?)?,
+            true => {
+                let size = stride("bug_entry")?;
+                // A row of zeroes is for no code: the kernel looks for its own place in it.
+                table::in_place(table::rows(payload, &Role::BugTable, size)?, size)
+            }
             false => Vec::new(),
         };
         let unwind = unwind(payload, kernel)?;
@@ -180,7 +196,7 @@ impl<'p> Entry<'p> {
         let mut entry = Entry {
             payload,
             fixups: fixups.into_iter().flatten().collect(),
-            bugs: bugs.into_iter().flatten().collect(),
+            bugs,
             unwind,
             symbols,
             sizes: Sizes {
@@ -225,10 +241,14 @@ impl<'p> Entry<'p> {
         };
     }
 
-    /// Length of the read-only part and of the writable part, in bytes.
+    /// The room it takes.
     #[must_use]
-    pub fn len(&self) -> (u64, u64) {
-        (self.ro.len, self.rw.len)
+    pub fn size(&self) -> Size {
+        Size {
+            ro: self.ro.len,
+            rw: self.rw.len,
+            bugs: self.rw.bugs,
+        }
     }
 
     /// Fills the entry in for its place. `resolve` gives the value of a relocation's symbol, `start_of`

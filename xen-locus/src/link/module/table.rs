@@ -72,6 +72,17 @@ pub fn rows(payload: &Payload, role: &Role, stride: usize) -> Result<Vec<Option<
     Ok(found)
 }
 
+/// The rows of `stride` bytes at the places that they have in their section, with zeroes for those left
+/// out: for a table that code refers to by place.
+#[must_use]
+pub fn in_place(rows: Vec<Option<Row>>, stride: usize) -> Vec<Row> {
+    let none = || Row {
+        bytes: vec![0; stride],
+        relocs: Vec::new(),
+    };
+    rows.into_iter().map(|r| r.unwrap_or_else(none)).collect()
+}
+
 /// All relocations of a section, livepatch relocations too, by rising offset.
 fn relocs_of<'p>(payload: &'p Payload, section: &'p Section) -> Vec<&'p Reloc> {
     let of_klp = payload
@@ -125,7 +136,7 @@ pub fn check_own_module(payload: &Payload, size: usize) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::patch::testelf::{Spec, ALLOC, CODE, R_PC32};
+    use crate::patch::testelf::{Spec, ALLOC, CODE, R_PC32, VARS};
 
     #[test]
     fn fixups_lead_to_code_of_their_own_section_which_is_placed() {
@@ -146,5 +157,20 @@ mod tests {
         assert_eq!(rows.iter().flatten().count(), 1);
         assert!(payload.section(fixup).unwrap().role.is_placed());
         assert!(payload.concerns().is_empty(), "{:?}", payload.concerns());
+    }
+
+    #[test]
+    fn rows_that_are_left_out_move_no_others() {
+        let (mut elf, places) = Spec::default().elf();
+        let table = elf.section("__bug_table", VARS, &[7; 24]);
+        let init = elf.section(".init.text", CODE, &[0xc3; 4]);
+        let (text, init) = (elf.section_symbol(places.text), elf.section_symbol(init));
+        elf.reloc(table, 0, R_PC32, init, 0);
+        elf.reloc(table, 12, R_PC32, text, 0);
+        let payload = Payload::parse("test.ko", &elf.build()).unwrap();
+        let rows = in_place(rows(&payload, &Role::BugTable, 12).unwrap(), 12);
+        let bytes: Vec<&[u8]> = rows.iter().map(|r| r.bytes.as_slice()).collect();
+        assert_eq!(bytes, [[0; 12], [7; 12]]);
+        assert!(rows[0].relocs.is_empty() && rows[1].relocs.len() == 1);
     }
 }
