@@ -16,7 +16,7 @@ use iced_x86::{Decoder, DecoderOptions, Mnemonic, OpKind, Register};
 use super::code::{branch, relative, Code, Table};
 use super::{nops, Place};
 use crate::addr::{Gva, Range};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::guest::fetch;
 use crate::kernel::btf::Bits;
 use crate::kernel::Kernel;
@@ -24,6 +24,8 @@ use crate::kernel::Kernel;
 const TABLE: &str = ".parainstructions";
 /// What dies when it is run.
 const UD2: [u8; 2] = [0x0f, 0x0b];
+/// Largest believed entry, in bytes: it has 8 or 16.
+const SIZE_MAX: usize = 64;
 
 /// Where the parts of a `struct paravirt_patch_site` are.
 struct Layout {
@@ -41,9 +43,17 @@ impl Layout {
         let btf = kernel.btf()?;
         let ty = "paravirt_patch_site";
         let len = btf.bits_of(ty, "len")?;
+        let size = btf.size_of(ty)?;
+        let used = len.offset.saturating_add(len.bytes());
+        if !(used..=SIZE_MAX).contains(&size) {
+            return Err(Error::NotApplicable(format!(
+                "struct {ty} has {size} bytes in the guest's types and its last member ends at byte \
+                 {used}; expected at most {SIZE_MAX} bytes, all members among them"
+            )));
+        }
         Ok(Layout {
-            size: btf.size_of(ty)?,
-            used: len.offset.saturating_add(len.bytes()),
+            size,
+            used,
             instr: match btf.offset_of(ty, "instr_offset") {
                 Ok(offset) => (offset, true),
                 Err(_) => (btf.offset_of(ty, "instr")?, false),
@@ -164,13 +174,16 @@ mod tests {
     use crate::link::sites::testing::{code, kernel, put32, BASE, HELD, POINTERS};
 
     fn types(new: bool) -> Vec<u8> {
+        types_of(new, if new { 8 } else { 16 })
+    }
+
+    fn types_of(new: bool, size: usize) -> Vec<u8> {
         let mut b = Blob::with_integers();
         let (first, at) = if new {
             (("instr_offset", 3, 0), 4)
         } else {
             (("instr", 4, 0), 8)
         };
-        let size = if new { 8 } else { 16 };
         b.structure(
             "paravirt_patch_site",
             size,
@@ -239,5 +252,22 @@ mod tests {
             error.contains("expected a call through pv_ops+0x0"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn an_absurd_size_of_an_entry_is_refused_before_room_is_made_for_it() {
+        for size in [9, 65, 0xffff_fff0] {
+            let refused = kernel(&types_of(false, size), |kernel| {
+                let mut code = code(&[0x90; 16]);
+                let table = Table {
+                    at: BASE.plus(0x100),
+                    bytes: vec![0; 12],
+                };
+                apply(kernel, &mut code, &[table], &mut Vec::new())
+            });
+            let error = refused.unwrap_err().to_string();
+            let words = format!("has {size} bytes in the guest's types");
+            assert!(error.contains(&words), "{error}");
+        }
     }
 }
