@@ -470,7 +470,8 @@ fn find_names(data: &[u8], tokens_at: usize, budget: &Budget) -> Result<Option<N
         let names = data.get(num_at + 8..).unwrap_or_default();
         for long in [true, false] {
             let (steps, fit) = names_fit(names, count, long);
-            budget.spend((steps / STEPS) as u64)?;
+            // One that fails at its first names costs something too: there may be millions.
+            budget.spend((steps / STEPS).max(1) as u64)?;
             if let Some(len) = fit {
                 return Ok(Some(Names {
                     num_at,

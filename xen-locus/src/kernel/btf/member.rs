@@ -5,7 +5,7 @@ use crate::guest::fetch;
 
 /// Deepest nesting of anonymous members followed.
 const DEPTH: u32 = 16;
-/// Most members looked at for one question.
+/// Most members or enumerators looked at for one question.
 const STEPS: u32 = 1 << 17;
 
 /// Where some bits of a structure stand.
@@ -152,8 +152,7 @@ impl Btf {
         let r = self.enumeration(ty)?;
         // An enum without the flag counts as unsigned, also where a value was meant to be negative.
         let same = |v: i64| v == value || (v < 0 && v & 0xffff_ffff == value);
-        (0..r.parts)
-            .map_while(|i| enumerator(&r, i))
+        enumerators(r)
             .find(|&(_, v)| same(v))
             .map(|(name, _)| self.name(name))
     }
@@ -162,8 +161,7 @@ impl Btf {
     #[must_use]
     pub fn enum_value(&self, ty: &str, name: &str) -> Option<i64> {
         let r = self.enumeration(ty)?;
-        (0..r.parts)
-            .map_while(|i| enumerator(&r, i))
+        enumerators(r)
             .find(|&(n, _)| self.string(n) == name.as_bytes())
             .map(|(_, v)| v)
     }
@@ -254,6 +252,11 @@ impl Btf {
 
 fn missing(name: &str, path: &str) -> Error {
     Error::Missing(format!("member {path} of {name} in BTF"))
+}
+
+/// The enumerators of the enum `r`, as many as are believed.
+fn enumerators(r: Record<'_>) -> impl Iterator<Item = (u32, i64)> + '_ {
+    (0..r.parts.min(STEPS as usize)).map_while(move |i| enumerator(&r, i))
 }
 
 /// Enumerator `i` of the enum `r`: offset of its name, value.

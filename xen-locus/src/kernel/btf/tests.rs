@@ -155,3 +155,16 @@ fn cycles_and_bushes_of_anonymous_members_end_soon() {
     }
     assert!(start.elapsed().as_secs() < 5, "{:?}", start.elapsed());
 }
+
+#[test]
+fn an_enum_that_never_ends_is_looked_at_in_part() {
+    let names: Vec<String> = (0..1 << 17).map(|i| format!("E{i}")).collect();
+    let mut values: Vec<(&str, i64)> = names.iter().map(String::as_str).zip(0..).collect();
+    values.push(("BEYOND", -7));
+    let mut b = Blob::new();
+    b.enumeration("endless", &values);
+    let btf = Btf::new(b.bytes()).unwrap();
+    assert_eq!(btf.enum_value("endless", "E131071"), Some(131_071));
+    assert_eq!(btf.enum_value("endless", "BEYOND"), None);
+    assert_eq!(btf.enum_name("endless", -7), None);
+}

@@ -111,6 +111,19 @@ fn damaged_tables_are_refused_or_harmless() {
 }
 
 #[test]
+fn counts_that_fit_no_names_are_paid_for() {
+    // Each word is a count, and the first "name" behind it has no length: 0 and zeroes.
+    let data: Vec<u8> = SYMBOLS_MIN.to_le_bytes().repeat(4096);
+    let data = [data, vec![0; 64]].concat();
+    let budget = Budget::of(1 << 20);
+    assert!(find_names(&data, data.len(), &budget).unwrap().is_none());
+    let scanned = budget.spent();
+    assert!(scanned >= 2 * 4096, "{scanned}");
+    let budget = Budget::of(4096);
+    assert!(find_names(&data, data.len(), &budget).is_err());
+}
+
+#[test]
 fn the_digits_are_found_wherever_they_stand() {
     for at in 0..64 {
         let mut data = vec![b'x'; 96];
