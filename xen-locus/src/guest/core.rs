@@ -40,6 +40,8 @@ const NO_FRAME: u64 = u64::MAX;
 const VCPUS_MAX: u64 = 4096;
 /// Longest believed section that is read as a whole, in bytes.
 const SMALL: u64 = 64 << 10;
+/// Most runs of consecutive frames believed: a guest of 16 GiB without two frames in a row has so many.
+const RUNS_MAX: usize = 1 << 22;
 /// Entries of the index of frames that are read in one go.
 const AT_ONCE: u64 = 64 << 10;
 
@@ -330,6 +332,12 @@ impl Notes {
 
 /// Reads the index of frames: sorted runs.
 fn runs(file: &File, index: &Section, entry: u64, name: &str) -> Result<Vec<Run>, String> {
+    let twice = |frame: u64, first: u64, second: u64| {
+        format!(
+            "section {name} has {} twice (entries {first} and {second}); expected each frame once",
+            Frame(frame)
+        )
+    };
     let mut runs: Vec<Run> = Vec::new();
     let count = index.size / entry;
     let mut page = 0;
@@ -340,7 +348,17 @@ fn runs(file: &File, index: &Section, entry: u64, name: &str) -> Result<Vec<Run>
             let pfn = fetch::u64(entry, 0).unwrap_or(NO_FRAME);
             let frame = fetch::u64(entry, 8).unwrap_or(pfn);
             if frame != NO_FRAME && pfn != NO_FRAME {
+                // The holes of a sparse file read as zeroes, so such an index may be endless.
+                if let Some(last) = runs.last().filter(|r| r.end() == frame.saturating_add(1)) {
+                    return Err(twice(frame, last.page + (last.count - 1), page));
+                }
                 push(&mut runs, pfn, frame, page);
+            }
+            if runs.len() > RUNS_MAX {
+                return Err(format!(
+                    "section {name} has more than {RUNS_MAX} runs of consecutive frames in {page} of \
+                     {count} entries; expected at most that many in all"
+                ));
             }
             page += 1;
         }
@@ -349,12 +367,7 @@ fn runs(file: &File, index: &Section, entry: u64, name: &str) -> Result<Vec<Run>
     for pair in runs.windows(2) {
         if let [a, b] = pair {
             if b.frame < a.end() {
-                return Err(format!(
-                    "section {name} has {} twice (entries {} and {}); expected each frame once",
-                    Frame(b.frame),
-                    a.page + (b.frame - a.frame),
-                    b.page
-                ));
+                return Err(twice(b.frame, a.page + (b.frame - a.frame), b.page));
             }
         }
     }

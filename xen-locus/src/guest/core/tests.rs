@@ -100,6 +100,25 @@ fn what_was_saved_is_read_back_whatever_the_order_of_frames() {
 }
 
 #[test]
+fn an_index_of_frames_that_never_ends_is_refused_before_it_fills_the_memory() {
+    let entries = RUNS_MAX as u64 + 10;
+    let index = Section {
+        name: ".xen_pfn".into(),
+        offset: 0,
+        size: 8 * entries,
+    };
+    // All of it a hole.
+    let sparse = file(&[]);
+    sparse.set_len(index.size).unwrap();
+    let error = runs(&sparse, &index, 8, &index.name).unwrap_err();
+    assert!(error.contains("twice (entries 0 and 1)"), "{error}");
+    // No frame follows the one before it.
+    let scattered: Vec<u8> = (0..entries).flat_map(|n| (2 * n).to_le_bytes()).collect();
+    let error = runs(&file(&scattered), &index, 8, &index.name).unwrap_err();
+    assert!(error.contains("more than 4194304 runs"), "{error}");
+}
+
+#[test]
 fn registers_are_read_back() {
     for kind in [GuestType::Pv, GuestType::Hvm] {
         let world = World::new(kind);
