@@ -30,6 +30,9 @@ use crate::guest::space::Space;
 
 /// Most rows believed. Debian's kernels have 0.3 to 0.5 million.
 const ROWS_MAX: usize = 1 << 22;
+/// Most rows believed of a module beyond those that its text has room for: its init code, whose rows
+/// stay when it is gone, may be larger than what stays of it.
+const GONE_MAX: u64 = 1 << 14;
 /// Bytes of `.orc_header`.
 const HASH_LEN: usize = 20;
 /// Rows looked at to tell the numbering of registers.
@@ -508,9 +511,13 @@ impl Orc {
         (ips, rows, count): (Gva, Gva, usize),
         text: Vec<Range>,
     ) -> Result<Orc, Error> {
-        if count > ROWS_MAX {
+        // A row holds for a byte at least, but two begin where one section ends and the next begins.
+        let bytes = text.iter().map(Range::len).fold(0u64, u64::saturating_add);
+        let most = bytes.saturating_mul(2).saturating_add(GONE_MAX);
+        if count > ROWS_MAX || count as u64 > most {
             return Err(Error::Odd(format!(
-                "a module claims {count} ORC rows; expected at most {ROWS_MAX}"
+                "a module claims {count} ORC rows for {bytes} bytes of text; expected at most \
+                 {ROWS_MAX}, and no more than {most} for so much text"
             )));
         }
         let table = Table {

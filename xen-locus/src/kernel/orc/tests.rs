@@ -341,6 +341,9 @@ fn a_module_brings_its_own_table_for_its_own_text() {
             Some(16)
         );
         assert!(read(usize::MAX, text).is_err());
+        // More than one for each byte of it, and more than init code leaves behind.
+        let error = read(0x2000 + 0x4001, text).unwrap_err().to_string();
+        assert!(error.contains("24577 ORC rows for 4096 bytes"), "{error}");
         // Rows for nothing of its text.
         assert_eq!(read(4, text).unwrap().len(), 2);
     });

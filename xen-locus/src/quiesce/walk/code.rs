@@ -1,7 +1,7 @@
 //! What the walk knows of code: the ORC rows for it, where calls end, and the places that hide or
 //! shift what stands on a stack.
 
-use std::cell::{OnceCell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::HashMap;
 
 use iced_x86::{Decoder, DecoderOptions, Mnemonic};
@@ -21,6 +21,10 @@ const HYPERCALL: usize = 32;
 const HYPERCALLS: u64 = 4096;
 /// Most return addresses whose code is remembered.
 const KNOWN_MAX: usize = 1 << 16;
+
+/// Most rows kept of all modules together, four times what Debian's kernels have themselves: 40 MiB of the
+/// largest rows that are believed.
+const ROWS_MAX: usize = 1 << 21;
 
 /// Where return addresses lead that were exchanged on the stack: the caller is known only to the
 /// kernel's own lists (`unwind_recover_ret_addr`, arch/x86/include/asm/unwind.h).
@@ -49,11 +53,27 @@ pub struct Code<'k, 'm> {
     space: Space<'m>,
     orc: Orc,
     modules: Vec<Loaded>,
+    room: Room,
     hiding: Vec<(&'static str, Range)>,
     /// `ret_from_fork`, and what took its place as the first address of a task.
     first: Vec<Gva>,
     hypercalls: Option<Range>,
     known: RefCell<HashMap<Gva, bool>>,
+}
+
+/// Room for rows of modules.
+struct Room(Cell<usize>);
+
+impl Room {
+    fn new() -> Room {
+        Room(Cell::new(ROWS_MAX))
+    }
+
+    /// Takes room for `rows`; `None` when there is not so much left.
+    fn take(&self, rows: usize) -> Option<()> {
+        self.0.set(self.0.get().checked_sub(rows)?);
+        Some(())
+    }
 }
 
 /// A module whose ORC table is read when it is wanted.
@@ -76,6 +96,7 @@ impl<'k, 'm> Code<'k, 'm> {
             space: kernel.space.fresh(),
             orc: Orc::read(kernel)?,
             modules: Vec::new(),
+            room: Room::new(),
             hiding: hiding(kernel).collect(),
             first: first.iter().filter_map(|name| symbol(name)).collect(),
             hypercalls: symbol("hypercall_page").map(|at| Range::new(at, HYPERCALLS)),
@@ -115,10 +136,11 @@ impl<'k, 'm> Code<'k, 'm> {
             })
         };
         self.modules = Reader::new(self.kernel)?.each(|_, module| loaded(module))?;
+        self.room = Room::new();
         Ok(())
     }
 
-    /// The row that holds at `ip`. A module whose table can't be read has none.
+    /// The row that holds at `ip`. A module whose table can't be read, or is one too many, has none.
     pub fn row(&self, ip: Gva) -> Option<Row> {
         if let Some(row) = self.orc.row(ip) {
             return Some(row);
@@ -126,6 +148,7 @@ impl<'k, 'm> Code<'k, 'm> {
         let holds = |m: &&Loaded| m.text.iter().any(|range| range.contains(ip));
         let module = self.modules.iter().find(holds)?;
         let read = || {
+            self.room.take(module.tables.2)?;
             let text = module.text.clone();
             Orc::of_module(self.kernel, &self.space, module.tables, text).ok()
         };
@@ -219,7 +242,17 @@ impl std::fmt::Debug for Code<'_, '_> {
 
 #[cfg(test)]
 mod tests {
-    use super::is_call;
+    use super::{is_call, Room, ROWS_MAX};
+
+    #[test]
+    fn tables_of_modules_are_kept_as_long_as_there_is_room_for_their_rows() {
+        let room = Room::new();
+        assert!(room.take(ROWS_MAX / 2).is_some());
+        assert!(room.take(usize::MAX).is_none());
+        assert!(room.take(ROWS_MAX / 2 + 1).is_none());
+        assert!(room.take(ROWS_MAX / 2).is_some());
+        assert!(room.take(1).is_none());
+    }
 
     #[test]
     fn calls_of_all_forms_are_told_from_other_code() {
