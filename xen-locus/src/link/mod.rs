@@ -3,6 +3,7 @@
 //! nothing in the guest refers to yet.
 
 pub mod arena;
+pub mod exports;
 pub mod fit;
 pub mod gate;
 pub mod holder;

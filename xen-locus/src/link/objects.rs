@@ -11,9 +11,9 @@ use std::cell::{OnceCell, RefCell};
 use crate::addr::{Gva, Range};
 use crate::cold;
 use crate::error::{Error, Result};
-use crate::guest::fetch;
 use crate::kernel::modules::{Module, Reader, Rewritten, State, Symbol, MODULES_MAX};
 use crate::kernel::{self, Kernel};
+use crate::link::exports::Exports;
 use crate::link::{arena, holder};
 use crate::patch::Payload;
 
@@ -21,8 +21,6 @@ use crate::patch::Payload;
 pub const VMLINUX: &str = "vmlinux";
 /// What the kernel rewrites when a guest of one CPU gets more.
 const LOCK_PREFIX: &str = "lock prefix";
-/// Longest table of the kernel's exports read, in bytes: there are some ten thousand of 12 bytes.
-const EXPORTS_MAX: u64 = 4 << 20;
 
 /// The kernel and its modules; they are read when they are first asked for.
 #[derive(Debug)]
@@ -35,6 +33,8 @@ pub struct Objects<'k, 'm> {
     loaded: OnceCell<std::result::Result<Vec<Loaded>, String>>,
     /// Addresses of those that were referred to.
     used: RefCell<Vec<Gva>>,
+    /// What the kernel exports, if that can be known.
+    exported: OnceCell<Option<Exports>>,
 }
 
 /// A loaded module and, once asked for, its symbols.
@@ -198,7 +198,14 @@ impl<'k, 'm> Objects<'k, 'm> {
             reader: OnceCell::new(),
             loaded: OnceCell::new(),
             used: RefCell::default(),
+            exported: OnceCell::new(),
         }
+    }
+
+    /// What the kernel itself exports; `None` if that can't be known.
+    pub fn exported(&self) -> Option<&Exports> {
+        let read = || Exports::read(self.kernel).ok();
+        self.exported.get_or_init(read).as_ref()
     }
 
     fn reader(&self) -> Result<&Reader<'k, 'm>> {
@@ -346,23 +353,26 @@ impl<'k, 'm> Objects<'k, 'm> {
     /// exports, else the global one of the payload applied last. `None` when nobody has it.
     ///
     /// # Errors
-    /// [`Error::NotApplicable`] when several have it.
+    /// [`Error::NotApplicable`] when several have it. What the kernel does not export may be local to one
+    /// of its files, and is no more likely to be meant than what a module exports.
     pub fn undefined(&self, name: &str) -> Result<Option<Gva>> {
-        let of_kernel: Vec<Gva> = self.kernel.symbols.all(name).map(|s| s.addr).collect();
-        match of_kernel.as_slice() {
-            [one] => return self.stays(name, *one).map(Some),
-            [] => {}
+        let exported = |at: &Gva| self.exported().is_some_and(|all| all.has(*at));
+        let mut of_kernel: Vec<Gva> = self.kernel.symbols.all(name).map(|s| s.addr).collect();
+        if of_kernel.len() > 1 {
             // Others may be local to their files; modules are given the one that is exported.
-            many => match self.exported_of(many).unwrap_or_default().as_slice() {
-                [one] => return self.stays(name, *one).map(Some),
-                _ => {
-                    self.kernel.function(name, 0).map_err(not_applicable)?;
-                }
-            },
+            let several = self.kernel.function(name, 0).map_err(not_applicable);
+            of_kernel.retain(exported);
+            of_kernel.sort_unstable();
+            of_kernel.dedup();
+            if of_kernel.len() != 1 {
+                return several.map(Some);
+            }
         }
+        let own = of_kernel.first().copied();
         // Without types nothing is known of modules.
-        if self.kernel.symbols.addr("modules").is_none() || self.kernel.btf().is_err() {
-            return Ok(None);
+        let modules = self.kernel.symbols.addr("modules").is_some() && self.kernel.btf().is_ok();
+        if !modules || own.as_ref().is_some_and(exported) {
+            return own.map(|at| self.stays(name, at)).transpose();
         }
         let mut found: Vec<(&Loaded, Gva)> = Vec::new();
         for loaded in self.loaded()?.iter().filter(|l| !in_arena(l)) {
@@ -372,19 +382,28 @@ impl<'k, 'm> Objects<'k, 'm> {
                 found.push((loaded, *at));
             }
         }
-        match found.as_slice() {
-            [] => self.of_payloads(name),
-            [(loaded, at)] if loaded.module.state == State::Live => {
+        if let (Some(at), Some((loaded, _))) = (own, found.first()) {
+            let module = &loaded.module.name;
+            return Err(Error::NotApplicable(format!(
+                "it refers to {name}, which is both a symbol of the kernel at {at} that is not \
+                 exported, and one that module {module} exports; say which, as \
+                 .klp.sym.{VMLINUX}.{name},1 or .klp.sym.{module}.{name},0"
+            )));
+        }
+        match (own, found.as_slice()) {
+            (Some(at), _) => self.stays(name, at).map(Some),
+            (None, []) => self.of_payloads(name),
+            (None, [(loaded, at)]) if loaded.module.state == State::Live => {
                 self.uses(loaded);
                 Ok(Some(*at))
             }
-            [(loaded, _)] => Err(Error::TryAgain(format!(
+            (None, [(loaded, _)]) => Err(Error::TryAgain(format!(
                 "symbol {name} is exported by module {}, which is {} in the guest right now; try \
                  again",
                 loaded.module.name,
                 loaded.module.state.name().to_lowercase()
             ))),
-            many => {
+            (None, many) => {
                 let names: Vec<&str> = many.iter().map(|(l, _)| l.module.name.as_str()).collect();
                 Err(Error::NotApplicable(format!(
                     "symbol {name} is exported by several modules: {}",
@@ -429,45 +448,6 @@ impl<'k, 'm> Objects<'k, 'm> {
             }
         }
         Ok(())
-    }
-
-    /// Those of `candidates` that the kernel's own tables of exports list (`struct kernel_symbol`,
-    /// include/linux/export-internal.h).
-    fn exported_of(&self, candidates: &[Gva]) -> Result<Vec<Gva>> {
-        let kernel = self.kernel;
-        let btf = kernel.btf()?;
-        let relative = btf.has("kernel_symbol", "value_offset");
-        let value = if relative { "value_offset" } else { "value" };
-        let (size, at) = (
-            btf.size_of("kernel_symbol")?.max(1),
-            btf.offset_of("kernel_symbol", value)?,
-        );
-        let mut found = Vec::new();
-        for (start, stop) in [
-            ("__start___ksymtab", "__stop___ksymtab"),
-            ("__start___ksymtab_gpl", "__stop___ksymtab_gpl"),
-        ] {
-            let (Some(start), Some(stop)) = (kernel.symbols.addr(start), kernel.symbols.addr(stop))
-            else {
-                continue;
-            };
-            let len = stop.0.saturating_sub(start.0).min(EXPORTS_MAX);
-            let table = kernel
-                .space
-                .read_vec(start, usize::try_from(len).unwrap_or(0))?;
-            for (i, entry) in table.chunks_exact(size).enumerate() {
-                let place = start.plus((i * size + at) as u64);
-                let target = if relative {
-                    fetch::u32(entry, at)
-                        .map(|d| place.0.wrapping_add_signed(d.cast_signed().into()))
-                } else {
-                    fetch::u64(entry, at)
-                };
-                let target = target.map(Gva).filter(|t| candidates.contains(t));
-                found.extend(target.filter(|t| !found.contains(t)));
-            }
-        }
-        Ok(found)
     }
 
     /// The modules, and payloads applied before, whose symbols were asked for and found: none of them
