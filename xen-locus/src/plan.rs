@@ -171,6 +171,9 @@ pub fn prepare(
     let payloads = stack.applied().iter().rev();
     let payloads = payloads.map(|r| Gva(r.record.module)).collect();
     let objects = Objects::new(kernel, payloads);
+    if let Some(exports) = objects.exported() {
+        fit::check_versions(kernel, exports, payload)?;
+    }
     let (mut functions, returns) = find_functions(kernel, &objects, payload, &stack, supersedes)?;
     let patched: Vec<ModuleAt> = objects
         .used()?

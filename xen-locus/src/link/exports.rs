@@ -3,6 +3,11 @@
 //! `struct kernel_symbol` (include/linux/export-internal.h; include/linux/export.h) holds address and
 //! name, as they are or as distances from their own place. Tables: include/asm-generic/vmlinux.lds.h;
 //! later kernels have but the first of the two.
+//!
+//! With `CONFIG_MODVERSIONS` there is a table of CRCs beside each, in the same order: 32 bits each,
+//! themselves. Other architectures had distances to CRCs until Linux kernel commit 7b4537199a4a
+//! ("kbuild: link symbol CRCs at final link, removing `CONFIG_MODULE_REL_CRCS`") (in v5.19); a table that
+//! looks like that, or has another size, counts as none.
 
 use crate::addr::Gva;
 use crate::error::{Error, Result};
@@ -13,15 +18,39 @@ use crate::kernel::Kernel;
 const TABLE_MAX: u64 = 4 << 20;
 /// Largest believed `struct kernel_symbol`, in bytes.
 const ENTRY_MAX: usize = 64;
-/// Where the tables begin and end.
-const TABLES: [[&str; 2]; 2] = [
-    ["__start___ksymtab", "__stop___ksymtab"],
-    ["__start___ksymtab_gpl", "__stop___ksymtab_gpl"],
+/// Longest believed name, in bytes.
+const NAME_MAX: usize = 512;
+/// Farthest a distance from one place of the kernel's image to another leads, in bytes. One in sixteen
+/// CRCs is no larger.
+const IMAGE_MAX: u32 = 128 << 20;
+/// The tables: symbols from and to, and their CRCs.
+const TABLES: [[&str; 4]; 2] = [
+    [
+        "__start___ksymtab",
+        "__stop___ksymtab",
+        "__start___kcrctab",
+        "__stop___kcrctab",
+    ],
+    [
+        "__start___ksymtab_gpl",
+        "__stop___ksymtab_gpl",
+        "__start___kcrctab_gpl",
+        "__stop___kcrctab_gpl",
+    ],
 ];
 
-/// Addresses of all exports, rising.
+/// One export.
+#[derive(Clone, Copy, Debug)]
+struct Export {
+    at: Gva,
+    /// Where its name stands.
+    name: Gva,
+    crc: Option<u32>,
+}
+
+/// All exports, by rising address.
 #[derive(Debug)]
-pub struct Exports(Vec<Gva>);
+pub struct Exports(Vec<Export>);
 
 impl Exports {
     /// Reads the tables; a kernel without symbols for them exports nothing.
@@ -33,9 +62,9 @@ impl Exports {
         let btf = kernel.btf()?;
         let relative = btf.has("kernel_symbol", "value_offset");
         let of = |member: &str| btf.offset_of("kernel_symbol", member);
-        let value = match relative {
-            true => of("value_offset")?,
-            false => of("value")?,
+        let (value, name) = match relative {
+            true => (of("value_offset")?, of("name_offset")?),
+            false => (of("value")?, of("name")?),
         };
         let size = btf.size_of("kernel_symbol")?;
         if size == 0 || size > ENTRY_MAX {
@@ -44,27 +73,57 @@ impl Exports {
             )));
         }
         let mut all = Vec::new();
-        for [start, stop] in TABLES {
+        for [start, stop, crcs, crcs_end] in TABLES {
             let Some((start, table)) = table(kernel, start, stop)? else {
                 continue;
             };
+            let count = table.len() / size;
+            let crcs = table_of_crcs(kernel, crcs, crcs_end, count)?;
             for (i, entry) in table.chunks_exact(size).enumerate() {
-                let place = start.plus((i * size + value) as u64);
-                all.extend(match relative {
-                    true => fetch::u32(entry, value)
-                        .map(|d| Gva(place.0.wrapping_add_signed(d.cast_signed().into()))),
-                    false => fetch::u64(entry, value).map(Gva),
-                });
+                let target = |field: usize| {
+                    let place = start.plus((i * size + field) as u64);
+                    match relative {
+                        true => fetch::u32(entry, field)
+                            .map(|d| Gva(place.0.wrapping_add_signed(d.cast_signed().into()))),
+                        false => fetch::u64(entry, field).map(Gva),
+                    }
+                };
+                if let (Some(at), Some(name)) = (target(value), target(name)) {
+                    let crc = crcs.as_ref().and_then(|crcs| fetch::u32(crcs, 4 * i));
+                    all.push(Export { at, name, crc });
+                }
             }
         }
-        all.sort_unstable();
+        all.sort_by_key(|e| e.at);
         Ok(Exports(all))
+    }
+
+    fn at(&self, at: Gva) -> impl Iterator<Item = &Export> {
+        let first = self.0.partition_point(|e| e.at < at);
+        let rest = self.0.get(first..).unwrap_or_default();
+        rest.iter().take_while(move |e| e.at == at)
     }
 
     /// Whether what stands at `at` is exported, by whatever name.
     #[must_use]
     pub fn has(&self, at: Gva) -> bool {
-        self.0.binary_search(&at).is_ok()
+        self.at(at).next().is_some()
+    }
+
+    /// The CRC of the export `name`; `None` if there is no such export, or its CRC is not known.
+    ///
+    /// # Errors
+    /// The guest's memory can't be read.
+    pub fn crc(&self, kernel: &Kernel<'_>, name: &str) -> Result<Option<u32>> {
+        for symbol in kernel.symbols.all(name) {
+            // Several names may stand for one place, each with a CRC of its own.
+            for export in self.at(symbol.addr).filter(|e| e.crc.is_some()) {
+                if kernel.space.read_cstr(export.name, NAME_MAX)? == name {
+                    return Ok(export.crc);
+                }
+            }
+        }
+        Ok(None)
     }
 }
 
@@ -76,4 +135,22 @@ fn table(kernel: &Kernel<'_>, start: &str, stop: &str) -> Result<Option<(Gva, Ve
     let len = stop.0.saturating_sub(start.0).min(TABLE_MAX);
     let len = usize::try_from(len).unwrap_or(0);
     Ok(Some((start, kernel.space.read_vec(start, len)?)))
+}
+
+/// The CRCs of `count` exports, if these are CRCs.
+fn table_of_crcs(
+    kernel: &Kernel<'_>,
+    start: &str,
+    stop: &str,
+    count: usize,
+) -> Result<Option<Vec<u8>>> {
+    let Some((_, crcs)) = table(kernel, start, stop)? else {
+        return Ok(None);
+    };
+    let far = |word: &[u8]| {
+        let distance = fetch::u32(word, 0).map(|w| w.cast_signed().unsigned_abs());
+        distance.is_some_and(|d| d > IMAGE_MAX)
+    };
+    let fits = crcs.len() == count * 4 && crcs.chunks_exact(4).any(far);
+    Ok(fits.then_some(crcs))
 }

@@ -36,6 +36,7 @@ mod summary;
 mod symbol;
 #[cfg(any(test, feature = "testing"))]
 pub(crate) mod testelf;
+mod versions;
 
 /// A payload that replaces `cmdline_proc_show`, for tests.
 #[cfg(test)]
