@@ -51,10 +51,13 @@ static void describe(struct seq_file *m, const char *name, const u8 *at, const u
 		}
 		if (*at == 0xe8) {
 			at = behind(at + 5 + *(const s32 *)(at + 1));
-			if (at == (const u8 *)&__static_call_return0)
+#ifdef LOCUS_RETURN0
+			if (at == (const u8 *)&__static_call_return0) {
 				seq_printf(m, "%s: nothing\n", name);
-			else
-				seq_printf(m, "%s: %ps\n", name, at);
+				return;
+			}
+#endif
+			seq_printf(m, "%s: %ps\n", name, at);
 			return;
 		}
 	}

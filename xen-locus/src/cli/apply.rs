@@ -37,11 +37,7 @@ pub fn run(session: &Session, host: &Host, args: &Apply, mode: Mode) -> anyhow::
         if io::stderr().is_terminal() {
             say::line(format_args!("{doing} {} on {domain}...", payload.name));
         }
-        results.push(Done {
-            domain: domain.clone(),
-            patch: payload.name.clone(),
-            result: apply_one(session, host, domain, &payload, mode, &options),
-        });
+        results.push(apply_one(session, host, domain, &payload, mode, &options));
     }
     Ok(tell(session, doing, results))
 }
@@ -91,22 +87,35 @@ pub(super) fn apply_one(
     payload: &Payload,
     mode: Mode,
     options: &Options,
-) -> Result<(DomId, String, Report)> {
-    let domain = host.guest(wanted)?;
+) -> Done {
+    let done = |found, result| Done {
+        domain: wanted.to_owned(),
+        found,
+        patch: payload.name.clone(),
+        result,
+    };
+    let domain = match host.guest(wanted) {
+        Ok(domain) => domain,
+        Err(error) => return done(None, Err(error)),
+    };
     let desk = host.desk(user());
-    let report = service::apply(&desk, &domain, payload, mode, options)?;
-    session.say(1, format!("{}: {report:?}", domain.label()));
-    Ok((domain.info.id, domain.label(), report))
+    let result = service::apply(&desk, &domain, payload, mode, options);
+    if let Ok(report) = &result {
+        session.say(1, format!("{}: {report:?}", domain.label()));
+    }
+    done(Some((domain.info.id, domain.label())), result)
 }
 
 /// What came of an action.
 pub(super) struct Done {
     /// The guest as the user named it.
     pub domain: String,
+    /// Its id and label, if there is such a guest.
+    pub found: Option<(DomId, String)>,
     /// The patch.
     pub patch: String,
-    /// The guest's id and label, and the report.
-    pub result: Result<(DomId, String, Report)>,
+    /// The report.
+    pub result: Result<Report>,
 }
 
 /// Prints results; returns the highest exit code.
@@ -114,23 +123,39 @@ pub(super) fn tell(session: &Session, doing: &str, results: Vec<Done>) -> ExitCo
     let mut code = ExitCode::Done;
     let mut objects: Vec<Value> = Vec::new();
     for done in &results {
+        let (domid, label) = match &done.found {
+            Some((id, label)) => (Some(id.0), label),
+            None => (None, &done.domain),
+        };
+        let whom = [
+            ("domid", Value::from(domid)),
+            ("domain", done.domain.as_str().into()),
+            ("patch", done.patch.as_str().into()),
+        ];
         match &done.result {
-            Ok((domid, label, report)) => {
-                objects.push(with(json!(report), &[("domid", domid.0.into())]));
+            Ok(report) => {
+                objects.push(with(json!(report), &whom));
                 if session.output == Output::Table {
-                    out::line(&format!(
-                        "{doing} {} on {label}... {}",
-                        report.patch, report
-                    ));
+                    out::line(&format!("{doing} {} on {label}... {report}", done.patch));
                 }
             }
             Err(error) => {
                 code = code.max(error.exit_code());
-                let fields = [
-                    ("domain", Value::from(done.domain.as_str())),
-                    ("patch", Value::from(done.patch.as_str())),
+                let (attempts, waited_ms) = match error {
+                    Error::Blocked {
+                        attempts,
+                        waited_ms,
+                        ..
+                    } => (*attempts, *waited_ms),
+                    _ => (0, 0),
+                };
+                let numbers = [
+                    ("pause_us", 0.into()),
+                    ("attempts", attempts.into()),
+                    ("functions", 0.into()),
+                    ("total_ms", waited_ms.into()),
                 ];
-                objects.push(with(out::failure(error), &fields));
+                objects.push(with(with(out::failure(error), &numbers), &whom));
                 say::warn(format_args!("{}: {error}", done.domain));
                 if let Error::Blocked { blockers, .. } = error {
                     say::text(out::blockers(blockers));

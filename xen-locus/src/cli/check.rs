@@ -42,12 +42,7 @@ pub fn run(session: &Session, args: &Check) -> anyhow::Result<ExitCode> {
     };
     let host = session.host()?;
     let wanted = args.whom.domain()?;
-    let result = apply::apply_one(session, &host, wanted, &payload, Mode::Apply, &options);
-    let done = apply::Done {
-        domain: wanted.to_owned(),
-        patch: payload.name,
-        result,
-    };
+    let done = apply::apply_one(session, &host, wanted, &payload, Mode::Apply, &options);
     Ok(apply::tell(session, "Checking", vec![done]))
 }
 

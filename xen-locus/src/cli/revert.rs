@@ -29,8 +29,9 @@ pub fn run(session: &Session, host: &Host, args: &Revert) -> anyhow::Result<Exit
     }
     let results = results.into_iter().map(|(patch, result)| apply::Done {
         domain: args.domain.clone(),
+        found: Some((domain.info.id, domain.label())),
         patch,
-        result: result.map(|report| (domain.info.id, domain.label(), report)),
+        result,
     });
     Ok(apply::tell(session, "Reverting", results.collect()))
 }

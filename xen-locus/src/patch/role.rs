@@ -290,7 +290,8 @@ fn classify_known(name: &str, flags: SectionFlags) -> Option<Role> {
         "__param" | "__modver" => Role::Param,
         ".ctors" => Role::Constructors,
         "__dyndbg" | "__dyndbg_classes" => Role::DynamicDebug,
-        ".printk_index" | ".BTF" | ".BTF_ids" | ".BTF.base" => Role::Index,
+        // The last one is read when a kernel is built: include/linux/tracepoint.h, TRACEPOINT_CHECK.
+        ".printk_index" | ".BTF" | ".BTF_ids" | ".BTF.base" | "__tracepoint_check" => Role::Index,
         n if n.starts_with("__tracepoints") => Role::Tracepoints,
         n if n.starts_with("__ksymtab") || n.starts_with("__kcrctab") => Role::Ksymtab,
         n if family(n, ".data..percpu") => Role::Percpu,
@@ -358,6 +359,7 @@ mod tests {
             (".fixup", CODE, Role::Text),
             (".fixup", CONST, Role::Unknown),
             ("__ex_table", CONST, Role::ExTable),
+            ("__tracepoint_check", CONST, Role::Index),
             (".debug_info", SectionFlags::default(), Role::NonAlloc),
             (".comment", SectionFlags::default(), Role::NonAlloc),
             (".modinfo", SectionFlags::default(), Role::Modinfo),

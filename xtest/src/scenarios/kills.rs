@@ -40,7 +40,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "no-journal-pv",
-        summary: "a journal that can't be written, and no room for a guardian's file: exit 1, nothing done",
+        summary: "a journal that can't be written, and no room for a guardian's file: exit 1, nothing done; a full log: the next run records it",
         profile: &PV,
         run: |ctx| no_journal(ctx, Kind::Pv),
     },
@@ -520,7 +520,37 @@ fn no_journal(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     ctx.dom0.ok(&apply)?;
     check!(subject.is_new()?, "it is not applied");
     subject.prepare(ctx, None)?;
+    unrecorded(ctx, &subject, &apply)?;
+    subject.prepare(ctx, None)?;
     nothing_left(ctx)
+}
+
+/// Where the audit log has no room what was done is done, and the next run records it.
+fn unrecorded(ctx: &Ctx, subject: &Subject, apply: &str) -> Result<(), Verdict> {
+    let (name, log) = (&subject.guest.name, "/var/log/xen-locus");
+    let out = ctx.dom0.sh(&format!(
+        "mkdir -p {log}; mount -t tmpfs -o size=4k none {log} || exit 64
+         echo full >{log}/file; {apply}; rc=$?; umount {log}; exit $rc"
+    ))?;
+    check!(
+        out.rc == 0 && out.err_text().contains("not recorded"),
+        "{log} full: {} {}",
+        out.rc,
+        out.err_text()
+    );
+    check!(subject.is_new()?, "it is not applied");
+    let found = ctx.json(&format!("xen-locus -o json recover {name}"))?;
+    check_eq!(found["result"], "finished", "{found}");
+    let history = ctx.json(&format!("xen-locus -o json history {name}"))?;
+    let last = history["actions"].as_array().and_then(|all| all.last());
+    check!(
+        history["intact"] == true
+            && last.is_some_and(|a| {
+                a["op"] == "recover" && a["of"] == "apply" && a["in_force"][0]["name"] == PATCH
+            }),
+        "{history}"
+    );
+    Ok(())
 }
 
 /// Gives the tool more and more memory, until it has enough.

@@ -13,7 +13,7 @@ mod toggled;
 
 use std::time::Duration;
 
-use crate::fetch::{Suite, BOOKWORM, TRIXIE};
+use crate::fetch::{Suite, BOOKWORM, BULLSEYE, TESTING, TRIXIE};
 use crate::guest::Kind;
 use crate::scenario::{Ctx, Scenario, HVM, PV1, PVH};
 use crate::verdict::Verdict;
@@ -52,6 +52,18 @@ pub const MATRIX: &[Scenario] = &[
         summary: "the same with the PV kernel of Debian 13",
         profile: &PV1,
         run: |ctx| loader(ctx, Kind::Pv, &TRIXIE),
+    },
+    Scenario {
+        name: "loader-bullseye-pv",
+        summary: "the same with the PV kernel of Debian 11",
+        profile: &PV1,
+        run: |ctx| loader(ctx, Kind::Pv, &BULLSEYE),
+    },
+    Scenario {
+        name: "loader-testing-pv",
+        summary: "the same with the PV kernel of Debian's next release",
+        profile: &PV1,
+        run: |ctx| loader(ctx, Kind::Pv, &TESTING),
     },
     Scenario {
         name: "loader-cycles-pv",

@@ -67,8 +67,8 @@ impl<'a> Subject<'a> {
             log: Log::default(),
         };
         subject.guest.ok("mkdir -p /run/trace /run/debug; \
-            [ -e /run/trace/trace ] || mount -t tracefs t /run/trace; \
-            [ -e /run/debug/sched ] || mount -t debugfs d /run/debug")?;
+            grep -q ' /run/trace ' /proc/mounts || mount -t tracefs t /run/trace; \
+            grep -q ' /run/debug ' /proc/mounts || mount -t debugfs d /run/debug")?;
         Ok(subject)
     }
 
@@ -97,6 +97,30 @@ impl<'a> Subject<'a> {
         let report = self.ctx.json(&cmd)?;
         check_eq!(report["result"], "applied", "{report}");
         Ok(report)
+    }
+
+    /// The first function that the payload replaces and the guest's kernel does not have.
+    pub fn lacks(&self, name: &str) -> Result<Option<String>, Verdict> {
+        let file = self.file(name);
+        let shown = self.ctx.json(&format!("xen-locus -o json show {file}"))?;
+        let functions = shown["objects"][0]["functions"].as_array();
+        let names: Vec<&str> = functions
+            .into_iter()
+            .flatten()
+            .filter_map(|f| f["old"].as_str())
+            .collect();
+        check!(!names.is_empty(), "it replaces nothing: {shown}");
+        let missing = self.guest.ok(&format!(
+            "printf '%s\\n' {} | awk 'NR == FNR {{k[$3]; next}} !($1 in k) {{print; exit}}' /proc/kallsyms -",
+            names.join(" ")
+        ))?;
+        Ok(Some(missing.trim().to_owned()).filter(|m| !m.is_empty()))
+    }
+
+    /// Whether the guest's kernel has several functions `control_show`, as most have.
+    pub fn has_namesakes(&self) -> Result<bool, Verdict> {
+        let count = self.guest.sh("grep -c ' control_show$' /proc/kallsyms")?;
+        Ok(count.text().trim() != "1")
     }
 
     /// Reverts a patch.

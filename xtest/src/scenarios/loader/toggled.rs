@@ -123,8 +123,8 @@ pub fn static_calls(subject: &Subject<'_>) -> Result<(), Verdict> {
     let guest = &subject.guest;
     let control = "/run/debug/sched/preempt";
     let modes = guest.sh(&format!("cat {control}"))?;
-    if modes.rc != 0 {
-        // A kernel whose preemption can't be changed makes the calls directly.
+    if modes.rc != 0 || !modes.text().contains("voluntary") {
+        // A kernel whose preemption can't be changed, or not so that these calls do, makes them directly.
         subject.apply(NAME)?;
         subject.read("/proc/cmdline")?;
         return subject.revert(NAME);
