@@ -122,6 +122,7 @@ fn plain(mut value: Value) -> Value {
     if let Some(map) = value.as_object_mut() {
         for key in [
             "domid",
+            "domain",
             "name",
             "uuid",
             "core",
