@@ -35,7 +35,7 @@ pub(super) struct Running(HashMap<Gva, Live>);
 impl Running {
     /// A task is on a CPU, with this part of its stack live. Where two CPUs say so, for user mode chooses much of what a CPU
     /// shows, all that either says is live.
-    fn add(&mut self, task: Gva, live: Live) {
+    pub(super) fn add(&mut self, task: Gva, live: Live) {
         self.0
             .entry(task)
             .and_modify(|known| {

@@ -22,7 +22,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use super::ledger::{self, Ledger, FEW};
-use super::look::{Look, Running};
+use super::look::{Live, Look, Running};
 use super::walk::stack::{self, Copied};
 use super::walk::{self, Stack, StackKind, Walker};
 use super::{Verdict, Watch};
@@ -546,10 +546,13 @@ impl<'k, 'm> Prescan<'k, 'm> {
                 look.task(known, Some(live))?;
             }
         }
-        // A CPU that is down keeps the task in which it went, of which nothing counts that it was switched to.
-        let currents = self.cpus.iter().filter_map(|cpu| self.current(cpu));
-        for known in currents.filter(|k| !running.contains(k.task.addr)) {
-            look.task(known, None)?;
+        // A CPU that is down keeps the task in which it went, of which nothing counts that it was switched to; those that
+        // never were up have one in common.
+        for known in self.cpus.iter().filter_map(|cpu| self.current(cpu)) {
+            if !running.contains(known.task.addr) {
+                look.task(known, None)?;
+                running.add(known.task.addr, Live::Nothing);
+            }
         }
         let mut scanned = 0_u32;
         // Whether it could be scanned within the time.
