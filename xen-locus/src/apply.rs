@@ -15,7 +15,7 @@ use crate::guest::{self, Guard, Machine, Paused};
 use crate::journal::{Change, Op};
 use crate::kernel::Kernel;
 use crate::link::arena::{self, Arena};
-use crate::link::record::{hex, Slot, State};
+use crate::link::record::{Slot, State};
 use crate::patch::Payload;
 use crate::plan::{self, Mode, Plan, Prepared, Readiness, Stack};
 use crate::quiesce::{Blocker, Prescan, Verdict, Watch};
@@ -109,7 +109,7 @@ pub fn apply(
     let superseded = ready.superseded.iter().map(|r| &r.record);
     let concerned = Concerned::of(superseded.chain([&ready.record]));
     let before = concerned.digest(kernel)?;
-    let record = hex(&Sha256::digest(&ready.record_json));
+    let record = hex::encode(&Sha256::digest(&ready.record_json));
     machine.begin(&Change {
         record: record.clone(),
         ..Change::new(kernel, Op::Apply, &ready.record, &ready.plan)

@@ -19,7 +19,6 @@ use sha2::{Digest, Sha256};
 use self::in_force::InForce;
 use crate::error::{Error, Result};
 use crate::fault;
-use crate::link::record::hex;
 
 /// Where the system's log is.
 pub const LOG: &str = "/var/log/xen-locus/audit.jsonl";
@@ -277,7 +276,7 @@ impl History {
 }
 
 fn digest(text: &str) -> String {
-    hex(&Sha256::digest(text.as_bytes()))
+    hex::encode(&Sha256::digest(text.as_bytes()))
 }
 
 /// A line, and its hash if it is right.

@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::kernel::Kernel;
-use crate::link::record::{hex, Record};
+use crate::link::record::Record;
 use crate::plan::{stack, Plan, Write};
 
 /// Where the journals stand.
@@ -114,7 +114,11 @@ impl Change {
             name: name.to_owned(),
         });
         Change {
-            build_id: kernel.build_id.as_deref().map(hex).unwrap_or_default(),
+            build_id: kernel
+                .build_id
+                .as_deref()
+                .map(hex::encode)
+                .unwrap_or_default(),
             text_base: kernel.text_base.0,
             patch: record.name.clone(),
             sha256: record.sha256.clone(),

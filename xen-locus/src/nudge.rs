@@ -18,7 +18,6 @@ use crate::kernel::{tasks, Kernel};
 use crate::link::arena::{self, Arena, Rights};
 use crate::link::gate::{self, Calls, Thread, FUNCTION, THREADS_MAX};
 use crate::link::objects::Owner;
-use crate::link::record::hex;
 use crate::link::site::{self, JUMP};
 use crate::plan::{self, Plan, Stack, Write};
 use crate::quiesce::{Blocker, Reason, Watch, Watched};
@@ -184,7 +183,11 @@ impl Gate {
                 name: name.to_owned(),
             });
         Change {
-            build_id: kernel.build_id.as_deref().map(hex).unwrap_or_default(),
+            build_id: kernel
+                .build_id
+                .as_deref()
+                .map(hex::encode)
+                .unwrap_or_default(),
             text_base: kernel.text_base.0,
             patch: self.up.patch.clone(),
             sha256: String::new(),

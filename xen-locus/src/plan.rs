@@ -11,7 +11,7 @@ use crate::link::module::enter::{self, Entering};
 use crate::link::module::{self, Entry, Place};
 use crate::link::objects::{Objects, VMLINUX};
 use crate::link::presence;
-use crate::link::record::{hex, Function, ModuleAt, Record, State, SCHEMA};
+use crate::link::record::{Function, ModuleAt, Record, State, SCHEMA};
 use crate::link::seal::{self, Code, Label};
 use crate::link::{fit, site};
 use crate::patch::Payload;
@@ -128,7 +128,7 @@ pub fn prepare(
 ) -> Result<Readiness> {
     let residents = residents(kernel, arena)?;
     let stack = Stack::new(&residents);
-    let sha256 = hex(&payload.sha256);
+    let sha256 = hex::encode(&payload.sha256);
     let mut applied = stack.applied().iter();
     if let Some(same) = applied.find(|r| r.record.name == payload.name) {
         if let Some(why) = presence::gone(kernel, &same.record)? {
@@ -194,7 +194,7 @@ pub fn prepare(
         text: (u64::MAX, u64::MAX),
         code: Code::default(),
         rodata_len: u64::MAX,
-        rodata_sha256: hex(&[0; 32]),
+        rodata_sha256: hex::encode(&[0; 32]),
         module: u64::MAX,
         objects: patched,
         entry_only: payload.modinfo.entry_only,
@@ -416,8 +416,8 @@ fn check_kernel(kernel: &Kernel<'_>, payload: &Payload) -> Result<()> {
                 "payload {} was made for the kernel with build-id {}, and the guest's has {}: its \
                  text is another; make the payload from the guest's own kernel",
                 payload.name,
-                hex(wanted),
-                found.map_or_else(|| "none".into(), hex)
+                hex::encode(wanted),
+                found.map_or_else(|| "none".into(), hex::encode)
             )));
         }
     }

@@ -20,7 +20,7 @@ use crate::guest::Machine;
 use crate::journal::{Change, Intent, Journal, Op};
 use crate::kernel::Kernel;
 use crate::link::arena::{Arena, Resident};
-use crate::link::record::{hex, State};
+use crate::link::record::State;
 use crate::plan::{self, Plan, Stack, Write};
 use crate::quiesce::{Watch, Watched};
 use crate::xen::{Control, Foreign, Page, Step};
@@ -229,7 +229,11 @@ pub(crate) fn of_guest(
     intent: Option<&Intent>,
     options: &Options,
 ) -> Result<Report> {
-    let build_id = kernel.build_id.as_deref().map(hex).unwrap_or_default();
+    let build_id = kernel
+        .build_id
+        .as_deref()
+        .map(hex::encode)
+        .unwrap_or_default();
     let same = |c: &Change| c.build_id == build_id && c.text_base == kernel.text_base.0;
     if intent.is_some_and(|i| !same(&i.change)) {
         let why =

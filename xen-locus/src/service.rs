@@ -15,7 +15,7 @@ use crate::journal::Journal;
 use crate::kernel::Kernel;
 use crate::link::arena::{self, Arena};
 use crate::link::presence;
-use crate::link::record::{hex, Function};
+use crate::link::record::Function;
 use crate::nudge::{self, Nudged};
 use crate::patch::Payload;
 use crate::plan::{self, Mode, Stack};
@@ -359,7 +359,7 @@ pub fn apply(
             true => "replace",
         },
         patch: &payload.name,
-        sha256: hex(&payload.sha256),
+        sha256: hex::encode(&payload.sha256),
     };
     desk.record(domain, &asked, options, |kernel, options| {
         apply::apply(domain, kernel, payload, mode, options)

@@ -18,7 +18,7 @@ use crate::link::arena::{page_address, Arena, Resident, Rights};
 use crate::link::holder::{self, Caller};
 use crate::link::module::enter;
 use crate::link::presence;
-use crate::link::record::{hex, Function, State};
+use crate::link::record::{Function, State};
 use crate::link::seal::{self, BLOCK};
 use crate::link::site::{self, Head, JUMP};
 use crate::plan::{self, Stack};
@@ -234,7 +234,7 @@ impl Look<'_, '_> {
         let in_force = last.map_or(&[][..], |line| &line.in_force);
         let mut unconfirmed = Vec::new();
         for patch in applied {
-            let found = hex(&patch.slot.record_sha256);
+            let found = hex::encode(&patch.slot.record_sha256);
             let name = &patch.record.name;
             let told = in_force.iter().find(|p| p.name == *name);
             let mut own = known.log.iter().map(|l| &l.action);
@@ -396,8 +396,8 @@ impl Look<'_, '_> {
             what: What::Redirect,
             at,
             function: Some(function.name.clone()),
-            expected: expected.map_or_else(String::new, |e| hex(&e)),
-            found: hex(&found),
+            expected: expected.map_or_else(String::new, |e| hex::encode(&e)),
+            found: hex::encode(&found),
             by: Who::Unknown,
         };
         if expected.is_some_and(|expected| expected != found) {
@@ -418,7 +418,10 @@ impl Look<'_, '_> {
         }
         let (found, by) = match site::fentry_end(&code, entry) {
             Ok(end) if end == head => return Ok(()),
-            Ok(_) => (hex(code.get(..head).unwrap_or_default()), Who::Unknown),
+            Ok(_) => (
+                hex::encode(code.get(..head).unwrap_or_default()),
+                Who::Unknown,
+            ),
             Err(Head::Unknown(bytes)) => {
                 match holder::kprobe(self.kernel, Range::new(entry, head as u64))? {
                     Some(probe) => (format!("a kprobe at {probe}"), Who::Kprobe),

@@ -3,14 +3,13 @@
 //! For tests that need a guest whose kernel someone else has changed. Prints the bytes that stood
 //! there before.
 
-use anyhow::{bail, Context as _, Result};
+use anyhow::{Context as _, Result};
 use clap::Parser;
 use xen_locus::addr::Gva;
 use xen_locus::cli::Host;
 use xen_locus::guard::guardian;
 use xen_locus::guest::{Machine as _, MemoryMut as _};
 use xen_locus::kernel::Kernel;
-use xen_locus::link::record::hex;
 
 /// Read or write bytes of a guest's kernel
 #[derive(Parser)]
@@ -39,9 +38,14 @@ fn main() -> Result<()> {
         false => kernel.function(symbol, 0)?,
     };
     let at = start.plus(number(offset).context("offset")?);
-    let bytes = args.bytes.as_deref().map(unhex).transpose()?;
+    let bytes = args
+        .bytes
+        .as_deref()
+        .map(hex::decode)
+        .transpose()
+        .context("BYTES is not hex")?;
     let len = bytes.as_ref().map_or(16, Vec::len);
-    println!("{}", hex(&kernel.space.read_vec(at, len)?));
+    println!("{}", hex::encode(&kernel.space.read_vec(at, len)?));
     if let Some(bytes) = bytes {
         let frames = kernel.space.frames(at, bytes.len() as u64)?;
         let window = domain.map_mut(&frames)?;
@@ -51,17 +55,4 @@ fn main() -> Result<()> {
         paused.end()?;
     }
     Ok(())
-}
-
-fn unhex(text: &str) -> Result<Vec<u8>> {
-    if !text.len().is_multiple_of(2) {
-        bail!("an odd number of hex digits: {text}");
-    }
-    (0..text.len())
-        .step_by(2)
-        .map(|i| {
-            let digits = text.get(i..i + 2).context("not ASCII")?;
-            u8::from_str_radix(digits, 16).with_context(|| format!("not hex: {digits}"))
-        })
-        .collect()
 }

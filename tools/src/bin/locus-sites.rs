@@ -16,7 +16,6 @@ use xen_locus::addr::{Gva, Range};
 use xen_locus::cli::Host;
 use xen_locus::guest::core::Core;
 use xen_locus::kernel::Kernel;
-use xen_locus::link::record::hex;
 use xen_locus::link::sites::{self, Code, Place, Table, Tables};
 
 /// Most differences that are shown.
@@ -91,9 +90,9 @@ fn compare(kernel: &Kernel<'_>, file: &[u8]) -> Result<()> {
             println!(
                 "{} {at} {name}+{offset:#x}: built {} ours {} guest {}",
                 place.table,
-                hex(old),
-                hex(ours),
-                hex(&theirs)
+                hex::encode(old),
+                hex::encode(ours),
+                hex::encode(&theirs)
             );
         }
     }

@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 use crate::addr::Gva;
 use crate::error::Result;
 use crate::kernel::Kernel;
-use crate::link::record::{hex, Record};
+use crate::link::record::Record;
 use crate::patch::Payload;
 use crate::plan::Readiness;
 
@@ -174,7 +174,7 @@ impl Concerned {
             let len = usize::try_from(len).unwrap_or(usize::MAX);
             digest.update(space.read_vec(Gva(at), len)?);
         }
-        Ok(hex(&digest.finalize()))
+        Ok(hex::encode(&digest.finalize()))
     }
 
     /// That from before and that of now. What is done is done, though it may not be read any more.

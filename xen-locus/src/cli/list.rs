@@ -14,7 +14,7 @@ use crate::guest::core::Core;
 use crate::guest::GuestType;
 use crate::kernel::Kernel;
 use crate::link::arena::Arena;
-use crate::link::record::{hex, State};
+use crate::link::record::State;
 use crate::plan;
 
 /// One domain in the list.
@@ -111,7 +111,11 @@ fn row_of_core(core: &Core) -> Row {
 fn row_of_kernel(subject: Subject, kernel: &Kernel<'_>) -> Row {
     let mut row = Row {
         kernel: kernel.release.clone(),
-        build_id: kernel.build_id.as_deref().map(hex).unwrap_or_default(),
+        build_id: kernel
+            .build_id
+            .as_deref()
+            .map(hex::encode)
+            .unwrap_or_default(),
         ..unsupported(subject, kernel.kind, String::new())
     };
     match applied(kernel) {

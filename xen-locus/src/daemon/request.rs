@@ -8,7 +8,6 @@ use crate::apply::{Options, Report};
 use crate::cli::{Host, Session};
 use crate::error::{Error, ExitCode, Result};
 use crate::link::arena::now;
-use crate::link::record::hex;
 use crate::patch::Payload;
 use crate::plan::Mode;
 use crate::service;
@@ -245,7 +244,7 @@ impl Server<'_> {
                 payload.name
             )));
         }
-        let found = hex(&payload.sha256);
+        let found = hex::encode(&payload.sha256);
         if let Some(wanted) = sha256.filter(|s| *s != found) {
             return Err(Error::Failed(format!(
                 "payload {name} has SHA-256 {found}, and {wanted} is asked for",

@@ -20,7 +20,6 @@ use serde::{Deserialize, Serialize};
 use super::kallsyms::Symbols;
 use crate::fault;
 use crate::guest::fetch;
-use crate::link::record::hex;
 
 /// First bytes of a file; the last of them changes with the format.
 const MAGIC: &[u8; 8] = b"xlocus\x00\x03";
@@ -105,7 +104,7 @@ impl Cache {
         for old in names(&self.dir).into_iter().skip(FILES_MAX - 1) {
             fs::remove_file(self.dir.join(old))?;
         }
-        let name = format!("{}.{}", self.uuid, hex(&kept.build_id));
+        let name = format!("{}.{}", self.uuid, hex::encode(&kept.build_id));
         let fresh = self.dir.join(format!(".{name}.{}", std::process::id()));
         let written = OpenOptions::new()
             .write(true)

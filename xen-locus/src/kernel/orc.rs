@@ -450,7 +450,7 @@ fn header(kernel: &Kernel<'_>) -> Result<Option<Format>, Error> {
         Some((format, _)) => Ok(Some(*format)),
         None => Err(Error::Odd(format!(
             "the kernel's .orc_header at {at} is {}: an ORC format this tool doesn't know",
-            crate::link::record::hex(&found)
+            hex::encode(&found)
         ))),
     }
 }

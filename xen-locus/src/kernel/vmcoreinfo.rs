@@ -13,7 +13,6 @@ use std::collections::BTreeMap;
 use super::locate::KERNEL_MAP;
 use super::{Error, Kernel};
 use crate::addr::Gva;
-use crate::link::record::hex;
 
 /// Longest believed text, in bytes: the kernel gives it a page.
 const TEXT_MAX: u64 = 64 << 10;
@@ -153,7 +152,10 @@ impl VmcoreInfo {
             Ok(())
         };
         same("OSRELEASE".into(), Some(kernel.release.clone()))?;
-        same("BUILD-ID".into(), kernel.build_id.as_deref().map(hex))?;
+        same(
+            "BUILD-ID".into(),
+            kernel.build_id.as_deref().map(hex::encode),
+        )?;
         let five = i32::from(kernel.space.levels() == 5);
         same("NUMBER(pgtable_l5_enabled)".into(), Some(five.to_string()))?;
         let phys_base = match kernel.symbols.addr("phys_base") {

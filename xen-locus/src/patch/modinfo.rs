@@ -116,7 +116,7 @@ impl Modinfo {
             }
         };
         if let Some(text) = target {
-            info.target_build_id = Some(unhex(&text).ok_or_else(|| {
+            info.target_build_id = Some(build_id(&text).ok_or_else(|| {
                 PayloadErrorKind::modinfo(format!(
                     "target_build_id is {text:?}, expected 2 to {MAX_BUILD_ID} hex digits, two a byte"
                 ))
@@ -126,23 +126,12 @@ impl Modinfo {
     }
 }
 
-/// The bytes that hex digits stand for.
-fn unhex(text: &str) -> Option<Vec<u8>> {
-    if text.is_empty() || text.len() > MAX_BUILD_ID || !text.len().is_multiple_of(2) {
+/// The bytes of a build-id that is written as hex digits.
+fn build_id(text: &str) -> Option<Vec<u8>> {
+    if text.is_empty() || text.len() > MAX_BUILD_ID {
         return None;
     }
-    let digit = |c: &u8| {
-        char::from(*c)
-            .to_digit(16)
-            .and_then(|d| u8::try_from(d).ok())
-    };
-    text.as_bytes()
-        .chunks_exact(2)
-        .map(|pair| match pair {
-            [high, low] => Some(digit(high)? << 4 | digit(low)?),
-            _ => None,
-        })
-        .collect()
+    hex::decode(text).ok()
 }
 
 /// Stores a value that may be given only once (or again with the same value).

@@ -121,12 +121,12 @@ impl Payload {
                 Some(_) => "livepatch",
                 None => "kpatch",
             },
-            sha256: hex(&self.sha256),
+            sha256: hex::encode(&self.sha256),
             file_len: self.file_len,
-            build_id: self.build_id.as_deref().map(hex),
+            build_id: self.build_id.as_deref().map(hex::encode),
             cves: self.modinfo.cves.clone(),
             supersedes: self.modinfo.supersedes.clone(),
-            target_build_id: self.modinfo.target_build_id.as_deref().map(hex),
+            target_build_id: self.modinfo.target_build_id.as_deref().map(hex::encode),
             entry_only: self.modinfo.entry_only,
             depends: self.modinfo.depends.clone(),
             replace: self.klp.replace,
@@ -297,8 +297,4 @@ impl Payload {
         names.sort_unstable();
         names
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

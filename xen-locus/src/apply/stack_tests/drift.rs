@@ -181,7 +181,7 @@ fn records_are_held_against_the_audit_log() {
     guest.applied(&payload("one", &[A]));
     let kernel = guest.kernel();
     let residents = Arena::read(&kernel).unwrap().residents(&kernel).unwrap();
-    let placed = hex(&residents[0].slot.record_sha256);
+    let placed = hex::encode(&residents[0].slot.record_sha256);
     // A log of what was applied: to which guest, which patch, with which record.
     let log = |applied: &[(&str, &str, &str)]| -> Vec<Line> {
         let mut in_force = std::collections::HashMap::<String, Vec<InForce>>::new();

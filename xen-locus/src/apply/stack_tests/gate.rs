@@ -14,7 +14,7 @@ fn a_gate_that_still_stands_is_taken_down_by_the_journal() {
             .kernel()
             .build_id
             .as_deref()
-            .map(hex)
+            .map(hex::encode)
             .unwrap_or_default(),
         text_base: TEXT.0,
         patch: "one".into(),

@@ -19,7 +19,6 @@ use crate::kernel::orc::Table;
 use crate::kernel::vmcoreinfo::VmcoreInfo;
 use crate::kernel::{self, Kernel};
 use crate::link::arena::{self, Arena};
-use crate::link::record::hex;
 
 /// Runs the command.
 ///
@@ -78,7 +77,11 @@ fn summary(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<
     };
     let kaslr = vmcoreinfo.as_ref().and_then(VmcoreInfo::kernel_offset);
     let kaslr = kaslr.unwrap_or_else(|| kernel.kaslr_offset());
-    let build_id = kernel.build_id.as_deref().map(hex).unwrap_or_default();
+    let build_id = kernel
+        .build_id
+        .as_deref()
+        .map(hex::encode)
+        .unwrap_or_default();
     let arena = match Arena::read(kernel) {
         Ok(arena) => Ok(arena.room(kernel.kind)),
         // `xl dump-core` leaves out the highest frames of some guests.

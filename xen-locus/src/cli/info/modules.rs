@@ -8,7 +8,6 @@ use crate::cli::subject::Subject;
 use crate::error::Error;
 use crate::kernel::modules::{Module, Reader};
 use crate::kernel::Kernel;
-use crate::link::record::hex;
 
 /// Shows all modules, in the order of `/proc/modules`.
 ///
@@ -60,7 +59,7 @@ fn row(m: &Module) -> [String; 8] {
         m.state.name().to_owned(),
         m.base.to_string(),
         dash(m.taints.clone()),
-        dash(m.build_id.as_deref().map(hex).unwrap_or_default()),
+        dash(m.build_id.as_deref().map(hex::encode).unwrap_or_default()),
     ]
 }
 
@@ -79,7 +78,7 @@ fn entry(m: &Module, symbols: usize, types: Option<usize>) -> Value {
             "size": p.range.len(),
         })).collect::<Vec<_>>(),
         "taints": m.taints,
-        "build_id": m.build_id.as_deref().map(hex),
+        "build_id": m.build_id.as_deref().map(hex::encode),
         "symbols": symbols,
         "btf_types": types,
     })
