@@ -11,7 +11,7 @@ PATH=$target/tools/bin:$PATH
 cargo fuzz --version >/dev/null 2>&1 ||
 	cargo install --quiet --locked --version 0.13.2 --root "$target/tools" cargo-fuzz
 
-cargo run --quiet --release -p xen-locus --features testing --example fuzz_seeds -- "$target/fuzz/seeds"
+cargo run --quiet --release -p locus-fuzz --example fuzz_seeds -- "$target/fuzz/seeds"
 
 # cargo-fuzz gives the compiler flags for libFuzzer that it takes from nightly compilers only, unless
 # this is set. No sanitizer is used: the code that is run has no unsafe parts, and memory is limited

@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| xen_locus::fuzz::run("record", data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| locus_fuzz::run("record", data));

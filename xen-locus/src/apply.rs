@@ -7,19 +7,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::addr::Gva;
+use locus_guest as guest;
+use locus_guest::addr::Gva;
+use locus_guest::space::Trail;
+use locus_kernel::Kernel;
+use locus_payload::Payload;
+use sha2::{Digest, Sha256};
+
 use crate::error::{Error, Result};
 use crate::guard::Spot;
-use crate::guest::space::Trail;
-use crate::guest::{self, Guard, Machine, Paused};
 use crate::journal::{Change, Op};
-use crate::kernel::Kernel;
 use crate::link::arena::{self, Arena};
 use crate::link::record::{Slot, State};
-use crate::patch::Payload;
+use crate::machine::{Guard, Machine, Paused};
 use crate::plan::{self, Mode, Plan, Prepared, Readiness, Stack};
 use crate::quiesce::{Blocker, Prescan, Verdict, Watch};
-use sha2::{Digest, Sha256};
 
 mod report;
 mod write;
@@ -109,7 +111,7 @@ pub fn apply(
     let superseded = ready.superseded.iter().map(|r| &r.record);
     let concerned = Concerned::of(superseded.chain([&ready.record]));
     let before = concerned.digest(kernel)?;
-    let record = hex::encode(&Sha256::digest(&ready.record_json));
+    let record = hex::encode(Sha256::digest(&ready.record_json));
     machine.begin(&Change {
         record: record.clone(),
         ..Change::new(kernel, Op::Apply, &ready.record, &ready.plan)
@@ -259,7 +261,7 @@ fn last_look<'g>(
     thorough: bool,
     options: &Options,
 ) -> Result<(Verdict, Box<dyn Paused + 'g>)> {
-    guard.settle();
+    guard.wait_for_guardian_tick();
     for _ in 0..REHEARSALS {
         // A busy guest has new tasks by now, and again when all have been looked at.
         prescan.catch_up()?;

@@ -12,13 +12,13 @@ use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use locus_xen::fault;
 use memchr::{memchr, memmem};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use self::in_force::InForce;
 use crate::error::{Error, Result};
-use crate::fault;
 
 /// Where the system's log is.
 pub const LOG: &str = "/var/log/xen-locus/audit.jsonl";
@@ -276,7 +276,7 @@ impl History {
 }
 
 fn digest(text: &str) -> String {
-    hex::encode(&Sha256::digest(text.as_bytes()))
+    hex::encode(Sha256::digest(text.as_bytes()))
 }
 
 /// A line, and its hash if it is right.

@@ -2,19 +2,22 @@
 
 use std::cell::Cell;
 
-use crate::addr::{DomId, Frame};
+use locus_guest::addr::{DomId, Frame};
+use locus_guest::{
+    self as guest, GuestType, Live, Memory, MemoryMut, PagesMut, Vcpu, Window, WindowMut,
+};
+use locus_kernel::KernelCache;
+use locus_xen::{Control, DomainInfo, Foreign, Hypercalls, Pause, Pauses};
+
 use crate::error::{Error, Result};
 use crate::guard::worker::Guarded;
 use crate::guard::{self, Spot, Task};
-use crate::guest::{
-    self, Guard, GuestType, Machine, Memory, MemoryMut, Paused, Vcpu, Window, WindowMut,
-};
 use crate::journal::{Change, Intent, Journal};
-use crate::kernel::cache::Cache;
 use crate::link::arena;
+use crate::machine::{Guard, Machine, Paused};
 use crate::say;
-use crate::store::Store;
-use crate::xen::{Control, DomainInfo, Foreign, Hypercalls, Pause, Pauses};
+use crate::state::kernel_cache::Cache;
+use crate::state::store::Store;
 
 /// A live domain.
 #[derive(Debug)]
@@ -146,7 +149,7 @@ impl MemoryMut for Domain<'_> {
     }
 }
 
-impl Machine for Domain<'_> {
+impl Live for Domain<'_> {
     fn memory(&self) -> &dyn Memory {
         self
     }
@@ -155,36 +158,12 @@ impl Machine for Domain<'_> {
         self.info.kind
     }
 
-    fn cache(&self) -> &Cache {
-        &self.cache
-    }
-
     fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
         Ok(self.control.vcpus(&self.info)?)
     }
+}
 
-    fn begin(&self, change: &Change) -> Result<()> {
-        crate::xen::at_work();
-        self.ended.set(false);
-        self.journal.begin(&Intent {
-            uuid: self.info.uuid.clone(),
-            domid: self.info.id.0,
-            started_at: arena::now(),
-            pid: std::process::id(),
-            change: change.clone(),
-        })
-    }
-
-    /// The journal stays until that is recorded: see [`Domain::close`].
-    fn ended(&self) {
-        self.ended.set(true);
-    }
-
-    fn guard(&self, spots: &[Spot]) -> Result<Box<dyn Guard + '_>> {
-        let pauses = Pauses::new(self.control, &self.info, &guard::frames(spots))?;
-        Ok(Box::new(Guarded::start(pauses, &self.task(spots))?))
-    }
-
+impl PagesMut for Domain<'_> {
     /// PV page tables belong to Xen's validation and are written by hypercall; those of PVH and HVM
     /// are ordinary memory.
     fn write_entry(
@@ -221,9 +200,37 @@ impl Machine for Domain<'_> {
     }
 }
 
+impl Machine for Domain<'_> {
+    fn cache(&self) -> &dyn KernelCache {
+        &self.cache
+    }
+
+    fn begin(&self, change: &Change) -> Result<()> {
+        locus_xen::at_work();
+        self.ended.set(false);
+        self.journal.begin(&Intent {
+            uuid: self.info.uuid.clone(),
+            domid: self.info.id.0,
+            started_at: arena::now(),
+            pid: std::process::id(),
+            change: change.clone(),
+        })
+    }
+
+    /// The journal stays until that is recorded: see [`Domain::close`].
+    fn ended(&self) {
+        self.ended.set(true);
+    }
+
+    fn guard(&self, spots: &[Spot]) -> Result<Box<dyn Guard + '_>> {
+        let pauses = Pauses::new(self.control, &self.info, &guard::frames(spots))?;
+        Ok(Box::new(Guarded::start(pauses, &self.task(spots))?))
+    }
+}
+
 impl Guard for Guarded<'_> {
-    fn settle(&self) {
-        Guarded::settle(self);
+    fn wait_for_guardian_tick(&self) {
+        Guarded::wait_for_guardian_tick(self);
     }
 
     fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {

@@ -1,7 +1,11 @@
 //! The library's error, and the one place where an error becomes an exit code.
 
+use locus_guest as guest;
+use locus_kernel as kernel;
+use locus_payload as patch;
+use locus_xen as xen;
+
 use crate::quiesce::Blocker;
-use crate::{guest, kernel, patch, xen};
 
 /// Result of this library.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -112,9 +116,7 @@ impl Error {
     pub fn exit_code(&self) -> ExitCode {
         match self {
             Error::Xen(xen::Error::Unsupported(_))
-            | Error::Memory(guest::Error::Xen(xen::Error::Unsupported(_))) => {
-                ExitCode::NotApplicable
-            }
+            | Error::Memory(guest::Error::Unsupported(_)) => ExitCode::NotApplicable,
             // A guest that lies is as little supported as another system.
             Error::Memory(guest::Error::Exhausted)
             | Error::Kernel(kernel::Error::Memory(guest::Error::Exhausted)) => {

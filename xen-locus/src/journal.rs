@@ -12,12 +12,12 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
+use locus_kernel::Kernel;
+use locus_xen::fault;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
-use crate::fault;
-use crate::kernel::Kernel;
 use crate::link::record::Record;
 use crate::plan::{stack, Plan, Write};
 

@@ -8,31 +8,24 @@
 //! kernel + patch -> link (image for the arena) -> plan (checks and exact writes)
 //! plan -> apply            pause, last look, write, verify, unpause
 //! ```
-#![deny(unsafe_code, clippy::print_stderr)]
+#![forbid(unsafe_code)]
+#![deny(clippy::print_stderr)]
 
-pub mod addr;
 pub mod apply;
 pub mod audit;
 pub mod cli;
-pub mod cold;
 pub mod daemon;
 pub mod domain;
 pub mod error;
-pub mod fault;
-#[cfg(any(test, feature = "testing"))]
-pub mod fuzz;
 pub mod guard;
-pub mod guest;
 pub mod journal;
-pub mod kernel;
 pub mod link;
+pub mod machine;
 pub mod nudge;
-pub mod patch;
 pub mod plan;
 pub mod quiesce;
 pub mod recover;
 pub mod say;
 pub mod service;
-pub mod store;
+pub mod state;
 pub mod verify;
-pub mod xen;

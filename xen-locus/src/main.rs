@@ -3,7 +3,10 @@
 use std::process::ExitCode;
 
 #[global_allocator]
-static MEMORY: xen_locus::xen::Memory = xen_locus::xen::Memory;
+static MEMORY: locus_xen::Memory = locus_xen::Memory {
+    failed: xen_locus::error::ExitCode::Failed as i32,
+    uncertain: xen_locus::error::ExitCode::Uncertain as i32,
+};
 
 fn main() -> ExitCode {
     xen_locus::cli::main()

@@ -9,16 +9,17 @@ use std::collections::HashSet;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::addr::{Gva, Range, PAGE_SIZE};
+use locus_guest::addr::{Gva, Range, PAGE_SIZE};
+use locus_kernel::{tasks, Kernel};
+
 use crate::apply::{self, Done, Options, Outcome, Report};
 use crate::error::{Error, Result};
-use crate::guest::Machine;
 use crate::journal::{self, Change, Op};
-use crate::kernel::{tasks, Kernel};
 use crate::link::arena::{self, Arena, Rights};
 use crate::link::gate::{self, Calls, Thread, FUNCTION, THREADS_MAX};
 use crate::link::objects::Owner;
 use crate::link::site::{self, JUMP};
+use crate::machine::Machine;
 use crate::plan::{self, Plan, Stack, Write};
 use crate::quiesce::{Blocker, Reason, Watch, Watched};
 

@@ -1,10 +1,11 @@
 //! What is to be written, and when that is safe: decided here, carried out by [`crate::apply`].
 
+use locus_guest::addr::{Gva, Range};
+use locus_kernel::Kernel;
+use locus_payload::Payload;
 use serde::{Deserialize, Serialize};
 
-use crate::addr::{Gva, Range};
 use crate::error::{Error, Result};
-use crate::kernel::Kernel;
 use crate::link::arena::{self, Arena, Resident};
 use crate::link::image::{self, Image, Layout};
 use crate::link::module::enter::{self, Entering};
@@ -13,8 +14,7 @@ use crate::link::objects::{Objects, VMLINUX};
 use crate::link::presence;
 use crate::link::record::{Function, ModuleAt, Record, State, SCHEMA};
 use crate::link::seal::{self, Code, Label};
-use crate::link::{fit, site};
-use crate::patch::Payload;
+use crate::link::{fit, site, split};
 use crate::quiesce::Watch;
 
 pub mod stack;
@@ -128,7 +128,7 @@ pub fn prepare(
 ) -> Result<Readiness> {
     let residents = residents(kernel, arena)?;
     let stack = Stack::new(&residents);
-    let sha256 = hex::encode(&payload.sha256);
+    let sha256 = hex::encode(payload.sha256);
     let mut applied = stack.applied().iter();
     if let Some(same) = applied.find(|r| r.record.name == payload.name) {
         if let Some(why) = presence::gone(kernel, &same.record)? {
@@ -194,7 +194,7 @@ pub fn prepare(
         text: (u64::MAX, u64::MAX),
         code: Code::default(),
         rodata_len: u64::MAX,
-        rodata_sha256: hex::encode(&[0; 32]),
+        rodata_sha256: hex::encode([0; 32]),
         module: u64::MAX,
         objects: patched,
         entry_only: payload.modinfo.entry_only,
@@ -458,7 +458,9 @@ fn find_functions(
                 old_cold: examined.cold.iter().map(|r| (r.start.0, r.len())).collect(),
                 new: 0,
                 new_size: func.new_size,
-                new_cold: payload.cold(func).map(|(_, _, size)| (0, size)).collect(),
+                new_cold: split::parts(payload, func)
+                    .map(|part| (0, part.size))
+                    .collect(),
                 site: examined.site.at.0,
                 found,
                 old_bytes: if supersedes { original } else { found },

@@ -3,7 +3,7 @@
 //! Every vCPU's registers and every task's kernel stack are looked at. A stack is scanned: each word of
 //! its live part that could be a return address into a watched range counts. That gives false alarms
 //! (a stale or unrelated word), never misses. A task that sleeps is cleared of a false alarm by
-//! unwinding its stack ([`walk`]) while the guest runs; where that can't be relied on, the alarm
+//! unwinding its stack ([`locus_kernel::unwind`]) while the guest runs; where that can't be relied on, the alarm
 //! stands.
 //!
 //! The work is split so that the guest is paused only for the last look, and that costs what changed
@@ -12,16 +12,15 @@
 mod ledger;
 mod look;
 mod prescan;
-pub mod walk;
 
 pub use prescan::Prescan;
 
+use locus_guest::addr::{Gva, Range};
+use locus_guest::{fetch, Vcpu};
+use locus_kernel::{unwind, Kernel};
 use serde::Serialize;
 
-use crate::addr::{Gva, Range};
 use crate::error::Result;
-use crate::guest::{fetch, Vcpu};
-use crate::kernel::Kernel;
 
 /// Why someone is in the way, in the kernel's vocabulary (kernel/livepatch/transition.c).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -87,12 +86,12 @@ impl Watch {
         let space = kernel.space.fresh();
         for Watched { range, .. } in &mut ranges {
             // What stands there begins the next function, whose address may well be on a stack.
-            if range.len() > 0 && !walk::ends_call(&space, range.end) {
+            if range.len() > 0 && !unwind::ends_call(&space, range.end) {
                 range.end = Gva(range.end.0 - 1);
             }
         }
         ranges.extend(
-            walk::hiding(kernel).map(|(name, range)| trampoline(range.start, range.len(), name)),
+            unwind::hiding(kernel).map(|(name, range)| trampoline(range.start, range.len(), name)),
         );
         Watch::of(ranges)
     }
@@ -124,7 +123,7 @@ impl Watch {
     /// One past the end is, if the last instruction is a call: one that never returns.
     #[must_use]
     pub fn hit(&self, word: u64) -> Option<(&Watched, u64)> {
-        if crate::fault::is_blind() {
+        if locus_xen::fault::is_blind() {
             return None;
         }
         let below = self.sorted.partition_point(|(w, _)| w.range.start.0 < word);

@@ -8,22 +8,23 @@ use std::fs::{self, File, TryLockError};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use locus_kernel::Kernel;
+use locus_xen::fault;
+use locus_xen::{Control, Foreign, Page, Step};
 use serde::Serialize;
 
 use crate::apply::{self, Options};
 use crate::domain::Domain;
 use crate::error::{Error, Result};
-use crate::fault;
 use crate::guard::settle::{settle, Counter as _, Outcome};
 use crate::guard::{self, Places, Task};
-use crate::guest::Machine;
 use crate::journal::{Change, Intent, Journal, Op};
-use crate::kernel::Kernel;
 use crate::link::arena::{Arena, Resident};
 use crate::link::record::State;
+use crate::machine;
+use crate::machine::Machine;
 use crate::plan::{self, Plan, Stack, Write};
 use crate::quiesce::{Watch, Watched};
-use crate::xen::{Control, Foreign, Page, Step};
 
 /// How long the guardian of a run that died may take.
 const GUARDIAN: Duration = Duration::from_secs(5);
@@ -148,7 +149,7 @@ pub fn recover(domain: &Domain<'_>, options: &Options) -> Result<Report> {
             }
         }
     }
-    let kernel = Kernel::of(domain)?;
+    let kernel = machine::kernel_of(domain)?;
     let journal = Journal::new(uuid);
     let intent = match journal.read() {
         Ok(intent) => intent,
@@ -328,7 +329,7 @@ fn roll_back(
     let space = kernel.space.fresh();
     let mut writes = Vec::new();
     for write in change.writes.iter().rev() {
-        let found = space.read_vec(crate::addr::Gva(write.at), write.new.len())?;
+        let found = space.read_vec(locus_guest::addr::Gva(write.at), write.new.len())?;
         let own = |((found, old), new): ((&u8, &u8), &u8)| found == old || found == new;
         if !found.iter().zip(&write.expect).zip(&write.new).all(own) {
             return Err(Error::Uncertain(format!(
@@ -343,7 +344,7 @@ fn roll_back(
         });
     }
     let watched = change.watched.iter().map(|w| Watched {
-        range: crate::addr::Range::new(crate::addr::Gva(w.start), w.len),
+        range: locus_guest::addr::Range::new(locus_guest::addr::Gva(w.start), w.len),
         name: w.name.clone(),
     });
     let plan = Plan {

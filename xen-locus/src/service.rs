@@ -5,25 +5,27 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::addr::DomId;
+use locus_guest::addr::DomId;
+use locus_kernel::Kernel;
+use locus_payload::Payload;
+use locus_xen::fault;
+use locus_xen::{Control, DomainInfo};
+
 use crate::apply::{self, Options, Report};
 use crate::audit::{Action, Audit, Writer};
 use crate::domain::Domain;
 use crate::error::{Error, Result};
-use crate::fault;
 use crate::journal::Journal;
-use crate::kernel::Kernel;
 use crate::link::arena::{self, Arena};
 use crate::link::presence;
 use crate::link::record::Function;
+use crate::machine;
 use crate::nudge::{self, Nudged};
-use crate::patch::Payload;
 use crate::plan::{self, Mode, Stack};
 use crate::quiesce::Watch;
 use crate::recover;
 use crate::say;
-use crate::store::{Store, ROOT};
-use crate::xen::{Control, DomainInfo};
+use crate::state::store::{Store, ROOT};
 
 /// Where locks stand: gone after a reboot of dom0, as the guests are.
 const LOCKS: &str = "/run/xen-locus";
@@ -82,7 +84,7 @@ pub struct Status {
 /// # Errors
 /// Its kernel or arena can't be read.
 pub fn status(domain: &Domain<'_>) -> Result<Status> {
-    let kernel = Kernel::of(domain)?;
+    let kernel = machine::kernel_of(domain)?;
     status_of(domain, &kernel)
 }
 
@@ -234,7 +236,7 @@ impl Desk<'_> {
                 say::warn(format_args!("{whom}: what an earlier run left: {found}"));
             }
         }
-        let kernel = Kernel::of(domain)?;
+        let kernel = machine::kernel_of(domain)?;
         let done = action(&kernel, options)?;
         if !options.dry_run {
             // The guest is changed: what can't be published is said, and does not undo that.
@@ -359,7 +361,7 @@ pub fn apply(
             true => "replace",
         },
         patch: &payload.name,
-        sha256: hex::encode(&payload.sha256),
+        sha256: hex::encode(payload.sha256),
     };
     desk.record(domain, &asked, options, |kernel, options| {
         apply::apply(domain, kernel, payload, mode, options)
@@ -471,7 +473,7 @@ pub fn recover(desk: &Desk<'_>, domain: &Domain<'_>, options: &Options) -> Resul
     let _lock = lock(&domain.info.uuid, options)?;
     let report = desk.recover(domain, options)?;
     if report.result != recover::Finding::NothingToDo {
-        let kernel = Kernel::of(domain)?;
+        let kernel = machine::kernel_of(domain)?;
         if let Err(error) = status_of(domain, &kernel).and_then(|s| publish(desk.store, &s)) {
             say::warn(format_args!("{}: not published: {error}", domain.label()));
         }

@@ -9,11 +9,12 @@ use std::collections::HashSet;
 use std::thread;
 use std::time::Duration;
 
-use crate::addr::{Gva, Range, PAGE_SIZE};
+use locus_guest::addr::{Gva, Range, PAGE_SIZE};
+use locus_guest::space::Space;
+use locus_kernel::Kernel;
+
 use crate::audit::Line;
 use crate::error::Result;
-use crate::guest::space::Space;
-use crate::kernel::Kernel;
 use crate::link::arena::{page_address, Arena, Resident, Rights};
 use crate::link::holder::{self, Caller};
 use crate::link::module::enter;
@@ -234,7 +235,7 @@ impl Look<'_, '_> {
         let in_force = last.map_or(&[][..], |line| &line.in_force);
         let mut unconfirmed = Vec::new();
         for patch in applied {
-            let found = hex::encode(&patch.slot.record_sha256);
+            let found = hex::encode(patch.slot.record_sha256);
             let name = &patch.record.name;
             let told = in_force.iter().find(|p| p.name == *name);
             let mut own = known.log.iter().map(|l| &l.action);
@@ -390,14 +391,14 @@ impl Look<'_, '_> {
         };
         let head = usize::try_from(head).unwrap_or(0);
         let code = self.space.read_vec(entry, head + JUMP)?;
-        let found: [u8; JUMP] = crate::guest::fetch::array(&code, head).unwrap_or_default();
+        let found: [u8; JUMP] = locus_guest::fetch::array(&code, head).unwrap_or_default();
         let mut drift = Drift {
             patch: owner,
             what: What::Redirect,
             at,
             function: Some(function.name.clone()),
-            expected: expected.map_or_else(String::new, |e| hex::encode(&e)),
-            found: hex::encode(&found),
+            expected: expected.map_or_else(String::new, hex::encode),
+            found: hex::encode(found),
             by: Who::Unknown,
         };
         if expected.is_some_and(|expected| expected != found) {

@@ -9,7 +9,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The cores: of the fixture's guest, made by the test in `src/guest/core/tests.rs`.
+use locus_guest::GuestType;
+use locus_kernel::fixture_world::World;
+use locus_payload::testelf::Spec;
+
+/// The cores: of the fixture's guest, made by the last test here.
 const CORES: [&str; 2] = ["mock-pv", "mock-pvh"];
 
 /// Name of the file, and arguments; `CORE` stands for the core.
@@ -93,5 +97,26 @@ fn a_core_is_no_subject_of_commands_that_change_a_guest() {
             .output()
             .unwrap();
         assert_eq!(out.status.code(), Some(64), "{args:?}");
+    }
+}
+
+#[test]
+fn the_cores_for_golden_tests_are_what_the_fixture_makes() {
+    let folder = folder();
+    for (name, bytes) in [
+        ("mock-pv.core", World::new(GuestType::Pv).core()),
+        ("mock-pvh.core", World::new(GuestType::Pvh).core()),
+        ("payload.ko", Spec::default().bytes()),
+    ] {
+        let path = folder.join(name);
+        if std::env::var_os("UPDATE_GOLDEN").is_some() {
+            fs::create_dir_all(&folder).unwrap();
+            fs::write(&path, &bytes).unwrap();
+        }
+        assert!(
+            fs::read(&path).unwrap_or_default() == bytes,
+            "{} is not what the fixture makes now: UPDATE_GOLDEN=1 cargo test -p xen-locus",
+            path.display()
+        );
     }
 }

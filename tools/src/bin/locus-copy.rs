@@ -9,12 +9,12 @@ use std::time::Instant;
 
 use anyhow::{ensure, Result};
 use clap::Parser;
+use locus_guest::addr::{Frame, PAGE_LEN};
+use locus_guest::space::BATCH;
+use locus_guest::{Live as _, Memory as _};
 use serde_json::json;
-use xen_locus::addr::{Frame, PAGE_LEN};
 use xen_locus::cli::Host;
-use xen_locus::guest::space::BATCH;
-use xen_locus::guest::{Machine as _, Memory as _};
-use xen_locus::kernel::Kernel;
+use xen_locus::machine::kernel_of;
 
 /// Measure mapping and copying guest memory
 #[derive(Parser)]
@@ -32,7 +32,7 @@ fn main() -> Result<()> {
     let domain = host.guest(&args.domain)?;
     domain.vcpus()?;
     let open = began.elapsed().as_micros();
-    let kernel = Kernel::of(&domain)?;
+    let kernel = kernel_of(&domain)?;
     let mut image: Vec<Frame> = Vec::new();
     for region in &kernel.regions {
         image.extend(

@@ -11,19 +11,19 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
-use xen_locus::addr::{Frame, PAGE_LEN};
+use locus_guest::addr::{Frame, PAGE_LEN};
+use locus_guest::core::write::{self, Page};
+use locus_guest::core::Core;
+use locus_guest::{self, Memory, Window};
+use locus_kernel::cpu::Cpu;
+use locus_kernel::modules::Reader;
+use locus_kernel::orc::Table;
+use locus_kernel::tasks::{self, Details};
+use locus_kernel::vmcoreinfo::VmcoreInfo;
+use locus_kernel::Kernel;
+use locus_payload::Payload;
 use xen_locus::cli::check;
-use xen_locus::guest::core::write::{self, Page};
-use xen_locus::guest::core::Core;
-use xen_locus::guest::{self, Memory, Window};
-use xen_locus::kernel::cpu::Cpu;
-use xen_locus::kernel::modules::Reader;
-use xen_locus::kernel::orc::Table;
-use xen_locus::kernel::tasks::{self, Details};
-use xen_locus::kernel::vmcoreinfo::VmcoreInfo;
-use xen_locus::kernel::Kernel;
 use xen_locus::link::arena::Arena;
-use xen_locus::patch::Payload;
 use xen_locus::service;
 
 /// Work on saved cores
@@ -53,7 +53,7 @@ struct Recorder<'c> {
 }
 
 impl Memory for Recorder<'_> {
-    fn map(&self, frames: &[Frame]) -> Result<Box<dyn Window>, guest::Error> {
+    fn map(&self, frames: &[Frame]) -> Result<Box<dyn Window>, locus_guest::Error> {
         self.seen.borrow_mut().extend(frames);
         self.inner.map(frames)
     }

@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
+use locus_xen::{run_first, Control, Other};
 use serde_json::json;
 use xen_locus::cli::Host;
 use xen_locus::journal::Journal;
-use xen_locus::xen::{run_first, Control, Other};
 
 /// Run a command, kill it, and see whether the guest runs on
 #[derive(Parser)]
@@ -44,7 +44,7 @@ const SHORT_REST: Duration = Duration::from_micros(200);
 /// When the guest was seen paused.
 struct Watch<'c> {
     control: &'c Control,
-    id: xen_locus::addr::DomId,
+    id: locus_guest::addr::DomId,
     since: Option<Instant>,
     longest: Duration,
     /// How long its vCPUs had run at the last look, in nanoseconds, and how many there are.

@@ -12,18 +12,18 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
+use locus_guest::{MemoryMut as _, WindowMut};
+use locus_payload::Payload;
+use locus_xen::Pauses;
 use serde_json::{json, Value};
 use xen_locus::apply::{Options, Report};
 use xen_locus::cli::Host;
 use xen_locus::domain::Domain;
 use xen_locus::guard::guardian;
 use xen_locus::guard::worker::Guarded;
-use xen_locus::guest::{Guard, Machine as _, MemoryMut as _, Paused, WindowMut};
-use xen_locus::kernel::Kernel;
-use xen_locus::patch::Payload;
+use xen_locus::machine::{kernel_of, Guard, Machine as _, Paused};
 use xen_locus::plan::Mode;
 use xen_locus::service;
-use xen_locus::xen::Pauses;
 
 /// Where the kernel's symbols and types are kept between two changes, as the daemon does.
 const CACHE: &str = "/var/cache/xen-locus";
@@ -127,7 +127,7 @@ impl Code {
         let mut objects = payload.klp.objects.iter();
         let first = objects.find_map(|o| o.funcs.first().filter(|_| o.name.is_none()));
         let first = first.context("the payload replaces no function of the kernel itself")?;
-        let kernel = Kernel::of(domain)?;
+        let kernel = kernel_of(domain)?;
         let at = kernel.function(&first.old_name, first.old_sympos)?;
         Ok(Code {
             window: domain.map_mut(&kernel.space.frames(at, 8)?)?,

@@ -5,11 +5,11 @@
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
-use xen_locus::addr::Gva;
+use locus_guest::addr::Gva;
+use locus_guest::MemoryMut as _;
 use xen_locus::cli::Host;
 use xen_locus::guard::guardian;
-use xen_locus::guest::{Machine as _, MemoryMut as _};
-use xen_locus::kernel::Kernel;
+use xen_locus::machine::{kernel_of, Machine as _};
 
 /// Read or write bytes of a guest's kernel
 #[derive(Parser)]
@@ -30,7 +30,7 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let host = Host::open(None)?;
     let domain = host.guest(&args.domain)?;
-    let kernel = Kernel::of(&domain)?;
+    let kernel = kernel_of(&domain)?;
     let number = |hex: &str| u64::from_str_radix(hex.trim_start_matches("0x"), 16);
     let (symbol, offset) = args.place.split_once('+').unwrap_or((&args.place, "0"));
     let start = match symbol.starts_with("0x") {

@@ -11,12 +11,13 @@ use std::path::PathBuf;
 use anyhow::{bail, Context as _, Result};
 use clap::Parser;
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic};
+use locus_guest::addr::{Gva, Range};
+use locus_guest::core::Core;
+use locus_kernel::Kernel;
 use object::{Object as _, ObjectSection as _, SectionFlags};
-use xen_locus::addr::{Gva, Range};
 use xen_locus::cli::Host;
-use xen_locus::guest::core::Core;
-use xen_locus::kernel::Kernel;
 use xen_locus::link::sites::{self, Code, Place, Table, Tables};
+use xen_locus::machine::kernel_of;
 
 /// Most differences that are shown.
 const SHOWN: usize = 40;
@@ -41,7 +42,7 @@ fn main() -> Result<()> {
     }
     let host = Host::open(None)?;
     let domain = host.guest(&args.domain)?;
-    compare(&Kernel::of(&domain)?, &file)
+    compare(&kernel_of(&domain)?, &file)
 }
 
 fn compare(kernel: &Kernel<'_>, file: &[u8]) -> Result<()> {

@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
+use locus_guest::addr::Gva;
+use locus_kernel::Kernel;
+use locus_payload::Payload;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use crate::addr::Gva;
 use crate::error::Result;
-use crate::kernel::Kernel;
 use crate::link::record::Record;
-use crate::patch::Payload;
 use crate::plan::Readiness;
 
 /// What came of it.
@@ -174,7 +174,7 @@ impl Concerned {
             let len = usize::try_from(len).unwrap_or(usize::MAX);
             digest.update(space.read_vec(Gva(at), len)?);
         }
-        Ok(hex::encode(&digest.finalize()))
+        Ok(hex::encode(digest.finalize()))
     }
 
     /// That from before and that of now. What is done is done, though it may not be read any more.

@@ -7,19 +7,19 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
+use locus_guest::addr::Frame;
+use locus_guest::{GuestType, Memory, MemoryMut};
+use locus_kernel::fixture::{Fixture, TEXT};
+use locus_kernel::fixture_world::{World, STACKS, STACK_LEN};
+use locus_kernel::modules::{self, Reader};
+use locus_payload::testelf::Spec;
+
 use super::*;
-use crate::addr::Frame;
 use crate::error::ExitCode;
-use crate::guest::{GuestType, Memory, MemoryMut};
 use crate::journal::Intent;
-use crate::kernel::cache::Cache;
-use crate::kernel::fixture::{Fixture, TEXT};
-use crate::kernel::fixture_world::{World, STACKS, STACK_LEN};
-use crate::kernel::modules::{self, Reader};
 use crate::link::arena::Resident;
 use crate::link::record::ENTRIES_MAX;
 use crate::link::site;
-use crate::patch::testelf::Spec;
 use crate::recover::{self, Finding};
 
 mod drift;
@@ -61,7 +61,6 @@ impl Guest {
         world.memory.map_bytes(E820, &words, true, false);
         Guest {
             world,
-            cache: Cache::none(),
             left: Rc::new(Cell::new(u32::MAX)),
             intent: RefCell::default(),
         }

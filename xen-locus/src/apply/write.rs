@@ -1,8 +1,9 @@
 //! The writes themselves, in the pause: all of them or none, and read back.
 
+use locus_guest::space::Trail;
+use locus_guest::WindowMut;
+
 use crate::error::{Error, Result};
-use crate::guest::space::Trail;
-use crate::guest::WindowMut;
 use crate::plan;
 
 /// A write with its page mapped.
@@ -91,10 +92,10 @@ pub(super) fn write_all(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::addr::{Frame, PAGE_LEN};
     use crate::error::ExitCode;
-    use crate::guest::mock::MockMemory;
-    use crate::guest::{self, MemoryMut as _, Window};
+    use locus_guest::addr::{Frame, PAGE_LEN};
+    use locus_guest::mock::MockMemory;
+    use locus_guest::{self as guest, MemoryMut as _, Window};
     use std::cell::Cell;
 
     const OLD: [u8; 5] = [1; 5];

@@ -4,14 +4,14 @@ use std::io::{self, IsTerminal as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
+use locus_guest::addr::DomId;
+use locus_payload::Payload;
 use serde_json::{json, Value};
 
 use super::args::{Apply, Output};
 use super::{out, Host, Session};
-use crate::addr::DomId;
 use crate::apply::{Options, Report};
 use crate::error::{Error, ExitCode, Result};
-use crate::patch::Payload;
 use crate::plan::Mode;
 use crate::say;
 use crate::service;

@@ -3,6 +3,9 @@
 
 use std::path::Path;
 
+use locus_guest::Vcpu;
+use locus_kernel::Kernel;
+use locus_payload::Payload;
 use serde_json::json;
 
 use super::args::{Blocking, Output};
@@ -11,10 +14,8 @@ use super::subject::{self, Subject};
 use super::{out, Session};
 use crate::apply::{self, Options};
 use crate::error::{ExitCode, Result};
-use crate::guest::Vcpu;
-use crate::kernel::Kernel;
 use crate::link::arena::Arena;
-use crate::patch::Payload;
+use crate::machine;
 use crate::plan::{self, Mode, Readiness, Stack};
 use crate::quiesce::{self, Blocker, Watch};
 
@@ -111,7 +112,7 @@ pub fn run(session: &Session, args: &Blocking) -> anyhow::Result<ExitCode> {
     }
     let host = session.host()?;
     let domain = host.guest(args.whom.domain()?)?;
-    let kernel = Kernel::of(&domain)?;
+    let kernel = machine::kernel_of(&domain)?;
     let options = Options {
         interrupted: std::sync::Arc::clone(&session.interrupted),
         ..Options::default()

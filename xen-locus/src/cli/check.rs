@@ -2,6 +2,9 @@
 
 use std::path::Path;
 
+use locus_guest::core::Core;
+use locus_kernel::Kernel;
+use locus_payload::Payload;
 use serde_json::{json, Value};
 
 use super::args::{Check, Output, Patience};
@@ -9,10 +12,7 @@ use super::subject::{self, Subject};
 use super::{apply, out, Session};
 use crate::apply::{Options, Report};
 use crate::error::{Error, ExitCode, Result};
-use crate::guest::core::Core;
-use crate::kernel::Kernel;
 use crate::link::arena::Arena;
-use crate::patch::Payload;
 use crate::plan::{self, Mode, Readiness};
 use crate::quiesce::{self, Blocker};
 use crate::say;

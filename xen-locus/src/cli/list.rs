@@ -2,19 +2,20 @@
 
 use std::path::Path;
 
+use locus_guest::addr::DomId;
+use locus_guest::core::Core;
+use locus_guest::GuestType;
+use locus_kernel::Kernel;
 use serde_json::{json, Value};
 
 use super::args::Output;
 use super::subject::Subject;
 use super::{out, Host, Session};
-use crate::addr::DomId;
 use crate::domain::Domain;
 use crate::error::{Error, ExitCode, Result};
-use crate::guest::core::Core;
-use crate::guest::GuestType;
-use crate::kernel::Kernel;
 use crate::link::arena::Arena;
 use crate::link::record::State;
+use crate::machine;
 use crate::plan;
 
 /// One domain in the list.
@@ -94,7 +95,7 @@ fn row(domain: &Domain<'_>) -> Row {
     if info.dying || info.shutdown {
         return no("it has shut down");
     }
-    match Kernel::of(domain) {
+    match machine::kernel_of(domain) {
         Ok(kernel) => row_of_kernel(Subject::of(domain), &kernel),
         Err(error) => no(&error.to_string()),
     }

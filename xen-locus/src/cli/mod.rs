@@ -24,6 +24,7 @@ use std::time::Instant;
 use anyhow::Context as _;
 use clap::error::ErrorKind;
 use clap::Parser as _;
+use locus_xen::{self as xen, Control, DomainInfo};
 
 use crate::apply::Options;
 use crate::audit::Audit;
@@ -31,12 +32,11 @@ use crate::daemon;
 use crate::domain::Domain;
 use crate::error::{Error, ExitCode, Result};
 use crate::guard::guardian;
-use crate::kernel::cache::Cache;
 use crate::plan::Mode;
 use crate::say;
 use crate::service::Desk;
-use crate::store::Store;
-use crate::xen::{self, Control, DomainInfo};
+use crate::state::kernel_cache::Cache;
+use crate::state::store::Store;
 use args::{Cli, Command, Output, Patience};
 
 /// The host a command works on.

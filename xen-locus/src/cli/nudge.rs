@@ -1,13 +1,13 @@
 //! `xen-locus nudge DOMAIN FILE|PATCH`: wakes those who sleep in the way of applying a payload or of reverting
 //! a patch, or in what a draining patch replaced.
 
+use locus_kernel::Kernel;
 use serde_json::json;
 
 use super::args::{Nudge, Output};
 use super::blocking::Change;
 use super::{apply, out, Host, Session};
 use crate::error::{ExitCode, Result};
-use crate::kernel::Kernel;
 use crate::link::arena::Arena;
 use crate::plan::{self, Stack};
 use crate::quiesce::Watch;

@@ -1,11 +1,11 @@
 //! `xen-locus recover [DOMAIN]`: how a run ended that nobody saw end, and what it left settled.
 
+use locus_guest::addr::DomId;
 use serde_json::{json, Value};
 
 use super::args::{Output, Recover};
 use super::subject::Subject;
 use super::{apply, out, Host, Session};
-use crate::addr::DomId;
 use crate::apply::Options;
 use crate::error::{Error, ExitCode, Result};
 use crate::recover::{Finding, Report};

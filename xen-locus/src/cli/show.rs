@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
+use locus_payload::{Payload, Summary};
 use serde_json::json;
 
 use super::args::Output;
 use super::{out, Session};
 use crate::error::{Error, ExitCode};
-use crate::patch::{Payload, Summary};
 
 /// Runs the command.
 ///

@@ -3,16 +3,17 @@
 use std::collections::HashSet;
 use std::path::Path;
 
+use locus_guest::addr::DomId;
+use locus_kernel::Kernel;
 use serde_json::{json, Value};
 
 use super::args::Output;
 use super::subject::{self, Subject};
 use super::{out, Host, Session};
-use crate::addr::DomId;
 use crate::apply::{self, Options};
 use crate::domain::Domain;
 use crate::error::{ExitCode, Result};
-use crate::kernel::Kernel;
+use crate::machine;
 use crate::quiesce::{self, Blocker, Watch};
 use crate::service::{self, Patch, Replaced, GUEST_REBOOTED};
 
@@ -73,7 +74,7 @@ pub fn run(
 }
 
 fn status(domain: &Domain<'_>) -> Result<Status> {
-    let kernel = Kernel::of(domain)?;
+    let kernel = machine::kernel_of(domain)?;
     let inside = |watch: &Watch| apply::blocking(domain, &kernel, watch, &Options::default());
     Status::read(Subject::of(domain), &kernel, inside)
 }

@@ -2,17 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
+use locus_guest::addr::DomId;
+use locus_guest::core::Core;
+use locus_guest::Vcpu;
+use locus_kernel::Kernel;
 use serde_json::Value;
 
 use super::args::Whom;
 use super::Session;
-use crate::addr::DomId;
 use crate::audit::Audit;
 use crate::domain::Domain;
 use crate::error::{Error, ExitCode, Result};
-use crate::guest::core::Core;
-use crate::guest::Vcpu;
-use crate::kernel::Kernel;
+use crate::machine;
 use crate::say;
 
 /// Who is looked at, apart from the kernel.
@@ -99,7 +100,7 @@ pub fn with_kernel<T>(
     }
     let host = session.host()?;
     let domain = host.guest(whom.domain()?)?;
-    action(&Subject::of(&domain), &Kernel::of(&domain)?)
+    action(&Subject::of(&domain), &machine::kernel_of(&domain)?)
 }
 
 /// Calls `action` with the kernel in the core at `path`.

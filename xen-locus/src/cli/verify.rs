@@ -2,16 +2,16 @@
 
 use std::path::Path;
 
+use locus_guest::addr::DomId;
 use serde_json::{json, Value};
 
 use super::args::Output;
 use super::subject::{self, Subject};
 use super::{out, Session};
-use crate::addr::DomId;
 use crate::audit::{Audit, History};
 use crate::domain::Domain;
 use crate::error::ExitCode;
-use crate::kernel::Kernel;
+use crate::machine;
 use crate::say;
 use crate::verify::{verify, Known, Outcome};
 
@@ -36,7 +36,7 @@ pub fn run(
             let domain = host.guest(wanted)?;
             let history = log()?;
             let known = known(&history, &domain);
-            let outcome = verify(&Kernel::of(&domain)?, Some(known))?;
+            let outcome = verify(&machine::kernel_of(&domain)?, Some(known))?;
             all.push((Subject::of(&domain), outcome));
         }
         (None, None) => {
@@ -45,7 +45,7 @@ pub fn run(
             for info in host.control.domains(DomId(1))? {
                 let domain = host.domain(info)?;
                 let subject = Subject::of(&domain);
-                let kernel = match Kernel::of(&domain) {
+                let kernel = match machine::kernel_of(&domain) {
                     Ok(kernel) => kernel,
                     Err(error) => {
                         worst = worst.max(subject::unread(session, &subject, &error.into()));

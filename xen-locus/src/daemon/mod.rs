@@ -13,17 +13,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context as _};
 use futures::StreamExt as _;
+use locus_guest::addr::DomId;
+use locus_xen::{self as xen, DomainInfo};
 use xenstore_rs::tokio::XsTokio;
 use xenstore_rs::AsyncWatch as _;
 
-use crate::addr::DomId;
 use crate::cli::args::Daemon;
 use crate::cli::{self, Host, Session};
 use crate::error::{Error, ExitCode, Result};
 use crate::recover::Finding;
 use crate::service;
-use crate::store::{Store, ROOT};
-use crate::xen::{self, DomainInfo};
+use crate::state::store::{Store, ROOT};
 use later::Later;
 use request::{Served, Server};
 

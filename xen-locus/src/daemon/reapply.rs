@@ -1,10 +1,11 @@
 //! Patches that a guest lost when it was started anew are applied again.
 
+use locus_payload::Payload;
+
 use super::request::Server;
 use crate::domain::Domain;
 use crate::error::{Error, ExitCode, Result};
 use crate::link::objects::VMLINUX;
-use crate::patch::Payload;
 use crate::plan::Mode;
 use crate::service::{self, Desk, Patch, Status, GUEST_REBOOTED};
 

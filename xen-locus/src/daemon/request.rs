@@ -4,14 +4,15 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use locus_payload::Payload;
+
 use crate::apply::{Options, Report};
 use crate::cli::{Host, Session};
 use crate::error::{Error, ExitCode, Result};
 use crate::link::arena::now;
-use crate::patch::Payload;
 use crate::plan::Mode;
 use crate::service;
-use crate::store::ROOT;
+use crate::state::store::ROOT;
 
 /// Longest value of a request's node that is believed, in bytes.
 const VALUE_MAX: usize = 256;
@@ -244,7 +245,7 @@ impl Server<'_> {
                 payload.name
             )));
         }
-        let found = hex::encode(&payload.sha256);
+        let found = hex::encode(payload.sha256);
         if let Some(wanted) = sha256.filter(|s| *s != found) {
             return Err(Error::Failed(format!(
                 "payload {name} has SHA-256 {found}, and {wanted} is asked for",

@@ -6,11 +6,12 @@ use std::os::fd::AsFd as _;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use locus_xen::{self as xen, Control, End, Foreign, Other, Page, Step};
+
 use super::settle::{settle, Counter as _, Outcome};
 use super::{Places, Task};
 use crate::error::{Error, Result};
 use crate::say;
-use crate::xen::{self, Control, End, Foreign, Other, Page, Step};
 
 /// What the process is called.
 pub const NAME: &str = "xen-locus-guardian";

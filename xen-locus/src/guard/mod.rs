@@ -18,11 +18,11 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
+use locus_guest::addr::{DomId, Frame, PAGE_LEN};
+use locus_guest::{MemoryMut, WindowMut};
 use serde::{Deserialize, Serialize};
 
-use crate::addr::{DomId, Frame, PAGE_LEN};
 use crate::error::{Error, Result};
-use crate::guest::{MemoryMut, WindowMut};
 
 /// Where guards' files stand: gone after a reboot of dom0, as the guests are.
 pub const DIR: &str = "/run/xen-locus/guard";

@@ -2,12 +2,12 @@
 //!
 //! Nothing here allocates memory or waits for anything but Xen, as long as nothing fails.
 
+use locus_guest::addr::DomId;
+use locus_xen::{self as xen, Control, Page, Standing, Step};
 use serde::Serialize;
 
 use super::Places;
-use crate::addr::DomId;
 use crate::plan::WRITE_MAX;
-use crate::xen::{self, Control, Page, Standing, Step};
 
 /// What came of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

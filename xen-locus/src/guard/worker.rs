@@ -9,12 +9,13 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use locus_guest as guest;
+use locus_guest::Vcpu;
+use locus_xen::fault;
+use locus_xen::{Page, Pause, Pauses};
+
 use super::{guardian, Task, DIR};
 use crate::error::{Error, Result};
-use crate::fault;
-use crate::guest;
-use crate::guest::Vcpu;
-use crate::xen::{Page, Pause, Pauses};
 
 /// From the call of [`Guarded::settle`] to the end of the pause that follows, where nothing takes long.
 const MOMENTS: Duration = Duration::from_millis(8);
@@ -138,7 +139,7 @@ impl<'c> Guarded<'c> {
 
     /// Waits, should the guardian look after this run within the next moments, until it has: it comes before this
     /// run, and would do so in the middle of a pause.
-    pub fn settle(&self) {
+    pub fn wait_for_guardian_tick(&self) {
         if let Some(left) = self.page.next_look().filter(|&left| left < MOMENTS) {
             std::thread::sleep(left + LOOK);
         }

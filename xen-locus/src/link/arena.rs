@@ -20,13 +20,14 @@
 use std::collections::HashSet;
 use std::fmt;
 
-use crate::addr::{Frame, Gva, Range, PAGE_LEN, PAGE_SIZE};
-use crate::error::{Error, Result};
-use crate::guest::space::{
+use locus_guest::addr::{Frame, Gva, Range, PAGE_LEN, PAGE_SIZE};
+use locus_guest::space::{
     PTE_ACCESSED, PTE_DIRTY, PTE_FRAME, PTE_NX, PTE_PRESENT, PTE_USER, PTE_WRITE,
 };
-use crate::guest::{GuestType, Machine};
-use crate::kernel::Kernel;
+use locus_guest::{GuestType, PagesMut};
+use locus_kernel::Kernel;
+
+use crate::error::{Error, Result};
 use crate::link::record::{self, Directory, Record, Slot};
 
 mod low;
@@ -230,8 +231,8 @@ impl Arena {
     }
 
     /// Refuses to write entries that something else wrote since they were read.
-    fn check_still(&self, machine: &dyn Machine, pages: &[(usize, Rights)]) -> Result<()> {
-        let table = machine.memory().map(&[self.table])?;
+    fn check_still(&self, guest: &dyn PagesMut, pages: &[(usize, Rights)]) -> Result<()> {
+        let table = guest.map(&[self.table])?;
         for &(page, _) in pages {
             let mut found = [0; 8];
             table.read(8 * (page + 1), &mut found)?;
@@ -363,7 +364,7 @@ impl Arena {
         Ok(found)
     }
 
-    fn window(&self, kernel: &Kernel<'_>, range: Range) -> Result<Box<dyn crate::guest::Window>> {
+    fn window(&self, kernel: &Kernel<'_>, range: Range) -> Result<Box<dyn locus_guest::Window>> {
         Ok(kernel.space.map(&self.frames(range)?)?)
     }
 
@@ -410,14 +411,14 @@ impl Arena {
     /// No memory for them, or Xen refused an entry. Pages added before stay: nothing refers to them.
     pub fn add(
         &mut self,
-        machine: &dyn Machine,
+        guest: &dyn PagesMut,
         kernel: &Kernel<'_>,
         first: usize,
         rights: &[Rights],
     ) -> Result<()> {
         if first > 0 && self.frame(0).is_none() {
             // A run may end between any two entries, and the directory says whose the others are.
-            self.add(machine, kernel, 0, &[Rights::RoData])?;
+            self.add(guest, kernel, 0, &[Rights::RoData])?;
         }
         let missing: Vec<(usize, Rights)> = rights
             .iter()
@@ -425,7 +426,7 @@ impl Arena {
             .map(|(i, &r)| (first + i, r))
             .filter(|&(page, _)| self.frame(page).is_none())
             .collect();
-        let frames = match machine.kind() {
+        let frames = match kernel.kind {
             GuestType::Pv => {
                 check_not_ram(kernel, PV_FIRST, PV_FIRST + PV_PAGES as u64)?;
                 let base = direct_map(kernel)?;
@@ -437,19 +438,19 @@ impl Arena {
                 frames
             }
             GuestType::Pvh | GuestType::Hvm => {
-                let frames = vacant_frames(machine, kernel, missing.len())?;
+                let frames = vacant_frames(guest, kernel, missing.len())?;
                 let blank = vec![0; frames.len() * PAGE_LEN];
                 if !frames.is_empty() {
-                    machine.map_mut(&frames)?.write(0, &blank)?;
-                    machine.written(&frames)?;
+                    guest.map_mut(&frames)?.write(0, &blank)?;
+                    guest.written(&frames)?;
                 }
                 frames
             }
         };
-        self.check_still(machine, &missing)?;
+        self.check_still(guest, &missing)?;
         for (&(page, rights), &frame) in missing.iter().zip(&frames) {
             let entry = (frame.0 << 12) | PTE_PRESENT | PTE_ACCESSED | rights.bits();
-            machine.write_entry(self.table, page + 1, entry)?;
+            guest.write_entry(self.table, page + 1, entry)?;
             if let Some(known) = self.entries.get_mut(page) {
                 *known = entry;
             }
@@ -461,14 +462,14 @@ impl Arena {
     ///
     /// # Errors
     /// A page is not there, or what is read back differs.
-    pub fn write(&self, machine: &dyn Machine, at: Gva, bytes: &[u8]) -> Result<()> {
+    pub fn write(&self, guest: &dyn PagesMut, at: Gva, bytes: &[u8]) -> Result<()> {
         if bytes.is_empty() {
             return Ok(());
         }
         let frames = self.frames(Range::new(at, bytes.len() as u64))?;
-        let window = machine.map_mut(&frames)?;
+        let window = guest.map_mut(&frames)?;
         window.write(at.offset(), bytes)?;
-        machine.written(&frames)?;
+        guest.written(&frames)?;
         let mut back = vec![0; bytes.len()];
         window.read(at.offset(), &mut back)?;
         if back != bytes {
@@ -486,14 +487,14 @@ impl Arena {
     /// As [`Arena::add`] and [`Arena::write`].
     pub fn commit(
         &mut self,
-        machine: &dyn Machine,
+        guest: &dyn PagesMut,
         kernel: &Kernel<'_>,
         slots: Vec<Slot>,
     ) -> Result<()> {
         if slots.len() > record::ENTRIES_MAX {
             return Err(full());
         }
-        self.add(machine, kernel, 0, &[Rights::RoData])?;
+        self.add(guest, kernel, 0, &[Rights::RoData])?;
         let next = Directory {
             generation: self.directory.generation.checked_add(1).ok_or_else(|| {
                 Error::Uncertain(
@@ -504,7 +505,7 @@ impl Arena {
             slots,
         };
         let (half, bytes) = next.encode();
-        self.write(machine, BASE.plus(half as u64), &bytes)?;
+        self.write(guest, BASE.plus(half as u64), &bytes)?;
         self.directory = next;
         Ok(())
     }
@@ -549,7 +550,7 @@ fn low_page(base: Gva, page: usize) -> Gva {
 }
 
 /// `count` guest frames without memory behind them.
-fn vacant_frames(machine: &dyn Machine, kernel: &Kernel<'_>, count: usize) -> Result<Vec<Frame>> {
+fn vacant_frames(guest: &dyn PagesMut, kernel: &Kernel<'_>, count: usize) -> Result<Vec<Frame>> {
     let mut found = Vec::new();
     for window in GFNS {
         if found.len() >= count {
@@ -559,7 +560,7 @@ fn vacant_frames(machine: &dyn Machine, kernel: &Kernel<'_>, count: usize) -> Re
         let candidates: Vec<Frame> = window.map(Frame).collect();
         // A few more than needed at a time: each is asked for by a foreign mapping.
         for some in candidates.chunks(16) {
-            let vacant = machine.vacant(some)?;
+            let vacant = guest.vacant(some)?;
             found.extend(some.iter().zip(vacant).filter(|(_, v)| *v).map(|(&f, _)| f));
             if found.len() >= count {
                 break;
@@ -573,7 +574,7 @@ fn vacant_frames(machine: &dyn Machine, kernel: &Kernel<'_>, count: usize) -> Re
         )));
     }
     found.truncate(count);
-    machine.populate(&found)?;
+    guest.populate(&found)?;
     Ok(found)
 }
 
@@ -590,7 +591,7 @@ fn check_not_ram(kernel: &Kernel<'_>, first: u64, end: u64) -> Result<()> {
     }
     let bytes = kernel.space.read_vec(table.plus(4), count as usize * 20)?;
     for entry in bytes.chunks_exact(20) {
-        use crate::guest::fetch;
+        use locus_guest::fetch;
         let (Some(start), Some(size), Some(kind)) = (
             fetch::u64(entry, 0),
             fetch::u64(entry, 8),

@@ -9,10 +9,11 @@
 //! ("kbuild: link symbol CRCs at final link, removing `CONFIG_MODULE_REL_CRCS`") (in v5.19); a table that
 //! looks like that, or has another size, counts as none.
 
-use crate::addr::Gva;
+use locus_guest::addr::Gva;
+use locus_guest::fetch;
+use locus_kernel::Kernel;
+
 use crate::error::{Error, Result};
-use crate::guest::fetch;
-use crate::kernel::Kernel;
 
 /// Longest table read, in bytes: there are some ten thousand entries of 12 bytes.
 const TABLE_MAX: u64 = 4 << 20;

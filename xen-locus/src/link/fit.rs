@@ -5,17 +5,18 @@
 //! first fields where every kernel has them, sizes from how the arrays divide, and `replace` where it
 //! was found (`patch::klp`). The guest's types must say the same of all of it.
 
+use locus_kernel::btf::Btf;
+use locus_kernel::Kernel;
+use locus_payload::{Payload, SymSection};
+
 use crate::error::{Error, Result};
-use crate::kernel::btf::Btf;
-use crate::kernel::Kernel;
 use crate::link::exports::Exports;
-use crate::patch::{Payload, SymSection};
 
 /// What stands for the layouts that every module has in common with the kernel
 /// (kernel/module/version.c).
 const LAYOUT: &str = "module_layout";
 
-/// Where the first fields are, as [`crate::patch::Klp`] was read: structure, field, offset.
+/// Where the first fields are, as [`locus_payload::Klp`] was read: structure, field, offset.
 const FIELDS: [(&str, &str, usize); 8] = [
     ("klp_patch", "mod", 0),
     ("klp_patch", "objs", 8),
@@ -117,13 +118,12 @@ pub fn check_layout(btf: &Btf, payload: &Payload) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::addr::Gva;
     use crate::error::ExitCode;
-    use crate::guest::budget::Budget;
-    use crate::kernel::btf::blob::Blob;
-    use crate::kernel::fixture::{renewed, vcpus, Fixture, KIND, TEXT};
-    use crate::patch::test_payload;
-    use crate::patch::testelf::{Spec, ALLOC, R_PLT32};
+    use locus_guest::addr::Gva;
+    use locus_guest::budget::Budget;
+    use locus_kernel::btf::blob::Blob;
+    use locus_kernel::fixture::{renewed, vcpus, Fixture, KIND, TEXT};
+    use locus_payload::testelf::{Spec, ALLOC, R_PLT32};
 
     /// Where the guest's tables of exports stand.
     const EXPORTS: Gva = Gva(TEXT.0 + (8 << 20));
@@ -250,7 +250,7 @@ mod tests {
 
     #[test]
     fn a_payload_must_have_the_layout_of_the_guests_types() {
-        let payload = Payload::parse("test.ko", &test_payload()).unwrap();
+        let payload = Payload::parse("test.ko", &Spec::default().bytes()).unwrap();
         let said = |btf: &Btf, payload: &Payload| {
             check_layout(btf, payload).map_err(|e| e.to_string()).err()
         };

@@ -11,11 +11,11 @@ use iced_x86::code_asm::{
     CodeAssembler,
 };
 use iced_x86::{Decoder, DecoderOptions, FlowControl, IcedError};
+use locus_guest::addr::Gva;
+use locus_guest::fetch;
+use locus_kernel::Kernel;
 
-use crate::addr::Gva;
 use crate::error::{Error, Result};
-use crate::guest::fetch;
-use crate::kernel::Kernel;
 use crate::link::site::{self, JUMP};
 use crate::link::sites::moved::moved;
 
@@ -306,7 +306,7 @@ mod tests {
         };
         let mut bytes = data(&[thread; THREADS_MAX]);
         assert_eq!(bytes.len(), THREADS + THREADS_MAX * 16);
-        assert!(bytes.len() <= crate::addr::PAGE_LEN);
+        assert!(bytes.len() <= locus_guest::addr::PAGE_LEN);
         assert_eq!(woken(&bytes), None);
         bytes[0] = State::Done as u8;
         bytes[WOKEN] = 5;

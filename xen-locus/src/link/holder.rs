@@ -6,9 +6,10 @@
 
 use std::fmt;
 
-use crate::addr::{Gva, Range};
+use locus_guest::addr::{Gva, Range};
+use locus_kernel::{list, Kernel};
+
 use crate::error::Result;
-use crate::kernel::{list, Kernel};
 
 /// Sections of the kernel's text whose functions can't be replaced: symbols at their start and end,
 /// and why.
@@ -201,10 +202,10 @@ fn bpf_image(kernel: &Kernel<'_>, target: Gva) -> Result<Option<String>> {
 mod tests {
     use super::*;
     use crate::error::ExitCode;
-    use crate::kernel::btf::blob::Blob;
-    use crate::kernel::fixture::{vcpus, Fixture, KIND, TEXT};
     use crate::link::objects::Owner;
     use crate::link::site;
+    use locus_kernel::btf::blob::Blob;
+    use locus_kernel::fixture::{vcpus, Fixture, KIND, TEXT};
 
     const AT: u64 = TEXT.0 + 0x1000;
     /// Where the lists' elements stand.

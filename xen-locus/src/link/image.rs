@@ -6,16 +6,18 @@
 //! Tables of places in the code are relocated too, for addresses behind what is placed, where nothing
 //! of them is ever written: so they can be read as the kernel reads them.
 
+use locus_guest::addr::{Gva, Range, PAGE_LEN, PAGE_SIZE};
+use locus_kernel::Kernel;
+use locus_payload::{Binding, Payload, Reloc, Role, Section, SymSection, Symbol};
+
 use super::arena::Rights;
 use super::module::{Built, Entry, Place, Size};
 use super::objects::Objects;
 use super::reloc::{self, R_X86_64_NONE};
 use super::site::Returns;
 use super::sites::{self, Code, JumpSite, Table, Tables};
-use crate::addr::{Gva, Range, PAGE_LEN, PAGE_SIZE};
+use super::split;
 use crate::error::{Error, Result};
-use crate::kernel::Kernel;
-use crate::patch::{Binding, Payload, Reloc, Role, Section, SymSection, Symbol};
 
 /// The five-byte nop in place of a call of `__fentry__`.
 const FENTRY_NOP: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
@@ -301,7 +303,7 @@ pub fn link(
                 })?;
                 Ok::<_, Error>(base.plus(start).plus(offset))
             };
-            let cold = payload.cold(func).map(|s| place(s.0, s.1));
+            let cold = split::parts(payload, func).map(|part| place(part.section, part.offset));
             let cold = cold.collect::<Result<_>>()?;
             Ok((place(func.new_section, func.new_offset)?, cold))
         })

@@ -16,3 +16,4 @@ pub mod reloc;
 pub mod seal;
 pub mod site;
 pub mod sites;
+pub mod split;

@@ -8,14 +8,15 @@
 
 use std::cell::{OnceCell, RefCell};
 
-use crate::addr::{Gva, Range};
-use crate::cold;
+use locus_guest::addr::{Gva, Range};
+use locus_kernel::modules::{Module, Reader, Rewritten, State, Symbol, MODULES_MAX};
+use locus_kernel::split_functions;
+use locus_kernel::{self as kernel, Kernel};
+use locus_payload::Payload;
+
 use crate::error::{Error, Result};
-use crate::kernel::modules::{Module, Reader, Rewritten, State, Symbol, MODULES_MAX};
-use crate::kernel::{self, Kernel};
 use crate::link::exports::Exports;
 use crate::link::{arena, holder};
-use crate::patch::Payload;
 
 /// What a payload calls the kernel itself, where it has to call it by a name.
 pub const VMLINUX: &str = "vmlinux";
@@ -79,9 +80,11 @@ impl Owner<'_> {
             Owner::Module(_, symbols) => {
                 let names = symbols.iter().filter(|s| s.addr == entry);
                 let names: Vec<&str> = names.map(|s| &*s.name).collect();
-                let cold = symbols
-                    .iter()
-                    .filter(|s| names.iter().any(|name| cold::is_part(&s.name, name)));
+                let cold = symbols.iter().filter(|s| {
+                    names
+                        .iter()
+                        .any(|name| split_functions::is_part(&s.name, name))
+                });
                 cold.map(|s| s.addr).collect()
             }
         }

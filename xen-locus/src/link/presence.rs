@@ -4,9 +4,10 @@
 //! A module that goes takes its text along, redirects included, and its memory is given to others.
 //! So a payload's record says where each module was, and nothing is written once that is not so.
 
+use locus_kernel::modules::{Reader, State};
+use locus_kernel::Kernel;
+
 use crate::error::Result;
-use crate::kernel::modules::{Reader, State};
-use crate::kernel::Kernel;
 use crate::link::record::{ModuleAt, Record};
 use crate::plan::Write;
 

@@ -9,12 +9,12 @@
 //! All of it is read back from a guest that may have changed it: lengths are bounded, digests are
 //! checked, and addresses are believed only inside the arena and the kernel's text.
 
+use locus_guest::fetch;
+use locus_payload::is_module_name;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::guest::fetch;
 use crate::link::seal::Code;
-use crate::patch::is_module_name;
 
 /// First bytes of each copy of the directory.
 pub const MAGIC: &[u8; 8] = b"XENLOCUS";

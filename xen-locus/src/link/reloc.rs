@@ -4,7 +4,7 @@
 //! overflow, and the place must hold zeroes before. What it does not do, it refuses, and so does
 //! this; the names are those of the x86-64 psABI, table "Relocation Types".
 
-use crate::addr::Gva;
+use locus_guest::addr::Gva;
 
 /// Nothing to do.
 pub const R_X86_64_NONE: u32 = 0;

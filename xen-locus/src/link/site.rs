@@ -4,11 +4,11 @@
 //! goes on working, and the redirect does not depend on ftrace.
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Mnemonic};
+use locus_guest::addr::{Gva, Range};
+use locus_guest::fetch;
+use locus_kernel::Kernel;
 
-use crate::addr::{Gva, Range};
 use crate::error::{Error, Result};
-use crate::guest::fetch;
-use crate::kernel::Kernel;
 use crate::link::holder;
 use crate::link::objects::Owner;
 
@@ -331,7 +331,7 @@ pub fn jump(site: Gva, target: Gva) -> Option<[u8; JUMP]> {
 mod tests {
     use super::*;
     use crate::error::ExitCode;
-    use crate::kernel::fixture::{vcpus, Fixture, KIND, TEXT};
+    use locus_kernel::fixture::{vcpus, Fixture, KIND, TEXT};
 
     const AT: u64 = TEXT.0 + 0x1000;
     const NOP: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];

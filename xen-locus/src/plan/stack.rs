@@ -6,14 +6,15 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::addr::{Gva, Range};
+use locus_guest::addr::{Gva, Range};
+use locus_kernel::Kernel;
+use locus_payload::Payload;
+
 use crate::error::{Error, Result};
-use crate::kernel::Kernel;
 use crate::link::arena::Resident;
 use crate::link::module::enter;
 use crate::link::record::{Function, Record, State};
 use crate::link::site::{self, Standing, JUMP};
-use crate::patch::Payload;
 use crate::plan::Write;
 use crate::quiesce::Watched;
 

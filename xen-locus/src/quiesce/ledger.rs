@@ -9,12 +9,13 @@
 //! ([`Prescan::reckon`]); of the others what they say before is what they say after it. A task that is born later
 //! begins with nothing. From that moment on, those who ran lately tell by themselves of a later one.
 
+use locus_guest::addr::{Gva, Range};
+use locus_guest::Vcpu;
+use locus_kernel::Kernel;
+
 use super::look::Look;
 use super::prescan::{Known, Prescan};
-use crate::addr::{Gva, Range};
 use crate::error::Result;
-use crate::guest::Vcpu;
-use crate::kernel::Kernel;
 
 /// Most tasks that are asked in a pause: a time that is little beside that of the pause itself.
 pub(super) const FEW: usize = 256;

@@ -2,13 +2,14 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use locus_guest::addr::{Gva, Range};
+use locus_guest::{fetch, Vcpu};
+use locus_kernel::tasks::Task;
+use locus_kernel::unwind::PADDINGS;
+
 use super::prescan::{Cpu, Known, Prescan};
-use super::walk::PADDINGS;
 use super::{Blocker, Reason, Verdict, Watched};
-use crate::addr::{Gva, Range};
 use crate::error::Result;
-use crate::guest::{fetch, Vcpu};
-use crate::kernel::tasks::Task;
 
 /// What a system call returns that a signal cut short and that goes on in `restart_block.fn`
 /// (`-ERESTART_RESTARTBLOCK`, include/linux/errno.h), and the number of the one by which it does
@@ -86,7 +87,7 @@ impl<'s, 'k, 'm> Look<'s, 'k, 'm> {
     }
 
     fn report(&mut self, task: Option<&Task>, reason: Reason, name: &str, offset: u64) {
-        if crate::fault::is_blind() {
+        if locus_xen::fault::is_blind() {
             return;
         }
         let pid = task.map_or(0, |t| t.pid);

@@ -21,17 +21,18 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 
+use locus_guest::addr::{Frame, Gva, Range, PAGE_LEN};
+use locus_guest::space::{Pin, Space};
+use locus_guest::{Vcpu, Window};
+use locus_kernel::tasks::{self, Layout, Task};
+use locus_kernel::unwind::stack::{self, Copied};
+use locus_kernel::unwind::{self, Stack, StackKind, Walker};
+use locus_kernel::Kernel;
+
 use super::ledger::{self, Ledger, FEW};
 use super::look::{Live, Look, Running};
-use super::walk::stack::{self, Copied};
-use super::walk::{self, Stack, StackKind, Walker};
 use super::{Verdict, Watch};
-use crate::addr::{Frame, Gva, Range, PAGE_LEN};
 use crate::error::{Error, Result};
-use crate::guest::space::{Pin, Space};
-use crate::guest::{Vcpu, Window};
-use crate::kernel::tasks::{self, Layout, Task};
-use crate::kernel::Kernel;
 
 /// Stacks mapped by one call.
 const STACKS: usize = 128;
@@ -458,7 +459,7 @@ impl<'k, 'm> Prescan<'k, 'm> {
             memory: &memory,
         };
         let walk = walker.sleeping(known.sp()?, stack, known.task.idle);
-        let inside = |frame: &walk::Frame| self.watch.hit(frame.address.0).is_some();
+        let inside = |frame: &unwind::Frame| self.watch.hit(frame.address.0).is_some();
         Ok(walk.is_reliable() && !walk.frames.iter().any(inside))
     }
 

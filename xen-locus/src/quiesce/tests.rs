@@ -4,11 +4,12 @@
 
 use std::cell::Cell;
 
-use super::walk::stack::Copied;
+use locus_guest::{GuestType, Vcpu, Window};
+use locus_kernel::fixture_world::{World, PATCHED, PERCPU, RESTART, TASKS, THREAD_NODE};
+use locus_kernel::tasks::{self, Layout, Task};
+use locus_kernel::unwind::stack::Copied;
+
 use super::*;
-use crate::guest::{GuestType, Vcpu, Window};
-use crate::kernel::fixture_world::{World, PATCHED, PERCPU, RESTART, TASKS, THREAD_NODE};
-use crate::kernel::tasks::{self, Layout, Task};
 
 /// An address in the function that is watched.
 const INSIDE: u64 = PATCHED.0 + 10;

@@ -1,9 +1,10 @@
 //! What `verify` says of the mock guest after something in it was changed.
 
+use locus_guest::space::{PTE_NX, PTE_USER, PTE_WRITE};
+
 use super::*;
 use crate::audit::in_force::{self, InForce};
 use crate::audit::{Action, Line};
-use crate::guest::space::{PTE_NX, PTE_USER, PTE_WRITE};
 use crate::verify::{verify, Known, What, Who};
 
 impl Guest {
@@ -153,7 +154,7 @@ fn every_page_of_a_payload_is_looked_at() {
     for n in 0..usize::from(resident.slot.pages) {
         let (table, slot, entry) = page(n);
         let (_, _, other) = page((n + 1) % usize::from(resident.slot.pages));
-        let frame = crate::guest::space::PTE_FRAME;
+        let frame = locus_guest::space::PTE_FRAME;
         for changed in [
             entry ^ PTE_WRITE,
             entry ^ PTE_NX,
@@ -181,7 +182,7 @@ fn records_are_held_against_the_audit_log() {
     guest.applied(&payload("one", &[A]));
     let kernel = guest.kernel();
     let residents = Arena::read(&kernel).unwrap().residents(&kernel).unwrap();
-    let placed = hex::encode(&residents[0].slot.record_sha256);
+    let placed = hex::encode(residents[0].slot.record_sha256);
     // A log of what was applied: to which guest, which patch, with which record.
     let log = |applied: &[(&str, &str, &str)]| -> Vec<Line> {
         let mut in_force = std::collections::HashMap::<String, Vec<InForce>>::new();

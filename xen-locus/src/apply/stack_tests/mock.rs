@@ -3,13 +3,15 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
+use locus_guest::{self as guest, Live, PagesMut, Vcpu, Window, WindowMut};
+use locus_kernel::{KernelCache, NoCache};
+
 use super::*;
-use crate::guest::{self, Guard, Paused, Vcpu, Window, WindowMut};
+use crate::machine::{Guard, Machine, Paused};
 
 /// The guest.
 pub(super) struct Guest {
     pub(super) world: World,
-    pub(super) cache: Cache,
     pub(super) left: Rc<Cell<u32>>,
     pub(super) intent: RefCell<Option<Intent>>,
 }
@@ -89,7 +91,7 @@ impl Paused for Pause<'_> {
     }
 }
 
-impl Machine for Guest {
+impl Live for Guest {
     fn memory(&self) -> &dyn Memory {
         &self.world.memory
     }
@@ -98,12 +100,14 @@ impl Machine for Guest {
         self.world.kind
     }
 
-    fn cache(&self) -> &Cache {
-        &self.cache
-    }
-
     fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
         Ok(self.world.vcpus.clone())
+    }
+}
+
+impl Machine for Guest {
+    fn cache(&self) -> &dyn KernelCache {
+        &NoCache
     }
 
     fn begin(&self, change: &Change) -> Result<()> {
@@ -124,7 +128,9 @@ impl Machine for Guest {
     fn guard(&self, _: &[Spot]) -> Result<Box<dyn Guard + '_>> {
         Ok(Box::new(Unguarded(&self.world)))
     }
+}
 
+impl PagesMut for Guest {
     fn write_entry(
         &self,
         table: Frame,

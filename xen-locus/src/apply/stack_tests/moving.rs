@@ -1,7 +1,8 @@
 //! The mock guest moves what is to be written elsewhere.
 
+use locus_guest::space::{PTE_FRAME, PTE_PRESENT};
+
 use super::*;
-use crate::guest::space::{PTE_FRAME, PTE_PRESENT};
 use crate::link::arena::BASE;
 
 /// What nobody but the guest may write.
@@ -15,7 +16,7 @@ fn own(guest: &Guest) -> Frame {
 }
 
 fn is_own(guest: &Guest, frame: Frame) -> bool {
-    let mut page = vec![0; crate::addr::PAGE_LEN];
+    let mut page = vec![0; locus_guest::addr::PAGE_LEN];
     let window = guest.world.memory.map(&[frame]).unwrap();
     window.read(0, &mut page).unwrap();
     page.starts_with(&OWN) && page[OWN.len()..].iter().all(|&b| b == 0)
@@ -23,7 +24,7 @@ fn is_own(guest: &Guest, frame: Frame) -> bool {
 
 /// Makes arena page `page` lead to `frame`.
 fn lead(guest: &Guest, page: u64, frame: Frame) {
-    let at = BASE.plus(page * crate::addr::PAGE_SIZE);
+    let at = BASE.plus(page * locus_guest::addr::PAGE_SIZE);
     let (table, slot, entry) = guest.kernel().space.entry_slot(at, 1).unwrap();
     let entry = (entry & !PTE_FRAME) | PTE_PRESENT | frame.0 << 12;
     guest.world.memory.set_entry(table, slot, entry);
@@ -47,8 +48,10 @@ fn nothing_is_written_where_a_page_of_the_arena_leads_elsewhere() {
     let guest = Guest::new();
     guest.applied(&payload("one", &[A]));
     let before = Arena::read(&guest.kernel()).unwrap();
-    let first = BASE.plus(crate::addr::PAGE_SIZE);
-    let frames = before.frames(crate::addr::Range::new(first, 1)).unwrap();
+    let first = BASE.plus(locus_guest::addr::PAGE_SIZE);
+    let frames = before
+        .frames(locus_guest::addr::Range::new(first, 1))
+        .unwrap();
     // Its own page, and one of ours twice.
     for frame in [own(&guest), Frame(frames[0].0 + 1)] {
         lead(&guest, 1, frame);
@@ -101,7 +104,9 @@ fn a_directory_that_was_changed_too_often_to_count_is_uncertain() {
         ..arena.directory.clone()
     };
     let (at, copy) = directory.encode();
-    let frames = arena.frames(crate::addr::Range::new(BASE, 1)).unwrap();
+    let frames = arena
+        .frames(locus_guest::addr::Range::new(BASE, 1))
+        .unwrap();
     guest.world.memory.fill(frames[0], at, &copy);
     let error = guest.revert("one").unwrap_err();
     assert_eq!(error.exit_code(), ExitCode::Uncertain, "{error}");

@@ -7,17 +7,17 @@ mod symbols;
 mod tasks;
 mod types;
 
+use locus_guest::budget::LIMIT;
+use locus_kernel::cpu::Cpu;
+use locus_kernel::orc::Table;
+use locus_kernel::vmcoreinfo::VmcoreInfo;
+use locus_kernel::{self as kernel, Kernel};
 use serde_json::{json, Map, Value};
 
 use super::args::{self, Output};
 use super::subject::{self, Subject};
 use super::{out, Session};
 use crate::error::{Error, ExitCode};
-use crate::guest::budget::LIMIT;
-use crate::kernel::cpu::Cpu;
-use crate::kernel::orc::Table;
-use crate::kernel::vmcoreinfo::VmcoreInfo;
-use crate::kernel::{self, Kernel};
 use crate::link::arena::{self, Arena};
 
 /// Runs the command.

@@ -1,13 +1,13 @@
 //! `info --modules`: the modules that are loaded.
 
+use locus_kernel::modules::{Module, Reader};
+use locus_kernel::Kernel;
 use serde_json::{json, Value};
 
 use super::super::{out, Session};
 use crate::cli::args::Output;
 use crate::cli::subject::Subject;
 use crate::error::Error;
-use crate::kernel::modules::{Module, Reader};
-use crate::kernel::Kernel;
 
 /// Shows all modules, in the order of `/proc/modules`.
 ///

@@ -1,10 +1,11 @@
 //! `info --raw WHAT`: bytes of the guest's kernel as they are, for other tools.
 
+use locus_kernel::modules::Reader;
+use locus_kernel::vmcoreinfo::VmcoreInfo;
+use locus_kernel::{self as kernel, Kernel};
+
 use super::super::out;
 use crate::error::Error;
-use crate::kernel::modules::Reader;
-use crate::kernel::vmcoreinfo::VmcoreInfo;
-use crate::kernel::{self, Kernel};
 
 /// What can be asked for.
 const KNOWN: &str = "btf, btf:MODULE, notes, text, vmcoreinfo";

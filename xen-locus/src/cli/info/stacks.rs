@@ -1,16 +1,16 @@
 //! `info --stacks`: where every task is in the kernel.
 
+use locus_guest::Vcpu;
+use locus_kernel::unwind::all::{self, TaskStack};
+use locus_kernel::unwind::names::Names;
+use locus_kernel::unwind::End;
+use locus_kernel::Kernel;
 use serde_json::{json, Value};
 
 use crate::cli::args::Output;
 use crate::cli::subject::Subject;
 use crate::cli::{out, Session};
 use crate::error::Result;
-use crate::guest::Vcpu;
-use crate::kernel::Kernel;
-use crate::quiesce::walk::all::{self, TaskStack};
-use crate::quiesce::walk::names::Names;
-use crate::quiesce::walk::End;
 
 /// A task's stack, for people and for programs.
 #[derive(Debug)]

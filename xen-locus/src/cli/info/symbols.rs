@@ -1,13 +1,13 @@
 //! `info --symbols`: symbols by name.
 
+use locus_kernel::modules::Reader;
+use locus_kernel::Kernel;
 use serde_json::json;
 
 use crate::cli::args::Output;
 use crate::cli::subject::Subject;
 use crate::cli::{out, Session};
 use crate::error::Error;
-use crate::kernel::modules::Reader;
-use crate::kernel::Kernel;
 
 /// Shows the symbols that match: the kernel's in its order, then those of its modules.
 ///

@@ -1,13 +1,13 @@
 //! `info --tasks`: every thread of every process, and the idle task of every CPU.
 
+use locus_kernel::tasks::{snapshot, Detail, Details, Task};
+use locus_kernel::{Error, Kernel};
 use serde_json::{json, Value};
 
 use crate::cli::args::Output;
 use crate::cli::subject::Subject;
 use crate::cli::{out, Session};
 use crate::error::Result;
-use crate::kernel::tasks::{snapshot, Detail, Details, Task};
-use crate::kernel::{Error, Kernel};
 
 /// Shows the tasks, as they were at about one moment of the running guest.
 ///
@@ -72,7 +72,7 @@ fn row((detail, task): &(Detail, Task)) -> [String; 7] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::addr::{Gva, Range};
+    use locus_guest::addr::{Gva, Range};
 
     #[test]
     fn a_name_cannot_control_the_terminal() {

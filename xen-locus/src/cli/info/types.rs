@@ -1,14 +1,14 @@
 //! `info --type NAME`: a type as C.
 
+use locus_kernel::btf::text::Described;
+use locus_kernel::modules::Reader;
+use locus_kernel::Kernel;
 use serde_json::{json, Value};
 
 use super::super::{out, Session};
 use crate::cli::args::Output;
 use crate::cli::subject::Subject;
 use crate::error::Error;
-use crate::kernel::btf::text::Described;
-use crate::kernel::modules::Reader;
-use crate::kernel::Kernel;
 
 /// Shows all types called `wanted`: the kernel's, or if it has none those of its modules.
 ///

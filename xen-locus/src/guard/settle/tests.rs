@@ -1,10 +1,12 @@
-use super::*;
-use crate::addr::Frame;
-use crate::guard::Spot;
-use crate::guest::mock::MockMemory;
-use crate::guest::MemoryMut as _;
 use std::cell::Cell;
 use std::fs::File;
+
+use locus_guest::addr::Frame;
+use locus_guest::mock::MockMemory;
+use locus_guest::MemoryMut as _;
+
+use super::*;
+use crate::guard::Spot;
 
 const UUID: [u8; 16] = [7; 16];
 const OLD: [u8; 5] = [1; 5];

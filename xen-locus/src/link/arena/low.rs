@@ -4,9 +4,10 @@
 //! What is certain of an unused one is that nothing was ever written to it since Xen gave it to the
 //! guest, scrubbed, and that `struct page` calls it reserved.
 
-use crate::addr::{Gva, PAGE_LEN};
+use locus_guest::addr::{Gva, PAGE_LEN};
+use locus_kernel::Kernel;
+
 use crate::error::{Error, Result};
-use crate::kernel::Kernel;
 
 /// Refuses the page `pfn`, which the kernel sees at `at`, if the guest uses it.
 ///
@@ -55,10 +56,10 @@ fn reserved(kernel: &Kernel<'_>, pfn: u64) -> Result<Option<bool>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::addr::PAGE_SIZE;
     use crate::error::ExitCode;
-    use crate::kernel::btf::blob::Blob;
-    use crate::kernel::fixture::{vcpus, Fixture, KIND, TEXT};
+    use locus_guest::addr::PAGE_SIZE;
+    use locus_kernel::btf::blob::Blob;
+    use locus_kernel::fixture::{vcpus, Fixture, KIND, TEXT};
 
     const PFN: u64 = 0xa5;
     /// Where the kernel sees the page, and its array of `struct page`.

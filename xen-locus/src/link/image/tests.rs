@@ -1,11 +1,12 @@
+use locus_kernel::fixture::{vcpus, Fixture, KIND, TEXT};
+use locus_kernel::Kernel;
+use locus_payload::{Klp, Modinfo, SectionFlags, SymKind};
+
 use super::*;
-use crate::kernel::fixture::{vcpus, Fixture, KIND, TEXT};
-use crate::kernel::Kernel;
 use crate::link::arena;
 use crate::link::reloc::{
     R_X86_64_32, R_X86_64_32S, R_X86_64_64, R_X86_64_PC32, R_X86_64_PC64, R_X86_64_PLT32,
 };
-use crate::patch::{Klp, Modinfo, SectionFlags, SymKind};
 
 const OUTSIDE: u64 = TEXT.0 + 0x2000;
 const PERCPU: u64 = 0x1_f010;

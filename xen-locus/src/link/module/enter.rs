@@ -1,12 +1,13 @@
 //! The links that make the guest's kernel know a payload: written in the pause that brings it into
 //! force, all or none, and only if nothing moved since they were worked out.
 
+use locus_guest::addr::{Gva, Range};
+use locus_kernel::modules::{Module, Reader};
+use locus_kernel::Kernel;
+
 use super::words::Words;
 use super::{keys, tree, Built};
-use crate::addr::{Gva, Range};
 use crate::error::{Error, Result};
-use crate::kernel::modules::{Module, Reader};
-use crate::kernel::Kernel;
 use crate::plan::Write;
 use crate::quiesce::Watched;
 

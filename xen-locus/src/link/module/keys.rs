@@ -1,11 +1,12 @@
 //! Static keys: the payload's branches as `struct jump_entry`, and their links to the keys
 //! (kernel/jump_label.c: `jump_label_add_module`).
 
+use locus_guest::addr::Gva;
+use locus_kernel::Kernel;
+
 use super::words::Words;
 use super::{Buffer, Built, JUMP_LEN};
-use crate::addr::Gva;
 use crate::error::{Error, Result};
-use crate::kernel::Kernel;
 use crate::link::sites::JumpSite;
 
 /// Bits of `static_key.type`: the value at first, and that the rest is a list of `static_key_mod`.

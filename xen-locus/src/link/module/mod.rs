@@ -21,16 +21,17 @@ mod words;
 
 use std::cell::Cell;
 
+use locus_guest::addr::{Gva, Range};
+use locus_kernel::orc::{self, Kind};
+use locus_kernel::Kernel;
+use locus_payload::{Payload, Reloc, Role};
+
 use self::structure::{Part, Structure};
 use self::symtab::{Symtab, SYM_LEN};
 use self::table::Row;
 use super::reloc;
 use super::sites::JumpSite;
-use crate::addr::{Gva, Range};
 use crate::error::{Error, Result};
-use crate::kernel::orc::{self, Kind};
-use crate::kernel::Kernel;
-use crate::patch::{Payload, Reloc, Role};
 
 /// Alignment of each part of the entry, in bytes.
 const ALIGN: u64 = 64;

@@ -1,9 +1,10 @@
 //! A `struct module` for a payload, laid out as the guest's own types say (include/linux/module.h).
 
-use crate::addr::{Gva, Range};
+use locus_guest::addr::{Gva, Range};
+use locus_kernel::btf::Btf;
+use locus_kernel::Kernel;
+
 use crate::error::{Error, Result};
-use crate::kernel::btf::Btf;
-use crate::kernel::Kernel;
 
 /// Largest structure believed, in bytes.
 const SIZE_MAX: usize = 64 << 10;

@@ -1,8 +1,9 @@
 //! The symbols of a payload as `struct mod_kallsyms` holds them: what `/proc/kallsyms`, back-traces
 //! and `%pS` in the guest show (kernel/module/kallsyms.c).
 
+use locus_payload::{Binding, Payload, Role, SymKind, SymSection};
+
 use crate::error::{Error, Result};
-use crate::patch::{Binding, Payload, Role, SymKind, SymSection};
 
 /// Bytes of an `Elf64_Sym`.
 pub const SYM_LEN: usize = 24;

@@ -1,8 +1,9 @@
 //! Tables of a payload that the kernel reads through its `struct module`: exception fixups, `BUG` and
 //! `WARN` sites, unwind data. Rows for code that is never placed (`__init`, `__exit`) are left out.
 
+use locus_payload::{Payload, Reloc, Role, Section, SymSection};
+
 use crate::error::{Error, Result};
-use crate::patch::{Payload, Reloc, Role, Section, SymSection};
 
 /// A row, and its relocations with offsets from its start.
 #[derive(Clone, Debug)]
@@ -136,7 +137,7 @@ pub fn check_own_module(payload: &Payload, size: usize) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::patch::testelf::{Spec, ALLOC, CODE, R_PC32, VARS};
+    use locus_payload::testelf::{Spec, ALLOC, CODE, R_PC32, VARS};
 
     #[test]
     fn fixups_lead_to_code_of_their_own_section_which_is_placed() {

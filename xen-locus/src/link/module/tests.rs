@@ -1,9 +1,10 @@
+use locus_guest::addr::Gva;
+use locus_kernel::fixture::{vcpus, Fixture, KIND};
+use locus_kernel::Kernel;
+
 use super::tree::{insert, Shape};
 use super::words::Words;
-use crate::addr::Gva;
 use crate::error::Result;
-use crate::kernel::fixture::{vcpus, Fixture, KIND};
-use crate::kernel::Kernel;
 
 const AT: Gva = Gva(0xffff_ffff_ff60_2000);
 /// As x86-64 has them.
@@ -84,10 +85,10 @@ fn a_tree_with_a_loop_is_refused() {
 #[test]
 fn what_was_read_is_expected_and_what_was_changed_is_written() {
     let mut fixture = Fixture::new();
-    fixture.function(crate::kernel::fixture::TEXT.0 + 0x1000, "word", &[7; 16]);
+    fixture.function(locus_kernel::fixture::TEXT.0 + 0x1000, "word", &[7; 16]);
     let memory = fixture.build();
     let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-    let at = Gva(crate::kernel::fixture::TEXT.0 + 0x1000);
+    let at = Gva(locus_kernel::fixture::TEXT.0 + 0x1000);
     let mut words = Words::new(&kernel.space, AT, &mut []);
     assert_eq!(words.get(at).unwrap(), 0x0707_0707_0707_0707);
     words.set(at.plus(8), 1).unwrap();

@@ -3,8 +3,9 @@
 //! A node begins with `__rb_parent_color`: the address of its parent, and in bit 0 its colour, 1 for
 //! black. The root's parent is 0.
 
+use locus_guest::addr::Gva;
+
 use super::words::Words;
-use crate::addr::Gva;
 use crate::error::{Error, Result};
 
 /// Deepest tree believed: a red-black tree of 2^32 nodes is at most 64 deep.

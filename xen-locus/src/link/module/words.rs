@@ -3,10 +3,11 @@
 
 use std::collections::BTreeMap;
 
-use crate::addr::{Gva, Range};
+use locus_guest::addr::{Gva, Range};
+use locus_guest::fetch;
+use locus_guest::space::Space;
+
 use crate::error::{Error, Result};
-use crate::guest::fetch;
-use crate::guest::space::Space;
 use crate::plan::Write;
 
 /// The guest's words, and those of our own image that is not there yet.

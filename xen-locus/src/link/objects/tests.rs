@@ -1,8 +1,9 @@
+use locus_guest::addr::PAGE_LEN;
+use locus_kernel::fixture::{vcpus, KIND, TEXT};
+use locus_kernel::modules::sample::{data, fixture, Age, Data, DATA, LEN, STEP};
+
 use super::*;
-use crate::addr::PAGE_LEN;
 use crate::error::ExitCode;
-use crate::kernel::fixture::{vcpus, KIND, TEXT};
-use crate::kernel::modules::sample::{data, fixture, Age, Data, DATA, LEN, STEP};
 use crate::link::seal::Code;
 use crate::link::site;
 
@@ -404,12 +405,12 @@ fn global_symbols_of_applied_payloads_come_last_the_newest_first() {
 
 #[test]
 fn a_payload_for_a_module_that_is_not_loaded_is_refused_as_a_whole() {
-    use crate::guest::GuestType;
-    use crate::kernel::fixture_world::World;
     use crate::link::arena::Arena;
-    use crate::patch::testelf::Spec;
-    use crate::patch::Payload;
     use crate::plan;
+    use locus_guest::GuestType;
+    use locus_kernel::fixture_world::World;
+    use locus_payload::testelf::Spec;
+    use locus_payload::Payload;
     let world = World::new(GuestType::Pvh);
     let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
     let prepare = |module: Option<&'static str>| {
@@ -438,12 +439,12 @@ fn a_payload_for_a_module_that_is_not_loaded_is_refused_as_a_whole() {
 
 #[test]
 fn a_payload_that_names_the_build_id_of_another_kernel_is_refused() {
-    use crate::guest::GuestType;
-    use crate::kernel::fixture_world::World;
     use crate::link::arena::Arena;
-    use crate::patch::testelf::Spec;
-    use crate::patch::Payload;
     use crate::plan;
+    use locus_guest::GuestType;
+    use locus_kernel::fixture_world::World;
+    use locus_payload::testelf::Spec;
+    use locus_payload::Payload;
     let world = World::new(GuestType::Pvh);
     let mut kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
     let spec = Spec {

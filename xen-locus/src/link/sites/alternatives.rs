@@ -6,12 +6,13 @@
 //! alt_instr.flags") (in v6.3) put flags beside the feature, of which bit 15 meant "not" before. So
 //! the guest's own types are asked.
 
+use locus_guest::addr::{Gva, Range};
+use locus_kernel::btf::Bits;
+use locus_kernel::Kernel;
+
 use super::code::{branch, relative, Code, Table};
 use super::{moved, nops, Place};
-use crate::addr::{Gva, Range};
 use crate::error::Result;
-use crate::kernel::btf::Bits;
-use crate::kernel::Kernel;
 
 const TABLE: &str = ".altinstructions";
 /// Without flags, this bit of the feature says that it must be absent (`ALTINSTR_FLAG_INV`).
@@ -217,9 +218,9 @@ fn direct_call(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::btf::blob::Blob;
-    use crate::kernel::btf::Kind;
     use crate::link::sites::testing::{code, kernel, put32, BASE};
+    use locus_kernel::btf::blob::Blob;
+    use locus_kernel::btf::Kind;
 
     /// Types of the entry, by generation.
     fn types(generation: usize) -> Vec<u8> {

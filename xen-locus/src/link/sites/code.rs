@@ -1,8 +1,9 @@
 //! Code that isn't in the guest yet, by the addresses it will have there.
 
-use crate::addr::{Gva, Range};
+use locus_guest::addr::{Gva, Range};
+use locus_guest::fetch;
+
 use crate::error::{Error, Result};
-use crate::guest::fetch;
 
 /// Relocated code, and what belongs to it.
 #[derive(Clone, Debug)]

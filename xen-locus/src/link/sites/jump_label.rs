@@ -8,12 +8,13 @@
 //! the compiler expected it to go; the next one is left over from objtool (it says that the nop was
 //! a jump), and the kernel uses it to mark code of `module_init`.
 
+use locus_guest::addr::{Gva, Range};
+use locus_guest::fetch;
+use locus_kernel::Kernel;
+
 use super::code::{branch, relative, Code, Table};
 use super::{Place, Settled};
-use crate::addr::{Gva, Range};
 use crate::error::Result;
-use crate::guest::fetch;
-use crate::kernel::Kernel;
 
 const TABLE: &str = "__jump_table";
 /// The nop of five bytes, where the kernel has no choice of nops (`BYTES_NOP5`).
@@ -208,9 +209,9 @@ fn nop5(kernel: &Kernel<'_>) -> Result<[u8; 5]> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::btf::blob::Blob;
-    use crate::kernel::fixture::{Fixture, RODATA};
     use crate::link::sites::testing::{code, put32, with, BASE, KEYS};
+    use locus_kernel::btf::blob::Blob;
+    use locus_kernel::fixture::{Fixture, RODATA};
 
     const K8: [u8; 5] = [0x66, 0x66, 0x66, 0x66, 0x90];
 

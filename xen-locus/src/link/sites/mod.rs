@@ -30,12 +30,12 @@ pub mod static_call;
 mod testing;
 
 use super::site::Returns;
-use crate::addr::{Gva, Range};
 use crate::error::Result;
-use crate::kernel::cpu::Cpu;
-use crate::kernel::Kernel;
 pub use code::{Code, Table};
 pub use jump_label::JumpSite;
+use locus_guest::addr::{Gva, Range};
+use locus_kernel::cpu::Cpu;
+use locus_kernel::Kernel;
 
 /// The tables of a payload, relocated. There may be several of each kind.
 #[derive(Clone, Debug, Default)]

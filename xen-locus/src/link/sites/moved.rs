@@ -1,9 +1,8 @@
 //! Instructions for another place than they were linked for.
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind};
-
-use crate::addr::{Gva, Range};
-use crate::guest::fetch;
+use locus_guest::addr::{Gva, Range};
+use locus_guest::fetch;
 
 /// The instructions `code`, linked for `from`, for the place `to`: what they refer to by its distance
 /// stays the same, unless it is among them (arch/x86/kernel/alternative.c: `apply_relocation`).

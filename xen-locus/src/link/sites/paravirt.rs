@@ -12,14 +12,14 @@
 //! calls to alternatives").
 
 use iced_x86::{Decoder, DecoderOptions, Mnemonic, OpKind, Register};
+use locus_guest::addr::{Gva, Range};
+use locus_guest::fetch;
+use locus_kernel::btf::Bits;
+use locus_kernel::Kernel;
 
 use super::code::{branch, relative, Code, Table};
 use super::{nops, Place};
-use crate::addr::{Gva, Range};
 use crate::error::{Error, Result};
-use crate::guest::fetch;
-use crate::kernel::btf::Bits;
-use crate::kernel::Kernel;
 
 const TABLE: &str = ".parainstructions";
 /// What dies when it is run.
@@ -170,8 +170,8 @@ fn one(kernel: &Kernel<'_>, code: &mut Code, pointer: Gva, at: Gva, len: usize) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::btf::blob::Blob;
     use crate::link::sites::testing::{code, kernel, put32, BASE, HELD, POINTERS};
+    use locus_kernel::btf::blob::Blob;
 
     fn types(new: bool) -> Vec<u8> {
         types_of(new, if new { 8 } else { 16 })

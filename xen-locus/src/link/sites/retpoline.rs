@@ -9,12 +9,12 @@
 //! Source: `apply_retpolines`, `patch_retpoline` (arch/x86/kernel/alternative.c).
 
 use iced_x86::{Decoder, DecoderOptions, Mnemonic, OpKind};
+use locus_guest::addr::{Gva, Range};
+use locus_kernel::Kernel;
 
 use super::code::{branch, relative, target, Code, Table};
 use super::{nops, returns, Place};
-use crate::addr::{Gva, Range};
 use crate::error::Result;
-use crate::kernel::Kernel;
 
 const TABLE: &str = ".retpoline_sites";
 /// Names of registers by number.
@@ -197,7 +197,7 @@ mod tests {
     }
 
     fn settled(thunk: &[u8], site: &[u8], its: bool) -> Result<Vec<u8>> {
-        let change = |f: &mut crate::kernel::fixture::Fixture| {
+        let change = |f: &mut locus_kernel::fixture::Fixture| {
             for (at, reg) in [(AX, "rax"), (R11, "r11")] {
                 f.function(at.0, &format!("__x86_indirect_thunk_{reg}"), thunk);
             }

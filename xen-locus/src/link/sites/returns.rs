@@ -7,11 +7,12 @@
 //! returns. On a CPU with ITS the kernel leaves `ret` in upper halves of cache lines; the thunk is
 //! right there as well.
 
+use locus_guest::addr::{Gva, Range};
+use locus_kernel::Kernel;
+
 use super::code::{branch, target, Code, Table};
 use super::Place;
-use crate::addr::{Gva, Range};
 use crate::error::Result;
-use crate::kernel::Kernel;
 use crate::link::site::{self, Returns};
 
 const TABLE: &str = ".return_sites";
@@ -121,7 +122,7 @@ mod tests {
 
     /// A return, settled, where the guest has chosen the thunk `thunk`.
     fn settled(thunk: Option<&str>, seen: Option<Returns>) -> Vec<u8> {
-        let change = |f: &mut crate::kernel::fixture::Fixture| {
+        let change = |f: &mut locus_kernel::fixture::Fixture| {
             if let Some(name) = thunk {
                 f.function(OTHER.0, name, &[0xc3]);
             }

@@ -1,11 +1,12 @@
 //! A guest and code to settle, for tests of this folder.
 
+use locus_guest::addr::{Gva, Range};
+use locus_guest::budget::Budget;
+use locus_kernel::fixture::{renewed, vcpus, Fixture, KIND, TEXT};
+use locus_kernel::Kernel;
+
 use super::code::Code;
-use crate::addr::{Gva, Range};
 use crate::error::Result;
-use crate::guest::budget::Budget;
-use crate::kernel::fixture::{renewed, vcpus, Fixture, KIND, TEXT};
-use crate::kernel::Kernel;
 
 /// Where the code will stand.
 pub const BASE: Gva = Gva(0xffff_ffff_c000_0000);

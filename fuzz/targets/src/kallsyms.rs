@@ -1,0 +1,50 @@
+//! The kernel's symbol table.
+
+use locus_guest::addr::{Range, PAGE_LEN};
+use locus_guest::mock::{MockMemory, ROOT};
+use locus_guest::space::Space;
+use locus_kernel::fixture::{kallsyms, Tables, ENTRY, RODATA, TEXT};
+use locus_kernel::kallsyms::{read, Anchors, Second};
+
+/// Most bytes that count: the search's own cost grows with them.
+const LONGEST: usize = 256 << 10;
+
+/// `data` is the kernel's read-only data.
+pub fn run(data: &[u8]) {
+    let memory = MockMemory::new();
+    let data = data.get(..LONGEST).unwrap_or(data);
+    memory.map_bytes(RODATA, data, false, false);
+    let space = Space::new(&memory, ROOT, 4);
+    let len = data.len().next_multiple_of(PAGE_LEN) as u64;
+    let regions = space.regions(Range::new(RODATA, len));
+    let anchors = Anchors {
+        text_base: TEXT,
+        second: Second::Entry(ENTRY),
+    };
+    if let Ok(symbols) = read(&space, &regions, anchors) {
+        for symbol in symbols.iter() {
+            assert!(symbols.addr(&symbol.name).is_some());
+            let _ = symbols.covering(symbol.addr);
+        }
+        let _ = symbols.room(ENTRY);
+    }
+}
+
+/// One table in each layout.
+pub fn seeds() -> Vec<Vec<u8>> {
+    let mut symbols = vec![
+        (TEXT.0, 'T', "_text".to_owned()),
+        (ENTRY.0, 'T', "entry".to_owned()),
+        (TEXT.0 + 0x180, 't', "a_long_name_".repeat(12)),
+    ];
+    symbols.extend((0..1030).map(|i| (TEXT.0 + 0x200 + i, 't', format!("s{}", i % 256))));
+    [
+        Tables::Old,
+        Tables::OldWithSequence,
+        Tables::New,
+        Tables::PlaceRelative,
+    ]
+    .into_iter()
+    .map(|tables| kallsyms(RODATA, &symbols, tables))
+    .collect()
+}

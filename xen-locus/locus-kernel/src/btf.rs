@@ -1,0 +1,394 @@
+//! BPF Type Format: the kernel's own description of its types.
+//!
+//! Format: Documentation/bpf/btf.rst. This file indexes a blob and finds types by name; members,
+//! bit fields, enums and arrays are in [`member`], C text in [`text`]. All of it is bounds-checked,
+//! and the work for one question is bounded whatever the blob says.
+
+#[cfg(any(test, feature = "testing"))]
+pub mod blob;
+pub mod member;
+#[cfg(test)]
+mod tests;
+pub mod text;
+
+use std::cell::{Cell, OnceCell};
+use std::rc::Rc;
+
+use locus_guest::fetch;
+
+use super::names::{self, Index};
+use super::Error;
+pub use member::Bits;
+
+const MAGIC: u16 = 0xeb9f;
+const HEADER: usize = 24;
+/// Most typedefs and qualifiers followed from one type to what is behind them.
+const CHAIN: u32 = 32;
+/// Most types believed (`BTF_MAX_TYPE` in `include/uapi/linux/btf.h`).
+const TYPES_MAX: usize = 1 << 20;
+/// Longest blob believed, in bytes.
+pub const BYTES_MAX: usize = 32 << 20;
+/// Longest name believed, in bytes (`KSYM_NAME_LEN` of `include/linux/kallsyms.h`).
+const NAME_MAX: usize = 512;
+
+/// Kinds of types, as numbered in `include/uapi/linux/btf.h`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Kind {
+    Int = 1,
+    Ptr,
+    Array,
+    Struct,
+    Union,
+    Enum,
+    Fwd,
+    Typedef,
+    Volatile,
+    Const,
+    Restrict,
+    Func,
+    FuncProto,
+    Var,
+    Datasec,
+    Float,
+    DeclTag,
+    TypeTag,
+    Enum64,
+}
+
+impl Kind {
+    /// The kind in the word `info` of a type. Seven bits hold it, of which older kernels use five
+    /// and leave the others zero.
+    fn of(info: u32) -> Option<Kind> {
+        use Kind::*;
+        Some(match (info >> 24) & 0x7f {
+            1 => Int,
+            2 => Ptr,
+            3 => Array,
+            4 => Struct,
+            5 => Union,
+            6 => Enum,
+            7 => Fwd,
+            8 => Typedef,
+            9 => Volatile,
+            10 => Const,
+            11 => Restrict,
+            12 => Func,
+            13 => FuncProto,
+            14 => Var,
+            15 => Datasec,
+            16 => Float,
+            17 => DeclTag,
+            18 => TypeTag,
+            19 => Enum64,
+            _ => return None,
+        })
+    }
+
+    /// It only points at another type that has the same shape.
+    fn transparent(self) -> bool {
+        matches!(
+            self,
+            Kind::Typedef | Kind::Volatile | Kind::Const | Kind::Restrict | Kind::TypeTag
+        )
+    }
+}
+
+/// Bytes that follow the 12-byte head of a type, by number of its kind: so many, and so many for
+/// each part. And whether it has a layout: structures, unions and enumerations.
+const TAILS: [Option<(usize, usize, bool)>; 20] = [
+    None,
+    Some((4, 0, false)), // Int
+    Some((0, 0, false)),
+    Some((12, 0, false)), // Array
+    Some((0, 12, true)),  // Struct
+    Some((0, 12, true)),  // Union
+    Some((0, 8, true)),   // Enum
+    Some((0, 0, false)),
+    Some((0, 0, false)),
+    Some((0, 0, false)),
+    Some((0, 0, false)),
+    Some((0, 0, false)),
+    Some((0, 0, false)),
+    Some((0, 8, false)),  // FuncProto
+    Some((4, 0, false)),  // Var
+    Some((0, 12, false)), // Datasec
+    Some((0, 0, false)),
+    Some((4, 0, false)), // DeclTag
+    Some((0, 0, false)),
+    Some((0, 12, true)), // Enum64
+];
+
+/// Steps left for one question, so that no blob makes an answer slow.
+#[derive(Debug)]
+struct Steps(Cell<u32>);
+
+impl Steps {
+    fn new(most: u32) -> Steps {
+        Steps(Cell::new(most))
+    }
+
+    /// Takes one step; `None` when there are none left.
+    fn take(&self) -> Option<()> {
+        self.0.set(self.0.get().checked_sub(1)?);
+        Some(())
+    }
+}
+
+/// One type as it stands in its blob.
+#[derive(Clone, Copy)]
+struct Record<'a> {
+    bytes: &'a [u8],
+    at: usize,
+    kind: Kind,
+    /// Offset of its name in the strings.
+    name: u32,
+    /// Size in bytes, or id of the type it refers to.
+    value: u32,
+    /// Number of members, parameters or enumerators. 24 bits hold it; older kernels use 16 and
+    /// leave the others zero.
+    parts: usize,
+    flag: bool,
+}
+
+impl Record<'_> {
+    /// Word `n` behind the head.
+    fn word(&self, n: usize) -> Option<u32> {
+        fetch::u32(self.bytes, self.at + 12 + 4 * n)
+    }
+}
+
+/// All types of the kernel, or of one module on top of the kernel's.
+#[derive(Debug)]
+pub struct Btf {
+    bytes: Vec<u8>,
+    strings: std::ops::Range<usize>,
+    /// Byte offset of each type of this blob; without a base, entry 0 is `void`.
+    types: Vec<u32>,
+    /// Id of `types[0]`.
+    first: u32,
+    base: Option<Rc<Btf>>,
+    /// All types of this blob by name.
+    by_name: OnceCell<Index>,
+    /// Structures, unions and enumerations that have a name, by their place in `types`: what layouts
+    /// are asked of, and a tenth of all types.
+    shapes: Vec<u32>,
+    /// Those by name.
+    shapes_by_name: OnceCell<Index>,
+}
+
+impl Btf {
+    /// Indexes the BTF blob `bytes` of a kernel.
+    ///
+    /// # Errors
+    /// [`Error::Odd`] when it is not well-formed.
+    pub fn new(bytes: Vec<u8>) -> Result<Btf, Error> {
+        Btf::index(bytes, None)
+    }
+
+    /// Indexes the blob `bytes` of a module: its type ids and offsets of strings continue those of
+    /// `base` (Documentation/bpf/btf.rst; kernel/bpf/btf.c: `btf_parse_module`).
+    ///
+    /// # Errors
+    /// As [`Btf::new`].
+    pub fn split(base: Rc<Btf>, bytes: Vec<u8>) -> Result<Btf, Error> {
+        Btf::index(bytes, Some(base))
+    }
+
+    fn index(bytes: Vec<u8>, base: Option<Rc<Btf>>) -> Result<Btf, Error> {
+        let odd = |what: &str| Error::Odd(format!("BTF: {what}"));
+        if bytes.len() > BYTES_MAX {
+            return Err(Error::Odd(format!(
+                "BTF of {} bytes; expected at most {BYTES_MAX}",
+                bytes.len()
+            )));
+        }
+        if fetch::u16(&bytes, 0) != Some(MAGIC) {
+            return Err(odd("no magic number at its start"));
+        }
+        let word = |at| {
+            fetch::u32(&bytes, at)
+                .map(|w| w as usize)
+                .ok_or_else(|| odd("cut short"))
+        };
+        let head = word(4)?;
+        let section = |offset: usize, len: usize| {
+            let start = head.checked_add(offset)?;
+            let end = start.checked_add(len)?;
+            (head >= HEADER && end <= bytes.len()).then_some(start..end)
+        };
+        let leaves = || odd("its sections leave the blob");
+        let records = section(word(8)?, word(12)?).ok_or_else(leaves)?;
+        let strings = section(word(16)?, word(20)?).ok_or_else(leaves)?;
+        let (first, mut types) = match &base {
+            None => (0, vec![0]),
+            Some(base) => (base.end(), Vec::new()),
+        };
+        types.reserve(records.len() / 12);
+        let mut shapes = Vec::new();
+        let mut at = records.start;
+        while at < records.end {
+            let info = fetch::u32(&bytes, at + 4).ok_or_else(|| odd("cut short"))?;
+            let number = ((info >> 24) & 0x7f) as usize;
+            let Some(Some((own, part, is_shape))) = TAILS.get(number) else {
+                return Err(Error::Odd(format!(
+                    "BTF: type {} is of the unknown kind {number}",
+                    first as usize + types.len(),
+                )));
+            };
+            if *is_shape && fetch::u32(&bytes, at) != Some(0) {
+                shapes.push(u32::try_from(types.len()).map_err(|_| odd("too many types"))?);
+            }
+            types.push(u32::try_from(at).map_err(|_| odd("too big"))?);
+            at += 12 + own + part * (info & 0x00ff_ffff) as usize;
+        }
+        if first as usize + types.len() > TYPES_MAX {
+            return Err(odd("too many types"));
+        }
+        if at > records.end {
+            return Err(odd("its last type leaves the types"));
+        }
+        Ok(Btf {
+            bytes,
+            strings,
+            types,
+            first,
+            base,
+            by_name: OnceCell::new(),
+            shapes,
+            shapes_by_name: OnceCell::new(),
+        })
+    }
+
+    /// Number of types of this blob: `void` not counted, nor those of the base.
+    #[must_use]
+    #[allow(clippy::len_without_is_empty)] // a kernel's types are never none
+    pub fn len(&self) -> usize {
+        self.types.len() - usize::from(self.base.is_none())
+    }
+
+    /// The blob as it is in the guest.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// One past the highest id. Below 2^20, see [`TYPES_MAX`].
+    fn end(&self) -> u32 {
+        self.first + u32::try_from(self.types.len()).unwrap_or(0)
+    }
+
+    fn record(&self, id: u32) -> Option<Record<'_>> {
+        let Some(index) = id.checked_sub(self.first) else {
+            return self.base.as_ref()?.record(id);
+        };
+        if id == 0 {
+            return None;
+        }
+        let at = *self.types.get(index as usize)? as usize;
+        let info = fetch::u32(&self.bytes, at + 4)?;
+        Some(Record {
+            bytes: &self.bytes,
+            at,
+            kind: Kind::of(info)?,
+            name: fetch::u32(&self.bytes, at)?,
+            value: fetch::u32(&self.bytes, at + 8)?,
+            parts: (info & 0x00ff_ffff) as usize,
+            flag: info >> 31 == 1,
+        })
+    }
+
+    /// The string at `offset`, at most [`NAME_MAX`] bytes of it.
+    fn string(&self, offset: u32) -> &[u8] {
+        let mut offset = offset as usize;
+        if let Some(base) = &self.base {
+            match offset.checked_sub(base.strings.len()) {
+                Some(own) => offset = own,
+                None => return base.own_string(offset),
+            }
+        }
+        self.own_string(offset)
+    }
+
+    fn own_string(&self, offset: usize) -> &[u8] {
+        let rest = self
+            .bytes
+            .get(self.strings.clone())
+            .and_then(|all| all.get(offset..))
+            .unwrap_or_default();
+        let rest = rest.get(..NAME_MAX).unwrap_or(rest);
+        let end = rest.iter().position(|&b| b == 0);
+        rest.get(..end.unwrap_or(rest.len())).unwrap_or_default()
+    }
+
+    /// The string at `offset` for people: what a terminal could take for a command is replaced.
+    fn name(&self, offset: u32) -> String {
+        String::from_utf8_lossy(self.string(offset))
+            .chars()
+            .map(|c| if c.is_control() { '?' } else { c })
+            .collect()
+    }
+
+    /// Indexes `count` types of this blob by name; `numbers` are their places in `types`.
+    fn index_names(&self, numbers: impl Iterator<Item = u32>, count: usize) -> Index {
+        let own = self.bytes.get(self.strings.clone()).unwrap_or_default();
+        let shared = self.base.as_ref().map_or(0, |base| base.strings.len());
+        let mut index = Index::with_capacity(count);
+        for number in numbers {
+            let at = self.types.get(number as usize).map_or(0, |&at| at as usize);
+            let name = fetch::u32(&self.bytes, at).unwrap_or(0);
+            index.push(match (name as usize).checked_sub(shared) {
+                // Half of the types have no name: they are spread over all groups.
+                _ if name == 0 => number.wrapping_mul(0x9e37_79b9),
+                Some(at) => names::hash_string(own.get(at..).unwrap_or_default(), NAME_MAX),
+                None => names::hash(self.string(name)),
+            });
+        }
+        index
+    }
+
+    fn is_called(&self, id: u32, name: &str) -> bool {
+        self.record(id)
+            .is_some_and(|r| self.string(r.name) == name.as_bytes())
+    }
+
+    /// Ids of all types called `name`, rising; those of the base come first.
+    fn named<'a>(&'a self, name: &'a str) -> Box<dyn Iterator<Item = u32> + 'a> {
+        let all = || self.index_names((0..).take(self.types.len()), self.types.len());
+        let index = self.by_name.get_or_init(all);
+        let candidates = index.candidates(names::hash(name.as_bytes()));
+        let ids = candidates.into_iter().map(|number| self.first + number);
+        let own = ids.filter(move |&id| self.is_called(id, name));
+        match &self.base {
+            Some(base) => Box::new(base.named(name).chain(own)),
+            None => Box::new(own),
+        }
+    }
+
+    /// The first structure, union or enumeration, of one of `kinds`, that is called `name`.
+    #[must_use]
+    pub fn find(&self, kinds: &[Kind], name: &str) -> Option<u32> {
+        if let Some(found) = self.base.as_ref().and_then(|base| base.find(kinds, name)) {
+            return Some(found);
+        }
+        let shapes = || self.index_names(self.shapes.iter().copied(), self.shapes.len());
+        let index = self.shapes_by_name.get_or_init(shapes);
+        let candidates = index.candidates(names::hash(name.as_bytes()));
+        candidates
+            .into_iter()
+            .filter_map(|i| Some(self.first + *self.shapes.get(i as usize)?))
+            .filter(|&id| self.is_called(id, name))
+            .find(|&id| self.record(id).is_some_and(|r| kinds.contains(&r.kind)))
+    }
+
+    /// Looks through typedefs and qualifiers, at most [`CHAIN`] of them.
+    fn strip(&self, mut id: u32) -> u32 {
+        for _ in 0..CHAIN {
+            match self.record(id) {
+                Some(r) if r.kind.transparent() => id = r.value,
+                _ => break,
+            }
+        }
+        id
+    }
+}

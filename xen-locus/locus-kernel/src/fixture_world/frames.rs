@@ -1,0 +1,217 @@
+//! Code of the small guest, its ORC table, and what stands on its tasks' stacks.
+
+use locus_guest::addr::Gva;
+
+use super::{Draft, ENTRY, IDLE, PATCHED, STACK_LEN};
+use crate::btf::blob::Blob;
+use crate::btf::Kind;
+use crate::fixture::{TEXT, TEXT_LEN};
+use crate::orc::sample::{frame, kinds, numbers, pack};
+use crate::orc::{Format, HASHES};
+
+/// How its ORC rows are packed.
+pub const FORMAT: Format = Format::Typed;
+/// What gives up the CPU: called at its first byte, as the following.
+pub const SCHEDULE: Gva = Gva(TEXT.0 + 0x4200);
+/// What system calls come through.
+pub const SYSCALL: Gva = Gva(TEXT.0 + 0x4300);
+/// What new tasks begin with.
+pub const FORK: Gva = Gva(TEXT.0 + 0x4400);
+/// What kernel threads are in.
+pub const KTHREAD: Gva = Gva(TEXT.0 + 0x4500);
+/// What idle tasks are in.
+pub const DO_IDLE: Gva = Gva(TEXT.0 + 0x4600);
+/// What called it.
+pub const STARTUP: Gva = Gva(TEXT.0 + 0x4700);
+/// What brings up a CPU.
+pub const SECONDARY: Gva = Gva(TEXT.0 + 0x4800);
+/// What comes with an interrupt on a stack of the CPU's, when the stack was changed.
+pub const ON_IRQ_STACK: Gva = Gva(TEXT.0 + 0x4900);
+/// What comes with an interrupt.
+pub const INTERRUPT: Gva = Gva(TEXT.0 + 0x4a00);
+/// What a kretprobe's return addresses are exchanged for.
+pub const RETHOOK: Gva = Gva(TEXT.0 + 0x4b00);
+/// The same for interrupts of which only the processor's frame is on the stack.
+pub const EXCEPTION: Gva = Gva(TEXT.0 + 0x4c00);
+/// What bases its frame on R10.
+pub const REALIGNED: Gva = Gva(TEXT.0 + 0x4d00);
+/// What keeps its frame pointer in RBP.
+pub const FRAMED: Gva = Gva(TEXT.0 + 0x4e00);
+/// The end of what has rows.
+const END: u64 = TEXT.0 + 0x4f00;
+/// The page of hypercalls, with one in it as a PV guest has it.
+pub const HYPERCALLS: Gva = Gva(TEXT.0 + 0x6000);
+/// `push %rcx`, `push %r11`, `mov $29, %eax`, `syscall`, `pop %r11`, `pop %rcx`, `ret`.
+const HYPERCALL: [u8; 14] = [
+    0x51, 0x41, 0x53, 0xb8, 29, 0, 0, 0, 0x0f, 5, 0x41, 0x5b, 0x59, 0xc3,
+];
+/// Bytes of its `pt_regs` and `inactive_task_frame`.
+pub const REGS: u64 = 168;
+/// The latter.
+pub const INACTIVE: u64 = 56;
+/// Offsets in `pt_regs`: RIP, CS, RSP.
+pub const RIP: u64 = 128;
+/// CS.
+pub const CS: u64 = 136;
+/// RSP.
+pub const RSP: u64 = 152;
+
+/// Where a call at the first byte of `function` returns to; in that of `PATCHED` it comes behind
+/// five bytes for ftrace.
+#[must_use]
+pub fn after(function: Gva) -> u64 {
+    let at = if function == PATCHED { 5 } else { 0 };
+    function.0 + at + 5
+}
+
+impl Draft {
+    /// Functions that call at their first byte, and an ORC row for each.
+    pub(super) fn code(&mut self) {
+        let call = [0xe8, 0, 0, 0, 0, 0x90, 0xc3];
+        for (at, name) in [
+            (SCHEDULE, "__schedule"),
+            (SYSCALL, "entry_SYSCALL_64_after_hwframe"),
+            (FORK, "ret_from_fork"),
+            (KTHREAD, "kthread"),
+            (DO_IDLE, "do_idle"),
+            (STARTUP, "cpu_startup_entry"),
+            (ON_IRQ_STACK, "asm_call_on_stack"),
+            (INTERRUPT, "asm_sysvec_reboot"),
+            (RETHOOK, "arch_rethook_trampoline"),
+            (EXCEPTION, "asm_exc_page_fault"),
+            (REALIGNED, "realigned"),
+            (FRAMED, "framed"),
+        ] {
+            self.fixture.function(at.0, name, &call);
+        }
+        // It does not call, but returns to where it has put there itself: `lretq`.
+        let starts = [0x6a, 0x10, 0x50, 0x48, 0xcb, 0x0f, 0x0b];
+        self.fixture
+            .function(SECONDARY.0, "secondary_startup_64", &starts);
+        self.fixture
+            .function(HYPERCALLS.0, "hypercall_page", &HYPERCALL);
+        let [stack, base, prev, _, stack_at, _] = numbers(FORMAT);
+        let [call, regs, partial] = kinds(FORMAT);
+        let row = |sp, bp, kind, signal| pack(FORMAT, sp, bp, kind, signal);
+        let end = row((0, 0), (0, 0), 1, 0);
+        let rows = [
+            (TEXT.0, row((0, 0), (0, 0), 0, 0)),
+            (ENTRY.0, end.clone()),
+            (PATCHED.0, frame(FORMAT, 0xd0)),
+            (IDLE.0, frame(FORMAT, 8)),
+            (SCHEDULE.0, frame(FORMAT, 0x50)),
+            (SYSCALL.0, row((stack, 0), (0, 0), regs, 1)),
+            (FORK.0, end.clone()),
+            (KTHREAD.0, frame(FORMAT, 0xd0)),
+            (DO_IDLE.0, frame(FORMAT, 0x80)),
+            (STARTUP.0, frame(FORMAT, 0x50)),
+            (SECONDARY.0, end),
+            // The stack pointer before is the last word of the stack.
+            (ON_IRQ_STACK.0, row((stack_at, 8), (0, 0), call, 0)),
+            (INTERRUPT.0, row((stack, 0), (0, 0), regs, 1)),
+            (RETHOOK.0, row((0, 0), (0, 0), 0, 0)),
+            (EXCEPTION.0, row((stack, 8), (0, 0), partial, 1)),
+            // R10 is number 6.
+            (REALIGNED.0, row((6, 0), (0, 0), call, 0)),
+            (FRAMED.0, row((base, 16), (prev, -16), call, 0)),
+            (END, row((0, 0), (0, 0), 0, 0)),
+            (HYPERCALLS.0, frame(FORMAT, 8)),
+            (HYPERCALLS.0 + 0x1000, row((0, 0), (0, 0), 0, 0)),
+        ];
+        self.data.resize(self.data.len().next_multiple_of(8), 0);
+        let place = super::DATA.plus(self.data.len() as u64);
+        let ips: Vec<u8> = (0..)
+            .zip(&rows)
+            .flat_map(|(i, (ip, _))| (ip.wrapping_sub(place.0 + 4 * i) as u32).to_le_bytes())
+            .collect();
+        let rows: Vec<u8> = rows.iter().flat_map(|(_, row)| row.clone()).collect();
+        let hash = HASHES.iter().find(|(format, _)| *format == FORMAT);
+        let hash = hash.map(|(_, hash)| hash.to_vec()).unwrap_or_default();
+        for (name, bytes) in [
+            ("orc_unwind_ip", ips),
+            ("orc_unwind", rows),
+            ("orc_header", hash),
+        ] {
+            let start = self.variable(&format!("__start_{name}"), &bytes);
+            let stop = start.plus(bytes.len() as u64);
+            let stop = (stop.0, 'D', format!("__stop_{name}"));
+            self.fixture.symbols.push(stop);
+        }
+        let etext = (TEXT.0 + TEXT_LEN as u64, 'T', "_etext".to_owned());
+        self.fixture.symbols.push(etext);
+    }
+
+    /// Return addresses on the stacks, in the order of the tasks; see the rows for the distances.
+    pub(super) fn frames(&mut self) {
+        let word = |stack: &mut Vec<u8>, at: usize, value: u64| {
+            stack[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        };
+        let user = |stack: &mut Vec<u8>| {
+            let regs = STACK_LEN - REGS as usize;
+            word(stack, regs + RIP as usize, 0x40_1000);
+            word(stack, regs + CS as usize, 0x33);
+            word(stack, regs + RSP as usize, 0x7fff_0000);
+        };
+        for stack in &mut self.stacks {
+            word(stack, 0x1e30, after(SCHEDULE));
+        }
+        for idle in &mut self.stacks[..2] {
+            word(idle, 0x1e80, after(DO_IDLE));
+            word(idle, 0x1f00, after(STARTUP));
+            word(idle, 0x1f50, after(SECONDARY));
+        }
+        for (n, caller) in [(2, KTHREAD), (3, PATCHED), (4, KTHREAD)] {
+            let stack = &mut self.stacks[n];
+            let in_kernel = caller == KTHREAD;
+            word(stack, 0x1e80, after(caller));
+            word(stack, 0x1f50, after(if in_kernel { FORK } else { SYSCALL }));
+            if !in_kernel {
+                user(stack);
+            }
+        }
+    }
+}
+
+/// What the walk of a stack asks for.
+pub(super) fn types(btf: &mut Blob, [int, long, char]: [u32; 3]) {
+    let short = btf.int("short int", 2);
+    btf.fields(
+        Kind::Struct,
+        "orc_entry",
+        6,
+        &[
+            ("sp_offset", short, 0, 0),
+            ("bp_offset", short, 16, 0),
+            ("sp_reg", int, 32, 4),
+            ("bp_reg", int, 36, 4),
+            ("type", int, 40, 3),
+            ("signal", int, 43, 1),
+        ],
+    );
+    let names = [
+        "r15", "r14", "r13", "r12", "bp", "bx", "r11", "r10", "r9", "r8", "ax", "cx", "dx", "si",
+        "di", "orig_ax", "ip", "cs", "flags", "sp", "ss",
+    ];
+    let words = |names: &[&'static str]| -> Vec<(&'static str, u32, usize)> {
+        (0..)
+            .zip(names)
+            .map(|(i, &name)| (name, long, 8 * i))
+            .collect()
+    };
+    btf.structure("pt_regs", REGS as usize, &words(&names));
+    let saved = ["r15", "r14", "r13", "r12", "bx", "bp", "ret_addr"];
+    btf.structure("inactive_task_frame", INACTIVE as usize, &words(&saved));
+    let page = btf.array(char, 4096);
+    btf.structure("irq_stack", 4096, &[("stack", page, 0)]);
+    btf.structure("entry_stack", 512, &[("stack", char, 0)]);
+    let own = btf.structure(
+        "cea_exception_stacks",
+        3 * 4096,
+        &[("DF_stack", page, 0), ("NMI_stack", page, 2 * 4096)],
+    );
+    btf.structure(
+        "cpu_entry_area",
+        5 * 4096,
+        &[("entry_stack_page", page, 4096), ("estacks", own, 2 * 4096)],
+    );
+}

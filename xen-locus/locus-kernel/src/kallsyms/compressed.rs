@@ -1,0 +1,343 @@
+//! Names as the kernel keeps them, each byte a token: found without being put together.
+//!
+//! A command asks for a few dozen of a hundred thousand names. So all that is made of a name at first
+//! is its hash, from the hashes of its tokens; it is put together when somebody wants to see it.
+
+use serde::{Deserialize, Serialize};
+
+use super::{name_at, NAME_MAX, TEXT_MAX};
+use crate::names::Index;
+
+/// All names, each with its type character before it, and how to find them.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(try_from = "Stored")]
+pub(super) struct Compressed {
+    tokens: Vec<String>,
+    #[serde(with = "serde_bytes")]
+    bytes: Vec<u8>,
+    count: usize,
+    long: bool,
+    /// Where each name begins in `bytes`, its length first; at last, where they end.
+    #[serde(skip)]
+    starts: Vec<u32>,
+    #[serde(skip)]
+    by_name: Index,
+}
+
+/// What is kept of them on disk.
+#[derive(Deserialize)]
+struct Stored {
+    tokens: Vec<String>,
+    #[serde(with = "serde_bytes")]
+    bytes: Vec<u8>,
+    count: usize,
+    long: bool,
+}
+
+impl TryFrom<Stored> for Compressed {
+    type Error = &'static str;
+
+    fn try_from(stored: Stored) -> Result<Compressed, Self::Error> {
+        Compressed::new(stored.tokens, stored.bytes, stored.count, stored.long)
+            .ok_or("the names are not well-formed")
+    }
+}
+
+impl Compressed {
+    /// The first `count` names in `bytes`; `long` is as in [`super::Names`].
+    ///
+    /// Nothing if they are not well-formed: 256 tokens of ASCII characters; each name has a type
+    /// character and at most [`NAME_MAX`] characters, all of them together at most [`TEXT_MAX`].
+    pub(super) fn new(
+        tokens: Vec<String>,
+        bytes: Vec<u8>,
+        count: usize,
+        long: bool,
+    ) -> Option<Compressed> {
+        let hashes = Hashes::of(&tokens)?;
+        let longest = hashes.lens.iter().max().map_or(0, |&len| usize::from(len));
+        // Exact sums only where rough ones, which cost nothing, don't do.
+        if bytes.len().saturating_mul(longest) > TEXT_MAX && hashes.len(&bytes) > TEXT_MAX {
+            return None;
+        }
+        let mut starts = Vec::with_capacity(count.min(bytes.len()) + 1);
+        let mut by_name = Index::with_capacity(count.min(bytes.len()));
+        let mut pos = 0;
+        for _ in 0..count {
+            let (len, start) = name_at(&bytes, pos, long)?;
+            starts.push(u32::try_from(pos).ok()?);
+            pos = start.checked_add(len)?;
+            let name = bytes.get(start..pos)?;
+            if name.len() * longest > NAME_MAX && hashes.len(name) > NAME_MAX {
+                return None;
+            }
+            by_name.push(hashes.name(name)?);
+        }
+        starts.push(u32::try_from(pos).ok()?);
+        Some(Compressed {
+            tokens,
+            bytes,
+            count,
+            long,
+            starts,
+            by_name,
+        })
+    }
+
+    /// The tokens of name `i`, its type first; none if there are not so many names.
+    fn tokens_of(&self, i: u32) -> impl DoubleEndedIterator<Item = &str> {
+        let range = || {
+            let pos = *self.starts.get(i as usize)? as usize;
+            let (len, start) = name_at(&self.bytes, pos, self.long)?;
+            self.bytes.get(start..start.checked_add(len)?)
+        };
+        let token = |&token: &u8| self.tokens.get(usize::from(token));
+        let tokens = range().unwrap_or_default().iter().filter_map(token);
+        tokens.map(String::as_str)
+    }
+
+    /// The type character of name `i`.
+    pub(super) fn kind(&self, i: u32) -> char {
+        let first = self.tokens_of(i).next();
+        first.and_then(|token| token.chars().next()).unwrap_or('?')
+    }
+
+    /// Name `i`, without the type character.
+    pub(super) fn name(&self, i: u32) -> String {
+        let mut text: String = self.tokens_of(i).collect();
+        if !text.is_empty() {
+            text.remove(0);
+        }
+        text
+    }
+
+    /// Whether name `i` is `name`.
+    fn is(&self, i: u32, name: &str) -> bool {
+        let mut rest = name;
+        let mut skip = 1;
+        for token in self.tokens_of(i) {
+            let Some(more) = token.get(skip..).and_then(|t| rest.strip_prefix(t)) else {
+                return false;
+            };
+            rest = more;
+            skip = 0;
+        }
+        rest.is_empty()
+    }
+
+    /// Whether name `i` ends in `end`, which is not empty.
+    fn ends_in(&self, i: u32, end: &str) -> bool {
+        let mut rest = end;
+        for token in self.tokens_of(i).rev() {
+            match rest.strip_suffix(token) {
+                Some("") => return self.name(i).ends_with(end), // seldom
+                Some(more) => rest = more,
+                None => return token.ends_with(rest) && self.name(i).ends_with(end),
+            }
+        }
+        false
+    }
+
+    /// Numbers of all names that are `name`, rising.
+    pub(super) fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = u32> + 'a {
+        let candidates = self.by_name.candidates(finish(append(0, name.as_bytes())));
+        candidates.into_iter().filter(move |&i| self.is(i, name))
+    }
+
+    /// Numbers of all names that end in `end`, which is not empty, rising.
+    pub(super) fn ending<'a>(&'a self, end: &'a str) -> impl Iterator<Item = u32> + 'a {
+        // Most names are told by their last token.
+        let may_end = |t: &String| end.ends_with(t.as_str()) || t.ends_with(end);
+        let last: Vec<bool> = self.tokens.iter().map(may_end).collect();
+        let ends = self.starts.iter().skip(1);
+        let likely = ends.zip(0..).filter(move |(&end, _)| {
+            let token = self.bytes.get((end as usize).wrapping_sub(1));
+            token.is_some_and(|&token| last.get(usize::from(token)) == Some(&true))
+        });
+        likely
+            .map(|(_, i)| i)
+            .filter(move |&i| self.ends_in(i, end))
+    }
+}
+
+/// Any odd number of many bits.
+const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// A hash that can be put together as names are: of a text to which `bytes` were appended, from that
+/// of the text. It is a polynomial of [`FACTOR`].
+fn append(hash: u64, bytes: &[u8]) -> u64 {
+    let add = |h: u64, &b: &u8| h.wrapping_mul(FACTOR).wrapping_add(b.into());
+    bytes.iter().fold(hash, add)
+}
+
+/// The same for the index, in which the upper bits count.
+#[allow(clippy::cast_possible_truncation)] // the upper half
+fn finish(hash: u64) -> u32 {
+    ((hash ^ (hash >> 32)).wrapping_mul(FACTOR) >> 32) as u32
+}
+
+/// What appending a token does to a hash.
+#[derive(Clone, Copy)]
+struct Step {
+    times: u64,
+    plus: u64,
+}
+
+impl Step {
+    fn of(bytes: &[u8]) -> Step {
+        Step {
+            times: bytes.iter().fold(1, |f: u64, _| f.wrapping_mul(FACTOR)),
+            plus: append(0, bytes),
+        }
+    }
+}
+
+/// What hashing names takes.
+struct Hashes {
+    steps: [Step; 256],
+    /// Hashes of the tokens without their first characters: names begin with the type.
+    firsts: [Option<u64>; 256],
+    lens: [u8; 256],
+}
+
+impl Hashes {
+    /// Nothing if there are not 256 tokens of ASCII characters.
+    fn of(tokens: &[String]) -> Option<Hashes> {
+        let mut hashes = Hashes {
+            steps: [Step { times: 1, plus: 0 }; 256],
+            firsts: [None; 256],
+            lens: [0; 256],
+        };
+        let steps = hashes.steps.iter_mut().zip(&mut hashes.firsts);
+        let mut places = steps.zip(&mut hashes.lens);
+        for token in tokens {
+            let ((step, first), len) = places.next()?;
+            if !token.is_ascii() {
+                return None;
+            }
+            *step = Step::of(token.as_bytes());
+            *first = token.as_bytes().get(1..).map(|rest| append(0, rest));
+            *len = u8::try_from(token.len()).ok()?;
+        }
+        places.next().is_none().then_some(hashes)
+    }
+
+    /// The hash of a name without its type; nothing if it has none.
+    fn name(&self, tokens: &[u8]) -> Option<u32> {
+        let (&first, rest) = tokens.split_first()?;
+        let first = (*self.firsts.get(usize::from(first))?)?;
+        let append = |hash: u64, &token: &u8| {
+            self.steps.get(usize::from(token)).map_or(hash, |step| {
+                hash.wrapping_mul(step.times).wrapping_add(step.plus)
+            })
+        };
+        Some(finish(rest.iter().fold(first, append)))
+    }
+
+    /// How many characters `tokens` stand for.
+    fn len(&self, tokens: &[u8]) -> usize {
+        let len = |&token: &u8| self.lens.get(usize::from(token)).map_or(0, |&n| n.into());
+        tokens.iter().map(len).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Tokens: every printable character for itself, and some longer ones.
+    fn tokens() -> Vec<String> {
+        let mut all: Vec<String> = (0..=255u8)
+            .map(|c| {
+                if c.is_ascii_graphic() {
+                    char::from(c).to_string()
+                } else {
+                    String::new()
+                }
+            })
+            .collect();
+        all[1] = "Tsched".into();
+        all[2] = "ule".into();
+        all[3] = "_mitiga".into();
+        all[4] = "tion".into();
+        all[200] = "x".repeat(100);
+        all
+    }
+
+    fn compressed(names: &[&[u8]]) -> Option<Compressed> {
+        let mut bytes = Vec::new();
+        for name in names {
+            bytes.push(u8::try_from(name.len()).unwrap());
+            bytes.extend(*name);
+        }
+        Compressed::new(tokens(), bytes, names.len(), false)
+    }
+
+    #[test]
+    fn a_name_is_found_however_it_is_put_together() {
+        let names: [&[u8]; 6] = [
+            b"Tschedule",
+            b"\x01\x02",
+            b"tschedule",
+            b"Tsched\x02",
+            b"T",
+            b"d\xc8\xc8\x01",
+        ];
+        let all = compressed(&names).unwrap();
+        assert_eq!(all.all("schedule").collect::<Vec<_>>(), [0, 1, 2, 3]);
+        assert_eq!(all.kind(1), 'T');
+        assert_eq!(all.kind(2), 't');
+        assert_eq!(all.name(1), "schedule");
+        assert_eq!(all.all("").collect::<Vec<_>>(), [4]);
+        assert_eq!(all.all(&all.name(5)).collect::<Vec<_>>(), [5]);
+        assert_eq!(all.name(5).len(), 206);
+        assert_eq!(all.all("schedul").count() + all.all("schedulex").count(), 0);
+        assert_eq!(all.name(6), "");
+    }
+
+    #[test]
+    fn names_are_found_by_their_ends() {
+        let names: [&[u8]; 6] = [
+            b"da\x03\x04",
+            b"db_mitigation",
+            b"dc_mitigations",
+            b"dmitigation",
+            b"d\x03\x04",
+            b"d\x04",
+        ];
+        let all = compressed(&names).unwrap();
+        let ending: Vec<String> = all.ending("_mitigation").map(|i| all.name(i)).collect();
+        assert_eq!(ending, ["a_mitigation", "b_mitigation", "_mitigation"]);
+        assert_eq!(all.ending("n").count(), 5);
+        assert_eq!(all.ending("db").count(), 0, "the type is no part of a name");
+    }
+
+    #[test]
+    fn names_that_are_not_well_formed_are_refused() {
+        assert!(compressed(&[b"dx", b""]).is_none(), "no type");
+        assert!(compressed(&[b"dx", b"\x00x"]).is_none(), "no type");
+        assert!(compressed(&[&[200; 5]]).is_some());
+        assert!(compressed(&[&[200; 6]]).is_none(), "600 characters");
+        let mut long = [b'x'; 113];
+        long[..4].fill(200);
+        assert!(compressed(&[&long]).is_some(), "509 characters");
+        assert!(
+            Compressed::new(tokens(), vec![1, b'd', 2, b'd'], 2, false).is_none(),
+            "cut short"
+        );
+        let mut odd = tokens();
+        odd[7] = "é".into();
+        assert!(Compressed::new(odd, vec![], 0, false).is_none());
+        assert!(Compressed::new(tokens()[..255].to_vec(), vec![], 0, false).is_none());
+    }
+
+    #[test]
+    fn all_names_together_have_a_bound() {
+        let name = [5, 200, 200, 200, 200, 200];
+        let count = TEXT_MAX / 500;
+        let few = Compressed::new(tokens(), name.repeat(count - 10), count - 10, false);
+        assert!(few.is_some());
+        let many = Compressed::new(tokens(), name.repeat(count + 10), count + 10, false);
+        assert!(many.is_none());
+    }
+}

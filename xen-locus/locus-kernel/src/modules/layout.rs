@@ -1,0 +1,322 @@
+//! Where the members of `struct module` and its relatives stand, from BTF.
+
+use locus_guest::addr::Gva;
+
+use super::State;
+use crate::btf::Btf;
+use crate::{Error, Kernel};
+
+/// Largest `struct module` believed, in bytes.
+const SIZE_MAX: usize = 64 << 10;
+/// Longest believed array of a module's memory.
+const PARTS_MAX: usize = 32;
+/// Longest believed module and symbol names, in bytes.
+const NAME_MAX: usize = 4096;
+/// Number of taint flags believed: the mask has 64 bits.
+const TAINTS_MAX: u64 = 64;
+
+/// Offsets in bytes within `struct module`, unless they say otherwise.
+#[derive(Debug)]
+pub(super) struct Layout {
+    pub size: usize,
+    pub state: usize,
+    pub list: usize,
+    pub name: usize,
+    pub name_len: usize,
+    pub taints: usize,
+    pub parts: Parts,
+    /// `None` without `CONFIG_MODULE_UNLOAD`.
+    pub unload: Option<Unload>,
+    pub build_id: Option<(usize, usize)>,
+    pub notes: Option<Notes>,
+    pub kallsyms: usize,
+    pub syms: usize,
+    pub num_syms: usize,
+    /// Exports for GPL modules, where they stand in a table of their own.
+    pub gpl_syms: Option<(usize, usize)>,
+    /// Tables of places that the kernel rewrites: what they are, offsets of the pointer to the
+    /// table and of its length, size of an entry.
+    pub rewritten: Vec<(&'static str, usize, usize, usize)>,
+    pub symbols: Symbols,
+    pub types: Option<Types>,
+    pub taints_at: Option<Taints>,
+    states: [i64; 4],
+}
+
+/// How the kernel describes a module's memory.
+#[derive(Debug)]
+pub(super) enum Parts {
+    /// `core_layout`, `init_layout`: what for, offsets of base and size.
+    Layouts(Vec<(&'static str, usize, usize)>),
+    /// `mem[]` since Linux kernel commit ac3b43283923 ("module: replace module_layout with
+    /// module_memory") (in v6.4).
+    Memory {
+        at: usize,
+        stride: usize,
+        base: usize,
+        size: usize,
+        kinds: Vec<String>,
+    },
+}
+
+#[derive(Debug)]
+pub(super) struct Unload {
+    pub refcnt: usize,
+    pub source_list: usize,
+    pub init: usize,
+    pub exit: usize,
+    /// In `module_use`: its link in `source_list`, and the module that uses.
+    pub use_list: usize,
+    pub source: usize,
+}
+
+/// `notes_attrs` and what it points at.
+#[derive(Debug)]
+pub(super) struct Notes {
+    pub attrs: usize,
+    /// In `module_notes_attrs`: number of notes, first of them.
+    pub count: usize,
+    pub first: usize,
+    /// In `module_notes_attrs`: pointer to a table of pointers to notes, in kernels that do not
+    /// count them.
+    pub group: Option<usize>,
+    /// Of and in `bin_attribute`.
+    pub stride: usize,
+    pub size: usize,
+    pub private: usize,
+}
+
+/// `mod_kallsyms` and `kernel_symbol`.
+#[derive(Debug)]
+pub(super) struct Symbols {
+    pub symtab: usize,
+    pub num_symtab: usize,
+    pub strtab: usize,
+    pub typetab: usize,
+    /// Longest name `/proc/kallsyms` shows, in bytes.
+    pub name_len: usize,
+    pub export_size: usize,
+    pub export_value: usize,
+    pub export_name: usize,
+    /// The two are offsets from their own place.
+    pub export_relative: bool,
+}
+
+/// `btf_module` and `btf`.
+#[derive(Debug)]
+pub(super) struct Types {
+    pub list: usize,
+    pub module: usize,
+    pub btf: usize,
+    pub data: usize,
+    pub data_size: usize,
+}
+
+/// The table `taint_flags`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Taints {
+    pub at: Gva,
+    pub stride: usize,
+    pub count: u8,
+    pub letter: usize,
+    pub module: Option<usize>,
+}
+
+impl Layout {
+    pub fn of(kernel: &Kernel<'_>) -> Result<Layout, Error> {
+        let btf = kernel.btf()?;
+        let member = |path| btf.offset_of("module", path);
+        let state = |name| {
+            btf.enum_value("module_state", name)
+                .ok_or_else(|| Error::Missing(format!("{name} in enum module_state in BTF")))
+        };
+        Ok(Layout {
+            size: bounded(btf.size_of("module")?, "struct module", SIZE_MAX)?,
+            state: member("state")?,
+            list: member("list")?,
+            name: member("name")?,
+            name_len: bounded(btf.array_len("module", "name")?, "module.name", NAME_MAX)?,
+            taints: member("taints")?,
+            parts: parts(btf)?,
+            unload: match btf.has("module", "source_list") {
+                false => None,
+                true => Some(Unload {
+                    refcnt: member("refcnt")?,
+                    source_list: member("source_list")?,
+                    init: member("init")?,
+                    exit: member("exit")?,
+                    use_list: btf.offset_of("module_use", "source_list")?,
+                    source: btf.offset_of("module_use", "source")?,
+                }),
+            },
+            build_id: match btf.has("module", "build_id") {
+                false => None,
+                true => Some((member("build_id")?, btf.array_len("module", "build_id")?)),
+            },
+            notes: notes(btf).ok(),
+            kallsyms: member("kallsyms")?,
+            syms: member("syms")?,
+            num_syms: member("num_syms")?,
+            gpl_syms: match btf.has("module", "gpl_syms") {
+                false => None,
+                true => Some((member("gpl_syms")?, member("num_gpl_syms")?)),
+            },
+            rewritten: rewritten(btf)?,
+            symbols: symbols(btf)?,
+            types: types(btf).ok(),
+            taints_at: taints(kernel, btf),
+            states: [
+                state("MODULE_STATE_LIVE")?,
+                state("MODULE_STATE_COMING")?,
+                state("MODULE_STATE_GOING")?,
+                state("MODULE_STATE_UNFORMED")?,
+            ],
+        })
+    }
+
+    /// The value of the state of a live module.
+    pub fn live(&self) -> u32 {
+        let [live, ..] = self.states;
+        u32::try_from(live).unwrap_or(0)
+    }
+
+    /// The state of the module at `addr`; `None` while it is not formed.
+    pub fn state_of(&self, value: u32, addr: Gva) -> Result<Option<State>, Error> {
+        match self.states.iter().position(|&s| s == i64::from(value)) {
+            Some(0) => Ok(Some(State::Live)),
+            Some(1) => Ok(Some(State::Loading)),
+            Some(2) => Ok(Some(State::Unloading)),
+            Some(_) => Ok(None),
+            None => Err(Error::Odd(format!(
+                "the module at {addr} is in state {value}; expected one of {:?}",
+                self.states
+            ))),
+        }
+    }
+}
+
+fn bounded(found: usize, what: &str, most: usize) -> Result<usize, Error> {
+    if found == 0 || found > most {
+        return Err(Error::Odd(format!(
+            "{what} has {found} bytes or elements; expected 1 to {most}"
+        )));
+    }
+    Ok(found)
+}
+
+fn parts(btf: &Btf) -> Result<Parts, Error> {
+    if btf.has("module", "mem") {
+        let count = bounded(btf.array_len("module", "mem")?, "module.mem", PARTS_MAX)?;
+        let kinds = (0..).take(count).map(|i| {
+            let name = btf.enum_name("mod_mem_type", i);
+            let name = name.unwrap_or_else(|| i.to_string()).to_lowercase();
+            name.strip_prefix("mod_").unwrap_or(&name).to_owned()
+        });
+        return Ok(Parts::Memory {
+            at: btf.offset_of("module", "mem")?,
+            stride: bounded(btf.size_of("module_memory")?, "module_memory", SIZE_MAX)?,
+            base: btf.offset_of("module_memory", "base")?,
+            size: btf.offset_of("module_memory", "size")?,
+            kinds: kinds.collect(),
+        });
+    }
+    let mut all = Vec::new();
+    for (kind, name) in [
+        ("core", "core_layout"),
+        ("init", "init_layout"),
+        ("data", "data_layout"),
+    ] {
+        if kind == "data" && !btf.has("module", name) {
+            continue;
+        }
+        let base = btf.offset_of("module", &format!("{name}.base"))?;
+        let size = btf.offset_of("module", &format!("{name}.size"))?;
+        all.push((kind, base, size));
+    }
+    Ok(Parts::Layouts(all))
+}
+
+/// `jump_entries` and `static_call_sites` of `struct module`, where the kernel has them.
+fn rewritten(btf: &Btf) -> Result<Vec<(&'static str, usize, usize, usize)>, Error> {
+    let mut found = Vec::new();
+    // Sizes of `struct jump_entry` and `struct static_call_site`.
+    for (what, table, count, entry) in [
+        ("jump label", "jump_entries", "num_jump_entries", 16),
+        (
+            "static call",
+            "static_call_sites",
+            "num_static_call_sites",
+            8,
+        ),
+    ] {
+        if btf.has("module", table) {
+            let (at, count) = (
+                btf.offset_of("module", table)?,
+                btf.offset_of("module", count)?,
+            );
+            found.push((what, at, count, entry));
+        }
+    }
+    Ok(found)
+}
+
+fn notes(btf: &Btf) -> Result<Notes, Error> {
+    let of = |path| btf.offset_of("module_notes_attrs", path);
+    let counted = btf.has("module_notes_attrs", "notes");
+    Ok(Notes {
+        attrs: btf.offset_of("module", "notes_attrs")?,
+        count: if counted { of("notes")? } else { 0 },
+        first: of("attrs")?,
+        group: if counted {
+            None
+        } else {
+            Some(of("grp.bin_attrs")?)
+        },
+        stride: bounded(btf.size_of("bin_attribute")?, "bin_attribute", SIZE_MAX)?,
+        size: btf.offset_of("bin_attribute", "size")?,
+        private: btf.offset_of("bin_attribute", "private")?,
+    })
+}
+
+fn symbols(btf: &Btf) -> Result<Symbols, Error> {
+    let table = |path| btf.offset_of("mod_kallsyms", path);
+    let relative = btf.has("kernel_symbol", "value_offset");
+    let export = |path| btf.offset_of("kernel_symbol", path);
+    // What /proc/kallsyms can hold of a name (kernel/kallsyms.c).
+    let name_len = btf.array_len("kallsym_iter", "name").unwrap_or(512);
+    Ok(Symbols {
+        symtab: table("symtab")?,
+        num_symtab: table("num_symtab")?,
+        strtab: table("strtab")?,
+        typetab: table("typetab")?,
+        name_len: bounded(name_len, "kallsym_iter.name", NAME_MAX)?,
+        export_size: bounded(btf.size_of("kernel_symbol")?, "kernel_symbol", 64)?,
+        export_value: export(if relative { "value_offset" } else { "value" })?,
+        export_name: export(if relative { "name_offset" } else { "name" })?,
+        export_relative: relative,
+    })
+}
+
+fn types(btf: &Btf) -> Result<Types, Error> {
+    let of = |path| btf.offset_of("btf_module", path);
+    Ok(Types {
+        list: of("list")?,
+        module: of("module")?,
+        btf: of("btf")?,
+        data: btf.offset_of("btf", "data")?,
+        data_size: btf.offset_of("btf", "data_size")?,
+    })
+}
+
+fn taints(kernel: &Kernel<'_>, btf: &Btf) -> Option<Taints> {
+    let at = kernel.symbols.addr("taint_flags")?;
+    let stride = bounded(btf.size_of("taint_flag").ok()?, "taint_flag", 64).ok()?;
+    let room = kernel.symbols.room(at)? / stride as u64;
+    Some(Taints {
+        at,
+        stride,
+        count: u8::try_from(room.min(TAINTS_MAX)).ok()?,
+        letter: btf.offset_of("taint_flag", "c_true").ok()?,
+        module: btf.offset_of("taint_flag", "module").ok(),
+    })
+}

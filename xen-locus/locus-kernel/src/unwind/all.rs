@@ -1,0 +1,168 @@
+//! The stacks of the tasks of a guest, whether it runs or not.
+//!
+//! A task that is on no CPU does not change its stack: it is read, and read again if the task ran
+//! meanwhile, which its counts of context switches tell.
+
+use locus_guest::addr::Gva;
+use locus_guest::space::Space;
+use locus_guest::Vcpu;
+
+use super::stack::{self, Copied, Stack, StackKind};
+use super::{End, Walk, Walker, Why};
+use crate::tasks::{self, Detail, Details, Layout, Task};
+use crate::{Error, Kernel};
+
+/// Times a task's stack is read before it counts as one that can't be.
+const TRIES: u32 = 4;
+
+/// A task, and what its stack showed.
+#[derive(Clone, Debug)]
+pub struct TaskStack {
+    /// The task.
+    pub task: Task,
+    /// What `info` says of it.
+    pub detail: Detail,
+    /// Its stack.
+    pub walk: Walk,
+}
+
+/// Walks the stacks of the tasks whose id is `wanted`. `vcpus` are registers of the same moment as
+/// memory, or none.
+///
+/// # Errors
+/// The kernel lacks a symbol or type, or the list of tasks can't be read.
+pub fn walk(
+    kernel: &Kernel<'_>,
+    vcpus: &[Vcpu],
+    wanted: impl Fn(u32) -> bool,
+) -> Result<Vec<TaskStack>, Error> {
+    let look = Look {
+        kernel,
+        walker: Walker::new(kernel)?,
+        layout: Layout::of(kernel)?,
+        details: Details::of(kernel)?,
+        vcpus,
+    };
+    tasks::snapshot(kernel, |space, tasks| {
+        let tasks = tasks.into_iter().filter(|task| wanted(task.pid));
+        tasks.map(|task| look.task(space, task)).collect()
+    })
+}
+
+struct Look<'l, 'k, 'm> {
+    kernel: &'k Kernel<'m>,
+    walker: Walker<'k, 'm>,
+    layout: Layout,
+    details: Details,
+    vcpus: &'l [Vcpu],
+}
+
+/// What changes in a task when it runs.
+#[derive(PartialEq, Eq)]
+struct Moment {
+    on_cpu: bool,
+    sp: Gva,
+    switches: [u64; 2],
+}
+
+impl Look<'_, '_, '_> {
+    fn task(&self, space: &Space<'_>, task: Task) -> Result<TaskStack, Error> {
+        Ok(TaskStack {
+            detail: self.details.read(space, task.addr)?,
+            walk: self.walk(space, &task)?,
+            task,
+        })
+    }
+
+    fn moment(&self, space: &Space<'_>, task: &Task) -> Result<Moment, Error> {
+        let word = |offset: usize| space.read_u64(task.addr.plus(offset as u64));
+        let [voluntary, preempted] = self.layout.switches;
+        Ok(Moment {
+            on_cpu: space.read_u32(task.addr.plus(self.layout.on_cpu as u64))? != 0,
+            sp: Gva(word(self.layout.sp)?),
+            switches: [word(voluntary)?, word(preempted)?],
+        })
+    }
+
+    fn walk(&self, space: &Space<'_>, task: &Task) -> Result<Walk, Error> {
+        let gone = || Walk {
+            frames: Vec::new(),
+            end: Ok(End::Gone),
+        };
+        if task.stack.start == Gva(0) {
+            return Ok(gone());
+        }
+        for _ in 0..TRIES {
+            let before = self.moment(space, task)?;
+            if before.on_cpu {
+                return self.running(space, task);
+            }
+            if self.details.read(space, task.addr)?.dead {
+                if self.moment(space, task)? == before {
+                    return Ok(gone());
+                }
+                continue;
+            }
+            // The stack of one that dies now is unmapped.
+            let Ok(memory) = Copied::read(space, task.stack, before.sp) else {
+                continue;
+            };
+            if self.moment(space, task)? == before {
+                let stack = Stack {
+                    kind: StackKind::Task,
+                    range: task.stack,
+                    memory: &memory,
+                };
+                return Ok(self.walker.sleeping(before.sp, stack, task.idle));
+            }
+        }
+        Ok(Walk::failed(Why::Restless))
+    }
+
+    /// What a task on a CPU is at, if that CPU's registers are known.
+    fn running(&self, space: &Space<'_>, task: &Task) -> Result<Walk, Error> {
+        let Some((vcpu, base)) = self.cpu_of(space, task)? else {
+            return Ok(Walk::failed(Why::Runs));
+        };
+        let mut all = vec![(StackKind::Task, task.stack)];
+        all.extend(stack::of_cpu(self.kernel, space, base)?);
+        let copied: Vec<_> = all
+            .into_iter()
+            .filter_map(|(kind, range)| {
+                let memory = Copied::read(space, range, range.start).ok()?;
+                Some((kind, range, memory))
+            })
+            .collect();
+        let stacks: Vec<Stack<'_>> = copied
+            .iter()
+            .map(|(kind, range, memory)| Stack {
+                kind: *kind,
+                range: *range,
+                memory,
+            })
+            .collect();
+        Ok(self.walker.running(vcpu, &stacks, task.idle))
+    }
+
+    /// The CPU whose current task is `task`, and where its area is.
+    fn cpu_of(&self, space: &Space<'_>, task: &Task) -> Result<Option<(&Vcpu, u64)>, Error> {
+        let Some(current) = tasks::current_symbol(self.kernel) else {
+            return Ok(None);
+        };
+        if self.vcpus.is_empty() {
+            return Ok(None);
+        }
+        for base in tasks::percpu_bases(self.kernel, space)? {
+            let holds = space.read_u64(tasks::percpu(current, base)).ok() == Some(task.addr.0);
+            // In the kernel's entry code the two GS bases may not be exchanged yet.
+            let online = || self.vcpus.iter().filter(|v| v.online);
+            let vcpu = online()
+                .find(|v| v.gs_base == base)
+                .or_else(|| online().find(|v| v.gs_other == base));
+            if let (true, Some(vcpu)) = (holds, vcpu) {
+                return Ok(Some((vcpu, base)));
+            }
+        }
+        Ok(None)
+    }
+}

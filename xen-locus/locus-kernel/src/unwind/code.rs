@@ -1,0 +1,283 @@
+//! What the walk knows of code: the ORC rows for it, where calls end, and the places that hide or
+//! shift what stands on a stack.
+
+use std::cell::{Cell, OnceCell, RefCell};
+use std::collections::HashMap;
+
+use iced_x86::{Decoder, DecoderOptions, Mnemonic};
+use locus_guest::addr::{Gva, Range};
+use locus_guest::space::Space;
+
+use crate::modules::{Module, Reader};
+use crate::orc::{Orc, Row};
+use crate::{Error, Kernel};
+
+/// Longest `call`, in bytes: prefix, REX, opcode, ModRM, SIB, displacement, and one to spare.
+const CALL_MAX: usize = 9;
+/// Shortest `call`, in bytes.
+const CALL_MIN: usize = 2;
+/// Bytes of one entry of `hypercall_page`, and of all.
+const HYPERCALL: usize = 32;
+const HYPERCALLS: u64 = 4096;
+/// Most return addresses whose code is remembered.
+const KNOWN_MAX: usize = 1 << 16;
+
+/// Most rows kept of all modules together, four times what Debian's kernels have themselves: 40 MiB of the
+/// largest rows that are believed.
+const ROWS_MAX: usize = 1 << 21;
+
+/// Where return addresses lead that were exchanged on the stack: the caller is known only to the
+/// kernel's own lists (`unwind_recover_ret_addr`, arch/x86/include/asm/unwind.h).
+const HIDING: [&str; 4] = [
+    "arch_rethook_trampoline",
+    "__kretprobe_trampoline",
+    "kretprobe_trampoline",
+    "return_to_handler",
+];
+
+/// Those of them that `kernel` has.
+pub fn hiding<'k>(kernel: &'k Kernel<'_>) -> impl Iterator<Item = (&'static str, Range)> + 'k {
+    HIDING.iter().filter_map(|&name| {
+        let at = kernel.symbols.addr(name)?;
+        // Its first byte is what stands on a stack.
+        let room = kernel.symbols.room(at).unwrap_or(1);
+        Some((name, Range::new(at, room)))
+    })
+}
+
+/// Code of the kernel and of its modules.
+pub struct Code<'k, 'm> {
+    kernel: &'k Kernel<'m>,
+    space: Space<'m>,
+    orc: Orc,
+    modules: Vec<Loaded>,
+    room: Room,
+    hiding: Vec<(&'static str, Range)>,
+    /// `ret_from_fork`, and what took its place as the first address of a task.
+    first: Vec<Gva>,
+    hypercalls: Option<Range>,
+    known: RefCell<HashMap<Gva, bool>>,
+}
+
+/// Room for rows of modules.
+struct Room(Cell<usize>);
+
+impl Room {
+    fn new() -> Room {
+        Room(Cell::new(ROWS_MAX))
+    }
+
+    /// Takes room for `rows`; `None` when there is not so much left.
+    fn take(&self, rows: usize) -> Option<()> {
+        self.0.set(self.0.get().checked_sub(rows)?);
+        Some(())
+    }
+}
+
+/// A module whose ORC table is read when it is wanted.
+struct Loaded {
+    text: Vec<Range>,
+    tables: (Gva, Gva, usize),
+    orc: OnceCell<Option<Orc>>,
+}
+
+impl<'k, 'm> Code<'k, 'm> {
+    /// Reads the kernel's table, and where those of the modules are.
+    ///
+    /// # Errors
+    /// The kernel has no ORC table, or it can't be read.
+    pub fn read(kernel: &'k Kernel<'m>) -> Result<Code<'k, 'm>, Error> {
+        let symbol = |name| kernel.symbols.addr(name);
+        let first = ["ret_from_fork", "ret_from_fork_asm"];
+        let mut code = Code {
+            kernel,
+            space: kernel.space.fresh(),
+            orc: Orc::read(kernel)?,
+            modules: Vec::new(),
+            room: Room::new(),
+            hiding: hiding(kernel).collect(),
+            first: first.iter().filter_map(|name| symbol(name)).collect(),
+            hypercalls: symbol("hypercall_page").map(|at| Range::new(at, HYPERCALLS)),
+            known: RefCell::default(),
+        };
+        code.refresh()?;
+        Ok(code)
+    }
+
+    /// Lists the modules anew, and forgets what was known of their code.
+    ///
+    /// # Errors
+    /// The list can't be read.
+    pub fn refresh(&mut self) -> Result<(), Error> {
+        self.space = self.kernel.space.fresh();
+        self.known.borrow_mut().clear();
+        let btf = self.kernel.btf()?;
+        let member = |path| btf.offset_of("module", path);
+        let (ips, rows, count) = (
+            member("arch.orc_unwind_ip")?,
+            member("arch.orc_unwind")?,
+            member("arch.num_orcs")?,
+        );
+        let space = &self.space;
+        let loaded = |module: &Module| {
+            let at = |offset: usize| module.addr.plus(offset as u64);
+            let text = |kind: &str| ["core", "init", "text", "init_text"].contains(&kind);
+            let parts = module.parts.iter().filter(|p| text(&p.kind));
+            Ok(Loaded {
+                text: parts.map(|p| p.range).collect(),
+                tables: (
+                    Gva(space.read_u64(at(ips))?),
+                    Gva(space.read_u64(at(rows))?),
+                    space.read_u32(at(count))? as usize,
+                ),
+                orc: OnceCell::new(),
+            })
+        };
+        self.modules = Reader::new(self.kernel)?.each(|_, module| loaded(module))?;
+        self.room = Room::new();
+        Ok(())
+    }
+
+    /// The row that holds at `ip`. A module whose table can't be read, or is one too many, has none.
+    pub fn row(&self, ip: Gva) -> Option<Row> {
+        if let Some(row) = self.orc.row(ip) {
+            return Some(row);
+        }
+        let holds = |m: &&Loaded| m.text.iter().any(|range| range.contains(ip));
+        let module = self.modules.iter().find(holds)?;
+        let read = || {
+            self.room.take(module.tables.2)?;
+            let text = module.text.clone();
+            Orc::of_module(self.kernel, &self.space, module.tables, text).ok()
+        };
+        module.orc.get_or_init(read).as_ref()?.row(ip)
+    }
+
+    /// The row that held at `ip` in the code that the kernel discarded after it booted.
+    pub fn row_discarded(&self, ip: Gva) -> Option<Row> {
+        self.orc.row_discarded(ip)
+    }
+
+    /// Whether a `call` ends right before `at`.
+    pub fn is_after_call(&self, at: Gva) -> bool {
+        if let Some(&known) = self.known.borrow().get(&at) {
+            return known;
+        }
+        let is = ends_call(&self.space, at);
+        let mut known = self.known.borrow_mut();
+        if known.len() >= KNOWN_MAX {
+            known.clear();
+        }
+        known.insert(at, is);
+        is
+    }
+
+    /// The name of the trampoline that `ip` is in, if it is one that hides the caller.
+    pub fn hiding(&self, ip: Gva) -> Option<&'static str> {
+        let holds = |(_, range): &&(&str, Range)| range.contains(ip);
+        self.hiding.iter().find(holds).map(|&(name, _)| name)
+    }
+
+    /// Whether a task that never ran begins at `ip`.
+    pub fn is_first(&self, ip: Gva) -> bool {
+        self.first.contains(&ip)
+    }
+
+    /// Bytes that the hypervisor's own code in `hypercall_page` has pushed before `ip`. The kernel
+    /// has rows for that page as if nothing was; Xen saves two registers of a PV guest around its
+    /// `syscall` (xen/arch/x86/pv/hypercall.c: `pv_ring3_init_hypercall_page`).
+    pub fn pushed(&self, ip: Gva) -> Option<u64> {
+        if !self.hypercalls.is_some_and(|page| page.contains(ip)) {
+            return Some(0);
+        }
+        let start = Gva(ip.0 & !(HYPERCALL as u64 - 1));
+        let mut bytes = [0; HYPERCALL];
+        self.space.read(start, &mut bytes).ok()?;
+        let mut decoder = Decoder::with_ip(64, &bytes, start.0, DecoderOptions::NONE);
+        let mut pushed = 0u64;
+        while decoder.ip() < ip.0 {
+            match decoder.decode().mnemonic() {
+                Mnemonic::INVALID => return None,
+                Mnemonic::Push => pushed += 8,
+                Mnemonic::Pop => pushed = pushed.checked_sub(8)?,
+                _ => {}
+            }
+        }
+        (decoder.ip() == ip.0).then_some(pushed)
+    }
+}
+
+/// Whether a `call` ends right before `at`.
+pub fn ends_call(space: &Space<'_>, at: Gva) -> bool {
+    let mut bytes = [0; CALL_MAX];
+    // No more than is there, if the call is among the first bytes of what is mapped.
+    let len = (CALL_MIN..=CALL_MAX).rev().find(|&len| {
+        let part = bytes.get_mut(CALL_MAX - len..).unwrap_or_default();
+        let start = Gva(at.0.wrapping_sub(len as u64));
+        space.read(start, part).is_ok()
+    });
+    let Some(len) = len else { return false };
+    (CALL_MIN..=len).any(|len| {
+        let code = bytes.get(CALL_MAX - len..).unwrap_or_default();
+        is_call(code)
+    })
+}
+
+/// Whether `code` is one near `call`, all of it.
+fn is_call(code: &[u8]) -> bool {
+    let found = Decoder::new(64, code, DecoderOptions::NONE).decode();
+    found.len() == code.len() && (found.is_call_near() || found.is_call_near_indirect())
+}
+
+impl std::fmt::Debug for Code<'_, '_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Code")
+            .field("orc", &self.orc)
+            .field("modules", &self.modules.len())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{is_call, Room, ROWS_MAX};
+
+    #[test]
+    fn tables_of_modules_are_kept_as_long_as_there_is_room_for_their_rows() {
+        let room = Room::new();
+        assert!(room.take(ROWS_MAX / 2).is_some());
+        assert!(room.take(usize::MAX).is_none());
+        assert!(room.take(ROWS_MAX / 2 + 1).is_none());
+        assert!(room.take(ROWS_MAX / 2).is_some());
+        assert!(room.take(1).is_none());
+    }
+
+    #[test]
+    fn calls_of_all_forms_are_told_from_other_code() {
+        for call in [
+            &[0xe8, 1, 2, 3, 4][..],
+            // call *%rax, call *%r11
+            &[0xff, 0xd0],
+            &[0x41, 0xff, 0xd3],
+            // call *8(%rax), call *0x100(,%rax,8), call *0x100(%rip)
+            &[0xff, 0x50, 8],
+            &[0xff, 0x14, 0xc5, 0, 1, 0, 0],
+            &[0xff, 0x15, 0, 1, 0, 0],
+            // A call with a prefix that pads it.
+            &[0x2e, 0xe8, 1, 2, 3, 4],
+        ] {
+            assert!(is_call(call), "{call:x?}");
+        }
+        for other in [
+            &[0x0f, 5][..],
+            &[0xff, 0xe0],
+            &[0xe9, 1, 2, 3, 4],
+            &[0x90, 0xe8, 1, 2, 3],
+            &[0xff, 0x18],
+            &[0xff, 0xd0, 0x90],
+            &[],
+        ] {
+            assert!(!is_call(other), "{other:x?}");
+        }
+    }
+}

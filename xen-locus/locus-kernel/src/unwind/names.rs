@@ -1,0 +1,120 @@
+//! Frames in the kernel's own words: `function+0x12/0x80 [module]`, as `%pB` prints them
+//! (kernel/kallsyms.c: `sprint_backtrace`).
+
+use std::cell::OnceCell;
+
+use locus_guest::addr::{Gva, Range};
+
+use super::Frame;
+use crate::modules::{Module, Reader, Symbol};
+use crate::{Error, Kernel};
+
+/// Names of code.
+#[derive(Debug)]
+pub struct Names<'k, 'm> {
+    kernel: &'k Kernel<'m>,
+    image: Range,
+    reader: Reader<'k, 'm>,
+    modules: Vec<Loaded>,
+}
+
+#[derive(Debug)]
+struct Loaded {
+    module: Module,
+    /// Where its code may be.
+    text: Vec<Range>,
+    /// Read when they are wanted, and sorted.
+    symbols: OnceCell<Vec<Symbol>>,
+}
+
+impl<'k, 'm> Names<'k, 'm> {
+    /// Lists the modules.
+    ///
+    /// # Errors
+    /// The list can't be read.
+    pub fn read(kernel: &'k Kernel<'m>) -> Result<Names<'k, 'm>, Error> {
+        let mut reader = Reader::new(kernel)?;
+        let btf = kernel.btf()?;
+        let sizes = [("core", "core_layout"), ("init", "init_layout")].map(|(kind, member)| {
+            let size = btf.offset_of("module", &format!("{member}.text_size"));
+            (kind, size.ok())
+        });
+        let modules = reader.each(|_, module| {
+            let text = module.parts.iter().map(|part| {
+                // Where code and data are one part, code comes first.
+                let size = sizes.iter().find(|(kind, _)| *kind == part.kind);
+                let len = match size.and_then(|(_, offset)| *offset) {
+                    Some(offset) => kernel
+                        .space
+                        .read_u32(module.addr.plus(offset as u64))?
+                        .into(),
+                    None => part.range.len(),
+                };
+                Ok(Range::new(part.range.start, len))
+            });
+            Ok(Loaded {
+                text: text.collect::<Result<_, Error>>()?,
+                module: module.clone(),
+                symbols: OnceCell::new(),
+            })
+        })?;
+        let end = kernel
+            .symbols
+            .addr("_end")
+            .or(kernel.symbols.addr("_etext"));
+        Ok(Names {
+            kernel,
+            image: Range {
+                start: kernel.text_base,
+                end: end.unwrap_or(Gva(u64::MAX)),
+            },
+            reader,
+            modules,
+        })
+    }
+
+    /// What `frame` is in: of a return address, what the call before it is in.
+    #[must_use]
+    pub fn of(&self, frame: Frame) -> String {
+        let back = u64::from(!frame.interrupted);
+        let at = Gva(frame.address.0.wrapping_sub(back));
+        self.covering(at).map_or_else(
+            || format!("{:#x}", frame.address.0),
+            |(name, start, size, module)| {
+                let offset = frame.address.0.wrapping_sub(start.0);
+                let module = module.map(|name| format!(" [{name}]")).unwrap_or_default();
+                format!("{name}+{offset:#x}/{size:#x}{module}")
+            },
+        )
+    }
+
+    fn covering(&self, at: Gva) -> Option<(String, Gva, u64, Option<&str>)> {
+        if self.image.contains(at) {
+            let (name, offset) = self.kernel.symbols.covering(at)?;
+            let start = Gva(at.0 - offset);
+            return Some((name, start, self.kernel.symbols.room(start)?, None));
+        }
+        let holds = |loaded: &&Loaded| loaded.text.iter().any(|range| range.contains(at));
+        let loaded = self.modules.iter().find(holds)?;
+        let text = loaded.text.iter().find(|range| range.contains(at))?;
+        let symbols = loaded.symbols.get_or_init(|| {
+            let mut all = self.reader.symbols(&loaded.module).unwrap_or_default();
+            // Stable: of several at one address the first is the one that is shown.
+            all.sort_by_key(|symbol| symbol.addr);
+            all
+        });
+        let behind = symbols.partition_point(|symbol| symbol.addr <= at);
+        let last = symbols.get(behind.checked_sub(1)?)?.addr;
+        let first = symbols.partition_point(|symbol| symbol.addr < last);
+        let symbol = symbols.get(first).filter(|s| s.addr >= text.start)?;
+        let next = symbols
+            .get(behind)
+            .map_or(text.end, |s| s.addr.min(text.end));
+        Some((
+            symbol.name.clone(),
+            symbol.addr,
+            next.0 - symbol.addr.0,
+            Some(&loaded.module.name),
+        ))
+    }
+}

@@ -1,0 +1,183 @@
+//! The stacks on which a thread of execution can stand.
+
+use locus_guest::addr::{Gva, Range, PAGE_SIZE};
+use locus_guest::space::Space;
+use locus_guest::{self as guest, fetch, Window};
+
+use crate::tasks::percpu;
+use crate::{Error, Kernel};
+
+/// Largest believed stack of a CPU, in bytes.
+const LEN_MAX: u64 = 256 << 10;
+
+/// What a stack is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StackKind {
+    /// A task's own.
+    Task,
+    /// Of a CPU, for interrupts.
+    Irq,
+    /// Of a CPU, for one of the exceptions that need a stack of their own: double fault, NMI, debug,
+    /// machine check, VMM communication.
+    Exception,
+    /// Of a CPU, for the way from user mode to the task's stack and back.
+    Entry,
+}
+
+/// A stack, and a window onto it.
+#[derive(Clone, Copy)]
+pub struct Stack<'s> {
+    /// What it is for.
+    pub kind: StackKind,
+    /// Where it is.
+    pub range: Range,
+    /// Its bytes: offset 0 is the start of the range.
+    pub memory: &'s dyn Window,
+}
+
+impl std::fmt::Debug for Stack<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Stack")
+            .field("kind", &self.kind)
+            .field("range", &self.range)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Stack<'_> {
+    /// The word at `at`; `None` if it isn't all on the stack, not aligned or can't be read.
+    pub(super) fn word(&self, at: Gva) -> Option<u64> {
+        if !at.0.is_multiple_of(8) || !self.range.contains(at) {
+            return None;
+        }
+        let mut bytes = [0; 8];
+        let offset = usize::try_from(at.0 - self.range.start.0).ok()?;
+        self.memory.read(offset, &mut bytes).ok()?;
+        fetch::u64(&bytes, 0)
+    }
+}
+
+/// A copy of the live part of a stack.
+#[derive(Debug)]
+pub struct Copied {
+    /// Offset of the first byte that was copied.
+    from: usize,
+    bytes: Vec<u8>,
+}
+
+impl Copied {
+    /// Copies `range` from `from` up, all of it if `from` is elsewhere.
+    ///
+    /// # Errors
+    /// It can't be read.
+    pub fn read(space: &Space<'_>, range: Range, from: Gva) -> Result<Copied, guest::Error> {
+        let from = if range.contains(from) {
+            from
+        } else {
+            range.start
+        };
+        let len = usize::try_from(range.end.0 - from.0).unwrap_or(usize::MAX);
+        Ok(Copied {
+            from: usize::try_from(from.0 - range.start.0).unwrap_or(usize::MAX),
+            bytes: space.read_vec(from, len)?,
+        })
+    }
+
+    /// Copies all of `range`.
+    ///
+    /// # Errors
+    /// Those of `read`, which is asked for so many bytes from its start.
+    pub fn of<E>(
+        range: Range,
+        read: impl FnOnce(&mut [u8]) -> std::result::Result<(), E>,
+    ) -> std::result::Result<Copied, E> {
+        let mut bytes = vec![0; usize::try_from(range.len()).unwrap_or(0)];
+        read(&mut bytes)?;
+        Ok(Copied { from: 0, bytes })
+    }
+
+    /// What was copied.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Window for Copied {
+    fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), guest::Error> {
+        let part = offset.checked_sub(self.from).and_then(|start| {
+            let end = start.checked_add(buf.len())?;
+            self.bytes.get(start..end)
+        });
+        let part = part.ok_or(guest::Error::Bounds {
+            offset,
+            len: buf.len(),
+            size: self.from.saturating_add(self.bytes.len()),
+        })?;
+        buf.copy_from_slice(part);
+        Ok(())
+    }
+}
+
+/// The stacks of the CPU whose area is at `base`, as far as the kernel has them. PV guests take
+/// interrupts and exceptions on the stack that is in use.
+///
+/// Sources: `hardirq_stack_ptr` (arch/x86/kernel/irq_64.c), `cea_exception_stacks` and
+/// `struct cpu_entry_area` (arch/x86/include/asm/cpu_entry_area.h).
+///
+/// # Errors
+/// The kernel has no types.
+pub fn of_cpu(
+    kernel: &Kernel<'_>,
+    space: &Space<'_>,
+    base: u64,
+) -> Result<Vec<(StackKind, Range)>, Error> {
+    let btf = kernel.btf()?;
+    let pointer = |symbol: Option<Gva>| {
+        let at = space.read_u64(percpu(symbol?, base)).ok()?;
+        (at != 0).then_some(at)
+    };
+    let size = |name: &str| Some(btf.size_of(name).ok()? as u64);
+    let mut found = Vec::new();
+    let mut add = |kind, start: u64, len: u64| {
+        if (1..=LEN_MAX).contains(&len) {
+            found.push((kind, Range::new(Gva(start), len)));
+        }
+    };
+    let irq = kernel.symbols.addr("hardirq_stack_ptr").or_else(|| {
+        let offset = btf.offset_of("pcpu_hot", "hardirq_stack_ptr").ok()?;
+        Some(kernel.symbols.addr("pcpu_hot")?.plus(offset as u64))
+    });
+    if let (Some(top), Some(len)) = (pointer(irq), size("irq_stack")) {
+        // It points at the last word, or behind it.
+        let end = top.checked_add(8).map(|end| end & !(PAGE_SIZE - 1));
+        if let Some(start) = end.and_then(|end| end.checked_sub(len)) {
+            add(StackKind::Irq, start, len);
+        }
+    }
+    if let Some(stacks) = pointer(kernel.symbols.addr("cea_exception_stacks")) {
+        for name in ["DF", "NMI", "DB", "MCE", "VC", "VC2"] {
+            let member = format!("{name}_stack");
+            let place = btf.offset_of("cea_exception_stacks", &member);
+            let len = btf.array_len("cea_exception_stacks", &member);
+            if let (Ok(place), Ok(len)) = (place, len) {
+                add(
+                    StackKind::Exception,
+                    stacks.wrapping_add(place as u64),
+                    len as u64,
+                );
+            }
+        }
+        // They are part of the CPU's entry area, the entry stack another.
+        let member = |name| btf.offset_of("cpu_entry_area", name);
+        if let (Ok(own), Ok(entry), Some(len)) = (
+            member("estacks"),
+            member("entry_stack_page"),
+            size("entry_stack"),
+        ) {
+            let area = stacks.wrapping_sub(own as u64);
+            add(StackKind::Entry, area.wrapping_add(entry as u64), len);
+        }
+    }
+    Ok(found)
+}

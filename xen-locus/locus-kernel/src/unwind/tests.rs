@@ -1,0 +1,551 @@
+#![allow(clippy::cast_possible_truncation)] // small stacks
+
+use locus_guest::addr::Range;
+use locus_guest::space::Space;
+use locus_guest::{self as guest, GuestType, Window};
+
+use super::stack::Copied;
+use super::*;
+use crate::fixture;
+use crate::fixture_world::frames::{
+    after, CS, DO_IDLE, EXCEPTION, FORK, FRAMED, HYPERCALLS, INACTIVE, INTERRUPT, KTHREAD,
+    ON_IRQ_STACK, REALIGNED, REGS, RETHOOK, RIP, RSP, SCHEDULE, SECONDARY, STARTUP, SYSCALL,
+};
+use crate::fixture_world::{World, IDLE, PATCHED, STACKS};
+use crate::tasks::Layout as Tasks;
+
+/// Bytes of each stack of these tests.
+const LEN: u64 = 0x10000;
+/// Where they are: a task's, and three of a CPU's.
+const TASK: u64 = STACKS.0 + (1 << 20);
+const IRQ: u64 = STACKS.0 + (2 << 20);
+const NMI: u64 = STACKS.0 + (3 << 20);
+const ENTRY: u64 = STACKS.0 + (4 << 20);
+/// Where registers of user mode are on a task's stack.
+const TOP: u64 = TASK + LEN - REGS;
+
+struct Bytes(Vec<u8>);
+
+impl Window for Bytes {
+    fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), guest::Error> {
+        let (len, size) = (buf.len(), self.0.len());
+        let bytes = self.0.get(offset..offset + len);
+        buf.copy_from_slice(bytes.ok_or(guest::Error::Bounds { offset, len, size })?);
+        Ok(())
+    }
+}
+
+/// The stacks of a test.
+struct Stacks(Vec<(StackKind, u64, Bytes)>);
+
+impl Stacks {
+    fn new() -> Stacks {
+        let kinds = [
+            (StackKind::Task, TASK),
+            (StackKind::Irq, IRQ),
+            (StackKind::Exception, NMI),
+            (StackKind::Entry, ENTRY),
+        ];
+        let empty = || Bytes(vec![0; LEN as usize]);
+        Stacks(kinds.map(|(kind, at)| (kind, at, empty())).into())
+    }
+
+    fn put(&mut self, at: u64, value: u64) {
+        let holds = |(_, start, _): &&mut (_, u64, _)| (*start..*start + LEN).contains(&at);
+        let (_, start, bytes) = self.0.iter_mut().find(holds).unwrap();
+        let at = (at - *start) as usize;
+        bytes.0[at..at + 8].copy_from_slice(&value.to_le_bytes());
+    }
+
+    fn words(mut self, words: &[(u64, u64)]) -> Stacks {
+        words.iter().for_each(|&(at, value)| self.put(at, value));
+        self
+    }
+
+    /// Registers at `at`.
+    fn regs(self, at: u64, ip: u64, cs: u64, sp: u64) -> Stacks {
+        self.words(&[(at + RIP, ip), (at + CS, cs), (at + RSP, sp)])
+    }
+
+    /// Registers of user mode where they belong.
+    fn user(self) -> Stacks {
+        self.regs(TOP, 0x40_1000, 0x33, 0x7fff_0000)
+    }
+
+    /// A system call that went to sleep in [`PATCHED`]; the stack pointer is [`ASLEEP`].
+    fn asleep() -> Stacks {
+        Stacks::new().user().words(&[
+            (ASLEEP + INACTIVE - 8, after(SCHEDULE)),
+            (TOP - 0xd0 - 8, after(PATCHED)),
+            (TOP - 8, after(SYSCALL)),
+        ])
+    }
+
+    fn all(&self) -> Vec<Stack<'_>> {
+        self.0
+            .iter()
+            .map(|(kind, start, memory)| Stack {
+                kind: *kind,
+                range: Range::new(Gva(*start), LEN),
+                memory,
+            })
+            .collect()
+    }
+
+    fn sleeping(&self, sp: u64) -> Walk {
+        with_walker(|walker| walker.sleeping(Gva(sp), self.all()[0], false))
+    }
+
+    fn running(&self, vcpu: &Vcpu) -> Walk {
+        with_walker(|walker| walker.running(vcpu, &self.all(), false))
+    }
+}
+
+/// Saved stack pointer of a task in [`SCHEDULE`] that [`PATCHED`] called.
+const ASLEEP: u64 = TOP - 0xd0 - 0x50 - INACTIVE;
+
+fn with_walker<T>(look: impl FnOnce(&Walker<'_, '_>) -> T) -> T {
+    let world = World::new(GuestType::Pv);
+    let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
+    look(&Walker::new(&kernel).unwrap())
+}
+
+fn vcpu(rip: u64, rsp: u64) -> Vcpu {
+    Vcpu {
+        online: true,
+        rip,
+        rsp,
+        ..Vcpu::default()
+    }
+}
+
+fn addresses(walk: &Walk) -> Vec<u64> {
+    walk.frames.iter().map(|frame| frame.address.0).collect()
+}
+
+#[test]
+fn every_sleeping_task_of_the_small_guest_is_walked_to_its_end() {
+    let world = World::new(GuestType::Pvh);
+    let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
+    let walker = Walker::new(&kernel).unwrap();
+    let tasks = Tasks::of(&kernel).unwrap();
+    let mut walked = Vec::new();
+    for task in tasks.all(&kernel, &kernel.space).unwrap() {
+        let copy = Copied::read(&kernel.space, task.stack, task.sp).unwrap();
+        let stack = Stack {
+            kind: StackKind::Task,
+            range: task.stack,
+            memory: &copy,
+        };
+        if !task.on_cpu {
+            let walk = walker.sleeping(task.sp, stack, task.idle);
+            walked.push((task.comm, walk.end, addresses(&walk)));
+        }
+    }
+    let wanted = [
+        ("init", End::Kernel, vec![SCHEDULE, KTHREAD, FORK]),
+        ("sleeper", End::User, vec![SCHEDULE, PATCHED, SYSCALL]),
+        (
+            "swapper/1",
+            End::Kernel,
+            vec![SCHEDULE, DO_IDLE, STARTUP, SECONDARY],
+        ),
+    ]
+    .map(|(comm, end, functions)| {
+        let frames = functions.into_iter().map(after).collect::<Vec<_>>();
+        (comm.to_owned(), Ok(end), frames)
+    });
+    assert_eq!(walked, wanted);
+}
+
+#[test]
+fn a_cpu_in_the_kernel_is_walked_from_its_registers() {
+    let stacks = Stacks::asleep();
+    let inner = TOP - 0xd0 - 0x50;
+    let walk = stacks.running(&vcpu(SCHEDULE.0 + 3, inner));
+    assert_eq!(walk.end, Ok(End::User));
+    assert_eq!(
+        addresses(&walk),
+        [SCHEDULE.0 + 3, after(PATCHED), after(SYSCALL)]
+    );
+    assert!(walk.frames[0].interrupted);
+    assert!(!walk.frames[1].interrupted);
+}
+
+#[test]
+fn a_cpu_in_user_mode_is_in_no_function() {
+    let mut user = vcpu(0x40_1000, 0x7fff_0000);
+    user.user = true;
+    let walk = Stacks::new().running(&user);
+    assert_eq!((walk.frames, walk.end), (vec![], Ok(End::User)));
+}
+
+#[test]
+fn a_system_call_that_has_just_begun_has_nothing_on_the_stack() {
+    let stacks = Stacks::new();
+    let end = |sp| stacks.running(&vcpu(fixture::ENTRY.0, sp)).end;
+    // On the stack of user mode, on that for the way in, among the registers on the task's.
+    assert_eq!(end(0x7fff_0000), Ok(End::Kernel));
+    assert_eq!(end(ENTRY + 0x100), Ok(End::Kernel));
+    assert_eq!(end(TOP + 0x20), Ok(End::Kernel));
+    assert_eq!(end(TASK + LEN), Ok(End::Kernel));
+    // Where no registers are, something else may be above.
+    assert_eq!(end(TOP - 0x20), Err(Why::EndElsewhere));
+    assert_eq!(end(NMI + 0x100), Err(Why::EndElsewhere));
+    assert_eq!(end(TASK - 0x1000), Err(Why::OffStack));
+}
+
+#[test]
+fn a_task_that_never_ran_is_where_tasks_begin() {
+    let sp = TOP - INACTIVE;
+    let stacks = Stacks::new().words(&[(sp + INACTIVE - 8, FORK.0)]);
+    let walk = stacks.sleeping(sp);
+    assert_eq!(
+        (addresses(&walk), walk.end),
+        (vec![FORK.0], Ok(End::Kernel))
+    );
+    assert!(walk.frames[0].interrupted);
+    // The same address not as the first: it isn't behind a call.
+    let stacks = Stacks::asleep().words(&[(TOP - 8, FORK.0)]);
+    assert_eq!(stacks.sleeping(ASLEEP).end, Err(Why::NoCall));
+}
+
+#[test]
+fn padding_above_the_registers_is_allowed_as_kernels_with_fred_have_it() {
+    let shifted = |by: u64| {
+        let stacks = Stacks::new().regs(TOP - by, 0x40_1000, 0x33, 0);
+        stacks
+            .words(&[(TOP - by - 8, after(SYSCALL))])
+            .running(&vcpu(IDLE.0, TOP - by - 8))
+            .end
+    };
+    assert_eq!(shifted(0), Ok(End::User));
+    assert_eq!(shifted(16), Ok(End::User));
+    assert_eq!(shifted(8), Err(Why::EndElsewhere));
+    assert_eq!(shifted(0x100), Err(Why::EndElsewhere));
+}
+
+/// An interrupt that switched to the CPU's stack, in a kernel thread that was interrupted at `ip`.
+fn interrupted(ip: u64) -> (Stacks, Vcpu) {
+    let (irq, regs, outer) = (IRQ + 0x1000, TOP - 0x800, TOP - 0xd0);
+    let stacks = Stacks::new().regs(regs, ip, 0x10, outer).words(&[
+        (irq, after(ON_IRQ_STACK)),
+        (irq + 8, regs - 8),
+        (regs - 8, after(INTERRUPT)),
+        (TOP - 8, after(FORK)),
+    ]);
+    (stacks, vcpu(IDLE.0 + 1, irq))
+}
+
+#[test]
+fn an_interrupt_is_followed_from_its_stack_to_the_task() {
+    let (stacks, vcpu) = interrupted(KTHREAD.0 + 1);
+    let walk = stacks.running(&vcpu);
+    let frames = [
+        (IDLE.0 + 1, true),
+        (after(ON_IRQ_STACK), false),
+        (after(INTERRUPT), false),
+        (KTHREAD.0 + 1, true),
+        (after(FORK), false),
+    ];
+    let found: Vec<_> = walk
+        .frames
+        .iter()
+        .map(|f| (f.address.0, f.interrupted))
+        .collect();
+    assert_eq!(found, frames);
+    assert_eq!(walk.end, Ok(End::Kernel));
+    // A task that was preempted there sleeps with its registers on its own stack.
+    let regs = TOP - 0x800;
+    let sp = regs - 0x50 - INACTIVE;
+    let stacks = stacks.words(&[(sp + INACTIVE - 8, after(SCHEDULE))]);
+    let walk = stacks.sleeping(sp);
+    assert_eq!(walk.end, Ok(End::Kernel));
+    assert_eq!(walk.frames.len(), 4);
+}
+
+#[test]
+fn an_exception_with_a_stack_of_its_own_shows_only_the_processors_frame() {
+    // The interrupt frame comes 8 bytes up; registers would begin 128 bytes below it.
+    let sp = NMI + 0x1000;
+    let stacks = Stacks::asleep().regs(sp + 8 - RIP, PATCHED.0 + 5, 0x10, TOP - 0xd0);
+    let walk = stacks.running(&vcpu(EXCEPTION.0, sp));
+    assert_eq!(walk.end, Ok(End::User));
+    assert_eq!(
+        addresses(&walk),
+        [EXCEPTION.0, PATCHED.0 + 5, after(SYSCALL)]
+    );
+    // From user mode nothing is on the task's stack; the frame is at the top then.
+    let at_top = NMI + LEN - 48;
+    let stacks = Stacks::new().regs(at_top + 8 - RIP, 0x40_1000, 0x33, 0);
+    assert_eq!(
+        stacks.running(&vcpu(EXCEPTION.0, at_top)).end,
+        Ok(End::User)
+    );
+}
+
+#[test]
+fn registers_count_while_they_are_known() {
+    let mut known = vcpu(REALIGNED.0 + 1, TOP - 0x200);
+    known.r10 = TOP;
+    let stacks = Stacks::new().user().words(&[(TOP - 8, after(SYSCALL))]);
+    assert_eq!(stacks.running(&known).end, Ok(End::User));
+    // As a return address they are not.
+    let stacks = stacks.words(&[(TOP - 0x108, after(REALIGNED))]);
+    known = vcpu(IDLE.0, TOP - 0x108);
+    known.r10 = TOP;
+    assert_eq!(stacks.running(&known).end, Err(Why::NoRegister));
+}
+
+#[test]
+fn a_frame_pointer_is_found_and_passed_on() {
+    let mut vcpu = vcpu(FRAMED.0 + 1, TOP - 0x300);
+    vcpu.rbp = TOP - 0x210;
+    let stacks = Stacks::new().user().words(&[
+        // Of the first frame: its caller, and that one's frame pointer.
+        (TOP - 0x208, after(FRAMED)),
+        (TOP - 0x210, TOP - 0x10),
+        (TOP - 8, after(SYSCALL)),
+    ]);
+    let walk = stacks.running(&vcpu);
+    assert_eq!(walk.end, Ok(End::User));
+    assert_eq!(walk.frames.len(), 3);
+    vcpu.rbp = 0x1234_5678;
+    assert_eq!(stacks.running(&vcpu).end, Err(Why::OffStack));
+}
+
+#[test]
+fn what_a_hypercall_pushes_is_counted() {
+    for (offset, pushed) in [(0, 0), (1, 8), (3, 16), (8, 16), (10, 16), (12, 8), (13, 0)] {
+        let stacks = Stacks::new().user().words(&[(TOP - 8, after(SYSCALL))]);
+        let walk = stacks.running(&vcpu(HYPERCALLS.0 + offset, TOP - 8 - pushed));
+        assert_eq!(walk.end, Ok(End::User), "{offset}");
+    }
+    // In the middle of an instruction nobody is.
+    let walk = Stacks::new().running(&vcpu(HYPERCALLS.0 + 2, TOP - 8));
+    assert_eq!(walk.end, Err(Why::Undefined));
+}
+
+#[test]
+fn an_exchanged_return_address_is_named() {
+    let stacks = Stacks::asleep().words(&[(TOP - 8, RETHOOK.0)]);
+    let walk = stacks.sleeping(ASLEEP);
+    assert_eq!(walk.end, Err(Why::Hidden("arch_rethook_trampoline")));
+    assert_eq!(
+        walk.end.unwrap_err().to_string(),
+        "caller hidden by arch_rethook_trampoline"
+    );
+    assert_eq!(addresses(&walk)[2], RETHOOK.0);
+}
+
+#[test]
+fn what_is_no_stack_is_refused() {
+    let good = Stacks::asleep;
+    assert_eq!(good().sleeping(ASLEEP).end, Ok(End::User));
+    let end = |at: u64, value: u64| good().words(&[(at, value)]).sleeping(ASLEEP).end;
+    let last = TOP - 8;
+    // Code without a row, code that is none, no code.
+    assert_eq!(end(last, PATCHED.0 + 0x10_0000), Err(Why::NoRow));
+    assert_eq!(end(last, 0), Err(Why::NoRow));
+    assert_eq!(end(last, TASK), Err(Why::NoRow));
+    // A place that no call returns to, and one that the kernel doesn't know.
+    assert_eq!(end(last, after(SYSCALL) - 1), Err(Why::NoCall));
+    assert_eq!(end(last, FRAMED.0 + 0x180), Err(Why::NoCall));
+    assert_eq!(
+        good().running(&vcpu(FRAMED.0 + 0x180, last)).end,
+        Err(Why::Undefined)
+    );
+    // An end in the middle of a stack.
+    assert_eq!(end(TOP - 0xd8, after(FORK)), Err(Why::EndElsewhere));
+    // Kernel registers at the top, whose stack pointer is anywhere.
+    for (sp, why) in [
+        (0, Why::OffStack),
+        (u64::MAX, Why::OffStack),
+        (TASK, Why::Backwards),
+        (TOP, Why::Backwards),
+        (TASK - 8, Why::OffStack),
+    ] {
+        let stacks = good().regs(TOP, PATCHED.0 + 1, 0x10, sp);
+        assert_eq!(stacks.sleeping(ASLEEP).end, Err(why), "{sp:#x}");
+    }
+    // Saved stack pointers.
+    for sp in [
+        0,
+        8,
+        ASLEEP + 4,
+        u64::MAX,
+        u64::MAX - 0x38,
+        TASK - 0x1000,
+        TASK + LEN - 0x30,
+    ] {
+        assert_eq!(good().sleeping(sp).end, Err(Why::OffStack), "{sp:#x}");
+    }
+}
+
+#[test]
+fn a_stack_that_was_left_is_not_entered_again() {
+    let (stacks, vcpu) = interrupted(KTHREAD.0 + 1);
+    let stacks = stacks.regs(TOP - 0x800, KTHREAD.0 + 1, 0x10, IRQ + 0x1100);
+    assert_eq!(stacks.running(&vcpu).end, Err(Why::Backwards));
+    // Nor by a plain frame.
+    let sp = IRQ + LEN - 0x10;
+    let stacks = Stacks::new().words(&[(sp, after(SCHEDULE))]);
+    let walk = stacks.running(&Vcpu {
+        rip: IDLE.0,
+        rsp: sp,
+        ..vcpu
+    });
+    assert_eq!(walk.end, Err(Why::OffStack));
+}
+
+#[test]
+fn a_walk_is_bounded() {
+    // Interrupt frame upon interrupt frame, each 48 bytes up.
+    let mut stacks = Stacks::new();
+    let count = LEN / 48 - 2;
+    for n in 0..count {
+        let sp = TASK + 48 * n;
+        stacks = stacks.regs(sp + 8 - RIP, EXCEPTION.0, 0x10, sp + 48);
+    }
+    let walk = stacks.running(&vcpu(EXCEPTION.0, TASK));
+    assert_eq!(walk.end, Err(Why::TooLong));
+    assert_eq!(walk.frames.len(), FRAMES_MAX);
+}
+
+#[test]
+fn garbage_on_the_stacks_is_walked_without_harm() {
+    let places = [
+        SCHEDULE,
+        SYSCALL,
+        FORK,
+        KTHREAD,
+        ON_IRQ_STACK,
+        INTERRUPT,
+        EXCEPTION,
+        REALIGNED,
+        FRAMED,
+        PATCHED,
+        RETHOOK,
+        HYPERCALLS,
+    ];
+    let mut state = 7u64;
+    let mut next = move || {
+        state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+        state >> 33
+    };
+    let world = World::new(GuestType::Pv);
+    let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
+    let walker = Walker::new(&kernel).unwrap();
+    let mut reliable = 0;
+    for _ in 0..300 {
+        let mut stacks = Stacks::new();
+        for base in [TASK, IRQ, NMI, ENTRY] {
+            for at in (base..base + LEN).step_by(8).skip(7800) {
+                let place = places[next() as usize % places.len()];
+                let value = match next() % 8 {
+                    0..=3 => after(place),
+                    4 => place.0 + next() % 8,
+                    5 => [TASK, IRQ, NMI, ENTRY][next() as usize % 4] + LEN - next() % 0x400,
+                    6 => 0x33,
+                    _ => 0x10,
+                };
+                stacks.put(at, value);
+            }
+        }
+        for sp in (TASK + LEN - 0x400..TASK + LEN).step_by(8) {
+            let mut vcpu = vcpu(places[next() as usize % places.len()].0, sp);
+            (vcpu.rbp, vcpu.r10) = (sp + 16, sp + 64);
+            for walk in [
+                walker.sleeping(Gva(sp), stacks.all()[0], next() % 2 == 0),
+                walker.running(&vcpu, &stacks.all(), next() % 2 == 0),
+            ] {
+                assert!(walk.frames.len() <= FRAMES_MAX);
+                reliable += usize::from(walk.is_reliable());
+            }
+        }
+    }
+    // Some do end well by chance: the garbage gets far enough.
+    assert!(reliable > 0);
+}
+
+#[test]
+fn a_copy_has_only_the_live_part() {
+    let world = World::new(GuestType::Pv);
+    let space = Space::new(&world.memory, locus_guest::mock::ROOT, 4);
+    let range = Range::new(STACKS, 0x2000);
+    let copy = Copied::read(&space, range, STACKS.plus(0x1e00)).unwrap();
+    let mut word = [0; 8];
+    copy.read(0x1e30, &mut word).unwrap();
+    assert_eq!(u64::from_le_bytes(word), after(SCHEDULE));
+    assert!(copy.read(0x1df8, &mut word).is_err());
+    assert!(copy.read(0x1ff9, &mut word).is_err());
+    assert!(copy.read(usize::MAX, &mut word).is_err());
+    let whole = Copied::read(&space, range, Gva(0)).unwrap();
+    assert!(whole.read(0, &mut word).is_ok());
+}
+
+/// Where a module is: its text, its table, and its `struct module`.
+const MODULE: u64 = 0xffff_ffff_c000_0000;
+
+/// Loads a module into the world: one function that calls at its first byte, and rows for it and for
+/// init code that is gone.
+fn load(world: &World, kernel: &Kernel<'_>) {
+    let row = |format| crate::orc::sample::frame(format, 0xd0);
+    let format = crate::fixture_world::frames::FORMAT;
+    let mut table = Vec::new();
+    let (ips, rows) = (MODULE + 0x1000, MODULE + 0x1100);
+    for (n, ip) in (0..).zip([MODULE + 0x100, MODULE + 0x8000]) {
+        table.extend((ip.wrapping_sub(ips + 4 * n) as u32).to_le_bytes());
+    }
+    table.resize(0x100, 0);
+    table.extend([row(format), row(format)].concat());
+    let mut text = vec![0xcc; 0x200];
+    text[0x100..0x105].copy_from_slice(&[0xe8, 0, 0, 0, 0]);
+    let modules = kernel.symbols.addr("modules").unwrap();
+    let mut module = vec![0; 0x1000];
+    let btf = kernel.btf().unwrap();
+    let list = btf.offset_of("module", "list").unwrap() as u64;
+    let mut put = |member: &str, value: u64| {
+        let at = btf.offset_of("module", member).unwrap();
+        module[at..at + 8].copy_from_slice(&value.to_le_bytes());
+    };
+    let sources = MODULE + 0x2000 + btf.offset_of("module", "source_list").unwrap() as u64;
+    put("list", modules.0);
+    put("source_list", sources);
+    put("core_layout.base", MODULE);
+    put("core_layout.size", 0x200);
+    put("arch.num_orcs", 2);
+    put("arch.orc_unwind_ip", ips);
+    put("arch.orc_unwind", rows);
+    for (at, bytes) in [(0, text), (0x1000, table), (0x2000, module)] {
+        world.memory.map_bytes(Gva(MODULE + at), &bytes, true, true);
+    }
+    let head = kernel.space.walk(modules).unwrap().frame;
+    let node = (MODULE + 0x2000 + list).to_le_bytes();
+    world.memory.fill(head, modules.offset(), &node);
+}
+
+#[test]
+fn a_modules_rows_are_read_when_they_are_wanted() {
+    let world = World::new(GuestType::Pvh);
+    let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
+    let mut walker = Walker::new(&kernel).unwrap();
+    let stacks = Stacks::asleep().words(&[(TOP - 0xd0 - 8, MODULE + 0x105)]);
+    let walk = |walker: &Walker<'_, '_>| walker.sleeping(Gva(ASLEEP), stacks.all()[0], false);
+    assert_eq!(walk(&walker).end, Err(Why::NoRow));
+    load(&world, &kernel);
+    walker.refresh().unwrap();
+    let found = walk(&walker);
+    assert_eq!(found.end, Ok(End::User));
+    let names = names::Names::read(&kernel).unwrap();
+    let words: Vec<String> = found.frames.iter().map(|&f| names.of(f)).collect();
+    // It has no symbols.
+    assert_eq!(
+        words,
+        [
+            "__schedule+0x5/0x100",
+            "0xffffffffc0000105",
+            "entry_SYSCALL_64_after_hwframe+0x5/0x100"
+        ]
+    );
+}

@@ -1,0 +1,300 @@
+//! What `xen-locus show FILE` tells of a payload.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::role::Role;
+use super::symbol::SymSection;
+use super::{Payload, Section};
+
+/// Functions that the `module_init` of a livepatch calls to enable it, and to say so.
+const ENABLING: [&str; 7] = [
+    "__fentry__",
+    "__x86_return_thunk",
+    "klp_enable_patch",
+    "klp_register_patch",
+    "klp_unregister_patch",
+    "_printk",
+    "printk",
+];
+
+/// A payload, for people and for JSON.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Summary {
+    /// Module name.
+    pub name: String,
+    /// Its description, empty if it has none.
+    pub description: String,
+    /// Its license, empty if it has none.
+    pub license: String,
+    /// Kernel release and build options it was built for.
+    pub vermagic: String,
+    /// The release alone.
+    pub kernel_release: String,
+    /// Where its functions are listed: `livepatch` (a `struct klp_patch`) or `kpatch` (the tables of
+    /// kpatch-build).
+    pub format: &'static str,
+    /// SHA-256 of the file, in hex.
+    pub sha256: String,
+    /// Length of the file in bytes.
+    pub file_len: u64,
+    /// The payload's own build id, in hex.
+    pub build_id: Option<String>,
+    /// CVE ids that it names.
+    pub cves: Vec<String>,
+    /// Payloads that it names as superseded.
+    pub supersedes: Vec<String>,
+    /// Build-id of the one kernel it is for, if it names one.
+    pub target_build_id: Option<String>,
+    /// True if it says that old and new versions of its functions may run at the same time.
+    pub entry_only: bool,
+    /// Modules that must be loaded.
+    pub depends: Vec<String>,
+    /// True if it replaces all other patches; `None` if the file alone can't tell.
+    pub replace: Option<bool>,
+    /// Functions that it replaces, per object.
+    pub objects: Vec<ObjectSummary>,
+    /// Loaded sections by role, largest roles first.
+    pub sections: Vec<RoleSummary>,
+    /// Symbols that its code and data need from the kernel or from modules.
+    pub needs: Vec<String>,
+    /// What a loader has to handle beyond code, data and relocations, or refuse.
+    pub concerns: Vec<Concern>,
+}
+
+/// A kernel object and its replaced functions.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ObjectSummary {
+    /// `vmlinux` or a module's name.
+    pub object: String,
+    /// True if it has callbacks.
+    pub callbacks: bool,
+    /// Its functions.
+    pub functions: Vec<FunctionSummary>,
+}
+
+/// A replaced function.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct FunctionSummary {
+    /// Name in the kernel.
+    pub old: String,
+    /// Which of the functions of that name, 0 if it is unique.
+    pub sympos: u64,
+    /// Name of the new function in the payload.
+    pub new: String,
+    /// Size of the new function in bytes.
+    pub size: u64,
+}
+
+/// Loaded sections of one role.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct RoleSummary {
+    /// The role, as in JSON.
+    pub role: String,
+    /// Sum of their sizes in bytes.
+    pub size: u64,
+    /// Their names.
+    pub sections: Vec<String>,
+}
+
+/// Something that must be handled, or the payload must be refused.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Concern {
+    /// What has it: a section, an object, a symbol.
+    pub subject: String,
+    /// Why it matters.
+    pub reason: String,
+}
+
+impl Payload {
+    /// Gathers what people want to know of a payload.
+    #[must_use]
+    pub fn summary(&self) -> Summary {
+        Summary {
+            name: self.name.clone(),
+            description: self.modinfo.description.clone().unwrap_or_default(),
+            license: self.modinfo.license.clone().unwrap_or_default(),
+            vermagic: self.modinfo.vermagic.clone(),
+            kernel_release: self.modinfo.kernel_release().to_owned(),
+            format: match self.klp.place {
+                Some(_) => "livepatch",
+                None => "kpatch",
+            },
+            sha256: hex::encode(self.sha256),
+            file_len: self.file_len,
+            build_id: self.build_id.as_deref().map(hex::encode),
+            cves: self.modinfo.cves.clone(),
+            supersedes: self.modinfo.supersedes.clone(),
+            target_build_id: self.modinfo.target_build_id.as_deref().map(hex::encode),
+            entry_only: self.modinfo.entry_only,
+            depends: self.modinfo.depends.clone(),
+            replace: self.klp.replace,
+            objects: self.object_summaries(),
+            sections: self.role_summaries(),
+            needs: self.needed_names(),
+            concerns: self.concerns(),
+        }
+    }
+
+    /// What a loader has to handle beyond placing code and data and doing relocations.
+    ///
+    /// A loader that can't do one of them must refuse the payload and name it.
+    #[must_use]
+    pub fn concerns(&self) -> Vec<Concern> {
+        let mut concerns = Vec::new();
+        let mut add = |subject: &str, reason: &str| {
+            concerns.push(Concern {
+                subject: subject.to_owned(),
+                reason: reason.to_owned(),
+            });
+        };
+        for section in self.sections.iter().filter(|s| s.size > 0) {
+            if let Some(reason) = section.role.needs() {
+                if self.concerns_placed(section) {
+                    add(&section.name, reason);
+                }
+            }
+        }
+        for object in &self.klp.objects {
+            if object.callbacks {
+                let name = object.name.as_deref().unwrap_or("vmlinux");
+                add(name, "callbacks have to be run in the guest");
+            }
+        }
+        if self.klp.states {
+            add(
+                "struct klp_patch",
+                "system states have to be registered with the kernel",
+            );
+        }
+        for name in self.init_extras() {
+            add(
+                &name,
+                "module_init refers to it, and module_init is not run from outside",
+            );
+        }
+        if self.klp.replace.is_none() {
+            add(
+                "struct klp_patch",
+                "whether it replaces all other patches can't be told",
+            );
+        }
+        if self
+            .klp
+            .objects
+            .iter()
+            .all(|object| object.funcs.is_empty())
+        {
+            add("struct klp_patch", "it replaces no function");
+        }
+        for symbol in self
+            .symbols
+            .iter()
+            .filter(|s| s.section == SymSection::Common)
+        {
+            add(
+                &symbol.name,
+                "a common symbol was not allocated; build with -fno-common",
+            );
+        }
+        concerns
+    }
+
+    /// What `module_init` refers to beyond what enabling the patch takes.
+    ///
+    /// Work that it does for the new functions would be missing when applied from outside.
+    /// That of a module made by kpatch-build is kpatch's own and does nothing else.
+    fn init_extras(&self) -> Vec<String> {
+        let Some((klp_section, _)) = self.klp.place else {
+            return Vec::new();
+        };
+        let init = self
+            .symbols
+            .iter()
+            .find(|s| s.name == "init_module" && s.size > 0);
+        let Some((init, SymSection::Section(home))) = init.map(|s| (s, s.section)) else {
+            return Vec::new();
+        };
+        let range = init.value..init.value.saturating_add(init.size);
+        let relocs = self.section(home).map_or(&[][..], |s| s.relocs.as_slice());
+        let mut extras: Vec<String> = relocs
+            .iter()
+            .filter(|reloc| reloc.rtype != 0 && range.contains(&reloc.offset))
+            .filter_map(|reloc| self.symbol(reloc.symbol))
+            .filter(|symbol| match symbol.section {
+                SymSection::Section(index) => {
+                    index != klp_section
+                        && self.section(index).is_none_or(|s| s.role != Role::RoData)
+                }
+                _ => !ENABLING.contains(&symbol.name.as_str()),
+            })
+            .map(|symbol| symbol.name.clone())
+            .collect();
+        extras.sort_unstable();
+        extras.dedup();
+        extras
+    }
+
+    /// False if a section is about code of `module_init` and `module_exit` only.
+    fn concerns_placed(&self, section: &Section) -> bool {
+        let mut code =
+            section
+                .relocs
+                .iter()
+                .filter_map(|reloc| match self.symbol(reloc.symbol)?.section {
+                    SymSection::Section(index) => Some(&self.section(index)?.role),
+                    _ => None,
+                });
+        section.relocs.is_empty() || !code.all(Role::is_init_or_exit)
+    }
+
+    fn object_summaries(&self) -> Vec<ObjectSummary> {
+        let function = |func: &super::KlpFunc| FunctionSummary {
+            old: func.old_name.clone(),
+            sympos: func.old_sympos,
+            new: self
+                .symbol(func.new_symbol)
+                .map(|s| s.name.clone())
+                .unwrap_or_default(),
+            size: func.new_size,
+        };
+        let object = |object: &super::KlpObject| ObjectSummary {
+            object: object.name.clone().unwrap_or_else(|| "vmlinux".to_owned()),
+            callbacks: object.callbacks,
+            functions: object.funcs.iter().map(function).collect(),
+        };
+        self.klp.objects.iter().map(object).collect()
+    }
+
+    fn role_summaries(&self) -> Vec<RoleSummary> {
+        let mut roles: BTreeMap<&'static str, RoleSummary> = BTreeMap::new();
+        for section in self.sections.iter().filter(|s| s.flags.alloc && s.size > 0) {
+            let role = section.role.label();
+            let entry = roles.entry(role).or_insert_with(|| RoleSummary {
+                role: role.to_owned(),
+                size: 0,
+                sections: Vec::new(),
+            });
+            entry.size = entry.size.saturating_add(section.size);
+            entry.sections.push(section.name.clone());
+        }
+        let mut roles: Vec<_> = roles.into_values().collect();
+        roles.sort_by_key(|role| std::cmp::Reverse(role.size));
+        roles
+    }
+
+    fn needed_names(&self) -> Vec<String> {
+        let mut names: Vec<String> = self
+            .needed_symbols()
+            .into_iter()
+            .filter_map(|index| self.symbol(index))
+            .map(|symbol| match &symbol.klp {
+                Some(klp) => format!("{}:{},{}", klp.object, klp.symbol, klp.sympos),
+                None => symbol.name.clone(),
+            })
+            .collect();
+        names.sort_unstable();
+        names
+    }
+}

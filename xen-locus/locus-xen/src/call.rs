@@ -1,0 +1,152 @@
+//! `libxencall`: hypercalls that libxenctrl does not export for us. Here `mmu_update` on another domain's
+//! page tables; what else is called has a file of its own.
+
+use std::ffi::{c_int, c_uint, c_void};
+use std::ptr::{null_mut, NonNull};
+
+use libloading::os::unix::Library;
+use locus_guest::addr::{DomId, Frame};
+use xenctrl_sys as sys;
+
+use super::{fault_point, load, symbol, Error};
+
+type Handle = *mut c_void;
+type OpenFn = unsafe extern "C" fn(Handle, c_uint) -> Handle;
+type CloseFn = unsafe extern "C" fn(Handle) -> c_int;
+type AllocFn = unsafe extern "C" fn(Handle, usize) -> *mut c_void;
+type FreeFn = unsafe extern "C" fn(Handle, *mut c_void);
+type Call4Fn = unsafe extern "C" fn(Handle, c_uint, u64, u64, u64, u64) -> c_int;
+
+const LIBRARY: &str = "libxencall.so.1";
+
+/// A handle for hypercalls.
+pub struct Hypercalls {
+    handle: NonNull<c_void>,
+    close: CloseFn,
+    alloc: AllocFn,
+    free: FreeFn,
+    call4: Call4Fn,
+    _lib: Library,
+}
+
+impl std::fmt::Debug for Hypercalls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Hypercalls")
+    }
+}
+
+impl Hypercalls {
+    /// Opens the way to hypercalls.
+    ///
+    /// # Errors
+    /// No such library, or no access to `/dev/xen/hypercall` and `/dev/xen/privcmd`.
+    pub fn open() -> Result<Hypercalls, Error> {
+        let lib = load(LIBRARY)?;
+        macro_rules! get {
+            ($symbol:literal) => {
+                // SAFETY: the types above are the C prototypes of xencall.h, a stable ABI.
+                unsafe { symbol(&lib, LIBRARY, $symbol)? }
+            };
+        }
+        let open: OpenFn = get!("xencall_open");
+        // SAFETY: a null logger means the default one; flags 0.
+        let handle = NonNull::new(unsafe { open(null_mut(), 0) })
+            .ok_or_else(|| Error::last("opening hypercalls (xencall_open)"))?;
+        Ok(Hypercalls {
+            handle,
+            close: get!("xencall_close"),
+            alloc: get!("xencall_alloc_buffer"),
+            free: get!("xencall_free_buffer"),
+            call4: get!("xencall4"),
+            _lib: lib,
+        })
+    }
+
+    /// Memory that Xen may read and write in a call, zeroed and aligned to a page.
+    ///
+    /// # Errors
+    /// There is none.
+    pub(super) fn alloc(&self, len: usize) -> Result<NonNull<u8>, Error> {
+        // SAFETY: a valid handle; the result is checked before use.
+        let buffer = unsafe { (self.alloc)(self.handle.as_ptr(), len) };
+        let buffer = NonNull::new(buffer.cast::<u8>())
+            .ok_or_else(|| Error::last("allocating a hypercall buffer (xencall_alloc_buffer)"))?;
+        // SAFETY: so many bytes were given, and nobody else has them.
+        unsafe { buffer.write_bytes(0, len) };
+        Ok(buffer)
+    }
+
+    /// Gives it back.
+    ///
+    /// # Safety
+    /// It is one of [`Hypercalls::alloc`] of this handle, and not used any more.
+    pub(super) unsafe fn free(&self, buffer: NonNull<u8>) {
+        // SAFETY: as the caller says.
+        unsafe { (self.free)(self.handle.as_ptr(), buffer.as_ptr().cast()) };
+    }
+
+    /// Hypercall `number`.
+    ///
+    /// # Safety
+    /// The arguments are what Xen's interface wants of this hypercall, and what they point to stands in
+    /// buffers of this handle.
+    pub(super) unsafe fn call(&self, number: u32, [a, b, c, d]: [u64; 4]) -> c_int {
+        // SAFETY: a valid handle; the rest as the caller says.
+        unsafe { (self.call4)(self.handle.as_ptr(), number, a, b, c, d) }
+    }
+
+    /// Writes page-table entries of a PV domain: entry number `slot` of page-table frame `table`
+    /// becomes `entry`, for each of `updates`. Xen checks every entry as it checks the guest's own.
+    ///
+    /// # Errors
+    /// Xen refused one; those before it are written.
+    pub fn mmu_update(&self, owner: DomId, updates: &[(Frame, usize, u64)]) -> Result<(), Error> {
+        // The owner of the pages mapped stands in the low half, the owner of the page tables plus
+        // one in the high half (xen/include/public/xen.h, `mmu_update`).
+        let domains = u64::from(owner.0) | (u64::from(owner.0) + 1) << 16;
+        for &(table, slot, entry) in updates {
+            fault_point("mmu_update")?;
+            let buffer = self.alloc(size_of::<sys::mmu_update>())?;
+            let update = buffer.cast::<sys::mmu_update>();
+            let ptr = (table.0 << 12) | ((slot as u64) << 3) | u64::from(sys::MMU_NORMAL_PT_UPDATE);
+            // SAFETY: the buffer is page-aligned, ours, and large enough for one update.
+            unsafe { update.write(sys::mmu_update { ptr, val: entry }) };
+            // SAFETY: the first argument points to one update, as the second says; no count of
+            // updates done is asked for.
+            let rc = unsafe {
+                let arguments = [update.as_ptr() as u64, 1, 0, domains];
+                self.call(sys::__HYPERVISOR_mmu_update, arguments)
+            };
+            let failed = (rc != 0).then(|| {
+                Error::last(format!(
+                    "writing entry {slot} of page table {table} of domain {owner} (mmu_update)"
+                ))
+            });
+            // SAFETY: allocated above and not used any more.
+            unsafe { self.free(buffer) };
+            match failed {
+                Some(Error::Call {
+                    errno: libc::ENOSYS,
+                    ..
+                }) => {
+                    return Err(Error::Unsupported(
+                        "this control domain is itself PVH, and Xen offers such a one no way to \
+                         change the page tables of PV guests (mmu_update): only PVH and HVM guests \
+                         can be patched from here"
+                            .into(),
+                    ))
+                }
+                Some(error) => return Err(error),
+                None => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Hypercalls {
+    fn drop(&mut self) {
+        // SAFETY: the handle was opened by this library and is used no more.
+        unsafe { (self.close)(self.handle.as_ptr()) };
+    }
+}

@@ -1,0 +1,459 @@
+//! `libxenctrl`: domains, virtual CPUs, guest memory size.
+
+use std::ffi::{c_int, c_uint, c_ulong, c_void};
+use std::fs;
+use std::ptr::{null_mut, NonNull};
+
+use libloading::os::unix::Library;
+use locus_guest::addr::{DomId, Frame};
+use locus_guest::{GuestType, Vcpu};
+use xenctrl_sys as sys;
+
+use super::{fault_point, load, symbol, Error};
+
+/// `HVM_SAVE_CODE(CPU)`: a macro, so `xenctrl-sys` has no constant for it
+/// (xen/include/public/arch-x86/hvm/save.h).
+pub(super) const HVM_SAVE_CPU: u16 = 2;
+/// `EFER.LMA`: the CPU is in 64-bit mode.
+const EFER_LMA: u64 = 1 << 10;
+/// `CR4.LA57`: five levels of page tables.
+const CR4_LA57: u64 = 1 << 12;
+/// Emulated devices that only an HVM guest has; PVH has a local APIC at most
+/// (xen/include/public/arch-x86/xen.h).
+const EMU_HVM_ONLY: u32 = sys::XEN_X86_EMU_IOAPIC | sys::XEN_X86_EMU_PIC;
+
+type Handle = *mut c_void;
+type OpenFn = unsafe extern "C" fn(Handle, Handle, c_uint) -> Handle;
+type CloseFn = unsafe extern "C" fn(Handle) -> c_int;
+type DomainFn = unsafe extern "C" fn(Handle, u32) -> c_int;
+type InfoListFn = unsafe extern "C" fn(Handle, u32, c_uint, *mut sys::xc_domaininfo_t) -> c_int;
+type VcpuInfoFn = unsafe extern "C" fn(Handle, u32, u32, *mut sys::xc_vcpuinfo_t) -> c_int;
+type GetContextFn =
+    unsafe extern "C" fn(Handle, u32, u32, *mut sys::vcpu_guest_context_any_t) -> c_int;
+type HvmContextFn = unsafe extern "C" fn(Handle, u32, u16, u16, *mut c_void, u32) -> c_int;
+type SetMaxMemFn = unsafe extern "C" fn(Handle, u32, u64) -> c_int;
+type PopulateFn =
+    unsafe extern "C" fn(Handle, u32, c_ulong, c_uint, c_uint, *mut sys::xen_pfn_t) -> c_int;
+
+/// A handle on the hypervisor's control interface.
+pub struct Control {
+    handle: NonNull<c_void>,
+    close: CloseFn,
+    pause: DomainFn,
+    unpause: DomainFn,
+    getinfolist: InfoListFn,
+    vcpu_getinfo: VcpuInfoFn,
+    vcpu_getcontext: GetContextFn,
+    hvm_getcontext: HvmContextFn,
+    setmaxmem: SetMaxMemFn,
+    populate: PopulateFn,
+    _lib: Library,
+}
+
+impl std::fmt::Debug for Control {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Control")
+    }
+}
+
+/// What Xen says of a domain.
+#[derive(Clone, Debug)]
+pub struct DomainInfo {
+    /// Its id.
+    pub id: DomId,
+    /// Its UUID.
+    pub uuid: String,
+    /// How it runs.
+    pub kind: GuestType,
+    /// It is going away.
+    pub dying: bool,
+    /// It has shut down or crashed.
+    pub shutdown: bool,
+    /// Somebody held a pause of it.
+    pub paused: bool,
+    /// Number of its virtual CPUs, down ones included.
+    pub vcpus: u32,
+    /// Pages it has.
+    pub pages: u64,
+    /// Pages it may have.
+    pub max_pages: u64,
+}
+
+/// Whether a domain is the one meant, and whether it is paused: asked without allocating memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// Its UUID.
+    pub uuid: [u8; 16],
+    /// Somebody holds a pause of it (`xl pause`, or this tool).
+    pub paused: bool,
+    /// How long its vCPUs ran, in nanoseconds.
+    pub ran: u64,
+    /// It has shut down or crashed, or is suspended: to be saved, moved, or of its own.
+    pub shutdown: bool,
+}
+
+impl Control {
+    /// Opens the interface with the library of the running hypervisor.
+    ///
+    /// # Errors
+    /// Not Xen, no such library, or no access.
+    pub fn open() -> Result<Control, Error> {
+        let version = |part: &str| {
+            fs::read_to_string(format!("/sys/hypervisor/version/{part}"))
+                .map(|s| s.trim().to_owned())
+                .map_err(|e| {
+                    Error::Environment(format!("cannot read Xen's version in /sys/hypervisor: {e}"))
+                })
+        };
+        let name = format!("libxenctrl.so.{}.{}", version("major")?, version("minor")?);
+        let lib = load(&name)?;
+        macro_rules! get {
+            ($symbol:literal) => {
+                // SAFETY: the types above are the C prototypes of xenctrl.h, unchanged from
+                // Xen 4.17 to 4.22.
+                unsafe { symbol(&lib, &name, $symbol)? }
+            };
+        }
+        let open: OpenFn = get!("xc_interface_open");
+        // SAFETY: null loggers mean "log errors to stderr" by default; flags 0.
+        let handle = NonNull::new(unsafe { open(null_mut(), null_mut(), 0) }).ok_or_else(|| {
+            Error::last("opening Xen's control interface (xc_interface_open, /dev/xen/privcmd)")
+        })?;
+        Ok(Control {
+            handle,
+            close: get!("xc_interface_close"),
+            pause: get!("xc_domain_pause"),
+            unpause: get!("xc_domain_unpause"),
+            getinfolist: get!("xc_domain_getinfolist"),
+            vcpu_getinfo: get!("xc_vcpu_getinfo"),
+            vcpu_getcontext: get!("xc_vcpu_getcontext"),
+            hvm_getcontext: get!("xc_domain_hvm_getcontext_partial"),
+            setmaxmem: get!("xc_domain_setmaxmem"),
+            populate: get!("xc_domain_populate_physmap_exact"),
+            _lib: lib,
+        })
+    }
+
+    /// All domains, or those from id `first` on.
+    ///
+    /// # Errors
+    /// The call failed.
+    pub fn domains(&self, first: DomId) -> Result<Vec<DomainInfo>, Error> {
+        fault_point("xc_domain_getinfolist")?;
+        const AT_ONCE: c_uint = 64;
+        let mut found = Vec::new();
+        let mut next = u32::from(first.0);
+        loop {
+            let mut infos = vec![sys::xc_domaininfo_t::default(); AT_ONCE as usize];
+            // SAFETY: the buffer holds AT_ONCE elements of the type the call fills.
+            let n = unsafe {
+                (self.getinfolist)(self.handle.as_ptr(), next, AT_ONCE, infos.as_mut_ptr())
+            };
+            let Ok(n) = usize::try_from(n) else {
+                return Err(Error::last("listing domains (xc_domain_getinfolist)"));
+            };
+            infos.truncate(n);
+            let Some(last) = infos.last() else {
+                return Ok(found);
+            };
+            next = u32::from(last.domain) + 1;
+            found.extend(infos.iter().map(domain_info));
+            if n < AT_ONCE as usize {
+                return Ok(found);
+            }
+        }
+    }
+
+    /// One domain, if it exists.
+    ///
+    /// # Errors
+    /// The call failed.
+    pub fn domain(&self, id: DomId) -> Result<Option<DomainInfo>, Error> {
+        fault_point("xc_domain_getinfolist")?;
+        let mut info = sys::xc_domaininfo_t::default();
+        // SAFETY: the buffer holds one element of the type the call fills.
+        let n =
+            unsafe { (self.getinfolist)(self.handle.as_ptr(), u32::from(id.0), 1, &raw mut info) };
+        // Xen answers with the next domain when this one is absent.
+        match n {
+            1 if info.domain == id.0 => Ok(Some(domain_info(&info))),
+            0 | 1 => Ok(None),
+            _ => Err(Error::last(format!(
+                "asking for domain {id} (xc_domain_getinfolist)"
+            ))),
+        }
+    }
+
+    /// How a domain stands, if it exists.
+    ///
+    /// # Errors
+    /// The call failed.
+    pub fn standing(&self, id: DomId) -> Result<Option<Standing>, Error> {
+        fault_point("xc_domain_getinfolist")?;
+        let mut info = sys::xc_domaininfo_t::default();
+        // SAFETY: the buffer holds one element of the type the call fills.
+        let n =
+            unsafe { (self.getinfolist)(self.handle.as_ptr(), u32::from(id.0), 1, &raw mut info) };
+        match n {
+            1 if info.domain == id.0 => Ok(Some(Standing {
+                uuid: info.handle,
+                paused: info.flags & sys::XEN_DOMINF_paused != 0,
+                ran: info.cpu_time,
+                shutdown: info.flags & sys::XEN_DOMINF_shutdown != 0,
+            })),
+            0 | 1 => Ok(None),
+            _ => Err(Error::last(format!(
+                "asking for domain {id} (xc_domain_getinfolist)"
+            ))),
+        }
+    }
+
+    /// Takes one pause count of a domain and waits until none of its vCPUs runs.
+    pub(super) fn pause(&self, id: DomId) -> Result<(), Error> {
+        fault_point("xc_domain_pause")?;
+        // SAFETY: a valid handle; the call takes plain numbers.
+        self.check(
+            unsafe { (self.pause)(self.handle.as_ptr(), u32::from(id.0)) },
+            || format!("pausing domain {id} (xc_domain_pause)"),
+        )
+    }
+
+    /// Gives one pause count back: one that a [`super::Pause`] took in this process or in one that died.
+    ///
+    /// # Errors
+    /// Xen refused: the domain is gone, or nobody holds a pause of it.
+    pub fn unpause(&self, id: DomId) -> Result<(), Error> {
+        // A guest that can't be unpaused is nothing to be tried: the place counts, but never fails.
+        let _ = fault_point("xc_domain_unpause");
+        // SAFETY: a valid handle; the call takes plain numbers.
+        self.check(
+            unsafe { (self.unpause)(self.handle.as_ptr(), u32::from(id.0)) },
+            || format!("unpausing domain {id} (xc_domain_unpause)"),
+        )
+    }
+
+    /// The registers of all virtual CPUs. Consistent only while the domain is paused.
+    ///
+    /// # Errors
+    /// A call failed.
+    pub fn vcpus(&self, info: &DomainInfo) -> Result<Vec<Vcpu>, Error> {
+        (0..info.vcpus).map(|vcpu| self.vcpu(info, vcpu)).collect()
+    }
+
+    fn vcpu(&self, info: &DomainInfo, vcpu: u32) -> Result<Vcpu, Error> {
+        fault_point("xc_vcpu_getcontext")?;
+        match info.kind {
+            GuestType::Pv => self.vcpu_pv(info.id, vcpu),
+            GuestType::Pvh | GuestType::Hvm => self.vcpu_hvm(info.id, vcpu),
+        }
+    }
+
+    fn vcpu_pv(&self, id: DomId, vcpu: u32) -> Result<Vcpu, Error> {
+        let what = |call: &str| format!("reading vCPU {vcpu} of domain {id} ({call})");
+        let mut state = sys::xc_vcpuinfo_t::default();
+        // SAFETY: the buffer is of the type the call fills.
+        let rc = unsafe {
+            (self.vcpu_getinfo)(self.handle.as_ptr(), u32::from(id.0), vcpu, &raw mut state)
+        };
+        self.check(rc, || what("xc_vcpu_getinfo"))?;
+        let mut any = Box::new(sys::vcpu_guest_context_any_t::default());
+        // SAFETY: the buffer is the union of all context layouts.
+        let rc = unsafe {
+            (self.vcpu_getcontext)(self.handle.as_ptr(), u32::from(id.0), vcpu, &raw mut *any)
+        };
+        match rc {
+            0 => Ok(vcpu_pv(vcpu, state.online != 0, &any)),
+            _ => down_or(Error::last(what("xc_vcpu_getcontext")), vcpu),
+        }
+    }
+
+    fn vcpu_hvm(&self, id: DomId, vcpu: u32) -> Result<Vcpu, Error> {
+        let mut c = sys::hvm_hw_cpu::default();
+        let size = u32::try_from(size_of::<sys::hvm_hw_cpu>()).unwrap_or(0);
+        let instance = u16::try_from(vcpu).unwrap_or(u16::MAX);
+        // SAFETY: the buffer is of the type and size that record HVM_SAVE_CPU has.
+        let rc = unsafe {
+            (self.hvm_getcontext)(
+                self.handle.as_ptr(),
+                u32::from(id.0),
+                HVM_SAVE_CPU,
+                instance,
+                (&raw mut c).cast(),
+                size,
+            )
+        };
+        if rc != 0 {
+            let what =
+                format!("reading vCPU {vcpu} of domain {id} (xc_domain_hvm_getcontext_partial)");
+            return down_or(Error::last(what), vcpu);
+        }
+        Ok(vcpu_hvm(vcpu, &c))
+    }
+
+    /// Puts fresh pages at the free guest frames `gfns`, raising the domain's limit if needed.
+    ///
+    /// # Errors
+    /// No memory, or a frame could not be populated; frames before it then are.
+    pub fn populate(&self, info: &DomainInfo, gfns: &[Frame]) -> Result<(), Error> {
+        fault_point("xc_domain_populate_physmap_exact")?;
+        let id = info.id;
+        let wanted = info.pages + gfns.len() as u64;
+        if wanted > info.max_pages {
+            // SAFETY: a valid handle; the call takes plain numbers.
+            let rc = unsafe { (self.setmaxmem)(self.handle.as_ptr(), u32::from(id.0), wanted * 4) };
+            self.check(rc, || {
+                format!("raising the memory limit of domain {id} (xc_domain_setmaxmem)")
+            })?;
+        }
+        let mut frames: Vec<sys::xen_pfn_t> = gfns.iter().map(|f| f.0).collect();
+        // SAFETY: the buffer holds as many frame numbers as the call is told.
+        let rc = unsafe {
+            (self.populate)(
+                self.handle.as_ptr(),
+                u32::from(id.0),
+                frames.len() as c_ulong,
+                0,
+                0,
+                frames.as_mut_ptr(),
+            )
+        };
+        self.check(rc, || {
+            format!(
+                "giving domain {id} {} pages (xc_domain_populate_physmap_exact); has the host free \
+                 memory?",
+                gfns.len()
+            )
+        })
+    }
+
+    fn check(&self, rc: c_int, what: impl FnOnce() -> String) -> Result<(), Error> {
+        if rc == 0 {
+            Ok(())
+        } else {
+            Err(Error::last(what()))
+        }
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        // SAFETY: the handle was opened by this library and is used no more.
+        unsafe { (self.close)(self.handle.as_ptr()) };
+    }
+}
+
+/// A PV guest's vCPU, of what Xen says of it.
+pub(super) fn vcpu_pv(vcpu: u32, online: bool, any: &sys::vcpu_guest_context_any_t) -> Vcpu {
+    // SAFETY: all members of the union are plain numbers, and the whole of it was filled or zeroed; Debian's
+    // Xen has no 32-bit PV, and a 32-bit context read so shows no kernel address.
+    let c = unsafe { &any.x64 };
+    let r = &c.user_regs;
+    // SAFETY: the register unions hold views of one 64-bit register.
+    let (rip, rsp) = unsafe { (r.__bindgen_anon_16.rip, r.__bindgen_anon_18.rsp) };
+    // SAFETY: as above.
+    let [rbp, rax, rdx, rdi, r10, r13] = unsafe {
+        [
+            r.__bindgen_anon_5.rbp,
+            r.__bindgen_anon_11.rax,
+            r.__bindgen_anon_13.rdx,
+            r.__bindgen_anon_15.rdi,
+            r.__bindgen_anon_8.r10,
+            r.__bindgen_anon_3.r13,
+        ]
+    };
+    let user = c.flags & u64::from(sys::VGCF_in_kernel) == 0;
+    let (gs_base, gs_other) = if user {
+        (c.gs_base_user, c.gs_base_kernel)
+    } else {
+        (c.gs_base_kernel, c.gs_base_user)
+    };
+    Vcpu {
+        id: vcpu,
+        online,
+        rip,
+        rsp,
+        rbp,
+        rax,
+        rdx,
+        rdi,
+        r10,
+        r13,
+        user,
+        long_mode: true,
+        root: c.ctrlreg.get(3).copied().unwrap_or(0) >> 12,
+        la57: false,
+        gs_base,
+        gs_other,
+        entry: c.event_callback_eip,
+    }
+}
+
+/// A PVH or HVM guest's vCPU, of its record in what Xen saves.
+pub(super) fn vcpu_hvm(vcpu: u32, c: &sys::hvm_hw_cpu) -> Vcpu {
+    Vcpu {
+        id: vcpu,
+        online: true,
+        rip: c.rip,
+        rsp: c.rsp,
+        rbp: c.rbp,
+        rax: c.rax,
+        rdx: c.rdx,
+        rdi: c.rdi,
+        r10: c.r10,
+        r13: c.r13,
+        user: c.cs_sel & 3 == 3,
+        long_mode: c.msr_efer & EFER_LMA != 0,
+        root: (c.cr3 & locus_guest::space::PTE_FRAME) >> 12,
+        la57: c.cr4 & CR4_LA57 != 0,
+        gs_base: c.gs_base,
+        gs_other: c.shadow_gs,
+        entry: c.msr_lstar,
+    }
+}
+
+/// A vCPU that is down, or was never up, has no context to read.
+pub(super) fn down_or(error: Error, vcpu: u32) -> Result<Vcpu, Error> {
+    match error {
+        Error::Call {
+            errno: libc::ENODATA | libc::ENOENT,
+            ..
+        } => Ok(Vcpu {
+            id: vcpu,
+            ..Vcpu::default()
+        }),
+        other => Err(other),
+    }
+}
+
+fn domain_info(info: &sys::xc_domaininfo_t) -> DomainInfo {
+    let has = |flag: u32| info.flags & flag != 0;
+    let kind = if !has(sys::XEN_DOMINF_hvm_guest) {
+        GuestType::Pv
+    } else if info.arch_config.emulation_flags & EMU_HVM_ONLY == 0 {
+        GuestType::Pvh
+    } else {
+        GuestType::Hvm
+    };
+    DomainInfo {
+        id: DomId(info.domain),
+        uuid: uuid(&info.handle),
+        kind,
+        dying: has(sys::XEN_DOMINF_dying),
+        shutdown: has(sys::XEN_DOMINF_shutdown),
+        paused: has(sys::XEN_DOMINF_paused),
+        vcpus: info.max_vcpu_id.saturating_add(1).min(4096),
+        pages: info.tot_pages,
+        max_pages: info.max_pages,
+    }
+}
+
+fn uuid(bytes: &[u8; 16]) -> String {
+    let mut text = String::with_capacity(36);
+    for (i, byte) in bytes.iter().enumerate() {
+        if matches!(i, 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        text.push_str(&format!("{byte:02x}"));
+    }
+    text
+}

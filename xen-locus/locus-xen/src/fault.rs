@@ -1,0 +1,92 @@
+//! Places at which a test can make a run fail, stop or die.
+//!
+//! Every call into Xen, every XenStore call, every file operation of a change and every write to a guest
+//! passes [`point`] first. In a program built with the feature `faults` the environment variable
+//! [`VARIABLE`] chooses one of them, and what happens there; in all others the calls are nothing.
+
+/// `N:WHAT` or `N:WHAT:FROM`: at the N-th place, counted from the first one called FROM if that is given,
+/// WHAT happens: `kill`, `stop` or `fail`.
+pub const VARIABLE: &str = "XEN_LOCUS_FAULT";
+/// Set, whatever it says, it makes such a program see nobody in the way.
+#[cfg(feature = "faults")]
+const BLIND: &str = "XEN_LOCUS_BLIND";
+
+/// A place that is called `name`.
+///
+/// # Errors
+/// It is the one that is to fail.
+#[cfg(not(feature = "faults"))]
+#[inline]
+pub fn point(_name: &str) -> std::io::Result<()> {
+    Ok(())
+}
+
+/// Whether the look at stacks is to see nobody, which breaks guests: a test of that look must fail then.
+#[cfg(not(feature = "faults"))]
+#[inline]
+#[must_use]
+pub fn is_blind() -> bool {
+    false
+}
+
+#[cfg(feature = "faults")]
+pub use chosen::{is_blind, point};
+
+#[cfg(feature = "faults")]
+mod chosen {
+    use std::io::{self, Write as _};
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+    use std::sync::OnceLock;
+
+    struct Order {
+        nth: u64,
+        what: String,
+        from: Option<String>,
+    }
+
+    static IS_BLIND: OnceLock<bool> = OnceLock::new();
+    static ORDER: OnceLock<Option<Order>> = OnceLock::new();
+    static PASSED: AtomicU64 = AtomicU64::new(0);
+    static COUNTS: AtomicBool = AtomicBool::new(false);
+
+    fn order() -> Option<Order> {
+        let text = std::env::var(super::VARIABLE).ok()?;
+        let mut parts = text.split(':');
+        Some(Order {
+            nth: parts.next()?.parse().ok()?,
+            what: parts.next()?.to_owned(),
+            from: parts.next().map(str::to_owned),
+        })
+    }
+
+    /// Whether the look at stacks is to see nobody.
+    #[must_use]
+    pub fn is_blind() -> bool {
+        *IS_BLIND.get_or_init(|| std::env::var_os(super::BLIND).is_some())
+    }
+
+    /// A place that is called `name`.
+    ///
+    /// # Errors
+    /// It is the one that is to fail.
+    pub fn point(name: &str) -> io::Result<()> {
+        let Some(order) = ORDER.get_or_init(order) else {
+            return Ok(());
+        };
+        if order.from.as_deref().is_none_or(|from| from == name) {
+            COUNTS.store(true, Ordering::SeqCst);
+        }
+        if !COUNTS.load(Ordering::SeqCst) || PASSED.fetch_add(1, Ordering::SeqCst) + 1 != order.nth
+        {
+            return Ok(());
+        }
+        let what = order.what.as_str();
+        // Nobody may listen.
+        let _ = writeln!(io::stderr(), "xen-locus: fault: {what} at {name}");
+        if what == "fail" {
+            return Err(io::Error::other(format!("a test made it fail ({name})")));
+        }
+        crate::end_self(what == "stop");
+        Ok(())
+    }
+}

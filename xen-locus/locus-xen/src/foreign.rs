@@ -1,0 +1,317 @@
+//! `libxenforeignmemory`: guest frames mapped into this process.
+
+use std::cell::OnceCell;
+use std::ffi::{c_int, c_uint, c_void};
+use std::ptr::{null_mut, NonNull};
+use std::rc::Rc;
+
+use libloading::os::unix::Library;
+use locus_guest::addr::{DomId, Frame, PAGE_LEN};
+use locus_guest::{self as guest, Memory, MemoryMut, Window, WindowMut};
+
+use super::dirty::Dirty;
+use super::{fault_point, load, symbol, Error};
+
+type Handle = *mut c_void;
+type OpenFn = unsafe extern "C" fn(Handle, c_uint) -> Handle;
+type CloseFn = unsafe extern "C" fn(Handle) -> c_int;
+type MapFn = unsafe extern "C" fn(Handle, u32, c_int, usize, *const u64, *mut c_int) -> *mut c_void;
+type UnmapFn = unsafe extern "C" fn(Handle, *mut c_void, usize) -> c_int;
+
+const LIBRARY: &str = "libxenforeignmemory.so.1";
+
+struct Inner {
+    handle: NonNull<c_void>,
+    close: CloseFn,
+    map: MapFn,
+    unmap: UnmapFn,
+    _lib: Library,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // SAFETY: the handle was opened by this library; every mapping holds an Rc of this value,
+        // so none is left.
+        unsafe { (self.close)(self.handle.as_ptr()) };
+    }
+}
+
+/// The memory of one domain.
+#[derive(Clone)]
+pub struct Foreign {
+    inner: Rc<Inner>,
+    domain: DomId,
+    dirty: Rc<OnceCell<Dirty>>,
+}
+
+impl std::fmt::Debug for Foreign {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Foreign")
+            .field("domain", &self.domain)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Rights of a mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Read only.
+    Read,
+    /// Read and write.
+    Write,
+}
+
+impl Foreign {
+    /// Opens the way to a domain's memory.
+    ///
+    /// # Errors
+    /// No such library, or no access to `/dev/xen/privcmd`.
+    pub fn open(domain: DomId) -> Result<Foreign, Error> {
+        let lib = load(LIBRARY)?;
+        macro_rules! get {
+            ($symbol:literal) => {
+                // SAFETY: the types above are the C prototypes of xenforeignmemory.h, a stable ABI.
+                unsafe { symbol(&lib, LIBRARY, $symbol)? }
+            };
+        }
+        let open: OpenFn = get!("xenforeignmemory_open");
+        // SAFETY: a null logger means the default one; flags 0.
+        let handle = NonNull::new(unsafe { open(null_mut(), 0) })
+            .ok_or_else(|| Error::last("opening foreign memory (xenforeignmemory_open)"))?;
+        let inner = Inner {
+            handle,
+            close: get!("xenforeignmemory_close"),
+            map: get!("xenforeignmemory_map"),
+            unmap: get!("xenforeignmemory_unmap"),
+            _lib: lib,
+        };
+        Ok(Foreign {
+            inner: Rc::new(inner),
+            domain,
+            dirty: Rc::default(),
+        })
+    }
+
+    fn map_all(&self, frames: &[Frame], access: Access) -> Result<Mapping, guest::Error> {
+        fault_point(match access {
+            Access::Read => "map to read",
+            Access::Write => "map to write",
+        })?;
+        let numbers: Vec<u64> = frames.iter().map(|f| f.0).collect();
+        let mut errors = vec![0 as c_int; frames.len()];
+        let rights = match access {
+            Access::Read => libc::PROT_READ,
+            Access::Write => libc::PROT_READ | libc::PROT_WRITE,
+        };
+        // SAFETY: both arrays hold as many elements as the call is told.
+        let at = unsafe {
+            (self.inner.map)(
+                self.inner.handle.as_ptr(),
+                u32::from(self.domain.0),
+                rights,
+                frames.len(),
+                numbers.as_ptr(),
+                errors.as_mut_ptr(),
+            )
+        };
+        let first = frames.first().copied().unwrap_or(Frame(0));
+        let Some(at) = NonNull::new(at.cast::<u8>()) else {
+            let why = std::io::Error::last_os_error().to_string();
+            return Err(guest::Error::Frame { frame: first, why });
+        };
+        let mapping = Mapping {
+            at,
+            size: frames.len() * PAGE_LEN,
+            inner: Rc::clone(&self.inner),
+        };
+        for (&frame, &error) in frames.iter().zip(&errors) {
+            if error != 0 {
+                let why = std::io::Error::from_raw_os_error(error.abs()).to_string();
+                return Err(guest::Error::Frame { frame, why });
+            }
+        }
+        Ok(mapping)
+    }
+
+    /// Which of `frames` have memory behind them.
+    pub fn populated(&self, frames: &[Frame]) -> Vec<bool> {
+        frames
+            .iter()
+            .map(|&f| self.map_all(&[f], Access::Read).is_ok())
+            .collect()
+    }
+}
+
+impl Memory for Foreign {
+    fn map(&self, frames: &[Frame]) -> Result<Box<dyn Window>, guest::Error> {
+        Ok(Box::new(self.map_all(frames, Access::Read)?))
+    }
+}
+
+impl MemoryMut for Foreign {
+    fn map_mut(&self, frames: &[Frame]) -> Result<Box<dyn WindowMut>, guest::Error> {
+        Ok(Box::new(self.map_all(frames, Access::Write)?))
+    }
+
+    /// For PVH and HVM guests only.
+    fn written(&self, frames: &[Frame]) -> Result<(), guest::Error> {
+        if self.dirty.get().is_none() {
+            // Where it is set already it is as good.
+            let _ = self.dirty.set(Dirty::open()?);
+        }
+        match self.dirty.get() {
+            Some(dirty) if !frames.is_empty() => Ok(dirty.mark(self.domain, frames)?),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Mapped frames; unmapped when dropped.
+struct Mapping {
+    at: NonNull<u8>,
+    size: usize,
+    inner: Rc<Inner>,
+}
+
+impl Mapping {
+    fn check(&self, offset: usize, len: usize) -> Result<NonNull<u8>, guest::Error> {
+        match offset.checked_add(len) {
+            // SAFETY: offset..offset + len lies inside the mapping.
+            Some(end) if end <= self.size => Ok(unsafe { self.at.add(offset) }),
+            _ => Err(guest::Error::Bounds {
+                offset,
+                len,
+                size: self.size,
+            }),
+        }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped by this handle with this size, and nothing points into it any more.
+        unsafe {
+            (self.inner.unmap)(
+                self.inner.handle.as_ptr(),
+                self.at.as_ptr().cast(),
+                self.size / PAGE_LEN,
+            )
+        };
+    }
+}
+
+impl Window for Mapping {
+    /// Aligned words are copied one access each, so a word the guest changes at the same moment is
+    /// seen whole, old or new.
+    fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), guest::Error> {
+        let from = self.check(offset, buf.len())?;
+        // Most reads in a pause are of one word.
+        if let (Some(word), true) = (
+            <&mut [u8; 8]>::try_from(&mut *buf).ok(),
+            from.cast::<u64>().is_aligned(),
+        ) {
+            // SAFETY: `check` bounded its eight bytes; the rest as below.
+            *word = unsafe { from.cast::<u64>().as_ptr().read_volatile() }.to_le_bytes();
+            return Ok(());
+        }
+        let head = from.as_ptr().align_offset(8).min(buf.len());
+        let (first, rest) = buf.split_at_mut(head);
+        let read_byte = |i: usize| {
+            // SAFETY: `check` bounded every index below `buf.len()`; the guest may write at the
+            // same time, which volatile access allows for.
+            unsafe { from.add(i).as_ptr().read_volatile() }
+        };
+        for (i, b) in first.iter_mut().enumerate() {
+            *b = read_byte(i);
+        }
+        let mut at = head;
+        let mut words = rest.chunks_exact_mut(8);
+        for word in &mut words {
+            // SAFETY: as above; `head` bytes on the address is 8-aligned, and so is every step.
+            let value = unsafe { from.add(at).cast::<u64>().as_ptr().read_volatile() };
+            word.copy_from_slice(&value.to_le_bytes());
+            at += 8;
+        }
+        for (i, b) in words.into_remainder().iter_mut().enumerate() {
+            *b = read_byte(at + i);
+        }
+        Ok(())
+    }
+}
+
+impl WindowMut for Mapping {
+    /// Aligned words are written by one access each: the guest sees a page-table entry or a pointer
+    /// whole, old or new. That few are needed counts where each costs much, as on an emulated
+    /// processor that has translated code of the page.
+    fn write(&self, offset: usize, bytes: &[u8]) -> Result<(), guest::Error> {
+        let to = self.check(offset, bytes.len())?;
+        fault_point("write to the guest")?;
+        let (first, rest) = bytes.split_at(first_access(to.as_ptr(), bytes.len()));
+        // SAFETY: `check` bounded all of `bytes`, and windows for writing are mapped writable.
+        unsafe { copy_out(to.as_ptr(), first) };
+        if !rest.is_empty() {
+            fault_point("write to the guest, after its first access")?;
+            // SAFETY: as above.
+            unsafe { copy_out(to.as_ptr().add(first.len()), rest) };
+        }
+        Ok(())
+    }
+}
+
+/// How many of `len` bytes the first access at `at` takes.
+fn first_access(at: *const u8, len: usize) -> usize {
+    let fits = |size: &usize| *size <= len && at.addr().is_multiple_of(*size);
+    [8, 4, 2].into_iter().find(fits).unwrap_or(len.min(1))
+}
+
+/// Copies `bytes` to `at` by the largest aligned accesses that there are.
+///
+/// # Safety
+/// As many bytes at `at` can be written; others may read them meanwhile.
+unsafe fn copy_out(mut at: *mut u8, bytes: &[u8]) {
+    let mut rest = bytes;
+    macro_rules! piece {
+        ($word:ty) => {
+            if let (Some((first, behind)), true) =
+                (rest.split_first_chunk(), at.cast::<$word>().is_aligned())
+            {
+                let word = <$word>::from_ne_bytes(*first);
+                // SAFETY: aligned, and the caller vouches for as many bytes as `rest` had.
+                unsafe { at.cast::<$word>().write_volatile(word) };
+                // SAFETY: at most one past the last of these.
+                at = unsafe { at.add(size_of::<$word>()) };
+                rest = behind;
+                continue;
+            }
+        };
+    }
+    while !rest.is_empty() {
+        piece!(u64);
+        piece!(u32);
+        piece!(u16);
+        piece!(u8);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_byte_is_written_once_wherever_it_lies_and_none_beside_it() {
+        #[repr(align(8))]
+        struct Room([u8; 48]);
+        for offset in 0..16 {
+            for len in 0..=24 {
+                let bytes: Vec<u8> = (1..=len).collect();
+                let mut room = Room([0xee; 48]);
+                // SAFETY: 16 + 24 bytes fit the room.
+                unsafe { copy_out(room.0.as_mut_ptr().add(offset), &bytes) };
+                let (before, rest) = room.0.split_at(offset);
+                let (written, behind) = rest.split_at(bytes.len());
+                assert_eq!(written, bytes);
+                assert!(before.iter().chain(behind).all(|&b| b == 0xee));
+            }
+        }
+    }
+}

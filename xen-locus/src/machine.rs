@@ -1,0 +1,63 @@
+//! A live guest as a change needs it: memory, pages, notes of what is done, and a guarded pause.
+
+use std::time::Duration;
+
+use locus_guest::{Error, Live, PagesMut, Vcpu};
+use locus_kernel::{Kernel, KernelCache};
+
+use crate::error::Result;
+use crate::guard::Spot;
+use crate::journal::Change;
+
+/// A guest that runs and can be changed. Every call into Xen that changes anything passes here.
+pub trait Machine: Live + PagesMut {
+    /// Where what is read of its kernel is stored between runs.
+    fn cache(&self) -> &dyn KernelCache;
+    /// Notes, durably, what is about to be done.
+    ///
+    /// # Errors
+    /// It can't be noted: the change must not begin.
+    fn begin(&self, change: &Change) -> Result<()>;
+    /// Notes that it is known how that ended.
+    fn ended(&self);
+    /// Prepares for pauses, in which nothing but `spots` will be changed: should this process die in one,
+    /// the guest runs again, with all of them changed or none.
+    ///
+    /// # Errors
+    /// The guardian can't be started.
+    fn guard(&self, spots: &[Spot]) -> Result<Box<dyn Guard + '_>>;
+}
+
+/// Finds and reads the kernel of a live guest, with what its cache has of it.
+///
+/// # Errors
+/// See [`locus_kernel::Error`].
+pub fn kernel_of(machine: &dyn Machine) -> std::result::Result<Kernel<'_>, locus_kernel::Error> {
+    Kernel::of(machine, machine.cache())
+}
+
+/// The way to pause a guest, guarded while this value lives.
+pub trait Guard {
+    /// Comes before what is done in preparation of a pause: waits until whatever watches over this process will not
+    /// do so within the next moments.
+    fn wait_for_guardian_tick(&self) {}
+    /// Registers of all virtual CPUs, read as in a pause but while the guest runs: what is done there is done
+    /// here before.
+    fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, Error>;
+    /// Pauses it; the guest runs again when the value is dropped.
+    fn pause(&self) -> std::result::Result<Box<dyn Paused + '_>, Error>;
+}
+
+/// A paused guest; unpauses when dropped.
+pub trait Paused {
+    /// Registers of all virtual CPUs.
+    fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, Error>;
+    /// Says that from now on the guest's memory is changed, which held until now what was to be replaced.
+    /// False, and it may not be, if the guest has shut down: whoever saves it or moves it copies it now.
+    fn writing(&self) -> std::result::Result<bool, Error>;
+    /// Time since the pause was asked for.
+    fn elapsed(&self) -> Duration;
+    /// Unpauses, and says how long the guest was paused. Whoever moves the guest as it runs knows then what was
+    /// written in the pause.
+    fn end(self: Box<Self>) -> std::result::Result<Duration, Error>;
+}

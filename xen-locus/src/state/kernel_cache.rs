@@ -1,0 +1,295 @@
+//! What was read of a guest's kernel, kept on disk between runs.
+//!
+//! One file for each guest and build-id, `UUID.BUILD-ID`. A guest's tables serve that guest alone,
+//! although many run the same build: nothing but reading all of it proves that a guest's symbol
+//! table is the one its build-id names, and a guest that lies may mislead only about itself.
+//!
+//! A file is used only if nobody but the user we run as can have written it, its checksum is right,
+//! its symbols agree with the anchors the kernel was found by, and the guest shows the same release
+//! and build-id now. Any other file is as good as none. Addresses are kept as they were, and move
+//! with the text when it was loaded elsewhere (KASLR).
+
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use locus_guest::fetch;
+use locus_kernel::{CachedKernel, KernelCache};
+use locus_xen::fault;
+
+/// First bytes of a file; the last of them changes with the format.
+const MAGIC: &[u8; 8] = b"xlocus\x00\x03";
+/// Bytes before the body: magic number, CRC-32 of the body.
+const HEAD: usize = 12;
+/// Longest file believed, in bytes.
+const FILE_MAX: u64 = 64 << 20;
+/// Files kept; the oldest go first.
+const FILES_MAX: usize = 64;
+
+/// Where what was read of one guest may be kept.
+#[derive(Clone, Debug, Default)]
+pub struct Cache {
+    dir: PathBuf,
+    uuid: String,
+}
+
+impl Cache {
+    /// Keeps what is read of the guest `uuid` in folder `dir`.
+    #[must_use]
+    pub fn new(dir: &Path, uuid: &str) -> Cache {
+        // A domain without a handle of its own (all zeros) is nobody in particular.
+        let named = uuid.chars().all(|c| c.is_ascii_hexdigit() || c == '-')
+            && uuid.contains(|c| c != '0' && c != '-');
+        Cache {
+            dir: dir.to_owned(),
+            uuid: if named { uuid } else { "" }.to_owned(),
+        }
+    }
+
+    /// Keeps nothing.
+    #[must_use]
+    pub fn none() -> Cache {
+        Cache::default()
+    }
+}
+
+impl KernelCache for Cache {
+    fn is_wanted(&self) -> bool {
+        !self.uuid.is_empty()
+    }
+
+    /// The newest first. What can't be used is passed over.
+    fn load(&self) -> Box<dyn Iterator<Item = CachedKernel> + '_> {
+        let mut files = Vec::new();
+        if self.is_wanted() {
+            files = names(&self.dir);
+            files.retain(|name| name.starts_with(&format!("{}.", self.uuid)));
+        }
+        Box::new(
+            files
+                .into_iter()
+                .filter_map(|name| parse(&read(&self.dir.join(name)).ok()?)),
+        )
+    }
+
+    fn store(&self, kernel: &CachedKernel) -> io::Result<()> {
+        if !self.is_wanted() || kernel.build_id.is_empty() {
+            return Ok(());
+        }
+        fault::point("cache: store")?;
+        let mut folder = DirBuilder::new();
+        folder.recursive(true).mode(0o700).create(&self.dir)?;
+        for old in names(&self.dir).into_iter().skip(FILES_MAX - 1) {
+            fs::remove_file(self.dir.join(old))?;
+        }
+        let name = format!("{}.{}", self.uuid, hex::encode(&kernel.build_id));
+        let fresh = self.dir.join(format!(".{name}.{}", std::process::id()));
+        let written = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&fresh)
+            .and_then(|mut file| file.write_all(&format(kernel)?))
+            .and_then(|()| fault::point("cache: rename"))
+            .and_then(|()| fs::rename(&fresh, self.dir.join(name)));
+        written.inspect_err(|_| {
+            let _ = fs::remove_file(&fresh);
+        })
+    }
+}
+
+/// Names of the files in `dir`, the newest first.
+fn names(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut found: Vec<(SystemTime, String)> = entries
+        .filter_map(|e| {
+            let changed = e.metadata().ok()?.modified().ok()?;
+            Some((changed, e.file_name().into_string().ok()?))
+        })
+        .collect();
+    found.sort();
+    found.into_iter().rev().map(|(_, name)| name).collect()
+}
+
+/// The bytes of a file that holds `kept`.
+///
+/// # Errors
+/// It can't be encoded.
+pub fn format(kept: &CachedKernel) -> io::Result<Vec<u8>> {
+    let bytes = postcard::to_extend(kept, vec![0; HEAD]).map_err(io::Error::other)?;
+    Ok(seal(bytes))
+}
+
+/// Writes what comes before the body into the first bytes of a file.
+pub fn seal(mut bytes: Vec<u8>) -> Vec<u8> {
+    let sum = crc32fast::hash(bytes.get(HEAD..).unwrap_or_default());
+    if let Some((head, _)) = bytes.split_at_mut_checked(HEAD) {
+        let (magic, place) = head.split_at_mut(MAGIC.len());
+        magic.copy_from_slice(MAGIC);
+        place.copy_from_slice(&sum.to_le_bytes());
+    }
+    bytes
+}
+
+/// What a file holds, if it is whole.
+#[must_use]
+pub fn parse(bytes: &[u8]) -> Option<CachedKernel> {
+    let body = bytes.get(HEAD..)?;
+    let sum = fetch::u32(bytes, MAGIC.len())?;
+    if !bytes.starts_with(MAGIC) || crc32fast::hash(body) != sum {
+        return None;
+    }
+    postcard::from_bytes(body).ok()
+}
+
+/// Reads a file that only we can have written.
+fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let me = fs::metadata("/proc/self")?.uid();
+    let ours = |meta: &fs::Metadata| meta.uid() == me && meta.mode() & 0o022 == 0;
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(path)?;
+    let meta = file.metadata()?;
+    if !ours(&fs::metadata(folder)?) || !ours(&meta) || !meta.is_file() || meta.len() > FILE_MAX {
+        return Err(io::Error::other("others can write it, or it is too long"));
+    }
+    let mut bytes = Vec::new();
+    file.take(FILE_MAX).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+    use locus_guest::budget::Budget;
+    use locus_kernel::fixture::{vcpus, Fixture, ENTRY, KIND, TEXT};
+    use locus_kernel::Kernel;
+
+    const UUID: &str = "0c0a8f2e-1111-2222-3333-444455556666";
+
+    /// A folder of this test alone, gone afterwards.
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(name: &str) -> Folder {
+            let path =
+                std::env::temp_dir().join(format!("xen-locus-{name}-{}", std::process::id()));
+            let _ = fs::remove_dir_all(&path);
+            Folder(path)
+        }
+
+        fn only_file(&self) -> PathBuf {
+            let names = names(&self.0);
+            assert_eq!(names.len(), 1, "{names:?}");
+            self.0.join(&names[0])
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    /// A kernel with a build-id and a function to tell it by.
+    fn fixture(build_id: u8, marker: &str) -> Fixture {
+        let mut fixture = Fixture::new();
+        let mut note = [4u32, 20, 3]
+            .iter()
+            .flat_map(|w| w.to_le_bytes())
+            .collect::<Vec<u8>>();
+        note.extend(b"GNU\0");
+        note.extend([build_id; 20]);
+        fixture.constants.push(("__start_notes", note));
+        fixture.constants.push(("__stop_notes", vec![0]));
+        fixture.function(TEXT.0 + 0x200, marker, &[0xc3]);
+        fixture
+    }
+
+    /// Which of the two marker functions the kernel has when read through the cache.
+    fn marker(fixture: Fixture, cache: &Cache) -> &'static str {
+        let memory = fixture.build();
+        let kernel = Kernel::read_with(&memory, KIND, &vcpus(), cache, &Budget::default()).unwrap();
+        assert_eq!(kernel.symbols.addr("entry"), Some(ENTRY));
+        match (kernel.symbols.addr("first"), kernel.symbols.addr("second")) {
+            (Some(_), None) => "first",
+            (None, Some(_)) => "second",
+            both => panic!("{both:?}"),
+        }
+    }
+
+    #[test]
+    fn a_known_build_of_a_known_guest_is_not_read_again() {
+        let folder = Folder::new("known");
+        let cache = Cache::new(&folder.0, UUID);
+        assert_eq!(marker(fixture(1, "first"), &cache), "first");
+        folder.only_file();
+        // Same guest, same build-id: what is kept is believed, so the other marker is not seen.
+        assert_eq!(marker(fixture(1, "second"), &cache), "first");
+        assert_eq!(marker(fixture(1, "second"), &Cache::none()), "second");
+    }
+
+    #[test]
+    fn another_guest_or_another_build_is_read() {
+        let folder = Folder::new("other");
+        let cache = Cache::new(&folder.0, UUID);
+        assert_eq!(marker(fixture(1, "first"), &cache), "first");
+        assert_eq!(marker(fixture(2, "second"), &cache), "second");
+        let other = Cache::new(&folder.0, &UUID.replace('0', "1"));
+        assert_eq!(marker(fixture(1, "second"), &other), "second");
+        let nobody = Cache::new(&folder.0, "00000000-0000-0000-0000-000000000000");
+        assert!(!nobody.is_wanted());
+    }
+
+    #[test]
+    fn a_file_that_is_damaged_or_that_others_can_write_is_as_good_as_none() {
+        let folder = Folder::new("damaged");
+        let cache = Cache::new(&folder.0, UUID);
+        marker(fixture(1, "first"), &cache);
+        let file = folder.only_file();
+        let good = fs::read(&file).unwrap();
+        for at in (0..good.len()).step_by(good.len() / 50) {
+            let mut bad = good.clone();
+            bad[at] ^= 0x10;
+            fs::write(&file, &bad).unwrap();
+            assert_eq!(cache.load().count(), 0, "byte {at}");
+            fs::write(&file, &good[..at]).unwrap();
+            assert_eq!(cache.load().count(), 0, "cut at {at}");
+        }
+        fs::write(&file, &good).unwrap();
+        assert_eq!(cache.load().count(), 1);
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o622)).unwrap();
+        assert_eq!(cache.load().count(), 0);
+        assert_eq!(marker(fixture(1, "second"), &cache), "second");
+        assert_eq!(marker(fixture(1, "first"), &cache), "second", "rewritten");
+        fs::set_permissions(&folder.0, fs::Permissions::from_mode(0o777)).unwrap();
+        assert_eq!(cache.load().count(), 0);
+    }
+
+    #[test]
+    fn a_file_with_a_right_checksum_and_wrong_content_is_harmless() {
+        let folder = Folder::new("content");
+        let cache = Cache::new(&folder.0, UUID);
+        marker(fixture(1, "first"), &cache);
+        let file = folder.only_file();
+        let good = fs::read(&file).unwrap();
+        let memory = fixture(1, "first").build();
+        for step in 0..40 {
+            let mut bad = good.clone();
+            let at = HEAD + step * 79_193 % (good.len() - HEAD);
+            bad[at] = bad[at].wrapping_add(1 << (step % 8));
+            let sum = crc32fast::hash(&bad[HEAD..]);
+            bad[MAGIC.len()..HEAD].copy_from_slice(&sum.to_le_bytes());
+            fs::write(&file, &bad).unwrap();
+            let kernel =
+                Kernel::read_with(&memory, KIND, &vcpus(), &cache, &Budget::default()).unwrap();
+            assert_eq!(kernel.release, "6.1.0-test");
+        }
+    }
+}
