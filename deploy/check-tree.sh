@@ -13,4 +13,13 @@ found=$(git grep -n -E '(release|version)[^"]*(starts_with|==|>=|<=|>|<) *"?[5-7
 found=$(git ls-files '*.rs' | xargs wc -l | awk '$2 != "total" && $1 > 700 {print $2}')
 [ -z "$found" ] || no "over 700 lines: $found"
 
+sh deploy/check-rooms.sh || no "a room uses one that is not below it: see deploy/rooms"
+
+# That check finds an arrow when there is one.
+planted=$(mktemp -d)
+mkdir "$planted/plan"
+echo 'use crate::cli::out;' >"$planted/plan/mod.rs"
+sh deploy/check-rooms.sh "$planted" >/dev/null && no "deploy/check-rooms.sh does not see an arrow from plan to cli"
+rm -r "$planted"
+
 exit $bad

@@ -9,15 +9,15 @@ use locus_guest::{
 use locus_kernel::KernelCache;
 use locus_xen::{Control, DomainInfo, Foreign, Hypercalls, Pause, Pauses};
 
+use crate::arena;
 use crate::error::{Error, Result};
 use crate::guard::worker::Guarded;
 use crate::guard::{self, Spot, Task};
-use crate::journal::{Change, Intent, Journal};
-use crate::link::arena;
 use crate::machine::{Guard, Machine, Paused};
 use crate::say;
-use crate::state::kernel_cache::Cache;
-use crate::state::store::Store;
+use crate::storage::journal::{Change, Intent, Journal};
+use crate::storage::kernel_cache::Cache;
+use crate::storage::xenstore::Store;
 
 /// A live domain.
 #[derive(Debug)]

@@ -5,7 +5,7 @@ use locus_kernel as kernel;
 use locus_payload as patch;
 use locus_xen as xen;
 
-use crate::quiesce::Blocker;
+use crate::blocker::Blocker;
 
 /// Result of this library.
 pub type Result<T> = std::result::Result<T, Error>;

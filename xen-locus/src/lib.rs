@@ -12,20 +12,24 @@
 #![deny(clippy::print_stderr)]
 
 pub mod apply;
-pub mod audit;
+pub mod arena;
+pub mod blocker;
 pub mod cli;
 pub mod daemon;
 pub mod domain;
 pub mod error;
 pub mod guard;
-pub mod journal;
 pub mod link;
 pub mod machine;
 pub mod nudge;
+pub mod ops;
 pub mod plan;
 pub mod quiesce;
 pub mod recover;
 pub mod say;
-pub mod service;
-pub mod state;
+
+pub mod storage;
+pub mod target;
 pub mod verify;
+pub mod write;
+pub mod x86;

@@ -7,7 +7,7 @@ use locus_kernel::{Kernel, KernelCache};
 
 use crate::error::Result;
 use crate::guard::Spot;
-use crate::journal::Change;
+use crate::storage::journal::Change;
 
 /// A guest that runs and can be changed. Every call into Xen that changes anything passes here.
 pub trait Machine: Live + PagesMut {

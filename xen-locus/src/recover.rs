@@ -1,7 +1,7 @@
 //! Finds out how a run ended that nobody saw end, and settles what it left.
 //!
 //! Three things speak of such a run: the file of its guardian, which says whether the guest is held
-//! ([`crate::guard`]); its journal, which says what it was about ([`crate::journal`]); and the guest's own
+//! ([`crate::guard`]); its journal, which says what it was about ([`crate::storage::journal`]); and the guest's own
 //! memory, which shows what took place. The last decides. All is done under the guest's lock.
 
 use std::fs::{self, File, TryLockError};
@@ -14,17 +14,18 @@ use locus_xen::{Control, Foreign, Page, Step};
 use serde::Serialize;
 
 use crate::apply::{self, Options};
+use crate::arena::record::State;
+use crate::arena::{Arena, Resident};
 use crate::domain::Domain;
 use crate::error::{Error, Result};
 use crate::guard::settle::{settle, Counter as _, Outcome};
 use crate::guard::{self, Places, Task};
-use crate::journal::{Change, Intent, Journal, Op};
-use crate::link::arena::{Arena, Resident};
-use crate::link::record::State;
 use crate::machine;
 use crate::machine::Machine;
-use crate::plan::{self, Plan, Stack, Write};
+use crate::plan::{self, Plan, Stack};
 use crate::quiesce::{Watch, Watched};
+use crate::storage::journal::{Change, Intent, Journal, Op};
+use crate::write::Write;
 
 /// How long the guardian of a run that died may take.
 const GUARDIAN: Duration = Duration::from_secs(5);

@@ -13,16 +13,17 @@ use locus_guest::addr::{Gva, Range, PAGE_SIZE};
 use locus_guest::space::Space;
 use locus_kernel::Kernel;
 
-use crate::audit::Line;
+use crate::arena::digests::{self, BLOCK};
+use crate::arena::record::{Function, State};
+use crate::arena::{page_address, Arena, Resident, Rights};
 use crate::error::Result;
-use crate::link::arena::{page_address, Arena, Resident, Rights};
-use crate::link::holder::{self, Caller};
-use crate::link::module::enter;
-use crate::link::presence;
-use crate::link::record::{Function, State};
-use crate::link::seal::{self, BLOCK};
-use crate::link::site::{self, Head, JUMP};
+use crate::link::module::links;
 use crate::plan::{self, Stack};
+use crate::storage::audit::Line;
+use crate::target::conflicts::{self, Caller};
+use crate::target::modules_present;
+use crate::target::redirect::{self, Head};
+use crate::x86::JUMP;
 
 /// Looks at most, while each shows changes.
 const LOOKS: u32 = 3;
@@ -304,7 +305,7 @@ impl Look<'_, '_> {
         for offset in record.code.changed(code) {
             let at = start.plus(offset as u64);
             let block = Range::new(at, BLOCK.min(len - offset) as u64);
-            let (found, by) = match holder::kprobe(self.kernel, block)? {
+            let (found, by) = match conflicts::kprobe(self.kernel, block)? {
                 Some(probe) => (format!("a kprobe at {probe}"), Who::Kprobe),
                 None => ("other bytes".into(), Who::Unknown),
             };
@@ -337,7 +338,7 @@ impl Look<'_, '_> {
         if let Some(room) = first.and_then(|first| bytes.get_mut(first..end(first))) {
             room.fill(0);
         }
-        if seal::digest(&bytes) != record.rodata_sha256 {
+        if digests::digest(&bytes) != record.rodata_sha256 {
             let said = (
                 format!("{len} bytes as they were placed"),
                 "other bytes".into(),
@@ -352,11 +353,11 @@ impl Look<'_, '_> {
     fn module(&mut self, patch: &Resident) -> Result<bool> {
         let module = Gva(patch.record.module);
         let applied = patch.slot.state == State::Applied;
-        if applied && !enter::is_entered(self.kernel, module)? {
+        if applied && !links::is_entered(self.kernel, module)? {
             let said = ("one of the guest's modules".into(), "not among them".into());
             self.note(patch, (What::Module, module), said, Who::Unknown);
         }
-        let gone = presence::gone(self.kernel, &patch.record)?;
+        let gone = modules_present::gone(self.kernel, &patch.record)?;
         let is_gone = gone.is_some();
         if let Some(why) = gone.filter(|_| applied) {
             let said = ("the modules whose functions it replaces".into(), why);
@@ -403,7 +404,7 @@ impl Look<'_, '_> {
         };
         if expected.is_some_and(|expected| expected != found) {
             let place = Range::new(at, JUMP as u64);
-            if let Some(probe) = holder::kprobe(self.kernel, place)? {
+            if let Some(probe) = conflicts::kprobe(self.kernel, place)? {
                 drift.found.push_str(&format!(", a kprobe at {probe}"));
                 drift.by = Who::Kprobe;
             } else if let Some(to) = self.jump(at, found) {
@@ -417,20 +418,20 @@ impl Look<'_, '_> {
         if layers.is_none() {
             return Ok(());
         }
-        let (found, by) = match site::fentry_end(&code, entry) {
+        let (found, by) = match redirect::fentry_end(&code, entry) {
             Ok(end) if end == head => return Ok(()),
             Ok(_) => (
                 hex::encode(code.get(..head).unwrap_or_default()),
                 Who::Unknown,
             ),
             Err(Head::Unknown(bytes)) => {
-                match holder::kprobe(self.kernel, Range::new(entry, head as u64))? {
+                match conflicts::kprobe(self.kernel, Range::new(entry, head as u64))? {
                     Some(probe) => (format!("a kprobe at {probe}"), Who::Kprobe),
                     None => (bytes, Who::Unknown),
                 }
             }
             Err(Head::Call(target)) => {
-                let caller = holder::caller(self.kernel, entry, target)?;
+                let caller = conflicts::caller(self.kernel, entry, target)?;
                 let by = match &caller {
                     Caller::Livepatch => Who::Livepatch,
                     Caller::Bpf(_) => Who::Bpf,

@@ -5,9 +5,9 @@ use locus_guest::space::{Space, PTE_FRAME, PTE_NX, PTE_PRESENT};
 use locus_kernel::fixture::{KIND, TEXT};
 use locus_kernel::Kernel;
 use sha2::{Digest, Sha256};
-use xen_locus::link::arena::{page_address, Arena, Rights, BASE};
-use xen_locus::link::record::{Directory, Function, Record, Slot, State, SCHEMA};
-use xen_locus::link::seal::Code;
+use xen_locus::arena::digests::Code;
+use xen_locus::arena::record::{Directory, Function, Record, Slot, State, SCHEMA};
+use xen_locus::arena::{page_address, Arena, Rights, BASE};
 use xen_locus::plan::{self, Stack};
 use xen_locus::verify;
 

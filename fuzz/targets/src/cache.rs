@@ -5,7 +5,7 @@ use locus_kernel::fixture::with_kept;
 use locus_kernel::fixture_world::World;
 use locus_kernel::CachedKernel;
 use locus_kernel::Kernel;
-use xen_locus::state::kernel_cache::{format, parse, seal};
+use xen_locus::storage::kernel_cache::{format, parse, seal};
 
 use super::look;
 

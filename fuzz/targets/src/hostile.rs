@@ -11,7 +11,7 @@ use locus_kernel::fixture::{kallsyms, vcpus, Fixture, Tables, ENTRY, KIND, RODAT
 use locus_kernel::locate::KERNEL_MAP;
 use locus_kernel::tasks::Layout;
 use locus_kernel::Kernel;
-use xen_locus::link::arena::Arena;
+use xen_locus::arena::Arena;
 use xen_locus::plan;
 
 use super::guest::{self, DATA, HEAD_AT, MODULES, SIGNAL_AT, TASKS_AT};

@@ -13,8 +13,8 @@ use locus_guest::addr::{Frame, PAGE_LEN};
 use locus_guest::space::BATCH;
 use locus_guest::{Live as _, Memory as _};
 use serde_json::json;
-use xen_locus::cli::Host;
 use xen_locus::machine::kernel_of;
+use xen_locus::ops::host::Host;
 
 /// Measure mapping and copying guest memory
 #[derive(Parser)]

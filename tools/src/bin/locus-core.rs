@@ -22,9 +22,9 @@ use locus_kernel::tasks::{self, Details};
 use locus_kernel::vmcoreinfo::VmcoreInfo;
 use locus_kernel::Kernel;
 use locus_payload::Payload;
+use xen_locus::arena::Arena;
 use xen_locus::cli::check;
-use xen_locus::link::arena::Arena;
-use xen_locus::service;
+use xen_locus::ops;
 
 /// Work on saved cores
 #[derive(Parser)]
@@ -122,7 +122,7 @@ fn touch(memory: &dyn Memory, core: &Core, payloads: &[PathBuf]) -> Result<()> {
         info.check(&kernel)?;
     }
     Arena::read(&kernel)?;
-    service::patches(&kernel, None)?;
+    ops::patches(&kernel, None)?;
     for path in payloads {
         // A payload that does not fit is a case for a test as well.
         if let Err(error) = check::examine(&kernel, core, &Payload::read(path)?) {

@@ -13,8 +13,8 @@ use anyhow::{Context as _, Result};
 use clap::Parser;
 use locus_xen::{run_first, Control, Other};
 use serde_json::json;
-use xen_locus::cli::Host;
-use xen_locus::journal::Journal;
+use xen_locus::ops::host::Host;
+use xen_locus::storage::journal::Journal;
 
 /// Run a command, kill it, and see whether the guest runs on
 #[derive(Parser)]

@@ -17,13 +17,13 @@ use locus_payload::Payload;
 use locus_xen::Pauses;
 use serde_json::{json, Value};
 use xen_locus::apply::{Options, Report};
-use xen_locus::cli::Host;
 use xen_locus::domain::Domain;
 use xen_locus::guard::guardian;
 use xen_locus::guard::worker::Guarded;
 use xen_locus::machine::{kernel_of, Guard, Machine as _, Paused};
+use xen_locus::ops;
+use xen_locus::ops::host::Host;
 use xen_locus::plan::Mode;
-use xen_locus::service;
 
 /// Where the kernel's symbols and types are kept between two changes, as the daemon does.
 const CACHE: &str = "/var/cache/xen-locus";
@@ -184,7 +184,7 @@ fn cycle(host: &Host, name: &str, payload: &Payload) -> [Value; 2] {
         Err(error) => json!({ "error": error.to_string() }),
     };
     [
-        change(&|domain| service::apply(&desk, domain, payload, Mode::Apply, &options)),
-        change(&|domain| service::revert(&desk, domain, &payload.name, None, &options)),
+        change(&|domain| ops::apply(&desk, domain, payload, Mode::Apply, &options)),
+        change(&|domain| ops::revert(&desk, domain, &payload.name, None, &options)),
     ]
 }

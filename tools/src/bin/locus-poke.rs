@@ -7,9 +7,9 @@ use anyhow::{Context as _, Result};
 use clap::Parser;
 use locus_guest::addr::Gva;
 use locus_guest::MemoryMut as _;
-use xen_locus::cli::Host;
 use xen_locus::guard::guardian;
 use xen_locus::machine::{kernel_of, Machine as _};
+use xen_locus::ops::host::Host;
 
 /// Read or write bytes of a guest's kernel
 #[derive(Parser)]

@@ -15,9 +15,9 @@ use locus_guest::addr::{Gva, Range};
 use locus_guest::core::Core;
 use locus_kernel::Kernel;
 use object::{Object as _, ObjectSection as _, SectionFlags};
-use xen_locus::cli::Host;
-use xen_locus::link::sites::{self, Code, Place, Table, Tables};
+use xen_locus::link::fixups::{self, Code, Place, Table, Tables};
 use xen_locus::machine::kernel_of;
+use xen_locus::ops::host::Host;
 
 /// Most differences that are shown.
 const SHOWN: usize = 40;
@@ -49,7 +49,7 @@ fn compare(kernel: &Kernel<'_>, file: &[u8]) -> Result<()> {
     let elf = object::File::parse(file)?;
     let built = Built::of(kernel, &elf)?;
     let mut code = built.code.clone();
-    let settled = sites::settle(kernel, &mut code, &built.tables, None)?;
+    let settled = fixups::settle(kernel, &mut code, &built.tables, None)?;
     let mut counts: BTreeMap<&str, (usize, usize, usize, usize)> = BTreeMap::new();
     let mut shown = 0;
     let symbol = |name| kernel.symbols.addr(name);
@@ -175,7 +175,7 @@ impl Built {
         let mut returns = Vec::new();
         for table in table(".return_sites")? {
             for (entry, bytes) in table.entries(&code, ".return_sites", 4)? {
-                let at = sites::code::relative(entry, bytes, 0).context("short")?;
+                let at = fixups::code::relative(entry, bytes, 0).context("short")?;
                 // Trampolines of static calls may have been changed before, and follow their keys.
                 if code.get(at.plus(5), 3) != Some(&TRAMPOLINE) {
                     returns.push(at);
@@ -233,7 +233,7 @@ impl Built {
 fn inlined(kernel: &Kernel<'_>, place: &Place, ours: &[u8]) -> bool {
     let old = kernel.symbols.addr("native_patch").is_some() && place.table == ".parainstructions";
     let called = ours.get(..5).filter(|code| code.first() == Some(&0xe8));
-    let to = called.and_then(|code| sites::code::target(place.range.start, code));
+    let to = called.and_then(|code| fixups::code::target(place.range.start, code));
     let name = to
         .and_then(|to| kernel.symbols.covering(to))
         .map_or_else(String::new, |(name, _)| name);

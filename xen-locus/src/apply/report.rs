@@ -10,8 +10,8 @@ use locus_payload::Payload;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
+use crate::arena::record::Record;
 use crate::error::Result;
-use crate::link::record::Record;
 use crate::plan::Readiness;
 
 /// What came of it.
@@ -76,7 +76,7 @@ pub struct Report {
     #[serde(skip)]
     pub text: [String; 2],
     /// From start to end, reading the guest's kernel included, in milliseconds: filled in by
-    /// [`crate::service`].
+    /// [`crate::ops`].
     pub total_ms: u64,
 }
 

@@ -15,12 +15,12 @@ use locus_kernel::modules::{self, Reader};
 use locus_payload::testelf::Spec;
 
 use super::*;
+use crate::arena::record::ENTRIES_MAX;
+use crate::arena::Resident;
 use crate::error::ExitCode;
-use crate::journal::Intent;
-use crate::link::arena::Resident;
-use crate::link::record::ENTRIES_MAX;
-use crate::link::site;
 use crate::recover::{self, Finding};
+use crate::storage::journal::Intent;
+use crate::x86;
 
 mod drift;
 mod gate;
@@ -122,7 +122,7 @@ impl Guest {
             let owner = residents.iter().find(|r| {
                 let functions = &r.record.functions;
                 functions.iter().any(|f| {
-                    let jump = site::jump(Gva(f.site), Gva(f.new)).unwrap();
+                    let jump = x86::jump(Gva(f.site), Gva(f.new)).unwrap();
                     f.old == at && found[5..10] == jump
                 })
             });

@@ -4,21 +4,21 @@ use locus_guest::space::Trail;
 use locus_guest::WindowMut;
 
 use crate::error::{Error, Result};
-use crate::plan;
+use crate::write::{Write, WRITE_MAX};
 
 /// A write with its page mapped.
 pub(super) struct Target<'p> {
-    pub(super) write: &'p plan::Write,
+    pub(super) write: &'p Write,
     pub(super) window: Box<dyn WindowMut>,
     pub(super) offset: usize,
 }
 
 impl Target<'_> {
     fn holds(&self, bytes: &[u8]) -> Result<bool> {
-        let mut found = [0; plan::WRITE_MAX];
-        let found = found.get_mut(..bytes.len()).ok_or_else(|| {
-            Error::Failed(format!("a write of more than {} bytes", plan::WRITE_MAX))
-        })?;
+        let mut found = [0; WRITE_MAX];
+        let found = found
+            .get_mut(..bytes.len())
+            .ok_or_else(|| Error::Failed(format!("a write of more than {} bytes", WRITE_MAX)))?;
         self.window.read(self.offset, found)?;
         Ok(found == bytes)
     }
@@ -147,7 +147,7 @@ mod tests {
     ) -> (Result<()>, [[u8; 5]; 2]) {
         let memory = MockMemory::new();
         let frames: Vec<Frame> = (0..2).map(|_| memory.frame()).collect();
-        let write = plan::Write {
+        let write = Write {
             at: 0x1000,
             expect: OLD.to_vec(),
             new: NEW.to_vec(),

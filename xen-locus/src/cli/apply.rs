@@ -1,7 +1,6 @@
 //! `xen-locus apply DOMAIN… FILE`, and `replace`, which supersedes the patches that are there.
 
 use std::io::{self, IsTerminal as _};
-use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use locus_guest::addr::DomId;
@@ -9,12 +8,14 @@ use locus_payload::Payload;
 use serde_json::{json, Value};
 
 use super::args::{Apply, Output};
-use super::{out, Host, Session};
+use super::{out, Session};
 use crate::apply::{Options, Report};
 use crate::error::{Error, ExitCode, Result};
+use crate::ops;
+use crate::ops::host::Host;
+use crate::ops::operator;
 use crate::plan::Mode;
 use crate::say;
-use crate::service;
 
 /// Runs `apply` or `replace`.
 ///
@@ -40,21 +41,6 @@ pub fn run(session: &Session, host: &Host, args: &Apply, mode: Mode) -> anyhow::
         results.push(apply_one(session, host, domain, &payload, mode, &options));
     }
     Ok(tell(session, doing, results))
-}
-
-/// Who runs this command: the user id, and the one that logged in (pam_loginuid(8)) or used sudo.
-pub(super) fn user() -> String {
-    let uid = std::fs::metadata("/proc/self").map_or(0, |meta| meta.uid());
-    let login = std::fs::read_to_string("/proc/self/loginuid").unwrap_or_default();
-    let mut who = format!("uid {uid}");
-    // Not set: -1.
-    if let Some(login) = login.trim().parse().ok().filter(|&id: &u32| id != u32::MAX) {
-        who.push_str(&format!(", logged in as uid {login}"));
-    }
-    if let Ok(name) = std::env::var("SUDO_USER") {
-        who.push_str(&format!(", by sudo of {name}"));
-    }
-    who
 }
 
 fn targets(host: &Host, args: &Apply) -> Result<(Vec<String>, String)> {
@@ -98,8 +84,8 @@ pub(super) fn apply_one(
         Ok(domain) => domain,
         Err(error) => return done(None, Err(error)),
     };
-    let desk = host.desk(user());
-    let result = service::apply(&desk, &domain, payload, mode, options);
+    let desk = host.desk(operator::user());
+    let result = ops::apply(&desk, &domain, payload, mode, options);
     if let Ok(report) = &result {
         session.say(1, format!("{}: {report:?}", domain.label()));
     }

@@ -13,11 +13,12 @@ use super::info::stacks::{self, Shown};
 use super::subject::{self, Subject};
 use super::{out, Session};
 use crate::apply::{self, Options};
+use crate::arena::Arena;
+use crate::blocker::Blocker;
 use crate::error::{ExitCode, Result};
-use crate::link::arena::Arena;
 use crate::machine;
 use crate::plan::{self, Mode, Readiness, Stack};
-use crate::quiesce::{self, Blocker, Watch};
+use crate::quiesce::{self, Watch};
 
 /// What is about to be done.
 pub(super) enum Change {

@@ -11,10 +11,11 @@ use super::args::{Check, Output, Patience};
 use super::subject::{self, Subject};
 use super::{apply, out, Session};
 use crate::apply::{Options, Report};
+use crate::arena::Arena;
+use crate::blocker::Blocker;
 use crate::error::{Error, ExitCode, Result};
-use crate::link::arena::Arena;
 use crate::plan::{self, Mode, Readiness};
-use crate::quiesce::{self, Blocker};
+use crate::quiesce;
 use crate::say;
 
 /// What can't be checked on a core.

@@ -6,9 +6,9 @@ use serde_json::json;
 
 use super::args::{History, Output};
 use super::{out, Session};
-use crate::audit::{Audit, Line};
 use crate::error::ExitCode;
 use crate::say;
+use crate::storage::audit::{Audit, Line};
 
 /// The first second of the year 10000, which has no name.
 const YEAR_10000: u64 = 253_402_300_800;

@@ -10,12 +10,13 @@ use serde_json::{json, Value};
 
 use super::args::Output;
 use super::subject::Subject;
-use super::{out, Host, Session};
+use super::{out, Session};
+use crate::arena::record::State;
+use crate::arena::Arena;
 use crate::domain::Domain;
 use crate::error::{Error, ExitCode, Result};
-use crate::link::arena::Arena;
-use crate::link::record::State;
 use crate::machine;
+use crate::ops::host::Host;
 use crate::plan;
 
 /// One domain in the list.

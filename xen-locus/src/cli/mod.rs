@@ -16,7 +16,7 @@ pub mod status;
 pub mod subject;
 pub mod verify;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
 use std::time::Instant;
@@ -24,82 +24,15 @@ use std::time::Instant;
 use anyhow::Context as _;
 use clap::error::ErrorKind;
 use clap::Parser as _;
-use locus_xen::{self as xen, Control, DomainInfo};
 
 use crate::apply::Options;
-use crate::audit::Audit;
-use crate::daemon;
-use crate::domain::Domain;
+use crate::daemon::{self, Settings};
 use crate::error::{Error, ExitCode, Result};
 use crate::guard::guardian;
+use crate::ops::host::Host;
 use crate::plan::Mode;
 use crate::say;
-use crate::service::Desk;
-use crate::state::kernel_cache::Cache;
-use crate::state::store::Store;
 use args::{Cli, Command, Output, Patience};
-
-/// The host a command works on.
-#[derive(Debug)]
-pub struct Host {
-    /// Xen's control interface.
-    pub control: Control,
-    /// XenStore.
-    pub store: Store,
-    cache: Option<PathBuf>,
-}
-
-impl Host {
-    /// Opens Xen and XenStore. What is read of guests' kernels is kept in folder `cache`, if any.
-    ///
-    /// # Errors
-    /// Not dom0, not root, no libxenctrl, no xenstored: one sentence.
-    pub fn open(cache: Option<&Path>) -> Result<Host> {
-        xen::keep();
-        // Where it isn't allowed things take longer, pauses too.
-        let _ = xen::stay_resident();
-        xen::check_environment()?;
-        Ok(Host {
-            control: Control::open()?,
-            store: Store::open()?,
-            cache: cache.map(Path::to_owned),
-        })
-    }
-
-    /// What actions go through that `who` asks for.
-    #[must_use]
-    pub fn desk(&self, who: String) -> Desk<'_> {
-        Desk {
-            store: &self.store,
-            audit: Audit::system(),
-            who,
-            comes_again: |_| false,
-        }
-    }
-
-    /// The domain `info` is about.
-    ///
-    /// # Errors
-    /// As [`Domain::of`].
-    pub fn domain(&self, info: DomainInfo) -> Result<Domain<'_>> {
-        Ok(self.with_cache(Domain::of(&self.control, &self.store, info)?))
-    }
-
-    fn with_cache<'h>(&self, mut domain: Domain<'h>) -> Domain<'h> {
-        if let Some(dir) = &self.cache {
-            domain.cache = Cache::new(dir, &domain.info.uuid);
-        }
-        domain
-    }
-
-    /// Finds a guest by name or id.
-    ///
-    /// # Errors
-    /// As [`Domain::find`].
-    pub fn guest(&self, wanted: &str) -> Result<Domain<'_>> {
-        Domain::find(&self.control, &self.store, wanted).map(|domain| self.with_cache(domain))
-    }
-}
 
 /// What all commands share.
 #[derive(Debug)]
@@ -222,7 +155,15 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         }
         Command::History(args) => history::run(&session, args),
         Command::Recover(args) => recover::run(&session, &session.host()?, args),
-        Command::Daemon(args) => daemon::run(&session, &session.host()?, args),
+        Command::Daemon(args) => daemon::run(
+            &session.host()?,
+            &Settings {
+                payloads: args.payloads.clone(),
+                reapply: args.reapply,
+                options: session.options(&args.patience),
+                verbose: session.verbose,
+            },
+        ),
     }
 }
 

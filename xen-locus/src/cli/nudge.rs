@@ -6,12 +6,14 @@ use serde_json::json;
 
 use super::args::{Nudge, Output};
 use super::blocking::Change;
-use super::{apply, out, Host, Session};
+use super::{out, Session};
+use crate::arena::Arena;
 use crate::error::{ExitCode, Result};
-use crate::link::arena::Arena;
+use crate::ops;
+use crate::ops::host::Host;
+use crate::ops::operator;
 use crate::plan::{self, Stack};
 use crate::quiesce::Watch;
-use crate::service;
 
 /// Where those sleep who are to be woken.
 fn watch(change: &Change, kernel: &Kernel<'_>) -> Result<Option<Watch>> {
@@ -35,8 +37,8 @@ pub fn run(session: &Session, host: &Host, args: &Nudge) -> anyhow::Result<ExitC
     let name = change.name();
     let domain = host.guest(&args.domain)?;
     let options = session.options(&args.patience);
-    let desk = host.desk(apply::user());
-    let nudged = service::nudge(&desk, &domain, name, |k| watch(&change, k), &options)?;
+    let desk = host.desk(operator::user());
+    let nudged = ops::nudge(&desk, &domain, name, |k| watch(&change, k), &options)?;
     let label = domain.label();
     if session.output == Output::Json {
         let report = nudged.as_ref().map(|n| &n.report);

@@ -4,8 +4,8 @@ use std::io::{self, Write as _};
 
 use serde_json::{json, Value};
 
+use crate::blocker::Blocker;
 use crate::error::Error;
-use crate::quiesce::Blocker;
 
 /// Writes a line to stdout. A reader that went away is no error of ours.
 pub fn line(text: &str) {

@@ -1,57 +1,35 @@
 //! `xen-locus recover [DOMAIN]`: how a run ended that nobody saw end, and what it left settled.
 
-use locus_guest::addr::DomId;
 use serde_json::{json, Value};
 
 use super::args::{Output, Recover};
-use super::subject::Subject;
-use super::{apply, out, Host, Session};
-use crate::apply::Options;
-use crate::error::{Error, ExitCode, Result};
-use crate::recover::{Finding, Report};
+use super::{out, Session};
+use crate::error::{Error, ExitCode};
+use crate::ops::host::Host;
+use crate::ops::operator;
+use crate::ops::recover_all::{self, Found};
+use crate::recover::Finding;
 use crate::say;
-use crate::{guard, journal, service};
 
-/// What is said of one guest.
-#[derive(Debug)]
-pub struct Found {
-    /// The guest; of one that is gone the UUID is all there is.
-    pub subject: Subject,
-    /// What was found and done, or why it can't be told.
-    pub result: Result<Report>,
+/// What is printed of one guest as JSON.
+fn json(found: &Found) -> Value {
+    let mut value = match &found.result {
+        Ok(report) => json!(report),
+        Err(error) => out::failure(error),
+    };
+    if let Some(map) = value.as_object_mut() {
+        map.insert("domid".into(), json!(found.domid.map(|id| id.0)));
+        map.insert("name".into(), json!(found.name));
+        map.insert("uuid".into(), json!(found.uuid));
+    }
+    value
 }
 
-impl Found {
-    /// In one line.
-    #[must_use]
-    pub fn line(&self) -> String {
-        let whom = match self.subject.domid {
-            Some(_) => self.subject.label(),
-            None => self.subject.uuid.clone().unwrap_or_default(),
-        };
-        match &self.result {
-            Ok(report) => format!("{whom}: {report}"),
-            Err(error) => format!("{whom}: {error}"),
-        }
-    }
-
-    fn json(&self) -> Value {
-        let mut value = match &self.result {
-            Ok(report) => json!(report),
-            Err(error) => out::failure(error),
-        };
-        if let Some(map) = value.as_object_mut() {
-            map.insert("uuid".into(), json!(self.subject.uuid));
-        }
-        self.subject.object(value)
-    }
-
-    fn code(&self) -> ExitCode {
-        match &self.result {
-            Ok(report) if report.result == Finding::Uncertain => ExitCode::Uncertain,
-            Ok(_) => ExitCode::Done,
-            Err(error) => error.exit_code(),
-        }
+fn code(found: &Found) -> ExitCode {
+    match &found.result {
+        Ok(report) if report.result == Finding::Uncertain => ExitCode::Uncertain,
+        Ok(_) => ExitCode::Done,
+        Err(error) => error.exit_code(),
     }
 }
 
@@ -68,17 +46,15 @@ pub fn run(session: &Session, host: &Host, args: &Recover) -> anyhow::Result<Exi
     let found = match &args.domain {
         Some(wanted) => {
             let domain = host.guest(wanted)?;
-            vec![Found {
-                subject: Subject::of(&domain),
-                result: service::recover(&host.desk(apply::user()), &domain, &options),
-            }]
+            let desk = host.desk(operator::user());
+            vec![recover_all::one(&desk, &domain, &options)]
         }
-        None => all(host, &options, false)?,
+        None => recover_all::all(host, &operator::user(), &options, false)?,
     };
     match (session.output, &args.domain) {
-        (Output::Json, Some(_)) => out::object(found.first().map(Found::json).unwrap_or_default()),
+        (Output::Json, Some(_)) => out::object(found.first().map(json).unwrap_or_default()),
         (Output::Json, None) => {
-            let all: Vec<Value> = found.iter().map(Found::json).collect();
+            let all: Vec<Value> = found.iter().map(json).collect();
             out::object(json!({ "domains": all }));
         }
         (Output::Table, _) => {
@@ -90,59 +66,6 @@ pub fn run(session: &Session, host: &Host, args: &Recover) -> anyhow::Result<Exi
             }
         }
     }
-    let code = found.iter().map(Found::code).max();
-    Ok(code.unwrap_or(ExitCode::Done))
-}
-
-/// All guests, those that are gone and left something among them; or only those of which something is
-/// noted in this control domain. A guest whose kernel can't be read, and of which nothing is noted, is none
-/// of ours.
-///
-/// # Errors
-/// Domains can't be listed.
-pub fn all(host: &Host, options: &Options, only_noted: bool) -> Result<Vec<Found>> {
-    let mut found = Vec::new();
-    let mut noted = journal::all()?;
-    let files = guard::files(None)?;
-    noted.extend(
-        files
-            .iter()
-            .filter_map(|f| guard::uuid_of(f))
-            .map(str::to_owned),
-    );
-    noted.sort();
-    noted.dedup();
-    let domains = host.control.domains(DomId(1))?;
-    for info in domains.clone() {
-        let uuid = info.uuid.clone();
-        let known = noted.binary_search(&uuid).is_ok();
-        let running = !info.dying && !info.shutdown;
-        noted.retain(|n| *n != uuid);
-        if !running || (only_noted && !known) {
-            continue;
-        }
-        let domain = host.domain(info)?;
-        let result = service::recover(&host.desk(apply::user()), &domain, options);
-        if known || result.is_ok() {
-            found.push(Found {
-                subject: Subject::of(&domain),
-                result,
-            });
-        }
-    }
-    for uuid in noted {
-        found.push(Found {
-            result: service::forget(&host.control, &uuid, options),
-            subject: Subject {
-                domid: None,
-                name: String::new(),
-                uuid: Some(uuid),
-                vcpus: 0,
-                core: None,
-                registers: Vec::new(),
-            },
-        });
-    }
-    service::sweep(&domains);
-    Ok(found)
+    let worst = found.iter().map(code).max();
+    Ok(worst.unwrap_or(ExitCode::Done))
 }

@@ -1,10 +1,12 @@
 //! `xen-locus revert DOMAIN PATCH`, or all its patches.
 
 use super::args::Revert;
-use super::{apply, Host, Session};
+use super::{apply, Session};
 use crate::apply::Options;
 use crate::error::ExitCode;
-use crate::service;
+use crate::ops;
+use crate::ops::host::Host;
+use crate::ops::operator;
 
 /// Runs the command.
 ///
@@ -16,13 +18,13 @@ pub fn run(session: &Session, host: &Host, args: &Revert) -> anyhow::Result<Exit
         entry_only: args.consistency.entry_only,
         ..session.options(&args.patience)
     };
-    let desk = host.desk(apply::user());
+    let desk = host.desk(operator::user());
     let results = match &args.patch {
         Some(patch) => {
-            let result = service::revert(&desk, &domain, patch, None, &options);
+            let result = ops::revert(&desk, &domain, patch, None, &options);
             vec![(patch.clone(), result)]
         }
-        None => service::revert_all(&desk, &domain, &options)?,
+        None => ops::revert_all(&desk, &domain, &options)?,
     };
     if results.is_empty() {
         session.say(0, format!("{}: no patch is applied", domain.label()));

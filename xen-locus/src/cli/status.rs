@@ -9,13 +9,15 @@ use serde_json::{json, Value};
 
 use super::args::Output;
 use super::subject::{self, Subject};
-use super::{out, Host, Session};
+use super::{out, Session};
 use crate::apply::{self, Options};
+use crate::blocker::Blocker;
 use crate::domain::Domain;
 use crate::error::{ExitCode, Result};
 use crate::machine;
-use crate::quiesce::{self, Blocker, Watch};
-use crate::service::{self, Patch, Replaced, GUEST_REBOOTED};
+use crate::ops::host::Host;
+use crate::ops::{self, Patch, Replaced, GUEST_REBOOTED};
+use crate::quiesce::{self, Watch};
 
 /// What is said of one guest.
 struct Status {
@@ -152,7 +154,7 @@ impl Status {
         inside: impl Fn(&Watch) -> Result<Vec<Blocker>>,
     ) -> Result<Status> {
         let mut patches = Vec::new();
-        for patch in service::patches(kernel, subject.uuid.as_deref())? {
+        for patch in ops::patches(kernel, subject.uuid.as_deref())? {
             let draining = match &patch.old_versions {
                 Some(watch) => inside(watch)?,
                 None => Vec::new(),

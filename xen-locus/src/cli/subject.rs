@@ -10,11 +10,11 @@ use serde_json::Value;
 
 use super::args::Whom;
 use super::Session;
-use crate::audit::Audit;
 use crate::domain::Domain;
 use crate::error::{Error, ExitCode, Result};
 use crate::machine;
 use crate::say;
+use crate::storage::audit::Audit;
 
 /// Who is looked at, apart from the kernel.
 #[derive(Clone, Debug)]

@@ -8,11 +8,11 @@ use serde_json::{json, Value};
 use super::args::Output;
 use super::subject::{self, Subject};
 use super::{out, Session};
-use crate::audit::{Audit, History};
 use crate::domain::Domain;
 use crate::error::ExitCode;
 use crate::machine;
 use crate::say;
+use crate::storage::audit::{Audit, History};
 use crate::verify::{verify, Known, Outcome};
 
 /// Runs the command: of a core, of the domain `wanted`, or of all guests.

@@ -9,6 +9,7 @@ mod request;
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::{self, File, TryLockError};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context as _};
@@ -18,12 +19,14 @@ use locus_xen::{self as xen, DomainInfo};
 use xenstore_rs::tokio::XsTokio;
 use xenstore_rs::AsyncWatch as _;
 
-use crate::cli::args::Daemon;
-use crate::cli::{self, Host, Session};
+use crate::apply::Options;
 use crate::error::{Error, ExitCode, Result};
+use crate::ops;
+use crate::ops::host::Host;
+use crate::ops::{operator, recover_all};
 use crate::recover::Finding;
-use crate::service;
-use crate::state::store::{Store, ROOT};
+use crate::say;
+use crate::storage::xenstore::{Store, ROOT};
 use later::Later;
 use request::{Served, Server};
 
@@ -38,17 +41,39 @@ const MODULE_WAIT_MAX: Duration = Duration::from_secs(8);
 /// that XenStore lists of a folder.
 const ANSWERED_MAX: usize = 48;
 
+/// How the daemon works.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Folder of the payloads that requests name.
+    pub payloads: PathBuf,
+    /// Patches that guests lost are applied again.
+    pub reapply: bool,
+    /// How patient it is with each request; it ends when these say that it was interrupted.
+    pub options: Options,
+    /// How much it says on stderr.
+    pub verbose: u8,
+}
+
+impl Settings {
+    /// Says something on stderr if the administrator wants to hear it.
+    fn say(&self, level: u8, what: impl std::fmt::Display) {
+        if self.verbose >= level {
+            say::line(what);
+        }
+    }
+}
+
 /// Runs until asked to stop.
 ///
 /// # Errors
 /// Another daemon runs, or xenstored went away.
-pub fn run(session: &Session, host: &Host, args: &Daemon) -> anyhow::Result<ExitCode> {
+pub fn run(host: &Host, settings: &Settings) -> anyhow::Result<ExitCode> {
     let _lock = only_one()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("cannot start the event loop")?;
-    let served = runtime.block_on(serve(session, host, args));
+    let served = runtime.block_on(serve(host, settings));
     host.store.write(&format!("{ROOT}/state"), "stopped")?;
     served.map(|()| ExitCode::Done)
 }
@@ -65,7 +90,7 @@ fn only_one() -> anyhow::Result<File> {
     }
 }
 
-async fn serve(session: &Session, host: &Host, args: &Daemon) -> anyhow::Result<()> {
+async fn serve(host: &Host, settings: &Settings) -> anyhow::Result<()> {
     let xs = XsTokio::new().await.context("cannot reach xenstored")?;
     let requests = format!("{ROOT}/request");
     let mut submitted = xs
@@ -76,31 +101,25 @@ async fn serve(session: &Session, host: &Host, args: &Daemon) -> anyhow::Result<
     store.write(&format!("{ROOT}/version"), env!("CARGO_PKG_VERSION"))?;
     store.write(&format!("{ROOT}/pid"), &std::process::id().to_string())?;
     store.write(&format!("{ROOT}/state"), "running")?;
-    session.say(0, format!("xen-locus daemon: serving {requests}"));
-    let options = session.options(&args.patience);
-    let server = Server {
-        session,
-        host,
-        payloads: &args.payloads,
-        options: &options,
-    };
+    settings.say(0, format!("xen-locus daemon: serving {requests}"));
+    let server = Server { host, settings };
     let mut desk = Requests::new(&server);
     // Runs that died while no daemon ran, or as the one before this.
-    for found in cli::recover::all(host, &options, true)? {
+    for found in recover_all::all(host, &operator::user(), &settings.options, true)? {
         if !matches!(&found.result, Ok(report) if report.result == Finding::NothingToDo) {
-            session.say(0, format!("recover: {}", found.line()));
+            settings.say(0, format!("recover: {}", found.line()));
         }
     }
     // Requests made while no daemon ran.
     match store.children(&requests) {
         Ok(ids) => ids.into_iter().try_for_each(|id| desk.serve(id))?,
         // There may be more than xenstored lists.
-        Err(error) => session.say(
+        Err(error) => settings.say(
             0,
             format!("requests made before are not served, remove some and start again: {error}"),
         ),
     }
-    let mut publisher = Publisher::new(args.reapply);
+    let mut publisher = Publisher::new(settings.reapply);
     let mut tick = tokio::time::interval(TICK);
     while !server.is_stopping() {
         tokio::select! {
@@ -219,7 +238,7 @@ impl Publisher {
         let domain = host.domain(info)?;
         // Before the look: what is made anew since is looked at again.
         Mark::of(&host.store, domain.info.id).set()?;
-        let status = service::look(&host.store, &domain)?;
+        let status = ops::look(&host.store, &domain)?;
         match self.reapply {
             true => reapply::reapply(server, &domain, &status),
             false => Ok(()),
@@ -227,7 +246,7 @@ impl Publisher {
     }
 
     fn look(&mut self, server: &Server<'_>) -> anyhow::Result<()> {
-        let (session, host) = (server.session, server.host);
+        let (settings, host) = (server.settings, server.host);
         let domains = host.control.domains(DomId(1)).map_err(Error::from)?;
         for gone in host.store.children(&format!("{ROOT}/domain"))? {
             if !domains.iter().any(|d| d.id.to_string() == gone) {
@@ -239,7 +258,7 @@ impl Publisher {
         let known: Vec<DomId> = self.known.keys().copied().collect();
         for id in known {
             if !Mark::of(&host.store, id).is_there()? {
-                session.say(1, format!("domain {id} was made anew"));
+                settings.say(1, format!("domain {id} was made anew"));
                 self.known.remove(&id);
                 host.store.remove(&format!("{ROOT}/domain/{id}"))?;
             }
@@ -266,7 +285,7 @@ impl Publisher {
                     self.known.insert(id, uuid);
                 }
                 Err(error) => {
-                    session.say(1, format!("domain {id} is looked at again later: {error}"));
+                    settings.say(1, format!("domain {id} is looked at again later: {error}"));
                     self.waiting.put_off(uuid, now);
                 }
             }

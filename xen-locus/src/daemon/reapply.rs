@@ -5,9 +5,9 @@ use locus_payload::Payload;
 use super::request::Server;
 use crate::domain::Domain;
 use crate::error::{Error, ExitCode, Result};
-use crate::link::objects::VMLINUX;
+use crate::ops::{self, Desk, Patch, Status, GUEST_REBOOTED};
 use crate::plan::Mode;
-use crate::service::{self, Desk, Patch, Status, GUEST_REBOOTED};
+use crate::target::symbols::VMLINUX;
 
 /// Applies all that `status` says is lost, in the order in which it was applied. What can't be applied to
 /// this guest, or would cover what was applied after it, is said, and left.
@@ -19,7 +19,7 @@ pub(super) fn reapply(server: &Server<'_>, domain: &Domain<'_>, status: &Status)
     let say = |patch: &Patch, what: String| {
         let whom = domain.label();
         server
-            .session
+            .settings
             .say(0, format!("{whom}: {}{what}", patch.name));
     };
     let is_lost = |p: &&Patch| p.reason == Some(GUEST_REBOOTED);
@@ -49,7 +49,13 @@ pub(super) fn reapply(server: &Server<'_>, domain: &Domain<'_>, status: &Status)
             comes_again: is_early,
             ..server.host.desk("daemon --reapply".into())
         };
-        match service::apply(&desk, domain, &payload, Mode::Apply, server.options) {
+        match ops::apply(
+            &desk,
+            domain,
+            &payload,
+            Mode::Apply,
+            &server.settings.options,
+        ) {
             Ok(report) => say(patch, format!(": {report}")),
             Err(error) if is_early(&error) => {
                 say(patch, format!(" is not applied again yet: {error}"));

@@ -1,18 +1,18 @@
 //! One request: read, checked, carried out, answered.
 
-use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use locus_payload::Payload;
 
-use crate::apply::{Options, Report};
-use crate::cli::{Host, Session};
+use super::Settings;
+use crate::apply::Report;
+use crate::arena::now;
 use crate::error::{Error, ExitCode, Result};
-use crate::link::arena::now;
+use crate::ops;
+use crate::ops::host::Host;
 use crate::plan::Mode;
-use crate::service;
-use crate::state::store::ROOT;
+use crate::storage::xenstore::ROOT;
 
 /// Longest value of a request's node that is believed, in bytes.
 const VALUE_MAX: usize = 256;
@@ -21,10 +21,8 @@ pub(super) const NAME_MAX: usize = 64;
 
 /// What serves requests.
 pub(super) struct Server<'s> {
-    pub session: &'s Session,
     pub host: &'s Host,
-    pub payloads: &'s Path,
-    pub options: &'s Options,
+    pub settings: &'s Settings,
 }
 
 /// What became of a request for now.
@@ -180,7 +178,7 @@ impl Server<'_> {
             write("message", &message)?;
             write("state", "done")?;
         }
-        self.session
+        self.settings
             .say(0, format!("request {id}: rc {}: {message}", code as u8));
         Ok(Served::Answered)
     }
@@ -204,12 +202,12 @@ impl Server<'_> {
 
     /// Whether this daemon is asked to stop.
     pub(super) fn is_stopping(&self) -> bool {
-        self.session.interrupted.load(Ordering::SeqCst)
+        self.settings.options.interrupted.load(Ordering::SeqCst)
     }
 
     fn carry_out(&self, id: &str, request: &Request) -> Result<Report> {
         let mut desk = self.host.desk(format!("XenStore request {id}"));
-        let mut options = self.options.clone();
+        let mut options = self.settings.options.clone();
         if let Some(deadline) = request.deadline {
             let left = deadline
                 .checked_sub(now())
@@ -230,15 +228,15 @@ impl Server<'_> {
         match request.op {
             Op::Apply(mode) => {
                 let payload = self.named(patch, sha256)?;
-                service::apply(&desk, &domain, &payload, mode, &options)
+                ops::apply(&desk, &domain, &payload, mode, &options)
             }
-            Op::Revert => service::revert(&desk, &domain, patch, sha256, &options),
+            Op::Revert => ops::revert(&desk, &domain, patch, sha256, &options),
         }
     }
 
     /// The payload of this name, whose file must have this SHA-256, if one is given.
     pub(super) fn named(&self, name: &str, sha256: Option<&str>) -> Result<Payload> {
-        let payload = Payload::read(&self.payloads.join(format!("{name}.ko")))?;
+        let payload = Payload::read(&self.settings.payloads.join(format!("{name}.ko")))?;
         if payload.name != name {
             return Err(Error::Failed(format!(
                 "the payload in {name}.ko calls itself {}; name the file after it",

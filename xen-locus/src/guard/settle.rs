@@ -7,7 +7,7 @@ use locus_xen::{self as xen, Control, Page, Standing, Step};
 use serde::Serialize;
 
 use super::Places;
-use crate::plan::WRITE_MAX;
+use crate::write::WRITE_MAX;
 
 /// What came of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

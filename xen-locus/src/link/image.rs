@@ -10,17 +10,15 @@ use locus_guest::addr::{Gva, Range, PAGE_LEN, PAGE_SIZE};
 use locus_kernel::Kernel;
 use locus_payload::{Binding, Payload, Reloc, Role, Section, SymSection, Symbol};
 
-use super::arena::Rights;
-use super::module::{Built, Entry, Place, Size};
-use super::objects::Objects;
-use super::reloc::{self, R_X86_64_NONE};
-use super::site::Returns;
-use super::sites::{self, Code, JumpSite, Table, Tables};
 use super::split;
+use crate::arena::Rights;
 use crate::error::{Error, Result};
-
-/// The five-byte nop in place of a call of `__fentry__`.
-const FENTRY_NOP: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
+use crate::link::fixups::{self, Code, JumpSite, Table, Tables};
+use crate::link::module::{Built, Entry, Place, Size};
+use crate::link::reloc::{self, R_X86_64_NONE};
+use crate::target::redirect::Returns;
+use crate::target::symbols::Objects;
+use crate::x86;
 
 /// Sections by their rights, each run beginning on a page.
 #[derive(Debug)]
@@ -147,7 +145,7 @@ impl Layout {
             Error::NotApplicable(format!(
                 "payload {} needs more than the arena's {} pages",
                 payload.name,
-                super::arena::PAGES
+                crate::arena::PAGES
             ))
         };
         let mut offsets = vec![None; payload.sections.len()];
@@ -184,7 +182,7 @@ impl Layout {
             }
             at = at.checked_next_multiple_of(PAGE_SIZE).ok_or_else(too_big)?;
             let pages = usize::try_from((at - start) / PAGE_SIZE).unwrap_or(usize::MAX);
-            if rights.len().saturating_add(pages) > super::arena::PAGES {
+            if rights.len().saturating_add(pages) > crate::arena::PAGES {
                 return Err(too_big());
             }
             rights.extend(std::iter::repeat_n(group, pages));
@@ -285,7 +283,7 @@ pub fn link(
         }
     }
     let (mut code, tables) = linker.tables();
-    let settled = sites::settle(kernel, &mut code, &tables, returns)?;
+    let settled = fixups::settle(kernel, &mut code, &tables, returns)?;
     linker.bytes = code.bytes;
     linker.bytes.truncate(layout.rights.len() * PAGE_LEN);
     let functions = payload
@@ -420,7 +418,7 @@ impl Linker<'_, '_, '_> {
         };
         let is_call = self.slice(section, at, 1)?.first() == Some(&0xe8);
         if is_call {
-            self.slice(section, at, 5)?.copy_from_slice(&FENTRY_NOP);
+            self.slice(section, at, 5)?.copy_from_slice(&x86::NOP5);
         }
         Ok(is_call)
     }

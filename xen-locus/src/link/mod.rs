@@ -1,19 +1,7 @@
-//! From a payload and a kernel to what is written into the guest: the image for the arena, and the
-//! place of each redirect. Nothing here changes a guest but [`arena`], which adds pages to it that
-//! nothing in the guest refers to yet.
+//! From a payload and a kernel to the image that is placed in the arena: pure, bytes in and bytes out.
 
-pub mod arena;
-pub mod exports;
-pub mod fit;
-pub mod gate;
-pub mod holder;
+pub mod fixups;
 pub mod image;
 pub mod module;
-pub mod objects;
-pub mod presence;
-pub mod record;
 pub mod reloc;
-pub mod seal;
-pub mod site;
-pub mod sites;
 pub mod split;

@@ -10,13 +10,14 @@ use locus_guest::addr::{Gva, Range};
 use locus_kernel::Kernel;
 use locus_payload::Payload;
 
+use crate::arena::record::{Function, Record, State};
+use crate::arena::Resident;
 use crate::error::{Error, Result};
-use crate::link::arena::Resident;
-use crate::link::module::enter;
-use crate::link::record::{Function, Record, State};
-use crate::link::site::{self, Standing, JUMP};
-use crate::plan::Write;
+use crate::link::module::links;
 use crate::quiesce::Watched;
+use crate::target::redirect::{self, Standing};
+use crate::write::Write;
+use crate::x86::JUMP;
 
 /// What becomes of the patches that are applied already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -219,7 +220,7 @@ impl<'r> Stack<'r> {
     /// [`Error::Failed`], or memory can't be read.
     pub fn check_holds(&self, kernel: &Kernel<'_>, patch: &Resident) -> Result<()> {
         match self.displaced(kernel, patch)? {
-            Some((owner, f)) => Err(site::displaced(&f.name, Gva(f.site), owner)),
+            Some((owner, f)) => Err(redirect::displaced(&f.name, Gva(f.site), owner)),
             None => Ok(()),
         }
     }
@@ -384,7 +385,7 @@ pub fn settle(kernel: &Kernel<'_>, residents: &mut [Resident]) -> Result<()> {
             (patch, reverting.writes(&[], true))
         }
     };
-    enter::is_entered(kernel, Gva(patch.record.module))?;
+    links::is_entered(kernel, Gva(patch.record.module))?;
     let (mut before, mut after) = (true, true);
     for write in &writes {
         let found = bytes_at(kernel, write.at)?;

@@ -8,7 +8,8 @@ use locus_kernel::tasks::Task;
 use locus_kernel::unwind::PADDINGS;
 
 use super::prescan::{Cpu, Known, Prescan};
-use super::{Blocker, Reason, Verdict, Watched};
+use super::{Verdict, Watched};
+use crate::blocker::{Blocker, Reason};
 use crate::error::Result;
 
 /// What a system call returns that a signal cut short and that goes on in `restart_block.fn`

@@ -3,8 +3,8 @@
 use locus_guest::space::{PTE_NX, PTE_USER, PTE_WRITE};
 
 use super::*;
-use crate::audit::in_force::{self, InForce};
-use crate::audit::{Action, Line};
+use crate::storage::audit::in_force::{self, InForce};
+use crate::storage::audit::{Action, Line};
 use crate::verify::{verify, Known, What, Who};
 
 impl Guest {
@@ -71,7 +71,7 @@ fn redirects_and_what_stands_before_them_are_told_by_their_bytes() {
             Who::Unknown
         )
     );
-    let elsewhere = site::jump(Gva(site(B)), Gva(FUNCTIONS[C].1 + 2)).unwrap();
+    let elsewhere = x86::jump(Gva(site(B)), Gva(FUNCTIONS[C].1 + 2)).unwrap();
     let told = guest.differs(site(B), &elsewhere);
     assert!(told[0].3.ends_with("a jump to c_show+0x2"), "{told:?}");
     assert_eq!(

@@ -1,6 +1,7 @@
 //! What becomes of a gate whose run ended before it was taken down.
 
 use super::*;
+use crate::write::Write;
 
 #[test]
 fn a_gate_that_still_stands_is_taken_down_by_the_journal() {
@@ -8,7 +9,7 @@ fn a_gate_that_still_stands_is_taken_down_by_the_journal() {
     guest.applied(&payload("one", &[B]));
     let at = FUNCTIONS[A].1 + 5;
     let old: [u8; 5] = guest.peek(at);
-    let jump = site::jump(Gva(at), Gva(FUNCTIONS[C].1)).unwrap();
+    let jump = x86::jump(Gva(at), Gva(FUNCTIONS[C].1)).unwrap();
     let change = Change {
         build_id: guest
             .kernel()
@@ -21,7 +22,7 @@ fn a_gate_that_still_stands_is_taken_down_by_the_journal() {
         sha256: String::new(),
         record: String::new(),
         op: Op::Nudge,
-        writes: vec![plan::Write {
+        writes: vec![Write {
             at,
             expect: old.to_vec(),
             new: jump.to_vec(),

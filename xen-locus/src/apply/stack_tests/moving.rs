@@ -3,7 +3,7 @@
 use locus_guest::space::{PTE_FRAME, PTE_PRESENT};
 
 use super::*;
-use crate::link::arena::BASE;
+use crate::arena::BASE;
 
 /// What nobody but the guest may write.
 const OWN: [u8; 8] = *b"its own.";
@@ -99,7 +99,7 @@ fn a_directory_that_was_changed_too_often_to_count_is_uncertain() {
     let guest = Guest::new();
     guest.applied(&payload("one", &[A]));
     let arena = Arena::read(&guest.kernel()).unwrap();
-    let directory = crate::link::record::Directory {
+    let directory = crate::arena::record::Directory {
         generation: u64::MAX,
         ..arena.directory.clone()
     };

@@ -17,8 +17,8 @@ use serde_json::{json, Map, Value};
 use super::args::{self, Output};
 use super::subject::{self, Subject};
 use super::{out, Session};
+use crate::arena::{self, Arena};
 use crate::error::{Error, ExitCode};
-use crate::link::arena::{self, Arena};
 
 /// Runs the command.
 ///

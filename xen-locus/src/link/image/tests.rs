@@ -3,7 +3,7 @@ use locus_kernel::Kernel;
 use locus_payload::{Klp, Modinfo, SectionFlags, SymKind};
 
 use super::*;
-use crate::link::arena;
+use crate::arena;
 use crate::link::reloc::{
     R_X86_64_32, R_X86_64_32S, R_X86_64_64, R_X86_64_PC32, R_X86_64_PC64, R_X86_64_PLT32,
 };
@@ -199,7 +199,7 @@ fn calls_of_fentry_become_nops_and_returns_follow_the_kernel() {
         ]
     };
     let image = linked(&code, relocs(), Some(Returns::Plain)).unwrap();
-    assert_eq!(image[..5], FENTRY_NOP);
+    assert_eq!(image[..5], x86::NOP5);
     assert_eq!(image[16..21], [0xc3, 0xcc, 0xcc, 0xcc, 0xcc]);
     let image = linked(&code, relocs(), None).unwrap();
     assert_eq!(image[16], 0xe9);

@@ -7,7 +7,7 @@ use locus_kernel::Kernel;
 use super::words::Words;
 use super::{Buffer, Built, JUMP_LEN};
 use crate::error::{Error, Result};
-use crate::link::sites::JumpSite;
+use crate::link::fixups::JumpSite;
 
 /// Bits of `static_key.type`: the value at first, and that the rest is a list of `static_key_mod`.
 const TRUE: u64 = 1;

@@ -9,8 +9,8 @@
 //! Like its code the entry stays when the payload is undone: a thread or timer it left behind must
 //! find both. It can't be unloaded, for it counts as used by itself.
 
-pub mod enter;
 mod keys;
+pub mod links;
 mod structure;
 mod symtab;
 mod table;
@@ -29,15 +29,13 @@ use locus_payload::{Payload, Reloc, Role};
 use self::structure::{Part, Structure};
 use self::symtab::{Symtab, SYM_LEN};
 use self::table::Row;
+use super::fixups::JumpSite;
 use super::reloc;
-use super::sites::JumpSite;
+use crate::arena::record::MODULE;
 use crate::error::{Error, Result};
 
 /// Alignment of each part of the entry, in bytes.
 const ALIGN: u64 = 64;
-/// Offset of the `struct module` in the writable part; two words before it say whether the guest knows
-/// the entry ([`enter::is_entered`]).
-pub(super) const MODULE: u64 = ALIGN;
 /// Bytes of a `struct jump_entry` (include/linux/jump_label.h, relative form).
 const JUMP_LEN: usize = 16;
 

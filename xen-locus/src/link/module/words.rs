@@ -8,7 +8,7 @@ use locus_guest::fetch;
 use locus_guest::space::Space;
 
 use crate::error::{Error, Result};
-use crate::plan::Write;
+use crate::write::Write;
 
 /// The guest's words, and those of our own image that is not there yet.
 #[derive(Debug)]

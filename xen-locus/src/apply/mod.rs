@@ -1,0 +1,493 @@
+//! Carries out a plan: look while the guest is paused, write, verify, unpause.
+//!
+//! All that can be done before the pause is done before it: the new code stands in the arena, every
+//! page to be written and every stack is mapped. Inside it: registers, the last look, the writes.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use locus_guest as guest;
+use locus_guest::addr::Gva;
+use locus_guest::space::Trail;
+use locus_kernel::Kernel;
+use locus_payload::Payload;
+use sha2::{Digest, Sha256};
+
+use crate::arena::record::{Slot, State};
+use crate::arena::{self, Arena};
+use crate::blocker::Blocker;
+use crate::error::{Error, Result};
+use crate::guard::Spot;
+use crate::machine::{Guard, Machine, Paused};
+use crate::plan::{self, Mode, Plan, Prepared, Readiness, Stack};
+use crate::quiesce::{Prescan, Verdict, Watch};
+use crate::storage::journal::{Change, Op};
+
+mod report;
+mod write;
+
+use report::Concerned;
+pub use report::{nothing_to_do, Outcome, Report};
+pub(crate) use report::{report, Done};
+use write::{check_all, write_all, Target};
+
+/// Attempts to find a moment at which no task has run since the rehearsal, before all tasks are asked
+/// for it while the guest is paused.
+const HASTY: u32 = 8;
+/// Most rehearsals before an attempt, while too many run between one and what would be the pause.
+const REHEARSALS: u32 = 4;
+/// Shortest wait between two attempts.
+const WAIT_MIN: Duration = Duration::from_millis(1);
+/// Longest wait between two attempts.
+const WAIT_MAX: Duration = Duration::from_millis(500);
+
+/// The wait from which on a sleeper's stack is walked: those who leave by themselves have left.
+const WAIT_LONG: Duration = Duration::from_millis(64);
+
+/// How patient to be.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Time for all attempts together.
+    pub timeout: Duration,
+    /// Longest pause of the guest; an attempt that would take longer is given up.
+    pub max_pause: Duration,
+    /// Threads may go on in the versions that are replaced, if the payload says that they may: nobody
+    /// is waited for who is in them, but only for who stands on the bytes that are written.
+    pub entry_only: bool,
+    /// Check and link, but write nothing.
+    pub dry_run: bool,
+    /// Set from outside to give up between two attempts.
+    pub interrupted: Arc<AtomicBool>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            timeout: Duration::from_secs(30),
+            max_pause: Duration::from_millis(10),
+            entry_only: false,
+            dry_run: false,
+            interrupted: Arc::default(),
+        }
+    }
+}
+
+impl Options {
+    /// That somebody asked to stop is an error while nothing was changed.
+    ///
+    /// # Errors
+    /// [`Error::Failed`].
+    pub fn check_interrupted(&self) -> Result<()> {
+        match self.interrupted.load(Ordering::SeqCst) {
+            true => Err(Error::Failed("interrupted; nothing was changed".into())),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Applies a payload on top of the patches that are there, or in their place.
+///
+/// # Errors
+/// See [`Error`]: the guest is then unchanged, or the message says otherwise.
+pub fn apply(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    payload: &Payload,
+    mode: Mode,
+    options: &Options,
+) -> Result<Report> {
+    kernel.check_runs()?;
+    let mut arena = Arena::read(kernel)?;
+    plan::settle(kernel, &mut arena)?;
+    let ready = plan::prepare(kernel, &arena, payload, mode)?;
+    let dry = Report::dry(payload, &ready);
+    if let Readiness::Ready(ready) = &ready {
+        watch_of(&ready.plan, options)?;
+    }
+    let ready = match ready {
+        Readiness::Ready(ready) if !options.dry_run => ready,
+        _ => return Ok(dry),
+    };
+    let superseded = ready.superseded.iter().map(|r| &r.record);
+    let concerned = Concerned::of(superseded.chain([&ready.record]));
+    let before = concerned.digest(kernel)?;
+    let record = hex::encode(Sha256::digest(&ready.record_json));
+    machine.begin(&Change {
+        record: record.clone(),
+        ..Change::new(kernel, Op::Apply, &ready.record, &ready.plan)
+    })?;
+    let done = place(machine, kernel, &mut arena, &ready)
+        .and_then(|()| carry_out(machine, kernel, &mut arena, &ready.plan, options));
+    let done = ended(machine, kernel, done)?;
+    let report = report(&payload.name, Outcome::Applied, dry.functions, done);
+    Ok(Report {
+        superseded: dry.superseded,
+        sha256: dry.sha256,
+        record,
+        text: concerned.change(kernel, before),
+        ..report
+    })
+}
+
+/// Undoes the payload called `name`.
+///
+/// # Errors
+/// As [`apply`]; [`Error::Failed`] when another patch lies on it.
+pub fn revert(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    name: &str,
+    options: &Options,
+) -> Result<Report> {
+    let mut arena = Arena::read(kernel)?;
+    let residents = plan::settle(kernel, &mut arena)?;
+    let stack = Stack::new(&residents);
+    let Some(resident) = stack.named(&residents, name)? else {
+        return Ok(report(name, Outcome::Already, 0, Done::default()));
+    };
+    let functions = resident.record.functions.len();
+    let plan = plan::undo(kernel, &stack, resident)?;
+    watch_of(&plan, options)?;
+    if options.dry_run {
+        return Ok(report(
+            name,
+            Outcome::WouldRevert,
+            functions,
+            Done::default(),
+        ));
+    }
+    let concerned = Concerned::of(std::iter::once(&resident.record));
+    let before = concerned.digest(kernel)?;
+    let mut slots = arena.directory.slots.clone();
+    if let Some(slot) = slots.get_mut(resident.index) {
+        slot.state = State::Reverting;
+    }
+    machine.begin(&Change::new(kernel, Op::Revert, &resident.record, &plan))?;
+    let done = arena
+        .commit(machine, kernel, slots)
+        .and_then(|()| carry_out(machine, kernel, &mut arena, &plan, options));
+    let done = ended(machine, kernel, done)?;
+    Ok(Report {
+        sha256: resident.record.sha256.clone(),
+        text: concerned.change(kernel, before),
+        ..report(name, Outcome::Reverted, functions, done)
+    })
+}
+
+/// Notes that the run has ended, unless the guest's directory shows a change as under way still.
+fn ended(machine: &dyn Machine, kernel: &Kernel<'_>, done: Result<Done>) -> Result<Done> {
+    let settled = || {
+        let arena = Arena::read(kernel)?;
+        let under_way = |s: &Slot| matches!(s.state, State::Applying | State::Reverting);
+        Ok::<_, Error>(!arena.directory.slots.iter().any(under_way))
+    };
+    if done.is_ok() || settled().unwrap_or(false) {
+        machine.ended();
+    }
+    done
+}
+
+/// Undoes all patches, the topmost first, until one can't be undone or `tell`, which hears what came of each, says that
+/// it is enough. A dry run says of each what would come of it once those on top are gone.
+///
+/// # Errors
+/// The guest's arena can't be read; what goes wrong with a patch is said of that patch.
+pub fn revert_all(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    options: &Options,
+    mut tell: impl FnMut(&str, Result<Report>) -> bool,
+) -> Result<()> {
+    let residents = plan::residents(kernel, &Arena::read(kernel)?)?;
+    let stack = Stack::new(&residents);
+    for resident in stack.applied().iter().rev() {
+        let name = &resident.record.name;
+        let result = if options.dry_run {
+            let functions = resident.record.functions.len();
+            stack
+                .check_holds(kernel, resident)
+                .map(|()| report(name, Outcome::WouldRevert, functions, Done::default()))
+        } else {
+            revert(machine, kernel, name, options)
+        };
+        let failed = result.is_err();
+        if !tell(name, result) || failed {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Who is in the way of a change: in one of the ranges of `watch`, at one moment for which the guest
+/// is paused.
+///
+/// # Errors
+/// [`Error::TryAgain`] when there is no such moment within the time allowed; memory can't be read.
+pub fn blocking(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    watch: &Watch,
+    options: &Options,
+) -> Result<Vec<Blocker>> {
+    let began = Instant::now();
+    let guard = machine.guard(&[])?;
+    let mut prescan = Prescan::new(kernel, watch)?;
+    let mut wait = WAIT_MIN;
+    while began.elapsed() < options.timeout && !options.interrupted.load(Ordering::SeqCst) {
+        prescan.refresh()?;
+        prescan.rehearse()?;
+        prescan.acquit()?;
+        let (verdict, paused) = last_look(&*guard, &mut prescan, true, options)?;
+        paused.end()?;
+        if let Some(blockers) = verdict.blockers() {
+            return Ok(blockers);
+        }
+        // Else a guest that can't be looked at would be paused all the time.
+        std::thread::sleep(wait);
+        wait = (wait * 2).min(WAIT_MAX);
+    }
+    Err(Error::TryAgain(format!(
+        "the guest's tasks could not be looked at in {} ms with pauses of at most {} ms: it starts \
+         new ones all the time, or has too many; nothing was changed",
+        began.elapsed().as_millis(),
+        options.max_pause.as_millis()
+    )))
+}
+
+/// Pauses the guest for the last look, and says what it showed while the guest is still paused.
+fn last_look<'g>(
+    guard: &'g dyn Guard,
+    prescan: &mut Prescan<'_, '_>,
+    thorough: bool,
+    options: &Options,
+) -> Result<(Verdict, Box<dyn Paused + 'g>)> {
+    guard.wait_for_guardian_tick();
+    for _ in 0..REHEARSALS {
+        // A busy guest has new tasks by now, and again when all have been looked at.
+        prescan.catch_up()?;
+        prescan.rehearse()?;
+        prescan.reckon(|| Ok(guard.vcpus()?))?;
+        // What follows is done once before: what is used for the first time is slow, and what was used a
+        // moment ago is quick, after a rehearsal that went through all tasks.
+        let before = prescan.look(&guard.vcpus()?, thorough, &|| false)?;
+        prescan.catch_up()?;
+        // That too many ran meanwhile, or were born, is seen without a pause.
+        if !matches!(before, Verdict::Stirred | Verdict::Moved) {
+            break;
+        }
+    }
+    let paused = guard.pause()?;
+    let too_long = || paused.elapsed() > options.max_pause;
+    let verdict = prescan.look(&paused.vcpus()?, thorough, &too_long)?;
+    Ok((verdict, paused))
+}
+
+/// Carries out a plan whose patches the directory shows as under way, and makes it say what came of
+/// it.
+fn carry_out(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    arena: &mut Arena,
+    plan: &Plan,
+    options: &Options,
+) -> Result<Done> {
+    match execute(machine, kernel, plan, options) {
+        Ok(done) => {
+            let mut slots = arena.directory.slots.clone();
+            for slot in &mut slots {
+                if slot.state == State::Applying {
+                    slot.applied_at = arena::now();
+                }
+                slot.state = slot.state.settled(true);
+            }
+            // Should the directory not take it: what stands in the text says the same, and is asked.
+            let _ = arena.commit(machine, kernel, slots);
+            Ok(done)
+        }
+        Err(error) => {
+            // Whatever went wrong, the guest's text tells whether the change took place; where it
+            // doesn't, the directory goes on showing it as under way.
+            if plan::settle(kernel, arena).is_ok() {
+                // Nothing refers to code that is not in force: it stays for the next attempt.
+                let slots = arena.directory.slots.clone();
+                arena.commit(machine, kernel, slots)?;
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Puts a payload's code into the arena and into its directory, where it comes last, as being
+/// applied; those it supersedes are shown as being reverted.
+fn place(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    arena: &mut Arena,
+    ready: &Prepared,
+) -> Result<()> {
+    arena.add(machine, kernel, ready.first, &ready.layout.rights)?;
+    for part in &ready.fresh {
+        let bytes = ready.image.bytes.get(part.clone()).unwrap_or_default();
+        let at = arena::page_address(ready.first).plus(part.start as u64);
+        arena.write(machine, at, bytes)?;
+    }
+    let too_big = |_| Error::Failed("the payload's place does not fit the directory".into());
+    let slot = Slot {
+        state: State::Applying,
+        first: u16::try_from(ready.first).map_err(too_big)?,
+        pages: u16::try_from(ready.layout.rights.len()).map_err(too_big)?,
+        applied_at: arena::now(),
+        record_offset: u32::try_from(ready.layout.record.0).map_err(too_big)?,
+        record_len: u32::try_from(ready.record_json.len()).map_err(too_big)?,
+        record_sha256: Sha256::digest(&ready.record_json).into(),
+    };
+    let mut slots = arena.directory.slots.clone();
+    for superseded in &ready.superseded {
+        if let Some(slot) = slots.get_mut(superseded.index) {
+            slot.state = State::Reverting;
+        }
+    }
+    if let Some(index) = ready.parked.filter(|&index| index < slots.len()) {
+        slots.remove(index);
+    }
+    slots.push(slot);
+    arena.commit(machine, kernel, slots)
+}
+
+/// Where nobody may be.
+fn watch_of<'p>(plan: &'p Plan, options: &Options) -> Result<&'p Watch> {
+    if !options.entry_only {
+        return Ok(&plan.watch);
+    }
+    plan.entry_only.as_ref().ok_or_else(|| {
+        Error::NotApplicable(format!(
+            "{}: --entry-only is for a payload whose author says, by MODULE_INFO(entry_only, \"Y\"), \
+             that old and new versions of its functions may run at the same time, and that supersedes \
+             no other; this one does not, so leave --entry-only out",
+            plan.patch
+        ))
+    })
+}
+
+/// Carries out a plan as soon as nobody is in the way.
+pub(crate) fn execute(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    plan: &Plan,
+    options: &Options,
+) -> Result<Done> {
+    let began = Instant::now();
+    let mut targets = Vec::with_capacity(plan.writes.len());
+    let mut spots = Vec::new();
+    // Nothing remembered: what leads there now.
+    let (space, mut trail) = (kernel.space.fresh(), Trail::default());
+    for write in &plan.writes {
+        let at = Gva(write.at);
+        let frames = space.trace(at, write.new.len() as u64, &mut trail)?;
+        if write.new != write.expect {
+            spots.extend(Spot::split(&frames, at.offset(), &write.expect, &write.new));
+        }
+        targets.push(Target {
+            write,
+            window: machine.map_mut(&frames)?,
+            offset: at.offset(),
+        });
+    }
+    let guard = machine.guard(&spots)?;
+    let mut prescan = Prescan::new(kernel, watch_of(plan, options)?)?;
+    let mut attempts = 0;
+    let mut stirred = 0;
+    let mut wait = WAIT_MIN;
+    // Of the last attempt that could tell who was in the way, else of the last one.
+    let mut last = Verdict::Quiet;
+    loop {
+        options.check_interrupted()?;
+        match last {
+            // Who died meanwhile does not matter.
+            Verdict::Moved | Verdict::Stirred => prescan.catch_up()?,
+            _ => prescan.refresh()?,
+        }
+        attempts += 1;
+        // While the guest runs: who sleeps in the way is known without costing it a pause.
+        let mut pause = Duration::ZERO;
+        let mut verdict = prescan.rehearse()?;
+        if wait >= WAIT_LONG && verdict.is_sleepers() {
+            prescan.acquit()?;
+            verdict = prescan.rehearse()?;
+        }
+        if !verdict.is_sleepers() {
+            // What is called in the pause is called before it too: see `last_look`.
+            check_all(&targets, &trail)?;
+            let thorough = stirred >= HASTY;
+            let (found, paused) = last_look(&*guard, &mut prescan, thorough, options)?;
+            verdict = found;
+            if verdict == Verdict::Quiet {
+                write_all(&targets, &trail, || Ok(paused.writing()?))?;
+                let pause = paused.end().map_err(|e| stuck(plan, &e))?;
+                return Ok(Done { pause, attempts });
+            }
+            pause = paused.end()?;
+        }
+        let at_once = verdict == Verdict::Stirred;
+        let is_blocked = |v: &Verdict| matches!(v, Verdict::Blocked(_));
+        if is_blocked(&verdict) || !is_blocked(&last) {
+            last = verdict;
+        }
+        if began.elapsed() + wait >= options.timeout {
+            return Err(gave_up(plan, last, attempts, began.elapsed(), pause));
+        }
+        if at_once {
+            stirred += 1;
+            continue;
+        }
+        std::thread::sleep(wait);
+        wait = (wait * 2).min(WAIT_MAX);
+    }
+}
+
+/// The change was made, and then the guest could not be let go on.
+fn stuck(plan: &Plan, error: &guest::Error) -> Error {
+    Error::Uncertain(format!(
+        "{}: all was written, but the guest could not be unpaused: {error}. `xl list` shows whether it is \
+         paused; run `xen-locus recover`",
+        plan.patch
+    ))
+}
+
+fn gave_up(
+    plan: &Plan,
+    verdict: Verdict,
+    attempts: u32,
+    waited: Duration,
+    pause: Duration,
+) -> Error {
+    let waited_ms = u64::try_from(waited.as_millis()).unwrap_or(u64::MAX);
+    let blockers = match verdict {
+        blocked @ Verdict::Blocked(_) => blocked.blockers().unwrap_or_default(),
+        Verdict::TooLong => {
+            return Error::TryAgain(format!(
+            "{}: the guest would have to be paused for longer than --max-pause allows (the last \
+                 attempt was given up after {} us); nothing was changed",
+            plan.patch,
+            pause.as_micros()
+        ))
+        }
+        Verdict::Moved | Verdict::Stirred | Verdict::Quiet => {
+            return Error::TryAgain(format!(
+                "{}: in {attempts} attempts in {waited_ms} ms the guest always started or ran \
+                 tasks between the listing of tasks and the pause; nothing was changed",
+                plan.patch
+            ))
+        }
+    };
+    Error::Blocked {
+        what: plan.patch.clone(),
+        attempts,
+        waited_ms,
+        blockers,
+    }
+}
+
+#[cfg(test)]
+mod stack_tests;

@@ -1,0 +1,179 @@
+//! What of a placed payload nobody changes, and how a change of it is told: digests, made when it is
+//! linked and kept in its record.
+//!
+//! The guest's kernel itself rewrites one thing in a payload's code, its jump labels, between two forms
+//! that are known. Both count as the same.
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::x86::{NOP2, NOPS5};
+
+/// Bytes of code that one of [`Code::blocks`] is about.
+pub const BLOCK: usize = 256;
+/// Digits kept of a block's digest: they tell where a change is, not whether there is one.
+const DIGITS: usize = 8;
+
+/// A payload's code.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Code {
+    /// SHA-256 of it, in hex.
+    pub sha256: String,
+    /// The first digits of the SHA-256 of each [`BLOCK`] of it.
+    pub blocks: String,
+    /// Its jump labels.
+    pub labels: Vec<Label>,
+}
+
+/// A place in the code that the guest's kernel switches between a nop and a jump.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Label {
+    /// Byte offset in the code.
+    pub at: u32,
+    /// Byte offset of where the jump leads.
+    pub to: u32,
+    /// Length of the nop and of the jump: 2 or 5.
+    pub size: u8,
+}
+
+impl Label {
+    /// Makes the same of it, whichever of its two forms it has, and something else of all others.
+    fn blank(self, code: &mut [u8]) {
+        let at = self.at as usize;
+        let end = at.saturating_add(self.size.into());
+        let Some(bytes) = code.get_mut(at..end) else {
+            return;
+        };
+        let distance = i64::from(self.to) - i64::from(self.at) - i64::from(self.size);
+        let known = match (&*bytes, i8::try_from(distance), i32::try_from(distance)) {
+            (nop, ..) if *nop == NOP2 || NOPS5.iter().any(|n| nop == n) => true,
+            ([0xeb, d], Ok(short), _) => *d == short.cast_unsigned(),
+            ([0xe9, d @ ..], _, Ok(near)) => d == near.to_le_bytes(),
+            _ => false,
+        };
+        bytes.fill(if known { 0 } else { u8::MAX });
+    }
+}
+
+impl Code {
+    /// Of `code`, which has these `labels`.
+    #[must_use]
+    pub fn of(mut code: Vec<u8>, labels: Vec<Label>) -> Code {
+        labels.iter().for_each(|label| label.blank(&mut code));
+        let blocks = code.chunks(BLOCK).map(|block| {
+            let mut digits = digest(block);
+            digits.truncate(DIGITS);
+            digits
+        });
+        Code {
+            sha256: digest(&code),
+            blocks: blocks.collect(),
+            labels,
+        }
+    }
+
+    /// The longest that it can get for code of `len` bytes with at most `labels` labels: what takes as
+    /// much room as any.
+    #[must_use]
+    pub fn longest(len: u64, labels: u64) -> Code {
+        let most = Label {
+            at: u32::MAX,
+            to: u32::MAX,
+            size: u8::MAX,
+        };
+        let blocks = usize::try_from(len).unwrap_or(0).div_ceil(BLOCK);
+        Code {
+            sha256: digest(&[]),
+            blocks: "0".repeat(blocks * DIGITS),
+            labels: vec![most; usize::try_from(labels).unwrap_or(0)],
+        }
+    }
+
+    /// Byte offset of each block of `found`, which stands where this code should, that is not as this
+    /// code was; empty if nothing was changed.
+    #[must_use]
+    pub fn changed(&self, found: Vec<u8>) -> Vec<usize> {
+        let len = found.len();
+        let found = Code::of(found, self.labels.clone());
+        if found.sha256 == self.sha256 {
+            return Vec::new();
+        }
+        let digits = |code: &'_ Code, block: usize| {
+            let digits = code.blocks.get(block * DIGITS..(block + 1) * DIGITS);
+            digits.map(str::to_owned)
+        };
+        let blocks = 0..len.div_ceil(BLOCK);
+        let mut changed: Vec<usize> = blocks
+            .filter(|&b| digits(&found, b) != digits(self, b))
+            .map(|b| b * BLOCK)
+            .collect();
+        if changed.is_empty() {
+            changed.push(0);
+        }
+        changed
+    }
+}
+
+/// SHA-256 in hex.
+#[must_use]
+pub fn digest(bytes: &[u8]) -> String {
+    hex::encode(Sha256::digest(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 600 bytes of code with a long label at 10 that leads to 300, and a short one at 20 to 40.
+    fn code(long: &[u8], short: &[u8]) -> Vec<u8> {
+        let mut code = vec![0x90; 600];
+        code[10..15].copy_from_slice(long);
+        code[20..22].copy_from_slice(short);
+        code
+    }
+
+    fn labels() -> Vec<Label> {
+        let label = |at, to, size| Label { at, to, size };
+        vec![label(10, 300, 5), label(20, 40, 2)]
+    }
+
+    #[test]
+    fn a_label_may_have_either_form_and_no_other() {
+        let nop = [0x0f, 0x1f, 0x44, 0, 0];
+        let jump = [0xe9, 29, 1, 0, 0]; // 300 - 15 = 285
+        let sealed = Code::of(code(&nop, &NOP2), labels());
+        for long in [&nop, &jump, &[0x66, 0x66, 0x66, 0x66, 0x90]] {
+            for short in [&NOP2, &[0xeb, 18]] {
+                assert_eq!(sealed.changed(code(long, short)), [0; 0]);
+            }
+        }
+        for (long, short) in [
+            ([0xe9, 30, 1, 0, 0], NOP2),
+            ([0xcc, 0x1f, 0x44, 0, 0], NOP2),
+            (nop, [0xeb, 19]),
+            (nop, [0, 0]),
+            ([0; 5], NOP2),
+        ] {
+            assert_eq!(sealed.changed(code(&long, &short)), [0]);
+        }
+    }
+
+    #[test]
+    fn every_changed_byte_is_placed() {
+        let sealed = Code::of(vec![0x90; 600], Vec::new());
+        for at in 0..600 {
+            let mut found = vec![0x90; 600];
+            found[at] ^= 1;
+            assert_eq!(sealed.changed(found), [at / BLOCK * BLOCK]);
+        }
+        assert_eq!(sealed.changed(vec![0x90; 599]), [512]);
+    }
+
+    #[test]
+    fn nothing_is_longer_than_the_longest() {
+        let len = |code: &Code| serde_json::to_string(code).unwrap().len();
+        let most = len(&Code::longest(600, 2));
+        assert!(len(&Code::of(code(&[0; 5], &NOP2), labels())) <= most);
+        assert!(len(&Code::of(vec![0; 600], Vec::new())) <= most);
+    }
+}

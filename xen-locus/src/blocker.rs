@@ -1,0 +1,43 @@
+//! A thread that is in the way of a change, and why.
+
+use serde::Serialize;
+
+/// Why someone is in the way, in the kernel's vocabulary (kernel/livepatch/transition.c).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reason {
+    /// On a CPU, inside the function.
+    Running,
+    /// Off the CPU, with the function on its stack.
+    SleepingOn,
+    /// A signal cut its system call short, which will go on in the function (`restart_block`).
+    RestartBlock,
+    /// Its stack can't be judged at this moment.
+    UnreliableStack,
+}
+
+impl std::fmt::Display for Reason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Reason::Running => "running",
+            Reason::SleepingOn => "sleeping-on",
+            Reason::RestartBlock => "restart-block",
+            Reason::UnreliableStack => "unreliable-stack",
+        })
+    }
+}
+
+/// Someone in the way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Blocker {
+    /// Thread id; 0 for an idle task or a vCPU whose task isn't known.
+    pub pid: u32,
+    /// Its name.
+    pub comm: String,
+    /// Why.
+    pub reason: Reason,
+    /// The function it is in, where known.
+    pub function: String,
+    /// Offset of the address found, from the function's start.
+    pub offset: u64,
+}

@@ -1,0 +1,317 @@
+//! A gate: code in the arena that one of the guest's functions passes on its way in, and that does
+//! something once.
+//!
+//! The gate here wakes threads as a signal would, the way the kernel's livepatch does for those who sleep in
+//! a function that is to be replaced (kernel/livepatch/transition.c: `klp_send_signals`). It stands at the
+//! entry of the timer interrupt's handler: interrupts are off there, no lock is held, RCU watches, and timers
+//! wake threads from there all the time.
+
+use iced_x86::code_asm::{
+    dword_ptr, eax, ecx, edi, esi, r10, r11, r12, r12d, r8, r9, rax, rbx, rcx, rdi, rdx, rsi,
+    CodeAssembler,
+};
+use iced_x86::{Decoder, DecoderOptions, FlowControl, IcedError};
+use locus_guest::addr::Gva;
+use locus_guest::fetch;
+use locus_kernel::Kernel;
+
+use crate::error::{Error, Result};
+use crate::link::fixups::moved::moved;
+use crate::x86;
+use crate::x86::JUMP;
+
+/// The function whose callers pass the gate (kernel/time/hrtimer.c).
+pub const FUNCTION: &str = "hrtimer_interrupt";
+/// Most threads woken at once: the interrupt is not to take long.
+pub const THREADS_MAX: usize = 128;
+/// Where the threads stand, from the start of the data.
+const THREADS: usize = 16;
+/// Length of one, in bytes.
+const THREAD: i32 = 16;
+/// Where it stands how many were woken.
+const WOKEN: usize = 8;
+
+/// How far the gate is; the first word of its data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum State {
+    /// Who passes wakes the threads.
+    Armed = 1,
+    /// Somebody does.
+    Busy = 2,
+    /// They are woken.
+    Done = 3,
+}
+
+/// A thread to be woken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Thread {
+    /// Its id.
+    pub pid: u32,
+    /// Its `task_struct`: if another has the id by then, it is left alone.
+    pub task: Gva,
+}
+
+/// What the gate calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Calls {
+    /// `find_task_by_pid_ns`; its callers must keep RCU from ending a grace period, as one does whose
+    /// interrupts are off.
+    find: Gva,
+    /// `init_pid_ns`.
+    ids: Gva,
+    /// `signal_wake_up_state`: sets `TIF_SIGPENDING` and wakes who sleeps interruptibly.
+    wake: Gva,
+}
+
+impl Calls {
+    /// Those of `kernel`.
+    ///
+    /// # Errors
+    /// It has none, or of another type.
+    pub fn of(kernel: &Kernel<'_>) -> Result<Calls> {
+        Ok(Calls {
+            find: function(
+                kernel,
+                "find_task_by_pid_ns",
+                "struct task_struct *",
+                &["pid_t", "struct pid_namespace *"],
+            )?,
+            ids: kernel.symbols.need("init_pid_ns")?,
+            wake: function(
+                kernel,
+                "signal_wake_up_state",
+                "void",
+                &["struct task_struct *", "unsigned int"],
+            )?,
+        })
+    }
+}
+
+/// The address of a function of this type.
+fn function(kernel: &Kernel<'_>, name: &str, result: &str, parameters: &[&str]) -> Result<Gva> {
+    let of_type = |text: &str| {
+        let (head, tail) = text.split_once('(')?;
+        let (own, _) = tail.split_once(')')?;
+        let own = own.split(',').map(|p| {
+            let end = p.trim_end_matches(|c: char| c.is_alphanumeric() || c == '_');
+            end.trim()
+        });
+        Some(head.strip_suffix(name)?.trim() == result && own.eq(parameters.iter().copied()))
+    };
+    let found = kernel.btf()?.describe(name);
+    let mut functions = found.iter().filter(|d| d.kind == "function");
+    match (functions.next(), functions.next()) {
+        (Some(one), None) if of_type(one.text.trim()) == Some(true) => {
+            Ok(kernel.function(name, 0)?)
+        }
+        (one, _) => Err(Error::NotApplicable(format!(
+            "this kernel's {name} is not called as `{result} {name}({})`: {}",
+            parameters.join(", "),
+            one.map_or("BTF has no such function", |d| d.text.trim())
+        ))),
+    }
+}
+
+/// The data of a gate that wakes `threads`, armed.
+#[must_use]
+pub fn data(threads: &[Thread]) -> Vec<u8> {
+    let count = u32::try_from(threads.len()).unwrap_or(0);
+    let mut bytes = Vec::new();
+    for word in [State::Armed as u32, count, 0, 0] {
+        bytes.extend(word.to_le_bytes());
+    }
+    for thread in threads {
+        bytes.extend(u64::from(thread.pid).to_le_bytes());
+        bytes.extend(thread.task.0.to_le_bytes());
+    }
+    bytes
+}
+
+/// How many threads were woken, once all have been tried.
+#[must_use]
+pub fn woken(data: &[u8]) -> Option<u32> {
+    let done = fetch::u32(data, 0)? == State::Done as u32;
+    fetch::u32(data, WOKEN).filter(|_| done)
+}
+
+/// How many bytes of `code` at `at` a redirect displaces: whole instructions, which do the same elsewhere.
+///
+/// # Errors
+/// One of them leads away, or is none.
+pub fn displaced(code: &[u8], at: Gva) -> std::result::Result<usize, String> {
+    let mut len = 0;
+    for i in Decoder::with_ip(64, code, at.0, DecoderOptions::NONE).iter() {
+        if len >= JUMP {
+            return Ok(len);
+        }
+        if i.is_invalid() || i.flow_control() != FlowControl::Next {
+            return Err(format!(
+                "expected instructions that can be moved, found {:?} at {}",
+                i.code(),
+                Gva(i.ip())
+            ));
+        }
+        len += i.len();
+    }
+    if len >= JUMP {
+        return Ok(len);
+    }
+    Err(format!("{len} bytes of code at {at}"))
+}
+
+/// The gate's code for the place `at`, its data at `data`; `displaced`, from `from`, are the instructions whose
+/// place the redirect takes.
+///
+/// # Errors
+/// Something is out of reach.
+pub fn code(at: Gva, data: Gva, calls: Calls, displaced: &[u8], from: Gva) -> Result<Vec<u8>> {
+    let odd = |why: String| Error::Failed(format!("the gate can't be made: {why}"));
+    let mut code = body(at, data, calls).map_err(|e| odd(e.to_string()))?;
+    let here = |code: &[u8]| at.plus(code.len() as u64);
+    code.extend(moved(displaced, from, here(&code)).map_err(odd)?);
+    let back = from.plus(displaced.len() as u64);
+    let jump = x86::jump(here(&code), back)
+        .ok_or_else(|| odd(format!("{back} is out of reach of a jump from it")))?;
+    code.extend(jump);
+    Ok(code)
+}
+
+/// All up to the displaced instructions.
+fn body(at: Gva, data: Gva, calls: Calls) -> std::result::Result<Vec<u8>, IcedError> {
+    // What the kernel's functions may change of what the interrupted function still needs.
+    let kept = [rax, rcx, rdx, rsi, rdi, r8, r9, r10, r11, rbx, r12];
+    let word = |offset: usize| data.plus(offset as u64).0;
+    let mut a = CodeAssembler::new(64)?;
+    let (mut each, mut next, mut done) = (a.create_label(), a.create_label(), a.create_label());
+    let (mut restore, mut leave) = (a.create_label(), a.create_label());
+    a.cmp(dword_ptr(word(0)), State::Armed as i32)?;
+    a.jne(leave)?;
+    for register in kept {
+        a.push(register)?;
+    }
+    // One CPU alone.
+    a.mov(eax, State::Armed as u32)?;
+    a.mov(ecx, State::Busy as u32)?;
+    a.lock().cmpxchg(dword_ptr(word(0)), ecx)?;
+    a.jne(restore)?;
+    a.mov(rbx, word(THREADS).cast_signed())?;
+    a.mov(r12d, dword_ptr(word(4)))?;
+    a.set_label(&mut each)?;
+    a.test(r12d, r12d)?;
+    a.je(done)?;
+    a.dec(r12d)?;
+    a.mov(edi, dword_ptr(rbx))?;
+    a.mov(rsi, calls.ids.0.cast_signed())?;
+    a.call(calls.find.0)?;
+    // An id that nobody has gives null, which is no thread's address.
+    a.cmp(rax, iced_x86::code_asm::qword_ptr(rbx + 8))?;
+    a.jne(next)?;
+    a.mov(rdi, rax)?;
+    a.xor(esi, esi)?;
+    a.call(calls.wake.0)?;
+    a.inc(dword_ptr(word(WOKEN)))?;
+    a.set_label(&mut next)?;
+    a.add(rbx, THREAD)?;
+    a.jmp(each)?;
+    a.set_label(&mut done)?;
+    a.mov(dword_ptr(word(0)), State::Done as i32)?;
+    a.set_label(&mut restore)?;
+    for register in kept.into_iter().rev() {
+        a.pop(register)?;
+    }
+    a.set_label(&mut leave)?;
+    a.zero_bytes()?;
+    a.assemble(at.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::{Code, Mnemonic};
+
+    const AT: Gva = Gva(0xffff_ffff_ff60_2010);
+    const DATA: Gva = Gva(0xffff_ffff_ff60_3000);
+    const FROM: Gva = Gva(0xffff_ffff_8110_0005);
+    const CALLS: Calls = Calls {
+        find: Gva(0xffff_ffff_810a_0000),
+        ids: Gva(0xffff_ffff_8245_0000),
+        wake: Gva(0xffff_ffff_8108_0000),
+    };
+    /// push r15; push r14; push r13
+    const PUSHES: [u8; 6] = [0x41, 0x57, 0x41, 0x56, 0x41, 0x55];
+
+    fn decoded(code: &[u8]) -> Vec<iced_x86::Instruction> {
+        Decoder::with_ip(64, code, AT.0, DecoderOptions::NONE)
+            .iter()
+            .collect()
+    }
+
+    #[test]
+    fn it_ends_with_what_it_displaced_and_a_jump_behind_that() {
+        let code = code(AT, DATA, CALLS, &PUSHES, FROM).unwrap();
+        let (head, tail) = code.split_at(code.len() - PUSHES.len() - JUMP);
+        assert_eq!(tail[..PUSHES.len()], PUSHES);
+        let all = decoded(&code);
+        let last = all.last().unwrap();
+        assert_eq!(last.near_branch_target(), FROM.0 + PUSHES.len() as u64);
+        // Nothing is armed: straight there.
+        assert_eq!(all[1].mnemonic(), Mnemonic::Jne);
+        assert_eq!(all[1].near_branch_target(), AT.0 + head.len() as u64);
+        assert!(code.len() < 256, "{}", code.len());
+    }
+
+    #[test]
+    fn it_gives_back_each_register_it_takes_and_calls_what_it_should() {
+        let code = code(AT, DATA, CALLS, &PUSHES, FROM).unwrap();
+        let all = decoded(&code);
+        let of = |code: Code| {
+            let found = all.iter().filter(move |i| i.code() == code);
+            found.map(|i| i.op0_register()).collect::<Vec<_>>()
+        };
+        let (mut pushed, popped) = (of(Code::Push_r64), of(Code::Pop_r64));
+        pushed.truncate(popped.len()); // those displaced come after
+        pushed.reverse();
+        assert_eq!(pushed, popped);
+        // All that a function may change under the System V ABI, and two that it keeps.
+        assert_eq!(popped.len(), 11);
+        let calls = all.iter().filter(|i| i.mnemonic() == Mnemonic::Call);
+        let calls: Vec<u64> = calls.map(|i| i.near_branch_target()).collect();
+        assert_eq!(calls, [CALLS.find.0, CALLS.wake.0]);
+        let words = all.iter().filter(|i| i.memory_displacement64() >= DATA.0);
+        let words: Vec<u64> = words.map(|i| i.memory_displacement64() - DATA.0).collect();
+        assert_eq!(words, [0, 0, 4, 8, 0]);
+    }
+
+    #[test]
+    fn what_it_displaces_is_whole_and_leads_nowhere() {
+        assert_eq!(displaced(&PUSHES, FROM), Ok(6));
+        // mov eax, imm32; ret
+        assert_eq!(displaced(&[0xb8, 1, 0, 0, 0, 0xc3], FROM), Ok(5));
+        for code in [
+            &[0x74, 0x10, 0x90, 0x90, 0x90, 0x90][..],
+            &[0xe8, 0, 0, 0, 0],
+            &[0x90, 0xc3, 0x90, 0x90, 0x90],
+            &[0x41, 0x57, 0x41],
+            &[0xcc; 8],
+        ] {
+            assert!(displaced(code, FROM).is_err(), "{code:02x?}");
+        }
+    }
+
+    #[test]
+    fn its_data_tell_when_all_is_done() {
+        let thread = Thread {
+            pid: 77,
+            task: Gva(0xffff_8880_0000_1000),
+        };
+        let mut bytes = data(&[thread; THREADS_MAX]);
+        assert_eq!(bytes.len(), THREADS + THREADS_MAX * 16);
+        assert!(bytes.len() <= locus_guest::addr::PAGE_LEN);
+        assert_eq!(woken(&bytes), None);
+        bytes[0] = State::Done as u8;
+        bytes[WOKEN] = 5;
+        assert_eq!(woken(&bytes), Some(5));
+        assert_eq!(woken(&[]), None);
+    }
+}

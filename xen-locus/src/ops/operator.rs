@@ -1,0 +1,19 @@
+//! The person behind a command, for the audit log.
+
+use std::os::unix::fs::MetadataExt as _;
+
+/// Who runs this command: the user id, and the one that logged in (pam_loginuid(8)) or used sudo.
+#[must_use]
+pub fn user() -> String {
+    let uid = std::fs::metadata("/proc/self").map_or(0, |meta| meta.uid());
+    let login = std::fs::read_to_string("/proc/self/loginuid").unwrap_or_default();
+    let mut who = format!("uid {uid}");
+    // Not set: -1.
+    if let Some(login) = login.trim().parse().ok().filter(|&id: &u32| id != u32::MAX) {
+        who.push_str(&format!(", logged in as uid {login}"));
+    }
+    if let Ok(name) = std::env::var("SUDO_USER") {
+        who.push_str(&format!(", by sudo of {name}"));
+    }
+    who
+}

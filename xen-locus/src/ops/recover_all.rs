@@ -1,0 +1,96 @@
+//! Interrupted runs of all guests of this host.
+
+use locus_guest::addr::DomId;
+
+use super::host::Host;
+use super::Desk;
+use crate::apply::Options;
+use crate::domain::Domain;
+use crate::error::Result;
+use crate::guard;
+use crate::recover::Report;
+use crate::storage::journal;
+
+/// What is known of one guest.
+#[derive(Debug)]
+pub struct Found {
+    /// Domain id; none of a guest that is gone.
+    pub domid: Option<DomId>,
+    /// Name of the domain; empty for a guest that is gone.
+    pub name: String,
+    /// UUID.
+    pub uuid: String,
+    /// What was found and done, or why it can't be told.
+    pub result: Result<Report>,
+}
+
+impl Found {
+    /// In one line.
+    #[must_use]
+    pub fn line(&self) -> String {
+        let whom = match self.domid {
+            Some(id) => format!("{} ({id})", self.name),
+            None => self.uuid.clone(),
+        };
+        match &self.result {
+            Ok(report) => format!("{whom}: {report}"),
+            Err(error) => format!("{whom}: {error}"),
+        }
+    }
+}
+
+/// Recovers one guest that is there.
+#[must_use]
+pub fn one(desk: &Desk<'_>, domain: &Domain<'_>, options: &Options) -> Found {
+    Found {
+        domid: Some(domain.info.id),
+        name: domain.name.clone(),
+        uuid: domain.info.uuid.clone(),
+        result: super::recover(desk, domain, options),
+    }
+}
+
+/// All guests, those that are gone and left something among them; or only those of which something is
+/// noted in this control domain. A guest whose kernel can't be read, and of which nothing is noted, is none
+/// of ours.
+///
+/// # Errors
+/// Domains can't be listed.
+pub fn all(host: &Host, who: &str, options: &Options, only_noted: bool) -> Result<Vec<Found>> {
+    let mut found = Vec::new();
+    let mut noted = journal::all()?;
+    let files = guard::files(None)?;
+    noted.extend(
+        files
+            .iter()
+            .filter_map(|f| guard::uuid_of(f))
+            .map(str::to_owned),
+    );
+    noted.sort();
+    noted.dedup();
+    let domains = host.control.domains(DomId(1))?;
+    for info in domains.clone() {
+        let uuid = info.uuid.clone();
+        let known = noted.binary_search(&uuid).is_ok();
+        let running = !info.dying && !info.shutdown;
+        noted.retain(|n| *n != uuid);
+        if !running || (only_noted && !known) {
+            continue;
+        }
+        let domain = host.domain(info)?;
+        let one = one(&host.desk(who.to_owned()), &domain, options);
+        if known || one.result.is_ok() {
+            found.push(one);
+        }
+    }
+    for uuid in noted {
+        found.push(Found {
+            domid: None,
+            name: String::new(),
+            result: super::forget(&host.control, &uuid, options),
+            uuid,
+        });
+    }
+    super::sweep(&domains);
+    Ok(found)
+}

@@ -1,0 +1,410 @@
+//! What a run is about to do to a guest, on disk before the first byte of the guest is changed.
+//!
+//! One file for each guest, `UUID` below [`DIR`]; it stands there as long as a run is under way, and after one
+//! that died. A file is made whole under another name, made durable, and renamed; the folder is made durable
+//! too. It begins with a magic and a digest of what follows.
+//!
+//! What the guest's memory shows decides what became of a run; the journal says that there was one, what it
+//! was about, and which bytes stood where before.
+
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use locus_kernel::Kernel;
+use locus_xen::fault;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::arena::record::Record;
+use crate::error::{Error, Result};
+use crate::plan::{stack, Plan};
+use crate::write::Write;
+
+/// Where the journals stand.
+pub const DIR: &str = "/var/lib/xen-locus/journal";
+/// First bytes of a journal, its schema among them.
+const MAGIC: &[u8; 16] = b"XEN-LOCUS-JRNL3\n";
+/// Called by this name, a run's first place at which a fault matters to the guest.
+const FIRST_FAULT: &str = "journal";
+const HEAD: usize = MAGIC.len() + 32;
+/// Longest journal read, in bytes.
+const LEN_MAX: u64 = 32 << 20;
+
+/// What a run does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Op {
+    /// Bring a payload into force, in the place of others or not.
+    Apply,
+    /// Take one out of force.
+    Revert,
+    /// Wake those who sleep in the way of one, by a write that is taken back.
+    Nudge,
+}
+
+impl std::fmt::Display for Op {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Op::Apply => "apply",
+            Op::Revert => "revert",
+            Op::Nudge => "nudge",
+        })
+    }
+}
+
+/// A range that nobody may be in when the change is made or taken back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Range {
+    /// Its first address.
+    pub start: u64,
+    /// Its length, in bytes.
+    pub len: u64,
+    /// What a person calls it.
+    pub name: String,
+}
+
+/// A run that is under way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Intent {
+    /// The guest's UUID.
+    pub uuid: String,
+    /// Its domain id.
+    pub domid: u16,
+    /// When it began, in seconds since 1970.
+    pub started_at: u64,
+    /// The process.
+    pub pid: u32,
+    /// What it is about to do.
+    pub change: Change,
+}
+
+/// What a run is about to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Change {
+    /// Build-id of the guest's kernel, in hex.
+    pub build_id: String,
+    /// Address of its text: of the same kernel that starts anew it may be another (KASLR).
+    pub text_base: u64,
+    /// Name of the payload.
+    pub patch: String,
+    /// SHA-256 of its file, in hex.
+    pub sha256: String,
+    /// SHA-256 of the record that is placed in the guest, in hex; empty where none is.
+    pub record: String,
+    /// What is done with it.
+    pub op: Op,
+    /// What is written, in that order.
+    pub writes: Vec<Write>,
+    /// Where nobody may be meanwhile.
+    pub watched: Vec<Range>,
+}
+
+impl Change {
+    /// The change that `plan` makes for the payload with this record.
+    #[must_use]
+    pub fn new(kernel: &Kernel<'_>, op: Op, record: &Record, plan: &Plan) -> Change {
+        let ranges = plan.watch.ranges().map(|(range, name)| (*range, name));
+        // To take it back nobody may be in the new code either.
+        let code = stack::code_of(record);
+        let code = code.iter().map(|w| (w.range, &*w.name));
+        let all = ranges.chain(code).map(|(range, name)| Range {
+            start: range.start.0,
+            len: range.len(),
+            name: name.to_owned(),
+        });
+        Change {
+            build_id: kernel
+                .build_id
+                .as_deref()
+                .map(hex::encode)
+                .unwrap_or_default(),
+            text_base: kernel.text_base.0,
+            patch: record.name.clone(),
+            sha256: record.sha256.clone(),
+            record: String::new(),
+            op,
+            writes: plan.writes.clone(),
+            watched: all.collect(),
+        }
+    }
+}
+
+/// The journal of one guest.
+#[derive(Clone, Debug)]
+pub struct Journal {
+    dir: PathBuf,
+    uuid: String,
+}
+
+impl Journal {
+    /// The journal of the guest `uuid`, in the usual folder.
+    #[must_use]
+    pub fn new(uuid: &str) -> Journal {
+        Journal::within(Path::new(DIR), uuid)
+    }
+
+    /// The same in another folder.
+    #[must_use]
+    pub fn within(dir: &Path, uuid: &str) -> Journal {
+        Journal {
+            dir: dir.to_owned(),
+            uuid: uuid.to_owned(),
+        }
+    }
+
+    /// Whether there is one.
+    #[must_use]
+    pub fn exists(&self) -> bool {
+        self.path().exists()
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.join(&self.uuid)
+    }
+
+    /// Writes down what is about to be done; it is durable when this returns.
+    ///
+    /// # Errors
+    /// [`Error::Failed`]: it can't be, and nothing may be done.
+    pub fn begin(&self, intent: &Intent) -> Result<()> {
+        let failed = |e: io::Error| {
+            Error::Failed(format!(
+                "the journal {} can't be written, so nothing was changed: {e}",
+                self.path().display()
+            ))
+        };
+        let content =
+            postcard::to_stdvec(intent).map_err(|e| failed(io::Error::other(e.to_string())))?;
+        self.write(&content).map_err(failed)
+    }
+
+    fn write(&self, content: &[u8]) -> io::Result<()> {
+        fault::point(FIRST_FAULT)?;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.dir)?;
+        fault::point("journal: open")?;
+        let new = self.dir.join(format!("{}.new", self.uuid));
+        let mut file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&new)?;
+        let written = fault::point("journal: write")
+            .and_then(|()| file.write_all(MAGIC))
+            .and_then(|()| file.write_all(&Sha256::digest(content)))
+            .and_then(|()| fault::point("journal: write content"))
+            .and_then(|()| file.write_all(content))
+            .and_then(|()| fault::point("journal: sync"))
+            .and_then(|()| file.sync_all())
+            .and_then(|()| fault::point("journal: rename"))
+            .and_then(|()| fs::rename(&new, self.path()));
+        if written.is_err() {
+            let _ = fs::remove_file(&new);
+        }
+        written?;
+        fault::point("journal: sync folder")?;
+        File::open(&self.dir)?.sync_all()
+    }
+
+    /// What was about to be done, if it isn't known how it ended.
+    ///
+    /// # Errors
+    /// [`Error::Uncertain`]: there is a journal, and it can't be read or believed.
+    pub fn read(&self) -> Result<Option<Intent>> {
+        let path = self.path();
+        let odd = |why: &str| {
+            Error::Uncertain(format!(
+                "the journal {} can't be believed: {why}; it says that a run on this guest did not end as \
+                 it should",
+                path.display()
+            ))
+        };
+        let len = match fs::metadata(&path) {
+            Ok(found) => found.len(),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(odd(&e.to_string())),
+        };
+        if len > LEN_MAX {
+            return Err(odd("it is too long"));
+        }
+        let bytes = fs::read(&path).map_err(|e| odd(&e.to_string()))?;
+        let (head, content) = bytes
+            .split_at_checked(HEAD)
+            .ok_or_else(|| odd("it is cut off"))?;
+        let (magic, digest) = head.split_at(MAGIC.len());
+        if magic != MAGIC {
+            return Err(odd("it is no journal of this version of xen-locus"));
+        }
+        if digest != &Sha256::digest(content)[..] {
+            return Err(odd("its checksum is wrong"));
+        }
+        let intent: Intent =
+            postcard::from_bytes(content).map_err(|e| odd(&format!("it is malformed: {e}")))?;
+        if intent.uuid != self.uuid {
+            return Err(odd("it is another guest's"));
+        }
+        if intent
+            .change
+            .writes
+            .iter()
+            .any(|w| w.new.len() != w.expect.len())
+        {
+            return Err(odd("a write in it has an old and a new length"));
+        }
+        Ok(Some(intent))
+    }
+
+    /// Says that it is known how the run ended: the journal is removed.
+    ///
+    /// # Errors
+    /// It can't be.
+    pub fn end(&self) -> Result<()> {
+        let removed = fault::point("journal: remove");
+        let removed = match removed.and_then(|()| fs::remove_file(self.path())) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => Err(e),
+            Ok(()) => File::open(&self.dir).and_then(|dir| dir.sync_all()),
+        };
+        removed.map_err(|e| {
+            Error::Failed(format!(
+                "the journal {} can't be removed: {e}",
+                self.path().display()
+            ))
+        })
+    }
+}
+
+/// UUIDs of the guests that have a journal in the usual folder.
+///
+/// # Errors
+/// The folder can't be read.
+pub fn all() -> Result<Vec<String>> {
+    let failed = |e: io::Error| Error::Failed(format!("cannot read {DIR}: {e}"));
+    let entries = match fs::read_dir(DIR) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(failed(e)),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let name = entry.map_err(failed)?.file_name();
+        if let Some(uuid) = name.to_str().filter(|n| is_uuid(n)) {
+            found.push(uuid.to_owned());
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn is_uuid(name: &str) -> bool {
+    name.len() == 36 && name.bytes().all(|b| b == b'-' || b.is_ascii_hexdigit())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ExitCode;
+
+    const UUID: &str = "01234567-89ab-cdef-0123-456789abcdef";
+
+    fn journal(name: &str) -> Journal {
+        let dir = std::env::temp_dir().join(format!("xen-locus-{}-{name}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        Journal::within(&dir, UUID)
+    }
+
+    fn intent() -> Intent {
+        Intent {
+            uuid: UUID.into(),
+            domid: 3,
+            started_at: 12,
+            pid: 34,
+            change: Change {
+                build_id: "abcd".into(),
+                text_base: 0xffff_ffff_8100_0000,
+                patch: "fix".into(),
+                sha256: "00".into(),
+                record: "11".into(),
+                op: Op::Apply,
+                writes: vec![Write {
+                    at: 0xffff_ffff_8100_0005,
+                    expect: vec![1; 5],
+                    new: vec![2; 5],
+                }],
+                watched: vec![Range {
+                    start: 0xffff_ffff_8100_0000,
+                    len: 64,
+                    name: "f".into(),
+                }],
+            },
+        }
+    }
+
+    #[test]
+    fn what_is_about_to_be_done_is_read_back_until_it_is_known_how_it_ended() {
+        let journal = journal("round");
+        assert_eq!(journal.read().unwrap(), None);
+        journal.begin(&intent()).unwrap();
+        assert_eq!(journal.read().unwrap(), Some(intent()));
+        let mut second = intent();
+        second.change.op = Op::Revert;
+        journal.begin(&second).unwrap();
+        assert_eq!(journal.read().unwrap(), Some(second));
+        journal.end().unwrap();
+        assert_eq!(journal.read().unwrap(), None);
+        journal.end().unwrap();
+    }
+
+    #[test]
+    fn a_journal_that_is_torn_or_changed_anywhere_is_not_believed() {
+        let journal = journal("torn");
+        journal.begin(&intent()).unwrap();
+        let whole = fs::read(journal.path()).unwrap();
+        for cut in 0..whole.len() {
+            fs::write(journal.path(), &whole[..cut]).unwrap();
+            let error = journal.read().unwrap_err();
+            assert_eq!(error.exit_code(), ExitCode::Uncertain, "cut to {cut}");
+        }
+        for at in 0..whole.len() {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 0x10;
+            fs::write(journal.path(), &bytes).unwrap();
+            assert!(journal.read().is_err(), "byte {at} changed");
+        }
+        fs::write(journal.path(), &whole).unwrap();
+        assert!(journal.read().unwrap().is_some());
+    }
+
+    #[test]
+    fn a_journal_of_another_guest_is_not_believed() {
+        let journal = journal("foreign");
+        journal.begin(&intent()).unwrap();
+        let other = Journal::within(&journal.dir, "00000000-0000-0000-0000-000000000000");
+        fs::rename(journal.path(), other.path()).unwrap();
+        assert_eq!(other.read().unwrap_err().exit_code(), ExitCode::Uncertain);
+    }
+
+    #[test]
+    fn a_file_that_a_run_left_half_made_is_in_nobodys_way() {
+        let journal = journal("half");
+        fs::create_dir_all(&journal.dir).unwrap();
+        fs::write(journal.dir.join(format!("{UUID}.new")), "half").unwrap();
+        assert_eq!(journal.read().unwrap(), None);
+        journal.begin(&intent()).unwrap();
+        assert_eq!(journal.read().unwrap(), Some(intent()));
+    }
+
+    #[test]
+    fn where_no_journal_can_be_written_nothing_may_be_done() {
+        let journal = journal("denied");
+        fs::write(&journal.dir, "a file, no folder").unwrap();
+        let error = journal.begin(&intent()).unwrap_err();
+        assert_eq!(error.exit_code(), ExitCode::Failed);
+        assert!(error.to_string().contains("nothing was changed"), "{error}");
+    }
+}

@@ -1,0 +1,280 @@
+//! Was a payload built for the guest's kernel? It has the CRCs of the kernel's interfaces, and its
+//! `struct klp_patch` the layout that the guest's kernel gives it.
+//!
+//! The payload was compiled against some kernel's headers, and only its own bytes were read: the
+//! first fields where every kernel has them, sizes from how the arrays divide, and `replace` where it
+//! was found (`patch::klp`). The guest's types must say the same of all of it.
+
+use locus_kernel::btf::Btf;
+use locus_kernel::Kernel;
+use locus_payload::{Payload, SymSection};
+
+use crate::error::{Error, Result};
+use crate::target::exports::Exports;
+
+/// What stands for the layouts that every module has in common with the kernel
+/// (kernel/module/version.c).
+const LAYOUT: &str = "module_layout";
+
+/// Where the first fields are, as [`locus_payload::Klp`] was read: structure, field, offset.
+const FIELDS: [(&str, &str, usize); 8] = [
+    ("klp_patch", "mod", 0),
+    ("klp_patch", "objs", 8),
+    ("klp_object", "name", 0),
+    ("klp_object", "funcs", 8),
+    ("klp_object", "callbacks", 16),
+    ("klp_func", "old_name", 0),
+    ("klp_func", "new_func", 8),
+    ("klp_func", "old_sympos", 16),
+];
+
+/// Compares the CRCs of `payload` with those of what the kernel exports: of [`LAYOUT`], and of what the
+/// payload's code and data refer to. A name that has none on either side passes, as with the kernel's
+/// own loader (`check_version`, kernel/module/version.c).
+///
+/// # Errors
+/// [`Error::NotApplicable`] that names the first that differs, or the guest's memory can't be read.
+pub fn check_versions(kernel: &Kernel<'_>, exports: &Exports, payload: &Payload) -> Result<()> {
+    let versions = payload.versions();
+    let needed = payload.needed_symbols();
+    let needed = needed.iter().filter_map(|&index| payload.symbol(index));
+    let needed = needed.filter(|s| s.section == SymSection::Undefined);
+    for name in std::iter::once(LAYOUT).chain(needed.map(|s| s.name.as_str())) {
+        let Some(&ours) = versions.get(name.as_bytes()) else {
+            continue;
+        };
+        match exports.crc(kernel, name)? {
+            Some(theirs) if ours != u64::from(theirs) => {
+                return Err(Error::NotApplicable(format!(
+                    "payload {} is built for another kernel: its CRC of {name} is {ours:#010x}, the \
+                     guest's is {theirs:#010x}; build it against the guest's kernel ({})",
+                    payload.name, kernel.release
+                )))
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Compares the layout of `payload` with the guest's types. A kernel built without livepatch has
+/// none of these, and nothing to disagree with.
+///
+/// # Errors
+/// [`Error::NotApplicable`] that names the first difference.
+pub fn check_layout(btf: &Btf, payload: &Payload) -> Result<()> {
+    let klp = &payload.klp;
+    let Some((section, offset)) = klp.place else {
+        // Made by kpatch-build: what is read has a layout of its own.
+        return Ok(());
+    };
+    let differs = |what: &str, ours: u64, theirs: usize| {
+        Err(Error::NotApplicable(format!(
+            "payload {}: {what} is {ours} bytes in it and {theirs} in the guest's kernel; build it \
+             against the guest's kernel",
+            payload.name
+        )))
+    };
+    for (name, stride) in [
+        ("klp_object", klp.object_stride),
+        ("klp_func", klp.func_stride),
+        ("klp_patch", klp.size),
+    ] {
+        match (btf.size_of(name), stride) {
+            (Ok(size), Some(stride)) if size as u64 != stride => {
+                return differs(&format!("the size of struct {name}"), stride, size);
+            }
+            _ => {}
+        }
+    }
+    for (name, field, ours) in FIELDS {
+        match btf.offset_of(name, field) {
+            Ok(theirs) if theirs != ours => {
+                let what = format!("the place of {field} in struct {name}");
+                return differs(&what, ours as u64, theirs);
+            }
+            _ => {}
+        }
+    }
+    let (Some(replace), Ok(at)) = (klp.replace, btf.offset_of("klp_patch", "replace")) else {
+        return Ok(());
+    };
+    let at = offset.saturating_add(at as u64);
+    let set = payload
+        .section(section)
+        .zip(usize::try_from(at).ok())
+        .and_then(|(section, at)| section.data.get(at))
+        .is_some_and(|&byte| byte != 0);
+    if set == replace {
+        return Ok(());
+    }
+    Err(Error::NotApplicable(format!(
+        "payload {}: its struct klp_patch does not have `replace` where the guest's kernel has it; \
+         build it against the guest's kernel",
+        payload.name
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ExitCode;
+    use locus_guest::addr::Gva;
+    use locus_guest::budget::Budget;
+    use locus_kernel::btf::blob::Blob;
+    use locus_kernel::fixture::{renewed, vcpus, Fixture, KIND, TEXT};
+    use locus_payload::testelf::{Spec, ALLOC, R_PLT32};
+
+    /// Where the guest's tables of exports stand.
+    const EXPORTS: Gva = Gva(TEXT.0 + (8 << 20));
+
+    /// What is said to a payload whose CRCs of `module_layout` and of `printk`, which it calls, are
+    /// `ours`, by a guest whose tables hold `theirs`.
+    fn answer(ours: [u64; 2], theirs: &[u32]) -> Result<()> {
+        let mut types = Blob::with_integers();
+        types.structure(
+            "kernel_symbol",
+            12,
+            &[("value_offset", 3, 0), ("name_offset", 3, 4)],
+        );
+        let mut fixture = Fixture::new();
+        let code = TEXT.0 + 0x1000;
+        fixture.function(code, LAYOUT, &[0xc3]);
+        fixture.function(code + 16, "printk", &[0xc3]);
+        for (offset, name) in [
+            (0, "__start___ksymtab"),
+            (36, "__stop___ksymtab"),
+            (36, "__start___kcrctab"),
+            (36 + 4 * theirs.len() as u64, "__stop___kcrctab"),
+        ] {
+            let at = EXPORTS.plus(offset);
+            fixture.symbols.push((at.0, 'D', name.into()));
+        }
+        let memory = fixture.build();
+        let mut tables = Vec::new();
+        // Two names for one place: only that of the name counts.
+        for (value, name) in [(16, 0), (16, 6), (0, 13)] {
+            for to in [code + value, EXPORTS.0 + 0x100 + name] {
+                let place = EXPORTS.0 + tables.len() as u64;
+                tables.extend(&to.wrapping_sub(place).to_le_bytes()[..4]);
+            }
+            tables.extend([0; 4]);
+        }
+        tables.extend(theirs.iter().flat_map(|crc| crc.to_le_bytes()));
+        tables.resize(0x100, 0);
+        tables.extend(b"other\0printk\0module_layout\0");
+        memory.map_bytes(EXPORTS, &tables, false, false);
+        let kernel = Kernel::read(&memory, KIND, &vcpus())?;
+        let kernel = renewed(&kernel, &types.bytes(), Budget::default())?;
+
+        let (mut elf, places) = Spec::default().elf();
+        let printk = elf.undefined("printk");
+        let at = elf.append(places.text, 16, 16);
+        elf.reloc(places.text, at, R_PLT32, printk, -4);
+        let mut versions = Vec::new();
+        for (crc, name) in ours.into_iter().zip([LAYOUT, "printk"]) {
+            let start = versions.len();
+            versions.extend(crc.to_le_bytes());
+            versions.extend(name.as_bytes());
+            versions.resize(start + 64, 0);
+        }
+        elf.section("__versions", ALLOC, &versions);
+        let payload = Payload::parse("test.ko", &elf.build()).unwrap();
+        let exports = Exports::read(&kernel)?;
+        assert!(exports.has(Gva(code)) && !exports.has(Gva(code + 1)));
+        check_versions(&kernel, &exports, &payload)
+    }
+
+    #[test]
+    fn a_payload_built_against_other_interfaces_is_refused() {
+        let theirs = [1, 0x0bad_cafe, 0xfeed_0001];
+        assert!(answer([0xfeed_0001, 0x0bad_cafe], &theirs).is_ok());
+        for (ours, words) in [
+            (
+                [0xfeed_0002, 0x0bad_cafe],
+                "module_layout is 0xfeed0002, the guest's is 0xfeed0001",
+            ),
+            (
+                [0xfeed_0001, 1],
+                "printk is 0x00000001, the guest's is 0x0badcafe",
+            ),
+        ] {
+            let error = answer(ours, &theirs).unwrap_err();
+            assert_eq!(error.exit_code(), ExitCode::NotApplicable);
+            assert!(error.to_string().contains(words), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_may_not_be_crcs_is_not_compared() {
+        // Distances within the image; one CRC too few, or of another size.
+        for theirs in [&[1, 2, 0xffff_fff0][..], &[1, 0xfeed_0001], &[0; 6], &[]] {
+            assert!(answer([5, 6], theirs).is_ok(), "{theirs:x?}");
+        }
+    }
+
+    /// Types whose `replace` and `sympos` stand where they are told to, with sizes of 6.1.
+    fn types(replace: usize, sympos: usize, func: usize) -> Btf {
+        let mut b = Blob::new();
+        let long = b.int("long", 8);
+        let byte = b.int("bool", 1);
+        b.structure(
+            "klp_patch",
+            200,
+            &[
+                ("mod", long, 0),
+                ("objs", long, 8),
+                ("replace", byte, replace),
+            ],
+        );
+        b.structure(
+            "klp_object",
+            168,
+            &[
+                ("name", long, 0),
+                ("funcs", long, 8),
+                ("callbacks", long, 16),
+            ],
+        );
+        b.structure(
+            "klp_func",
+            func,
+            &[
+                ("old_name", long, 0),
+                ("new_func", long, 8),
+                ("old_sympos", long, sympos),
+            ],
+        );
+        Btf::new(b.bytes()).unwrap()
+    }
+
+    #[test]
+    fn a_payload_must_have_the_layout_of_the_guests_types() {
+        let payload = Payload::parse("test.ko", &Spec::default().bytes()).unwrap();
+        let said = |btf: &Btf, payload: &Payload| {
+            check_layout(btf, payload).map_err(|e| e.to_string()).err()
+        };
+        assert_eq!(said(&types(24, 16, 152), &payload), None);
+        let none = Btf::new(Blob::new().bytes()).unwrap();
+        assert_eq!(said(&none, &payload), None);
+        for (btf, words) in [
+            (types(24, 16, 160), "the size of struct klp_func is 152"),
+            (
+                types(24, 24, 152),
+                "the place of old_sympos in struct klp_func is 16",
+            ),
+        ] {
+            let error = said(&btf, &payload).unwrap_or_default();
+            assert!(error.contains(words), "{error}");
+        }
+        // A 1 that stands where this kernel has something else.
+        let mut replaces = payload.clone();
+        replaces.klp.replace = Some(true);
+        let (section, offset) = payload.klp.place.unwrap();
+        let at = usize::try_from(offset).unwrap() + 16;
+        replaces.sections[section].data[at] = 1;
+        assert_eq!(said(&types(16, 16, 152), &replaces), None);
+        let error = said(&types(24, 16, 152), &replaces).unwrap_or_default();
+        assert!(error.contains("`replace`"), "{error}");
+    }
+}

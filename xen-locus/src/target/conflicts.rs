@@ -1,0 +1,379 @@
+//! Who else has a function in its hands: the kernel's own sections, tracing, kprobes, BPF, livepatch.
+//!
+//! A redirect behind the ftrace nop would leave whoever is attached to the function attached to
+//! nothing, or, in code that runs before the kernel is set up or while it is entered, have effects
+//! that can't be foreseen. The guest's own tables say who it is.
+
+use std::fmt;
+
+use locus_guest::addr::{Gva, Range};
+use locus_kernel::{list, Kernel};
+
+use crate::error::Result;
+
+/// Sections of the kernel's text whose functions can't be replaced: symbols at their start and end,
+/// and why.
+const SECTIONS: [(&str, &str, &str); 4] = [
+    (
+        "_sinittext",
+        "_einittext",
+        "it is __init code, which ran when the kernel started and whose memory is free since",
+    ),
+    (
+        "__init_begin",
+        "__init_end",
+        "it is in the kernel's __init memory, which is free since the kernel started",
+    ),
+    (
+        "__entry_text_start",
+        "__entry_text_end",
+        "it is entry code, which runs on unusual stacks and page tables and can't be traced",
+    ),
+    (
+        "__noinstr_text_start",
+        "__noinstr_text_end",
+        "it is noinstr code, which runs while the kernel is entered or left and can't be traced",
+    ),
+];
+/// Lists of `kprobe_table` (`KPROBE_TABLE_SIZE`, kernel/kprobes.c).
+const KPROBE_LISTS: u64 = 64;
+/// Most elements of any of the lists looked at.
+const ELEMENTS_MAX: usize = 1 << 16;
+
+/// Why the place of a function of the kernel's image forbids to replace it, if it does.
+#[must_use]
+pub fn section(kernel: &Kernel<'_>, entry: Gva) -> Option<String> {
+    SECTIONS.into_iter().find_map(|(start, end, why)| {
+        let from = kernel.symbols.addr(start)?;
+        let to = kernel.symbols.addr(end)?;
+        (from <= entry && entry < to).then(|| format!("{why} (between {start} and {end})"))
+    })
+}
+
+/// Whether `at` is in memory of the kernel's image that it frees after its start. Its first copy of the
+/// per-CPU variables stands there too, whose addresses mean the CPUs' own.
+#[must_use]
+pub fn freed(kernel: &Kernel<'_>, at: Gva) -> bool {
+    let between = |start, end| {
+        let (start, end) = (kernel.symbols.addr(start), kernel.symbols.addr(end));
+        start
+            .zip(end)
+            .is_some_and(|(start, end)| start <= at && at < end)
+    };
+    (between("__init_begin", "__init_end") || between("_sinittext", "_einittext"))
+        && !between("__per_cpu_start", "__per_cpu_end")
+}
+
+/// The place of a kprobe of the guest's in `range`; none in a kernel without kprobes.
+///
+/// # Errors
+/// The table of kprobes can't be read.
+pub fn kprobe(kernel: &Kernel<'_>, range: Range) -> Result<Option<Gva>> {
+    let Some(table) = kernel.symbols.addr("kprobe_table") else {
+        return Ok(None);
+    };
+    let Ok(btf) = kernel.btf() else {
+        return Ok(None);
+    };
+    let (Ok(link), Ok(addr)) = (
+        btf.offset_of("kprobe", "hlist"),
+        btf.offset_of("kprobe", "addr"),
+    ) else {
+        return Ok(None);
+    };
+    let space = &kernel.space;
+    let mut left = ELEMENTS_MAX;
+    for list in 0..KPROBE_LISTS {
+        // struct hlist_head and struct hlist_node begin with a pointer, which is null at the end.
+        let mut node = space.read_u64(table.plus(8 * list))?;
+        while node != 0 && left > 0 {
+            let probe = Gva(node.wrapping_sub(link as u64));
+            let at = Gva(space.read_u64(probe.plus(addr as u64))?);
+            if range.contains(at) {
+                return Ok(Some(at));
+            }
+            node = space.read_u64(Gva(node))?;
+            left -= 1;
+        }
+    }
+    Ok(None)
+}
+
+/// Who makes a function's ftrace site call something.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Caller {
+    /// The guest's own livepatch: the function that runs is another one.
+    Livepatch,
+    /// A BPF program, by its name.
+    Bpf(String),
+    /// A tracer, by what is called.
+    Ftrace(String),
+}
+
+impl fmt::Display for Caller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Caller::Livepatch => f.write_str("livepatched by the guest itself"),
+            Caller::Bpf(name) => write!(f, "attached to by a BPF program of the guest ({name})"),
+            Caller::Ftrace(whom) => {
+                write!(
+                    f,
+                    "traced by the guest itself (its ftrace site calls {whom})"
+                )
+            }
+        }
+    }
+}
+
+/// Who made the ftrace site of the function at `entry` call `target`.
+///
+/// # Errors
+/// The guest's lists can't be read.
+pub fn caller(kernel: &Kernel<'_>, entry: Gva, target: Gva) -> Result<Caller> {
+    if livepatched(kernel, entry)? {
+        return Ok(Caller::Livepatch);
+    }
+    if let Some(name) = bpf_image(kernel, target)? {
+        return Ok(Caller::Bpf(name));
+    }
+    Ok(Caller::Ftrace(match kernel.symbols.covering(target) {
+        Some((name, offset)) if offset < 4096 => name.to_owned(),
+        _ => target.to_string(),
+    }))
+}
+
+/// `klp_ops` of kernel/livepatch/patch.c lists, for each livepatched function, the stack of what
+/// replaces it.
+fn livepatched(kernel: &Kernel<'_>, entry: Gva) -> Result<bool> {
+    let (Some(head), Ok(btf)) = (kernel.symbols.addr("klp_ops"), kernel.btf()) else {
+        return Ok(false);
+    };
+    let (Ok(node), Ok(stack), Ok(in_stack), Ok(old)) = (
+        btf.offset_of("klp_ops", "node"),
+        btf.offset_of("klp_ops", "func_stack"),
+        btf.offset_of("klp_func", "stack_node"),
+        btf.offset_of("klp_func", "old_func"),
+    ) else {
+        return Ok(false);
+    };
+    let space = &kernel.space;
+    for at in list(space, head, ELEMENTS_MAX)? {
+        let ops = Gva(at.0.wrapping_sub(node as u64));
+        let top = space.read_u64(ops.plus(stack as u64))?;
+        let func = Gva(top.wrapping_sub(in_stack as u64));
+        if Gva(space.read_u64(func.plus(old as u64))?) == entry {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// The name of the BPF program or trampoline at `target`, from `bpf_kallsyms` (kernel/bpf/core.c).
+fn bpf_image(kernel: &Kernel<'_>, target: Gva) -> Result<Option<String>> {
+    let (Some(head), Ok(btf)) = (kernel.symbols.addr("bpf_kallsyms"), kernel.btf()) else {
+        return Ok(None);
+    };
+    let (Ok(link), Ok(start), Ok(end), Ok(name), Ok(len)) = (
+        btf.offset_of("bpf_ksym", "lnode"),
+        btf.offset_of("bpf_ksym", "start"),
+        btf.offset_of("bpf_ksym", "end"),
+        btf.offset_of("bpf_ksym", "name"),
+        btf.array_len("bpf_ksym", "name"),
+    ) else {
+        return Ok(None);
+    };
+    let space = &kernel.space;
+    for at in list(space, head, ELEMENTS_MAX)? {
+        let symbol = Gva(at.0.wrapping_sub(link as u64));
+        let from = Gva(space.read_u64(symbol.plus(start as u64))?);
+        let to = Gva(space.read_u64(symbol.plus(end as u64))?);
+        if from <= target && target < to {
+            let bytes = space.read_vec(symbol.plus(name as u64), len.min(4096))?;
+            let text = bytes.split(|&b| b == 0).next().unwrap_or_default();
+            let printable = |c: char| if c.is_control() { '?' } else { c };
+            let text = String::from_utf8_lossy(text);
+            return Ok(Some(text.chars().map(printable).collect()));
+        }
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ExitCode;
+    use crate::target::redirect;
+    use crate::target::symbols::Owner;
+    use locus_kernel::btf::blob::Blob;
+    use locus_kernel::fixture::{vcpus, Fixture, KIND, TEXT};
+
+    const AT: u64 = TEXT.0 + 0x1000;
+    /// Where the lists' elements stand.
+    const DATA: u64 = TEXT.0 + (8 << 20);
+    /// A trampoline of the guest's.
+    const TRAMPOLINE: u64 = TEXT.0 + 0x8000;
+
+    fn types() -> Vec<u8> {
+        let mut b = Blob::new();
+        let long = b.int("long", 8);
+        let byte = b.int("char", 1);
+        let two = b.structure("list_head", 16, &[("next", long, 0)]);
+        let name = b.array(byte, 16);
+        b.structure("kprobe", 64, &[("hlist", two, 0), ("addr", long, 40)]);
+        b.structure("klp_ops", 32, &[("node", two, 0), ("func_stack", two, 16)]);
+        b.structure(
+            "klp_func",
+            64,
+            &[("old_func", long, 24), ("stack_node", two, 40)],
+        );
+        b.structure(
+            "bpf_ksym",
+            64,
+            &[
+                ("start", long, 0),
+                ("end", long, 8),
+                ("name", name, 16),
+                ("lnode", two, 32),
+            ],
+        );
+        b.bytes()
+    }
+
+    /// What is said to a function at `AT` with `code`, where the guest's lists have `words` at their
+    /// offsets and the kernel `symbols`.
+    fn said(code: &[u8], words: &[(u64, u64)], symbols: &[(u64, &str)]) -> (ExitCode, String) {
+        let mut fixture = Fixture::new();
+        fixture.function(AT, "victim", code);
+        fixture.function(AT + code.len() as u64, "next", &[0xc3]);
+        fixture.function(TRAMPOLINE, "ftrace_trampoline", &[0xc3]);
+        let mut data = vec![0; 0x1000];
+        let mut put = |at: u64, value: u64| {
+            let at = usize::try_from(at).unwrap();
+            data[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        };
+        // Empty lists: kprobe_table, klp_ops, bpf_kallsyms.
+        put(0x200, DATA + 0x200);
+        put(0x210, DATA + 0x210);
+        words.iter().for_each(|&(at, value)| put(at, value));
+        for (at, name) in [
+            (DATA, "kprobe_table"),
+            (DATA + 0x200, "klp_ops"),
+            (DATA + 0x210, "bpf_kallsyms"),
+        ] {
+            fixture.symbols.push((at, 'd', name.to_owned()));
+        }
+        for (at, name) in symbols {
+            fixture.symbols.push((*at, 't', (*name).to_owned()));
+        }
+        fixture.constants.push(("__start_BTF", types()));
+        fixture.constants.push(("__stop_BTF", Vec::new()));
+        let memory = fixture.build();
+        memory.map_bytes(Gva(DATA), &data, true, false);
+        let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
+        match redirect::examine(&kernel, Owner::Kernel, "victim", Gva(AT), None) {
+            Ok(_) => (ExitCode::Done, String::new()),
+            Err(error) => (error.exit_code(), error.to_string()),
+        }
+    }
+
+    /// A nop of ftrace and five whole bytes behind it.
+    const GOOD: [u8; 11] = [0x0f, 0x1f, 0x44, 0, 0, 0xb8, 0x2a, 0, 0, 0, 0xc3];
+    /// The same with a call of `TRAMPOLINE` for the nop.
+    fn called() -> Vec<u8> {
+        let distance = u32::try_from(TRAMPOLINE - (AT + 5)).unwrap();
+        let mut code = GOOD.to_vec();
+        code[0] = 0xe8;
+        code[1..5].copy_from_slice(&distance.to_le_bytes());
+        code
+    }
+
+    #[test]
+    fn functions_of_special_sections_are_refused_by_name() {
+        assert_eq!(said(&GOOD, &[], &[]).0, ExitCode::Done);
+        for (start, end, words) in [
+            ("_sinittext", "_einittext", "__init code"),
+            ("__init_begin", "__init_end", "__init memory"),
+            ("__entry_text_start", "__entry_text_end", "entry code"),
+            ("__noinstr_text_start", "__noinstr_text_end", "noinstr code"),
+        ] {
+            let (exit, text) = said(&GOOD, &[], &[(AT - 16, start), (AT + 64, end)]);
+            assert_eq!(exit, ExitCode::NotApplicable, "{text}");
+            assert!(text.contains(words) && text.contains(start), "{text}");
+            // The end does not belong to it.
+            let (exit, text) = said(&GOOD, &[], &[(AT - 16, start), (AT, end)]);
+            assert_eq!(exit, ExitCode::Done, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_kprobe_anywhere_in_the_function_is_named() {
+        // The table's third list has a probe elsewhere, then one in the function.
+        let probes = |at: u64| {
+            [
+                (16, DATA + 0x400),
+                (0x400, DATA + 0x500),
+                (0x400 + 40, AT + 0x100),
+                (0x500 + 40, at),
+            ]
+        };
+        for at in [AT, AT + 10] {
+            let (exit, text) = said(&GOOD, &probes(at), &[]);
+            assert_eq!(exit, ExitCode::TryAgain, "{text}");
+            assert!(
+                text.contains("kprobe") && text.contains(&Gva(at).to_string()),
+                "{text}"
+            );
+        }
+        assert_eq!(said(&GOOD, &probes(AT + 11), &[]).0, ExitCode::Done);
+    }
+
+    #[test]
+    fn who_calls_from_the_ftrace_site_is_told_apart() {
+        let (exit, text) = said(&called(), &[], &[]);
+        assert_eq!(exit, ExitCode::TryAgain);
+        assert!(
+            text.contains("traced") && text.contains("ftrace_trampoline"),
+            "{text}"
+        );
+        // One element of klp_ops, whose stack's top replaces the function.
+        let livepatch = |old: u64| {
+            [
+                (0x200, DATA + 0x600),
+                (0x600, DATA + 0x200),
+                (0x610, DATA + 0x700 + 40),
+                (0x700 + 24, old),
+            ]
+        };
+        let (exit, text) = said(&called(), &livepatch(AT), &[]);
+        assert_eq!(exit, ExitCode::TryAgain);
+        assert!(text.contains("livepatched by the guest itself"), "{text}");
+        let (_, text) = said(&called(), &livepatch(AT + 1), &[]);
+        assert!(text.contains("traced"), "{text}");
+        // One BPF image, where the call leads.
+        let bpf = [
+            (0x210, DATA + 0x800 + 32),
+            (0x800 + 32, DATA + 0x210),
+            (0x800, TRAMPOLINE),
+            (0x808, TRAMPOLINE + 64),
+            (0x810, u64::from_le_bytes(*b"bpf_tram")),
+        ];
+        let (exit, text) = said(&called(), &bpf, &[]);
+        assert_eq!(exit, ExitCode::TryAgain);
+        assert!(
+            text.contains("BPF program of the guest (bpf_tram)"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn lists_without_an_end_are_given_up() {
+        let looped = [(16, DATA + 0x400), (0x400, DATA + 0x400)];
+        assert_eq!(said(&GOOD, &looped, &[]).0, ExitCode::Done);
+        let (exit, text) = said(
+            &called(),
+            &[(0x200, DATA + 0x600), (0x600, DATA + 0x600)],
+            &[],
+        );
+        assert_eq!(exit, ExitCode::NotApplicable, "{text}");
+    }
+}

@@ -1,0 +1,493 @@
+//! The kernel and its loaded modules as a payload names them: functions to replace, symbols to refer
+//! to.
+//!
+//! The kernel's own loader and livepatch decide the same way: kernel/livepatch/core.c
+//! (`klp_find_object_symbol`) and kernel/module/main.c (`resolve_symbol`). A payload may besides refer
+//! to symbols that nobody exports, and to global ones of payloads that are applied: those stand in the
+//! guest's list of modules, with their `struct module` in the arena, and with them those undone.
+
+use std::cell::{OnceCell, RefCell};
+
+use locus_guest::addr::{Gva, Range};
+use locus_kernel::modules::{Module, Reader, Rewritten, State, Symbol, MODULES_MAX};
+use locus_kernel::split_functions;
+use locus_kernel::{self as kernel, Kernel};
+use locus_payload::Payload;
+
+use crate::arena;
+use crate::error::{Error, Result};
+use crate::target::conflicts;
+use crate::target::exports::Exports;
+
+/// What a payload calls the kernel itself, where it has to call it by a name.
+pub const VMLINUX: &str = "vmlinux";
+/// What the kernel rewrites when a guest of one CPU gets more.
+const LOCK_PREFIX: &str = "lock prefix";
+
+/// The kernel and its modules; they are read when they are first asked for.
+#[derive(Debug)]
+pub struct Objects<'k, 'm> {
+    kernel: &'k Kernel<'m>,
+    reader: OnceCell<std::result::Result<Reader<'k, 'm>, String>>,
+    /// `struct module` of the payloads whose symbols count, newest first.
+    payloads: Vec<Gva>,
+    /// Newest first, as the guest lists them.
+    loaded: OnceCell<std::result::Result<Vec<Loaded>, String>>,
+    /// Addresses of those that were referred to.
+    used: RefCell<Vec<Gva>>,
+    /// What the kernel exports, if that can be known.
+    exported: OnceCell<Option<Exports>>,
+}
+
+/// A loaded module and, once asked for, its symbols.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The module.
+    pub module: Module,
+    symbols: OnceCell<Vec<Symbol>>,
+    exports: OnceCell<Vec<(String, Gva)>>,
+}
+
+/// Where a function is, for [`crate::target::redirect`].
+#[derive(Clone, Copy, Debug)]
+pub enum Owner<'a> {
+    /// The kernel's image.
+    Kernel,
+    /// A module, and its symbols.
+    Module(&'a Module, &'a [Symbol]),
+}
+
+impl Owner<'_> {
+    /// Bytes from `at` to the next symbol of the same object, or to the end of its memory.
+    #[must_use]
+    pub fn room(&self, kernel: &Kernel<'_>, at: Gva) -> u64 {
+        match self {
+            Owner::Kernel => kernel.symbols.room(at).unwrap_or(0),
+            Owner::Module(module, symbols) => {
+                let part = module.parts.iter().find(|p| p.range.contains(at));
+                let end = part.map_or(at, |p| p.range.end);
+                let next = symbols.iter().map(|s| s.addr).filter(|&a| a > at).min();
+                next.map_or(end, |next| next.min(end)).0 - at.0
+            }
+        }
+    }
+
+    /// Where the parts of the function at `entry` stand that seldom run, by any of its names: see [`cold`]. Those of another
+    /// function of the same name may be among them.
+    #[must_use]
+    pub fn cold(&self, kernel: &Kernel<'_>, entry: Gva) -> Vec<Gva> {
+        match self {
+            Owner::Kernel => kernel.symbols.cold(entry),
+            Owner::Module(_, symbols) => {
+                let names = symbols.iter().filter(|s| s.addr == entry);
+                let names: Vec<&str> = names.map(|s| &*s.name).collect();
+                let cold = symbols.iter().filter(|s| {
+                    names
+                        .iter()
+                        .any(|name| split_functions::is_part(&s.name, name))
+                });
+                cold.map(|s| s.addr).collect()
+            }
+        }
+    }
+
+    /// Whether the guest may execute what stands at `at`, which must belong to this object.
+    ///
+    /// # Errors
+    /// The page tables can't be read.
+    pub fn executable(&self, kernel: &Kernel<'_>, at: Gva) -> Result<bool> {
+        match self {
+            Owner::Kernel => Ok(kernel
+                .regions
+                .iter()
+                .any(|r| r.executable && !r.writable && r.range.contains(at))),
+            // Modules come and go, so does what maps them.
+            Owner::Module(module, _) => Ok(module.parts.iter().any(|p| p.range.contains(at))
+                && kernel.space.fresh().walk(at)?.executable),
+        }
+    }
+
+    /// The tables of places in it that the kernel rewrites while it runs.
+    ///
+    /// # Errors
+    /// The list of modules with lock prefixes can't be read.
+    pub fn rewritten(&self, kernel: &Kernel<'_>) -> Result<Vec<Rewritten>> {
+        match self {
+            Owner::Kernel => {
+                let mut all = rewritten(kernel);
+                if let Some(locks) = lock_prefixes(kernel, Gva(0))? {
+                    // The table itself may be freed memory.
+                    all.retain(|r| r.what != LOCK_PREFIX);
+                    all.extend(locks);
+                }
+                Ok(all)
+            }
+            Owner::Module(module, _) => {
+                let mut all = module.rewritten.clone();
+                all.extend(lock_prefixes(kernel, module.addr)?.unwrap_or_default());
+                Ok(all)
+            }
+        }
+    }
+}
+
+/// The lock prefixes of the module at `module`, or of the kernel if that is 0, which the kernel
+/// rewrites when a guest of one CPU gets more: `smp_alt_modules` of arch/x86/kernel/alternative.c.
+/// `None` if that can't be known.
+fn lock_prefixes(kernel: &Kernel<'_>, module: Gva) -> Result<Option<Vec<Rewritten>>> {
+    let (Some(head), Ok(btf)) = (kernel.symbols.addr("smp_alt_modules"), kernel.btf()) else {
+        return Ok(None);
+    };
+    let member = |name| btf.offset_of("smp_alt_module", name);
+    let (Ok(owner), Ok(locks), Ok(end), Ok(next)) = (
+        member("mod"),
+        member("locks"),
+        member("locks_end"),
+        member("next"),
+    ) else {
+        return Ok(None);
+    };
+    let space = &kernel.space;
+    let mut found = Vec::new();
+    for at in kernel::list(space, head, MODULES_MAX)? {
+        let word =
+            |offset: usize| space.read_u64(Gva(at.0.wrapping_sub(next as u64)).plus(offset as u64));
+        if Gva(word(owner)?) == module {
+            let start = Gva(word(locks)?);
+            found.push(Rewritten {
+                what: LOCK_PREFIX,
+                table: Range::new(start, word(end)?.saturating_sub(start.0)),
+                entry: 4,
+            });
+        }
+    }
+    Ok(Some(found))
+}
+
+/// Those of the kernel's image: names of their start and end, size of an entry.
+fn rewritten(kernel: &Kernel<'_>) -> Vec<Rewritten> {
+    [
+        (
+            "jump label",
+            "__start___jump_table",
+            "__stop___jump_table",
+            16,
+        ),
+        (
+            "static call",
+            "__start_static_call_sites",
+            "__stop_static_call_sites",
+            8,
+        ),
+        (LOCK_PREFIX, "__smp_locks", "__smp_locks_end", 4),
+    ]
+    .into_iter()
+    .filter_map(|(what, start, stop, entry)| {
+        let start = kernel.symbols.addr(start)?;
+        let len = kernel.symbols.addr(stop)?.0.saturating_sub(start.0);
+        let table = Range::new(start, len);
+        Some(Rewritten { what, table, entry })
+    })
+    .collect()
+}
+
+impl<'k, 'm> Objects<'k, 'm> {
+    /// Of this kernel; nothing is read yet. `payloads` are the `struct module`s of the payloads that
+    /// are applied, the one applied last first: the guest lists those that are undone too.
+    #[must_use]
+    pub fn new(kernel: &'k Kernel<'m>, payloads: Vec<Gva>) -> Objects<'k, 'm> {
+        Objects {
+            kernel,
+            payloads,
+            reader: OnceCell::new(),
+            loaded: OnceCell::new(),
+            used: RefCell::default(),
+            exported: OnceCell::new(),
+        }
+    }
+
+    /// What the kernel itself exports; `None` if that can't be known.
+    pub fn exported(&self) -> Option<&Exports> {
+        let read = || Exports::read(self.kernel).ok();
+        self.exported.get_or_init(read).as_ref()
+    }
+
+    fn reader(&self) -> Result<&Reader<'k, 'm>> {
+        let read = || Reader::new(self.kernel).map_err(|e| e.to_string());
+        self.reader.get_or_init(read).as_ref().map_err(unreadable)
+    }
+
+    /// All modules, newest first.
+    fn loaded(&self) -> Result<&[Loaded]> {
+        let read = || {
+            let all = Reader::new(self.kernel).and_then(|mut reader| reader.all());
+            let loaded = |module| Loaded {
+                module,
+                symbols: OnceCell::new(),
+                exports: OnceCell::new(),
+            };
+            let all = all.map_err(|e| e.to_string())?;
+            Ok(all.into_iter().map(loaded).collect())
+        };
+        let all = self.loaded.get_or_init(read);
+        all.as_ref().map(Vec::as_slice).map_err(unreadable)
+    }
+
+    fn symbols<'s>(&'s self, loaded: &'s Loaded) -> Result<&'s [Symbol]> {
+        if let Some(symbols) = loaded.symbols.get() {
+            return Ok(symbols);
+        }
+        let symbols = self.reader()?.symbols(&loaded.module)?;
+        Ok(loaded.symbols.get_or_init(|| symbols))
+    }
+
+    fn exports<'s>(&'s self, loaded: &'s Loaded) -> Result<&'s [(String, Gva)]> {
+        if let Some(exports) = loaded.exports.get() {
+            return Ok(exports);
+        }
+        let exports = self.reader()?.exported(&loaded.module)?;
+        Ok(loaded.exports.get_or_init(|| exports))
+    }
+
+    /// The module called `name`.
+    ///
+    /// # Errors
+    /// [`Error::NotLoaded`] when it is not loaded, [`Error::TryAgain`] when it is about to be, or
+    /// about to go.
+    fn module(&self, name: &str) -> Result<&Loaded> {
+        // In file names a dash stands for the same as an underscore.
+        let wanted = name.replace('-', "_");
+        let found = self
+            .loaded()?
+            .iter()
+            .find(|l| l.module.name.replace('-', "_") == wanted && !in_arena(l));
+        let Some(found) = found else {
+            return Err(Error::NotLoaded(format!(
+                "module {name} is not loaded in the guest; load it there (modprobe {name}), then \
+                 apply the payload"
+            )));
+        };
+        if found.module.state != State::Live {
+            return Err(Error::TryAgain(format!(
+                "module {name} is {} in the guest right now, expected it to be live; try again",
+                found.module.state.name().to_lowercase()
+            )));
+        }
+        Ok(found)
+    }
+
+    fn uses(&self, loaded: &Loaded) {
+        let mut used = self.used.borrow_mut();
+        if !used.contains(&loaded.module.addr) {
+            used.push(loaded.module.addr);
+        }
+    }
+
+    /// The object that a payload names: `None` is the kernel.
+    ///
+    /// # Errors
+    /// The module is not loaded, or it can't be read.
+    pub fn owner(&self, object: Option<&str>) -> Result<Owner<'_>> {
+        let Some(name) = object.filter(|&name| name != VMLINUX) else {
+            return Ok(Owner::Kernel);
+        };
+        let loaded = self.module(name)?;
+        Ok(Owner::Module(&loaded.module, self.symbols(loaded)?))
+    }
+
+    /// Address of the symbol `name` of `object` (`None`: the kernel): the only one if `sympos` is 0,
+    /// else the one of that number, in the order of the object's symbol table.
+    ///
+    /// # Errors
+    /// [`Error::NotApplicable`]: no such symbol, or several; [`Error::NotLoaded`]: the module is not;
+    /// [`Error::TryAgain`]: it is about to be.
+    pub fn symbol(&self, object: Option<&str>, name: &str, sympos: u64) -> Result<Gva> {
+        let Some(object) = object.filter(|&object| object != VMLINUX) else {
+            return self.kernel.function(name, sympos).map_err(not_applicable);
+        };
+        let loaded = self.module(object)?;
+        // As module_kallsyms_on_each_symbol (kernel/module/kallsyms.c) goes: undefined ones don't count.
+        let found: Vec<Gva> = self
+            .symbols(loaded)?
+            .iter()
+            .filter(|s| s.name == name && !s.kind.eq_ignore_ascii_case(&'u'))
+            .map(|s| s.addr)
+            .collect();
+        let wanted = usize::try_from(sympos).unwrap_or(usize::MAX);
+        let chosen = match (found.as_slice(), wanted) {
+            ([], _) => Err(format!("module {object} has no symbol {name}")),
+            ([one], 0) => Ok(*one),
+            (many, 0) => Err(format!(
+                "{} symbols of module {object} are called {name}, and the payload does not say \
+                 which (sympos)",
+                many.len()
+            )),
+            (many, n) => many.get(n - 1).copied().ok_or_else(|| {
+                format!(
+                    "module {object} has no symbol {name} number {n}: it has {}",
+                    many.len()
+                )
+            }),
+        };
+        let at = chosen.map_err(Error::NotApplicable)?;
+        self.uses(loaded);
+        Ok(at)
+    }
+
+    /// As [`Objects::symbol`], for what code or data of a payload refers to: that must still be there.
+    ///
+    /// # Errors
+    /// As [`Objects::symbol`]; [`Error::NotApplicable`] for what the kernel freed after its start.
+    pub fn reference(&self, object: Option<&str>, name: &str, sympos: u64) -> Result<Gva> {
+        let at = self.symbol(object, name, sympos)?;
+        self.stays(name, at)
+    }
+
+    fn stays(&self, name: &str, at: Gva) -> Result<Gva> {
+        match conflicts::freed(self.kernel, at) {
+            true => Err(Error::NotApplicable(format!(
+                "it refers to {name} at {at}, which is in the kernel's __init memory: that is free \
+                 since the kernel started"
+            ))),
+            false => Ok(at),
+        }
+    }
+
+    /// Address of a symbol that a payload leaves undefined: of the kernel, else the one that a module
+    /// exports, else the global one of the payload applied last. `None` when nobody has it.
+    ///
+    /// # Errors
+    /// [`Error::NotApplicable`] when several have it. What the kernel does not export may be local to one
+    /// of its files, and is no more likely to be meant than what a module exports.
+    pub fn undefined(&self, name: &str) -> Result<Option<Gva>> {
+        let exported = |at: &Gva| self.exported().is_some_and(|all| all.has(*at));
+        let mut of_kernel: Vec<Gva> = self.kernel.symbols.all(name).map(|s| s.addr).collect();
+        if of_kernel.len() > 1 {
+            // Others may be local to their files; modules are given the one that is exported.
+            let several = self.kernel.function(name, 0).map_err(not_applicable);
+            of_kernel.retain(exported);
+            of_kernel.sort_unstable();
+            of_kernel.dedup();
+            if of_kernel.len() != 1 {
+                return several.map(Some);
+            }
+        }
+        let own = of_kernel.first().copied();
+        // Without types nothing is known of modules.
+        let modules = self.kernel.symbols.addr("modules").is_some() && self.kernel.btf().is_ok();
+        if !modules || own.as_ref().is_some_and(exported) {
+            return own.map(|at| self.stays(name, at)).transpose();
+        }
+        let mut found: Vec<(&Loaded, Gva)> = Vec::new();
+        for loaded in self.loaded()?.iter().filter(|l| !in_arena(l)) {
+            let exports = self.exports(loaded)?;
+            let first = exports.partition_point(|(n, _)| n.as_str() < name);
+            if let Some((_, at)) = exports.get(first).filter(|(n, _)| n == name) {
+                found.push((loaded, *at));
+            }
+        }
+        if let (Some(at), Some((loaded, _))) = (own, found.first()) {
+            let module = &loaded.module.name;
+            return Err(Error::NotApplicable(format!(
+                "it refers to {name}, which is both a symbol of the kernel at {at} that is not \
+                 exported, and one that module {module} exports; say which, as \
+                 .klp.sym.{VMLINUX}.{name},1 or .klp.sym.{module}.{name},0"
+            )));
+        }
+        match (own, found.as_slice()) {
+            (Some(at), _) => self.stays(name, at).map(Some),
+            (None, []) => self.of_payloads(name),
+            (None, [(loaded, at)]) if loaded.module.state == State::Live => {
+                self.uses(loaded);
+                Ok(Some(*at))
+            }
+            (None, [(loaded, _)]) => Err(Error::TryAgain(format!(
+                "symbol {name} is exported by module {}, which is {} in the guest right now; try \
+                 again",
+                loaded.module.name,
+                loaded.module.state.name().to_lowercase()
+            ))),
+            (None, many) => {
+                let names: Vec<&str> = many.iter().map(|(l, _)| l.module.name.as_str()).collect();
+                Err(Error::NotApplicable(format!(
+                    "symbol {name} is exported by several modules: {}",
+                    names.join(", ")
+                )))
+            }
+        }
+    }
+
+    /// The global symbol `name` of the payload applied last that has one.
+    fn of_payloads(&self, name: &str) -> Result<Option<Gva>> {
+        for &payload in &self.payloads {
+            let Some(loaded) = self.loaded()?.iter().find(|l| l.module.addr == payload) else {
+                continue;
+            };
+            let named = |s: &&Symbol| s.global && s.name == name;
+            if let Some(symbol) = self.symbols(loaded)?.iter().find(named) {
+                self.uses(loaded);
+                return Ok(Some(symbol.addr));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Looks up all that the code and data of `payload` refer to, so that [`Objects::used`] is
+    /// complete. What nobody has is passed over: linking says so.
+    ///
+    /// # Errors
+    /// As [`Objects::reference`] and [`Objects::undefined`].
+    pub fn look_up(&self, payload: &Payload) -> Result<()> {
+        let of_payload = |e: Error| e.within(&format!("payload {}", payload.name));
+        let needed = payload.needed_symbols().into_iter();
+        for symbol in needed.filter_map(|index| payload.symbol(index)) {
+            match &symbol.klp {
+                Some(klp) => {
+                    self.reference(Some(&klp.object), &klp.symbol, klp.sympos)
+                        .map_err(of_payload)?;
+                }
+                None => {
+                    self.undefined(&symbol.name).map_err(of_payload)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The modules, and payloads applied before, whose symbols were asked for and found: none of them
+    /// may go while the payload is applied.
+    ///
+    /// # Errors
+    /// The modules can't be read.
+    pub fn used(&self) -> Result<Vec<&Module>> {
+        let used = self.used.borrow();
+        if used.is_empty() {
+            return Ok(Vec::new());
+        }
+        let all = self.loaded()?.iter().map(|l| &l.module);
+        Ok(all.filter(|m| used.contains(&m.addr)).collect())
+    }
+}
+
+/// It is a payload of ours.
+fn in_arena(loaded: &Loaded) -> bool {
+    let end = arena::page_address(arena::PAGES);
+    (arena::BASE..end).contains(&loaded.module.addr)
+}
+
+/// A lookup that found nothing, or too much.
+fn not_applicable(error: kernel::Error) -> Error {
+    match error {
+        kernel::Error::Missing(_) | kernel::Error::Odd(_) => {
+            Error::NotApplicable(error.to_string())
+        }
+        other => other.into(),
+    }
+}
+
+fn unreadable(why: &String) -> Error {
+    Error::NotApplicable(format!("the guest's modules can't be read: {why}"))
+}
+
+#[cfg(test)]
+mod tests;

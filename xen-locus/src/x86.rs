@@ -1,0 +1,123 @@
+//! Bytes of x86 code that several rooms write or know: nops in the forms of arch/x86/include/asm/nops.h, and
+//! branches with a 32-bit offset.
+
+use iced_x86::{Decoder, DecoderOptions};
+use locus_guest::addr::Gva;
+
+/// Length of `jmp rel32` and of `call rel32`, in bytes.
+pub const JUMP: usize = 5;
+/// Opcode of `jmp rel32`.
+pub const JMP: u8 = 0xe9;
+/// The nop of two bytes.
+pub const NOP2: [u8; 2] = [0x66, 0x90];
+/// The nop of five bytes that the kernel uses today (`BYTES_NOP5`).
+pub const NOP5: [u8; JUMP] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
+/// Five-byte nops the kernel uses or used: today's, and the one for K8 on older kernels.
+pub const NOPS5: [[u8; JUMP]; 2] = [NOP5, [0x66, 0x66, 0x66, 0x66, 0x90]];
+
+/// By length: nops of one to eight bytes.
+const NOPS: [&[u8]; 8] = [
+    &[0x90],
+    &NOP2,
+    &[0x0f, 0x1f, 0x00],
+    &[0x0f, 0x1f, 0x40, 0x00],
+    &NOP5,
+    &[0x66, 0x0f, 0x1f, 0x44, 0x00, 0x00],
+    &[0x0f, 0x1f, 0x80, 0x00, 0x00, 0x00, 0x00],
+    &[0x0f, 0x1f, 0x84, 0x00, 0x00, 0x00, 0x00, 0x00],
+];
+
+/// Fills `room` with as few nops as these lengths allow.
+pub fn fill(room: &mut [u8]) {
+    for part in room.chunks_mut(NOPS.len()) {
+        if let Some(nop) = NOPS.get(part.len().wrapping_sub(1)) {
+            part.copy_from_slice(nop);
+        }
+    }
+}
+
+/// Turns runs of one-byte nops among the instructions of `code` into longer ones
+/// (`optimize_nops`, arch/x86/kernel/alternative.c). It stops at what is no instruction.
+pub fn join(code: &mut [u8]) {
+    let (mut at, mut run) = (0, 0);
+    let lengths: Vec<(usize, bool)> = Decoder::new(64, code, DecoderOptions::NONE)
+        .iter()
+        .take_while(|i| !i.is_invalid())
+        .map(|i| (i.len(), i.len() == 1 && i.code() == iced_x86::Code::Nopd))
+        .collect();
+    for (len, nop) in lengths {
+        if !nop {
+            fill(code.get_mut(run..at).unwrap_or_default());
+            run = at + len;
+        }
+        at += len;
+    }
+    fill(code.get_mut(run..at).unwrap_or_default());
+}
+
+/// The bytes of `opcode` with a 32-bit offset (call or jump), at `at`, to `target`; `None` when it is
+/// out of reach.
+#[must_use]
+pub fn branch(opcode: u8, at: Gva, target: Gva) -> Option<[u8; JUMP]> {
+    let distance = target
+        .0
+        .wrapping_sub(at.0.wrapping_add(JUMP as u64))
+        .cast_signed();
+    let [a, b, c, d] = i32::try_from(distance).ok()?.to_le_bytes();
+    Some([opcode, a, b, c, d])
+}
+
+/// The bytes of a jump at `at` to `target`; `None` when it is out of reach.
+#[must_use]
+pub fn jump(at: Gva, target: Gva) -> Option<[u8; JUMP]> {
+    branch(JMP, at, target)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_nop_is_one_instruction_of_its_length_that_does_nothing() {
+        for len in 1..=8 {
+            let mut code = vec![0xcc; len];
+            fill(&mut code);
+            let all: Vec<_> = Decoder::new(64, &code, DecoderOptions::NONE)
+                .iter()
+                .collect();
+            assert_eq!(all.len(), 1, "{code:02x?}");
+            assert_eq!(all[0].len(), len);
+            assert_eq!(all[0].mnemonic(), iced_x86::Mnemonic::Nop);
+        }
+    }
+
+    #[test]
+    fn runs_of_nops_become_long_ones_and_other_bytes_0x90_stay() {
+        // nop; nop; mov $0x9090,%ax; nop; ret; nop; nop; nop
+        let mut code = [
+            0x90, 0x90, 0x66, 0xb8, 0x90, 0x90, 0x90, 0xc3, 0x90, 0x90, 0x90,
+        ];
+        join(&mut code);
+        let expected = [
+            0x66, 0x90, 0x66, 0xb8, 0x90, 0x90, 0x90, 0xc3, 0x0f, 0x1f, 0x00,
+        ];
+        assert_eq!(code, expected);
+        let mut long = [0x90; 19];
+        join(&mut long);
+        assert_eq!(long[..8], *NOPS[7]);
+        assert_eq!(long[16..], *NOPS[2]);
+        // Behind what is no instruction, nothing is touched.
+        let mut code = [0x06, 0x90, 0x90];
+        join(&mut code);
+        assert_eq!(code, [0x06, 0x90, 0x90]);
+    }
+
+    #[test]
+    fn a_jump_reaches_two_gigabytes_either_way_and_no_more() {
+        let site = Gva(0xffff_ffff_8100_0000);
+        assert_eq!(jump(site, site.plus(5)), Some([0xe9, 0, 0, 0, 0]));
+        assert_eq!(jump(site, site), Some([0xe9, 0xfb, 0xff, 0xff, 0xff]));
+        assert!(jump(site, site.plus(5 + 0x7fff_ffff)).is_some());
+        assert!(jump(site, site.plus(5 + 0x8000_0000)).is_none());
+    }
+}
