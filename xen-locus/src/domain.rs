@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use locus_guest::addr::{DomId, Frame};
+use locus_guest::addr::{DomId, Frame, Gfn, Mfn};
 use locus_guest::{
     self as guest, GuestType, Live, Memory, MemoryMut, PagesMut, Vcpu, Window, WindowMut,
 };
@@ -174,7 +174,7 @@ impl PagesMut for Domain<'_> {
     ) -> std::result::Result<(), guest::Error> {
         if self.info.kind == GuestType::Pv {
             let calls = Hypercalls::open()?;
-            return Ok(calls.mmu_update(self.info.id, &[(table, slot, entry)])?);
+            return Ok(calls.mmu_update(self.info.id, &[(Mfn(table.0), slot, entry)])?);
         }
         self.foreign
             .map_mut(&[table])?
@@ -182,7 +182,7 @@ impl PagesMut for Domain<'_> {
         self.written(&[table])
     }
 
-    fn vacant(&self, frames: &[Frame]) -> std::result::Result<Vec<bool>, guest::Error> {
+    fn vacant(&self, frames: &[Gfn]) -> std::result::Result<Vec<bool>, guest::Error> {
         Ok(self
             .foreign
             .populated(frames)
@@ -191,7 +191,7 @@ impl PagesMut for Domain<'_> {
             .collect())
     }
 
-    fn populate(&self, frames: &[Frame]) -> std::result::Result<(), guest::Error> {
+    fn populate(&self, frames: &[Gfn]) -> std::result::Result<(), guest::Error> {
         let info = self
             .control
             .domain(self.info.id)?

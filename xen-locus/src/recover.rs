@@ -330,11 +330,11 @@ fn roll_back(
     let space = kernel.space.fresh();
     let mut writes = Vec::new();
     for write in change.writes.iter().rev() {
-        let found = space.read_vec(locus_guest::addr::Gva(write.at), write.new.len())?;
+        let found = space.read_vec(write.at, write.new.len())?;
         let own = |((found, old), new): ((&u8, &u8), &u8)| found == old || found == new;
         if !found.iter().zip(&write.expect).zip(&write.new).all(own) {
             return Err(Error::Uncertain(format!(
-                "the bytes at {:#x} are neither the old ones nor the new ones: somebody else changed them",
+                "the bytes at {} are neither the old ones nor the new ones: somebody else changed them",
                 write.at
             )));
         }

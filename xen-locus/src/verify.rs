@@ -300,7 +300,6 @@ impl Look<'_, '_> {
         let Some(len) = usize::try_from(len).ok().filter(|&l| l as u64 <= own) else {
             return Ok(());
         };
-        let start = Gva(start);
         let code = self.space.read_vec(start, len)?;
         for offset in record.code.changed(code) {
             let at = start.plus(offset as u64);
@@ -313,7 +312,7 @@ impl Look<'_, '_> {
             self.note(patch, (What::Code, at), (expected, found), by);
             if let Some(drift) = self.drift.last_mut() {
                 let within =
-                    |f: &&Function| f.new < block.end.0 && at.0 < f.new.saturating_add(f.new_size);
+                    |f: &&Function| f.new < block.end && at.0 < f.new.0.saturating_add(f.new_size);
                 drift.function = record.functions.iter().find(within).map(|f| f.name.clone());
             }
         }
@@ -351,7 +350,7 @@ impl Look<'_, '_> {
     /// Whether the modules whose functions `patch` replaces are gone; and if it is in force, that the
     /// guest knows it.
     fn module(&mut self, patch: &Resident) -> Result<bool> {
-        let module = Gva(patch.record.module);
+        let module = patch.record.module;
         let applied = patch.slot.state == State::Applied;
         if applied && !links::is_entered(self.kernel, module)? {
             let said = ("one of the guest's modules".into(), "not among them".into());
@@ -386,7 +385,7 @@ impl Look<'_, '_> {
                 original(residents, function.site),
             ),
         };
-        let (entry, at) = (Gva(function.old), Gva(function.site));
+        let (entry, at) = (function.old, function.site);
         let Some(head) = at.0.checked_sub(entry.0).filter(|&len| len < 64) else {
             return Ok(());
         };
@@ -467,7 +466,7 @@ impl Look<'_, '_> {
 
 /// The bytes that the kernel itself has at `site`, by the records of those that replaced it: what they
 /// put back, but redirects of each other. `None` if their words differ.
-fn original(residents: &[Resident], site: u64) -> Option<[u8; JUMP]> {
+fn original(residents: &[Resident], site: Gva) -> Option<[u8; JUMP]> {
     let all = || {
         residents
             .iter()

@@ -1,5 +1,6 @@
 //! One change of a guest's memory, as a value: who decides it, carries it out or takes it back comes later.
 
+use locus_guest::addr::Gva;
 use serde::{Deserialize, Serialize};
 
 /// Longest single write, in bytes.
@@ -9,7 +10,7 @@ pub const WRITE_MAX: usize = 64;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Write {
     /// Address in the guest's kernel, of text or data.
-    pub at: u64,
+    pub at: Gva,
     /// Bytes expected there.
     pub expect: Vec<u8>,
     /// Bytes to write, as many; the same ones where nothing may have changed for the plan to hold.

@@ -62,8 +62,8 @@ fn walks(data: &[u8], idle: bool) -> [Walk; 2] {
     });
     let vcpu = Vcpu {
         online: true,
-        rip: word(0),
-        rsp: word(1),
+        rip: Gva(word(0)),
+        rsp: Gva(word(1)),
         rbp: word(2),
         rax: word(3),
         rdx: word(4),
@@ -76,7 +76,7 @@ fn walks(data: &[u8], idle: bool) -> [Walk; 2] {
         budget.refill();
         [
             walker.running(&vcpu, &stacks, idle),
-            walker.sleeping(Gva(vcpu.rsp), stacks[0], idle),
+            walker.sleeping(vcpu.rsp, stacks[0], idle),
         ]
     })
 }

@@ -11,6 +11,7 @@ pub const PAGE_LEN: usize = 4096;
 #[derive(
     Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, serde::Serialize, serde::Deserialize,
 )]
+#[serde(transparent)]
 pub struct Gva(pub u64);
 
 impl Gva {
@@ -47,8 +48,9 @@ impl fmt::Display for Gva {
 }
 
 /// A frame number as foreign mapping takes it and as the guest's page tables hold it:
-/// a machine frame (MFN) for PV guests, a guest-physical frame (GFN) for PVH and HVM.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// a machine frame ([`Mfn`]) for PV guests, a guest-physical frame ([`Gfn`]) for PVH and HVM.
+/// Calls of Xen that are for one type of guest only take one of these.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Frame(pub u64);
 
 impl fmt::Debug for Frame {
@@ -60,6 +62,38 @@ impl fmt::Debug for Frame {
 impl fmt::Display for Frame {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "frame {:#x}", self.0)
+    }
+}
+
+/// A machine frame: memory of the host. Page tables of PV guests hold these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Mfn(pub u64);
+
+/// A guest-physical frame of a PVH or HVM guest, which Xen translates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Gfn(pub u64);
+
+impl fmt::Display for Mfn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "machine frame {:#x}", self.0)
+    }
+}
+
+impl fmt::Display for Gfn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "guest frame {:#x}", self.0)
+    }
+}
+
+impl From<Mfn> for Frame {
+    fn from(frame: Mfn) -> Frame {
+        Frame(frame.0)
+    }
+}
+
+impl From<Gfn> for Frame {
+    fn from(frame: Gfn) -> Frame {
+        Frame(frame.0)
     }
 }
 

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{fetch, Error, GuestType, Memory, Vcpu, Window};
-use crate::addr::{Frame, PAGE_LEN, PAGE_SIZE};
+use crate::addr::{Frame, Gva, PAGE_LEN, PAGE_SIZE};
 use elf::Section;
 
 /// Magic number of a PV guest's core (`XC_CORE_MAGIC`).
@@ -412,8 +412,8 @@ fn vcpu(id: u32, context: &[u8], kind: GuestType) -> Option<Vcpu> {
     Some(Vcpu {
         id,
         online: flags & write::ONLINE != 0,
-        rip: word(write::RIP)?,
-        rsp: word(write::RSP)?,
+        rip: Gva(word(write::RIP)?),
+        rsp: Gva(word(write::RSP)?),
         rbp: word(write::RBP)?,
         rax: word(write::RAX)?,
         rdx: word(write::RDX)?,
@@ -423,15 +423,15 @@ fn vcpu(id: u32, context: &[u8], kind: GuestType) -> Option<Vcpu> {
         user,
         // EFER is not saved: a 32-bit kernel with PAE passes, and is not found by its tables.
         long_mode: pv || (cr0 & write::CR0_PAGING != 0 && cr4 & write::CR4_PAE != 0),
-        root: if pv {
+        root: Frame(if pv {
             cr3 >> 12
         } else {
             (cr3 & super::space::PTE_FRAME) >> 12
-        },
+        }),
         la57: !pv && cr4 & write::CR4_LA57 != 0,
-        gs_base,
-        gs_other,
-        entry: if pv { word(write::EVENT_CALLBACK)? } else { 0 },
+        gs_base: Gva(gs_base),
+        gs_other: Gva(gs_other),
+        entry: Some(Gva(word(write::EVENT_CALLBACK)?)).filter(|at| pv && at.0 != 0),
     })
 }
 

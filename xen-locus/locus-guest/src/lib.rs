@@ -15,7 +15,7 @@ pub mod space;
 
 use std::sync::Arc;
 
-use crate::addr::{Frame, Gva};
+use crate::addr::{Frame, Gfn, Gva};
 
 /// Failure to reach guest memory.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -125,9 +125,9 @@ pub struct Vcpu {
     /// It is up: its context means something.
     pub online: bool,
     /// Instruction pointer.
-    pub rip: u64,
+    pub rip: Gva,
     /// Stack pointer.
-    pub rsp: u64,
+    pub rsp: Gva,
     /// Frame pointer, and the other registers on which the kernel's unwinder may base a frame.
     pub rbp: u64,
     /// RAX.
@@ -144,17 +144,17 @@ pub struct Vcpu {
     pub user: bool,
     /// It is in 64-bit mode with paging on.
     pub long_mode: bool,
-    /// Page-table root in use, as a frame, low control bits stripped.
-    pub root: u64,
+    /// Page-table root in use, control bits stripped.
+    pub root: Frame,
     /// `CR4.LA57`: five levels of page tables.
     pub la57: bool,
     /// GS base in use now.
-    pub gs_base: u64,
+    pub gs_base: Gva,
     /// The other GS base (`swapgs` exchanges the two).
-    pub gs_other: u64,
+    pub gs_other: Gva,
     /// An address in kernel text that the kernel told Xen or the CPU: the PV event callback, or
-    /// `MSR_LSTAR`. Zero when the kernel has not set it yet.
-    pub entry: u64,
+    /// `MSR_LSTAR`. `None` when the kernel has not set it yet, or a core doesn't tell.
+    pub entry: Option<Gva>,
 }
 
 /// A guest that runs and can be looked at.
@@ -181,10 +181,10 @@ pub trait PagesMut: MemoryMut {
     ///
     /// # Errors
     /// The back end can't tell.
-    fn vacant(&self, frames: &[Frame]) -> Result<Vec<bool>, Error>;
+    fn vacant(&self, frames: &[Gfn]) -> Result<Vec<bool>, Error>;
     /// Puts fresh pages at vacant guest frames.
     ///
     /// # Errors
     /// There is no memory for them, or the back end refuses.
-    fn populate(&self, frames: &[Frame]) -> Result<(), Error>;
+    fn populate(&self, frames: &[Gfn]) -> Result<(), Error>;
 }

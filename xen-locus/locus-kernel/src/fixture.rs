@@ -186,8 +186,8 @@ pub fn vcpus() -> Vec<Vcpu> {
         online: true,
         user: true,
         long_mode: true,
-        root: ROOT.0,
-        entry: ENTRY.0,
+        root: ROOT,
+        entry: Some(ENTRY),
         ..Vcpu::default()
     }]
 }

@@ -99,8 +99,8 @@ impl World {
             id,
             online: true,
             long_mode: true,
-            root: ROOT.0,
-            entry: ENTRY.0,
+            root: ROOT,
+            entry: Some(ENTRY),
             ..Vcpu::default()
         };
         World {
@@ -108,18 +108,18 @@ impl World {
             kind,
             vcpus: vec![
                 Vcpu {
-                    rip: IDLE.0 + 1,
-                    rsp: stack_at(0).0 + 0x1f00,
-                    gs_base: PERCPU[0],
-                    gs_other: 0,
+                    rip: IDLE.plus(1),
+                    rsp: stack_at(0).plus(0x1f00),
+                    gs_base: Gva(PERCPU[0]),
+                    gs_other: Gva(0),
                     ..vcpu(0)
                 },
                 Vcpu {
-                    rip: 0x40_1000,
-                    rsp: 0x7fff_0000,
+                    rip: Gva(0x40_1000),
+                    rsp: Gva(0x7fff_0000),
                     user: true,
-                    gs_base: 0,
-                    gs_other: PERCPU[1],
+                    gs_base: Gva(0),
+                    gs_other: Gva(PERCPU[1]),
                     ..vcpu(1)
                 },
             ],
@@ -133,7 +133,7 @@ impl World {
         self.memory.set_entry(top, 511, (ROOT.0 << 12) | 3);
         self.memory.map_page(TABLES, top, true, false);
         for vcpu in &mut self.vcpus {
-            (vcpu.root, vcpu.la57) = (top.0, true);
+            (vcpu.root, vcpu.la57) = (top, true);
         }
         self
     }
@@ -149,14 +149,14 @@ impl World {
         let user_half = self.memory.frame();
         let mut root = vec![0; PAGE_LEN];
         let memory = &self.memory;
-        let shared = Frame(self.vcpus[0].root);
+        let shared = self.vcpus[0].root;
         memory.map(&[shared]).unwrap().read(0, &mut root).unwrap();
         let window = memory.map_mut(&[kernel_half]).unwrap();
         window.write(0, &root).unwrap();
         memory.map_page(TABLES, kernel_half, true, false);
         for (vcpu, base) in self.vcpus.iter_mut().zip(PERCPU) {
-            (vcpu.root, vcpu.user) = (user_half.0, true);
-            (vcpu.gs_base, vcpu.gs_other) = (0, base);
+            (vcpu.root, vcpu.user) = (user_half, true);
+            (vcpu.gs_base, vcpu.gs_other) = (Gva(0), Gva(base));
         }
         self
     }
@@ -546,7 +546,7 @@ mod tests {
         ];
         for (n, world) in worlds.into_iter().enumerate() {
             let mut no_entry = world.vcpus.clone();
-            no_entry.iter_mut().for_each(|v| v.entry = 0);
+            no_entry.iter_mut().for_each(|v| v.entry = None);
             let live = Kernel::read(&world.memory, GuestType::Pvh, &world.vcpus).unwrap();
             let saved = Kernel::of_saved(&world.memory, GuestType::Hvm, &no_entry).unwrap();
             for kernel in [&live, &saved] {
@@ -563,7 +563,7 @@ mod tests {
     #[test]
     fn a_live_guest_without_an_entry_point_is_not_guessed_at() {
         let mut world = World::new(GuestType::Pvh);
-        world.vcpus.iter_mut().for_each(|v| v.entry = 0);
+        world.vcpus.iter_mut().for_each(|v| v.entry = None);
         let error = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap_err();
         assert!(matches!(error, Error::NotReady(_)), "{error}");
     }
@@ -571,7 +571,7 @@ mod tests {
     /// What is made of a saved guest after `change`.
     fn saved(change: impl FnOnce(&mut World)) -> Result<(), Error> {
         let mut world = World::new(GuestType::Hvm);
-        world.vcpus.iter_mut().for_each(|v| v.entry = 0);
+        world.vcpus.iter_mut().for_each(|v| v.entry = None);
         change(&mut world);
         let kernel = Kernel::of_saved(&world.memory, world.kind, &world.vcpus)?;
         assert_eq!(kernel.kind, GuestType::Hvm);
@@ -580,7 +580,7 @@ mod tests {
 
     fn no_percpu(world: &mut World) {
         for vcpu in &mut world.vcpus {
-            (vcpu.gs_base, vcpu.gs_other) = (0, PERCPU[0] + 8);
+            (vcpu.gs_base, vcpu.gs_other) = (Gva(0), Gva(PERCPU[0] + 8));
         }
     }
 

@@ -66,13 +66,12 @@ pub fn locate<'m>(
     budget: &Budget,
 ) -> Result<Located<'m>, Error> {
     let up = in_long_mode(vcpus)?;
-    let Some(entry) = up.iter().map(|v| v.entry).find(|&entry| entry != 0) else {
+    let Some(entry) = up.iter().find_map(|v| v.entry) else {
         return Err(Error::NotReady(
             "the guest's kernel has not set its entry point yet: it is still booting; try again"
                 .into(),
         ));
     };
-    let entry = Gva(entry);
     if entry < KERNEL_MAP || entry >= KERNEL_MAP_END {
         return Err(Error::NotLinux(format!(
             "the guest's kernel entry point is {entry}; a 64-bit Linux kernel has it between \
@@ -112,7 +111,7 @@ pub fn candidates<'m>(
     budget: &Budget,
 ) -> Result<Vec<Located<'m>>, Error> {
     let up = in_long_mode(vcpus)?;
-    let inside = |run: &[Region]| up.iter().any(|v| !v.user && holds(run, Gva(v.rip)));
+    let inside = |run: &[Region]| up.iter().any(|v| !v.user && holds(run, v.rip));
     for space in spaces(mem, kind, &up, budget) {
         budget.check().map_err(Error::Memory)?;
         let mut found: Vec<(Gva, Vec<Region>)> = runs(&space)
@@ -162,8 +161,11 @@ fn is_percpu(symbols: &Symbols, space: &Space<'_>, vcpus: &[Vcpu]) -> Option<boo
     let table = symbols.addr("__per_cpu_offset")?;
     let count = space.read_u32(symbols.addr("nr_cpu_ids")?).ok()? as usize;
     let bytes = space.read_vec(table, count.min(CPUS_MAX) * 8).ok()?;
-    let is_base = |base: u64| {
-        base >= KERNEL_HALF && bytes.chunks_exact(8).any(|word| word == base.to_le_bytes())
+    let is_base = |base: Gva| {
+        base.0 >= KERNEL_HALF
+            && bytes
+                .chunks_exact(8)
+                .any(|word| word == base.0.to_le_bytes())
     };
     let up = |v: &&Vcpu| v.online && v.long_mode;
     let mut up = vcpus.iter().filter(up);
@@ -193,13 +195,13 @@ fn spaces<'m>(
     let levels = if five { 5 } else { 4 };
     // With page-table isolation a vCPU in user mode runs on the user half of a pair of tables: the
     // kernel half is the page before it (`PTI_USER_PGTABLE_BIT`, arch/x86/include/asm/pgtable.h).
-    let mut roots: Vec<u64> = Vec::new();
-    for root in up.iter().flat_map(|v| [v.root & !1, v.root]) {
+    let mut roots: Vec<Frame> = Vec::new();
+    for root in up.iter().flat_map(|v| [Frame(v.root.0 & !1), v.root]) {
         if !roots.contains(&root) {
             roots.push(root);
         }
     }
-    let space = |root| Space::within(mem, Frame(root), levels, budget.clone());
+    let space = |root| Space::within(mem, root, levels, budget.clone());
     roots.into_iter().map(space).collect()
 }
 

@@ -259,8 +259,8 @@ impl<'k, 'm> Walker<'k, 'm> {
             };
         }
         let mut unwind = Unwind {
-            ip: Gva(vcpu.rip),
-            sp: Gva(vcpu.rsp),
+            ip: vcpu.rip,
+            sp: vcpu.rsp,
             bp: vcpu.rbp,
             signal: true,
             regs: Some(Regs {

@@ -5,7 +5,7 @@ use std::ffi::{c_int, c_uint, c_void};
 use std::ptr::{null_mut, NonNull};
 
 use libloading::os::unix::Library;
-use locus_guest::addr::{DomId, Frame};
+use locus_guest::addr::{DomId, Mfn};
 use xenctrl_sys as sys;
 
 use super::{fault_point, load, symbol, Error};
@@ -100,7 +100,7 @@ impl Hypercalls {
     ///
     /// # Errors
     /// Xen refused one; those before it are written.
-    pub fn mmu_update(&self, owner: DomId, updates: &[(Frame, usize, u64)]) -> Result<(), Error> {
+    pub fn mmu_update(&self, owner: DomId, updates: &[(Mfn, usize, u64)]) -> Result<(), Error> {
         // The owner of the pages mapped stands in the low half, the owner of the page tables plus
         // one in the high half (xen/include/public/xen.h, `mmu_update`).
         let domains = u64::from(owner.0) | (u64::from(owner.0) + 1) << 16;

@@ -5,7 +5,7 @@ use std::fs;
 use std::ptr::{null_mut, NonNull};
 
 use libloading::os::unix::Library;
-use locus_guest::addr::{DomId, Frame};
+use locus_guest::addr::{DomId, Frame, Gfn, Gva};
 use locus_guest::{GuestType, Vcpu};
 use xenctrl_sys as sys;
 
@@ -294,7 +294,7 @@ impl Control {
     ///
     /// # Errors
     /// No memory, or a frame could not be populated; frames before it then are.
-    pub fn populate(&self, info: &DomainInfo, gfns: &[Frame]) -> Result<(), Error> {
+    pub fn populate(&self, info: &DomainInfo, gfns: &[Gfn]) -> Result<(), Error> {
         fault_point("xc_domain_populate_physmap_exact")?;
         let id = info.id;
         let wanted = info.pages + gfns.len() as u64;
@@ -370,8 +370,8 @@ pub(super) fn vcpu_pv(vcpu: u32, online: bool, any: &sys::vcpu_guest_context_any
     Vcpu {
         id: vcpu,
         online,
-        rip,
-        rsp,
+        rip: Gva(rip),
+        rsp: Gva(rsp),
         rbp,
         rax,
         rdx,
@@ -380,12 +380,17 @@ pub(super) fn vcpu_pv(vcpu: u32, online: bool, any: &sys::vcpu_guest_context_any
         r13,
         user,
         long_mode: true,
-        root: c.ctrlreg.get(3).copied().unwrap_or(0) >> 12,
+        root: Frame(c.ctrlreg.get(3).copied().unwrap_or(0) >> 12),
         la57: false,
-        gs_base,
-        gs_other,
-        entry: c.event_callback_eip,
+        gs_base: Gva(gs_base),
+        gs_other: Gva(gs_other),
+        entry: told(c.event_callback_eip),
     }
+}
+
+/// An entry point, unless the kernel has not set it.
+fn told(entry: u64) -> Option<Gva> {
+    (entry != 0).then_some(Gva(entry))
 }
 
 /// A PVH or HVM guest's vCPU, of its record in what Xen saves.
@@ -393,8 +398,8 @@ pub(super) fn vcpu_hvm(vcpu: u32, c: &sys::hvm_hw_cpu) -> Vcpu {
     Vcpu {
         id: vcpu,
         online: true,
-        rip: c.rip,
-        rsp: c.rsp,
+        rip: Gva(c.rip),
+        rsp: Gva(c.rsp),
         rbp: c.rbp,
         rax: c.rax,
         rdx: c.rdx,
@@ -403,11 +408,11 @@ pub(super) fn vcpu_hvm(vcpu: u32, c: &sys::hvm_hw_cpu) -> Vcpu {
         r13: c.r13,
         user: c.cs_sel & 3 == 3,
         long_mode: c.msr_efer & EFER_LMA != 0,
-        root: (c.cr3 & locus_guest::space::PTE_FRAME) >> 12,
+        root: Frame((c.cr3 & locus_guest::space::PTE_FRAME) >> 12),
         la57: c.cr4 & CR4_LA57 != 0,
-        gs_base: c.gs_base,
-        gs_other: c.shadow_gs,
-        entry: c.msr_lstar,
+        gs_base: Gva(c.gs_base),
+        gs_other: Gva(c.shadow_gs),
+        entry: told(c.msr_lstar),
     }
 }
 

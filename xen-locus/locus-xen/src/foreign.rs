@@ -6,7 +6,7 @@ use std::ptr::{null_mut, NonNull};
 use std::rc::Rc;
 
 use libloading::os::unix::Library;
-use locus_guest::addr::{DomId, Frame, PAGE_LEN};
+use locus_guest::addr::{DomId, Frame, Gfn, PAGE_LEN};
 use locus_guest::{self as guest, Memory, MemoryMut, Window, WindowMut};
 
 use super::dirty::Dirty;
@@ -134,10 +134,10 @@ impl Foreign {
     }
 
     /// Which of `frames` have memory behind them.
-    pub fn populated(&self, frames: &[Frame]) -> Vec<bool> {
+    pub fn populated(&self, frames: &[Gfn]) -> Vec<bool> {
         frames
             .iter()
-            .map(|&f| self.map_all(&[f], Access::Read).is_ok())
+            .map(|&f| self.map_all(&[f.into()], Access::Read).is_ok())
             .collect()
     }
 }

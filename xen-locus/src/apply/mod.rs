@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use locus_guest as guest;
-use locus_guest::addr::Gva;
 use locus_guest::space::Trail;
 use locus_kernel::Kernel;
 use locus_payload::Payload;
@@ -383,7 +382,7 @@ pub(crate) fn execute(
     // Nothing remembered: what leads there now.
     let (space, mut trail) = (kernel.space.fresh(), Trail::default());
     for write in &plan.writes {
-        let at = Gva(write.at);
+        let at = write.at;
         let frames = space.trace(at, write.new.len() as u64, &mut trail)?;
         if write.new != write.expect {
             spots.extend(Spot::split(&frames, at.offset(), &write.expect, &write.new));

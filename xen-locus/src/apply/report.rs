@@ -158,7 +158,7 @@ pub(crate) struct Done {
 }
 
 /// The functions that an action concerns, each once, by address and length.
-pub(super) struct Concerned(BTreeMap<u64, u64>);
+pub(super) struct Concerned(BTreeMap<Gva, u64>);
 
 impl Concerned {
     pub(super) fn of<'r>(records: impl Iterator<Item = &'r Record>) -> Concerned {
@@ -172,7 +172,7 @@ impl Concerned {
         let mut digest = Sha256::new();
         for (&at, &len) in &self.0 {
             let len = usize::try_from(len).unwrap_or(usize::MAX);
-            digest.update(space.read_vec(Gva(at), len)?);
+            digest.update(space.read_vec(at, len)?);
         }
         Ok(hex::encode(digest.finalize()))
     }

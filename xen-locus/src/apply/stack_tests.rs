@@ -8,6 +8,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use locus_guest::addr::Frame;
+use locus_guest::addr::{Gfn, Gva};
 use locus_guest::{GuestType, Memory, MemoryMut};
 use locus_kernel::fixture::{Fixture, TEXT};
 use locus_kernel::fixture_world::{World, STACKS, STACK_LEN};
@@ -122,8 +123,8 @@ impl Guest {
             let owner = residents.iter().find(|r| {
                 let functions = &r.record.functions;
                 functions.iter().any(|f| {
-                    let jump = x86::jump(Gva(f.site), Gva(f.new)).unwrap();
-                    f.old == at && found[5..10] == jump
+                    let jump = x86::jump(f.site, f.new).unwrap();
+                    f.old.0 == at && found[5..10] == jump
                 })
             });
             owner.map_or("?".into(), |r| r.record.name.clone())
@@ -391,7 +392,7 @@ fn who_is_in_the_version_that_runs_is_in_the_way_and_who_is_below_it_is_not() {
     guest.applied(&payload("one", &[A]));
     guest.applied(&payload("two", &[A, B]));
     let [one, two] = guest.residents().unwrap().try_into().unwrap();
-    let inside = |r: &Resident, n: usize| r.record.functions[n].new + 4;
+    let inside = |r: &Resident, n: usize| r.record.functions[n].new.0 + 4;
     let blocked = |payload: &Payload, mode| {
         let error = guest.apply(payload, mode).unwrap_err();
         assert!(matches!(error, Error::Blocked { .. }), "{error}");
@@ -565,7 +566,7 @@ fn an_applied_patch_is_a_module_of_the_guest_and_stays_one() {
         assert!(core.range.contains(module.addr), "{core:?}");
     }
     let record = &kernel_residents(&kernel)[0].record;
-    let at = Gva(record.functions[0].new);
+    let at = record.functions[0].new;
     let of = modules.iter().find(|m| m.name == record.name).unwrap();
     let symbols = reader.symbols(of).unwrap();
     assert!(symbols.iter().any(|s| s.addr == at), "{symbols:?}");
@@ -625,7 +626,7 @@ fn where_both_versions_may_run_only_the_bytes_of_the_redirect_must_be_free() {
     let place = || {
         let residents = guest.residents().unwrap();
         let one = residents.iter().find(|r| r.record.name == "one").unwrap();
-        one.record.functions[0].new
+        one.record.functions[0].new.0
     };
     let new = place();
     sleep_at(&guest, new + 4);

@@ -40,7 +40,7 @@ pub(super) fn check_all(targets: &[Target<'_>], trail: &Trail) -> Result<()> {
     for target in targets {
         if !target.holds(&target.write.expect)? {
             return Err(Error::TryAgain(format!(
-                "the bytes at {:#x} changed since they were checked (the guest traces or patches \
+                "the bytes at {} changed since they were checked (the guest traces or patches \
                  this function itself?); nothing was changed",
                 target.write.at
             )));
@@ -78,7 +78,7 @@ pub(super) fn write_all(
     for target in targets {
         if !is_there(target, &target.write.expect) {
             return Err(Error::Uncertain(format!(
-                "writing failed midway and the bytes at {:#x} could not be put back; run `xen-locus \
+                "writing failed midway and the bytes at {} could not be put back; run `xen-locus \
                  recover`",
                 target.write.at
             )));
@@ -91,6 +91,8 @@ pub(super) fn write_all(
 
 #[cfg(test)]
 mod tests {
+    use locus_guest::addr::Gva;
+
     use super::*;
     use crate::error::ExitCode;
     use locus_guest::addr::{Frame, PAGE_LEN};
@@ -148,7 +150,7 @@ mod tests {
         let memory = MockMemory::new();
         let frames: Vec<Frame> = (0..2).map(|_| memory.frame()).collect();
         let write = Write {
-            at: 0x1000,
+            at: Gva(0x1000),
             expect: OLD.to_vec(),
             new: NEW.to_vec(),
         };

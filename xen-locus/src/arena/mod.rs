@@ -20,7 +20,7 @@
 use std::collections::HashSet;
 use std::fmt;
 
-use locus_guest::addr::{Frame, Gva, Range, PAGE_LEN, PAGE_SIZE};
+use locus_guest::addr::{Frame, Gfn, Gva, Range, PAGE_LEN, PAGE_SIZE};
 use locus_guest::space::{
     PTE_ACCESSED, PTE_DIRTY, PTE_FRAME, PTE_NX, PTE_PRESENT, PTE_USER, PTE_WRITE,
 };
@@ -348,7 +348,7 @@ impl Arena {
                 .read(at.offset(), &mut bytes)?;
             let record = Record::decode(&bytes, slot).map_err(Error::Uncertain)?;
             let own = Range::new(page_address(slot.first.into()), room);
-            let module = Gva(record.module);
+            let module = record.module;
             // two words stand before it, and are read to tell whether the guest knows it
             if !own.contains(module) || module.0 - own.start.0 < record::MODULE {
                 return Err(Error::Uncertain(format!(
@@ -440,7 +440,8 @@ impl Arena {
                 frames
             }
             GuestType::Pvh | GuestType::Hvm => {
-                let frames = vacant_frames(guest, kernel, missing.len())?;
+                let fresh = vacant_frames(guest, kernel, missing.len())?;
+                let frames: Vec<Frame> = fresh.into_iter().map(Frame::from).collect();
                 let blank = vec![0; frames.len() * PAGE_LEN];
                 if !frames.is_empty() {
                     guest.map_mut(&frames)?.write(0, &blank)?;
@@ -552,14 +553,14 @@ fn low_page(base: Gva, page: usize) -> Gva {
 }
 
 /// `count` guest frames without memory behind them.
-fn vacant_frames(guest: &dyn PagesMut, kernel: &Kernel<'_>, count: usize) -> Result<Vec<Frame>> {
+fn vacant_frames(guest: &dyn PagesMut, kernel: &Kernel<'_>, count: usize) -> Result<Vec<Gfn>> {
     let mut found = Vec::new();
     for window in GFNS {
         if found.len() >= count {
             break;
         }
         check_not_ram(kernel, window.start, window.end)?;
-        let candidates: Vec<Frame> = window.map(Frame).collect();
+        let candidates: Vec<Gfn> = window.map(Gfn).collect();
         // A few more than needed at a time: each is asked for by a foreign mapping.
         for some in candidates.chunks(16) {
             let vacant = guest.vacant(some)?;

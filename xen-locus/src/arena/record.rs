@@ -9,6 +9,7 @@
 //! All of it is read back from a guest that may have changed it: lengths are bounded, digests are
 //! checked, and addresses are believed only inside the arena and the kernel's text.
 
+use locus_guest::addr::Gva;
 use locus_guest::fetch;
 use locus_payload::is_module_name;
 use serde::{Deserialize, Serialize};
@@ -189,21 +190,21 @@ pub struct Function {
     /// `vmlinux`, or the module's name.
     pub object: String,
     /// Address of the old function.
-    pub old: u64,
+    pub old: Gva,
     /// Its size: bytes up to the next symbol.
     pub old_size: u64,
     /// Parts of it that stand elsewhere because they seldom run (GCC's `NAME.cold`): address and size.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub old_cold: Vec<(u64, u64)>,
+    pub old_cold: Vec<(Gva, u64)>,
     /// Address of the new function.
-    pub new: u64,
+    pub new: Gva,
     /// Its size, in bytes.
     pub new_size: u64,
     /// Such parts of it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub new_cold: Vec<(u64, u64)>,
+    pub new_cold: Vec<(Gva, u64)>,
     /// Address of the redirect.
-    pub site: u64,
+    pub site: Gva,
     /// The bytes that stood there: the kernel's own, or the redirect of the patch below.
     pub found: [u8; 5],
     /// The bytes that are put back when it is reverted: those found, but of a patch that superseded
@@ -232,7 +233,7 @@ pub struct Record {
     /// Functions it replaces.
     pub functions: Vec<Function>,
     /// Its code: address and length in bytes.
-    pub text: (u64, u64),
+    pub text: (Gva, u64),
     /// What its code was when it was placed.
     pub code: Code,
     /// Length of the pages behind its code that are read only, in bytes.
@@ -240,7 +241,7 @@ pub struct Record {
     /// SHA-256 of them, in hex, with zeroes for this record.
     pub rodata_sha256: String,
     /// Address of its `struct module`.
-    pub module: u64,
+    pub module: Gva,
     /// Modules whose functions it replaces.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub objects: Vec<ModuleAt>,
@@ -255,9 +256,9 @@ pub struct ModuleAt {
     /// Its name.
     pub name: String,
     /// Address of its `struct module`.
-    pub at: u64,
+    pub at: Gva,
     /// Address of its text.
-    pub base: u64,
+    pub base: Gva,
 }
 
 impl Record {

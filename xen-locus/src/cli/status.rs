@@ -184,8 +184,8 @@ impl Status {
                             json!({
                                 "name": f.name,
                                 "object": f.object,
-                                "old": out::address(f.old),
-                                "new": out::address(f.new),
+                                "old": out::address(f.old.0),
+                                "new": out::address(f.new.0),
                                 "covered_by": covered_by,
                             })
                         },

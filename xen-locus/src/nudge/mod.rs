@@ -121,7 +121,7 @@ impl Gate {
         let mut arena = Arena::read(kernel)?;
         let residents = plan::settle(kernel, &mut arena)?;
         let entry = kernel.function(FUNCTION, 0)?;
-        if let Some(layers) = Stack::new(&residents).layers(entry.0) {
+        if let Some(layers) = Stack::new(&residents).layers(entry) {
             return Err(Error::NotApplicable(format!(
                 "{FUNCTION}, by which threads are woken, is replaced by {}",
                 layers.owner()
@@ -154,7 +154,7 @@ impl Gate {
         };
         let own = watched(text, page.len() as u64, "the gate");
         let write = Write {
-            at: site.at.0,
+            at: site.at,
             expect: site.old.to_vec(),
             new: jump.to_vec(),
         };

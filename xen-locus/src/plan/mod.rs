@@ -158,7 +158,7 @@ pub fn prepare(
         }
     }
     let payloads = stack.applied().iter().rev();
-    let payloads = payloads.map(|r| Gva(r.record.module)).collect();
+    let payloads = payloads.map(|r| r.record.module).collect();
     let objects = Objects::new(kernel, payloads);
     if let Some(exports) = objects.exported() {
         compat::check_versions(kernel, exports, payload)?;
@@ -169,8 +169,8 @@ pub fn prepare(
         .into_iter()
         .map(|m| ModuleAt {
             name: m.name.clone(),
-            at: m.addr.0,
-            base: m.base.0,
+            at: m.addr,
+            base: m.base,
         })
         .collect();
     let mut record = Record {
@@ -180,20 +180,20 @@ pub fn prepare(
         description: payload.modinfo.description.clone().unwrap_or_default(),
         cves: payload.modinfo.cves.clone(),
         functions: functions.clone(),
-        text: (u64::MAX, u64::MAX),
+        text: (Gva(u64::MAX), u64::MAX),
         code: Code::default(),
         rodata_len: u64::MAX,
         rodata_sha256: hex::encode([0; 32]),
-        module: u64::MAX,
+        module: Gva(u64::MAX),
         objects: patched,
         entry_only: payload.modinfo.entry_only,
     };
     for function in &mut record.functions {
-        function.new = u64::MAX;
+        function.new = Gva(u64::MAX);
         function
             .new_cold
             .iter_mut()
-            .for_each(|part| part.0 = u64::MAX);
+            .for_each(|part| part.0 = Gva(u64::MAX));
         (function.found, function.old_bytes) = ([u8::MAX; 5], [u8::MAX; 5]);
         function.new_bytes = [u8::MAX; 5];
     }
@@ -252,11 +252,11 @@ pub fn prepare(
         std::iter::once(0..image.bytes.len()).collect()
     };
     for (function, (new, cold)) in functions.iter_mut().zip(&image.functions) {
-        function.new = new.0;
+        function.new = *new;
         for (part, at) in function.new_cold.iter_mut().zip(cold) {
-            part.0 = at.0;
+            part.0 = *at;
         }
-        function.new_bytes = x86::jump(Gva(function.site), *new).ok_or_else(|| {
+        function.new_bytes = x86::jump(function.site, *new).ok_or_else(|| {
             Error::NotApplicable(format!(
                 "{new} is out of reach of a jump from {}",
                 function.name
@@ -264,9 +264,9 @@ pub fn prepare(
         })?;
     }
     record.functions = functions;
-    record.text = (arena::page_address(first).0, layout.text_len);
+    record.text = (arena::page_address(first), layout.text_len);
     seal(&mut record, &image, &layout);
-    record.module = entry.place.module().0;
+    record.module = entry.place.module();
     let record_json = to_json(&record)?;
     let (offset, room) = layout.record;
     let place = usize::try_from(offset)
@@ -286,7 +286,7 @@ pub fn prepare(
     if !entered {
         // From then on the guest itself writes its keys' changes into the payload.
         writes.extend(image.keys.iter().map(|(key, count)| Write {
-            at: key.0,
+            at: *key,
             expect: count.to_le_bytes().to_vec(),
             new: count.to_le_bytes().to_vec(),
         }));
@@ -376,10 +376,7 @@ fn seal(record: &mut Record, image: &Image, layout: &Layout) {
     let len = |range: Range| usize::try_from(range.len()).unwrap_or(0);
     let (text, rodata) = image.bytes.split_at(len(place.text).min(image.bytes.len()));
     let code = text.get(..usize::try_from(layout.text_len).unwrap_or(0));
-    let labels = image
-        .jumps
-        .iter()
-        .filter_map(|j| j.label(Gva(record.text.0)));
+    let labels = image.jumps.iter().filter_map(|j| j.label(record.text.0));
     record.code = Code::of(code.unwrap_or_default().to_vec(), labels.collect());
     let rodata = rodata.get(..len(place.rodata)).unwrap_or_default();
     record.rodata_len = place.rodata.len();
@@ -431,10 +428,10 @@ fn find_functions(
             let old = objects
                 .symbol(name, &func.old_name, func.old_sympos)
                 .map_err(|e| e.within(&format!("{subject}: function {}", func.old_name)))?;
-            if functions.iter().any(|f| f.old == old.0) {
+            if functions.iter().any(|f| f.old == old) {
                 return Err(no(format!("it replaces {} twice", func.old_name)));
             }
-            let standing = stack.layers(old.0).map(Layers::standing);
+            let standing = stack.layers(old).map(Layers::standing);
             let examined =
                 redirect::examine(kernel, owner, &func.old_name, old, standing.as_ref())?;
             let original = examined.site.old;
@@ -443,15 +440,15 @@ fn find_functions(
             functions.push(Function {
                 name: func.old_name.clone(),
                 object: name.unwrap_or(VMLINUX).to_owned(),
-                old: old.0,
+                old,
                 old_size: examined.range.len(),
-                old_cold: examined.cold.iter().map(|r| (r.start.0, r.len())).collect(),
-                new: 0,
+                old_cold: examined.cold.iter().map(|r| (r.start, r.len())).collect(),
+                new: Gva(0),
                 new_size: func.new_size,
                 new_cold: split::parts(payload, func)
-                    .map(|part| (0, part.size))
+                    .map(|part| (Gva(0), part.size))
                     .collect(),
-                site: examined.site.at.0,
+                site: examined.site.at,
                 found,
                 old_bytes: if supersedes { original } else { found },
                 new_bytes: [0; 5],

@@ -57,7 +57,7 @@ impl<'r> Layers<'r> {
     pub fn standing(&self) -> Standing<'r> {
         Standing {
             patch: self.owner(),
-            at: Gva(self.top.1.site),
+            at: self.top.1.site,
             jump: self.top.1.new_bytes,
             original: self.bottom.old_bytes,
         }
@@ -78,7 +78,7 @@ pub struct Stack<'r> {
     /// Those that were taken back, perhaps while threads were in them: they say that they may.
     left: Vec<&'r Resident>,
     /// By the address of the old function.
-    layers: HashMap<u64, Layers<'r>>,
+    layers: HashMap<Gva, Layers<'r>>,
 }
 
 impl<'r> Stack<'r> {
@@ -141,7 +141,7 @@ impl<'r> Stack<'r> {
 
     /// The patches on the function at `old`.
     #[must_use]
-    pub fn layers(&self, old: u64) -> Option<&Layers<'r>> {
+    pub fn layers(&self, old: Gva) -> Option<&Layers<'r>> {
         self.layers.get(&old)
     }
 
@@ -176,11 +176,11 @@ impl<'r> Stack<'r> {
 
     /// What lies on `patch`, directly or on what lies on it, the topmost first.
     fn above(&self, patch: &Resident) -> impl Iterator<Item = &'r Resident> {
-        let entries = |r: &Resident| -> Vec<u64> {
+        let entries = |r: &Resident| -> Vec<Gva> {
             let functions = &r.record.functions;
             functions.iter().map(|f| f.old).collect()
         };
-        let mut below: HashSet<u64> = entries(patch).into_iter().collect();
+        let mut below: HashSet<Gva> = entries(patch).into_iter().collect();
         let later = self.applied.iter().skip_while(|r| r.index != patch.index);
         let mut above = Vec::new();
         for &other in later.skip(1) {
@@ -220,7 +220,7 @@ impl<'r> Stack<'r> {
     /// [`Error::Failed`], or memory can't be read.
     pub fn check_holds(&self, kernel: &Kernel<'_>, patch: &Resident) -> Result<()> {
         match self.displaced(kernel, patch)? {
-            Some((owner, f)) => Err(redirect::displaced(&f.name, Gva(f.site), owner)),
+            Some((owner, f)) => Err(redirect::displaced(&f.name, f.site, owner)),
             None => Ok(()),
         }
     }
@@ -249,7 +249,7 @@ impl<'r> Stack<'r> {
 
     /// The functions that a patch which replaces `kept` gives back when it supersedes all.
     fn given_back<'s>(&'s self, kept: &[Function]) -> impl Iterator<Item = &'s Layers<'r>> {
-        let kept: HashSet<u64> = kept.iter().map(|f| f.old).collect();
+        let kept: HashSet<Gva> = kept.iter().map(|f| f.old).collect();
         let mut given: Vec<&Layers<'r>> = self
             .layers
             .iter()
@@ -333,8 +333,8 @@ fn new_version(function: &Function) -> impl Iterator<Item = Watched> + '_ {
 
 /// A version of the function `name`: address and size, and those of its parts that stand elsewhere.
 fn version<'f>(
-    whole: (u64, u64),
-    cold: &'f [(u64, u64)],
+    whole: (Gva, u64),
+    cold: &'f [(Gva, u64)],
     name: &'f str,
 ) -> impl Iterator<Item = Watched> + 'f {
     let cold = cold
@@ -343,9 +343,9 @@ fn version<'f>(
     std::iter::once(watched(whole, name.to_owned())).chain(cold)
 }
 
-fn watched((at, len): (u64, u64), name: String) -> Watched {
+fn watched((at, len): (Gva, u64), name: String) -> Watched {
     Watched {
-        range: Range::new(Gva(at), len),
+        range: Range::new(at, len),
         name,
     }
 }
@@ -385,7 +385,7 @@ pub fn settle(kernel: &Kernel<'_>, residents: &mut [Resident]) -> Result<()> {
             (patch, reverting.writes(&[], true))
         }
     };
-    links::is_entered(kernel, Gva(patch.record.module))?;
+    links::is_entered(kernel, patch.record.module)?;
     let (mut before, mut after) = (true, true);
     for write in &writes {
         let found = bytes_at(kernel, write.at)?;
@@ -405,8 +405,8 @@ pub fn settle(kernel: &Kernel<'_>, residents: &mut [Resident]) -> Result<()> {
     Ok(())
 }
 
-fn bytes_at(kernel: &Kernel<'_>, site: u64) -> Result<[u8; JUMP]> {
+fn bytes_at(kernel: &Kernel<'_>, site: Gva) -> Result<[u8; JUMP]> {
     let mut bytes = [0; JUMP];
-    kernel.space.read(Gva(site), &mut bytes)?;
+    kernel.space.read(site, &mut bytes)?;
     Ok(bytes)
 }

@@ -192,7 +192,7 @@ impl Prescan<'_, '_> {
             stacks.any(|(range, _)| range.contains(at))
         };
         let mut inside = vcpus.iter().filter(|v| v.online && !v.user);
-        inside.any(|v| counting.contains(Gva(v.rip)) || is_own(Gva(v.rsp)))
+        inside.any(|v| counting.contains(v.rip) || is_own(v.rsp))
     }
 }
 

@@ -122,10 +122,10 @@ impl<'s, 'k, 'm> Look<'s, 'k, 'm> {
             return Ok(());
         }
         let task = current.map(|k| &k.task);
-        if let Some((watched, offset)) = scan.watch.hit(vcpu.rip) {
+        if let Some((watched, offset)) = scan.watch.hit(vcpu.rip.0) {
             self.report(task, Reason::Running, &watched.name, offset);
         }
-        let rsp = Gva(vcpu.rsp);
+        let rsp = vcpu.rsp;
         let on = |(range, _): &(Range, _)| range.contains(rsp);
         let mut cpus = scan.cpus.iter();
         let own_stacks = cpus.find_map(|cpu| Some((cpu, cpu.stacks.iter().position(on)?)));
@@ -155,7 +155,7 @@ impl<'s, 'k, 'm> Look<'s, 'k, 'm> {
                 let (name, offset) = scan
                     .kernel
                     .symbols
-                    .covering(Gva(vcpu.rip))
+                    .covering(vcpu.rip)
                     .unwrap_or_else(|| ("?".into(), 0));
                 self.report(task, Reason::UnreliableStack, &name, offset);
             }

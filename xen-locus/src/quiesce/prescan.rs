@@ -606,7 +606,7 @@ impl<'k, 'm> Prescan<'k, 'm> {
     }
 
     pub(super) fn current_of(&self, vcpu: &Vcpu) -> Option<&Known> {
-        let find = |base: u64| self.cpus.iter().find(|c| c.base == base);
+        let find = |base: Gva| self.cpus.iter().find(|c| c.base == base.0);
         let cpu = match vcpu.user {
             // User mode may choose the one that is in use, another CPU's among them.
             true => find(vcpu.gs_other),

@@ -157,14 +157,14 @@ fn user_mode_can_not_hide_who_is_in_the_kernel_on_another_cpu() {
         let look = |vcpus: &[Vcpu]| blocked(scan.look(vcpus, true, &|| false).unwrap());
         // It chose the other CPU's GS base.
         for base in [0, PERCPU[0]] {
-            vcpus[user].gs_base = base;
+            vcpus[user].gs_base = Gva(base);
             assert_eq!(look(&vcpus), [0], "{base:#x}");
         }
         // And a stack pointer, of which nothing is left to look at; it is in the kernel's first instruction.
         vcpus[user].user = false;
-        vcpus[user].rsp = idle.stack.end.0 - 8;
+        vcpus[user].rsp = Gva(idle.stack.end.0 - 8);
         assert_eq!(look(&vcpus), [0]);
-        vcpus[user].gs_base = PERCPU[1];
+        vcpus[user].gs_base = Gva(PERCPU[1]);
         assert_eq!(look(&vcpus), [0]);
     });
     with_guest(|guest, scan| {
@@ -172,8 +172,8 @@ fn user_mode_can_not_hide_who_is_in_the_kernel_on_another_cpu() {
         scan.rehearse().unwrap();
         let mut vcpus = guest.world.vcpus.clone();
         let vcpu = vcpus.iter_mut().find(|v| v.user).unwrap();
-        (vcpu.user, vcpu.gs_base) = (false, PERCPU[1]);
-        vcpu.rsp = guest.task(42).stack.end.0 - 8;
+        (vcpu.user, vcpu.gs_base) = (false, Gva(PERCPU[1]));
+        vcpu.rsp = Gva(guest.task(42).stack.end.0 - 8);
         assert_eq!(blocked(scan.look(&vcpus, true, &|| false).unwrap()), [42]);
     });
 }
@@ -302,7 +302,7 @@ fn who_can_not_have_run_is_not_asked() {
             let mut vcpus = guest.world.vcpus.clone();
             let vcpu = vcpus.iter_mut().find(|v| !v.user).unwrap();
             let schedule = guest.kernel.symbols.need("__schedule").unwrap();
-            vcpu.rip = schedule.0 + 5;
+            vcpu.rip = schedule.plus(5);
             assert_eq!(blocked(scan.look(&vcpus, true, &|| false).unwrap()), [1]);
             // The memory of one that died.
             let start = guest.task(43).addr.plus(guest.layout.start_time as u64);
@@ -592,7 +592,7 @@ fn a_cpu_s_own_stacks_are_followed_to_its_task_s() {
             };
             let mut vcpus = guest.world.vcpus.clone();
             let vcpu = vcpus.iter_mut().find(|v| !v.user).unwrap();
-            vcpu.rsp = NMI + 0x800;
+            vcpu.rsp = Gva(NMI + 0x800);
             for cpu in &mut scan.cpus {
                 cpu.stacks = vec![stack(IRQ), stack(NMI)];
             }

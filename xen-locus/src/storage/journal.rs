@@ -307,6 +307,8 @@ fn is_uuid(name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use locus_guest::addr::Gva;
+
     use super::*;
     use crate::error::ExitCode;
 
@@ -332,7 +334,7 @@ mod tests {
                 record: "11".into(),
                 op: Op::Apply,
                 writes: vec![Write {
-                    at: 0xffff_ffff_8100_0005,
+                    at: Gva(0xffff_ffff_8100_0005),
                     expect: vec![1; 5],
                     new: vec![2; 5],
                 }],

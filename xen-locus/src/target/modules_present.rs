@@ -27,9 +27,9 @@ pub fn gone(kernel: &Kernel<'_>, record: &Record) -> Result<Option<String>> {
                 was.name, record.name
             ));
         };
-        (is.addr.0 != was.at || is.base.0 != was.base).then(|| {
+        (is.addr != was.at || is.base != was.base).then(|| {
             format!(
-                "module {}, some of whose functions payload {} replaced at {:#x}, was loaded again \
+                "module {}, some of whose functions payload {} replaced at {}, was loaded again \
                  since, at {}",
                 was.name, record.name, was.base, is.base
             )
@@ -49,14 +49,14 @@ pub fn conditions(kernel: &Kernel<'_>, modules: &[ModuleAt]) -> Result<Vec<Write
     let mut reader = Reader::new(kernel)?;
     let mut found = Vec::new();
     for module in reader.all()? {
-        let listed = |m: &&ModuleAt| m.at == module.addr.0 && m.base == module.base.0;
+        let listed = |m: &&ModuleAt| m.at == module.addr && m.base == module.base;
         if module.state == State::Live && modules.iter().any(|m| listed(&m)) {
             found.extend(
                 reader
                     .identity(&module)
                     .into_iter()
                     .map(|(at, bytes)| Write {
-                        at: at.0,
+                        at,
                         expect: bytes.clone(),
                         new: bytes,
                     }),

@@ -94,10 +94,10 @@ fn context(vcpu: &Vcpu, kind: GuestType) -> Vec<u8> {
         FLAGS,
         flag(vcpu.online, ONLINE) | flag(pv && !vcpu.user, IN_KERNEL),
     );
-    put(RIP, vcpu.rip);
+    put(RIP, vcpu.rip.0);
     // PV kernels run in ring 3 too.
     put(CS, if vcpu.user || pv { 0x33 } else { 0x10 });
-    put(RSP, vcpu.rsp);
+    put(RSP, vcpu.rsp.0);
     for (at, value) in [
         (R13, vcpu.r13),
         (RBP, vcpu.rbp),
@@ -109,19 +109,22 @@ fn context(vcpu: &Vcpu, kind: GuestType) -> Vec<u8> {
         put(at, value);
     }
     put(CONTROL, flag(vcpu.long_mode, CR0_PAGING));
-    put(CONTROL + 24, vcpu.root << 12);
+    put(CONTROL + 24, vcpu.root.0 << 12);
     put(
         CONTROL + 32,
         flag(vcpu.long_mode, CR4_PAE) | flag(vcpu.la57, CR4_LA57),
     );
-    put(EVENT_CALLBACK, if pv { vcpu.entry } else { 0 });
+    put(
+        EVENT_CALLBACK,
+        vcpu.entry.filter(|_| pv).map_or(0, |at| at.0),
+    );
     let (user, kernel) = if vcpu.user {
         (vcpu.gs_base, vcpu.gs_other)
     } else {
         (vcpu.gs_other, vcpu.gs_base)
     };
-    put(GS_KERNEL, kernel);
-    put(GS_USER, user);
+    put(GS_KERNEL, kernel.0);
+    put(GS_USER, user.0);
     bytes
 }
 

@@ -27,7 +27,7 @@ fn registers_are_read_back() {
         for (before, after) in world.vcpus.iter().zip(core.vcpus()) {
             let mut expected = before.clone();
             if kind == GuestType::Hvm {
-                expected.entry = 0;
+                expected.entry = None;
             }
             assert_eq!(format!("{expected:?}"), format!("{after:?}"));
         }

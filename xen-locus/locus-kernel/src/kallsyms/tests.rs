@@ -60,7 +60,7 @@ fn tokens_are_found_behind_a_sequence_that_leaves_no_room_for_padding() {
 fn a_table_whose_addresses_disagree_with_the_anchors_is_not_believed() {
     let memory = Fixture::new().build();
     let mut vcpus = vcpus();
-    vcpus[0].entry = ENTRY.0 + 1;
+    vcpus[0].entry = Some(ENTRY.plus(1));
     let error = Kernel::read(&memory, KIND, &vcpus).unwrap_err();
     assert!(matches!(error, Error::NotLinux(_)), "{error}");
 }
@@ -70,7 +70,7 @@ fn a_guest_in_its_firmware_is_not_ready() {
     let memory = Fixture::new().build();
     for change in [
         |v: &mut locus_guest::Vcpu| v.long_mode = false,
-        |v: &mut locus_guest::Vcpu| v.entry = 0,
+        |v: &mut locus_guest::Vcpu| v.entry = None,
     ] {
         let mut vcpus = vcpus();
         change(&mut vcpus[0]);

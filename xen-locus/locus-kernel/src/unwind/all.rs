@@ -157,8 +157,8 @@ impl Look<'_, '_, '_> {
             // In the kernel's entry code the two GS bases may not be exchanged yet.
             let online = || self.vcpus.iter().filter(|v| v.online);
             let vcpu = online()
-                .find(|v| v.gs_base == base)
-                .or_else(|| online().find(|v| v.gs_other == base));
+                .find(|v| v.gs_base == Gva(base))
+                .or_else(|| online().find(|v| v.gs_other == Gva(base)));
             if let (true, Some(vcpu)) = (holds, vcpu) {
                 return Ok(Some((vcpu, base)));
             }

@@ -113,8 +113,8 @@ fn with_walker<T>(look: impl FnOnce(&Walker<'_, '_>) -> T) -> T {
 fn vcpu(rip: u64, rsp: u64) -> Vcpu {
     Vcpu {
         online: true,
-        rip,
-        rsp,
+        rip: Gva(rip),
+        rsp: Gva(rsp),
         ..Vcpu::default()
     }
 }
@@ -391,8 +391,8 @@ fn a_stack_that_was_left_is_not_entered_again() {
     let sp = IRQ + LEN - 0x10;
     let stacks = Stacks::new().words(&[(sp, after(SCHEDULE))]);
     let walk = stacks.running(&Vcpu {
-        rip: IDLE.0,
-        rsp: sp,
+        rip: IDLE,
+        rsp: Gva(sp),
         ..vcpu
     });
     assert_eq!(walk.end, Err(Why::OffStack));

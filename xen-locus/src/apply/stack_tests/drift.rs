@@ -126,11 +126,11 @@ fn every_page_of_a_payload_is_looked_at() {
     let resident = &arena.residents(&kernel).unwrap()[0];
     let record = &resident.record;
     let first = usize::from(resident.slot.first);
-    let code = record.functions[0].new;
+    let code = record.functions[0].new.0;
     let told = guest.differs(code, &[0xcc]);
     assert_eq!(
         (told[0].1, told[0].2, told.len()),
-        (What::Code, record.text.0, 1)
+        (What::Code, record.text.0 .0, 1)
     );
     let constants = arena::page_address(first).0 + record.text.1.next_multiple_of(4096);
     let last = constants + record.rodata_len - 1;

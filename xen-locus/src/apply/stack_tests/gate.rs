@@ -23,7 +23,7 @@ fn a_gate_that_still_stands_is_taken_down_by_the_journal() {
         record: String::new(),
         op: Op::Nudge,
         writes: vec![Write {
-            at,
+            at: Gva(at),
             expect: old.to_vec(),
             new: jump.to_vec(),
         }],

@@ -142,13 +142,13 @@ impl PagesMut for Guest {
         Ok(())
     }
 
-    fn vacant(&self, frames: &[Frame]) -> std::result::Result<Vec<bool>, guest::Error> {
+    fn vacant(&self, frames: &[Gfn]) -> std::result::Result<Vec<bool>, guest::Error> {
         let memory = &self.world.memory;
-        Ok(frames.iter().map(|&f| !memory.has(f)).collect())
+        Ok(frames.iter().map(|&f| !memory.has(f.into())).collect())
     }
 
-    fn populate(&self, frames: &[Frame]) -> std::result::Result<(), guest::Error> {
-        frames.iter().for_each(|&f| self.world.memory.add(f));
+    fn populate(&self, frames: &[Gfn]) -> std::result::Result<(), guest::Error> {
+        frames.iter().for_each(|&f| self.world.memory.add(f.into()));
         Ok(())
     }
 }

@@ -77,7 +77,7 @@ pub fn enter(kernel: &Kernel<'_>, built: &mut Built, uses: &[Gva]) -> Result<Ent
 /// Sets a word of ours from 0 to 1.
 fn mark(at: Gva) -> Write {
     Write {
-        at: at.0,
+        at,
         expect: vec![0; 8],
         new: 1u64.to_le_bytes().to_vec(),
     }

@@ -81,7 +81,7 @@ impl<'a, 'm> Words<'a, 'm> {
         self.seen
             .into_iter()
             .map(|(at, (old, new))| Write {
-                at,
+                at: Gva(at),
                 expect: old.to_le_bytes().to_vec(),
                 new: new.to_le_bytes().to_vec(),
             })

@@ -302,15 +302,15 @@ fn a_module_that_went_or_came_back_elsewhere_is_noticed() {
         description: String::new(),
         cves: Vec::new(),
         functions: Vec::new(),
-        text: (0, 0),
+        text: (Gva(0), 0),
         code: Code::default(),
         rodata_len: 0,
         rodata_sha256: String::new(),
-        module: 0,
+        module: Gva(0),
         objects: vec![ModuleAt {
             name: name.into(),
-            at,
-            base,
+            at: Gva(at),
+            base: Gva(base),
         }],
         entry_only: false,
     };
@@ -342,7 +342,7 @@ fn a_module_that_went_or_came_back_elsewhere_is_noticed() {
         ];
         let found: Vec<_> = conditions
             .iter()
-            .map(|w| (w.at, w.expect.clone()))
+            .map(|w| (w.at.0, w.expect.clone()))
             .collect();
         assert_eq!(found, expected);
         assert!(conditions.iter().all(|w| w.expect == w.new));
