@@ -53,14 +53,13 @@ impl<'c> Domain<'c> {
             Domain::of(control, store, info)?
         };
         if domain.info.id == DomId(0) {
-            return Err(Error::Failed(
+            return Err(Error::failed(
                 "domain 0 is the control domain itself: xen-locus changes guests only. To patch \
-                 dom0's own kernel use its livepatch (insmod)"
-                    .into(),
+                 dom0's own kernel use its livepatch (insmod)",
             ));
         }
         if domain.info.dying || domain.info.shutdown {
-            return Err(Error::Failed(format!(
+            return Err(Error::failed(format!(
                 "domain {} ({wanted}) has shut down or is going away",
                 domain.info.id
             )));
@@ -124,7 +123,7 @@ impl<'c> Domain<'c> {
 }
 
 fn no_such(wanted: &str) -> Error {
-    Error::Failed(format!(
+    Error::failed(format!(
         "there is no domain {wanted:?}: give a name or an id as `xl list` shows them"
     ))
 }

@@ -1,16 +1,16 @@
 //! The library's error, and the one place where an error becomes an exit code.
+//!
+//! An error has a class, which gives the exit code; a cause, typed where code decides by it; and context, which is
+//! added on the way up and never dropped: `error.context("ext4: function f")`.
 
-use locus_guest as guest;
-use locus_kernel as kernel;
-use locus_payload as patch;
-use locus_xen as xen;
+use std::fmt;
 
 use crate::blocker::Blocker;
 
 /// Result of this library.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Exit codes of the command line (DESIGN.md section 6).
+/// Exit codes of the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum ExitCode {
@@ -32,108 +32,295 @@ pub enum ExitCode {
     Usage = 64,
 }
 
-/// What can go wrong. Every message says what was expected, what was found, where, and what to do.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
+/// How an error counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
     /// Failed; the guest is unchanged.
-    #[error("{0}")]
-    Failed(String),
-    /// Busy or not ready; the guest is unchanged.
-    #[error("{0}")]
-    TryAgain(String),
-    /// No quiescent moment was found; the guest is unchanged.
-    #[error(
-        "{what}: blocked after {attempts} attempts in {waited_ms} ms; nothing was changed. \
-             Try again, or wait longer with --timeout"
-    )]
-    Blocked {
-        /// What was tried.
-        what: String,
-        /// Number of pauses tried.
-        attempts: u32,
-        /// Time spent, in milliseconds.
-        waited_ms: u64,
-        /// Who was in the way at the last attempt.
-        blockers: Vec<Blocker>,
-    },
+    Failed,
+    /// Busy, blocked or not ready; the guest is unchanged.
+    TryAgain,
     /// Does not fit this guest.
+    NotApplicable,
+    /// Failed midway; the old state is back and verified.
+    RolledBack,
+    /// Failed midway; the state could not be verified.
+    Uncertain,
+    /// Wrong usage that the parser could not see.
+    Usage,
+}
+
+/// What went wrong.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Cause {
+    /// A sentence. It says what was expected, what was found, where, and what to do.
     #[error("{0}")]
-    NotApplicable(String),
-    /// A module that the payload changes is not loaded: does not fit this guest now.
+    Said(String),
+    /// No quiescent moment was found.
+    #[error(transparent)]
+    Blocked(Box<Blocked>),
+    /// A module that the payload changes is not loaded. The sentence says which.
     #[error("{0}")]
     NotLoaded(String),
-    /// Failed midway; the old state is back and verified.
-    #[error("{0}")]
-    RolledBack(String),
-    /// Failed midway; the state could not be verified.
-    #[error("{0}")]
-    Uncertain(String),
-    /// Wrong usage that the parser could not see.
-    #[error("{0}")]
-    Usage(String),
     /// The payload file.
     #[error(transparent)]
-    Payload(#[from] patch::PayloadError),
+    Payload(locus_payload::PayloadError),
     /// The guest's kernel could not be read or understood.
     #[error(transparent)]
-    Kernel(#[from] kernel::Error),
+    Kernel(locus_kernel::Error),
     /// Guest memory.
     #[error(transparent)]
-    Memory(#[from] guest::Error),
+    Memory(locus_guest::Error),
     /// A call into Xen.
     #[error(transparent)]
-    Xen(#[from] xen::Error),
+    Xen(locus_xen::Error),
+}
+
+/// No quiescent moment was found; the guest is unchanged.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{what}: blocked after {attempts} attempts in {waited_ms} ms; nothing was changed. \
+         Try again, or wait longer with --timeout"
+)]
+pub struct Blocked {
+    /// What was tried.
+    pub what: String,
+    /// Number of pauses tried.
+    pub attempts: u32,
+    /// Time spent, in milliseconds.
+    pub waited_ms: u64,
+    /// The threads that were in the way at the last attempt.
+    pub blockers: Vec<Blocker>,
+}
+
+/// What went wrong, how that counts, and what it was about.
+#[derive(Debug)]
+pub struct Error {
+    class: Class,
+    cause: Box<Cause>,
+    /// The innermost first.
+    context: Vec<String>,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for about in self.context.iter().rev() {
+            write!(f, "{about}: ")?;
+        }
+        self.cause.fmt(f)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.cause.source()
+    }
 }
 
 impl Error {
-    /// The same error, its message with `what` before it: for those that name no subject.
-    #[must_use]
-    pub fn within(self, what: &str) -> Error {
-        match self {
-            Error::NotApplicable(why) => Error::NotApplicable(format!("{what}: {why}")),
-            Error::NotLoaded(why) => Error::NotLoaded(format!("{what}: {why}")),
-            Error::TryAgain(why) => Error::TryAgain(format!("{what}: {why}")),
-            other => other,
+    fn new(class: Class, cause: Cause) -> Error {
+        Error {
+            class,
+            cause: Box::new(cause),
+            context: Vec::new(),
         }
+    }
+
+    fn said(class: Class, what: impl Into<String>) -> Error {
+        Error::new(class, Cause::Said(what.into()))
+    }
+
+    /// Of class [`Class::Failed`].
+    #[must_use]
+    pub fn failed(what: impl Into<String>) -> Error {
+        Error::said(Class::Failed, what)
+    }
+
+    /// Of class [`Class::TryAgain`].
+    #[must_use]
+    pub fn try_again(what: impl Into<String>) -> Error {
+        Error::said(Class::TryAgain, what)
+    }
+
+    /// Of class [`Class::NotApplicable`].
+    #[must_use]
+    pub fn not_applicable(what: impl Into<String>) -> Error {
+        Error::said(Class::NotApplicable, what)
+    }
+
+    /// Of class [`Class::NotApplicable`], because a module is not loaded: that may change.
+    #[must_use]
+    pub fn not_loaded(what: impl Into<String>) -> Error {
+        Error::new(Class::NotApplicable, Cause::NotLoaded(what.into()))
+    }
+
+    /// Of class [`Class::RolledBack`].
+    #[must_use]
+    pub fn rolled_back(what: impl Into<String>) -> Error {
+        Error::said(Class::RolledBack, what)
+    }
+
+    /// Of class [`Class::Uncertain`].
+    #[must_use]
+    pub fn uncertain(what: impl Into<String>) -> Error {
+        Error::said(Class::Uncertain, what)
+    }
+
+    /// Of class [`Class::Usage`].
+    #[must_use]
+    pub fn usage(what: impl Into<String>) -> Error {
+        Error::said(Class::Usage, what)
+    }
+
+    /// The same error, whose message begins with what it is about.
+    #[must_use]
+    pub fn context(mut self, about: impl Into<String>) -> Error {
+        self.context.push(about.into());
+        self
+    }
+
+    /// How it counts.
+    #[must_use]
+    pub fn class(&self) -> Class {
+        self.class
+    }
+
+    /// What went wrong.
+    #[must_use]
+    pub fn cause(&self) -> &Cause {
+        &self.cause
+    }
+
+    /// The threads that are in the way, if that is the cause.
+    #[must_use]
+    pub fn blocked(&self) -> Option<&Blocked> {
+        match self.cause() {
+            Cause::Blocked(blocked) => Some(blocked),
+            _ => None,
+        }
+    }
+
+    /// Whether the cause is that a module is not loaded.
+    #[must_use]
+    pub fn is_not_loaded(&self) -> bool {
+        matches!(self.cause(), Cause::NotLoaded(_))
     }
 
     /// What became of an action, in one word.
     #[must_use]
     pub fn result(&self) -> &'static str {
-        match (self, self.exit_code()) {
-            (Error::Blocked { .. }, _) => "blocked",
-            (_, ExitCode::TryAgain) => "try-again",
-            (_, ExitCode::NotApplicable) => "not-applicable",
-            (_, ExitCode::Refused) => "refused",
-            (_, ExitCode::RolledBack) => "rolled-back",
-            (_, ExitCode::Uncertain) => "uncertain",
-            _ => "failed",
+        if self.blocked().is_some() {
+            return "blocked";
+        }
+        match self.class {
+            Class::Failed | Class::Usage => "failed",
+            Class::TryAgain => "try-again",
+            Class::NotApplicable => "not-applicable",
+            Class::RolledBack => "rolled-back",
+            Class::Uncertain => "uncertain",
         }
     }
 
     /// The exit code that tells a script what happened.
     #[must_use]
     pub fn exit_code(&self) -> ExitCode {
-        match self {
-            Error::Xen(xen::Error::Unsupported(_))
-            | Error::Memory(guest::Error::Unsupported(_)) => ExitCode::NotApplicable,
-            // A guest that lies is as little supported as another system.
-            Error::Memory(guest::Error::Exhausted)
-            | Error::Kernel(kernel::Error::Memory(guest::Error::Exhausted)) => {
-                ExitCode::NotApplicable
-            }
-            Error::Failed(_) | Error::Memory(_) | Error::Xen(_) => ExitCode::Failed,
-            Error::TryAgain(_) | Error::Blocked { .. } => ExitCode::TryAgain,
-            Error::Kernel(kernel::Error::NotReady(_)) => ExitCode::TryAgain,
-            Error::Kernel(kernel::Error::Memory(_)) => ExitCode::Failed,
-            Error::Payload(e) if e.kind.is_damage() => ExitCode::Failed,
-            Error::NotApplicable(_)
-            | Error::NotLoaded(_)
-            | Error::Kernel(_)
-            | Error::Payload(_) => ExitCode::NotApplicable,
-            Error::RolledBack(_) => ExitCode::RolledBack,
-            Error::Uncertain(_) => ExitCode::Uncertain,
-            Error::Usage(_) => ExitCode::Usage,
+        match self.class {
+            Class::Failed => ExitCode::Failed,
+            Class::TryAgain => ExitCode::TryAgain,
+            Class::NotApplicable => ExitCode::NotApplicable,
+            Class::RolledBack => ExitCode::RolledBack,
+            Class::Uncertain => ExitCode::Uncertain,
+            Class::Usage => ExitCode::Usage,
         }
+    }
+}
+
+impl From<Blocked> for Error {
+    fn from(blocked: Blocked) -> Error {
+        Error::new(Class::TryAgain, Cause::Blocked(Box::new(blocked)))
+    }
+}
+
+impl From<locus_payload::PayloadError> for Error {
+    fn from(error: locus_payload::PayloadError) -> Error {
+        let class = match error.kind.is_damage() {
+            true => Class::Failed,
+            false => Class::NotApplicable,
+        };
+        Error::new(class, Cause::Payload(error))
+    }
+}
+
+/// A guest that lies is as little supported as another system.
+fn of_memory(error: &locus_guest::Error) -> Class {
+    match error {
+        locus_guest::Error::Unsupported(_) | locus_guest::Error::Exhausted => Class::NotApplicable,
+        _ => Class::Failed,
+    }
+}
+
+impl From<locus_guest::Error> for Error {
+    fn from(error: locus_guest::Error) -> Error {
+        Error::new(of_memory(&error), Cause::Memory(error))
+    }
+}
+
+impl From<locus_kernel::Error> for Error {
+    fn from(error: locus_kernel::Error) -> Error {
+        let class = match &error {
+            locus_kernel::Error::NotReady(_) => Class::TryAgain,
+            locus_kernel::Error::Memory(error) => of_memory(error),
+            _ => Class::NotApplicable,
+        };
+        Error::new(class, Cause::Kernel(error))
+    }
+}
+
+impl From<locus_xen::Error> for Error {
+    fn from(error: locus_xen::Error) -> Error {
+        let class = match &error {
+            locus_xen::Error::Unsupported(_) => Class::NotApplicable,
+            _ => Class::Failed,
+        };
+        Error::new(class, Cause::Xen(error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn context_is_never_dropped_and_the_outermost_comes_first() {
+        for error in [
+            Error::failed("why"),
+            Error::uncertain("why"),
+            Error::not_loaded("why"),
+            locus_kernel::Error::Odd("why".into()).into(),
+            locus_guest::Error::Odd("why".into()).into(),
+        ] {
+            let (class, said) = (error.class(), error.to_string());
+            let told = error.context("inner").context("outer");
+            assert_eq!(told.to_string(), format!("outer: inner: {said}"));
+            assert_eq!(told.class(), class);
+        }
+    }
+
+    #[test]
+    fn the_class_of_what_a_lower_room_found_is_that_of_its_cause() {
+        let exhausted = || locus_guest::Error::Exhausted;
+        let odd = || locus_guest::Error::Odd(String::new());
+        let code = |error: Error| error.exit_code();
+        assert_eq!(code(exhausted().into()), ExitCode::NotApplicable);
+        assert_eq!(code(odd().into()), ExitCode::Failed);
+        let of_kernel = |error| code(locus_kernel::Error::Memory(error).into());
+        assert_eq!(of_kernel(exhausted()), ExitCode::NotApplicable);
+        assert_eq!(of_kernel(odd()), ExitCode::Failed);
+        let not_ready = locus_kernel::Error::NotReady(String::new());
+        assert_eq!(code(not_ready.into()), ExitCode::TryAgain);
+        let unsupported = locus_xen::Error::Unsupported(String::new());
+        assert_eq!(code(unsupported.clone().into()), ExitCode::NotApplicable);
+        let memory: locus_guest::Error = unsupported.into();
+        assert_eq!(code(memory.into()), ExitCode::NotApplicable);
     }
 }

@@ -17,7 +17,7 @@ use crate::apply::{self, Options};
 use crate::arena::record::State;
 use crate::arena::{Arena, Resident};
 use crate::domain::Domain;
-use crate::error::{Error, Result};
+use crate::error::{Class, Error, Result};
 use crate::guard::settle::{settle, Counter as _, Outcome};
 use crate::guard::{self, Places, Task};
 use crate::machine;
@@ -129,10 +129,10 @@ pub fn is_due(uuid: &str) -> Result<bool> {
 /// removes the journal: all that it says is settled or, of a guest that started anew, void.
 ///
 /// # Errors
-/// [`Error::Uncertain`]: the guest can't be brought to a known state; what it is about can't be read.
+/// [`Class::Uncertain`](crate::error::Class::Uncertain): the guest can't be brought to a known state; what it is about can't be read.
 pub fn recover(domain: &Domain<'_>, options: &Options) -> Result<Report> {
     let begun = fault::point("recover");
-    begun.map_err(|e| Error::Failed(format!("{}: {e}", domain.label())))?;
+    begun.map_err(|e| Error::failed(format!("{}: {e}", domain.label())))?;
     guard::sweep();
     let uuid = &domain.info.uuid;
     let mut said = Vec::new();
@@ -141,7 +141,7 @@ pub fn recover(domain: &Domain<'_>, options: &Options) -> Result<Report> {
             match outcome {
                 Outcome::Running => {}
                 Outcome::Stuck => {
-                    return Err(Error::Uncertain(format!(
+                    return Err(Error::uncertain(format!(
                         "a run on {} died: {outcome}",
                         domain.label()
                     )))
@@ -173,7 +173,7 @@ pub fn recover(domain: &Domain<'_>, options: &Options) -> Result<Report> {
 /// Its guardian doesn't end; the file can't be read; the guest's memory can't be mapped.
 fn of_dead(control: &Control, path: &Path) -> Result<Option<Outcome>> {
     let began = Instant::now();
-    let odd = |e: std::io::Error| Error::Failed(format!("cannot use {}: {e}", path.display()));
+    let odd = |e: std::io::Error| Error::failed(format!("cannot use {}: {e}", path.display()));
     let file = match File::options().read(true).write(true).open(path) {
         Ok(file) => file,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -187,7 +187,7 @@ fn of_dead(control: &Control, path: &Path) -> Result<Option<Outcome>> {
             // It only looks, and does so without the guest's lock.
             Err(TryLockError::WouldBlock) if task.spots.is_empty() => return Ok(None),
             Err(TryLockError::WouldBlock) if began.elapsed() > GUARDIAN => {
-                return Err(Error::TryAgain(format!(
+                return Err(Error::try_again(format!(
                     "the guardian of process {}, which died at work on this guest, still holds {}",
                     task.pid,
                     path.display()
@@ -249,12 +249,12 @@ pub(crate) fn of_guest(
     let mut detail = String::new();
     let mut arena = Arena::read(kernel)?;
     if let Err(error) = plan::residents(kernel, &arena) {
-        let (Error::Uncertain(why), Some(intent)) = (&error, intent) else {
+        let Some(intent) = intent.filter(|_| error.class() == Class::Uncertain) else {
             return Err(error);
         };
         roll_back(machine, kernel, &intent.change, options).map_err(|e| match e {
-            Error::TryAgain(_) | Error::Blocked { .. } => e,
-            e => Error::Uncertain(format!("{why}; it could not be taken back: {e}")),
+            e if e.class() == Class::TryAgain => e,
+            e => Error::uncertain(format!("{error}; it could not be taken back: {e}")),
         })?;
         detail = "what it had written is put back by the journal".to_owned();
     }
@@ -333,7 +333,7 @@ fn roll_back(
         let found = space.read_vec(write.at, write.new.len())?;
         let own = |((found, old), new): ((&u8, &u8), &u8)| found == old || found == new;
         if !found.iter().zip(&write.expect).zip(&write.new).all(own) {
-            return Err(Error::Uncertain(format!(
+            return Err(Error::uncertain(format!(
                 "the bytes at {} are neither the old ones nor the new ones: somebody else changed them",
                 write.at
             )));

@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use crate::arena::record::{Slot, State};
 use crate::arena::{self, Arena};
 use crate::blocker::Blocker;
-use crate::error::{Error, Result};
+use crate::error::{Blocked, Error, Result};
 use crate::guard::Spot;
 use crate::machine::{Guard, Machine, Paused};
 use crate::plan::{self, Mode, Plan, Prepared, Readiness, Stack};
@@ -76,10 +76,10 @@ impl Options {
     /// That somebody asked to stop is an error while nothing was changed.
     ///
     /// # Errors
-    /// [`Error::Failed`].
+    /// [`Class::Failed`](crate::error::Class::Failed).
     pub fn check_interrupted(&self) -> Result<()> {
         match self.interrupted.load(Ordering::SeqCst) {
-            true => Err(Error::Failed("interrupted; nothing was changed".into())),
+            true => Err(Error::failed("interrupted; nothing was changed")),
             false => Ok(()),
         }
     }
@@ -132,7 +132,7 @@ pub fn apply(
 /// Undoes the payload called `name`.
 ///
 /// # Errors
-/// As [`apply`]; [`Error::Failed`] when another patch lies on it.
+/// As [`apply`]; [`Class::Failed`](crate::error::Class::Failed) when another patch lies on it.
 pub fn revert(
     machine: &dyn Machine,
     kernel: &Kernel<'_>,
@@ -222,7 +222,7 @@ pub fn revert_all(
 /// is paused.
 ///
 /// # Errors
-/// [`Error::TryAgain`] when there is no such moment within the time allowed; memory can't be read.
+/// [`Class::TryAgain`](crate::error::Class::TryAgain) when there is no such moment within the time allowed; memory can't be read.
 pub fn blocking(
     machine: &dyn Machine,
     kernel: &Kernel<'_>,
@@ -246,7 +246,7 @@ pub fn blocking(
         std::thread::sleep(wait);
         wait = (wait * 2).min(WAIT_MAX);
     }
-    Err(Error::TryAgain(format!(
+    Err(Error::try_again(format!(
         "the guest's tasks could not be looked at in {} ms with pauses of at most {} ms: it starts \
          new ones all the time, or has too many; nothing was changed",
         began.elapsed().as_millis(),
@@ -331,7 +331,7 @@ fn place(
         let at = arena::page_address(ready.first).plus(part.start as u64);
         arena.write(machine, at, bytes)?;
     }
-    let too_big = |_| Error::Failed("the payload's place does not fit the directory".into());
+    let too_big = |_| Error::failed("the payload's place does not fit the directory");
     let slot = Slot {
         state: State::Applying,
         first: u16::try_from(ready.first).map_err(too_big)?,
@@ -360,7 +360,7 @@ fn watch_of<'p>(plan: &'p Plan, options: &Options) -> Result<&'p Watch> {
         return Ok(&plan.watch);
     }
     plan.entry_only.as_ref().ok_or_else(|| {
-        Error::NotApplicable(format!(
+        Error::not_applicable(format!(
             "{}: --entry-only is for a payload whose author says, by MODULE_INFO(entry_only, \"Y\"), \
              that old and new versions of its functions may run at the same time, and that supersedes \
              no other; this one does not, so leave --entry-only out",
@@ -447,7 +447,7 @@ pub(crate) fn execute(
 
 /// The change was made, and then the guest could not be let go on.
 fn stuck(plan: &Plan, error: &guest::Error) -> Error {
-    Error::Uncertain(format!(
+    Error::uncertain(format!(
         "{}: all was written, but the guest could not be unpaused: {error}. `xl list` shows whether it is \
          paused; run `xen-locus recover`",
         plan.patch
@@ -465,7 +465,7 @@ fn gave_up(
     let blockers = match verdict {
         blocked @ Verdict::Blocked(_) => blocked.blockers().unwrap_or_default(),
         Verdict::TooLong => {
-            return Error::TryAgain(format!(
+            return Error::try_again(format!(
             "{}: the guest would have to be paused for longer than --max-pause allows (the last \
                  attempt was given up after {} us); nothing was changed",
             plan.patch,
@@ -473,19 +473,20 @@ fn gave_up(
         ))
         }
         Verdict::Moved | Verdict::Stirred | Verdict::Quiet => {
-            return Error::TryAgain(format!(
+            return Error::try_again(format!(
                 "{}: in {attempts} attempts in {waited_ms} ms the guest always started or ran \
                  tasks between the listing of tasks and the pause; nothing was changed",
                 plan.patch
             ))
         }
     };
-    Error::Blocked {
+    Blocked {
         what: plan.patch.clone(),
         attempts,
         waited_ms,
         blockers,
     }
+    .into()
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use locus_payload::testelf::Spec;
 use super::*;
 use crate::arena::record::ENTRIES_MAX;
 use crate::arena::Resident;
-use crate::error::ExitCode;
+use crate::error::{Class, ExitCode};
 use crate::recover::{self, Finding};
 use crate::storage::journal::Intent;
 use crate::x86;
@@ -356,10 +356,8 @@ fn sleep_at(guest: &Guest, word: u64) {
 fn who_is_in_a_part_of_a_function_that_stands_elsewhere_is_in_its_way() {
     let guest = Guest::new();
     sleep_at(&guest, COLD.0 + 5);
-    let Err(Error::Blocked { blockers, .. }) = guest.apply(&payload("one", &[A]), Mode::Apply)
-    else {
-        panic!("nobody is in the way");
-    };
+    let error = guest.apply(&payload("one", &[A]), Mode::Apply).unwrap_err();
+    let blockers = &error.blocked().unwrap().blockers;
     assert_eq!(
         (&*blockers[0].function, blockers[0].offset),
         ("a_show.cold", 5)
@@ -395,7 +393,7 @@ fn who_is_in_the_version_that_runs_is_in_the_way_and_who_is_below_it_is_not() {
     let inside = |r: &Resident, n: usize| r.record.functions[n].new.0 + 4;
     let blocked = |payload: &Payload, mode| {
         let error = guest.apply(payload, mode).unwrap_err();
-        assert!(matches!(error, Error::Blocked { .. }), "{error}");
+        assert!(error.blocked().is_some(), "{error}");
         assert_eq!(guest.status().unwrap(), ["one", "two"]);
         assert_eq!(guest.runs(), ["two", "two", ""]);
     };
@@ -440,7 +438,8 @@ fn ended_at_any_write(
         let whole = guest.left.replace(u32::MAX) > 0;
         let runs = guest.runs();
         match guest.status() {
-            Err(Error::Uncertain(said)) => {
+            Err(error) if error.class() == Class::Uncertain => {
+                let said = error.to_string();
                 assert!(said.contains("neither wholly"), "{said}");
                 assert!(!finished);
                 if said.contains("among the guest's modules") {

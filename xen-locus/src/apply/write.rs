@@ -18,7 +18,7 @@ impl Target<'_> {
         let mut found = [0; WRITE_MAX];
         let found = found
             .get_mut(..bytes.len())
-            .ok_or_else(|| Error::Failed(format!("a write of more than {} bytes", WRITE_MAX)))?;
+            .ok_or_else(|| Error::failed(format!("a write of more than {} bytes", WRITE_MAX)))?;
         self.window.read(self.offset, found)?;
         Ok(found == bytes)
     }
@@ -31,15 +31,14 @@ impl Target<'_> {
 /// Checks that the guest's memory holds what is to be replaced, and that its page tables still lead there.
 pub(super) fn check_all(targets: &[Target<'_>], trail: &Trail) -> Result<()> {
     if !trail.holds()? {
-        return Err(Error::TryAgain(
+        return Err(Error::try_again(
             "the guest's page tables lead elsewhere than when the pages to be written were mapped (the \
-             guest remaps its own code?); nothing was changed"
-                .into(),
+             guest remaps its own code?); nothing was changed",
         ));
     }
     for target in targets {
         if !target.holds(&target.write.expect)? {
-            return Err(Error::TryAgain(format!(
+            return Err(Error::try_again(format!(
                 "the bytes at {} changed since they were checked (the guest traces or patches \
                  this function itself?); nothing was changed",
                 target.write.at
@@ -58,9 +57,8 @@ pub(super) fn write_all(
 ) -> Result<()> {
     check_all(targets, trail)?;
     if !begin()? {
-        return Err(Error::TryAgain(
-            "the guest has shut down or is suspended (is it being saved or moved?); nothing was changed"
-                .into(),
+        return Err(Error::try_again(
+            "the guest has shut down or is suspended (is it being saved or moved?); nothing was changed",
         ));
     }
     let changed = || targets.iter().filter(|t| t.write.new != t.write.expect);
@@ -77,15 +75,15 @@ pub(super) fn write_all(
     }
     for target in targets {
         if !is_there(target, &target.write.expect) {
-            return Err(Error::Uncertain(format!(
+            return Err(Error::uncertain(format!(
                 "writing failed midway and the bytes at {} could not be put back; run `xen-locus \
                  recover`",
                 target.write.at
             )));
         }
     }
-    Err(Error::RolledBack(
-        "writing failed midway; all bytes are put back and verified".into(),
+    Err(Error::rolled_back(
+        "writing failed midway; all bytes are put back and verified",
     ))
 }
 

@@ -12,10 +12,10 @@ use crate::error::{Error, Result};
 /// Refuses the page `pfn`, which the kernel sees at `at`, if the guest uses it.
 ///
 /// # Errors
-/// [`Error::NotApplicable`]: it does; or its memory can't be read.
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): it does; or its memory can't be read.
 pub fn check_unused(kernel: &Kernel<'_>, pfn: u64, at: Gva) -> Result<()> {
     let used = |how: &str| {
-        Error::NotApplicable(format!(
+        Error::not_applicable(format!(
             "the arena wants page frame {pfn:#x}, which PV Linux reserves and never uses, but the \
              guest uses it: {how}; the page is left alone"
         ))

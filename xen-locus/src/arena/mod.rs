@@ -123,7 +123,7 @@ pub fn page_address(page: usize) -> Gva {
 }
 
 fn foreign_arena(found: &str) -> Error {
-    Error::NotApplicable(format!(
+    Error::not_applicable(format!(
         "the page-table entries for the arena, at {BASE}, are in use, but not by xen-locus: {found}"
     ))
 }
@@ -136,7 +136,7 @@ impl Arena {
     pub fn read(kernel: &Kernel<'_>) -> Result<Arena> {
         let space = kernel.space.fresh();
         let (table, first, _) = space.entry_slot(BASE, 1).map_err(|e| {
-            Error::NotApplicable(format!(
+            Error::not_applicable(format!(
                 "this kernel has no page table for the arena at {BASE}: {e}; was it built without \
                  CONFIG_X86_VSYSCALL_EMULATION?"
             ))
@@ -165,7 +165,7 @@ impl Arena {
             if page.iter().any(|&b| b != 0) {
                 // It leads to where only xen-locus puts it.
                 arena.directory = Directory::decode(&page).ok_or_else(|| {
-                    Error::Uncertain(format!(
+                    Error::uncertain(format!(
                         "the arena's directory at {BASE} is damaged: neither of its copies is whole; \
                          the guest or another tool changed it"
                     ))
@@ -223,7 +223,7 @@ impl Arena {
                 return Err(if first {
                     foreign_arena(&what)
                 } else {
-                    Error::Uncertain(format!(
+                    Error::uncertain(format!(
                         "the arena is damaged: {what}; the guest or another tool changed it"
                     ))
                 });
@@ -257,7 +257,7 @@ impl Arena {
                 match taken {
                     Some(taken) if self.frame(page).is_some() => *taken = true,
                     _ => {
-                        return Err(Error::Uncertain(format!(
+                        return Err(Error::uncertain(format!(
                             "the arena's directory is damaged: page {page} is claimed but not \
                              there, or claimed twice; the guest or another tool changed it"
                         )))
@@ -310,7 +310,7 @@ impl Arena {
         (first..=last)
             .map(|page| {
                 self.frame(page).ok_or_else(|| {
-                    Error::Failed(format!("arena page {page} of {PAGES} is not there"))
+                    Error::failed(format!("arena page {page} of {PAGES} is not there"))
                 })
             })
             .collect()
@@ -338,7 +338,7 @@ impl Arena {
             let len = slot.record_len as usize;
             let room = u64::from(slot.pages) * PAGE_SIZE;
             if len > record::RECORD_MAX || u64::from(slot.record_offset) + len as u64 > room {
-                return Err(Error::Uncertain(format!(
+                return Err(Error::uncertain(format!(
                     "the arena's directory is damaged: record {index} does not fit its pages"
                 )));
             }
@@ -346,12 +346,12 @@ impl Arena {
             let mut bytes = vec![0; len];
             self.window(kernel, Range::new(at, len as u64))?
                 .read(at.offset(), &mut bytes)?;
-            let record = Record::decode(&bytes, slot).map_err(Error::Uncertain)?;
+            let record = Record::decode(&bytes, slot).map_err(Error::uncertain)?;
             let own = Range::new(page_address(slot.first.into()), room);
             let module = record.module;
             // two words stand before it, and are read to tell whether the guest knows it
             if !own.contains(module) || module.0 - own.start.0 < record::MODULE {
-                return Err(Error::Uncertain(format!(
+                return Err(Error::uncertain(format!(
                     "the record of payload {} has its struct module at {module}, outside of its own \
                      pages: the guest's memory was changed",
                     record.name
@@ -399,7 +399,7 @@ impl Arena {
             })
             .ok_or_else(|| {
                 let (room, used) = self.room(kind);
-                Error::NotApplicable(format!(
+                Error::not_applicable(format!(
                     "the payload needs {} arena pages in one run; this {kind} guest has {room}, of \
                      which payloads, parked ones included, use {used}",
                     rights.len()
@@ -476,7 +476,7 @@ impl Arena {
         let mut back = vec![0; bytes.len()];
         window.read(at.offset(), &mut back)?;
         if back != bytes {
-            return Err(Error::Failed(format!(
+            return Err(Error::failed(format!(
                 "what was written to the arena at {at} is not what stands there: the guest changes \
                  these pages"
             )));
@@ -500,9 +500,8 @@ impl Arena {
         self.add(guest, kernel, 0, &[Rights::RoData])?;
         let next = Directory {
             generation: self.directory.generation.checked_add(1).ok_or_else(|| {
-                Error::Uncertain(
-                    "the arena's directory is damaged: it says that it was changed 2^64 times"
-                        .into(),
+                Error::uncertain(
+                    "the arena's directory is damaged: it says that it was changed 2^64 times",
                 )
             })?,
             slots,
@@ -515,7 +514,7 @@ impl Arena {
 }
 
 fn full() -> Error {
-    Error::NotApplicable(format!(
+    Error::not_applicable(format!(
         "the arena's directory is full: {} payloads, parked ones included",
         record::ENTRIES_MAX
     ))
@@ -571,7 +570,7 @@ fn vacant_frames(guest: &dyn PagesMut, kernel: &Kernel<'_>, count: usize) -> Res
         }
     }
     if found.len() < count {
-        return Err(Error::NotApplicable(format!(
+        return Err(Error::not_applicable(format!(
             "{count} free guest frames are needed for the arena, and {} were found below 4 GiB",
             found.len()
         )));
@@ -588,7 +587,7 @@ fn check_not_ram(kernel: &Kernel<'_>, first: u64, end: u64) -> Result<()> {
     let table = Gva(kernel.space.read_u64(kernel.symbols.need("e820_table")?)?);
     let count = kernel.space.read_u32(table)?;
     if count > 4096 {
-        return Err(Error::NotApplicable(format!(
+        return Err(Error::not_applicable(format!(
             "the guest's e820_table has {count} entries; expected at most 4096"
         )));
     }
@@ -604,7 +603,7 @@ fn check_not_ram(kernel: &Kernel<'_>, first: u64, end: u64) -> Result<()> {
         };
         let stop = start.saturating_add(size);
         if kind == E820_RAM && start < end * PAGE_SIZE && stop > first * PAGE_SIZE {
-            return Err(Error::NotApplicable(format!(
+            return Err(Error::not_applicable(format!(
                 "the arena wants guest frames {first:#x} to {end:#x}, but the guest's memory map \
                  calls {start:#x} to {stop:#x} usable RAM"
             )));

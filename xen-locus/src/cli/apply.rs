@@ -44,7 +44,7 @@ pub fn run(session: &Session, host: &Host, args: &Apply, mode: Mode) -> anyhow::
 }
 
 fn targets(host: &Host, args: &Apply) -> Result<(Vec<String>, String)> {
-    let usage = |why: &str| Error::Usage(why.to_owned());
+    let usage = |why: &str| Error::usage(why.to_owned());
     let Some((file, domains)) = args.targets.split_last() else {
         return Err(usage("give a domain and a payload file"));
     };
@@ -127,14 +127,8 @@ pub(super) fn tell(session: &Session, doing: &str, results: Vec<Done>) -> ExitCo
             }
             Err(error) => {
                 code = code.max(error.exit_code());
-                let (attempts, waited_ms) = match error {
-                    Error::Blocked {
-                        attempts,
-                        waited_ms,
-                        ..
-                    } => (*attempts, *waited_ms),
-                    _ => (0, 0),
-                };
+                let blocked = error.blocked();
+                let (attempts, waited_ms) = blocked.map_or((0, 0), |b| (b.attempts, b.waited_ms));
                 let numbers = [
                     ("pause_us", 0.into()),
                     ("attempts", attempts.into()),
@@ -143,8 +137,8 @@ pub(super) fn tell(session: &Session, doing: &str, results: Vec<Done>) -> ExitCo
                 ];
                 objects.push(with(with(out::failure(error), &numbers), &whom));
                 say::warn(format_args!("{}: {error}", done.domain));
-                if let Error::Blocked { blockers, .. } = error {
-                    say::text(out::blockers(blockers));
+                if let Some(blocked) = error.blocked() {
+                    say::text(out::blockers(&blocked.blockers));
                 }
             }
         }

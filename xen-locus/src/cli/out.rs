@@ -81,14 +81,9 @@ pub fn blockers(all: &[Blocker]) -> String {
 #[must_use]
 pub fn failure(error: &Error) -> Value {
     let mut value = json!({ "result": error.result(), "message": error.to_string() });
-    if let Error::Blocked {
-        blockers, attempts, ..
-    } = error
-    {
-        if let Some(map) = value.as_object_mut() {
-            map.insert("attempts".into(), (*attempts).into());
-            map.insert("blockers".into(), json!(blockers));
-        }
+    if let (Some(blocked), Some(map)) = (error.blocked(), value.as_object_mut()) {
+        map.insert("attempts".into(), blocked.attempts.into());
+        map.insert("blockers".into(), json!(blocked.blockers));
     }
     value
 }

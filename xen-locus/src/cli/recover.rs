@@ -40,7 +40,7 @@ fn code(found: &Found) -> ExitCode {
 pub fn run(session: &Session, host: &Host, args: &Recover) -> anyhow::Result<ExitCode> {
     if session.dry_run {
         let why = "recover has no dry run: `status` shows what is in force, and changes nothing";
-        return Err(Error::Usage(why.into()).into());
+        return Err(Error::usage(why).into());
     }
     let options = session.options(&args.patience);
     let found = match &args.domain {

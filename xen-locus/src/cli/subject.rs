@@ -124,7 +124,7 @@ impl Whom {
     pub fn domain(&self) -> Result<&str> {
         self.domain
             .as_deref()
-            .ok_or_else(|| Error::Usage("give a domain, or --core FILE".into()))
+            .ok_or_else(|| Error::usage("give a domain, or --core FILE"))
     }
 }
 

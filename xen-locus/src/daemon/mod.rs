@@ -83,7 +83,7 @@ fn only_one() -> anyhow::Result<File> {
     let file = File::create(LOCK).with_context(|| format!("cannot make {LOCK}"))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => bail!(Error::TryAgain(format!(
+        Err(TryLockError::WouldBlock) => bail!(Error::try_again(format!(
             "another xen-locus daemon runs already (it holds {LOCK})"
         ))),
         Err(TryLockError::Error(e)) => bail!("cannot lock {LOCK}: {e}"),

@@ -13,7 +13,7 @@ use crate::target::symbols::VMLINUX;
 /// this guest, or would cover what was applied after it, is said, and left.
 ///
 /// # Errors
-/// [`Error::TryAgain`] or one like it: the guest is not ready for one of them yet, nor for those that came
+/// [`Class::TryAgain`](crate::error::Class::TryAgain) or one like it: the guest is not ready for one of them yet, nor for those that came
 /// after it and replace the same.
 pub(super) fn reapply(server: &Server<'_>, domain: &Domain<'_>, status: &Status) -> Result<()> {
     let say = |patch: &Patch, what: String| {
@@ -94,5 +94,5 @@ fn functions_of_patch(patch: &Patch) -> Vec<Name<'_>> {
 
 /// Whether the same may succeed later.
 fn is_early(error: &Error) -> bool {
-    matches!(error, Error::NotLoaded(_)) || error.exit_code() == ExitCode::TryAgain
+    error.is_not_loaded() || error.exit_code() == ExitCode::TryAgain
 }

@@ -67,7 +67,7 @@ fn is_name(name: &str) -> bool {
 impl Request {
     /// Checks the nodes of a request; `read` gives a node's value.
     fn parse(mut read: impl FnMut(&str) -> Result<Option<String>>) -> Result<Request> {
-        let bad = |what: String| Error::Usage(format!("malformed request: {what}"));
+        let bad = |what: String| Error::usage(format!("malformed request: {what}"));
         let mut node = |name: &str| match read(name)? {
             Some(value) if value.len() > VALUE_MAX => Err(bad(format!(
                 "{name} is {} bytes long; at most {VALUE_MAX}",
@@ -126,7 +126,7 @@ impl Request {
 impl Request {
     /// Whether it is to be tried again after this error.
     fn waits_after(&self, error: &Error) -> bool {
-        self.deadline.is_some() && matches!(error, Error::NotLoaded(_))
+        self.deadline.is_some() && error.is_not_loaded()
     }
 }
 
@@ -150,7 +150,7 @@ impl Server<'_> {
         write("state", "queued")?;
         let request = match is_name(id) {
             true => Request::parse(read),
-            false => Err(Error::Usage(format!(
+            false => Err(Error::usage(format!(
                 "malformed request: its ID is {id}; expected at most {NAME_MAX} letters, digits, _ and -"
             ))),
         };
@@ -211,13 +211,13 @@ impl Server<'_> {
         if let Some(deadline) = request.deadline {
             let left = deadline
                 .checked_sub(now())
-                .ok_or_else(|| Error::TryAgain(format!("the deadline {deadline} has passed")))?;
+                .ok_or_else(|| Error::try_again(format!("the deadline {deadline} has passed")))?;
             options.timeout = options.timeout.min(Duration::from_secs(left));
-            desk.comes_again = |error| matches!(error, Error::NotLoaded(_));
+            desk.comes_again = Error::is_not_loaded;
         }
         let domain = self.host.guest(&request.domain)?;
         if let Some(uuid) = request.uuid.as_ref().filter(|u| **u != domain.info.uuid) {
-            return Err(Error::Failed(format!(
+            return Err(Error::failed(format!(
                 "domain {} has UUID {}, not {uuid}: it is another guest than the request was made \
                  for",
                 domain.label(),
@@ -238,14 +238,14 @@ impl Server<'_> {
     pub(super) fn named(&self, name: &str, sha256: Option<&str>) -> Result<Payload> {
         let payload = Payload::read(&self.settings.payloads.join(format!("{name}.ko")))?;
         if payload.name != name {
-            return Err(Error::Failed(format!(
+            return Err(Error::failed(format!(
                 "the payload in {name}.ko calls itself {}; name the file after it",
                 payload.name
             )));
         }
         let found = hex::encode(payload.sha256);
         if let Some(wanted) = sha256.filter(|s| *s != found) {
-            return Err(Error::Failed(format!(
+            return Err(Error::failed(format!(
                 "payload {name} has SHA-256 {found}, and {wanted} is asked for",
             )));
         }
@@ -256,8 +256,8 @@ impl Server<'_> {
 /// An error in one line, the first few of those in the way named.
 fn told(error: &Error) -> String {
     let mut text = error.to_string();
-    if let Error::Blocked { blockers, .. } = error {
-        for b in blockers.iter().take(5) {
+    if let Some(blocked) = error.blocked() {
+        for b in blocked.blockers.iter().take(5) {
             text.push_str(&format!(
                 "; {} ({}) {} {}+{:#x}",
                 b.pid, b.comm, b.reason, b.function, b.offset

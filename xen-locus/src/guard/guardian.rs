@@ -60,7 +60,7 @@ fn watch() -> Result<()> {
         .as_fd()
         .try_clone_to_owned()
         .map(File::from)
-        .map_err(|e| Error::Failed(format!("the guardian has no file: {e}")))?;
+        .map_err(|e| Error::failed(format!("the guardian has no file: {e}")))?;
     let task = Task::read(&file)?;
     let page = Page::open(&file)?;
     let control = Control::open()?;
@@ -69,7 +69,7 @@ fn watch() -> Result<()> {
     let counter = (&control, task.domain());
     let worker = Other::open(task.pid)?;
     let Some(standing) = counter.standing()? else {
-        return Err(Error::Failed(format!("domain {} is gone", task.domid)));
+        return Err(Error::failed(format!("domain {} is gone", task.domid)));
     };
     places.rehearse();
     // What it did so far was not urgent. From here on it comes before the run even where that holds the guest: a
@@ -78,7 +78,7 @@ fn watch() -> Result<()> {
     io::stdout()
         .write_all(READY)
         .and_then(|()| io::stdout().flush())
-        .map_err(|e| Error::Failed(format!("the guardian is not heard: {e}")))?;
+        .map_err(|e| Error::failed(format!("the guardian is not heard: {e}")))?;
     if wait(&page, &worker)? == End::Released {
         return Ok(());
     }

@@ -129,7 +129,7 @@ impl Task {
 }
 
 fn bad(why: &str) -> Error {
-    Error::Failed(format!("a guard's file below {DIR} can't be used: {why}"))
+    Error::failed(format!("a guard's file below {DIR} can't be used: {why}"))
 }
 
 /// The places of a change, mapped.
@@ -178,12 +178,12 @@ pub fn files(uuid: Option<&str>) -> Result<Vec<PathBuf>> {
     let entries = match fs::read_dir(DIR) {
         Ok(entries) => entries,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(e) => return Err(Error::Failed(format!("cannot read {DIR}: {e}"))),
+        Err(e) => return Err(Error::failed(format!("cannot read {DIR}: {e}"))),
     };
     let mut found = Vec::new();
     for entry in entries {
         let path = entry
-            .map_err(|e| Error::Failed(format!("cannot read {DIR}: {e}")))?
+            .map_err(|e| Error::failed(format!("cannot read {DIR}: {e}")))?
             .path();
         if uuid_of(&path).is_some_and(|own| uuid.is_none_or(|wanted| wanted == own)) {
             found.push(path);

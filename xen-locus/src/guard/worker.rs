@@ -42,7 +42,7 @@ impl<'c> Guarded<'c> {
         let path = task.path();
         let new = path.with_extension(format!("{}.new", task.pid));
         let failed = |e: std::io::Error| {
-            Error::Failed(format!(
+            Error::failed(format!(
                 "no guardian can be started for this run, so nothing was changed: {}: {e}",
                 path.display()
             ))
@@ -121,7 +121,7 @@ impl<'c> Guarded<'c> {
             _file: file,
         };
         if heard.is_err() || said != guardian::READY {
-            return Err(Error::Failed(format!(
+            return Err(Error::failed(format!(
                 "the guardian of this run could not prepare itself, so nothing was changed: {}",
                 String::from_utf8_lossy(&said).trim()
             )));

@@ -72,7 +72,7 @@ impl Image {
             let at = usize::try_from(at).unwrap_or(usize::MAX);
             self.bytes
                 .get_mut(at..at.saturating_add(bytes.len()))
-                .ok_or_else(|| Error::Failed("the module entry does not fit its room".into()))?
+                .ok_or_else(|| Error::failed("the module entry does not fit its room"))?
                 .copy_from_slice(bytes);
         }
         Ok(())
@@ -116,7 +116,7 @@ fn is_bug_table(section: &Section) -> bool {
 /// Refuses what this loader can't do yet.
 ///
 /// # Errors
-/// [`Error::NotApplicable`] that names all of it.
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable) that names all of it.
 pub fn check_supported(payload: &Payload) -> Result<()> {
     let concerns: Vec<String> = payload
         .concerns()
@@ -126,7 +126,7 @@ pub fn check_supported(payload: &Payload) -> Result<()> {
     if concerns.is_empty() {
         return Ok(());
     }
-    Err(Error::NotApplicable(format!(
+    Err(Error::not_applicable(format!(
         "payload {} needs what is not supported yet ({}); build it without that",
         payload.name,
         concerns.join("; ")
@@ -142,7 +142,7 @@ impl Layout {
     /// The payload is larger than any arena.
     pub fn new(payload: &Payload, record_len: usize, entry: Size) -> Result<Layout> {
         let too_big = || {
-            Error::NotApplicable(format!(
+            Error::not_applicable(format!(
                 "payload {} needs more than the arena's {} pages",
                 payload.name,
                 crate::arena::PAGES
@@ -250,7 +250,7 @@ impl Layout {
 /// Relocates `payload`, laid out as `layout`, for the address `base`.
 ///
 /// # Errors
-/// [`Error::NotApplicable`]: a symbol the kernel doesn't have or has several times, a relocation of
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): a symbol the kernel doesn't have or has several times, a relocation of
 /// an unknown type or out of range, a reference into a part that is never placed.
 pub fn link(
     payload: &Payload,
@@ -352,7 +352,7 @@ struct Linker<'a, 'k, 'm> {
 
 impl Linker<'_, '_, '_> {
     fn no(&self, why: String) -> Error {
-        Error::NotApplicable(format!("payload {}: {why}", self.payload.name))
+        Error::not_applicable(format!("payload {}: {why}", self.payload.name))
     }
 
     fn nobody_has(&self, symbol: &str) -> String {
@@ -372,7 +372,7 @@ impl Linker<'_, '_, '_> {
 
     /// The same error, with the payload's name.
     fn of(&self, error: Error) -> Error {
-        error.within(&format!("payload {}", self.payload.name))
+        error.context(format!("payload {}", self.payload.name))
     }
 
     fn copy(&mut self, section: &Section) -> Result<()> {

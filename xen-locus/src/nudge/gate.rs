@@ -105,7 +105,7 @@ fn function(kernel: &Kernel<'_>, name: &str, result: &str, parameters: &[&str]) 
         (Some(one), None) if of_type(one.text.trim()) == Some(true) => {
             Ok(kernel.function(name, 0)?)
         }
-        (one, _) => Err(Error::NotApplicable(format!(
+        (one, _) => Err(Error::not_applicable(format!(
             "this kernel's {name} is not called as `{result} {name}({})`: {}",
             parameters.join(", "),
             one.map_or("BTF has no such function", |d| d.text.trim())
@@ -166,7 +166,7 @@ pub fn displaced(code: &[u8], at: Gva) -> std::result::Result<usize, String> {
 /// # Errors
 /// Something is out of reach.
 pub fn code(at: Gva, data: Gva, calls: Calls, displaced: &[u8], from: Gva) -> Result<Vec<u8>> {
-    let odd = |why: String| Error::Failed(format!("the gate can't be made: {why}"));
+    let odd = |why: String| Error::failed(format!("the gate can't be made: {why}"));
     let mut code = body(at, data, calls).map_err(|e| odd(e.to_string()))?;
     let here = |code: &[u8]| at.plus(code.len() as u64);
     code.extend(moved(displaced, from, here(&code)).map_err(odd)?);

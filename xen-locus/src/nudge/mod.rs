@@ -19,7 +19,7 @@ use crate::apply::{self, Done, Options, Outcome, Report};
 use crate::arena::{self, Arena, Rights};
 use crate::blocker::Blocker;
 use crate::blocker::Reason;
-use crate::error::{Error, Result};
+use crate::error::{Class, Error, Result};
 use crate::machine::Machine;
 use crate::plan::{self, Plan, Stack};
 use crate::quiesce::{Watch, Watched};
@@ -53,7 +53,7 @@ pub struct Nudged {
 /// left alone.
 ///
 /// # Errors
-/// As [`apply::apply`]; [`Error::TryAgain`] when the guest handled no timer interrupt in time.
+/// As [`apply::apply`]; [`Class::TryAgain`](crate::error::Class::TryAgain) when the guest handled no timer interrupt in time.
 pub fn nudge(
     machine: &dyn Machine,
     kernel: &Kernel<'_>,
@@ -79,7 +79,8 @@ pub fn nudge(
     }
     machine.begin(&gate.change(kernel))?;
     let passed = gate.pass(machine, kernel, options);
-    if !matches!(passed, Err(Error::Uncertain(_))) {
+    let is_uncertain = |e: &Error| e.class() == Class::Uncertain;
+    if !passed.as_ref().is_err_and(is_uncertain) {
         machine.ended();
     }
     let (woken, done) = passed?;
@@ -122,7 +123,7 @@ impl Gate {
         let residents = plan::settle(kernel, &mut arena)?;
         let entry = kernel.function(FUNCTION, 0)?;
         if let Some(layers) = Stack::new(&residents).layers(entry) {
-            return Err(Error::NotApplicable(format!(
+            return Err(Error::not_applicable(format!(
                 "{FUNCTION}, by which threads are woken, is replaced by {}",
                 layers.owner()
             )));
@@ -130,7 +131,7 @@ impl Gate {
         let site = redirect::examine(kernel, Owner::Kernel, FUNCTION, entry, None)?.site;
         let code = kernel.space.read_vec(site.at, JUMP + 15)?;
         let len = gate::displaced(&code, site.at).map_err(|why| {
-            Error::NotApplicable(format!(
+            Error::not_applicable(format!(
                 "{FUNCTION}, by which threads are woken, can't be entered: {why}"
             ))
         })?;
@@ -147,7 +148,7 @@ impl Gate {
             site.at,
         )?);
         let jump = x86::jump(site.at, at)
-            .ok_or_else(|| Error::Failed(format!("{at} is out of reach of {FUNCTION}")))?;
+            .ok_or_else(|| Error::failed(format!("{at} is out of reach of {FUNCTION}")))?;
         let watched = |start: Gva, len: u64, name: &str| Watched {
             range: Range::new(start, len),
             name: name.into(),
@@ -238,7 +239,7 @@ impl Gate {
             ..options.clone()
         };
         let down = apply::execute(machine, kernel, &self.down, &patient).map_err(|error| {
-            Error::Uncertain(format!(
+            Error::uncertain(format!(
                 "threads were woken through {FUNCTION}, which still leads through the arena: {error}. The \
                  guest runs well with that; run `xen-locus recover`"
             ))
@@ -248,7 +249,7 @@ impl Gate {
             attempts: up.attempts + down.attempts,
         };
         let woken = woken.ok_or_else(|| {
-            Error::TryAgain(format!(
+            Error::try_again(format!(
                 "{}: the guest handled no timer interrupt in {} s; nobody was woken, and nothing is changed",
                 self.up.patch,
                 TICK.as_secs()

@@ -351,7 +351,7 @@ impl Desk<'_> {
 /// the guest's status.
 ///
 /// # Errors
-/// As [`apply::apply`]; [`Error::TryAgain`] when another run holds the guest's lock.
+/// As [`apply::apply`]; [`Class::TryAgain`](crate::error::Class::TryAgain) when another run holds the guest's lock.
 pub fn apply(
     desk: &Desk<'_>,
     domain: &Domain<'_>,
@@ -385,7 +385,7 @@ fn undoing(patch: &str) -> Asked<'_> {
 /// status.
 ///
 /// # Errors
-/// As [`apply::revert`]; [`Error::Failed`] when the patch is of another file; [`Error::TryAgain`] when another run holds
+/// As [`apply::revert`]; [`Class::Failed`](crate::error::Class::Failed) when the patch is of another file; [`Class::TryAgain`](crate::error::Class::TryAgain) when another run holds
 /// the guest's lock.
 pub fn revert(
     desk: &Desk<'_>,
@@ -401,7 +401,7 @@ pub fn revert(
         let named = of_name.max_by_key(|p| p.reason != Some(GUEST_REBOOTED));
         if let (Some(named), Some(wanted)) = (named, sha256) {
             if named.sha256 != wanted {
-                return Err(Error::Failed(format!(
+                return Err(Error::failed(format!(
                     "patch {patch} is of a file with SHA-256 {}, and that of {wanted} is to be reverted",
                     named.sha256
                 )));
@@ -419,7 +419,7 @@ pub fn revert(
 /// it gives none.
 ///
 /// # Errors
-/// As [`nudge::nudge`]; [`Error::TryAgain`] when another run holds the guest's lock.
+/// As [`nudge::nudge`]; [`Class::TryAgain`](crate::error::Class::TryAgain) when another run holds the guest's lock.
 pub fn nudge(
     desk: &Desk<'_>,
     domain: &Domain<'_>,
@@ -447,7 +447,7 @@ pub fn nudge(
 /// publishes the guest's status. Says what came of them.
 ///
 /// # Errors
-/// As [`apply::revert_all`]; [`Error::TryAgain`] when another run holds the guest's lock.
+/// As [`apply::revert_all`]; [`Class::TryAgain`](crate::error::Class::TryAgain) when another run holds the guest's lock.
 pub fn revert_all(
     desk: &Desk<'_>,
     domain: &Domain<'_>,
@@ -472,7 +472,7 @@ pub fn revert_all(
 /// Settles what an interrupted run left on a guest, records it and publishes the guest's status.
 ///
 /// # Errors
-/// As [`recover::recover`]; [`Error::TryAgain`] when another run holds the guest's lock.
+/// As [`recover::recover`]; [`Class::TryAgain`](crate::error::Class::TryAgain) when another run holds the guest's lock.
 pub fn recover(desk: &Desk<'_>, domain: &Domain<'_>, options: &Options) -> Result<recover::Report> {
     let _lock = lock(&domain.info.uuid, options)?;
     let report = desk.recover(domain, options)?;
@@ -488,7 +488,7 @@ pub fn recover(desk: &Desk<'_>, domain: &Domain<'_>, options: &Options) -> Resul
 /// Removes what speaks of a guest that is not there any more.
 ///
 /// # Errors
-/// As [`recover::forget`]; [`Error::TryAgain`] when another run holds that guest's lock.
+/// As [`recover::forget`]; [`Class::TryAgain`](crate::error::Class::TryAgain) when another run holds that guest's lock.
 pub fn forget(control: &Control, uuid: &str, options: &Options) -> Result<recover::Report> {
     let _lock = lock(uuid, options)?;
     recover::forget(control, uuid)
@@ -505,7 +505,7 @@ fn timed(report: Report, began: Instant) -> Report {
 fn if_gone(domain: &Domain<'_>, error: Error) -> Error {
     let same = |now: &DomainInfo| now.uuid == domain.info.uuid && !now.dying;
     match domain.control().domain(domain.info.id) {
-        Ok(now) if !now.as_ref().is_some_and(same) => Error::Failed(format!(
+        Ok(now) if !now.as_ref().is_some_and(same) => Error::failed(format!(
             "domain {} is gone: it ended while it was worked on ({error})",
             domain.label()
         )),
@@ -526,7 +526,7 @@ fn lock(uuid: &str, options: &Options) -> Result<File> {
     let began = Instant::now();
     let path = Path::new(LOCKS).join(format!("{uuid}.lock"));
     let failed =
-        |e: std::io::Error| Error::Failed(format!("cannot take the lock {}: {e}", path.display()));
+        |e: std::io::Error| Error::failed(format!("cannot take the lock {}: {e}", path.display()));
     fault::point("lock").map_err(failed)?;
     fs::create_dir_all(LOCKS).map_err(failed)?;
     loop {
@@ -538,7 +538,7 @@ fn lock(uuid: &str, options: &Options) -> Result<File> {
             Ok(()) => {}
             Err(TryLockError::Error(e)) => return Err(failed(e)),
             Err(TryLockError::WouldBlock) if began.elapsed() >= options.timeout => {
-                return Err(Error::TryAgain(format!(
+                return Err(Error::try_again(format!(
                     "another run of xen-locus works on this guest (lock {}); try again",
                     path.display()
                 )))
@@ -579,7 +579,7 @@ pub fn sweep(domains: &[DomainInfo]) {
 /// Reads a guest's status and publishes it, unless somebody works on the guest.
 ///
 /// # Errors
-/// As [`status`] and [`publish`]; [`Error::TryAgain`] when another run holds the guest's lock: it publishes what
+/// As [`status`] and [`publish`]; [`Class::TryAgain`](crate::error::Class::TryAgain) when another run holds the guest's lock: it publishes what
 /// it leaves.
 pub fn look(store: &Store, domain: &Domain<'_>) -> Result<Status> {
     let at_once = Options {

@@ -78,7 +78,7 @@ pub enum Readiness {
 /// themselves show it: a run that was ended midway left its entries at applying or reverting.
 ///
 /// # Errors
-/// [`Error::Uncertain`] when what it was about took place in part.
+/// [`Class::Uncertain`](crate::error::Class::Uncertain) when what it was about took place in part.
 pub fn residents(kernel: &Kernel<'_>, arena: &Arena) -> Result<Vec<Resident>> {
     let mut all = arena.residents(kernel)?;
     stack::settle(kernel, &mut all)?;
@@ -121,7 +121,7 @@ pub fn prepare(
     let mut applied = stack.applied().iter();
     if let Some(same) = applied.find(|r| r.record.name == payload.name) {
         if let Some(why) = modules_present::gone(kernel, &same.record)? {
-            return Err(Error::Failed(format!(
+            return Err(Error::failed(format!(
                 "payload {} was applied, and is not in force any more: {why}. Neither what is left \
                  of it is undone nor is it applied again before the guest starts anew",
                 payload.name
@@ -129,7 +129,7 @@ pub fn prepare(
         }
         if same.record.sha256 == sha256 {
             if mode == Mode::Replace && stack.applied().len() > 1 {
-                return Err(Error::Failed(format!(
+                return Err(Error::failed(format!(
                     "payload {} is applied already, and not alone: it can't supersede itself; \
                      revert the others, as `status` lists them, the last one first",
                     payload.name
@@ -137,7 +137,7 @@ pub fn prepare(
             }
             return Ok(Readiness::Already(Box::new((*same).clone())));
         }
-        return Err(Error::Failed(format!(
+        return Err(Error::failed(format!(
             "another payload of the name {} is applied: this file has SHA-256 {sha256}, the one \
              applied {}; revert that one first",
             payload.name, same.record.sha256
@@ -149,7 +149,7 @@ pub fn prepare(
     if supersedes {
         for patch in stack.applied() {
             if let Some(why) = modules_present::gone(kernel, &patch.record)? {
-                return Err(Error::Failed(format!(
+                return Err(Error::failed(format!(
                     "{why}: so that payload can't be superseded, for nothing is written where its \
                      redirects were"
                 )));
@@ -257,7 +257,7 @@ pub fn prepare(
             part.0 = *at;
         }
         function.new_bytes = x86::jump(function.site, *new).ok_or_else(|| {
-            Error::NotApplicable(format!(
+            Error::not_applicable(format!(
                 "{new} is out of reach of a jump from {}",
                 function.name
             ))
@@ -273,7 +273,7 @@ pub fn prepare(
         .ok()
         .filter(|_| record_json.len() <= room)
         .and_then(|at| image.bytes.get_mut(at..at + record_json.len()))
-        .ok_or_else(|| Error::Failed("the record does not fit its room".into()))?;
+        .ok_or_else(|| Error::failed("the record does not fit its room"))?;
     place.copy_from_slice(&record_json);
     // First of all: the modules must be there still.
     let mut there = record.objects.clone();
@@ -328,7 +328,7 @@ pub fn undo(kernel: &Kernel<'_>, stack: &Stack<'_>, resident: &Resident) -> Resu
     stack.check_on_top(resident)?;
     let record = &resident.record;
     if let Some(why) = modules_present::gone(kernel, record)? {
-        return Err(Error::Failed(format!(
+        return Err(Error::failed(format!(
             "{why}: its redirects went with it, and nothing is written where they were"
         )));
     }
@@ -352,7 +352,7 @@ pub fn undo(kernel: &Kernel<'_>, stack: &Stack<'_>, resident: &Resident) -> Resu
 
 fn to_json(record: &Record) -> Result<Vec<u8>> {
     serde_json::to_vec(record)
-        .map_err(|e| Error::Failed(format!("the payload's record can't be written: {e}")))
+        .map_err(|e| Error::failed(format!("the payload's record can't be written: {e}")))
 }
 
 /// Whether the code and constants of `image`, less the record, stand in the arena already.
@@ -389,7 +389,7 @@ fn check_kernel(kernel: &Kernel<'_>, payload: &Payload) -> Result<()> {
     let running = kernel.vermagic()?;
     let wanted = payload.modinfo.vermagic.trim_end();
     if wanted != running {
-        return Err(Error::NotApplicable(format!(
+        return Err(Error::not_applicable(format!(
             "payload {} is built for another kernel: its vermagic is {wanted:?}, the guest's is \
              {running:?}; build it against the guest's kernel ({})",
             payload.name, kernel.release
@@ -398,7 +398,7 @@ fn check_kernel(kernel: &Kernel<'_>, payload: &Payload) -> Result<()> {
     if let Some(wanted) = &payload.modinfo.target_build_id {
         let found = kernel.build_id.as_deref();
         if found != Some(&**wanted) {
-            return Err(Error::NotApplicable(format!(
+            return Err(Error::not_applicable(format!(
                 "payload {} was made for the kernel with build-id {}, and the guest's has {}: its \
                  text is another; make the payload from the guest's own kernel",
                 payload.name,
@@ -418,16 +418,16 @@ fn find_functions(
     supersedes: bool,
 ) -> Result<(Vec<Function>, Option<redirect::Returns>)> {
     let subject = format!("payload {}", payload.name);
-    let no = |why: String| Error::NotApplicable(format!("{subject}: {why}"));
+    let no = |why: String| Error::not_applicable(format!("{subject}: {why}"));
     let mut functions: Vec<Function> = Vec::new();
     let mut returns = None;
     for object in &payload.klp.objects {
         let name = object.name.as_deref();
-        let owner = objects.owner(name).map_err(|e| e.within(&subject))?;
+        let owner = objects.owner(name).map_err(|e| e.context(&*subject))?;
         for func in &object.funcs {
             let old = objects
                 .symbol(name, &func.old_name, func.old_sympos)
-                .map_err(|e| e.within(&format!("{subject}: function {}", func.old_name)))?;
+                .map_err(|e| e.context(format!("{subject}: function {}", func.old_name)))?;
             if functions.iter().any(|f| f.old == old) {
                 return Err(no(format!("it replaces {} twice", func.old_name)));
             }

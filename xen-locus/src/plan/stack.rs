@@ -120,7 +120,7 @@ impl<'r> Stack<'r> {
     /// The patch called `name`; `None` when it is one of `residents` and undone.
     ///
     /// # Errors
-    /// [`Error::Failed`] when there is none.
+    /// [`Class::Failed`](crate::error::Class::Failed) when there is none.
     pub fn named(&self, residents: &[Resident], name: &str) -> Result<Option<&'r Resident>> {
         if let Some(found) = self.applied.iter().find(|r| r.record.name == name) {
             return Ok(Some(found));
@@ -129,7 +129,7 @@ impl<'r> Stack<'r> {
             return Ok(None);
         }
         let applied: Vec<&str> = self.applied.iter().map(|r| &*r.record.name).collect();
-        Err(Error::Failed(format!(
+        Err(Error::failed(format!(
             "no patch {name:?} is applied to this guest; applied: {}",
             if applied.is_empty() {
                 "none".into()
@@ -156,7 +156,7 @@ impl<'r> Stack<'r> {
     /// Refuses to revert `patch` while another lies on it, and says which to revert first.
     ///
     /// # Errors
-    /// [`Error::Failed`].
+    /// [`Class::Failed`](crate::error::Class::Failed).
     pub fn check_on_top(&self, patch: &Resident) -> Result<()> {
         let functions = &patch.record.functions;
         let Some((function, by)) = functions
@@ -166,7 +166,7 @@ impl<'r> Stack<'r> {
             return Ok(());
         };
         let above: Vec<&str> = self.above(patch).map(|r| r.record.name.as_str()).collect();
-        Err(Error::Failed(format!(
+        Err(Error::failed(format!(
             "patch {} can't be reverted while another lies on it: {by} replaces {function} too, and \
              was applied later; revert {} first",
             patch.record.name,
@@ -217,7 +217,7 @@ impl<'r> Stack<'r> {
     /// Refuses to change anything about `patch` when a redirect of it is not as it should be.
     ///
     /// # Errors
-    /// [`Error::Failed`], or memory can't be read.
+    /// [`Class::Failed`](crate::error::Class::Failed), or memory can't be read.
     pub fn check_holds(&self, kernel: &Kernel<'_>, patch: &Resident) -> Result<()> {
         match self.displaced(kernel, patch)? {
             Some((owner, f)) => Err(redirect::displaced(&f.name, f.site, owner)),
@@ -363,15 +363,14 @@ pub fn code_of(record: &Record) -> Vec<Watched> {
 /// way took place, and gives each of `residents` the state that follows.
 ///
 /// # Errors
-/// [`Error::Uncertain`]: it took place in part.
+/// [`Class::Uncertain`](crate::error::Class::Uncertain): it took place in part.
 pub fn settle(kernel: &Kernel<'_>, residents: &mut [Resident]) -> Result<()> {
     let in_state = |state| residents.iter().filter(move |r| r.slot.state == state);
     let mut applying = in_state(State::Applying);
     let (patch, writes) = match (applying.next(), applying.next()) {
-        (Some(_), Some(_)) => return Err(Error::Uncertain(
+        (Some(_), Some(_)) => return Err(Error::uncertain(
             "the arena's directory says that two payloads are being applied at once: the guest \
-                 or another tool changed it"
-                .into(),
+                 or another tool changed it",
         )),
         (Some(patch), None) => {
             let superseded = Stack::of(in_state(State::Reverting));
@@ -393,7 +392,7 @@ pub fn settle(kernel: &Kernel<'_>, residents: &mut [Resident]) -> Result<()> {
         after &= write.new == found;
     }
     if before == after {
-        return Err(Error::Uncertain(format!(
+        return Err(Error::uncertain(format!(
             "payload {} is neither wholly applied nor wholly undone: an earlier run was ended in \
              between",
             patch.record.name

@@ -235,7 +235,7 @@ impl<'k, 'm> Prescan<'k, 'm> {
     /// Lists the tasks anew, while the guest runs, and maps the stacks of those not known yet.
     ///
     /// # Errors
-    /// [`Error::TryAgain`] when the list moved too much while it was read; else as reading memory.
+    /// [`Class::TryAgain`](crate::error::Class::TryAgain) when the list moved too much while it was read; else as reading memory.
     pub fn refresh(&mut self) -> Result<()> {
         const TRIES: u32 = 20;
         // Who waits for a quiet moment lists the tasks again and again, until a deadline.
@@ -249,7 +249,7 @@ impl<'k, 'm> Prescan<'k, 'm> {
             }
             self.space = self.kernel.space.fresh_in_blocks();
         }
-        Err(Error::TryAgain(format!(
+        Err(Error::try_again(format!(
             "the guest's task list could not be read in {TRIES} tries: {}",
             last.map_or_else(String::new, |e| e.to_string())
         )))

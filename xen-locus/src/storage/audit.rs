@@ -148,7 +148,7 @@ impl Audit {
     }
 
     fn failed(&self, what: &str, error: &io::Error) -> Error {
-        Error::Failed(format!(
+        Error::failed(format!(
             "{what} the audit log {} or what is known of its last line ({HEAD}): {error}",
             self.log.display()
         ))
@@ -157,7 +157,7 @@ impl Audit {
     /// Opens the log for writing: what can't be recorded is not to be begun.
     ///
     /// # Errors
-    /// [`Error::Failed`].
+    /// [`Class::Failed`](crate::error::Class::Failed).
     pub fn open(&self) -> Result<Writer<'_>> {
         let open = || {
             fault::point("audit: open")?;
@@ -193,7 +193,7 @@ impl Audit {
     /// [`Audit::history`] says.
     ///
     /// # Errors
-    /// [`Error::Failed`] when the log can't be read.
+    /// [`Class::Failed`](crate::error::Class::Failed) when the log can't be read.
     pub fn in_force(&self, uuid: &str) -> Result<Vec<InForce>> {
         let read = match File::open(&self.log) {
             Ok(file) => file
@@ -208,7 +208,7 @@ impl Audit {
     /// Reads the log and checks its chain. A log that isn't there is an empty one.
     ///
     /// # Errors
-    /// [`Error::Failed`] when it can't be read.
+    /// [`Class::Failed`](crate::error::Class::Failed) when it can't be read.
     pub fn history(&self) -> Result<History> {
         let failed = |error: io::Error| self.failed("cannot read", &error);
         let mut history = History::default();
@@ -333,7 +333,7 @@ impl Writer<'_> {
     /// Appends a line, on disk when this returns.
     ///
     /// # Errors
-    /// [`Error::Failed`]: the log is as it was before.
+    /// [`Class::Failed`](crate::error::Class::Failed): the log is as it was before.
     pub fn append(&mut self, action: Action) -> Result<()> {
         let appended = self.file.lock().and_then(|()| {
             let done = self.append_locked(action);

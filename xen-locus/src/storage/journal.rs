@@ -167,10 +167,10 @@ impl Journal {
     /// Writes down what is about to be done; it is durable when this returns.
     ///
     /// # Errors
-    /// [`Error::Failed`]: it can't be, and nothing may be done.
+    /// [`Class::Failed`](crate::error::Class::Failed): it can't be, and nothing may be done.
     pub fn begin(&self, intent: &Intent) -> Result<()> {
         let failed = |e: io::Error| {
-            Error::Failed(format!(
+            Error::failed(format!(
                 "the journal {} can't be written, so nothing was changed: {e}",
                 self.path().display()
             ))
@@ -214,11 +214,11 @@ impl Journal {
     /// What was about to be done, if it isn't known how it ended.
     ///
     /// # Errors
-    /// [`Error::Uncertain`]: there is a journal, and it can't be read or believed.
+    /// [`Class::Uncertain`](crate::error::Class::Uncertain): there is a journal, and it can't be read or believed.
     pub fn read(&self) -> Result<Option<Intent>> {
         let path = self.path();
         let odd = |why: &str| {
-            Error::Uncertain(format!(
+            Error::uncertain(format!(
                 "the journal {} can't be believed: {why}; it says that a run on this guest did not end as \
                  it should",
                 path.display()
@@ -271,7 +271,7 @@ impl Journal {
             Ok(()) => File::open(&self.dir).and_then(|dir| dir.sync_all()),
         };
         removed.map_err(|e| {
-            Error::Failed(format!(
+            Error::failed(format!(
                 "the journal {} can't be removed: {e}",
                 self.path().display()
             ))
@@ -284,7 +284,7 @@ impl Journal {
 /// # Errors
 /// The folder can't be read.
 pub fn all() -> Result<Vec<String>> {
-    let failed = |e: io::Error| Error::Failed(format!("cannot read {DIR}: {e}"));
+    let failed = |e: io::Error| Error::failed(format!("cannot read {DIR}: {e}"));
     let entries = match fs::read_dir(DIR) {
         Ok(entries) => entries,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),

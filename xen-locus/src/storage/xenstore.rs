@@ -39,7 +39,7 @@ impl Store {
     /// No xenstored answers.
     pub fn open() -> Result<Store> {
         let none = |why: &str| {
-            Error::Failed(format!(
+            Error::failed(format!(
                 "no xenstored answers ({why}): is it running? (systemctl status xenstored, or xen where an init script starts it)"
             ))
         };
@@ -115,5 +115,5 @@ impl Store {
 }
 
 fn failed(doing: &str, path: &str, e: &io::Error) -> Error {
-    Error::Failed(format!("{doing} {path} in XenStore failed: {e}"))
+    Error::failed(format!("{doing} {path} in XenStore failed: {e}"))
 }

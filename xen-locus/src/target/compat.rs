@@ -33,7 +33,7 @@ const FIELDS: [(&str, &str, usize); 8] = [
 /// own loader (`check_version`, kernel/module/version.c).
 ///
 /// # Errors
-/// [`Error::NotApplicable`] that names the first that differs, or the guest's memory can't be read.
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable) that names the first that differs, or the guest's memory can't be read.
 pub fn check_versions(kernel: &Kernel<'_>, exports: &Exports, payload: &Payload) -> Result<()> {
     let versions = payload.versions();
     let needed = payload.needed_symbols();
@@ -45,7 +45,7 @@ pub fn check_versions(kernel: &Kernel<'_>, exports: &Exports, payload: &Payload)
         };
         match exports.crc(kernel, name)? {
             Some(theirs) if ours != u64::from(theirs) => {
-                return Err(Error::NotApplicable(format!(
+                return Err(Error::not_applicable(format!(
                     "payload {} is built for another kernel: its CRC of {name} is {ours:#010x}, the \
                      guest's is {theirs:#010x}; build it against the guest's kernel ({})",
                     payload.name, kernel.release
@@ -61,7 +61,7 @@ pub fn check_versions(kernel: &Kernel<'_>, exports: &Exports, payload: &Payload)
 /// none of these, and nothing to disagree with.
 ///
 /// # Errors
-/// [`Error::NotApplicable`] that names the first difference.
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable) that names the first difference.
 pub fn check_layout(btf: &Btf, payload: &Payload) -> Result<()> {
     let klp = &payload.klp;
     let Some((section, offset)) = klp.place else {
@@ -69,7 +69,7 @@ pub fn check_layout(btf: &Btf, payload: &Payload) -> Result<()> {
         return Ok(());
     };
     let differs = |what: &str, ours: u64, theirs: usize| {
-        Err(Error::NotApplicable(format!(
+        Err(Error::not_applicable(format!(
             "payload {}: {what} is {ours} bytes in it and {theirs} in the guest's kernel; build it \
              against the guest's kernel",
             payload.name
@@ -108,7 +108,7 @@ pub fn check_layout(btf: &Btf, payload: &Payload) -> Result<()> {
     if set == replace {
         return Ok(());
     }
-    Err(Error::NotApplicable(format!(
+    Err(Error::not_applicable(format!(
         "payload {}: its struct klp_patch does not have `replace` where the guest's kernel has it; \
          build it against the guest's kernel",
         payload.name

@@ -69,7 +69,7 @@ impl Exports {
         };
         let size = btf.size_of("kernel_symbol")?;
         if size == 0 || size > ENTRY_MAX {
-            return Err(Error::NotApplicable(format!(
+            return Err(Error::not_applicable(format!(
                 "struct kernel_symbol has {size} bytes in the guest's types; expected 1 to {ENTRY_MAX}"
             )));
         }

@@ -64,9 +64,9 @@ pub struct Standing<'r> {
 /// ours stands or none. The site's `old` bytes are the kernel's own in either case.
 ///
 /// # Errors
-/// [`Error::NotApplicable`] or, for what passes, [`Error::TryAgain`]: it has no ftrace nop, no room,
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable) or, for what passes, [`Class::TryAgain`](crate::error::Class::TryAgain): it has no ftrace nop, no room,
 /// is traced, redirected by something else, or its bytes are patched at run time by the kernel.
-/// [`Error::Failed`]: the redirect that should stand there doesn't.
+/// [`Class::Failed`](crate::error::Class::Failed): the redirect that should stand there doesn't.
 pub fn examine(
     kernel: &Kernel<'_>,
     owner: Owner<'_>,
@@ -75,7 +75,7 @@ pub fn examine(
     standing: Option<&Standing<'_>>,
 ) -> Result<Function> {
     let room = owner.room(kernel, entry);
-    let no = |why: String| Error::NotApplicable(format!("function {name} at {entry}: {why}"));
+    let no = |why: String| Error::not_applicable(format!("function {name} at {entry}: {why}"));
     if let Some(why) = conflicts::section(kernel, entry) {
         return Err(no(why));
     }
@@ -95,7 +95,7 @@ pub fn examine(
         .space
         .read_vec(entry, usize::try_from(room).unwrap_or(0))?;
     if let Some(at) = conflicts::kprobe(kernel, Range::new(entry, room))? {
-        return Err(Error::TryAgain(format!(
+        return Err(Error::try_again(format!(
             "function {name} at {entry}: a kprobe of the guest's own stands at {at}; remove it and \
              try again"
         )));
@@ -104,7 +104,7 @@ pub fn examine(
         Ok(offset) => offset,
         Err(Head::Call(target)) => {
             let who = conflicts::caller(kernel, entry, target)?;
-            return Err(Error::TryAgain(format!(
+            return Err(Error::try_again(format!(
                 "function {name} at {entry} is {who} right now; stop that and try again"
             )));
         }
@@ -150,7 +150,7 @@ pub fn examine(
 
 /// The redirect of `function` at `at` is not as patch `patch` wrote it.
 pub fn displaced(function: &str, at: Gva, patch: &str) -> Error {
-    Error::Failed(format!(
+    Error::failed(format!(
         "the redirect of {function} at {at} is not as {patch} wrote it: the guest or another tool \
          changed it, so it is left alone"
     ))

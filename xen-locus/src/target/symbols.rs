@@ -252,7 +252,7 @@ impl<'k, 'm> Objects<'k, 'm> {
     /// The module called `name`.
     ///
     /// # Errors
-    /// [`Error::NotLoaded`] when it is not loaded, [`Error::TryAgain`] when it is about to be, or
+    /// [`Cause::NotLoaded`](crate::error::Cause::NotLoaded) when it is not loaded, [`Class::TryAgain`](crate::error::Class::TryAgain) when it is about to be, or
     /// about to go.
     fn module(&self, name: &str) -> Result<&Loaded> {
         // In file names a dash stands for the same as an underscore.
@@ -262,13 +262,13 @@ impl<'k, 'm> Objects<'k, 'm> {
             .iter()
             .find(|l| l.module.name.replace('-', "_") == wanted && !in_arena(l));
         let Some(found) = found else {
-            return Err(Error::NotLoaded(format!(
+            return Err(Error::not_loaded(format!(
                 "module {name} is not loaded in the guest; load it there (modprobe {name}), then \
                  apply the payload"
             )));
         };
         if found.module.state != State::Live {
-            return Err(Error::TryAgain(format!(
+            return Err(Error::try_again(format!(
                 "module {name} is {} in the guest right now, expected it to be live; try again",
                 found.module.state.name().to_lowercase()
             )));
@@ -299,8 +299,8 @@ impl<'k, 'm> Objects<'k, 'm> {
     /// else the one of that number, in the order of the object's symbol table.
     ///
     /// # Errors
-    /// [`Error::NotApplicable`]: no such symbol, or several; [`Error::NotLoaded`]: the module is not;
-    /// [`Error::TryAgain`]: it is about to be.
+    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): no such symbol, or several; [`Cause::NotLoaded`](crate::error::Cause::NotLoaded): the module is not;
+    /// [`Class::TryAgain`](crate::error::Class::TryAgain): it is about to be.
     pub fn symbol(&self, object: Option<&str>, name: &str, sympos: u64) -> Result<Gva> {
         let Some(object) = object.filter(|&object| object != VMLINUX) else {
             return self.kernel.function(name, sympos).map_err(not_applicable);
@@ -329,7 +329,7 @@ impl<'k, 'm> Objects<'k, 'm> {
                 )
             }),
         };
-        let at = chosen.map_err(Error::NotApplicable)?;
+        let at = chosen.map_err(Error::not_applicable)?;
         self.uses(loaded);
         Ok(at)
     }
@@ -337,7 +337,7 @@ impl<'k, 'm> Objects<'k, 'm> {
     /// As [`Objects::symbol`], for what code or data of a payload refers to: that must still be there.
     ///
     /// # Errors
-    /// As [`Objects::symbol`]; [`Error::NotApplicable`] for what the kernel freed after its start.
+    /// As [`Objects::symbol`]; [`Class::NotApplicable`](crate::error::Class::NotApplicable) for what the kernel freed after its start.
     pub fn reference(&self, object: Option<&str>, name: &str, sympos: u64) -> Result<Gva> {
         let at = self.symbol(object, name, sympos)?;
         self.stays(name, at)
@@ -345,7 +345,7 @@ impl<'k, 'm> Objects<'k, 'm> {
 
     fn stays(&self, name: &str, at: Gva) -> Result<Gva> {
         match conflicts::freed(self.kernel, at) {
-            true => Err(Error::NotApplicable(format!(
+            true => Err(Error::not_applicable(format!(
                 "it refers to {name} at {at}, which is in the kernel's __init memory: that is free \
                  since the kernel started"
             ))),
@@ -357,7 +357,7 @@ impl<'k, 'm> Objects<'k, 'm> {
     /// exports, else the global one of the payload applied last. `None` when nobody has it.
     ///
     /// # Errors
-    /// [`Error::NotApplicable`] when several have it. What the kernel does not export may be local to one
+    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable) when several have it. What the kernel does not export may be local to one
     /// of its files, and is no more likely to be meant than what a module exports.
     pub fn undefined(&self, name: &str) -> Result<Option<Gva>> {
         let exported = |at: &Gva| self.exported().is_some_and(|all| all.has(*at));
@@ -388,7 +388,7 @@ impl<'k, 'm> Objects<'k, 'm> {
         }
         if let (Some(at), Some((loaded, _))) = (own, found.first()) {
             let module = &loaded.module.name;
-            return Err(Error::NotApplicable(format!(
+            return Err(Error::not_applicable(format!(
                 "it refers to {name}, which is both a symbol of the kernel at {at} that is not \
                  exported, and one that module {module} exports; say which, as \
                  .klp.sym.{VMLINUX}.{name},1 or .klp.sym.{module}.{name},0"
@@ -401,7 +401,7 @@ impl<'k, 'm> Objects<'k, 'm> {
                 self.uses(loaded);
                 Ok(Some(*at))
             }
-            (None, [(loaded, _)]) => Err(Error::TryAgain(format!(
+            (None, [(loaded, _)]) => Err(Error::try_again(format!(
                 "symbol {name} is exported by module {}, which is {} in the guest right now; try \
                  again",
                 loaded.module.name,
@@ -409,7 +409,7 @@ impl<'k, 'm> Objects<'k, 'm> {
             ))),
             (None, many) => {
                 let names: Vec<&str> = many.iter().map(|(l, _)| l.module.name.as_str()).collect();
-                Err(Error::NotApplicable(format!(
+                Err(Error::not_applicable(format!(
                     "symbol {name} is exported by several modules: {}",
                     names.join(", ")
                 )))
@@ -438,7 +438,7 @@ impl<'k, 'm> Objects<'k, 'm> {
     /// # Errors
     /// As [`Objects::reference`] and [`Objects::undefined`].
     pub fn look_up(&self, payload: &Payload) -> Result<()> {
-        let of_payload = |e: Error| e.within(&format!("payload {}", payload.name));
+        let of_payload = |e: Error| e.context(format!("payload {}", payload.name));
         let needed = payload.needed_symbols().into_iter();
         for symbol in needed.filter_map(|index| payload.symbol(index)) {
             match &symbol.klp {
@@ -479,14 +479,14 @@ fn in_arena(loaded: &Loaded) -> bool {
 fn not_applicable(error: kernel::Error) -> Error {
     match error {
         kernel::Error::Missing(_) | kernel::Error::Odd(_) => {
-            Error::NotApplicable(error.to_string())
+            Error::not_applicable(error.to_string())
         }
         other => other.into(),
     }
 }
 
 fn unreadable(why: &String) -> Error {
-    Error::NotApplicable(format!("the guest's modules can't be read: {why}"))
+    Error::not_applicable(format!("the guest's modules can't be read: {why}"))
 }
 
 #[cfg(test)]

@@ -32,7 +32,7 @@ pub fn show(kernel: &Kernel<'_>, what: &str) -> Result<(), Error> {
         },
         Some(("btf", module)) => out::bytes(&module_btf(kernel, module)?),
         _ => {
-            return Err(Error::Usage(format!(
+            return Err(Error::usage(format!(
                 "--raw {what}: expected one of {KNOWN}"
             )))
         }
@@ -54,7 +54,7 @@ fn module_btf(kernel: &Kernel<'_>, wanted: &str) -> Result<Vec<u8>, Error> {
             return Ok(bytes);
         }
     }
-    Err(Error::Failed(match found {
+    Err(Error::failed(match found {
         true => format!("the guest's kernel keeps no BTF of its module {wanted}"),
         false => {
             format!("the guest has no module {wanted} loaded; `info --modules` shows those it has")

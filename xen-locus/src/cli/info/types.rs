@@ -54,7 +54,7 @@ fn find(kernel: &Kernel<'_>, wanted: &str) -> Result<Vec<(Option<String>, Descri
     })?;
     let found: Vec<_> = of_modules.into_iter().flatten().collect();
     if found.is_empty() {
-        return Err(Error::Failed(format!(
+        return Err(Error::failed(format!(
             "neither the guest's kernel nor its modules have a type called {wanted:?}; expected \
              the name of a structure, union, enum, typedef, function or variable"
         )));

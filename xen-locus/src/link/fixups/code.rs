@@ -37,7 +37,7 @@ impl Code {
     /// An error that names the payload.
     #[must_use]
     pub fn no(&self, why: &str) -> Error {
-        Error::NotApplicable(format!("payload {}: {why}", self.name))
+        Error::not_applicable(format!("payload {}: {why}", self.name))
     }
 
     fn offset(&self, at: Gva) -> Option<usize> {
@@ -54,7 +54,7 @@ impl Code {
     /// Puts `new` at `at`.
     ///
     /// # Errors
-    /// [`Error::NotApplicable`] when that is not inside of a run of live code.
+    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable) when that is not inside of a run of live code.
     pub fn put(&mut self, at: Gva, new: &[u8]) -> Result<()> {
         let end = at.plus(new.len() as u64);
         let live = self.live.iter().any(|r| r.start <= at && end <= r.end);
@@ -72,7 +72,7 @@ impl Code {
     /// Whether code at `at` runs; `false` for code of `module_init` and `module_exit`.
     ///
     /// # Errors
-    /// [`Error::NotApplicable`] when no code stands there; `table` is who said so.
+    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable) when no code stands there; `table` is who said so.
     pub fn runs(&self, at: Gva, table: &str) -> Result<bool> {
         let within = |ranges: &[Range]| ranges.iter().any(|r| r.contains(at));
         if within(&self.live) {
@@ -89,7 +89,7 @@ impl Code {
     /// The bytes of a live place.
     ///
     /// # Errors
-    /// [`Error::NotApplicable`] when they leave the code.
+    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable) when they leave the code.
     pub fn live(&self, at: Gva, len: usize, table: &str) -> Result<&[u8]> {
         let end = at.plus(len as u64);
         let inside = self.live.iter().any(|r| r.start <= at && end <= r.end);
@@ -105,7 +105,7 @@ impl Table {
     /// The entries of `size` bytes, each with its address.
     ///
     /// # Errors
-    /// [`Error::NotApplicable`] when they don't fill the table.
+    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable) when they don't fill the table.
     pub fn entries<'t>(
         &'t self,
         code: &Code,

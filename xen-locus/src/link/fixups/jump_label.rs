@@ -88,7 +88,7 @@ impl Layout {
 /// Sets the jump labels in `tables` as their keys are now, and says which they are.
 ///
 /// # Errors
-/// [`Error::NotApplicable`](crate::error::Error::NotApplicable): an entry is not as entries are.
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable)(crate::error::Error::not_applicable): an entry is not as entries are.
 pub fn apply(
     kernel: &Kernel<'_>,
     code: &mut Code,

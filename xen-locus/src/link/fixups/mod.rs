@@ -79,7 +79,7 @@ pub struct Settled {
 /// `returns` says.
 ///
 /// # Errors
-/// [`Error::NotApplicable`](crate::error::Error::NotApplicable): a table isn't as this kernel's are, or
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable)(crate::error::Error::not_applicable): a table isn't as this kernel's are, or
 /// asks for what is not supported. Or the guest can't be read.
 pub fn settle(
     kernel: &Kernel<'_>,

@@ -47,7 +47,7 @@ impl Layout {
         let size = btf.size_of(ty)?;
         let used = len.offset.saturating_add(len.bytes());
         if !(used..=SIZE_MAX).contains(&size) {
-            return Err(Error::NotApplicable(format!(
+            return Err(Error::not_applicable(format!(
                 "struct {ty} has {size} bytes in the guest's types and its last member ends at byte \
                  {used}; expected at most {SIZE_MAX} bytes, all members among them"
             )));
@@ -68,7 +68,7 @@ impl Layout {
 /// Patches the sites in `tables`.
 ///
 /// # Errors
-/// [`Error::NotApplicable`](crate::error::Error::NotApplicable): an entry is not as entries are. Or the
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable)(crate::error::Error::not_applicable): an entry is not as entries are. Or the
 /// guest can't be read.
 pub fn apply(
     kernel: &Kernel<'_>,

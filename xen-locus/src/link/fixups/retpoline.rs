@@ -90,7 +90,7 @@ fn look(code: &[u8]) -> Thunk {
 /// Rewrites the sites in `tables` that need no thunk in this guest.
 ///
 /// # Errors
-/// [`Error::NotApplicable`](crate::error::Error::NotApplicable): an entry names what is no call or jump to a
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable)(crate::error::Error::not_applicable): an entry names what is no call or jump to a
 /// thunk.
 pub fn apply(
     kernel: &Kernel<'_>,

@@ -53,7 +53,7 @@ fn wanted(kernel: &Kernel<'_>, seen: Option<Returns>) -> Result<Option<Returns>>
 /// Refuses code whose calls have to be counted: where the guest tracks call depth.
 ///
 /// # Errors
-/// [`Error::NotApplicable`](crate::error::Error::NotApplicable) if so.
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable)(crate::error::Error::not_applicable) if so.
 pub fn check_calls(kernel: &Kernel<'_>, code: &Code, tables: &[Table]) -> Result<()> {
     let calls: usize = tables.iter().map(|t| t.bytes.len() / 4).sum();
     let chosen = chosen(kernel)?.filter(|_| calls > 0);
@@ -72,7 +72,7 @@ pub fn check_calls(kernel: &Kernel<'_>, code: &Code, tables: &[Table]) -> Result
 /// Settles the jumps at `sites`, in a guest one function of which returns as `seen`.
 ///
 /// # Errors
-/// [`Error::NotApplicable`](crate::error::Error::NotApplicable): a site isn't in the code, or the thunk is out
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable)(crate::error::Error::not_applicable): a site isn't in the code, or the thunk is out
 /// of reach.
 pub fn apply(
     kernel: &Kernel<'_>,

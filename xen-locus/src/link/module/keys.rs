@@ -27,7 +27,7 @@ pub(super) fn entries(
         let near = |to: Gva, from: Gva| {
             i32::try_from(to.0.wrapping_sub(from.0).cast_signed())
                 .map(i32::to_le_bytes)
-                .map_err(|_| Error::NotApplicable(format!("{to} is out of reach of {from}")))
+                .map_err(|_| Error::not_applicable(format!("{to} is out of reach of {from}")))
         };
         let key = jump.key.0.wrapping_sub(at.plus(8).0) | u64::from(jump.branch);
         ro.put(offset, &near(jump.code, at)?)?;

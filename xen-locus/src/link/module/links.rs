@@ -29,14 +29,14 @@ pub struct Entering {
 /// two words before it is written before all links to it, the other after them.
 ///
 /// # Errors
-/// [`Error::Uncertain`] when only one of them is: an earlier run was ended in between.
+/// [`Class::Uncertain`](crate::error::Class::Uncertain) when only one of them is: an earlier run was ended in between.
 pub fn is_entered(kernel: &Kernel<'_>, module: Gva) -> Result<bool> {
     let begun = Gva(module.0.wrapping_sub(MODULE));
     let space = kernel.space.fresh();
     match (space.read_u64(begun)?, space.read_u64(begun.plus(8))?) {
         (0, 0) => Ok(false),
         (1, 1) => Ok(true),
-        _ => Err(Error::Uncertain(format!(
+        _ => Err(Error::uncertain(format!(
             "the payload whose struct module is at {module} is neither wholly among the guest's \
              modules nor wholly absent: an earlier run was ended in between, or the guest changed it"
         ))),
@@ -47,8 +47,8 @@ pub fn is_entered(kernel: &Kernel<'_>, module: Gva) -> Result<bool> {
 /// be unloaded while the payload is there.
 ///
 /// # Errors
-/// [`Error::TryAgain`] while the guest loads or unloads a module or changes a static key;
-/// [`Error::NotApplicable`]: its lists are not as this tool knows them.
+/// [`Class::TryAgain`](crate::error::Class::TryAgain) while the guest loads or unloads a module or changes a static key;
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): its lists are not as this tool knows them.
 pub fn enter(kernel: &Kernel<'_>, built: &mut Built, uses: &[Gva]) -> Result<Entering> {
     let space = kernel.space.fresh();
     let modules = Reader::new(kernel)?.all()?;
@@ -117,7 +117,7 @@ impl Links<'_, '_> {
         let owner = at.plus(self.offset("mutex", "owner")?);
         match words.get(owner)? {
             0 => Ok(()),
-            _ => Err(Error::TryAgain(format!(
+            _ => Err(Error::try_again(format!(
                 "the guest {busy} right now ({mutex} is held); nothing was changed"
             ))),
         }
@@ -163,9 +163,8 @@ impl Links<'_, '_> {
         let word = words.get(seq)?;
         let next = (word & u64::from(u32::MAX)).wrapping_add(2) & u64::from(u32::MAX);
         if word & 1 != 0 {
-            return Err(Error::TryAgain(
-                "the guest changes its tree of module addresses right now; nothing was changed"
-                    .into(),
+            return Err(Error::try_again(
+                "the guest changes its tree of module addresses right now; nothing was changed",
             ));
         }
         words.set(seq, word & !u64::from(u32::MAX) | next)?;
@@ -209,7 +208,7 @@ impl Links<'_, '_> {
         }
         let holds = |m: &&Module| m.parts.iter().any(|p| p.range.contains(key));
         modules.iter().find(holds).map(|m| m.addr).ok_or_else(|| {
-            Error::NotApplicable(format!(
+            Error::not_applicable(format!(
                 "the static key at {key} is neither the kernel's nor a module's"
             ))
         })
@@ -221,7 +220,7 @@ fn hang_in(words: &mut Words<'_, '_>, head: Gva, node: Gva) -> Result<()> {
     let first = Gva(words.get(head)?);
     let back = words.get(first.plus(8))?;
     if back != head.0 {
-        return Err(Error::TryAgain(format!(
+        return Err(Error::try_again(format!(
             "the list at {head} is not whole: its first element {first} points back to {back:#x}; \
              the guest changes it right now"
         )));

@@ -172,7 +172,7 @@ impl<'p> Entry<'p> {
     /// modules it says that it uses them.
     ///
     /// # Errors
-    /// [`Error::NotApplicable`]: a table is not as this guest's kernel has it.
+    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): a table is not as this guest's kernel has it.
     pub fn of(payload: &'p Payload, kernel: &Kernel<'_>, users: usize) -> Result<Entry<'p>> {
         let btf = kernel.btf()?;
         let stride = |name| structure::size_of(btf, name);
@@ -254,7 +254,7 @@ impl<'p> Entry<'p> {
     /// the place of a section; `jumps` are the payload's static-key branches in the kernel's order.
     ///
     /// # Errors
-    /// [`Error::NotApplicable`]: an address is out of reach, or the guest's types lack something.
+    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): an address is out of reach, or the guest's types lack something.
     pub fn build(
         &self,
         kernel: &Kernel<'_>,
@@ -297,7 +297,7 @@ impl<'p> Entry<'p> {
         let live = btf
             .enum_value("module_state", "MODULE_STATE_LIVE")
             .and_then(|n| u32::try_from(n).ok())
-            .ok_or_else(|| Error::NotApplicable("the guest has no MODULE_STATE_LIVE".into()))?;
+            .ok_or_else(|| Error::not_applicable("the guest has no MODULE_STATE_LIVE"))?;
         module.set("state", &live.to_le_bytes())?;
         module.set("name", self.payload.name.as_bytes())?;
         // one reference is the module's own (MODULE_REF_BASE), the other says: in use
@@ -374,7 +374,7 @@ impl<'p> Entry<'p> {
                 let at = buffer.at.plus(offset).plus(reloc.offset);
                 let start = usize::try_from(reloc.offset).unwrap_or(usize::MAX);
                 let no = |why: &str| {
-                    Error::NotApplicable(format!("payload {}: a table: {why}", self.payload.name))
+                    Error::not_applicable(format!("payload {}: a table: {why}", self.payload.name))
                 };
                 let (word, len) =
                     reloc::value(reloc.rtype, symbol, reloc.addend, at).map_err(|why| no(&why))?;
@@ -400,7 +400,7 @@ fn target(row: &Row, resolve: &dyn Fn(&Reloc) -> Result<Gva>) -> Result<u64> {
 
 /// Rows of unwind data for code that is placed.
 fn unwind(payload: &Payload, kernel: &Kernel<'_>) -> Result<Vec<Unwind>> {
-    let no = |why: String| Error::NotApplicable(format!("payload {}: {why}", payload.name));
+    let no = |why: String| Error::not_applicable(format!("payload {}: {why}", payload.name));
     let ips = table::rows(payload, &Role::OrcUnwindIp, 4)?;
     if ips.is_empty() {
         return Ok(Vec::new());
@@ -468,8 +468,8 @@ impl Buffer {
                 room.copy_from_slice(bytes);
                 Ok(())
             }
-            None => Err(Error::Failed(
-                "a part of the payload's module entry does not fit its room".into(),
+            None => Err(Error::failed(
+                "a part of the payload's module entry does not fit its room",
             )),
         }
     }

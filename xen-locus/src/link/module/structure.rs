@@ -30,7 +30,7 @@ pub struct Structure<'k> {
 pub fn size_of(btf: &Btf, name: &str) -> Result<usize> {
     let size = btf.size_of(name)?;
     if size == 0 || size > SIZE_MAX {
-        return Err(Error::NotApplicable(format!(
+        return Err(Error::not_applicable(format!(
             "struct {name} has {size} bytes in the guest's types; expected 1 to {SIZE_MAX}"
         )));
     }
@@ -75,7 +75,7 @@ impl<'k> Structure<'k> {
                 room.copy_from_slice(value);
                 Ok(())
             }
-            None => Err(Error::NotApplicable(format!(
+            None => Err(Error::not_applicable(format!(
                 "a member of the guest's struct module ends at byte {end} of {}",
                 self.bytes.len()
             ))),
@@ -91,7 +91,7 @@ impl<'k> Structure<'k> {
             return Ok(());
         }
         let len = u32::try_from(len)
-            .map_err(|_| Error::NotApplicable(format!("{len} rows for {pointer}")))?;
+            .map_err(|_| Error::not_applicable(format!("{len} rows for {pointer}")))?;
         self.set(pointer, &at.0.to_le_bytes())?;
         self.set(count, &len.to_le_bytes())
     }
@@ -155,7 +155,7 @@ impl<'k> Structure<'k> {
                 .filter(|n| (0..KINDS_MAX).contains(n))
                 .and_then(|n| usize::try_from(n).ok())
                 .ok_or_else(|| {
-                    Error::NotApplicable(format!("the guest has no {kind} in enum mod_mem_type"))
+                    Error::not_applicable(format!("the guest has no {kind} in enum mod_mem_type"))
                 })?;
             let at = mem + number * stride;
             self.put(at + base, &range.start.0.to_le_bytes())?;
@@ -170,5 +170,5 @@ impl<'k> Structure<'k> {
 fn half(size: u64) -> Result<[u8; 4]> {
     u32::try_from(size)
         .map(u32::to_le_bytes)
-        .map_err(|_| Error::NotApplicable(format!("a payload of {size} bytes")))
+        .map_err(|_| Error::not_applicable(format!("a payload of {size} bytes")))
 }

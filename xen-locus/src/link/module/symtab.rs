@@ -73,7 +73,7 @@ impl Symtab {
                 _ => 0,
             };
             let name = u32::try_from(table.strings.len())
-                .map_err(|_| Error::NotApplicable("its symbols' names are too long".into()))?;
+                .map_err(|_| Error::not_applicable("its symbols' names are too long"))?;
             table
                 .strings
                 .extend(symbol.name.bytes().filter(|&b| b != 0));

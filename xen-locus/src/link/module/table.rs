@@ -18,10 +18,10 @@ pub struct Row {
 /// first word refers to what is never placed.
 ///
 /// # Errors
-/// [`Error::NotApplicable`]: there are several such sections, the size is no multiple of `stride`, or
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): there are several such sections, the size is no multiple of `stride`, or
 /// a row does not begin with an address.
 pub fn rows(payload: &Payload, role: &Role, stride: usize) -> Result<Vec<Option<Row>>> {
-    let no = |why: String| Error::NotApplicable(format!("payload {}: {why}", payload.name));
+    let no = |why: String| Error::not_applicable(format!("payload {}: {why}", payload.name));
     let mut sections = payload
         .sections
         .iter()
@@ -110,7 +110,7 @@ fn is_placed(payload: &Payload, reloc: &Reloc) -> bool {
 /// Code that looks at its own `struct module` must know it as the guest does: `size` bytes long.
 ///
 /// # Errors
-/// [`Error::NotApplicable`] when it doesn't.
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable) when it doesn't.
 pub fn check_own_module(payload: &Payload, size: usize) -> Result<()> {
     let own = payload.sections.iter().find(|s| s.role == Role::ThisModule);
     let Some(own) = own.filter(|s| s.size != size as u64) else {
@@ -124,7 +124,7 @@ pub fn check_own_module(payload: &Payload, size: usize) -> Result<()> {
     let placed = payload.sections.iter().filter(|s| s.role.is_placed());
     for section in placed {
         if let Some(reloc) = section.relocs.iter().find(|r| looks(section, r)) {
-            return Err(Error::NotApplicable(format!(
+            return Err(Error::not_applicable(format!(
                 "payload {}: {}+{:#x} refers to its struct module, which is {} bytes long in it and \
                  {size} in the guest's kernel; build it against the guest's kernel",
                 payload.name, section.name, reloc.offset, own.size

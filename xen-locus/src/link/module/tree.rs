@@ -46,7 +46,7 @@ struct Tree<'t, 'a, 'm> {
 }
 
 fn odd(what: &str) -> Error {
-    Error::NotApplicable(format!(
+    Error::not_applicable(format!(
         "the guest's tree of module addresses is not as it must be: {what}"
     ))
 }
@@ -55,7 +55,7 @@ fn odd(what: &str) -> Error {
 /// tells the keys of the nodes that are there.
 ///
 /// # Errors
-/// [`Error::NotApplicable`]: the tree is deeper than a tree can be, or breaks the rules; or memory
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): the tree is deeper than a tree can be, or breaks the rules; or memory
 /// can't be read.
 pub fn insert(
     words: &mut Words<'_, '_>,

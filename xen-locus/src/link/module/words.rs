@@ -44,7 +44,7 @@ impl<'a, 'm> Words<'a, 'm> {
     /// `at` is not aligned, or memory can't be read.
     pub fn get(&mut self, at: Gva) -> Result<u64> {
         if !at.0.is_multiple_of(8) {
-            return Err(Error::NotApplicable(format!(
+            return Err(Error::not_applicable(format!(
                 "the guest's kernel has a link at {at}; expected an address divisible by 8"
             )));
         }
