@@ -12,7 +12,8 @@ use rustix::fs::{flock, FlockOperation};
 
 use crate::dom0::Dom0;
 use crate::fetch::{self, Root, BOOKWORM};
-use crate::image::{self, newer, Images, Tools};
+use crate::host::newer;
+use crate::image::{self, Images, Tools};
 use crate::kernels::Kernels;
 use crate::limits;
 use crate::paths::{cargo, Paths};

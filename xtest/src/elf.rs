@@ -7,6 +7,8 @@ use anyhow::{Context, Result};
 use object::read::elf::{Dyn, ElfFile64, FileHeader};
 use object::{elf, Endianness, Object, ObjectSection};
 
+use crate::host::piped;
+
 /// Where the dynamic linker of the images looks.
 const LIBRARY_DIRS: &[&str] = &[
     "lib/x86_64-linux-gnu",
@@ -98,7 +100,7 @@ fn add_module(
     };
     let mut data = std::fs::read(path)?;
     if path.extension().is_some_and(|e| e == "xz") {
-        data = crate::image::piped("xz", &["-dc"], data)?;
+        data = piped("xz", &["-dc"], data)?;
     }
     for other in depends(&data).with_context(|| format!("in {}", path.display()))? {
         add_module(index, &other, seen, order)?;

@@ -6,12 +6,15 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 
 use anyhow::{bail, ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::headers;
+use crate::host::checked;
 use crate::paths::Paths;
+use crate::toolchain;
 
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Changed when what is unpacked, or how, changes: old trees are then redone.
@@ -226,9 +229,9 @@ pub fn ensure_suite(paths: &Paths, suite: &Suite) -> Result<Root> {
         }
     };
     unpack(&debs, &root, &stamp)?;
-    crate::payloads::relocate_headers(&root, &stamp.release)?;
+    headers::relocate(&root, &stamp.release)?;
     if *suite != BOOKWORM {
-        crate::toolchain::relocate(&root)?;
+        toolchain::relocate(&root)?;
     }
     std::fs::write(&stamp_file, serde_json::to_vec_pretty(&stamp)?)?;
     Ok(Root {
@@ -504,17 +507,6 @@ fn mirrors(targets: &str) -> (Option<String>, Option<String>) {
         slot.get_or_insert_with(|| uri.to_owned());
     }
     (main, security)
-}
-
-/// Runs a command; an error has what it said.
-pub fn checked(cmd: &mut Command) -> Result<Output> {
-    let name = cmd.get_program().to_string_lossy().into_owned();
-    let out = cmd.output().with_context(|| format!("running {name}"))?;
-    if !out.status.success() {
-        let said = String::from_utf8_lossy(&out.stderr);
-        bail!("{name} failed ({}): {}", out.status, said.trim());
-    }
-    Ok(out)
 }
 
 #[cfg(test)]

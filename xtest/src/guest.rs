@@ -5,7 +5,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::dom0::{Dom0, Output, Trouble};
-use crate::fetch::{checked, Suite, BOOKWORM};
+use crate::fetch::{Suite, BOOKWORM};
+use crate::host::checked;
 use crate::limits;
 use crate::verdict::Verdict;
 

@@ -5,14 +5,15 @@
 //! because libxc unpacks gzip itself and drops what is appended.
 
 use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::PathBuf;
+use std::process::Command;
 
 use anyhow::{bail, ensure, Context, Result};
 
 use crate::cpio::Cpio;
 use crate::elf;
-use crate::fetch::{checked, Root};
+use crate::fetch::Root;
+use crate::host::{checked, newer, piped, replace};
 use crate::paths::Paths;
 
 /// Drivers that dom0 needs; those built into the kernel are passed over.
@@ -131,14 +132,6 @@ pub fn build(paths: &Paths, root: &Root, tools: Tools) -> Result<Images> {
     Ok(out)
 }
 
-/// Writes a file that others may be reading: a new one, moved over the old.
-pub fn replace(path: &Path, data: &[u8]) -> Result<()> {
-    let new = path.with_extension(format!("new{}", std::process::id()));
-    std::fs::write(&new, data).with_context(|| format!("writing {}", new.display()))?;
-    std::fs::rename(&new, path)?;
-    Ok(())
-}
-
 fn dom0_base(paths: &Paths, root: &Root, tools: &Tools) -> Result<Vec<u8>> {
     let mut c = Cpio::new();
     c.file("init", 0o755, include_bytes!("../dom0/init"))?;
@@ -229,23 +222,6 @@ pub fn unpacked_kernel(image: &[u8]) -> Result<Vec<u8>> {
     Ok(out)
 }
 
-/// What a program makes of `input`.
-pub fn piped(program: &str, args: &[&str], input: Vec<u8>) -> Result<Vec<u8>> {
-    let mut child = Command::new(program)
-        .args(args)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .with_context(|| format!("running {program}"))?;
-    let mut pipe = child.stdin.take().context("no pipe to a child")?;
-    // on a thread: both pipes fill up
-    let feeder = std::thread::spawn(move || pipe.write_all(&input));
-    let out = child.wait_with_output()?;
-    let _ = feeder.join();
-    ensure!(out.status.success(), "{program} failed ({})", out.status);
-    Ok(out.stdout)
-}
-
 /// Adds these modules and those that they need, and their order.
 fn add_modules(c: &mut Cpio, root: &Root, names: &[&str]) -> Result<()> {
     let mut order = String::new();
@@ -331,15 +307,6 @@ fn guest_programs(paths: &Paths) -> Result<Vec<(String, PathBuf)>> {
     }
     programs.sort();
     Ok(programs)
-}
-
-/// Whether `source` was changed after `made` (or `made` does not exist).
-pub fn newer(source: &Path, made: &Path) -> bool {
-    let time = |p: &Path| p.metadata().and_then(|m| m.modified()).ok();
-    match (time(source), time(made)) {
-        (Some(source), Some(made)) => source > made,
-        _ => true,
-    }
 }
 
 fn busybox(root: &Root) -> PathBuf {

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::Result;
 
 use crate::fetch::{self, Root, Suite, BOOKWORM};
+use crate::host;
 use crate::image;
 use crate::paths::Paths;
 use crate::payloads::{self, Which};
@@ -84,8 +85,8 @@ impl Kernels {
             vmlinuz,
         };
         let packed = std::fs::read(&kernel.vmlinuz)?;
-        image::replace(&kernel.vmlinux, &image::unpacked_kernel(&packed)?)?;
-        image::replace(
+        host::replace(&kernel.vmlinux, &image::unpacked_kernel(&packed)?)?;
+        host::replace(
             &kernel.initrd,
             &image::guest_initramfs(&self.paths, &self.dom0, root)?,
         )?;

@@ -12,6 +12,8 @@ pub mod dom0;
 pub mod elf;
 pub mod fetch;
 pub mod guest;
+pub mod headers;
+pub mod host;
 pub mod image;
 pub mod kernels;
 pub mod limits;

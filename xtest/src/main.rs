@@ -11,7 +11,7 @@ use xtest::guest::Kind;
 use xtest::measure::Clock;
 use xtest::paths::Paths;
 use xtest::scenario::{Profile, Scenario, PROFILES};
-use xtest::{demo, measure, payloads, runner, scenarios, shell, source};
+use xtest::{demo, host, measure, payloads, runner, scenarios, shell, source};
 
 /// Runs xen-locus on nested Xen under QEMU: no KVM, no root.
 #[derive(Debug, Parser)]
@@ -121,7 +121,7 @@ fn run(cli: Cli) -> Result<bool> {
         } => {
             let chosen = choose(&names, matrix, profile)?;
             let bench = Bench::prepare()?;
-            let cpus = cpus.unwrap_or_else(runner::host_cpus);
+            let cpus = cpus.unwrap_or_else(host::cpus);
             return Ok(!runner::run(&bench, &chosen, cpus)?.failed());
         }
         Command::Shell { profile, bare } => {

@@ -7,27 +7,13 @@ use std::process::Command;
 use anyhow::{bail, Context, Result};
 
 use crate::fetch::Root;
-use crate::image::newer;
+use crate::headers;
+use crate::host::{self, newer};
 use crate::paths::Paths;
 use crate::toolchain;
 
 /// Debian's compiler for the kernels of this release.
 const CC: &str = "gcc-12";
-
-/// Makes Debian's headers work from where they were unpacked: the only absolute paths in them are
-/// those in their `Makefile`.
-pub fn relocate_headers(root: &Path, release: &str) -> Result<()> {
-    let makefile = headers(root, release).join("Makefile");
-    let text = std::fs::read_to_string(&makefile)
-        .with_context(|| format!("reading {}", makefile.display()))?;
-    let here = format!("{}/usr/src/", root.display());
-    std::fs::write(&makefile, text.replace("/usr/src/", &here))?;
-    Ok(())
-}
-
-fn headers(root: &Path, release: &str) -> PathBuf {
-    root.join(format!("usr/src/linux-headers-{release}"))
-}
 
 /// Which payloads to build.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -169,9 +155,10 @@ pub fn build_folder(dir: &Path, names: &[String], root: &Root) -> Result<()> {
 /// Runs kbuild in a folder that has a `Kbuild`; it must make these files.
 fn make(all: &Path, modules: &[PathBuf], root: &Root) -> Result<()> {
     let mut make = Command::new("make");
-    make.arg("-C").arg(headers(&root.dir, &root.release));
+    make.arg("-C")
+        .arg(headers::folder(&root.dir, &root.release));
     make.arg(format!("M={}", all.display()));
-    make.arg(format!("-j{}", crate::runner::host_cpus()));
+    make.arg(format!("-j{}", host::cpus()));
     let own = toolchain::bin(&root.dir);
     if own.is_dir() {
         make.args(toolchain::variables(&own));

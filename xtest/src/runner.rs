@@ -328,11 +328,6 @@ fn text_after(path: &Path, from: usize) -> String {
     String::from_utf8_lossy(bytes.get(from..).unwrap_or_default()).into_owned()
 }
 
-/// Processors of the host.
-pub fn host_cpus() -> u32 {
-    std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX))
-}
-
 /// Ends the process when a signal asks for it; QEMU dies with us.
 pub fn end_on_signals() -> Result<()> {
     let mut signals = signal_hook::iterator::Signals::new([

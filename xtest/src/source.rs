@@ -5,7 +5,8 @@ use std::process::Command;
 
 use anyhow::{ensure, Context, Result};
 
-use crate::fetch::{self, checked, Root, Suite};
+use crate::fetch::{self, Root, Suite};
+use crate::host::checked;
 use crate::paths::Paths;
 use crate::payloads;
 

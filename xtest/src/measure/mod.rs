@@ -25,7 +25,7 @@ use serde::Serialize;
 
 use crate::bench::Bench;
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::image;
+use crate::host;
 use crate::runner;
 use crate::scenario::{Ctx, Profile, PV, PV1, PVH};
 use crate::verdict::Verdict;
@@ -182,8 +182,8 @@ fn print(bench: &Bench, report: &Report) -> Result<()> {
         dir.join(format!("{name}.json")),
         dir.join(format!("{name}.svg")),
     );
-    image::replace(&json, &serde_json::to_vec_pretty(report)?)?;
-    image::replace(&svg, plot::svg(report).as_bytes())?;
+    host::replace(&json, &serde_json::to_vec_pretty(report)?)?;
+    host::replace(&svg, plot::svg(report).as_bytes())?;
     println!("{}\n{}\n", json.display(), svg.display());
     Ok(())
 }
