@@ -17,7 +17,7 @@ use base64::prelude::{Engine, BASE64_STANDARD};
 use rustix::termios;
 
 use super::exec::Done;
-use super::server::Failed;
+use super::port::Failed;
 use super::xenstore::Store;
 use crate::proto::FailKind;
 

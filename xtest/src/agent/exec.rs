@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use rustix::process::{kill_process_group, Pid, Signal};
 
-use super::server::Port;
+use super::port::Port;
 use crate::proto::Reply;
 
 /// What has come of a command.

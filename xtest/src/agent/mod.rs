@@ -4,6 +4,7 @@
 mod console;
 mod exec;
 mod guestcmd;
+mod port;
 mod pty;
 mod server;
 mod xenstore;

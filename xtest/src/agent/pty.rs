@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use rustix::pty::{grantpt, openpt, ptsname, unlockpt, OpenptFlags};
 use rustix::termios::{tcsetwinsize, Winsize};
 
-use super::server::Port;
+use super::port::Port;
 use crate::proto::Reply;
 
 /// Open terminals, by the id of their request.

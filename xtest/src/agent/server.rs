@@ -5,46 +5,14 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 use rustix::termios;
 
 use super::console::Guests;
+use super::port::{Failed, Port};
 use super::{exec, guestcmd, pty};
-use crate::proto::{self, FailKind, Reply, Request, Tagged};
-
-/// The way back to the runner, shared by all threads.
-#[derive(Clone)]
-pub(super) struct Port {
-    out: Arc<Mutex<File>>,
-}
-
-impl Port {
-    /// Sends a reply; a port that can't be written leaves nobody to tell.
-    pub(super) fn reply(&self, id: u64, message: Reply, body: &[u8]) {
-        let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(e) = proto::send(&mut *out, &Tagged { id, message }, body) {
-            eprintln!("xtest-agent: reply {id}: {e:#}");
-        }
-    }
-}
-
-/// Why a request failed, for the runner to tell apart.
-#[derive(Debug)]
-pub(super) struct Failed {
-    pub(super) kind: FailKind,
-    pub(super) message: String,
-}
-
-impl<E: Into<anyhow::Error>> From<E> for Failed {
-    fn from(e: E) -> Self {
-        Self {
-            kind: FailKind::Other,
-            message: format!("{:#}", e.into()),
-        }
-    }
-}
+use crate::proto::{self, Reply, Request, Tagged};
 
 /// Serves requests until the port closes.
 pub fn serve(port: &Path) -> Result<()> {
@@ -83,9 +51,7 @@ fn serve_locally(guests: &Guests) -> Result<()> {
 
 /// Answers requests until the other side goes away.
 fn converse(mut input: File, guests: &Guests) -> Result<()> {
-    let port = Port {
-        out: Arc::new(Mutex::new(input.try_clone()?)),
-    };
+    let port = Port::new(input.try_clone()?);
     let terminals = pty::Terminals::default();
     port.reply(0, Reply::Ready { uptime: uptime() }, &[]);
     loop {
