@@ -18,8 +18,9 @@ use crate::kernels::Kernels;
 use crate::limits;
 use crate::paths::{cargo, Paths};
 use crate::payloads::{self, Which};
+use crate::profile::Profile;
 use crate::qemu::Qemu;
-use crate::scenario::{Ctx, Profile};
+use crate::scenario::Ctx;
 
 /// What all boots of a run share.
 #[derive(Debug)]

@@ -7,7 +7,8 @@ use anyhow::{anyhow, Result};
 
 use crate::bench::Bench;
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::scenario::{Ctx, PVH};
+use crate::profile::PVH;
+use crate::scenario::Ctx;
 use crate::verdict::Verdict;
 
 /// Boots a machine and plays the script.

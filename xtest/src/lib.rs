@@ -1,8 +1,23 @@
-//! The bench of xen-locus: nested Xen under QEMU, without KVM and without root.
+//! The testbed of xen-locus: nested Xen under QEMU, without KVM and without root.
 //!
-//! `fetch` gets Debian packages, `image` makes boot images of them, `qemu` boots them, `dom0` and
-//! `guest` run commands there through the `agent`, `scenario` is what tests are written against,
+//! `fetch` downloads Debian packages, `image` makes boot images of them, `qemu` boots them. `dom0` and
+//! `guest` run commands in a booted machine through the `agent`. Tests are written against `scenario`,
 //! and `runner` runs them.
+//!
+//! # Order of rooms
+//!
+//! A file imports only from its own room and from rooms above it in this list, and never in a circle.
+//!
+//! 1. Ground: `limits`, `paths`, `profile`, `proto`, `verdict`, `host` (programs and files of the host),
+//!    `cpio`, `headers`, `toolchain`.
+//! 2. In dom0: `agent`, the other end of `proto`.
+//! 3. What is booted: `fetch` (Debian packages), then `elf`, `payloads`, `source`, then `image`, then
+//!    `kernels`.
+//! 4. A machine: `dom0`, `guest`, `qemu`, `qemu_faults`.
+//! 5. `scenario`: what a test is, and the machine that it gets.
+//! 6. `scenarios`: the tests, a file per subject.
+//! 7. `bench`: everything ready to boot, and one booted machine.
+//! 8. What the command line starts: `runner`, `measure`, `demo`, `shell`.
 
 pub mod agent;
 pub mod bench;
@@ -20,8 +35,10 @@ pub mod limits;
 pub mod measure;
 pub mod paths;
 pub mod payloads;
+pub mod profile;
 pub mod proto;
 pub mod qemu;
+pub mod qemu_faults;
 pub mod runner;
 pub mod scenario;
 pub mod scenarios;

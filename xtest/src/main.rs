@@ -10,7 +10,8 @@ use xtest::fetch::{ensure_suite, Suite, BOOKWORM, SUITES};
 use xtest::guest::Kind;
 use xtest::measure::Clock;
 use xtest::paths::Paths;
-use xtest::scenario::{Profile, Scenario, PROFILES};
+use xtest::profile::{Profile, PROFILES};
+use xtest::scenario::Scenario;
 use xtest::{demo, host, measure, payloads, runner, scenarios, shell, source};
 
 /// Runs xen-locus on nested Xen under QEMU: no KVM, no root.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, Context, Result};
 
 use crate::image::Images;
-use crate::scenario::Profile;
+use crate::profile::Profile;
 
 /// qemu64 with what Xen needs for hardware assisted paging on emulated SVM.
 const CPU: &str = "qemu64,+svm,+npt,+nx,+lm,+pdpe1gb,+fsgsbase,+smep,+rdrand,+invtsc";

@@ -10,8 +10,10 @@ use std::time::Instant;
 use anyhow::Result;
 
 use crate::bench::{Bench, Machine};
+use crate::profile::{Profile, PROFILES};
 use crate::qemu::tail;
-use crate::scenario::{Profile, Scenario, PROFILES};
+use crate::qemu_faults;
+use crate::scenario::Scenario;
 use crate::verdict::Verdict;
 
 /// Boots that a profile may use up: one, and two more after crashes.
@@ -254,7 +256,8 @@ fn attempt(
     running.collect_logs();
     let new = text_after(&running.qemu.console, console_before);
     let emulator = profile.thread == "multi" || !crashed.is_empty();
-    let emulator = emulator && svm_signature(&new) || lost_gs(&running.logs, &crashed);
+    let emulator = emulator && qemu_faults::triple_fault_in_xen(&new)
+        || qemu_faults::equal_gs_bases_in(&running.logs, &crashed);
     let report = report(running);
     if down || !running.qemu.runs() || running.ctx.destroy_all().is_err() {
         *machine = None;
@@ -277,43 +280,6 @@ fn report(machine: &Machine) -> String {
         text += &format!("\n{name}:\n{}", tail(&entry.path(), 25));
     }
     text + &format!("\nall logs: {}", machine.logs.display())
-}
-
-/// Whether Xen's console shows the fault of QEMU's SVM emulation: a guest's triple fault at an
-/// address of Xen itself (code segment e008).
-fn svm_signature(console: &str) -> bool {
-    let lines: Vec<&str> = console.lines().collect();
-    lines
-        .iter()
-        .enumerate()
-        .filter(|(_, l)| l.contains("Triple fault"))
-        .any(|(at, _)| {
-            let dump = || lines.iter().skip(at).take(16);
-            dump().any(|l| l.contains("RIP:") && l.contains(" e008:"))
-                && dump().any(|l| l.contains("CONTEXT: hvm guest"))
-        })
-}
-
-/// Whether the console of a crashed guest shows the other fault of QEMU's SVM emulation: in the kernel's
-/// exception entry both GS bases are the kernel's, which `swapgs` can't lead to.
-fn lost_gs(logs: &Path, crashed: &[String]) -> bool {
-    let names = crashed.iter().filter_map(|line| line.split(' ').next());
-    names
-        .map(|name| logs.join(format!("guest-{name}.log")))
-        .any(|log| gs_signature(&tail(&log, 60)))
-}
-
-/// What shows that fault on a guest's console.
-pub(crate) fn gs_signature(console: &str) -> bool {
-    let panicked = console.contains("Kernel panic - not syncing: Fatal exception in interrupt");
-    let bases = |line: &str| {
-        let (_, rest) = line.split_once(" GS:")?;
-        let (gs, rest) = rest.split_once('(')?;
-        let (_, kernel_gs) = rest.split_once("knlGS:")?;
-        Some((gs.to_owned(), kernel_gs.trim().to_owned()))
-    };
-    let equal = |(gs, kernel_gs): (String, String)| gs == kernel_gs && gs.starts_with("ffff");
-    panicked && console.lines().filter_map(bases).any(equal)
 }
 
 fn size(path: &Path) -> usize {
@@ -343,36 +309,4 @@ pub fn end_on_signals() -> Result<()> {
         }
     });
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const LOST: &str = "(XEN) d1v0 Triple fault - invoking HVM shutdown action 1\n\
-        (XEN) *** Dumping Dom1 vcpu#0 state: ***\n\
-        (XEN) CPU:    1\n\
-        (XEN) RIP:    e008:[<ffff82d0402a1b2c>]\n\
-        (XEN) RFLAGS: 0000000000010046   CONTEXT: hvm guest (d1v0)\n";
-
-    #[test]
-    fn equal_gs_bases_in_a_panic_are_qemus_fault() {
-        let lost = "[   42.5] FS:  000000000bc923c0(0000) GS:ffff88800f800000(0000) \
-            knlGS:ffff88800f800000\n\
-            [   42.6] Kernel panic - not syncing: Fatal exception in interrupt\n";
-        assert!(gs_signature(lost));
-        assert!(!gs_signature(
-            &lost.replace("knlGS:ffff88800f800000", "knlGS:0000000000000000")
-        ));
-        assert!(!gs_signature(&lost.replace("panic", "warning")));
-    }
-
-    #[test]
-    fn only_a_triple_fault_at_xens_own_address_is_qemus_fault() {
-        assert!(svm_signature(LOST));
-        assert!(!svm_signature(&LOST.replace("e008", "0010")));
-        assert!(!svm_signature(
-            &LOST.replace("Triple fault", "Something else")
-        ));
-    }
 }

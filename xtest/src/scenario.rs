@@ -1,4 +1,4 @@
-//! What scenario authors use: [`Scenario`], its [`Profile`], and [`Ctx`], the running machine.
+//! What scenario authors use: [`Scenario`], and [`Ctx`], the running machine.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -9,87 +9,12 @@ use crate::dom0::Dom0;
 use crate::fetch::BOOKWORM;
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::kernels::Kernels;
+use crate::profile::Profile;
 use crate::verdict::Verdict;
 
 /// Starts of a PVH or HVM guest before it counts as failed: QEMU's SVM emulation loses some while
 /// they boot, before anything that is tested here has touched them.
 const STARTS: u32 = 3;
-
-/// What a machine is like. Scenarios of one profile share a boot.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Profile {
-    /// For the command line and the logs' folder.
-    pub name: &'static str,
-    /// QEMU's `thread=`: its SVM emulation loses guests under `multi`, so only PV may use that.
-    pub thread: &'static str,
-    /// Whether the device model and firmware for HVM guests are in the image.
-    pub hvm: bool,
-    /// Whether the machine's clock counts instructions, 2 ns each, instead of the host's time; while all of its
-    /// CPUs are idle it leaps to the next timer. Takes `thread=single`.
-    pub counted: bool,
-    /// Physical CPUs.
-    pub cpus: u32,
-    /// Memory of the machine, in MiB.
-    pub memory: u32,
-    /// Memory of dom0, in MiB.
-    pub dom0_memory: u32,
-    /// vCPUs of dom0.
-    pub dom0_vcpus: u32,
-    /// More arguments for the hypervisor.
-    pub xen_args: &'static str,
-    /// More arguments for dom0's kernel.
-    pub dom0_args: &'static str,
-}
-
-/// PV guests, physical CPUs truly in parallel.
-pub const PV: Profile = Profile {
-    name: "pv",
-    thread: "multi",
-    hvm: false,
-    counted: false,
-    cpus: 2,
-    memory: 3072,
-    dom0_memory: 1536,
-    dom0_vcpus: 1,
-    xen_args: "",
-    dom0_args: "",
-};
-
-/// PV guests on one physical CPU: on a host with two another machine runs beside it.
-pub const PV1: Profile = Profile {
-    name: "pv1",
-    thread: "single",
-    cpus: 1,
-    ..PV
-};
-
-/// PV guests, and memory for twenty of them.
-pub const CROWD: Profile = Profile {
-    name: "crowd",
-    memory: 4096,
-    ..PV
-};
-
-/// PVH guests (and PV ones), on one physical CPU: with two, QEMU's SVM emulation loses the guest's GS
-/// base even under `thread=single` (9 of 15 guests crashed as their first process began, none of 16
-/// with one; those 16 without fsgsbase).
-pub const PVH: Profile = Profile {
-    name: "pvh",
-    thread: "single",
-    cpus: 1,
-    ..PV
-};
-
-/// HVM guests (and PVH and PV ones).
-pub const HVM: Profile = Profile {
-    name: "hvm",
-    hvm: true,
-    memory: 3584,
-    ..PVH
-};
-
-/// All profiles, in the order they are run.
-pub const PROFILES: &[&Profile] = &[&PV, &CROWD, &PV1, &PVH, &HVM];
 
 /// A test of the suite.
 #[derive(Debug, Clone, Copy)]

@@ -8,8 +8,8 @@ use rustix::termios::{self, OptionalActions, Termios};
 
 use crate::bench::Bench;
 use crate::guest::{GuestSpec, Kind};
+use crate::profile::Profile;
 use crate::proto::Reply;
-use crate::scenario::Profile;
 use crate::verdict::Verdict;
 
 /// Ctrl-A, then x: out. Ctrl-A twice types one.

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::points::{Asker, Point};
 use super::stats::{ratio, Samples};
-use super::Wanted;
+use super::wanted::Wanted;
 use crate::guest::Guest;
 use crate::scenario::Ctx;
 use crate::verdict::Verdict;

@@ -8,7 +8,7 @@ use super::inside::{Calls, Livepatch};
 use super::pauses::Measured;
 use super::points::{Point, BASE};
 use super::stats::{ratio, Samples};
-use super::Clock;
+use super::wanted::Clock;
 
 /// All that was measured.
 #[derive(Debug, Serialize)]

@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use crate::dom0::Trouble;
 use crate::guest::{GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, HVM, PV, PV1, PVH};
+use crate::profile::{HVM, PV, PV1, PVH};
+use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 

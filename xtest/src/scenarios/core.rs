@@ -6,7 +6,8 @@ use serde_json::Value;
 
 use crate::check_eq;
 use crate::guest::{GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, HVM, PV1, PVH};
+use crate::profile::{HVM, PV1, PVH};
+use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 
 /// Part of every run.

@@ -1,7 +1,8 @@
 //! Every action is recorded, and a record that somebody changed is told from one that nobody did.
 
 use crate::guest::{GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, PV1};
+use crate::profile::PV1;
+use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 

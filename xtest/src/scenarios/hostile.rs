@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use super::liar::run;
 use super::store::{ASK, START, STOP};
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, PV, PV1, PVH};
+use crate::profile::{PV, PV1, PVH};
+use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 

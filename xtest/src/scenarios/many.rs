@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, CROWD};
+use crate::profile::CROWD;
+use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 

@@ -3,7 +3,8 @@
 use super::kills::killed_at;
 use crate::fetch::{Suite, BOOKWORM, TRIXIE};
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, PV1, PVH};
+use crate::profile::{PV1, PVH};
+use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 

@@ -1,7 +1,8 @@
 //! Functions and symbols of the guest's modules.
 
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, PV1, PVH};
+use crate::profile::{PV1, PVH};
+use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 

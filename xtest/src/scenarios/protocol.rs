@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use super::loader::guest_log::Log;
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, PV, PVH};
+use crate::profile::{PV, PVH};
+use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 

@@ -6,7 +6,8 @@ use serde_json::Value;
 
 use super::store::{ASK, START, STOP};
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, HVM, PV1};
+use crate::profile::{HVM, PV1};
+use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 

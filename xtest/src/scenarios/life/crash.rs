@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 use super::{shows, words, ONE, PAIR};
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::limits;
-use crate::scenario::{Ctx, Scenario, HVM};
+use crate::profile::HVM;
+use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 

@@ -5,7 +5,8 @@ use std::time::Duration;
 use super::save::Text;
 use super::{shows, words, ONE, PAIR};
 use crate::guest::{GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, HVM, PVH};
+use crate::profile::{HVM, PVH};
+use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 

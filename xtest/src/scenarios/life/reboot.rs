@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 use super::{shows, words, ONE, PAIR};
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::limits;
-use crate::scenario::{Ctx, Scenario, PV1, PVH};
+use crate::profile::{PV1, PVH};
+use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use super::{shows, words, ONE, PAIR, TWO};
 use crate::guest::{GuestSpec, Kind};
-use crate::scenario::{Ctx, Scenario, HVM, PV1, PVH};
+use crate::profile::{HVM, PV1, PVH};
+use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 

@@ -7,7 +7,8 @@ use super::{shows, words, ONE, PAIR, TWO};
 use crate::check;
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::limits;
-use crate::scenario::{Ctx, Scenario, PV1, PVH};
+use crate::profile::{PV1, PVH};
+use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 
 /// What takes too long for a usual run.
