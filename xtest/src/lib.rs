@@ -15,7 +15,7 @@
 //!    `kernels`.
 //! 4. A machine: `dom0`, `guest`, `qemu`, `qemu_faults`.
 //! 5. `scenario`: what a test is, and the machine that it gets.
-//! 6. `scenarios`: the tests, a file per subject.
+//! 6. `scenarios`: the tests, a file per subject. Steps that several of them take are in `steps`.
 //! 7. `bench`: everything ready to boot, and one booted machine.
 //! 8. What the command line starts: `runner`, `measure`, `demo`, `shell`.
 

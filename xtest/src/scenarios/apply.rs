@@ -1,10 +1,12 @@
 //! A patch takes effect in a running guest and goes away again, many times, under a workload.
 
-use std::path::Path;
 use std::time::Duration;
 
 use serde_json::Value;
 
+use super::steps::guest_log::Log;
+use super::steps::patches::{check, file, put_check, CMDLINE, DRAIN, PAIR, SLEEPER};
+use super::steps::tool;
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::profile::{HVM, PV, PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
@@ -53,102 +55,8 @@ pub const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// A payload of `patches/` and the folder of its check.
-struct Patch {
-    name: &'static str,
-    folder: &'static str,
-}
-
-const CMDLINE: Patch = Patch {
-    name: "locus_cmdline",
-    folder: "cmdline",
-};
-const PAIR: Patch = Patch {
-    name: "locus_proc_pair",
-    folder: "version-loadavg",
-};
-
-impl Patch {
-    fn file(&self) -> String {
-        format!("/payloads/{}.ko", self.name)
-    }
-
-    /// Puts the patch's own check into the guest.
-    fn install_check(&self, guest: &Guest) -> Result<(), Verdict> {
-        let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("../patches");
-        let script = std::fs::read(top.join(self.folder).join("check.sh"))?;
-        guest.put(&format!("/tmp/{}.sh", self.name), 0o755, &script)
-    }
-
-    /// Runs the patch's own check in the guest.
-    fn check(&self, guest: &Guest, phase: &str) -> Result<(), Verdict> {
-        let out = guest.sh(&format!("sh /tmp/{}.sh {phase}", self.name))?;
-        check_eq!(
-            out.rc,
-            0,
-            "{} {phase}: {} {}",
-            self.name,
-            out.text(),
-            out.err_text()
-        );
-        Ok(())
-    }
-}
-
-fn apply_json(ctx: &Ctx, guest: &Guest, patch: &Patch, result: &str) -> Result<Value, Verdict> {
-    let report = ctx.json(&format!(
-        "xen-locus -o json apply {} {}",
-        guest.name,
-        patch.file()
-    ))?;
-    check_eq!(report["result"], result, "{report}");
-    check_eq!(report["patch"], patch.name);
-    check_eq!(report["domid"], guest.domid);
-    Ok(report)
-}
-
-fn revert(ctx: &Ctx, guest: &Guest, patch: &Patch) -> Result<(), Verdict> {
-    let report = ctx.json(&format!(
-        "xen-locus -o json revert {} {}",
-        guest.name, patch.name
-    ))?;
-    check_eq!(report["result"], "reverted", "{report}");
-    Ok(())
-}
-
-fn applied(ctx: &Ctx, guest: &Guest) -> Result<Vec<String>, Verdict> {
-    let status = ctx.json(&format!("xen-locus -o json status {}", guest.name))?;
-    let patches = status["patches"].as_array().cloned().unwrap_or_default();
-    Ok(patches
-        .iter()
-        .map(|p| p["name"].as_str().unwrap_or("?").to_owned())
-        .collect())
-}
-
-/// What the guest's kernel has said, less what an emulated machine on a busy host makes it say.
-fn kernel_log(guest: &Guest) -> Result<Vec<String>, Verdict> {
-    const HOST_IS_BUSY: [&str; 4] = [
-        "hrtimer: interrupt took",
-        "clocksource",
-        "sched: RT throttling",
-        "random: crng",
-    ];
-    let log = guest.ok("dmesg")?;
-    let lines = log
-        .lines()
-        .filter(|line| !HOST_IS_BUSY.iter().any(|noise| line.contains(noise)));
-    Ok(lines.map(str::to_owned).collect())
-}
-
-/// How often Xen has found its platform timer wrapped: QEMU did not run it for seconds.
-fn stalls(ctx: &Ctx) -> Result<String, Verdict> {
-    ctx.dom0
-        .ok("xl dmesg | grep -c 'unexpectedly wrapped' || true")
-}
-
 /// The guest's own kernel shows the patch among its modules, with its symbols, and keeps it.
-fn is_a_module(guest: &Guest, patch: &Patch) -> Result<(), Verdict> {
-    let name = patch.name;
+fn is_a_module(guest: &Guest, name: &str) -> Result<(), Verdict> {
     let line = guest.ok(&format!("grep '^{name} ' /proc/modules"))?;
     let words: Vec<&str> = line.split_whitespace().collect();
     let arena = words
@@ -171,75 +79,91 @@ fn is_a_module(guest: &Guest, patch: &Patch) -> Result<(), Verdict> {
 
 fn apply(ctx: &mut Ctx, kind: Kind, count: u32) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
-    let name = &guest.name;
-    for patch in [&CMDLINE, &PAIR] {
-        patch.install_check(&guest)?;
-        patch.check(&guest, "before")?;
+    for patch in [CMDLINE, PAIR] {
+        put_check(&guest, patch)?;
+        check(&guest, patch, "before")?;
     }
     if kind == Kind::Hvm {
-        let info = ctx.json(&format!("xen-locus -o json info {name}"))?;
-        let text = guest.ok("grep ' T _text$' /proc/kallsyms | cut -d' ' -f1")?;
-        check_eq!(
-            info["text_base"],
-            format!("0x{text}"),
-            "KASLR: where the text is"
-        );
+        text_is_where_info_says(ctx, &guest)?;
     }
-    let log = kernel_log(&guest)?;
-    let stalls_before = stalls(ctx)?;
+    let log = Log::begin(ctx, &guest)?;
+    only_asked(ctx, &guest)?;
+    one_patch(ctx, &guest)?;
+    two_patches(ctx, &guest)?;
+    many_times(ctx, &guest, count)?;
+    log.nothing_new(ctx, &guest)?;
+    tool::no_patches(ctx, &guest.name)
+}
 
-    let out = ctx
-        .dom0
-        .sh(&format!("xen-locus check {name} {}", CMDLINE.file()))?;
+/// KASLR has moved the kernel's text, and `info` knows where it is.
+fn text_is_where_info_says(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+    let info = tool::info(ctx, &guest.name, "")?;
+    let text = guest.ok("grep ' T _text$' /proc/kallsyms | cut -d' ' -f1")?;
+    check_eq!(
+        info["text_base"],
+        format!("0x{text}"),
+        "KASLR: where the text is"
+    );
+    Ok(())
+}
+
+/// `check` and a dry run change nothing.
+fn only_asked(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+    let (name, file) = (&guest.name, file(CMDLINE));
+    let out = ctx.dom0.sh(&format!("xen-locus check {name} {file}"))?;
     check_eq!(out.rc, 0, "check: {}", out.err_text());
-    ctx.dom0.ok(&format!(
-        "xen-locus --dry-run apply {name} {}",
-        CMDLINE.file()
-    ))?;
-    CMDLINE.check(&guest, "before")?;
+    ctx.dom0
+        .ok(&format!("xen-locus --dry-run apply {name} {file}"))?;
+    check(guest, CMDLINE, "before")
+}
 
-    let report = apply_json(ctx, &guest, &CMDLINE, "applied")?;
+/// One patch takes effect; both sides show it.
+fn one_patch(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+    let report = apply_as(ctx, guest, CMDLINE, "applied")?;
     check!(
         report["pause_us"].as_u64().is_some_and(|us| us > 0),
         "no pause: {report}"
     );
     check_eq!(report["functions"], 1);
-    CMDLINE.check(&guest, "after")?;
-    apply_json(ctx, &guest, &CMDLINE, "already")?;
-    is_a_module(&guest, &CMDLINE)?;
-    let list = ctx.json("xen-locus -o json list")?;
-    let row = list["domains"]
-        .as_array()
-        .and_then(|d| d.iter().find(|d| d["name"] == **name));
+    check(guest, CMDLINE, "after")?;
+    apply_as(ctx, guest, CMDLINE, "already")?;
+    is_a_module(guest, CMDLINE)?;
+    let row = tool::list_row(ctx, &guest.name)?;
     check!(
-        row.is_some_and(|d| d["status"] == "patched"
-            && d["patches"] == 1
-            && d["kernel"] == *ctx.release),
-        "list: {list}"
+        row["status"] == "patched" && row["patches"] == 1 && row["kernel"] == *ctx.release,
+        "list: {row}"
     );
+    Ok(())
+}
 
-    // Two patches at once, reverted in either order.
-    for (first, second) in [(&CMDLINE, &PAIR), (&PAIR, &CMDLINE)] {
+/// Two patches at once, reverted in either order.
+fn two_patches(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+    for (first, second) in [(CMDLINE, PAIR), (PAIR, CMDLINE)] {
         for patch in [first, second] {
-            if !applied(ctx, &guest)?.contains(&patch.name.to_owned()) {
-                apply_json(ctx, &guest, patch, "applied")?;
+            if !tool::listed(ctx, &guest.name)?.contains(&patch.to_owned()) {
+                apply_as(ctx, guest, patch, "applied")?;
             }
-            patch.check(&guest, "after")?;
+            check(guest, patch, "after")?;
         }
-        revert(ctx, &guest, first)?;
-        first.check(&guest, "before")?;
-        second.check(&guest, "after")?;
-        revert(ctx, &guest, second)?;
-        second.check(&guest, "before")?;
+        tool::revert_json(ctx, guest, first)?;
+        check(guest, first, "before")?;
+        check(guest, second, "after")?;
+        tool::revert_json(ctx, guest, second)?;
+        check(guest, second, "before")?;
     }
+    Ok(())
+}
 
+/// A patch comes and goes `count` times in a guest under load.
+fn many_times(ctx: &Ctx, guest: &Guest, count: u32) -> Result<(), Verdict> {
+    let name = &guest.name;
     guest.start_workload()?;
     let rounds = guest.rounds()?;
-    let cycles = format!(
-        "for i in $(seq {count}); do xen-locus apply {name} {pair} && xen-locus revert {name} {patch} || \
-         {{ echo \"cycle $i: $?\"; exit 1; }}; done",
-        pair = PAIR.file(),
-        patch = PAIR.name,
+    let cycles = tool::cycles(
+        "xen-locus",
+        &format!("{name} {}", file(PAIR)),
+        &format!("{name} {PAIR}"),
+        count,
     );
     let out = ctx.dom0.sh_timeout(&cycles, Duration::from_secs(900))?;
     check_eq!(
@@ -256,39 +180,25 @@ fn apply(ctx: &mut Ctx, kind: Kind, count: u32) -> Result<(), Verdict> {
     );
     // Guests that start beside it on one processor would take minutes.
     guest.ok("killall spin-workload; true")?;
-    for patch in [&CMDLINE, &PAIR] {
-        patch.check(&guest, "before")?;
+    for patch in [CMDLINE, PAIR] {
+        check(guest, patch, "before")?;
     }
-    let new: Vec<String> = kernel_log(&guest)?
-        .into_iter()
-        .filter(|line| !log.contains(line))
-        .collect();
-    // Xen itself says when the emulated machine stood still, dom0 and all; RCU in the guest notices.
-    let stood_still = stalls(ctx)? != stalls_before
-        && new
-            .first()
-            .is_some_and(|line| line.contains("rcu: INFO: rcu_preempt"));
-    if stood_still {
-        eprintln!("xtest: {name}: the machine stood still, so RCU stalls in its log do not count");
-        ctx.dom0
-            .note("the machine stood still: RCU stalls in the guest's log do not count");
-    } else {
-        check_eq!(
-            new,
-            Vec::<String>::new(),
-            "new lines in the guest's kernel log"
-        );
-    }
-    check_eq!(applied(ctx, &guest)?, Vec::<String>::new(), "patches left");
     Ok(())
+}
+
+/// Applies a patch; the report must have this result, and name the patch.
+fn apply_as(ctx: &Ctx, guest: &Guest, patch: &str, result: &str) -> Result<Value, Verdict> {
+    let report = tool::apply_json(ctx, guest, &file(patch), result)?;
+    check_eq!(report["patch"], patch, "{report}");
+    Ok(report)
 }
 
 fn blocked(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
     let name = &guest.name;
-    let try_apply =
-        format!("xen-locus -o json apply {name} /payloads/locus_sleeper.ko --timeout 2s");
-    let try_revert = format!("xen-locus -o json revert {name} locus_sleeper --timeout 2s");
+    let file = file(SLEEPER);
+    let try_apply = format!("xen-locus -o json apply {name} {file} --timeout 2s");
+    let try_revert = format!("xen-locus -o json revert {name} {SLEEPER} --timeout 2s");
     let sleeper = |cmd: &str, what: &str, function: &str, frame: &str| -> Result<(), Verdict> {
         let blocking = format!("xen-locus -o json blocking {name} {what}");
         check_eq!(ctx.json(&blocking)?["blockers"], serde_json::json!([]));
@@ -318,17 +228,11 @@ fn blocked(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         guest.ok("killall pause; sleep 1")?;
         Ok(())
     };
-    let file = "/payloads/locus_sleeper.ko";
-    sleeper(&try_apply, file, "__x64_sys_pause", "sys_pause+")?;
-    check_eq!(applied(ctx, &guest)?, Vec::<String>::new());
+    sleeper(&try_apply, &file, "__x64_sys_pause", "sys_pause+")?;
+    tool::no_patches(ctx, name)?;
     check_eq!(ctx.json(&try_apply)?["result"], "applied");
-    sleeper(
-        &try_revert,
-        "locus_sleeper",
-        "__x64_sys_pause",
-        "[locus_sleeper]",
-    )?;
-    check_eq!(applied(ctx, &guest)?, ["locus_sleeper"]);
+    sleeper(&try_revert, SLEEPER, "__x64_sys_pause", "[locus_sleeper]")?;
+    check_eq!(tool::listed(ctx, name)?, [SLEEPER]);
     check_eq!(ctx.json(&try_revert)?["result"], "reverted");
     Ok(())
 }
@@ -338,28 +242,26 @@ fn drains(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
     let name = &guest.name;
     let draining = || -> Result<Vec<String>, Verdict> {
-        let status = ctx.json(&format!("xen-locus -o json status {name}"))?;
-        let all = status["patches"][0]["draining"].as_array().cloned();
-        let all = all.ok_or_else(|| Verdict::failure(format!("no draining: {status}")))?;
+        let all = tool::draining(ctx, name)?;
         Ok(all.iter().map(|b| b["pid"].to_string()).collect())
     };
     guest.ok("pause & sleep 1")?;
     let old = guest.ok("pidof pause")?;
-    let apply = |more: &str, file: &str| {
-        let cmd = format!("xen-locus apply {name} /payloads/{file}.ko --timeout 2s {more}");
+    let apply = |more: &str, patch: &str| {
+        let cmd = format!("xen-locus apply {name} {} --timeout 2s {more}", file(patch));
         ctx.dom0.sh(&cmd)
     };
-    let out = apply("--entry-only", "locus_sleeper")?;
+    let out = apply("--entry-only", SLEEPER)?;
     check_eq!(out.rc, 3, "{}", out.err_text());
-    check_eq!(apply("", "locus_drain")?.rc, 2);
-    let out = apply("--entry-only", "locus_drain")?;
+    check_eq!(apply("", DRAIN)?.rc, 2);
+    let out = apply("--entry-only", DRAIN)?;
     check_eq!(out.rc, 0, "{}", out.err_text());
     check_eq!(draining()?, [old.as_str()]);
     let table = ctx.dom0.ok(&format!("xen-locus status {name}"))?;
     check!(table.contains("draining 1"), "{table}");
 
     // Another on top waits for him too.
-    check_eq!(apply("", "locus_sleeper")?.rc, 2);
+    check_eq!(apply("", SLEEPER)?.rc, 2);
     // Whoever comes now is in the new version, and not counted.
     guest.ok("pause & sleep 1")?;
     check_eq!(draining()?, [old.as_str()]);
@@ -370,10 +272,10 @@ fn drains(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
 
     // He is in the way of reverting unless the same is asked for; and comes out of it all the same.
     let new = guest.ok("pidof pause")?;
-    let revert = format!("xen-locus revert {name} locus_drain --timeout 2s");
+    let revert = format!("xen-locus revert {name} {DRAIN} --timeout 2s");
     check_eq!(ctx.dom0.sh(&revert)?.rc, 2);
     ctx.dom0.ok(&format!("{revert} --entry-only"))?;
-    check_eq!(applied(ctx, &guest)?, Vec::<String>::new());
+    tool::no_patches(ctx, name)?;
     check_eq!(guest.ok("pidof pause")?, new);
     guest.ok(&format!("kill {new}; sleep 1; ! pidof pause"))?;
     Ok(())
@@ -382,7 +284,7 @@ fn drains(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
 fn kernel_only(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     const SEGV: i32 = 128 + 11;
     let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
-    apply_json(ctx, &guest, &CMDLINE, "applied")?;
+    apply_as(ctx, &guest, CMDLINE, "applied")?;
     // The directory, and the payload's code, constants and variables behind it.
     for page in 1..5 {
         let at = format!("ffffffffff{:03x}000", 0x600 + page);
@@ -399,5 +301,5 @@ fn kernel_only(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         "the probe reads its own text: {}",
         own.err_text()
     );
-    revert(ctx, &guest, &CMDLINE)
+    tool::revert_json(ctx, &guest, CMDLINE)
 }

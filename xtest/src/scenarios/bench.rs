@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::steps::patches::CMDLINE_FILE;
 use crate::dom0::Trouble;
 use crate::guest::{GuestSpec, Kind};
 use crate::profile::{HVM, PV, PV1, PVH};
@@ -48,7 +49,7 @@ fn pauses(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     const ROUNDS: usize = 3;
     let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
     let said = ctx.json(&format!(
-        "locus-pauses {} /payloads/locus_cmdline.ko --rounds {ROUNDS}",
+        "locus-pauses {} {CMDLINE_FILE} --rounds {ROUNDS}",
         guest.name
     ))?;
     for pauses in ["empty_us", "contexts_us", "write_us"] {

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use super::steps::patches::{self, CMDLINE_FILE, PAIR};
+use super::steps::tool;
 use crate::check_eq;
 use crate::guest::{GuestSpec, Kind};
 use crate::profile::{HVM, PV1, PVH};
@@ -36,16 +38,13 @@ pub const MATRIX: &[Scenario] = &[
     },
 ];
 
-const APPLIED: &str = "/payloads/locus_proc_pair.ko";
-const CHECKED: &str = "/payloads/locus_cmdline.ko";
-
 fn core(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
     let name = &guest.name;
     // xl dump-core left out frames of a PVH guest's arena, so only a PV guest is saved with a patch.
     let patched = kind == Kind::Pv;
     if patched {
-        ctx.dom0.ok(&format!("xen-locus apply {name} {APPLIED}"))?;
+        tool::apply(ctx, name, PAIR)?;
     }
     ctx.dom0.ok(&format!("xl pause {name}"))?;
     let result = compare(ctx, name, if patched { "patched" } else { "ready" });
@@ -54,8 +53,7 @@ fn core(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     result?;
     // The guest lives on.
     if patched {
-        ctx.dom0
-            .ok(&format!("xen-locus revert {name} locus_proc_pair"))?;
+        tool::revert(ctx, name, PAIR)?;
     }
     guest.ok("true")?;
     Ok(())
@@ -67,18 +65,15 @@ fn compare(ctx: &Ctx, name: &str, status: &str) -> Result<(), Verdict> {
     let out = ctx.dom0.sh_timeout(&dump, Duration::from_secs(1200))?;
     check_eq!(out.rc, 0, "{dump}: {}", out.err_text());
     let live = views(ctx, &format!(" {name}"))?;
-    let list = ctx.json("xen-locus -o json list")?;
-    let row = list["domains"]
-        .as_array()
-        .and_then(|rows| rows.iter().find(|row| row["name"] == *name));
-    let row = plain(row.cloned().unwrap_or_default());
-    check_eq!(row["status"], status, "{list}");
+    let row = plain(tool::list_row(ctx, name)?);
+    check_eq!(row["status"], status, "{row}");
 
     for file in ["/tmp/core", "/tmp/core.small"] {
         if file == "/tmp/core.small" {
             let sizes = ctx.dom0.ok(&format!(
-                "locus-core trim /tmp/core {file} {CHECKED} {APPLIED} && \
-                 echo \"compressed by gzip: $(gzip -c {file} | wc -c) bytes\""
+                "locus-core trim /tmp/core {file} {CMDLINE_FILE} {} && \
+                 echo \"compressed by gzip: $(gzip -c {file} | wc -c) bytes\"",
+                patches::file(PAIR)
             ))?;
             eprintln!("xtest: {name}: {}", sizes.replace('\n', "; "));
             ctx.dom0.note(&sizes);
@@ -114,7 +109,7 @@ fn views(ctx: &Ctx, whom: &str) -> Result<[Value; 5], Verdict> {
         plain(ctx.json(&format!("xen-locus -o json info{whom} --tasks"))?),
         symbols.into(),
         plain(ctx.json(&format!("xen-locus -o json status{whom}"))?),
-        plain(ctx.json(&format!("xen-locus -o json check{whom} {CHECKED}"))?),
+        plain(ctx.json(&format!("xen-locus -o json check{whom} {CMDLINE_FILE}"))?),
     ])
 }
 

@@ -1,5 +1,7 @@
 //! Every action is recorded, and a record that somebody changed is told from one that nobody did.
 
+use super::steps::patches::{self, CMDLINE, CMDLINE_FILE};
+use super::steps::tool;
 use crate::guest::{GuestSpec, Kind};
 use crate::profile::PV1;
 use crate::scenario::{Ctx, Scenario};
@@ -16,22 +18,20 @@ pub const SCENARIOS: &[Scenario] = &[Scenario {
 }];
 
 const LOG: &str = "/var/log/xen-locus/audit.jsonl";
-const PATCH: &str = "locus_cmdline";
 
 fn history(ctx: &mut Ctx) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new("pv", Kind::Pv))?;
     let name = &guest.name;
-    let before = actions(ctx, name)?.len();
-    let apply = format!("xen-locus apply {name} /payloads/{PATCH}.ko");
+    let before = tool::actions(ctx, name)?.len();
     ctx.dom0
-        .ok(&format!("xen-locus -N apply {name} /payloads/{PATCH}.ko"))?;
-    ctx.dom0.ok(&apply)?;
+        .ok(&format!("xen-locus -N apply {name} {CMDLINE_FILE}"))?;
+    tool::apply(ctx, name, CMDLINE)?;
     let out = ctx.dom0.sh(&format!(
         "xen-locus apply {name} /payloads/locus_no_such_function.ko"
     ))?;
     check_eq!(out.rc, 3, "{}", out.err_text());
-    ctx.dom0.ok(&format!("xen-locus revert {name} --all"))?;
-    let all = actions(ctx, name)?;
+    tool::revert_all(ctx, name)?;
+    let all = tool::actions(ctx, name)?;
     let new = all.get(before..).unwrap_or_default();
     let said = |key: &str| -> Vec<String> {
         let text = |a: &serde_json::Value| a[key].to_string().trim_matches('"').to_owned();
@@ -40,12 +40,12 @@ fn history(ctx: &mut Ctx) -> Result<(), Verdict> {
     check_eq!(said("op"), ["apply", "apply", "revert"]);
     check_eq!(said("result"), ["applied", "not-applicable", "reverted"]);
     check_eq!(said("exit"), ["0", "3", "0"]);
-    check_eq!(said("patch"), [PATCH, "locus_no_such_function", PATCH]);
+    check_eq!(said("patch"), [CMDLINE, "locus_no_such_function", CMDLINE]);
     let (sums, uuids) = (said("sha256"), said("uuid"));
-    let file = ctx.dom0.ok(&format!("sha256sum < /payloads/{PATCH}.ko"))?;
+    let sum = ctx.dom0.ok(&format!("sha256sum < {CMDLINE_FILE}"))?;
     check!(
-        file.starts_with(&sums[0]) && sums[0] == sums[2],
-        "{file}: {sums:?}"
+        sum.starts_with(&sums[0]) && sums[0] == sums[2],
+        "{sum}: {sums:?}"
     );
     check!(uuids[0].len() == 36 && uuids[0] == uuids[2], "{uuids:?}");
     check!(
@@ -83,20 +83,11 @@ fn history(ctx: &mut Ctx) -> Result<(), Verdict> {
 
     // Where nothing can be recorded nothing is done.
     ctx.dom0.ok(&format!("mv {LOG} /tmp/kept && mkdir {LOG}"))?;
-    let out = ctx.dom0.sh(&apply)?;
+    let out = ctx
+        .dom0
+        .sh(&format!("xen-locus apply {name} {CMDLINE_FILE}"))?;
     ctx.dom0.ok(&format!("rmdir {LOG} && mv /tmp/kept {LOG}"))?;
     check_eq!(out.rc, 1, "{}", out.err_text());
     check!(out.err_text().contains("audit log"), "{}", out.err_text());
-    check_eq!(guest.ok("cat /proc/cmdline")?.contains("locus="), false);
-    Ok(())
-}
-
-/// What is recorded of a guest; the record must be whole.
-fn actions(ctx: &Ctx, name: &str) -> Result<Vec<serde_json::Value>, Verdict> {
-    let history = ctx.json(&format!("xen-locus -o json history {name}"))?;
-    check_eq!(history["intact"], true, "{history}");
-    let actions = history["actions"].as_array();
-    actions
-        .cloned()
-        .ok_or_else(|| Verdict::failure(format!("no actions: {history}")))
+    patches::cmdline_is_untouched(&guest)
 }

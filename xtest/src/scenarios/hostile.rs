@@ -6,8 +6,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::liar::run;
-use super::store::{ASK, START, STOP};
+use super::steps::patches::{self, CMDLINE, CMDLINE_FILE};
+use super::steps::{daemon, tool};
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::profile::{PV, PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
@@ -89,8 +89,6 @@ pub const MATRIX: &[Scenario] = &[
 ];
 
 const NAME: &str = "hostile";
-const FILE: &str = "/payloads/locus_cmdline.ko";
-const PATCH: &str = "locus_cmdline";
 /// Rounds more, at most, until something is noticed.
 const ROUNDS_MORE: u32 = 8;
 /// Turns that the guest must have made: each changes all that it changes, or changes it back.
@@ -162,7 +160,7 @@ impl Pair {
     /// A command about the guest: ends soon, with one of the exit codes that there are, and says why if
     /// it did not do what was asked.
     fn command(&mut self, ctx: &Ctx, command: &str) -> Result<(i32, String), Verdict> {
-        let done = run(ctx, command)?;
+        let done = tool::bounded(ctx, command)?;
         check!(
             (0..=6).contains(&done.rc) && done.rc != 4,
             "{command} ended with {}: {}",
@@ -184,11 +182,11 @@ impl Pair {
         for command in [
             format!("info {NAME}"),
             format!("status {NAME}"),
-            format!("check {NAME} {FILE}"),
-            format!("apply {NAME} {FILE} --timeout 2s"),
+            format!("check {NAME} {CMDLINE_FILE}"),
+            format!("apply {NAME} {CMDLINE_FILE} --timeout 2s"),
             format!("info {NAME} --stacks"),
-            format!("blocking {NAME} {PATCH}"),
-            format!("revert {NAME} {PATCH} --timeout 2s"),
+            format!("blocking {NAME} {CMDLINE}"),
+            format!("revert {NAME} {CMDLINE} --timeout 2s"),
             "list".to_owned(),
         ] {
             self.command(ctx, &format!("--no-cache {command}"))?;
@@ -239,12 +237,13 @@ impl Pair {
 
     /// Whether the patch is in force, by what the guest's own file says.
     fn is_new(&self) -> Result<bool, Verdict> {
-        Ok(self.guest.ok("cat /proc/cmdline")?.ends_with("locus=live"))
+        patches::cmdline_is_live(&self.guest)
     }
 
+    /// Names of the patches that are in force, by `status`.
     fn patches(&self, ctx: &Ctx) -> Result<Vec<String>, Verdict> {
-        let status = ctx.json(&format!("xen-locus -o json status {NAME}"))?;
-        let patches = status["patches"].as_array().cloned().unwrap_or_default();
+        let status = tool::status(ctx, NAME)?;
+        let patches = tool::patches_of(&status)?;
         let applied = patches.iter().filter(|p| p["state"] == "applied");
         Ok(applied
             .map(|p| p["name"].as_str().unwrap_or("?").to_owned())
@@ -287,7 +286,7 @@ impl Pair {
 /// What the arena needs is in use when the first patch comes.
 fn own(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let mut pair = Pair::new(ctx, kind, true)?;
-    let apply = format!("apply {NAME} {FILE}");
+    let apply = format!("apply {NAME} {CMDLINE_FILE}");
     let uses: &[(&str, &str)] = match kind {
         Kind::Pv => &[
             ("data", "it is not empty"),
@@ -317,7 +316,7 @@ fn own(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
 /// The arena's entries lead elsewhere when a patch is in force.
 fn remap(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let mut pair = Pair::new(ctx, kind, false)?;
-    let applied = pair.command(ctx, &format!("apply {NAME} {FILE}"))?;
+    let applied = pair.command(ctx, &format!("apply {NAME} {CMDLINE_FILE}"))?;
     check_eq!(applied.0, 0, "apply: {}", applied.1);
     let mut ways = vec![
         ("clear", 3, "is mapped"),
@@ -331,14 +330,14 @@ fn remap(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         pair.mode(mode)?;
         for command in [
             format!("status {NAME}"),
-            format!("revert {NAME} {PATCH}"),
-            format!("apply {NAME} {FILE}"),
+            format!("revert {NAME} {CMDLINE}"),
+            format!("apply {NAME} {CMDLINE_FILE}"),
         ] {
             pair.refused(ctx, &command, rc, &["arena", words])?;
         }
         check!(pair.is_new()?, "{mode}: something was changed");
         pair.mode("stop")?;
-        check_eq!(pair.patches(ctx)?, [PATCH], "after {mode}");
+        check_eq!(pair.patches(ctx)?, [CMDLINE], "after {mode}");
     }
     pair.is_well(ctx)?;
     pair.nobody_hurt(ctx, "remap")
@@ -361,7 +360,7 @@ fn flip(ctx: &mut Ctx, kind: Kind, modes: &[&str], rounds: u32) -> Result<(), Ve
 fn arena(ctx: &mut Ctx, kind: Kind, rounds: u32) -> Result<(), Verdict> {
     for round in 0..rounds {
         let mut pair = Pair::new(ctx, kind, false)?;
-        let applied = pair.command(ctx, &format!("apply {NAME} {FILE}"))?;
+        let applied = pair.command(ctx, &format!("apply {NAME} {CMDLINE_FILE}"))?;
         check_eq!(applied.0, 0, "apply: {}", applied.1);
         pair.mode("arena")?;
         let turns = pair.rounds(ctx, 2)?;
@@ -390,8 +389,7 @@ const MORE: u64 = 4096;
 
 fn store(ctx: &mut Ctx, rounds: u32) -> Result<(), Verdict> {
     let pair = Pair::new(ctx, Kind::Pv, false)?;
-    ctx.dom0.put("/tmp/ask", 0o755, ASK.as_bytes())?;
-    ctx.dom0.ok(START)?;
+    daemon::start(ctx)?;
     let holds = || -> Result<Vec<u64>, Verdict> {
         let text = ctx.dom0.ok(HOLDS)?;
         Ok(text.lines().filter_map(|l| l.parse().ok()).collect())
@@ -399,12 +397,8 @@ fn store(ctx: &mut Ctx, rounds: u32) -> Result<(), Verdict> {
     let serve = |round: u32| -> Result<Duration, Verdict> {
         let began = Instant::now();
         for op in ["apply", "revert"] {
-            let said = ctx.dom0.sh_timeout(
-                &format!("/tmp/ask flood-{op}-{round} op={op} domain=neighbour patch={PATCH}"),
-                Duration::from_secs(90),
-            )?;
-            let text = said.text();
-            check!(text.starts_with("0 "), "{op}: {text} {}", said.err_text());
+            let request = format!("flood-{op}-{round} op={op} domain=neighbour patch={CMDLINE}");
+            daemon::ask(ctx, &request, "0", "")?;
         }
         Ok(began.elapsed())
     };
@@ -438,7 +432,7 @@ fn store(ctx: &mut Ctx, rounds: u32) -> Result<(), Verdict> {
         ctx.dom0.ok("xenstore-read /tool/xen-locus/state")?,
         "running"
     );
-    ctx.dom0.ok(STOP)?;
+    daemon::stop(ctx)?;
     pair.nobody_hurt(ctx, "store")
 }
 

@@ -1,11 +1,12 @@
 //! The tool is killed, at any moment: the guest runs on, wholly old or wholly new.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::time::Duration;
 
 use serde_json::Value;
 
+use super::steps::patches::{self, CMDLINE, PAIR};
+use super::steps::tool;
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::profile::{PV, PVH};
 use crate::scenario::{Ctx, Scenario};
@@ -105,7 +106,6 @@ pub const MATRIX: &[Scenario] = &[
     },
 ];
 
-const PATCH: &str = "locus_proc_pair";
 /// Longest time for which a guest may be paused, the pause of the run that is killed included.
 const PAUSE_MAX_US: u64 = 200_000;
 
@@ -128,24 +128,30 @@ struct Tally {
 /// The guest under test.
 struct Subject {
     guest: Guest,
+    /// The check script in the guest of the payload [`PAIR`].
+    check: String,
+    /// Of its workload, when it was looked at last.
     rounds: u64,
 }
 
 impl Subject {
     fn new(ctx: &mut Ctx, kind: Kind) -> Result<Subject, Verdict> {
         let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
-        let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("../patches");
-        let script = std::fs::read(top.join("version-loadavg/check.sh"))?;
-        guest.put("/tmp/pair.sh", 0o755, &script)?;
+        let check = patches::put_check(&guest, PAIR)?;
         guest.start_workload()?;
         let rounds = guest.rounds()?;
-        Ok(Subject { guest, rounds })
+        Ok(Subject {
+            guest,
+            check,
+            rounds,
+        })
     }
 
     /// What runs in the guest, by what its files in /proc show.
     fn is_new(&self) -> Result<bool, Verdict> {
-        let cmd = "sh /tmp/pair.sh after && exit 10; sh /tmp/pair.sh before && exit 11";
-        let out = self.guest.sh(cmd)?;
+        let check = &self.check;
+        let cmd = format!("sh {check} after && exit 10; sh {check} before && exit 11");
+        let out = self.guest.sh(&cmd)?;
         match out.rc {
             10 => Ok(true),
             11 => Ok(false),
@@ -158,11 +164,11 @@ impl Subject {
 
     /// What the tool says of it.
     fn status(&self, ctx: &Ctx) -> Result<bool, Verdict> {
-        let status = ctx.json(&format!("xen-locus -o json status {}", self.guest.name))?;
-        match status["patches"].as_array().map(Vec::as_slice) {
-            Some([]) => Ok(false),
-            Some([one]) if one["name"] == "locus_cmdline" => Ok(false),
-            Some([one]) if one["name"] == PATCH && one["state"] == "applied" => Ok(true),
+        let status = tool::status(ctx, &self.guest.name)?;
+        match tool::patches_of(&status)? {
+            [] => Ok(false),
+            [one] if one["name"] == CMDLINE => Ok(false),
+            [one] if one["name"] == PAIR && one["state"] == "applied" => Ok(true),
             _ => Err(Verdict::failure(format!("status says {status}"))),
         }
     }
@@ -221,27 +227,23 @@ impl Subject {
     fn next(&self, ctx: &Ctx) -> Result<String, Verdict> {
         let name = &self.guest.name;
         Ok(match self.status(ctx)? {
-            true => format!("xen-locus revert {name} {PATCH}"),
-            false => format!("xen-locus apply {name} /payloads/{PATCH}.ko"),
+            true => format!("xen-locus revert {name} {PAIR}"),
+            false => format!("xen-locus apply {name} /payloads/{PAIR}.ko"),
         })
     }
 
     /// Makes `patch`, and nothing else, be in force.
     fn prepare(&self, ctx: &Ctx, patch: Option<&str>) -> Result<(), Verdict> {
         let name = &self.guest.name;
-        let status = ctx.json(&format!("xen-locus -o json status {name}"))?;
-        let there = status["patches"].as_array().map_or(0, Vec::len);
-        if let (Some(patch), 1) = (patch, there) {
-            if status["patches"][0]["name"] == patch {
-                return Ok(());
-            }
+        let there = tool::listed(ctx, name)?;
+        if patch.is_some_and(|patch| there == [patch]) {
+            return Ok(());
         }
-        if there > 0 {
-            ctx.dom0.ok(&format!("xen-locus revert {name} --all"))?;
+        if !there.is_empty() {
+            tool::revert_all(ctx, name)?;
         }
         if let Some(patch) = patch {
-            ctx.dom0
-                .ok(&format!("xen-locus apply {name} /payloads/{patch}.ko"))?;
+            tool::apply(ctx, name, patch)?;
         }
         Ok(())
     }
@@ -292,8 +294,7 @@ fn random(ctx: &mut Ctx, kind: Kind, kills: u32) -> Result<(), Verdict> {
             subject.progresses()?;
         }
     }
-    ctx.dom0
-        .ok(&format!("xen-locus revert {} --all", subject.guest.name))?;
+    tool::revert_all(ctx, &subject.guest.name)?;
     check_eq!(subject.is_new()?, false);
     subject.recover(ctx, &mut tally)?;
     nothing_left(ctx)?;
@@ -307,10 +308,10 @@ type Action = (&'static str, Option<&'static str>, &'static str);
 
 /// In a guest that has just started a payload's first way in is the longest.
 const APPLY: Action = ("apply", None, "apply {} /payloads/locus_proc_pair.ko");
-const REVERT: Action = ("revert", Some(PATCH), "revert {} locus_proc_pair");
+const REVERT: Action = ("revert", Some(PAIR), "revert {} locus_proc_pair");
 const REPLACE: Action = (
     "replace",
-    Some("locus_cmdline"),
+    Some(CMDLINE),
     "replace {} /payloads/locus_proc_pair.ko",
 );
 const ACTIONS: [Action; 3] = [APPLY, REVERT, REPLACE];
@@ -399,7 +400,7 @@ fn both_die(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
             if by_itself {
                 let out = ctx
                     .dom0
-                    .sh(&format!("xen-locus apply {name} /payloads/{PATCH}.ko"))?;
+                    .sh(&format!("xen-locus apply {name} /payloads/{PAIR}.ko"))?;
                 let told = out.err_text();
                 check!(
                     out.rc == 0 && results.iter().any(|result| told.contains(result)),
@@ -446,22 +447,6 @@ fn both_killed(ctx: &Ctx, subject: &Subject, place: &str) -> Result<(), Verdict>
     )))
 }
 
-/// Runs a command that is killed at its `nth` place from the one called `from`. Whether it has so many; else it
-/// must end well.
-pub(super) fn killed_at(ctx: &Ctx, nth: u32, from: &str, command: &str) -> Result<bool, Verdict> {
-    let out = ctx.dom0.sh(&format!(
-        "XEN_LOCUS_FAULT={nth}:kill:{from} xen-locus-faults {command}"
-    ))?;
-    let hit = out.err_text().contains("xen-locus: fault: ");
-    check!(
-        hit != (out.rc == 0),
-        "place {nth}: {} {}",
-        out.rc,
-        out.err_text()
-    );
-    Ok(hit)
-}
-
 /// A run and its guardian are killed in the middle of a write, then the `recover` that settles it at its first
 /// place, at its next one, and so on in steps of `step`.
 fn recover_dies(ctx: &mut Ctx, kind: Kind, step: u32) -> Result<(), Verdict> {
@@ -471,7 +456,7 @@ fn recover_dies(ctx: &mut Ctx, kind: Kind, step: u32) -> Result<(), Verdict> {
     let mut nth = 1;
     loop {
         both_killed(ctx, &subject, "3:stop:mark writing")?;
-        let hit = killed_at(ctx, nth, "recover", &format!("recover {name}"))?;
+        let hit = tool::killed_at(ctx, nth, "recover", &format!("recover {name}"))?;
         tally.kills += u32::from(hit);
         ctx.dom0.ok(&format!("xen-locus recover {name}"))?;
         let new = subject.is_new()?;
@@ -499,7 +484,7 @@ fn no_journal(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let subject = Subject::new(ctx, kind)?;
     subject.prepare(ctx, None)?;
     let name = &subject.guest.name;
-    let apply = format!("xen-locus apply {name} /payloads/{PATCH}.ko");
+    let apply = format!("xen-locus apply {name} /payloads/{PAIR}.ko");
     for (place, options) in [
         ("/var/lib/xen-locus/journal", "ro"),
         ("/var/lib/xen-locus/journal", "size=4k"),
@@ -542,14 +527,12 @@ fn unrecorded(ctx: &Ctx, subject: &Subject, apply: &str) -> Result<(), Verdict> 
     check!(subject.is_new()?, "it is not applied");
     let found = ctx.json(&format!("xen-locus -o json recover {name}"))?;
     check_eq!(found["result"], "finished", "{found}");
-    let history = ctx.json(&format!("xen-locus -o json history {name}"))?;
-    let last = history["actions"].as_array().and_then(|all| all.last());
+    let actions = tool::actions(ctx, name)?;
     check!(
-        history["intact"] == true
-            && last.is_some_and(|a| {
-                a["op"] == "recover" && a["of"] == "apply" && a["in_force"][0]["name"] == PATCH
-            }),
-        "{history}"
+        actions.last().is_some_and(|a| {
+            a["op"] == "recover" && a["of"] == "apply" && a["in_force"][0]["name"] == PAIR
+        }),
+        "{actions:?}"
     );
     Ok(())
 }

@@ -6,61 +6,48 @@
 
 mod lists;
 
-use std::time::Duration;
-
-use serde_json::Value;
-
-use crate::fetch::{Suite, BOOKWORM, BULLSEYE, TESTING, TRIXIE};
-use crate::guest::{Guest, GuestSpec, Kind};
-use crate::profile::{HVM, PV1, PVH};
+use super::steps::kernels::{self, kernel_scenarios};
+use super::steps::patches::{cmdline_is_live, CMDLINE};
+use super::steps::tool;
+use super::steps::wait::GATHERING;
+use crate::fetch::{Suite, BOOKWORM};
+use crate::guest::{Guest, Kind};
 use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// A scenario for a release's kernel and a guest's type.
-macro_rules! know {
-    ($name:literal, $suite:ident, $kind:ident, $profile:ident) => {
-        Scenario {
-            name: $name,
-            summary: "info agrees with the guest in everything, and a patch comes and goes",
-            profile: &$profile,
-            run: |ctx| know(ctx, &$suite, Kind::$kind),
-        }
-    };
-}
+const SUMMARY: &str = "info agrees with the guest in everything, and a patch comes and goes";
 
 /// Part of every run: Debian 12's kernel, an older and a newer one.
-pub const SCENARIOS: &[Scenario] = &[
-    know!("know-bookworm-pv", BOOKWORM, Pv, PV1),
-    know!("know-bullseye-pv", BULLSEYE, Pv, PV1),
-    know!("know-trixie-pv", TRIXIE, Pv, PV1),
-    know!("know-bookworm-pvh", BOOKWORM, Pvh, PVH),
-];
+pub const SCENARIOS: &[Scenario] = kernel_scenarios!(
+    know,
+    SUMMARY,
+    [
+        ("know-bookworm-pv", BOOKWORM, Pv, PV1),
+        ("know-bullseye-pv", BULLSEYE, Pv, PV1),
+        ("know-trixie-pv", TRIXIE, Pv, PV1),
+        ("know-bookworm-pvh", BOOKWORM, Pvh, PVH),
+    ]
+);
 
 /// The rest of the matrix of kernels and types.
-pub const MATRIX: &[Scenario] = &[
-    know!("know-bullseye-pvh", BULLSEYE, Pvh, PVH),
-    know!("know-testing-pv", TESTING, Pv, PV1),
-    know!("know-trixie-pvh", TRIXIE, Pvh, PVH),
-    know!("know-testing-pvh", TESTING, Pvh, PVH),
-    know!("know-bookworm-hvm", BOOKWORM, Hvm, HVM),
-];
+pub const MATRIX: &[Scenario] = kernel_scenarios!(
+    know,
+    SUMMARY,
+    [
+        ("know-bullseye-pvh", BULLSEYE, Pvh, PVH),
+        ("know-testing-pv", TESTING, Pv, PV1),
+        ("know-trixie-pvh", TRIXIE, Pvh, PVH),
+        ("know-testing-pvh", TESTING, Pvh, PVH),
+        ("know-bookworm-hvm", BOOKWORM, Hvm, HVM),
+    ]
+);
 
 /// One comparison.
 type Check = fn(&Ctx, &Guest) -> Result<(), Verdict>;
 
-/// What a guest says of itself is gathered on an emulated processor.
-const LIMIT: Duration = Duration::from_secs(300);
-
 fn know(ctx: &mut Ctx, suite: &'static Suite, kind: Kind) -> Result<(), Verdict> {
-    let spec = if *suite == BOOKWORM {
-        GuestSpec::new(kind.name(), kind)
-    } else {
-        GuestSpec::new(&format!("{}-{}", suite.name, kind.name()), kind)
-            .suite(suite)
-            .memory(256)
-    };
-    let guest = ctx.ensure_guest(spec)?;
+    let guest = ctx.ensure_guest(kernels::spec(suite, kind))?;
     load_modules(&guest)?;
 
     let checks: [(&str, Check); 9] = [
@@ -105,14 +92,10 @@ fn load_modules(guest: &Guest) -> Result<(), Verdict> {
     Ok(())
 }
 
-fn info(ctx: &Ctx, guest: &Guest, options: &str) -> Result<Value, Verdict> {
-    ctx.json(&format!("xen-locus -o json info {} {options}", guest.name))
-}
-
 fn summary(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let tasks = || -> Result<u64, Verdict> { number(guest, "ls -d /proc/[0-9]*/task/* | wc -l") };
     let before = tasks()?;
-    let info = info(ctx, guest, "")?;
+    let info = tool::info(ctx, &guest.name, "")?;
     let after = tasks()?;
     check_eq!(info["kernel"], guest.ok("uname -r")?, "{info}");
     check_eq!(info["domid"], guest.domid, "{info}");
@@ -213,12 +196,12 @@ fn same(
         guest.name
     ))?;
     let ours = ctx.dom0.ok("sha256sum < /tmp/info.cmp")?;
-    let digest = guest.sh_timeout(&format!("{theirs} | sha256sum"), LIMIT)?;
+    let digest = guest.sh_timeout(&format!("{theirs} | sha256sum"), GATHERING)?;
     if digest.rc == 0 && digest.text() == ours {
         return Ok(());
     }
     let ours = ctx.dom0.get("/tmp/info.cmp")?;
-    let theirs = guest.sh_timeout(theirs, LIMIT)?;
+    let theirs = guest.sh_timeout(theirs, GATHERING)?;
     let why = match difference(&ours, &theirs.stdout) {
         Some(what) => format!("info {options}: {what}"),
         None => "digests differed, but a second look found no difference".to_owned(),
@@ -262,7 +245,6 @@ fn difference(ours: &[u8], theirs: &[u8]) -> Option<String> {
 
 /// The simplest payload, built for this kernel, takes effect and goes away.
 fn patch(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
-    const NAME: &str = "locus_cmdline";
     let release = guest.ok("uname -r")?;
     let dir = if release == ctx.release {
         "/payloads".to_owned()
@@ -272,24 +254,14 @@ fn patch(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
         format!("/payloads/{suite}")
     };
     let shows = |marked: bool| -> Result<(), Verdict> {
-        let line = guest.ok("cat /proc/cmdline")?;
-        check_eq!(
-            line.ends_with(" locus=live"),
-            marked,
-            "/proc/cmdline is {line:?}"
-        );
+        check_eq!(cmdline_is_live(guest)?, marked, "/proc/cmdline is live");
         Ok(())
     };
     shows(false)?;
-    for (cmd, result) in [
-        (format!("apply {} {dir}/{NAME}.ko", guest.name), "applied"),
-        (format!("revert {} {NAME}", guest.name), "reverted"),
-    ] {
-        let report = ctx.json(&format!("xen-locus -o json {cmd}"))?;
-        check_eq!(report["result"], result, "{report}");
-        shows(result == "applied")?;
-    }
-    Ok(())
+    tool::apply_json(ctx, guest, &format!("{dir}/{CMDLINE}.ko"), "applied")?;
+    shows(true)?;
+    tool::revert_json(ctx, guest, CMDLINE)?;
+    shows(false)
 }
 
 #[cfg(test)]

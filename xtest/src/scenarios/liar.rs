@@ -1,8 +1,8 @@
 //! A guest whose kernel lies about itself, made so from inside: it is refused in bounded time and
 //! memory, and it, its neighbour and dom0 go on.
 
-use std::time::Duration;
-
+use super::steps::patches::CMDLINE_FILE;
+use super::steps::tool::{bounded, Bounded};
 use crate::guest::{GuestSpec, Kind};
 use crate::profile::{PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
@@ -35,12 +35,6 @@ const LIES: [(&str, &str); 7] = [
     ("names", "no kallsyms table"),
     ("pages", "no kallsyms table"),
 ];
-/// The longest time of a command on an emulated machine, where half a gibibyte of guest memory takes
-/// 20 to 30 s to read.
-const PATIENCE: Duration = Duration::from_secs(120);
-/// The most memory of a command, in KiB: `RLIMIT_DATA`, for which mapped guest memory does not count.
-const MEMORY: u64 = 96 << 10;
-
 fn liar(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new("liar", kind))?;
     let neighbour = ctx.ensure_guest(GuestSpec::new("neighbour", Kind::Pv))?;
@@ -62,36 +56,8 @@ fn liar(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     ctx.destroy_guest("liar")
 }
 
-/// How a command ended, and what it took.
-pub(super) struct Run {
-    /// Its exit code.
-    pub rc: i32,
-    /// What it said on stderr.
-    pub said: String,
-    /// How long it took.
-    pub took: Duration,
-}
-
-/// Runs a command of xen-locus in dom0, in bounded time and memory.
-pub(super) fn run(ctx: &Ctx, command: &str) -> Result<Run, Verdict> {
-    let began = std::time::Instant::now();
-    let out = ctx.dom0.sh_timeout(
-        &format!("ulimit -d {MEMORY} && exec xen-locus {command}"),
-        PATIENCE,
-    )?;
-    let took = began.elapsed();
-    check!(!out.timed_out, "{command} did not end in {PATIENCE:?}");
-    let said = out.err_text();
-    check!(!said.contains("panicked"), "{command}: {said}");
-    Ok(Run {
-        rc: out.rc,
-        said,
-        took,
-    })
-}
-
-fn info(ctx: &Ctx, guest: &str) -> Result<Run, Verdict> {
-    run(ctx, &format!("--no-cache info {guest}"))
+fn info(ctx: &Ctx, guest: &str) -> Result<Bounded, Verdict> {
+    bounded(ctx, &format!("--no-cache info {guest}"))
 }
 
 /// All commands that only read, while the guest lies.
@@ -105,14 +71,10 @@ fn told(ctx: &Ctx, lie: &str, words: &str) -> Result<String, Verdict> {
     );
     // Some lies are about what these need not know; the others they name.
     let mut ends = Vec::new();
-    for command in [
-        // With what was kept of it before it lied.
-        "info liar",
-        "status liar",
-        "check liar /payloads/locus_cmdline.ko",
-        "list",
-    ] {
-        let other = run(ctx, command)?;
+    let check = format!("check liar {CMDLINE_FILE}");
+    // `info` with what was stored of it before it lied.
+    for command in ["info liar", "status liar", &check, "list"] {
+        let other = bounded(ctx, command)?;
         check!(
             [0, 2, 3].contains(&other.rc),
             "{command} with the lie {lie} ended with {}: {}",

@@ -5,7 +5,6 @@
 //! what they found.
 
 mod behaviour;
-pub(super) mod guest_log;
 mod own;
 mod refused;
 mod subject;
@@ -13,6 +12,7 @@ mod toggled;
 
 use std::time::Duration;
 
+use super::steps::tool;
 use crate::fetch::{Suite, BOOKWORM, BULLSEYE, TESTING, TRIXIE};
 use crate::guest::Kind;
 use crate::profile::{HVM, PV1, PVH};
@@ -127,14 +127,11 @@ const BEHAVIOURS: &[(&str, Behaviour)] = &[
     ("refusals", refused::all),
 ];
 
-/// Pages of the arena that a behaviour may need; with fewer left the guest is started anew.
-const ROOM: u64 = 60;
-
 fn loader(ctx: &mut Ctx, kind: Kind, suite: &'static Suite) -> Result<(), Verdict> {
     // All of them, so that one run tells all that is wrong.
     let mut wrong = Vec::new();
     for (what, behaviour) in BEHAVIOURS {
-        let subject = Subject::with_room(ctx, kind, suite, ROOM)?;
+        let subject = Subject::with_room(ctx, kind, suite)?;
         subject.note(&format!("--- {what}"));
         match shown(&subject, *behaviour) {
             Ok(()) => {}
@@ -178,6 +175,9 @@ fn shown(subject: &Subject<'_>, behaviour: Behaviour) -> Result<(), Verdict> {
     subject.log.nothing_new(subject.ctx, &subject.guest)
 }
 
+/// The payload that has everything in it that a loader prepares.
+const MIXED: &str = "locus_mixed";
+
 /// What applying again and again must not make more of.
 #[derive(Debug, PartialEq, Eq)]
 struct Held {
@@ -207,11 +207,11 @@ impl Held {
 
 /// One cycle, and the most memory that one of its two runs took, in KiB (`ru_maxrss`).
 fn peak(subject: &Subject<'_>) -> Result<u64, Verdict> {
-    let (name, file) = (&subject.guest.name, subject.file("locus_mixed"));
+    let (name, file) = (&subject.guest.name, subject.file(MIXED));
     let mut most = 0;
     for command in [
         format!("apply {name} {file}"),
-        format!("revert {name} locus_mixed"),
+        format!("revert {name} {MIXED}"),
     ] {
         let text = subject.ctx.dom0.ok(&format!(
             "busybox time -f 'peak %M' xen-locus {command} 2>&1"
@@ -232,19 +232,17 @@ const AT_ONCE: u32 = 250;
 /// Applies and reverts again and again. After the last cycle nobody has more memory than after
 /// the first: the guest, its arena, or a run of xen-locus.
 fn cycles(ctx: &mut Ctx, kind: Kind, count: u32, load: bool) -> Result<(), Verdict> {
-    let subject = Subject::with_room(ctx, kind, &BOOKWORM, ROOM)?;
+    let subject = Subject::with_room(ctx, kind, &BOOKWORM)?;
     let before = subject.texts()?;
     if load {
         subject.guest.start_workload()?;
     }
     subject.log.mark(&subject.guest)?;
-    let (name, file) = (&subject.guest.name, subject.file("locus_mixed"));
+    let (name, file) = (&subject.guest.name, subject.file(MIXED));
     let run = |count: u32| -> Result<(), Verdict> {
         let limit = Duration::from_secs(60) + count * Duration::from_secs(3);
-        let cmd = format!(
-            "for i in $(seq {count}); do xen-locus apply {name} {file} && \
-             xen-locus revert {name} locus_mixed || {{ echo \"cycle $i: $?\"; exit 1; }}; done"
-        );
+        let (applied, reverted) = (format!("{name} {file}"), format!("{name} {MIXED}"));
+        let cmd = tool::cycles("xen-locus", &applied, &reverted, count);
         let out = subject.ctx.dom0.sh_timeout(&cmd, limit)?;
         check_eq!(out.rc, 0, "{} {}", out.text(), out.err_text());
         Ok(())
@@ -266,9 +264,9 @@ fn cycles(ctx: &mut Ctx, kind: Kind, count: u32, load: bool) -> Result<(), Verdi
         last <= first + first / 8,
         "a run took {first} KiB, then {last}"
     );
-    subject.apply("locus_mixed")?;
+    subject.apply(MIXED)?;
     subject.all_ok("/proc/cmdline")?;
-    subject.revert("locus_mixed")?;
+    subject.revert(MIXED)?;
     check_eq!(Held::of(&subject)?, held, "held after one more");
     check_eq!(
         subject.texts()?,

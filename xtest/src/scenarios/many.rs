@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use super::steps::patches::{cmdline_is_live, CMDLINE, CMDLINE_FILE};
+use super::steps::tool;
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::profile::CROWD;
 use crate::scenario::{Ctx, Scenario};
@@ -19,7 +21,6 @@ pub const MATRIX: &[Scenario] = &[Scenario {
 const COUNT: usize = 20;
 /// Memory of each, in MiB.
 const MEMORY: u32 = 112;
-const FILE: &str = "/payloads/locus_cmdline.ko";
 
 /// Starts `xen-locus` once for each guest, waits for all, and prints the guests for which it failed.
 const AT_ONCE: &str = r#"
@@ -44,7 +45,7 @@ fn twenty(ctx: &mut Ctx) -> Result<(), Verdict> {
     let all = names.join(" ");
     let memory = || ctx.dom0.ok("xl list | awk 'NR > 1 {print $1, $3}'");
     let before = memory()?;
-    for (action, what, new) in [("apply", FILE, true), ("revert", "locus_cmdline", false)] {
+    for (action, what, new) in [("apply", CMDLINE_FILE, true), ("revert", CMDLINE, false)] {
         let began = std::time::Instant::now();
         let out = ctx.dom0.sh_timeout(
             &format!("sh /tmp/at-once '{all}' {action} {what}"),
@@ -53,16 +54,10 @@ fn twenty(ctx: &mut Ctx) -> Result<(), Verdict> {
         check_eq!(out.text(), "", "{action}: {}", out.err_text());
         eprintln!("many: {action} of {COUNT} guests: {:?}", began.elapsed());
         for guest in &guests {
-            let seen = guest.ok("cat /proc/cmdline")?;
             let name = &guest.name;
-            check_eq!(
-                seen.ends_with("locus=live"),
-                new,
-                "{name} after {action}: {seen}"
-            );
-            let status = ctx.json(&format!("xen-locus -o json status {name}"))?;
-            let count = status["patches"].as_array().map_or(0, Vec::len);
-            check_eq!(count, usize::from(new), "{name} after {action}: {status}");
+            check_eq!(cmdline_is_live(guest)?, new, "{name} after {action}");
+            let count = tool::listed(ctx, name)?.len();
+            check_eq!(count, usize::from(new), "patches of {name} after {action}");
         }
     }
     check_eq!(memory()?, before, "memory of the guests");

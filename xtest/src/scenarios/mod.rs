@@ -23,6 +23,7 @@ mod sites;
 mod stack;
 mod stacks;
 mod states;
+mod steps;
 mod store;
 mod verify;
 

@@ -1,6 +1,7 @@
 //! Those who sleep in the way are woken, restart their system call, and the guest is as it was but for that.
 
-use super::kills::killed_at;
+use super::steps::patches::{file_for, DRAIN};
+use super::steps::tool;
 use crate::fetch::{Suite, BOOKWORM, TRIXIE};
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::profile::{PV1, PVH};
@@ -32,7 +33,6 @@ pub const MATRIX: &[Scenario] = &[Scenario {
     run: |ctx| nudge(ctx, Kind::Pv, &TRIXIE, 9),
 }];
 
-const PATCH: &str = "locus_drain";
 /// Threads asleep.
 const SLEEPERS: usize = 5;
 
@@ -74,24 +74,18 @@ fn slept_again(guest: &Guest, before: &[(u32, u64)]) -> Result<(), Verdict> {
     Ok(())
 }
 
-fn text(ctx: &Ctx, guest: &Guest) -> Result<String, Verdict> {
-    let name = &guest.name;
-    ctx.dom0
-        .ok(&format!("xen-locus info {name} --raw text | sha256sum"))
-}
-
 /// A guest with a kernel of this release, and where in dom0 the payload for it is.
 fn guest(ctx: &mut Ctx, kind: Kind, suite: &'static Suite) -> Result<(Guest, String), Verdict> {
     if *suite == BOOKWORM {
         let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
-        return Ok((guest, format!("/payloads/{PATCH}.ko")));
+        return Ok((guest, file_for(suite, DRAIN)));
     }
     let spec = GuestSpec::new(&format!("nudge-{}", suite.name), kind);
     let guest = ctx.ensure_guest(spec.suite(suite).memory(256))?;
     let made = ctx.kernels.test_payloads(suite)?;
-    let payload = made.iter().find(|(name, _)| name == PATCH);
-    let (_, file) = payload.ok_or_else(|| Verdict::Error(format!("no payload {PATCH}")))?;
-    let path = format!("/payloads/{}/{PATCH}.ko", suite.name);
+    let payload = made.iter().find(|(name, _)| name == DRAIN);
+    let (_, file) = payload.ok_or_else(|| Verdict::Error(format!("no payload {DRAIN}")))?;
+    let path = file_for(suite, DRAIN);
     ctx.dom0.put(&path, 0o644, &std::fs::read(file)?)?;
     Ok((guest, path))
 }
@@ -106,7 +100,7 @@ fn nudge(ctx: &mut Ctx, kind: Kind, suite: &'static Suite, step: usize) -> Resul
         "for i in $(seq {SLEEPERS}); do pause & done; sleep 1"
     ))?;
     let lines = guest.ok("dmesg | wc -l")?;
-    let untouched = text(ctx, &guest)?;
+    let untouched = tool::text_digest(ctx, &name)?;
 
     // In the way of applying: woken, they are in it again.
     let before = sleeps(&guest)?;
@@ -117,29 +111,24 @@ fn nudge(ctx: &mut Ctx, kind: Kind, suite: &'static Suite, step: usize) -> Resul
     check_eq!(nudged(ctx, &guest, &file)?, all);
     guest.ok("sleep 1")?;
     slept_again(&guest, &before)?;
-    check_eq!(text(ctx, &guest)?, untouched);
+    check_eq!(tool::text_digest(ctx, &name)?, untouched);
 
     killed(ctx, &guest, &file, &untouched, step)?;
 
     // In what was replaced: woken, they are in the new version.
     ctx.dom0
         .ok(&format!("xen-locus apply {name} {file} --entry-only"))?;
-    let draining = || {
-        let status = ctx.json(&format!("xen-locus -o json status {name}"))?;
-        let all = status["patches"][0]["draining"].as_array().map(Vec::len);
-        all.ok_or_else(|| Verdict::failure(format!("no draining: {status}")))
-    };
-    check_eq!(draining()?, SLEEPERS);
+    check_eq!(tool::draining(ctx, &name)?.len(), SLEEPERS);
     let before = sleeps(&guest)?;
-    check_eq!(nudged(ctx, &guest, PATCH)?, all);
+    check_eq!(nudged(ctx, &guest, DRAIN)?, all);
     guest.ok("sleep 1")?;
-    check_eq!(draining()?, 0);
+    check_eq!(tool::draining(ctx, &name)?.len(), 0);
     slept_again(&guest, &before)?;
-    check_eq!(nudged(ctx, &guest, PATCH)?, none);
+    check_eq!(nudged(ctx, &guest, DRAIN)?, none);
 
     ctx.dom0
-        .ok(&format!("xen-locus revert {name} {PATCH} --entry-only"))?;
-    check_eq!(text(ctx, &guest)?, untouched);
+        .ok(&format!("xen-locus revert {name} {DRAIN} --entry-only"))?;
+    check_eq!(tool::text_digest(ctx, &name)?, untouched);
     guest.ok("killall pause; sleep 1; ! pidof pause")?;
     // An emulated machine may well have `hrtimer: interrupt took …` to say.
     let log = guest.ok(&format!("dmesg | tail -n +$(({lines} + 1))"))?;
@@ -163,7 +152,7 @@ fn killed(
     let name = &guest.name;
     let mut kills = 0;
     for nth in (1..).step_by(step) {
-        let hit = killed_at(ctx, nth, "journal", &format!("nudge {name} {file}"))?;
+        let hit = tool::killed_at(ctx, nth, "journal", &format!("nudge {name} {file}"))?;
         if !hit {
             // Woken: it may take a moment until they all sleep in it again.
             guest.ok("sleep 1")?;
@@ -177,7 +166,7 @@ fn killed(
             matches!(result, "undone" | "nothing-to-do"),
             "place {nth}: {found}"
         );
-        check_eq!(text(ctx, guest)?, untouched, "place {nth}");
+        check_eq!(tool::text_digest(ctx, name)?, untouched, "place {nth}");
         sleeps(guest)?;
     }
     eprintln!("nudge: {name}: {kills} kills");

@@ -1,5 +1,7 @@
 //! Functions and symbols of the guest's modules.
 
+use super::steps::patches::SLEEPER;
+use super::steps::{guest_log, tool};
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::profile::{PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
@@ -29,11 +31,10 @@ fn kpatch(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
         check!(show.contains(words), "show says no {words:?}: {show}");
     }
     let before = guest.ok("cat /proc/cmdline")?;
-    ctx.dom0
-        .ok("xen-locus apply objects /payloads/locus_kpatch.ko")?;
+    tool::apply(ctx, "objects", "locus_kpatch")?;
     let after = guest.ok("cat /proc/cmdline")?;
     check_eq!(after, format!("{before} locus=kpatch"));
-    ctx.dom0.ok("xen-locus revert objects locus_kpatch")?;
+    tool::revert(ctx, "objects", "locus_kpatch")?;
     check_eq!(guest.ok("cat /proc/cmdline")?, before);
     Ok(())
 }
@@ -56,26 +57,23 @@ const HELD: [(&str, &str, &str); 2] = [
 /// Functions that the guest holds are left alone, and it is said who holds them.
 fn held(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let apply = "xen-locus apply objects /payloads/locus_kpatch.ko";
-    let tracing =
-        "mkdir -p /run/tracing && { mount -t tracefs t /run/tracing 2>/dev/null || true; } \
-                   && cd /run/tracing";
     for (begin, words, end) in HELD {
-        guest.ok(&format!("{tracing} && {begin}"))?;
-        refused(ctx, apply, 2, words)?;
-        guest.ok(&format!("{tracing} && {end}"))?;
+        guest.ok(&tool::in_tracing(begin))?;
+        tool::refused(ctx, apply, 2, words)?;
+        guest.ok(&tool::in_tracing(end))?;
     }
     let module = std::fs::read(ctx.payloads.join("locus_sleeper/locus_sleeper.ko"))?;
     guest.put("/tmp/locus_sleeper.ko", 0o644, &module)?;
     guest.ok("insmod /tmp/locus_sleeper.ko")?;
     let same = "xen-locus apply objects /payloads/locus_sleeper.ko";
-    refused(ctx, same, 2, "livepatched by the guest itself")?;
+    tool::refused(ctx, same, 2, "livepatched by the guest itself")?;
     let there = "/sys/kernel/livepatch/locus_sleeper";
     guest.ok(&format!(
         "for i in $(seq 60); do echo 0 > {there}/enabled && break; sleep 1; done; \
          for i in $(seq 60); do [ -e {there} ] || break; sleep 1; done; rmmod locus_sleeper"
     ))?;
     // Nobody holds them any more.
-    for name in ["locus_kpatch", "locus_sleeper"] {
+    for name in ["locus_kpatch", SLEEPER] {
         let out = ctx
             .dom0
             .sh(&format!("xen-locus check objects /payloads/{name}.ko"))?;
@@ -101,12 +99,12 @@ fn objects(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     kpatch(ctx, &guest)?;
     held(ctx, &guest)?;
     // One after the other, what it needs is there.
-    refused(ctx, &apply, 3, "module dummy is not loaded")?;
+    tool::refused(ctx, &apply, 3, "module dummy is not loaded")?;
     guest.ok("insmod /lib/modules/dummy.ko")?;
-    refused(ctx, &apply, 3, "no symbol crc_itu_t")?;
-    refused(ctx, &apply, 3, "crc-itu-t")?;
+    tool::refused(ctx, &apply, 3, "no symbol crc_itu_t")?;
+    tool::refused(ctx, &apply, 3, "crc-itu-t")?;
     guest.ok("insmod /lib/modules/crc_itu_t.ko")?;
-    refused(
+    tool::refused(
         ctx,
         "xen-locus apply objects /payloads/locus_object_sympos.ko",
         3,
@@ -118,20 +116,20 @@ fn objects(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     for _ in 0..2 {
         ctx.dom0.ok(&apply)?;
         received(&guest, CRC)?;
-        let status = ctx.json("xen-locus -o json status objects")?;
+        let status = tool::status(ctx, "objects")?;
         let patch = &status["patches"][0];
         check_eq!(patch["state"], "applied", "{status}");
         check_eq!(patch["functions"][0]["object"], "dummy", "{status}");
         let old = guest.ok("grep ' dummy_get_stats64' /proc/kallsyms | cut -d' ' -f1")?;
         check_eq!(patch["functions"][0]["old"], format!("0x{old}"));
-        ctx.dom0.ok(&format!("xen-locus revert objects {NAME}"))?;
+        tool::revert(ctx, "objects", NAME)?;
         received(&guest, "0")?;
     }
 
     // Either the module can't go, or it is noticed that it went.
     ctx.dom0.ok(&apply)?;
     let state = || -> Result<String, Verdict> {
-        let status = ctx.json("xen-locus -o json status objects")?;
+        let status = tool::status(ctx, "objects")?;
         Ok(status["patches"][0]["state"]
             .as_str()
             .unwrap_or("?")
@@ -140,13 +138,13 @@ fn objects(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let revert = format!("xen-locus revert objects {NAME}");
     if guest.sh("rmmod dummy")?.rc == 0 {
         check_eq!(state()?, "gone");
-        refused(ctx, &revert, 1, "module dummy")?;
-        refused(ctx, &apply, 1, "not in force any more")?;
+        tool::refused(ctx, &revert, 1, "module dummy")?;
+        tool::refused(ctx, &apply, 1, "not in force any more")?;
         guest.ok("insmod /lib/modules/dummy.ko")?;
         // At the same place or at another, it is as it was built.
         received(&guest, "0")?;
         check!(state()? != "applied", "a module that was loaded again");
-        refused(ctx, &revert, 1, NAME)?;
+        tool::refused(ctx, &revert, 1, NAME)?;
         received(&guest, "0")?;
     } else {
         check_eq!(state()?, "applied");
@@ -155,11 +153,7 @@ fn objects(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         ctx.dom0.ok(&revert)?;
         received(&guest, "0")?;
     }
-    let log = guest.ok("dmesg")?;
-    check!(
-        !log.contains("Oops") && !log.contains("BUG:"),
-        "the guest's kernel log: {log}"
-    );
+    guest_log::lacks(&guest, &["Oops", "BUG:"])?;
     ctx.destroy_guest("objects")
 }
 
@@ -167,16 +161,5 @@ fn objects(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
 fn received(guest: &Guest, packets: &str) -> Result<(), Verdict> {
     let seen = guest.ok("cat /sys/class/net/dummy0/statistics/rx_packets")?;
     check_eq!(seen, packets, "packets received");
-    Ok(())
-}
-
-fn refused(ctx: &Ctx, cmd: &str, rc: i32, words: &str) -> Result<(), Verdict> {
-    let out = ctx.dom0.sh(cmd)?;
-    check_eq!(out.rc, rc, "exit code of `{cmd}` ({})", out.err_text());
-    check!(
-        out.err_text().contains(words),
-        "`{cmd}` does not say {words:?}: {}",
-        out.err_text()
-    );
     Ok(())
 }

@@ -3,7 +3,8 @@
 
 use std::time::Duration;
 
-use super::loader::guest_log::Log;
+use super::steps::guest_log::Log;
+use super::steps::{patches, tool};
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::profile::{PV, PVH};
 use crate::scenario::{Ctx, Scenario};
@@ -106,11 +107,13 @@ fn threads(ctx: &mut Ctx, kind: Kind) -> Result<(Guest, Count), Verdict> {
 /// Applies and reverts with this program, so many times; adds the pauses to those in a file of dom0.
 fn cycles(ctx: &Ctx, guest: &Guest, program: &str, count: u32) -> Result<(), Verdict> {
     let name = &guest.name;
-    let cmd = format!(
-        "for i in $(seq {count}); do {program} apply {name} /payloads/{PATCH}.ko --timeout 60s && \
-         {program} revert {name} {PATCH} --timeout 60s || {{ echo \"cycle $i: $?\"; exit 1; }}; \
-         done | tee -a /run/{name}.log"
+    let cycles = tool::cycles(
+        program,
+        &format!("{name} {} --timeout 60s", patches::file(PATCH)),
+        &format!("{name} {PATCH} --timeout 60s"),
+        count,
     );
+    let cmd = format!("{cycles} | tee -a /run/{name}.log");
     // A change takes as many attempts as it does, and beside other machines each takes longer.
     let limit = Duration::from_secs(120) + count * Duration::from_secs(30);
     let out = ctx
@@ -128,8 +131,7 @@ fn cycles(ctx: &Ctx, guest: &Guest, program: &str, count: u32) -> Result<(), Ver
 
 fn protocol(ctx: &mut Ctx, kind: Kind, count: u32) -> Result<(), Verdict> {
     let (guest, first) = threads(ctx, kind)?;
-    let log = Log::default();
-    log.mark(&guest)?;
+    let log = Log::begin(ctx, &guest)?;
     let mut before = first;
     let mut done = 0;
     while done < count {

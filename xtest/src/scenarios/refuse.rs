@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::process::Command;
 
+use super::steps::patches::{cmdline_is_untouched, CMDLINE, CMDLINE_FILE};
+use super::steps::tool::{self, refused};
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::profile::{HVM, PV1};
 use crate::scenario::{Ctx, Scenario};
@@ -37,18 +39,6 @@ pub const SCENARIOS: &[Scenario] = &[
         run: firmware,
     },
 ];
-
-/// Runs a command that must fail with `rc` and say `words` on stderr.
-fn refused(ctx: &Ctx, cmd: &str, rc: i32, words: &str) -> Result<(), Verdict> {
-    let out = ctx.dom0.sh(cmd)?;
-    check_eq!(out.rc, rc, "exit code of `{cmd}` ({})", out.err_text());
-    check!(
-        out.err_text().contains(words),
-        "`{cmd}` does not say {words:?}: {}",
-        out.err_text()
-    );
-    Ok(())
-}
 
 fn payloads(ctx: &mut Ctx) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new("pv", Kind::Pv))?;
@@ -117,15 +107,12 @@ fn payloads(ctx: &mut Ctx) -> Result<(), Verdict> {
 }
 
 fn untouched(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
-    let status = ctx.json(&format!("xen-locus -o json status {}", guest.name))?;
-    check_eq!(status["patches"], serde_json::json!([]));
-    let seen = guest.ok("cat /proc/cmdline")?;
-    check!(!seen.contains("locus="), "the guest was changed: {seen}");
-    Ok(())
+    tool::no_patches(ctx, &guest.name)?;
+    cmdline_is_untouched(guest)
 }
 
 fn domains(ctx: &mut Ctx) -> Result<(), Verdict> {
-    let file = "/payloads/locus_cmdline.ko";
+    let file = CMDLINE_FILE;
     refused(
         ctx,
         &format!("xen-locus apply nobody {file}"),
@@ -174,14 +161,8 @@ fn domains(ctx: &mut Ctx) -> Result<(), Verdict> {
         3,
         "Linux kernel",
     )?;
-    let list = ctx.json("xen-locus -o json list")?;
-    let odd = list["domains"]
-        .as_array()
-        .and_then(|d| d.iter().find(|d| d["name"] == "odd"));
-    check!(
-        odd.is_some_and(|d| d["status"] == "unsupported"),
-        "list: {list}"
-    );
+    let row = tool::list_row(ctx, "odd")?;
+    check_eq!(row["status"], "unsupported", "list: {row}");
     ctx.destroy_guest("odd")
 }
 
@@ -210,14 +191,15 @@ fn not_linux() -> Result<PathBuf, Verdict> {
 
 fn changed_functions(ctx: &mut Ctx) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new("pv", Kind::Pv))?;
-    let apply = "xen-locus apply pv /payloads/locus_cmdline.ko";
+    let apply = &format!("xen-locus apply pv {CMDLINE_FILE}");
     // ftrace in the guest turns the nop into a call.
-    guest.ok(
-        "mkdir -p /run/tracing && mount -t tracefs t /run/tracing && cd /run/tracing && \
-         echo cmdline_proc_show > set_ftrace_filter && echo function > current_tracer",
-    )?;
+    guest.ok(&tool::in_tracing(
+        "echo cmdline_proc_show > set_ftrace_filter && echo function > current_tracer",
+    ))?;
     refused(ctx, apply, 2, "traced")?;
-    guest.ok("cd /run/tracing && echo nop > current_tracer && echo > set_ftrace_filter")?;
+    guest.ok(&tool::in_tracing(
+        "echo nop > current_tracer && echo > set_ftrace_filter",
+    ))?;
     ctx.dom0.ok(apply)?;
     // A redirect of ours that someone changes is left alone, and said to be changed.
     let mine = ctx
@@ -228,11 +210,11 @@ fn changed_functions(ctx: &mut Ctx) -> Result<(), Verdict> {
         "no jump stands behind the nop: {mine}"
     );
     refused(ctx, "xen-locus revert pv locus_cmdline", 1, "changed it")?;
-    let status = ctx.json("xen-locus -o json status pv")?;
+    let status = tool::status(ctx, "pv")?;
     check_eq!(status["patches"][0]["state"], "drifted");
     ctx.dom0
         .ok(&format!("locus-poke pv cmdline_proc_show+5 {mine}"))?;
-    ctx.dom0.ok("xen-locus revert pv locus_cmdline")?;
+    tool::revert(ctx, "pv", CMDLINE)?;
     // A jump of someone else's, to nowhere we know.
     let old = ctx
         .dom0
@@ -254,7 +236,7 @@ fn firmware(ctx: &mut Ctx) -> Result<(), Verdict> {
         .ok("xl create -q /etc/xen/firm.cfg; sleep 2; xl domid firm")?;
     refused(
         ctx,
-        "xen-locus apply firm /payloads/locus_cmdline.ko",
+        &format!("xen-locus apply firm {CMDLINE_FILE}"),
         2,
         "firmware",
     )?;

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use super::steps::patches::CMDLINE;
+use super::steps::tool;
 use crate::guest::{GuestSpec, Kind};
 use crate::profile::{PV, PV1};
 use crate::scenario::{Ctx, Scenario};
@@ -75,8 +77,7 @@ fn signals(ctx: &mut Ctx) -> Result<(), Verdict> {
     let last = said.lines().last().unwrap_or_default();
     check_eq!(out.rc, 0, "{last} {}\n{said}", out.err_text());
     ctx.dom0.sh("xen-locus revert pv --all")?;
-    let status = ctx.json("xen-locus -o json status pv")?;
-    check_eq!(status["patches"], serde_json::json!([]));
+    tool::no_patches(ctx, "pv")?;
     check!(guest.rounds()? > rounds, "the workload stood still");
     let seen = guest.ok("cat /proc/version")?;
     check!(!seen.contains("locus="), "the guest shows {seen:?}");
@@ -93,7 +94,7 @@ fn two_at_once(ctx: &mut Ctx) -> Result<(), Verdict> {
         said.contains("applied (") && said.contains("already"),
         "one should apply and the other find it applied: {said}"
     );
-    ctx.dom0.ok("xen-locus revert pv locus_cmdline")?;
+    tool::revert(ctx, "pv", CMDLINE)?;
     Ok(())
 }
 

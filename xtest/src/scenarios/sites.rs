@@ -2,51 +2,45 @@
 
 use std::time::Duration;
 
-use crate::fetch::{Suite, BOOKWORM, BULLSEYE, TESTING, TRIXIE};
-use crate::guest::{Guest, GuestSpec, Kind};
-use crate::profile::{HVM, PV1, PVH};
+use super::steps::kernels::{self, kernel_scenarios};
+use super::steps::patches::cmdline_is_untouched;
+use super::steps::tool;
+use crate::fetch::{Suite, BOOKWORM};
+use crate::guest::{Guest, Kind};
 use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// A scenario for a release's kernel and a guest's type.
-macro_rules! sites {
-    ($name:literal, $suite:ident, $kind:ident, $profile:ident) => {
-        Scenario {
-            name: $name,
-            summary:
-                "alternatives, calls, returns and jump labels are what the kernel made of its own",
-            profile: &$profile,
-            run: |ctx| sites(ctx, &$suite, Kind::$kind),
-        }
-    };
-}
+const SUMMARY: &str =
+    "alternatives, calls, returns and jump labels are what the kernel made of its own";
 
 /// Part of every run.
-pub const SCENARIOS: &[Scenario] = &[
-    sites!("sites-bookworm-pv", BOOKWORM, Pv, PV1),
-    sites!("sites-trixie-pv", TRIXIE, Pv, PV1),
-    sites!("sites-bookworm-pvh", BOOKWORM, Pvh, PVH),
-];
+pub const SCENARIOS: &[Scenario] = kernel_scenarios!(
+    sites,
+    SUMMARY,
+    [
+        ("sites-bookworm-pv", BOOKWORM, Pv, PV1),
+        ("sites-trixie-pv", TRIXIE, Pv, PV1),
+        ("sites-bookworm-pvh", BOOKWORM, Pvh, PVH),
+    ]
+);
 
 /// The rest of the matrix of kernels and types.
-pub const MATRIX: &[Scenario] = &[
-    sites!("sites-bullseye-pv", BULLSEYE, Pv, PV1),
-    sites!("sites-testing-pv", TESTING, Pv, PV1),
-    sites!("sites-bullseye-pvh", BULLSEYE, Pvh, PVH),
-    sites!("sites-trixie-pvh", TRIXIE, Pvh, PVH),
-    sites!("sites-testing-pvh", TESTING, Pvh, PVH),
-    sites!("sites-bookworm-hvm", BOOKWORM, Hvm, HVM),
-];
+pub const MATRIX: &[Scenario] = kernel_scenarios!(
+    sites,
+    SUMMARY,
+    [
+        ("sites-bullseye-pv", BULLSEYE, Pv, PV1),
+        ("sites-testing-pv", TESTING, Pv, PV1),
+        ("sites-bullseye-pvh", BULLSEYE, Pvh, PVH),
+        ("sites-trixie-pvh", TRIXIE, Pvh, PVH),
+        ("sites-testing-pvh", TESTING, Pvh, PVH),
+        ("sites-bookworm-hvm", BOOKWORM, Hvm, HVM),
+    ]
+);
 
 fn sites(ctx: &mut Ctx, suite: &'static Suite, kind: Kind) -> Result<(), Verdict> {
-    let spec = if *suite == BOOKWORM {
-        GuestSpec::new(kind.name(), kind)
-    } else {
-        GuestSpec::new(&format!("{}-{}", suite.name, kind.name()), kind)
-            .suite(suite)
-            .memory(256)
-    };
+    let spec = kernels::spec(suite, kind);
     let file = format!("{}/vmlinux", spec.boot_dir());
     let guest = ctx.ensure_guest(spec)?;
     if *suite != BOOKWORM {
@@ -70,18 +64,14 @@ fn sites(ctx: &mut Ctx, suite: &'static Suite, kind: Kind) -> Result<(), Verdict
 
 /// A payload with an alternative in its code comes and goes.
 fn alternative(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+    const PATCH: &str = "locus_altinst";
     let name = &guest.name;
-    ctx.dom0.ok(&format!(
-        "xen-locus apply {name} /payloads/locus_altinst.ko"
-    ))?;
+    tool::apply(ctx, name, PATCH)?;
     let seen = guest.ok("cat /proc/cmdline")?;
     check!(
         seen.ends_with("locus=altinst"),
         "it is not in force: {seen}"
     );
-    ctx.dom0
-        .ok(&format!("xen-locus revert {name} locus_altinst"))?;
-    let seen = guest.ok("cat /proc/cmdline")?;
-    check!(!seen.contains("locus="), "it is in force still: {seen}");
-    Ok(())
+    tool::revert(ctx, name, PATCH)?;
+    cmdline_is_untouched(guest)
 }

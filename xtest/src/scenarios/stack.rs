@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::store::{ASK, START, STOP};
+use super::steps::patches::{CMDLINE, SLEEPER, THREE, TWO};
+use super::steps::{daemon, guest_log, tool};
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::profile::{HVM, PV1};
 use crate::scenario::{Ctx, Scenario};
@@ -29,15 +30,8 @@ pub const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// Replaces `cmdline_proc_show`: word "live" in `/proc/cmdline`.
-const ONE: &str = "locus_cmdline";
-/// Replaces that and `version_proc_show`: word "two" in `/proc/cmdline` and `/proc/version`.
-const TWO: &str = "locus_stack_two";
-/// Replaces `cmdline_proc_show`: word "three".
-const THREE: &str = "locus_stack_three";
 /// Replaces `version_proc_show`, word "all", and says itself that it supersedes what is there.
 const ALL: &str = "locus_stack_all";
-const SLEEPER: &str = "locus_sleeper";
 
 struct Test<'c> {
     ctx: &'c Ctx,
@@ -88,22 +82,7 @@ impl Test<'_> {
     /// Checks what the guest shows: the word in `/proc/cmdline` and in `/proc/version`, empty for
     /// the kernel's own text. And what `status` shows: the patches, undermost first.
     fn shows(&self, cmdline: &str, version: &str, patches: &[&str]) -> Result<Value, Verdict> {
-        let words = self
-            .guest
-            .ok("for f in cmdline version; do tr ' ' '\\n' </proc/$f | sed -n 's/^locus=//p' | tr '\\n' ' '; echo .; done")?;
-        let expected = [cmdline, version].map(|word| match word {
-            "" => ".".to_owned(),
-            word => format!("{word} ."),
-        });
-        check_eq!(words, expected.join("\n"), "what the guest shows");
-        let (rc, status, said) = self.run(&format!("status {}", self.guest.name))?;
-        check_eq!(rc, 0, "status: {said}");
-        let listed = status["patches"].as_array().cloned().unwrap_or_default();
-        let names: Vec<&str> = listed.iter().filter_map(|p| p["name"].as_str()).collect();
-        check_eq!(names, patches, "{status}");
-        let sound = listed.iter().all(|p| p["state"] == "applied");
-        check!(sound, "not all are in force: {status}");
-        Ok(status)
+        tool::shows(self.ctx, &self.guest, [cmdline, version, ""], patches)
     }
 
     /// Who covers `function` of the patch number `patch` in a status.
@@ -151,10 +130,7 @@ fn stack(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         same.text(),
         same.err_text()
     );
-    let log = test.guest.ok("dmesg")?;
-    for word in ["Oops", "BUG:", "WARNING:", "general protection"] {
-        check!(!log.contains(word), "{word} in the guest's log: {log}");
-    }
+    guest_log::lacks(&test.guest, &guest_log::BROKEN)?;
     ctx.dom0.ok("rm -f /tmp/text.before /tmp/text.after")?;
     Ok(())
 }
@@ -162,10 +138,10 @@ fn stack(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
 /// Two patches on one function, in either order; every step back must be the last one.
 fn in_order(test: &Test<'_>) -> Result<(), Verdict> {
     let name = &test.guest.name;
-    test.does("apply", ONE, "applied")?;
-    test.shows("live", "", &[ONE])?;
+    test.does("apply", CMDLINE, "applied")?;
+    test.shows("live", "", &[CMDLINE])?;
     test.does("apply", TWO, "applied")?;
-    let status = test.shows("two", "two", &[ONE, TWO])?;
+    let status = test.shows("two", "two", &[CMDLINE, TWO])?;
     check_eq!(Test::covered(&status, 0, "cmdline_proc_show"), TWO);
     check_eq!(
         Test::covered(&status, 1, "cmdline_proc_show"),
@@ -178,12 +154,18 @@ fn in_order(test: &Test<'_>) -> Result<(), Verdict> {
         "{table}"
     );
     test.refused(
-        &format!("revert {name} {ONE}"),
+        &format!("revert {name} {CMDLINE}"),
         &["can't be reverted", TWO, "cmdline_proc_show"],
     )?;
-    test.refused(&format!("-N revert {name} {ONE}"), &["can't be reverted"])?;
+    test.refused(
+        &format!("-N revert {name} {CMDLINE}"),
+        &["can't be reverted"],
+    )?;
     // The same name, other content.
-    let [mine, other] = [format!("/payloads/{ONE}.ko"), format!("/tmp/{ONE}.ko")];
+    let [mine, other] = [
+        format!("/payloads/{CMDLINE}.ko"),
+        format!("/tmp/{CMDLINE}.ko"),
+    ];
     let sums = test.ctx.dom0.ok(&format!(
         "cp {mine} {other} && echo >>{other} && sha256sum {mine} {other} | cut -d' ' -f1"
     ))?;
@@ -192,24 +174,27 @@ fn in_order(test: &Test<'_>) -> Result<(), Verdict> {
     for verb in ["apply", "replace"] {
         test.refused(&format!("{verb} {name} {other}"), &sums)?;
     }
-    test.shows("two", "two", &[ONE, TWO])?;
+    test.shows("two", "two", &[CMDLINE, TWO])?;
     test.does("revert", TWO, "reverted")?;
-    test.shows("live", "", &[ONE])?;
-    test.does("revert", ONE, "reverted")?;
+    test.shows("live", "", &[CMDLINE])?;
+    test.does("revert", CMDLINE, "reverted")?;
     test.shows("", "", &[])?;
 
     // Applied again, the other way round: who came last lies on top.
     test.does("apply", TWO, "applied")?;
-    test.does("apply", ONE, "applied")?;
-    let status = test.shows("live", "two", &[TWO, ONE])?;
-    check_eq!(Test::covered(&status, 0, "cmdline_proc_show"), ONE);
+    test.does("apply", CMDLINE, "applied")?;
+    let status = test.shows("live", "two", &[TWO, CMDLINE])?;
+    check_eq!(Test::covered(&status, 0, "cmdline_proc_show"), CMDLINE);
     check_eq!(
         Test::covered(&status, 0, "version_proc_show"),
         Value::Null,
         "{status}"
     );
-    test.refused(&format!("revert {name} {TWO}"), &["can't be reverted", ONE])?;
-    test.does("revert", ONE, "reverted")?;
+    test.refused(
+        &format!("revert {name} {TWO}"),
+        &["can't be reverted", CMDLINE],
+    )?;
+    test.does("revert", CMDLINE, "reverted")?;
     test.shows("two", "two", &[TWO])?;
     test.does("revert", TWO, "reverted")?;
     test.shows("", "", &[])?;
@@ -218,12 +203,12 @@ fn in_order(test: &Test<'_>) -> Result<(), Verdict> {
 
 /// `replace`, and a payload that says itself that it replaces what is there.
 fn superseded(test: &Test<'_>) -> Result<(), Verdict> {
-    test.does("apply", ONE, "applied")?;
+    test.does("apply", CMDLINE, "applied")?;
     test.does("apply", TWO, "applied")?;
-    let both = Value::from(vec![ONE, TWO]);
+    let both = Value::from(vec![CMDLINE, TWO]);
     let report = test.does("-N replace", THREE, "would-apply")?;
     check_eq!(report["superseded"], both, "{report}");
-    test.shows("two", "two", &[ONE, TWO])?;
+    test.shows("two", "two", &[CMDLINE, TWO])?;
     let report = test.does("replace", THREE, "applied")?;
     check_eq!(report["superseded"], both, "{report}");
     // What only the superseded one replaced is the kernel's own again.
@@ -232,7 +217,7 @@ fn superseded(test: &Test<'_>) -> Result<(), Verdict> {
     test.does("revert", THREE, "reverted")?;
     test.shows("", "", &[])?;
 
-    test.does("apply", ONE, "applied")?;
+    test.does("apply", CMDLINE, "applied")?;
     test.does("apply", TWO, "applied")?;
     let report = test.does("apply", ALL, "applied")?;
     check_eq!(report["superseded"], both, "{report}");
@@ -242,15 +227,15 @@ fn superseded(test: &Test<'_>) -> Result<(), Verdict> {
     let again = format!("replace {} /payloads/{ALL}.ko", test.guest.name);
     test.refused(&again, &["can't supersede itself"])?;
     let out = test.ctx.dom0.ok(&format!(
-        "xen-locus replace {} /payloads/{ONE}.ko",
+        "xen-locus replace {} /payloads/{CMDLINE}.ko",
         test.guest.name
     ))?;
     check!(
         out.contains("superseding locus_stack_all, locus_stack_three"),
         "{out}"
     );
-    test.shows("live", "", &[ONE])?;
-    test.does("revert", ONE, "reverted")?;
+    test.shows("live", "", &[CMDLINE])?;
+    test.does("revert", CMDLINE, "reverted")?;
     test.shows("", "", &[])?;
     Ok(())
 }
@@ -259,14 +244,14 @@ fn superseded(test: &Test<'_>) -> Result<(), Verdict> {
 fn blocked(test: &Test<'_>) -> Result<(), Verdict> {
     let name = &test.guest.name;
     test.does("apply", SLEEPER, "applied")?;
-    test.does("apply", ONE, "applied")?;
+    test.does("apply", CMDLINE, "applied")?;
     test.guest.ok("pause & sleep 1")?;
     let (rc, report, said) =
         test.run(&format!("replace {name} /payloads/{THREE}.ko --timeout 2s"))?;
     check_eq!(rc, 2, "{said}");
     check_eq!(report["result"], "blocked", "{report}");
     check_eq!(report["blockers"][0]["comm"], "pause", "{report}");
-    test.shows("live", "", &[SLEEPER, ONE])?;
+    test.shows("live", "", &[SLEEPER, CMDLINE])?;
     test.guest.ok("killall pause; sleep 1")?;
     test.does("replace", THREE, "applied")?;
     test.shows("three", "", &[THREE])?;
@@ -279,27 +264,18 @@ fn blocked(test: &Test<'_>) -> Result<(), Verdict> {
 fn through_xenstore(test: &Test<'_>) -> Result<(), Verdict> {
     let dom0 = &test.ctx.dom0;
     let (name, id) = (&test.guest.name, test.guest.domid);
-    dom0.put("/tmp/ask", 0o755, ASK.as_bytes())?;
     dom0.ok("xenstore-rm /tool/xen-locus/request 2>/dev/null || true")?;
-    dom0.ok(START)?;
-    let ask = |line: &str, rc: &str, words: &str| -> Result<(), Verdict> {
-        let said = dom0.sh_timeout(&format!("/tmp/ask {line}"), Duration::from_secs(120))?;
-        let text = said.text();
-        check!(
-            text.split(' ').next() == Some(rc) && text.contains(words),
-            "`{line}`: got {text:?}, expected {rc} and {words:?}"
-        );
-        Ok(())
-    };
-    test.does("apply", ONE, "applied")?;
+    daemon::start(test.ctx)?;
+    let ask = |request: &str, rc: &str, words: &str| daemon::ask(test.ctx, request, rc, words);
+    test.does("apply", CMDLINE, "applied")?;
     ask(
         &format!("s1 op=apply domain={name} patch={TWO}"),
         "0",
         "applied",
     )?;
-    test.shows("two", "two", &[ONE, TWO])?;
+    test.shows("two", "two", &[CMDLINE, TWO])?;
     ask(
-        &format!("s2 op=revert domain={name} patch={ONE}"),
+        &format!("s2 op=revert domain={name} patch={CMDLINE}"),
         "1",
         "can't be reverted while another lies on it",
     )?;
@@ -317,22 +293,20 @@ fn through_xenstore(test: &Test<'_>) -> Result<(), Verdict> {
         "reverted",
     )?;
     test.shows("", "", &[])?;
-    dom0.ok(STOP)?;
-    dom0.ok("rm -f /tmp/ask")?;
-    Ok(())
+    daemon::stop(test.ctx)
 }
 
 /// `revert --all`: from the top, and then there is nothing to do.
 fn all_at_once(test: &Test<'_>) -> Result<(), Verdict> {
     let name = &test.guest.name;
-    for patch in [ONE, TWO, THREE] {
+    for patch in [CMDLINE, TWO, THREE] {
         test.does("apply", patch, "applied")?;
     }
-    test.shows("three", "two", &[ONE, TWO, THREE])?;
+    test.shows("three", "two", &[CMDLINE, TWO, THREE])?;
     for (words, result) in [("-N revert", "would-revert"), ("revert", "reverted")] {
         let (rc, done, said) = test.run(&format!("{words} {name} --all"))?;
         check_eq!(rc, 0, "{words} --all: {said}");
-        for (i, patch) in [THREE, TWO, ONE].iter().enumerate() {
+        for (i, patch) in [THREE, TWO, CMDLINE].iter().enumerate() {
             check_eq!(done["results"][i]["patch"], *patch, "{done}");
             check_eq!(done["results"][i]["result"], result, "{done}");
         }

@@ -2,40 +2,33 @@
 //! CPU are reliable: sleeping, stopped, dead and preempted ones.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::fetch::{Suite, BOOKWORM, BULLSEYE, TESTING, TRIXIE};
+use super::steps::kernels::kernel_scenarios;
+use super::steps::tool;
+use super::steps::wait::GATHERING;
+use crate::fetch::Suite;
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::profile::{PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// A scenario for a release's kernel and a guest's type.
-macro_rules! stacks {
-    ($name:literal, $suite:ident, $kind:ident, $profile:ident) => {
-        Scenario {
-            name: $name,
-            summary: "every stack is reliable, and as the guest shows it",
-            profile: &$profile,
-            run: |ctx| stacks(ctx, &$suite, Kind::$kind),
-        }
-    };
-}
-
 /// The matrix of kernels and types.
-pub const MATRIX: &[Scenario] = &[
-    stacks!("stacks-bookworm-pv", BOOKWORM, Pv, PV1),
-    stacks!("stacks-bookworm-pvh", BOOKWORM, Pvh, PVH),
-    stacks!("stacks-bullseye-pv", BULLSEYE, Pv, PV1),
-    stacks!("stacks-trixie-pv", TRIXIE, Pv, PV1),
-    stacks!("stacks-testing-pv", TESTING, Pv, PV1),
-    stacks!("stacks-bullseye-pvh", BULLSEYE, Pvh, PVH),
-    stacks!("stacks-trixie-pvh", TRIXIE, Pvh, PVH),
-    stacks!("stacks-testing-pvh", TESTING, Pvh, PVH),
-];
+pub const MATRIX: &[Scenario] = kernel_scenarios!(
+    stacks,
+    "every stack is reliable, and as the guest shows it",
+    [
+        ("stacks-bookworm-pv", BOOKWORM, Pv, PV1),
+        ("stacks-bookworm-pvh", BOOKWORM, Pvh, PVH),
+        ("stacks-bullseye-pv", BULLSEYE, Pv, PV1),
+        ("stacks-trixie-pv", TRIXIE, Pv, PV1),
+        ("stacks-testing-pv", TESTING, Pv, PV1),
+        ("stacks-bullseye-pvh", BULLSEYE, Pvh, PVH),
+        ("stacks-trixie-pvh", TRIXIE, Pvh, PVH),
+        ("stacks-testing-pvh", TESTING, Pvh, PVH),
+    ]
+);
 
 /// Looks at the guest while it is busy.
 const BUSY: usize = 6;
@@ -47,8 +40,6 @@ const ROUNDS: usize = 8;
 const RESTLESS: usize = 4;
 /// Most frames that `/proc/PID/stack` shows (fs/proc/base.c: `MAX_STACK_TRACE_DEPTH`).
 const SHOWN_MAX: usize = 64;
-/// What a guest says of itself is gathered on an emulated processor.
-const LIMIT: Duration = Duration::from_secs(300);
 
 /// Sleeps, waits for a pipe, is stopped, and is dead with a parent that does not ask.
 const SLEEPERS: &str = "mkfifo /tmp/stacks.fifo; sleep 99999 & echo $! > /tmp/stacks.pids; \
@@ -148,7 +139,7 @@ struct Seen {
 
 /// The tasks that were on no CPU, by id. All of them must be reliable.
 fn reliable(ctx: &Ctx, guest: &Guest) -> Result<BTreeMap<u64, Seen>, Verdict> {
-    let info = ctx.json(&format!("xen-locus -o json info {} --stacks", guest.name))?;
+    let info = tool::info(ctx, &guest.name, "--stacks")?;
     let list = info["stack_list"].as_array();
     let list = list.ok_or_else(|| Verdict::failure(format!("no stack_list: {info}")))?;
     let mut all = BTreeMap::new();
@@ -198,7 +189,7 @@ fn shown(guest: &Guest) -> Result<BTreeMap<u64, Shown>, Verdict> {
     // Tasks that end under it make grep end with 2. An empty stack shows no line.
     let cmd = "cd /proc; grep -H -e ctxt_switches [0-9]*/task/[0-9]*/status 2>/dev/null; \
                grep -H . [0-9]*/task/[0-9]*/stack 2>/dev/null; true";
-    let out = guest.sh_timeout(cmd, LIMIT)?.text();
+    let out = guest.sh_timeout(cmd, GATHERING)?.text();
     let mut all = BTreeMap::<u64, Shown>::new();
     for line in out.lines() {
         let Some((pid, file, rest)) = entry(line) else {

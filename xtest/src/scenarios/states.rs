@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::loader::guest_log::Log;
+use super::steps::guest_log::Log;
+use super::steps::tool;
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::profile::{PV, PVH};
 use crate::scenario::{Ctx, Scenario};
@@ -107,8 +108,7 @@ fn states(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let spec = GuestSpec::new(&name, kind).kernel_args("preempt=full");
     let guest = ctx.ensure_guest(spec)?;
     guest.insmod(&ctx.payloads.join(format!("{SUBJECT}/{SUBJECT}.ko")))?;
-    let log = Log::default();
-    log.mark(&guest)?;
+    let log = Log::begin(ctx, &guest)?;
     let subject = Subject { ctx, guest };
     // All of them, so that one run tells all that is missed.
     let mut wrong = Vec::new();
@@ -240,18 +240,19 @@ impl Subject<'_> {
     /// The function-graph tracer holds the return address of what the function has called.
     fn traced(&self) -> Result<(), Verdict> {
         let guest = &self.guest;
-        guest.ok(
-            "mkdir -p /run/tracing && { mount -t tracefs t /run/tracing 2>/dev/null || true; } && \
-             cd /run/tracing && echo locus_states_callee > set_ftrace_filter && \
+        guest.ok(&tool::in_tracing(
+            "echo locus_states_callee > set_ftrace_filter && \
              echo function_graph > current_tracer",
-        )?;
+        ))?;
         let mut tried = self.begin("calling", "inside 1 ").and_then(|()| {
             let tried = self.blocked(&self.applying("1s"));
             self.release()?;
             tried
         });
         // A thread that began under the tracer may stay below its trampoline for long after it.
-        guest.ok("cd /run/tracing && echo nop > current_tracer && echo > set_ftrace_filter")?;
+        guest.ok(&tool::in_tracing(
+            "echo nop > current_tracer && echo > set_ftrace_filter",
+        ))?;
         let blockers = std::mem::replace(&mut tried, Ok(Vec::new()))?;
         let expected = Inside {
             functions: TRAMPOLINES,

@@ -1,7 +1,7 @@
 //! A script that knows only xenstore-write gets a guest patched, and is told the truth.
 
-use std::time::Duration;
-
+use super::steps::patches::{self, CMDLINE};
+use super::steps::{daemon, tool};
 use crate::guest::{GuestSpec, Kind};
 use crate::profile::PV1;
 use crate::scenario::{Ctx, Scenario};
@@ -32,47 +32,12 @@ pub const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// A request as a shell script makes it: nodes first, `submit` last, then wait for `state`.
-pub(super) const ASK: &str = r#"#!/bin/sh
-# ask ID NODE=VALUE...: prints rc and message
-set -e
-at=/tool/xen-locus/request/$1; shift
-for n in "$@"; do xenstore-write "$at/${n%%=*}" "${n#*=}"; done
-xenstore-write "$at/submit" 1
-i=0
-until [ "$(xenstore-read "$at/state" 2>/dev/null)" = done ]; do
-	i=$((i + 1)); [ $i -lt 600 ] || { echo "no answer"; exit 1; }
-	usleep 100000
-done
-echo "$(xenstore-read "$at/rc") $(xenstore-read "$at/message")"
-"#;
-
-/// Starts the daemon.
-pub(super) const START: &str = "mkdir -p /var/lib/xen-locus/payloads && \
-                     cp /payloads/*.ko /var/lib/xen-locus/payloads/ && \
-                     (xen-locus daemon >>/var/log/daemon.log 2>&1 & echo $! >/run/daemon.pid)";
-
-/// Ends it; returns when it has ended.
-pub(super) const STOP: &str = "kill $(cat /run/daemon.pid); for i in $(seq 100); do \
-                    kill -0 $(cat /run/daemon.pid) 2>/dev/null || exit 0; usleep 100000; done; exit 1";
-
 fn requests(ctx: &mut Ctx) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new("pv", Kind::Pv))?;
     let id = guest.domid;
-    ctx.dom0.put("/tmp/ask", 0o755, ASK.as_bytes())?;
-    ctx.dom0.ok(START)?;
+    daemon::start(ctx)?;
     let read = |path: &str| ctx.dom0.sh(&format!("xenstore-read {path} 2>/dev/null"));
-    let ask = |line: &str, rc: &str, words: &str| -> Result<(), Verdict> {
-        let limit = Duration::from_secs(90);
-        let said = ctx.dom0.sh_timeout(&format!("/tmp/ask {line}"), limit)?;
-        let text = said.text();
-        check!(
-            text.split(' ').next() == Some(rc) && text.contains(words),
-            "`{line}`: got {text:?}, expected {rc} and {words:?} ({})",
-            said.err_text()
-        );
-        Ok(())
-    };
+    let ask = |request: &str, rc: &str, words: &str| daemon::ask(ctx, request, rc, words);
     ctx.dom0.ok(&format!(
         "for i in $(seq 100); do xenstore-read /tool/xen-locus/domain/{id}/uuid && \
          [ \"$(xenstore-read /tool/xen-locus/state)\" = running ] && exit 0; \
@@ -94,8 +59,7 @@ fn requests(ctx: &mut Ctx) -> Result<(), Verdict> {
 
     let apply = format!("op=apply domain={id} uuid={uuid} patch=locus_cmdline");
     ask(&format!("a1 {apply}"), "0", "applied")?;
-    let seen = guest.ok("cat /proc/cmdline")?;
-    check!(seen.ends_with("locus=live"), "the guest shows {seen:?}");
+    check!(patches::cmdline_is_live(&guest)?, "the patch has no effect");
     let state = format!("/tool/xen-locus/domain/{id}/patch/locus_cmdline/state");
     check_eq!(read(&state)?.text(), "applied");
     ask(&format!("a2 {apply}"), "0", "already")?;
@@ -104,8 +68,7 @@ fn requests(ctx: &mut Ctx) -> Result<(), Verdict> {
         "0",
         "reverted",
     )?;
-    let seen = guest.ok("cat /proc/cmdline")?;
-    check!(!seen.contains("locus="), "the guest shows {seen:?}");
+    patches::cmdline_is_untouched(&guest)?;
     check!(read(&state)?.rc != 0, "{state} is still there");
 
     let stale = "11111111-2222-3333-4444-555555555555";
@@ -158,7 +121,7 @@ fn requests(ctx: &mut Ctx) -> Result<(), Verdict> {
 
     // A second daemon does not start; the first ends when asked, and a request waits for the next.
     check_eq!(ctx.dom0.sh("xen-locus daemon")?.rc, 2, "a second daemon");
-    ctx.dom0.ok(STOP)?;
+    daemon::stop(ctx)?;
     check_eq!(read("/tool/xen-locus/state")?.text(), "stopped");
     ctx.dom0.ok(
         "(sleep 3; exec xen-locus daemon >>/var/log/daemon.log 2>&1) & echo $! >/run/daemon.pid",
@@ -169,15 +132,14 @@ fn requests(ctx: &mut Ctx) -> Result<(), Verdict> {
         "0",
         "reverted",
     )?;
-    ctx.dom0.ok(STOP)?;
-    Ok(())
+    daemon::stop(ctx)
 }
 
 /// A request for a module that is not loaded yet waits for it, until its deadline.
 fn late_module(ctx: &mut Ctx) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new("late", Kind::Pv))?;
-    ctx.dom0.ok(START)?;
-    let at = "/tool/xen-locus/request";
+    daemon::start(ctx)?;
+    let at = daemon::REQUESTS;
     let ask = |id: &str, seconds: u32| {
         ctx.dom0.ok(&format!(
             "xenstore-write {at}/{id}/op apply {at}/{id}/domain late \
@@ -213,7 +175,7 @@ fn late_module(ctx: &mut Ctx) -> Result<(), Verdict> {
     );
     let status = ctx.dom0.ok("xen-locus status late")?;
     check!(status.contains("locus_object_dummy"), "status: {status}");
-    ctx.dom0.ok(STOP)?;
+    daemon::stop(ctx)?;
     ctx.destroy_guest("late")
 }
 
@@ -234,12 +196,10 @@ fn updated(ctx: &mut Ctx) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new("updated", Kind::Pv))?;
     guest.start_workload()?;
     let rounds = guest.rounds()?;
-    ctx.dom0.put("/tmp/ask", 0o755, ASK.as_bytes())?;
     ctx.dom0.put("/tmp/steps.sh", 0o755, STEPS.as_bytes())?;
-    ctx.dom0.ok(START)?;
-    let ask = |line: &str| ctx.dom0.ok(&format!("/tmp/ask {line} patch=locus_cmdline"));
-    let said = ask("u1 op=apply domain=updated")?;
-    check!(said.starts_with("0 "), "before the update: {said}");
+    daemon::start(ctx)?;
+    let ask = |request: &str| daemon::ask(ctx, &format!("{request} patch={CMDLINE}"), "0", "");
+    ask("before op=apply domain=updated")?;
 
     ctx.dom0
         .ok("sh /tmp/steps.sh </dev/null >/dev/null 2>&1 &")?;
@@ -262,11 +222,9 @@ fn updated(ctx: &mut Ctx) -> Result<(), Verdict> {
         ctx.dom0.ok("cat /tmp/step.log")?
     );
 
-    let said = ask("u2 op=revert domain=updated")?;
-    check!(said.starts_with("0 "), "after the updates: {said}");
-    ctx.dom0.ok(STOP)?;
-    let status = ctx.json("xen-locus -o json status updated")?;
-    check_eq!(status["patches"], serde_json::json!([]));
+    ask("after op=revert domain=updated")?;
+    daemon::stop(ctx)?;
+    tool::no_patches(ctx, "updated")?;
     check!(guest.rounds()? > rounds, "the workload stands still");
     ctx.destroy_guest("updated")
 }

@@ -3,6 +3,8 @@
 
 use serde_json::Value;
 
+use super::steps::patches::CMDLINE;
+use super::steps::tool;
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::profile::{PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
@@ -25,7 +27,6 @@ pub const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-const PATCH: &str = "locus_cmdline";
 const FUNCTION: &str = "cmdline_proc_show";
 
 /// All differences; the command must end with `rc`.
@@ -65,40 +66,33 @@ fn verify(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
     let name = &guest.name;
     clean(ctx, &guest)?;
-    ctx.dom0
-        .ok(&format!("xen-locus apply {name} /payloads/{PATCH}.ko"))?;
+    tool::apply(ctx, name, CMDLINE)?;
     clean(ctx, &guest)?;
     by_the_guest(ctx, &guest)?;
     by_others(ctx, &guest)?;
     by_the_log(ctx, &guest)?;
     let table = ctx.dom0.ok("xen-locus verify")?;
     check!(table.contains("all as recorded (1 patches"), "{table}");
-    ctx.dom0.ok(&format!("xen-locus revert {name} --all"))?;
+    tool::revert_all(ctx, name)?;
     clean(ctx, &guest)?;
     keys(ctx, &guest)
 }
 
 /// ftrace, a kprobe and a livepatch of the guest's own, on a function that is redirected.
 fn by_the_guest(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
-    let tracing = "mkdir -p /run/tracing && { mount -t tracefs t /run/tracing || true; } && \
-                   cd /run/tracing &&";
-    guest.ok(&format!(
-        "{tracing} echo {FUNCTION} > set_ftrace_filter && echo function > current_tracer"
+    let trace = |cmd: &str| guest.ok(&tool::in_tracing(cmd));
+    trace(&format!(
+        "echo {FUNCTION} > set_ftrace_filter && echo function > current_tracer"
     ))?;
     differs(ctx, guest, ("entry", "ftrace", FUNCTION))?;
-    guest.ok(&format!(
-        "{tracing} echo nop > current_tracer && echo > set_ftrace_filter"
-    ))?;
+    trace("echo nop > current_tracer && echo > set_ftrace_filter")?;
     clean(ctx, guest)?;
 
-    guest.ok(&format!(
-        "{tracing} echo 'p:verify {FUNCTION}+5' > kprobe_events && \
-         echo 1 > events/kprobes/verify/enable"
+    trace(&format!(
+        "echo 'p:verify {FUNCTION}+5' > kprobe_events && echo 1 > events/kprobes/verify/enable"
     ))?;
     differs(ctx, guest, ("redirect", "kprobe", FUNCTION))?;
-    guest.ok(&format!(
-        "{tracing} echo 0 > events/kprobes/verify/enable && echo > kprobe_events"
-    ))?;
+    trace("echo 0 > events/kprobes/verify/enable && echo > kprobe_events")?;
     clean(ctx, guest)?;
 
     let module = "locus_stack";
@@ -130,7 +124,7 @@ fn by_others(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     poke(&site, &was)?;
     clean(ctx, guest)?;
 
-    let status = ctx.json(&format!("xen-locus -o json status {name}"))?;
+    let status = tool::status(ctx, name)?;
     let new = status["patches"][0]["functions"][0]["new"].as_str();
     let new = new.unwrap_or_default().to_owned();
     let was = poke(&new, "c3")?;
@@ -152,7 +146,7 @@ fn by_the_log(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let log = "/var/log/xen-locus/audit.jsonl";
     ctx.dom0.ok(&format!("mv {log} {log}.away"))?;
     let said = ctx.json(&verify)?;
-    check_eq!(unconfirmed(&said), [PATCH], "{said}");
+    check_eq!(unconfirmed(&said), [CMDLINE], "{said}");
     check_eq!(said["result"], "clean", "{said}");
     ctx.dom0.ok(&format!(
         "sed 's/\"record\":\"..../\"record\":\"----/g' {log}.away > {log}"
@@ -174,14 +168,12 @@ fn keys(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let name = &guest.name;
     let turn = |on: u8| guest.ok(&format!("echo {on} > /proc/sys/kernel/sched_schedstats"));
     turn(0)?;
-    ctx.dom0.ok(&format!(
-        "xen-locus apply {name} /payloads/locus_statickey.ko"
-    ))?;
+    tool::apply(ctx, name, "locus_statickey")?;
     for on in [1, 0, 1] {
         turn(on)?;
         clean(ctx, guest)?;
     }
-    ctx.dom0.ok(&format!("xen-locus revert {name} --all"))?;
+    tool::revert_all(ctx, name)?;
     clean(ctx, guest)?;
     turn(0)?;
     clean(ctx, guest)

@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
-use super::{info, LIMIT};
 use crate::guest::Guest;
 use crate::scenario::Ctx;
+use crate::scenarios::steps::tool;
+use crate::scenarios::steps::wait::GATHERING;
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -21,7 +22,7 @@ fn text(value: &Value) -> &str {
 
 /// Every field of `/proc/modules`, in its order, and build-ids.
 pub fn modules(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
-    let info = info(ctx, guest, "--modules")?;
+    let info = tool::info(ctx, &guest.name, "--modules")?;
     let mut ours = Vec::new();
     for m in list(&info, "module_list")? {
         let mut users: Vec<&str> = m["used_by"]
@@ -84,7 +85,7 @@ struct Thread {
 fn threads(guest: &Guest) -> Result<BTreeMap<u64, Thread>, Verdict> {
     // Threads that end under it make grep end with 2.
     let cmd = "grep -H . /proc/[0-9]*/task/[0-9]*/stat 2>/dev/null; true";
-    let out = guest.sh_timeout(cmd, LIMIT)?.text();
+    let out = guest.sh_timeout(cmd, GATHERING)?.text();
     let all: BTreeMap<u64, Thread> = out.lines().filter_map(thread).collect();
     check!(all.contains_key(&1), "the guest's threads: {out}");
     Ok(all)
@@ -112,7 +113,7 @@ fn thread(line: &str) -> Option<(u64, Thread)> {
 /// Every thread that is there before and after is listed, and as it was if it did not change.
 pub fn tasks(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let before = threads(guest)?;
-    let info = info(ctx, guest, "--tasks")?;
+    let info = tool::info(ctx, &guest.name, "--tasks")?;
     let after = threads(guest)?;
     let mut ours = BTreeMap::new();
     let mut idle = 0;
@@ -178,7 +179,7 @@ pub fn tasks(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
 
 /// The flags of `/proc/cpuinfo`, all of them.
 pub fn cpu(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
-    let info = info(ctx, guest, "")?;
+    let info = tool::info(ctx, &guest.name, "")?;
     let ours: BTreeSet<&str> = list(&info["cpu"], "features")?.iter().map(text).collect();
     let line = guest.ok("grep -m1 ^flags /proc/cpuinfo | cut -d: -f2")?;
     let theirs: BTreeSet<&str> = line.split_whitespace().collect();

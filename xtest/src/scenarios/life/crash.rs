@@ -1,12 +1,13 @@
 //! A guest's kernel crashes, in the middle of applying, and starts another one by kexec.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use super::{shows, words, ONE, PAIR};
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::limits;
 use crate::profile::HVM;
 use crate::scenario::{Ctx, Scenario};
+use crate::scenarios::steps::patches::{CMDLINE, PAIR};
+use crate::scenarios::steps::tool::{self, shows};
+use crate::scenarios::steps::{daemon, wait};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -69,13 +70,14 @@ fn load(guest: &Guest) -> Result<(), Verdict> {
 
 /// Waits until `cmd` succeeds in dom0.
 fn until(ctx: &Ctx, cmd: &str) -> Result<(), Verdict> {
-    let began = Instant::now();
-    let limit = limits::scaled(Duration::from_secs(120));
-    while ctx.dom0.sh(cmd)?.rc != 0 {
-        check!(began.elapsed() < limit, "`{cmd}` fails still");
-        std::thread::sleep(Duration::from_millis(300));
-    }
-    Ok(())
+    wait::until(Duration::from_secs(120), || {
+        let done = ctx.dom0.sh(cmd)?.rc == 0;
+        Ok(if done {
+            Ok(())
+        } else {
+            Err(format!("`{cmd}` still fails"))
+        })
+    })
 }
 
 fn crash(ctx: &mut Ctx) -> Result<(), Verdict> {
@@ -89,18 +91,15 @@ fn crash(ctx: &mut Ctx) -> Result<(), Verdict> {
     make_ramdisk(ctx, &spec.boot_dir())?;
     let guest = ctx.ensure_guest(spec.clone())?;
     load(&guest)?;
-    ctx.dom0
-        .ok(&format!("xen-locus apply {name} /payloads/{ONE}.ko"))?;
-    shows(ctx, &guest, &words("live", "", ""), &[ONE])?;
+    tool::apply(ctx, name, CMDLINE)?;
+    shows(ctx, &guest, ["live", "", ""], &[CMDLINE])?;
 
     // The daemon tells of it too.
     let published = format!(
-        "xenstore-read /tool/xen-locus/domain/{}/patch/{ONE}/state",
+        "xenstore-read /tool/xen-locus/domain/{}/patch/{CMDLINE}/state",
         guest.domid
     );
-    ctx.dom0.ok(
-        "(xen-locus -v daemon >/var/log/xen-locus/daemon.log 2>&1 & echo $! >/run/daemon.pid)",
-    )?;
+    daemon::start_as(ctx, "xen-locus -v daemon", "/var/log/xen-locus/daemon.log")?;
     until(ctx, &format!("[ \"$({published})\" = applied ]"))?;
 
     ctx.dom0.put("/tmp/crash.sh", 0o755, SCRIPT.as_bytes())?;
@@ -133,28 +132,27 @@ fn crash(ctx: &mut Ctx) -> Result<(), Verdict> {
     check!(line.contains(MARK), "it runs the same kernel: {line}");
     check_eq!(guest.domid, old, "domain of the new kernel");
     ctx.dom0.ok(&format!("xen-locus recover {name}"))?;
-    let status = ctx.json(&format!("xen-locus -o json status {name}"))?;
-    let lost = status["patches"].as_array().cloned().unwrap_or_default();
+    let status = tool::status(ctx, name)?;
+    let lost = tool::patches_of(&status)?;
     check!(
         (1..=2).contains(&lost.len())
-            && lost[0]["name"] == ONE
+            && lost[0]["name"] == CMDLINE
             && lost
                 .iter()
                 .all(|p| p["state"] == "gone" && p["reason"] == "guest-rebooted"),
         "{status}"
     );
-    shows(ctx, &guest, &words("", "", ""), &[])?;
+    shows(ctx, &guest, ["", "", ""], &[])?;
     until(ctx, &format!("[ \"$({published})\" = gone ]"))?;
-    ctx.dom0.ok("kill $(cat /run/daemon.pid)")?;
-    ctx.dom0
-        .ok(&format!("xen-locus apply {name} /payloads/{ONE}.ko"))?;
-    shows(ctx, &guest, &words("live", "", ""), &[ONE])?;
+    daemon::stop(ctx)?;
+    tool::apply(ctx, name, CMDLINE)?;
+    shows(ctx, &guest, ["live", "", ""], &[CMDLINE])?;
     // To take back what was lost is to want it no more; else it is missing.
     if lost.iter().any(|p| p["name"] == PAIR) {
-        ctx.dom0.ok(&format!("xen-locus revert {name} {PAIR}"))?;
+        tool::revert(ctx, name, PAIR)?;
     }
     ctx.dom0.ok(&format!("xen-locus verify {name}"))?;
-    ctx.dom0.ok(&format!("xen-locus revert {name} --all"))?;
-    shows(ctx, &guest, &words("", "", ""), &[])?;
+    tool::revert_all(ctx, name)?;
+    shows(ctx, &guest, ["", "", ""], &[])?;
     ctx.destroy_guest(name)
 }

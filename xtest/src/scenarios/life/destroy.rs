@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use super::{shows, words, PAIR};
 use crate::guest::{GuestSpec, Kind};
 use crate::profile::{PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
+use crate::scenarios::steps::patches::PAIR;
+use crate::scenarios::steps::tool::{self, shows};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -117,12 +118,11 @@ fn destroy(ctx: &mut Ctx, kind: Kind, places: &[&str], delays: &[u32]) -> Result
     // A new one with the same name is a new one.
     ctx.destroy_guest("victim")?;
     let guest = ctx.ensure_guest(spec)?;
-    shows(ctx, &guest, &words("", "", ""), &[])?;
-    ctx.dom0
-        .ok(&format!("xen-locus apply victim /payloads/{PAIR}.ko"))?;
-    shows(ctx, &guest, &words("", "live", "live"), &[PAIR])?;
-    ctx.dom0.ok("xen-locus revert victim --all")?;
-    shows(ctx, &guest, &words("", "", ""), &[])?;
+    shows(ctx, &guest, ["", "", ""], &[])?;
+    tool::apply(ctx, "victim", PAIR)?;
+    shows(ctx, &guest, ["", "live", "live"], &[PAIR])?;
+    tool::revert_all(ctx, "victim")?;
+    shows(ctx, &guest, ["", "", ""], &[])?;
     ctx.destroy_guest("victim")
 }
 

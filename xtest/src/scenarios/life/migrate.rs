@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
-use super::save::Text;
-use super::{shows, words, ONE, PAIR};
+use super::text::Text;
 use crate::guest::{GuestSpec, Kind};
 use crate::profile::{HVM, PVH};
 use crate::scenario::{Ctx, Scenario};
+use crate::scenarios::steps::guest_log::{lacks, BROKEN};
+use crate::scenarios::steps::patches::{CMDLINE, PAIR};
+use crate::scenarios::steps::tool::{self, shows};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -56,8 +58,7 @@ fn migrate(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     guest.start_workload()?;
     let text = Text::of(ctx, name)?;
     ctx.dom0.put("/tmp/migrate.sh", 0o755, SCRIPT.as_bytes())?;
-    ctx.dom0
-        .ok(&format!("xen-locus apply {name} /payloads/{ONE}.ko"))?;
+    tool::apply(ctx, name, CMDLINE)?;
     for round in 1..=2 {
         let rounds = guest.rounds()?;
         let old = guest.domid;
@@ -79,27 +80,20 @@ fn migrate(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         guest = ctx.adopt_guest(spec.clone())?;
         check!(guest.domid != old, "it is domain {old} still");
         let (seen, patches) = match &*is_in {
-            "yes" => (words("live", "live", "live"), &[ONE, PAIR][..]),
-            _ => (words("live", "", ""), &[ONE][..]),
+            "yes" => (["live", "live", "live"], &[CMDLINE, PAIR][..]),
+            _ => (["live", "", ""], &[CMDLINE][..]),
         };
-        shows(ctx, &guest, &seen, patches)?;
+        shows(ctx, &guest, seen, patches)?;
         check!(guest.rounds()? > rounds, "the workload stands still");
         // What the last step left, on whichever side, is settled by the next one.
-        let [patch, revert] = [
-            format!("xen-locus apply {name} /payloads/{PAIR}.ko"),
-            format!("xen-locus revert {name} {PAIR}"),
-        ];
-        ctx.dom0.ok(&patch)?;
-        shows(ctx, &guest, &words("live", "live", "live"), &[ONE, PAIR])?;
-        ctx.dom0.ok(&revert)?;
-        shows(ctx, &guest, &words("live", "", ""), &[ONE])?;
+        tool::apply(ctx, name, PAIR)?;
+        shows(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
+        tool::revert(ctx, name, PAIR)?;
+        shows(ctx, &guest, ["live", "", ""], &[CMDLINE])?;
     }
-    ctx.dom0.ok(&format!("xen-locus revert {name} --all"))?;
-    shows(ctx, &guest, &words("", "", ""), &[])?;
+    tool::revert_all(ctx, name)?;
+    shows(ctx, &guest, ["", "", ""], &[])?;
     text.check(ctx, name, kind)?;
-    let log = guest.ok("dmesg")?;
-    for word in ["Oops", "BUG:", "WARNING:", "general protection"] {
-        check!(!log.contains(word), "{word} in the guest's log: {log}");
-    }
+    lacks(&guest, &BROKEN)?;
     ctx.destroy_guest(name)
 }

@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
-use super::{shows, words, ONE, PAIR, TWO};
+use super::text::Text;
 use crate::guest::{GuestSpec, Kind};
 use crate::profile::{HVM, PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
+use crate::scenarios::steps::guest_log::{lacks, BROKEN};
+use crate::scenarios::steps::patches::{CMDLINE, PAIR, THREE, TWO};
+use crate::scenarios::steps::tool::{self, shows};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -35,104 +38,8 @@ pub const MATRIX: &[Scenario] = &[
     },
 ];
 
-/// Comes after the restore, on top.
-const THREE: &str = "locus_stack_three";
 /// Where the guest is saved to.
 const FILE: &str = "/tmp/saved";
-
-/// The guest's whole kernel text at one moment.
-pub(super) struct Text {
-    sum: String,
-    bytes: Vec<u8>,
-}
-
-impl Text {
-    /// Reads it with `info --raw text`.
-    pub(super) fn of(ctx: &Ctx, name: &str) -> Result<Self, Verdict> {
-        let file = "/tmp/text";
-        let sum = ctx.dom0.ok(&format!(
-            "xen-locus info {name} --raw text >{file} && sha256sum <{file} | cut -c1-64"
-        ))?;
-        let bytes = ctx.dom0.get(file)?;
-        ctx.dom0.ok(&format!("rm {file}"))?;
-        check!(bytes.len() > 8_000_000, "{} bytes of text", bytes.len());
-        Ok(Self { sum, bytes })
-    }
-
-    /// Checks that the guest's text is this, byte for byte. An HVM guest changes static keys of its own
-    /// when it is restored: what the change of a jump label looks like is counted and left out.
-    pub(super) fn check(&self, ctx: &Ctx, name: &str, kind: Kind) -> Result<(), Verdict> {
-        let now = Self::of(ctx, name)?;
-        check_eq!(now.bytes.len(), self.bytes.len(), "bytes of text");
-        let labels = match kind {
-            Kind::Hvm => jump_labels(&self.bytes, &now.bytes)?,
-            Kind::Pv | Kind::Pvh => 0,
-        };
-        if labels == 0 {
-            let at = self.bytes.iter().zip(&now.bytes).position(|(a, b)| a != b);
-            check_eq!(
-                now.sum,
-                self.sum,
-                "SHA-256 of the kernel's text ({at:x?} is other)"
-            );
-        }
-        eprintln!(
-            "xtest: {name}: SHA-256 of the kernel's text: before {}, after {}, jump labels switched by the \
-             guest: {labels}",
-            self.sum, now.sum
-        );
-        Ok(())
-    }
-}
-
-/// How many jump labels (`arch/x86/kernel/jump_label.c`) were switched between two versions of the text.
-/// A jump of theirs ends within the text, which one to a patch doesn't.
-///
-/// # Errors
-///
-/// Anything else is other.
-fn jump_labels(old: &[u8], new: &[u8]) -> Result<usize, Verdict> {
-    const NOP2: [u8; 2] = [0x66, 0x90];
-    const NOP5: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
-    let switched = |at: usize| {
-        let pair = |len| Some((old.get(at..at + len)?, new.get(at..at + len)?));
-        let either = |len: usize, is: &dyn Fn(&[u8], &[u8]) -> bool| {
-            pair(len).is_some_and(|(a, b)| is(a, b) || is(b, a))
-        };
-        let within = |jump: &[u8]| {
-            let by = i32::from_le_bytes([jump[1], jump[2], jump[3], jump[4]]);
-            jump[0] == 0xe9
-                && i64::try_from(at + 5)
-                    .ok()
-                    .and_then(|end| usize::try_from(end + i64::from(by)).ok())
-                    .is_some_and(|target| target < old.len())
-        };
-        if either(2, &|nop, jump| nop == NOP2 && jump[0] == 0xeb) {
-            Some(2)
-        } else if either(5, &|nop, jump| nop == NOP5 && within(jump)) {
-            Some(5)
-        } else {
-            None
-        }
-    };
-    let (mut at, mut count) = (0, 0);
-    while at < old.len() {
-        if old[at] == new[at] {
-            at += 1;
-            continue;
-        }
-        let len = switched(at).ok_or_else(|| {
-            let bytes = at.saturating_sub(8)..(at + 8).min(old.len());
-            Verdict::failure(format!(
-                "the kernel's text is other at {at:#x}: {:x?} was {:x?}",
-                &new[bytes.clone()],
-                &old[bytes]
-            ))
-        })?;
-        (at, count) = (at + len, count + 1);
-    }
-    Ok(count)
-}
 
 /// Saves the guest, which runs on, twice; returns the shorter time, in seconds.
 fn time_of_save(ctx: &Ctx, name: &str) -> Result<f64, Verdict> {
@@ -158,12 +65,11 @@ fn save(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     guest.start_workload()?;
     let before = time_of_save(ctx, &name)?;
     let text = Text::of(ctx, &name)?;
-    for patch in [PAIR, ONE, TWO] {
-        ctx.dom0
-            .ok(&format!("xen-locus apply {name} /payloads/{patch}.ko"))?;
+    for patch in [PAIR, CMDLINE, TWO] {
+        tool::apply(ctx, &name, patch)?;
     }
-    let seen = words("two", "two", "live");
-    shows(ctx, &guest, &seen, &[PAIR, ONE, TWO])?;
+    let seen = ["two", "two", "live"];
+    shows(ctx, &guest, seen, &[PAIR, CMDLINE, TWO])?;
     let after = time_of_save(ctx, &name)?;
     let said = format!("{name}: save: {before:.2} s unpatched, {after:.2} s with three patches");
     ctx.dom0.note(&said);
@@ -183,58 +89,21 @@ fn save(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         guest.domid != old,
         "the restored guest is domain {old} still"
     );
-    shows(ctx, &guest, &seen, &[PAIR, ONE, TWO])?;
+    shows(ctx, &guest, seen, &[PAIR, CMDLINE, TWO])?;
     std::thread::sleep(Duration::from_secs(1));
     check!(guest.rounds()? > rounds, "the workload stands still");
 
     // What was applied here before is undone, and more applied, where it is now.
-    ctx.dom0
-        .ok(&format!("xen-locus apply {name} /payloads/{THREE}.ko"))?;
+    tool::apply(ctx, &name, THREE)?;
     shows(
         ctx,
         &guest,
-        &words("three", "two", "live"),
-        &[PAIR, ONE, TWO, THREE],
+        ["three", "two", "live"],
+        &[PAIR, CMDLINE, TWO, THREE],
     )?;
-    ctx.dom0.ok(&format!("xen-locus revert {name} --all"))?;
-    shows(ctx, &guest, &words("", "", ""), &[])?;
+    tool::revert_all(ctx, &name)?;
+    shows(ctx, &guest, ["", "", ""], &[])?;
     text.check(ctx, &name, kind)?;
-    let log = guest.ok("dmesg")?;
-    for word in ["Oops", "BUG:", "WARNING:", "general protection"] {
-        check!(!log.contains(word), "{word} in the guest's log: {log}");
-    }
+    lacks(&guest, &BROKEN)?;
     ctx.destroy_guest(&name)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::jump_labels;
-
-    const NOP: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
-
-    fn text(at: usize, bytes: &[u8]) -> Vec<u8> {
-        let mut text = vec![0xcc; 64];
-        text[at..at + bytes.len()].copy_from_slice(bytes);
-        text
-    }
-
-    #[test]
-    fn switched_labels_are_counted_either_way() {
-        let nop = text(8, &NOP);
-        let jump = text(8, &[0xe9, 0x10, 0x00, 0x00, 0x00]);
-        assert_eq!(jump_labels(&nop, &jump).ok(), Some(1));
-        assert_eq!(jump_labels(&jump, &nop).ok(), Some(1));
-        let short = (text(63 - 1, &[0x66, 0x90]), text(63 - 1, &[0xeb, 0x07]));
-        assert_eq!(jump_labels(&short.0, &short.1).ok(), Some(1));
-        assert_eq!(jump_labels(&nop, &nop).ok(), Some(0));
-    }
-
-    #[test]
-    fn a_redirect_or_another_byte_is_no_label() {
-        let nop = text(8, &NOP);
-        let away = text(8, &[0xe9, 0x00, 0x00, 0x10, 0x7f]);
-        assert!(jump_labels(&nop, &away).is_err());
-        assert!(jump_labels(&nop, &text(8, &[0xcc])).is_err());
-        assert!(jump_labels(&text(63, &[0x90]), &text(63, &[0xcc])).is_err());
-    }
 }

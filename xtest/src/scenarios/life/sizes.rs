@@ -3,12 +3,14 @@
 
 use std::time::{Duration, Instant};
 
-use super::{shows, words, ONE, PAIR, TWO};
 use crate::check;
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::limits;
 use crate::profile::{PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
+use crate::scenarios::steps::guest_log::{lacks, BROKEN};
+use crate::scenarios::steps::patches::{CMDLINE, PAIR, TWO};
+use crate::scenarios::steps::tool::{self, shows};
+use crate::scenarios::steps::wait;
 use crate::verdict::Verdict;
 
 /// What takes too long for a usual run.
@@ -31,16 +33,11 @@ pub const MATRIX: &[Scenario] = &[
 
 /// Waits until the guest's answer to `cmd`, a number, is as wanted.
 fn until(guest: &Guest, cmd: &str, wanted: impl Fn(u64) -> bool) -> Result<u64, Verdict> {
-    let began = Instant::now();
-    let limit = limits::scaled(Duration::from_secs(60));
-    loop {
+    wait::until(Duration::from_secs(60), || {
         let text = guest.ok(cmd)?;
-        if let Some(number) = text.parse().ok().filter(|&n| wanted(n)) {
-            return Ok(number);
-        }
-        check!(began.elapsed() < limit, "`{cmd}` still says {text:?}");
-        std::thread::sleep(Duration::from_millis(300));
-    }
+        let number = text.parse().ok().filter(|&n| wanted(n));
+        Ok(number.ok_or_else(|| format!("`{cmd}` still says {text:?}")))
+    })
 }
 
 /// Memory that the guest's kernel has, in KiB.
@@ -65,51 +62,44 @@ fn sizes(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     guest.start_workload()?;
     let rounds = guest.rounds()?;
     let xl = |line: &str| ctx.dom0.ok(&format!("xl {line}"));
-    let apply = |patch: &str| {
-        ctx.dom0
-            .ok(&format!("xen-locus apply {name} /payloads/{patch}.ko"))
-    };
-    let dom0 = |line: String| ctx.dom0.ok(&line);
+    let apply = |patch: &str| tool::apply(ctx, &name, patch);
 
     // Memory: down, up above what it began with, and above what it was given room for.
-    apply(ONE)?;
+    apply(CMDLINE)?;
     let start = until(&guest, MEMORY, |_| true)?;
     xl(&format!("mem-set {name} 150"))?;
     let small = until(&guest, MEMORY, |kib| kib + 30_000 < start)?;
-    shows(ctx, &guest, &words("live", "", ""), &[ONE])?;
+    shows(ctx, &guest, ["live", "", ""], &[CMDLINE])?;
     apply(PAIR)?;
-    shows(ctx, &guest, &words("live", "live", "live"), &[ONE, PAIR])?;
+    shows(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
     xl(&format!("mem-set {name} 240"))?;
     let large = until(&guest, MEMORY, |kib| kib > start + 30_000)?;
-    shows(ctx, &guest, &words("live", "live", "live"), &[ONE, PAIR])?;
+    shows(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
     let added = hot_add(ctx, &guest, large)?;
-    shows(ctx, &guest, &words("live", "live", "live"), &[ONE, PAIR])?;
+    shows(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
     eprintln!("xtest: {name}: memory {start} KiB, then {small}, {large}, {added}");
 
     // Processors: one of two is taken while a patch comes, and two come after that.
     xl(&format!("vcpu-set {name} 1"))?;
     until(&guest, CPUS, |n| n == 1)?;
-    shows(ctx, &guest, &words("live", "live", "live"), &[ONE, PAIR])?;
+    shows(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
     apply(TWO)?;
-    shows(ctx, &guest, &words("two", "two", "live"), &[ONE, PAIR, TWO])?;
+    shows(ctx, &guest, ["two", "two", "live"], &[CMDLINE, PAIR, TWO])?;
     xl(&format!("vcpu-set --ignore-host {name} 3"))?;
     // The kernel makes them known (drivers/xen/cpu_hotplug.c); to bring them up is for a guest's udev.
     let up = "for cpu in 1 2; do echo 1 >/sys/devices/system/cpu/cpu$cpu/online; done 2>/dev/null";
     until(&guest, &format!("{up}; {CPUS}"), |n| n == 3)?;
     on_each(&guest, 3, "two")?;
-    dom0(format!("xen-locus revert {name} {TWO}"))?;
+    tool::revert(ctx, &name, TWO)?;
     on_each(&guest, 3, "live")?;
-    shows(ctx, &guest, &words("live", "live", "live"), &[ONE, PAIR])?;
+    shows(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
 
     sleeps(ctx, &guest)?;
-    dom0(format!("xen-locus revert {name} --all"))?;
-    shows(ctx, &guest, &words("", "", ""), &[])?;
+    tool::revert_all(ctx, &name)?;
+    shows(ctx, &guest, ["", "", ""], &[])?;
     std::thread::sleep(Duration::from_secs(1));
     check!(guest.rounds()? > rounds, "the workload stands still");
-    let log = guest.ok("dmesg")?;
-    for word in ["Oops", "BUG:", "WARNING:", "general protection"] {
-        check!(!log.contains(word), "{word} in the guest's log: {log}");
-    }
+    lacks(&guest, &BROKEN)?;
     ctx.destroy_guest(&name)
 }
 
@@ -133,8 +123,7 @@ fn sleeps(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let began = Instant::now();
     guest.ok("echo platform >/sys/power/pm_test && (sleep 2; echo mem >/sys/power/state; echo $? >/tmp/slept) >/dev/null 2>&1 &")?;
     std::thread::sleep(Duration::from_secs(3));
-    ctx.dom0
-        .ok(&format!("xen-locus apply {name} /payloads/{TWO}.ko"))?;
+    tool::apply(ctx, name, TWO)?;
     let applied = began.elapsed();
     until(guest, "cat /tmp/slept 2>/dev/null || echo 99", |rc| rc == 0)?;
     let log = guest.ok("dmesg | grep -i -e 'PM: suspend' -e 'suspend debug' ")?;
@@ -143,5 +132,6 @@ fn sleeps(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
         "xtest: {name}: applied after {applied:?}, awake after {:?}: {log}",
         began.elapsed()
     );
-    shows(ctx, guest, &words("two", "two", "live"), &[ONE, PAIR, TWO])
+    shows(ctx, guest, ["two", "two", "live"], &[CMDLINE, PAIR, TWO])?;
+    Ok(())
 }

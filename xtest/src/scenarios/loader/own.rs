@@ -2,7 +2,6 @@
 //! kernel, built as they are.
 
 use super::subject::Subject;
-use super::ROOM;
 use crate::fetch::BOOKWORM;
 use crate::guest::Kind;
 use crate::scenario::Ctx;
@@ -61,7 +60,7 @@ const MODULES: &[(&str, Fate)] = &[
 /// Applies each, and says all that is wrong.
 pub fn run(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let built = ctx.kernels.own_livepatches()?;
-    let subject = Subject::with_room(ctx, kind, &BOOKWORM, ROOM)?;
+    let subject = Subject::with_room(ctx, kind, &BOOKWORM)?;
     let mut wrong = Vec::new();
     for (name, file) in &built {
         let Some((_, fate)) = MODULES.iter().find(|(known, _)| known == name) else {

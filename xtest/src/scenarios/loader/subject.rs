@@ -2,15 +2,19 @@
 
 use serde_json::Value;
 
-use super::guest_log::Log;
 use crate::fetch::{Suite, BOOKWORM};
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::scenario::Ctx;
+use crate::scenarios::steps::guest_log::Log;
+use crate::scenarios::steps::{patches, tool};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
 /// Files whose text payloads replace.
 const FILES: &str = "/proc/cmdline /proc/version /proc/sys/kernel/ostype";
+
+/// Pages of the arena that one behaviour may need.
+const ROOM: u64 = 60;
 
 /// A guest, and the payloads for its kernel.
 #[derive(Debug)]
@@ -33,20 +37,15 @@ impl<'a> Subject<'a> {
         format!("loader-{}-{}", suite.name, kind.name())
     }
 
-    /// A guest with at least `pages` pages of its arena free: a payload that was reverted keeps its
-    /// own, so that the guest is started anew where many were tried.
-    pub fn with_room(
-        ctx: &'a mut Ctx,
-        kind: Kind,
-        suite: &'static Suite,
-        pages: u64,
-    ) -> Result<Self, Verdict> {
+    /// A guest with at least [`ROOM`] pages of its arena free. A payload that was reverted keeps its
+    /// own pages, so the guest is started again if many payloads were tried.
+    pub fn with_room(ctx: &'a mut Ctx, kind: Kind, suite: &'static Suite) -> Result<Self, Verdict> {
         let name = Self::guest_name(kind, suite);
         let spec = GuestSpec::new(&name, kind).suite(suite).memory(256);
         let known = ctx.guest(&name).is_ok();
         let mut guest = ctx.ensure_guest(spec.clone())?;
         let (total, used) = arena(ctx, &guest)?;
-        let fresh = if total < used + pages {
+        let fresh = if total < used + ROOM {
             ctx.destroy_guest(&name)?;
             guest = ctx.ensure_guest(spec)?;
             true
@@ -55,21 +54,21 @@ impl<'a> Subject<'a> {
         };
         if fresh && *suite != BOOKWORM {
             for (name, file) in ctx.kernels.test_payloads(suite)? {
-                let path = format!("/payloads/{}/{name}.ko", suite.name);
+                let path = patches::file_for(suite, &name);
                 ctx.dom0.put(&path, 0o644, &std::fs::read(file)?)?;
             }
         }
-        let subject = Self {
+        guest.ok("mkdir -p /run/trace /run/debug; \
+            grep -q ' /run/trace ' /proc/mounts || mount -t tracefs t /run/trace; \
+            grep -q ' /run/debug ' /proc/mounts || mount -t debugfs d /run/debug")?;
+        let log = Log::begin(ctx, &guest)?;
+        Ok(Self {
             ctx,
             guest,
             kind,
             suite,
-            log: Log::default(),
-        };
-        subject.guest.ok("mkdir -p /run/trace /run/debug; \
-            grep -q ' /run/trace ' /proc/mounts || mount -t tracefs t /run/trace; \
-            grep -q ' /run/debug ' /proc/mounts || mount -t debugfs d /run/debug")?;
-        Ok(subject)
+            log,
+        })
     }
 
     /// A line in the transcript.
@@ -79,11 +78,7 @@ impl<'a> Subject<'a> {
 
     /// The payload's file in dom0.
     pub fn file(&self, name: &str) -> String {
-        if *self.suite == BOOKWORM {
-            format!("/payloads/{name}.ko")
-        } else {
-            format!("/payloads/{}/{name}.ko", self.suite.name)
-        }
+        patches::file_for(self.suite, name)
     }
 
     /// Applies a payload.
@@ -93,10 +88,7 @@ impl<'a> Subject<'a> {
 
     /// Applies the payload in a file of dom0.
     pub fn apply_file(&self, file: &str) -> Result<Value, Verdict> {
-        let cmd = format!("xen-locus -o json apply {} {file}", self.guest.name);
-        let report = self.ctx.json(&cmd)?;
-        check_eq!(report["result"], "applied", "{report}");
-        Ok(report)
+        tool::apply_json(self.ctx, &self.guest, file, "applied")
     }
 
     /// The first function that the payload replaces and the guest's kernel does not have.
@@ -125,19 +117,12 @@ impl<'a> Subject<'a> {
 
     /// Reverts a patch.
     pub fn revert(&self, name: &str) -> Result<(), Verdict> {
-        let cmd = format!("xen-locus -o json revert {} {name}", self.guest.name);
-        let report = self.ctx.json(&cmd)?;
-        check_eq!(report["result"], "reverted", "{report}");
-        Ok(())
+        tool::revert_json(self.ctx, &self.guest, name)
     }
 
     /// Names of the patches in force.
     pub fn applied(&self) -> Result<Vec<String>, Verdict> {
-        let cmd = format!("xen-locus -o json status {}", self.guest.name);
-        let status = self.ctx.json(&cmd)?;
-        let patches = status["patches"].as_array().cloned().unwrap_or_default();
-        let name = |p: &Value| p["name"].as_str().unwrap_or("?").to_owned();
-        Ok(patches.iter().map(name).collect())
+        tool::listed(self.ctx, &self.guest.name)
     }
 
     /// Reverts what is in force, the newest first.
@@ -217,7 +202,7 @@ impl<'a> Subject<'a> {
 
 /// Pages that the arena has, and those in use.
 fn arena(ctx: &Ctx, guest: &Guest) -> Result<(u64, u64), Verdict> {
-    let info = ctx.json(&format!("xen-locus -o json info {}", guest.name))?;
+    let info = tool::info(ctx, &guest.name, "")?;
     let number = |key: &str| info["arena"][key].as_u64();
     match (number("pages"), number("used")) {
         (Some(pages), Some(used)) => Ok((pages, used)),
