@@ -5,16 +5,16 @@ use std::time::Duration;
 
 use anyhow::{anyhow, Result};
 
-use crate::bench::Bench;
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::profile::PVH;
 use crate::scenario::Ctx;
+use crate::testbed::Testbed;
 use crate::verdict::Verdict;
 
 /// Boots a machine and plays the script.
-pub fn run(bench: &Bench) -> Result<()> {
+pub fn run(testbed: &Testbed) -> Result<()> {
     say("Booting Xen and a Debian dom0 under QEMU: no KVM, no root.");
-    let mut machine = bench.boot(&PVH, 0)?;
+    let mut machine = testbed.boot(&PVH, 0)?;
     script(&mut machine.ctx).map_err(|v| anyhow!("{v}"))
 }
 

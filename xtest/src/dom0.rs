@@ -11,7 +11,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::limits;
 use crate::proto::{self, FailKind, Reply, Request, Tagged};
@@ -62,8 +62,8 @@ pub enum Trouble {
     Gone(String),
     /// dom0 or the whole machine is gone.
     Down,
-    /// The bench itself has failed.
-    Bench(String),
+    /// The testbed itself has failed.
+    Testbed(String),
 }
 
 impl From<Trouble> for Verdict {
@@ -72,7 +72,7 @@ impl From<Trouble> for Verdict {
             Trouble::Hung(why) => Verdict::failure(why),
             Trouble::Gone(why) => Verdict::crash(why),
             Trouble::Down => Verdict::crash("dom0 or the hypervisor went down".to_owned()),
-            Trouble::Bench(why) => Verdict::Error(why),
+            Trouble::Testbed(why) => Verdict::Error(why),
         }
     }
 }
@@ -294,12 +294,12 @@ impl Dom0 {
             Ok((Reply::Failed { kind, message }, _)) => Err(match kind {
                 FailKind::Hung => Trouble::Hung(message),
                 FailKind::Gone => Trouble::Gone(message),
-                FailKind::Other => Trouble::Bench(message),
+                FailKind::Other => Trouble::Testbed(message),
             }),
             Ok(answer) => Ok(answer),
             Err(RecvTimeoutError::Disconnected) => Err(Trouble::Down),
             Err(RecvTimeoutError::Timeout) => {
-                Err(Trouble::Bench("dom0's agent does not answer".to_owned()))
+                Err(Trouble::Testbed("dom0's agent does not answer".to_owned()))
             }
         }
     }
@@ -397,7 +397,7 @@ fn output((reply, mut body): Answer) -> Result<Output, Trouble> {
 }
 
 fn unexpected(reply: &Reply) -> Trouble {
-    Trouble::Bench(format!("an answer of the wrong kind: {reply:?}"))
+    Trouble::Testbed(format!("an answer of the wrong kind: {reply:?}"))
 }
 
 fn millis(d: Duration) -> u64 {
@@ -406,19 +406,4 @@ fn millis(d: Duration) -> u64 {
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Adds context while keeping the kind of trouble: what a scenario does in its own preparations is
-/// the bench's affair.
-pub trait BenchContext<T> {
-    /// Turns any error into [`Verdict::Error`].
-    fn bench(self, what: &str) -> Result<T, Verdict>;
-}
-
-impl<T, E: Into<anyhow::Error>> BenchContext<T> for Result<T, E> {
-    fn bench(self, what: &str) -> Result<T, Verdict> {
-        self.map_err(Into::into)
-            .with_context(|| what.to_owned())
-            .map_err(|e| Verdict::Error(format!("{e:#}")))
-    }
 }

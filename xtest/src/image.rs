@@ -61,7 +61,7 @@ const HYPERVISOR: &str = "boot/xen-4.17-amd64.gz";
 const XEN_BIN: &str = "usr/lib/xen-4.17/bin";
 const DEVICE_MODEL: &str = "usr/libexec/xen-qemu-system-i386";
 
-/// Files made once per run of the bench and shared by its boots.
+/// Files that are made once per run and shared by its boots.
 #[derive(Debug, Clone)]
 pub struct Images {
     /// Xen, unpacked.

@@ -16,11 +16,10 @@
 //! 4. A machine: `dom0`, `guest`, `qemu`, `qemu_faults`.
 //! 5. `scenario`: what a test is, and the machine that it gets.
 //! 6. `scenarios`: the tests, a file per subject. Steps that several of them take are in `steps`.
-//! 7. `bench`: everything ready to boot, and one booted machine.
+//! 7. `testbed`: everything ready to boot, and one booted machine.
 //! 8. What the command line starts: `runner`, `measure`, `demo`, `shell`.
 
 pub mod agent;
-pub mod bench;
 pub mod cpio;
 pub mod demo;
 pub mod dom0;
@@ -44,5 +43,6 @@ pub mod scenario;
 pub mod scenarios;
 pub mod shell;
 pub mod source;
+pub mod testbed;
 pub mod toolchain;
 pub mod verdict;

@@ -1,4 +1,4 @@
-//! How long the bench waits. Everything runs on an emulated processor, on hosts of very different
+//! How long the testbed waits. Everything runs on an emulated processor, on hosts of very different
 //! speed: `XTEST_SLOW=3` makes every limit three times as long.
 
 use std::sync::OnceLock;

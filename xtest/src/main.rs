@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use clap::{Parser, Subcommand};
-use xtest::bench::Bench;
 use xtest::fetch::{ensure_suite, Suite, BOOKWORM, SUITES};
 use xtest::guest::Kind;
 use xtest::measure::Clock;
 use xtest::paths::Paths;
 use xtest::profile::{Profile, PROFILES};
 use xtest::scenario::Scenario;
+use xtest::testbed::Testbed;
 use xtest::{demo, host, measure, payloads, runner, scenarios, shell, source};
 
 /// Runs xen-locus on nested Xen under QEMU: no KVM, no root.
@@ -121,14 +121,14 @@ fn run(cli: Cli) -> Result<bool> {
             cpus,
         } => {
             let chosen = choose(&names, matrix, profile)?;
-            let bench = Bench::prepare()?;
+            let testbed = Testbed::prepare()?;
             let cpus = cpus.unwrap_or_else(host::cpus);
-            return Ok(!runner::run(&bench, &chosen, cpus)?.failed());
+            return Ok(!runner::run(&testbed, &chosen, cpus)?.failed());
         }
         Command::Shell { profile, bare } => {
-            shell::run(&Bench::prepare()?, profile, bare)?;
+            shell::run(&Testbed::prepare()?, profile, bare)?;
         }
-        Command::Demo => demo::run(&Bench::prepare()?)?,
+        Command::Demo => demo::run(&Testbed::prepare()?)?,
         Command::Bench {
             rounds,
             quick,
@@ -147,7 +147,7 @@ fn run(cli: Cli) -> Result<bool> {
                 limit: Duration::from_secs(limit),
                 clock,
             };
-            measure::run(&Bench::prepare()?, &wanted)?;
+            measure::run(&Testbed::prepare()?, &wanted)?;
         }
         Command::Fetch => {
             let paths = Paths::find()?;

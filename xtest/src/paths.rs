@@ -1,4 +1,4 @@
-//! Where the workspace, its target folder and the bench's own files are.
+//! Where the workspace, its target folder and the testbed's own files are.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,7 +12,7 @@ pub struct Paths {
     pub workspace: PathBuf,
     /// Cargo's target folder.
     pub target: PathBuf,
-    /// Everything the bench makes: `target/xtest`.
+    /// Everything that the testbed makes: `target/xtest`.
     pub base: PathBuf,
 }
 
@@ -50,7 +50,7 @@ impl Paths {
         })
     }
 
-    /// Folder of one profile's logs, emptied by [`crate::runner`] before a run.
+    /// Folder of one profile's logs, emptied before a run.
     pub fn logs(&self, profile: &str) -> PathBuf {
         self.base.join("logs").join(profile)
     }

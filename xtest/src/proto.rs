@@ -122,7 +122,7 @@ pub enum FailKind {
     Hung,
     /// The guest is not there (any more), or has crashed.
     Gone,
-    /// Anything else: the bench's trouble.
+    /// Anything else: the trouble of the testbed.
     Other,
 }
 

@@ -9,11 +9,11 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-use crate::bench::{Bench, Machine};
 use crate::profile::{Profile, PROFILES};
 use crate::qemu::tail;
 use crate::qemu_faults;
 use crate::scenario::Scenario;
+use crate::testbed::{Machine, Testbed};
 use crate::verdict::Verdict;
 
 /// Boots that a profile may use up: one, and two more after crashes.
@@ -64,8 +64,8 @@ impl Waiting {
 
 /// Runs these scenarios, as many profiles side by side as `cpus` processors of the host allow, and
 /// prints a line for each and the sum.
-pub fn run(bench: &Bench, scenarios: &[Scenario], cpus: u32) -> Result<Totals> {
-    let allowed = allowed_skips(&bench.paths.workspace.join("xtest/skips.txt"));
+pub fn run(testbed: &Testbed, scenarios: &[Scenario], cpus: u32) -> Result<Totals> {
+    let allowed = allowed_skips(&testbed.paths.workspace.join("xtest/skips.txt"));
     let profiles: Vec<&'static Profile> = PROFILES
         .iter()
         .copied()
@@ -94,7 +94,7 @@ pub fn run(bench: &Bench, scenarios: &[Scenario], cpus: u32) -> Result<Totals> {
                 drop(state);
                 let own: Vec<&Scenario> =
                     scenarios.iter().filter(|s| s.profile == profile).collect();
-                let sum = run_profile(bench, profile, &own, &allowed);
+                let sum = run_profile(testbed, profile, &own, &allowed);
                 totals
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner)
@@ -137,7 +137,7 @@ fn allowed_skips(file: &Path) -> Option<BTreeSet<String>> {
 }
 
 fn run_profile(
-    bench: &Bench,
+    testbed: &Testbed,
     profile: &Profile,
     scenarios: &[&Scenario],
     allowed: &Option<BTreeSet<String>>,
@@ -148,12 +148,12 @@ fn run_profile(
     for scenario in scenarios {
         let began = Instant::now();
         let failed_before = totals.failed;
-        let mut result = attempt(bench, profile, scenario, &mut machine, &mut boots);
+        let mut result = attempt(testbed, profile, scenario, &mut machine, &mut boots);
         let mut retried = "";
         if matches!(result, Err((_, true))) {
             totals.retried += 1;
             retried = ", second try";
-            result = attempt(bench, profile, scenario, &mut machine, &mut boots);
+            result = attempt(testbed, profile, scenario, &mut machine, &mut boots);
         }
         let took = began.elapsed().as_secs_f64();
         let word = match &result {
@@ -200,7 +200,7 @@ fn run_profile(
 
 /// Runs one scenario; the flag of an error says that QEMU was at fault, provably.
 fn attempt(
-    bench: &Bench,
+    testbed: &Testbed,
     profile: &Profile,
     scenario: &Scenario,
     machine: &mut Option<Machine>,
@@ -214,7 +214,9 @@ fn attempt(
             ));
         }
         eprintln!("xtest: {}: booting", profile.name);
-        let booted = bench.boot(profile, *boots).map_err(|e| (e.into(), false))?;
+        let booted = testbed
+            .boot(profile, *boots)
+            .map_err(|e| (e.into(), false))?;
         let took = booted.boot_time.as_secs_f64();
         eprintln!("xtest: {}: dom0 is up after {took:.1} s", profile.name);
         *boots += 1;

@@ -6,19 +6,19 @@ use std::time::Duration;
 use anyhow::{anyhow, bail, Result};
 use rustix::termios::{self, OptionalActions, Termios};
 
-use crate::bench::Bench;
 use crate::guest::{GuestSpec, Kind};
 use crate::profile::Profile;
 use crate::proto::Reply;
+use crate::testbed::Testbed;
 use crate::verdict::Verdict;
 
 /// Ctrl-A, then x: out. Ctrl-A twice types one.
 const ESCAPE: u8 = 1;
 
 /// Boots, starts guests unless `bare`, and connects the terminal.
-pub fn run(bench: &Bench, profile: &Profile, bare: bool) -> Result<()> {
+pub fn run(testbed: &Testbed, profile: &Profile, bare: bool) -> Result<()> {
     eprintln!("xtest: booting Xen and dom0");
-    let mut machine = bench.boot(profile, 0)?;
+    let mut machine = testbed.boot(profile, 0)?;
     let mut kinds = vec![match profile.name {
         "pvh" | "hvm" => Kind::Pvh,
         _ => Kind::Pv,

@@ -7,7 +7,7 @@ use std::fmt;
 pub enum Verdict {
     /// Not run here, and why.
     Skip(String),
-    /// The bench broke: nothing is known about the subject.
+    /// The testbed broke: nothing is known about the subject.
     Error(String),
     /// The subject broke.
     Failure(String),

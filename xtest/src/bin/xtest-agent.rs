@@ -1,4 +1,4 @@
-//! The bench's agent in dom0: `xtest-agent PORT` serves the runner's requests on a port; called
+//! The testbed's agent in dom0: `xtest-agent PORT` serves the runner's requests on a port; called
 //! `guest`, it runs a command in a guest.
 
 use std::path::Path;

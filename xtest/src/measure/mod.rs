@@ -21,11 +21,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, Result};
 
-use crate::bench::Bench;
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::host;
 use crate::qemu_faults;
 use crate::scenario::Ctx;
+use crate::testbed::Testbed;
 use crate::verdict::Verdict;
 use points::{points, Point, BASE};
 use report::{OfGuests, Report};
@@ -43,24 +43,24 @@ const LIVEPATCHES: u32 = 20;
 
 /// Measures PV and PVH guests, prints what was found, and writes it as JSON and as a plot into the
 /// target folder.
-pub fn run(bench: &Bench, wanted: &Wanted) -> Result<()> {
+pub fn run(testbed: &Testbed, wanted: &Wanted) -> Result<()> {
     let began = Instant::now();
     let report = Mutex::new(Report {
         schema: 1,
-        kernel: bench.root.release.clone(),
+        kernel: testbed.root.release.clone(),
         clock: wanted.clock,
         rounds: wanted.rounds,
         guests: Vec::new(),
     });
     let one = |(profile, kind)| -> Result<()> {
-        let mut machine = bench.boot(profile, 0)?;
+        let mut machine = testbed.boot(profile, 0)?;
         let found = measure(&mut machine.ctx, kind, wanted);
         machine.collect_logs();
         if !wanted.reading {
             // Each time: a long run that is ended has something to show.
             let mut report = report.lock().unwrap_or_else(PoisonError::into_inner);
             report.guests.push(found);
-            print(bench, &report)?;
+            print(testbed, &report)?;
         }
         Ok(())
     };
@@ -88,12 +88,12 @@ pub fn run(bench: &Bench, wanted: &Wanted) -> Result<()> {
 }
 
 /// Prints what was measured last, and writes the report as JSON and as a plot.
-fn print(bench: &Bench, report: &Report) -> Result<()> {
+fn print(testbed: &Testbed, report: &Report) -> Result<()> {
     if let Some(last) = report.guests.last() {
         println!("{}: {}", last.kind, report.clock);
         println!("{last}");
     }
-    let dir = bench.paths.base.join("bench");
+    let dir = testbed.paths.base.join("bench");
     std::fs::create_dir_all(&dir)?;
     let name = match report.clock {
         Clock::Host => "host",

@@ -4,7 +4,6 @@
 #![allow(clippy::indexing_slicing)]
 
 mod apply;
-mod bench;
 mod core;
 mod history;
 mod hostile;
@@ -25,6 +24,7 @@ mod stacks;
 mod states;
 mod steps;
 mod store;
+mod testbed;
 mod verify;
 
 use crate::scenario::Scenario;
@@ -52,7 +52,7 @@ pub fn usual() -> Vec<Scenario> {
 
 fn short() -> Vec<Scenario> {
     [
-        bench::SCENARIOS,
+        testbed::SCENARIOS,
         core::SCENARIOS,
         apply::SCENARIOS,
         nudge::SCENARIOS,

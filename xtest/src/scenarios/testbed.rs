@@ -1,4 +1,4 @@
-//! The bench tests itself: guests come up, take commands, and a hung one is noticed.
+//! The testbed tests itself: guests come up, take commands, and a hung guest is noticed.
 
 use std::time::{Duration, Instant};
 

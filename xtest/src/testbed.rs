@@ -24,7 +24,7 @@ use crate::scenario::Ctx;
 
 /// What all boots of a run share.
 #[derive(Debug)]
-pub struct Bench {
+pub struct Testbed {
     /// Folders.
     pub paths: Paths,
     /// The unpacked packages.
@@ -35,7 +35,7 @@ pub struct Bench {
     _lock: File,
 }
 
-impl Bench {
+impl Testbed {
     /// Fetches packages, builds programs, payloads and images: whatever is not up to date.
     pub fn prepare() -> Result<Self> {
         let paths = Paths::find()?;
