@@ -1,5 +1,5 @@
 /*
- * The load of the bench: a client and a server that talk over TCP on the loopback device, connecting
+ * The load of `xtest bench`: a client and a server that talk over TCP on the loopback device, connecting
  * anew now and then, and a writer that has each block reach the disk given. spin-workload is the
  * other part, processes and files. Each part rests a little after every step, so that the load is the
  * same for guests of any size. Runs until killed.

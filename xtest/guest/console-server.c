@@ -1,5 +1,5 @@
 /*
- * Process 1 of a bench guest: runs commands that come over the Xen console, and hands back their
+ * Process 1 of a guest of the testbed: runs commands that come over the Xen console, and hands back their
  * output when asked. Lines only, each with a CRC-32 before its end, as "~OP ARGS CRC\n":
  *
  *   ~P ID            are you there?            -> ~O ID

@@ -1,6 +1,6 @@
 //! The report: what was measured in guests of one type, as text and for JSON.
 
-use std::fmt::{self, Write as _};
+use std::fmt;
 
 use serde::Serialize;
 
@@ -127,68 +127,94 @@ const HEAD: &str = "                     threads   empty    floor, us         pa
 
 impl fmt::Display for OfGuests {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kind = self.kind;
-        writeln!(
-            f,
-            "{kind}: base: {} threads, {} vCPUs, under load, 1 function, asked by one process; other \
-             lines differ in one thing",
-            BASE.threads, BASE.vcpus
-        )?;
-        writeln!(f, "{HEAD}")?;
-        for m in &self.points {
-            writeln!(f, "{m}")?;
-        }
-        if let Some(m) = self.at(BASE) {
-            writeln!(f, "\n{kind}: base, by kind of pause, us")?;
-            writeln!(
+        self.write_points(f)?;
+        if let Some(base) = self.at(BASE) {
+            let title = "base, by kind of pause, us";
+            self.write_samples(
                 f,
-                "{:<34} {:>5} {:>8} {:>8} {:>8}",
-                "", "n", "median", "p99", "max"
+                title,
+                &[
+                    ("empty pause and unpause", &base.empty_us),
+                    ("with all vCPU contexts (floor)", &base.floor_us),
+                    ("the same in two calls of Xen", &base.together_us),
+                    ("that and a write to code", &base.write_us),
+                    ("apply", &base.apply_us),
+                    ("revert", &base.revert_us),
+                ],
             )?;
-            for (what, samples) in [
-                ("empty pause and unpause", &m.empty_us),
-                ("with all vCPU contexts (floor)", &m.floor_us),
-                ("the same in two calls of Xen", &m.together_us),
-                ("that and a write to code", &m.write_us),
-                ("apply", &m.apply_us),
-                ("revert", &m.revert_us),
-            ] {
-                line(f, what, samples)?;
-            }
         }
         if let Some(own) = &self.livepatch {
-            let what = "the guest's own livepatch, same file, same guest, us of its clock";
-            writeln!(f, "\n{kind}: {what}")?;
-            writeln!(
+            let title = "the guest's own livepatch, same file, same guest, us of its clock";
+            self.write_samples(
                 f,
-                "{:<34} {:>5} {:>8} {:>8} {:>8}",
-                "", "n", "median", "p99", "max"
+                title,
+                &[
+                    ("insmod until end of transition", &own.apply_us),
+                    ("of that, insmod", &own.insmod_us),
+                    ("disable until end of transition", &own.revert_us),
+                ],
             )?;
-            line(f, "insmod until end of transition", &own.apply_us)?;
-            line(f, "of that, insmod", &own.insmod_us)?;
-            line(f, "disable until end of transition", &own.revert_us)?;
         }
         if let Some(calls) = &self.calls {
-            writeln!(
+            let title = "one call of a function, ps, idle guest, a million calls each time";
+            self.write_samples(
                 f,
-                "\n{kind}: one call of a function, ps, idle guest, a million calls each time"
+                title,
+                &[
+                    ("unpatched", &calls.unpatched),
+                    ("redirected by xen-locus", &calls.ours),
+                    ("redirected by livepatch (ftrace)", &calls.livepatch),
+                ],
             )?;
-            writeln!(
-                f,
-                "{:<34} {:>5} {:>8} {:>8} {:>8}",
-                "", "n", "median", "p99", "max"
-            )?;
-            line(f, "unpatched", &calls.unpatched)?;
-            line(f, "redirected by xen-locus", &calls.ours)?;
-            line(f, "redirected by livepatch (ftrace)", &calls.livepatch)?;
         }
-        writeln!(f, "\n{kind}: {:<60} measured   limit", "must hold")?;
+        self.write_targets(f)?;
+        self.write_failures(f)
+    }
+}
+
+impl OfGuests {
+    /// The table of pauses, a line for each point.
+    fn write_points(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{}: base: {} threads, {} vCPUs, under load, 1 function, asked by one process; other \
+             lines differ in one thing",
+            self.kind, BASE.threads, BASE.vcpus
+        )?;
+        writeln!(f, "{HEAD}")?;
+        for point in &self.points {
+            writeln!(f, "{point}")?;
+        }
+        Ok(())
+    }
+
+    /// A table of samples, a line for each.
+    fn write_samples(
+        &self,
+        f: &mut fmt::Formatter<'_>,
+        title: &str,
+        lines: &[(&str, &Samples)],
+    ) -> fmt::Result {
+        writeln!(f, "\n{}: {title}", self.kind)?;
+        writeln!(
+            f,
+            "{:<34} {:>5} {:>8} {:>8} {:>8}",
+            "", "n", "median", "p99", "max"
+        )?;
+        for (what, samples) in lines {
+            line(f, what, samples)?;
+        }
+        Ok(())
+    }
+
+    /// What must hold, and whether it does.
+    fn write_targets(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "\n{}: {:<60} measured   limit", self.kind, "must hold")?;
         for target in &self.targets {
-            let mut text = String::new();
-            match target.measured {
-                Some(value) => write!(text, "{value:>8.2}")?,
-                None => write!(text, "{:>8}", "-")?,
-            }
+            let measured = match target.measured {
+                Some(value) => format!("{value:>8.2}"),
+                None => format!("{:>8}", "-"),
+            };
             let bound = if target.at_least { ">=" } else { "<=" };
             let holds = match target.holds() {
                 Some(true) => "holds",
@@ -196,20 +222,21 @@ impl fmt::Display for OfGuests {
                 None => "not measured",
             };
             let (what, limit) = (target.what, target.limit);
-            writeln!(f, "  {what:<62} {text} {bound} {limit:>4.1}  {holds}")?;
+            writeln!(f, "  {what:<62} {measured} {bound} {limit:>4.1}  {holds}")?;
         }
+        Ok(())
+    }
+
+    /// What could not be measured, and changes that failed.
+    fn write_failures(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = self.kind;
         for why in &self.missing {
             writeln!(f, "{kind}: not measured: {why}")?;
         }
-        for m in &self.points {
-            let errors = &m.errors;
+        for Measured { name, errors, .. } in &self.points {
             if let Some(first) = errors.first() {
                 let count = errors.len();
-                writeln!(
-                    f,
-                    "{kind}: {}: {count} changes failed, first: {first}",
-                    m.name
-                )?;
+                writeln!(f, "{kind}: {name}: {count} changes failed, first: {first}")?;
             }
         }
         Ok(())

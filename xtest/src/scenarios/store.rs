@@ -2,7 +2,8 @@
 
 use super::steps::patches::{self, CMDLINE};
 use super::steps::{daemon, tool};
-use crate::guest::{GuestSpec, Kind};
+use crate::dom0::Output;
+use crate::guest::{Guest, GuestSpec, Kind};
 use crate::profile::PV1;
 use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
@@ -32,106 +33,127 @@ pub const SCENARIOS: &[Scenario] = &[
     },
 ];
 
+/// Where the daemon publishes what it does and what is in force.
+const PUBLISHED: &str = "/tool/xen-locus";
+
 fn requests(ctx: &mut Ctx) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new("pv", Kind::Pv))?;
-    let id = guest.domid;
     daemon::start(ctx)?;
-    let read = |path: &str| ctx.dom0.sh(&format!("xenstore-read {path} 2>/dev/null"));
-    let ask = |request: &str, rc: &str, words: &str| daemon::ask(ctx, request, rc, words);
+    let uuid = published(ctx, &guest)?;
+    served(ctx, &guest, &uuid)?;
+    not_served(ctx, &guest)?;
+    started_again(ctx)
+}
+
+/// Reads a node of XenStore; exit code 1 if there is none.
+fn read(ctx: &Ctx, node: &str) -> Result<Output, Verdict> {
+    ctx.dom0.sh(&format!("xenstore-read {node} 2>/dev/null"))
+}
+
+/// The daemon publishes its own state, and UUID and kernel of the guest. Returns the UUID.
+fn published(ctx: &Ctx, guest: &Guest) -> Result<String, Verdict> {
+    let id = guest.domid;
     ctx.dom0.ok(&format!(
-        "for i in $(seq 100); do xenstore-read /tool/xen-locus/domain/{id}/uuid && \
-         [ \"$(xenstore-read /tool/xen-locus/state)\" = running ] && exit 0; \
+        "for i in $(seq 100); do xenstore-read {PUBLISHED}/domain/{id}/uuid && \
+         [ \"$(xenstore-read {PUBLISHED}/state)\" = running ] && exit 0; \
          usleep 100000; done 2>/dev/null; exit 1"
     ))?;
-    check_eq!(read("/tool/xen-locus/state")?.text(), "running");
-    let uuid = ctx
+    check_eq!(read(ctx, &format!("{PUBLISHED}/state"))?.text(), "running");
+    let vm = ctx
         .dom0
         .ok(&format!("xenstore-read /local/domain/{id}/vm"))?;
-    let uuid = uuid.trim_start_matches("/vm/");
-    check_eq!(
-        read(&format!("/tool/xen-locus/domain/{id}/uuid"))?.text(),
-        uuid
-    );
-    check_eq!(
-        read(&format!("/tool/xen-locus/domain/{id}/kernel"))?.text(),
-        ctx.release
-    );
+    let uuid = vm.trim_start_matches("/vm/").to_owned();
+    let of_guest = |node: &str| read(ctx, &format!("{PUBLISHED}/domain/{id}/{node}"));
+    check_eq!(of_guest("uuid")?.text(), uuid);
+    check_eq!(of_guest("kernel")?.text(), ctx.release);
+    Ok(uuid)
+}
 
-    let apply = format!("op=apply domain={id} uuid={uuid} patch=locus_cmdline");
-    ask(&format!("a1 {apply}"), "0", "applied")?;
-    check!(patches::cmdline_is_live(&guest)?, "the patch has no effect");
-    let state = format!("/tool/xen-locus/domain/{id}/patch/locus_cmdline/state");
-    check_eq!(read(&state)?.text(), "applied");
-    ask(&format!("a2 {apply}"), "0", "already")?;
-    ask(
-        "a3 op=revert domain=pv patch=locus_cmdline",
-        "0",
-        "reverted",
-    )?;
-    patches::cmdline_is_untouched(&guest)?;
-    check!(read(&state)?.rc != 0, "{state} is still there");
+/// A patch comes and goes by request, and what is published follows.
+fn served(ctx: &Ctx, guest: &Guest, uuid: &str) -> Result<(), Verdict> {
+    let id = guest.domid;
+    let ask = |request: &str, words: &str| daemon::ask(ctx, request, "0", words);
+    let apply = format!("op=apply domain={id} uuid={uuid} patch={CMDLINE}");
+    ask(&format!("a1 {apply}"), "applied")?;
+    check!(patches::cmdline_is_live(guest)?, "the patch has no effect");
+    let state = format!("{PUBLISHED}/domain/{id}/patch/{CMDLINE}/state");
+    check_eq!(read(ctx, &state)?.text(), "applied");
+    ask(&format!("a2 {apply}"), "already")?;
+    let revert = format!("op=revert domain=pv patch={CMDLINE}");
+    ask(&format!("a3 {revert}"), "reverted")?;
+    patches::cmdline_is_untouched(guest)?;
+    check!(read(ctx, &state)?.rc != 0, "{state} is still there");
+    ask(&format!("a4 {revert}"), "already")
+}
 
-    let stale = "11111111-2222-3333-4444-555555555555";
-    ask(
-        "b1 op=apply domain=nobody patch=locus_cmdline",
-        "1",
-        "no domain",
-    )?;
-    ask(
-        &format!("b2 op=apply domain={id} uuid={stale} patch=locus_cmdline"),
-        "1",
-        "UUID",
-    )?;
-    ask(
-        "b3 op=apply domain=pv patch=locus_nothing",
-        "1",
-        "No such file",
-    )?;
-    ask(
-        "b4 op=apply domain=pv patch=../../etc/passwd",
-        "64",
-        "expected a name",
-    )?;
-    ask(
-        &format!("b5 op=apply domain={id} patch=locus_cmdline"),
-        "64",
-        "uuid",
-    )?;
-    ask(
-        "b6 op=explode domain=pv patch=locus_cmdline",
-        "64",
-        "expected apply, replace or revert",
-    )?;
-    ask(
-        "b7 op=apply domain=pv patch=locus_cmdline deadline=1",
-        "2",
-        "deadline",
-    )?;
-    ask(
-        "b8 op=apply domain=pv patch=locus_cmdline sha256=00",
-        "1",
-        "SHA-256",
-    )?;
-    ask("b9 op=revert domain=pv patch=locus_cmdline", "0", "already")?;
-    ask(
-        "b10 op=apply domain=pv patch=locus_own_static_call",
-        "3",
-        ".static_call.text",
-    )?;
+/// Requests that can't be carried out: exit code and words of each answer.
+fn not_served(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+    const STALE: &str = "11111111-2222-3333-4444-555555555555";
+    let id = guest.domid;
+    for (request, rc, words) in [
+        (
+            format!("b1 op=apply domain=nobody patch={CMDLINE}"),
+            "1",
+            "no domain",
+        ),
+        (
+            format!("b2 op=apply domain={id} uuid={STALE} patch={CMDLINE}"),
+            "1",
+            "UUID",
+        ),
+        (
+            "b3 op=apply domain=pv patch=locus_nothing".to_owned(),
+            "1",
+            "No such file",
+        ),
+        (
+            "b4 op=apply domain=pv patch=../../etc/passwd".to_owned(),
+            "64",
+            "expected a name",
+        ),
+        (
+            format!("b5 op=apply domain={id} patch={CMDLINE}"),
+            "64",
+            "uuid",
+        ),
+        (
+            format!("b6 op=explode domain=pv patch={CMDLINE}"),
+            "64",
+            "expected apply, replace or revert",
+        ),
+        (
+            format!("b7 op=apply domain=pv patch={CMDLINE} deadline=1"),
+            "2",
+            "deadline",
+        ),
+        (
+            format!("b8 op=apply domain=pv patch={CMDLINE} sha256=00"),
+            "1",
+            "SHA-256",
+        ),
+        (
+            "b9 op=apply domain=pv patch=locus_own_static_call".to_owned(),
+            "3",
+            ".static_call.text",
+        ),
+    ] {
+        daemon::ask(ctx, &request, rc, words)?;
+    }
+    Ok(())
+}
 
-    // A second daemon does not start; the first ends when asked, and a request waits for the next.
+/// A second daemon does not start. The first ends when asked, and a request waits for the next one.
+fn started_again(ctx: &Ctx) -> Result<(), Verdict> {
     check_eq!(ctx.dom0.sh("xen-locus daemon")?.rc, 2, "a second daemon");
     daemon::stop(ctx)?;
-    check_eq!(read("/tool/xen-locus/state")?.text(), "stopped");
+    check_eq!(read(ctx, &format!("{PUBLISHED}/state"))?.text(), "stopped");
     ctx.dom0.ok(
         "(sleep 3; exec xen-locus daemon >>/var/log/daemon.log 2>&1) & echo $! >/run/daemon.pid",
     )?;
-    ask("c1 op=apply domain=pv patch=locus_cmdline", "0", "applied")?;
-    ask(
-        "c2 op=revert domain=pv patch=locus_cmdline",
-        "0",
-        "reverted",
-    )?;
+    for (id, op, words) in [("c1", "apply", "applied"), ("c2", "revert", "reverted")] {
+        let request = format!("{id} op={op} domain=pv patch={CMDLINE}");
+        daemon::ask(ctx, &request, "0", words)?;
+    }
     daemon::stop(ctx)
 }
 
