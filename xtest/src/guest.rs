@@ -5,9 +5,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::dom0::{Dom0, Output, Trouble};
-use crate::fetch::{Suite, BOOKWORM};
 use crate::host::checked;
 use crate::limits;
+use crate::suites::{Suite, BOOKWORM};
 use crate::verdict::Verdict;
 
 /// What a guest's kernel is told. Quiet, because the console carries commands.

@@ -7,12 +7,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
 
-use crate::fetch::{self, Root, Suite, BOOKWORM};
+use crate::fetch::{self, Root};
 use crate::host;
 use crate::image;
 use crate::paths::Paths;
 use crate::payloads::{self, Which};
 use crate::source;
+use crate::suites::{Suite, BOOKWORM};
 
 /// A guest kernel, on the host.
 #[derive(Debug)]

@@ -9,7 +9,7 @@
 //! A file imports only from its own room and from rooms above it in this list, and never in a circle.
 //!
 //! 1. Ground: `limits`, `paths`, `profile`, `proto`, `verdict`, `host` (programs and files of the host),
-//!    `cpio`, `headers`, `toolchain`.
+//!    `cpio`, `headers`, `suites` (releases of Debian), `toolchain`.
 //! 2. In dom0: `agent`, the other end of `proto`.
 //! 3. What is booted: `fetch` (Debian packages), then `elf`, `payloads`, `source`, then `image`, then
 //!    `kernels`.
@@ -43,6 +43,7 @@ pub mod scenario;
 pub mod scenarios;
 pub mod shell;
 pub mod source;
+pub mod suites;
 pub mod testbed;
 pub mod toolchain;
 pub mod verdict;

@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use clap::{Parser, Subcommand};
-use xtest::fetch::{ensure_suite, Suite, BOOKWORM, SUITES};
+use xtest::fetch::ensure_suite;
 use xtest::guest::Kind;
 use xtest::measure::Clock;
 use xtest::paths::Paths;
 use xtest::profile::{Profile, PROFILES};
 use xtest::scenario::Scenario;
+use xtest::suites::{Suite, BOOKWORM, SUITES};
 use xtest::testbed::Testbed;
 use xtest::{demo, host, measure, payloads, runner, scenarios, shell, source};
 

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::dom0::Dom0;
-use crate::fetch::BOOKWORM;
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::kernels::Kernels;
 use crate::profile::Profile;
+use crate::suites::BOOKWORM;
 use crate::verdict::Verdict;
 
 /// Starts of a PVH or HVM guest before it counts as failed: QEMU's SVM emulation loses some while

@@ -5,10 +5,11 @@ use std::process::Command;
 
 use anyhow::{ensure, Context, Result};
 
-use crate::fetch::{self, Root, Suite};
+use crate::fetch::{self, Root};
 use crate::host::checked;
 use crate::paths::Paths;
 use crate::payloads;
+use crate::suites::Suite;
 
 /// Folders of the source that are kept.
 const FOLDERS: [&str; 2] = ["samples/livepatch", "lib/livepatch"];

@@ -11,7 +11,7 @@ use anyhow::{ensure, Context, Result};
 use rustix::fs::{flock, FlockOperation};
 
 use crate::dom0::Dom0;
-use crate::fetch::{self, Root, BOOKWORM};
+use crate::fetch::{self, Root};
 use crate::host::newer;
 use crate::image::{self, Images, Tools};
 use crate::kernels::Kernels;
@@ -21,6 +21,7 @@ use crate::payloads::{self, Which};
 use crate::profile::Profile;
 use crate::qemu::Qemu;
 use crate::scenario::Ctx;
+use crate::suites::BOOKWORM;
 
 /// What all boots of a run share.
 #[derive(Debug)]

@@ -2,10 +2,10 @@
 
 use super::steps::patches::{file_for, DRAIN};
 use super::steps::tool;
-use crate::fetch::{Suite, BOOKWORM, TRIXIE};
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::profile::{PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
+use crate::suites::{Suite, BOOKWORM, TRIXIE};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 

@@ -5,9 +5,9 @@ use std::time::Duration;
 use super::steps::kernels::{self, kernel_scenarios};
 use super::steps::patches::cmdline_is_untouched;
 use super::steps::tool;
-use crate::fetch::{Suite, BOOKWORM};
 use crate::guest::{Guest, Kind};
 use crate::scenario::{Ctx, Scenario};
+use crate::suites::{Suite, BOOKWORM};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 

@@ -8,9 +8,9 @@ use serde_json::Value;
 use super::steps::kernels::kernel_scenarios;
 use super::steps::tool;
 use super::steps::wait::GATHERING;
-use crate::fetch::Suite;
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::scenario::{Ctx, Scenario};
+use crate::suites::Suite;
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 

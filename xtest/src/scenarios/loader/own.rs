@@ -2,9 +2,9 @@
 //! kernel, built as they are.
 
 use super::subject::Subject;
-use crate::fetch::BOOKWORM;
 use crate::guest::Kind;
 use crate::scenario::Ctx;
+use crate::suites::BOOKWORM;
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 

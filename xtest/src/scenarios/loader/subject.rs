@@ -2,11 +2,11 @@
 
 use serde_json::Value;
 
-use crate::fetch::{Suite, BOOKWORM};
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::scenario::Ctx;
 use crate::scenarios::steps::guest_log::Log;
 use crate::scenarios::steps::{patches, tool};
+use crate::suites::{Suite, BOOKWORM};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 

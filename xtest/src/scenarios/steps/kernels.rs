@@ -1,7 +1,7 @@
 //! Kernels of several releases of Debian: scenarios for each, and the guests that boot them.
 
-use crate::fetch::{Suite, BOOKWORM};
 use crate::guest::{GuestSpec, Kind};
+use crate::suites::{Suite, BOOKWORM};
 
 /// A list of scenarios that do the same with kernels of several releases, as several types of guest:
 /// `kernel_scenarios!(run, SUMMARY, [("name", SUITE, Kind, PROFILE), …])`, where `run` takes the
@@ -12,7 +12,7 @@ macro_rules! kernel_scenarios {
             name: $name,
             summary: $summary,
             profile: &$crate::profile::$profile,
-            run: |ctx| $run(ctx, &$crate::fetch::$suite, $crate::guest::Kind::$kind),
+            run: |ctx| $run(ctx, &$crate::suites::$suite, $crate::guest::Kind::$kind),
         }),+]
     };
 }

@@ -5,8 +5,8 @@
 use std::path::Path;
 
 use crate::check_eq;
-use crate::fetch::{Suite, BOOKWORM};
 use crate::guest::Guest;
+use crate::suites::{Suite, BOOKWORM};
 use crate::verdict::Verdict;
 
 /// Replaces `cmdline_proc_show`: word "live" in `/proc/cmdline`.

@@ -13,10 +13,10 @@ mod toggled;
 use std::time::Duration;
 
 use super::steps::tool;
-use crate::fetch::{Suite, BOOKWORM, BULLSEYE, TESTING, TRIXIE};
 use crate::guest::Kind;
 use crate::profile::{HVM, PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
+use crate::suites::{Suite, BOOKWORM, BULLSEYE, TESTING, TRIXIE};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 use subject::Subject;

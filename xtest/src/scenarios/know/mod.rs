@@ -10,9 +10,9 @@ use super::steps::kernels::{self, kernel_scenarios};
 use super::steps::patches::{cmdline_is_live, CMDLINE};
 use super::steps::tool;
 use super::steps::wait::GATHERING;
-use crate::fetch::{Suite, BOOKWORM};
 use crate::guest::{Guest, Kind};
 use crate::scenario::{Ctx, Scenario};
+use crate::suites::{Suite, BOOKWORM};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 

@@ -1,0 +1,62 @@
+//! The tool is killed or stopped at each of its calls, or each of its calls fails.
+
+use super::actions::Action;
+use super::subject::{nothing_left, Subject, Tally};
+use crate::check;
+use crate::guest::Kind;
+use crate::scenario::Ctx;
+use crate::verdict::Verdict;
+
+/// Makes each action end at its first place, then further on in steps of `step` places, until the action
+/// has no such place and ends by itself. `what` is done at the place: `kill`, `stop` or `fail`.
+pub fn injected(
+    ctx: &mut Ctx,
+    kind: Kind,
+    what: &str,
+    step: u32,
+    actions: &[Action],
+) -> Result<(), Verdict> {
+    for action in actions {
+        ctx.destroy_guest(kind.name())?;
+        let mut subject = Subject::new(ctx, kind)?;
+        let mut tally = Tally::default();
+        let name = subject.guest.name.clone();
+        let command = action.command(&name);
+        let mut nth = 1;
+        loop {
+            subject.prepare(ctx, action.before)?;
+            let cmd =
+                format!("env XEN_LOCUS_FAULT={nth}:{what}:journal xen-locus-faults {command}");
+            let done = subject.kill(ctx, "", &cmd, &mut tally)?;
+            let said = done["stderr"].as_str().unwrap_or_default();
+            let hit = said.contains("xen-locus: fault: ");
+            // What it says of the guest is true.
+            if let Some(rc) = done["rc"].as_i64() {
+                let new = subject.is_new()?;
+                let expected = (action.name != "revert") == (rc == 0);
+                check!(
+                    new == expected || rc == 6,
+                    "guest is new: {new}, and {cmd} says {done}"
+                );
+                tally.codes.push(rc);
+            }
+            if !hit {
+                break;
+            }
+            // Every other time the next run does so by itself.
+            if nth % 2 == 0 {
+                subject.recover(ctx, &mut tally)?;
+            }
+            if nth % 16 == 0 {
+                subject.progresses()?;
+            }
+            nth += step;
+        }
+        subject.prepare(ctx, None)?;
+        subject.recover(ctx, &mut tally)?;
+        nothing_left(ctx)?;
+        let action = action.name;
+        eprintln!("{name}: {action}, {what} at place 1 to {nth}: {tally:?}");
+    }
+    Ok(())
+}

@@ -1,0 +1,125 @@
+//! The tool has too little memory, or no room for what it must write.
+
+use std::collections::BTreeMap;
+
+use super::actions::{Action, ACTIONS};
+use super::subject::{nothing_left, Subject, Tally};
+use crate::guest::Kind;
+use crate::scenario::Ctx;
+use crate::scenarios::steps::patches::PAIR;
+use crate::scenarios::steps::tool;
+use crate::verdict::Verdict;
+use crate::{check, check_eq};
+
+pub fn no_journal(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
+    let subject = Subject::new(ctx, kind)?;
+    subject.prepare(ctx, None)?;
+    let name = &subject.guest.name;
+    let apply = format!("xen-locus apply {name} /payloads/{PAIR}.ko");
+    for (place, options) in [
+        ("/var/lib/xen-locus/journal", "ro"),
+        ("/var/lib/xen-locus/journal", "size=4k"),
+        ("/run/xen-locus/guard", "size=4k"),
+    ] {
+        let out = ctx.dom0.sh(&format!(
+            "mkdir -p {place}; mount -t tmpfs -o {options} none {place} || exit 64
+             echo full >{place}/file; {apply}; rc=$?; umount {place}; exit $rc"
+        ))?;
+        let said = out.err_text();
+        check!(
+            out.rc == 1 && said.contains(place) && said.contains("nothing was changed"),
+            "{place} {options}: {} {said}",
+            out.rc
+        );
+        check!(!subject.is_new()?, "{place} {options}: it was applied");
+        check_eq!(subject.status(ctx)?, false);
+    }
+    ctx.dom0.ok(&apply)?;
+    check!(subject.is_new()?, "it is not applied");
+    subject.prepare(ctx, None)?;
+    unrecorded(ctx, &subject, &apply)?;
+    subject.prepare(ctx, None)?;
+    nothing_left(ctx)
+}
+
+/// Where the audit log has no room what was done is done, and the next run records it.
+fn unrecorded(ctx: &Ctx, subject: &Subject, apply: &str) -> Result<(), Verdict> {
+    let (name, log) = (&subject.guest.name, "/var/log/xen-locus");
+    let out = ctx.dom0.sh(&format!(
+        "mkdir -p {log}; mount -t tmpfs -o size=4k none {log} || exit 64
+         echo full >{log}/file; {apply}; rc=$?; umount {log}; exit $rc"
+    ))?;
+    check!(
+        out.rc == 0 && out.err_text().contains("not recorded"),
+        "{log} full: {} {}",
+        out.rc,
+        out.err_text()
+    );
+    check!(subject.is_new()?, "it is not applied");
+    let found = ctx.json(&format!("xen-locus -o json recover {name}"))?;
+    check_eq!(found["result"], "finished", "{found}");
+    let actions = tool::actions(ctx, name)?;
+    check!(
+        actions.last().is_some_and(|a| {
+            a["op"] == "recover" && a["of"] == "apply" && a["in_force"][0]["name"] == PAIR
+        }),
+        "{actions:?}"
+    );
+    Ok(())
+}
+
+/// Gives the tool more and more memory, until it has enough.
+pub fn no_memory(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
+    let mut subject = Subject::new(ctx, kind)?;
+    let name = subject.guest.name.clone();
+    let mut tally = Tally::default();
+    let mut said = BTreeMap::<String, u32>::new();
+    for action in ACTIONS {
+        let command = action.command(&name);
+        let Action {
+            name: action,
+            before,
+        } = action;
+        // KiB of address space: less does not load the libraries.
+        let mut limit = 12_000;
+        loop {
+            check!(limit < 4 << 20, "{action} takes more than 4 GiB");
+            subject.prepare(ctx, before)?;
+            let was = subject.is_new()?;
+            let cmd = format!("sh -c 'ulimit -v {limit}; exec xen-locus --no-cache {command}'");
+            let done = subject.kill(ctx, "", &cmd, &mut tally)?;
+            let rc = done["rc"].as_i64();
+            let told = done["stderr"].as_str().unwrap_or_default();
+            let what = format!("{action} with {limit} KiB: {done}");
+            let last = told.lines().last().unwrap_or_default();
+            check!(
+                rc == Some(0) || last.starts_with("xen-locus: "),
+                "no word of why: {what}"
+            );
+            match rc {
+                Some(0) => break,
+                Some(1 | 2) => check_eq!(subject.is_new()?, was, "{what}"),
+                Some(6) => {}
+                _ => return Err(Verdict::failure(what)),
+            }
+            *said.entry(format!("{rc:?} {}", why(last))).or_default() += 1;
+            subject.recover(ctx, &mut tally)?;
+            limit += limit / 3;
+        }
+        subject.progresses()?;
+        eprintln!("{name}: {action} takes {limit} KiB");
+    }
+    subject.prepare(ctx, None)?;
+    nothing_left(ctx)?;
+    check!(
+        said.keys().any(|s| s.contains("out of memory")),
+        "memory was never the matter: {said:?}"
+    );
+    eprintln!("{name}: {said:#?}");
+    Ok(())
+}
+
+/// A message without the numbers in it.
+fn why(message: &str) -> String {
+    message.chars().filter(|c| !c.is_ascii_digit()).collect()
+}

@@ -1,0 +1,186 @@
+//! The guest at work on which the tool is killed, and what the kills of a scenario came to.
+
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::actions::{APPLY, REVERT};
+use crate::guest::{Guest, GuestSpec, Kind};
+use crate::scenario::Ctx;
+use crate::scenarios::steps::patches::{self, CMDLINE, PAIR};
+use crate::scenarios::steps::tool;
+use crate::verdict::Verdict;
+use crate::{check, check_eq};
+
+/// Longest time for which a guest may be paused, the pause of the run that is killed included.
+const PAUSE_MAX_US: u64 = 200_000;
+
+/// What the kills of a scenario came to.
+#[derive(Debug, Default)]
+pub struct Tally {
+    /// Runs that were killed.
+    pub kills: u32,
+    /// Of these, runs that were killed while they held the guest paused.
+    pub in_pause: u32,
+    /// Runs that ended before the kill.
+    pub not_hit: u32,
+    /// Runs after which the guest was old.
+    pub old: u32,
+    /// Runs after which the guest was new.
+    pub new: u32,
+    /// Interrupted changes that `recover` finished.
+    pub finished: u32,
+    /// Interrupted changes that `recover` undid.
+    pub undone: u32,
+    /// Runs of `recover` that found no interrupted change.
+    pub nothing_to_do: u32,
+    /// The longest pause, in microseconds.
+    pub longest_pause_us: u64,
+    /// Exit codes of those that were not killed.
+    pub codes: Vec<i64>,
+}
+
+/// The guest under test.
+pub struct Subject {
+    /// The guest.
+    pub guest: Guest,
+    /// The check script in the guest of the payload [`PAIR`].
+    check: String,
+    /// Rounds of its workload, at the last look.
+    rounds: u64,
+}
+
+impl Subject {
+    /// A guest under load, with the check script in it.
+    pub fn new(ctx: &mut Ctx, kind: Kind) -> Result<Subject, Verdict> {
+        let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
+        let check = patches::put_check(&guest, PAIR)?;
+        guest.start_workload()?;
+        let rounds = guest.rounds()?;
+        Ok(Subject {
+            guest,
+            check,
+            rounds,
+        })
+    }
+
+    /// Whether [`PAIR`] is in force, by what the guest's files in `/proc` show. A mixture is a failure.
+    pub fn is_new(&self) -> Result<bool, Verdict> {
+        let check = &self.check;
+        let cmd = format!("sh {check} after && exit 10; sh {check} before && exit 11");
+        let out = self.guest.sh(&cmd)?;
+        match out.rc {
+            10 => Ok(true),
+            11 => Ok(false),
+            _ => Err(Verdict::failure(format!(
+                "the guest is neither old nor new: {}",
+                out.text()
+            ))),
+        }
+    }
+
+    /// Whether [`PAIR`] is in force, by `status`.
+    pub fn status(&self, ctx: &Ctx) -> Result<bool, Verdict> {
+        let status = tool::status(ctx, &self.guest.name)?;
+        match tool::patches_of(&status)? {
+            [] => Ok(false),
+            [one] if one["name"] == CMDLINE => Ok(false),
+            [one] if one["name"] == PAIR && one["state"] == "applied" => Ok(true),
+            _ => Err(Verdict::failure(format!("status says {status}"))),
+        }
+    }
+
+    /// Runs the tool under `locus-kill`, and checks that the guest is old or new and was not paused for
+    /// too long. Returns what `locus-kill` prints.
+    pub fn kill(
+        &mut self,
+        ctx: &Ctx,
+        when: &str,
+        cmd: &str,
+        tally: &mut Tally,
+    ) -> Result<Value, Verdict> {
+        let name = &self.guest.name;
+        let killed = ctx.json(&format!("locus-kill {name} {when} -- {cmd}"))?;
+        let what = format!("{cmd} {when}: {killed}");
+        check_eq!(killed["stuck"], false, "{what}");
+        let pause = killed["longest_pause_us"].as_u64().unwrap_or(u64::MAX);
+        tally.longest_pause_us = tally.longest_pause_us.max(pause);
+        check!(pause <= PAUSE_MAX_US, "paused for too long: {what}");
+        match killed["signal"].as_i64() {
+            Some(9) => tally.kills += 1,
+            _ => tally.not_hit += 1,
+        }
+        tally.in_pause += u32::from(killed["killed_in_pause"] == true);
+        let new = self.is_new()?;
+        check_eq!(self.status(ctx)?, new, "status after {what}");
+        *(if new { &mut tally.new } else { &mut tally.old }) += 1;
+        Ok(killed)
+    }
+
+    /// Runs `recover`. What it says must be what the guest shows. A second run finds nothing to do.
+    pub fn recover(&self, ctx: &Ctx, tally: &mut Tally) -> Result<(), Verdict> {
+        let recover = format!("xen-locus -o json recover {}", self.guest.name);
+        let found = ctx.json(&recover)?;
+        let new = self.is_new()?;
+        match (found["result"].as_str(), found["op"].as_str()) {
+            (Some("nothing-to-do"), _) => tally.nothing_to_do += 1,
+            (Some("finished"), Some(op)) => {
+                check_eq!(new, op == "apply", "{found}");
+                tally.finished += 1;
+            }
+            (Some("undone"), Some(op)) => {
+                check_eq!(new, op == "revert", "{found}");
+                tally.undone += 1;
+            }
+            _ => return Err(Verdict::failure(format!("recover says {found}"))),
+        }
+        check_eq!(ctx.json(&recover)?["result"], "nothing-to-do");
+        check_eq!(self.status(ctx)?, new, "status after {found}");
+        let verify = format!("xen-locus -o json verify {}", self.guest.name);
+        check_eq!(ctx.json(&verify)?["result"], "clean", "after {found}");
+        Ok(())
+    }
+
+    /// The command for what was not done last: apply or revert.
+    pub fn next(&self, ctx: &Ctx) -> Result<String, Verdict> {
+        let name = &self.guest.name;
+        let action = if self.status(ctx)? { REVERT } else { APPLY };
+        Ok(format!("xen-locus {}", action.command(name)))
+    }
+
+    /// Makes `patch`, and nothing else, be in force.
+    pub fn prepare(&self, ctx: &Ctx, patch: Option<&str>) -> Result<(), Verdict> {
+        let name = &self.guest.name;
+        let there = tool::listed(ctx, name)?;
+        if patch.is_some_and(|patch| there == [patch]) {
+            return Ok(());
+        }
+        if !there.is_empty() {
+            tool::revert_all(ctx, name)?;
+        }
+        if let Some(patch) = patch {
+            tool::apply(ctx, name, patch)?;
+        }
+        Ok(())
+    }
+
+    /// Checks that the guest's workload has gone on since the last look.
+    pub fn progresses(&mut self) -> Result<(), Verdict> {
+        let now = self.guest.rounds()?;
+        check!(now > self.rounds, "the workload stands still at {now}");
+        self.rounds = now;
+        Ok(())
+    }
+}
+
+/// Checks that no guardian runs, and that no file of one is left.
+pub fn nothing_left(ctx: &Ctx) -> Result<(), Verdict> {
+    // Journals of guests that an earlier scenario destroyed in the middle may still be there.
+    ctx.dom0.ok("xen-locus recover")?;
+    std::thread::sleep(Duration::from_millis(500));
+    let left = ctx
+        .dom0
+        .ok("ls /run/xen-locus/guard /var/lib/xen-locus/journal | grep -v : ; ps | grep xen-locus-guardia[n]; true")?;
+    check_eq!(left, "");
+    Ok(())
+}
