@@ -1,7 +1,8 @@
 //! A writer for the `newc` cpio format, the one the kernel unpacks as an initramfs
 //! (Linux `Documentation/driver-api/early-userspace/buffer-format.rst`).
 //!
-//! Archives are built as anybody: owner is always 0:0 and no device node is read from the host.
+//! No root is needed to build an archive: the owner is always 0:0, and no device node is read from the
+//! host.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -26,7 +27,7 @@ impl Cpio {
         Self::default()
     }
 
-    /// Adds a directory and its parents; one that is there already is left alone.
+    /// Adds a directory and its parents, except those that the archive already has.
     pub fn dir(&mut self, path: &str) -> Result<()> {
         let path = path.trim_matches('/');
         if path.is_empty() || self.seen.contains(path) {
@@ -36,8 +37,8 @@ impl Cpio {
         self.entry(path, DIR | 0o755, &[])
     }
 
-    /// Adds a file with these permission bits. The first file of a name wins, so that a caller
-    /// may walk overlapping closures.
+    /// Adds a file with these permission bits. A file whose path the archive already has is ignored, so
+    /// that a caller may walk overlapping closures.
     pub fn file(&mut self, path: &str, mode: u32, data: &[u8]) -> Result<()> {
         let path = path.trim_matches('/');
         if self.seen.contains(path) {

@@ -1,4 +1,4 @@
-//! `xtest demo`: shows the tool at work to a person, live.
+//! `xtest demo`: shows xen-locus at work, live.
 
 use std::io::Write;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use crate::scenario::Ctx;
 use crate::testbed::Testbed;
 use crate::verdict::Verdict;
 
-/// Boots a machine and plays the script.
+/// Boots a machine and runs the demonstration in it.
 pub fn run(testbed: &Testbed) -> Result<()> {
     say("Booting Xen and a Debian dom0 under QEMU: no KVM, no root.");
     let mut machine = testbed.boot(&PVH, 0)?;
@@ -66,17 +66,17 @@ fn script(ctx: &mut Ctx) -> Result<(), Verdict> {
     in_dom0(ctx, "xen-locus list")
 }
 
-/// Narration.
+/// Prints what comes next.
 fn say(text: &str) {
     println!("\n\x1b[1m{text}\x1b[0m");
 }
 
-/// Shows and runs a command of dom0 that must succeed; its output appears as it comes.
+/// Prints a command, runs it in dom0 and prints its output as it comes. It must succeed.
 fn in_dom0(ctx: &Ctx, cmd: &str) -> Result<(), Verdict> {
     println!("\x1b[36mdom0#\x1b[0m {cmd}");
     let show = &mut |_: bool, data: &[u8]| {
         let mut out = std::io::stdout().lock();
-        // Nobody watches any more: play on, to the end.
+        // If nothing reads the output any more, the demonstration still goes on to its end.
         let _ = out.write_all(data).and_then(|()| out.flush());
     };
     match ctx.dom0.sh_stream(cmd, Duration::from_secs(300), show)? {
@@ -85,7 +85,7 @@ fn in_dom0(ctx: &Ctx, cmd: &str) -> Result<(), Verdict> {
     }
 }
 
-/// Shows and runs a command in a guest.
+/// Prints a command, runs it in a guest and prints its output. It must succeed.
 fn in_guest(guest: &Guest, cmd: &str) -> Result<(), Verdict> {
     println!("\x1b[33m{}#\x1b[0m {cmd}", guest.name);
     println!("{}", guest.ok(cmd)?);

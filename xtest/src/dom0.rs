@@ -20,9 +20,9 @@ use crate::verdict::Verdict;
 /// What a command printed and how it ended.
 #[derive(Debug, Clone)]
 pub struct Output {
-    /// Exit code; 128 + signal for a killed command.
+    /// Exit code; 128 + signal if a signal ended the command.
     pub rc: i32,
-    /// The limit had passed and the command was killed.
+    /// The command exceeded its time limit and was killed.
     pub timed_out: bool,
     /// Standard output, byte for byte.
     pub stdout: Vec<u8>,
@@ -31,17 +31,21 @@ pub struct Output {
 }
 
 impl Output {
-    /// Standard output as text, without white space around it.
+    /// Standard output as text, trimmed.
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.stdout).trim().to_owned()
     }
 
-    /// Standard error as text, without white space around it.
+    /// Standard error as text, trimmed.
     pub fn err_text(&self) -> String {
         String::from_utf8_lossy(&self.stderr).trim().to_owned()
     }
 
-    /// Standard output as JSON; what is not is a [`Verdict::Failure`].
+    /// Standard output as JSON.
+    ///
+    /// # Errors
+    ///
+    /// [`Verdict::Failure`] if it is not JSON.
     pub fn json(&self) -> Result<serde_json::Value, Verdict> {
         serde_json::from_slice(&self.stdout).map_err(|e| {
             Verdict::failure(format!(
@@ -53,12 +57,12 @@ impl Output {
     }
 }
 
-/// Why a request to the agent came to nothing.
+/// Why a request to the agent failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Trouble {
-    /// The guest gives no sign of life.
+    /// The guest does not respond.
     Hung(String),
-    /// The guest is not there, or has crashed.
+    /// The guest does not exist, or has crashed.
     Gone(String),
     /// dom0 or the whole machine is gone.
     Down,
@@ -101,10 +105,10 @@ struct Pending {
     down: bool,
 }
 
-/// Asks the agent for a sign of life every second, as long as somebody uses the link; the answer is
-/// of no interest. With SVM guests the emulated machine has been seen to stand still, Xen and dom0
-/// included, once for 120 seconds. Why is not known; if a wake-up of Xen's timer is lost, something
-/// from outside ends it.
+/// Sends the agent a request every second for as long as the link is in use, and ignores the answers.
+///
+/// With SVM guests the emulated machine sometimes stops, Xen and dom0 included; once for 120 seconds. The
+/// cause is unknown. If a wake-up of Xen's timer was lost, an interrupt from outside ends it.
 fn ping(link: &Weak<Link>) {
     loop {
         std::thread::sleep(Duration::from_secs(1));
@@ -117,7 +121,7 @@ fn ping(link: &Weak<Link>) {
 }
 
 impl Dom0 {
-    /// Waits until the agent is there.
+    /// Waits until the agent answers. `transcript` is the file that all requests and answers are logged to.
     pub fn connect(stream: UnixStream, transcript: &Path, limit: Duration) -> Result<Self> {
         let link = Arc::new(Link {
             out: Mutex::new(stream.try_clone()?),
@@ -143,7 +147,7 @@ impl Dom0 {
         self.sh_timeout(cmd, Duration::from_secs(120))
     }
 
-    /// Runs a shell command; past the limit its process group is killed
+    /// Runs a shell command. If it exceeds the limit, its process group is killed
     /// ([`Output::timed_out`]).
     pub fn sh_timeout(&self, cmd: &str, limit: Duration) -> Result<Output, Verdict> {
         let limit = limits::scaled(limit);
@@ -157,8 +161,11 @@ impl Dom0 {
             .and_then(output)?)
     }
 
-    /// Runs a shell command that must end with 0; otherwise a [`Verdict::Failure`] with what it
-    /// said. Returns its standard output as text.
+    /// Runs a shell command and returns its standard output as text.
+    ///
+    /// # Errors
+    ///
+    /// [`Verdict::Failure`] with its output if it does not end with 0.
     pub fn ok(&self, cmd: &str) -> Result<String, Verdict> {
         let out = self.sh(cmd)?;
         if out.rc != 0 {
@@ -171,8 +178,8 @@ impl Dom0 {
         Ok(out.text())
     }
 
-    /// Runs a shell command and hands on what it prints as it comes (is it error output, the
-    /// bytes). Returns the exit code.
+    /// Runs a shell command and passes its output to `sink` as it comes: whether it is standard error, and
+    /// the bytes. Returns the exit code.
     pub fn sh_stream(
         &self,
         cmd: &str,
@@ -197,7 +204,7 @@ impl Dom0 {
         }
     }
 
-    /// Writes a file of dom0, whose folder is made where it is missing.
+    /// Writes a file in dom0. A missing folder is created.
     pub fn put(&self, path: &str, mode: u32, data: &[u8]) -> Result<(), Verdict> {
         let request = Request::Put {
             path: path.to_owned(),
@@ -208,7 +215,7 @@ impl Dom0 {
         Ok(())
     }
 
-    /// Reads a file of dom0.
+    /// Reads a file in dom0.
     pub fn get(&self, path: &str) -> Result<Vec<u8>, Verdict> {
         let request = Request::Get {
             path: path.to_owned(),
@@ -248,19 +255,19 @@ impl Dom0 {
         Ok(Terminal { id, replies })
     }
 
-    /// Types into a terminal.
+    /// Writes input to a terminal.
     pub fn type_in(&self, terminal: u64, data: &[u8]) -> Result<(), Verdict> {
         let id = self.link.next.fetch_add(1, Ordering::Relaxed);
         self.link.send(id, Request::Input { to: terminal }, data)?;
         Ok(())
     }
 
-    /// A line in the transcript of the run.
+    /// Writes a line to the transcript of the run.
     pub fn note(&self, text: &str) {
         self.link.note(text);
     }
 
-    /// Whether the machine is still there, as far as is known.
+    /// Whether the connection to the machine was lost.
     pub fn is_down(&self) -> bool {
         locked(&self.link.pending).down
     }
@@ -270,10 +277,10 @@ impl Dom0 {
         request: Request,
         body: &[u8],
         patience: Duration,
-        whom: &str,
+        target: &str,
         what: &str,
     ) -> Result<Answer, Trouble> {
-        self.link.note(&format!("{whom}$ {what}"));
+        self.link.note(&format!("{target}$ {what}"));
         let began = Instant::now();
         let answer = self
             .begin(request, body)
@@ -308,9 +315,9 @@ impl Dom0 {
 /// A command on a terminal.
 #[derive(Debug)]
 pub struct Terminal {
-    /// For [`Dom0::type_in`].
+    /// Its id, for [`Dom0::type_in`].
     pub id: u64,
-    /// [`Reply::Data`] with output, at last [`Reply::Done`].
+    /// [`Reply::Data`] for each piece of output, then [`Reply::Done`].
     pub replies: Receiver<Answer>,
 }
 

@@ -9,14 +9,14 @@ use object::{elf, Endianness, Object, ObjectSection};
 
 use crate::host::piped;
 
-/// Where the dynamic linker of the images looks.
+/// Where the dynamic linker of the images looks for libraries.
 const LIBRARY_DIRS: &[&str] = &[
     "lib/x86_64-linux-gnu",
     "usr/lib/x86_64-linux-gnu",
     "usr/lib/xen-4.17/lib/x86_64-linux-gnu",
 ];
 
-/// Names in `DT_NEEDED`; none for a static program or for what is no ELF file.
+/// The names in `DT_NEEDED`; none if the file is a static program or not an ELF file.
 pub fn needed(data: &[u8]) -> Result<Vec<String>> {
     let Ok(file) = ElfFile64::<Endianness>::parse(data) else {
         return Ok(Vec::new());
@@ -35,7 +35,8 @@ pub fn needed(data: &[u8]) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// The closure of libraries of these files within an unpacked tree: path in the image -> file.
+/// The libraries that these files need, and those that the libraries need, within an unpacked tree.
+/// `dlopened` are the names of more libraries, which programs open at run time.
 pub fn libraries(root: &Path, files: &[PathBuf], dlopened: &[&str]) -> Result<Libraries> {
     let mut found = BTreeMap::new();
     let mut queue: VecDeque<String> = dlopened.iter().map(|&n| n.to_owned()).collect();
@@ -60,7 +61,7 @@ pub fn libraries(root: &Path, files: &[PathBuf], dlopened: &[&str]) -> Result<Li
     Ok(found)
 }
 
-/// Path in the image -> file to copy there.
+/// Libraries by their path in the image: the files of the host to copy there.
 pub type Libraries = BTreeMap<String, PathBuf>;
 
 /// A kernel module.
@@ -94,7 +95,7 @@ fn add_module(
     if !seen.insert(key.clone()) {
         return Ok(());
     }
-    // a built-in driver has no file, and needs none
+    // A built-in driver has no file.
     let Some(path) = index.get(&key) else {
         return Ok(());
     };

@@ -1,8 +1,8 @@
-//! Gets the Debian packages that dom0 and the guests are made of, as any user, and unpacks them.
+//! Downloads and unpacks the Debian packages that dom0 and the guests are made of. No root is needed.
 //!
-//! The host's own apt does the work, with a private state: its resolver computes the closure as
-//! if nothing were installed, and it verifies what it downloads against Debian's keyring. Mirrors
-//! are those the host is configured with. Once unpacked, nothing here needs the network.
+//! The host's own apt does the work, with a private state: its resolver computes the closure as if
+//! nothing were installed, and it verifies what it downloads against Debian's keyring. It uses the mirrors
+//! that the host is configured with. Once the packages are unpacked, xtest needs no network.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -18,15 +18,14 @@ use crate::suites::{Suite, BOOKWORM, SKIP};
 use crate::toolchain;
 
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
-/// Changed when what is unpacked, or how, changes: old trees are then redone.
+/// To be changed when what is unpacked, or how, changes: old trees are then unpacked again.
 const FORMAT: u32 = 2;
 
-/// Where apt should not simply take the newest.
+/// Packages of which apt must not take the newest version.
 ///
-/// With the device model 1:7.2+dfsg-7+deb12u18+b3 of bookworm most starts of an HVM guest go astray
-/// while its firmware loads the kernel (5 of 7 seen); with the security archive's
-/// 1:7.2+dfsg-7+deb12u15 one in nine was still there when watching stopped. Where the security
-/// archive has none, this asks for nothing.
+/// With the device model 1:7.2+dfsg-7+deb12u18+b3 of bookworm most starts of an HVM guest fail while its
+/// firmware loads the kernel (5 of 7). With the security archive's 1:7.2+dfsg-7+deb12u15 one in nine was
+/// still there when watching stopped. If the security archive has no version, this has no effect.
 const PREFERENCES: &str = "\
 Package: qemu-system-xen qemu-system-data
 Pin: release l=Debian-Security
@@ -59,14 +58,14 @@ impl Root {
         ])
     }
 
-    /// The first of these paths that exists: where things are depends on the release of Debian.
+    /// The first of these paths that exists. The place of a file depends on the release of Debian.
     pub fn first(&self, paths: &[String]) -> Result<PathBuf> {
         let found = paths.iter().map(|p| self.dir.join(p)).find(|p| p.exists());
         found.with_context(|| format!("{} has none of: {}", self.dir.display(), paths.join(", ")))
     }
 }
 
-/// Says that the tree is whole, and what it is made of.
+/// Written when the tree is complete: what it is made of.
 #[derive(Debug, Serialize, Deserialize)]
 struct Stamp {
     format: u32,
@@ -77,7 +76,7 @@ struct Stamp {
     files: BTreeSet<String>,
 }
 
-/// Unpacks the suite, unless that is done already.
+/// Downloads and unpacks the suite, unless that was done before.
 pub fn ensure_suite(paths: &Paths, suite: &Suite) -> Result<Root> {
     let base = paths.base.join(suite.name);
     let root = base.join("root");
@@ -113,7 +112,7 @@ pub fn ensure_suite(paths: &Paths, suite: &Suite) -> Result<Root> {
     })
 }
 
-/// Downloads `package` in the version that `other`, a package of the suite's tree, has; gives its file.
+/// Downloads `package` in the version of `other`, a package of the suite's tree. Returns its file.
 pub fn download_beside(
     paths: &Paths,
     suite: &Suite,
@@ -155,7 +154,7 @@ fn download(base: &Path, debs: &Path, suite: &Suite) -> Result<Stamp> {
     let apt = Apt::prepare(base, suite)?;
     eprintln!("xtest: {}: reading package lists", suite.name);
     if let Err(e) = apt.run("apt-get", &["update", "-q"]) {
-        // lists of an earlier run may do
+        // The lists of an earlier run may do.
         eprintln!("xtest: warning: {e:#}");
     }
     let release = apt.kernel_release()?;
@@ -217,7 +216,7 @@ struct Package {
     size: u64,
 }
 
-/// The host's apt with a state of its own.
+/// The host's apt, with a private state.
 struct Apt {
     conf: PathBuf,
     debs: PathBuf,
@@ -258,7 +257,7 @@ impl Apt {
         Ok(String::from_utf8_lossy(&out.stdout).into_owned())
     }
 
-    /// The release that `linux-image-amd64` stands for at present.
+    /// The kernel release that `linux-image-amd64` depends on at present.
     fn kernel_release(&self) -> Result<String> {
         let text = self.run("apt-cache", &["depends", "linux-image-amd64"])?;
         let name = text
@@ -311,7 +310,7 @@ impl Apt {
     }
 }
 
-/// apt's options: state and cache of our own, the host's only for how to reach mirrors.
+/// apt's options: private state and cache; of the host's options only how to reach mirrors.
 fn configuration(dir: &str) -> String {
     format!(
         r#"#clear APT::Update;
@@ -358,8 +357,8 @@ fn sources(suite: &Suite) -> Result<String> {
     Ok(list)
 }
 
-/// Base addresses of the main and the security archive. Labels are known only once lists were
-/// read on the host; before that the last part of the address has to do.
+/// Base addresses of the main and the security archive. The host knows the labels of archives only after
+/// it has read their lists; before that the last part of the address decides.
 fn mirrors(targets: &str) -> (Option<String>, Option<String>) {
     let (mut main, mut security) = (None, None);
     for line in targets.lines() {

@@ -1,25 +1,27 @@
-//! Guests: what they are made of, and commands in them.
+//! Guests: their configuration, and commands in them.
 
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use crate::check;
 use crate::dom0::{Dom0, Output, Trouble};
 use crate::host::checked;
 use crate::limits;
 use crate::suites::{Suite, BOOKWORM};
 use crate::verdict::Verdict;
 
-/// What a guest's kernel is told. Quiet, because the console carries commands.
+/// Arguments of a guest's kernel. It logs little, because the console carries commands.
 const KERNEL_ARGS: &str =
     "console=hvc0 loglevel=5 mitigations=off no_timer_check tsc=reliable panic=0";
-/// Without these an emulated HVM guest takes minutes to look for hardware that is not there.
+/// More arguments of an HVM guest's kernel. Without these, an emulated guest takes minutes to look for
+/// hardware that does not exist.
 ///
-/// `pci=off` hides Xen's platform device too, and with it grant tables: a frontend then crashes
-/// the kernel, so that the configuration may give none (`vkb_device=0`).
+/// `pci=off` also hides Xen's platform device, and with it grant tables. A frontend would then crash the
+/// kernel, so the configuration must have none (`vkb_device=0`).
 const HVM_ARGS: &str = "pci=off agp=off iommu=off 8250.nr_uarts=0 i8042.nokbd i8042.noaux";
 
-/// Xen's kinds of guest.
+/// Xen's types of guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// Paravirtual.
@@ -31,7 +33,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// As `xl` and xen-locus write it.
+    /// The name that `xl` and xen-locus use.
     pub fn name(self) -> &'static str {
         match self {
             Self::Pv => "pv",
@@ -40,7 +42,7 @@ impl Kind {
         }
     }
 
-    /// How long such a guest may take until it answers.
+    /// The longest time until a guest of this type answers.
     fn boot_limit(self) -> Duration {
         Duration::from_secs(match self {
             Self::Pv => 120,
@@ -50,7 +52,7 @@ impl Kind {
     }
 }
 
-/// What guest a scenario wants. Two equal ones are the same guest.
+/// The guest that a scenario wants. Equal specifications mean the same guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GuestSpec {
     /// Its name in Xen.
@@ -63,9 +65,9 @@ pub struct GuestSpec {
     pub memory: u32,
     /// Virtual CPUs.
     pub vcpus: u32,
-    /// More arguments for its kernel.
+    /// Additional kernel arguments.
     pub kernel_args: String,
-    /// More lines for its `xl` configuration.
+    /// Additional lines of its `xl` configuration.
     pub config: String,
 }
 
@@ -89,7 +91,7 @@ impl GuestSpec {
         self
     }
 
-    /// Folder in dom0 of what it boots.
+    /// The folder in dom0 with its kernel and initramfs.
     pub fn boot_dir(&self) -> String {
         if *self.suite == BOOKWORM {
             "/guest".to_owned()
@@ -98,7 +100,7 @@ impl GuestSpec {
         }
     }
 
-    /// Name of the kernel's file: firmware boots a bzImage, Xen's builder the ELF file in it.
+    /// The name of the kernel's file. Firmware boots a bzImage; Xen's domain builder boots the ELF file in it.
     pub fn kernel_file(&self) -> &'static str {
         if self.kind == Kind::Hvm {
             "vmlinuz"
@@ -131,8 +133,8 @@ impl GuestSpec {
         self
     }
 
-    /// The configuration file for `xl create`. A guest that crashes is preserved, so that it can be
-    /// looked at and told from one that was destroyed.
+    /// The configuration file for `xl create`. A crashed guest is preserved, so that it can be examined and
+    /// told from a destroyed one.
     pub fn to_config(&self) -> String {
         let hvm_args = if self.kind == Kind::Hvm { HVM_ARGS } else { "" };
         let extra = format!("{KERNEL_ARGS} {hvm_args} {}", self.kernel_args);
@@ -174,7 +176,7 @@ impl Guest {
         dom0.put(&config, 0o644, spec.to_config().as_bytes())?;
         let limit = Duration::from_secs(240);
         let log = format!("/var/log/guest-{name}");
-        // What one before it said may be why it is gone.
+        // The log of an earlier guest of this name may say why that one is gone.
         let out = dom0.sh_timeout(
             &format!(
                 "[ ! -e {log}.log ] || mv -f {log}.log {log}-before.log; xl create -q {config}"
@@ -199,7 +201,7 @@ impl Guest {
         }
     }
 
-    /// A guest that runs already, for example after `xl restore`.
+    /// A guest that already runs, for example after `xl restore`.
     pub fn attach(dom0: &Dom0, name: &str) -> Result<Self, Verdict> {
         let domid = dom0.ok(&format!("xl domid {name}"))?;
         let domid = domid
@@ -212,20 +214,22 @@ impl Guest {
         })
     }
 
-    /// Runs a shell command in the guest, limit two minutes.
+    /// Runs a shell command in the guest, with a limit of two minutes.
     pub fn sh(&self, cmd: &str) -> Result<Output, Verdict> {
         self.sh_timeout(cmd, Duration::from_secs(120))
     }
 
-    /// Runs a shell command in the guest; past the limit it is killed ([`Output::timed_out`]). A
-    /// guest that gives no sign of life is a [`Verdict::Failure`], one that is gone a
-    /// [`Verdict::Crash`].
+    /// Runs a shell command in the guest. If it exceeds the limit, it is killed ([`Output::timed_out`]).
+    ///
+    /// # Errors
+    ///
+    /// [`Verdict::Failure`] if the guest does not respond, [`Verdict::Crash`] if it is gone.
     pub fn sh_timeout(&self, cmd: &str, limit: Duration) -> Result<Output, Verdict> {
         Ok(self.try_sh(cmd, limit, limits::SILENCE)?)
     }
 
-    /// Like [`Self::sh_timeout`], for scenarios that expect trouble: a guest without a sign of life
-    /// for `silence` is [`Trouble::Hung`].
+    /// Like [`Self::sh_timeout`], for scenarios that expect trouble. A guest that does not respond for
+    /// `silence` is [`Trouble::Hung`].
     pub fn try_sh(&self, cmd: &str, limit: Duration, silence: Duration) -> Result<Output, Trouble> {
         self.dom0.guest_exec(&self.name, cmd, limit, silence)
     }
@@ -245,7 +249,7 @@ impl Guest {
         Ok(out.text())
     }
 
-    /// Writes a file in the guest. Slow (a few 100 KB/s): made for small ones.
+    /// Writes a file in the guest, at a few 100 KB/s.
     pub fn put(&self, path: &str, mode: u32, data: &[u8]) -> Result<(), Verdict> {
         use base64::prelude::{Engine, BASE64_STANDARD};
         self.ok(&format!(": > {path}"))?;
@@ -257,7 +261,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Loads a kernel module of the host's, without its debug information.
+    /// Loads a kernel module from a file of the host, without its debug information.
     pub fn insmod(&self, module: &Path) -> Result<(), Verdict> {
         let name = module.file_name().unwrap_or_default().to_string_lossy();
         let there = format!("/tmp/{name}");
@@ -266,7 +270,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Writes a kernel module of the host's, without its debug information, to a file in the guest.
+    /// Copies a kernel module from the host to a file in the guest, without its debug information.
     pub fn put_module(&self, there: &str, module: &Path) -> Result<(), Verdict> {
         let fail = |e: std::io::Error| Verdict::Error(format!("{}: {e}", module.display()));
         let name = module.file_name().unwrap_or_default().to_string_lossy();
@@ -279,22 +283,32 @@ impl Guest {
         self.put(there, 0o644, &data)
     }
 
-    /// Starts the workload of `guest/spin-workload.c` unless it runs; see [`Self::rounds`].
+    /// Starts the workload of `guest/spin-workload.c` unless it already runs; see [`Self::rounds`].
     pub fn start_workload(&self) -> Result<(), Verdict> {
-        // What an earlier one has counted would look like progress undone.
+        // Otherwise the count of an earlier workload would seem to go down.
         self.ok("pidof spin-workload >/dev/null || { rm -f /run/workload; \
              spin-workload >/run/workload.log 2>&1 & }")?;
         Ok(())
     }
 
-    /// How many rounds the workload has done: grows as long as the guest is well.
+    /// Checks that the workload has gone on since it had done this many rounds.
+    pub fn went_on(&self, since: u64) -> Result<(), Verdict> {
+        let now = self.rounds()?;
+        check!(
+            now > since,
+            "the workload makes no progress: {since} rounds before, {now} now"
+        );
+        Ok(())
+    }
+
+    /// The rounds that the workload has done. The number grows as long as the guest runs.
     pub fn rounds(&self) -> Result<u64, Verdict> {
         let text = self.ok("cat /run/workload 2>/dev/null || echo 0")?;
         text.parse()
             .map_err(|_| Verdict::failure(format!("/run/workload has {text:?}")))
     }
 
-    /// Threads and processes that the guest has, kernel threads included.
+    /// The number of threads in the guest, kernel threads included.
     pub fn threads(&self) -> Result<u64, Verdict> {
         let text = self.ok("cut -d' ' -f4 /proc/loadavg")?;
         let count = text.split_once('/').and_then(|(_, all)| all.parse().ok());

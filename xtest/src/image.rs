@@ -1,7 +1,7 @@
-//! Builds what QEMU boots: hypervisor, dom0's kernel and initramfs, and what guests boot.
+//! Builds what QEMU boots: the hypervisor, dom0's kernel and initramfs, and what guests boot.
 //!
-//! dom0's initramfs is several concatenated archives (Linux takes that): the base, what only HVM
-//! guests need, and an overlay with what changes from run to run. A guest's is one gzipped archive,
+//! dom0's initramfs is several concatenated archives, which Linux accepts: the base, files for HVM guests
+//! only, and an overlay with files that change from run to run. A guest's initramfs is one gzipped archive,
 //! because libxc unpacks gzip itself and drops what is appended.
 
 use std::io::{Read, Write};
@@ -16,7 +16,7 @@ use crate::fetch::Root;
 use crate::host::{checked, newer, piped, replace};
 use crate::paths::Paths;
 
-/// Drivers that dom0 needs; those built into the kernel are passed over.
+/// Drivers that dom0 needs. Those built into the kernel are skipped.
 const MODULES: &[&str] = &[
     "xen-evtchn",
     "xen-gntdev",
@@ -27,8 +27,8 @@ const MODULES: &[&str] = &[
     "virtio_console",
 ];
 
-/// Modules that scenarios load in guests: small and large ones, with and without dependencies, of
-/// which some are for others only.
+/// Modules that scenarios load in guests: small and large ones, with and without dependencies. Some are
+/// there only because others need them.
 const GUEST_MODULES: &[&str] = &["dummy", "crc8", "crc-itu-t", "nls_utf8", "ext4", "loop"];
 
 /// Xen's programs, from `usr/lib/xen-4.17/bin`.
@@ -44,8 +44,8 @@ const XEN_PROGRAMS: &[&str] = &[
     "xenstore-control",
 ];
 
-/// Opened at run time, so found in no `DT_NEEDED`: by `pthread_cancel` the first, by xen-locus the
-/// others.
+/// Libraries that are opened at run time, so that no `DT_NEEDED` names them: the first by
+/// `pthread_cancel`, the others by xen-locus.
 const DLOPENED: &[&str] = &[
     "libgcc_s.so.1",
     "libxenctrl.so.4.17",
@@ -97,8 +97,8 @@ impl Tools {
         "locus-sites",
         "xtest-agent",
     ];
-    /// xen-locus built so that a test can make it fail or die at any call, or see nobody in the way, by the
-    /// feature `faults`.
+    /// xen-locus with the feature `faults`: a test can make it fail or die at any call, or skip its look at
+    /// stacks.
     pub const FAULTS: &str = "xen-locus-faults";
 
     /// Each with its file.
@@ -198,8 +198,8 @@ fn dom0_base(paths: &Paths, root: &Root, tools: &Tools) -> Result<Vec<u8>> {
 
 /// The ELF file inside a bzImage (Linux `Documentation/arch/x86/boot.rst`, `payload_offset`).
 ///
-/// Handed to libxc for PV and PVH guests, it is what libxc would unpack itself, on an emulated
-/// processor, at every start of a guest.
+/// PV and PVH guests boot it. Otherwise libxc would unpack it at every start of a guest, on an emulated
+/// processor.
 pub fn unpacked_kernel(image: &[u8]) -> Result<Vec<u8>> {
     let word = |at: usize| -> Result<usize> {
         let bytes = image.get(at..at + 4).context("too short for a bzImage")?;
@@ -215,14 +215,14 @@ pub fn unpacked_kernel(image: &[u8]) -> Result<Vec<u8>> {
         [0x28, 0xb5, 0x2f, 0xfd, ..] => "zstd",
         _ => bail!("the payload is compressed with neither xz nor zstd"),
     };
-    // four bytes with the unpacked size follow the stream
+    // Four bytes with the unpacked size follow the stream.
     let stream = payload.get(..payload.len() - 4).unwrap_or_default();
     let out = piped(unpacker, &["-dc"], stream.to_vec())?;
     ensure!(out.starts_with(b"\x7fELF"), "{unpacker} gave no ELF file");
     Ok(out)
 }
 
-/// Adds these modules and those that they need, and their order.
+/// Adds these modules, those that they need, and a list of all in the order to load them.
 fn add_modules(c: &mut Cpio, root: &Root, names: &[&str]) -> Result<()> {
     let mut order = String::new();
     for module in elf::modules(&root.modules()?, names)? {
@@ -250,13 +250,13 @@ fn hvm_extras(root: &Root) -> Result<Vec<u8>> {
         let path = format!("usr/share/qemu/{rom}");
         c.host_file(&path, 0o644, &root.dir.join(&path))?;
     }
-    // it reads one even where there is no keyboard
+    // The device model reads one even if there is no keyboard.
     let keymap = "usr/share/qemu/keymaps/en-us";
     c.host_file(keymap, 0o644, &root.dir.join(keymap))?;
     c.finish()
 }
 
-/// The overlay: programs of the workspace and files that the runner adds, as (path, mode, file).
+/// The overlay: programs of the workspace, and more files as (path, mode, file of the host).
 pub fn overlay(tools: &Tools, extra: &[(String, u32, PathBuf)]) -> Result<Vec<u8>> {
     let mut c = Cpio::new();
     for (name, file) in tools.files() {
@@ -269,7 +269,7 @@ pub fn overlay(tools: &Tools, extra: &[(String, u32, PathBuf)]) -> Result<Vec<u8
     c.finish()
 }
 
-/// A guest's initramfs, gzipped: programs of one tree (dom0's), modules of another.
+/// A guest's initramfs, gzipped, with programs from the tree `root` and modules from the tree `kernel`.
 pub fn guest_initramfs(paths: &Paths, root: &Root, kernel: &Root) -> Result<Vec<u8>> {
     let mut c = Cpio::new();
     c.file("init", 0o755, include_bytes!("../guest/init"))?;

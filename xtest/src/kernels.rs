@@ -1,5 +1,5 @@
-//! Guest kernels of other releases of Debian: what a guest boots, and payloads for it, made when first
-//! asked for.
+//! Guest kernels of other releases of Debian: what a guest boots, and payloads for it. They are made on first
+//! use.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -18,19 +18,19 @@ use crate::suites::{Suite, BOOKWORM};
 /// A guest kernel, on the host.
 #[derive(Debug)]
 pub struct Kernel {
-    /// As `uname -r` gives it.
+    /// The release, as `uname -r` prints it.
     pub release: String,
     /// The kernel as built, a bzImage.
     pub vmlinuz: PathBuf,
-    /// The ELF file in it.
+    /// The ELF file in the bzImage.
     pub vmlinux: PathBuf,
-    /// The guest's initramfs with some of the kernel's modules.
+    /// The guest's initramfs, with some of the kernel's modules.
     pub initrd: PathBuf,
-    /// Payloads for it that could be built: name and file.
+    /// Payloads for this kernel: name and file.
     pub payloads: Vec<(String, PathBuf)>,
 }
 
-/// All guest kernels beside the one in dom0's image.
+/// All guest kernels except the one in dom0's image.
 #[derive(Debug)]
 pub struct Kernels {
     paths: Paths,
@@ -39,7 +39,7 @@ pub struct Kernels {
 }
 
 impl Kernels {
-    /// None yet. Guests' programs are of the same release as dom0.
+    /// No kernel yet. `dom0` is the tree of dom0, from which the guests' programs are taken.
     pub fn new(paths: Paths, dom0: Root) -> Self {
         Self {
             paths,
@@ -48,8 +48,8 @@ impl Kernels {
         }
     }
 
-    /// The kernel of this release; its packages are fetched and its payloads built where that was
-    /// not done before.
+    /// The kernel of this release. Its packages are downloaded and its payloads built, unless that was done
+    /// before.
     pub fn get(&self, suite: &'static Suite) -> Result<Arc<Kernel>> {
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(kernel) = made.get(suite.name) {

@@ -27,23 +27,23 @@ struct Cli {
 enum Command {
     /// List the scenarios
     List,
-    /// Run scenarios: all, or those named
+    /// Run scenarios: the usual ones, or those named
     Run {
-        /// Names; `apply-*` takes all that begin so
+        /// Names; `apply-*` selects all that begin with `apply-`
         names: Vec<String>,
-        /// All there are: all guest kernels as all types of guest, and what takes hours
+        /// Run all scenarios: all guest kernels as all types of guest, and long ones; takes hours
         #[arg(long, conflicts_with = "names")]
         matrix: bool,
-        /// Only those of this profile
+        /// Run only scenarios of this profile
         #[arg(long, value_parser = profile)]
         profile: Option<&'static Profile>,
-        /// Processors to keep busy [default: all of the host's]
+        /// Processors of the host to use [default: all]
         #[arg(long)]
         cpus: Option<u32>,
     },
     /// Boot with guests running, and a dom0 shell on this terminal (leave with Ctrl-A x)
     Shell {
-        /// Which machine
+        /// The machine
         #[arg(long, value_parser = profile, default_value = "pv")]
         profile: &'static Profile,
         /// Start no guests
@@ -52,27 +52,27 @@ enum Command {
     },
     /// Show xen-locus at work
     Demo,
-    /// Measure pauses and calls, beside the least they could cost and the guest's own livepatch
+    /// Measure pauses and calls, compared with their lower bounds and with the guest's own livepatch
     Bench {
-        /// Applies, and as many reverts, at the base point; half as many at others [default: 200]
+        /// Applies, and as many reverts, at the base point; other points have half as many [default: 200]
         #[arg(long)]
         rounds: Option<u32>,
-        /// Fewer points, and 20 rounds
+        /// Measure fewer points, with 20 rounds
         #[arg(long)]
         quick: bool,
-        /// Only guests of this type
+        /// Measure only guests of this type
         #[arg(long, value_parser = kind)]
         kind: Option<Kind>,
-        /// Only these lines of the table, by name (may be repeated); "calls" is what is measured beside it
+        /// Measure only this line of the table (may be repeated); "calls" means the cost of a call
         #[arg(long, value_name = "NAME")]
         only: Vec<String>,
-        /// Only what reading a guest's kernel costs, which else is left out
+        /// Measure only what reading a guest's kernel costs, which is otherwise left out
         #[arg(long)]
         reading: bool,
-        /// Longest time for one point, in seconds by the machine's clock; what was measured until then counts
+        /// Time limit for one point, in seconds of the machine's clock; what was measured until then counts
         #[arg(long, default_value_t = 480)]
         limit: u64,
-        /// Clock of the machine: the host's has the host's noise in it
+        /// Clock of the machine; the host's clock is disturbed by the host's other work
         #[arg(long, value_enum, default_value_t = Clock::Instructions)]
         clock: Clock,
     },
@@ -80,7 +80,7 @@ enum Command {
     Fetch,
     /// Build the payloads of patches/
     Payloads {
-        /// Releases of Debian whose kernels they are for [default: all]
+        /// Releases of Debian to build them for [default: all]
         suites: Vec<String>,
     },
 }

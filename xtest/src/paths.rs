@@ -1,4 +1,4 @@
-//! Where the workspace, its target folder and the testbed's own files are.
+//! The folders of the workspace, of cargo and of the testbed.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,12 +12,12 @@ pub struct Paths {
     pub workspace: PathBuf,
     /// Cargo's target folder.
     pub target: PathBuf,
-    /// Everything that the testbed makes: `target/xtest`.
+    /// Folder of all that the testbed makes: `target/xtest`.
     pub base: PathBuf,
 }
 
 impl Paths {
-    /// Asks cargo, which knows about `CARGO_TARGET_DIR` and its configuration files.
+    /// Asks cargo, which knows `CARGO_TARGET_DIR` and its configuration files.
     pub fn find() -> Result<Self> {
         let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
         let mut cmd = Command::new(cargo());
@@ -55,13 +55,13 @@ impl Paths {
         self.base.join("logs").join(profile)
     }
 
-    /// Where built payloads of a kernel release are: `NAME/NAME.ko`.
+    /// Folder of the built payloads for a kernel release: `NAME/NAME.ko`.
     pub fn payloads(&self, release: &str) -> PathBuf {
         self.base.join("payloads").join(release)
     }
 }
 
-/// The cargo that runs us, else the one on the path.
+/// The cargo that runs xtest, or else the one on the search path.
 pub fn cargo() -> String {
     std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned())
 }

@@ -1,5 +1,4 @@
-//! Builds the payloads of `patches/`: kernel modules, with the extracted headers of the guests'
-//! kernel.
+//! Builds the payloads of `patches/`: kernel modules, with the unpacked headers of the guests' kernels.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -24,7 +23,7 @@ pub enum Which {
     All,
 }
 
-/// Builds every payload that is not up to date, all by one `make`.
+/// Builds all payloads that are out of date, by one `make`.
 pub fn build_all(paths: &Paths, root: &Root, which: Which) -> Result<()> {
     let all = paths.payloads(&root.release);
     let mut stale = Vec::new();
@@ -58,13 +57,13 @@ pub fn built(paths: &Paths, release: &str) -> Result<Vec<(String, PathBuf)>> {
     Ok(all)
 }
 
-/// What a payload is built of.
+/// The source of a payload.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Source {
     /// The module's name.
     name: String,
     files: Vec<PathBuf>,
-    /// Headers of the folder above, which several payloads share.
+    /// Headers in the folder above, which several payloads share.
     shared: Vec<PathBuf>,
 }
 
@@ -74,7 +73,7 @@ impl Source {
         Ok(made.is_file() && !files.any(|file| newer(file, made)))
     }
 
-    /// Copies all of it to where it is built, which is emptied.
+    /// Copies the source to the folder where it is built. The folder is emptied first.
     fn copy(&self, made: &Path) -> Result<()> {
         if made.exists() {
             std::fs::remove_dir_all(made)?;
@@ -90,7 +89,7 @@ impl Source {
     }
 }
 
-/// The modules of `patches/*`, and of `patches/test/*` if wanted.
+/// The sources in `patches/*`, and in `patches/test/*` if wanted.
 fn sources(patches: &Path, which: Which) -> Result<Vec<Source>> {
     let mut dirs = vec![patches.to_path_buf()];
     if which == Which::All {
@@ -128,7 +127,7 @@ fn files_of(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Runs kbuild on the folders of these modules in `all`.
+/// Builds these modules, each in its folder below `all`.
 fn build(names: &[String], all: &Path, root: &Root) -> Result<()> {
     let folders: Vec<String> = names.iter().map(|name| format!("{name}/")).collect();
     let kbuild = format!("obj-m := {}\n", folders.join(" "));
@@ -140,7 +139,7 @@ fn build(names: &[String], all: &Path, root: &Root) -> Result<()> {
     make(all, &modules, root)
 }
 
-/// Builds these modules, each of one file of C in the same folder.
+/// Builds these modules, each from one C file in `dir`.
 pub fn build_folder(dir: &Path, names: &[String], root: &Root) -> Result<()> {
     let objects: Vec<String> = names.iter().map(|name| format!("{name}.o")).collect();
     let kbuild = format!("obj-m := {}\n", objects.join(" "));
@@ -152,7 +151,7 @@ pub fn build_folder(dir: &Path, names: &[String], root: &Root) -> Result<()> {
     make(dir, &modules, root)
 }
 
-/// Runs kbuild in a folder that has a `Kbuild`; it must make these files.
+/// Runs kbuild in a folder with a `Kbuild`. It must make these files.
 fn make(all: &Path, modules: &[PathBuf], root: &Root) -> Result<()> {
     let mut make = Command::new("make");
     make.arg("-C")
@@ -166,15 +165,15 @@ fn make(all: &Path, modules: &[PathBuf], root: &Root) -> Result<()> {
         make.arg(format!("CC={CC}"));
         host_libraries(&mut make, all, root)?;
     }
-    // no BTF of the payload's own: nobody needs it, and making it takes one more program
+    // The payload gets no BTF of its own: it is not needed, and making it takes one more program.
     make.arg("CONFIG_DEBUG_INFO_BTF_MODULES=");
-    // payloads may use symbols that are not exported
+    // Payloads may use symbols that are not exported.
     make.args(["KBUILD_MODPOST_WARN=1", "modules"]);
-    // a make that runs us must not hand its own switches down
+    // A `make` that runs xtest must not pass its options on.
     for var in ["MAKEFLAGS", "MFLAGS", "MAKELEVEL"] {
         make.env_remove(var);
     }
-    // what an earlier make left is, to the newest kbuild, a tree that is not clean
+    // The newest kbuild refuses a folder with this file of an earlier run: it takes it for an unclean tree.
     let _ = std::fs::remove_file(all.join("modules.order"));
     let out = make.output().context("running make")?;
     let log = all.join("build.log");
@@ -187,8 +186,8 @@ fn make(all: &Path, modules: &[PathBuf], root: &Root) -> Result<()> {
     Ok(())
 }
 
-/// Gives `make` objtool's libraries from the unpacked tree where the host has none; only those, since
-/// an unpacked libc would not fit the host's dynamic linker.
+/// Gives `make` the libraries of objtool from the unpacked tree, if the host has none. Only those, because an
+/// unpacked libc would not fit the host's dynamic linker.
 fn host_libraries(make: &mut Command, made: &Path, root: &Root) -> Result<()> {
     if Path::new("/usr/lib/x86_64-linux-gnu/libelf.so.1").exists() {
         return Ok(());

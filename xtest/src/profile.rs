@@ -1,16 +1,16 @@
 //! Profiles: the machines that scenarios run on.
 
-/// What a machine is like. Scenarios of one profile share a boot.
+/// The properties of a machine. Scenarios of one profile share a boot.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Profile {
-    /// For the command line and the logs' folder.
+    /// Its name on the command line, and the name of its folder of logs.
     pub name: &'static str,
-    /// QEMU's `thread=`: its SVM emulation loses guests under `multi`, so only PV may use that.
+    /// QEMU's `thread=`. Its SVM emulation loses guests with `multi`, so only PV may use that.
     pub thread: &'static str,
     /// Whether the device model and firmware for HVM guests are in the image.
     pub hvm: bool,
-    /// Whether the machine's clock counts instructions, 2 ns each, instead of the host's time; while all of its
-    /// CPUs are idle it leaps to the next timer. Takes `thread=single`.
+    /// Whether the machine's clock counts instructions, 2 ns each, instead of the host's time. While all of its
+    /// CPUs are idle, the clock jumps to the next timer. Needs `thread=single`.
     pub counted: bool,
     /// Physical CPUs.
     pub cpus: u32,
@@ -20,13 +20,13 @@ pub struct Profile {
     pub dom0_memory: u32,
     /// vCPUs of dom0.
     pub dom0_vcpus: u32,
-    /// More arguments for the hypervisor.
+    /// Additional arguments of the hypervisor.
     pub xen_args: &'static str,
-    /// More arguments for dom0's kernel.
+    /// Additional arguments of dom0's kernel.
     pub dom0_args: &'static str,
 }
 
-/// PV guests, physical CPUs truly in parallel.
+/// PV guests, on two physical CPUs that run in parallel.
 pub const PV: Profile = Profile {
     name: "pv",
     thread: "multi",
@@ -40,7 +40,7 @@ pub const PV: Profile = Profile {
     dom0_args: "",
 };
 
-/// PV guests on one physical CPU: on a host with two another machine runs beside it.
+/// PV guests, on one physical CPU: a host with two processors can run another machine beside it.
 pub const PV1: Profile = Profile {
     name: "pv1",
     thread: "single",
@@ -55,9 +55,9 @@ pub const CROWD: Profile = Profile {
     ..PV
 };
 
-/// PVH guests (and PV ones), on one physical CPU: with two, QEMU's SVM emulation loses the guest's GS
-/// base even under `thread=single` (9 of 15 guests crashed as their first process began, none of 16
-/// with one; those 16 without fsgsbase).
+/// PVH guests (and PV ones), on one physical CPU. With two, QEMU's SVM emulation loses the guest's GS base
+/// even with `thread=single`: 9 of 15 guests crashed when their first process began; with one CPU none of
+/// 16 did (those 16 without fsgsbase).
 pub const PVH: Profile = Profile {
     name: "pvh",
     thread: "single",
@@ -73,5 +73,5 @@ pub const HVM: Profile = Profile {
     ..PVH
 };
 
-/// All profiles, in the order they are run.
+/// All profiles, in the order in which they run.
 pub const PROFILES: &[&Profile] = &[&PV, &CROWD, &PV1, &PVH, &HVM];

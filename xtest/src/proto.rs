@@ -11,22 +11,22 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 const MAGIC: &[u8; 4] = b"XTF1";
-/// No header is larger: a larger length means a damaged frame.
+/// The largest header, in bytes. A larger length means a damaged frame.
 const MAX_HEADER: u32 = 1 << 20;
-/// No body is larger.
+/// The largest body, in bytes.
 const MAX_BODY: u32 = 1 << 28;
 
-/// What a header carries besides its meaning.
+/// The header of a frame: a message and its id.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Tagged<T> {
-    /// Ties replies to their request.
+    /// The id of the request, which its replies have too.
     pub id: u64,
     /// The message.
     #[serde(flatten)]
     pub message: T,
 }
 
-/// What the runner asks of the agent.
+/// A request of the runner.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
 pub enum Request {
@@ -38,7 +38,7 @@ pub enum Request {
         cmd: String,
         /// Limit in milliseconds.
         timeout_ms: u64,
-        /// Send output as it comes ([`Reply::Data`]) instead of at the end.
+        /// Whether output is sent as it comes ([`Reply::Data`]) instead of at the end.
         stream: bool,
     },
     /// Write the body to a file.
@@ -61,7 +61,7 @@ pub enum Request {
         cmd: String,
         /// Limit for the command, in milliseconds.
         timeout_ms: u64,
-        /// The guest counts as hung after this long without a sign of life, in milliseconds.
+        /// The guest counts as hung if it does not respond for so long, in milliseconds.
         silence_ms: u64,
     },
     /// Run a command on a terminal of its own; [`Reply::Data`] carries what it prints.
@@ -80,7 +80,7 @@ pub enum Request {
     },
 }
 
-/// What the agent answers.
+/// A reply of the agent.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "re", rename_all = "snake_case")]
 pub enum Reply {
@@ -93,23 +93,23 @@ pub enum Reply {
     Done {
         /// Exit code; 128 + signal for a killed command.
         rc: i32,
-        /// The limit had passed, the command was killed.
+        /// The command exceeded its time limit and was killed.
         timed_out: bool,
-        /// How much of the body is standard output.
+        /// How many bytes of the body are standard output.
         out_len: u64,
     },
     /// A piece of output, in the body; more follows.
     Data {
-        /// It comes from standard error.
+        /// Whether it is standard error.
         err: bool,
     },
-    /// Done, nothing to say (or the body has the file).
+    /// Done. For [`Request::Get`] the body is the file.
     Ok,
-    /// It did not work.
+    /// The request failed.
     Failed {
-        /// What kind of failure.
+        /// The kind of failure.
         kind: FailKind,
-        /// In words.
+        /// Why, in words.
         message: String,
     },
 }
@@ -118,11 +118,11 @@ pub enum Reply {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FailKind {
-    /// The guest gives no sign of life.
+    /// The guest does not respond.
     Hung,
-    /// The guest is not there (any more), or has crashed.
+    /// The guest does not exist, or has crashed.
     Gone,
-    /// Anything else: the trouble of the testbed.
+    /// Any other failure: the testbed broke.
     Other,
 }
 
@@ -144,7 +144,7 @@ pub fn send<T: Serialize>(out: &mut impl Write, msg: &Tagged<T>, body: &[u8]) ->
     Ok(())
 }
 
-/// Reads the next whole frame, passing over anything that is not one.
+/// Reads the next whole frame, and skips anything that is not a frame.
 pub fn receive<T: DeserializeOwned>(input: &mut impl Read) -> Result<(Tagged<T>, Vec<u8>)> {
     loop {
         seek_magic(input)?;
@@ -201,7 +201,7 @@ mod tests {
     #[test]
     fn a_frame_survives_garbage_before_it() {
         let mut wire = b"boot message XTF XTF1 no".to_vec();
-        // the false magic above must not swallow the true frame for good
+        // The false magic above must not swallow the true frame.
         let msg = Tagged {
             id: 7,
             message: Request::Hello,

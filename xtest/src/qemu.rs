@@ -1,4 +1,4 @@
-//! One machine under QEMU: Xen, dom0 and, on a port of its own, the agent.
+//! One machine under QEMU: Xen, dom0, and a port for the agent.
 
 use std::fs::File;
 use std::io::Write;
@@ -12,7 +12,7 @@ use anyhow::{bail, Context, Result};
 use crate::image::Images;
 use crate::profile::Profile;
 
-/// qemu64 with what Xen needs for hardware assisted paging on emulated SVM.
+/// qemu64, with the features that Xen needs for hardware assisted paging on emulated SVM.
 const CPU: &str = "qemu64,+svm,+npt,+nx,+lm,+pdpe1gb,+fsgsbase,+smep,+rdrand,+invtsc";
 
 /// A running machine; dropping it kills it.
@@ -20,15 +20,15 @@ const CPU: &str = "qemu64,+svm,+npt,+nx,+lm,+pdpe1gb,+fsgsbase,+smep,+rdrand,+in
 pub struct Qemu {
     child: Child,
     socket: PathBuf,
-    /// Xen's and dom0's console.
+    /// The log file of Xen's and dom0's console.
     pub console: PathBuf,
     initrd: PathBuf,
 }
 
 impl Qemu {
-    /// Starts a machine of this profile; its agent will speak over the stream.
+    /// Starts a machine of this profile. Returns it and the stream to its agent.
     ///
-    /// Must be called by a thread that outlives the machine: it dies with its starter.
+    /// The calling thread must outlive the machine: QEMU is killed when that thread ends.
     pub fn start(
         images: &Images,
         profile: &Profile,
@@ -47,7 +47,7 @@ impl Qemu {
         out.write_all(overlay)?;
         drop(out);
 
-        // a socket's path is at most 107 bytes long, which a target folder may exceed
+        // A socket's path is at most 107 bytes long. The path of a target folder may be longer.
         let socket = std::env::temp_dir().join(format!(
             "xtest-{}-{}.sock",
             std::process::id(),
@@ -74,7 +74,7 @@ impl Qemu {
             initrd,
         };
         let stream = qemu.accept(&listener)?;
-        // its name is of no more use, and would stay behind if we were killed
+        // The name is not needed any more, and would be left if xtest were killed.
         let _ = std::fs::remove_file(&qemu.socket);
         Ok((qemu, stream))
     }
@@ -176,7 +176,7 @@ fn arguments(
     args
 }
 
-/// The last lines of a file, as far as it can be read.
+/// The last lines of a file; empty if it can't be read.
 pub fn tail(path: &Path, lines: usize) -> String {
     let bytes = std::fs::read(path).unwrap_or_default();
     let text = String::from_utf8_lossy(&bytes);

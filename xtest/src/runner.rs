@@ -1,4 +1,4 @@
-//! Runs scenarios: one boot for each profile, several profiles side by side.
+//! Runs scenarios: one boot for each profile, several profiles at the same time.
 
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -16,10 +16,10 @@ use crate::scenario::Scenario;
 use crate::testbed::{Machine, Testbed};
 use crate::verdict::Verdict;
 
-/// Boots that a profile may use up: one, and two more after crashes.
+/// Boots that a profile may have: one, and two more after crashes.
 const BOOTS: u32 = 3;
 
-/// How a run went.
+/// The result of a run.
 #[derive(Debug, Default, Clone)]
 pub struct Totals {
     passed: u32,
@@ -45,14 +45,14 @@ impl Totals {
     }
 }
 
-/// Profiles that wait, and processors of the host that no machine keeps busy.
+/// Profiles that have not started, and the number of the host's processors that no machine uses.
 struct Waiting {
     profiles: Vec<&'static Profile>,
     free: u32,
 }
 
 impl Waiting {
-    /// The next profile that fits; one that is too large for the host has it for itself.
+    /// Takes the next profile that fits. A profile that is too large for the host runs alone.
     fn take(&mut self, cpus: u32) -> Option<&'static Profile> {
         let fits = |p: &&'static Profile| p.cpus.min(cpus) <= self.free;
         let at = self.profiles.iter().position(fits)?;
@@ -62,8 +62,8 @@ impl Waiting {
     }
 }
 
-/// Runs these scenarios, as many profiles side by side as `cpus` processors of the host allow, and
-/// prints a line for each and the sum.
+/// Runs these scenarios, with as many profiles at the same time as `cpus` processors of the host allow. Prints
+/// a line for each scenario, and the sum.
 pub fn run(testbed: &Testbed, scenarios: &[Scenario], cpus: u32) -> Result<Totals> {
     let allowed = allowed_skips(&testbed.paths.workspace.join("xtest/skips.txt"));
     let profiles: Vec<&'static Profile> = PROFILES
@@ -113,7 +113,7 @@ pub fn run(testbed: &Testbed, scenarios: &[Scenario], cpus: u32) -> Result<Total
             sum.retried
         );
     }
-    // once more, at the end: whoever sees only the last lines sees what went wrong
+    // Again at the end, so that the last lines show what went wrong.
     for failure in &sum.failures {
         println!("failed: {failure}");
     }
@@ -124,7 +124,7 @@ pub fn run(testbed: &Testbed, scenarios: &[Scenario], cpus: u32) -> Result<Total
     Ok(sum)
 }
 
-/// Skips that continuous integration accepts: one name a line, `#` starts a comment.
+/// Scenarios that may skip themselves in continuous integration: one name per line, `#` starts a comment.
 fn allowed_skips(file: &Path) -> Option<BTreeSet<String>> {
     if std::env::var("CI").as_deref() != Ok("true") {
         return None;
@@ -198,7 +198,7 @@ fn run_profile(
     totals
 }
 
-/// Runs one scenario; the flag of an error says that QEMU was at fault, provably.
+/// Runs one scenario. The flag of an error says whether QEMU was provably at fault.
 fn attempt(
     testbed: &Testbed,
     profile: &Profile,
@@ -242,7 +242,7 @@ fn attempt(
         Err(_) => Verdict::Error("the scenario panicked".to_owned()),
     };
     let down = running.ctx.dom0.is_down();
-    // a guest that crashed explains more than the command that could not reach it any more
+    // A crashed guest explains more than the command that could not reach it.
     let crashed = if down {
         Vec::new()
     } else {
@@ -270,7 +270,7 @@ fn attempt(
     Err((verdict, emulator))
 }
 
-/// The ends of all consoles.
+/// The last lines of all consoles.
 fn report(machine: &Machine) -> String {
     let mut text = format!("\nXen and dom0:\n{}", machine.qemu.console_tail(25));
     let guests = std::fs::read_dir(&machine.logs)
@@ -296,7 +296,7 @@ fn text_after(path: &Path, from: usize) -> String {
     String::from_utf8_lossy(bytes.get(from..).unwrap_or_default()).into_owned()
 }
 
-/// Ends the process when a signal asks for it; QEMU dies with us.
+/// Ends the process on SIGINT, SIGTERM and SIGHUP. QEMU ends with it.
 pub fn end_on_signals() -> Result<()> {
     let mut signals = signal_hook::iterator::Signals::new([
         signal_hook::consts::SIGINT,
@@ -305,7 +305,7 @@ pub fn end_on_signals() -> Result<()> {
     ])?;
     std::thread::spawn(move || {
         if let Some(signal) = signals.forever().next() {
-            // not eprintln: that panics when the terminal is what went away
+            // Not eprintln!, because that panics if the terminal is gone.
             let _ = writeln!(std::io::stderr(), "xtest: stopped by signal {signal}");
             let _ = signal_hook::low_level::emulate_default_handler(signal);
         }

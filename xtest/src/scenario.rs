@@ -12,8 +12,8 @@ use crate::profile::Profile;
 use crate::suites::BOOKWORM;
 use crate::verdict::Verdict;
 
-/// Starts of a PVH or HVM guest before it counts as failed: QEMU's SVM emulation loses some while
-/// they boot, before anything that is tested here has touched them.
+/// How often the start of a PVH or HVM guest is tried. QEMU's SVM emulation loses some guests while they boot,
+/// before xen-locus has touched them.
 const STARTS: u32 = 3;
 
 /// A test of the suite.
@@ -21,11 +21,11 @@ const STARTS: u32 = 3;
 pub struct Scenario {
     /// Unique, in `kebab-case`.
     pub name: &'static str,
-    /// One sentence: what is shown.
+    /// What it shows, in one sentence.
     pub summary: &'static str,
     /// The machine it runs on.
     pub profile: &'static Profile,
-    /// The test.
+    /// The test itself.
     pub run: fn(&mut Ctx) -> Result<(), Verdict>,
 }
 
@@ -60,7 +60,7 @@ impl Ctx {
         }
     }
 
-    /// Gives a running, healthy guest of this kind: one of an earlier scenario if it is equal.
+    /// Returns a running guest that responds. A guest of an earlier scenario is used if its specification is equal.
     pub fn ensure_guest(&mut self, spec: GuestSpec) -> Result<Guest, Verdict> {
         if let Some((known, guest)) = self.guests.get(&spec.name) {
             let limit = Duration::from_secs(30);
@@ -71,7 +71,7 @@ impl Ctx {
         self.place_kernel(&spec)?;
         let guest = self.start(&spec);
         if *spec.suite != BOOKWORM {
-            // dom0's files are memory, and these are of no use any more
+            // dom0's files are in memory, and these are not needed any more.
             self.dom0.ok(&format!("rm -f {}/*", spec.boot_dir()))?;
         }
         let guest = guest?;
@@ -79,7 +79,7 @@ impl Ctx {
         Ok(guest)
     }
 
-    /// Starts a guest, again where emulation lost it as it booted.
+    /// Starts a guest, and again if the emulation loses it while it boots.
     fn start(&mut self, spec: &GuestSpec) -> Result<Guest, Verdict> {
         let starts = if spec.kind == Kind::Pv { 1 } else { STARTS };
         let mut start = 1;
@@ -99,8 +99,8 @@ impl Ctx {
         }
     }
 
-    /// Brings what the guest boots into dom0, and payloads for it to `/payloads/SUITE`. Debian 12's
-    /// are in dom0's image.
+    /// Copies what the guest boots into dom0, and payloads for it to `/payloads/SUITE`. Those of Debian 12 are
+    /// already in dom0's image.
     fn place_kernel(&self, spec: &GuestSpec) -> Result<(), Verdict> {
         if *spec.suite == BOOKWORM {
             return Ok(());
@@ -131,14 +131,14 @@ impl Ctx {
         found.ok_or_else(|| Verdict::Error(format!("no guest {name} was started")))
     }
 
-    /// Makes a guest known that was started by other means (`xl restore`, `xl create`).
+    /// Registers a guest that was started by other means (`xl restore`, `xl create`).
     pub fn adopt_guest(&mut self, spec: GuestSpec) -> Result<Guest, Verdict> {
         let guest = Guest::attach(&self.dom0, &spec.name)?;
         self.guests.insert(spec.name.clone(), (spec, guest.clone()));
         Ok(guest)
     }
 
-    /// Destroys a guest, whatever its state; one that is not there is fine.
+    /// Destroys a guest, whatever its state. It may be missing.
     pub fn destroy_guest(&mut self, name: &str) -> Result<(), Verdict> {
         self.guests.remove(name);
         self.dom0.sh(&format!(
@@ -147,7 +147,7 @@ impl Ctx {
         Ok(())
     }
 
-    /// Destroys all guests, the unknown ones too.
+    /// Destroys all guests, including those that are not registered.
     pub fn destroy_all(&mut self) -> Result<(), Verdict> {
         self.guests.clear();
         let each = "xl list | awk 'NR>1 && $2>0 {print $2}' | while read d; do xl destroy $d; done";
@@ -155,7 +155,7 @@ impl Ctx {
         Ok(())
     }
 
-    /// Runs a command of dom0 that must end with 0 and print JSON.
+    /// Runs a command in dom0 that must end with 0 and print JSON.
     pub fn json(&self, cmd: &str) -> Result<serde_json::Value, Verdict> {
         let out = self.dom0.sh(cmd)?;
         if out.rc != 0 {
@@ -169,7 +169,7 @@ impl Ctx {
         out.json()
     }
 
-    /// Names of guests that have crashed, with what `xl list` says of them.
+    /// The lines of `xl list` about guests that have crashed.
     pub(crate) fn crashed(&self) -> Vec<String> {
         let Ok(list) = self.dom0.sh("xl list") else {
             return Vec::new();

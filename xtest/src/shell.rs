@@ -1,4 +1,4 @@
-//! `xtest shell`: a machine with guests, and a shell of its dom0 on the terminal.
+//! `xtest shell`: a machine with guests, and a shell in its dom0 on the terminal.
 
 use std::io::{IsTerminal, Read, Write};
 use std::time::Duration;
@@ -12,7 +12,7 @@ use crate::proto::Reply;
 use crate::testbed::Testbed;
 use crate::verdict::Verdict;
 
-/// Ctrl-A, then x: out. Ctrl-A twice types one.
+/// Ctrl-A. Followed by x it ends the shell; twice, it is sent once.
 const ESCAPE: u8 = 1;
 
 /// Boots, starts guests unless `bare`, and connects the terminal.
@@ -34,7 +34,7 @@ pub fn run(testbed: &Testbed, profile: &Profile, bare: bool) -> Result<()> {
         machine
             .ctx
             .ensure_guest(GuestSpec::new(kind.name(), kind))
-            .map_err(told)?;
+            .map_err(as_error)?;
     }
     eprintln!(
         "\nThis is dom0. Try `xl list`, `xen-locus list`, `ls /payloads`.\n\
@@ -47,7 +47,7 @@ pub fn run(testbed: &Testbed, profile: &Profile, bare: bool) -> Result<()> {
         .ctx
         .dom0
         .terminal("cd /root; exec sh -l", rows, cols)
-        .map_err(told)?;
+        .map_err(as_error)?;
     let _raw = Raw::enter()?;
     let (dom0, id) = (machine.ctx.dom0.clone(), terminal.id);
     let (leave, left) = std::sync::mpsc::channel();
@@ -92,11 +92,11 @@ pub fn run(testbed: &Testbed, profile: &Profile, bare: bool) -> Result<()> {
     }
 }
 
-fn told(verdict: Verdict) -> anyhow::Error {
+fn as_error(verdict: Verdict) -> anyhow::Error {
     anyhow!("{verdict}")
 }
 
-/// The terminal in raw mode, until dropped.
+/// Puts the terminal into raw mode until dropped.
 struct Raw {
     before: Option<Termios>,
 }

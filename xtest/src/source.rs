@@ -1,4 +1,4 @@
-//! The kernel's own livepatches, from the package of its source.
+//! The kernel's own livepatches, built from the package of its source.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,11 +11,11 @@ use crate::paths::Paths;
 use crate::payloads;
 use crate::suites::Suite;
 
-/// Folders of the source that are kept.
+/// Folders of the source that are unpacked.
 const FOLDERS: [&str; 2] = ["samples/livepatch", "lib/livepatch"];
 
-/// Builds all modules of [`FOLDERS`] as they are, unless that is done; gives name and file of each. The
-/// source has the version of the kernel that is unpacked.
+/// Builds all modules of the kernel's samples and tests of livepatch unchanged, unless that was done before.
+/// Returns name and file of each. The source has the version of the unpacked kernel.
 pub fn own_livepatches(
     paths: &Paths,
     suite: &Suite,
@@ -45,7 +45,7 @@ pub fn own_livepatches(
     Ok(all)
 }
 
-/// Downloads the source's package and unpacks [`FOLDERS`].
+/// Downloads the package of the source and unpacks [`FOLDERS`].
 fn unpack(paths: &Paths, suite: &Suite, root: &Root, dir: &Path) -> Result<()> {
     let short: Vec<&str> = root.release.splitn(3, '.').take(2).collect();
     let name = format!("linux-source-{}", short.join("."));
@@ -65,7 +65,7 @@ fn unpack(paths: &Paths, suite: &Suite, root: &Root, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Modules of a folder: all its C files but those that another includes.
+/// Modules of a folder: all its C files, except those that kbuild generated.
 fn objects(dir: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(dir).with_context(|| format!("reading {}", dir.display()))? {

@@ -1,15 +1,15 @@
 //! Releases of Debian, and which of their packages are unpacked.
 
-/// A Debian release and what is wanted of it.
+/// A Debian release, and the packages that are wanted of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Suite {
     /// Codename or suite, as in the archive's `dists/`.
     pub name: &'static str,
-    /// Whether the security archive has it too.
+    /// Whether the security archive has this release.
     pub security: bool,
-    /// Packages whose closure is unpacked.
+    /// Packages that are unpacked, with all that they depend on.
     pub packages: &'static [&'static str],
-    /// Beginnings of the names of those of the closure that are wanted; none: all but [`SKIP`].
+    /// Of these, only packages whose name begins with one of these words. If empty: all except [`SKIP`].
     pub only: &'static [&'static str],
 }
 
@@ -33,11 +33,11 @@ pub const BOOKWORM: Suite = Suite {
     only: &[],
 };
 
-/// What a guest needs of a release that dom0 is not made of.
+/// Packages of a release that is used for guest kernels only.
 const KERNEL: &[&str] = &["linux-image-amd64", "linux-headers-amd64"];
 
-/// The kernel (in newer releases its image and modules are packages of their own), headers, and
-/// what compiles modules: kbuild's programs and the compiler, with the libraries that they load.
+/// The kernel (whose image and modules are separate packages in newer releases), headers, and what compiles
+/// modules: kbuild's programs and the compiler, with the libraries that they load.
 const KERNEL_ONLY: &[&str] = &[
     "linux-image-",
     "linux-binary-",
@@ -81,7 +81,7 @@ pub const TRIXIE: Suite = Suite {
     ..BULLSEYE
 };
 
-/// What is to become the next Debian, for its guest kernel.
+/// The next release of Debian, for its guest kernel.
 pub const TESTING: Suite = Suite {
     name: "testing",
     security: false,
@@ -91,7 +91,7 @@ pub const TESTING: Suite = Suite {
 /// All releases, oldest kernel first.
 pub const SUITES: [&Suite; 4] = [&BULLSEYE, &BOOKWORM, &TRIXIE, &TESTING];
 
-/// In the closure, but of no use in an initramfs (prefixes of package names).
+/// Beginnings of the names of packages that are of no use in an initramfs.
 pub const SKIP: &[&str] = &[
     "adduser",
     "binutils",

@@ -1,4 +1,4 @@
-//! Everything ready to boot, and one booted machine.
+//! The testbed: everything that is needed to boot machines; and one booted machine.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -23,21 +23,21 @@ use crate::qemu::Qemu;
 use crate::scenario::Ctx;
 use crate::suites::BOOKWORM;
 
-/// What all boots of a run share.
+/// What all boots of a run share. It locks the target folder while it exists.
 #[derive(Debug)]
 pub struct Testbed {
-    /// Folders.
+    /// The folders of the run.
     pub paths: Paths,
-    /// The unpacked packages.
+    /// The unpacked packages of Debian 12.
     pub root: Root,
-    /// Guest kernels of other releases.
+    /// Guest kernels of other releases of Debian.
     pub kernels: Arc<Kernels>,
     images: Images,
     _lock: File,
 }
 
 impl Testbed {
-    /// Fetches packages, builds programs, payloads and images: whatever is not up to date.
+    /// Downloads packages and builds programs, payloads and images, as far as they are out of date.
     pub fn prepare() -> Result<Self> {
         let paths = Paths::find()?;
         let lock = lock(&paths)?;
@@ -55,7 +55,7 @@ impl Testbed {
         })
     }
 
-    /// Boots a machine. Its logs' folder is emptied first unless `again`.
+    /// Boots a machine. `again` is the number of earlier boots of this profile in the run, whose logs are preserved.
     pub fn boot(&self, profile: &Profile, again: u32) -> Result<Machine> {
         let base = self.paths.logs(profile.name);
         let logs = if again == 0 {
@@ -96,18 +96,19 @@ impl Testbed {
 /// A booted machine; dropping it kills it.
 #[derive(Debug)]
 pub struct Machine {
-    /// What scenarios get.
+    /// The context of scenarios.
     pub ctx: Ctx,
     /// The emulator.
     pub qemu: Qemu,
-    /// Where its logs are.
+    /// The folder of its logs.
     pub logs: PathBuf,
-    /// From the start of QEMU to the agent's first word.
+    /// From the start of QEMU to the agent's first message.
     pub boot_time: Duration,
 }
 
 impl Machine {
-    /// Fetches guests' console logs and the tools' own; a machine that is down has none to give.
+    /// Copies the console logs of guests and the logs of the tools to the folder of logs, if the machine still
+    /// answers.
     pub fn collect_logs(&self) {
         let list = "cd /var/log && ls guest-*.log xen/*.log xen-locus/* 2>/dev/null";
         let Ok(found) = self.ctx.dom0.sh_timeout(list, Duration::from_secs(20)) else {
@@ -121,7 +122,7 @@ impl Machine {
     }
 }
 
-/// Only one run at a time may use the target folder: logs and images would mix.
+/// Locks the target folder. Two runs at a time would mix their logs and images.
 fn lock(paths: &Paths) -> Result<File> {
     std::fs::create_dir_all(&paths.base)?;
     let file = File::create(paths.base.join("lock"))?;
@@ -132,7 +133,7 @@ fn lock(paths: &Paths) -> Result<File> {
     Ok(file)
 }
 
-/// Builds what is to run in dom0, without what only a debugger reads, which is nine tenths of it: dom0's files are
+/// Builds the programs for dom0, without debug information. That is nine tenths of them, and dom0's files are in
 /// memory, unpacked at each boot.
 fn build_tools(paths: &Paths) -> Result<Tools> {
     let build = |args: &[&str], names: &[&str]| -> Result<()> {

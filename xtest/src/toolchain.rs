@@ -1,6 +1,6 @@
-//! The compiler and kbuild's programs of another Debian release, made to run here: each through its
-//! own release's dynamic linker and libraries, since they need a newer C library than the host's, or
-//! an older OpenSSL.
+//! The compiler and kbuild's programs of another Debian release, made to run on the host. Each runs with the
+//! dynamic linker and the libraries of its own release, because it needs a newer C library than the host's,
+//! or an older OpenSSL.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ const BINUTILS: &[&str] = &[
 /// What the compiler's driver runs beside `as`.
 const PASSES: &[&str] = &["cc1"];
 
-/// Where the programs to call are: `TOOL` for all binutils, `gcc` for the compiler.
+/// The folder of the programs to call: `TOOL` for each of the binutils, `gcc` for the compiler.
 pub fn bin(root: &Path) -> PathBuf {
     root.join("toolchain")
 }
@@ -29,7 +29,7 @@ pub fn variables(bin: &Path) -> impl Iterator<Item = String> + '_ {
         .map(|(name, tool)| format!("{name}={}", bin.join(tool).display()))
 }
 
-/// Puts a script in the place of each of kbuild's programs in an unpacked tree, and makes [`bin`].
+/// Replaces each of kbuild's programs in an unpacked tree by a script, and makes the folder [`bin`].
 pub fn relocate(root: &Path) -> Result<()> {
     let run = Runner::of(root)?;
     let bin = bin(root);
@@ -61,7 +61,7 @@ pub fn relocate(root: &Path) -> Result<()> {
             .with_context(|| format!("{}: no {pass} of gcc-{version}", root.display()))?;
         run.script(&bin.join(pass), &program, "")?;
     }
-    // the driver looks there first for the programs it runs
+    // The compiler's driver looks there first for the programs that it runs.
     let passes = format!("'-B{}'", bin.display());
     run.script(&bin.join("gcc"), &gcc, &passes)?;
 

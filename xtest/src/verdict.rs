@@ -2,31 +2,31 @@
 
 use std::fmt;
 
-/// Any end but success.
+/// Any result except success.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
-    /// Not run here, and why.
+    /// The scenario did not run, and why.
     Skip(String),
-    /// The testbed broke: nothing is known about the subject.
+    /// The testbed broke. This says nothing about xen-locus.
     Error(String),
-    /// The subject broke.
+    /// xen-locus does not do what the scenario expects.
     Failure(String),
     /// A guest, dom0 or the hypervisor died.
     Crash(String),
 }
 
 impl Verdict {
-    /// The subject broke.
+    /// A [`Self::Failure`].
     pub fn failure(why: impl Into<String>) -> Self {
         Self::Failure(why.into())
     }
 
-    /// Something died.
+    /// A [`Self::Crash`].
     pub fn crash(why: impl Into<String>) -> Self {
         Self::Crash(why.into())
     }
 
-    /// Not run here.
+    /// A [`Self::Skip`].
     pub fn skip(why: impl Into<String>) -> Self {
         Self::Skip(why.into())
     }
@@ -55,8 +55,8 @@ impl From<std::io::Error> for Verdict {
     }
 }
 
-/// Ends the scenario with [`Verdict::Failure`] unless the condition holds. The message is
-/// formatted as by `format!`; without one the condition itself is shown.
+/// Ends the scenario with [`Verdict::Failure`] unless the condition holds. The message is formatted as by
+/// `format!`. Without a message the condition itself is shown.
 #[macro_export]
 macro_rules! check {
     ($cond:expr $(,)?) => {

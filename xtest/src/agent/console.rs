@@ -1,7 +1,7 @@
-//! Guests' consoles: drained all the time, logged, and used to run commands in the guests.
+//! Guests' consoles. They are read all the time, logged, and used to run commands in the guests.
 //!
-//! The other end is `guest/console-server.c`, where the lines are described. A console that nobody
-//! reads would block its guest once the ring is full.
+//! The other end is `guest/console-server.c`, which describes the lines. A console that is not read would
+//! block its guest when the ring is full.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -24,7 +24,7 @@ use crate::proto::FailKind;
 /// Bytes asked for at once, and how many such requests are under way.
 const PIECE: usize = 32 * 1024;
 const AHEAD: usize = 4;
-/// A line that stays unanswered is sent again after this long.
+/// A line without an answer is sent again after this time.
 const RESEND: Duration = Duration::from_secs(3);
 
 /// All guests with a console.
@@ -35,14 +35,14 @@ pub(super) struct Guests {
 }
 
 struct Console {
-    /// One that is being moved here has another name until it is there.
+    /// A guest that is being migrated here has another name until it has arrived.
     name: Mutex<String>,
     input: Mutex<File>,
     /// The guest's command server has announced itself, or has answered.
     up: AtomicBool,
     /// The console is closed: the domain is gone.
     closed: AtomicBool,
-    /// The domain has shut down or crashed, and is kept for a look at it.
+    /// The domain has shut down or crashed, and is preserved.
     dead: AtomicBool,
     waiting: Mutex<BTreeMap<String, Sender<Line>>>,
 }
@@ -70,7 +70,7 @@ impl Guests {
         store.watch("@releaseDomain")?;
         loop {
             let pending = self.scan(&mut store)?;
-            // xenconsoled writes the terminal's name some time after the domain appears
+            // xenconsoled writes the name of the terminal some time after the domain appears.
             let limit = Duration::from_millis(if pending { 100 } else { 10_000 });
             if store.wait(limit)? {
                 self.bury()?;
@@ -78,8 +78,8 @@ impl Guests {
         }
     }
 
-    /// Marks guests that are kept after their end: their console stays open, but silent. One that was only
-    /// suspended, to be saved, comes back.
+    /// Marks guests that are preserved after their end. Their console stays open, but silent. A guest that was
+    /// only suspended, to be saved, comes back.
     fn bury(&self) -> Result<()> {
         if locked(&self.by_domid).is_empty() {
             return Ok(());
@@ -138,7 +138,7 @@ impl Guests {
 
     fn find(&self, name: &str) -> Option<Arc<Console>> {
         let all = locked(&self.by_domid);
-        // the newest, where a destroyed one of the same name is still about
+        // The newest one, if a destroyed domain of the same name still exists.
         let console = all.values().rev().find(|c| *locked(&c.name) == name)?;
         (!console.closed.load(Ordering::Relaxed)).then(|| Arc::clone(console))
     }
@@ -207,7 +207,7 @@ impl Console {
         std::thread::spawn(move || {
             drained.drain(reader, log);
             drained.closed.store(true, Ordering::Relaxed);
-            // wakes those who wait for an answer
+            // Wakes threads that wait for an answer.
             locked(&drained.waiting).clear();
         });
         Ok(console)
@@ -230,8 +230,8 @@ impl Console {
         }
     }
 
-    /// Takes a line of the command server. A terminal that echoes, as the console does until the
-    /// server has it, is no sign of life of that.
+    /// Takes a line of the command server. An echo does not count as a response: the console echoes until the
+    /// server has opened it.
     fn dispatch(&self, line: Line) {
         if !["O", "W", "A", "C", "U"].iter().any(|op| is(&line, op)) {
             return;
@@ -249,8 +249,8 @@ impl Console {
     }
 }
 
-/// The words of a line of the command server, if it is one and undamaged. A kernel message may
-/// stand before it on the same line.
+/// The words of a line of the command server; none if it is something else or damaged. A kernel message may
+/// precede it on the same line.
 fn frame(raw: &[u8]) -> Option<Line> {
     let text = std::str::from_utf8(raw).ok()?.trim_end();
     let (_, text) = text.rsplit_once('~')?;
@@ -269,7 +269,7 @@ struct Talk<'a> {
 
 impl Talk<'_> {
     fn run(&self, cmd: &str, timeout_ms: u64) -> Result<Done, Failed> {
-        // asked again and again, since a guest that boots has no ear yet
+        // Asked again and again, because a guest that boots does not listen yet.
         if !self.console.up.load(Ordering::Relaxed) {
             self.ask(&format!("P {}", self.id), &|l| is(l, "O"))?;
         }
@@ -300,7 +300,7 @@ impl Talk<'_> {
         })
     }
 
-    /// Sends a line until an answer satisfies; each sign of life extends the patience.
+    /// Sends a line until an answer is accepted. Each response of the guest extends the time limit.
     fn ask(&self, text: &str, wanted: &dyn Fn(&Line) -> bool) -> Result<Line, Failed> {
         let mut heard = Instant::now();
         let mut sent: Option<Instant> = None;
@@ -317,7 +317,7 @@ impl Talk<'_> {
         }
     }
 
-    /// One output in pieces, several of them under way at a time.
+    /// Reads one output in pieces, with several requests under way at a time.
     fn fetch(&self, kind: char, size: usize) -> Result<Vec<u8>, Failed> {
         let offsets: Vec<usize> = (0..size).step_by(PIECE).collect();
         let mut pieces: BTreeMap<usize, Vec<u8>> = BTreeMap::new();

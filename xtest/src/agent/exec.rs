@@ -1,4 +1,4 @@
-//! Runs shell commands of dom0.
+//! Runs shell commands in dom0.
 
 use std::io::Read;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -12,7 +12,7 @@ use rustix::process::{kill_process_group, Pid, Signal};
 use super::port::Port;
 use crate::proto::Reply;
 
-/// What has come of a command.
+/// The result of a command.
 #[derive(Debug, Default)]
 pub(super) struct Done {
     pub(super) rc: i32,
@@ -40,11 +40,11 @@ enum Event {
     Exit(ExitStatus),
 }
 
-/// Runs `sh -c cmd`. Each piece of output is offered to `sink` (is it error output, the bytes) and
-/// kept when that returns true.
+/// Runs `sh -c cmd`. Each piece of output is passed to `sink`: whether it is standard error, and the bytes. It
+/// is stored if `sink` returns true.
 ///
-/// A daemon that the command leaves behind may hold the pipes open for ever: shortly after the
-/// command itself has ended, what it printed counts as complete.
+/// A daemon that the command leaves behind may hold the pipes open forever. So the output counts as complete
+/// shortly after the command itself has ended.
 pub(super) fn run(
     cmd: &str,
     timeout_ms: u64,
@@ -94,7 +94,7 @@ pub(super) fn run(
                     limit = Instant::now() + Duration::from_secs(5);
                     continue;
                 }
-                // not even a killed one ends: stuck in the kernel
+                // Not even SIGKILL ends it: it is stuck in the kernel.
                 done.rc = -1;
                 break;
             }

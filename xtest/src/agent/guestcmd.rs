@@ -1,4 +1,4 @@
-//! `guest NAME COMMAND` for a person at dom0's shell: asks the running agent over a local socket.
+//! `guest NAME COMMAND` for use in dom0's shell: asks the running agent over a local socket.
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -7,10 +7,10 @@ use anyhow::{bail, Result};
 
 use crate::proto::{self, Reply, Request, Tagged};
 
-/// Where the agent listens within dom0.
+/// The socket that the agent listens on, in dom0.
 pub(super) const SOCKET: &str = "/run/xtest-agent.sock";
 
-/// Runs a command in a guest and gives its exit code.
+/// Runs a command in a guest and returns its exit code.
 pub fn guest_command(name: &str, cmd: &str) -> Result<u8> {
     let mut socket = UnixStream::connect(SOCKET)?;
     let request = Request::GuestExec {
@@ -27,7 +27,7 @@ pub fn guest_command(name: &str, cmd: &str) -> Result<u8> {
         },
         &[],
     )?;
-    // the first thing said is a greeting
+    // The first message is a greeting.
     let _ = proto::receive::<Reply>(&mut socket)?;
     match proto::receive::<Reply>(&mut socket)? {
         (

@@ -1,5 +1,5 @@
-//! The request server that runs in dom0. Each request has a thread of its own, so that a scenario
-//! can act while another command runs (and kill it).
+//! The request server that runs in dom0. Each request has a thread of its own, so that a scenario can act while
+//! a command runs, and can kill it.
 
 mod console;
 mod exec;

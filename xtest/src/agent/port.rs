@@ -5,14 +5,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::proto::{self, FailKind, Reply, Tagged};
 
-/// The way back to the runner, shared by all threads.
+/// The port that replies are written to. All threads share it.
 #[derive(Clone)]
 pub(super) struct Port {
     out: Arc<Mutex<File>>,
 }
 
 impl Port {
-    /// A port that replies are written to.
+    /// A port on this file.
     pub(super) fn new(out: File) -> Self {
         Self {
             out: Arc::new(Mutex::new(out)),
@@ -28,7 +28,7 @@ impl Port {
     }
 }
 
-/// Why a request failed, for the runner to tell apart.
+/// Why a request failed.
 #[derive(Debug)]
 pub(super) struct Failed {
     pub(super) kind: FailKind,

@@ -1,4 +1,4 @@
-//! Commands on a terminal of their own, for the interactive shell.
+//! Commands on terminals, for the interactive shell.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -21,7 +21,7 @@ pub(super) struct Terminals {
 }
 
 impl Terminals {
-    /// Types into a terminal.
+    /// Writes input to a terminal.
     pub(super) fn input(&self, id: u64, data: Vec<u8>) {
         let masters = self.masters.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(mut master) = masters.get(&id) {
@@ -62,7 +62,7 @@ impl Terminals {
             .unwrap_or_else(PoisonError::into_inner)
             .insert(id, input);
         let mut buf = vec![0u8; 1 << 14];
-        // ends with an error (EIO) when the last holder of the terminal has closed it
+        // Ends with an error (EIO) when all have closed the terminal.
         while let Ok(n @ 1..) = output.read(&mut buf) {
             port.reply(
                 id,

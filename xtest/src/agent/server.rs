@@ -22,7 +22,7 @@ pub fn serve(port: &Path) -> Result<()> {
         .custom_flags(i32::try_from(rustix::fs::OFlags::NOCTTY.bits())?)
         .open(port)
         .with_context(|| format!("opening {}", port.display()))?;
-    // a serial line edits and echoes what passes; a virtio port is no terminal
+    // A serial line edits and echoes its input. A virtio port is not a terminal.
     if let Ok(mut mode) = termios::tcgetattr(&input) {
         mode.make_raw();
         termios::tcsetattr(&input, termios::OptionalActions::Flush, &mode)?;
@@ -37,19 +37,19 @@ pub fn serve(port: &Path) -> Result<()> {
     converse(input, &guests)
 }
 
-/// Answers those within dom0.
+/// Answers requests from within dom0.
 fn serve_locally(guests: &Guests) -> Result<()> {
     let _ = std::fs::remove_file(guestcmd::SOCKET);
     let listener = UnixListener::bind(guestcmd::SOCKET)?;
     loop {
         let (socket, _) = listener.accept()?;
         let guests = guests.clone();
-        // ends with the connection
+        // The thread ends with the connection.
         std::thread::spawn(move || converse(File::from(OwnedFd::from(socket)), &guests));
     }
 }
 
-/// Answers requests until the other side goes away.
+/// Answers requests until the other side closes the connection.
 fn converse(mut input: File, guests: &Guests) -> Result<()> {
     let port = Port::new(input.try_clone()?);
     let terminals = pty::Terminals::default();
@@ -104,7 +104,7 @@ fn answer(
             if let Some(dir) = Path::new(&path).parent() {
                 std::fs::create_dir_all(dir)?;
             }
-            // replaced, not rewritten: a running program's file can't be written to
+            // The file is replaced, because the file of a running program can't be written to.
             let new = format!("{path}.new");
             std::fs::write(&new, body)?;
             std::fs::set_permissions(&new, std::fs::Permissions::from_mode(mode))?;

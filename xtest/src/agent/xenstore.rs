@@ -1,4 +1,4 @@
-//! As much of the XenStore protocol as it takes to notice domains
+//! The part of the XenStore protocol that is needed to notice domains
 //! (Xen `docs/misc/xenstore.txt`, `xen/include/public/io/xs_wire.h`).
 
 use std::io::{Read, Write};
@@ -17,7 +17,7 @@ const ERROR: u32 = 16;
 /// A connection to xenstored.
 pub(super) struct Store {
     socket: UnixStream,
-    /// Watch events that came while an answer was awaited.
+    /// Watch events that arrived before the answer to a request.
     fired: bool,
 }
 
@@ -47,7 +47,7 @@ impl Store {
         self.ask(READ, &[path])
     }
 
-    /// Waits for a watch to fire; false when none does in time.
+    /// Waits until a watch fires. Returns false if none does in time.
     pub(super) fn wait(&mut self, limit: Duration) -> Result<bool> {
         if std::mem::take(&mut self.fired) {
             return Ok(true);

@@ -1,5 +1,5 @@
-//! The testbed's agent in dom0: `xtest-agent PORT` serves the runner's requests on a port; called
-//! `guest`, it runs a command in a guest.
+//! The testbed's agent in dom0. `xtest-agent PORT` serves the runner's requests on a port. Called `guest`, it
+//! runs a command in a guest.
 
 use std::path::Path;
 use std::process::ExitCode;

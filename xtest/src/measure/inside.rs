@@ -1,4 +1,4 @@
-//! The guest's own livepatch, beside which xen-locus is measured: the same files, loaded from inside.
+//! The guest's own livepatch, which xen-locus is compared with: the same files, loaded from inside.
 
 use std::time::Duration;
 
@@ -9,27 +9,27 @@ use crate::guest::Guest;
 use crate::scenario::Ctx;
 use crate::verdict::Verdict;
 
-/// The module whose function is called, and the payload that replaces it by the same.
+/// The module whose function is called, and the payload that replaces it by an equal one.
 const SUBJECT: &str = "locus_bench";
 const PATCH: &str = "locus_bench_patch";
 
-/// How often calls of a function are measured in each state, in turn with those of the unpatched one.
+/// How often calls of a function are measured in each state, alternating with calls of the unpatched function.
 const READINGS: u32 = 3;
 
 /// How long the guest's own livepatch takes, in microseconds of the guest's clock.
 #[derive(Debug, Serialize)]
 pub struct Livepatch {
-    /// From insmod until the end of the transition.
+    /// Time from insmod until the end of the transition.
     pub apply_us: Samples,
-    /// Of that, insmod.
+    /// Time of insmod alone.
     pub insmod_us: Samples,
-    /// From disabling until the end of that transition.
+    /// Time from disabling until the end of that transition.
     pub revert_us: Samples,
 }
 
-/// Loads a payload in the guest and unloads it, so many times.
+/// Loads a payload in the guest and unloads it, `rounds` times.
 ///
-/// To be done before xen-locus applies it: what it reverts stays in the guest's list of modules.
+/// This must come before xen-locus applies it, because a reverted patch stays in the guest's list of modules.
 pub fn livepatch(
     ctx: &Ctx,
     guest: &Guest,
@@ -65,15 +65,15 @@ pub fn livepatch(
 /// What one call of a function costs, in picoseconds.
 #[derive(Debug, Serialize)]
 pub struct Calls {
-    /// As it is.
+    /// Of the original function.
     pub unpatched: Samples,
-    /// Replaced by xen-locus.
+    /// Of the function that xen-locus redirects.
     pub ours: Samples,
-    /// Replaced by the guest's own livepatch.
+    /// Of the function that the guest's own livepatch redirects.
     pub livepatch: Samples,
 }
 
-/// Measures calls of a function of a module that is loaded for this, in a guest that is idle.
+/// Measures calls of a function of a module that is loaded for this purpose, in an idle guest.
 pub fn calls(ctx: &Ctx, guest: &Guest) -> Result<Calls, Verdict> {
     if !guest.ok("cat /proc/modules")?.contains(SUBJECT) {
         guest.insmod(&ctx.payloads.join(format!("{SUBJECT}/{SUBJECT}.ko")))?;
@@ -86,21 +86,21 @@ pub fn calls(ctx: &Ctx, guest: &Guest) -> Result<Calls, Verdict> {
     let (mut livepatch, mut ours) = (Vec::new(), Vec::new());
 
     let file = bring(ctx, guest, PATCH)?;
-    let settled = format!(
+    let wait = format!(
         "until [ \"$(cat /sys/kernel/livepatch/{PATCH}/transition 2>/dev/null || echo 0)\" = 0 ]; \
          do sleep 0.1; done"
     );
     for _ in 0..READINGS {
-        guest.ok(&format!("insmod {file} && {settled}"))?;
+        guest.ok(&format!("insmod {file} && {wait}"))?;
         livepatch.extend(read()?);
         guest.ok(&format!(
-            "echo 0 > /sys/kernel/livepatch/{PATCH}/enabled; {settled}; \
+            "echo 0 > /sys/kernel/livepatch/{PATCH}/enabled; {wait}; \
              until rmmod {PATCH} 2>/dev/null; do sleep 0.1; done"
         ))?;
         unpatched.extend(read()?);
     }
 
-    // Comes last: what it takes back stays in the guest's list of modules.
+    // xen-locus comes last, because a reverted patch stays in the guest's list of modules.
     let name = &guest.name;
     for _ in 0..READINGS {
         ctx.dom0.ok(&format!(
@@ -119,8 +119,8 @@ pub fn calls(ctx: &Ctx, guest: &Guest) -> Result<Calls, Verdict> {
 }
 
 impl Calls {
-    /// What a redirect adds to a call, beside what the livepatch adds; `None` where that adds
-    /// nothing that could be measured.
+    /// What a redirect adds to a call, divided by what the livepatch adds. `None` if the livepatch adds nothing
+    /// measurable.
     pub fn overhead(&self) -> Option<f64> {
         let added = |to: &Samples| to.p50.checked_sub(self.unpatched.p50);
         let livepatch = added(&self.livepatch).filter(|&ps| ps > 0)?;
@@ -131,7 +131,7 @@ impl Calls {
     }
 }
 
-/// Puts a payload's file into the guest.
+/// Copies a payload's file to the guest.
 fn bring(ctx: &Ctx, guest: &Guest, payload: &str) -> Result<String, Verdict> {
     let there = format!("/tmp/{payload}.ko");
     let here = ctx.payloads.join(format!("{payload}/{payload}.ko"));

@@ -1,10 +1,10 @@
-//! `xtest bench`: how long guests are paused and what reading their kernel costs, beside the least
-//! that either could cost in the same run, and beside the guest's own livepatch.
+//! `xtest bench`: how long guests are paused and what reading their kernel costs. Both are compared with lower
+//! bounds of the same run, and with the guest's own livepatch.
 //!
-//! Absolute times on an emulated machine mean little; the ratios within one run mean more. By the host's clock
-//! they have the host's noise in them, so the machine's clock counts instructions unless told otherwise: that
-//! says what work is done, the same on every host, but nothing of caches, nor of two CPUs at once. Nothing here
-//! fails because something is slow: what must hold is printed beside what was measured.
+//! Absolute times on an emulated machine mean little; ratios within one run mean more. Times by the host's clock
+//! contain the host's noise. So the machine's clock counts instructions by default: that tells how much work is
+//! done, the same on every host, but nothing about caches or about two CPUs at once. Nothing here fails because
+//! something is slow: targets are printed beside the measured values.
 
 mod inside;
 mod pauses;
@@ -34,15 +34,14 @@ pub use wanted::{Clock, Wanted};
 
 /// Memory of the guests, in MiB: room for 8,000 threads.
 const MEMORY: u32 = 768;
-/// Threads that a guest may have for certain.
+/// The limit on threads that a guest is given.
 const MANY_THREADS: u32 = 20_000;
-/// Tries to measure at a point, as long as it is QEMU that loses the guest.
+/// How often measuring at a point is tried if QEMU loses the guest.
 const TRIES: u32 = 3;
-/// Times that the guest's own livepatch is applied.
+/// How often the guest's own livepatch is applied.
 const LIVEPATCHES: u32 = 20;
 
-/// Measures PV and PVH guests, prints what was found, and writes it as JSON and as a plot into the
-/// target folder.
+/// Measures PV and PVH guests, prints the results, and writes them as JSON and as a plot into the target folder.
 pub fn run(testbed: &Testbed, wanted: &Wanted) -> Result<()> {
     let began = Instant::now();
     let report = Mutex::new(Report {
@@ -57,7 +56,7 @@ pub fn run(testbed: &Testbed, wanted: &Wanted) -> Result<()> {
         let found = measure(&mut machine.ctx, kind, wanted);
         machine.collect_logs();
         if !wanted.reading {
-            // Each time: a long run that is ended has something to show.
+            // After each guest, so that an interrupted run leaves a report.
             let mut report = report.lock().unwrap_or_else(PoisonError::into_inner);
             report.guests.push(found);
             print(testbed, &report)?;
@@ -67,7 +66,7 @@ pub fn run(testbed: &Testbed, wanted: &Wanted) -> Result<()> {
     let machines = wanted.machines();
     match wanted.clock {
         Clock::Host => machines.into_iter().try_for_each(one)?,
-        // Machines that don't see the host's time don't disturb each other.
+        // These machines don't see the host's time, so they don't disturb each other.
         Clock::Instructions => thread::scope(|scope| {
             let all: Vec<_> = machines
                 .into_iter()
@@ -87,7 +86,7 @@ pub fn run(testbed: &Testbed, wanted: &Wanted) -> Result<()> {
     Ok(())
 }
 
-/// Prints what was measured last, and writes the report as JSON and as a plot.
+/// Prints the results of the last guest, and writes the report as JSON and as a plot.
 fn print(testbed: &Testbed, report: &Report) -> Result<()> {
     if let Some(last) = report.guests.last() {
         println!("{}: {}", last.kind, report.clock);
@@ -109,7 +108,7 @@ fn print(testbed: &Testbed, report: &Report) -> Result<()> {
     Ok(())
 }
 
-/// Measures all points in guests of one type; what goes wrong at one is said in the end.
+/// Measures all points in guests of one type. Failures are reported at the end.
 fn measure(ctx: &mut Ctx, kind: Kind, wanted: &Wanted) -> OfGuests {
     let mut found = OfGuests {
         kind: kind.name(),
@@ -156,7 +155,7 @@ fn note(found: &mut OfGuests, what: &str, result: Result<(), Verdict>) {
     }
 }
 
-/// What wants a guest that xen-locus has not changed yet.
+/// Measures what needs a guest that xen-locus has not changed yet.
 fn before(
     ctx: &mut Ctx,
     kind: Kind,
@@ -167,7 +166,7 @@ fn before(
         reading::reading(ctx, &guest.name, wanted.rounds.min(10))?;
         return Ok(None);
     }
-    // Idle: what the load takes of the CPU is no cost of a call.
+    // The guest is idle, because the load would add to the cost of a call.
     let calls = inside::calls(ctx, &guest)?;
     prepare(&guest, BASE)?;
     let rounds = wanted.rounds.min(LIVEPATCHES);
@@ -175,7 +174,7 @@ fn before(
     Ok(Some((calls, livepatch)))
 }
 
-/// Measures, and again if QEMU lost the guest with so many vCPUs.
+/// Measures, and measures again if QEMU loses the guest with this number of vCPUs.
 fn again<T>(
     ctx: &mut Ctx,
     kind: Kind,
@@ -217,7 +216,7 @@ fn at(
 ) -> Result<pauses::Measured, Verdict> {
     let guest = guest(ctx, kind, point.vcpus)?;
     prepare(&guest, point)?;
-    // Each is an apply and a revert: two pauses.
+    // Each round is an apply and a revert: two pauses.
     let rounds = if point == BASE {
         wanted.rounds
     } else {
@@ -230,7 +229,7 @@ fn name(kind: Kind, vcpus: u32) -> String {
     format!("bench-{}-{vcpus}", kind.name())
 }
 
-/// The guest with so many vCPUs; others are destroyed, for the machine has no memory for two.
+/// The guest with this number of vCPUs. Others are destroyed, because the machine has no memory for two.
 fn guest(ctx: &mut Ctx, kind: Kind, vcpus: u32) -> Result<Guest, Verdict> {
     for other in [1, 2, 4, 8].into_iter().filter(|&n| n != vcpus) {
         ctx.destroy_guest(&name(kind, other))?;
@@ -244,13 +243,13 @@ fn guest(ctx: &mut Ctx, kind: Kind, vcpus: u32) -> Result<Guest, Verdict> {
 /// Gives a guest the load and the threads of a point.
 fn prepare(guest: &Guest, point: Point) -> Result<(), Verdict> {
     let wanted = u64::from(point.threads);
-    // Some come and go.
+    // Some threads come and go.
     let enough = guest.threads()?.abs_diff(wanted) <= wanted / 20;
     if !point.load || !enough {
         guest.ok("killall spin-workload bench-load 2>/dev/null; true")?;
     }
     if !enough {
-        // Without the load: beside it, thousands of threads take minutes to begin.
+        // Without the load, because with it thousands of threads take minutes to start.
         set_threads(guest, wanted)?;
     }
     if point.load {
@@ -259,7 +258,7 @@ fn prepare(guest: &Guest, point: Point) -> Result<(), Verdict> {
     Ok(())
 }
 
-/// Has a guest have so many threads, its own included.
+/// Brings the number of threads in a guest to `wanted`, its own included.
 fn set_threads(guest: &Guest, wanted: u64) -> Result<(), Verdict> {
     guest
         .ok("killall sleepers 2>/dev/null; while pidof sleepers >/dev/null; do sleep 0.2; done")?;
@@ -280,7 +279,7 @@ fn set_threads(guest: &Guest, wanted: u64) -> Result<(), Verdict> {
     Ok(())
 }
 
-/// Processes, files, network and disk: all that a guest does.
+/// Starts a load on processes, files, network and disk.
 fn start_load(guest: &Guest) -> Result<(), Verdict> {
     guest.start_workload()?;
     guest.ok("pidof bench-load >/dev/null && exit; \

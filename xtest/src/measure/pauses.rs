@@ -1,4 +1,4 @@
-//! Pauses of changes at one point.
+//! Measures the pauses of changes at one point.
 
 use std::time::Duration;
 
@@ -12,59 +12,58 @@ use crate::guest::Guest;
 use crate::scenario::Ctx;
 use crate::verdict::Verdict;
 
-/// Applies that take longer, from start to end, have not converged.
+/// An apply that takes longer than this, in milliseconds from start to end, has not converged.
 const CONVERGED_MS: u64 = 2000;
 
-/// What was measured at a point.
+/// The results at a point.
 #[derive(Debug, Serialize)]
 pub struct Measured {
-    /// Its name.
+    /// The name of the point.
     pub name: String,
-    /// What the guest was to be like.
+    /// The point: properties of the guest and of the change.
     #[serde(flatten)]
     pub point: Point,
-    /// Threads and processes that it had in the end.
+    /// Threads in the guest at the end.
     pub threads_found: u64,
     /// Microseconds of an empty pause and unpause, by libxenctrl's calls.
     pub empty_us: Samples,
     /// Microseconds of a pause in which all vCPUs' contexts are read, by libxenctrl's calls: the floor.
     pub floor_us: Samples,
-    /// Microseconds of the same done as xen-locus does it: several hypercalls at once.
+    /// Microseconds of the same, done as xen-locus does it: several hypercalls at once.
     pub together_us: Samples,
-    /// Microseconds of that with one write to the kernel's code.
+    /// Microseconds of that, with one write to the kernel's code.
     pub write_us: Samples,
     /// Microseconds of the pauses in which a payload was applied or reverted.
     pub pause_us: Samples,
-    /// Of these, the applies.
+    /// Those of applies.
     pub apply_us: Samples,
-    /// Of these, the reverts.
+    /// Those of reverts.
     pub revert_us: Samples,
-    /// Pauses that each change needed.
+    /// The number of pauses that each change needed.
     pub attempts: Samples,
     /// Milliseconds of each apply from start to end, reading the guest's kernel included.
     pub total_ms: Samples,
-    /// Applies that were tried.
+    /// The number of applies that were tried.
     pub applies: u32,
-    /// Applies that were done within two seconds.
+    /// The number of applies that were done within two seconds.
     pub converged: usize,
-    /// Why changes failed.
+    /// Reports of changes that failed.
     pub errors: Vec<String>,
 }
 
 impl Measured {
-    /// How many floors the median pause is.
+    /// The median pause, divided by the median floor.
     pub fn median_ratio(&self) -> f64 {
         ratio(self.pause_us.p50, self.floor_us.p50)
     }
 
-    /// How many median floors the 99th percentile is.
+    /// The 99th percentile of pauses, divided by the median floor.
     pub fn p99_ratio(&self) -> f64 {
         ratio(self.pause_us.p99, self.floor_us.p50)
     }
 }
 
-/// Measures `rounds` applies and reverts in a guest that is as the point wants it, or as many as the
-/// time allows.
+/// Measures `rounds` applies and reverts, or as many as the time allows, in a guest that is prepared for the point.
 pub fn measure(
     ctx: &Ctx,
     guest: &Guest,
@@ -138,7 +137,7 @@ fn of(point: Point, documents: &[Value], threads_found: u64) -> Measured {
         apply_us: number("pause_us", &["applied"]).into(),
         revert_us: number("pause_us", &["reverted"]).into(),
         attempts: number("attempts", &both).into(),
-        // An apply and a revert each.
+        // Each round is an apply and a revert.
         applies: u32::try_from(changes.len() / 2).unwrap_or(u32::MAX),
         converged: total_ms.iter().filter(|&&ms| ms <= CONVERGED_MS).count(),
         total_ms: total_ms.into(),

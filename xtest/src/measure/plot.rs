@@ -1,7 +1,7 @@
-//! The plot of a report: an SVG file that needs nothing else.
+//! The plot of a report: an SVG file.
 //!
-//! A row for each type of guest, a panel for each thing in which points differ from the base, all
-//! with one logarithmic scale of microseconds.
+//! It has a row for each type of guest, and a panel for each property in which points differ from the base. All
+//! have the same logarithmic scale of microseconds.
 
 use std::fmt::Write as _;
 
@@ -21,13 +21,13 @@ const STYLE: &str = "text{font:12px sans-serif;fill:#333}\
     .title{font-size:15px;font-weight:bold}.axis{stroke:#888}.grid{stroke:#ddd}\
     .floor{stroke:#999;fill:#999}.pause{stroke:#1663a8;fill:#1663a8}.range{stroke-width:2}";
 
-/// A panel: what it is about, and its points in order.
+/// A panel: its title, and its points in order.
 struct Panel<'r> {
     title: &'static str,
     columns: Vec<(String, &'r Measured)>,
 }
 
-/// Draws it.
+/// Draws the plot of a report, as SVG.
 pub fn svg(report: &Report) -> String {
     let rows: Vec<(&OfGuests, Vec<Panel<'_>>)> =
         report.guests.iter().map(|g| (g, panels(g))).collect();
@@ -77,7 +77,7 @@ pub fn svg(report: &Report) -> String {
 }
 
 fn panels(guests: &OfGuests) -> Vec<Panel<'_>> {
-    // The base belongs into each panel, at its place.
+    // Each panel shows the base too, in its place.
     let by = |title, of: fn(&Point) -> u32, same: fn(&Point) -> Point| {
         let mut found: Vec<&Measured> = guests
             .points
@@ -147,7 +147,7 @@ fn panels(guests: &OfGuests) -> Vec<Panel<'_>> {
     all
 }
 
-/// Decades of microseconds, from bottom to top.
+/// The vertical scale: decades of microseconds, from bottom to top.
 struct Scale {
     first: i32,
     last: i32,
@@ -174,7 +174,7 @@ impl Scale {
         }
     }
 
-    /// How far below `top` a value stands.
+    /// The distance of a value from `top`, downwards.
     fn y(&self, top: f64, value: u64) -> f64 {
         #[allow(clippy::cast_precision_loss)] // microseconds
         let log = (value.max(1) as f64).log10();

@@ -1,33 +1,33 @@
-//! Where pauses are measured: one base point, and points that differ from it in one thing.
+//! The points at which pauses are measured: one base point, and points that differ from it in one property.
 
 use serde::Serialize;
 
-/// Who asks for a change.
+/// What asks for a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Asker {
-    /// One process that makes all of them, as the daemon does.
+    /// One process that makes all changes, as the daemon does.
     Resident,
-    /// The command line: a new process for each.
+    /// The command line: a new process for each change.
     OneShot,
 }
 
-/// What a guest is like, and what is done to it.
+/// Properties of a guest, and of the change that is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Point {
-    /// Threads and processes, kernel threads included; a guest has some of its own.
+    /// Threads, including kernel threads and those of every guest.
     pub threads: u32,
     /// Virtual CPUs.
     pub vcpus: u32,
     /// Whether processes, files, disk and network are busy.
     pub load: bool,
-    /// Functions that the payload replaces.
+    /// The number of functions that the payload replaces.
     pub functions: u32,
-    /// Who asks.
+    /// What asks for the change.
     pub asker: Asker,
 }
 
-/// The point that targets are about.
+/// The base point, which the targets are about.
 pub const BASE: Point = Point {
     threads: 500,
     vcpus: 2,
@@ -37,7 +37,7 @@ pub const BASE: Point = Point {
 };
 
 impl Point {
-    /// What sets it apart from the base.
+    /// The name: what differs from the base.
     pub fn name(&self) -> String {
         if self.asker == Asker::OneShot {
             "one-shot command".to_owned()
@@ -58,14 +58,14 @@ impl Point {
         }
     }
 
-    /// The payload to apply.
+    /// The name of the payload to apply.
     pub fn payload(&self) -> String {
         format!("locus_many_{}", self.functions)
     }
 }
 
-/// All points, in an order in which a guest is started anew and threads are ended as seldom as
-/// possible; `quick`: some of them.
+/// All points, or some of them if `quick`. The order is the one with the fewest restarts of guests and ends of
+/// threads.
 pub fn points(quick: bool) -> Vec<Point> {
     let threads = |threads| Point { threads, ..BASE };
     let vcpus = |vcpus| Point { vcpus, ..BASE };

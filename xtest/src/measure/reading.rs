@@ -1,10 +1,10 @@
-//! What reading a guest's kernel costs.
+//! Measures what reading a guest's kernel costs.
 
 use super::stats;
 use crate::scenario::Ctx;
 use crate::verdict::Verdict;
 
-/// What `info` costs: cold, with what it kept, and beside mapping and copying as much as it read.
+/// Prints what `info` costs without and with its cache, and what mapping and copying as much memory costs.
 pub fn reading(ctx: &Ctx, guest: &str, rounds: u32) -> Result<(), Verdict> {
     let (mut cold, mut warm) = (Vec::new(), Vec::new());
     let (mut copy, mut both) = (Vec::new(), Vec::new());
@@ -28,10 +28,7 @@ pub fn reading(ctx: &Ctx, guest: &str, rounds: u32) -> Result<(), Verdict> {
     let reference = stats::quantile(&both, 50);
     row("map and copy as much", copy, reference);
     row("open the guest, map and copy", both, reference);
-    for (what, costs) in [
-        ("info, nothing kept", cold),
-        ("info, with what was kept", warm),
-    ] {
+    for (what, costs) in [("info, without cache", cold), ("info, with cache", warm)] {
         let (kib, peak) = (most(&costs, |c| c.kib), most(&costs, |c| c.peak_kib));
         println!("{} {kib:>9} {peak:>9}", line(what, us(&costs), reference));
     }
@@ -39,7 +36,7 @@ pub fn reading(ctx: &Ctx, guest: &str, rounds: u32) -> Result<(), Verdict> {
     Ok(())
 }
 
-/// What `xen-locus -v info` said of its cost.
+/// The cost that `xen-locus -v info` reports.
 struct Cost {
     kib: u64,
     us: u64,

@@ -1,4 +1,4 @@
-//! The report: what was measured in guests of one type, as text and for JSON.
+//! The report, as text and for JSON.
 
 use std::fmt;
 
@@ -10,53 +10,53 @@ use super::points::{Point, BASE};
 use super::stats::{ratio, Samples};
 use super::wanted::Clock;
 
-/// All that was measured.
+/// All results of a run.
 #[derive(Debug, Serialize)]
 pub struct Report {
-    /// Of this form.
+    /// Version of this form.
     pub schema: u32,
     /// Release of the guests' kernel.
     pub kernel: String,
-    /// Clock of the machines.
+    /// The clock of the machines.
     pub clock: Clock,
     /// Applies, and reverts, that were asked for at the base point.
     pub rounds: u32,
-    /// One for each type of guest.
+    /// The results for each type of guest.
     pub guests: Vec<OfGuests>,
 }
 
-/// What was measured in guests of one type.
+/// The results in guests of one type.
 #[derive(Debug, Serialize)]
 pub struct OfGuests {
     /// `pv` or `pvh`.
     pub kind: &'static str,
-    /// Pauses.
+    /// The pauses at each point.
     pub points: Vec<Measured>,
     /// The guest's own livepatch, in the guest of the base point.
     pub livepatch: Option<Livepatch>,
-    /// What a call costs.
+    /// The cost of a call.
     pub calls: Option<Calls>,
-    /// What must hold.
+    /// The targets.
     pub targets: Vec<Target>,
     /// What could not be measured, and why.
     pub missing: Vec<String>,
 }
 
-/// A target, and what was measured.
+/// A target, and the measured value.
 #[derive(Debug, Serialize)]
 pub struct Target {
-    /// What must hold.
+    /// What is measured.
     pub what: &'static str,
-    /// What was measured; none if it could not be.
+    /// The measured value; none if it could not be measured.
     pub measured: Option<f64>,
-    /// What it must not be above, or (`at_least`) below.
+    /// The largest allowed value, or the smallest if `at_least`.
     pub limit: f64,
-    /// The limit is one from below.
+    /// Whether the limit is the smallest allowed value.
     pub at_least: bool,
 }
 
 impl Target {
-    /// Whether it holds, if that is known.
+    /// Whether the target is met; none if that is not known.
     pub fn holds(&self) -> Option<bool> {
         let measured = self.measured?;
         Some(if self.at_least {
@@ -68,12 +68,12 @@ impl Target {
 }
 
 impl OfGuests {
-    /// What was measured at a point.
+    /// The results at a point.
     pub fn at(&self, point: Point) -> Option<&Measured> {
         self.points.iter().find(|m| m.point == point)
     }
 
-    /// Compares with what must hold.
+    /// Fills in the targets.
     pub fn judge(&mut self) {
         let base = self.at(BASE);
         let threads = |threads| self.at(Point { threads, ..BASE });
@@ -173,7 +173,7 @@ impl fmt::Display for OfGuests {
 }
 
 impl OfGuests {
-    /// The table of pauses, a line for each point.
+    /// Writes the table of pauses, with a line for each point.
     fn write_points(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
@@ -188,7 +188,7 @@ impl OfGuests {
         Ok(())
     }
 
-    /// A table of samples, a line for each.
+    /// Writes a table of samples, with a line for each.
     fn write_samples(
         &self,
         f: &mut fmt::Formatter<'_>,
@@ -207,7 +207,7 @@ impl OfGuests {
         Ok(())
     }
 
-    /// What must hold, and whether it does.
+    /// Writes the targets, and whether they are met.
     fn write_targets(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "\n{}: {:<60} measured   limit", self.kind, "must hold")?;
         for target in &self.targets {
@@ -227,7 +227,7 @@ impl OfGuests {
         Ok(())
     }
 
-    /// What could not be measured, and changes that failed.
+    /// Writes what could not be measured, and changes that failed.
     fn write_failures(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = self.kind;
         for why in &self.missing {

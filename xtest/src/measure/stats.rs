@@ -1,19 +1,19 @@
-//! Samples and what is said of them.
+//! Samples and their statistics.
 
 use serde::Serialize;
 
-/// Samples of one kind, in the order they were taken.
+/// Samples of one kind.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Samples {
-    /// How many.
+    /// The number of samples.
     pub count: usize,
-    /// Median.
+    /// The median.
     pub p50: u64,
-    /// Below which 99 of 100 lie; of fewer than 100 samples the largest.
+    /// The 99th percentile; of fewer than 100 samples the largest.
     pub p99: u64,
-    /// The largest.
+    /// The largest sample.
     pub max: u64,
-    /// All of them.
+    /// All samples, in the order in which they were taken.
     pub samples: Vec<u64>,
 }
 
@@ -29,7 +29,7 @@ impl From<Vec<u64>> for Samples {
     }
 }
 
-/// The value up to which `percent` of all lie.
+/// The percentile `percent` of sorted samples.
 pub fn quantile(values: &[u64], percent: usize) -> u64 {
     let mut sorted = values.to_vec();
     sorted.sort_unstable();
@@ -40,7 +40,7 @@ pub fn quantile(values: &[u64], percent: usize) -> u64 {
         .unwrap_or(0)
 }
 
-/// How many times `b` fits `a`.
+/// `a` divided by `b`.
 #[allow(clippy::cast_precision_loss)] // microseconds and picoseconds of a second's work
 pub fn ratio(a: u64, b: u64) -> f64 {
     a as f64 / b.max(1) as f64

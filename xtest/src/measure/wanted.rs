@@ -9,16 +9,16 @@ use serde::Serialize;
 use crate::guest::Kind;
 use crate::profile::{Profile, PV, PV1, PVH};
 
-/// What is measured beside the points: calls of a function, and the guest's own livepatch.
+/// The name of what is measured besides the points: calls of a function, and the guest's own livepatch.
 pub const CALLS: &str = "calls";
 
-/// Clock of the machine that is measured.
+/// The clock of the machine that is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Clock {
-    /// The host's, with all that delays the emulator.
+    /// The host's time, including all that delays the emulator.
     Host,
-    /// Instructions, 2 ns each.
+    /// A count of instructions, 2 ns each.
     Instructions,
 }
 
@@ -31,44 +31,44 @@ impl fmt::Display for Clock {
     }
 }
 
-/// PV guests, where instructions are counted: by one CPU after the other, so there is one.
+/// PV guests, with a clock that counts instructions. QEMU then runs one CPU after the other, so there is only one.
 const PV_COUNTED: Profile = Profile {
     name: "pv-counted",
     counted: true,
     ..PV1
 };
 
-/// PVH guests, where instructions are counted.
+/// PVH guests, with a clock that counts instructions.
 const PVH_COUNTED: Profile = Profile {
     name: "pvh-counted",
     counted: true,
     ..PVH
 };
 
-/// The host may take longer for a second of a clock that counts instructions.
+/// How many seconds the host may take for a second of a clock that counts instructions.
 const COUNTED_SECOND: u32 = 6;
 
 /// What to measure.
 #[derive(Debug, Clone)]
 pub struct Wanted {
-    /// Changes of each kind at the base point; other points have half as many.
+    /// Applies, and as many reverts, at the base point; other points have half as many.
     pub rounds: u32,
-    /// Fewer points.
+    /// Measure fewer points.
     pub quick: bool,
-    /// Only guests of this type.
+    /// Measure only guests of this type.
     pub kind: Option<Kind>,
-    /// Only these points, and [`CALLS`]; all where there is none.
+    /// Measure only these points (`calls` is the cost of a call); if empty, all.
     pub only: Vec<String>,
-    /// Only what reading costs, which else is left out.
+    /// Measure only what reading costs, which is otherwise left out.
     pub reading: bool,
-    /// Longest time for one point, by the machine's clock.
+    /// Time limit for one point, by the machine's clock.
     pub limit: Duration,
-    /// That clock.
+    /// The clock of the machine.
     pub clock: Clock,
 }
 
 impl Wanted {
-    /// The machines, and the guests that each has.
+    /// The machines, and the type of guest in each.
     pub fn machines(&self) -> Vec<(&'static Profile, Kind)> {
         let all = match self.clock {
             Clock::Host => [(&PV, Kind::Pv), (&PVH, Kind::Pvh)],
@@ -79,7 +79,7 @@ impl Wanted {
         all
     }
 
-    /// How long the host may take for a time by the machine's clock.
+    /// How long the host may take for this time by the machine's clock.
     pub fn patience(&self, limit: Duration) -> Duration {
         match self.clock {
             Clock::Host => limit,

@@ -1,4 +1,4 @@
-//! Saved cores: every read-only command says of a core what it says of the guest it was saved from.
+//! Saved cores: every read-only command reports the same about a core as about the guest it was saved from.
 
 use std::time::Duration;
 
@@ -12,27 +12,29 @@ use crate::profile::{HVM, PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 
-/// Part of every run.
+/// Scenarios that are short enough for a usual run.
 pub const SCENARIOS: &[Scenario] = &[Scenario {
     name: "core-pv",
-    summary: "read-only commands say of a PV guest's core what they say of the paused guest",
+    summary: "read-only commands report the same about a PV guest's core as about the paused guest",
     profile: &PV1,
     run: |ctx| core(ctx, Kind::Pv),
 }];
 
-/// Beside the matrix of kernels: `xl dump-core` tries every frame below 4 GiB of such a guest, which
-/// takes ten minutes on an emulated machine.
+/// Scenarios that take too long for a usual run: `xl dump-core` tries every frame below 4 GiB of such a guest,
+/// which takes ten minutes on an emulated machine.
 pub const MATRIX: &[Scenario] = &[
     Scenario {
         name: "core-pvh",
-        summary: "read-only commands say of a PVH guest's core what they say of the paused guest",
+        summary:
+            "read-only commands report the same about a PVH guest's core as about the paused guest",
         profile: &PVH,
         run: |ctx| core(ctx, Kind::Pvh),
     },
     Scenario {
         name: "core-hvm",
-        summary: "read-only commands say of an HVM guest's core, with KASLR, what they say of the \
-                  paused guest",
+        summary:
+            "read-only commands report the same about the core of an HVM guest with KASLR as about \
+                  the paused guest",
         profile: &HVM,
         run: |ctx| core(ctx, Kind::Hvm),
     },
@@ -41,7 +43,7 @@ pub const MATRIX: &[Scenario] = &[
 fn core(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
     let name = &guest.name;
-    // xl dump-core left out frames of a PVH guest's arena, so only a PV guest is saved with a patch.
+    // Only a PV guest is saved with a patch, because xl dump-core leaves out frames of a PVH guest's arena.
     let patched = kind == Kind::Pv;
     if patched {
         tool::apply(ctx, name, PAIR)?;
@@ -51,7 +53,7 @@ fn core(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     ctx.dom0
         .ok(&format!("xl unpause {name}; rm -f /tmp/core*"))?;
     result?;
-    // The guest lives on.
+    // The guest still runs.
     if patched {
         tool::revert(ctx, name, PAIR)?;
     }
@@ -60,7 +62,7 @@ fn core(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
 }
 
 fn compare(ctx: &Ctx, name: &str, status: &str) -> Result<(), Verdict> {
-    // Of an auto-translated guest xl tries every frame up to 4 GiB, where its special pages are.
+    // In an auto-translated guest xl tries every frame up to 4 GiB, where its special pages are.
     let dump = format!("xl dump-core {name} /tmp/core");
     let out = ctx.dom0.sh_timeout(&dump, Duration::from_secs(1200))?;
     check_eq!(out.rc, 0, "{dump}: {}", out.err_text());
@@ -77,7 +79,7 @@ fn compare(ctx: &Ctx, name: &str, status: &str) -> Result<(), Verdict> {
             ))?;
             eprintln!("xtest: {name}: {}", sizes.replace('\n', "; "));
             ctx.dom0.note(&sizes);
-            // What the trimmed core says must come from it alone.
+            // What is read from the trimmed core must come from it alone.
             ctx.dom0.ok("rm /tmp/core")?;
         }
         let saved = views(ctx, &format!(" --core {file}"))?;
@@ -99,21 +101,21 @@ const WHAT: [&str; 5] = [
     "check",
 ];
 
-fn views(ctx: &Ctx, whom: &str) -> Result<[Value; 5], Verdict> {
+fn views(ctx: &Ctx, target: &str) -> Result<[Value; 5], Verdict> {
     // Millions of bytes of symbols are compared by their digest.
     let symbols = ctx.dom0.ok(&format!(
-        "xen-locus info{whom} --symbols '*' | sha256sum | cut -d' ' -f1"
+        "xen-locus info{target} --symbols '*' | sha256sum | cut -d' ' -f1"
     ))?;
     Ok([
-        plain(ctx.json(&format!("xen-locus -o json info{whom}"))?),
-        plain(ctx.json(&format!("xen-locus -o json info{whom} --tasks"))?),
+        plain(ctx.json(&format!("xen-locus -o json info{target}"))?),
+        plain(ctx.json(&format!("xen-locus -o json info{target} --tasks"))?),
         symbols.into(),
-        plain(ctx.json(&format!("xen-locus -o json status{whom}"))?),
-        plain(ctx.json(&format!("xen-locus -o json check{whom} {CMDLINE_FILE}"))?),
+        plain(ctx.json(&format!("xen-locus -o json status{target}"))?),
+        plain(ctx.json(&format!("xen-locus -o json check{target} {CMDLINE_FILE}"))?),
     ])
 }
 
-/// Without what tells a domain from a core, and what a core alone can say.
+/// Removes the fields that tell a domain from a core, and those that only one of them has.
 fn plain(mut value: Value) -> Value {
     if let Some(map) = value.as_object_mut() {
         for key in [

@@ -1,4 +1,4 @@
-//! Every action is recorded, and a record that somebody changed is told from one that nobody did.
+//! Every action is recorded, and a change of the record is detected.
 
 use super::steps::patches::{self, CMDLINE, CMDLINE_FILE};
 use super::steps::tool;
@@ -8,11 +8,11 @@ use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// See the names.
+/// Scenarios that are short enough for a usual run.
 pub const SCENARIOS: &[Scenario] = &[Scenario {
     name: "history-pv",
     summary:
-        "every action is in the audit log, whose changes are noticed, and none is done without it",
+        "every action is in the audit log, changes of the log are detected, and nothing is done without it",
     profile: &PV1,
     run: history,
 }];
@@ -63,9 +63,9 @@ fn history(ctx: &mut Ctx) -> Result<(), Verdict> {
         "{table}"
     );
 
-    // Somebody edits it; and puts it back.
+    // The log is edited, then restored.
     ctx.dom0.ok(&format!(
-        "cp -a {LOG} /tmp/kept && sed -i '$s/reverted/applied/' {LOG}"
+        "cp -a {LOG} /tmp/audit-copy && sed -i '$s/reverted/applied/' {LOG}"
     ))?;
     let out = ctx.dom0.sh("xen-locus -o json history")?;
     check_eq!(out.rc, 1, "{}", out.text());
@@ -75,18 +75,20 @@ fn history(ctx: &mut Ctx) -> Result<(), Verdict> {
         "{}",
         out.err_text()
     );
-    ctx.dom0.ok(&format!("sed '$d' /tmp/kept > {LOG}"))?;
+    ctx.dom0.ok(&format!("sed '$d' /tmp/audit-copy > {LOG}"))?;
     let out = ctx.dom0.sh("xen-locus history")?;
     check_eq!(out.rc, 1, "{}", out.text());
     ctx.dom0
-        .ok(&format!("cp -a /tmp/kept {LOG}; xen-locus history"))?;
+        .ok(&format!("cp -a /tmp/audit-copy {LOG}; xen-locus history"))?;
 
-    // Where nothing can be recorded nothing is done.
-    ctx.dom0.ok(&format!("mv {LOG} /tmp/kept && mkdir {LOG}"))?;
+    // If nothing can be recorded, nothing is done.
+    ctx.dom0
+        .ok(&format!("mv {LOG} /tmp/audit-copy && mkdir {LOG}"))?;
     let out = ctx
         .dom0
         .sh(&format!("xen-locus apply {name} {CMDLINE_FILE}"))?;
-    ctx.dom0.ok(&format!("rmdir {LOG} && mv /tmp/kept {LOG}"))?;
+    ctx.dom0
+        .ok(&format!("rmdir {LOG} && mv /tmp/audit-copy {LOG}"))?;
     check_eq!(out.rc, 1, "{}", out.err_text());
     check!(out.err_text().contains("audit log"), "{}", out.err_text());
     patches::cmdline_is_untouched(&guest)

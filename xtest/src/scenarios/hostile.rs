@@ -1,7 +1,7 @@
-//! A guest that changes its memory while dom0 reads it, takes what dom0 wrote for itself, or floods
-//! XenStore: dom0 says what it saw, and nobody but that guest is hurt.
+//! A guest changes its memory while dom0 reads it, uses what dom0 wrote, or floods XenStore. dom0 reports what
+//! it saw, and nothing but that guest is harmed.
 //!
-//! What the guest does is `patches/test/hostile`.
+//! `patches/test/hostile` is the module in that guest.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -14,23 +14,23 @@ use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// See the names.
+/// Scenarios that are short enough for a usual run.
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "hostile-own-pv",
-        summary: "a PV guest that uses the arena's addresses or pages itself is refused, and keeps its data",
+        summary: "a PV guest that uses the arena's addresses or pages itself is refused, and its data is intact",
         profile: &PV1,
         run: |ctx| own(ctx, Kind::Pv),
     },
     Scenario {
         name: "hostile-remap-pv",
-        summary: "a PV guest whose arena leads elsewhere is told so, and nothing is written",
+        summary: "a PV guest whose arena is mapped elsewhere is refused by name, and nothing is written",
         profile: &PV1,
         run: |ctx| remap(ctx, Kind::Pv),
     },
     Scenario {
         name: "hostile-store-pv",
-        summary: "a PV guest writes nonsense into XenStore at speed: the daemon serves another one",
+        summary: "a PV guest floods XenStore with nonsense, and the daemon still serves another guest",
         profile: &PV1,
         run: |ctx| store(ctx, 3),
     },
@@ -48,13 +48,13 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "hostile-own-pvh",
-        summary: "a PVH guest that uses the arena's addresses itself is refused, and keeps its data",
+        summary: "a PVH guest that uses the arena's addresses itself is refused, and its data is intact",
         profile: &PVH,
         run: |ctx| own(ctx, Kind::Pvh),
     },
     Scenario {
         name: "hostile-remap-pvh",
-        summary: "a PVH guest whose arena leads elsewhere is told so, and nothing is written",
+        summary: "a PVH guest whose arena is mapped elsewhere is refused by name, and nothing is written",
         profile: &PVH,
         run: |ctx| remap(ctx, Kind::Pvh),
     },
@@ -72,43 +72,43 @@ pub const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// What takes too long for a usual run.
+/// Scenarios that take too long for a usual run.
 pub const MATRIX: &[Scenario] = &[
     Scenario {
         name: "hostile-soak-pv",
-        summary: "all of it again and again, one thing at a time and all at once, in a PV guest",
+        summary: "all attacks of a PV guest many times, one at a time and all at once",
         profile: &PV,
         run: |ctx| soak(ctx, Kind::Pv),
     },
     Scenario {
         name: "hostile-soak-pvh",
-        summary: "all of it again and again, one thing at a time and all at once, in a PVH guest",
+        summary: "all attacks of a PVH guest many times, one at a time and all at once",
         profile: &PVH,
         run: |ctx| soak(ctx, Kind::Pvh),
     },
 ];
 
 const NAME: &str = "hostile";
-/// Rounds more, at most, until something is noticed.
+/// The most additional rounds until something is noticed.
 const ROUNDS_MORE: u32 = 8;
-/// Turns that the guest must have made: each changes all that it changes, or changes it back.
+/// Turns that the guest must have made. Each changes everything that the mode changes, or changes it back.
 const TURNS: u64 = 100;
-/// Where the module takes orders and tells how it goes.
+/// The parameters of the module: its mode, and its state.
 const MODULE: &str = "/sys/module/locus_hostile/parameters";
 
-/// The hostile guest, and one beside it that must not notice.
+/// The hostile guest, and a neighbour that must not be affected.
 struct Pair {
     guest: Guest,
     neighbour: Guest,
-    /// What [`Pair::beside`] said first.
+    /// What [`Pair::beside`] returned first.
     before: String,
-    /// How often commands ended with which exit code.
+    /// How many commands ended with each exit code.
     ends: BTreeMap<i32, u32>,
     longest: Duration,
 }
 
 impl Pair {
-    /// A guest with the module; one that was never patched if `fresh`.
+    /// A guest with the module. If `fresh`, it was never patched.
     fn new(ctx: &mut Ctx, kind: Kind, fresh: bool) -> Result<Pair, Verdict> {
         if fresh {
             ctx.destroy_guest(NAME)?;
@@ -118,7 +118,7 @@ impl Pair {
         if guest.sh(&format!("[ -e {MODULE} ]"))?.rc != 0 {
             guest.insmod(&ctx.payloads.join("locus_hostile/locus_hostile.ko"))?;
         }
-        // An earlier scenario may have ended in the middle.
+        // An earlier scenario may have failed in the middle.
         guest.ok(&format!("echo stop >{MODULE}/mode"))?;
         let mut pair = Pair {
             guest,
@@ -131,8 +131,8 @@ impl Pair {
         Ok(pair)
     }
 
-    /// What must stay as it is: the neighbour's code and what its files say, the memory Xen gives it,
-    /// and who runs in dom0.
+    /// What must not change: the neighbour's code and files, the memory that Xen gives it, and the processes
+    /// of xen-locus in dom0.
     fn beside(&self, ctx: &Ctx) -> Result<String, Verdict> {
         let inside = self.neighbour.ok("cat /proc/version /proc/cmdline")?;
         let outside = ctx
@@ -144,21 +144,21 @@ impl Pair {
         Ok(format!("{inside}\n{outside}"))
     }
 
-    /// The guest begins to do what `mode` says.
+    /// Sets what the guest does.
     fn mode(&self, mode: &str) -> Result<(), Verdict> {
         self.guest.ok(&format!("echo {mode} >{MODULE}/mode"))?;
         Ok(())
     }
 
-    /// How often the guest did it, and whether its own data is intact.
+    /// The number of turns that the guest made, and whether its own data is intact.
     fn state(&self) -> Result<(u64, bool), Verdict> {
         let text = self.guest.ok(&format!("cat {MODULE}/state"))?;
         let (rounds, data) = text.split_once(' ').unwrap_or_default();
         Ok((rounds.parse().unwrap_or(0), data == "intact"))
     }
 
-    /// A command about the guest: ends soon, with one of the exit codes that there are, and says why if
-    /// it did not do what was asked.
+    /// Runs a command about the guest. It must end soon, with one of the defined exit codes, and say why if it
+    /// failed.
     fn command(&mut self, ctx: &Ctx, command: &str) -> Result<(i32, String), Verdict> {
         let done = tool::bounded(ctx, command)?;
         check!(
@@ -177,7 +177,7 @@ impl Pair {
         Ok((done.rc, done.said))
     }
 
-    /// Each command once, whatever comes of it; without what was kept of the guest before.
+    /// Runs each command once, without the cache of the guest. Any result is accepted.
     fn all_commands(&mut self, ctx: &Ctx) -> Result<(), Verdict> {
         for command in [
             format!("info {NAME}"),
@@ -194,28 +194,28 @@ impl Pair {
         Ok(())
     }
 
-    /// Whether any command has ended with another exit code than 0.
-    fn told(&self) -> bool {
+    /// Whether any command has failed.
+    fn any_failed(&self) -> bool {
         self.ends.keys().any(|&rc| rc != 0)
     }
 
-    /// All commands so often; then again until one has noticed something and the guest has changed things often,
-    /// for how the two get in each other's way is up to how they are scheduled. Returns how often it did.
+    /// Runs all commands `rounds` times, then again until one has noticed something and the guest has made many
+    /// turns, because scheduling decides how they collide. Returns the number of turns.
     fn rounds(&mut self, ctx: &Ctx, rounds: u32) -> Result<u64, Verdict> {
         for round in 0..rounds.saturating_add(ROUNDS_MORE) {
             let (turns, _) = self.state()?;
-            if round >= rounds && self.told() && turns > TURNS {
+            if round >= rounds && self.any_failed() && turns > TURNS {
                 return Ok(turns);
             }
             self.all_commands(ctx)?;
         }
         let (turns, _) = self.state()?;
-        check!(self.told(), "no command noticed anything");
+        check!(self.any_failed(), "no command noticed anything");
         check!(turns > TURNS, "the guest made {turns} turns only");
         Ok(turns)
     }
 
-    /// The command must end with `rc` and say all of `words`.
+    /// Runs a command that must end with `rc` and say all of `words`.
     fn refused(
         &mut self,
         ctx: &Ctx,
@@ -235,7 +235,7 @@ impl Pair {
         Ok(())
     }
 
-    /// Whether the patch is in force, by what the guest's own file says.
+    /// Whether the patch is in force, by the guest's own file.
     fn is_new(&self) -> Result<bool, Verdict> {
         patches::cmdline_is_live(&self.guest)
     }
@@ -250,7 +250,7 @@ impl Pair {
             .collect())
     }
 
-    /// The guest has stopped: what is said of it is true, and all can be taken back.
+    /// The guest is no longer hostile: what is reported about it is true, and everything can be reverted.
     fn is_well(&mut self, ctx: &Ctx) -> Result<(), Verdict> {
         let recovered = self.command(ctx, &format!("recover {NAME}"))?;
         check_eq!(recovered.0, 0, "recover: {}", recovered.1);
@@ -266,9 +266,9 @@ impl Pair {
         Ok(())
     }
 
-    /// Nobody else was hurt, and nothing is left behind in dom0.
+    /// Checks that nothing else was harmed, and that nothing is left in dom0.
     fn nobody_hurt(&self, ctx: &Ctx, what: &str) -> Result<(), Verdict> {
-        // A guardian ends a moment after its run.
+        // A guardian ends shortly after its run.
         std::thread::sleep(Duration::from_millis(500));
         check_eq!(self.beside(ctx)?, self.before, "beside the hostile guest");
         let state = ctx
@@ -283,7 +283,7 @@ impl Pair {
     }
 }
 
-/// What the arena needs is in use when the first patch comes.
+/// The guest already uses what the arena needs when the first patch comes.
 fn own(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let mut pair = Pair::new(ctx, kind, true)?;
     let apply = format!("apply {NAME} {CMDLINE_FILE}");
@@ -306,14 +306,14 @@ fn own(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         check!(!pair.is_new()?, "{mode}: it was applied");
         pair.mode("stop")?;
     }
-    // Then it is left alone, and all is as in any guest.
+    // After that the guest behaves like any other.
     check_eq!(pair.command(ctx, &apply)?.0, 0, "apply afterwards");
     check!(pair.is_new()?, "the patch is not in force");
     pair.is_well(ctx)?;
     pair.nobody_hurt(ctx, "own")
 }
 
-/// The arena's entries lead elsewhere when a patch is in force.
+/// The guest maps the arena elsewhere while a patch is in force.
 fn remap(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let mut pair = Pair::new(ctx, kind, false)?;
     let applied = pair.command(ctx, &format!("apply {NAME} {CMDLINE_FILE}"))?;
@@ -343,7 +343,7 @@ fn remap(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     pair.nobody_hurt(ctx, "remap")
 }
 
-/// What dom0 reads changes while it does.
+/// The guest changes what dom0 reads while dom0 reads it.
 fn flip(ctx: &mut Ctx, kind: Kind, modes: &[&str], rounds: u32) -> Result<(), Verdict> {
     let mut pair = Pair::new(ctx, kind, false)?;
     for mode in modes {
@@ -356,7 +356,7 @@ fn flip(ctx: &mut Ctx, kind: Kind, modes: &[&str], rounds: u32) -> Result<(), Ve
     Ok(())
 }
 
-/// What dom0 wrote changes while it is read, and some of it stays so.
+/// The guest changes what dom0 wrote while dom0 reads it, and leaves some of it changed.
 fn arena(ctx: &mut Ctx, kind: Kind, rounds: u32) -> Result<(), Verdict> {
     for round in 0..rounds {
         let mut pair = Pair::new(ctx, kind, false)?;
@@ -365,14 +365,14 @@ fn arena(ctx: &mut Ctx, kind: Kind, rounds: u32) -> Result<(), Verdict> {
         pair.mode("arena")?;
         let turns = pair.rounds(ctx, 2)?;
         pair.mode("stop")?;
-        // By now it may say anything of itself: whatever that is, it is told.
+        // By now its records may contain anything. Any result of a command is accepted.
         pair.all_commands(ctx)?;
         pair.command(ctx, &format!("recover {NAME}"))?;
         pair.guest.ok("cat /proc/cmdline /proc/modules")?;
         pair.nobody_hurt(ctx, &format!("arena, round {round}, {turns} turns"))?;
         ctx.destroy_guest(NAME)?;
     }
-    // With the guest goes what was noted of it.
+    // When the guest is gone, `recover` removes its journal.
     ctx.dom0.ok("xen-locus recover")?;
     let left = ctx
         .dom0
@@ -381,10 +381,10 @@ fn arena(ctx: &mut Ctx, kind: Kind, rounds: u32) -> Result<(), Verdict> {
     Ok(())
 }
 
-/// What the daemon holds: kilobytes, files, mapped ranges of guests.
+/// A command that prints what the daemon holds: memory in KiB, open files, mapped ranges of guests.
 const HOLDS: &str = "p=$(cat /run/daemon.pid); awk '/VmRSS/ {print $2}' /proc/$p/status; \
                      ls /proc/$p/fd | wc -l; grep -c privcmd /proc/$p/maps; true";
-/// How much more memory it may take when it has served its first requests, in KiB.
+/// How much its memory may grow after its first requests, in KiB.
 const MORE: u64 = 4096;
 
 fn store(ctx: &mut Ctx, rounds: u32) -> Result<(), Verdict> {

@@ -1,5 +1,5 @@
-//! A guest whose kernel lies about itself, made so from inside: it is refused in bounded time and
-//! memory, and it, its neighbour and dom0 go on.
+//! A module makes a guest's kernel lie about itself. The guest is refused in bounded time and memory, and it, its
+//! neighbour and dom0 run on.
 
 use super::steps::patches::CMDLINE_FILE;
 use super::steps::tool::{bounded, Bounded};
@@ -9,7 +9,7 @@ use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// See the names.
+/// Scenarios that are short enough for a usual run.
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "liar-pv",
@@ -25,7 +25,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// The lies of `patches/test/liar`, and what `info` says to them.
+/// The lies of `patches/test/liar`, and words of what `info` says about each.
 const LIES: [(&str, &str); 7] = [
     ("tasks", "does not come back to its head"),
     ("threads", "does not come back to its head"),
@@ -41,12 +41,12 @@ fn liar(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let module = std::fs::read(ctx.payloads.join("locus_liar/locus_liar.ko"))?;
     guest.put("/tmp/liar.ko", 0o644, &module)?;
     for (lie, words) in LIES {
-        // The page tables of a PV guest are Xen's: a lie in them is not accepted.
+        // Xen checks the page tables of a PV guest, so they can't contain a lie.
         if lie == "pages" && kind == Kind::Pv {
             continue;
         }
         guest.ok(&format!("insmod /tmp/liar.ko lie={lie}"))?;
-        let said = told(ctx, lie, words)?;
+        let said = refused_with(ctx, lie, words)?;
         guest.ok("rmmod locus_liar")?;
         eprintln!("liar: {} {lie}: {said}", kind.name());
         check_eq!(info(ctx, "liar")?.rc, 0, "info after {lie}");
@@ -60,8 +60,8 @@ fn info(ctx: &Ctx, guest: &str) -> Result<Bounded, Verdict> {
     bounded(ctx, &format!("--no-cache info {guest}"))
 }
 
-/// All commands that only read, while the guest lies.
-fn told(ctx: &Ctx, lie: &str, words: &str) -> Result<String, Verdict> {
+/// Runs all commands that only read while the guest lies.
+fn refused_with(ctx: &Ctx, lie: &str, words: &str) -> Result<String, Verdict> {
     let found = info(ctx, "liar")?;
     check_eq!(found.rc, 3, "info with the lie {lie}: {}", found.said);
     check!(
@@ -69,7 +69,7 @@ fn told(ctx: &Ctx, lie: &str, words: &str) -> Result<String, Verdict> {
         "info with the lie {lie} does not say {words:?}: {}",
         found.said
     );
-    // Some lies are about what these need not know; the others they name.
+    // These commands don't need to know what some lies are about. They refuse the others.
     let mut ends = Vec::new();
     let check = format!("check liar {CMDLINE_FILE}");
     // `info` with what was stored of it before it lied.

@@ -1,4 +1,4 @@
-//! Many guests at once.
+//! Many guests are patched at the same time.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// What takes too long for a usual run.
+/// Scenarios that take too long for a usual run.
 pub const MATRIX: &[Scenario] = &[Scenario {
     name: "twenty-pv",
     summary: "twenty PV guests are patched at the same time by as many processes, and back",
@@ -66,7 +66,7 @@ fn twenty(ctx: &mut Ctx) -> Result<(), Verdict> {
          xl list | awk 'NR > 1 && $5 ~ /[pc]/'; pidof xen-locus; true",
     )?;
     check!(left.trim().is_empty(), "left: {left}");
-    // Each of them is in the record of what was done.
+    // The audit log has each of the actions.
     let log = ctx.dom0.ok("xen-locus history | grep -c many")?;
     check_eq!(log.trim(), (2 * COUNT).to_string(), "lines of history");
     ctx.destroy_all()

@@ -1,4 +1,4 @@
-//! The scenarios of the suite, one file per subject.
+//! The scenarios of the suite, a file per subject. `steps` is what they share.
 
 // JSON values are indexed by key: a key that is missing reads as null, and no check takes null.
 #![allow(clippy::indexing_slicing)]
@@ -29,8 +29,8 @@ mod verify;
 
 use crate::scenario::Scenario;
 
-/// What a usual run leaves out, for it is to take less than an hour on two processors: shown in it for another type of
-/// guest, or for another kernel.
+/// What a usual run leaves out, because it is to take less than an hour on two processors. It shows the same with
+/// another type of guest, or with another kernel.
 const LEFT_OUT: &[&str] = &[
     "nudge-pvh",
     "liar-pvh",
@@ -43,7 +43,7 @@ const LEFT_OUT: &[&str] = &[
     "sites-trixie-pv",
 ];
 
-/// The scenarios of a usual run, in the order they run within their profile.
+/// The scenarios of a usual run, in the order in which they run within their profile.
 pub fn usual() -> Vec<Scenario> {
     let mut usual = short();
     usual.retain(|s| !LEFT_OUT.contains(&s.name));
@@ -93,7 +93,7 @@ pub fn all() -> Vec<Scenario> {
         &life::matrix()[..],
     ]
     .concat();
-    // One of these ends its machine's XenStore, and comes last.
+    // One of these ends the XenStore of its machine, so it must come last.
     all.extend(short());
     all
 }

@@ -1,4 +1,5 @@
-//! Those who sleep in the way are woken, restart their system call, and the guest is as it was but for that.
+//! `nudge`: threads that sleep in a replaced function are woken and restart their system call. Nothing else in the
+//! guest changes.
 
 use super::steps::patches::{file_for, DRAIN};
 use super::steps::tool;
@@ -9,23 +10,23 @@ use crate::suites::{Suite, BOOKWORM, TRIXIE};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// See the names.
+/// Scenarios that are short enough for a usual run.
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "nudge-pv",
-        summary: "threads of a PV guest that sleep in what was replaced are woken, and have left it then",
+        summary: "threads of a PV guest that sleep in a replaced function are woken and leave it",
         profile: &PV1,
         run: |ctx| nudge(ctx, Kind::Pv, &BOOKWORM, 31),
     },
     Scenario {
         name: "nudge-pvh",
-        summary: "threads of a PVH guest that sleep in what was replaced are woken, and have left it then",
+        summary: "threads of a PVH guest that sleep in a replaced function are woken and leave it",
         profile: &PVH,
         run: |ctx| nudge(ctx, Kind::Pvh, &BOOKWORM, 9),
     },
 ];
 
-/// What takes too long for a usual run.
+/// Scenarios that take too long for a usual run.
 pub const MATRIX: &[Scenario] = &[Scenario {
     name: "nudge-trixie-pv",
     summary: "the same with the PV kernel of Debian 13",
@@ -33,10 +34,10 @@ pub const MATRIX: &[Scenario] = &[Scenario {
     run: |ctx| nudge(ctx, Kind::Pv, &TRIXIE, 9),
 }];
 
-/// Threads asleep.
+/// The number of threads that sleep.
 const SLEEPERS: usize = 5;
 
-/// What a nudge came to: its result, who sleeps, how many were woken.
+/// Runs `nudge`. Returns its result, the number of threads that sleep, and the number that it woke.
 fn nudged(ctx: &Ctx, guest: &Guest, what: &str) -> Result<(String, usize, u64), Verdict> {
     let said = ctx.json(&format!("xen-locus -o json nudge {} {what}", guest.name))?;
     eprintln!("nudge: {}: {what}: {said}", guest.name);
@@ -45,7 +46,7 @@ fn nudged(ctx: &Ctx, guest: &Guest, what: &str) -> Result<(String, usize, u64), 
     Ok((result, asleep, said["woken"].as_u64().unwrap_or_default()))
 }
 
-/// How often each of them went to sleep, by thread id.
+/// How often each thread went to sleep, by thread id.
 fn sleeps(guest: &Guest) -> Result<Vec<(u32, u64)>, Verdict> {
     let text = guest.ok("for pid in $(pidof pause); do \
          echo $pid $(sed -n 's/^voluntary_ctxt_switches:\\s*//p' /proc/$pid/status); done")?;
@@ -63,7 +64,7 @@ fn sleeps(guest: &Guest) -> Result<Vec<(u32, u64)>, Verdict> {
     Ok(all)
 }
 
-/// They are the same threads, and each went to sleep again since `before`.
+/// Checks that the threads are the same, and that each went to sleep again since `before`.
 fn slept_again(guest: &Guest, before: &[(u32, u64)]) -> Result<(), Verdict> {
     let after = sleeps(guest)?;
     let again = |((pid, was), (same, is)): (&(u32, u64), &(u32, u64))| pid == same && is > was;
@@ -74,7 +75,7 @@ fn slept_again(guest: &Guest, before: &[(u32, u64)]) -> Result<(), Verdict> {
     Ok(())
 }
 
-/// A guest with a kernel of this release, and where in dom0 the payload for it is.
+/// A guest with a kernel of this release, and the file in dom0 of the payload for it.
 fn guest(ctx: &mut Ctx, kind: Kind, suite: &'static Suite) -> Result<(Guest, String), Verdict> {
     if *suite == BOOKWORM {
         let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
@@ -90,7 +91,7 @@ fn guest(ctx: &mut Ctx, kind: Kind, suite: &'static Suite) -> Result<(Guest, Str
     Ok((guest, path))
 }
 
-/// `step`: places between two at which a nudge is killed.
+/// `step` is the distance of the places at which a nudge is killed.
 fn nudge(ctx: &mut Ctx, kind: Kind, suite: &'static Suite, step: usize) -> Result<(), Verdict> {
     let (guest, file) = guest(ctx, kind, suite)?;
     let name = guest.name.clone();
@@ -102,7 +103,7 @@ fn nudge(ctx: &mut Ctx, kind: Kind, suite: &'static Suite, step: usize) -> Resul
     let lines = guest.ok("dmesg | wc -l")?;
     let untouched = tool::text_digest(ctx, &name)?;
 
-    // In the way of applying: woken, they are in it again.
+    // They block apply. When woken, they enter the old version again.
     let before = sleeps(&guest)?;
     let dry = ctx.json(&format!("xen-locus -N -o json nudge {name} {file}"))?;
     check_eq!(dry["result"], "would-nudge", "{dry}");
@@ -115,7 +116,7 @@ fn nudge(ctx: &mut Ctx, kind: Kind, suite: &'static Suite, step: usize) -> Resul
 
     killed(ctx, &guest, &file, &untouched, step)?;
 
-    // In what was replaced: woken, they are in the new version.
+    // They are in the replaced version. When woken, they enter the new one.
     ctx.dom0
         .ok(&format!("xen-locus apply {name} {file} --entry-only"))?;
     check_eq!(tool::draining(ctx, &name)?.len(), SLEEPERS);
@@ -130,7 +131,7 @@ fn nudge(ctx: &mut Ctx, kind: Kind, suite: &'static Suite, step: usize) -> Resul
         .ok(&format!("xen-locus revert {name} {DRAIN} --entry-only"))?;
     check_eq!(tool::text_digest(ctx, &name)?, untouched);
     guest.ok("killall pause; sleep 1; ! pidof pause")?;
-    // An emulated machine may well have `hrtimer: interrupt took …` to say.
+    // An emulated machine may log `hrtimer: interrupt took …`.
     let log = guest.ok(&format!("dmesg | tail -n +$(({lines} + 1))"))?;
     let bad = ["BUG", "WARNING", "Oops", "Call Trace", "general protection"];
     check!(!bad.iter().any(|words| log.contains(words)), "{log}");
@@ -141,7 +142,7 @@ fn nudge(ctx: &mut Ctx, kind: Kind, suite: &'static Suite, step: usize) -> Resul
         .map(drop)
 }
 
-/// A nudge that is killed at any place leaves a guest whose text `recover` makes what it was.
+/// After a nudge that is killed at any place, `recover` restores the guest's text.
 fn killed(
     ctx: &Ctx,
     guest: &Guest,
@@ -154,7 +155,7 @@ fn killed(
     for nth in (1..).step_by(step) {
         let hit = tool::killed_at(ctx, nth, "journal", &format!("nudge {name} {file}"))?;
         if !hit {
-            // Woken: it may take a moment until they all sleep in it again.
+            // It may take a moment until all threads sleep again.
             guest.ok("sleep 1")?;
             sleeps(guest)?;
             break;

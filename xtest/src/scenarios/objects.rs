@@ -1,4 +1,4 @@
-//! Functions and symbols of the guest's modules.
+//! Payloads that replace functions of the guest's modules, and use their symbols.
 
 use super::steps::patches::SLEEPER;
 use super::steps::{guest_log, tool};
@@ -8,7 +8,7 @@ use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// See the names.
+/// Scenarios that are short enough for a usual run.
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "objects-pv",
@@ -39,8 +39,8 @@ fn kpatch(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     Ok(())
 }
 
-/// What the guest itself does with a function, from the shell: how, the words that it is refused with,
-/// how to end it.
+/// What the guest itself does with a function: a shell command to begin it, words of the refusal, and a shell command
+/// to end it.
 const HELD: [(&str, &str, &str); 2] = [
     (
         "echo 'p:locus cmdline_proc_show' > kprobe_events && echo 1 > events/kprobes/enable",
@@ -54,7 +54,7 @@ const HELD: [(&str, &str, &str); 2] = [
     ),
 ];
 
-/// Functions that the guest holds are left alone, and it is said who holds them.
+/// Functions that the guest itself traces, probes or livepatches are refused, and the refusal says why.
 fn held(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let apply = "xen-locus apply objects /payloads/locus_kpatch.ko";
     for (begin, words, end) in HELD {
@@ -72,7 +72,7 @@ fn held(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
         "for i in $(seq 60); do echo 0 > {there}/enabled && break; sleep 1; done; \
          for i in $(seq 60); do [ -e {there} ] || break; sleep 1; done; rmmod locus_sleeper"
     ))?;
-    // Nobody holds them any more.
+    // Nothing uses the functions any more.
     for name in ["locus_kpatch", SLEEPER] {
         let out = ctx
             .dom0
@@ -83,7 +83,7 @@ fn held(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
 }
 
 const NAME: &str = "locus_object_dummy";
-/// What `crc_itu_t(0, "locus", 5)` is: CRC-16/XMODEM, as its polynomial and start are the same.
+/// The result of `crc_itu_t(0, "locus", 5)`: CRC-16/XMODEM, which has the same polynomial and initial value.
 const CRC: &str = "25768";
 
 fn objects(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
@@ -98,7 +98,7 @@ fn objects(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     );
     kpatch(ctx, &guest)?;
     held(ctx, &guest)?;
-    // One after the other, what it needs is there.
+    // What the payload needs is loaded step by step.
     tool::refused(ctx, &apply, 3, "module dummy is not loaded")?;
     guest.ok("insmod /lib/modules/dummy.ko")?;
     tool::refused(ctx, &apply, 3, "no symbol crc_itu_t")?;
@@ -112,7 +112,7 @@ fn objects(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     )?;
     received(&guest, "0")?;
 
-    // The second time its code is there already.
+    // The second time its code is already in the arena.
     for _ in 0..2 {
         ctx.dom0.ok(&apply)?;
         received(&guest, CRC)?;
@@ -126,7 +126,7 @@ fn objects(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         received(&guest, "0")?;
     }
 
-    // Either the module can't go, or it is noticed that it went.
+    // Either the module can't be unloaded, or the unloading is noticed.
     ctx.dom0.ok(&apply)?;
     let state = || -> Result<String, Verdict> {
         let status = tool::status(ctx, "objects")?;
@@ -141,7 +141,7 @@ fn objects(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         tool::refused(ctx, &revert, 1, "module dummy")?;
         tool::refused(ctx, &apply, 1, "not in force any more")?;
         guest.ok("insmod /lib/modules/dummy.ko")?;
-        // At the same place or at another, it is as it was built.
+        // At the same address or another, the module is as it was built.
         received(&guest, "0")?;
         check!(state()? != "applied", "a module that was loaded again");
         tool::refused(ctx, &revert, 1, NAME)?;
@@ -149,7 +149,7 @@ fn objects(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     } else {
         check_eq!(state()?, "applied");
         received(&guest, CRC)?;
-        // What is undone stays where it was, and keeps what it refers to.
+        // A reverted patch stays in the arena, and keeps its references to the module.
         ctx.dom0.ok(&revert)?;
         received(&guest, "0")?;
     }
@@ -157,7 +157,7 @@ fn objects(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     ctx.destroy_guest("objects")
 }
 
-/// What the device of the module says it has received.
+/// Checks the number of received packets that the device of the module reports.
 fn received(guest: &Guest, packets: &str) -> Result<(), Verdict> {
     let seen = guest.ok("cat /sys/class/net/dummy0/statistics/rx_packets")?;
     check_eq!(seen, packets, "packets received");

@@ -1,5 +1,5 @@
-//! Threads enter, sleep in, are preempted in and leave functions whose old and new versions disagree:
-//! not one of them ever meets the other version beneath its own.
+//! Threads enter, sleep in, are preempted in and leave functions whose old and new versions disagree. No thread ever
+//! meets one version beneath the other.
 
 use std::time::Duration;
 
@@ -11,23 +11,23 @@ use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// See the names.
+/// Scenarios that are short enough for a usual run.
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "protocol-pv",
-        summary: "40 changes of functions that threads are always about: nobody sees half of one",
+        summary: "40 changes of functions that threads always use: no thread sees half of a change",
         profile: &PV,
         run: |ctx| protocol(ctx, Kind::Pv, 20),
     },
     Scenario {
         name: "protocol-blind-pv",
-        summary: "the same without the look at stacks: threads see halves of changes",
+        summary: "the same without the check of stacks: threads see halves of changes",
         profile: &PV,
         run: |ctx| blind(ctx, Kind::Pv),
     },
 ];
 
-/// What takes too long for a usual run.
+/// Scenarios that take too long for a usual run.
 pub const MATRIX: &[Scenario] = &[
     Scenario {
         name: "protocol-500-pv",
@@ -45,19 +45,19 @@ pub const MATRIX: &[Scenario] = &[
 
 const SUBJECT: &str = "locus_protocol";
 const PATCH: &str = "locus_protocol_patch";
-/// Cycles that one command does: the guest is asked how it is in between.
+/// Cycles of one command. Between commands the guest is checked.
 const ROUND: u32 = 20;
-/// Cycles after which a long run says how far it is.
+/// Cycles after which a long run reports its progress.
 const SAY: u32 = 100;
 
 /// What the threads have counted.
 #[derive(Debug)]
 struct Count {
-    /// Functions that found the token held by the other rule.
+    /// Calls that found the token taken by the other version's rule.
     violations: u64,
-    /// Calls of the old functions, and of the new.
+    /// Calls of the old functions, and of the new ones.
     calls: [u64; 2],
-    /// Of each thread.
+    /// Rounds of each thread.
     rounds: Vec<u64>,
 }
 
@@ -80,7 +80,7 @@ impl Count {
         })
     }
 
-    /// Every thread did something since.
+    /// Checks that every thread has made progress since.
     fn goes_on_from(&self, before: &Self) -> Result<(), Verdict> {
         let mut pairs = before.rounds.iter().zip(&self.rounds);
         check!(
@@ -91,7 +91,7 @@ impl Count {
     }
 }
 
-/// A guest with the threads, and what they have counted so far. The kernel may preempt itself.
+/// A guest with the threads, and what they have counted so far. Its kernel is preemptible.
 fn threads(ctx: &mut Ctx, kind: Kind) -> Result<(Guest, Count), Verdict> {
     let name = format!("threads-{}", kind.name());
     let spec = GuestSpec::new(&name, kind).kernel_args("preempt=full");
@@ -104,7 +104,7 @@ fn threads(ctx: &mut Ctx, kind: Kind) -> Result<(Guest, Count), Verdict> {
     Ok((guest, count))
 }
 
-/// Applies and reverts with this program, so many times; adds the pauses to those in a file of dom0.
+/// Applies and reverts `count` times with this program. Appends its output to a file of dom0.
 fn cycles(ctx: &Ctx, guest: &Guest, program: &str, count: u32) -> Result<(), Verdict> {
     let name = &guest.name;
     let cycles = tool::cycles(
@@ -114,7 +114,7 @@ fn cycles(ctx: &Ctx, guest: &Guest, program: &str, count: u32) -> Result<(), Ver
         count,
     );
     let cmd = format!("{cycles} | tee -a /run/{name}.log");
-    // A change takes as many attempts as it does, and beside other machines each takes longer.
+    // The number of attempts of a change varies, and each takes longer beside other machines.
     let limit = Duration::from_secs(120) + count * Duration::from_secs(30);
     let out = ctx
         .dom0
@@ -172,6 +172,6 @@ fn blind(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         count.violations > 0,
         "{cycles_done} blind cycles, and no violation: the test of the look at stacks shows nothing"
     );
-    // What its threads have counted, and what they stand on, is of no use to others.
+    // Other scenarios can't use this guest, because its threads are in an inconsistent state.
     ctx.destroy_guest(&guest.name)
 }

@@ -1,4 +1,4 @@
-//! What must not be done is refused: with the right exit code, a sentence, and the guest untouched.
+//! Wrong requests are refused with the right exit code and a sentence, and the guest stays untouched.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -11,7 +11,7 @@ use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// See the names.
+/// Scenarios that are short enough for a usual run.
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "refuse-payloads",
@@ -22,19 +22,19 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "refuse-domains",
         summary:
-            "unknown domains, dom0, a guest that is not up, and one that is no Linux are refused",
+            "unknown domains, dom0, a guest that is not up, and one that is not Linux are refused",
         profile: &PV1,
         run: domains,
     },
     Scenario {
         name: "refuse-changed-functions",
-        summary: "a function that is traced, or redirected by someone else, is left alone",
+        summary: "a function that is traced, or redirected by another tool, is refused",
         profile: &PV1,
         run: changed_functions,
     },
     Scenario {
         name: "refuse-firmware-hvm",
-        summary: "an HVM guest that is still in its firmware is to be tried again",
+        summary: "an HVM guest that is still in its firmware is refused for now",
         profile: &HVM,
         run: firmware,
     },
@@ -52,7 +52,7 @@ fn payloads(ctx: &mut Ctx) -> Result<(), Verdict> {
     };
     let text = ctx.release.as_bytes();
     let mut other = good.clone();
-    // Every mention of the release, in vermagic and notes, becomes another of the same length.
+    // Every mention of the release, in vermagic and notes, is replaced by one of the same length.
     let places: Vec<usize> = other
         .windows(text.len())
         .enumerate()
@@ -166,7 +166,7 @@ fn domains(ctx: &mut Ctx) -> Result<(), Verdict> {
     ctx.destroy_guest("odd")
 }
 
-/// Builds the guest that is no Linux.
+/// Builds the guest that is not Linux.
 fn not_linux() -> Result<PathBuf, Verdict> {
     let source = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("guest/not-linux.S");
     let kernel = std::env::temp_dir().join(format!("not-linux-{}", std::process::id()));
@@ -201,21 +201,18 @@ fn changed_functions(ctx: &mut Ctx) -> Result<(), Verdict> {
         "echo nop > current_tracer && echo > set_ftrace_filter",
     ))?;
     ctx.dom0.ok(apply)?;
-    // A redirect of ours that someone changes is left alone, and said to be changed.
+    // A redirect of xen-locus that something else has changed is refused, and reported as changed.
     let mine = ctx
         .dom0
         .ok("locus-poke pv cmdline_proc_show+5 cccccccccc")?;
-    check!(
-        mine.starts_with("e9"),
-        "no jump stands behind the nop: {mine}"
-    );
+    check!(mine.starts_with("e9"), "no jump follows the nop: {mine}");
     refused(ctx, "xen-locus revert pv locus_cmdline", 1, "changed it")?;
     let status = tool::status(ctx, "pv")?;
     check_eq!(status["patches"][0]["state"], "drifted");
     ctx.dom0
         .ok(&format!("locus-poke pv cmdline_proc_show+5 {mine}"))?;
     tool::revert(ctx, "pv", CMDLINE)?;
-    // A jump of someone else's, to nowhere we know.
+    // A jump of another tool, to an unknown address.
     let old = ctx
         .dom0
         .ok("locus-poke pv cmdline_proc_show+5 e900001000")?;

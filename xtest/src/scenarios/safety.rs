@@ -1,4 +1,4 @@
-//! Nothing leaves a guest paused; and where the tool can't work it says why in one sentence.
+//! Nothing leaves a guest paused. If the tool can't work, it says why in one sentence.
 
 use std::time::Duration;
 
@@ -10,7 +10,8 @@ use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// See the names. The last one ends xenstored, so it must stay the last of its profile.
+/// Scenarios that are short enough for a usual run. The last one ends xenstored, so it must
+/// stay the last of its profile.
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "signals-pv",
@@ -20,7 +21,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "two-at-once-pv",
-        summary: "two runs on one guest do not meet",
+        summary: "two runs on one guest wait for each other",
         profile: &PV1,
         run: two_at_once,
     },
@@ -32,8 +33,8 @@ pub const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// Sends each signal to applies and reverts at moments spread over their run. After each the guest
-/// must not stay paused: asked of Xen while a stopped run is still stopped.
+/// Sends each signal to applies and reverts at moments spread over their run. After each, the guest must not stay
+/// paused. Xen is asked while a stopped run is still stopped.
 const SIGNALS: &str = r#"
 fail() { xl list; echo "$1"; exit 1; }
 n=0
@@ -78,7 +79,7 @@ fn signals(ctx: &mut Ctx) -> Result<(), Verdict> {
     check_eq!(out.rc, 0, "{last} {}\n{said}", out.err_text());
     ctx.dom0.sh("xen-locus revert pv --all")?;
     tool::no_patches(ctx, "pv")?;
-    check!(guest.rounds()? > rounds, "the workload stood still");
+    guest.went_on(rounds)?;
     let seen = guest.ok("cat /proc/version")?;
     check!(!seen.contains("locus="), "the guest shows {seen:?}");
     Ok(())

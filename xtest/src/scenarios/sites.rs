@@ -1,4 +1,4 @@
-//! Code settled from outside is what the guest's kernel makes of its own code.
+//! What xen-locus makes of alternatives, calls, returns and jump labels is what the guest's kernel made of them.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use crate::{check, check_eq};
 const SUMMARY: &str =
     "alternatives, calls, returns and jump labels are what the kernel made of its own";
 
-/// Part of every run.
+/// Scenarios that are short enough for a usual run.
 pub const SCENARIOS: &[Scenario] = kernel_scenarios!(
     sites,
     SUMMARY,
@@ -44,7 +44,7 @@ fn sites(ctx: &mut Ctx, suite: &'static Suite, kind: Kind) -> Result<(), Verdict
     let file = format!("{}/vmlinux", spec.boot_dir());
     let guest = ctx.ensure_guest(spec)?;
     if *suite != BOOKWORM {
-        // what other kernels boot from does not stay in dom0
+        // What other kernels boot from does not stay in dom0.
         let kernel = ctx.kernels.get(suite)?;
         ctx.dom0
             .put(&file, 0o644, &std::fs::read(&kernel.vmlinux)?)?;
@@ -62,7 +62,7 @@ fn sites(ctx: &mut Ctx, suite: &'static Suite, kind: Kind) -> Result<(), Verdict
     ctx.destroy_guest(&guest.name)
 }
 
-/// A payload with an alternative in its code comes and goes.
+/// A payload with an alternative in its code is applied and reverted.
 fn alternative(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     const PATCH: &str = "locus_altinst";
     let name = &guest.name;

@@ -1,4 +1,4 @@
-//! Patches on patches: in order, out of order, and all superseded at once.
+//! Patches to the same functions: stacked, reverted in order, and all superseded at once.
 
 use std::time::Duration;
 
@@ -12,25 +12,25 @@ use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// See the names.
+/// Scenarios that are short enough for a usual run.
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "stack-pv",
         summary:
-            "patches on one function of a PV guest stack, unstack in order, and are superseded",
+            "patches to one function of a PV guest stack, are reverted in order, and are superseded",
         profile: &PV1,
         run: |ctx| stack(ctx, Kind::Pv),
     },
     Scenario {
         name: "stack-pvh",
         summary:
-            "patches on one function of a PVH guest stack, unstack in order, and are superseded",
+            "patches to one function of a PVH guest stack, are reverted in order, and are superseded",
         profile: &HVM,
         run: |ctx| stack(ctx, Kind::Pvh),
     },
 ];
 
-/// Replaces `version_proc_show`, word "all", and says itself that it supersedes what is there.
+/// Replaces `version_proc_show`: word "all". The payload itself says that it supersedes all other patches.
 const ALL: &str = "locus_stack_all";
 
 struct Test<'c> {
@@ -39,7 +39,7 @@ struct Test<'c> {
 }
 
 impl Test<'_> {
-    /// Runs `xen-locus -o json WORDS`: exit code, object and stderr.
+    /// Runs `xen-locus -o json WORDS`. Returns exit code, object and stderr.
     fn run(&self, words: &str) -> Result<(i32, Value, String), Verdict> {
         let command = format!("xen-locus -o json {words}");
         let out = self
@@ -64,7 +64,7 @@ impl Test<'_> {
         Ok(report)
     }
 
-    /// Runs what must be refused with exit code 1, and say all of `words`.
+    /// Runs a command that must be refused with exit code 1, and say all of `words`.
     fn refused(&self, command: &str, words: &[&str]) -> Result<(), Verdict> {
         let (rc, report, said) = self.run(command)?;
         check_eq!(rc, 1, "{command}: {said}");
@@ -79,13 +79,13 @@ impl Test<'_> {
         Ok(())
     }
 
-    /// Checks what the guest shows: the word in `/proc/cmdline` and in `/proc/version`, empty for
-    /// the kernel's own text. And what `status` shows: the patches, undermost first.
+    /// Checks the words in the guest's `/proc/cmdline` and `/proc/version`, empty for the kernel's own text; and
+    /// the patches that `status` lists, undermost first.
     fn shows(&self, cmdline: &str, version: &str, patches: &[&str]) -> Result<Value, Verdict> {
         tool::shows(self.ctx, &self.guest, [cmdline, version, ""], patches)
     }
 
-    /// Who covers `function` of the patch number `patch` in a status.
+    /// The patch that covers `function` of patch number `patch` in a status.
     fn covered(status: &Value, patch: usize, function: &str) -> Value {
         let functions = status["patches"][patch]["functions"].as_array();
         functions
@@ -135,7 +135,7 @@ fn stack(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     Ok(())
 }
 
-/// Two patches on one function, in either order; every step back must be the last one.
+/// Two patches to one function, in either order. Only the last one can be reverted.
 fn in_order(test: &Test<'_>) -> Result<(), Verdict> {
     let name = &test.guest.name;
     test.does("apply", CMDLINE, "applied")?;
@@ -161,7 +161,7 @@ fn in_order(test: &Test<'_>) -> Result<(), Verdict> {
         &format!("-N revert {name} {CMDLINE}"),
         &["can't be reverted"],
     )?;
-    // The same name, other content.
+    // A payload with the same name and another content.
     let [mine, other] = [
         format!("/payloads/{CMDLINE}.ko"),
         format!("/tmp/{CMDLINE}.ko"),
@@ -180,7 +180,7 @@ fn in_order(test: &Test<'_>) -> Result<(), Verdict> {
     test.does("revert", CMDLINE, "reverted")?;
     test.shows("", "", &[])?;
 
-    // Applied again, the other way round: who came last lies on top.
+    // Applied again in the other order: the last one is on top.
     test.does("apply", TWO, "applied")?;
     test.does("apply", CMDLINE, "applied")?;
     let status = test.shows("live", "two", &[TWO, CMDLINE])?;
@@ -201,7 +201,7 @@ fn in_order(test: &Test<'_>) -> Result<(), Verdict> {
     Ok(())
 }
 
-/// `replace`, and a payload that says itself that it replaces what is there.
+/// `replace`, and a payload that itself says that it supersedes other patches.
 fn superseded(test: &Test<'_>) -> Result<(), Verdict> {
     test.does("apply", CMDLINE, "applied")?;
     test.does("apply", TWO, "applied")?;
@@ -211,7 +211,7 @@ fn superseded(test: &Test<'_>) -> Result<(), Verdict> {
     test.shows("two", "two", &[CMDLINE, TWO])?;
     let report = test.does("replace", THREE, "applied")?;
     check_eq!(report["superseded"], both, "{report}");
-    // What only the superseded one replaced is the kernel's own again.
+    // A function that only a superseded patch replaced is the kernel's own again.
     test.shows("three", "", &[THREE])?;
     test.does("replace", THREE, "already")?;
     test.does("revert", THREE, "reverted")?;
@@ -240,7 +240,7 @@ fn superseded(test: &Test<'_>) -> Result<(), Verdict> {
     Ok(())
 }
 
-/// A thread in the code of a patch that is to be superseded is in the way, and nothing changes.
+/// A thread in the code of a patch that is to be superseded blocks `replace`, and nothing changes.
 fn blocked(test: &Test<'_>) -> Result<(), Verdict> {
     let name = &test.guest.name;
     test.does("apply", SLEEPER, "applied")?;
@@ -260,7 +260,7 @@ fn blocked(test: &Test<'_>) -> Result<(), Verdict> {
     Ok(())
 }
 
-/// The same in one step, asked for through XenStore.
+/// The same by requests through XenStore.
 fn through_xenstore(test: &Test<'_>) -> Result<(), Verdict> {
     let dom0 = &test.ctx.dom0;
     let (name, id) = (&test.guest.name, test.guest.domid);
@@ -296,7 +296,7 @@ fn through_xenstore(test: &Test<'_>) -> Result<(), Verdict> {
     daemon::stop(test.ctx)
 }
 
-/// `revert --all`: from the top, and then there is nothing to do.
+/// `revert --all` reverts from the top; a second one has nothing to do.
 fn all_at_once(test: &Test<'_>) -> Result<(), Verdict> {
     let name = &test.guest.name;
     for patch in [CMDLINE, TWO, THREE] {

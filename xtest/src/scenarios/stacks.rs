@@ -1,4 +1,4 @@
-//! `info --stacks` shows the stack of every task as the guest shows it itself, and all that are on no
+//! `info --stacks` shows the stack of every task as the guest itself shows it. Stacks of all tasks that are not on a
 //! CPU are reliable: sleeping, stopped, dead and preempted ones.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,7 +14,7 @@ use crate::suites::Suite;
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// The matrix of kernels and types.
+/// Scenarios that take too long for a usual run.
 pub const MATRIX: &[Scenario] = kernel_scenarios!(
     stacks,
     "every stack is reliable, and as the guest shows it",
@@ -30,30 +30,30 @@ pub const MATRIX: &[Scenario] = kernel_scenarios!(
     ]
 );
 
-/// Looks at the guest while it is busy.
+/// Number of checks while the guest is busy.
 const BUSY: usize = 6;
-/// Cores that are saved of it.
+/// Number of cores that are saved of the guest.
 const CORES: usize = 2;
-/// Times the two sides are compared until each task was seen asleep.
+/// How often the two sides are compared at most, until each task was seen asleep.
 const ROUNDS: usize = 8;
-/// Most tasks that ran between all readings, and so can't be compared.
+/// The most tasks that may run between all readings, so that they can't be compared.
 const RESTLESS: usize = 4;
 /// Most frames that `/proc/PID/stack` shows (fs/proc/base.c: `MAX_STACK_TRACE_DEPTH`).
 const SHOWN_MAX: usize = 64;
 
-/// Sleeps, waits for a pipe, is stopped, and is dead with a parent that does not ask.
+/// Starts a task that sleeps, one that waits for a pipe, one that is stopped, and a zombie.
 const SLEEPERS: &str = "mkfifo /tmp/stacks.fifo; sleep 99999 & echo $! > /tmp/stacks.pids; \
     sh -c 'read x < /tmp/stacks.fifo' & echo $! >> /tmp/stacks.pids; \
     sleep 99998 & echo $! >> /tmp/stacks.pids; kill -STOP $!; \
     sh -c 'true & exec sleep 99997' & echo $! >> /tmp/stacks.pids";
-/// In user mode, in long system calls, in short ones, in page faults.
+/// Starts tasks that are in user mode, in long system calls, in short ones, and in page faults.
 const BUSY_ONES: &str = "rm -f /tmp/stacks.busy; for c in 'while :; do :; done' \
     'exec dd if=/dev/zero of=/dev/null bs=1M' 'exec dd if=/dev/zero of=/dev/null bs=64' \
     'while :; do read x < /proc/self/maps; done' 'while :; do true | true; done'; do \
     sh -c \"$c\" >/dev/null 2>&1 & echo $! >> /tmp/stacks.busy; done";
 
 fn stacks(ctx: &mut Ctx, suite: &'static Suite, kind: Kind) -> Result<(), Verdict> {
-    // Where the kernel lets one choose, tasks are preempted in the kernel too.
+    // If the kernel has the choice, tasks are preempted in the kernel too.
     let name = format!("stacks-{}-{}", suite.name, kind.name());
     let spec = GuestSpec::new(&name, kind)
         .suite(suite)
@@ -79,7 +79,7 @@ fn stacks(ctx: &mut Ctx, suite: &'static Suite, kind: Kind) -> Result<(), Verdic
         "{name}: {preempted} tasks were ready and waited for a CPU, {interrupted} of them or others \
          had been interrupted in the kernel"
     ));
-    check!(preempted > 0, "nobody waited for a CPU");
+    check!(preempted > 0, "no task waited for a CPU");
     if kind == Kind::Pv {
         saved(ctx, &guest)?;
     }
@@ -88,8 +88,8 @@ fn stacks(ctx: &mut Ctx, suite: &'static Suite, kind: Kind) -> Result<(), Verdic
     ctx.destroy_guest(&name)
 }
 
-/// In a core of the busy guest what its CPUs are at is reliable too. `xl dump-core` of other kinds of
-/// guest takes ten minutes.
+/// In a core of the busy guest, stacks of tasks on a CPU are reliable too. Only PV, because `xl dump-core` of other
+/// guests takes ten minutes.
 fn saved(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let mut unreliable = Vec::new();
     for _ in 0..CORES {
@@ -112,9 +112,9 @@ fn saved(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
                 unreliable.push(task.clone());
             }
         }
-        check!(!on_cpu.is_empty(), "nobody is on a CPU: {info}");
+        check!(!on_cpu.is_empty(), "no task is on a CPU: {info}");
     }
-    // An instruction of the kernel's entry code may be one that ORC has nothing for.
+    // ORC has no entry for some instructions of the kernel's entry code.
     check!(unreliable.len() < CORES, "unreliable: {unreliable:#?}");
     for task in unreliable {
         let off = task["on_cpu"] != true;
@@ -131,13 +131,13 @@ struct Seen {
     state: char,
     /// Where the walk ended.
     ends_in: String,
-    /// One frame at least was interrupted in the kernel.
+    /// Whether at least one frame was interrupted in the kernel.
     interrupted: bool,
     /// Addresses and names.
     frames: Vec<(u64, String)>,
 }
 
-/// The tasks that were on no CPU, by id. All of them must be reliable.
+/// The tasks that were not on a CPU, by id. All of them must be reliable.
 fn reliable(ctx: &Ctx, guest: &Guest) -> Result<BTreeMap<u64, Seen>, Verdict> {
     let info = tool::info(ctx, &guest.name, "--stacks")?;
     let list = info["stack_list"].as_array();
@@ -186,7 +186,7 @@ struct Shown {
 }
 
 fn shown(guest: &Guest) -> Result<BTreeMap<u64, Shown>, Verdict> {
-    // Tasks that end under it make grep end with 2. An empty stack shows no line.
+    // If tasks end meanwhile, grep ends with 2. An empty stack has no line.
     let cmd = "cd /proc; grep -H -e ctxt_switches [0-9]*/task/[0-9]*/status 2>/dev/null; \
                grep -H . [0-9]*/task/[0-9]*/stack 2>/dev/null; true";
     let out = guest.sh_timeout(cmd, GATHERING)?.text();
@@ -213,8 +213,8 @@ fn entry(line: &str) -> Option<(u64, &str, &str)> {
     Some((parts.next()?.parse().ok()?, parts.next()?, rest))
 }
 
-/// Text that `/proc/PID/stack` leaves out: of the scheduler and of spin locks
-/// (kernel/sched/core.c: `in_sched_functions`).
+/// Text that `/proc/PID/stack` leaves out: the scheduler and spin locks (kernel/sched/core.c:
+/// `in_sched_functions`).
 fn hidden(guest: &Guest) -> Result<Vec<(u64, u64)>, Verdict> {
     let list = guest.ok("grep -E ' __(sched|lock)_text_(start|end)$' /proc/kallsyms")?;
     let at = |name: &str| {
@@ -239,7 +239,7 @@ fn visible(seen: &Seen, hidden: &[(u64, u64)]) -> Vec<String> {
         .collect()
 }
 
-/// Both sides agree on every task.
+/// Checks that both sides agree on every task.
 fn compare(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let hidden = hidden(guest)?;
     let mut agreed = BTreeSet::new();
@@ -272,7 +272,7 @@ fn compare(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
             break;
         }
     }
-    // Those who serve the looking itself are never asleep while it goes on: the console's, and RCU's.
+    // Tasks that serve the reading itself are never asleep meanwhile: those of the console and of RCU.
     check!(left.len() <= RESTLESS, "never seen asleep: {left:#?}");
     for task in left.values() {
         ctx.dom0.note(&format!("never seen asleep: {task}"));

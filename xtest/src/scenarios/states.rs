@@ -1,5 +1,5 @@
-//! A thread in each state that a thread can be in, inside a function that is to be replaced: apply
-//! says who is there. Whoever is elsewhere is in nobody's way.
+//! For each state that a thread can be in, one is inside a function that is to be replaced, and apply names it. Threads
+//! elsewhere don't block it.
 
 use std::time::{Duration, Instant};
 
@@ -13,46 +13,46 @@ use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// See the names.
+/// Scenarios that are short enough for a usual run.
 pub const SCENARIOS: &[Scenario] = &[Scenario {
     name: "states-pv",
-    summary: "in a PV guest nobody inside a function is missed, whatever he does there",
+    summary: "in a PV guest no thread inside a function is missed, whatever its state",
     profile: &PV,
     run: |ctx| states(ctx, Kind::Pv),
 }];
 
-/// The same on PVH, which takes long.
+/// Scenarios that take too long for a usual run.
 pub const MATRIX: &[Scenario] = &[Scenario {
     name: "states-pvh",
-    summary: "in a PVH guest nobody inside a function is missed, whatever he does there",
+    summary: "in a PVH guest no thread inside a function is missed, whatever its state",
     profile: &PVH,
     run: |ctx| states(ctx, Kind::Pvh),
 }];
 
 const SUBJECT: &str = "locus_states";
 const PATCH: &str = "locus_states_patch";
-/// How fast an emulated machine looks is no matter here.
+/// The length of a pause on an emulated machine does not matter here.
 const PAUSE: &str = "--max-pause 1s";
 const TARGET: &str = "locus_states_target";
 
-/// Behind which a tracer hides return addresses.
+/// Trampolines behind which a tracer hides return addresses.
 const TRAMPOLINES: &[&str] = &[
     "arch_rethook_trampoline",
     "__kretprobe_trampoline",
     "return_to_handler",
 ];
 
-/// Somebody inside.
+/// A thread or an interrupt inside the function.
 struct Inside {
-    /// What the module calls it.
+    /// The module's name of the state.
     state: &'static str,
-    /// The thread's name; none where it is whoever was interrupted.
+    /// The thread's name; none if it can be any thread that was interrupted.
     comm: Option<&'static str>,
-    /// One of these functions is named.
+    /// The report names one of these functions.
     functions: &'static [&'static str],
-    /// Its stack alone says that it is there.
+    /// It is not on a CPU, so only its stack shows that it is inside.
     off_cpu: bool,
-    /// An interrupt, of which the guest can't be asked whether it has begun.
+    /// It is an interrupt. The guest can't be asked whether it has begun.
     late: bool,
 }
 
@@ -110,7 +110,7 @@ fn states(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     guest.insmod(&ctx.payloads.join(format!("{SUBJECT}/{SUBJECT}.ko")))?;
     let log = Log::begin(ctx, &guest)?;
     let subject = Subject { ctx, guest };
-    // All of them, so that one run tells all that is missed.
+    // All of them, so that one run reports everything that is missed.
     let mut wrong = Vec::new();
     let mut tell = |what: &str, found: Result<(), Verdict>| match found {
         Ok(()) => Ok(()),
@@ -131,7 +131,7 @@ fn states(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     tell("elsewhere", subject.elsewhere())?;
     tell("fresh fork", subject.fresh_fork())?;
     tell("the guest's log", log.nothing_new(ctx, &subject.guest))?;
-    // It says so in its log.
+    // The guest logs this, so it comes after the check of the log.
     tell("CPU down", subject.cpu_down())?;
     let guest = subject.guest.name;
     check!(
@@ -144,7 +144,7 @@ fn states(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
 }
 
 impl Subject<'_> {
-    /// Writes a state, from the CPU that nobody else is to keep busy, and waits until it is so.
+    /// Makes the module begin a state, and waits until `sign` shows that it has.
     fn begin(&self, state: &str, sign: &str) -> Result<(), Verdict> {
         let after = if state == "process" { "&" } else { "" };
         self.guest.ok(&format!(
@@ -155,7 +155,7 @@ impl Subject<'_> {
         Ok(())
     }
 
-    /// Asks for an interrupt, which comes in a second and lasts ten.
+    /// Asks for an interrupt, which comes after a second and lasts ten.
     fn begin_late(&self, state: &str) -> Result<(), Verdict> {
         self.guest
             .ok(&format!("taskset 1 sh -c 'echo {state} > /proc/{SUBJECT}'"))?;
@@ -168,7 +168,7 @@ impl Subject<'_> {
         Ok(())
     }
 
-    /// Nobody inside, and nothing applied.
+    /// Releases all threads, and reverts the patch if it is applied.
     fn calm(&self) -> Result<(), Verdict> {
         self.release()?;
         self.ctx.dom0.sh(&format!(
@@ -188,7 +188,7 @@ impl Subject<'_> {
         format!("xen-locus -o json revert {name} {PATCH} {PAUSE} --timeout {timeout}")
     }
 
-    /// A command that must be in somebody's way: who that is.
+    /// Runs a command that must be blocked. Returns the blockers.
     fn blocked(&self, cmd: &str) -> Result<Vec<Value>, Verdict> {
         let out = self.ctx.dom0.sh(cmd)?;
         check_eq!(out.rc, 2, "{cmd}: {} {}", out.text(), out.err_text());
@@ -197,7 +197,7 @@ impl Subject<'_> {
         Ok(report["blockers"].as_array().cloned().unwrap_or_default())
     }
 
-    /// A command that must be in nobody's way.
+    /// Runs a command that must not be blocked.
     fn free(&self, cmd: &str, result: &str) -> Result<(), Verdict> {
         let out = self.ctx.dom0.sh_timeout(cmd, Duration::from_secs(180))?;
         check_eq!(out.rc, 0, "{cmd}: {} {}", out.text(), out.err_text());
@@ -222,7 +222,7 @@ impl Subject<'_> {
         self.comes_and_goes()
     }
 
-    /// A stopped process whose system call is to go on in the function.
+    /// A stopped process whose system call will continue in the function.
     fn restarting(&self) -> Result<(), Verdict> {
         let pid = self.guest.ok(&format!(
             "taskset 1 sh -c 'echo restarting > /proc/{SUBJECT}' >/dev/null 2>&1 & \
@@ -237,7 +237,7 @@ impl Subject<'_> {
         self.comes_and_goes()
     }
 
-    /// The function-graph tracer holds the return address of what the function has called.
+    /// The function-graph tracer hides the return address of a function that the target has called.
     fn traced(&self) -> Result<(), Verdict> {
         let guest = &self.guest;
         guest.ok(&tool::in_tracing(
@@ -249,7 +249,7 @@ impl Subject<'_> {
             self.release()?;
             tried
         });
-        // A thread that began under the tracer may stay below its trampoline for long after it.
+        // A thread that began under the tracer may stay below its trampoline long after tracing has ended.
         guest.ok(&tool::in_tracing(
             "echo nop > current_tracer && echo > set_ftrace_filter",
         ))?;
@@ -262,7 +262,7 @@ impl Subject<'_> {
         self.comes_and_goes()
     }
 
-    /// Whoever is in the new function is in the way of reverting.
+    /// A thread in the new function blocks revert.
     fn reverting(&self) -> Result<(), Verdict> {
         for state in ["running", "sleeping", "preempted", "calling"] {
             self.free(&self.applying("30s"), "applied")?;
@@ -282,7 +282,7 @@ impl Subject<'_> {
         Ok(())
     }
 
-    /// A kernel thread that is to begin in the function, and has not: it will be in the new one.
+    /// A kernel thread that will begin in the function, but has not yet: it will begin in the new version.
     fn created(&self) -> Result<(), Verdict> {
         self.begin("created", "inside 0 ")?;
         self.free(&self.applying("10s"), "applied")?;
@@ -294,7 +294,7 @@ impl Subject<'_> {
         self.free(&self.reverting_within("30s"), "reverted")
     }
 
-    /// A CPU that is in an interrupt, but not in the function.
+    /// A CPU that is in an interrupt, but not in the function, does not block.
     fn elsewhere(&self) -> Result<(), Verdict> {
         let began = Instant::now();
         self.begin_late("elsewhere")?;
@@ -309,7 +309,7 @@ impl Subject<'_> {
         self.free(&self.reverting_within("30s"), "reverted")
     }
 
-    /// A CPU that stays in user mode, and a process that has never run.
+    /// A CPU that stays in user mode, and a process that has never run. Neither blocks.
     fn fresh_fork(&self) -> Result<(), Verdict> {
         let begun = self.guest.ok(
             "fresh-fork > /tmp/child & sleep 2; child=$(cat /tmp/child); [ -n \"$child\" ] && \
@@ -325,7 +325,7 @@ impl Subject<'_> {
         Ok(())
     }
 
-    /// A CPU that was taken away, with a thread inside that was there.
+    /// A CPU is taken offline. Threads inside the function are still found.
     fn cpu_down(&self) -> Result<(), Verdict> {
         const ONLINE: &str = "/sys/devices/system/cpu/cpu1/online";
         self.guest.ok(&format!("echo 0 > {ONLINE}"))?;
@@ -337,7 +337,7 @@ impl Subject<'_> {
     }
 }
 
-/// Who is expected is among those who are named.
+/// Checks that the expected thread is among the blockers.
 fn named(blockers: &[Value], one: &Inside) -> Result<(), Verdict> {
     let found = blockers.iter().find(|b| {
         let comm = one.comm.is_none_or(|comm| b["comm"] == *comm);

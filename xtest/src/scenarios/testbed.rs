@@ -10,7 +10,7 @@ use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// See the names.
+/// Scenarios that are short enough for a usual run.
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "bench-pv",
@@ -82,7 +82,7 @@ fn guest_works(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         "a command that takes too long was not killed: {out:?}"
     );
 
-    // compressible text, and bytes that no compression makes smaller
+    // Text that can be compressed, and random bytes that can't.
     for make in [
         "head -c 1000000 /proc/kallsyms > /tmp/big",
         "head -c 200000 /dev/urandom > /tmp/big",
@@ -112,11 +112,7 @@ fn guest_works(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     guest.start_workload()?;
     let before = guest.rounds()?;
     guest.ok("sleep 2")?;
-    let after = guest.rounds()?;
-    check!(
-        after > before,
-        "the workload stands still at {after} rounds"
-    );
+    guest.went_on(before)?;
     guest.ok("killall spin-workload; true")?;
     Ok(())
 }
@@ -134,11 +130,11 @@ fn hung_guest(ctx: &mut Ctx) -> Result<(), Verdict> {
     );
     check!(took < silence * 3, "that took {took:?}");
 
-    // paused is not lost: it answers again afterwards
+    // A paused guest is not lost. It answers again afterwards.
     ctx.dom0.ok("xl unpause hung")?;
     check_eq!(guest.ok("echo back")?, "back");
 
-    // one that panics is told from one that is silent, and does not keep us waiting
+    // A guest that panics is told from a silent one, without waiting for the time limit.
     let began = Instant::now();
     let got = guest.try_sh("echo c > /proc/sysrq-trigger", silence, silence * 4);
     check!(

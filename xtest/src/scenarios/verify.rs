@@ -1,5 +1,5 @@
-//! What differs from the record of a guest's patches is told exactly, and who did it; and what the guest
-//! does to them by right is no difference.
+//! `verify` reports each difference between a guest's memory and the record of its patches, and what caused it.
+//! What the guest does to patches legitimately is not a difference.
 
 use serde_json::Value;
 
@@ -11,17 +11,17 @@ use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// See the names.
+/// Scenarios that are short enough for a usual run.
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "verify-pv",
-        summary: "what a PV guest or someone else changes about patches is told, and by whom",
+        summary: "changes of patches by a PV guest or from outside are reported, with their cause",
         profile: &PV1,
         run: |ctx| verify(ctx, Kind::Pv),
     },
     Scenario {
         name: "verify-pvh",
-        summary: "what a PVH guest or someone else changes about patches is told, and by whom",
+        summary: "changes of patches by a PVH guest or from outside are reported, with their cause",
         profile: &PVH,
         run: |ctx| verify(ctx, Kind::Pvh),
     },
@@ -29,7 +29,7 @@ pub const SCENARIOS: &[Scenario] = &[
 
 const FUNCTION: &str = "cmdline_proc_show";
 
-/// All differences; the command must end with `rc`.
+/// Runs `verify`, which must end with `rc`. Returns all differences.
 fn drift(ctx: &Ctx, guest: &Guest, rc: i32) -> Result<Vec<Value>, Verdict> {
     let out = ctx
         .dom0
@@ -46,7 +46,7 @@ fn clean(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     Ok(())
 }
 
-/// One difference, and its `what`, `by` and `function`.
+/// Checks that there is exactly one difference, with these `what`, `by` and `function`.
 fn differs(
     ctx: &Ctx,
     guest: &Guest,
@@ -78,7 +78,7 @@ fn verify(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     keys(ctx, &guest)
 }
 
-/// ftrace, a kprobe and a livepatch of the guest's own, on a function that is redirected.
+/// The guest itself uses ftrace, a kprobe and a livepatch on a redirected function.
 fn by_the_guest(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let trace = |cmd: &str| guest.ok(&tool::in_tracing(cmd));
     trace(&format!(
@@ -96,20 +96,20 @@ fn by_the_guest(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     clean(ctx, guest)?;
 
     let module = "locus_stack";
-    let settled = format!(
+    let wait = format!(
         "until [ \"$(cat /sys/kernel/livepatch/{module}/transition 2>/dev/null || echo 0)\" = 0 ]; \
          do sleep 0.1; done"
     );
     guest.insmod(&ctx.payloads.join(module).join(format!("{module}.ko")))?;
-    guest.ok(&settled)?;
+    guest.ok(&wait)?;
     differs(ctx, guest, ("entry", "livepatch", FUNCTION))?;
     guest.ok(&format!(
-        "echo 0 > /sys/kernel/livepatch/{module}/enabled; {settled}; rmmod {module}"
+        "echo 0 > /sys/kernel/livepatch/{module}/enabled; {wait}; rmmod {module}"
     ))?;
     clean(ctx, guest)
 }
 
-/// Somebody with access to the guest's memory: the redirect, the payload's code, its constants.
+/// Something with access to the guest's memory changes the redirect, and the payload's code.
 fn by_others(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let name = &guest.name;
     let poke = |place: &str, bytes: &str| {
@@ -137,8 +137,8 @@ fn by_others(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     clean(ctx, guest)
 }
 
-/// The record itself is held against the audit log: without the log it is not confirmed, and one that is
-/// another than the log tells of is a difference.
+/// The record itself is compared with the audit log. Without the log it is not confirmed. A record that the log does
+/// not have is a difference.
 fn by_the_log(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let verify = format!("xen-locus -o json verify {}", guest.name);
     let unconfirmed = |said: &Value| said["unconfirmed"].as_array().cloned().unwrap_or_default();
@@ -163,7 +163,7 @@ fn by_the_log(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     clean(ctx, guest)
 }
 
-/// The guest turns static keys that a payload follows, in force and parked.
+/// The guest switches static keys that a payload uses, while it is in force and after it was reverted.
 fn keys(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let name = &guest.name;
     let turn = |on: u8| guest.ok(&format!("echo {on} > /proc/sys/kernel/sched_schedstats"));

@@ -1,4 +1,4 @@
-//! The guardian is killed beside the tool, and then the run of `recover` too.
+//! The guardian is killed together with the tool, and then the run of `recover` too.
 
 use super::subject::{nothing_left, Subject, Tally};
 use crate::guest::Kind;
@@ -8,7 +8,7 @@ use crate::scenarios::steps::tool;
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// Stops a run at a place inside its pause, with the guardian stopped before it can notice, and kills both.
+/// Stops a run at a place inside its pause, stops the guardian before it can notice, and kills both.
 const BOTH_DIE: &str = r#"
 guardian() { ps | awk '/xen-locus-guardia[n]/ {print $1}'; }
 XEN_LOCUS_FAULT="$1" xen-locus-faults apply "$2" /payloads/locus_proc_pair.ko >/tmp/both.log 2>&1 &
@@ -29,7 +29,7 @@ xl list "$2" | awk 'NR == 2 {print "state " $5}'
 pub fn both_die(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let subject = Subject::new(ctx, kind)?;
     let name = &subject.guest.name;
-    // In a write, after its first access; and when all is written, if that pause was the one.
+    // In the middle of a write; and after all writes, if that pause was the one that made the change.
     for (place, results) in [
         ("3:stop:mark writing", &["undone"][..]),
         ("1:stop:mark unpausing", &["finished", "undone"]),
@@ -40,10 +40,10 @@ pub fn both_die(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
                 let out = ctx
                     .dom0
                     .sh(&format!("xen-locus apply {name} /payloads/{PAIR}.ko"))?;
-                let told = out.err_text();
+                let said = out.err_text();
                 check!(
-                    out.rc == 0 && results.iter().any(|result| told.contains(result)),
-                    "{} {told}",
+                    out.rc == 0 && results.iter().any(|result| said.contains(result)),
+                    "{} {said}",
                     out.text()
                 );
                 check!(subject.is_new()?, "apply did nothing after {place}");
@@ -59,8 +59,8 @@ pub fn both_die(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     nothing_left(ctx)
 }
 
-/// Kills both, the guest being paused. The guardian may be quicker than the script that is to stop it:
-/// then nothing is shown, and it is done again.
+/// Kills both while the guest is paused. If the guardian is quicker than the script that is to stop it, this
+/// shows nothing and is tried again.
 fn both_killed(ctx: &Ctx, subject: &Subject, place: &str) -> Result<(), Verdict> {
     const TRIES: u32 = 8;
     let name = &subject.guest.name;
@@ -78,7 +78,7 @@ fn both_killed(ctx: &Ctx, subject: &Subject, place: &str) -> Result<(), Verdict>
         }
         check!(
             said.contains("died at work"),
-            "neither paused nor settled: {said}"
+            "neither paused nor resolved: {said}"
         );
     }
     Err(Verdict::failure(format!(
@@ -86,8 +86,8 @@ fn both_killed(ctx: &Ctx, subject: &Subject, place: &str) -> Result<(), Verdict>
     )))
 }
 
-/// A run and its guardian are killed in the middle of a write, then the `recover` that settles it at its first
-/// place, at its next one, and so on in steps of `step`.
+/// A run and its guardian are killed in the middle of a write. Then `recover` is killed at its first place, then
+/// further on in steps of `step` places.
 pub fn recover_dies(ctx: &mut Ctx, kind: Kind, step: u32) -> Result<(), Verdict> {
     let mut subject = Subject::new(ctx, kind)?;
     let name = subject.guest.name.clone();

@@ -30,7 +30,7 @@ pub fn injected(
             let done = subject.kill(ctx, "", &cmd, &mut tally)?;
             let said = done["stderr"].as_str().unwrap_or_default();
             let hit = said.contains("xen-locus: fault: ");
-            // What it says of the guest is true.
+            // The exit code must be true.
             if let Some(rc) = done["rc"].as_i64() {
                 let new = subject.is_new()?;
                 let expected = (action.name != "revert") == (rc == 0);
@@ -43,7 +43,7 @@ pub fn injected(
             if !hit {
                 break;
             }
-            // Every other time the next run does so by itself.
+            // The other times the next run recovers by itself.
             if nth % 2 == 0 {
                 subject.recover(ctx, &mut tally)?;
             }

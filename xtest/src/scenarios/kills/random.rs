@@ -7,7 +7,7 @@ use crate::scenario::Ctx;
 use crate::scenarios::steps::tool;
 use crate::verdict::Verdict;
 
-/// Numbers that are the same in each run (xorshift).
+/// Random numbers that are the same in each run (xorshift).
 struct Random(u64);
 
 impl Random {
@@ -34,11 +34,11 @@ pub fn random(ctx: &mut Ctx, kind: Kind, kills: u32) -> Result<(), Verdict> {
         if done["signal"].is_null() {
             length = done["total_us"].as_u64().unwrap_or(length);
         }
-        // Else the next run does so by itself.
+        // Otherwise the next run recovers by itself.
         if random.below(2) == 0 {
             subject.recover(ctx, &mut tally)?;
         }
-        // The next run finds nothing in its way.
+        // Nothing blocks the next run.
         if tally.kills % 4 == 0 {
             let cmd = subject.next(ctx)?;
             ctx.dom0.ok(&cmd)?;

@@ -42,7 +42,7 @@ pub fn no_journal(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     nothing_left(ctx)
 }
 
-/// Where the audit log has no room what was done is done, and the next run records it.
+/// If the audit log has no room, the change is still made, and the next run records it.
 fn unrecorded(ctx: &Ctx, subject: &Subject, apply: &str) -> Result<(), Verdict> {
     let (name, log) = (&subject.guest.name, "/var/log/xen-locus");
     let out = ctx.dom0.sh(&format!(
@@ -73,14 +73,14 @@ pub fn no_memory(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let mut subject = Subject::new(ctx, kind)?;
     let name = subject.guest.name.clone();
     let mut tally = Tally::default();
-    let mut said = BTreeMap::<String, u32>::new();
+    let mut reasons = BTreeMap::<String, u32>::new();
     for action in ACTIONS {
         let command = action.command(&name);
         let Action {
             name: action,
             before,
         } = action;
-        // KiB of address space: less does not load the libraries.
+        // KiB of address space. With less, the libraries can't be loaded.
         let mut limit = 12_000;
         loop {
             check!(limit < 4 << 20, "{action} takes more than 4 GiB");
@@ -89,9 +89,9 @@ pub fn no_memory(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
             let cmd = format!("sh -c 'ulimit -v {limit}; exec xen-locus --no-cache {command}'");
             let done = subject.kill(ctx, "", &cmd, &mut tally)?;
             let rc = done["rc"].as_i64();
-            let told = done["stderr"].as_str().unwrap_or_default();
+            let said = done["stderr"].as_str().unwrap_or_default();
             let what = format!("{action} with {limit} KiB: {done}");
-            let last = told.lines().last().unwrap_or_default();
+            let last = said.lines().last().unwrap_or_default();
             check!(
                 rc == Some(0) || last.starts_with("xen-locus: "),
                 "no word of why: {what}"
@@ -102,7 +102,7 @@ pub fn no_memory(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
                 Some(6) => {}
                 _ => return Err(Verdict::failure(what)),
             }
-            *said.entry(format!("{rc:?} {}", why(last))).or_default() += 1;
+            *reasons.entry(format!("{rc:?} {}", why(last))).or_default() += 1;
             subject.recover(ctx, &mut tally)?;
             limit += limit / 3;
         }
@@ -112,14 +112,14 @@ pub fn no_memory(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     subject.prepare(ctx, None)?;
     nothing_left(ctx)?;
     check!(
-        said.keys().any(|s| s.contains("out of memory")),
-        "memory was never the matter: {said:?}"
+        reasons.keys().any(|s| s.contains("out of memory")),
+        "memory was never the reason: {reasons:?}"
     );
-    eprintln!("{name}: {said:#?}");
+    eprintln!("{name}: {reasons:#?}");
     Ok(())
 }
 
-/// A message without the numbers in it.
+/// A message without its digits.
 fn why(message: &str) -> String {
     message.chars().filter(|c| !c.is_ascii_digit()).collect()
 }

@@ -1,4 +1,4 @@
-//! Lists that change while one looks: modules, tasks, and what the processor can do.
+//! Compares lists: modules, tasks, which change meanwhile, and features of the processor.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,7 +20,7 @@ fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
 }
 
-/// Every field of `/proc/modules`, in its order, and build-ids.
+/// Compares every field of `/proc/modules`, in its order, and build-ids.
 pub fn modules(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let info = tool::info(ctx, &guest.name, "--modules")?;
     let mut ours = Vec::new();
@@ -54,7 +54,7 @@ pub fn modules(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
             },
             text(&m["build_id"]),
         );
-        // a payload has no build-id there
+        // The guest shows no build-id of a payload.
         ours.push(line.trim_end().to_owned());
     }
     let theirs = guest.ok(
@@ -83,7 +83,7 @@ struct Thread {
 }
 
 fn threads(guest: &Guest) -> Result<BTreeMap<u64, Thread>, Verdict> {
-    // Threads that end under it make grep end with 2.
+    // If threads end meanwhile, grep ends with 2.
     let cmd = "grep -H . /proc/[0-9]*/task/[0-9]*/stat 2>/dev/null; true";
     let out = guest.sh_timeout(cmd, GATHERING)?.text();
     let all: BTreeMap<u64, Thread> = out.lines().filter_map(thread).collect();
@@ -110,7 +110,7 @@ fn thread(line: &str) -> Option<(u64, Thread)> {
     Some((pid.parse().ok()?, thread))
 }
 
-/// Every thread that is there before and after is listed, and as it was if it did not change.
+/// Checks that every thread that exists before and after is listed, with the values that did not change.
 pub fn tasks(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let before = threads(guest)?;
     let info = tool::info(ctx, &guest.name, "--tasks")?;
@@ -134,7 +134,7 @@ pub fn tasks(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
         );
     }
     let vcpus: u64 = guest.ok("nproc")?.parse().unwrap_or_default();
-    // Offline CPUs have an idle task too.
+    // CPUs that are offline have an idle task too.
     check!(idle >= vcpus, "{idle} idle tasks of {vcpus} vCPUs");
     for (pid, was) in &before {
         let Some(is) = after.get(pid).filter(|is| is.tgid == was.tgid) else {
@@ -144,7 +144,7 @@ pub fn tasks(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
             return Err(Verdict::failure(format!("pid {pid} is missing: {was:?}")));
         };
         check_eq!(seen.tgid, was.tgid, "tgid of {pid} {was:?}");
-        // /proc adds what a worker is at, and has names of kernel threads that are too long for comm.
+        // /proc adds what a worker does, and shows names of kernel threads that are too long for comm.
         let begins = was.comm.starts_with(&seen.comm);
         let worker = begins && was.comm.starts_with("kworker/");
         let cut = begins && seen.comm.len() == COMM_LEN;
@@ -154,10 +154,10 @@ pub fn tasks(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
                 "comm of {pid}: {seen:?}, {was:?}"
             );
         }
-        // One that runs now and then may have done so in between.
-        let settled = was.state == is.state && !worker && was.state != 'R';
+        // A thread may have run in between.
+        let unchanged = was.state == is.state && !worker && was.state != 'R';
         check!(
-            !settled || seen.state == was.state || seen.state == 'R',
+            !unchanged || seen.state == was.state || seen.state == 'R',
             "state of {pid}: {seen:?}, {was:?}"
         );
     }
@@ -170,14 +170,14 @@ pub fn tasks(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     check!(
         strangers
             .iter()
-            // the workload starts itself from /proc/self/exe, again and again
+            // The workload starts itself from /proc/self/exe many times.
             .all(|(_, t)| t.comm.starts_with("kworker/") || ["sh", "exe"].contains(&&*t.comm)),
         "threads that /proc did not have: {strangers:?}"
     );
     Ok(())
 }
 
-/// The flags of `/proc/cpuinfo`, all of them.
+/// Compares all flags of `/proc/cpuinfo`.
 pub fn cpu(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let info = tool::info(ctx, &guest.name, "")?;
     let ours: BTreeSet<&str> = list(&info["cpu"], "features")?.iter().map(text).collect();

@@ -1,8 +1,7 @@
-//! What `info` says of a guest is what the guest says of itself, in full, for kernels of four releases
-//! of Debian; and a payload built for each comes and goes.
+//! `info` reports the same about a guest as the guest itself, in full, for kernels of four releases of Debian. A
+//! payload that was built for each kernel is applied and reverted.
 //!
-//! Both sides are digested where they are, since a guest's console is slow; only what differs is
-//! transferred.
+//! Both sides are compared by digests, because a guest's console is slow. Only what differs is transferred.
 
 mod lists;
 
@@ -16,9 +15,10 @@ use crate::suites::{Suite, BOOKWORM};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-const SUMMARY: &str = "info agrees with the guest in everything, and a patch comes and goes";
+const SUMMARY: &str =
+    "info agrees with the guest in everything, and a patch is applied and reverted";
 
-/// Part of every run: Debian 12's kernel, an older and a newer one.
+/// Scenarios that are short enough for a usual run: Debian 12's kernel, an older and a newer one.
 pub const SCENARIOS: &[Scenario] = kernel_scenarios!(
     know,
     SUMMARY,
@@ -61,7 +61,7 @@ fn know(ctx: &mut Ctx, suite: &'static Suite, kind: Kind) -> Result<(), Verdict>
         ("--raw notes", raw_notes),
         ("patch", patch),
     ];
-    // All of them, so that one run tells all that is wrong.
+    // All of them, so that one run reports everything that is wrong.
     let mut wrong = Vec::new();
     for (what, check) in checks {
         ctx.dom0.note(&format!("--- {}: {what}", guest.name));
@@ -79,7 +79,7 @@ fn know(ctx: &mut Ctx, suite: &'static Suite, kind: Kind) -> Result<(), Verdict>
     Ok(())
 }
 
-/// Loads what the guest's initramfs has, unless that was done before.
+/// Loads the modules in the guest's initramfs, unless that was done before.
 fn load_modules(guest: &Guest) -> Result<(), Verdict> {
     guest.ok(
         "grep -q ^dummy /proc/modules || while read m; do insmod /lib/modules/$m || exit 1; done \
@@ -87,7 +87,7 @@ fn load_modules(guest: &Guest) -> Result<(), Verdict> {
     )?;
     let count = guest.ok("wc -l < /proc/modules")?;
     check!(count != "0", "no module was loaded");
-    // a copy, because the kernel takes seconds to make the list anew
+    // A copy, because the kernel takes seconds to make this list.
     guest.ok("cat /proc/kallsyms > /tmp/kallsyms")?;
     Ok(())
 }
@@ -112,7 +112,7 @@ fn summary(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     check_eq!(info["modules"], modules, "{info}");
     let vcpus = number(guest, "nproc")?;
     check_eq!(info["vcpus"], vcpus, "{info}");
-    // Idle tasks are in no folder of /proc, and kernel threads come and go.
+    // /proc has no folders of idle tasks, and kernel threads start and end.
     let seen = info["tasks"].as_u64().unwrap_or_default();
     let (low, high) = (before.min(after), before.max(after) + vcpus);
     check!(
@@ -155,7 +155,7 @@ fn kernel_symbols(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     same(ctx, guest, "--symbols '*'", only, &theirs)
 }
 
-/// Symbols of modules; not those that the kernel makes up for programs of BPF, kprobes and ftrace.
+/// Symbols of modules, except those that the kernel generates for BPF programs, kprobes and ftrace.
 fn module_symbols(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let only = "grep '\\[' | grep -v -e '\\[bpf\\]' -e '\\[__builtin__'";
     let theirs = format!("cat /tmp/kallsyms | {only}");
@@ -183,7 +183,7 @@ fn raw_notes(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     same(ctx, guest, "--raw notes", "cat", "cat /sys/kernel/notes")
 }
 
-/// What `info OPTIONS` prints, through a filter, equals what a command of the guest prints.
+/// Checks that `info OPTIONS`, through a filter, prints the same as a command in the guest.
 fn same(
     ctx: &Ctx,
     guest: &Guest,
@@ -209,7 +209,7 @@ fn same(
     Err(Verdict::failure(why))
 }
 
-/// Where two files differ: the first lines that do, or the first byte of what is no text.
+/// Where two files differ: the first lines that differ, or the first byte if a file is not text.
 fn difference(ours: &[u8], theirs: &[u8]) -> Option<String> {
     if ours == theirs {
         return None;
@@ -243,13 +243,13 @@ fn difference(ours: &[u8], theirs: &[u8]) -> Option<String> {
     ))
 }
 
-/// The simplest payload, built for this kernel, takes effect and goes away.
+/// The simplest payload, built for this kernel, takes effect and is reverted.
 fn patch(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let release = guest.ok("uname -r")?;
     let dir = if release == ctx.release {
         "/payloads".to_owned()
     } else {
-        // named after the release of Debian, as the guest is
+        // Its name begins with the release of Debian, like that of the guest.
         let suite = guest.name.split('-').next().unwrap_or_default();
         format!("/payloads/{suite}")
     };

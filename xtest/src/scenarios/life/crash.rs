@@ -1,4 +1,4 @@
-//! A guest's kernel crashes, in the middle of applying, and starts another one by kexec.
+//! A guest's kernel crashes in the middle of an apply, and starts another kernel by kexec.
 
 use std::time::Duration;
 
@@ -11,20 +11,20 @@ use crate::scenarios::steps::{daemon, wait};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// What takes too long for a usual run. Only HVM: a PV kernel can't be started by another one, and libxl makes no other
-/// guest ready for it (`libxl_domain_soft_reset`, tools/libs/light/libxl_create.c), but destroys it.
+/// Scenarios that take too long for a usual run. Only HVM: another kernel can't start a PV kernel, and libxl
+/// destroys a PVH guest instead of preparing it (`libxl_domain_soft_reset`, tools/libs/light/libxl_create.c).
 pub const MATRIX: &[Scenario] = &[Scenario {
     name: "crash-hvm",
-    summary: "an HVM guest crashes into another kernel as patches come and go: they went with it, and status says so",
+    summary: "an HVM guest crashes into another kernel as patches are changed: they are gone, and status says so",
     profile: &HVM,
     run: crash,
 }];
 
-/// Tells the kernel that comes after a crash.
+/// The argument that marks the kernel after the crash.
 const MARK: &str = "locus-after-crash";
 
-/// `crash.sh NAME`: applies a patch and takes it back, again and again, until a step fails. Says how many
-/// did not, and how that one did.
+/// `crash.sh NAME`: applies and reverts a patch until a step fails. Prints the number of steps that succeeded, and
+/// exit code and last message of the one that failed.
 const SCRIPT: &str = r#"
 steps=0
 while [ $steps -lt 500 ]; do
@@ -41,14 +41,14 @@ done
 echo "$steps $rc $(tail -n 1 /tmp/step.log)" >/tmp/crash.said
 "#;
 
-/// Where the guest has what it is to start when it crashes: the same kernel as its own.
+/// The folder in the guest with what it starts after a crash: its own kernel again.
 const NEXT: &str = "/next";
-/// Its initramfs, with that in it.
+/// The guest's initramfs, with [`NEXT`] in it.
 const RAMDISK: &str = "/tmp/crash-initrd";
 
 /// Makes [`RAMDISK`] in dom0.
 fn make_ramdisk(ctx: &Ctx, dir: &str) -> Result<(), Verdict> {
-    // What is not compressed comes first: it is padded.
+    // The uncompressed part comes first, because it is padded.
     ctx.dom0.ok(&format!(
         "set -e; d=/tmp/crash{NEXT}; rm -rf $d; mkdir -p $d; \
          ln -s {dir}/vmlinuz {dir}/initrd.gz $d; cd /tmp/crash; \
@@ -58,7 +58,7 @@ fn make_ramdisk(ctx: &Ctx, dir: &str) -> Result<(), Verdict> {
     Ok(())
 }
 
-/// Has the guest's kernel start the other one when it crashes.
+/// Makes the guest's kernel start the other one when it crashes.
 fn load(guest: &Guest) -> Result<(), Verdict> {
     guest.ok(&format!(
         "kexec-load {NEXT}/vmlinuz {NEXT}/initrd.gz \
@@ -94,7 +94,7 @@ fn crash(ctx: &mut Ctx) -> Result<(), Verdict> {
     tool::apply(ctx, name, CMDLINE)?;
     shows(ctx, &guest, ["live", "", ""], &[CMDLINE])?;
 
-    // The daemon tells of it too.
+    // The daemon publishes the state too.
     let published = format!(
         "xenstore-read /tool/xen-locus/domain/{}/patch/{CMDLINE}/state",
         guest.domid
@@ -107,7 +107,7 @@ fn crash(ctx: &mut Ctx) -> Result<(), Verdict> {
         "rm -f /tmp/steps /tmp/crash.said; sh /tmp/crash.sh {name} </dev/null >/dev/null 2>&1 &"
     ))?;
     until(ctx, "[ \"$(cat /tmp/steps)\" -ge 3 ]")?;
-    // On its first vCPU: the other kernel's event channels go there, and on any other it would wait for them forever.
+    // On its first vCPU, where the other kernel's event channels go. On another vCPU it would wait for them forever.
     let limit = Duration::from_secs(60);
     let _ = guest.try_sh(
         "taskset 1 sh -c 'echo c > /proc/sysrq-trigger'",
@@ -120,7 +120,7 @@ fn crash(ctx: &mut Ctx) -> Result<(), Verdict> {
     let rc = said.split(' ').nth(1).unwrap_or_default();
     check!(["1", "2", "3"].contains(&rc), "a step ended with {said}");
 
-    // The toolstack makes the domain ready for the other kernel; it has no name for a moment.
+    // The toolstack prepares the domain for the other kernel. Meanwhile it has no name.
     until(
         ctx,
         &format!("xl list {name} | awk 'NR == 2 {{up = $5 !~ /s/}} END {{exit !up}}'"),
@@ -147,7 +147,7 @@ fn crash(ctx: &mut Ctx) -> Result<(), Verdict> {
     daemon::stop(ctx)?;
     tool::apply(ctx, name, CMDLINE)?;
     shows(ctx, &guest, ["live", "", ""], &[CMDLINE])?;
-    // To take back what was lost is to want it no more; else it is missing.
+    // A lost patch is missing until it is reverted, which means that it is no longer wanted.
     if lost.iter().any(|p| p["name"] == PAIR) {
         tool::revert(ctx, name, PAIR)?;
     }

@@ -1,4 +1,4 @@
-//! Guests are destroyed while a patch is being applied to them.
+//! Guests are destroyed while a patch is applied to them.
 
 use std::time::Duration;
 
@@ -10,16 +10,23 @@ use crate::scenarios::steps::tool::{self, shows};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// See the names.
+/// Scenarios that are short enough for a usual run.
 pub const SCENARIOS: &[Scenario] = &[Scenario {
     name: "destroy-pv",
     summary:
-        "a guest that is destroyed while it is patched is said to be gone, and nothing is left of it",
+        "a guest that is destroyed during an apply is reported as gone, and nothing is left of it",
     profile: &PV1,
-    run: |ctx| destroy(ctx, Kind::Pv, &["1:stop:journal", "40:stop:journal"], &[600]),
+    run: |ctx| {
+        destroy(
+            ctx,
+            Kind::Pv,
+            &["1:stop:journal", "40:stop:journal"],
+            &[600],
+        )
+    },
 }];
 
-/// What takes too long for a usual run.
+/// Scenarios that take too long for a usual run.
 pub const MATRIX: &[Scenario] = &[
     Scenario {
         name: "destroy-all-pv",
@@ -39,7 +46,7 @@ pub const MATRIX: &[Scenario] = &[
     },
 ];
 
-/// Places at which the run is stopped, the guest destroyed, and the run goes on.
+/// Places at which the run is stopped and the guest destroyed. Then the run goes on.
 const PLACES: &[&str] = &[
     "1:stop:journal",
     "8:stop:journal",
@@ -54,11 +61,11 @@ const PLACES: &[&str] = &[
     "40:stop:journal",
     "60:stop:journal",
 ];
-/// How long a run is under way when the guest is destroyed, in milliseconds.
+/// Times from the start of a run until the guest is destroyed, in milliseconds.
 const DELAYS: &[u32] = &[0, 60, 120, 200, 280, 360, 440, 520, 600, 700, 800, 1000];
 
-/// `destroy.sh PLACE DELAY-MS NAME`: exit code and messages of the run. One that is stopped in its pause is
-/// killed by its guardian.
+/// `destroy.sh PLACE DELAY-MS NAME`: prints exit code and messages of the run. The guardian kills a run that is
+/// stopped in its pause.
 const SCRIPT: &str = r#"
 XEN_LOCUS_FAULT="$1" xen-locus-faults apply "$3" /payloads/locus_proc_pair.ko >/tmp/destroy.log 2>&1 &
 pid=$!
@@ -74,7 +81,7 @@ echo "rc $?"
 cat /tmp/destroy.log
 "#;
 
-/// Domains that Xen still has, dying ones among them.
+/// Domains that Xen still has, including dying ones.
 fn domains(ctx: &Ctx) -> Result<String, Verdict> {
     ctx.dom0.ok("xl list | awk 'NR > 1 && $2 > 0'")
 }
@@ -87,7 +94,7 @@ fn destroy(ctx: &mut Ctx, kind: Kind, places: &[&str], delays: &[u32]) -> Result
     let waits = delays.iter().map(|delay| ("", *delay));
     let mut seen: Vec<String> = Vec::new();
     for (place, delay) in stops.chain(waits) {
-        // Else a sign of life of the one that is gone would be waited for.
+        // Otherwise a response of the destroyed guest would be waited for.
         ctx.destroy_guest("victim")?;
         ctx.ensure_guest(spec.clone())?;
         let out = ctx.dom0.sh_timeout(
@@ -99,7 +106,7 @@ fn destroy(ctx: &mut Ctx, kind: Kind, places: &[&str], delays: &[u32]) -> Result
         let said = out.text();
         let rc = said.lines().next().unwrap_or_default().to_owned();
         match &*rc {
-            // It was over; killed by its guardian, for it was stopped in its pause.
+            // Exit 0: the run was over. 137: its guardian killed it, because it was stopped in its pause.
             "rc 0" => check!(said.contains("applied"), "{when}: {said}"),
             "rc 137" => check!(!place.is_empty(), "{when}: {said}"),
             "rc 1" | "rc 2" => check!(
@@ -115,7 +122,7 @@ fn destroy(ctx: &mut Ctx, kind: Kind, places: &[&str], delays: &[u32]) -> Result
     }
     eprintln!("xtest: {}: {seen:?}", kind.name());
 
-    // A new one with the same name is a new one.
+    // A new guest of the same name has nothing of the old one.
     ctx.destroy_guest("victim")?;
     let guest = ctx.ensure_guest(spec)?;
     shows(ctx, &guest, ["", "", ""], &[])?;
@@ -126,7 +133,7 @@ fn destroy(ctx: &mut Ctx, kind: Kind, places: &[&str], delays: &[u32]) -> Result
     ctx.destroy_guest("victim")
 }
 
-/// Xen has let the domain go, and what was noted of it is removed by `recover`, which says so.
+/// Checks that Xen has removed the domain, and that `recover` removes what is noted of it, and says so.
 fn nothing_left(ctx: &Ctx, when: &str) -> Result<(), Verdict> {
     let mut tries = 0;
     while !domains(ctx)?.is_empty() {

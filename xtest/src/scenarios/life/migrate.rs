@@ -1,4 +1,4 @@
-//! A guest is moved to the same host as it runs, and patched meanwhile.
+//! A guest is migrated to the same host while it runs, and is patched meanwhile.
 
 use std::time::Duration;
 
@@ -12,27 +12,27 @@ use crate::scenarios::steps::tool::{self, shows};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// What takes too long for a usual run. No PV: to move a PV guest as it runs Xen needs shadow paging,
-/// which Debian's is built without.
+/// Scenarios that take too long for a usual run. No PV: to migrate a running PV guest, Xen
+/// needs shadow paging, which Debian's Xen is built without.
 pub const MATRIX: &[Scenario] = &[
     Scenario {
         name: "migrate-pvh",
         summary:
-            "what is applied and reverted while a PVH guest is moved has taken place where it is then",
+            "what is applied and reverted while a PVH guest is migrated is so in the migrated guest",
         profile: &PVH,
         run: |ctx| migrate(ctx, Kind::Pvh),
     },
     Scenario {
         name: "migrate-hvm",
         summary:
-            "what is applied and reverted while an HVM guest is moved has taken place where it is then",
+            "what is applied and reverted while an HVM guest is migrated is so in the migrated guest",
         profile: &HVM,
         run: |ctx| migrate(ctx, Kind::Hvm),
     },
 ];
 
-/// `migrate.sh NAME`: applies a patch and takes it back, again and again, until the guest is moved. Says
-/// after how many steps, whether the patch is in force, and how the first step failed that did.
+/// `migrate.sh NAME`: applies and reverts a patch until the guest is migrated or a step fails. Prints the exit code
+/// of the migration, whether the patch is in force, the number of steps, and exit code and message of the last.
 const SCRIPT: &str = r#"
 id=$(xl domid "$1")
 rm -f /tmp/migrate.rc
@@ -84,8 +84,8 @@ fn migrate(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
             _ => (["live", "", ""], &[CMDLINE][..]),
         };
         shows(ctx, &guest, seen, patches)?;
-        check!(guest.rounds()? > rounds, "the workload stands still");
-        // What the last step left, on whichever side, is settled by the next one.
+        guest.went_on(rounds)?;
+        // The next step resolves what the last one left, on either side.
         tool::apply(ctx, name, PAIR)?;
         shows(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
         tool::revert(ctx, name, PAIR)?;

@@ -1,5 +1,5 @@
-//! What happens to guests in their lives, with patches in force: they are saved and restored, moved,
-//! started anew, destroyed, and get more or less of memory and processors.
+//! The life cycle of guests with patches in force: they are saved and restored, migrated, rebooted, destroyed, and
+//! get more or less memory and processors.
 
 mod crash;
 mod destroy;
@@ -11,12 +11,12 @@ mod text;
 
 use crate::scenario::Scenario;
 
-/// See the names.
+/// Scenarios that are short enough for a usual run.
 pub fn scenarios() -> Vec<Scenario> {
     [save::SCENARIOS, destroy::SCENARIOS].concat()
 }
 
-/// What takes too long for a usual run.
+/// Scenarios that take too long for a usual run.
 pub fn matrix() -> Vec<Scenario> {
     [
         save::MATRIX,

@@ -1,4 +1,4 @@
-//! Guests start anew: what was in force is gone, is said to be, and is applied again if that is wanted.
+//! Guests reboot. Their patches are gone, are reported as gone, and are applied again if that is wanted.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::scenarios::steps::{daemon, wait};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// What takes too long for a usual run: each guest starts four times.
+/// Scenarios that take too long for a usual run: each guest starts four times.
 pub const MATRIX: &[Scenario] = &[
     Scenario {
         name: "reboot-pv",
@@ -32,7 +32,7 @@ pub const MATRIX: &[Scenario] = &[
 /// Where the daemon says what it does.
 const SAID: &str = "/tmp/reapply.log";
 
-/// Restarts the guest's kernel, and waits until it takes commands.
+/// Reboots the guest, and waits until it takes commands.
 fn reboot(ctx: &mut Ctx, spec: &GuestSpec) -> Result<Guest, Verdict> {
     let old = ctx.guest(&spec.name)?;
     let _ = old.try_sh("reboot -f", Duration::from_secs(2), Duration::from_secs(2));
@@ -47,7 +47,7 @@ fn reboot(ctx: &mut Ctx, spec: &GuestSpec) -> Result<Guest, Verdict> {
     Ok(guest)
 }
 
-/// Checks patches and their states, in JSON, with `gone` for those that went with the old kernel.
+/// Checks the names and states of patches. The state is `gone` for those that were in force before the reboot.
 fn states(ctx: &Ctx, name: &str, expected: &[(&str, &str)]) -> Result<(), Verdict> {
     let status = tool::status(ctx, name)?;
     let patches = tool::patches_of(&status)?;
@@ -97,12 +97,12 @@ fn reboots(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let row = tool::list_row(ctx, &name)?;
     check!(row["patches"] == 0 && row["status"] == "ready", "{row}");
 
-    // One is applied again by hand.
+    // One patch is applied again by hand.
     tool::apply(ctx, &name, CMDLINE)?;
     states(ctx, &name, &[(PAIR, "gone"), (CMDLINE, "applied")])?;
     shows(ctx, &guest, ["live", "", ""], &[CMDLINE])?;
 
-    // All are by the daemon: of the guest that runs, and of one that starts while it does.
+    // The daemon applies all again: in a guest that already runs, and in one that reboots later.
     ctx.dom0.ok(&format!("rm -f {SAID}"))?;
     daemon::start_as(ctx, "xen-locus daemon --reapply", SAID)?;
     said(ctx, &[&format!("{PAIR}: applied")])?;
@@ -122,7 +122,7 @@ fn reboots(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         "{actions:?}"
     );
 
-    // Another file is another patch.
+    // A payload with another content is not applied again.
     ctx.dom0.ok(&format!(
         "xen-locus revert {name} {PAIR}; echo > {SAID}; \
          echo >> /var/lib/xen-locus/payloads/{CMDLINE}.ko"
@@ -134,7 +134,7 @@ fn reboots(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     )?;
     states(ctx, &name, &[(CMDLINE, "gone")])?;
     shows(ctx, &guest, ["", "", ""], &[])?;
-    // To take it back is to want it no more.
+    // Revert means that the patch is no longer wanted.
     tool::revert(ctx, &name, CMDLINE)?;
     states(ctx, &name, &[])?;
     daemon::stop(ctx)?;

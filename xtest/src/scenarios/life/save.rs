@@ -12,36 +12,36 @@ use crate::scenarios::steps::tool::{self, shows};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// See the names.
+/// Scenarios that are short enough for a usual run.
 pub const SCENARIOS: &[Scenario] = &[Scenario {
     name: "save-pv",
-    summary: "three patches outlive save and restore of a PV guest, and leave its text as it was",
+    summary: "three patches survive save and restore of a PV guest, and revert restores its text",
     profile: &PV1,
     run: |ctx| save(ctx, Kind::Pv),
 }];
 
-/// What takes too long for a usual run.
+/// Scenarios that take too long for a usual run.
 pub const MATRIX: &[Scenario] = &[
     Scenario {
         name: "save-pvh",
         summary:
-            "three patches outlive save and restore of a PVH guest, and leave its text as it was",
+            "three patches survive save and restore of a PVH guest, and revert restores its text",
         profile: &PVH,
         run: |ctx| save(ctx, Kind::Pvh),
     },
     Scenario {
         name: "save-hvm",
         summary:
-            "three patches outlive save and restore of an HVM guest, and leave its text as it was",
+            "three patches survive save and restore of an HVM guest, and revert restores its text",
         profile: &HVM,
         run: |ctx| save(ctx, Kind::Hvm),
     },
 ];
 
-/// Where the guest is saved to.
+/// The file that the guest is saved to.
 const FILE: &str = "/tmp/saved";
 
-/// Saves the guest, which runs on, twice; returns the shorter time, in seconds.
+/// Saves the guest twice, while it runs on. Returns the shorter time, in seconds.
 fn time_of_save(ctx: &Ctx, name: &str) -> Result<f64, Verdict> {
     let mut best = f64::INFINITY;
     for _ in 0..2 {
@@ -91,9 +91,9 @@ fn save(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     );
     shows(ctx, &guest, seen, &[PAIR, CMDLINE, TWO])?;
     std::thread::sleep(Duration::from_secs(1));
-    check!(guest.rounds()? > rounds, "the workload stands still");
+    guest.went_on(rounds)?;
 
-    // What was applied here before is undone, and more applied, where it is now.
+    // In the restored guest, another patch is applied and all are reverted.
     tool::apply(ctx, &name, THREE)?;
     shows(
         ctx,

@@ -1,5 +1,5 @@
-//! Guests get less and more memory and processors, and are suspended, with patches in force and while
-//! others come.
+//! Guests get less and more memory and processors, and are suspended, with patches in force and while others are
+//! applied.
 
 use std::time::{Duration, Instant};
 
@@ -13,25 +13,25 @@ use crate::scenarios::steps::tool::{self, shows};
 use crate::scenarios::steps::wait;
 use crate::verdict::Verdict;
 
-/// What takes too long for a usual run.
+/// Scenarios that take too long for a usual run.
 pub const MATRIX: &[Scenario] = &[
     Scenario {
         name: "sizes-pv",
         summary:
-            "patches come and stay while a PV guest loses and gains memory and vCPUs, and sleeps",
+            "patches are applied and stay while a PV guest loses and gains memory and vCPUs, and sleeps",
         profile: &PV1,
         run: |ctx| sizes(ctx, Kind::Pv),
     },
     Scenario {
         name: "sizes-pvh",
         summary:
-            "patches come and stay while a PVH guest loses and gains memory and vCPUs, and sleeps",
+            "patches are applied and stay while a PVH guest loses and gains memory and vCPUs, and sleeps",
         profile: &PVH,
         run: |ctx| sizes(ctx, Kind::Pvh),
     },
 ];
 
-/// Waits until the guest's answer to `cmd`, a number, is as wanted.
+/// Waits until `cmd` prints a wanted number in the guest. Returns the number.
 fn until(guest: &Guest, cmd: &str, wanted: impl Fn(u64) -> bool) -> Result<u64, Verdict> {
     wait::until(Duration::from_secs(60), || {
         let text = guest.ok(cmd)?;
@@ -40,11 +40,11 @@ fn until(guest: &Guest, cmd: &str, wanted: impl Fn(u64) -> bool) -> Result<u64, 
     })
 }
 
-/// Memory that the guest's kernel has, in KiB.
+/// A command that prints the memory of the guest's kernel, in KiB.
 const MEMORY: &str = "awk '/^MemTotal/ {print $2}' /proc/meminfo";
 const CPUS: &str = "nproc";
 
-/// On each of so many CPUs the word stands in `/proc/cmdline`.
+/// Checks that each CPU shows the word in `/proc/cmdline`.
 fn on_each(guest: &Guest, cpus: u32, word: &str) -> Result<(), Verdict> {
     for cpu in 0..cpus {
         let mask = 1 << cpu;
@@ -64,7 +64,7 @@ fn sizes(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let xl = |line: &str| ctx.dom0.ok(&format!("xl {line}"));
     let apply = |patch: &str| tool::apply(ctx, &name, patch);
 
-    // Memory: down, up above what it began with, and above what it was given room for.
+    // Memory: less, then more than at the start, then more than the kernel reserved room for.
     apply(CMDLINE)?;
     let start = until(&guest, MEMORY, |_| true)?;
     xl(&format!("mem-set {name} 150"))?;
@@ -79,14 +79,14 @@ fn sizes(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     shows(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
     eprintln!("xtest: {name}: memory {start} KiB, then {small}, {large}, {added}");
 
-    // Processors: one of two is taken while a patch comes, and two come after that.
+    // Processors: one of two is removed while a patch is applied, then two are added.
     xl(&format!("vcpu-set {name} 1"))?;
     until(&guest, CPUS, |n| n == 1)?;
     shows(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
     apply(TWO)?;
     shows(ctx, &guest, ["two", "two", "live"], &[CMDLINE, PAIR, TWO])?;
     xl(&format!("vcpu-set --ignore-host {name} 3"))?;
-    // The kernel makes them known (drivers/xen/cpu_hotplug.c); to bring them up is for a guest's udev.
+    // The kernel announces them (drivers/xen/cpu_hotplug.c). Bringing them online is a task of udev in the guest.
     let up = "for cpu in 1 2; do echo 1 >/sys/devices/system/cpu/cpu$cpu/online; done 2>/dev/null";
     until(&guest, &format!("{up}; {CPUS}"), |n| n == 3)?;
     on_each(&guest, 3, "two")?;
@@ -98,13 +98,13 @@ fn sizes(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     tool::revert_all(ctx, &name)?;
     shows(ctx, &guest, ["", "", ""], &[])?;
     std::thread::sleep(Duration::from_secs(1));
-    check!(guest.rounds()? > rounds, "the workload stands still");
+    guest.went_on(rounds)?;
     lacks(&guest, &BROKEN)?;
     ctx.destroy_guest(&name)
 }
 
-/// Has the guest's kernel add memory that it had no room for when it started (mm/memory_hotplug.c, by
-/// drivers/xen/balloon.c). `xl mem-set` asks for no more than that room, so its node in XenStore is written.
+/// Makes the guest's kernel add memory beyond the room that it reserved at the start (mm/memory_hotplug.c, by
+/// drivers/xen/balloon.c). `xl mem-set` never asks for more than that room, so this writes the node in XenStore.
 fn hot_add(ctx: &Ctx, guest: &Guest, before: u64) -> Result<u64, Verdict> {
     let (name, domid) = (&guest.name, guest.domid);
     guest.ok("echo online >/sys/devices/system/memory/auto_online_blocks")?;
@@ -114,14 +114,17 @@ fn hot_add(ctx: &Ctx, guest: &Guest, before: u64) -> Result<u64, Verdict> {
     until(guest, MEMORY, |kib| kib > before + 100_000)
 }
 
-/// Suspend to RAM, which in such a guest is suspend to idle, by the kernel's own test of it: tasks are
-/// frozen and devices are down for five seconds, within which a patch comes. It passes them in a loop that
-/// counts cycles, which took over twenty seconds of an emulated guest's clock, and its watchdog for a lockup.
+/// Suspends the guest to RAM, which is suspend to idle here, by the kernel's own test of it: tasks are frozen and
+/// devices are down for five seconds. A patch is applied meanwhile.
+///
+/// The test waits in a loop that counts cycles. On an emulated machine that took over twenty seconds of the
+/// guest's clock, and its watchdog reported a lockup; so the watchdog gets more time.
 fn sleeps(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let name = &guest.name;
     guest.ok("echo 60 >/proc/sys/kernel/watchdog_thresh")?;
     let began = Instant::now();
-    guest.ok("echo platform >/sys/power/pm_test && (sleep 2; echo mem >/sys/power/state; echo $? >/tmp/slept) >/dev/null 2>&1 &")?;
+    guest.ok("echo platform >/sys/power/pm_test && \
+         (sleep 2; echo mem >/sys/power/state; echo $? >/tmp/slept) >/dev/null 2>&1 &")?;
     std::thread::sleep(Duration::from_secs(3));
     tool::apply(ctx, name, TWO)?;
     let applied = began.elapsed();

@@ -1,4 +1,4 @@
-//! The kernel text of a guest at one moment, held against that of another moment.
+//! Compares the kernel text of a guest at two moments.
 
 use crate::guest::Kind;
 use crate::scenario::Ctx;
@@ -24,8 +24,8 @@ impl Text {
         Ok(Self { sum, bytes })
     }
 
-    /// Checks that the guest's text is this, byte for byte. An HVM guest changes static keys of its own
-    /// when it is restored: what the change of a jump label looks like is counted and left out.
+    /// Checks that the guest's text is still the same, byte for byte. An HVM guest switches static keys of its
+    /// own when it is restored: differences that look like a switched jump label are counted and accepted.
     pub fn check(&self, ctx: &Ctx, name: &str, kind: Kind) -> Result<(), Verdict> {
         let now = Self::of(ctx, name)?;
         check_eq!(now.bytes.len(), self.bytes.len(), "bytes of text");
@@ -38,7 +38,7 @@ impl Text {
             check_eq!(
                 now.sum,
                 self.sum,
-                "SHA-256 of the kernel's text ({at:x?} is other)"
+                "SHA-256 of the kernel's text (differs at {at:x?})"
             );
         }
         eprintln!(
@@ -50,12 +50,12 @@ impl Text {
     }
 }
 
-/// How many jump labels (`arch/x86/kernel/jump_label.c`) were switched between two versions of the text.
-/// A jump of theirs ends within the text, which one to a patch doesn't.
+/// Counts the jump labels (`arch/x86/kernel/jump_label.c`) that were switched between two versions of the text.
+/// The jump of a label ends within the text; a jump to a patch does not.
 ///
 /// # Errors
 ///
-/// Anything else is other.
+/// There is another difference.
 fn jump_labels(old: &[u8], new: &[u8]) -> Result<usize, Verdict> {
     const NOP2: [u8; 2] = [0x66, 0x90];
     const NOP5: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
@@ -89,7 +89,7 @@ fn jump_labels(old: &[u8], new: &[u8]) -> Result<usize, Verdict> {
         let len = switched(at).ok_or_else(|| {
             let bytes = at.saturating_sub(8)..(at + 8).min(old.len());
             Verdict::failure(format!(
-                "the kernel's text is other at {at:#x}: {:x?} was {:x?}",
+                "the kernel's text differs at {at:#x}: {:x?} was {:x?}",
                 &new[bytes.clone()],
                 &old[bytes]
             ))

@@ -1,4 +1,4 @@
-//! What payload code does by itself, once it is linked and registered.
+//! Behaviours of payload code that is linked and registered.
 
 use super::subject::Subject;
 use crate::guest::Kind;
@@ -15,7 +15,7 @@ pub fn sites(subject: &Subject<'_>) -> Result<(), Verdict> {
     subject.comes_and_goes("locus_sites")
 }
 
-/// Taken and not taken.
+/// Alternatives that apply to this processor, and others.
 pub fn alternatives(subject: &Subject<'_>) -> Result<(), Verdict> {
     subject.comes_and_goes("locus_alt")
 }
@@ -25,7 +25,7 @@ pub fn uaccess(subject: &Subject<'_>) -> Result<(), Verdict> {
     subject.comes_and_goes("locus_uaccess")
 }
 
-/// Per-CPU variables of the kernel's: agree, and are counted where the kernel reads them.
+/// Per-CPU variables of the kernel: the payload counts in the same variable that the kernel reads.
 pub fn percpu(subject: &Subject<'_>) -> Result<(), Verdict> {
     const NAME: &str = "locus_percpu";
     let count = || -> Result<u64, Verdict> {
@@ -47,7 +47,7 @@ pub fn percpu(subject: &Subject<'_>) -> Result<(), Verdict> {
     subject.revert(NAME)
 }
 
-/// Variables begin as they were built, keep what is written, and begin anew with the next apply.
+/// Variables have their initial values, keep what is written, and have their initial values after the next apply.
 pub fn state(subject: &Subject<'_>) -> Result<(), Verdict> {
     const NAME: &str = "locus_state";
     for again in [false, true] {
@@ -79,8 +79,7 @@ fn state_line(calls: usize) -> String {
     )
 }
 
-/// The kernel's log names file and line of a warning, and the functions of the payload and the
-/// kernel's below them.
+/// The kernel's log names file and line of a warning, the functions of the payload, and the kernel's callers.
 pub fn warnings(subject: &Subject<'_>) -> Result<(), Verdict> {
     const NAME: &str = "locus_warn";
     subject.apply(NAME)?;
@@ -103,7 +102,7 @@ pub fn warnings(subject: &Subject<'_>) -> Result<(), Verdict> {
         for (line, function) in expected {
             let found = log.lines().any(|l| {
                 l.contains("WARNING: ")
-                    // the compiler may have made a variant of it, as in `.isra.0`
+                    // The compiler may have made a variant, like `.isra.0`.
                     && [format!("{function}+0x"), format!("{function}.")]
                         .iter()
                         .flat_map(|name| [name.clone(), format!("at {name}")])
@@ -114,7 +113,7 @@ pub fn warnings(subject: &Subject<'_>) -> Result<(), Verdict> {
         }
         check!(log.contains("locus warns"), "no message:\n{log}");
         let trace: Vec<&str> = functions(&log, "Call Trace:").take(20).collect();
-        // Where a warning with a message traps in a function of its own, the trace begins with who warns.
+        // If a warning with a message traps in a function of its own, the trace begins with the function that warns.
         let mut callers = trace
             .iter()
             .skip_while(|f| f.starts_with("locus_warn_inner"));
@@ -127,7 +126,7 @@ pub fn warnings(subject: &Subject<'_>) -> Result<(), Verdict> {
     subject.revert(NAME)
 }
 
-/// Functions of the first back-trace behind `title`; not those with a question mark.
+/// Functions of the first backtrace after `title`, except those with a question mark.
 fn functions<'l>(log: &'l str, title: &str) -> impl Iterator<Item = &'l str> {
     let lines = log.lines().skip_while({
         let title = title.to_owned();
@@ -142,8 +141,7 @@ fn functions<'l>(log: &'l str, title: &str) -> impl Iterator<Item = &'l str> {
     })
 }
 
-/// Threads found inside replacement code: all ways to see a stack name its functions, and go on
-/// below.
+/// Threads are inside replacement code. All ways to see a stack name its functions, and continue with the callers.
 pub fn stacks(subject: &Subject<'_>) -> Result<(), Verdict> {
     const NAME: &str = "locus_stack";
     const PATH: [&str; 2] = ["seq_read_iter", "do_syscall_64"];
@@ -167,7 +165,7 @@ pub fn stacks(subject: &Subject<'_>) -> Result<(), Verdict> {
         );
         Ok(())
     };
-    // who spins keeps a CPU from who only wakes up now and then
+    // The thread that spins would keep the CPU from the one that only wakes up now and then.
     guest.ok(
         "rm -f /tmp/pids; taskset 1 cat /proc/cmdline > /tmp/cmdline.out & echo $! > /tmp/pids; \
         taskset 2 cat /proc/version > /tmp/version.out & echo $! >> /tmp/pids; \
@@ -181,7 +179,7 @@ pub fn stacks(subject: &Subject<'_>) -> Result<(), Verdict> {
         ("l", "locus_stack_spin", "locus_stack_spinner"),
         ("t", "locus_stack_sleep", "locus_stack_sleeper"),
     ] {
-        // the log may be shorter than all tasks: the newest come last
+        // The log may be too short for all tasks. The newest come last.
         let show = format!(
             "dmesg -c > /dev/null; taskset 1 sh -c 'echo {what} > /proc/sysrq-trigger'; \
              for i in $(seq 100); do sleep 1; dmesg > /tmp/log; grep -q {inner}+ /tmp/log && break; \
@@ -196,7 +194,7 @@ pub fn stacks(subject: &Subject<'_>) -> Result<(), Verdict> {
     subject.revert(NAME)
 }
 
-/// A function of a module: while the module is not loaded refused, afterwards replaced.
+/// A function of a module: refused while the module is not loaded, replaced afterwards.
 pub fn module_function(subject: &Subject<'_>) -> Result<(), Verdict> {
     const NAME: &str = "locus_module_function";
     const FEATURE: &str = "/sys/fs/ext4/features/lazy_itable_init";
@@ -216,7 +214,7 @@ pub fn module_function(subject: &Subject<'_>) -> Result<(), Verdict> {
     Ok(())
 }
 
-/// Of two functions with one name the one that is meant is replaced, and the other is not.
+/// Of two functions with the same name, the right one is replaced and the other is not.
 pub fn same_names(subject: &Subject<'_>) -> Result<(), Verdict> {
     const NAME: &str = "locus_same_name";
     const OTHER: &str = "/sys/devices/system/cpu/smt/control";
@@ -264,7 +262,7 @@ pub fn many(subject: &Subject<'_>) -> Result<(), Verdict> {
     Ok(())
 }
 
-/// One mebibyte of data: does not fit into a PV guest's arena, and both numbers are said.
+/// One mebibyte of data. It does not fit into a PV guest's arena, and the refusal states both sizes.
 pub fn big(subject: &Subject<'_>) -> Result<(), Verdict> {
     const NAME: &str = "locus_big";
     if subject.kind == Kind::Pv {

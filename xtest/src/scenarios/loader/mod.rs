@@ -1,8 +1,7 @@
-//! Payloads are ordinary kernel code: each thing that the kernel's own loader prepares such code for
-//! works in a payload applied from outside, or is refused by name.
+//! Payloads are ordinary kernel code. Everything that the kernel's own module loader prepares works in a payload that
+//! is applied from outside, or is refused by name.
 //!
-//! One payload of `patches/test/` for each behaviour. Its new functions tell, in a file of /proc,
-//! what they found.
+//! `patches/test/` has a payload for each behaviour. Its new functions report in a file of `/proc` what they found.
 
 mod behaviour;
 mod own;
@@ -21,32 +20,32 @@ use crate::verdict::Verdict;
 use crate::{check, check_eq};
 use subject::Subject;
 
-/// See the names.
+/// Scenarios that are short enough for a usual run.
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "loader-pv",
         summary:
-            "payloads with all that a loader prepares work in a PV guest, or are refused by name",
+            "payloads with everything that a loader prepares work in a PV guest, or are refused by name",
         profile: &PV1,
         run: |ctx| loader(ctx, Kind::Pv, &BOOKWORM),
     },
     Scenario {
         name: "loader-own-pv",
         summary:
-            "the kernel's own livepatches, built unchanged, work or are refused for a true reason",
+            "the kernel's own livepatches, built unchanged, work or are refused for the right reason",
         profile: &PV1,
         run: |ctx| own::run(ctx, Kind::Pv),
     },
     Scenario {
         name: "loader-pvh",
         summary:
-            "payloads with all that a loader prepares work in a PVH guest, or are refused by name",
+            "payloads with everything that a loader prepares work in a PVH guest, or are refused by name",
         profile: &HVM,
         run: |ctx| loader(ctx, Kind::Pvh, &BOOKWORM),
     },
 ];
 
-/// What takes too long for a usual run.
+/// Scenarios that take too long for a usual run.
 pub const MATRIX: &[Scenario] = &[
     Scenario {
         name: "loader-trixie-pv",
@@ -68,19 +67,19 @@ pub const MATRIX: &[Scenario] = &[
     },
     Scenario {
         name: "loader-cycles-pv",
-        summary: "a mixed payload comes and goes 50 times and leaks no page of the arena",
+        summary: "a mixed payload is applied and reverted 50 times and leaks no page of the arena",
         profile: &PV1,
         run: |ctx| cycles(ctx, Kind::Pv, 50, false),
     },
     Scenario {
         name: "loader-cycles-1000-pv",
-        summary: "a mixed payload comes and goes 1,000 times and leaks no page of the arena",
+        summary: "a mixed payload is applied and reverted 1,000 times and leaks no page of the arena",
         profile: &PV1,
         run: |ctx| cycles(ctx, Kind::Pv, 1000, false),
     },
     Scenario {
         name: "cycles-2000-pv",
-        summary: "the same 2,000 times in a PV guest under load: no memory grows, ours, its arena or its own",
+        summary: "the same 2,000 times in a PV guest under load: no memory of xen-locus or the guest grows",
         profile: &PV1,
         run: |ctx| cycles(ctx, Kind::Pv, 2000, true),
     },
@@ -104,10 +103,10 @@ pub const MATRIX: &[Scenario] = &[
     },
 ];
 
-/// One thing that is shown.
+/// The test of one behaviour.
 type Behaviour = fn(&Subject<'_>) -> Result<(), Verdict>;
 
-/// All of them, with the names under which they are reported.
+/// All behaviours, with the names under which they are reported.
 const BEHAVIOURS: &[(&str, Behaviour)] = &[
     ("relocations", behaviour::relocations),
     ("state", behaviour::state),
@@ -128,7 +127,7 @@ const BEHAVIOURS: &[(&str, Behaviour)] = &[
 ];
 
 fn loader(ctx: &mut Ctx, kind: Kind, suite: &'static Suite) -> Result<(), Verdict> {
-    // All of them, so that one run tells all that is wrong.
+    // All of them, so that one run reports everything that is wrong.
     let mut wrong = Vec::new();
     for (what, behaviour) in BEHAVIOURS {
         let subject = Subject::with_room(ctx, kind, suite)?;
@@ -161,7 +160,7 @@ fn loader(ctx: &mut Ctx, kind: Kind, suite: &'static Suite) -> Result<(), Verdic
     Ok(())
 }
 
-/// One behaviour, and a guest that is as it was before.
+/// Tests one behaviour. Afterwards the guest must be as it was before.
 fn shown(subject: &Subject<'_>, behaviour: Behaviour) -> Result<(), Verdict> {
     let before = subject.texts()?;
     subject.log.mark(&subject.guest)?;
@@ -175,17 +174,17 @@ fn shown(subject: &Subject<'_>, behaviour: Behaviour) -> Result<(), Verdict> {
     subject.log.nothing_new(subject.ctx, &subject.guest)
 }
 
-/// The payload that has everything in it that a loader prepares.
+/// A payload with a mixture of what a loader prepares.
 const MIXED: &str = "locus_mixed";
 
-/// What applying again and again must not make more of.
+/// What must not grow when a payload is applied many times.
 #[derive(Debug, PartialEq, Eq)]
 struct Held {
     /// Pages of the arena in use.
     arena: u64,
-    /// Memory that Xen gives the guest, in MiB, as `xl list` has it.
+    /// Memory that Xen gives the guest, in MiB, by `xl list`.
     guest: u64,
-    /// Processes in dom0.
+    /// Processes of xen-locus in dom0.
     processes: u64,
 }
 
@@ -205,7 +204,7 @@ impl Held {
     }
 }
 
-/// One cycle, and the most memory that one of its two runs took, in KiB (`ru_maxrss`).
+/// Runs one cycle. Returns the peak memory of its two runs, in KiB (`ru_maxrss`).
 fn peak(subject: &Subject<'_>) -> Result<u64, Verdict> {
     let (name, file) = (&subject.guest.name, subject.file(MIXED));
     let mut most = 0;
@@ -220,17 +219,17 @@ fn peak(subject: &Subject<'_>) -> Result<u64, Verdict> {
             .lines()
             .find_map(|l| l.strip_prefix("peak ")?.parse().ok());
         let found: u64 = found.ok_or_else(|| Verdict::Error(format!("{command}: {text}")))?;
-        // busybox takes what the kernel says, KiB, for pages of four.
+        // busybox takes the KiB that the kernel reports for pages of 4 KiB.
         most = most.max(found / 4);
     }
     Ok(most)
 }
 
-/// Cycles between two looks at what is held.
+/// Cycles between two checks of [`Held`].
 const AT_ONCE: u32 = 250;
 
-/// Applies and reverts again and again. After the last cycle nobody has more memory than after
-/// the first: the guest, its arena, or a run of xen-locus.
+/// Applies and reverts `count` times. After the last cycle the guest, its arena and a run of xen-locus must have no
+/// more memory than after the first.
 fn cycles(ctx: &mut Ctx, kind: Kind, count: u32, load: bool) -> Result<(), Verdict> {
     let subject = Subject::with_room(ctx, kind, &BOOKWORM)?;
     let before = subject.texts()?;
@@ -254,7 +253,7 @@ fn cycles(ctx: &mut Ctx, kind: Kind, count: u32, load: bool) -> Result<(), Verdi
         let some = (count - done).min(AT_ONCE);
         run(some)?;
         done += some;
-        // A run of hours says how it stands, and what grows is seen where it began to.
+        // A run of hours reports its progress, and shows when something began to grow.
         eprintln!("cycles: {done} of {count}");
         check_eq!(Held::of(&subject)?, held, "held after {done} cycles");
     }

@@ -1,5 +1,5 @@
-//! The kernel's own livepatches: `samples/livepatch` and `lib/livepatch` of the source of the guest's
-//! kernel, built as they are.
+//! The kernel's own livepatches: `samples/livepatch` and `lib/livepatch` of the source of the guest's kernel, built
+//! unchanged.
 
 use super::subject::Subject;
 use crate::guest::Kind;
@@ -8,9 +8,9 @@ use crate::suites::BOOKWORM;
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// What becomes of a module.
+/// The expected result for a module.
 enum Fate {
-    /// It is applied; this file of the guest then says this.
+    /// It is applied. Then this file of the guest has this content.
     Works(&'static str, &'static str),
     /// It is refused, with these words.
     Refused(&'static [&'static str]),
@@ -39,7 +39,7 @@ const MODULES: &[(&str, Fate)] = &[
     ("test_klp_state2", Refused(&["callback"])),
     ("test_klp_state3", Refused(&["callback"])),
     ("livepatch-callbacks-demo", Refused(&["callback"])),
-    // Functions of a module that no guest here has.
+    // They replace functions of a module that no guest here has.
     (
         "livepatch-shadow-fix1",
         Refused(&["livepatch_shadow_mod", "not loaded"]),
@@ -48,7 +48,7 @@ const MODULES: &[(&str, Fate)] = &[
         "livepatch-shadow-fix2",
         Refused(&["livepatch_shadow_mod", "not loaded"]),
     ),
-    // What they are tried on.
+    // Modules that the livepatches are tried on.
     ("test_klp_callbacks_busy", Refused(&["not a livepatch"])),
     ("test_klp_callbacks_mod", Refused(&["not a livepatch"])),
     ("test_klp_shadow_vars", Refused(&["not a livepatch"])),
@@ -57,7 +57,7 @@ const MODULES: &[(&str, Fate)] = &[
     ("livepatch-callbacks-busymod", Refused(&["not a livepatch"])),
 ];
 
-/// Applies each, and says all that is wrong.
+/// Applies each module, and reports everything that is wrong.
 pub fn run(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let built = ctx.kernels.own_livepatches()?;
     let subject = Subject::with_room(ctx, kind, &BOOKWORM)?;

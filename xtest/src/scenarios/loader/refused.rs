@@ -1,4 +1,4 @@
-//! Payloads that must be refused: by name, with exit code 3, and the guest as it was.
+//! Payloads that must be refused by name, with exit code 3, and without a change of the guest.
 
 use super::subject::Subject;
 use crate::check;
@@ -24,10 +24,10 @@ const PAYLOADS: &[(&str, &[&str])] = &[
     ("locus_plain", &["not a livepatch"]),
 ];
 
-/// All of them, and all that is wrong.
+/// Tries all of them, and reports everything that is wrong.
 pub fn all(subject: &Subject<'_>) -> Result<(), Verdict> {
     let mut wrong = Vec::new();
-    // Where there is one function of the name it is the one that is meant.
+    // If there is only one function of the name, it is not ambiguous.
     let ambiguous = subject.has_namesakes()?;
     let all = PAYLOADS
         .iter()

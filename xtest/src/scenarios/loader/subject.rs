@@ -10,7 +10,7 @@ use crate::suites::{Suite, BOOKWORM};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// Files whose text payloads replace.
+/// Files whose content payloads change.
 const FILES: &str = "/proc/cmdline /proc/version /proc/sys/kernel/ostype";
 
 /// Pages of the arena that one behaviour may need.
@@ -71,7 +71,7 @@ impl<'a> Subject<'a> {
         })
     }
 
-    /// A line in the transcript.
+    /// Writes a line to the transcript.
     pub fn note(&self, text: &str) {
         self.ctx.dom0.note(text);
     }
@@ -91,7 +91,7 @@ impl<'a> Subject<'a> {
         tool::apply_json(self.ctx, &self.guest, file, "applied")
     }
 
-    /// The first function that the payload replaces and the guest's kernel does not have.
+    /// The first function that the payload replaces but the guest's kernel does not have.
     pub fn lacks(&self, name: &str) -> Result<Option<String>, Verdict> {
         let file = self.file(name);
         let shown = self.ctx.json(&format!("xen-locus -o json show {file}"))?;
@@ -125,7 +125,7 @@ impl<'a> Subject<'a> {
         tool::listed(self.ctx, &self.guest.name)
     }
 
-    /// Reverts what is in force, the newest first.
+    /// Reverts all patches in force, the newest first.
     pub fn revert_all(&self) -> Result<(), Verdict> {
         for name in self.applied()?.iter().rev() {
             self.revert(name)?;
@@ -138,17 +138,17 @@ impl<'a> Subject<'a> {
         Ok(arena(self.ctx, &self.guest)?.1)
     }
 
-    /// What a file of the guest says.
+    /// The content of a file of the guest.
     pub fn read(&self, file: &str) -> Result<String, Verdict> {
         self.guest.ok(&format!("cat {file}"))
     }
 
-    /// What the files say that payloads replace.
+    /// The content of [`FILES`].
     pub fn texts(&self) -> Result<String, Verdict> {
         self.read(FILES)
     }
 
-    /// Reads a file in which each line must say ok, or have the form `name=value`. Returns the text.
+    /// Reads a file in which each line must end with `: ok` or have the form `name=value`. Returns its content.
     pub fn all_ok(&self, file: &str) -> Result<String, Verdict> {
         let text = self.read(file)?;
         let wrong: Vec<&str> = text
@@ -167,7 +167,7 @@ impl<'a> Subject<'a> {
         Ok(text)
     }
 
-    /// A payload comes, its file of /proc says ok twice, and it goes.
+    /// Applies a payload, reads its file of `/proc` twice, which must say ok, and reverts it.
     pub fn comes_and_goes(&self, name: &str) -> Result<(), Verdict> {
         let before = self.read("/proc/cmdline")?;
         self.apply(name)?;
@@ -179,7 +179,7 @@ impl<'a> Subject<'a> {
         Ok(())
     }
 
-    /// Applying this file must end with 3 (not applicable), say all of `words`, and change nothing.
+    /// Checks that applying this file ends with 3 (not applicable), says all of `words`, and changes nothing.
     pub fn refused(&self, file: &str, words: &[&str]) -> Result<(), Verdict> {
         let used = self.arena_used()?;
         let before = self.texts()?;
@@ -200,7 +200,7 @@ impl<'a> Subject<'a> {
     }
 }
 
-/// Pages that the arena has, and those in use.
+/// The number of pages of the arena, and how many of them are in use.
 fn arena(ctx: &Ctx, guest: &Guest) -> Result<(u64, u64), Verdict> {
     let info = tool::info(ctx, &guest.name, "")?;
     let number = |key: &str| info["arena"][key].as_u64();

@@ -1,4 +1,4 @@
-//! What the guest changes while a payload is in force: static keys, tracepoints, static calls.
+//! The guest changes static keys, tracepoints and static calls while a payload is in force.
 
 use std::time::Duration;
 
@@ -6,8 +6,8 @@ use super::subject::Subject;
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// Keys of the kernel's and the payload's own, turned while it is in force, while it is not, and
-/// between two applies.
+/// Keys of the kernel and of the payload are switched while the payload is in force, while it is not, and between
+/// two applies.
 pub fn static_keys(subject: &Subject<'_>) -> Result<(), Verdict> {
     const NAME: &str = "locus_statickey";
     let guest = &subject.guest;
@@ -42,7 +42,7 @@ pub fn static_keys(subject: &Subject<'_>) -> Result<(), Verdict> {
     check_eq!(subject.read("/proc/version")?, "turned");
     follows(1, 1, 1, 0)?;
     subject.revert(NAME)?;
-    // Nothing of the payload may be written now, nor may what it missed be forgotten.
+    // The kernel must not write to the payload now, and the next apply must use the present state.
     turn(0, 0)?;
     turn(1, 1)?;
     turn(0, 1)?;
@@ -55,8 +55,8 @@ pub fn static_keys(subject: &Subject<'_>) -> Result<(), Verdict> {
     Ok(())
 }
 
-/// A tracepoint that the payload hits is seen where it is on: not at all, with one user (the static
-/// call leads to it directly), and with two (it leads to a loop over both).
+/// A tracepoint in the payload reports to every user: to none, to one (the static call leads to it directly), and to
+/// two (the static call leads to a loop over both).
 pub fn tracepoints(subject: &Subject<'_>) -> Result<(), Verdict> {
     const NAME: &str = "locus_tracepoint";
     let guest = &subject.guest;
@@ -97,7 +97,7 @@ pub fn tracepoints(subject: &Subject<'_>) -> Result<(), Verdict> {
     read(1)?;
     seen(one, 0, "the other user")?;
     seen(two, 1, "the other user")?;
-    // On while it goes and comes.
+    // The tracepoint is on while the payload is reverted and applied.
     subject.revert(NAME)?;
     enable(one, 1)?;
     subject.apply(NAME)?;
@@ -114,8 +114,8 @@ pub fn tracepoints(subject: &Subject<'_>) -> Result<(), Verdict> {
     Ok(())
 }
 
-/// Static calls that the kernel's model of preemption decides on (kernel/sched/core.c, "SC:"), at
-/// the time of applying and later.
+/// Static calls that depend on the kernel's model of preemption (kernel/sched/core.c, "SC:"), at the time of apply
+/// and later.
 pub fn static_calls(subject: &Subject<'_>) -> Result<(), Verdict> {
     const NAME: &str = "locus_staticcall";
     const CALLED: &str = "__cond_resched";
@@ -124,7 +124,7 @@ pub fn static_calls(subject: &Subject<'_>) -> Result<(), Verdict> {
     let control = "/run/debug/sched/preempt";
     let modes = guest.sh(&format!("cat {control}"))?;
     if modes.rc != 0 || !modes.text().contains("voluntary") {
-        // A kernel whose preemption can't be changed, or not so that these calls do, makes them directly.
+        // A kernel whose preemption can't be changed, or does not change these calls, makes them directly.
         subject.apply(NAME)?;
         subject.read("/proc/cmdline")?;
         return subject.revert(NAME);
@@ -138,7 +138,7 @@ pub fn static_calls(subject: &Subject<'_>) -> Result<(), Verdict> {
         );
         Ok(())
     };
-    // The kernel rewrites some thousand places, one after the other, and takes a minute for it here.
+    // The kernel rewrites some thousand places, one after the other. That takes a minute here.
     let set = |mode: &str| -> Result<(), Verdict> {
         let limit = Duration::from_secs(400);
         let out = guest.sh_timeout(&format!("echo {mode} > {control}"), limit)?;

@@ -77,17 +77,18 @@ impl Log {
             .collect();
         // Xen itself says when the emulated machine stopped, dom0 included. RCU in the guest notices.
         let stalls = stalls(ctx)?;
-        let stood_still = self.stalls.replace(stalls.clone()) != stalls
+        let stopped = self.stalls.replace(stalls.clone()) != stalls
             && new
                 .first()
                 .is_some_and(|line| line.contains("rcu: INFO: rcu_preempt"));
-        if stood_still {
+        if stopped {
             let name = &guest.name;
             eprintln!(
-                "xtest: {name}: the machine stood still, so RCU stalls in its log do not count"
+                "xtest: {name}: the machine stopped for a while, so RCU stalls in its log do not count"
             );
-            ctx.dom0
-                .note("the machine stood still: RCU stalls in the guest's log do not count");
+            ctx.dom0.note(
+                "the machine stopped for a while: RCU stalls in the guest's log do not count",
+            );
             return Ok(());
         }
         check!(

@@ -1,14 +1,12 @@
 //! Steps that scenarios share, a file for each subject. No scenario imports from another one.
+//!
+//! `tool` runs commands of xen-locus; `patches` names the payloads and says what a guest shows when they are
+//! in force; `daemon` makes requests through XenStore; `guest_log` watches what a guest's kernel logs;
+//! `kernels` lists scenarios for several kernels; `wait` looks again until something is so.
 
-/// The daemon of dom0, and requests to it through XenStore.
 pub mod daemon;
-/// What a guest's kernel logs during a test.
 pub mod guest_log;
-/// Kernels of several releases of Debian.
 pub mod kernels;
-/// Payloads that several scenarios apply.
 pub mod patches;
-/// Commands of xen-locus in dom0.
 pub mod tool;
-/// Waiting until something is so.
 pub mod wait;
