@@ -19,6 +19,8 @@
 //! 7. `testbed`: everything ready to boot, and one booted machine.
 //! 8. What the command line starts: `runner`, `measure`, `demo`, `shell`.
 
+#![forbid(unsafe_code)]
+
 pub mod agent;
 pub mod cpio;
 pub mod demo;

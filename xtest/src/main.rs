@@ -1,5 +1,7 @@
 //! `xtest`: runs xen-locus on nested Xen under QEMU.
 
+#![forbid(unsafe_code)]
+
 use std::process::ExitCode;
 use std::time::Duration;
 

@@ -1,6 +1,8 @@
 //! The testbed's agent in dom0. `xtest-agent PORT` serves the runner's requests on a port. Called `guest`, it
 //! runs a command in a guest.
 
+#![forbid(unsafe_code)]
+
 use std::path::Path;
 use std::process::ExitCode;
 

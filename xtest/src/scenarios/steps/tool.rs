@@ -195,3 +195,26 @@ pub fn in_tracing(cmd: &str) -> String {
          cd /run/tracing && {cmd}"
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Output};
+
+    use super::cycles;
+
+    fn shell(cmd: &str) -> Output {
+        let out = Command::new("sh").args(["-c", cmd]).output();
+        out.unwrap()
+    }
+
+    #[test]
+    fn cycles_run_both_commands_and_end_at_the_first_that_fails() {
+        let out = shell(&cycles("echo", "guest file", "guest name", 2));
+        let once = "apply guest file\nrevert guest name\n";
+        assert_eq!(String::from_utf8_lossy(&out.stdout), once.repeat(2));
+        assert_eq!(out.status.code(), Some(0));
+        let out = shell(&cycles("false", "guest file", "guest name", 2));
+        assert_eq!(String::from_utf8_lossy(&out.stdout), "cycle 1: 1\n");
+        assert_eq!(out.status.code(), Some(1));
+    }
+}
