@@ -6,7 +6,7 @@ use crate::guest::{Guest, GuestSpec, Kind};
 use crate::profile::HVM;
 use crate::scenario::{Ctx, Scenario};
 use crate::scenarios::steps::patches::{CMDLINE, PAIR};
-use crate::scenarios::steps::tool::{self, shows};
+use crate::scenarios::steps::tool::{self, shows_now};
 use crate::scenarios::steps::{daemon, wait};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
@@ -92,7 +92,7 @@ fn crash(ctx: &mut Ctx) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(spec.clone())?;
     load(&guest)?;
     tool::apply(ctx, name, CMDLINE)?;
-    shows(ctx, &guest, ["live", "", ""], &[CMDLINE])?;
+    shows_now(ctx, &guest, ["live", "", ""], &[CMDLINE])?;
 
     // The daemon publishes the state too.
     let published = format!(
@@ -142,17 +142,17 @@ fn crash(ctx: &mut Ctx) -> Result<(), Verdict> {
                 .all(|p| p["state"] == "gone" && p["reason"] == "guest-rebooted"),
         "{status}"
     );
-    shows(ctx, &guest, ["", "", ""], &[])?;
+    shows_now(ctx, &guest, ["", "", ""], &[])?;
     until(ctx, &format!("[ \"$({published})\" = gone ]"))?;
     daemon::stop(ctx)?;
     tool::apply(ctx, name, CMDLINE)?;
-    shows(ctx, &guest, ["live", "", ""], &[CMDLINE])?;
+    shows_now(ctx, &guest, ["live", "", ""], &[CMDLINE])?;
     // A lost patch is missing until it is reverted, which means that it is no longer wanted.
     if lost.iter().any(|p| p["name"] == PAIR) {
         tool::revert(ctx, name, PAIR)?;
     }
     ctx.dom0.ok(&format!("xen-locus verify {name}"))?;
     tool::revert_all(ctx, name)?;
-    shows(ctx, &guest, ["", "", ""], &[])?;
+    shows_now(ctx, &guest, ["", "", ""], &[])?;
     ctx.destroy_guest(name)
 }

@@ -6,7 +6,7 @@ use crate::guest::{GuestSpec, Kind};
 use crate::profile::{PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
 use crate::scenarios::steps::patches::PAIR;
-use crate::scenarios::steps::tool::{self, shows};
+use crate::scenarios::steps::tool::{self, shows_now};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -125,11 +125,11 @@ fn destroy(ctx: &mut Ctx, kind: Kind, places: &[&str], delays: &[u32]) -> Result
     // A new guest of the same name has nothing of the old one.
     ctx.destroy_guest("victim")?;
     let guest = ctx.ensure_guest(spec)?;
-    shows(ctx, &guest, ["", "", ""], &[])?;
+    shows_now(ctx, &guest, ["", "", ""], &[])?;
     tool::apply(ctx, "victim", PAIR)?;
-    shows(ctx, &guest, ["", "live", "live"], &[PAIR])?;
+    shows_now(ctx, &guest, ["", "live", "live"], &[PAIR])?;
     tool::revert_all(ctx, "victim")?;
-    shows(ctx, &guest, ["", "", ""], &[])?;
+    shows_now(ctx, &guest, ["", "", ""], &[])?;
     ctx.destroy_guest("victim")
 }
 

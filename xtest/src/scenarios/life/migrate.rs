@@ -8,7 +8,7 @@ use crate::profile::{HVM, PVH};
 use crate::scenario::{Ctx, Scenario};
 use crate::scenarios::steps::guest_log::{lacks, BROKEN};
 use crate::scenarios::steps::patches::{CMDLINE, PAIR};
-use crate::scenarios::steps::tool::{self, shows};
+use crate::scenarios::steps::tool::{self, shows_now};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -83,16 +83,16 @@ fn migrate(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
             "yes" => (["live", "live", "live"], &[CMDLINE, PAIR][..]),
             _ => (["live", "", ""], &[CMDLINE][..]),
         };
-        shows(ctx, &guest, seen, patches)?;
+        shows_now(ctx, &guest, seen, patches)?;
         guest.went_on(rounds)?;
         // The next step resolves what the last one left, on either side.
         tool::apply(ctx, name, PAIR)?;
-        shows(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
+        shows_now(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
         tool::revert(ctx, name, PAIR)?;
-        shows(ctx, &guest, ["live", "", ""], &[CMDLINE])?;
+        shows_now(ctx, &guest, ["live", "", ""], &[CMDLINE])?;
     }
     tool::revert_all(ctx, name)?;
-    shows(ctx, &guest, ["", "", ""], &[])?;
+    shows_now(ctx, &guest, ["", "", ""], &[])?;
     text.check(ctx, name, kind)?;
     lacks(&guest, &BROKEN)?;
     ctx.destroy_guest(name)

@@ -6,7 +6,7 @@ use crate::guest::{Guest, GuestSpec, Kind};
 use crate::profile::{PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
 use crate::scenarios::steps::patches::{CMDLINE, PAIR, SLEEPER};
-use crate::scenarios::steps::tool::{self, shows};
+use crate::scenarios::steps::tool::{self, shows_now};
 use crate::scenarios::steps::{daemon, wait};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
@@ -87,34 +87,34 @@ fn reboots(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     }
     // One that was reverted before the reboot is not missed.
     tool::revert(ctx, &name, SLEEPER)?;
-    shows(ctx, &guest, ["live", "live", "live"], &[PAIR, CMDLINE])?;
+    shows_now(ctx, &guest, ["live", "live", "live"], &[PAIR, CMDLINE])?;
 
     let guest = reboot(ctx, &spec)?;
     states(ctx, &name, &[(PAIR, "gone"), (CMDLINE, "gone")])?;
     let table = ctx.dom0.ok(&format!("xen-locus status {name}"))?;
     check_eq!(table.matches("gone (guest rebooted)").count(), 2, "{table}");
-    shows(ctx, &guest, ["", "", ""], &[])?;
+    shows_now(ctx, &guest, ["", "", ""], &[])?;
     let row = tool::list_row(ctx, &name)?;
     check!(row["patches"] == 0 && row["status"] == "ready", "{row}");
 
     // One patch is applied again by hand.
     tool::apply(ctx, &name, CMDLINE)?;
     states(ctx, &name, &[(PAIR, "gone"), (CMDLINE, "applied")])?;
-    shows(ctx, &guest, ["live", "", ""], &[CMDLINE])?;
+    shows_now(ctx, &guest, ["live", "", ""], &[CMDLINE])?;
 
     // The daemon applies all again: in a guest that already runs, and in one that reboots later.
     ctx.dom0.ok(&format!("rm -f {SAID}"))?;
     daemon::start_as(ctx, "xen-locus daemon --reapply", SAID)?;
     said(ctx, &[&format!("{PAIR}: applied")])?;
     states(ctx, &name, &[(CMDLINE, "applied"), (PAIR, "applied")])?;
-    shows(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
+    shows_now(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
     ctx.dom0.ok(&format!("echo > {SAID}"))?;
     let guest = reboot(ctx, &spec)?;
     said(
         ctx,
         &[&format!("{PAIR}: applied"), &format!("{CMDLINE}: applied")],
     )?;
-    shows(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
+    shows_now(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
     let actions = tool::actions(ctx, &name)?;
     let last = actions.last();
     check!(
@@ -133,7 +133,7 @@ fn reboots(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         &[&format!("{CMDLINE} is not applied again"), "SHA-256"],
     )?;
     states(ctx, &name, &[(CMDLINE, "gone")])?;
-    shows(ctx, &guest, ["", "", ""], &[])?;
+    shows_now(ctx, &guest, ["", "", ""], &[])?;
     // Revert means that the patch is no longer wanted.
     tool::revert(ctx, &name, CMDLINE)?;
     states(ctx, &name, &[])?;

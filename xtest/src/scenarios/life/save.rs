@@ -8,7 +8,7 @@ use crate::profile::{HVM, PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
 use crate::scenarios::steps::guest_log::{lacks, BROKEN};
 use crate::scenarios::steps::patches::{CMDLINE, PAIR, THREE, TWO};
-use crate::scenarios::steps::tool::{self, shows};
+use crate::scenarios::steps::tool::{self, shows_now};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -69,7 +69,7 @@ fn save(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         tool::apply(ctx, &name, patch)?;
     }
     let seen = ["two", "two", "live"];
-    shows(ctx, &guest, seen, &[PAIR, CMDLINE, TWO])?;
+    shows_now(ctx, &guest, seen, &[PAIR, CMDLINE, TWO])?;
     let after = time_of_save(ctx, &name)?;
     let said = format!("{name}: save: {before:.2} s unpatched, {after:.2} s with three patches");
     ctx.dom0.note(&said);
@@ -89,20 +89,20 @@ fn save(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         guest.domid != old,
         "the restored guest is domain {old} still"
     );
-    shows(ctx, &guest, seen, &[PAIR, CMDLINE, TWO])?;
+    shows_now(ctx, &guest, seen, &[PAIR, CMDLINE, TWO])?;
     std::thread::sleep(Duration::from_secs(1));
     guest.went_on(rounds)?;
 
     // In the restored guest, another patch is applied and all are reverted.
     tool::apply(ctx, &name, THREE)?;
-    shows(
+    shows_now(
         ctx,
         &guest,
         ["three", "two", "live"],
         &[PAIR, CMDLINE, TWO, THREE],
     )?;
     tool::revert_all(ctx, &name)?;
-    shows(ctx, &guest, ["", "", ""], &[])?;
+    shows_now(ctx, &guest, ["", "", ""], &[])?;
     text.check(ctx, &name, kind)?;
     lacks(&guest, &BROKEN)?;
     ctx.destroy_guest(&name)

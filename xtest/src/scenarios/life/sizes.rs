@@ -9,7 +9,7 @@ use crate::profile::{PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
 use crate::scenarios::steps::guest_log::{lacks, BROKEN};
 use crate::scenarios::steps::patches::{CMDLINE, PAIR, TWO};
-use crate::scenarios::steps::tool::{self, shows};
+use crate::scenarios::steps::tool::{self, shows_now};
 use crate::scenarios::steps::wait;
 use crate::verdict::Verdict;
 
@@ -69,22 +69,22 @@ fn sizes(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let start = until(&guest, MEMORY, |_| true)?;
     xl(&format!("mem-set {name} 150"))?;
     let small = until(&guest, MEMORY, |kib| kib + 30_000 < start)?;
-    shows(ctx, &guest, ["live", "", ""], &[CMDLINE])?;
+    shows_now(ctx, &guest, ["live", "", ""], &[CMDLINE])?;
     apply(PAIR)?;
-    shows(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
+    shows_now(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
     xl(&format!("mem-set {name} 240"))?;
     let large = until(&guest, MEMORY, |kib| kib > start + 30_000)?;
-    shows(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
+    shows_now(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
     let added = hot_add(ctx, &guest, large)?;
-    shows(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
+    shows_now(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
     eprintln!("xtest: {name}: memory {start} KiB, then {small}, {large}, {added}");
 
     // Processors: one of two is removed while a patch is applied, then two are added.
     xl(&format!("vcpu-set {name} 1"))?;
     until(&guest, CPUS, |n| n == 1)?;
-    shows(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
+    shows_now(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
     apply(TWO)?;
-    shows(ctx, &guest, ["two", "two", "live"], &[CMDLINE, PAIR, TWO])?;
+    shows_now(ctx, &guest, ["two", "two", "live"], &[CMDLINE, PAIR, TWO])?;
     xl(&format!("vcpu-set --ignore-host {name} 3"))?;
     // The kernel announces them (drivers/xen/cpu_hotplug.c). Bringing them online is a task of udev in the guest.
     let up = "for cpu in 1 2; do echo 1 >/sys/devices/system/cpu/cpu$cpu/online; done 2>/dev/null";
@@ -92,11 +92,11 @@ fn sizes(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     on_each(&guest, 3, "two")?;
     tool::revert(ctx, &name, TWO)?;
     on_each(&guest, 3, "live")?;
-    shows(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
+    shows_now(ctx, &guest, ["live", "live", "live"], &[CMDLINE, PAIR])?;
 
     sleeps(ctx, &guest)?;
     tool::revert_all(ctx, &name)?;
-    shows(ctx, &guest, ["", "", ""], &[])?;
+    shows_now(ctx, &guest, ["", "", ""], &[])?;
     std::thread::sleep(Duration::from_secs(1));
     guest.went_on(rounds)?;
     lacks(&guest, &BROKEN)?;
@@ -135,6 +135,5 @@ fn sleeps(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
         "xtest: {name}: applied after {applied:?}, awake after {:?}: {log}",
         began.elapsed()
     );
-    shows(ctx, guest, ["two", "two", "live"], &[CMDLINE, PAIR, TWO])?;
-    Ok(())
+    shows_now(ctx, guest, ["two", "two", "live"], &[CMDLINE, PAIR, TWO])
 }

@@ -25,7 +25,7 @@ echo "$(xenstore-read "$at/rc") $(xenstore-read "$at/message")"
 "#;
 
 /// The longest time for an answer.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(90);
 
 /// Starts the daemon, with the payloads where it looks for them.
 pub fn start(ctx: &Ctx) -> Result<(), Verdict> {

@@ -71,21 +71,38 @@ pub fn patches_of(status: &Value) -> Result<&[Value], Verdict> {
     patches.ok_or_else(|| Verdict::failure(format!("no patches: {status}")))
 }
 
-/// Checks that exactly these patches are in force, undermost first, by `status`. Patches that went with
-/// an earlier kernel do not count. Returns the status.
+/// Checks that exactly these patches are listed by `status`, undermost first, and all are in force.
+/// Returns the status.
 pub fn in_force(ctx: &Ctx, guest: &Guest, patches: &[&str]) -> Result<Value, Verdict> {
     let status = status(ctx, &guest.name)?;
-    check_eq!(status["domid"], guest.domid, "{status}");
-    let listed = patches_of(&status)?.iter();
-    let there: Vec<&Value> = listed.filter(|p| p["state"] != "gone").collect();
-    let names: Vec<&str> = there.iter().filter_map(|p| p["name"].as_str()).collect();
-    check_eq!(names, patches, "{status}");
-    let sound = there.iter().all(|p| p["state"] == "applied");
-    check!(sound, "not all are in force: {status}");
+    all_applied(&status, guest, patches_of(&status)?.iter(), patches)?;
     Ok(status)
 }
 
-/// Checks what a guest shows ([`patches::check_words`]), and that these patches are in force
+/// Checks these patches, which `status` may list among others that are `gone`: that were in force in an
+/// earlier kernel of the guest.
+fn in_force_now(ctx: &Ctx, guest: &Guest, patches: &[&str]) -> Result<(), Verdict> {
+    let status = status(ctx, &guest.name)?;
+    let listed = patches_of(&status)?.iter();
+    let present = listed.filter(|p| p["state"] != "gone");
+    all_applied(&status, guest, present, patches)
+}
+
+fn all_applied<'s>(
+    status: &Value,
+    guest: &Guest,
+    listed: impl Iterator<Item = &'s Value> + Clone,
+    patches: &[&str],
+) -> Result<(), Verdict> {
+    check_eq!(status["domid"], guest.domid, "{status}");
+    let names: Vec<&str> = listed.clone().filter_map(|p| p["name"].as_str()).collect();
+    check_eq!(names, patches, "{status}");
+    let sound = listed.clone().all(|p| p["state"] == "applied");
+    check!(sound, "not all are in force: {status}");
+    Ok(())
+}
+
+/// Checks what a guest shows ([`patches::check_words`]), and that exactly these patches are in force
 /// ([`in_force`]). Returns the status.
 pub fn shows(
     ctx: &Ctx,
@@ -95,6 +112,17 @@ pub fn shows(
 ) -> Result<Value, Verdict> {
     patches::check_words(guest, words)?;
     in_force(ctx, guest, patches)
+}
+
+/// Like [`shows`], for a guest that may have rebooted: `status` may also list patches that are `gone`.
+pub fn shows_now(
+    ctx: &Ctx,
+    guest: &Guest,
+    words: [&str; 3],
+    patches: &[&str],
+) -> Result<(), Verdict> {
+    patches::check_words(guest, words)?;
+    in_force_now(ctx, guest, patches)
 }
 
 /// Checks that `status` lists no patch.
