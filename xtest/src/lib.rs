@@ -12,7 +12,7 @@
 //!    `cpio`, `headers`, `suites` (releases of Debian), `toolchain`.
 //! 2. In dom0: `agent`, the other end of `proto`.
 //! 3. What is booted: `fetch` (Debian packages), then `elf`, `payloads`, `source`, then `image`, then
-//!    `kernels`.
+//!    `kernels`; `previous` (an earlier build of xen-locus).
 //! 4. A machine: `dom0`, `guest`, `qemu`, `qemu_faults`.
 //! 5. `scenario`: what a test is, and the machine that it gets.
 //! 6. `scenarios`: the tests, a file per subject. Steps that several of them take are in `steps`.
@@ -36,6 +36,7 @@ pub mod limits;
 pub mod measure;
 pub mod paths;
 pub mod payloads;
+pub mod previous;
 pub mod profile;
 pub mod proto;
 pub mod qemu;

@@ -4,6 +4,7 @@
 mod crash;
 mod destroy;
 mod migrate;
+mod previous;
 mod reboot;
 mod save;
 mod sizes;
@@ -25,6 +26,7 @@ pub fn matrix() -> Vec<Scenario> {
         reboot::MATRIX,
         sizes::MATRIX,
         migrate::MATRIX,
+        previous::MATRIX,
     ]
     .concat()
 }
