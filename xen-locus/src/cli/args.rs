@@ -315,27 +315,19 @@ pub struct Daemon {
     pub patience: Patience,
 }
 
-/// Parses `30s`, `500ms`, `200us`, `2m`.
+/// Parses a time with its unit: `30s`, `500ms`, `200us`, `2m`.
+///
+/// # Errors
+/// No number, no unit, or more than 2^64 microseconds: a deadline so far away can't be added to the present.
 fn duration(text: &str) -> Result<Duration, String> {
-    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-    let (number, unit) = text.split_at(digits);
-    let number: u64 = number
-        .parse()
-        .map_err(|_| format!("expected a number in {text:?}"))?;
-    let micros = match unit {
-        "us" => Some(number),
-        "ms" => number.checked_mul(1000),
-        "s" => number.checked_mul(1_000_000),
-        "m" => number.checked_mul(60_000_000),
-        _ => {
-            return Err(format!(
-                "expected a unit us, ms, s or m after the number in {text:?}"
-            ))
-        }
-    };
-    micros
-        .map(Duration::from_micros)
-        .ok_or_else(|| format!("{text:?} is too long"))
+    // humantime alone takes a zero without a unit.
+    if text.bytes().all(|c| c.is_ascii_digit()) {
+        return Err("expected a number and its unit us, ms, s or m, such as 30s".into());
+    }
+    let duration = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    u64::try_from(duration.as_micros())
+        .map(|_| duration)
+        .map_err(|_| "the time is too long".into())
 }
 
 #[cfg(test)]
@@ -384,10 +376,31 @@ mod tests {
 
     #[test]
     fn durations_have_a_unit() {
-        assert_eq!(duration("30s"), Ok(Duration::from_secs(30)));
-        assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
-        assert!(duration("30").is_err());
-        assert!(duration("s").is_err());
-        assert!(duration("99999999999999999m").is_err());
+        for (text, expected) in [
+            ("30s", Duration::from_secs(30)),
+            ("500ms", Duration::from_millis(500)),
+            ("200us", Duration::from_micros(200)),
+            ("2m", Duration::from_secs(120)),
+            ("0s", Duration::ZERO),
+        ] {
+            assert_eq!(duration(text), Ok(expected), "{text}");
+        }
+        for text in ["", "0", "30", "s", "-1s", "30x"] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_duration_can_be_added_to_the_present() {
+        // 2^64 microseconds.
+        let longest = Duration::from_secs(18_446_744_073_709);
+        assert_eq!(duration("18446744073709s"), Ok(longest));
+        assert!(std::time::Instant::now().checked_add(longest).is_some());
+        assert!(duration("18446744073710s").is_err());
+        for text in ["18446744073709551616us", "99999999999999999m"] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+        // More seconds than a deadline can have, which humantime takes.
+        assert!(duration(&format!("{}s", u64::MAX)).is_err());
     }
 }
