@@ -5,11 +5,11 @@ use std::path::Path;
 
 use locus_guest::addr::DomId;
 use locus_payload::Payload;
-use serde_json::{json, Value};
 
-use super::args::{Apply, Output};
-use super::{out, Session};
-use crate::apply::{Options, Report};
+use super::args::Apply;
+use super::report::{self, ActionResult};
+use super::Session;
+use crate::apply::Options;
 use crate::error::{Error, ExitCode, Result};
 use crate::ops;
 use crate::ops::host::Host;
@@ -23,7 +23,7 @@ use crate::say;
 /// What went wrong for the only guest; with several guests each is reported and the highest exit
 /// code is returned.
 pub fn run(session: &Session, host: &Host, args: &Apply, mode: Mode) -> anyhow::Result<ExitCode> {
-    let doing = match mode {
+    let action = match mode {
         Mode::Apply => "Applying",
         Mode::Replace => "Replacing all patches by",
     };
@@ -31,16 +31,16 @@ pub fn run(session: &Session, host: &Host, args: &Apply, mode: Mode) -> anyhow::
     let payload = Payload::read(Path::new(&file)).map_err(Error::from)?;
     let options = Options {
         entry_only: args.consistency.entry_only,
-        ..session.options(&args.patience)
+        ..session.options(&args.limits)
     };
     let mut results = Vec::new();
     for domain in &domains {
         if io::stderr().is_terminal() {
-            say::line(format_args!("{doing} {} on {domain}...", payload.name));
+            say::line(format_args!("{action} {} on {domain}...", payload.name));
         }
-        results.push(apply_one(session, host, domain, &payload, mode, &options));
+        results.push(apply_to(session, host, domain, &payload, mode, &options));
     }
-    Ok(tell(session, doing, results))
+    Ok(report::print(session, action, results))
 }
 
 fn targets(host: &Host, args: &Apply) -> Result<(Vec<String>, String)> {
@@ -66,97 +66,29 @@ fn targets(host: &Host, args: &Apply) -> Result<(Vec<String>, String)> {
     ))
 }
 
-pub(super) fn apply_one(
+/// Applies `payload` to the guest that the user named `wanted`, or checks it if `options` ask for a dry run.
+pub(super) fn apply_to(
     session: &Session,
     host: &Host,
     wanted: &str,
     payload: &Payload,
     mode: Mode,
     options: &Options,
-) -> Done {
-    let done = |found, result| Done {
+) -> ActionResult {
+    let of = |guest, result| ActionResult {
         domain: wanted.to_owned(),
-        found,
+        guest,
         patch: payload.name.clone(),
         result,
     };
     let domain = match host.guest(wanted) {
         Ok(domain) => domain,
-        Err(error) => return done(None, Err(error)),
+        Err(error) => return of(None, Err(error)),
     };
     let desk = host.desk(operator::user());
     let result = ops::apply(&desk, &domain, payload, mode, options);
     if let Ok(report) = &result {
         session.say(1, format!("{}: {report:?}", domain.label()));
     }
-    done(Some((domain.info.id, domain.label())), result)
-}
-
-/// What came of an action.
-pub(super) struct Done {
-    /// The guest as the user named it.
-    pub domain: String,
-    /// Its id and label, if there is such a guest.
-    pub found: Option<(DomId, String)>,
-    /// The patch.
-    pub patch: String,
-    /// The report.
-    pub result: Result<Report>,
-}
-
-/// Prints results; returns the highest exit code.
-pub(super) fn tell(session: &Session, doing: &str, results: Vec<Done>) -> ExitCode {
-    let mut code = ExitCode::Done;
-    let mut objects: Vec<Value> = Vec::new();
-    for done in &results {
-        let (domid, label) = match &done.found {
-            Some((id, label)) => (Some(id.0), label),
-            None => (None, &done.domain),
-        };
-        let whom = [
-            ("domid", Value::from(domid)),
-            ("domain", done.domain.as_str().into()),
-            ("patch", done.patch.as_str().into()),
-        ];
-        match &done.result {
-            Ok(report) => {
-                objects.push(with(json!(report), &whom));
-                if session.output == Output::Table {
-                    out::line(&format!("{doing} {} on {label}... {report}", done.patch));
-                }
-            }
-            Err(error) => {
-                code = code.max(error.exit_code());
-                let blocked = error.blocked();
-                let (attempts, waited_ms) = blocked.map_or((0, 0), |b| (b.attempts, b.waited_ms));
-                let numbers = [
-                    ("pause_us", 0.into()),
-                    ("attempts", attempts.into()),
-                    ("functions", 0.into()),
-                    ("total_ms", waited_ms.into()),
-                ];
-                objects.push(with(with(out::failure(error), &numbers), &whom));
-                say::warn(format_args!("{}: {error}", done.domain));
-                if let Some(blocked) = error.blocked() {
-                    say::text(out::blockers(&blocked.blockers));
-                }
-            }
-        }
-    }
-    if session.output == Output::Json {
-        match <[Value; 1]>::try_from(objects) {
-            Ok([one]) => out::object(one),
-            Err(many) => out::object(json!({ "results": many })),
-        }
-    }
-    code
-}
-
-pub(super) fn with(mut value: Value, fields: &[(&str, Value)]) -> Value {
-    if let Some(map) = value.as_object_mut() {
-        for (name, field) in fields {
-            map.insert((*name).into(), field.clone());
-        }
-    }
-    value
+    of(Some((domain.info.id, domain.label())), result)
 }

@@ -1,4 +1,4 @@
-//! The command line's types, alone in one file so that completions and man pages come from them.
+//! The types of the command line. They are alone in one file, because manual pages are made from them too.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -8,24 +8,22 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 const VERSION: &str = if cfg!(feature = "faults") {
     concat!(
         env!("CARGO_PKG_VERSION"),
-        " (faults: fails, dies or sees nobody where a test wants it; for tests)"
+        " (faults: fails, dies or overlooks threads where a test wants it; for tests)"
     )
 } else {
     env!("CARGO_PKG_VERSION")
 };
 
-/// Change a running guest's kernel from dom0.
-///
-/// No agent, no reboot, no profile: the guest's symbols and types are read from its own memory.
+/// Change the kernel of a running Xen guest from dom0
 #[derive(Debug, Parser)]
 #[command(name = "xen-locus", version = VERSION, max_term_width = 100)]
 #[command(
     after_help = "Exit codes: 0 done or nothing to do; 1 failed, guest unchanged; 2 try again \
-    (blocked, busy, timed out); 3 not applicable (other kernel, unsupported); 4 refused (signature, \
-    policy); 5 failed midway, rolled back and verified; 6 uncertain, run recover; 64 usage."
+    (blocked, busy, timed out); 3 not applicable (other kernel, unsupported); 5 failed midway, \
+    rolled back and verified; 6 uncertain, run recover; 64 usage."
 )]
 pub struct Cli {
-    /// Say more on stderr (repeat for more)
+    /// Print more messages on stderr (repeat for more)
     #[arg(short, long, global = true, action = ArgAction::Count)]
     pub verbose: u8,
     /// Check and link, but change nothing
@@ -34,7 +32,7 @@ pub struct Cli {
     /// Format of stdout
     #[arg(short, long, global = true, value_enum, default_value_t = Output::Table)]
     pub output: Output,
-    /// Folder that keeps what was read of guests' kernels
+    /// Folder of the cache of guests' symbols and types
     #[arg(
         long,
         global = true,
@@ -42,10 +40,10 @@ pub struct Cli {
         default_value = "/var/cache/xen-locus"
     )]
     pub cache: PathBuf,
-    /// Read guests' kernels anew, and keep nothing
+    /// Ignore the cache and don't write to it
     #[arg(long, global = true, conflicts_with = "cache")]
     pub no_cache: bool,
-    /// What to do
+    /// The command
     #[command(subcommand)]
     pub command: Command,
 }
@@ -59,80 +57,75 @@ pub enum Output {
     Json,
 }
 
-/// The commands.
+/// The commands. The first line here is the short help; the rest is the command's manual.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// List domains: kernel, patches, readiness and why not
+    /// List domains: kernel, patches, and whether they can be patched
     List {
-        /// Say it of a saved core (`xl dump-core`) instead of all domains; needs no Xen
-        #[arg(long, value_name = "FILE")]
+        /// List the guest in a saved core (`xl dump-core`); needs no Xen
+        #[arg(long, value_name = "CORE")]
         core: Option<PathBuf>,
     },
-    /// Show a guest's kernel: who it is, its symbols, types, tasks, modules, read from its memory
+    /// Show a guest's kernel, read from guest memory
+    #[command(override_usage = "xen-locus info [OPTIONS] <DOMAIN>\n       \
+        xen-locus info [OPTIONS] --core <CORE>")]
     Info(Info),
-    /// Show what a payload changes and targets (needs no Xen)
+    /// Show what a payload changes and needs (needs no Xen)
     Show {
-        /// Livepatch module
+        /// Payload: a livepatch module
         file: PathBuf,
     },
     /// Check every precondition of a payload on a guest, without writing
+    #[command(override_usage = "xen-locus check [OPTIONS] <DOMAIN> <FILE>\n       \
+        xen-locus check [OPTIONS] --core <CORE> <FILE>")]
     Check(Check),
     /// Apply a payload to guests
+    #[command(
+        override_usage = "xen-locus apply [OPTIONS] <DOMAIN>... <FILE>\n       \
+        xen-locus apply [OPTIONS] --all <FILE>"
+    )]
     Apply(Apply),
-    /// Apply a payload in place of all patches of a guest, in one step
-    ///
-    /// Functions that only the patches before it replaced get the kernel's own code back, in the same
-    /// pause. A payload that says itself that it replaces those before it (klp_patch.replace) needs
-    /// no more than `apply`.
+    /// Apply a payload in place of all patches of a guest, in one pause
+    #[command(
+        override_usage = "xen-locus replace [OPTIONS] <DOMAIN>... <FILE>\n       \
+        xen-locus replace [OPTIONS] --all <FILE>"
+    )]
     Replace(Apply),
-    /// Undo an applied patch
-    ///
-    /// A patch on which another lies, one that was applied later and replaces the same function, is
-    /// refused with exit code 1 and the names of those to revert first.
+    /// Revert a patch, or all patches of a guest
+    #[command(
+        override_usage = "xen-locus revert [OPTIONS] <DOMAIN> <PATCH>\n       \
+        xen-locus revert [OPTIONS] --all <DOMAIN>"
+    )]
     Revert(Revert),
-    /// Show who is in the way of applying a payload, or of reverting a patch
-    ///
-    /// Who is inside a function that is to be replaced, or in a replacement, or has it on its stack: at
-    /// one moment, for which the guest is paused. With -v the whole stacks of those that sleep.
+    /// Show which threads block applying a payload or reverting a patch
+    #[command(
+        override_usage = "xen-locus blocking [OPTIONS] <DOMAIN> <FILE|PATCH>\n       \
+        xen-locus blocking [OPTIONS] --core <CORE> <FILE|PATCH>"
+    )]
     Blocking(Blocking),
-    /// Wake those who sleep in the way, as a signal would that is none
-    ///
-    /// In the way of applying a payload or reverting a patch; or, where `status` says that a patch is
-    /// draining, in what it replaced. They leave their system call and restart it, as those do whom the
-    /// kernel's own livepatch signals; some calls end with EINTR. At most 128 at once; kernel threads are left
-    /// alone. The guest's kernel does it, on its next timer interrupt.
+    /// Wake sleeping threads that block a patch, using a fake signal (nothing is delivered)
     Nudge(Nudge),
-    /// Show patches of one guest or of all
+    /// Show the patches of one guest or of all guests
     Status {
         /// Name or id; all guests if not given
         #[arg(conflicts_with = "core")]
         domain: Option<String>,
-        /// Look into a saved core (`xl dump-core`); needs no Xen
-        #[arg(long, value_name = "FILE")]
+        /// Read a saved core (`xl dump-core`); needs no Xen
+        #[arg(long, value_name = "CORE")]
         core: Option<PathBuf>,
     },
-    /// Compare a guest's patches with the record of them, and say exactly what differs
-    ///
-    /// Redirects and what stands before them, the pages of the payloads and their rights, code and
-    /// constants; of each difference what was expected, what is there, and whether the guest's own ftrace,
-    /// kprobes, livepatch or BPF did it. Mends nothing. Exit code 1 if anything differs.
+    /// Compare a guest's patches with their records, and report each difference
     Verify {
         /// Name or id; all guests if not given
         #[arg(conflicts_with = "core")]
         domain: Option<String>,
-        /// Look into a saved core (`xl dump-core`); needs no Xen
-        #[arg(long, value_name = "FILE")]
+        /// Read a saved core (`xl dump-core`); needs no Xen
+        #[arg(long, value_name = "CORE")]
         core: Option<PathBuf>,
     },
-    /// Settle what an interrupted run left, and say how it ended
-    ///
-    /// A run that is killed leaves its guest running, with the patch in force or not: this says which, and
-    /// clears what is left of the run. `apply`, `replace` and `revert` do so by themselves first.
+    /// Finish or undo what an interrupted run left, and say how the run ended
     Recover(Recover),
-    /// Show what was done to guests, and check that the record of it is whole
-    ///
-    /// Every action is recorded in /var/log/xen-locus/audit.jsonl. Exit code 1 if somebody changed that
-    /// record since.
+    /// Show what was done to guests, and check that the audit log was not changed
     History(History),
     /// Serve requests made through XenStore, and publish status there
     Daemon(Daemon),
@@ -140,12 +133,12 @@ pub enum Command {
 
 /// A guest: a domain or a saved core.
 #[derive(Clone, Debug, Args)]
-pub struct Whom {
+pub struct DomainOrCore {
     /// Name or id
     #[arg(required_unless_present = "core", conflicts_with = "core")]
     pub domain: Option<String>,
-    /// Look into a saved core (`xl dump-core`) instead of a domain; needs no Xen
-    #[arg(long, value_name = "FILE")]
+    /// Read a saved core (`xl dump-core`) instead of a domain; needs no Xen
+    #[arg(long, value_name = "CORE")]
     pub core: Option<PathBuf>,
 }
 
@@ -153,10 +146,10 @@ pub struct Whom {
 #[derive(Debug, Args)]
 #[command(allow_missing_positional = true)]
 pub struct Check {
-    /// On whom
+    /// The guest
     #[command(flatten)]
-    pub whom: Whom,
-    /// Livepatch module
+    pub guest: DomainOrCore,
+    /// Payload: a livepatch module
     pub file: PathBuf,
 }
 
@@ -164,11 +157,10 @@ pub struct Check {
 #[derive(Debug, Args)]
 #[command(allow_missing_positional = true)]
 pub struct Blocking {
-    /// On whom
+    /// The guest
     #[command(flatten)]
-    pub whom: Whom,
-    /// Livepatch module (with a folder before its name, or .ko behind it), or the name of an applied
-    /// patch
+    pub guest: DomainOrCore,
+    /// Payload (its path has a folder, or its name ends in .ko), or the name of an applied patch
     #[arg(value_name = "FILE|PATCH")]
     pub what: String,
 }
@@ -178,30 +170,29 @@ pub struct Blocking {
 pub struct Nudge {
     /// Name or id
     pub domain: String,
-    /// Livepatch module (with a folder before its name, or .ko behind it), or the name of an applied
-    /// patch
+    /// Payload (its path has a folder, or its name ends in .ko), or the name of an applied patch
     #[arg(value_name = "FILE|PATCH")]
     pub what: String,
-    /// How patient to be
+    /// Limits of time
     #[command(flatten)]
-    pub patience: Patience,
+    pub limits: TimeLimits,
 }
 
 /// Arguments of `info`.
 #[derive(Debug, Args)]
 pub struct Info {
-    /// Whose kernel
+    /// The guest
     #[command(flatten)]
-    pub whom: Whom,
+    pub guest: DomainOrCore,
     /// What to show instead of the summary
     #[command(flatten)]
-    pub what: What,
+    pub view: View,
 }
 
 /// What `info` shows; the summary if nothing is chosen.
 #[derive(Debug, Args)]
 #[group(multiple = false)]
-pub struct What {
+pub struct View {
     /// Symbols whose name matches PATTERN (* and ? as in a shell), as /proc/kallsyms shows them
     #[arg(long, value_name = "PATTERN")]
     pub symbols: Option<String>,
@@ -217,7 +208,7 @@ pub struct What {
     /// A type as C, with offsets and sizes: struct NAME, union NAME, enum NAME, a typedef or a function
     #[arg(long = "type", value_name = "NAME")]
     pub type_name: Option<String>,
-    /// Bytes as they are in the guest, on stdout: btf, btf:MODULE, notes, text, vmcoreinfo
+    /// Raw bytes from the guest, on stdout: btf, btf:MODULE, notes, text, vmcoreinfo
     #[arg(long, value_name = "WHAT")]
     pub raw: Option<String>,
 }
@@ -225,18 +216,19 @@ pub struct What {
 /// Arguments of `apply` and `replace`.
 #[derive(Debug, Args)]
 pub struct Apply {
-    /// Guests by name or id, then the livepatch module
-    #[arg(required = true, num_args = 1.., value_names = ["DOMAIN", "FILE"])]
+    /// Guests by name or id; the last one is the payload, a livepatch module
+    // One argument: with two, clap refuses options between the domains and the file.
+    #[arg(required = true, num_args = 1.., value_name = "DOMAIN|FILE")]
     pub targets: Vec<String>,
-    /// All guests; only FILE is given then
+    /// All guests; give only FILE then
     #[arg(long)]
     pub all: bool,
-    /// Do not wait for threads that are inside the functions to be replaced
+    /// Whether to wait for threads inside the functions to be replaced
     #[command(flatten)]
     pub consistency: Consistency,
-    /// How patient to be
+    /// Limits of time
     #[command(flatten)]
-    pub patience: Patience,
+    pub limits: TimeLimits,
 }
 
 /// Arguments of `history`.
@@ -244,7 +236,7 @@ pub struct Apply {
 pub struct History {
     /// Name, id or UUID; all guests if not given
     pub domain: Option<String>,
-    /// Another record than that of this dom0; needs no Xen either
+    /// Another audit log than that of this dom0
     #[arg(long, value_name = "FILE")]
     pub log: Option<PathBuf>,
 }
@@ -257,25 +249,25 @@ pub struct Revert {
     /// Name of the patch, as `status` shows it
     #[arg(required_unless_present = "all", conflicts_with = "all")]
     pub patch: Option<String>,
-    /// Undo all patches of the guest, the newest first
+    /// Revert all patches of the guest, the newest first
     #[arg(long)]
     pub all: bool,
-    /// Do not wait for threads that are inside the replacements
+    /// Whether to wait for threads inside the replacements
     #[command(flatten)]
     pub consistency: Consistency,
-    /// How patient to be
+    /// Limits of time
     #[command(flatten)]
-    pub patience: Patience,
+    pub limits: TimeLimits,
 }
 
 /// Whether old and new versions may run at the same time.
 #[derive(Clone, Debug, Args)]
 pub struct Consistency {
-    /// Change only where threads enter: whoever is inside goes on in the version that he entered
+    /// Do not wait: threads already inside finish in the version they entered
     ///
-    /// For threads that never leave. Refused unless the payload's author says, by
-    /// MODULE_INFO(entry_only, "Y"), that both versions may run at the same time. `status` shows how
-    /// many threads are in the old ones yet.
+    /// For threads that never leave. Only the place where threads enter a function is changed. Refused
+    /// unless the payload's author says, by MODULE_INFO(entry_only, "Y"), that both versions may run at
+    /// the same time. `status` shows how many threads are still in the old versions.
     #[arg(long)]
     pub entry_only: bool,
 }
@@ -285,18 +277,18 @@ pub struct Consistency {
 pub struct Recover {
     /// Name or id; all guests if not given
     pub domain: Option<String>,
-    /// How patient to be
+    /// Limits of time
     #[command(flatten)]
-    pub patience: Patience,
+    pub limits: TimeLimits,
 }
 
-/// How patient to be.
+/// How long a command may take, and how long it may pause the guest.
 #[derive(Clone, Debug, Args)]
-pub struct Patience {
+pub struct TimeLimits {
     /// Time for all attempts together, such as 30s or 500ms
     #[arg(long, default_value = "30s", value_parser = duration)]
     pub timeout: Duration,
-    /// Longest pause of the guest; an attempt that would take longer is given up
+    /// Longest pause of the guest; an attempt that takes longer is given up
     #[arg(long, default_value = "10ms", value_parser = duration)]
     pub max_pause: Duration,
 }
@@ -307,12 +299,12 @@ pub struct Daemon {
     /// Folder of the payloads that requests name
     #[arg(long, default_value = "/var/lib/xen-locus/payloads")]
     pub payloads: PathBuf,
-    /// Apply again from there what guests lost when they were started anew
+    /// Apply patches again, from that folder, that guests lost in a reboot
     #[arg(long)]
     pub reapply: bool,
-    /// How patient to be with each request
+    /// Limits of time for each request
     #[command(flatten)]
-    pub patience: Patience,
+    pub limits: TimeLimits,
 }
 
 /// Parses a time with its unit: `30s`, `500ms`, `200us`, `2m`.
@@ -344,8 +336,8 @@ mod tests {
     fn a_core_takes_the_place_of_the_domain() {
         let check = |words: &[&str]| match Cli::try_parse_from(words).map(|cli| cli.command) {
             Ok(Command::Check(check)) => Some((
-                check.whom.domain,
-                check.whom.core.is_some(),
+                check.guest.domain,
+                check.guest.core.is_some(),
                 check.file.display().to_string(),
             )),
             _ => None,
@@ -372,6 +364,69 @@ mod tests {
             assert!(Cli::try_parse_from(wrong).is_err(), "{wrong:?}");
         }
         assert!(Cli::try_parse_from(["xen-locus", "info", "--core", "c"]).is_ok());
+    }
+
+    #[test]
+    fn usage_lines_show_what_is_required() {
+        let mut cli = Cli::command();
+        cli.build();
+        let usage = |name: &str| {
+            let command = cli.find_subcommand(name).cloned();
+            let usage = command.map(|mut c| c.render_usage().to_string());
+            usage.unwrap_or_default().replace("[OPTIONS] ", "")
+        };
+        let core = |name, rest| format!("xen-locus {name} --core <CORE>{rest}");
+        for (name, line, other) in [
+            (
+                "apply",
+                "<DOMAIN>... <FILE>",
+                "xen-locus apply --all <FILE>".into(),
+            ),
+            (
+                "replace",
+                "<DOMAIN>... <FILE>",
+                "xen-locus replace --all <FILE>".into(),
+            ),
+            (
+                "revert",
+                "<DOMAIN> <PATCH>",
+                "xen-locus revert --all <DOMAIN>".into(),
+            ),
+            ("check", "<DOMAIN> <FILE>", core("check", " <FILE>")),
+            (
+                "blocking",
+                "<DOMAIN> <FILE|PATCH>",
+                core("blocking", " <FILE|PATCH>"),
+            ),
+            ("info", "<DOMAIN>", core("info", "")),
+        ] {
+            let both = format!("Usage: xen-locus {name} {line}\n       {other}");
+            assert_eq!(usage(name), both);
+        }
+        assert_eq!(
+            usage("nudge"),
+            "Usage: xen-locus nudge <DOMAIN> <FILE|PATCH>"
+        );
+        assert_eq!(usage("show"), "Usage: xen-locus show <FILE>");
+        assert_eq!(usage("status"), "Usage: xen-locus status [DOMAIN]");
+    }
+
+    #[test]
+    fn options_may_stand_between_domains_and_the_payload() {
+        let words = [
+            "xen-locus",
+            "apply",
+            "a",
+            "--timeout",
+            "2s",
+            "b",
+            "--entry-only",
+            "x.ko",
+        ];
+        let Ok(Command::Apply(apply)) = Cli::try_parse_from(words).map(|cli| cli.command) else {
+            panic!("not an apply");
+        };
+        assert_eq!(apply.targets, ["a", "b", "x.ko"]);
     }
 
     #[test]

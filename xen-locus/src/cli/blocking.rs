@@ -8,9 +8,9 @@ use locus_kernel::Kernel;
 use locus_payload::Payload;
 use serde_json::json;
 
-use super::args::{Blocking, Output};
-use super::info::stacks::{self, Shown};
-use super::subject::{self, Subject};
+use super::args::{self, Output};
+use super::guest::{self, Guest};
+use super::info::stacks::{self, RenderedStack};
 use super::{out, Session};
 use crate::apply::{self, Options};
 use crate::arena::Arena;
@@ -20,44 +20,48 @@ use crate::machine;
 use crate::plan::{self, Mode, Readiness, Stack};
 use crate::quiesce::{self, Watch};
 
-/// What is about to be done.
-pub(super) enum Change {
-    Apply(Box<Payload>),
-    Revert(String),
+/// What the user asks about: applying a payload, or reverting a patch.
+pub(super) enum PayloadOrPatch {
+    Payload(Box<Payload>),
+    Patch(String),
 }
 
-impl Change {
+impl PayloadOrPatch {
     /// A payload's file has a folder before its name or `.ko` behind it; a patch's name has neither.
-    pub(super) fn of(what: &str) -> Result<Change> {
+    pub(super) fn of(what: &str) -> Result<PayloadOrPatch> {
         if what.contains('/') || what.ends_with(".ko") {
-            return Ok(Change::Apply(Box::new(Payload::read(Path::new(what))?)));
+            let payload = Payload::read(Path::new(what))?;
+            return Ok(PayloadOrPatch::Payload(Box::new(payload)));
         }
-        Ok(Change::Revert(what.to_owned()))
+        Ok(PayloadOrPatch::Patch(what.to_owned()))
     }
 
     pub(super) fn name(&self) -> &str {
         match self {
-            Change::Apply(payload) => &payload.name,
-            Change::Revert(name) => name,
+            PayloadOrPatch::Payload(payload) => &payload.name,
+            PayloadOrPatch::Patch(name) => name,
         }
     }
 
-    fn verb(&self) -> &'static str {
+    /// What is asked, and what is so already if there is nothing to do.
+    fn words(&self) -> (&'static str, &'static str) {
         match self {
-            Change::Apply(_) => "applying",
-            Change::Revert(_) => "reverting",
+            PayloadOrPatch::Payload(_) => ("applying", "already applied"),
+            PayloadOrPatch::Patch(_) => ("reverting", "not applied"),
         }
     }
 
-    /// Where nobody may be; `None` when there is nothing to do.
+    /// Code in which no thread may be; `None` if there is nothing to do.
     pub(super) fn watch(&self, kernel: &Kernel<'_>) -> Result<Option<Watch>> {
         let arena = Arena::read(kernel)?;
         Ok(match self {
-            Change::Apply(payload) => match plan::prepare(kernel, &arena, payload, Mode::Apply)? {
-                Readiness::Ready(ready) => Some(ready.plan.watch),
-                Readiness::Already(_) => None,
-            },
-            Change::Revert(name) => {
+            PayloadOrPatch::Payload(payload) => {
+                match plan::prepare(kernel, &arena, payload, Mode::Apply)? {
+                    Readiness::Ready(ready) => Some(ready.plan.watch),
+                    Readiness::Already(_) => None,
+                }
+            }
+            PayloadOrPatch::Patch(name) => {
                 let residents = plan::residents(kernel, &arena)?;
                 let stack = Stack::new(&residents);
                 match stack.named(&residents, name)? {
@@ -69,28 +73,28 @@ impl Change {
     }
 }
 
-/// What there is to tell.
-struct Found {
-    /// Who is in the way; `None` when there is nothing to do.
+/// The threads in the way.
+struct Blocking {
+    /// `None` if there is nothing to do.
     blockers: Option<Vec<Blocker>>,
     /// Their stacks, if they are asked for.
-    stacks: Vec<Shown>,
+    stacks: Vec<RenderedStack>,
 }
 
-impl Found {
+impl Blocking {
     fn of(
         session: &Session,
         kernel: &Kernel<'_>,
         registers: &[Vcpu],
         blockers: Option<Vec<Blocker>>,
-    ) -> Result<Found> {
+    ) -> Result<Blocking> {
         let all = blockers.as_deref().unwrap_or_default();
         let stacks = if session.verbose == 0 || all.is_empty() {
             Vec::new()
         } else {
             stacks::of(kernel, registers, |pid| all.iter().any(|b| b.pid == pid))?
         };
-        Ok(Found { blockers, stacks })
+        Ok(Blocking { blockers, stacks })
     }
 }
 
@@ -98,38 +102,39 @@ impl Found {
 ///
 /// # Errors
 /// The guest can't be read, or the payload or patch is not for it.
-pub fn run(session: &Session, args: &Blocking) -> anyhow::Result<ExitCode> {
-    let change = Change::of(&args.what)?;
-    if let Some(path) = &args.whom.core {
-        let (subject, found) = subject::with_core(path, |subject, kernel, core| {
-            let blockers = match change.watch(kernel)? {
+pub fn run(session: &Session, args: &args::Blocking) -> anyhow::Result<ExitCode> {
+    let asked = PayloadOrPatch::of(&args.what)?;
+    if let Some(path) = &args.guest.core {
+        let (guest, found) = guest::with_core(path, |guest, kernel, core| {
+            let blockers = match asked.watch(kernel)? {
                 Some(watch) => Some(quiesce::inside(kernel, core.vcpus(), &watch)?),
                 None => None,
             };
-            let found = Found::of(session, kernel, core.vcpus(), blockers)?;
-            Ok((subject.clone(), found))
+            let found = Blocking::of(session, kernel, core.vcpus(), blockers)?;
+            Ok((guest.clone(), found))
         })?;
-        return Ok(tell(session, &subject, &change, found));
+        return Ok(print(session, &guest, &asked, found));
     }
     let host = session.host()?;
-    let domain = host.guest(args.whom.domain()?)?;
+    let domain = host.guest(args.guest.domain()?)?;
     let kernel = machine::kernel_of(&domain)?;
     let options = Options {
         interrupted: std::sync::Arc::clone(&session.interrupted),
         ..Options::default()
     };
-    let blockers = match change.watch(&kernel)? {
+    let blockers = match asked.watch(&kernel)? {
         Some(watch) => Some(apply::blocking(&domain, &kernel, &watch, &options)?),
         None => None,
     };
-    let found = Found::of(session, &kernel, &[], blockers)?;
-    let subject = Subject::of(&domain);
-    Ok(tell(session, &subject, &change, found))
+    let found = Blocking::of(session, &kernel, &[], blockers)?;
+    let guest = Guest::of(&domain);
+    Ok(print(session, &guest, &asked, found))
 }
 
-fn tell(session: &Session, subject: &Subject, change: &Change, found: Found) -> ExitCode {
-    let (name, verb) = (change.name(), change.verb());
-    let label = subject.label();
+fn print(session: &Session, guest: &Guest, asked: &PayloadOrPatch, found: Blocking) -> ExitCode {
+    let name = asked.name();
+    let (verb, done) = asked.words();
+    let label = guest.label();
     match (session.output, found.blockers) {
         (Output::Json, blockers) => {
             let mut object = json!({ "patch": name, "blockers": blockers.unwrap_or_default() });
@@ -139,13 +144,15 @@ fn tell(session: &Session, subject: &Subject, change: &Change, found: Found) -> 
                     map.insert("stack_list".into(), stacks.collect());
                 }
             }
-            out::object(subject.object(object));
+            out::object(guest.object(object));
         }
-        (Output::Table, None) => out::line(&format!(
-            "{label}: nothing is to be done for {verb} {name}: it is so already"
-        )),
+        (Output::Table, None) => {
+            out::line(&format!("{label}: {name} is {done}; nothing to do"));
+        }
         (Output::Table, Some(all)) if all.is_empty() => {
-            out::line(&format!("{label}: nobody is in the way of {verb} {name}"));
+            out::line(&format!(
+                "{label}: no thread is in the way of {verb} {name}"
+            ));
         }
         (Output::Table, Some(all)) => {
             out::line(&format!("{label}: in the way of {verb} {name}:"));

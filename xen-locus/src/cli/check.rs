@@ -7,9 +7,9 @@ use locus_kernel::Kernel;
 use locus_payload::Payload;
 use serde_json::{json, Value};
 
-use super::args::{Check, Output, Patience};
-use super::subject::{self, Subject};
-use super::{apply, out, Session};
+use super::args::{Check, Output, TimeLimits};
+use super::guest::{self, Guest};
+use super::{apply, out, report, Session};
 use crate::apply::{Options, Report};
 use crate::arena::Arena;
 use crate::blocker::Blocker;
@@ -18,7 +18,7 @@ use crate::plan::{self, Mode, Readiness};
 use crate::quiesce;
 use crate::say;
 
-/// What can't be checked on a core.
+/// What only a running guest can show. Values of the JSON output: programs may compare them.
 const NOT_CHECKED: [&str; 2] = [
     "whether the guest has pages for the payload",
     "whether a moment comes when nobody is inside the functions",
@@ -27,40 +27,40 @@ const NOT_CHECKED: [&str; 2] = [
 /// Runs the command.
 ///
 /// # Errors
-/// No such payload; what makes it not applicable is printed.
+/// The payload can't be read. Why it is not applicable is printed, not returned.
 pub fn run(session: &Session, args: &Check) -> anyhow::Result<ExitCode> {
     let payload = Payload::read(&args.file).map_err(Error::from)?;
-    if let Some(path) = &args.whom.core {
+    if let Some(path) = &args.guest.core {
         return Ok(on_core(session, path, &payload));
     }
-    let patience = Patience {
+    let limits = TimeLimits {
         timeout: Options::default().timeout,
         max_pause: Options::default().max_pause,
     };
     let options = Options {
         dry_run: true,
-        ..session.options(&patience)
+        ..session.options(&limits)
     };
     let host = session.host()?;
-    let wanted = args.whom.domain()?;
-    let done = apply::apply_one(session, &host, wanted, &payload, Mode::Apply, &options);
-    Ok(apply::tell(session, "Checking", vec![done]))
+    let wanted = args.guest.domain()?;
+    let result = apply::apply_to(session, &host, wanted, &payload, Mode::Apply, &options);
+    Ok(report::print(session, "Checking", vec![result]))
 }
 
-/// What a core shows of a payload.
+/// What a check on a saved core found.
 #[derive(Debug)]
 pub struct Verdicts {
-    /// As a dry run on the live guest says it.
+    /// The same report as of a dry run on a live guest.
     pub report: Report,
-    /// Who was inside a function at the moment of saving, by the stacks and registers saved.
+    /// Threads that were inside a function when the core was saved, by its stacks and registers.
     pub blockers: Vec<Blocker>,
 }
 
-/// Checks `payload` on a saved guest: all that `check` does on a live one, and who was inside the
-/// functions when it was saved.
+/// Checks `payload` on a saved guest: all that `check` does on a live one, and which threads were inside
+/// the functions when the core was saved.
 ///
 /// # Errors
-/// Whatever makes it not applicable.
+/// Why the payload is not applicable.
 pub fn examine(kernel: &Kernel<'_>, core: &Core, payload: &Payload) -> Result<Verdicts> {
     let ready = plan::prepare(kernel, &Arena::read(kernel)?, payload, Mode::Apply)?;
     let report = Report::dry(payload, &ready);
@@ -72,12 +72,12 @@ pub fn examine(kernel: &Kernel<'_>, core: &Core, payload: &Payload) -> Result<Ve
 }
 
 fn on_core(session: &Session, path: &Path, payload: &Payload) -> ExitCode {
-    let result = subject::with_core(path, |subject, kernel, core| {
-        Ok((subject.clone(), examine(kernel, core, payload)?))
+    let result = guest::with_core(path, |guest, kernel, core| {
+        Ok((guest.clone(), examine(kernel, core, payload)?))
     });
     match result {
-        Ok((subject, verdicts)) => {
-            tell(session, &subject, &verdicts);
+        Ok((guest, verdicts)) => {
+            print(session, &guest, &verdicts);
             ExitCode::Done
         }
         Err(error) => {
@@ -89,35 +89,38 @@ fn on_core(session: &Session, path: &Path, payload: &Payload) -> ExitCode {
                     ("core", path.into()),
                     ("patch", payload.name.clone().into()),
                 ];
-                out::object(apply::with(out::failure(&error), &fields));
+                out::object(report::with_fields(out::failure(&error), &fields));
             }
             error.exit_code()
         }
     }
 }
 
-fn tell(session: &Session, subject: &Subject, verdicts: &Verdicts) {
-    let Verdicts { report, blockers } = verdicts;
+fn print(session: &Session, guest: &Guest, verdicts: &Verdicts) {
+    let Verdicts {
+        report: dry,
+        blockers,
+    } = verdicts;
     match session.output {
         Output::Json => {
             let fields = [
                 ("blockers", json!(blockers)),
                 ("not_checked", json!(NOT_CHECKED)),
             ];
-            out::object(subject.object(apply::with(json!(report), &fields)));
+            out::object(guest.object(report::with_fields(json!(dry), &fields)));
         }
         Output::Table => {
             out::line(&format!(
-                "Checking {} on {}... {report}",
-                report.patch,
-                subject.label()
+                "Checking {} on {}... {dry}",
+                dry.patch,
+                guest.label()
             ));
             if !blockers.is_empty() {
-                out::line("inside the functions when it was saved:");
+                out::line("threads inside the functions when the core was saved:");
                 out::text(&out::blockers(blockers));
             }
             out::line(&format!(
-                "not checked, as the guest does not run: {}",
+                "not checked, because the guest does not run: {}",
                 NOT_CHECKED.join("; ")
             ));
         }

@@ -10,7 +10,7 @@ use crate::error::ExitCode;
 use crate::say;
 use crate::storage::audit::{Audit, Line};
 
-/// The first second of the year 10000, which has no name.
+/// The first second of the year 10000, in seconds since 1970. RFC 3339 has no form for it.
 const YEAR_10000: u64 = 253_402_300_800;
 
 /// Runs the command.
@@ -35,7 +35,7 @@ pub fn run(session: &Session, args: &History) -> anyhow::Result<ExitCode> {
             "intact": history.faults.is_empty(),
             "faults": history.faults,
         })),
-        Output::Table if lines.is_empty() => out::line("nothing is recorded"),
+        Output::Table if lines.is_empty() => out::line("no actions are recorded"),
         Output::Table => {
             let rows: Vec<[String; 7]> = lines.iter().map(|line| row(line)).collect();
             let heads = [
@@ -71,7 +71,8 @@ fn row(line: &Line) -> [String; 7] {
     ]
 }
 
-/// The time so many seconds after 1970; the number itself where no calendar has it, for the log may have been changed.
+/// A time, given in seconds since 1970. A time after the year 9999 is shown as the number, because the log may
+/// have been changed.
 fn time(seconds: u64) -> String {
     match seconds < YEAR_10000 {
         true => {

@@ -9,7 +9,7 @@ use locus_kernel::Kernel;
 use serde_json::{json, Value};
 
 use super::args::Output;
-use super::subject::Subject;
+use super::guest::Guest;
 use super::{out, Session};
 use crate::arena::record::State;
 use crate::arena::Arena;
@@ -22,7 +22,7 @@ use crate::plan;
 /// One domain in the list.
 #[derive(Debug)]
 struct Row {
-    subject: Subject,
+    guest: Guest,
     kind: String,
     kernel: String,
     build_id: String,
@@ -31,10 +31,10 @@ struct Row {
     reason: String,
 }
 
-/// Runs the command, of a core or of all domains.
+/// Runs the command: lists the guest in a core, or all domains.
 ///
 /// # Errors
-/// Xen can't be asked, or there is no such core.
+/// Xen or XenStore can't be opened, or the core can't be read.
 pub fn run(session: &Session, core: Option<&Path>) -> anyhow::Result<ExitCode> {
     let rows = match core {
         Some(path) => vec![row_of_core(&Core::open(path).map_err(Error::from)?)],
@@ -60,7 +60,7 @@ fn rows_of_domains(host: &Host) -> Result<Vec<Row>> {
         rows.push(match host.domain(info.clone()) {
             Ok(domain) => row(&domain),
             Err(error) => {
-                let subject = Subject {
+                let guest = Guest {
                     domid: Some(info.id),
                     name: host.store.domain_name(info.id).unwrap_or_default(),
                     uuid: Some(info.uuid),
@@ -68,16 +68,16 @@ fn rows_of_domains(host: &Host) -> Result<Vec<Row>> {
                     core: None,
                     registers: Vec::new(),
                 };
-                unsupported(subject, kind, error.to_string())
+                unsupported(guest, kind, error.to_string())
             }
         });
     }
     Ok(rows)
 }
 
-fn unsupported(subject: Subject, kind: GuestType, reason: String) -> Row {
+fn unsupported(guest: Guest, kind: GuestType, reason: String) -> Row {
     Row {
-        subject,
+        guest,
         kind: kind.to_string(),
         kernel: String::new(),
         build_id: String::new(),
@@ -89,7 +89,7 @@ fn unsupported(subject: Subject, kind: GuestType, reason: String) -> Row {
 
 fn row(domain: &Domain<'_>) -> Row {
     let info = &domain.info;
-    let no = |why: &str| unsupported(Subject::of(domain), info.kind, why.into());
+    let no = |why: &str| unsupported(Guest::of(domain), info.kind, why.into());
     if info.id == DomId(0) {
         return no("the control domain itself");
     }
@@ -97,20 +97,20 @@ fn row(domain: &Domain<'_>) -> Row {
         return no("it has shut down");
     }
     match machine::kernel_of(domain) {
-        Ok(kernel) => row_of_kernel(Subject::of(domain), &kernel),
+        Ok(kernel) => row_of_kernel(Guest::of(domain), &kernel),
         Err(error) => no(&error.to_string()),
     }
 }
 
 fn row_of_core(core: &Core) -> Row {
-    let subject = Subject::of_core(core);
+    let guest = Guest::of_core(core);
     match Kernel::of_saved(core, core.kind(), core.vcpus()) {
-        Ok(kernel) => row_of_kernel(subject, &kernel),
-        Err(error) => unsupported(subject, core.kind(), error.to_string()),
+        Ok(kernel) => row_of_kernel(guest, &kernel),
+        Err(error) => unsupported(guest, core.kind(), error.to_string()),
     }
 }
 
-fn row_of_kernel(subject: Subject, kernel: &Kernel<'_>) -> Row {
+fn row_of_kernel(guest: Guest, kernel: &Kernel<'_>) -> Row {
     let mut row = Row {
         kernel: kernel.release.clone(),
         build_id: kernel
@@ -118,7 +118,7 @@ fn row_of_kernel(subject: Subject, kernel: &Kernel<'_>) -> Row {
             .as_deref()
             .map(hex::encode)
             .unwrap_or_default(),
-        ..unsupported(subject, kernel.kind, String::new())
+        ..unsupported(guest, kernel.kind, String::new())
     };
     match applied(kernel) {
         Ok(patches) => {
@@ -140,7 +140,7 @@ fn applied(kernel: &Kernel<'_>) -> Result<usize> {
 
 impl Row {
     fn json(&self) -> Value {
-        self.subject.object(json!({
+        self.guest.object(json!({
             "type": self.kind,
             "kernel": self.kernel,
             "build_id": self.build_id,
@@ -164,8 +164,8 @@ impl Row {
             format!("{}: {}", self.status, self.reason)
         };
         [
-            or_dash(&self.subject.name),
-            self.subject
+            or_dash(&self.guest.name),
+            self.guest
                 .domid
                 .map_or_else(|| "-".to_owned(), |id| id.to_string()),
             self.kind.clone(),

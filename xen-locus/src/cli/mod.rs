@@ -1,19 +1,20 @@
-//! The command line: one file per command. stdout is data, stderr is messages.
+//! The command line: one file for each command. stdout is data, stderr is messages.
 
 pub mod apply;
 pub mod args;
 pub mod blocking;
 pub mod check;
+pub mod guest;
 pub mod history;
 pub mod info;
 pub mod list;
 pub mod nudge;
 pub mod out;
 pub mod recover;
+mod report;
 pub mod revert;
 pub mod show;
 pub mod status;
-pub mod subject;
 pub mod verify;
 
 use std::path::PathBuf;
@@ -32,7 +33,7 @@ use crate::guard::guardian;
 use crate::ops::host::Host;
 use crate::plan::Mode;
 use crate::say;
-use args::{Cli, Command, Output, Patience};
+use args::{Cli, Command, Output, TimeLimits};
 
 /// What all commands share.
 #[derive(Debug)]
@@ -69,10 +70,10 @@ impl Session {
 
     /// The library's options for this session.
     #[must_use]
-    pub fn options(&self, patience: &Patience) -> Options {
+    pub fn options(&self, limits: &TimeLimits) -> Options {
         Options {
-            timeout: patience.timeout,
-            max_pause: patience.max_pause,
+            timeout: limits.timeout,
+            max_pause: limits.max_pause,
             entry_only: false,
             dry_run: self.dry_run,
             interrupted: Arc::clone(&self.interrupted),
@@ -160,7 +161,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
             &Settings {
                 payloads: args.payloads.clone(),
                 reapply: args.reapply,
-                options: session.options(&args.patience),
+                options: session.options(&args.limits),
                 verbose: session.verbose,
             },
         ),

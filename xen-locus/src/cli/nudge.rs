@@ -5,7 +5,7 @@ use locus_kernel::Kernel;
 use serde_json::json;
 
 use super::args::{Nudge, Output};
-use super::blocking::Change;
+use super::blocking::PayloadOrPatch;
 use super::{out, Session};
 use crate::arena::Arena;
 use crate::error::{ExitCode, Result};
@@ -15,9 +15,9 @@ use crate::ops::operator;
 use crate::plan::{self, Stack};
 use crate::quiesce::Watch;
 
-/// Where those sleep who are to be woken.
-fn watch(change: &Change, kernel: &Kernel<'_>) -> Result<Option<Watch>> {
-    if let Change::Revert(name) = change {
+/// Code in which threads are woken: the versions that a draining patch replaced, else what is in the way.
+fn watch(asked: &PayloadOrPatch, kernel: &Kernel<'_>) -> Result<Option<Watch>> {
+    if let PayloadOrPatch::Patch(name) = asked {
         let residents = plan::residents(kernel, &Arena::read(kernel)?)?;
         let stack = Stack::new(&residents);
         let named = stack.named(&residents, name)?;
@@ -25,20 +25,20 @@ fn watch(change: &Change, kernel: &Kernel<'_>) -> Result<Option<Watch>> {
             return Ok(Some(old));
         }
     }
-    change.watch(kernel)
+    asked.watch(kernel)
 }
 
 /// Runs the command.
 ///
 /// # Errors
-/// The guest can't be read, or the payload or patch is not for it; nobody could be woken.
+/// The guest can't be read, or the payload or patch is not for it; no thread could be woken.
 pub fn run(session: &Session, host: &Host, args: &Nudge) -> anyhow::Result<ExitCode> {
-    let change = Change::of(&args.what)?;
-    let name = change.name();
+    let asked = PayloadOrPatch::of(&args.what)?;
+    let name = asked.name();
     let domain = host.guest(&args.domain)?;
-    let options = session.options(&args.patience);
+    let options = session.options(&args.limits);
     let desk = host.desk(operator::user());
-    let nudged = ops::nudge(&desk, &domain, name, |k| watch(&change, k), &options)?;
+    let nudged = ops::nudge(&desk, &domain, name, |k| watch(&asked, k), &options)?;
     let label = domain.label();
     if session.output == Output::Json {
         let report = nudged.as_ref().map(|n| &n.report);
@@ -54,12 +54,12 @@ pub fn run(session: &Session, host: &Host, args: &Nudge) -> anyhow::Result<ExitC
         return Ok(ExitCode::Done);
     }
     match nudged.filter(|n| !n.asleep.is_empty()) {
-        None => out::line(&format!("{label}: nobody sleeps in the way of {name}")),
+        None => out::line(&format!("{label}: no thread sleeps in the way of {name}")),
         Some(nudged) => {
             out::line(&format!(
-                "{label}: {} of {} threads asleep were woken (paused {} us)",
+                "{label}: woke {} of {} (paused {} us)",
                 nudged.woken,
-                nudged.asleep.len(),
+                out::count(nudged.asleep.len(), "sleeping thread", "sleeping threads"),
                 nudged.report.pause_us
             ));
             out::text(&out::blockers(&nudged.asleep));

@@ -1,5 +1,6 @@
 //! Tables and JSON on stdout.
 
+use std::fmt::Display;
 use std::io::{self, Write as _};
 
 use serde_json::{json, Value};
@@ -7,7 +8,7 @@ use serde_json::{json, Value};
 use crate::blocker::Blocker;
 use crate::error::Error;
 
-/// Writes a line to stdout. A reader that went away is no error of ours.
+/// Writes a line to stdout. A closed stdout is ignored: the action was done all the same.
 pub fn line(text: &str) {
     let _ = writeln!(io::stdout(), "{text}");
 }
@@ -31,7 +32,7 @@ pub fn object(mut value: Value) {
     line(&serde_json::to_string_pretty(&value).unwrap_or_default());
 }
 
-/// Writes rows under a heading, each column as wide as it must be.
+/// Writes rows under a heading, each column as wide as its widest cell.
 pub fn table<const N: usize>(heading: [&str; N], rows: &[[String; N]]) {
     let mut widths = heading.map(str::len);
     for row in rows {
@@ -54,13 +55,20 @@ pub fn table<const N: usize>(heading: [&str; N], rows: &[[String; N]]) {
     }
 }
 
-/// An address as JSON shows it.
+/// An address in JSON: hex with `0x`, because JSON numbers lose bits over 2^53.
 #[must_use]
 pub fn address(at: u64) -> Value {
     format!("{at:#x}").into()
 }
 
-/// Who is in the way, for people.
+/// A number and its noun: `1 patch`, `2 patches`.
+#[must_use]
+pub fn count<N: Display + PartialEq + From<u8>>(n: N, one: &str, many: &str) -> String {
+    let noun = if n == N::from(1) { one } else { many };
+    format!("{n} {noun}")
+}
+
+/// A table of the threads in the way.
 #[must_use]
 pub fn blockers(all: &[Blocker]) -> String {
     let mut text = format!("  {:>7}  {:<16} {:<17} FUNCTION\n", "PID", "COMM", "REASON");
@@ -77,7 +85,7 @@ pub fn blockers(all: &[Blocker]) -> String {
     text
 }
 
-/// How a failed action is told to a program.
+/// A failed action as JSON.
 #[must_use]
 pub fn failure(error: &Error) -> Value {
     let mut value = json!({ "result": error.result(), "message": error.to_string() });
@@ -86,4 +94,16 @@ pub fn failure(error: &Error) -> Value {
         map.insert("blockers".into(), json!(blocked.blockers));
     }
     value
+}
+
+#[cfg(test)]
+mod tests {
+    use super::count;
+
+    #[test]
+    fn one_is_singular() {
+        assert_eq!(count(0_u64, "patch", "patches"), "0 patches");
+        assert_eq!(count(1_u64, "patch", "patches"), "1 patch");
+        assert_eq!(count(2_usize, "patch", "patches"), "2 patches");
+    }
 }

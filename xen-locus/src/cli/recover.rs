@@ -11,7 +11,7 @@ use crate::ops::recover_all::{self, Found};
 use crate::recover::Finding;
 use crate::say;
 
-/// What is printed of one guest as JSON.
+/// The result for one guest, as JSON.
 fn json(found: &Found) -> Value {
     let mut value = match &found.result {
         Ok(report) => json!(report),
@@ -39,10 +39,11 @@ fn code(found: &Found) -> ExitCode {
 /// There is no such guest; domains can't be listed.
 pub fn run(session: &Session, host: &Host, args: &Recover) -> anyhow::Result<ExitCode> {
     if session.dry_run {
-        let why = "recover has no dry run: `status` shows what is in force, and changes nothing";
+        let why =
+            "recover has no dry run; `status` shows what is in force without changing anything";
         return Err(Error::usage(why).into());
     }
-    let options = session.options(&args.patience);
+    let options = session.options(&args.limits);
     let found = match &args.domain {
         Some(wanted) => {
             let domain = host.guest(wanted)?;

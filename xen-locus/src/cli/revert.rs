@@ -1,7 +1,8 @@
 //! `xen-locus revert DOMAIN PATCH`, or all its patches.
 
 use super::args::Revert;
-use super::{apply, Session};
+use super::report::{self, ActionResult};
+use super::Session;
 use crate::apply::Options;
 use crate::error::ExitCode;
 use crate::ops;
@@ -16,7 +17,7 @@ pub fn run(session: &Session, host: &Host, args: &Revert) -> anyhow::Result<Exit
     let domain = host.guest(&args.domain)?;
     let options = Options {
         entry_only: args.consistency.entry_only,
-        ..session.options(&args.patience)
+        ..session.options(&args.limits)
     };
     let desk = host.desk(operator::user());
     let results = match &args.patch {
@@ -29,11 +30,11 @@ pub fn run(session: &Session, host: &Host, args: &Revert) -> anyhow::Result<Exit
     if results.is_empty() {
         session.say(0, format!("{}: no patch is applied", domain.label()));
     }
-    let results = results.into_iter().map(|(patch, result)| apply::Done {
+    let results = results.into_iter().map(|(patch, result)| ActionResult {
         domain: args.domain.clone(),
-        found: Some((domain.info.id, domain.label())),
+        guest: Some((domain.info.id, domain.label())),
         patch,
         result,
     });
-    Ok(apply::tell(session, "Reverting", results.collect()))
+    Ok(report::print(session, "Reverting", results.collect()))
 }

@@ -23,12 +23,12 @@ pub fn run(session: &Session, file: &Path) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::Done)
 }
 
-/// What is said of the patch's `replace`.
+/// How `klp_patch.replace` is shown.
 fn replaces_all(replace: Option<bool>) -> &'static str {
     match replace {
         Some(true) => "yes: patches applied before it",
         Some(false) => "",
-        None => "can't be told from the file",
+        None => "not known: the file does not tell",
     }
 }
 
@@ -69,16 +69,22 @@ fn table(summary: &Summary) {
                 format!(" number {}", f.sympos)
             };
             out::line(&format!(
-                "{:<13} {}{place} in {} -> {} ({} bytes)",
-                "replaces", f.old, object.object, f.new, f.size
+                "{:<13} {}{place} in {} -> {} ({})",
+                "replaces",
+                f.old,
+                object.object,
+                f.new,
+                out::count(f.size, "byte", "bytes")
             ));
         }
     }
     for role in &summary.sections {
         let names = role.sections.join(" ");
         out::line(&format!(
-            "{:<13} {} ({} bytes): {names}",
-            "sections", role.role, role.size
+            "{:<13} {} ({}): {names}",
+            "sections",
+            role.role,
+            out::count(role.size, "byte", "bytes")
         ));
     }
     out::line(&format!("{:<13} {}", "needs", summary.needs.join(" ")));

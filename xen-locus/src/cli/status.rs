@@ -8,7 +8,7 @@ use locus_kernel::Kernel;
 use serde_json::{json, Value};
 
 use super::args::Output;
-use super::subject::{self, Subject};
+use super::guest::{self, Guest};
 use super::{out, Session};
 use crate::apply::{self, Options};
 use crate::blocker::Blocker;
@@ -19,17 +19,17 @@ use crate::ops::host::Host;
 use crate::ops::{self, Patch, Replaced, GUEST_REBOOTED};
 use crate::quiesce::{self, Watch};
 
-/// What is said of one guest.
-struct Status {
-    subject: Subject,
+/// The patches of one guest.
+struct GuestStatus {
+    guest: Guest,
     kernel: String,
-    patches: Vec<Shown>,
+    patches: Vec<PatchStatus>,
 }
 
-/// What is said of one patch.
-struct Shown {
+/// A patch, and the threads that it drains.
+struct PatchStatus {
     patch: Patch,
-    /// Threads that are still in versions it replaced; of a patch that lets them.
+    /// Threads that are still in versions that the patch replaced. Empty unless the patch allows entry-only.
     draining: Vec<Blocker>,
 }
 
@@ -45,9 +45,9 @@ pub fn run(
     let one = wanted.is_some() || core.is_some();
     let mut code = ExitCode::Done;
     let statuses = match (core, wanted) {
-        (Some(path), _) => vec![subject::with_core(path, |subject, kernel, core| {
+        (Some(path), _) => vec![guest::with_core(path, |guest, kernel, core| {
             let inside = |watch: &Watch| quiesce::inside(kernel, core.vcpus(), watch);
-            Status::read(subject.clone(), kernel, inside)
+            GuestStatus::read(guest.clone(), kernel, inside)
         })?],
         (None, Some(wanted)) => vec![status(&session.host()?.guest(wanted)?)?],
         (None, None) => {
@@ -67,7 +67,7 @@ pub fn run(
             );
         }
         Output::Json => {
-            let domains: Vec<Value> = statuses.iter().map(Status::json).collect();
+            let domains: Vec<Value> = statuses.iter().map(GuestStatus::json).collect();
             out::object(json!({ "domains": domains }));
         }
         Output::Table => table(&statuses),
@@ -75,14 +75,14 @@ pub fn run(
     Ok(code)
 }
 
-fn status(domain: &Domain<'_>) -> Result<Status> {
+fn status(domain: &Domain<'_>) -> Result<GuestStatus> {
     let kernel = machine::kernel_of(domain)?;
     let inside = |watch: &Watch| apply::blocking(domain, &kernel, watch, &Options::default());
-    Status::read(Subject::of(domain), &kernel, inside)
+    GuestStatus::read(Guest::of(domain), &kernel, inside)
 }
 
 /// All guests that can be read, and the exit code for those that can't.
-fn all(session: &Session, host: &Host) -> Result<(Vec<Status>, ExitCode)> {
+fn all(session: &Session, host: &Host) -> Result<(Vec<GuestStatus>, ExitCode)> {
     let mut found = Vec::new();
     let mut worst = ExitCode::Done;
     for info in host.control.domains(DomId(1))? {
@@ -90,7 +90,7 @@ fn all(session: &Session, host: &Host) -> Result<(Vec<Status>, ExitCode)> {
         match status(&domain) {
             Ok(status) => found.push(status),
             Err(error) => {
-                let code = subject::unread(session, &Subject::of(&domain), &error);
+                let code = guest::unread(session, &Guest::of(&domain), &error);
                 worst = worst.max(code);
             }
         }
@@ -98,13 +98,13 @@ fn all(session: &Session, host: &Host) -> Result<(Vec<Status>, ExitCode)> {
     Ok((found, worst))
 }
 
-fn table(statuses: &[Status]) {
+fn table(statuses: &[GuestStatus]) {
     let mut rows = Vec::new();
     for status in statuses {
-        for Shown { patch, draining } in &status.patches {
+        for PatchStatus { patch, draining } in &status.patches {
             let functions: Vec<String> = patch.functions.iter().map(shown).collect();
             rows.push([
-                status.subject.label(),
+                status.guest.label(),
                 patch.name.clone(),
                 match threads(draining) {
                     0 if patch.reason == Some(GUEST_REBOOTED) => "gone (guest rebooted)".into(),
@@ -125,20 +125,20 @@ fn table(statuses: &[Status]) {
     }
     if rows.is_empty() {
         for status in statuses {
-            out::line(&format!("{}: no patches", status.subject.label()));
+            out::line(&format!("{}: no patches", status.guest.label()));
         }
         return;
     }
     out::table(["Domain", "Patch", "State", "Functions", "CVEs"], &rows);
 }
 
-/// How many threads these are: one may be in several functions.
+/// Number of threads: one thread may be in several functions.
 fn threads(blockers: &[Blocker]) -> usize {
     let ids: HashSet<_> = blockers.iter().map(|b| (b.pid, &b.comm)).collect();
     ids.len()
 }
 
-/// A function, and by whom it is covered.
+/// A function, and the patch that covers it.
 fn shown(replaced: &Replaced) -> String {
     let name = &replaced.function.name;
     match &replaced.covered_by {
@@ -147,22 +147,22 @@ fn shown(replaced: &Replaced) -> String {
     }
 }
 
-impl Status {
+impl GuestStatus {
     fn read(
-        subject: Subject,
+        guest: Guest,
         kernel: &Kernel<'_>,
         inside: impl Fn(&Watch) -> Result<Vec<Blocker>>,
-    ) -> Result<Status> {
+    ) -> Result<GuestStatus> {
         let mut patches = Vec::new();
-        for patch in ops::patches(kernel, subject.uuid.as_deref())? {
+        for patch in ops::patches(kernel, guest.uuid.as_deref())? {
             let draining = match &patch.old_versions {
                 Some(watch) => inside(watch)?,
                 None => Vec::new(),
             };
-            patches.push(Shown { patch, draining });
+            patches.push(PatchStatus { patch, draining });
         }
-        Ok(Status {
-            subject,
+        Ok(GuestStatus {
+            guest,
             kernel: kernel.release.clone(),
             patches,
         })
@@ -172,7 +172,7 @@ impl Status {
         let patches: Vec<Value> = self
             .patches
             .iter()
-            .map(|Shown { patch: p, draining }| {
+            .map(|PatchStatus { patch: p, draining }| {
                 let functions: Vec<Value> = p
                     .functions
                     .iter()
@@ -203,8 +203,8 @@ impl Status {
                 })
             })
             .collect();
-        self.subject.object(json!({
-            "uuid": self.subject.uuid,
+        self.guest.object(json!({
+            "uuid": self.guest.uuid,
             "kernel": self.kernel,
             "patches": patches,
         }))

@@ -6,7 +6,7 @@ use locus_guest::addr::DomId;
 use serde_json::{json, Value};
 
 use super::args::Output;
-use super::subject::{self, Subject};
+use super::guest::{self, Guest};
 use super::{out, Session};
 use crate::domain::Domain;
 use crate::error::ExitCode;
@@ -18,7 +18,7 @@ use crate::verify::{verify, Known, Outcome};
 /// Runs the command: of a core, of the domain `wanted`, or of all guests.
 ///
 /// # Errors
-/// The guest can't be read, or what it says of its patches is damaged.
+/// The guest can't be read, or its records of patches are damaged.
 pub fn run(
     session: &Session,
     wanted: Option<&str>,
@@ -28,8 +28,8 @@ pub fn run(
     let mut all = Vec::new();
     let mut worst = ExitCode::Done;
     match (core, wanted) {
-        (Some(path), _) => all.push(subject::with_core(path, |subject, kernel, _| {
-            Ok((subject.clone(), verify(kernel, None)?))
+        (Some(path), _) => all.push(guest::with_core(path, |guest, kernel, _| {
+            Ok((guest.clone(), verify(kernel, None)?))
         })?),
         (None, Some(wanted)) => {
             let host = session.host()?;
@@ -37,25 +37,25 @@ pub fn run(
             let history = log()?;
             let known = known(&history, &domain);
             let outcome = verify(&machine::kernel_of(&domain)?, Some(known))?;
-            all.push((Subject::of(&domain), outcome));
+            all.push((Guest::of(&domain), outcome));
         }
         (None, None) => {
             let host = session.host()?;
             let history = log()?;
             for info in host.control.domains(DomId(1))? {
                 let domain = host.domain(info)?;
-                let subject = Subject::of(&domain);
+                let guest = Guest::of(&domain);
                 let kernel = match machine::kernel_of(&domain) {
                     Ok(kernel) => kernel,
                     Err(error) => {
-                        worst = worst.max(subject::unread(session, &subject, &error.into()));
+                        worst = worst.max(guest::unread(session, &guest, &error.into()));
                         continue;
                     }
                 };
                 match verify(&kernel, Some(known(&history, &domain))) {
-                    Ok(outcome) => all.push((subject, outcome)),
+                    Ok(outcome) => all.push((guest, outcome)),
                     Err(error) => {
-                        say::warn(format_args!("{}: {error}", subject.label()));
+                        say::warn(format_args!("{}: {error}", guest.label()));
                         worst = worst.max(error.exit_code());
                     }
                 }
@@ -65,27 +65,25 @@ pub fn run(
     if all.iter().any(|(_, outcome)| !outcome.drift.is_empty()) {
         worst = worst.max(ExitCode::Failed);
     }
-    let mut objects = all
-        .iter()
-        .map(|(subject, outcome)| object(subject, outcome));
+    let mut objects = all.iter().map(|(guest, outcome)| object(guest, outcome));
     match session.output {
         Output::Json if one => out::object(objects.next().unwrap_or_default()),
         Output::Json => out::object(json!({ "domains": objects.collect::<Vec<Value>>() })),
         Output::Table => all
             .iter()
-            .for_each(|(subject, outcome)| table(subject, outcome)),
+            .for_each(|(guest, outcome)| table(guest, outcome)),
     }
     Ok(worst)
 }
 
-/// The audit log, with a word of warning where it can't be believed.
+/// The audit log. Warns if it was changed.
 fn log() -> anyhow::Result<History> {
     let audit = Audit::system();
     let history = audit.history()?;
     if !history.faults.is_empty() {
         say::warn(format_args!(
-            "the audit log {} is not as it was written (`xen-locus history` says where), and \
-             records are compared with it",
+            "the audit log {} was changed (`xen-locus history` says where); records are compared with \
+             it all the same",
             audit.path().display()
         ));
     }
@@ -99,7 +97,7 @@ fn known<'a>(history: &'a History, domain: &'a Domain<'_>) -> Known<'a> {
     }
 }
 
-fn object(subject: &Subject, outcome: &Outcome) -> Value {
+fn object(guest: &Guest, outcome: &Outcome) -> Value {
     let clean = outcome.drift.is_empty();
     let drift = outcome.drift.iter().map(|d| {
         json!({
@@ -112,8 +110,8 @@ fn object(subject: &Subject, outcome: &Outcome) -> Value {
             "by": d.by.name(),
         })
     });
-    subject.object(json!({
-        "uuid": subject.uuid,
+    guest.object(json!({
+        "uuid": guest.uuid,
         "result": if clean { "clean" } else { "drifted" },
         "patches": outcome.patches,
         "parked": outcome.parked,
@@ -124,7 +122,7 @@ fn object(subject: &Subject, outcome: &Outcome) -> Value {
     }))
 }
 
-fn table(subject: &Subject, outcome: &Outcome) {
+fn table(guest: &Guest, outcome: &Outcome) {
     let Outcome {
         patches,
         parked,
@@ -135,17 +133,19 @@ fn table(subject: &Subject, outcome: &Outcome) {
     } = outcome;
     let found = match drift.len() {
         0 => "all as recorded".to_owned(),
-        1 => "1 difference".to_owned(),
-        n => format!("{n} differences"),
+        n => out::count(n, "difference", "differences"),
     };
     out::line(&format!(
-        "{}: {found} ({patches} patches, {parked} parked, {redirects} redirects, {pages} pages)",
-        subject.label()
+        "{}: {found} ({}, {parked} parked, {}, {})",
+        guest.label(),
+        out::count(*patches, "patch", "patches"),
+        out::count(*redirects, "redirect", "redirects"),
+        out::count(*pages, "page", "pages"),
     ));
     if !unconfirmed.is_empty() {
         out::line(&format!(
-            "{}: this host's audit log knows nothing of the record of {}: applied elsewhere, or forged",
-            subject.label(),
+            "{}: the audit log of this host has no record of {}: applied on another host, or forged",
+            guest.label(),
             unconfirmed.join(", ")
         ));
     }

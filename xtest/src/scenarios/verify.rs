@@ -72,7 +72,7 @@ fn verify(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     by_others(ctx, &guest)?;
     by_the_log(ctx, &guest)?;
     let table = ctx.dom0.ok("xen-locus verify")?;
-    check!(table.contains("all as recorded (1 patches"), "{table}");
+    check!(table.contains("all as recorded (1 patch,"), "{table}");
     tool::revert_all(ctx, name)?;
     clean(ctx, &guest)?;
     keys(ctx, &guest)

@@ -15,7 +15,7 @@ use locus_kernel::{self as kernel, Kernel};
 use serde_json::{json, Map, Value};
 
 use super::args::{self, Output};
-use super::subject::{self, Subject};
+use super::guest::{self, Guest};
 use super::{out, Session};
 use crate::arena::{self, Arena};
 use crate::error::{Error, ExitCode};
@@ -25,21 +25,21 @@ use crate::error::{Error, ExitCode};
 /// # Errors
 /// No such guest, or its kernel can't be read.
 pub fn run(session: &Session, args: &args::Info) -> anyhow::Result<ExitCode> {
-    subject::with_kernel(session, &args.whom, |subject, kernel| {
-        if let Some(pattern) = &args.what.symbols {
-            symbols::show(session, subject, kernel, pattern)?;
-        } else if args.what.tasks {
-            tasks::show(session, subject, kernel)?;
-        } else if args.what.stacks {
-            stacks::show(session, subject, kernel)?;
-        } else if args.what.modules {
-            modules::show(session, subject, kernel)?;
-        } else if let Some(name) = &args.what.type_name {
-            types::show(session, subject, kernel, name)?;
-        } else if let Some(what) = &args.what.raw {
+    guest::with_kernel(session, &args.guest, |guest, kernel| {
+        if let Some(pattern) = &args.view.symbols {
+            symbols::show(session, guest, kernel, pattern)?;
+        } else if args.view.tasks {
+            tasks::show(session, guest, kernel)?;
+        } else if args.view.stacks {
+            stacks::show(session, guest, kernel)?;
+        } else if args.view.modules {
+            modules::show(session, guest, kernel)?;
+        } else if let Some(name) = &args.view.type_name {
+            types::show(session, guest, kernel, name)?;
+        } else if let Some(what) = &args.view.raw {
             raw::show(kernel, what)?;
         } else {
-            summary(session, subject, kernel)?;
+            summary(session, guest, kernel)?;
         }
         session.say(1, cost(session, kernel));
         Ok(ExitCode::Done)
@@ -47,7 +47,7 @@ pub fn run(session: &Session, args: &args::Info) -> anyhow::Result<ExitCode> {
     .map_err(Into::into)
 }
 
-/// What the answer cost so far.
+/// What reading the guest has cost so far.
 fn cost(session: &Session, kernel: &Kernel<'_>) -> String {
     let budget = kernel.space.budget();
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -61,7 +61,7 @@ fn cost(session: &Session, kernel: &Kernel<'_>) -> String {
     )
 }
 
-fn summary(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<(), Error> {
+fn summary(session: &Session, guest: &Guest, kernel: &Kernel<'_>) -> Result<(), Error> {
     let btf_types = kernel.btf()?.len();
     let tasks = kernel::tasks::count(kernel)?;
     let orc = optional(Table::of(kernel))?;
@@ -85,13 +85,13 @@ fn summary(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<
     let arena = match Arena::read(kernel) {
         Ok(arena) => Ok(arena.room(kernel.kind)),
         // `xl dump-core` leaves out the highest frames of some guests.
-        Err(error) if subject.core.is_some() => Err(error.to_string()),
+        Err(error) if guest.core.is_some() => Err(error.to_string()),
         Err(error) => return Err(error),
     };
     let modules = kernel.module_count()?;
     match session.output {
-        Output::Json => out::object(subject.object(json!({
-            "uuid": subject.uuid,
+        Output::Json => out::object(guest.object(json!({
+            "uuid": guest.uuid,
             "type": kernel.kind,
             "kernel": kernel.release,
             "build_id": build_id,
@@ -103,7 +103,7 @@ fn summary(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<
             "orc": { "entries": entries, "format": format },
             "modules": modules,
             "tasks": tasks,
-            "vcpus": subject.vcpus,
+            "vcpus": guest.vcpus,
             "levels": levels,
             "pti": pti,
             "cpu": cpu.map(|cpu| json!({
@@ -126,14 +126,14 @@ fn summary(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<
         Output::Table => {
             for (what, value) in [
                 (
-                    if subject.core.is_some() {
+                    if guest.core.is_some() {
                         "core"
                     } else {
                         "domain"
                     },
-                    subject.label(),
+                    guest.label(),
                 ),
-                ("uuid", subject.uuid.clone().unwrap_or_default()),
+                ("uuid", guest.uuid.clone().unwrap_or_default()),
                 ("type", kernel.kind.to_string()),
                 ("kernel", kernel.release.clone()),
                 ("build-id", build_id),
@@ -141,17 +141,20 @@ fn summary(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<
                 ("KASLR offset", format!("{kaslr:#x}")),
                 ("symbols", kernel.symbols.len().to_string()),
                 ("BTF types", btf_types.to_string()),
-                ("ORC entries", rows(entries, format.as_deref())),
+                ("ORC entries", orc_value(entries, format.as_deref())),
                 ("modules", modules.to_string()),
                 ("tasks", tasks.to_string()),
-                ("vCPUs", subject.vcpus.to_string()),
-                ("paging", paging(levels, pti)),
-                ("vmcoreinfo", witness(vmcoreinfo.as_ref(), agreed)),
+                ("vCPUs", guest.vcpus.to_string()),
+                ("paging", paging_value(levels, pti)),
+                ("vmcoreinfo", vmcoreinfo_value(vmcoreinfo.as_ref(), agreed)),
                 (
                     "arena",
                     arena.map_or_else(
                         |why| format!("not known: {why}"),
-                        |(room, used)| format!("{room} pages at {}, {used} in use", arena::BASE),
+                        |(room, used)| {
+                            let pages = out::count(room, "page", "pages");
+                            format!("{pages} at {}, {used} in use", arena::BASE)
+                        },
                     ),
                 ),
             ] {
@@ -159,7 +162,7 @@ fn summary(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<
                     out::line(&format!("{what:<13} {value}"));
                 }
             }
-            for (what, value) in cpu.iter().flat_map(about_cpu) {
+            for (what, value) in cpu.iter().flat_map(cpu_lines) {
                 out::line(&format!("{what:<13} {value}"));
             }
         }
@@ -167,7 +170,7 @@ fn summary(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<
     Ok(())
 }
 
-/// What a kernel may do without.
+/// What a kernel need not have: `None` if it is missing.
 fn optional<T>(read: Result<T, kernel::Error>) -> Result<Option<T>, kernel::Error> {
     match read {
         Ok(value) => Ok(Some(value)),
@@ -176,14 +179,14 @@ fn optional<T>(read: Result<T, kernel::Error>) -> Result<Option<T>, kernel::Erro
     }
 }
 
-fn rows(entries: usize, format: Option<&str>) -> String {
+fn orc_value(entries: usize, format: Option<&str>) -> String {
     match format {
         Some(format) => format!("{entries}, format {format}"),
         None => "none".into(),
     }
 }
 
-fn paging(levels: u8, pti: Option<bool>) -> String {
+fn paging_value(levels: u8, pti: Option<bool>) -> String {
     let isolation = match pti {
         Some(true) => ", page-table isolation on",
         Some(false) => ", page-table isolation off",
@@ -193,7 +196,7 @@ fn paging(levels: u8, pti: Option<bool>) -> String {
 }
 
 /// Lines about the processor: too long for a column of short values, so they come last.
-fn about_cpu(cpu: &Cpu) -> Vec<(&str, String)> {
+fn cpu_lines(cpu: &Cpu) -> Vec<(&str, String)> {
     let mut lines = vec![
         ("CPU features", cpu.features().join(" ")),
         ("CPU bugs", cpu.bugs().join(" ")),
@@ -203,13 +206,13 @@ fn about_cpu(cpu: &Cpu) -> Vec<(&str, String)> {
     lines
 }
 
-fn witness(info: Option<&VmcoreInfo>, agreed: usize) -> String {
+fn vmcoreinfo_value(info: Option<&VmcoreInfo>, agreed: usize) -> String {
     info.map_or_else(
         || "none".into(),
         |info| {
             format!(
-                "{} lines, {agreed} of them compared and agreeing",
-                info.iter().count()
+                "{}, {agreed} of them compared and agreeing",
+                out::count(info.iter().count(), "line", "lines")
             )
         },
     )

@@ -6,14 +6,14 @@ use serde_json::{json, Value};
 
 use super::super::{out, Session};
 use crate::cli::args::Output;
-use crate::cli::subject::Subject;
+use crate::cli::guest::Guest;
 use crate::error::Error;
 
 /// Shows all modules, in the order of `/proc/modules`.
 ///
 /// # Errors
 /// The list or a module can't be read.
-pub fn show(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<(), Error> {
+pub fn show(session: &Session, guest: &Guest, kernel: &Kernel<'_>) -> Result<(), Error> {
     let mut reader = Reader::new(kernel)?;
     match session.output {
         Output::Table => {
@@ -31,7 +31,7 @@ pub fn show(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result
                 let types = reader.btf(module)?.map(|btf| btf.len());
                 Ok(entry(module, symbols, types))
             })?;
-            out::object(subject.object(json!({
+            out::object(guest.object(json!({
                 "module_list": all,
             })));
         }

@@ -8,13 +8,13 @@ use locus_kernel::Kernel;
 use serde_json::{json, Value};
 
 use crate::cli::args::Output;
-use crate::cli::subject::Subject;
+use crate::cli::guest::Guest;
 use crate::cli::{out, Session};
 use crate::error::Result;
 
 /// A task's stack, for people and for programs.
 #[derive(Debug)]
-pub struct Shown {
+pub struct RenderedStack {
     /// Lines.
     pub text: String,
     /// An object.
@@ -30,10 +30,10 @@ pub fn of(
     kernel: &Kernel<'_>,
     registers: &[Vcpu],
     wanted: impl Fn(u32) -> bool,
-) -> Result<Vec<Shown>> {
+) -> Result<Vec<RenderedStack>> {
     let names = Names::read(kernel)?;
     let all = all::walk(kernel, registers, wanted)?;
-    let shown = |one: &TaskStack| Shown {
+    let shown = |one: &TaskStack| RenderedStack {
         text: text(one, &names),
         value: object(one, &names),
     };
@@ -44,12 +44,12 @@ pub fn of(
 ///
 /// # Errors
 /// As [`of`].
-pub fn show(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<()> {
-    let all = of(kernel, &subject.registers, |_| true)?;
+pub fn show(session: &Session, guest: &Guest, kernel: &Kernel<'_>) -> Result<()> {
+    let all = of(kernel, &guest.registers, |_| true)?;
     match session.output {
         Output::Json => {
             let all: Vec<Value> = all.into_iter().map(|one| one.value).collect();
-            out::object(subject.object(json!({ "stack_list": all })));
+            out::object(guest.object(json!({ "stack_list": all })));
         }
         Output::Table => all.iter().for_each(|one| out::text(&one.text)),
     }

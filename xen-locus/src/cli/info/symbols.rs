@@ -6,7 +6,7 @@ use serde_json::json;
 use wildmatch::WildMatch;
 
 use crate::cli::args::Output;
-use crate::cli::subject::Subject;
+use crate::cli::guest::Guest;
 use crate::cli::{out, Session};
 use crate::error::Error;
 
@@ -16,7 +16,7 @@ use crate::error::Error;
 /// The modules can't be read.
 pub fn show(
     session: &Session,
-    subject: &Subject,
+    guest: &Guest,
     kernel: &Kernel<'_>,
     pattern: &str,
 ) -> Result<(), Error> {
@@ -49,7 +49,7 @@ pub fn show(
                     })
                 })
             });
-            out::object(subject.object(json!({
+            out::object(guest.object(json!({
                 "symbol_list": own.chain(of_modules).collect::<Vec<_>>(),
             })));
         }

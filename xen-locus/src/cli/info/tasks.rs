@@ -5,7 +5,7 @@ use locus_kernel::{Error, Kernel};
 use serde_json::{json, Value};
 
 use crate::cli::args::Output;
-use crate::cli::subject::Subject;
+use crate::cli::guest::Guest;
 use crate::cli::{out, Session};
 use crate::error::Result;
 
@@ -13,7 +13,7 @@ use crate::error::Result;
 ///
 /// # Errors
 /// The task list can't be read.
-pub fn show(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result<()> {
+pub fn show(session: &Session, guest: &Guest, kernel: &Kernel<'_>) -> Result<()> {
     let details = Details::of(kernel)?;
     let tasks = snapshot(kernel, |space, tasks| {
         tasks
@@ -22,7 +22,7 @@ pub fn show(session: &Session, subject: &Subject, kernel: &Kernel<'_>) -> Result
             .collect::<std::result::Result<Vec<_>, Error>>()
     })?;
     match session.output {
-        Output::Json => out::object(subject.object(json!({
+        Output::Json => out::object(guest.object(json!({
             "task_list": tasks.iter().map(object).collect::<Vec<_>>(),
         }))),
         Output::Table => {

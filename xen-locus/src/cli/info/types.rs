@@ -7,7 +7,7 @@ use serde_json::{json, Value};
 
 use super::super::{out, Session};
 use crate::cli::args::Output;
-use crate::cli::subject::Subject;
+use crate::cli::guest::Guest;
 use crate::error::Error;
 
 /// Shows all types called `wanted`: the kernel's, or if it has none those of its modules.
@@ -16,7 +16,7 @@ use crate::error::Error;
 /// The types can't be read, or none is called so.
 pub fn show(
     session: &Session,
-    subject: &Subject,
+    guest: &Guest,
     kernel: &Kernel<'_>,
     wanted: &str,
 ) -> Result<(), Error> {
@@ -33,7 +33,7 @@ pub fn show(
                 out::text(&d.text);
             }
         }
-        Output::Json => out::object(subject.object(json!({
+        Output::Json => out::object(guest.object(json!({
             "type_list": found.iter().map(|(module, d)| entry(module.as_deref(), d))
                 .collect::<Vec<_>>(),
         }))),

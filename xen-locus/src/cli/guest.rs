@@ -1,4 +1,4 @@
-//! Whom a read-only command is about: a live domain or a saved core.
+//! The guest that a command is about: a live domain or a saved core.
 
 use std::path::{Path, PathBuf};
 
@@ -8,7 +8,7 @@ use locus_guest::Vcpu;
 use locus_kernel::Kernel;
 use serde_json::Value;
 
-use super::args::Whom;
+use super::args::DomainOrCore;
 use super::Session;
 use crate::domain::Domain;
 use crate::error::{Error, ExitCode, Result};
@@ -16,29 +16,29 @@ use crate::machine;
 use crate::say;
 use crate::storage::audit::Audit;
 
-/// Who is looked at, apart from the kernel.
+/// What identifies a guest, apart from its kernel.
 #[derive(Clone, Debug)]
-pub struct Subject {
-    /// Domain id; none of a core.
+pub struct Guest {
+    /// Domain id; a core has none.
     pub domid: Option<DomId>,
     /// Name of the domain, or of the core's file.
     pub name: String,
-    /// UUID; none of a core.
+    /// UUID; a core has none.
     pub uuid: Option<String>,
     /// Number of virtual CPUs.
     pub vcpus: u32,
-    /// The core's file.
+    /// Path of the core, if the guest is a saved one.
     pub core: Option<PathBuf>,
-    /// Registers of its virtual CPUs, of the same moment as its memory; those of a running domain
-    /// are not.
+    /// Registers of the virtual CPUs of a core, saved at the same moment as its memory. Empty for a live
+    /// domain, because its registers and its memory would be of different moments.
     pub registers: Vec<Vcpu>,
 }
 
-impl Subject {
-    /// Who `domain` is.
+impl Guest {
+    /// The guest in `domain`.
     #[must_use]
-    pub fn of(domain: &Domain<'_>) -> Subject {
-        Subject {
+    pub fn of(domain: &Domain<'_>) -> Guest {
+        Guest {
             domid: Some(domain.info.id),
             name: domain.name.clone(),
             uuid: Some(domain.info.uuid.clone()),
@@ -48,11 +48,11 @@ impl Subject {
         }
     }
 
-    /// Who is in `core`.
+    /// The guest in `core`.
     #[must_use]
-    pub fn of_core(core: &Core) -> Subject {
+    pub fn of_core(core: &Core) -> Guest {
         let name = core.path().file_name().unwrap_or(core.path().as_os_str());
-        Subject {
+        Guest {
             domid: None,
             name: name.to_string_lossy().into_owned(),
             uuid: None,
@@ -62,7 +62,7 @@ impl Subject {
         }
     }
 
-    /// As a person reads it: `web1 (3)`, or the core's path.
+    /// How messages name the guest: `web1 (3)`, or the core's path.
     #[must_use]
     pub fn label(&self) -> String {
         match (&self.core, self.domid) {
@@ -72,7 +72,7 @@ impl Subject {
         }
     }
 
-    /// Adds to an object about the kernel whose it is: `domid`, `name`, and `core` of a core.
+    /// Adds to an object which guest it is about: `domid`, `name`, and for a core its path as `core`.
     #[must_use]
     pub fn object(&self, mut value: Value) -> Value {
         if let Some(map) = value.as_object_mut() {
@@ -86,21 +86,21 @@ impl Subject {
     }
 }
 
-/// Calls `action` with the kernel that `whom` names. Xen is asked only for a domain.
+/// Calls `action` with the kernel that `named` names. Xen is needed only for a domain.
 ///
 /// # Errors
 /// No such guest or core, its kernel can't be read, or `action` failed.
 pub fn with_kernel<T>(
     session: &Session,
-    whom: &Whom,
-    action: impl FnOnce(&Subject, &Kernel<'_>) -> Result<T>,
+    named: &DomainOrCore,
+    action: impl FnOnce(&Guest, &Kernel<'_>) -> Result<T>,
 ) -> Result<T> {
-    if let Some(path) = &whom.core {
-        return with_core(path, |subject, kernel, _| action(subject, kernel));
+    if let Some(path) = &named.core {
+        return with_core(path, |guest, kernel, _| action(guest, kernel));
     }
     let host = session.host()?;
-    let domain = host.guest(whom.domain()?)?;
-    action(&Subject::of(&domain), &machine::kernel_of(&domain)?)
+    let domain = host.guest(named.domain()?)?;
+    action(&Guest::of(&domain), &machine::kernel_of(&domain)?)
 }
 
 /// Calls `action` with the kernel in the core at `path`.
@@ -109,18 +109,18 @@ pub fn with_kernel<T>(
 /// As [`with_kernel`].
 pub fn with_core<T>(
     path: &Path,
-    action: impl FnOnce(&Subject, &Kernel<'_>, &Core) -> Result<T>,
+    action: impl FnOnce(&Guest, &Kernel<'_>, &Core) -> Result<T>,
 ) -> Result<T> {
     let core = Core::open(path)?;
     let kernel = Kernel::of_saved(&core, core.kind(), core.vcpus())?;
-    action(&Subject::of_core(&core), &kernel, &core)
+    action(&Guest::of_core(&core), &kernel, &core)
 }
 
-impl Whom {
+impl DomainOrCore {
     /// The domain that is named.
     ///
     /// # Errors
-    /// None is.
+    /// No domain is named.
     pub fn domain(&self) -> Result<&str> {
         self.domain
             .as_deref()
@@ -128,18 +128,19 @@ impl Whom {
     }
 }
 
-/// Says that `subject` can't be read, and how that counts: a guest is none of ours if it has no patches of ours, by the
-/// audit log; `list` says why it can't be read.
-pub(super) fn unread(session: &Session, subject: &Subject, error: &Error) -> ExitCode {
+/// Reports that `guest` can't be read, and returns the exit code for that.
+///
+/// A guest without patches, by the audit log, is no failure: `list` says why it can't be read.
+pub(super) fn unread(session: &Session, guest: &Guest, error: &Error) -> ExitCode {
     let in_force = |uuid: &str| Audit::system().in_force(uuid);
-    let has = |uuid| in_force(uuid).map_or(true, |patches| !patches.is_empty());
-    if !subject.uuid.as_deref().is_some_and(has) {
-        session.say(1, format!("{}: {error}", subject.label()));
+    let has_patches = |uuid| in_force(uuid).map_or(true, |patches| !patches.is_empty());
+    if !guest.uuid.as_deref().is_some_and(has_patches) {
+        session.say(1, format!("{}: {error}", guest.label()));
         return ExitCode::Done;
     }
     say::warn(format_args!(
-        "{}: it has patches, by the audit log, and can't be read: {error}",
-        subject.label()
+        "{}: the audit log lists patches of this guest, but it can't be read: {error}",
+        guest.label()
     ));
     error.exit_code()
 }
