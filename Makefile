@@ -64,8 +64,8 @@ install: build
 	install -D -m 755 target/release/xen-locus $(DESTDIR)$(PREFIX)/sbin/xen-locus
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
 	sed 's,/usr/sbin,$(PREFIX)/sbin,' deploy/xen-locus.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/xen-locus.service
-	install -d $(DESTDIR)$(PREFIX)/share/man/man1
-	target/release/locus-man $(DESTDIR)$(PREFIX)/share/man/man1
+	install -d $(DESTDIR)$(PREFIX)/share/man/man8
+	target/release/locus-man $(DESTDIR)$(PREFIX)/share/man/man8
 	install -D -m 644 deploy/xen-locus-xenstore.7 $(DESTDIR)$(PREFIX)/share/man/man7/xen-locus-xenstore.7
 	install -d -m 755 $(DESTDIR)/var/lib/xen-locus/payloads
 

@@ -1,4 +1,5 @@
-//! `xen-locus apply DOMAIN… FILE`, and `replace`, which supersedes the patches that are there.
+#![doc = include_str!("manual/apply.md")]
+#![doc = include_str!("manual/replace.md")]
 
 use std::io::{self, IsTerminal as _};
 use std::path::Path;

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
+use super::manual;
+
 const VERSION: &str = if cfg!(feature = "faults") {
     concat!(
         env!("CARGO_PKG_VERSION"),
@@ -17,6 +19,8 @@ const VERSION: &str = if cfg!(feature = "faults") {
 /// Change the kernel of a running Xen guest from dom0
 #[derive(Debug, Parser)]
 #[command(name = "xen-locus", version = VERSION, max_term_width = 100)]
+#[command(long_about = manual::long_about(manual::XEN_LOCUS))]
+#[command(after_long_help = manual::after_help(manual::XEN_LOCUS))]
 #[command(
     after_help = "Exit codes: 0 done or nothing to do; 1 failed, guest unchanged; 2 try again \
     (blocked, busy, timed out); 3 not applicable (other kernel, unsupported); 5 failed midway, \
@@ -61,51 +65,71 @@ pub enum Output {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// List domains: kernel, patches, and whether they can be patched
+    #[command(long_about = manual::long_about(manual::LIST))]
+    #[command(after_long_help = manual::after_help(manual::LIST))]
     List {
         /// List the guest in a saved core (`xl dump-core`); needs no Xen
         #[arg(long, value_name = "CORE")]
         core: Option<PathBuf>,
     },
     /// Show a guest's kernel, read from guest memory
+    #[command(long_about = manual::long_about(manual::INFO))]
+    #[command(after_long_help = manual::after_help(manual::INFO))]
     #[command(override_usage = "xen-locus info [OPTIONS] <DOMAIN>\n       \
         xen-locus info [OPTIONS] --core <CORE>")]
     Info(Info),
     /// Show what a payload changes and needs (needs no Xen)
+    #[command(long_about = manual::long_about(manual::SHOW))]
+    #[command(after_long_help = manual::after_help(manual::SHOW))]
     Show {
         /// Payload: a livepatch module
         file: PathBuf,
     },
     /// Check every precondition of a payload on a guest, without writing
+    #[command(long_about = manual::long_about(manual::CHECK))]
+    #[command(after_long_help = manual::after_help(manual::CHECK))]
     #[command(override_usage = "xen-locus check [OPTIONS] <DOMAIN> <FILE>\n       \
         xen-locus check [OPTIONS] --core <CORE> <FILE>")]
     Check(Check),
     /// Apply a payload to guests
+    #[command(long_about = manual::long_about(manual::APPLY))]
+    #[command(after_long_help = manual::after_help(manual::APPLY))]
     #[command(
         override_usage = "xen-locus apply [OPTIONS] <DOMAIN>... <FILE>\n       \
         xen-locus apply [OPTIONS] --all <FILE>"
     )]
     Apply(Apply),
     /// Apply a payload in place of all patches of a guest, in one pause
+    #[command(long_about = manual::long_about(manual::REPLACE))]
+    #[command(after_long_help = manual::after_help(manual::REPLACE))]
     #[command(
         override_usage = "xen-locus replace [OPTIONS] <DOMAIN>... <FILE>\n       \
         xen-locus replace [OPTIONS] --all <FILE>"
     )]
     Replace(Apply),
     /// Revert a patch, or all patches of a guest
+    #[command(long_about = manual::long_about(manual::REVERT))]
+    #[command(after_long_help = manual::after_help(manual::REVERT))]
     #[command(
         override_usage = "xen-locus revert [OPTIONS] <DOMAIN> <PATCH>\n       \
         xen-locus revert [OPTIONS] --all <DOMAIN>"
     )]
     Revert(Revert),
     /// Show which threads block applying a payload or reverting a patch
+    #[command(long_about = manual::long_about(manual::BLOCKING))]
+    #[command(after_long_help = manual::after_help(manual::BLOCKING))]
     #[command(
         override_usage = "xen-locus blocking [OPTIONS] <DOMAIN> <FILE|PATCH>\n       \
         xen-locus blocking [OPTIONS] --core <CORE> <FILE|PATCH>"
     )]
     Blocking(Blocking),
     /// Wake sleeping threads that block a patch, using a fake signal (nothing is delivered)
+    #[command(long_about = manual::long_about(manual::NUDGE))]
+    #[command(after_long_help = manual::after_help(manual::NUDGE))]
     Nudge(Nudge),
     /// Show the patches of one guest or of all guests
+    #[command(long_about = manual::long_about(manual::STATUS))]
+    #[command(after_long_help = manual::after_help(manual::STATUS))]
     Status {
         /// Name or id; all guests if not given
         #[arg(conflicts_with = "core")]
@@ -115,6 +139,8 @@ pub enum Command {
         core: Option<PathBuf>,
     },
     /// Compare a guest's patches with their records, and report each difference
+    #[command(long_about = manual::long_about(manual::VERIFY))]
+    #[command(after_long_help = manual::after_help(manual::VERIFY))]
     Verify {
         /// Name or id; all guests if not given
         #[arg(conflicts_with = "core")]
@@ -124,10 +150,16 @@ pub enum Command {
         core: Option<PathBuf>,
     },
     /// Finish or undo what an interrupted run left, and say how the run ended
+    #[command(long_about = manual::long_about(manual::RECOVER))]
+    #[command(after_long_help = manual::after_help(manual::RECOVER))]
     Recover(Recover),
     /// Show what was done to guests, and check that the audit log was not changed
+    #[command(long_about = manual::long_about(manual::HISTORY))]
+    #[command(after_long_help = manual::after_help(manual::HISTORY))]
     History(History),
     /// Serve requests made through XenStore, and publish status there
+    #[command(long_about = manual::long_about(manual::DAEMON))]
+    #[command(after_long_help = manual::after_help(manual::DAEMON))]
     Daemon(Daemon),
 }
 

@@ -1,5 +1,4 @@
-//! `xen-locus blocking DOMAIN FILE|PATCH`: who is in the way of applying a payload, or of reverting a
-//! patch. Changes nothing.
+#![doc = include_str!("manual/blocking.md")]
 
 use std::path::Path;
 

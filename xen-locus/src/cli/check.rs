@@ -1,4 +1,4 @@
-//! `xen-locus check DOMAIN FILE`: a dry run of `apply`, also on a saved core.
+#![doc = include_str!("manual/check.md")]
 
 use std::path::Path;
 

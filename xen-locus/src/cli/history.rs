@@ -1,4 +1,4 @@
-//! `xen-locus history [DOMAIN]`: what was done to guests, from the audit log.
+#![doc = include_str!("manual/history.md")]
 
 use std::time::{Duration, UNIX_EPOCH};
 

@@ -1,4 +1,4 @@
-//! `xen-locus list`: domains, their kernels and whether they can be patched.
+#![doc = include_str!("manual/list.md")]
 
 use std::path::Path;
 

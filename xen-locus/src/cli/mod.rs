@@ -1,4 +1,6 @@
 //! The command line: one file for each command. stdout is data, stderr is messages.
+//!
+//! The manual of each command is the head of its module; its text is in the folder `manual/`.
 
 pub mod apply;
 pub mod args;
@@ -8,6 +10,7 @@ pub mod guest;
 pub mod history;
 pub mod info;
 pub mod list;
+pub mod manual;
 pub mod nudge;
 pub mod out;
 pub mod recover;

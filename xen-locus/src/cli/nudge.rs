@@ -1,5 +1,4 @@
-//! `xen-locus nudge DOMAIN FILE|PATCH`: wakes those who sleep in the way of applying a payload or of reverting
-//! a patch, or in what a draining patch replaced.
+#![doc = include_str!("manual/nudge.md")]
 
 use locus_kernel::Kernel;
 use serde_json::json;

@@ -1,4 +1,4 @@
-//! `xen-locus recover [DOMAIN]`: how a run ended that nobody saw end, and what it left settled.
+#![doc = include_str!("manual/recover.md")]
 
 use serde_json::{json, Value};
 

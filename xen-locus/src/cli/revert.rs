@@ -1,4 +1,4 @@
-//! `xen-locus revert DOMAIN PATCH`, or all its patches.
+#![doc = include_str!("manual/revert.md")]
 
 use super::args::Revert;
 use super::report::{self, ActionResult};

@@ -1,4 +1,4 @@
-//! `xen-locus show FILE`: what a payload changes and targets, without Xen.
+#![doc = include_str!("manual/show.md")]
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! `xen-locus status [DOMAIN]`: the patches of one guest or of all.
+#![doc = include_str!("manual/status.md")]
 
 use std::collections::HashSet;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! `xen-locus verify [DOMAIN]`: is all of a guest's patches as it was written?
+#![doc = include_str!("manual/verify.md")]
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! `xen-locus info DOMAIN`: who a guest's kernel is, from its memory alone, or from a saved core.
+#![doc = include_str!("../manual/info.md")]
 
 mod modules;
 mod raw;
