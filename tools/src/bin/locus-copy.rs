@@ -1,9 +1,9 @@
-//! `locus-copy DOMAIN KIB`: what it costs to map and copy so much of a guest's memory and do nothing
-//! with it: the reference beside the cost of `xen-locus info`.
+//! `locus-copy DOMAIN KIB`: measures mapping and copying guest memory, without doing anything with it.
 //!
-//! Prints, as JSON, microseconds of opening the guest, as every command must, and of mapping and
-//! copying KIB KiB of the kernel's image, in mappings as long as the ones that xen-locus makes for
-//! long reads. To find out which frames those are is not counted.
+//! The result is the reference for the cost of `xen-locus info`. The tool prints two times in microseconds, as JSON:
+//! that of opening the guest, which every command needs, and that of mapping and copying KIB KiB of the
+//! kernel's image. Its mappings are as long as those of xen-locus for long reads. The search for the frames of
+//! the image is not counted.
 
 use std::time::Instant;
 

@@ -1,7 +1,7 @@
-//! `locus-core trim IN OUT PAYLOAD…`: makes a small core of a big one.
+//! `locus-core trim IN OUT PAYLOAD…`: makes a small core from a big one.
 //!
-//! The small one holds the pages that xen-locus's read-only commands touch, so it gives the same
-//! output: for tests, and to send along with a report.
+//! The small core has only the pages that the read-only commands of xen-locus read, so these commands print the
+//! same for both. It is meant for tests and for bug reports.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -46,7 +46,7 @@ enum Command {
     },
 }
 
-/// Memory that notes which frames were asked for.
+/// Memory that records which frames are read.
 struct Recorder<'c> {
     inner: &'c Core,
     seen: RefCell<BTreeSet<Frame>>,
@@ -99,8 +99,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Reads what `list`, `info`, `status` and `check` read. What a view of `info` reads besides belongs
-/// here.
+/// Reads what `list`, `info`, `status` and `check` read. If a new view of `info` reads more, add it here.
 fn touch(memory: &dyn Memory, core: &Core, payloads: &[PathBuf]) -> Result<()> {
     let kernel = Kernel::of_saved(memory, core.kind(), core.vcpus())?;
     kernel.btf()?;
@@ -111,11 +110,11 @@ fn touch(memory: &dyn Memory, core: &Core, payloads: &[PathBuf]) -> Result<()> {
             .try_for_each(|task| details.read(space, task.addr).map(|_| ()))
     })?;
     Reader::new(&kernel)?.each(|reader, module| {
-        // What can't be read of one module is no reason to leave out the others.
+        // If one module can't be read, the others are still needed.
         let _ = reader.symbols(module);
         Ok(())
     })?;
-    // A kernel may have none of these; `info` then says so.
+    // A kernel need not have these; `info` says so.
     let _ = Table::of(&kernel);
     let _ = Cpu::read(&kernel);
     if let Some(info) = VmcoreInfo::read(&kernel)? {
@@ -124,7 +123,7 @@ fn touch(memory: &dyn Memory, core: &Core, payloads: &[PathBuf]) -> Result<()> {
     Arena::read(&kernel)?;
     ops::patches(&kernel, None)?;
     for path in payloads {
-        // A payload that does not fit is a case for a test as well.
+        // A payload that does not fit is useful for tests too.
         if let Err(error) = check::examine(&kernel, core, &Payload::read(path)?) {
             println!("{}: {error}", path.display());
         }

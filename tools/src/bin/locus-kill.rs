@@ -1,8 +1,8 @@
 //! `locus-kill DOMAIN [--after US | --in-pause US] -- COMMAND…`: runs a command that works on a guest, kills it,
-//! and watches whether Xen holds the guest paused.
+//! and watches whether the guest stays paused.
 //!
-//! Prints, as JSON, how the command ended and the longest time for which the guest was seen paused. A guest
-//! that is still paused three seconds after the command's end is `stuck`.
+//! It prints, as JSON, how the command ended and the longest time for which the guest was seen paused. A guest
+//! that is still paused three seconds after the command ended is `stuck`.
 
 use std::io::Read as _;
 use std::os::unix::process::ExitStatusExt as _;
@@ -21,33 +21,33 @@ use xen_locus::storage::journal::Journal;
 struct Args {
     /// Name or id
     domain: String,
-    /// Kill it so many microseconds after its start
+    /// Kill the command this many microseconds after its start
     #[arg(long, conflicts_with = "in_pause")]
     after: Option<u64>,
-    /// Kill it so many microseconds after the guest was first seen paused
+    /// Kill the command this many microseconds after the guest was first seen paused
     #[arg(long)]
     in_pause: Option<u64>,
-    /// The command, which may as well end or kill itself
+    /// The command; it may also end or kill itself
     #[arg(last = true, required = true)]
     command: Vec<String>,
 }
 
-/// How long a guest may stay paused before it is given up.
+/// A guest that stays paused longer than this is stuck.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// How long a command may be stopped.
+/// A command that is stopped for longer than this is killed.
 const STOPPED: Duration = Duration::from_millis(500);
-/// Between two looks: what they cost the command is missing to it.
+/// Time between two looks. Each look takes CPU time from the command.
 const REST: Duration = Duration::from_millis(2);
-/// The same where a pause is waited for that may come: what is about to be changed is in the journal.
+/// The same once the journal exists: then a pause may come at any moment.
 const SHORT_REST: Duration = Duration::from_micros(200);
 
-/// When the guest was seen paused.
+/// Watches when the guest is paused.
 struct Watch<'c> {
     control: &'c Control,
     id: locus_guest::addr::DomId,
     since: Option<Instant>,
     longest: Duration,
-    /// How long its vCPUs had run at the last look, in nanoseconds, and how many there are.
+    /// How long the vCPUs had run at the last look, in nanoseconds, and how many there are.
     ran: u64,
     vcpus: u64,
 }
@@ -58,8 +58,7 @@ impl Watch<'_> {
         let now = Instant::now();
         let standing = standing.context("the domain is gone")?;
         let paused = standing.paused;
-        // This process may have been kept from looking for long: what the guest ran meanwhile it was not
-        // paused.
+        // This process may not have run for long. While the guest ran meanwhile, it was not paused.
         let ran = standing.ran.saturating_sub(self.ran) / self.vcpus.max(1);
         self.ran = standing.ran;
         if let Some(since) = self.since {
@@ -87,8 +86,8 @@ fn main() -> Result<()> {
         ran: 0,
         vcpus: info.vcpus.into(),
     };
-    // Else what is seen is when this process runs, not how the guest does; and the command runs first itself while
-    // it holds the guest.
+    // Without this the times would show when this process runs, not when the guest is paused. The command has a
+    // high priority too while the guest is paused.
     run_first(2);
     let (program, rest) = args.command.split_first().context("no command")?;
     let began = Instant::now();
@@ -115,7 +114,7 @@ fn main() -> Result<()> {
             child.kill()?;
             killed_in_pause = Some(paused);
         }
-        // One that stopped itself is somebody's to end if it holds nothing.
+        // A command that stopped itself must be ended from outside.
         let for_long = |since: &mut Option<Instant>| {
             since.get_or_insert_with(Instant::now).elapsed() > STOPPED
         };
@@ -136,7 +135,7 @@ fn main() -> Result<()> {
             std::thread::sleep(rest);
         }
     }
-    // The end of it comes when the guardian has ended too.
+    // stderr ends only when the guardian has ended too.
     let mut said = String::new();
     if let Some(mut stderr) = child.stderr.take() {
         stderr.read_to_string(&mut said)?;

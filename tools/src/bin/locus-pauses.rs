@@ -1,11 +1,15 @@
-//! `locus-pauses DOMAIN [PAYLOAD]`: what a pause costs before any work is done in it, and what a
-//! process that changes a guest again and again, as the daemon does, pauses it for.
+//! `locus-pauses DOMAIN [PAYLOAD]`: measures pauses of a guest.
 //!
-//! Each round has an empty pause, a pause in which all vCPU contexts are read (the floor under that
-//! of `xen-locus apply`), both by libxenctrl's calls, as any program makes them; the same contexts read as
-//! xen-locus does, in the call that pauses; and, with a payload, that with one write to the kernel's code in it,
-//! and the payload's apply and revert. Printed as JSON: microseconds of each pause, and of each change
-//! attempts and milliseconds from start to end, or why it failed.
+//! Each round measures these pauses, in microseconds:
+//!
+//! - an empty pause, by libxenctrl's calls, as any program makes them
+//! - the same with all vCPU contexts read: the lower limit for a pause of `xen-locus apply`
+//! - a pause with all vCPU contexts read as xen-locus reads them, in the call that pauses
+//! - with a payload: the same with one write to the kernel's code
+//! - with a payload: apply and revert, by one process that changes the guest again and again, as the daemon does
+//!
+//! The output is JSON. For apply and revert it also has the attempts and the milliseconds from start to end, or why
+//! the change failed.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -25,15 +29,15 @@ use xen_locus::ops;
 use xen_locus::ops::host::Host;
 use xen_locus::plan::Mode;
 
-/// Where the kernel's symbols and types are kept between two changes, as the daemon does.
+/// The cache of the kernel's symbols and types, which the daemon uses too.
 const CACHE: &str = "/var/cache/xen-locus";
-/// Rounds of which each kind of pause is measured one after the other: starting a guardian takes much longer.
+/// Pauses of one kind that are measured in a row, because starting a guardian takes much longer than a pause.
 const AT_ONCE: u32 = 10;
 /// A change that takes longer has failed.
 const TIMEOUT: Duration = Duration::from_secs(30);
-/// How long the guest runs between two pauses, at least: a change is made to one that runs.
+/// Least time for which the guest runs between two pauses, because a change too meets a guest that was running.
 const BETWEEN: Duration = Duration::from_millis(5);
-/// How fast an emulated machine looks is what is to be found out.
+/// Long enough for an emulated machine, whose pauses are what is measured.
 const MAX_PAUSE: Duration = Duration::from_secs(1);
 
 /// Measure pauses: empty ones, the floor, and of changes
@@ -46,10 +50,10 @@ struct Args {
     /// Rounds
     #[arg(long, default_value_t = 100)]
     rounds: u32,
-    /// End when so many seconds have passed
+    /// End after this many seconds
     #[arg(long, default_value_t = 3600)]
     limit: u64,
-    /// Count the first pauses of the process too, which else are made to warm up
+    /// Count the first pauses of the process too; otherwise they only warm up
     #[arg(long)]
     cold: bool,
 }
@@ -74,7 +78,7 @@ fn main() -> Result<()> {
     while left > 0 && began.elapsed().as_secs() < args.limit {
         let rounds = left.min(AT_ONCE);
         left -= rounds;
-        // A change has a guardian of its own, and a process one at a time.
+        // A process can have one guardian at a time, and a change starts its own.
         {
             let calls = Pauses::one_by_one(domain.control(), &domain.info, &[])?;
             let guard = Guarded::start(calls, &domain.task(&[]))?;
@@ -135,7 +139,7 @@ impl Code {
         })
     }
 
-    /// Writes what stands there.
+    /// Writes the bytes that are there already.
     fn rewrite(&self) -> Result<()> {
         let mut bytes = [0; 8];
         self.window.read(self.offset, &mut bytes)?;
@@ -147,8 +151,8 @@ fn read(paused: &dyn Paused) -> Result<()> {
     Ok(paused.vcpus().map(|_| ())?)
 }
 
-/// Microseconds of a pause with `work` in it: the second of two, unless the first is wanted. Between them the
-/// guest runs for a while, as before any pause, and what the work needs is kept at hand.
+/// Microseconds of a pause with `work` in it: of the second of two pauses, or of the first if `first`. Between them
+/// the guest runs for a while, and this process keeps its caches warm.
 fn pause(guard: &dyn Guard, first: bool, work: &dyn Fn(&dyn Paused) -> Result<()>) -> Result<u64> {
     let once = || -> Result<u64> {
         let paused = guard.pause()?;

@@ -1,7 +1,7 @@
 //! `locus-poke DOMAIN SYMBOL[+OFFSET]|ADDRESS [HEX]`: reads or writes bytes of a guest's kernel.
 //!
-//! For tests that need a guest whose kernel someone else has changed. Prints the bytes that stood
-//! there before.
+//! It is meant for tests that need a guest whose kernel was changed by something else than xen-locus. It prints the
+//! bytes that were there before.
 
 use anyhow::{Context as _, Result};
 use clap::Parser;

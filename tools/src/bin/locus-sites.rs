@@ -1,9 +1,9 @@
-//! `locus-sites DOMAIN VMLINUX`: settles the guest kernel's own code as that of a payload is settled,
-//! and compares each place with what the guest's kernel made of it when it booted.
+//! `locus-sites DOMAIN|CORE VMLINUX`: applies the fixups of payloads to the code of the guest's kernel as built, and
+//! compares each place with what the guest's kernel made of it when it booted.
 //!
-//! VMLINUX is the ELF file of the guest's kernel: its code as built, and the tables about it, which the
-//! guest has thrown away. Nops of other lengths and branches of other forms are the same; jump labels
-//! must be the same byte for byte.
+//! VMLINUX is the ELF file of the guest's kernel. It has the code as built and the tables of fixups, which the
+//! guest has discarded. Nops of other lengths and branches of other forms count as equal. Jump labels must be
+//! equal byte for byte.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
