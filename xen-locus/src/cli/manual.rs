@@ -160,7 +160,10 @@ fn plain(blocks: &[Block]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use clap::CommandFactory as _;
+    use serde_json::Value;
 
     use super::super::args::Cli;
     use super::*;
@@ -199,5 +202,46 @@ mod tests {
         }
         assert!(of("xen-locus").is_some());
         assert!(of("frobnicate").is_none());
+    }
+
+    #[test]
+    fn every_json_field_of_the_golden_output_is_in_the_manual() {
+        fn names(value: &Value, found: &mut Vec<String>) {
+            match value {
+                Value::Array(all) => all.iter().for_each(|one| names(one, found)),
+                Value::Object(map) => {
+                    for (name, value) in map {
+                        found.push(name.clone());
+                        // Its fields have the guest's names.
+                        if name != "vmcoreinfo" && name != "mitigations" {
+                            names(value, found);
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+        for (file, text) in [
+            ("blocking", BLOCKING),
+            ("check", CHECK),
+            ("info", INFO),
+            ("list", LIST),
+            ("modules", INFO),
+            ("stacks", INFO),
+            ("status", STATUS),
+            ("symbols", INFO),
+            ("tasks", INFO),
+            ("type", INFO),
+        ] {
+            let golden =
+                std::fs::read_to_string(folder.join(format!("mock-pv.{file}.json"))).unwrap();
+            let (_, json) = golden.split_once("--- stdout\n").unwrap();
+            let (json, _) = json.split_once("--- stderr").unwrap();
+            let mut found = Vec::new();
+            names(&serde_json::from_str(json).unwrap(), &mut found);
+            found.retain(|name| name != "schema" && !text.contains(&format!("`{name}`")));
+            assert!(found.is_empty(), "{file}: {found:?}");
+        }
     }
 }
