@@ -4,29 +4,29 @@
 use std::ffi::{c_int, c_uint, c_void};
 use std::ptr::{null_mut, NonNull};
 
-use libloading::os::unix::Library;
 use locus_guest::addr::{DomId, Mfn};
-use xenctrl_sys as sys;
+use xenctrl_sys::{self as sys, xencall_handle, xentoollog_logger};
 
-use super::{fault_point, load, symbol, Error};
-
-type Handle = *mut c_void;
-type OpenFn = unsafe extern "C" fn(Handle, c_uint) -> Handle;
-type CloseFn = unsafe extern "C" fn(Handle) -> c_int;
-type AllocFn = unsafe extern "C" fn(Handle, usize) -> *mut c_void;
-type FreeFn = unsafe extern "C" fn(Handle, *mut c_void);
-type Call4Fn = unsafe extern "C" fn(Handle, c_uint, u64, u64, u64, u64) -> c_int;
+use super::library::functions;
+use super::{fault_point, Error};
 
 const LIBRARY: &str = "libxencall.so.1";
 
+functions! {
+    /// What is used of `libxencall` (tools/include/xencall.h, a stable ABI).
+    struct Functions {
+        fn xencall_open(*mut xentoollog_logger, c_uint) -> *mut xencall_handle;
+        fn xencall_close(*mut xencall_handle) -> c_int;
+        fn xencall_alloc_buffer(*mut xencall_handle, usize) -> *mut c_void;
+        fn xencall_free_buffer(*mut xencall_handle, *mut c_void);
+        fn xencall4(*mut xencall_handle, c_uint, u64, u64, u64, u64) -> c_int;
+    }
+}
+
 /// A handle for hypercalls.
 pub struct Hypercalls {
-    handle: NonNull<c_void>,
-    close: CloseFn,
-    alloc: AllocFn,
-    free: FreeFn,
-    call4: Call4Fn,
-    _lib: Library,
+    handle: NonNull<xencall_handle>,
+    functions: Functions,
 }
 
 impl std::fmt::Debug for Hypercalls {
@@ -41,25 +41,11 @@ impl Hypercalls {
     /// # Errors
     /// No such library, or no access to `/dev/xen/hypercall` and `/dev/xen/privcmd`.
     pub fn open() -> Result<Hypercalls, Error> {
-        let lib = load(LIBRARY)?;
-        macro_rules! get {
-            ($symbol:literal) => {
-                // SAFETY: the types above are the C prototypes of xencall.h, a stable ABI.
-                unsafe { symbol(&lib, LIBRARY, $symbol)? }
-            };
-        }
-        let open: OpenFn = get!("xencall_open");
+        let functions = Functions::load(LIBRARY)?;
         // SAFETY: a null logger means the default one; flags 0.
-        let handle = NonNull::new(unsafe { open(null_mut(), 0) })
+        let handle = NonNull::new(unsafe { (functions.xencall_open)(null_mut(), 0) })
             .ok_or_else(|| Error::last("opening hypercalls (xencall_open)"))?;
-        Ok(Hypercalls {
-            handle,
-            close: get!("xencall_close"),
-            alloc: get!("xencall_alloc_buffer"),
-            free: get!("xencall_free_buffer"),
-            call4: get!("xencall4"),
-            _lib: lib,
-        })
+        Ok(Hypercalls { handle, functions })
     }
 
     /// Memory that Xen may read and write in a call, zeroed and aligned to a page.
@@ -68,7 +54,7 @@ impl Hypercalls {
     /// There is none.
     pub(super) fn alloc(&self, len: usize) -> Result<NonNull<u8>, Error> {
         // SAFETY: a valid handle; the result is checked before use.
-        let buffer = unsafe { (self.alloc)(self.handle.as_ptr(), len) };
+        let buffer = unsafe { (self.functions.xencall_alloc_buffer)(self.handle.as_ptr(), len) };
         let buffer = NonNull::new(buffer.cast::<u8>())
             .ok_or_else(|| Error::last("allocating a hypercall buffer (xencall_alloc_buffer)"))?;
         // SAFETY: so many bytes were given, and nobody else has them.
@@ -82,7 +68,9 @@ impl Hypercalls {
     /// It is one of [`Hypercalls::alloc`] of this handle, and not used any more.
     pub(super) unsafe fn free(&self, buffer: NonNull<u8>) {
         // SAFETY: as the caller says.
-        unsafe { (self.free)(self.handle.as_ptr(), buffer.as_ptr().cast()) };
+        unsafe {
+            (self.functions.xencall_free_buffer)(self.handle.as_ptr(), buffer.as_ptr().cast())
+        };
     }
 
     /// Hypercall `number`.
@@ -92,7 +80,7 @@ impl Hypercalls {
     /// buffers of this handle.
     pub(super) unsafe fn call(&self, number: u32, [a, b, c, d]: [u64; 4]) -> c_int {
         // SAFETY: a valid handle; the rest as the caller says.
-        unsafe { (self.call4)(self.handle.as_ptr(), number, a, b, c, d) }
+        unsafe { (self.functions.xencall4)(self.handle.as_ptr(), number, a, b, c, d) }
     }
 
     /// Writes page-table entries of a PV domain: entry number `slot` of page-table frame `table`
@@ -147,6 +135,6 @@ impl Hypercalls {
 impl Drop for Hypercalls {
     fn drop(&mut self) {
         // SAFETY: the handle was opened by this library and is used no more.
-        unsafe { (self.close)(self.handle.as_ptr()) };
+        unsafe { (self.functions.xencall_close)(self.handle.as_ptr()) };
     }
 }

@@ -4,12 +4,15 @@ use std::ffi::{c_int, c_uint, c_ulong, c_void};
 use std::fs;
 use std::ptr::{null_mut, NonNull};
 
-use libloading::os::unix::Library;
 use locus_guest::addr::{DomId, Frame, Gfn, Gva};
 use locus_guest::{GuestType, Vcpu};
-use xenctrl_sys as sys;
+use xenctrl_sys::{
+    self as sys, vcpu_guest_context_any_t, xc_domaininfo_t, xc_interface, xc_vcpuinfo_t, xen_pfn_t,
+    xentoollog_logger,
+};
 
-use super::{fault_point, load, symbol, Error};
+use super::library::functions;
+use super::{fault_point, Error};
 
 /// `HVM_SAVE_CODE(CPU)`: a macro, so `xenctrl-sys` has no constant for it
 /// (xen/include/public/arch-x86/hvm/save.h).
@@ -22,32 +25,26 @@ const CR4_LA57: u64 = 1 << 12;
 /// (xen/include/public/arch-x86/xen.h).
 const EMU_HVM_ONLY: u32 = sys::XEN_X86_EMU_IOAPIC | sys::XEN_X86_EMU_PIC;
 
-type Handle = *mut c_void;
-type OpenFn = unsafe extern "C" fn(Handle, Handle, c_uint) -> Handle;
-type CloseFn = unsafe extern "C" fn(Handle) -> c_int;
-type DomainFn = unsafe extern "C" fn(Handle, u32) -> c_int;
-type InfoListFn = unsafe extern "C" fn(Handle, u32, c_uint, *mut sys::xc_domaininfo_t) -> c_int;
-type VcpuInfoFn = unsafe extern "C" fn(Handle, u32, u32, *mut sys::xc_vcpuinfo_t) -> c_int;
-type GetContextFn =
-    unsafe extern "C" fn(Handle, u32, u32, *mut sys::vcpu_guest_context_any_t) -> c_int;
-type HvmContextFn = unsafe extern "C" fn(Handle, u32, u16, u16, *mut c_void, u32) -> c_int;
-type SetMaxMemFn = unsafe extern "C" fn(Handle, u32, u64) -> c_int;
-type PopulateFn =
-    unsafe extern "C" fn(Handle, u32, c_ulong, c_uint, c_uint, *mut sys::xen_pfn_t) -> c_int;
+functions! {
+    /// What is used of `libxenctrl` (tools/include/xenctrl.h). These prototypes are the same in Xen 4.17 to 4.22.
+    struct Functions checked by xenctrl_sys {
+        fn xc_interface_open(*mut xentoollog_logger, *mut xentoollog_logger, c_uint) -> *mut xc_interface;
+        fn xc_interface_close(*mut xc_interface) -> c_int;
+        fn xc_domain_pause(*mut xc_interface, u32) -> c_int;
+        fn xc_domain_unpause(*mut xc_interface, u32) -> c_int;
+        fn xc_domain_getinfolist(*mut xc_interface, u32, c_uint, *mut xc_domaininfo_t) -> c_int;
+        fn xc_vcpu_getinfo(*mut xc_interface, u32, u32, *mut xc_vcpuinfo_t) -> c_int;
+        fn xc_vcpu_getcontext(*mut xc_interface, u32, u32, *mut vcpu_guest_context_any_t) -> c_int;
+        fn xc_domain_hvm_getcontext_partial(*mut xc_interface, u32, u16, u16, *mut c_void, u32) -> c_int;
+        fn xc_domain_setmaxmem(*mut xc_interface, u32, u64) -> c_int;
+        fn xc_domain_populate_physmap_exact(*mut xc_interface, u32, c_ulong, c_uint, c_uint, *mut xen_pfn_t) -> c_int;
+    }
+}
 
 /// A handle on the hypervisor's control interface.
 pub struct Control {
-    handle: NonNull<c_void>,
-    close: CloseFn,
-    pause: DomainFn,
-    unpause: DomainFn,
-    getinfolist: InfoListFn,
-    vcpu_getinfo: VcpuInfoFn,
-    vcpu_getcontext: GetContextFn,
-    hvm_getcontext: HvmContextFn,
-    setmaxmem: SetMaxMemFn,
-    populate: PopulateFn,
-    _lib: Library,
+    handle: NonNull<xc_interface>,
+    functions: Functions,
 }
 
 impl std::fmt::Debug for Control {
@@ -106,32 +103,13 @@ impl Control {
                 })
         };
         let name = format!("libxenctrl.so.{}.{}", version("major")?, version("minor")?);
-        let lib = load(&name)?;
-        macro_rules! get {
-            ($symbol:literal) => {
-                // SAFETY: the types above are the C prototypes of xenctrl.h, unchanged from
-                // Xen 4.17 to 4.22.
-                unsafe { symbol(&lib, &name, $symbol)? }
-            };
-        }
-        let open: OpenFn = get!("xc_interface_open");
+        let functions = Functions::load(&name)?;
         // SAFETY: null loggers mean "log errors to stderr" by default; flags 0.
-        let handle = NonNull::new(unsafe { open(null_mut(), null_mut(), 0) }).ok_or_else(|| {
+        let handle = unsafe { (functions.xc_interface_open)(null_mut(), null_mut(), 0) };
+        let handle = NonNull::new(handle).ok_or_else(|| {
             Error::last("opening Xen's control interface (xc_interface_open, /dev/xen/privcmd)")
         })?;
-        Ok(Control {
-            handle,
-            close: get!("xc_interface_close"),
-            pause: get!("xc_domain_pause"),
-            unpause: get!("xc_domain_unpause"),
-            getinfolist: get!("xc_domain_getinfolist"),
-            vcpu_getinfo: get!("xc_vcpu_getinfo"),
-            vcpu_getcontext: get!("xc_vcpu_getcontext"),
-            hvm_getcontext: get!("xc_domain_hvm_getcontext_partial"),
-            setmaxmem: get!("xc_domain_setmaxmem"),
-            populate: get!("xc_domain_populate_physmap_exact"),
-            _lib: lib,
-        })
+        Ok(Control { handle, functions })
     }
 
     /// All domains, or those from id `first` on.
@@ -144,10 +122,15 @@ impl Control {
         let mut found = Vec::new();
         let mut next = u32::from(first.0);
         loop {
-            let mut infos = vec![sys::xc_domaininfo_t::default(); AT_ONCE as usize];
+            let mut infos = vec![xc_domaininfo_t::default(); AT_ONCE as usize];
             // SAFETY: the buffer holds AT_ONCE elements of the type the call fills.
             let n = unsafe {
-                (self.getinfolist)(self.handle.as_ptr(), next, AT_ONCE, infos.as_mut_ptr())
+                (self.functions.xc_domain_getinfolist)(
+                    self.handle.as_ptr(),
+                    next,
+                    AT_ONCE,
+                    infos.as_mut_ptr(),
+                )
             };
             let Ok(n) = usize::try_from(n) else {
                 return Err(Error::last("listing domains (xc_domain_getinfolist)"));
@@ -170,10 +153,16 @@ impl Control {
     /// The call failed.
     pub fn domain(&self, id: DomId) -> Result<Option<DomainInfo>, Error> {
         fault_point("xc_domain_getinfolist")?;
-        let mut info = sys::xc_domaininfo_t::default();
+        let mut info = xc_domaininfo_t::default();
         // SAFETY: the buffer holds one element of the type the call fills.
-        let n =
-            unsafe { (self.getinfolist)(self.handle.as_ptr(), u32::from(id.0), 1, &raw mut info) };
+        let n = unsafe {
+            (self.functions.xc_domain_getinfolist)(
+                self.handle.as_ptr(),
+                u32::from(id.0),
+                1,
+                &raw mut info,
+            )
+        };
         // Xen answers with the next domain when this one is absent.
         match n {
             1 if info.domain == id.0 => Ok(Some(domain_info(&info))),
@@ -190,10 +179,16 @@ impl Control {
     /// The call failed.
     pub fn standing(&self, id: DomId) -> Result<Option<Standing>, Error> {
         fault_point("xc_domain_getinfolist")?;
-        let mut info = sys::xc_domaininfo_t::default();
+        let mut info = xc_domaininfo_t::default();
         // SAFETY: the buffer holds one element of the type the call fills.
-        let n =
-            unsafe { (self.getinfolist)(self.handle.as_ptr(), u32::from(id.0), 1, &raw mut info) };
+        let n = unsafe {
+            (self.functions.xc_domain_getinfolist)(
+                self.handle.as_ptr(),
+                u32::from(id.0),
+                1,
+                &raw mut info,
+            )
+        };
         match n {
             1 if info.domain == id.0 => Ok(Some(Standing {
                 uuid: info.handle,
@@ -213,7 +208,7 @@ impl Control {
         fault_point("xc_domain_pause")?;
         // SAFETY: a valid handle; the call takes plain numbers.
         self.check(
-            unsafe { (self.pause)(self.handle.as_ptr(), u32::from(id.0)) },
+            unsafe { (self.functions.xc_domain_pause)(self.handle.as_ptr(), u32::from(id.0)) },
             || format!("pausing domain {id} (xc_domain_pause)"),
         )
     }
@@ -227,7 +222,7 @@ impl Control {
         let _ = fault_point("xc_domain_unpause");
         // SAFETY: a valid handle; the call takes plain numbers.
         self.check(
-            unsafe { (self.unpause)(self.handle.as_ptr(), u32::from(id.0)) },
+            unsafe { (self.functions.xc_domain_unpause)(self.handle.as_ptr(), u32::from(id.0)) },
             || format!("unpausing domain {id} (xc_domain_unpause)"),
         )
     }
@@ -250,16 +245,26 @@ impl Control {
 
     fn vcpu_pv(&self, id: DomId, vcpu: u32) -> Result<Vcpu, Error> {
         let what = |call: &str| format!("reading vCPU {vcpu} of domain {id} ({call})");
-        let mut state = sys::xc_vcpuinfo_t::default();
+        let mut state = xc_vcpuinfo_t::default();
         // SAFETY: the buffer is of the type the call fills.
         let rc = unsafe {
-            (self.vcpu_getinfo)(self.handle.as_ptr(), u32::from(id.0), vcpu, &raw mut state)
+            (self.functions.xc_vcpu_getinfo)(
+                self.handle.as_ptr(),
+                u32::from(id.0),
+                vcpu,
+                &raw mut state,
+            )
         };
         self.check(rc, || what("xc_vcpu_getinfo"))?;
-        let mut any = Box::new(sys::vcpu_guest_context_any_t::default());
+        let mut any = Box::new(vcpu_guest_context_any_t::default());
         // SAFETY: the buffer is the union of all context layouts.
         let rc = unsafe {
-            (self.vcpu_getcontext)(self.handle.as_ptr(), u32::from(id.0), vcpu, &raw mut *any)
+            (self.functions.xc_vcpu_getcontext)(
+                self.handle.as_ptr(),
+                u32::from(id.0),
+                vcpu,
+                &raw mut *any,
+            )
         };
         match rc {
             0 => Ok(vcpu_pv(vcpu, state.online != 0, &any)),
@@ -273,7 +278,7 @@ impl Control {
         let instance = u16::try_from(vcpu).unwrap_or(u16::MAX);
         // SAFETY: the buffer is of the type and size that record HVM_SAVE_CPU has.
         let rc = unsafe {
-            (self.hvm_getcontext)(
+            (self.functions.xc_domain_hvm_getcontext_partial)(
                 self.handle.as_ptr(),
                 u32::from(id.0),
                 HVM_SAVE_CPU,
@@ -300,15 +305,21 @@ impl Control {
         let wanted = info.pages + gfns.len() as u64;
         if wanted > info.max_pages {
             // SAFETY: a valid handle; the call takes plain numbers.
-            let rc = unsafe { (self.setmaxmem)(self.handle.as_ptr(), u32::from(id.0), wanted * 4) };
+            let rc = unsafe {
+                (self.functions.xc_domain_setmaxmem)(
+                    self.handle.as_ptr(),
+                    u32::from(id.0),
+                    wanted * 4,
+                )
+            };
             self.check(rc, || {
                 format!("raising the memory limit of domain {id} (xc_domain_setmaxmem)")
             })?;
         }
-        let mut frames: Vec<sys::xen_pfn_t> = gfns.iter().map(|f| f.0).collect();
+        let mut frames: Vec<xen_pfn_t> = gfns.iter().map(|f| f.0).collect();
         // SAFETY: the buffer holds as many frame numbers as the call is told.
         let rc = unsafe {
-            (self.populate)(
+            (self.functions.xc_domain_populate_physmap_exact)(
                 self.handle.as_ptr(),
                 u32::from(id.0),
                 frames.len() as c_ulong,
@@ -338,12 +349,12 @@ impl Control {
 impl Drop for Control {
     fn drop(&mut self) {
         // SAFETY: the handle was opened by this library and is used no more.
-        unsafe { (self.close)(self.handle.as_ptr()) };
+        unsafe { (self.functions.xc_interface_close)(self.handle.as_ptr()) };
     }
 }
 
 /// A PV guest's vCPU, of what Xen says of it.
-pub(super) fn vcpu_pv(vcpu: u32, online: bool, any: &sys::vcpu_guest_context_any_t) -> Vcpu {
+pub(super) fn vcpu_pv(vcpu: u32, online: bool, any: &vcpu_guest_context_any_t) -> Vcpu {
     // SAFETY: all members of the union are plain numbers, and the whole of it was filled or zeroed; Debian's
     // Xen has no 32-bit PV, and a 32-bit context read so shows no kernel address.
     let c = unsafe { &any.x64 };
@@ -430,7 +441,7 @@ pub(super) fn down_or(error: Error, vcpu: u32) -> Result<Vcpu, Error> {
     }
 }
 
-fn domain_info(info: &sys::xc_domaininfo_t) -> DomainInfo {
+fn domain_info(info: &xc_domaininfo_t) -> DomainInfo {
     let has = |flag: u32| info.flags & flag != 0;
     let kind = if !has(sys::XEN_DOMINF_hvm_guest) {
         GuestType::Pv

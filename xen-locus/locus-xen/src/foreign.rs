@@ -5,34 +5,38 @@ use std::ffi::{c_int, c_uint, c_void};
 use std::ptr::{null_mut, NonNull};
 use std::rc::Rc;
 
-use libloading::os::unix::Library;
 use locus_guest::addr::{DomId, Frame, Gfn, PAGE_LEN};
 use locus_guest::{self as guest, Memory, MemoryMut, Window, WindowMut};
+use xenctrl_sys::{xen_pfn_t, xenforeignmemory_handle, xentoollog_logger};
 
 use super::dirty::Dirty;
-use super::{fault_point, load, symbol, Error};
-
-type Handle = *mut c_void;
-type OpenFn = unsafe extern "C" fn(Handle, c_uint) -> Handle;
-type CloseFn = unsafe extern "C" fn(Handle) -> c_int;
-type MapFn = unsafe extern "C" fn(Handle, u32, c_int, usize, *const u64, *mut c_int) -> *mut c_void;
-type UnmapFn = unsafe extern "C" fn(Handle, *mut c_void, usize) -> c_int;
+use super::library::functions;
+use super::{fault_point, Error};
 
 const LIBRARY: &str = "libxenforeignmemory.so.1";
 
+functions! {
+    /// What is used of `libxenforeignmemory` (tools/include/xenforeignmemory.h, a stable ABI).
+    struct Functions {
+        fn xenforeignmemory_open(*mut xentoollog_logger, c_uint) -> *mut xenforeignmemory_handle;
+        fn xenforeignmemory_close(*mut xenforeignmemory_handle) -> c_int;
+        fn xenforeignmemory_map(
+            *mut xenforeignmemory_handle, u32, c_int, usize, *const xen_pfn_t, *mut c_int
+        ) -> *mut c_void;
+        fn xenforeignmemory_unmap(*mut xenforeignmemory_handle, *mut c_void, usize) -> c_int;
+    }
+}
+
 struct Inner {
-    handle: NonNull<c_void>,
-    close: CloseFn,
-    map: MapFn,
-    unmap: UnmapFn,
-    _lib: Library,
+    handle: NonNull<xenforeignmemory_handle>,
+    functions: Functions,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
         // SAFETY: the handle was opened by this library; every mapping holds an Rc of this value,
         // so none is left.
-        unsafe { (self.close)(self.handle.as_ptr()) };
+        unsafe { (self.functions.xenforeignmemory_close)(self.handle.as_ptr()) };
     }
 }
 
@@ -67,26 +71,12 @@ impl Foreign {
     /// # Errors
     /// No such library, or no access to `/dev/xen/privcmd`.
     pub fn open(domain: DomId) -> Result<Foreign, Error> {
-        let lib = load(LIBRARY)?;
-        macro_rules! get {
-            ($symbol:literal) => {
-                // SAFETY: the types above are the C prototypes of xenforeignmemory.h, a stable ABI.
-                unsafe { symbol(&lib, LIBRARY, $symbol)? }
-            };
-        }
-        let open: OpenFn = get!("xenforeignmemory_open");
+        let functions = Functions::load(LIBRARY)?;
         // SAFETY: a null logger means the default one; flags 0.
-        let handle = NonNull::new(unsafe { open(null_mut(), 0) })
+        let handle = NonNull::new(unsafe { (functions.xenforeignmemory_open)(null_mut(), 0) })
             .ok_or_else(|| Error::last("opening foreign memory (xenforeignmemory_open)"))?;
-        let inner = Inner {
-            handle,
-            close: get!("xenforeignmemory_close"),
-            map: get!("xenforeignmemory_map"),
-            unmap: get!("xenforeignmemory_unmap"),
-            _lib: lib,
-        };
         Ok(Foreign {
-            inner: Rc::new(inner),
+            inner: Rc::new(Inner { handle, functions }),
             domain,
             dirty: Rc::default(),
         })
@@ -97,7 +87,7 @@ impl Foreign {
             Access::Read => "map to read",
             Access::Write => "map to write",
         })?;
-        let numbers: Vec<u64> = frames.iter().map(|f| f.0).collect();
+        let numbers: Vec<xen_pfn_t> = frames.iter().map(|f| f.0).collect();
         let mut errors = vec![0 as c_int; frames.len()];
         let rights = match access {
             Access::Read => libc::PROT_READ,
@@ -105,7 +95,7 @@ impl Foreign {
         };
         // SAFETY: both arrays hold as many elements as the call is told.
         let at = unsafe {
-            (self.inner.map)(
+            (self.inner.functions.xenforeignmemory_map)(
                 self.inner.handle.as_ptr(),
                 u32::from(self.domain.0),
                 rights,
@@ -191,7 +181,7 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: mapped by this handle with this size, and nothing points into it any more.
         unsafe {
-            (self.inner.unmap)(
+            (self.inner.functions.xenforeignmemory_unmap)(
                 self.inner.handle.as_ptr(),
                 self.at.as_ptr().cast(),
                 self.size / PAGE_LEN,

@@ -13,6 +13,7 @@ mod detached;
 mod dirty;
 pub mod fault;
 mod foreign;
+mod library;
 mod memory;
 mod page;
 mod pause;
@@ -30,8 +31,6 @@ pub use pause::{stay_resident, Ended, Pause, Pauses};
 
 use std::fs;
 use std::sync::Arc;
-
-use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
 /// A call into Xen, or the way to it, failed.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -113,26 +112,4 @@ pub fn check_environment() -> Result<(), Error> {
                       mounted (mount -t xenfs xenfs /proc/xen)",
         ),
     }
-}
-
-/// Loads a shared library by name.
-fn load(library: &str) -> Result<Library, Error> {
-    // SAFETY: the Xen libraries' initialisers have no preconditions.
-    unsafe { Library::open(Some(library), RTLD_NOW | RTLD_LOCAL) }.map_err(|e| Error::Library {
-        library: library.into(),
-        why: e.to_string(),
-    })
-}
-
-/// Looks up a function. `T` must be its C signature.
-///
-/// # Safety
-/// `T` is the `extern "C"` function pointer type of `name` in the library.
-unsafe fn symbol<T: Copy>(lib: &Library, library: &str, name: &str) -> Result<T, Error> {
-    // SAFETY: the caller vouches for the type.
-    let found = unsafe { lib.get::<T>(name.as_bytes()) };
-    found.map(|s| *s).map_err(|e| Error::Library {
-        library: library.into(),
-        why: e.to_string(),
-    })
 }
