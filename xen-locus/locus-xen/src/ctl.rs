@@ -12,7 +12,7 @@ use xenctrl_sys::{
 };
 
 use super::library::functions;
-use super::{fault_point, Error};
+use super::{fault_point, uuid, Error};
 
 /// `HVM_SAVE_CODE(CPU)`: a macro, so `xenctrl-sys` has no constant for it
 /// (xen/include/public/arch-x86/hvm/save.h).
@@ -58,7 +58,7 @@ impl std::fmt::Debug for Control {
 pub struct DomainInfo {
     /// Its id.
     pub id: DomId,
-    /// Its UUID.
+    /// Its UUID, as [`uuid::to_text`] writes it.
     pub uuid: String,
     /// How it runs.
     pub kind: GuestType,
@@ -452,7 +452,7 @@ fn domain_info(info: &xc_domaininfo_t) -> DomainInfo {
     };
     DomainInfo {
         id: DomId(info.domain),
-        uuid: uuid(&info.handle),
+        uuid: uuid::to_text(&info.handle),
         kind,
         dying: has(sys::XEN_DOMINF_dying),
         shutdown: has(sys::XEN_DOMINF_shutdown),
@@ -461,15 +461,4 @@ fn domain_info(info: &xc_domaininfo_t) -> DomainInfo {
         pages: info.tot_pages,
         max_pages: info.max_pages,
     }
-}
-
-fn uuid(bytes: &[u8; 16]) -> String {
-    let mut text = String::with_capacity(36);
-    for (i, byte) in bytes.iter().enumerate() {
-        if matches!(i, 4 | 6 | 8 | 10) {
-            text.push('-');
-        }
-        text.push_str(&format!("{byte:02x}"));
-    }
-    text
 }

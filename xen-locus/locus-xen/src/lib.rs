@@ -18,6 +18,7 @@ mod memory;
 mod page;
 mod pause;
 mod room;
+pub mod uuid;
 
 pub use call::Hypercalls;
 pub use ctl::{Control, DomainInfo, Standing};

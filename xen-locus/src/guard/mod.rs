@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 
 use locus_guest::addr::{DomId, Frame, PAGE_LEN};
 use locus_guest::{MemoryMut, WindowMut};
+use locus_xen::uuid;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -215,7 +216,7 @@ fn sweep_in(folder: &Path) {
 pub fn uuid_of(path: &Path) -> Option<&str> {
     let (uuid, rest) = path.file_name()?.to_str()?.split_once('.')?;
     let whole = !rest.is_empty() && rest.bytes().all(|b| b.is_ascii_digit());
-    (uuid.len() == 36 && whole).then_some(uuid)
+    (uuid::is_text(uuid) && whole).then_some(uuid)
 }
 
 #[cfg(test)]

@@ -12,8 +12,7 @@ use std::time::{Duration, Instant};
 use locus_guest::addr::DomId;
 use locus_kernel::Kernel;
 use locus_payload::Payload;
-use locus_xen::fault;
-use locus_xen::{Control, DomainInfo};
+use locus_xen::{fault, uuid, Control, DomainInfo};
 
 use crate::apply::{self, Options, Report};
 use crate::arena::record::Function;
@@ -560,7 +559,7 @@ pub fn sweep(domains: &[DomainInfo]) {
         let name = entry.file_name();
         let uuid = name.to_str().and_then(|n| n.strip_suffix(".lock"));
         // The daemon's own lock is none of a guest's.
-        let is_gone = |uuid: &str| uuid.len() == 36 && domains.iter().all(|d| d.uuid != uuid);
+        let is_gone = |uuid: &str| uuid::is_text(uuid) && domains.iter().all(|d| d.uuid != uuid);
         if !uuid.is_some_and(is_gone) {
             continue;
         }

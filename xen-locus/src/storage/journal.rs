@@ -13,7 +13,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use locus_kernel::Kernel;
-use locus_xen::fault;
+use locus_xen::{fault, uuid};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -293,16 +293,12 @@ pub fn all() -> Result<Vec<String>> {
     let mut found = Vec::new();
     for entry in entries {
         let name = entry.map_err(failed)?.file_name();
-        if let Some(uuid) = name.to_str().filter(|n| is_uuid(n)) {
+        if let Some(uuid) = name.to_str().filter(|n| uuid::is_text(n)) {
             found.push(uuid.to_owned());
         }
     }
     found.sort();
     Ok(found)
-}
-
-fn is_uuid(name: &str) -> bool {
-    name.len() == 36 && name.bytes().all(|b| b == b'-' || b.is_ascii_hexdigit())
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use std::time::SystemTime;
 
 use locus_guest::fetch;
 use locus_kernel::{CachedKernel, KernelCache};
-use locus_xen::fault;
+use locus_xen::{fault, uuid};
 
 /// First bytes of a file; the last of them changes with the format.
 const MAGIC: &[u8; 8] = b"xlocus\x00\x03";
@@ -39,12 +39,9 @@ impl Cache {
     /// Keeps what is read of the guest `uuid` in folder `dir`.
     #[must_use]
     pub fn new(dir: &Path, uuid: &str) -> Cache {
-        // A domain without a handle of its own (all zeros) is nobody in particular.
-        let named = uuid.chars().all(|c| c.is_ascii_hexdigit() || c == '-')
-            && uuid.contains(|c| c != '0' && c != '-');
         Cache {
             dir: dir.to_owned(),
-            uuid: if named { uuid } else { "" }.to_owned(),
+            uuid: if uuid::is_unique(uuid) { uuid } else { "" }.to_owned(),
         }
     }
 
