@@ -7,7 +7,7 @@ use locus_guest::{
     self as guest, GuestType, Live, Memory, MemoryMut, PagesMut, Vcpu, Window, WindowMut,
 };
 use locus_kernel::KernelCache;
-use locus_xen::{Control, DomainInfo, Foreign, Hypercalls, Pause, Pauses};
+use locus_xen::{Control, DomainInfo, ForeignMemory, Hypercalls, Pause, PauseCalls};
 
 use crate::arena;
 use crate::error::{Error, Result};
@@ -23,7 +23,7 @@ use crate::storage::xenstore::Store;
 #[derive(Debug)]
 pub struct Domain<'c> {
     control: &'c Control,
-    foreign: Foreign,
+    foreign: ForeignMemory,
     /// What Xen said of it when it was looked up.
     pub info: DomainInfo,
     /// Its name, from XenStore; empty while it has none.
@@ -72,7 +72,7 @@ impl<'c> Domain<'c> {
     /// # Errors
     /// No way to its memory.
     pub fn of(control: &'c Control, store: &Store, info: DomainInfo) -> Result<Domain<'c>> {
-        let foreign = Foreign::open(info.id)?;
+        let foreign = ForeignMemory::open(info.id)?;
         let name = store.domain_name(info.id).unwrap_or_default();
         let journal = Journal::new(&info.uuid);
         Ok(Domain {
@@ -205,7 +205,7 @@ impl Machine for Domain<'_> {
     }
 
     fn begin(&self, change: &Change) -> Result<()> {
-        locus_xen::at_work();
+        locus_xen::set_guest_may_be_changed();
         self.ended.set(false);
         self.journal.begin(&Intent {
             uuid: self.info.uuid.clone(),
@@ -222,8 +222,8 @@ impl Machine for Domain<'_> {
     }
 
     fn guard(&self, spots: &[Spot]) -> Result<Box<dyn Guard + '_>> {
-        let pauses = Pauses::new(self.control, &self.info, &guard::frames(spots))?;
-        Ok(Box::new(Guarded::start(pauses, &self.task(spots))?))
+        let calls = PauseCalls::new(self.control, &self.info, &guard::frames(spots))?;
+        Ok(Box::new(Guarded::start(calls, &self.task(spots))?))
     }
 }
 
@@ -256,11 +256,11 @@ impl Paused for Pause<'_> {
 
     fn end(self: Box<Self>) -> std::result::Result<std::time::Duration, guest::Error> {
         let ended = Pause::end(*self)?;
-        if let Err(error) = ended.told {
+        if let Err(error) = ended.reported {
             say::warn(format_args!(
                 "if the guest is being moved as it runs, stop that: {error}"
             ));
         }
-        Ok(ended.paused)
+        Ok(ended.duration)
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use locus_kernel::Kernel;
 use locus_xen::fault;
-use locus_xen::{Control, Foreign, Page, Step};
+use locus_xen::{Control, ForeignMemory, PauseStep, SharedPage};
 use serde::Serialize;
 
 use crate::apply::{self, Options};
@@ -200,9 +200,9 @@ fn of_dead(control: &Control, path: &Path) -> Result<Option<Outcome>> {
         // It ended well meanwhile.
         return Ok(None);
     }
-    let page = Page::open(&file)?;
+    let page = SharedPage::open(&file)?;
     let outcome = match page.step() {
-        Some(Step::Idle) => Outcome::of(page.outcome()).unwrap_or(Outcome::Running),
+        Some(PauseStep::Idle) => Outcome::of(page.outcome()).unwrap_or(Outcome::Running),
         _ => as_guardian(control, &task, &page)?,
     };
     fs::remove_file(path).map_err(odd)?;
@@ -210,7 +210,7 @@ fn of_dead(control: &Control, path: &Path) -> Result<Option<Outcome>> {
 }
 
 /// Does what a guardian would have done that died with its run.
-fn as_guardian(control: &Control, task: &Task, page: &Page) -> Result<Outcome> {
+fn as_guardian(control: &Control, task: &Task, page: &SharedPage) -> Result<Outcome> {
     let counter = (control, task.domain());
     let Some(standing) = counter.standing()? else {
         return Ok(Outcome::Gone);
@@ -219,7 +219,7 @@ fn as_guardian(control: &Control, task: &Task, page: &Page) -> Result<Outcome> {
     if info.is_none_or(|i| i.uuid != task.uuid) {
         return Ok(Outcome::Gone);
     }
-    let foreign = Foreign::open(task.domain())?;
+    let foreign = ForeignMemory::open(task.domain())?;
     let places = Places::map(&foreign, &task.spots)?;
     Ok(settle(page, &counter, standing.uuid, &places))
 }

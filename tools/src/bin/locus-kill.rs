@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
-use locus_xen::{run_first, Control, Other};
+use locus_xen::{set_realtime_priority, Control, Process};
 use serde_json::json;
 use xen_locus::ops::host::Host;
 use xen_locus::storage::journal::Journal;
@@ -54,13 +54,13 @@ struct Watch<'c> {
 
 impl Watch<'_> {
     fn look(&mut self) -> Result<bool> {
-        let standing = self.control.standing(self.id)?;
+        let standing = self.control.pause_state(self.id)?;
         let now = Instant::now();
         let standing = standing.context("the domain is gone")?;
         let paused = standing.paused;
         // This process may not have run for long. While the guest ran meanwhile, it was not paused.
-        let ran = standing.ran.saturating_sub(self.ran) / self.vcpus.max(1);
-        self.ran = standing.ran;
+        let ran = standing.cpu_time_ns.saturating_sub(self.ran) / self.vcpus.max(1);
+        self.ran = standing.cpu_time_ns;
         if let Some(since) = self.since {
             let held = (now - since).saturating_sub(Duration::from_nanos(ran));
             self.longest = self.longest.max(held);
@@ -88,7 +88,7 @@ fn main() -> Result<()> {
     };
     // Without this the times would show when this process runs, not when the guest is paused. The command has a
     // high priority too while the guest is paused.
-    run_first(2);
+    set_realtime_priority(2);
     let (program, rest) = args.command.split_first().context("no command")?;
     let began = Instant::now();
     let mut child = Command::new(program)
@@ -98,7 +98,7 @@ fn main() -> Result<()> {
         .stderr(Stdio::piped())
         .spawn()
         .with_context(|| format!("starting {program}"))?;
-    let process = Other::open(child.id())?;
+    let process = Process::open(child.id())?;
     let journal = Journal::new(&info.uuid);
     let mut stopped: Option<Instant> = None;
     let mut killed_in_pause = None;

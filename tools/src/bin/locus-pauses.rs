@@ -18,7 +18,7 @@ use anyhow::{Context as _, Result};
 use clap::Parser;
 use locus_guest::{MemoryMut as _, WindowMut};
 use locus_payload::Payload;
-use locus_xen::Pauses;
+use locus_xen::PauseCalls;
 use serde_json::{json, Value};
 use xen_locus::apply::{Options, Report};
 use xen_locus::domain::Domain;
@@ -80,7 +80,7 @@ fn main() -> Result<()> {
         left -= rounds;
         // A process can have one guardian at a time, and a change starts its own.
         {
-            let calls = Pauses::one_by_one(domain.control(), &domain.info, &[])?;
+            let calls = PauseCalls::one_by_one(domain.control(), &domain.info, &[])?;
             let guard = Guarded::start(calls, &domain.task(&[]))?;
             for _ in 0..rounds {
                 empty.push(pause(&guard, args.cold, &|_| Ok(()))?);

@@ -1,27 +1,27 @@
-//! Places at which a test can make a run fail, stop or die.
+//! Fault points: places at which a test can make a run fail, stop or die.
 //!
 //! Every call into Xen, every XenStore call, every file operation of a change and every write to a guest
-//! passes [`point`] first. In a program built with the feature `faults` the environment variable
-//! [`VARIABLE`] chooses one of them, and what happens there; in all others the calls are nothing.
+//! passes [`point`] first. In a program built with the feature `faults`, the environment variable [`VARIABLE`] selects
+//! one of them, and what happens there. In all other programs [`point`] does nothing.
 
-/// `N:WHAT` or `N:WHAT:FROM`: at the N-th place, counted from the first one called FROM if that is given,
-/// WHAT happens: `kill`, `stop` or `fail`.
+/// `N:WHAT` or `N:WHAT:FROM`: at the N-th fault point WHAT happens: `kill`, `stop` or `fail`. If FROM is given,
+/// counting begins at the first fault point with that name.
 pub const VARIABLE: &str = "XEN_LOCUS_FAULT";
-/// Set, whatever it says, it makes such a program see nobody in the way.
+/// If it is set, with any value, the scans of stacks in such a program find no thread inside a function.
 #[cfg(feature = "faults")]
 const BLIND: &str = "XEN_LOCUS_BLIND";
 
-/// A place that is called `name`.
+/// The fault point `name`.
 ///
 /// # Errors
-/// It is the one that is to fail.
+/// The test selected this fault point to fail.
 #[cfg(not(feature = "faults"))]
 #[inline]
 pub fn point(_name: &str) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Whether the look at stacks is to see nobody, which breaks guests: a test of that look must fail then.
+/// Whether the scans of stacks are to find no thread. That breaks guests, so a test of the scans must fail then.
 #[cfg(not(feature = "faults"))]
 #[inline]
 #[must_use]
@@ -59,16 +59,16 @@ mod chosen {
         })
     }
 
-    /// Whether the look at stacks is to see nobody.
+    /// Whether the scans of stacks are to find no thread.
     #[must_use]
     pub fn is_blind() -> bool {
         *IS_BLIND.get_or_init(|| std::env::var_os(super::BLIND).is_some())
     }
 
-    /// A place that is called `name`.
+    /// The fault point `name`.
     ///
     /// # Errors
-    /// It is the one that is to fail.
+    /// The test selected this fault point to fail.
     pub fn point(name: &str) -> io::Result<()> {
         let Some(order) = ORDER.get_or_init(order) else {
             return Ok(());
@@ -81,12 +81,12 @@ mod chosen {
             return Ok(());
         }
         let what = order.what.as_str();
-        // Nobody may listen.
+        // The reader of stderr may be gone.
         let _ = writeln!(io::stderr(), "xen-locus: fault: {what} at {name}");
         if what == "fail" {
             return Err(io::Error::other(format!("a test made it fail ({name})")));
         }
-        crate::end_self(what == "stop");
+        crate::process::end_self(what == "stop");
         Ok(())
     }
 }

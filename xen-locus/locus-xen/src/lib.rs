@@ -1,68 +1,67 @@
-//! Everything that talks to Xen; the only place with `unsafe`.
+//! All calls into Xen and the kernel that need `unsafe`: domains, foreign memory, hypercalls, the pause of a guest.
 //!
-//! `libxenctrl` changes its soname with every Xen release, so the library of the *running*
-//! hypervisor is loaded at run time; types and constants come from `xenctrl-sys`. The stable
-//! libraries (foreign memory, hypercalls) are loaded the same way, so that one binary starts
-//! anywhere and can say what is missing.
+//! `libxenctrl` has another soname in each Xen release, so the library of the *running* hypervisor is loaded at run
+//! time. The stable libraries (`libxenforeignmemory`, `libxencall`) are loaded the same way, so that one program
+//! starts anywhere and can say what is missing. Types and constants come from `xenctrl-sys`.
 #![deny(clippy::print_stderr)]
 
-mod batch;
-mod call;
-mod ctl;
-mod detached;
-mod dirty;
+mod control;
 pub mod fault;
-mod foreign;
+mod foreign_memory;
+mod hypercall;
+mod hypercall_buffer;
 mod library;
-mod memory;
-mod page;
+mod modified_memory;
+mod multicall;
 mod pause;
-mod room;
+mod process;
+mod process_memory;
+mod shared_page;
 pub mod uuid;
 
-pub use call::Hypercalls;
-pub use ctl::{Control, DomainInfo, Standing};
-#[cfg(feature = "faults")]
-pub use detached::end_self;
-pub use detached::{detach, run_first, Other};
-pub use foreign::{Access, Foreign};
-pub use memory::{at_work, keep, resident, Memory};
-pub use page::{End, Page, Step};
-pub use pause::{stay_resident, Ended, Pause, Pauses};
+pub use control::{Control, DomainInfo, PauseState};
+pub use foreign_memory::ForeignMemory;
+pub use hypercall::Hypercalls;
+pub use pause::{Pause, PauseCalls, PauseEnd};
+pub use process::{detach, set_realtime_priority, Process};
+pub use process_memory::{
+    keep_freed_memory, lock_memory, set_guest_may_be_changed, with_memory_locked, ExitingAllocator,
+};
+pub use shared_page::{PauseStep, SharedPage, WaitOutcome};
 
 use std::fs;
 use std::sync::Arc;
 
-/// A call into Xen, or the way to it, failed.
+/// A call into Xen failed, or it could not be made.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
-    /// This is no dom0, or not root.
+    /// This is not dom0, not root, or a resource is missing; the text says which.
     #[error("{0}")]
     Environment(String),
-    /// Xen does not offer this here.
+    /// Xen does not offer this operation to this control domain, or for this guest.
     #[error("{0}")]
     Unsupported(String),
-    /// A library is missing or is not what it should be.
+    /// A library is missing, or lacks a function.
     #[error("cannot use {library}: {why}; it comes with the Xen tools of the running hypervisor")]
     Library {
         /// Its file name.
         library: String,
-        /// What the loader said.
+        /// The message of the dynamic loader.
         why: String,
     },
-    /// A call failed.
+    /// A call of a library or of the kernel failed.
     #[error("{call} failed: {why}")]
     Call {
-        /// The call and what it was about.
+        /// What was done, and the name of the call.
         call: String,
-        /// `errno` in words.
+        /// The text of `errno`.
         why: String,
-        /// `errno`.
+        /// `errno`; 0 if the call set none.
         errno: i32,
     },
 }
 
-/// To those who only know guest memory Xen is one back end of several.
+/// Xen is one of several back ends of `locus_guest`.
 impl From<Error> for locus_guest::Error {
     fn from(error: Error) -> locus_guest::Error {
         match error {
@@ -83,7 +82,7 @@ impl Error {
     }
 }
 
-/// The place before `call` at which a test may have it fail ([`fault`]).
+/// The fault point before `call` ([`fault`]).
 fn fault_point(call: &'static str) -> Result<(), Error> {
     fault::point(call).map_err(|e| Error::Call {
         call: call.into(),
@@ -95,7 +94,7 @@ fn fault_point(call: &'static str) -> Result<(), Error> {
 /// Checks that this is root in a Xen control domain.
 ///
 /// # Errors
-/// [`Error::Environment`] with one sentence.
+/// [`Error::Environment`]: one sentence that says what is missing.
 pub fn check_environment() -> Result<(), Error> {
     let no = |why: &str| Err(Error::Environment(why.into()));
     if !fs::read_to_string("/sys/hypervisor/type").is_ok_and(|t| t.trim() == "xen") {

@@ -102,7 +102,7 @@ mod tests {
     use std::io::Write as _;
     use std::process::{Command, Stdio};
 
-    use crate::{call, foreign};
+    use crate::{foreign_memory, hypercall};
 
     /// The C type of a Rust type, as `type_name` writes it. Only what the prototypes use.
     fn c_type(rust: &str) -> String {
@@ -161,8 +161,11 @@ mod tests {
     #[test]
     fn the_prototypes_of_the_stable_libraries_are_those_of_their_headers() {
         for (header, prototypes) in [
-            ("xencall.h", call::Functions::prototypes()),
-            ("xenforeignmemory.h", foreign::Functions::prototypes()),
+            ("xencall.h", hypercall::Functions::prototypes()),
+            (
+                "xenforeignmemory.h",
+                foreign_memory::Functions::prototypes(),
+            ),
         ] {
             let assertions: String = prototypes.iter().map(|(n, p)| assertion(n, p)).collect();
             assert_eq!(compile(header, &assertions), Ok(()));

@@ -1,9 +1,9 @@
 //! The pause: one count of Xen's pause counter, given back however this value ends.
 //!
-//! Xen's counter belongs to nobody, so a tool that stops or dies while it holds a count leaves the
-//! guest frozen. While a [`Pause`] lives, the signals that would stop or end this process wait;
-//! they are delivered once the guest runs again. For the one signal that can't wait each step is marked in
-//! a [`Page`], which a guardian reads if this process dies.
+//! No process owns the counter. If a tool stops or dies while it holds a count, the guest stays paused. So while a
+//! [`Pause`] exists, signals that would stop or end this process are blocked; they are delivered when the guest runs
+//! again. SIGKILL can't be blocked. For it, each step is recorded in a [`SharedPage`], which a guardian reads if this
+//! process dies.
 
 use std::cell::Cell;
 use std::mem::MaybeUninit;
@@ -12,12 +12,12 @@ use std::time::{Duration, Instant};
 use locus_guest::addr::Frame;
 use locus_guest::{GuestType, Vcpu};
 
-use super::batch::Batch;
-use super::dirty::Dirty;
-use super::{run_first, Control, DomainInfo, Error, Page, Step};
+use super::modified_memory::ModifiedMemory;
+use super::multicall::PauseMulticall;
+use super::{set_realtime_priority, Control, DomainInfo, Error, PauseStep, SharedPage};
 
-/// Signals that wait while a guest is paused.
-const HELD: [libc::c_int; 7] = [
+/// Signals that are blocked while a guest is paused.
+const BLOCKED: [libc::c_int; 7] = [
     libc::SIGINT,
     libc::SIGTERM,
     libc::SIGHUP,
@@ -27,112 +27,99 @@ const HELD: [libc::c_int; 7] = [
     libc::SIGTTOU,
 ];
 
-/// Keeps all memory of this process in place from now on: code, data and what it will allocate. Else
-/// the first use of a page inside a pause waits for the kernel, or for a disk to swap it in; and outside one pages
-/// come one by one, for each of which a PV control domain asks Xen.
-///
-/// # Errors
-/// The kernel refuses: the process may not lock so much.
-pub fn stay_resident() -> Result<(), Error> {
-    // SAFETY: the call changes no memory's contents and takes no pointer.
-    if unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) } == 0 {
-        return Ok(());
-    }
-    Err(Error::last("locking this process in memory (mlockall)"))
-}
-
-/// The way to pause a domain, with all that is needed for it made before.
+/// The calls that pause and unpause a domain, with all memory for them allocated before.
 #[derive(Debug)]
-pub struct Pauses<'c> {
+pub struct PauseCalls<'c> {
     control: &'c Control,
     info: DomainInfo,
-    way: Way,
+    method: CallMethod,
 }
 
-/// How Xen is called in a pause.
+/// How Xen is called for a pause.
 #[derive(Debug)]
-enum Way {
-    /// Several hypercalls at once.
-    Together(Batch),
-    /// One by one, where Xen takes them so only.
+enum CallMethod {
+    /// Several hypercalls as one.
+    Multicall(PauseMulticall),
+    /// One by one through libxenctrl, if Xen takes no multicall.
     OneByOne {
-        dirty: Option<Dirty>,
+        modified: Option<ModifiedMemory>,
         frames: Vec<Frame>,
     },
 }
 
-impl<'c> Pauses<'c> {
-    /// Prepares pauses of a domain in which the frames `written` may be written.
+impl<'c> PauseCalls<'c> {
+    /// Prepares pauses of a domain in which the frames `written` may be written (MFNs of a PV guest, else GFNs).
     ///
     /// # Errors
-    /// No memory for the calls.
+    /// A library or device of Xen can't be opened, or there is no memory for the calls.
     pub fn new(
         control: &'c Control,
         info: &DomainInfo,
         written: &[Frame],
-    ) -> Result<Pauses<'c>, Error> {
-        match Batch::of(info, written) {
-            Some(batch) => Ok(Pauses {
+    ) -> Result<PauseCalls<'c>, Error> {
+        match PauseMulticall::new(info, written) {
+            Some(calls) => Ok(PauseCalls {
                 control,
                 info: info.clone(),
-                way: Way::Together(batch),
+                method: CallMethod::Multicall(calls),
             }),
-            None => Pauses::one_by_one(control, info, written),
+            None => PauseCalls::one_by_one(control, info, written),
         }
     }
 
-    /// The same by libxenctrl's calls, as any other program makes them.
+    /// The same, but each call is made on its own through libxenctrl, as other programs do.
     ///
     /// # Errors
-    /// As above.
+    /// As [`PauseCalls::new`].
     pub fn one_by_one(
         control: &'c Control,
         info: &DomainInfo,
         written: &[Frame],
-    ) -> Result<Pauses<'c>, Error> {
-        // PV guests are moved by other means, if at all: Xen has no such call for them.
-        let dirty = match info.kind {
+    ) -> Result<PauseCalls<'c>, Error> {
+        // Xen has no XEN_DMOP_modified_memory for PV guests.
+        let modified = match info.kind {
             GuestType::Pv => None,
-            GuestType::Pvh | GuestType::Hvm => Some(Dirty::open()?),
+            GuestType::Pvh | GuestType::Hvm => Some(ModifiedMemory::open()?),
         };
-        Ok(Pauses {
+        Ok(PauseCalls {
             control,
             info: info.clone(),
-            way: Way::OneByOne {
-                dirty,
+            method: CallMethod::OneByOne {
+                modified,
                 frames: written.to_vec(),
             },
         })
     }
 
-    /// The registers of all vCPUs, read as in a pause, while the domain runs.
+    /// The registers of all vCPUs, read by the same calls as in a pause, while the domain runs.
     ///
     /// # Errors
-    /// Xen could not be asked for them.
+    /// Xen did not give the registers of a vCPU.
     pub fn vcpus_now(&self) -> Result<Vec<Vcpu>, Error> {
-        match &self.way {
-            Way::Together(batch) => batch.vcpus_now(),
-            Way::OneByOne { .. } => self.control.vcpus(&self.info),
+        match &self.method {
+            CallMethod::Multicall(calls) => calls.vcpus_now(),
+            CallMethod::OneByOne { .. } => self.control.vcpus(&self.info),
         }
     }
 
-    fn take(&self) -> Result<(), Error> {
-        match &self.way {
-            Way::Together(batch) => batch.pause(),
-            Way::OneByOne { .. } => self.control.pause(self.info.id),
+    fn pause(&self) -> Result<(), Error> {
+        match &self.method {
+            CallMethod::Multicall(calls) => calls.pause(),
+            CallMethod::OneByOne { .. } => self.control.pause(self.info.id),
         }
     }
 
-    /// Gives a count back, and says whether it is known to Xen what was `written`.
-    fn give_back(&self, written: bool) -> Result<Result<(), Error>, Error> {
-        match &self.way {
-            Way::Together(batch) => batch.unpause(written),
-            Way::OneByOne { dirty, frames } => {
-                let told = match dirty {
-                    Some(dirty) if written => dirty.mark(self.info.id, frames),
+    /// Gives a count back. If memory was `written`, reports the frames to Xen before that; the inner result is that of
+    /// the report.
+    fn unpause(&self, written: bool) -> Result<Result<(), Error>, Error> {
+        match &self.method {
+            CallMethod::Multicall(calls) => calls.unpause(written),
+            CallMethod::OneByOne { modified, frames } => {
+                let reported = match modified {
+                    Some(modified) if written => modified.report(self.info.id, frames),
                     _ => Ok(()),
                 };
-                self.control.unpause(self.info.id).map(|()| told)
+                self.control.unpause(self.info.id).map(|()| reported)
             }
         }
     }
@@ -140,110 +127,111 @@ impl<'c> Pauses<'c> {
 
 /// How a pause ended.
 #[derive(Debug)]
-pub struct Ended {
-    /// How long the domain was paused: from asking for the pause to handing the unpause to Xen. The way back from
-    /// that call is not counted: on a busy host the guest, running again, may have the CPU before this process has.
-    pub paused: Duration,
-    /// Whether Xen, which may have to copy them to another host, knows of the frames that were written.
-    pub told: Result<(), Error>,
+pub struct PauseEnd {
+    /// How long the domain was paused: from the call that pauses to the call that unpauses. The return from that call
+    /// is not counted, because on a busy host the guest may get the CPU before this process does.
+    pub duration: Duration,
+    /// Whether Xen knows which frames were written, so that a live migration copies them.
+    pub reported: Result<(), Error>,
 }
 
-/// A paused domain. Dropping it unpauses, also when the stack unwinds.
+/// A paused domain. It is unpaused when this value is dropped, also by a panic.
 #[derive(Debug)]
 pub struct Pause<'c> {
-    pauses: &'c Pauses<'c>,
-    page: &'c Page,
+    calls: &'c PauseCalls<'c>,
+    page: &'c SharedPage,
     began: Instant,
     held: bool,
     written: Cell<bool>,
     mask: libc::sigset_t,
-    _first: First,
+    _priority: RaisedPriority,
 }
 
 impl<'c> Pause<'c> {
-    /// Pauses the domain; returns once none of its vCPUs runs. Each step is marked in `page`.
+    /// Pauses the domain, and returns when none of its vCPUs runs. Each step is recorded in `page` before it is done.
     ///
     /// # Errors
     /// Xen refused: the domain is gone, or its counter is full.
-    pub fn new(pauses: &'c Pauses<'c>, page: &'c Page) -> Result<Pause<'c>, Error> {
-        let mask = hold_signals();
+    pub fn new(calls: &'c PauseCalls<'c>, page: &'c SharedPage) -> Result<Pause<'c>, Error> {
+        let mask = block_signals();
         let mut pause = Pause {
-            pauses,
+            calls,
             page,
             began: Instant::now(),
             held: false,
             written: Cell::new(false),
             mask,
-            _first: First::begin(),
+            _priority: RaisedPriority::begin(),
         };
-        let standing = pauses.control.standing(pauses.info.id)?;
-        page.set_paused_by_others(standing.is_some_and(|s| s.paused));
-        if let Way::Together(batch) = &pauses.way {
-            batch.prepare();
+        let state = calls.control.pause_state(calls.info.id)?;
+        page.set_paused_by_others(state.is_some_and(|s| s.paused));
+        if let CallMethod::Multicall(calls) = &calls.method {
+            calls.prepare();
         }
-        page.set_step(Step::Pausing);
+        page.set_step(PauseStep::Pausing);
         pause.began = Instant::now();
-        if let Err(error) = pauses.take() {
-            page.set_step(Step::Idle);
+        if let Err(error) = calls.pause() {
+            page.set_step(PauseStep::Idle);
             return Err(error);
         }
         pause.held = true;
-        page.set_step(Step::Paused);
+        page.set_step(PauseStep::Paused);
         Ok(pause)
     }
 
     /// The registers of all vCPUs.
     ///
     /// # Errors
-    /// Xen could not be asked for them.
+    /// Xen did not give the registers of a vCPU.
     pub fn vcpus(&self) -> Result<Vec<Vcpu>, Error> {
-        match &self.pauses.way {
-            Way::Together(batch) => batch.vcpus(),
-            Way::OneByOne { .. } => self.pauses.control.vcpus(&self.pauses.info),
+        match &self.calls.method {
+            CallMethod::Multicall(calls) => calls.vcpus(),
+            CallMethod::OneByOne { .. } => self.calls.control.vcpus(&self.calls.info),
         }
     }
 
-    /// Says that the guest's memory is being changed from now on, unless the guest has shut down, be it to
-    /// be saved or moved: false then. Nobody who is paused can do that any more.
+    /// Comes before the first write to the guest's memory, and records that step. False, and nothing may be written,
+    /// if the guest has shut down or is suspended, because it may be saved or migrated now. A paused guest can't do
+    /// that later.
     ///
     /// # Errors
-    /// Xen can't be asked.
+    /// Xen did not give its state.
     pub fn writing(&self) -> Result<bool, Error> {
-        let runs = match &self.pauses.way {
-            Way::Together(batch) => !batch.is_shut_down()?,
-            Way::OneByOne { .. } => {
-                let standing = self.pauses.control.standing(self.pauses.info.id)?;
-                standing.is_some_and(|s| !s.shutdown)
+        let runs = match &self.calls.method {
+            CallMethod::Multicall(calls) => !calls.is_shut_down()?,
+            CallMethod::OneByOne { .. } => {
+                let state = self.calls.control.pause_state(self.calls.info.id)?;
+                state.is_some_and(|s| !s.shutdown)
             }
         };
         if runs {
             self.written.set(true);
-            self.page.set_step(Step::Writing);
+            self.page.set_step(PauseStep::Writing);
         }
         Ok(runs)
     }
 
-    /// Time since the pause was asked for.
+    /// Time since the call that pauses.
     #[must_use]
     pub fn elapsed(&self) -> Duration {
         self.began.elapsed()
     }
 
-    /// Unpauses; before that Xen is told of what was written.
+    /// Unpauses the domain. If it was written, the written frames are reported to Xen before that.
     ///
     /// # Errors
     /// Xen refused: the domain is gone.
-    pub fn end(mut self) -> Result<Ended, Error> {
-        let paused = self.began.elapsed();
-        let told = self.give_back()?;
-        Ok(Ended { paused, told })
+    pub fn end(mut self) -> Result<PauseEnd, Error> {
+        let duration = self.began.elapsed();
+        let reported = self.unpause()?;
+        Ok(PauseEnd { duration, reported })
     }
 
-    fn give_back(&mut self) -> Result<Result<(), Error>, Error> {
+    fn unpause(&mut self) -> Result<Result<(), Error>, Error> {
         self.held = false;
-        self.page.set_step(Step::Unpausing);
-        let done = self.pauses.give_back(self.written.get());
-        self.page.set_step(Step::Idle);
+        self.page.set_step(PauseStep::Unpausing);
+        let done = self.calls.unpause(self.written.get());
+        self.page.set_step(PauseStep::Idle);
         done
     }
 }
@@ -251,8 +239,8 @@ impl<'c> Pause<'c> {
 impl Drop for Pause<'_> {
     fn drop(&mut self) {
         if self.held {
-            // A domain that is gone needs no unpause, and there is nobody left to tell.
-            let _ = self.give_back();
+            // If the domain is gone, it needs no unpause.
+            let _ = self.unpause();
         }
         // SAFETY: the mask was filled by pthread_sigmask.
         unsafe {
@@ -265,31 +253,31 @@ impl Drop for Pause<'_> {
     }
 }
 
-/// While it lives this process runs before all of ordinary priority, if it may: what else the control domain has
-/// to do can wait for so short a time, and the guest can't.
+/// Real-time priority for this process while this value exists, if the kernel allows it: other work of the control
+/// domain can wait for the few microseconds of a pause.
 #[derive(Debug)]
-struct First {
-    /// The policy from before, and its parameter.
+struct RaisedPriority {
+    /// The policy before, and its parameter.
     before: Option<(libc::c_int, libc::sched_param)>,
 }
 
-impl First {
-    fn begin() -> First {
+impl RaisedPriority {
+    fn begin() -> RaisedPriority {
         let mut parameter = libc::sched_param { sched_priority: 0 };
-        // SAFETY: the calls are about this thread; the parameter is a plain structure of ours.
+        // SAFETY: the calls are about this thread; the parameter is a plain structure.
         let policy = unsafe {
             libc::sched_getparam(0, &raw mut parameter);
             libc::sched_getscheduler(0)
         };
-        // Its guardian comes before it.
-        run_first(1);
-        First {
+        // The guardian has a higher priority.
+        set_realtime_priority(1);
+        RaisedPriority {
             before: (policy >= 0).then_some((policy, parameter)),
         }
     }
 }
 
-impl Drop for First {
+impl Drop for RaisedPriority {
     fn drop(&mut self) {
         if let Some((policy, parameter)) = self.before {
             // SAFETY: as above.
@@ -298,15 +286,15 @@ impl Drop for First {
     }
 }
 
-/// Blocks [`HELD`] for this thread and returns the mask from before. The tool has one thread.
-fn hold_signals() -> libc::sigset_t {
+/// Blocks [`BLOCKED`] for this thread and returns the mask before. The tool has one thread.
+fn block_signals() -> libc::sigset_t {
     let mut held = MaybeUninit::<libc::sigset_t>::zeroed();
     let mut before = MaybeUninit::<libc::sigset_t>::zeroed();
     // SAFETY: the sets are valid memory; an all-zero sigset_t is an empty one, so `before` is
     // initialised even if the call failed.
     unsafe {
         libc::sigemptyset(held.as_mut_ptr());
-        for signal in HELD {
+        for signal in BLOCKED {
             libc::sigaddset(held.as_mut_ptr(), signal);
         }
         libc::pthread_sigmask(libc::SIG_BLOCK, held.as_ptr(), before.as_mut_ptr());

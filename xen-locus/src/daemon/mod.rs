@@ -166,7 +166,7 @@ impl<'s> Requests<'s> {
         if self.server.is_stopping() {
             return Ok(());
         }
-        match xen::resident(|| self.server.serve(&id))? {
+        match xen::with_memory_locked(|| self.server.serve(&id))? {
             Served::None => self.waiting.forget(&id),
             Served::Waits => self.waiting.put_off(id, Instant::now()),
             Served::Answered => {
@@ -279,7 +279,7 @@ impl Publisher {
                 continue;
             }
             // No guest may end the daemon: not by what it has to be published either.
-            let seen = xen::resident(|| self.publish(server, info));
+            let seen = xen::with_memory_locked(|| self.publish(server, info));
             match seen {
                 Ok(()) => {
                     self.known.insert(id, uuid);

@@ -6,7 +6,7 @@ use std::os::fd::AsFd as _;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use locus_xen::{self as xen, Control, End, Foreign, Other, Page, Step};
+use locus_xen::{self as xen, Control, ForeignMemory, PauseStep, Process, SharedPage, WaitOutcome};
 
 use super::settle::{settle, Counter as _, Outcome};
 use super::{Places, Task};
@@ -41,13 +41,13 @@ pub fn main() -> ExitCode {
 }
 
 /// Waits until the run ends. One that is stopped while it holds the guest is killed: it may never go on.
-fn wait(page: &Page, worker: &Other) -> Result<End> {
+fn wait(page: &SharedPage, worker: &Process) -> Result<WaitOutcome> {
     let mut held = false;
     loop {
         if let Some(end) = page.wait(TICK)? {
             return Ok(end);
         }
-        let holds = page.step() != Some(Step::Idle);
+        let holds = page.step() != Some(PauseStep::Idle);
         if held && holds && worker.is_stopped() {
             worker.kill();
         }
@@ -62,24 +62,24 @@ fn watch() -> Result<()> {
         .map(File::from)
         .map_err(|e| Error::failed(format!("the guardian has no file: {e}")))?;
     let task = Task::read(&file)?;
-    let page = Page::open(&file)?;
+    let page = SharedPage::open(&file)?;
     let control = Control::open()?;
-    let foreign = Foreign::open(task.domain())?;
+    let foreign = ForeignMemory::open(task.domain())?;
     let places = Places::map(&foreign, &task.spots)?;
     let counter = (&control, task.domain());
-    let worker = Other::open(task.pid)?;
+    let worker = Process::open(task.pid)?;
     let Some(standing) = counter.standing()? else {
         return Err(Error::failed(format!("domain {} is gone", task.domid)));
     };
     places.rehearse();
     // What it did so far was not urgent. From here on it comes before the run even where that holds the guest: a
     // process that dies takes its memory apart at the rank it had, which takes longer than all that is left to do.
-    xen::run_first(2);
+    xen::set_realtime_priority(2);
     io::stdout()
         .write_all(READY)
         .and_then(|()| io::stdout().flush())
         .map_err(|e| Error::failed(format!("the guardian is not heard: {e}")))?;
-    if wait(&page, &worker)? == End::Released {
+    if wait(&page, &worker)? == WaitOutcome::Released {
         return Ok(());
     }
     let outcome = settle(&page, &counter, standing.uuid, &places);

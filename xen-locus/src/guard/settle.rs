@@ -3,7 +3,7 @@
 //! Nothing here allocates memory or waits for anything but Xen, as long as nothing fails.
 
 use locus_guest::addr::DomId;
-use locus_xen::{self as xen, Control, Page, Standing, Step};
+use locus_xen::{self as xen, Control, PauseState, PauseStep, SharedPage};
 use serde::Serialize;
 
 use super::Places;
@@ -65,7 +65,7 @@ pub trait Counter {
     ///
     /// # Errors
     /// Xen can't be asked.
-    fn standing(&self) -> Result<Option<Standing>, xen::Error>;
+    fn standing(&self) -> Result<Option<PauseState>, xen::Error>;
     /// Gives one pause count back.
     ///
     /// # Errors
@@ -74,8 +74,8 @@ pub trait Counter {
 }
 
 impl Counter for (&Control, DomId) {
-    fn standing(&self) -> Result<Option<Standing>, xen::Error> {
-        self.0.standing(self.1)
+    fn standing(&self) -> Result<Option<PauseState>, xen::Error> {
+        self.0.pause_state(self.1)
     }
 
     fn unpause(&self) -> Result<(), xen::Error> {
@@ -84,9 +84,14 @@ impl Counter for (&Control, DomId) {
 }
 
 /// Does what the run that left `page` can't do any more, on the domain with this UUID.
-pub fn settle(page: &Page, counter: &dyn Counter, uuid: [u8; 16], places: &Places<'_>) -> Outcome {
-    let step = page.step().unwrap_or(Step::Idle);
-    if step == Step::Idle {
+pub fn settle(
+    page: &SharedPage,
+    counter: &dyn Counter,
+    uuid: [u8; 16],
+    places: &Places<'_>,
+) -> Outcome {
+    let step = page.step().unwrap_or(PauseStep::Idle);
+    if step == PauseStep::Idle {
         return Outcome::Running;
     }
     let paused = match counter.standing() {
@@ -96,17 +101,17 @@ pub fn settle(page: &Page, counter: &dyn Counter, uuid: [u8; 16], places: &Place
         Err(_) => true,
     };
     let held = match step {
-        Step::Idle => false,
-        Step::Paused | Step::Writing => true,
+        PauseStep::Idle => false,
+        PauseStep::Paused | PauseStep::Writing => true,
         // Nobody else held one before, so a pause is the run's own.
-        Step::Pausing | Step::Unpausing if !page.paused_by_others() => paused,
-        Step::Pausing | Step::Unpausing => {
-            page.set_step(Step::Idle);
+        PauseStep::Pausing | PauseStep::Unpausing if !page.paused_by_others() => paused,
+        PauseStep::Pausing | PauseStep::Unpausing => {
+            page.set_step(PauseStep::Idle);
             return Outcome::PausedByOthers;
         }
     };
     let outcome = match step {
-        Step::Writing => {
+        PauseStep::Writing => {
             let outcome = places.settle();
             places.tell();
             outcome
@@ -115,12 +120,12 @@ pub fn settle(page: &Page, counter: &dyn Counter, uuid: [u8; 16], places: &Place
     };
     if held {
         // Whoever comes after this process has died too finds the change settled.
-        page.set_step(Step::Unpausing);
+        page.set_step(PauseStep::Unpausing);
         if counter.unpause().is_err() {
             return Outcome::Stuck;
         }
     }
-    page.set_step(Step::Idle);
+    page.set_step(PauseStep::Idle);
     outcome
 }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 use locus_guest as guest;
 use locus_guest::Vcpu;
 use locus_xen::fault;
-use locus_xen::{Page, Pause, Pauses};
+use locus_xen::{Pause, PauseCalls, SharedPage};
 
 use super::{guardian, Task, DIR};
 use crate::error::{Error, Result};
@@ -25,8 +25,8 @@ const LOOK: Duration = Duration::from_micros(500);
 /// A guardian that watches this process. Dropping it lets it go.
 #[derive(Debug)]
 pub struct Guarded<'c> {
-    pauses: Pauses<'c>,
-    page: Page,
+    calls: PauseCalls<'c>,
+    page: SharedPage,
     path: std::path::PathBuf,
     child: RefCell<Child>,
     // Holds the file's lock, as the guardian does.
@@ -38,7 +38,7 @@ impl<'c> Guarded<'c> {
     ///
     /// # Errors
     /// It can't be: nothing of the guest is touched then.
-    pub fn start(pauses: Pauses<'c>, task: &Task) -> Result<Guarded<'c>> {
+    pub fn start(calls: PauseCalls<'c>, task: &Task) -> Result<Guarded<'c>> {
         let path = task.path();
         let new = path.with_extension(format!("{}.new", task.pid));
         let failed = |e: std::io::Error| {
@@ -60,7 +60,7 @@ impl<'c> Guarded<'c> {
             .mode(0o600)
             .open(&new)
             .map_err(failed)?;
-        let made = Guarded::start_in(pauses, task, file, &new, &path, &failed);
+        let made = Guarded::start_in(calls, task, file, &new, &path, &failed);
         if made.is_err() {
             let _ = fs::remove_file(&new);
         }
@@ -68,7 +68,7 @@ impl<'c> Guarded<'c> {
     }
 
     fn start_in(
-        pauses: Pauses<'c>,
+        calls: PauseCalls<'c>,
         task: &Task,
         file: File,
         new: &Path,
@@ -78,14 +78,14 @@ impl<'c> Guarded<'c> {
         fault::point("guard: lock").map_err(failed)?;
         file.lock().map_err(failed)?;
         task.write(&file).map_err(failed)?;
-        let page = Page::create(&file)?;
+        let page = SharedPage::create(&file)?;
         // Under its name it is complete and locked. One that stands there already is of a process that had
         // this number and died: what it left is not to be lost.
         fault::point("guard: link").map_err(failed)?;
         fs::hard_link(new, path).map_err(failed)?;
         let started = fs::remove_file(new)
             .map_err(failed)
-            .and_then(|()| Guarded::launch(pauses, task, file, page, failed));
+            .and_then(|()| Guarded::launch(calls, task, file, page, failed));
         if started.is_err() {
             let _ = fs::remove_file(path);
         }
@@ -93,10 +93,10 @@ impl<'c> Guarded<'c> {
     }
 
     fn launch(
-        pauses: Pauses<'c>,
+        calls: PauseCalls<'c>,
         task: &Task,
         file: File,
-        page: Page,
+        page: SharedPage,
         failed: &dyn Fn(std::io::Error) -> Error,
     ) -> Result<Guarded<'c>> {
         fault::point("guard: spawn").map_err(failed)?;
@@ -114,7 +114,7 @@ impl<'c> Guarded<'c> {
             None => Ok(()),
         };
         let guarded = Guarded {
-            pauses,
+            calls,
             page,
             path: task.path(),
             child: RefCell::new(child),
@@ -134,13 +134,13 @@ impl<'c> Guarded<'c> {
     /// # Errors
     /// Xen could not be asked for them.
     pub fn vcpus_now(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
-        Ok(self.pauses.vcpus_now()?)
+        Ok(self.calls.vcpus_now()?)
     }
 
     /// Waits, should the guardian look after this run within the next moments, until it has: it comes before this
     /// run, and would do so in the middle of a pause.
     pub fn wait_for_guardian_tick(&self) {
-        if let Some(left) = self.page.next_look().filter(|&left| left < MOMENTS) {
+        if let Some(left) = self.page.next_check().filter(|&left| left < MOMENTS) {
             std::thread::sleep(left + LOOK);
         }
     }
@@ -155,7 +155,7 @@ impl<'c> Guarded<'c> {
         };
         let mut child = self.child.try_borrow_mut().map_err(|_| gone())?;
         match child.try_wait() {
-            Ok(None) => Ok(Pause::new(&self.pauses, &self.page)?),
+            Ok(None) => Ok(Pause::new(&self.calls, &self.page)?),
             _ => Err(gone()),
         }
     }

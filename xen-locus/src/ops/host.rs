@@ -27,9 +27,9 @@ impl Host {
     /// # Errors
     /// Not dom0, not root, no libxenctrl, no xenstored: one sentence.
     pub fn open(cache: Option<&Path>) -> Result<Host> {
-        xen::keep();
+        xen::keep_freed_memory();
         // Where it isn't allowed things take longer, pauses too.
-        let _ = xen::stay_resident();
+        let _ = xen::lock_memory();
         xen::check_environment()?;
         Ok(Host {
             control: Control::open()?,

@@ -16,11 +16,11 @@ const NEW: [u8; 5] = [2; 5];
 struct Count(Cell<u32>);
 
 impl Counter for Count {
-    fn standing(&self) -> Result<Option<Standing>, xen::Error> {
-        Ok(Some(Standing {
+    fn standing(&self) -> Result<Option<PauseState>, xen::Error> {
+        Ok(Some(PauseState {
             uuid: UUID,
             paused: self.0.get() > 0,
-            ran: 0,
+            cpu_time_ns: 0,
             shutdown: false,
         }))
     }
@@ -31,31 +31,31 @@ impl Counter for Count {
     }
 }
 
-fn page(name: &str) -> Page {
+fn page(name: &str) -> SharedPage {
     let path = std::env::temp_dir().join(format!("xen-locus-settle-{}-{name}", std::process::id()));
     std::fs::write(&path, [0; 4096]).unwrap();
     let file = File::options().read(true).write(true).open(&path).unwrap();
     std::fs::remove_file(path).unwrap();
-    Page::create(&file).unwrap()
+    SharedPage::create(&file).unwrap()
 }
 
 #[test]
 fn a_pause_of_a_run_that_died_is_given_back_and_no_other() {
     // what the run had marked, what others held before, what is held now; what is left
     let cases = [
-        (Step::Idle, 0, 0, 0, Outcome::Running),
-        (Step::Idle, 1, 1, 1, Outcome::Running),
+        (PauseStep::Idle, 0, 0, 0, Outcome::Running),
+        (PauseStep::Idle, 1, 1, 1, Outcome::Running),
         // before and after the call that takes the count
-        (Step::Pausing, 0, 0, 0, Outcome::Running),
-        (Step::Pausing, 0, 1, 0, Outcome::Running),
-        (Step::Paused, 0, 1, 0, Outcome::Running),
-        (Step::Paused, 1, 2, 1, Outcome::Running),
-        (Step::Writing, 1, 2, 1, Outcome::Undone),
+        (PauseStep::Pausing, 0, 0, 0, Outcome::Running),
+        (PauseStep::Pausing, 0, 1, 0, Outcome::Running),
+        (PauseStep::Paused, 0, 1, 0, Outcome::Running),
+        (PauseStep::Paused, 1, 2, 1, Outcome::Running),
+        (PauseStep::Writing, 1, 2, 1, Outcome::Undone),
         // before and after the call that gives it back
-        (Step::Unpausing, 0, 1, 0, Outcome::Running),
-        (Step::Unpausing, 0, 0, 0, Outcome::Running),
-        (Step::Unpausing, 1, 1, 1, Outcome::PausedByOthers),
-        (Step::Pausing, 1, 1, 1, Outcome::PausedByOthers),
+        (PauseStep::Unpausing, 0, 1, 0, Outcome::Running),
+        (PauseStep::Unpausing, 0, 0, 0, Outcome::Running),
+        (PauseStep::Unpausing, 1, 1, 1, Outcome::PausedByOthers),
+        (PauseStep::Pausing, 1, 1, 1, Outcome::PausedByOthers),
     ];
     for (i, (step, others, now, left, outcome)) in cases.into_iter().enumerate() {
         let page = page(&format!("count{i}"));
@@ -69,14 +69,14 @@ fn a_pause_of_a_run_that_died_is_given_back_and_no_other() {
         let count = Count(Cell::new(now));
         assert_eq!(settle(&page, &count, UUID, &places), outcome, "{i}");
         assert_eq!(count.0.get(), left, "{i}");
-        assert_eq!(page.step(), Some(Step::Idle), "{i}");
+        assert_eq!(page.step(), Some(PauseStep::Idle), "{i}");
     }
 }
 
 #[test]
 fn a_domain_that_took_the_id_of_the_one_meant_is_left_alone() {
     let page = page("reused");
-    page.set_step(Step::Paused);
+    page.set_step(PauseStep::Paused);
     let memory = MockMemory::new();
     let places = Places::map(&memory, &[]).unwrap();
     let count = Count(Cell::new(1));
@@ -104,7 +104,7 @@ fn torn(bytes: usize, all_writable: bool) -> (Outcome, Vec<[u8; 5]>) {
         places.window = None;
     }
     let page = page(&format!("torn{bytes}{all_writable}"));
-    page.set_step(Step::Writing);
+    page.set_step(PauseStep::Writing);
     let count = Count(Cell::new(1));
     let outcome = settle(&page, &count, UUID, &places);
     assert_eq!(count.0.get(), 0);
@@ -135,7 +135,7 @@ fn bytes_that_the_change_never_had_are_left_alone() {
     memory.fill(frame, 100, &[9; 5]);
     let places = Places::map(&memory, &spots).unwrap();
     let page = page("foreign");
-    page.set_step(Step::Writing);
+    page.set_step(PauseStep::Writing);
     let count = Count(Cell::new(1));
     assert_eq!(settle(&page, &count, UUID, &places), Outcome::Torn);
     let stands = [8, 100].map(|at| {

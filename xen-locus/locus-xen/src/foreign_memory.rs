@@ -9,8 +9,8 @@ use locus_guest::addr::{DomId, Frame, Gfn, PAGE_LEN};
 use locus_guest::{self as guest, Memory, MemoryMut, Window, WindowMut};
 use xenctrl_sys::{xen_pfn_t, xenforeignmemory_handle, xentoollog_logger};
 
-use super::dirty::Dirty;
 use super::library::functions;
+use super::modified_memory::ModifiedMemory;
 use super::{fault_point, Error};
 
 const LIBRARY: &str = "libxenforeignmemory.so.1";
@@ -40,17 +40,17 @@ impl Drop for Inner {
     }
 }
 
-/// The memory of one domain.
+/// The memory of one domain, mapped by frame number: MFNs of a PV guest, GFNs of a PVH or HVM guest.
 #[derive(Clone)]
-pub struct Foreign {
+pub struct ForeignMemory {
     inner: Rc<Inner>,
     domain: DomId,
-    dirty: Rc<OnceCell<Dirty>>,
+    modified: Rc<OnceCell<ModifiedMemory>>,
 }
 
-impl std::fmt::Debug for Foreign {
+impl std::fmt::Debug for ForeignMemory {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Foreign")
+        f.debug_struct("ForeignMemory")
             .field("domain", &self.domain)
             .finish_non_exhaustive()
     }
@@ -58,27 +58,27 @@ impl std::fmt::Debug for Foreign {
 
 /// Rights of a mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
+enum Access {
     /// Read only.
     Read,
     /// Read and write.
     Write,
 }
 
-impl Foreign {
-    /// Opens the way to a domain's memory.
+impl ForeignMemory {
+    /// Opens the memory of a domain. Whether the domain exists is seen when a frame is mapped.
     ///
     /// # Errors
-    /// No such library, or no access to `/dev/xen/privcmd`.
-    pub fn open(domain: DomId) -> Result<Foreign, Error> {
+    /// The library is missing, or no access to `/dev/xen/privcmd`.
+    pub fn open(domain: DomId) -> Result<ForeignMemory, Error> {
         let functions = Functions::load(LIBRARY)?;
         // SAFETY: a null logger means the default one; flags 0.
         let handle = NonNull::new(unsafe { (functions.xenforeignmemory_open)(null_mut(), 0) })
             .ok_or_else(|| Error::last("opening foreign memory (xenforeignmemory_open)"))?;
-        Ok(Foreign {
+        Ok(ForeignMemory {
             inner: Rc::new(Inner { handle, functions }),
             domain,
-            dirty: Rc::default(),
+            modified: Rc::default(),
         })
     }
 
@@ -93,7 +93,7 @@ impl Foreign {
             Access::Read => libc::PROT_READ,
             Access::Write => libc::PROT_READ | libc::PROT_WRITE,
         };
-        // SAFETY: both arrays hold as many elements as the call is told.
+        // SAFETY: both arrays have as many elements as the call is given.
         let at = unsafe {
             (self.inner.functions.xenforeignmemory_map)(
                 self.inner.handle.as_ptr(),
@@ -123,7 +123,8 @@ impl Foreign {
         Ok(mapping)
     }
 
-    /// Which of `frames` have memory behind them.
+    /// For each of `frames` whether it has memory. A frame that can't be mapped for another reason counts as one
+    /// without.
     pub fn populated(&self, frames: &[Gfn]) -> Vec<bool> {
         frames
             .iter()
@@ -132,25 +133,25 @@ impl Foreign {
     }
 }
 
-impl Memory for Foreign {
+impl Memory for ForeignMemory {
     fn map(&self, frames: &[Frame]) -> Result<Box<dyn Window>, guest::Error> {
         Ok(Box::new(self.map_all(frames, Access::Read)?))
     }
 }
 
-impl MemoryMut for Foreign {
+impl MemoryMut for ForeignMemory {
     fn map_mut(&self, frames: &[Frame]) -> Result<Box<dyn WindowMut>, guest::Error> {
         Ok(Box::new(self.map_all(frames, Access::Write)?))
     }
 
     /// For PVH and HVM guests only.
     fn written(&self, frames: &[Frame]) -> Result<(), guest::Error> {
-        if self.dirty.get().is_none() {
-            // Where it is set already it is as good.
-            let _ = self.dirty.set(Dirty::open()?);
+        if self.modified.get().is_none() {
+            // If another value was set meanwhile, that one is used.
+            let _ = self.modified.set(ModifiedMemory::open()?);
         }
-        match self.dirty.get() {
-            Some(dirty) if !frames.is_empty() => Ok(dirty.mark(self.domain, frames)?),
+        match self.modified.get() {
+            Some(modified) if !frames.is_empty() => Ok(modified.report(self.domain, frames)?),
             _ => Ok(()),
         }
     }
@@ -191,8 +192,7 @@ impl Drop for Mapping {
 }
 
 impl Window for Mapping {
-    /// Aligned words are copied one access each, so a word the guest changes at the same moment is
-    /// seen whole, old or new.
+    /// Each aligned word is read by one access, so a word that the guest changes meanwhile is read whole, old or new.
     fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), guest::Error> {
         let from = self.check(offset, buf.len())?;
         // Most reads in a pause are of one word.
@@ -230,9 +230,8 @@ impl Window for Mapping {
 }
 
 impl WindowMut for Mapping {
-    /// Aligned words are written by one access each: the guest sees a page-table entry or a pointer
-    /// whole, old or new. That few are needed counts where each costs much, as on an emulated
-    /// processor that has translated code of the page.
+    /// Each aligned word is written by one access: the guest sees a page-table entry or a pointer whole, old or new.
+    /// Few accesses are made, because each costs much on an emulated processor that has translated code of the page.
     fn write(&self, offset: usize, bytes: &[u8]) -> Result<(), guest::Error> {
         let to = self.check(offset, bytes.len())?;
         fault_point("write to the guest")?;
@@ -257,7 +256,7 @@ fn first_access(at: *const u8, len: usize) -> usize {
 /// Copies `bytes` to `at` by the largest aligned accesses that there are.
 ///
 /// # Safety
-/// As many bytes at `at` can be written; others may read them meanwhile.
+/// `bytes.len()` bytes at `at` can be written. Others may read them meanwhile.
 unsafe fn copy_out(mut at: *mut u8, bytes: &[u8]) {
     let mut rest = bytes;
     macro_rules! piece {
@@ -266,7 +265,7 @@ unsafe fn copy_out(mut at: *mut u8, bytes: &[u8]) {
                 (rest.split_first_chunk(), at.cast::<$word>().is_aligned())
             {
                 let word = <$word>::from_ne_bytes(*first);
-                // SAFETY: aligned, and the caller vouches for as many bytes as `rest` had.
+                // SAFETY: aligned, and the caller guarantees as many bytes as `rest` had.
                 unsafe { at.cast::<$word>().write_volatile(word) };
                 // SAFETY: at most one past the last of these.
                 at = unsafe { at.add(size_of::<$word>()) };
@@ -290,14 +289,14 @@ mod tests {
     #[test]
     fn every_byte_is_written_once_wherever_it_lies_and_none_beside_it() {
         #[repr(align(8))]
-        struct Room([u8; 48]);
+        struct Padded([u8; 48]);
         for offset in 0..16 {
             for len in 0..=24 {
                 let bytes: Vec<u8> = (1..=len).collect();
-                let mut room = Room([0xee; 48]);
-                // SAFETY: 16 + 24 bytes fit the room.
-                unsafe { copy_out(room.0.as_mut_ptr().add(offset), &bytes) };
-                let (before, rest) = room.0.split_at(offset);
+                let mut padded = Padded([0xee; 48]);
+                // SAFETY: 16 + 24 bytes fit the padded.
+                unsafe { copy_out(padded.0.as_mut_ptr().add(offset), &bytes) };
+                let (before, rest) = padded.0.split_at(offset);
                 let (written, behind) = rest.split_at(bytes.len());
                 assert_eq!(written, bytes);
                 assert!(before.iter().chain(behind).all(|&b| b == 0xee));

@@ -1,8 +1,9 @@
-//! One page shared by two processes: what the one has of a guest, and when it dies.
+//! One page that a run of xen-locus shares with its guardian: how far the run has come with a pause, and a mutex that
+//! shows when the run dies.
 //!
-//! The page is mapped from a file, so that both find it, and so that it outlives both. Its mutex is
-//! robust: the kernel hands it on when the thread that holds it dies, as the first thing of that death and
-//! before its memory is taken apart (`futex_exit_release`, kernel/futex/core.c).
+//! The page is mapped from a file, so that both processes find it and it outlives them. The mutex is robust: when the
+//! thread that holds it dies, the kernel passes it to the waiting thread before it frees the dead process's memory
+//! (`futex_exit_release`, kernel/futex/core.c).
 
 use std::cell::Cell;
 use std::fs::File;
@@ -15,48 +16,48 @@ use locus_guest::addr::PAGE_LEN;
 
 use super::Error;
 
-/// Says what kind of file it is, and in which form.
+/// First bytes of the file: its kind and version.
 const MAGIC: [u8; 8] = *b"XLGUARD1";
 
-/// How far a run has come with the pause of a guest. The order of the stores is that of the steps, each
-/// before what it announces, so that a run may end between any two instructions.
+/// How far a run has come with the pause of a guest. Each step is stored before it is done, so that a run may end
+/// between any two instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 #[repr(u32)]
-pub enum Step {
-    /// Nothing of the guest is held.
+pub enum PauseStep {
+    /// The run holds no pause of the guest.
     Idle = 0,
-    /// A count of Xen's pause counter is being taken.
+    /// The run is taking a count of Xen's pause counter.
     Pausing = 1,
-    /// It is held.
+    /// The run holds the count.
     Paused = 2,
-    /// It is held, and the guest's memory is being changed.
+    /// The run holds the count and is changing the guest's memory.
     Writing = 3,
-    /// It is being given back.
+    /// The run is giving the count back.
     Unpausing = 4,
 }
 
-impl Step {
-    fn of(word: u32) -> Option<Step> {
+impl PauseStep {
+    fn of(word: u32) -> Option<PauseStep> {
         [
-            Step::Idle,
-            Step::Pausing,
-            Step::Paused,
-            Step::Writing,
-            Step::Unpausing,
+            PauseStep::Idle,
+            PauseStep::Pausing,
+            PauseStep::Paused,
+            PauseStep::Writing,
+            PauseStep::Unpausing,
         ]
         .into_iter()
         .find(|&step| step as u32 == word)
     }
 }
 
-/// How the wait for a run's end ended.
+/// Why the wait for a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
-    /// It let go.
+pub enum WaitOutcome {
+    /// The run released the mutex.
     Released,
-    /// It died.
-    Died,
+    /// The run died while it held the mutex.
+    OwnerDied,
 }
 
 #[repr(C)]
@@ -66,34 +67,35 @@ struct Head {
     step: AtomicU32,
     others: AtomicU32,
     outcome: AtomicU32,
-    /// When whoever waits looks again, in nanoseconds since 1970; 0 before the first wait.
-    next_look: AtomicU64,
+    /// When the guardian checks the run again, in nanoseconds since 1970; 0 before the first wait.
+    next_check: AtomicU64,
 }
 
-/// The mapped page.
-pub struct Page {
+/// The page, mapped into this process.
+pub struct SharedPage {
     head: NonNull<Head>,
     held: Cell<bool>,
 }
 
-impl std::fmt::Debug for Page {
+impl std::fmt::Debug for SharedPage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Page").field("step", &self.step()).finish()
+        f.debug_struct("SharedPage")
+            .field("step", &self.step())
+            .finish()
     }
 }
 
-impl Page {
-    /// Makes the first page of `file`, which must be there in full and all zeroes, and takes its mutex for
-    /// this thread.
+impl SharedPage {
+    /// Initialises the first page of `file`, which must be a whole page of zeroes, and takes its mutex for this thread.
     ///
     /// # Errors
-    /// It can't be mapped.
-    pub fn create(file: &File) -> Result<Page, Error> {
-        let page = Page::map(file)?;
+    /// The page can't be mapped, or the mutex can't be initialised.
+    pub fn create(file: &File) -> Result<SharedPage, Error> {
+        let page = SharedPage::map(file)?;
         let head = page.head.as_ptr();
         let failed =
             |rc: i32| Error::Environment(format!("cannot make a shared mutex: error {rc}"));
-        // SAFETY: `head` is a mapping of a whole page that nobody else uses yet; the attribute is
+        // SAFETY: `head` is a mapping of a whole page that no other process uses yet; the attribute is
         // initialised before it is used, and the mutex before it is locked.
         let rc = unsafe {
             let mut attr = std::mem::zeroed::<libc::pthread_mutexattr_t>();
@@ -110,7 +112,7 @@ impl Page {
             return Err(failed(rc));
         }
         page.held.set(true);
-        // SAFETY: as above; written last, since it says that the page is made.
+        // SAFETY: as above; written last, because it says that the page is complete.
         unsafe { (&raw mut (*head).magic).write_volatile(MAGIC) };
         Ok(page)
     }
@@ -118,24 +120,26 @@ impl Page {
     /// Maps the page that another process made.
     ///
     /// # Errors
-    /// It can't be mapped, or is not such a page.
-    pub fn open(file: &File) -> Result<Page, Error> {
+    /// It can't be mapped, or the file has no such page.
+    pub fn open(file: &File) -> Result<SharedPage, Error> {
         let len = file.metadata().map_or(0, |m| m.len());
         if len < PAGE_LEN as u64 {
-            return Err(Error::Environment(format!("a guard's file of {len} bytes")));
+            return Err(Error::Environment(format!(
+                "the guard file has only {len} bytes"
+            )));
         }
-        let page = Page::map(file)?;
+        let page = SharedPage::map(file)?;
         // SAFETY: the file has a whole page; the array is plain bytes.
         let magic = unsafe { (&raw const (*page.head.as_ptr()).magic).read_volatile() };
         if magic != MAGIC {
             return Err(Error::Environment(
-                "this is no guard's file of this version".into(),
+                "the file is not a guard file of this version of xen-locus".into(),
             ));
         }
         Ok(page)
     }
 
-    fn map(file: &File) -> Result<Page, Error> {
+    fn map(file: &File) -> Result<SharedPage, Error> {
         // SAFETY: a fresh mapping at an address of the kernel's choice.
         let at = unsafe {
             libc::mmap(
@@ -148,14 +152,14 @@ impl Page {
             )
         };
         if at == libc::MAP_FAILED {
-            return Err(Error::last("mapping a guard's page (mmap)"));
+            return Err(Error::last("mapping the page of a guard file (mmap)"));
         }
         NonNull::new(at.cast::<Head>())
-            .map(|head| Page {
+            .map(|head| SharedPage {
                 head,
                 held: Cell::new(false),
             })
-            .ok_or_else(|| Error::last("mapping a guard's page (mmap)"))
+            .ok_or_else(|| Error::last("mapping the page of a guard file (mmap)"))
     }
 
     fn head(&self) -> &Head {
@@ -164,59 +168,58 @@ impl Page {
         unsafe { self.head.as_ref() }
     }
 
-    /// The step that the run is at; `None` if what stands there is none.
+    /// The step that the run is at; `None` if the page has no valid step.
     #[must_use]
-    pub fn step(&self) -> Option<Step> {
-        Step::of(self.head().step.load(Ordering::SeqCst))
+    pub fn step(&self) -> Option<PauseStep> {
+        PauseStep::of(self.head().step.load(Ordering::SeqCst))
     }
 
-    /// Says at which step the run is from now on.
-    pub fn set_step(&self, step: Step) {
+    /// Records the step that the run is about to do.
+    pub fn set_step(&self, step: PauseStep) {
         let named = match step {
-            Step::Idle => "mark idle",
-            Step::Pausing => "mark pausing",
-            Step::Paused => "mark paused",
-            Step::Writing => "mark writing",
-            Step::Unpausing => "mark unpausing",
+            PauseStep::Idle => "mark idle",
+            PauseStep::Pausing => "mark pausing",
+            PauseStep::Paused => "mark paused",
+            PauseStep::Writing => "mark writing",
+            PauseStep::Unpausing => "mark unpausing",
         };
-        // A store can't fail; before it the run may end.
+        // A store can't fail, but the run may end before it.
         let _ = crate::fault::point(named);
         self.head().step.store(step as u32, Ordering::SeqCst);
         // What follows may be plain writes to guest memory.
         std::sync::atomic::fence(Ordering::SeqCst);
     }
 
-    /// Whether somebody else held a pause of the guest when this run began its own.
+    /// Whether another program held a pause of the guest when this run began its own.
     #[must_use]
     pub fn paused_by_others(&self) -> bool {
         self.head().others.load(Ordering::SeqCst) != 0
     }
 
-    /// Says whether somebody else holds a pause of the guest.
+    /// Records whether another program holds a pause of the guest.
     pub fn set_paused_by_others(&self, others: bool) {
         self.head().others.store(others.into(), Ordering::SeqCst);
     }
 
-    /// What the guardian left here.
+    /// What the guardian did: the number that it set, 0 if it set none.
     #[must_use]
     pub fn outcome(&self) -> u32 {
         self.head().outcome.load(Ordering::SeqCst)
     }
 
-    /// Leaves word of what the guardian did.
+    /// Records what the guardian did.
     pub fn set_outcome(&self, outcome: u32) {
         self.head().outcome.store(outcome, Ordering::SeqCst);
     }
 
-    /// How long it is until whoever waits for the end of the run looks again; `None` where nobody waits, or that is
-    /// happening now.
+    /// Time until the guardian checks the run again; `None` if it does not wait, or is checking now.
     #[must_use]
-    pub fn next_look(&self) -> Option<Duration> {
-        let at = Duration::from_nanos(self.head().next_look.load(Ordering::SeqCst));
+    pub fn next_check(&self) -> Option<Duration> {
+        let at = Duration::from_nanos(self.head().next_check.load(Ordering::SeqCst));
         at.checked_sub(now())
     }
 
-    /// Gives the mutex up, by the thread that made the page; so does dropping it.
+    /// Releases the mutex, if this thread holds it. Dropping the page does so too.
     pub fn release(&self) {
         if self.held.replace(false) {
             // SAFETY: the mutex was initialised and locked by this thread.
@@ -224,16 +227,17 @@ impl Page {
         }
     }
 
-    /// Waits until the run that made the page gives the mutex up, or dies; `None` if neither happens within
-    /// `limit`.
+    /// Waits until the run that made the page releases the mutex or dies; `None` if neither happens within `limit`.
     ///
     /// # Errors
-    /// What stands in the page is no mutex.
-    pub fn wait(&self, limit: Duration) -> Result<Option<End>, Error> {
+    /// The page has no valid mutex.
+    pub fn wait(&self, limit: Duration) -> Result<Option<WaitOutcome>, Error> {
         let until = now() + limit;
+        // Until the year 2554 it fits.
         let nanos = u64::try_from(until.as_nanos()).unwrap_or(0);
-        self.head().next_look.store(nanos, Ordering::SeqCst);
+        self.head().next_check.store(nanos, Ordering::SeqCst);
         let until = libc::timespec {
+            // A wait for ever, if the clock is that wrong.
             tv_sec: i64::try_from(until.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: until.subsec_nanos().into(),
         };
@@ -243,8 +247,8 @@ impl Page {
         };
         self.held.set(matches!(rc, 0 | libc::EOWNERDEAD));
         match rc {
-            0 => Ok(Some(End::Released)),
-            libc::EOWNERDEAD => Ok(Some(End::Died)),
+            0 => Ok(Some(WaitOutcome::Released)),
+            libc::EOWNERDEAD => Ok(Some(WaitOutcome::OwnerDied)),
             libc::ETIMEDOUT => Ok(None),
             rc => Err(Error::Environment(format!(
                 "waiting for the working process failed: error {rc}"
@@ -253,15 +257,15 @@ impl Page {
     }
 }
 
-/// Time since 1970: the clock of the mutex.
+/// Time since 1970, by the clock of the mutex; 0 if the clock is before 1970.
 fn now() -> Duration {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     now.unwrap_or_default()
 }
 
-impl Drop for Page {
+impl Drop for SharedPage {
     fn drop(&mut self) {
-        // A mutex that is still held is in this thread's list of those that others wait for.
+        // The kernel keeps a list of the robust mutexes that this thread holds. None of them may be unmapped.
         self.release();
         // SAFETY: mapped with this size, and no reference into it is left.
         unsafe { libc::munmap(self.head.as_ptr().cast(), PAGE_LEN) };
@@ -285,14 +289,17 @@ mod tests {
     }
 
     #[test]
-    fn a_page_says_that_its_maker_let_go_or_died() {
-        for (end, release) in [(End::Released, true), (End::Died, false)] {
+    fn a_wait_shows_whether_the_owner_released_the_page_or_died() {
+        for (end, release) in [
+            (WaitOutcome::Released, true),
+            (WaitOutcome::OwnerDied, false),
+        ] {
             let file = file();
             let theirs = file.try_clone().unwrap();
             std::thread::spawn(move || {
-                let page = Page::create(&theirs).unwrap();
+                let page = SharedPage::create(&theirs).unwrap();
                 page.set_paused_by_others(true);
-                page.set_step(Step::Writing);
+                page.set_step(PauseStep::Writing);
                 if release {
                     page.release();
                 }
@@ -301,40 +308,40 @@ mod tests {
             })
             .join()
             .unwrap();
-            let page = Page::open(&file).unwrap();
+            let page = SharedPage::open(&file).unwrap();
             assert_eq!(page.wait(Duration::from_secs(9)).unwrap(), Some(end));
-            assert_eq!(page.step(), Some(Step::Writing));
+            assert_eq!(page.step(), Some(PauseStep::Writing));
             assert!(page.paused_by_others());
         }
     }
 
     #[test]
-    fn whoever_waits_gives_up_after_a_while() {
+    fn a_wait_ends_after_its_limit() {
         const LIMIT: Duration = Duration::from_millis(200);
         let file = file();
-        let page = Page::create(&file).unwrap();
-        assert_eq!(page.next_look(), None);
+        let page = SharedPage::create(&file).unwrap();
+        assert_eq!(page.next_check(), None);
         let waiting = std::thread::spawn(move || {
-            let theirs = Page::open(&file).unwrap();
+            let theirs = SharedPage::open(&file).unwrap();
             theirs.wait(LIMIT).unwrap()
         });
         let next = loop {
-            match page.next_look() {
+            match page.next_check() {
                 None if !waiting.is_finished() => {}
                 next => break next,
             }
         };
         assert!(next.is_some_and(|n| n <= LIMIT), "{next:?}");
         assert_eq!(waiting.join().unwrap(), None);
-        assert_eq!(page.next_look(), None);
+        assert_eq!(page.next_check(), None);
         page.release();
     }
 
     #[test]
     fn a_file_that_is_no_such_page_is_refused() {
-        assert!(Page::open(&file()).is_err());
+        assert!(SharedPage::open(&file()).is_err());
         let short = file();
         short.set_len(10).unwrap();
-        assert!(Page::open(&short).is_err());
+        assert!(SharedPage::open(&short).is_err());
     }
 }

@@ -1,5 +1,5 @@
-//! `libxencall`: hypercalls that libxenctrl does not export for us. Here `mmu_update` on another domain's
-//! page tables; what else is called has a file of its own.
+//! `libxencall`: hypercalls that libxenctrl has no function for. `mmu_update` on another domain's page tables is here;
+//! the others have files of their own.
 
 use std::ffi::{c_int, c_uint, c_void};
 use std::ptr::{null_mut, NonNull};
@@ -23,7 +23,7 @@ functions! {
     }
 }
 
-/// A handle for hypercalls.
+/// A handle for hypercalls (`/dev/xen/privcmd`, `/dev/xen/hypercall`).
 pub struct Hypercalls {
     handle: NonNull<xencall_handle>,
     functions: Functions,
@@ -36,10 +36,10 @@ impl std::fmt::Debug for Hypercalls {
 }
 
 impl Hypercalls {
-    /// Opens the way to hypercalls.
+    /// Opens the handle.
     ///
     /// # Errors
-    /// No such library, or no access to `/dev/xen/hypercall` and `/dev/xen/privcmd`.
+    /// The library is missing, or no access to `/dev/xen/hypercall` and `/dev/xen/privcmd`.
     pub fn open() -> Result<Hypercalls, Error> {
         let functions = Functions::load(LIBRARY)?;
         // SAFETY: a null logger means the default one; flags 0.
@@ -48,38 +48,38 @@ impl Hypercalls {
         Ok(Hypercalls { handle, functions })
     }
 
-    /// Memory that Xen may read and write in a call, zeroed and aligned to a page.
+    /// Allocates `len` bytes that Xen may read and write in a call, zeroed and aligned to a page.
     ///
     /// # Errors
-    /// There is none.
+    /// There is no memory.
     pub(super) fn alloc(&self, len: usize) -> Result<NonNull<u8>, Error> {
         // SAFETY: a valid handle; the result is checked before use.
         let buffer = unsafe { (self.functions.xencall_alloc_buffer)(self.handle.as_ptr(), len) };
         let buffer = NonNull::new(buffer.cast::<u8>())
             .ok_or_else(|| Error::last("allocating a hypercall buffer (xencall_alloc_buffer)"))?;
-        // SAFETY: so many bytes were given, and nobody else has them.
+        // SAFETY: `len` bytes were allocated, and nothing else uses them.
         unsafe { buffer.write_bytes(0, len) };
         Ok(buffer)
     }
 
-    /// Gives it back.
+    /// Frees memory.
     ///
     /// # Safety
-    /// It is one of [`Hypercalls::alloc`] of this handle, and not used any more.
+    /// `buffer` is from [`Hypercalls::alloc`] of this handle, and is not used any more.
     pub(super) unsafe fn free(&self, buffer: NonNull<u8>) {
-        // SAFETY: as the caller says.
+        // SAFETY: as the caller guarantees.
         unsafe {
             (self.functions.xencall_free_buffer)(self.handle.as_ptr(), buffer.as_ptr().cast())
         };
     }
 
-    /// Hypercall `number`.
+    /// Makes hypercall `number`; -1 and `errno` if it failed.
     ///
     /// # Safety
-    /// The arguments are what Xen's interface wants of this hypercall, and what they point to stands in
-    /// buffers of this handle.
+    /// The arguments are valid for this hypercall (xen/include/public/xen.h), and all that they point to is in buffers
+    /// of this handle.
     pub(super) unsafe fn call(&self, number: u32, [a, b, c, d]: [u64; 4]) -> c_int {
-        // SAFETY: a valid handle; the rest as the caller says.
+        // SAFETY: a valid handle; the rest as the caller guarantees.
         unsafe { (self.functions.xencall4)(self.handle.as_ptr(), number, a, b, c, d) }
     }
 
@@ -89,8 +89,8 @@ impl Hypercalls {
     /// # Errors
     /// Xen refused one; those before it are written.
     pub fn mmu_update(&self, owner: DomId, updates: &[(Mfn, usize, u64)]) -> Result<(), Error> {
-        // The owner of the pages mapped stands in the low half, the owner of the page tables plus
-        // one in the high half (xen/include/public/xen.h, `mmu_update`).
+        // The low half is the owner of the mapped pages, the high half the owner of the page tables, plus one
+        // (xen/include/public/xen.h, `mmu_update`).
         let domains = u64::from(owner.0) | (u64::from(owner.0) + 1) << 16;
         for &(table, slot, entry) in updates {
             fault_point("mmu_update")?;

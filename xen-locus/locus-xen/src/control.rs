@@ -53,47 +53,47 @@ impl std::fmt::Debug for Control {
     }
 }
 
-/// What Xen says of a domain.
+/// A domain as Xen describes it (`struct xen_domctl_getdomaininfo`, xen/include/public/domctl.h).
 #[derive(Clone, Debug)]
 pub struct DomainInfo {
-    /// Its id.
+    /// Xen's id of it; another domain may have it after this one is gone.
     pub id: DomId,
     /// Its UUID, as [`uuid::to_text`] writes it.
     pub uuid: String,
-    /// How it runs.
+    /// Whether it is PV, PVH or HVM.
     pub kind: GuestType,
-    /// It is going away.
+    /// It is being destroyed.
     pub dying: bool,
     /// It has shut down or crashed.
     pub shutdown: bool,
-    /// Somebody held a pause of it.
+    /// A toolstack or this tool held a pause of it.
     pub paused: bool,
-    /// Number of its virtual CPUs, down ones included.
+    /// Number of its virtual CPUs, including those that are down.
     pub vcpus: u32,
-    /// Pages it has.
+    /// Memory that it has, in pages of 4 KiB.
     pub pages: u64,
-    /// Pages it may have.
+    /// Memory that it may have, in pages of 4 KiB.
     pub max_pages: u64,
 }
 
-/// Whether a domain is the one meant, and whether it is paused: asked without allocating memory.
+/// Whether a domain is paused, and which domain it is. Read without allocating memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Standing {
-    /// Its UUID.
+pub struct PauseState {
+    /// Its UUID, in the order of the bytes of its text.
     pub uuid: [u8; 16],
-    /// Somebody holds a pause of it (`xl pause`, or this tool).
+    /// Something holds a pause of it (`xl pause`, or this tool).
     pub paused: bool,
-    /// How long its vCPUs ran, in nanoseconds.
-    pub ran: u64,
-    /// It has shut down or crashed, or is suspended: to be saved, moved, or of its own.
+    /// Time that all its vCPUs together have run, in nanoseconds.
+    pub cpu_time_ns: u64,
+    /// It has shut down or crashed, or is suspended: by itself, or to be saved or migrated.
     pub shutdown: bool,
 }
 
 impl Control {
-    /// Opens the interface with the library of the running hypervisor.
+    /// Opens the interface with the library of the running hypervisor (`libxenctrl.so.MAJOR.MINOR`).
     ///
     /// # Errors
-    /// Not Xen, no such library, or no access.
+    /// This is not Xen, the library is missing, or there is no access to `/dev/xen/privcmd`.
     pub fn open() -> Result<Control, Error> {
         let version = |part: &str| {
             fs::read_to_string(format!("/sys/hypervisor/version/{part}"))
@@ -112,10 +112,10 @@ impl Control {
         Ok(Control { handle, functions })
     }
 
-    /// All domains, or those from id `first` on.
+    /// All domains with id `first` or a higher one.
     ///
     /// # Errors
-    /// The call failed.
+    /// `xc_domain_getinfolist` failed.
     pub fn domains(&self, first: DomId) -> Result<Vec<DomainInfo>, Error> {
         fault_point("xc_domain_getinfolist")?;
         const AT_ONCE: c_uint = 64;
@@ -147,10 +147,10 @@ impl Control {
         }
     }
 
-    /// One domain, if it exists.
+    /// The domain with this id; `None` if there is none.
     ///
     /// # Errors
-    /// The call failed.
+    /// `xc_domain_getinfolist` failed.
     pub fn domain(&self, id: DomId) -> Result<Option<DomainInfo>, Error> {
         fault_point("xc_domain_getinfolist")?;
         let mut info = xc_domaininfo_t::default();
@@ -163,7 +163,7 @@ impl Control {
                 &raw mut info,
             )
         };
-        // Xen answers with the next domain when this one is absent.
+        // If there is no such domain, Xen returns the next one.
         match n {
             1 if info.domain == id.0 => Ok(Some(domain_info(&info))),
             0 | 1 => Ok(None),
@@ -173,11 +173,11 @@ impl Control {
         }
     }
 
-    /// How a domain stands, if it exists.
+    /// Whether the domain with this id is paused; `None` if there is no such domain.
     ///
     /// # Errors
-    /// The call failed.
-    pub fn standing(&self, id: DomId) -> Result<Option<Standing>, Error> {
+    /// `xc_domain_getinfolist` failed.
+    pub fn pause_state(&self, id: DomId) -> Result<Option<PauseState>, Error> {
         fault_point("xc_domain_getinfolist")?;
         let mut info = xc_domaininfo_t::default();
         // SAFETY: the buffer holds one element of the type the call fills.
@@ -190,10 +190,10 @@ impl Control {
             )
         };
         match n {
-            1 if info.domain == id.0 => Ok(Some(Standing {
+            1 if info.domain == id.0 => Ok(Some(PauseState {
                 uuid: info.handle,
                 paused: info.flags & sys::XEN_DOMINF_paused != 0,
-                ran: info.cpu_time,
+                cpu_time_ns: info.cpu_time,
                 shutdown: info.flags & sys::XEN_DOMINF_shutdown != 0,
             })),
             0 | 1 => Ok(None),
@@ -213,12 +213,12 @@ impl Control {
         )
     }
 
-    /// Gives one pause count back: one that a [`super::Pause`] took in this process or in one that died.
+    /// Gives one pause count back, which a [`super::Pause`] took in this process or in one that died.
     ///
     /// # Errors
-    /// Xen refused: the domain is gone, or nobody holds a pause of it.
+    /// Xen refused: the domain is gone, or its pause counter is zero.
     pub fn unpause(&self, id: DomId) -> Result<(), Error> {
-        // A guest that can't be unpaused is nothing to be tried: the place counts, but never fails.
+        // A guest that stays paused is no case for a test: this fault point is counted, but never fails.
         let _ = fault_point("xc_domain_unpause");
         // SAFETY: a valid handle; the call takes plain numbers.
         self.check(
@@ -227,10 +227,10 @@ impl Control {
         )
     }
 
-    /// The registers of all virtual CPUs. Consistent only while the domain is paused.
+    /// The registers of all virtual CPUs. They belong to one moment only while the domain is paused.
     ///
     /// # Errors
-    /// A call failed.
+    /// `xc_vcpu_getinfo`, `xc_vcpu_getcontext` or `xc_domain_hvm_getcontext_partial` failed.
     pub fn vcpus(&self, info: &DomainInfo) -> Result<Vec<Vcpu>, Error> {
         (0..info.vcpus).map(|vcpu| self.vcpu(info, vcpu)).collect()
     }
@@ -274,8 +274,11 @@ impl Control {
 
     fn vcpu_hvm(&self, id: DomId, vcpu: u32) -> Result<Vcpu, Error> {
         let mut c = sys::hvm_hw_cpu::default();
-        let size = u32::try_from(size_of::<sys::hvm_hw_cpu>()).unwrap_or(0);
-        let instance = u16::try_from(vcpu).unwrap_or(u16::MAX);
+        let what =
+            || format!("reading vCPU {vcpu} of domain {id} (xc_domain_hvm_getcontext_partial)");
+        let too_large = |_| Error::Unsupported(format!("{}: number too large", what()));
+        let size = u32::try_from(size_of::<sys::hvm_hw_cpu>()).map_err(too_large)?;
+        let instance = u16::try_from(vcpu).map_err(too_large)?;
         // SAFETY: the buffer is of the type and size that record HVM_SAVE_CPU has.
         let rc = unsafe {
             (self.functions.xc_domain_hvm_getcontext_partial)(
@@ -288,17 +291,15 @@ impl Control {
             )
         };
         if rc != 0 {
-            let what =
-                format!("reading vCPU {vcpu} of domain {id} (xc_domain_hvm_getcontext_partial)");
-            return down_or(Error::last(what), vcpu);
+            return down_or(Error::last(what()), vcpu);
         }
         Ok(vcpu_hvm(vcpu, &c))
     }
 
-    /// Puts fresh pages at the free guest frames `gfns`, raising the domain's limit if needed.
+    /// Gives the domain new pages at the frames `gfns`, which must have none. Raises its memory limit if needed.
     ///
     /// # Errors
-    /// No memory, or a frame could not be populated; frames before it then are.
+    /// The host has no memory, or a frame could not be populated. The frames before it are populated then.
     pub fn populate(&self, info: &DomainInfo, gfns: &[Gfn]) -> Result<(), Error> {
         fault_point("xc_domain_populate_physmap_exact")?;
         let id = info.id;
@@ -317,7 +318,7 @@ impl Control {
             })?;
         }
         let mut frames: Vec<xen_pfn_t> = gfns.iter().map(|f| f.0).collect();
-        // SAFETY: the buffer holds as many frame numbers as the call is told.
+        // SAFETY: the buffer has as many frame numbers as the call is given.
         let rc = unsafe {
             (self.functions.xc_domain_populate_physmap_exact)(
                 self.handle.as_ptr(),
@@ -353,11 +354,12 @@ impl Drop for Control {
     }
 }
 
-/// A PV guest's vCPU, of what Xen says of it.
+/// The registers of a PV guest's vCPU (`struct vcpu_guest_context`, xen/include/public/arch-x86/xen.h).
 pub(super) fn vcpu_pv(vcpu: u32, online: bool, any: &vcpu_guest_context_any_t) -> Vcpu {
     // SAFETY: all members of the union are plain numbers, and the whole of it was filled or zeroed; Debian's
     // Xen has no 32-bit PV, and a 32-bit context read so shows no kernel address.
     let c = unsafe { &any.x64 };
+    let [_, _, _, cr3, ..] = c.ctrlreg;
     let r = &c.user_regs;
     // SAFETY: the register unions hold views of one 64-bit register.
     let (rip, rsp) = unsafe { (r.__bindgen_anon_16.rip, r.__bindgen_anon_18.rsp) };
@@ -391,20 +393,20 @@ pub(super) fn vcpu_pv(vcpu: u32, online: bool, any: &vcpu_guest_context_any_t) -
         r13,
         user,
         long_mode: true,
-        root: Frame(c.ctrlreg.get(3).copied().unwrap_or(0) >> 12),
+        root: Frame(cr3 >> 12),
         la57: false,
         gs_base: Gva(gs_base),
         gs_other: Gva(gs_other),
-        entry: told(c.event_callback_eip),
+        entry: entry_point(c.event_callback_eip),
     }
 }
 
 /// An entry point, unless the kernel has not set it.
-fn told(entry: u64) -> Option<Gva> {
+fn entry_point(entry: u64) -> Option<Gva> {
     (entry != 0).then_some(Gva(entry))
 }
 
-/// A PVH or HVM guest's vCPU, of its record in what Xen saves.
+/// The registers of a PVH or HVM guest's vCPU (`struct hvm_hw_cpu`, xen/include/public/arch-x86/hvm/save.h).
 pub(super) fn vcpu_hvm(vcpu: u32, c: &sys::hvm_hw_cpu) -> Vcpu {
     Vcpu {
         id: vcpu,
@@ -423,11 +425,11 @@ pub(super) fn vcpu_hvm(vcpu: u32, c: &sys::hvm_hw_cpu) -> Vcpu {
         la57: c.cr4 & CR4_LA57 != 0,
         gs_base: Gva(c.gs_base),
         gs_other: Gva(c.shadow_gs),
-        entry: told(c.msr_lstar),
+        entry: entry_point(c.msr_lstar),
     }
 }
 
-/// A vCPU that is down, or was never up, has no context to read.
+/// A vCPU that is down has no registers: Xen returns ENODATA or ENOENT, which is no error here.
 pub(super) fn down_or(error: Error, vcpu: u32) -> Result<Vcpu, Error> {
     match error {
         Error::Call {
