@@ -81,7 +81,7 @@ pub(super) fn patience() -> Duration {
     static TAKEN: OnceLock<Duration> = OnceLock::new();
     *TAKEN.get_or_init(|| {
         let page = [7u8; PAGE_LEN];
-        let pages = budget::LIMIT * budget::BYTES / PAGE_LEN as u64 / u64::from(PART);
+        let pages = budget::LIMIT * budget::BYTES_PER_UNIT / PAGE_LEN as u64 / u64::from(PART);
         let began = cpu_time();
         for _ in 0..pages {
             let page = black_box(&page);

@@ -1,32 +1,32 @@
 //! What reading one guest may cost.
 //!
-//! Everything read from a guest passes page tables that the guest wrote, follows pointers that it
-//! chose, and is as long as it says. Lists that never end, counts of 2^32, tables that map one page
-//! everywhere: each makes a reader touch more and more pages. So the pages touched are counted, in
-//! one place, and a guest that wants more than any honest one is refused. The limits of single
-//! subjects (most tasks, most symbols) say what is believed; this one says when to stop.
+//! Everything that is read from a guest goes through page tables that the guest wrote, follows pointers
+//! that it chose, and is as long as it says. Lists that never end, counts of 2^32, tables that map one
+//! page everywhere: each makes a reader touch more and more pages. So the pages touched are counted in
+//! one place, and a guest that needs more than any honest one is refused. The limits of single subjects
+//! (most tasks, most symbols) say what is accepted. The budget says when to stop.
 //!
-//! The unit is about a tenth of a microsecond on a machine of today, so that a whole budget is
-//! spent in less than a second.
+//! One unit is about a tenth of a microsecond on current hardware, so that a whole budget is spent in
+//! less than a second.
 
 use std::cell::Cell;
 use std::rc::Rc;
 
-use super::Error;
+use crate::Error;
 
-/// Units that one budget holds. To read 24 MiB and look through all of it costs 350,000; to list a
-/// thread that has three pages of its own some 200, so that 40,000 threads can be listed.
+/// Units of a whole budget. To read 24 MiB and look through all of it costs 350,000 units. To list a
+/// thread with three pages of its own costs some 200, so that 40,000 threads can be listed.
 pub const LIMIT: u64 = 8 << 20;
-/// Units of a walk through the page tables.
+/// Units of one page-table walk.
 pub const WALK: u64 = 1;
-/// Units of a foreign mapping, its unmapping included.
+/// Units of mapping frames of the guest by one call, and of unmapping them.
 pub const MAP: u64 = 32;
-/// Units of each page of a mapping, and of copying it.
+/// Units of each page that is mapped, and of copying it.
 pub const PAGE: u64 = 16;
-/// Bytes that can be looked through, one by one, for one unit.
-pub const BYTES: u64 = 100;
+/// Bytes that can be looked at, one by one, for one unit.
+pub const BYTES_PER_UNIT: u64 = 100;
 
-/// A budget, shared by everything that reads the same guest for the same command.
+/// A budget. Its clones share the units: everything that reads one guest for one command has a clone.
 #[derive(Clone, Debug)]
 pub struct Budget {
     left: Rc<Cell<u64>>,
@@ -51,18 +51,18 @@ impl Budget {
         }
     }
 
-    /// Takes `units` from it.
+    /// Takes `units` from the budget.
     ///
     /// # Errors
-    /// [`Error::Exhausted`] when so much is not left; then nothing is left.
+    /// [`Error::Exhausted`] if fewer are left. Then none are left, and every later call fails too.
     pub fn spend(&self, units: u64) -> Result<(), Error> {
         let left = self.left.get().checked_sub(units);
-        self.left.set(left.unwrap_or(0));
+        self.left.set(left.unwrap_or_default());
         left.map(|_| ()).ok_or(Error::Exhausted)
     }
 
-    /// Notes that `len` bytes were copied out of the guest.
-    pub fn note(&self, len: usize) {
+    /// Adds `len` to the bytes that were copied out of the guest. Takes no units.
+    pub fn count_copied(&self, len: usize) {
         self.copied.set(self.copied.get() + len as u64);
     }
 
@@ -72,18 +72,18 @@ impl Budget {
         self.copied.get()
     }
 
-    /// Takes what looking at each of `len` bytes costs.
+    /// Takes the units for looking at each of `len` bytes.
     ///
     /// # Errors
     /// As [`Budget::spend`].
     pub fn scan(&self, len: usize) -> Result<(), Error> {
-        self.spend(len as u64 / BYTES)
+        self.spend(len as u64 / BYTES_PER_UNIT)
     }
 
-    /// Whether nothing is left.
+    /// Checks that some units are left.
     ///
     /// # Errors
-    /// [`Error::Exhausted`].
+    /// [`Error::Exhausted`] if not.
     pub fn check(&self) -> Result<(), Error> {
         if self.left.get() == 0 {
             return Err(Error::Exhausted);
@@ -97,7 +97,7 @@ impl Budget {
         self.limit - self.left.get()
     }
 
-    /// Makes it whole again: for work that is repeated until a deadline, once a round.
+    /// Makes the budget whole again, for work that is repeated until a deadline: once a round.
     pub fn refill(&self) {
         self.left.set(self.limit);
     }

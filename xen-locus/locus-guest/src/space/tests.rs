@@ -1,4 +1,7 @@
+use std::cell::RefCell;
+
 use super::*;
+use crate::addr::{Range, PAGE_SIZE};
 use crate::mock::{MockMemory, ROOT};
 
 const AT: Gva = Gva(0xffff_8880_0000_0000);

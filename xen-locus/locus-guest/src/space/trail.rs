@@ -1,21 +1,24 @@
-//! Page-table entries that were followed, to be looked at again.
+//! The page-table entries of a walk, to be compared later.
 //!
-//! A page that is to be written is mapped before the guest is paused. Until then the guest may lead the
-//! address elsewhere and have another use for the page: so what led there is compared in the pause.
+//! A page that is to be written is mapped before the guest is paused. Until the pause the guest may map
+//! the address elsewhere and use the page for something else. So the entries that led to the page are
+//! compared again during the pause.
 
 use std::collections::{btree_map, BTreeMap};
 
-use super::{Error, Pin, Space, PTE_FRAME, PTE_LARGE, PTE_PRESENT};
+use super::walk::{frame_of_leaf, is_leaf};
+use super::{Pin, Space, PTE_FRAME, PTE_LARGE, PTE_PRESENT};
 use crate::addr::{Frame, Gva, PAGE_SIZE};
+use crate::Error;
 
-/// What of an entry says where it leads; its other bits are rights, and what the processor and Linux
-/// note in it.
+/// The bits of an entry that say where it leads. The others are rights, and flags that the processor
+/// and Linux change at any time.
 const PTE_LEADS: u64 = PTE_PRESENT | PTE_LARGE | PTE_FRAME;
 
-/// Page-table entries that were followed, to be looked at again: a guest may change them at any time.
+/// Page-table entries that walks have followed, each mapped, so that a change can be seen later.
 #[derive(Default)]
 pub struct Trail {
-    /// By table and slot: where the entry stands, and what of it leads on.
+    /// By frame of the table and number of the entry: its place, and the bits of it that lead on.
     entries: BTreeMap<(Frame, usize), (Pin, u64)>,
 }
 
@@ -27,10 +30,11 @@ impl std::fmt::Debug for Trail {
 }
 
 impl Trail {
-    /// Whether all entries still lead where they led: no call, no mapping, and no memory is taken.
+    /// True if all entries still lead to the same frames. Makes no call, maps nothing, and allocates no
+    /// memory, so it is fit for the pause.
     ///
     /// # Errors
-    /// None is to be expected: what is looked at is mapped.
+    /// The back end can't read a page that is mapped.
     pub fn holds(&self) -> Result<bool, Error> {
         for (pin, leads) in self.entries.values() {
             if pin.u64()? & PTE_LEADS != *leads {
@@ -42,11 +46,11 @@ impl Trail {
 }
 
 impl Space<'_> {
-    /// Frames behind the pages of `len` bytes at `at`, of which there are few, and adds to `trail` the
-    /// entries that led there.
+    /// The frames behind the pages of `len` bytes from `at` on, as [`Space::frames`], for a few pages.
+    /// Adds the entries that led to them to `trail`.
     ///
     /// # Errors
-    /// Any page not mapped.
+    /// [`Error::NotMapped`] for the first page that is not mapped, or the page tables can't be read.
     pub fn trace(&self, at: Gva, len: u64, trail: &mut Trail) -> Result<Vec<Frame>, Error> {
         let mut frames = Vec::new();
         let last = at.plus(len.saturating_sub(1)).page();
@@ -73,10 +77,8 @@ impl Space<'_> {
                 let offset = 8 * slot;
                 free.insert((Pin { window, offset }, entry & PTE_LEADS));
             }
-            if level == 1 || (level <= 3 && entry & PTE_LARGE != 0) {
-                let size = PAGE_SIZE << (9 * (u32::from(level) - 1));
-                let base = entry & PTE_FRAME & !(size - 1);
-                return Ok(Frame((base + (at.0 & (size - 1))) >> 12));
+            if is_leaf(entry, level) {
+                return Ok(frame_of_leaf(entry, level, at));
             }
             level -= 1;
         }
