@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
 use locus_guest::addr::{Frame, PAGE_LEN};
-use locus_guest::core::write::{self, Page};
+use locus_guest::core::write::{self, CorePage};
 use locus_guest::core::Core;
 use locus_guest::{self, Memory, Window};
 use locus_kernel::cpu::Cpu;
@@ -71,12 +71,12 @@ fn main() -> Result<()> {
         seen: RefCell::default(),
     };
     touch(&memory, &core, &payloads)?;
-    let pages: Vec<Page> = memory
+    let pages: Vec<CorePage> = memory
         .seen
         .borrow()
         .iter()
         .filter_map(|&frame| {
-            Some(Page {
+            Some(CorePage {
                 pfn: core.pfn(frame)?,
                 frame: frame.0,
             })

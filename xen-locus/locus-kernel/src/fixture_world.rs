@@ -14,7 +14,7 @@ pub mod frames;
 mod saved;
 
 use locus_guest::addr::{Frame, Gva, PAGE_LEN};
-use locus_guest::core::write::{self, Head, Page};
+use locus_guest::core::write::{self, CoreHead, CorePage};
 use locus_guest::mock::{MockMemory, ROOT};
 use locus_guest::{GuestType, Memory as _, MemoryMut as _, Vcpu};
 
@@ -163,7 +163,7 @@ impl World {
 
     /// Its pages, as a core lists them. A PV guest's own numbers differ from the machine's.
     #[must_use]
-    pub fn pages(&self) -> Vec<Page> {
+    pub fn pages(&self) -> Vec<CorePage> {
         let frames: Vec<u64> = (1..)
             .take_while(|&n| self.memory.map(&[Frame(n)]).is_ok())
             .collect();
@@ -171,7 +171,7 @@ impl World {
             GuestType::Pv => frames.len() as u64 - frame,
             _ => frame,
         };
-        let page = |&frame: &u64| Page {
+        let page = |&frame: &u64| CorePage {
             pfn: pfn(frame),
             frame,
         };
@@ -182,7 +182,7 @@ impl World {
     #[must_use]
     pub fn core(&self) -> Vec<u8> {
         let mut out = Vec::new();
-        let head = Head::new(self.kind, &self.vcpus);
+        let head = CoreHead::new(self.kind, &self.vcpus);
         write::write(&mut out, &head, &self.pages(), |page| {
             let mut bytes = [0; PAGE_LEN];
             let window = self.memory.map(&[Frame(page.frame)]).unwrap();

@@ -1,4 +1,7 @@
-//! Sections of the ELF file that a core is.
+//! Sections of a core, which is an ELF file.
+//!
+//! Only the headers are read, because a core may be larger than this machine's memory. `object` reads
+//! a whole file or a cache of it, so only its structures are used here.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -6,14 +9,14 @@ use std::os::unix::fs::FileExt;
 use object::elf::{FileHeader64, SectionHeader64, ELFCLASS64, ELFDATA2LSB, EM_X86_64};
 use object::{pod, LittleEndian as Le};
 
-/// Most sections believed: `xl dump-core` writes seven.
+/// Most sections that a core may have; `xl dump-core` writes seven.
 const SECTIONS_MAX: u16 = 64;
-/// Most bytes of section names believed.
+/// Longest table of section names, in bytes.
 const NAMES_MAX: u64 = 4096;
 
-/// A section that lies within the file.
+/// A section that lies within the file. Its name is empty if the table of names has none for it.
 #[derive(Clone, Debug)]
-pub(super) struct Section {
+pub(super) struct CoreSection {
     pub name: String,
     /// Offset in the file, in bytes.
     pub offset: u64,
@@ -21,8 +24,8 @@ pub(super) struct Section {
     pub size: u64,
 }
 
-/// All sections of a file of `len` bytes. They lie in the file and do not overlap.
-pub(super) fn sections(file: &File, len: u64) -> Result<Vec<Section>, String> {
+/// The file's own header, checked: a 64-bit little-endian ELF file for x86-64 with a few sections.
+fn header(file: &File, len: u64) -> Result<FileHeader64<Le>, String> {
     let head_len = size_of::<FileHeader64<Le>>() as u64;
     if len < head_len {
         return Err(format!("it has {len} bytes; expected an ELF file"));
@@ -52,16 +55,23 @@ pub(super) fn sections(file: &File, len: u64) -> Result<Vec<Section>, String> {
             head.e_shentsize.get(Le)
         ));
     }
-    let table = Section {
+    Ok(*head)
+}
+
+/// All sections of a file of `len` bytes. They lie in the file and do not overlap.
+pub(super) fn sections(file: &File, len: u64) -> Result<Vec<CoreSection>, String> {
+    let head = header(file, len)?;
+    let count = head.e_shnum.get(Le);
+    let table = CoreSection {
         name: "headers".into(),
         offset: head.e_shoff.get(Le),
-        size: u64::from(count) * size as u64,
+        size: u64::from(count) * size_of::<SectionHeader64<Le>>() as u64,
     };
     check(&table, len)?;
     let bytes = read(file, table.offset, table.size)?;
     let (headers, _) = pod::slice_from_bytes::<SectionHeader64<Le>>(&bytes, count.into())
         .map_err(|()| "the section headers are cut short")?;
-    let place = |h: &SectionHeader64<Le>| Section {
+    let place = |h: &SectionHeader64<Le>| CoreSection {
         name: String::new(),
         offset: h.sh_offset.get(Le),
         size: h.sh_size.get(Le),
@@ -73,21 +83,27 @@ pub(super) fn sections(file: &File, len: u64) -> Result<Vec<Section>, String> {
     check(&strings, len)?;
     let names = whole(file, &strings, NAMES_MAX)?;
     let mut found = Vec::new();
-    // The first header stands for no section.
+    // The first header belongs to no section.
     for header in headers.iter().skip(1) {
         let rest = usize::try_from(header.sh_name.get(Le))
             .ok()
             .and_then(|at| names.get(at..))
             .unwrap_or_default();
         let name = rest.split(|&b| b == 0).next().unwrap_or_default();
-        let section = Section {
+        let section = CoreSection {
             name: String::from_utf8_lossy(name).into_owned(),
             ..place(header)
         };
         check(&section, len)?;
         found.push(section);
     }
-    let mut by_place: Vec<&Section> = found.iter().filter(|s| s.size > 0).collect();
+    no_overlap(&found)?;
+    Ok(found)
+}
+
+/// Checks that no two of `sections`, which lie in the file, share a byte.
+fn no_overlap(sections: &[CoreSection]) -> Result<(), String> {
+    let mut by_place: Vec<&CoreSection> = sections.iter().filter(|s| s.size > 0).collect();
     by_place.sort_by_key(|s| s.offset);
     for pair in by_place.windows(2) {
         if let [a, b] = pair {
@@ -100,22 +116,23 @@ pub(super) fn sections(file: &File, len: u64) -> Result<Vec<Section>, String> {
             }
         }
     }
-    Ok(found)
+    Ok(())
 }
 
-fn check(section: &Section, len: u64) -> Result<(), String> {
+/// Checks that a section lies in the file of `len` bytes.
+fn check(section: &CoreSection, len: u64) -> Result<(), String> {
     match section.offset.checked_add(section.size) {
         Some(end) if end <= len => Ok(()),
         _ => Err(format!(
-            "section {:?} is said to have {:#x} bytes at {:#x}, and the file has {len:#x} bytes: it \
+            "section {:?} is said to have {:#x} bytes at {:#x}, but the file has {len:#x} bytes: it \
              is cut short or damaged",
             section.name, section.size, section.offset
         )),
     }
 }
 
-/// The bytes of a section, which must be at most `most`.
-pub(super) fn whole(file: &File, section: &Section, most: u64) -> Result<Vec<u8>, String> {
+/// The bytes of a section; an error if there are more than `most`.
+pub(super) fn whole(file: &File, section: &CoreSection, most: u64) -> Result<Vec<u8>, String> {
     if section.size > most {
         return Err(format!(
             "section {:?} has {} bytes; expected at most {most}",
@@ -125,14 +142,19 @@ pub(super) fn whole(file: &File, section: &Section, most: u64) -> Result<Vec<u8>
     read(file, section.offset, section.size)
 }
 
-/// `len` bytes at `at` of a section.
-pub(super) fn part(file: &File, section: &Section, at: u64, len: u64) -> Result<Vec<u8>, String> {
+/// The `len` bytes at offset `at` of a section.
+pub(super) fn part(
+    file: &File,
+    section: &CoreSection,
+    at: u64,
+    len: u64,
+) -> Result<Vec<u8>, String> {
     read(file, section.offset.saturating_add(at), len)
 }
 
 fn read(file: &File, at: u64, len: u64) -> Result<Vec<u8>, String> {
-    let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
-    file.read_exact_at(&mut bytes, at)
-        .map_err(|e| format!("reading {len} bytes at offset {at:#x}: {e}"))?;
+    let failed = |e: &dyn std::fmt::Display| format!("reading {len} bytes at offset {at:#x}: {e}");
+    let mut bytes = vec![0; usize::try_from(len).map_err(|e| failed(&e))?];
+    file.read_exact_at(&mut bytes, at).map_err(|e| failed(&e))?;
     Ok(bytes)
 }

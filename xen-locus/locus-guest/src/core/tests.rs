@@ -2,19 +2,19 @@
 
 use std::fs::{self, OpenOptions};
 
-use super::write::{self, Head, Page};
+use super::write::{self, CoreHead, CorePage};
 use super::*;
 
 /// A core of a few pages whose first bytes are their numbers in the file.
 fn small(kind: GuestType, pages: &[(u64, u64)]) -> Vec<u8> {
-    let pages: Vec<Page> = pages
+    let pages: Vec<CorePage> = pages
         .iter()
-        .map(|&(pfn, frame)| Page { pfn, frame })
+        .map(|&(pfn, frame)| CorePage { pfn, frame })
         .collect();
     let vcpus = [Vcpu::default()];
     let mut out = Vec::new();
     let mut n = 0;
-    write::write(&mut out, &Head::new(kind, &vcpus), &pages, |_| {
+    write::write(&mut out, &CoreHead::new(kind, &vcpus), &pages, |_| {
         n += 1;
         Ok([n; PAGE_LEN])
     })
@@ -100,7 +100,7 @@ fn what_was_saved_is_read_back_whatever_the_order_of_frames() {
 #[test]
 fn an_index_of_frames_that_never_ends_is_refused_before_it_fills_the_memory() {
     let entries = RUNS_MAX as u64 + 10;
-    let index = Section {
+    let index = CoreSection {
         name: ".xen_pfn".into(),
         offset: 0,
         size: 8 * entries,

@@ -1,7 +1,12 @@
-//! Writes cores in the format that `xl dump-core` writes, for small ones made of big ones and for
-//! tests.
+//! Writes cores in the format of `xl dump-core`: small ones made of large ones, and those of tests.
+//!
+//! The ELF part is 50 lines written by hand. `object::write` would not make it shorter: its `Object`
+//! makes relocatable files only, and its `elf::Writer` wants every section reserved in one pass and
+//! written in a second one. The pages of a core are written as a stream, and are not in memory.
 
 use std::io::{self, Write};
+
+use object::elf::{SectionType, SHT_NOTE, SHT_PROGBITS, SHT_STRTAB};
 
 use super::{MAGIC_HVM, MAGIC_PV, NOTE_FORMAT, NOTE_HEADER, NOTE_NONE, NOTE_XEN_VERSION, VERSION};
 use crate::addr::{PAGE_LEN, PAGE_SIZE};
@@ -48,22 +53,22 @@ pub(super) const CR4_PAE: u64 = 1 << 5;
 /// `CR4.LA57`.
 pub(super) const CR4_LA57: u64 = 1 << 12;
 
-/// What a core begins with.
+/// What a core says of its guest, besides the pages.
 #[derive(Clone, Debug)]
-pub struct Head {
-    /// How the guest ran.
+pub struct CoreHead {
+    /// How the guest ran; the format does not tell PVH from HVM.
     pub kind: GuestType,
-    /// The `vcpu_guest_context` of each vCPU.
+    /// One `vcpu_guest_context` of 5168 bytes for each vCPU, one after the other.
     pub contexts: Vec<u8>,
-    /// The note on the version of Xen; none if empty.
+    /// Contents of the note on the version of Xen; without one if empty.
     pub xen_version: Vec<u8>,
 }
 
-impl Head {
-    /// The head for a guest in the states `vcpus`.
+impl CoreHead {
+    /// The head for a guest whose vCPUs have the registers `vcpus`.
     #[must_use]
-    pub fn new(kind: GuestType, vcpus: &[Vcpu]) -> Head {
-        Head {
+    pub fn new(kind: GuestType, vcpus: &[Vcpu]) -> CoreHead {
+        CoreHead {
             kind,
             contexts: vcpus.iter().flat_map(|v| context(v, kind)).collect(),
             xen_version: Vec::new(),
@@ -71,21 +76,23 @@ impl Head {
     }
 }
 
-/// A page of a core: the number the guest gives it, and the number page tables give it.
+/// The two numbers of one page of a core.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Page {
-    /// Guest's page frame number.
+pub struct CorePage {
+    /// The guest's own number of the page (PFN).
     pub pfn: u64,
-    /// Machine frame of a PV guest; else the same.
+    /// The number that page tables hold: a machine frame (MFN) in a PV guest, else the same as `pfn`.
     pub frame: u64,
 }
 
-/// A `vcpu_guest_context` with what [`Vcpu`] knows.
+/// A `vcpu_guest_context` with what [`Vcpu`] knows, and zeroes in all else.
 fn context(vcpu: &Vcpu, kind: GuestType) -> Vec<u8> {
     let mut bytes = vec![0; CONTEXT_LEN];
     let mut put = |at: usize, value: u64| {
-        if let Some(place) = bytes.get_mut(at..at + 8) {
-            place.copy_from_slice(&value.to_le_bytes());
+        // Always there: every offset above is at least 8 bytes below CONTEXT_LEN.
+        let rest = bytes.get_mut(at..).unwrap_or_default();
+        if let Some(place) = rest.first_chunk_mut() {
+            *place = value.to_le_bytes();
         }
     };
     let pv = kind == GuestType::Pv;
@@ -128,104 +135,151 @@ fn context(vcpu: &Vcpu, kind: GuestType) -> Vec<u8> {
     bytes
 }
 
-fn note(out: &mut Vec<u8>, kind: u32, desc: &[u8]) {
-    let len = u32::try_from(desc.len()).unwrap_or(0);
+/// One section of the file.
+struct NewSection {
+    name: &'static str,
+    /// `sh_type`.
+    kind: u32,
+    /// Contents; empty for the pages, which are written behind all else.
+    bytes: Vec<u8>,
+    /// `sh_entsize`: bytes of an entry, 0 if it has none of equal size.
+    entry: u64,
+}
+
+/// Adds a note of owner `Xen` to `out`.
+fn note(out: &mut Vec<u8>, kind: u32, desc: &[u8]) -> io::Result<()> {
+    let len = u32::try_from(desc.len()).map_err(io::Error::other)?;
     for word in [4, len, kind] {
         out.extend(word.to_le_bytes());
     }
     out.extend(b"Xen\0");
     out.extend(desc);
     out.resize(out.len().next_multiple_of(4), 0);
+    Ok(())
 }
 
+/// The contents of `.note.Xen`.
+fn notes(head: &CoreHead, pages: u64) -> io::Result<Vec<u8>> {
+    let mut notes = Vec::new();
+    note(&mut notes, NOTE_NONE, &[])?;
+    let magic = match head.kind {
+        GuestType::Pv => MAGIC_PV,
+        GuestType::Pvh | GuestType::Hvm => MAGIC_HVM,
+    };
+    let vcpus = (head.contexts.len() / CONTEXT_LEN) as u64;
+    let header = words(&[magic, vcpus, pages, PAGE_SIZE]);
+    note(&mut notes, NOTE_HEADER, &header)?;
+    if !head.xen_version.is_empty() {
+        note(&mut notes, NOTE_XEN_VERSION, &head.xen_version)?;
+    }
+    note(&mut notes, NOTE_FORMAT, &words(&[VERSION]))?;
+    Ok(notes)
+}
+
+/// The little-endian bytes of `all`.
 fn words(all: &[u64]) -> Vec<u8> {
     all.iter().flat_map(|w| w.to_le_bytes()).collect()
 }
 
-/// Writes a core of `pages` to `out`; `content` gives the bytes of each.
+/// Writes a core of `pages` to `out`, in the order given. `content` returns the bytes of each page.
 ///
 /// # Errors
-/// `out` or `content` fails.
+/// `out` or `content` fails, or a note is longer than 4 GiB.
 pub fn write(
     out: &mut impl Write,
-    head: &Head,
-    pages: &[Page],
-    mut content: impl FnMut(Page) -> io::Result<[u8; PAGE_LEN]>,
+    head: &CoreHead,
+    pages: &[CorePage],
+    mut content: impl FnMut(CorePage) -> io::Result<[u8; PAGE_LEN]>,
 ) -> io::Result<()> {
     let pv = head.kind == GuestType::Pv;
-    let mut notes = Vec::new();
-    note(&mut notes, NOTE_NONE, &[]);
-    let magic = if pv { MAGIC_PV } else { MAGIC_HVM };
-    let vcpus = (head.contexts.len() / CONTEXT_LEN) as u64;
-    let header = words(&[magic, vcpus, pages.len() as u64, PAGE_SIZE]);
-    note(&mut notes, NOTE_HEADER, &header);
-    if !head.xen_version.is_empty() {
-        note(&mut notes, NOTE_XEN_VERSION, &head.xen_version);
-    }
-    note(&mut notes, NOTE_FORMAT, &words(&[VERSION]));
     let index: Vec<u64> = pages
         .iter()
         .flat_map(|p| [Some(p.pfn), pv.then_some(p.frame)])
         .flatten()
         .collect();
-    let index_name = if pv { ".xen_p2m" } else { ".xen_pfn" };
-    let bytes_of_pages = pages.len() as u64 * PAGE_SIZE;
-    // Types: SHT_STRTAB 3, SHT_NOTE 7, SHT_PROGBITS 1.
-    let mut names = vec![0];
-    let mut sections: Vec<(u32, u32, Vec<u8>, u64)> = Vec::new();
-    for (name, kind, bytes, entry) in [
-        (".shstrtab", 3u32, Vec::new(), 0),
-        (".note.Xen", 7, notes, 0),
-        (
+    let section = |name, kind: SectionType, bytes, entry| NewSection {
+        name,
+        kind: kind.0,
+        bytes,
+        entry,
+    };
+    let (index_name, index_entry) = if pv {
+        (".xen_p2m", 16)
+    } else {
+        (".xen_pfn", 8)
+    };
+    let count = pages.len() as u64;
+    let sections = [
+        section(".note.Xen", SHT_NOTE, notes(head, count)?, 0),
+        section(
             ".xen_prstatus",
-            1,
+            SHT_PROGBITS,
             head.contexts.clone(),
             CONTEXT_LEN as u64,
         ),
-        (index_name, 1, words(&index), if pv { 16 } else { 8 }),
-        (".xen_pages", 1, Vec::new(), PAGE_SIZE),
-    ] {
-        let at = u32::try_from(names.len()).unwrap_or(0);
-        names.extend(name.bytes());
-        names.push(0);
-        sections.push((at, kind, bytes, entry));
-    }
-    if let Some((_, _, bytes, _)) = sections.first_mut() {
-        *bytes = names;
-    }
-    let table_len = (sections.len() as u64 + 1) * 64;
-    let mut at = 64 + table_len;
-    let mut table = vec![0; 64];
-    let last = sections.len() - 1;
-    for (i, (name, kind, bytes, entry)) in sections.iter().enumerate() {
-        let align = if i == last { PAGE_SIZE } else { 8 };
-        at = at.next_multiple_of(align);
-        let size = if i == last {
-            bytes_of_pages
-        } else {
-            bytes.len() as u64
-        };
-        table.extend(name.to_le_bytes());
-        table.extend(kind.to_le_bytes());
-        table.extend(words(&[0, 0, at, size, 0, align, *entry]));
-        at += size;
-    }
-    let mut file = vec![0x7f, b'E', b'L', b'F', 2, 1, 1];
-    file.resize(16, 0);
-    // ET_CORE, EM_X86_64, version; no entry point, no program headers; section headers behind.
-    file.extend([4, 0, 62, 0, 1, 0, 0, 0]);
-    file.extend(words(&[0, 0, 64]));
-    let count = u8::try_from(sections.len() + 1).unwrap_or(0);
-    file.extend([0, 0, 0, 0, 64, 0, 0, 0, 0, 0, 64, 0, count, 0, 1, 0]);
-    file.extend(table);
-    for (i, (_, _, bytes, _)) in sections.iter().enumerate() {
-        let align = if i == last { PAGE_LEN } else { 8 };
-        file.resize(file.len().next_multiple_of(align), 0);
-        file.extend(bytes);
-    }
-    out.write_all(&file)?;
+        section(index_name, SHT_PROGBITS, words(&index), index_entry),
+        section(".xen_pages", SHT_PROGBITS, Vec::new(), PAGE_SIZE),
+    ];
+    out.write_all(&before_pages(sections, count * PAGE_SIZE)?)?;
     for &page in pages {
         out.write_all(&content(page)?)?;
     }
     Ok(())
+}
+
+/// The file up to its pages: ELF header, section headers, contents of all sections but the last. The
+/// last one is the pages, of `bytes_of_pages` bytes.
+fn before_pages<const N: usize>(
+    sections: [NewSection; N],
+    bytes_of_pages: u64,
+) -> io::Result<Vec<u8>> {
+    const HEADER: u64 = 64;
+    let mut names = b"\0.shstrtab\0".to_vec();
+    // In front of the sections: the empty header, and that of the names.
+    let mut headers = Vec::new();
+    for section in sections {
+        let name = u32::try_from(names.len()).map_err(io::Error::other)?;
+        names.extend(section.name.bytes());
+        names.push(0);
+        headers.push((name, section));
+    }
+    let of_names = NewSection {
+        name: ".shstrtab",
+        kind: SHT_STRTAB.0,
+        bytes: names,
+        entry: 0,
+    };
+    headers.insert(0, (1, of_names));
+    let count = u16::try_from(headers.len() + 1).map_err(io::Error::other)?;
+    let mut table = vec![0; 64];
+    let mut contents = Vec::new();
+    let first = HEADER + HEADER * u64::from(count);
+    let last = headers.len() - 1;
+    for (i, (name, section)) in headers.into_iter().enumerate() {
+        let align = if i == last { PAGE_SIZE } else { 8 };
+        let at = (first + contents.len() as u64).next_multiple_of(align);
+        let padding = at - first - contents.len() as u64;
+        contents.extend((0..padding).map(|_| 0));
+        let size = if i == last {
+            bytes_of_pages
+        } else {
+            section.bytes.len() as u64
+        };
+        table.extend(name.to_le_bytes());
+        table.extend(section.kind.to_le_bytes());
+        table.extend(words(&[0, 0, at, size, 0, align, section.entry]));
+        contents.extend(section.bytes);
+    }
+    let mut file = vec![0x7f, b'E', b'L', b'F', 2, 1, 1];
+    file.resize(16, 0);
+    // ET_CORE, EM_X86_64, version; no entry point, no program headers; section headers follow.
+    file.extend([4, 0, 62, 0, 1, 0, 0, 0]);
+    file.extend(words(&[0, 0, HEADER]));
+    file.extend([0, 0, 0, 0, 64, 0, 0, 0, 0, 0, 64, 0]);
+    file.extend(count.to_le_bytes());
+    // Number of the section with the names.
+    file.extend(1u16.to_le_bytes());
+    file.extend(table);
+    file.extend(contents);
+    Ok(file)
 }

@@ -1,15 +1,20 @@
 //! A saved core: the file that `xl dump-core` writes.
 //!
-//! Format: Xen's docs/misc/dump-core-format.txt. An ELF file without program headers; its sections:
+//! Format: Xen's docs/misc/dump-core-format.txt. It is an ELF file without program headers. Its
+//! sections:
 //!
-//! - `.note.Xen`: what it is, number of vCPUs and pages;
+//! - `.note.Xen`: type of guest, number of vCPUs, size of pages;
 //! - `.xen_prstatus`: one `vcpu_guest_context` for each vCPU (xen/include/public/arch-x86/xen.h);
 //! - `.xen_pages`: the guest's pages, one after the other;
-//! - `.xen_p2m` of a PV guest, `.xen_pfn` of any other: which page is which, in the order of the
-//!   pages. Page tables of a PV guest hold machine frames, so its pages are found by those.
+//! - `.xen_p2m` of a PV guest, `.xen_pfn` of any other: the index, which names the frame of each page
+//!   in the order of the pages. Page tables of a PV guest hold machine frames, so its pages are found
+//!   by those.
 //!
-//! Nothing in the file is trusted. Pages are read from it when they are wanted; what is kept in
-//! memory is the index of frames, as runs of consecutive ones.
+//! Nothing in the file is trusted. Pages are read from the file when they are needed. Only the index is
+//! kept in memory, as runs of consecutive frames.
+//!
+//! Files, in the order of the data: `elf.rs` (sections), `mod.rs` (notes, vCPUs, index, pages), and
+//! `write.rs` for the other direction.
 
 mod elf;
 pub mod write;
@@ -19,9 +24,13 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use object::elf::FileHeader64;
+use object::read::elf::NoteIterator;
+use object::LittleEndian as Le;
+
 use super::{fetch, Error, GuestType, Memory, Vcpu, Window};
 use crate::addr::{Frame, Gva, PAGE_LEN, PAGE_SIZE};
-use elf::Section;
+use elf::CoreSection;
 
 /// Magic number of a PV guest's core (`XC_CORE_MAGIC`).
 const MAGIC_PV: u64 = 0xf00f_ebed;
@@ -34,18 +43,18 @@ const NOTE_NONE: u32 = 0x0200_0000;
 const NOTE_HEADER: u32 = 0x0200_0001;
 const NOTE_XEN_VERSION: u32 = 0x0200_0002;
 const NOTE_FORMAT: u32 = 0x0200_0003;
-/// A frame number that stands for none: the guest gave the page back while it was saved.
+/// A frame number that means "none": the guest gave the page back while it was saved.
 const NO_FRAME: u64 = u64::MAX;
-/// Most vCPUs believed.
+/// Most vCPUs that a core may have.
 const VCPUS_MAX: u64 = 4096;
-/// Longest believed section that is read as a whole, in bytes.
-const SMALL: u64 = 64 << 10;
-/// Most runs of consecutive frames believed: a guest of 16 GiB without two frames in a row has so many.
+/// Longest `.note.Xen`, in bytes.
+const NOTES_MAX: u64 = 64 << 10;
+/// Most runs of consecutive frames. A guest of 16 GiB without two consecutive frames has that many.
 const RUNS_MAX: usize = 1 << 22;
-/// Entries of the index of frames that are read in one go.
+/// Entries of the index that one call reads.
 const AT_ONCE: u64 = 64 << 10;
 
-/// A saved core that can be read.
+/// A saved core, opened for reading. It is the [`Memory`] of the guest as it was saved.
 #[derive(Debug)]
 pub struct Core {
     path: PathBuf,
@@ -53,14 +62,14 @@ pub struct Core {
     kind: GuestType,
     vcpus: Vec<Vcpu>,
     contexts: Vec<u8>,
-    /// The note on the version of Xen, to be handed on.
+    /// Contents of the note on the version of Xen, for [`Core::head`].
     xen_version: Vec<u8>,
     runs: Vec<Run>,
-    /// Where the first page stands in the file.
+    /// Offset of the first page in the file, in bytes.
     pages_at: u64,
 }
 
-/// Consecutive frames whose pages stand one after the other in the file.
+/// Consecutive frames whose pages are consecutive in the file too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Run {
     /// First frame, as page tables and [`Memory`] number it.
@@ -69,7 +78,7 @@ struct Run {
     pfn: u64,
     /// Number of the first page in the file.
     page: u64,
-    /// How many.
+    /// Number of frames.
     count: u64,
 }
 
@@ -80,11 +89,11 @@ impl Run {
 }
 
 impl Core {
-    /// Opens a core and reads its head.
+    /// Opens the core at `path` and reads all of it but the pages.
     ///
     /// # Errors
-    /// It can't be read or is no such file; the message says what was expected where, and what was
-    /// found.
+    /// [`Error::Odd`] if it can't be read or is not a core; the message says what was expected, what was
+    /// found, and where.
     pub fn open(path: &Path) -> Result<Core, Error> {
         let odd = |why: String| Error::Odd(format!("core {}: {why}", path.display()));
         let open = || -> std::io::Result<(File, u64)> {
@@ -101,7 +110,11 @@ impl Core {
 
     fn parse(path: &Path, file: File, len: u64) -> Result<Core, String> {
         let sections = elf::sections(&file, len)?;
-        let notes = Notes::parse(&elf::whole(&file, find(&sections, ".note.Xen")?, SMALL)?)?;
+        let notes = CoreNotes::parse(&elf::whole(
+            &file,
+            find(&sections, ".note.Xen")?,
+            NOTES_MAX,
+        )?)?;
         let (kind, index_name, entry) = match notes.magic {
             MAGIC_PV => (GuestType::Pv, ".xen_p2m", 16),
             MAGIC_HVM => (GuestType::Hvm, ".xen_pfn", 8),
@@ -113,9 +126,9 @@ impl Core {
             }
         };
         let state = find(&sections, ".xen_prstatus")?;
-        let most = VCPUS_MAX * write::CONTEXT_LEN as u64;
-        let contexts = elf::whole(&file, state, most)?;
-        if notes.vcpus == 0 || contexts.len() as u64 != notes.vcpus.saturating_mul(context_len()) {
+        let context_len = write::CONTEXT_LEN as u64;
+        let contexts = elf::whole(&file, state, VCPUS_MAX * context_len)?;
+        if notes.vcpus == 0 || contexts.len() as u64 != notes.vcpus.saturating_mul(context_len) {
             return Err(format!(
                 "section .xen_prstatus has {} bytes; expected {} bytes for each of the {} vCPUs \
                  that the header note counts",
@@ -150,41 +163,42 @@ impl Core {
         })
     }
 
-    /// Where it was read from.
+    /// The path that it was opened by.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// How the guest ran, as far as the file says: [`GuestType::Hvm`] stands for PVH too.
+    /// How the guest ran. The format does not tell PVH from HVM: both are [`GuestType::Hvm`].
     #[must_use]
     pub fn kind(&self) -> GuestType {
         self.kind
     }
 
-    /// The registers of its virtual CPUs. In a core of an HVM or PVH guest no entry point is known.
+    /// The registers of its vCPUs, by their number. [`Vcpu::entry`] is `None` in a core of an HVM or PVH
+    /// guest, because the format does not hold it.
     #[must_use]
     pub fn vcpus(&self) -> &[Vcpu] {
         &self.vcpus
     }
 
-    /// How many pages it holds.
+    /// Number of pages that it holds.
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.runs.iter().map(|r| r.count).sum()
     }
 
-    /// Number of `frame` as the guest numbers its memory, if the core holds it.
+    /// The guest's own number (PFN) of `frame`; `None` if the core does not hold that frame.
     #[must_use]
     pub fn pfn(&self, frame: Frame) -> Option<u64> {
         let run = self.run(frame)?;
         run.pfn.checked_add(frame.0 - run.frame)
     }
 
-    /// What a smaller core of the same guest begins with.
+    /// What [`write::write`] needs for a smaller core of the same guest.
     #[must_use]
-    pub fn head(&self) -> write::Head {
-        write::Head {
+    pub fn head(&self) -> write::CoreHead {
+        write::CoreHead {
             kind: self.kind,
             contexts: self.contexts.clone(),
             xen_version: self.xen_version.clone(),
@@ -198,38 +212,35 @@ impl Core {
     }
 }
 
-fn context_len() -> u64 {
-    write::CONTEXT_LEN as u64
-}
-
 impl Memory for Core {
     fn map(&self, frames: &[Frame]) -> Result<Box<dyn Window>, Error> {
         let place = |&frame: &Frame| {
             let run = self.run(frame).ok_or_else(|| Error::Frame {
                 frame,
                 why: format!(
-                    "it is not in the core {}; xl dump-core has been seen to leave out the highest \
-                     frames of a PVH guest, where patches are kept",
+                    "it is not in the core {}; xl dump-core is known to leave out the highest frames \
+                     of a PVH guest, which hold the patches",
                     self.path.display()
                 ),
             })?;
             // In bounds: the section lies in the file, and the page in the section.
             Ok(self.pages_at + (run.page + (frame.0 - run.frame)) * PAGE_SIZE)
         };
-        Ok(Box::new(Pages {
+        Ok(Box::new(PagesInFile {
             file: Arc::clone(&self.file),
             places: frames.iter().map(place).collect::<Result<_, Error>>()?,
         }))
     }
 }
 
-/// Pages in the file, by the offset of each.
-struct Pages {
+/// A window onto pages of the file.
+struct PagesInFile {
     file: Arc<File>,
+    /// Offset of each page in the file, in bytes.
     places: Vec<u64>,
 }
 
-impl Window for Pages {
+impl Window for PagesInFile {
     fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), Error> {
         let bounds = Error::Bounds {
             offset,
@@ -241,11 +252,12 @@ impl Window for Pages {
         while !rest.is_empty() {
             let first = offset / PAGE_LEN;
             let within = offset % PAGE_LEN;
+            // Behind the last page there is none, and that is an error below.
             let places = self.places.get(first..).unwrap_or_default();
             let Some(&place) = places.first() else {
                 return Err(bounds);
             };
-            // Pages that stand one after the other in the file are read by one call.
+            // One call reads pages that are consecutive in the file.
             let together = places
                 .windows(2)
                 .take_while(|pair| matches!(pair, [a, b] if a.checked_add(PAGE_SIZE) == Some(*b)))
@@ -267,7 +279,8 @@ impl Window for Pages {
     }
 }
 
-fn find<'s>(sections: &'s [Section], name: &str) -> Result<&'s Section, String> {
+/// The one section of that name.
+fn find<'s>(sections: &'s [CoreSection], name: &str) -> Result<&'s CoreSection, String> {
     let mut of_that_name = sections.iter().filter(|s| s.name == name);
     match (of_that_name.next(), of_that_name.next()) {
         (Some(one), None) => Ok(one),
@@ -280,39 +293,34 @@ fn find<'s>(sections: &'s [Section], name: &str) -> Result<&'s Section, String> 
 
 /// What `.note.Xen` says.
 #[derive(Debug, Default)]
-struct Notes {
+struct CoreNotes {
     magic: u64,
     vcpus: u64,
     xen_version: Vec<u8>,
 }
 
-impl Notes {
-    fn parse(bytes: &[u8]) -> Result<Notes, String> {
+impl CoreNotes {
+    fn parse(bytes: &[u8]) -> Result<CoreNotes, String> {
         let mut header = None;
-        let mut found = Notes::default();
-        let mut at = 0usize;
-        while at < bytes.len() {
-            let cut = || format!("the note at offset {at:#x} of .note.Xen is cut short");
-            let word = |n: usize| fetch::u32(bytes, at + 4 * n).ok_or_else(cut);
-            let (name_len, desc_len, kind) = (word(0)? as usize, word(1)? as usize, word(2)?);
-            let name_at = at + 12;
-            let desc_at = name_at + name_len.next_multiple_of(4);
-            let name = bytes.get(name_at..name_at + name_len).ok_or_else(cut)?;
-            let desc = bytes.get(desc_at..desc_at + desc_len).ok_or_else(cut)?;
-            if name == b"Xen\0" {
-                match kind {
-                    NOTE_HEADER => header = Some(desc),
-                    NOTE_XEN_VERSION => found.xen_version = desc.to_vec(),
-                    NOTE_FORMAT if fetch::u64(desc, 0) != Some(VERSION) => {
-                        return Err(format!(
-                            "the format note in .note.Xen reads {desc:02x?}; expected version \
-                             {VERSION}"
-                        ))
-                    }
-                    _ => {}
-                }
+        let mut found = CoreNotes::default();
+        let notes = NoteIterator::<FileHeader64<Le>>::new(Le, 4, bytes)
+            .map_err(|e| format!(".note.Xen: {e}"))?;
+        for (number, note) in notes.enumerate() {
+            let note = note.map_err(|e| format!("note {number} of .note.Xen is cut short: {e}"))?;
+            if note.name_bytes() != b"Xen\0" {
+                continue;
             }
-            at = desc_at + desc_len.next_multiple_of(4);
+            match note.n_type(Le).0 {
+                NOTE_HEADER => header = Some(note.desc()),
+                NOTE_XEN_VERSION => found.xen_version = note.desc().to_vec(),
+                NOTE_FORMAT if fetch::u64(note.desc(), 0) != Some(VERSION) => {
+                    return Err(format!(
+                        "the format note in .note.Xen reads {:02x?}; expected version {VERSION}",
+                        note.desc()
+                    ))
+                }
+                _ => {}
+            }
         }
         let header = header.ok_or("no header note (XEN_ELFNOTE_DUMPCORE_HEADER) in .note.Xen")?;
         let word = |n: usize| {
@@ -330,8 +338,9 @@ impl Notes {
     }
 }
 
-/// Reads the index of frames: sorted runs.
-fn runs(file: &File, index: &Section, entry: u64, name: &str) -> Result<Vec<Run>, String> {
+/// Reads the index of frames, which has entries of `entry` bytes: 8 for a PFN, 16 for a PFN and an MFN.
+/// Returns its runs, by rising frame.
+fn runs(file: &File, index: &CoreSection, entry: u64, name: &str) -> Result<Vec<Run>, String> {
     let twice = |frame: u64, first: u64, second: u64| {
         format!(
             "section {name} has {} twice (entries {first} and {second}); expected each frame once",
@@ -344,9 +353,11 @@ fn runs(file: &File, index: &Section, entry: u64, name: &str) -> Result<Vec<Run>
     while page < count {
         let n = (count - page).min(AT_ONCE);
         let bytes = elf::part(file, index, page * entry, n * entry)?;
-        for entry in bytes.chunks_exact(usize::try_from(entry).unwrap_or(1)) {
-            let pfn = fetch::u64(entry, 0).unwrap_or(NO_FRAME);
-            let frame = fetch::u64(entry, 8).unwrap_or(pfn);
+        let (words, _) = bytes.as_chunks::<8>();
+        for entry in words.chunks_exact(if entry == 8 { 1 } else { 2 }) {
+            // The only word of an entry is both. No entry is empty.
+            let word = |word: Option<&[u8; 8]>| word.map_or(NO_FRAME, |w| u64::from_le_bytes(*w));
+            let (pfn, frame) = (word(entry.first()), word(entry.last()));
             if frame != NO_FRAME && pfn != NO_FRAME {
                 // The holes of a sparse file read as zeroes, so such an index may be endless.
                 if let Some(last) = runs.last().filter(|r| r.end() == frame.saturating_add(1)) {
@@ -390,7 +401,7 @@ fn push(runs: &mut Vec<Run>, pfn: u64, frame: u64, page: u64) {
     });
 }
 
-/// What a `vcpu_guest_context` says; see [`write`] for the places.
+/// What a `vcpu_guest_context` says; the offsets are in [`write`]. `None` if `context` is cut short.
 fn vcpu(id: u32, context: &[u8], kind: GuestType) -> Option<Vcpu> {
     let word = |at: usize| fetch::u64(context, at);
     let flags = word(write::FLAGS)?;
