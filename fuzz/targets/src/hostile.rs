@@ -4,7 +4,7 @@
 use std::process::Command;
 
 use locus_guest::addr::{Frame, Gva, PAGE_LEN, PAGE_SIZE};
-use locus_guest::mock::{MockMemory, Restless, ROOT};
+use locus_guest::mock::{ChangingMemory, MockMemory, ROOT};
 use locus_guest::space::{Space, PTE_NX, PTE_PRESENT, PTE_WRITE};
 use locus_guest::Memory;
 use locus_kernel::fixture::{kallsyms, vcpus, Fixture, Tables, ENTRY, KIND, RODATA, TEXT};
@@ -440,8 +440,8 @@ fn a_million_types_are_searched_in_bounded_time() {
 #[test]
 fn memory_that_never_reads_the_same_is_refused_or_read() {
     for every in [3, 50, 1000, 20_000] {
-        let memory = Restless {
-            at_rest: with(&[]),
+        let memory = ChangingMemory {
+            unchanged: with(&[]),
             every,
             words: std::rc::Rc::default(),
         };

@@ -1,7 +1,37 @@
-//! Guest memory and guest state behind small traits.
+//! Memory and registers of a Xen guest behind small traits: of a live guest, a saved core, or a mock.
 //!
-//! A back end that can only read (a saved core) implements only the reading traits, so "writing to
-//! a core" does not compile. Guest memory is never a `&[u8]`: bytes are copied in and out.
+//! One trait for each ability. A back end that can only read (a saved core) implements only the reading
+//! traits, so that "write to a core" does not compile. Guest memory is never a `&[u8]`: bytes are copied
+//! in and out. Live guests are in the crate `locus-xen`.
+//!
+//! ```no_run
+//! use std::path::Path;
+//!
+//! use locus_guest::addr::{Frame, Gva};
+//! use locus_guest::core::Core;
+//! use locus_guest::space::Space;
+//! use locus_guest::Error;
+//!
+//! /// The 64-bit word at `at` in a saved guest whose page tables begin at `root`.
+//! fn word_of_core(path: &Path, root: Frame, at: Gva) -> Result<u64, Error> {
+//!     let core = Core::open(path)?;
+//!     // Four levels of page tables. All reads together may cost one budget.
+//!     let space = Space::new(&core, root, 4);
+//!     space.read_u64(at)
+//! }
+//! ```
+//!
+//! Files, in the order of the data:
+//!
+//! | file | subject |
+//! |---|---|
+//! | `addr.rs` | kinds of addresses and frame numbers, as types |
+//! | `lib.rs` | [`Memory`] (frames are mapped) and [`Window`] (bytes are copied), [`Vcpu`], [`Live`], [`PagesMut`], [`Error`] |
+//! | `core/` | a back end: the file that `xl dump-core` writes |
+//! | `mock.rs` | a back end for tests: frames in this process (feature `testing`) |
+//! | `budget.rs` | what reading one guest may cost |
+//! | `space/` | reads by guest virtual address, through the guest's page tables |
+//! | `fetch.rs` | little-endian fields of the bytes that were read |
 #![forbid(unsafe_code)]
 #![deny(clippy::print_stderr)]
 
@@ -17,15 +47,15 @@ use std::sync::Arc;
 
 use crate::addr::{Frame, Gfn, Gva};
 
-/// Failure to reach guest memory.
+/// Why guest memory or guest state can't be read or changed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
-    /// Nothing is mapped there in the guest's page tables.
+    /// The guest's page tables map nothing at that address.
     #[error("guest address {at} is not mapped (page table level {level})")]
     NotMapped {
         /// The address asked for.
         at: Gva,
-        /// Level whose entry was not present, 1 = last.
+        /// Level of the table whose entry is not present (1 = last).
         level: u8,
     },
     /// A frame could not be mapped.
@@ -33,77 +63,94 @@ pub enum Error {
     Frame {
         /// The frame.
         frame: Frame,
-        /// The reason as the back end gives it.
+        /// The reason, as the back end says it.
         why: String,
     },
-    /// An access outside a window, or another internal bound.
+    /// An access that leaves its window.
     #[error("access of {len} bytes at offset {offset} leaves a window of {size} bytes")]
     Bounds {
-        /// Byte offset asked for.
+        /// Where the access begins, in bytes from the start of the window.
         offset: usize,
-        /// Length asked for, in bytes.
+        /// Length of the access, in bytes.
         len: usize,
         /// Size of the window, in bytes.
         size: usize,
     },
-    /// The guest's data is not what it must be.
+    /// Data of the guest or of a core is not as it must be. The message says what was expected and what
+    /// was found.
     #[error("{0}")]
     Odd(String),
-    /// Reading the guest cost more than any honest guest costs ([`budget`]).
+    /// To read the guest costs more than any honest guest does ([`budget`]).
     #[error(
         "reading the guest was given up after {} units of work, far more than a Linux kernel of \
-         any distribution takes: its tables or lists are too long, lead in circles, or lie",
+         any distribution needs: its tables or lists are too long, lead in circles, or lie",
         budget::LIMIT
     )]
     Exhausted,
-    /// The back end does not offer this for this guest.
+    /// The back end can't do this for this guest. The message says what and why.
     #[error("{0}")]
     Unsupported(String),
-    /// A call of the back end failed; the reason is its own error.
+    /// A call of the back end failed. This is its own error.
     #[error(transparent)]
     Backend(Arc<dyn std::error::Error + Send + Sync>),
 }
 
 /// Frames of guest memory that stay mapped while this value lives.
 pub trait Window {
-    /// Copies bytes out of the guest.
+    /// Fills `buf` with the guest's bytes from `offset` on, in bytes from the start of the window. The
+    /// guest may change them at the same time.
+    ///
+    /// # Errors
+    /// [`Error::Bounds`] if they do not all lie in the window; or the back end can't read them.
     fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), Error>;
 }
 
 /// A window that can be written.
 pub trait WindowMut: Window {
-    /// Copies bytes into the guest.
+    /// Copies `bytes` into the guest from `offset` on, in bytes from the start of the window.
+    ///
+    /// # Errors
+    /// [`Error::Bounds`] if they do not all fit into the window; or the back end can't write them.
     fn write(&self, offset: usize, bytes: &[u8]) -> Result<(), Error>;
 }
 
 /// Guest memory that can be read.
 pub trait Memory {
-    /// Maps `frames` one after the other into one window; fails if any frame can't be mapped.
+    /// Maps `frames`, which need not be consecutive, one after the other into one window.
+    ///
+    /// # Errors
+    /// [`Error::Frame`] if one of them can't be mapped; then none is.
     fn map(&self, frames: &[Frame]) -> Result<Box<dyn Window>, Error>;
 }
 
 /// Guest memory that can be written.
 pub trait MemoryMut: Memory {
-    /// Maps `frames` for writing.
+    /// As [`Memory::map`], for writing.
+    ///
+    /// # Errors
+    /// As [`Memory::map`].
     fn map_mut(&self, frames: &[Frame]) -> Result<Box<dyn WindowMut>, Error>;
 
-    /// Says that `frames` were written, so that whoever moves the guest as it runs copies them again.
-    /// Nobody moves memory that is no guest's.
+    /// Tells the back end that `frames` were written, so that a live migration copies them again. Does
+    /// nothing for memory that is never migrated.
+    ///
+    /// # Errors
+    /// The back end can't pass it on.
     fn written(&self, frames: &[Frame]) -> Result<(), Error> {
         let _ = frames;
         Ok(())
     }
 }
 
-/// How a guest runs on Xen.
+/// The type of a guest, as Xen names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum GuestType {
-    /// Paravirtual: page tables hold machine frames and belong to Xen's validation.
+    /// Paravirtual. Page tables hold machine frames (MFN), and Xen checks every change of them.
     Pv,
-    /// Hardware-assisted without firmware or device model.
+    /// Hardware virtualisation without firmware or device model. Page tables hold guest frames (GFN).
     Pvh,
-    /// Hardware-assisted with firmware and device model.
+    /// Hardware virtualisation with firmware and device model. Page tables hold guest frames (GFN).
     Hvm,
 }
 
@@ -157,16 +204,16 @@ pub struct Vcpu {
     pub entry: Option<Gva>,
 }
 
-/// A guest that runs and can be looked at.
+/// A guest that runs and can be read.
 pub trait Live {
-    /// Its memory, to be read only.
+    /// The guest's memory, for reading.
     fn memory(&self) -> &dyn Memory;
-    /// How it runs.
+    /// The guest's type.
     fn kind(&self) -> GuestType;
-    /// Registers of all its virtual CPUs.
+    /// The registers of all its vCPUs, by their number, as they are now.
     ///
     /// # Errors
-    /// The back end can't tell.
+    /// The back end can't read them.
     fn vcpus(&self) -> Result<Vec<Vcpu>, Error>;
 }
 

@@ -1,4 +1,6 @@
-//! A guest made of frames in this process, for tests.
+//! A guest whose frames are in this process, for tests.
+//!
+//! All functions panic where a test has made a mistake: a frame that does not exist, bytes that leave it.
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // part of tests only
 #![allow(missing_debug_implementations)]
@@ -7,54 +9,54 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 
-use super::space::{PTE_NX, PTE_PRESENT, PTE_WRITE};
-use super::{Error, Memory, MemoryMut, Window, WindowMut};
 use crate::addr::{Frame, Gva, PAGE_LEN, PAGE_SIZE};
+use crate::space::{PTE_FRAME, PTE_NX, PTE_PRESENT, PTE_WRITE};
+use crate::{Error, Memory, MemoryMut, Window, WindowMut};
 
-type Page = Rc<RefCell<Vec<u8>>>;
+type MockPage = Rc<RefCell<Vec<u8>>>;
 
-/// Frames by number; frame 1 is the page-table root.
+/// A guest's memory: frames by number, of which [`ROOT`] is the root of 4-level page tables.
 #[derive(Default)]
 pub struct MockMemory {
-    frames: RefCell<HashMap<u64, Page>>,
+    frames: RefCell<HashMap<u64, MockPage>>,
 }
 
-/// The root of a mock's page tables.
+/// The frame with the root of a mock's page tables.
 pub const ROOT: Frame = Frame(1);
 
 impl MockMemory {
-    /// No memory but an empty page-table root.
+    /// Memory of one frame, an empty page-table root.
     #[must_use]
     pub fn new() -> MockMemory {
         let mock = MockMemory::default();
         mock.frames
             .borrow_mut()
-            .insert(ROOT.0, Page::new(RefCell::new(vec![0; PAGE_LEN])));
+            .insert(ROOT.0, MockPage::new(RefCell::new(vec![0; PAGE_LEN])));
         mock
     }
 
-    /// Adds a zeroed frame.
+    /// Adds a zeroed frame with the next free number.
     #[must_use]
     pub fn frame(&self) -> Frame {
         let mut frames = self.frames.borrow_mut();
         let number = 1 + frames.len() as u64;
-        frames.insert(number, Page::new(RefCell::new(vec![0; PAGE_LEN])));
+        frames.insert(number, MockPage::new(RefCell::new(vec![0; PAGE_LEN])));
         Frame(number)
     }
 
-    /// Whether there is such a frame.
+    /// True if the memory has that frame.
     #[must_use]
     pub fn has(&self, frame: Frame) -> bool {
         self.frames.borrow().contains_key(&frame.0)
     }
 
-    /// Adds the zeroed frame of this number.
+    /// Adds a zeroed frame of this number, or zeroes the one that is there.
     pub fn add(&self, frame: Frame) {
-        let page = Page::new(RefCell::new(vec![0; PAGE_LEN]));
+        let page = MockPage::new(RefCell::new(vec![0; PAGE_LEN]));
         self.frames.borrow_mut().insert(frame.0, page);
     }
 
-    fn page(&self, frame: Frame) -> Result<Page, Error> {
+    fn page(&self, frame: Frame) -> Result<MockPage, Error> {
         let why = || Error::Frame {
             frame,
             why: "the mock has no such frame".into(),
@@ -62,17 +64,17 @@ impl MockMemory {
         self.frames.borrow().get(&frame.0).cloned().ok_or_else(why)
     }
 
-    fn pages(&self, frames: &[Frame]) -> Result<Vec<Page>, Error> {
+    fn pages(&self, frames: &[Frame]) -> Result<Vec<MockPage>, Error> {
         frames.iter().map(|&f| self.page(f)).collect()
     }
 
-    /// Overwrites bytes of a frame.
+    /// Writes `bytes` at offset `at` of a frame, in bytes.
     pub fn fill(&self, frame: Frame, at: usize, bytes: &[u8]) {
         let page = self.page(frame).unwrap();
         page.borrow_mut()[at..at + bytes.len()].copy_from_slice(bytes);
     }
 
-    /// Overwrites an entry of a page table.
+    /// Writes entry number `slot` of the page table in frame `table`.
     pub fn set_entry(&self, table: Frame, slot: usize, entry: u64) {
         let page = self.page(table).unwrap();
         page.borrow_mut()[slot * 8..slot * 8 + 8].copy_from_slice(&entry.to_le_bytes());
@@ -84,7 +86,7 @@ impl MockMemory {
         u64::from_le_bytes(page[slot * 8..slot * 8 + 8].try_into().unwrap())
     }
 
-    /// Maps `frame` at `at`.
+    /// Maps `frame` at the page of `at`, with the page tables that this needs.
     pub fn map_page(&self, at: Gva, frame: Frame, writable: bool, executable: bool) {
         let mut table = ROOT;
         for level in (2..=4).rev() {
@@ -93,14 +95,14 @@ impl MockMemory {
                 let next = self.frame();
                 self.set_entry(table, slot, (next.0 << 12) | PTE_PRESENT | PTE_WRITE);
             }
-            table = Frame((self.entry(table, slot) & super::space::PTE_FRAME) >> 12);
+            table = Frame((self.entry(table, slot) & PTE_FRAME) >> 12);
         }
         let rights = if writable { PTE_WRITE } else { 0 } | if executable { 0 } else { PTE_NX };
         let slot = ((at.0 >> 12) & 511) as usize;
         self.set_entry(table, slot, (frame.0 << 12) | PTE_PRESENT | rights);
     }
 
-    /// Maps fresh frames with `bytes` at `at`, a page's start.
+    /// Maps new frames that hold `bytes` from `at` on, which is the start of a page.
     pub fn map_bytes(&self, at: Gva, bytes: &[u8], writable: bool, executable: bool) {
         for (i, part) in bytes.chunks(PAGE_LEN).enumerate() {
             let frame = self.frame();
@@ -110,7 +112,7 @@ impl MockMemory {
     }
 }
 
-struct MockWindow(Vec<Page>);
+struct MockWindow(Vec<MockPage>);
 
 impl MockWindow {
     /// Calls `each` for the parts of the pages that `len` bytes at `offset` touch.
@@ -118,7 +120,7 @@ impl MockWindow {
         &self,
         offset: usize,
         len: usize,
-        mut each: impl FnMut(&Page, std::ops::Range<usize>, usize),
+        mut each: impl FnMut(&MockPage, std::ops::Range<usize>, usize),
     ) -> Result<(), Error> {
         let size = self.0.len() * PAGE_LEN;
         if offset.checked_add(len).is_none_or(|end| end > size) {
@@ -165,23 +167,23 @@ impl MemoryMut for MockMemory {
     }
 }
 
-/// A mock whose memory changes while it is looked at: every so many words read come out inverted.
-pub struct Restless {
-    /// The memory as it is at rest.
-    pub at_rest: MockMemory,
-    /// One of so many 8-byte words is inverted.
+/// A mock whose memory changes while it is read: some words come out with all bits inverted.
+pub struct ChangingMemory {
+    /// The memory without the changes.
+    pub unchanged: MockMemory,
+    /// Of `every` 8-byte words that are read, the last is inverted.
     pub every: usize,
-    /// Words read until now.
+    /// Number of 8-byte words read until now.
     pub words: Rc<Cell<usize>>,
 }
 
-struct RestlessWindow {
+struct ChangingWindow {
     window: Box<dyn Window>,
     every: usize,
     words: Rc<Cell<usize>>,
 }
 
-impl Window for RestlessWindow {
+impl Window for ChangingWindow {
     fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), Error> {
         self.window.read(offset, buf)?;
         for word in buf.chunks_mut(8) {
@@ -194,10 +196,10 @@ impl Window for RestlessWindow {
     }
 }
 
-impl Memory for Restless {
+impl Memory for ChangingMemory {
     fn map(&self, frames: &[Frame]) -> Result<Box<dyn Window>, Error> {
-        Ok(Box::new(RestlessWindow {
-            window: self.at_rest.map(frames)?,
+        Ok(Box::new(ChangingWindow {
+            window: self.unchanged.map(frames)?,
             every: self.every,
             words: Rc::clone(&self.words),
         }))
