@@ -1,8 +1,8 @@
 //! Sections and relocations of a relocatable x86-64 ELF file, checked and copied out.
 //!
-//! Everything that later code may rely on is checked here: indexes name things that exist,
-//! symbols lie in their sections, relocations lie in theirs and don't overlap, sizes and names
-//! are bounded. Debug information is skipped.
+//! Everything that later code relies on is checked here: every index is one of something that exists,
+//! symbols lie in their sections, relocations lie in theirs and do not overlap, sizes and names are
+//! bounded. Debug information is skipped.
 
 use object::elf;
 use object::endian::LittleEndian;
@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::error::{limit, PayloadErrorKind, Result};
 use super::role::{classify, Role, SectionFlags};
-use super::symbol::{self, Symbol};
+use super::symbol::{self, ElfSymbol};
 use super::{MAX_FILE, MAX_NAME, MAX_RELOCS, MAX_SECTIONS};
 
 type Header = elf::FileHeader64<LittleEndian>;
@@ -22,44 +22,45 @@ pub(super) const LE: LittleEndian = LittleEndian;
 /// `SHF_RELA_LIVEPATCH` of `include/uapi/linux/elf.h`.
 const SHF_RELA_LIVEPATCH: u64 = 0x0010_0000;
 
-/// A section; its place in [`Payload::sections`](super::Payload::sections) is its ELF index.
+/// A section of the payload. Its index in [`Payload::sections`](super::Payload::sections) is its ELF
+/// index.
 #[derive(Debug, Clone)]
 pub struct Section {
     /// ELF section index.
     pub index: usize,
-    /// Name; may be empty.
+    /// Name, of printable characters; may be empty.
     pub name: String,
-    /// What it is for.
+    /// What a loader does with it, as its name and flags say.
     pub role: Role,
-    /// How it is loaded.
+    /// `sh_flags`, as far as they say how it is loaded.
     pub flags: SectionFlags,
     /// Alignment in bytes, a power of two, at least 1.
     pub align: u64,
     /// Size in bytes when loaded.
     pub size: u64,
-    /// Contents: `size` bytes, or empty for [`Role::Bss`] and others without contents, and for
-    /// [`Role::Table`], [`Role::KlpRela`] and [`Role::NonAlloc`], whose bytes nobody needs.
+    /// Contents: `size` bytes. Empty for [`Role::Bss`] and others without contents, and for
+    /// [`Role::Table`], [`Role::KlpRela`] and [`Role::NonAlloc`], whose bytes are not needed.
     pub data: Vec<u8>,
-    /// Relocations of this section, by rising offset, not overlapping. Those of a
-    /// [`Role::KlpRela`] section are its own, and their offsets are in its target.
+    /// Relocations of this section, by rising offset, not overlapping. Those of a [`Role::KlpRela`]
+    /// section are listed with that section itself; their offsets are in its target.
     pub relocs: Vec<Reloc>,
 }
 
 /// One relocation (`Elf64_Rela`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Reloc {
-    /// Where, in bytes from the start of the relocated section.
+    /// Offset of what it changes, in bytes from the start of the relocated section.
     pub offset: u64,
-    /// `R_X86_64_*`, not interpreted.
+    /// Type, a number `R_X86_64_*` of the x86-64 ELF ABI.
     pub rtype: u32,
-    /// Index in [`Payload::symbols`](super::Payload::symbols); never 0, except for `R_X86_64_NONE`.
+    /// Index in [`Payload::symbols`](super::Payload::symbols). It is 0 only for `R_X86_64_NONE`.
     pub symbol: usize,
-    /// Constant to add.
+    /// Constant to add to the value of the symbol.
     pub addend: i64,
 }
 
 /// Reads the file's sections and symbols.
-pub(super) fn parse(bytes: &[u8]) -> Result<(Vec<Section>, Vec<Symbol>)> {
+pub(super) fn parse(bytes: &[u8]) -> Result<(Vec<Section>, Vec<ElfSymbol>)> {
     super::ident::check(bytes)?;
     let header = Header::parse(bytes).map_err(|e| bad("file header", &e))?;
     let count = header
@@ -97,6 +98,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<(Vec<Section>, Vec<Symbol>)> {
     Ok((sections, symbols))
 }
 
+/// The error that `object` gives for what is at `place`.
 pub(super) fn bad(place: impl Into<String>, error: &object::read::Error) -> PayloadErrorKind {
     PayloadErrorKind::malformed(place, error.to_string())
 }
@@ -114,7 +116,7 @@ fn fits(bytes: &[u8], what: &str, end: u64) -> Result<()> {
     Ok(())
 }
 
-/// A name as text: short, UTF-8, without control characters (names get printed).
+/// A name as text: short, UTF-8, without control characters, because names are printed.
 pub(super) fn text(name: &[u8], place: &dyn Fn() -> String) -> Result<String> {
     limit("the length of a name", name.len() as u64, MAX_NAME)?;
     match std::str::from_utf8(name) {
@@ -129,6 +131,7 @@ pub(super) fn text(name: &[u8], place: &dyn Fn() -> String) -> Result<String> {
     }
 }
 
+/// Reads section number `index`, with its contents if they are needed.
 fn read_section(bytes: &[u8], index: usize, name: String, shdr: &Shdr) -> Result<Section> {
     let place = || format!("section {index} ({name})");
     let raw_flags = shdr.sh_flags(LE).0;
@@ -206,7 +209,7 @@ fn read_section(bytes: &[u8], index: usize, name: String, shdr: &Shdr) -> Result
     })
 }
 
-/// The role of a section of livepatch relocations; its target is checked later.
+/// The role of a section of livepatch relocations. `read_relocs` checks its target.
 fn klp_rela(name: &str, flags: u64, shdr: &Shdr, place: &dyn Fn() -> String) -> Result<Role> {
     let object = name
         .strip_prefix(".klp.rela.")
@@ -225,7 +228,7 @@ fn klp_rela(name: &str, flags: u64, shdr: &Shdr, place: &dyn Fn() -> String) -> 
     }
 }
 
-/// Bytes that a relocation changes; at least 1 for types that aren't known here.
+/// Number of bytes that a relocation changes; 1 for a type that is not known here.
 pub(super) fn reloc_width(rtype: u32) -> u64 {
     match rtype {
         0 => 0,                       // NONE
@@ -237,6 +240,7 @@ pub(super) fn reloc_width(rtype: u32) -> u64 {
     }
 }
 
+/// Reads the relocations of all sections that are loaded. `symbols` is the number of symbols.
 fn read_relocs(
     bytes: &[u8],
     headers: &[Shdr],
@@ -256,6 +260,7 @@ fn read_relocs(
         };
         let place = format!("relocations {index} ({name})");
         let fail = |problem: &str| Err(PayloadErrorKind::malformed(place.clone(), problem));
+        // Too large for an index is no section's index either.
         let target = usize::try_from(shdr.sh_info(LE)).unwrap_or(usize::MAX);
         let size = match sections.get(target) {
             Some(t) if matches!(t.role, Role::Null | Role::Table | Role::KlpRela { .. }) => {
@@ -300,6 +305,7 @@ fn read_relocs(
     Ok(())
 }
 
+/// Reads one relocation of a section of `size` bytes, in a file with so many `symbols`.
 fn read_reloc(
     rela: &elf::Rela64<LittleEndian>,
     size: u64,
@@ -308,6 +314,7 @@ fn read_reloc(
 ) -> Result<Reloc> {
     let rtype = rela.r_type(LE, false).0;
     let offset = rela.r_offset(LE);
+    // Too large for an index is no symbol's index either.
     let symbol = usize::try_from(rela.r_sym(LE, false)).unwrap_or(usize::MAX);
     let end = offset.checked_add(reloc_width(rtype));
     if end.is_none_or(|end| end > size) {

@@ -1,11 +1,12 @@
-//! What can be wrong with a payload file.
+//! What can be wrong with a payload file. Each message says what was expected, what was found, and what to
+//! do.
 
 use std::path::PathBuf;
 
 /// Result of reading one part of a payload.
 pub(super) type Result<T> = std::result::Result<T, PayloadErrorKind>;
 
-/// A payload that can't be read, and the file it came from.
+/// The error that a payload can't be used, with the name of its file.
 #[derive(Debug, thiserror::Error)]
 #[error("{file}: {kind}")]
 pub struct PayloadError {
@@ -16,7 +17,8 @@ pub struct PayloadError {
     pub kind: PayloadErrorKind,
 }
 
-/// What is wrong with a payload file: what was expected, what was found, where, what to do.
+/// What is wrong with a payload file. The message says what was expected, what was found, where, and what to
+/// do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PayloadErrorKind {
@@ -36,12 +38,12 @@ pub enum PayloadErrorKind {
     TooBig {
         /// What was counted.
         what: &'static str,
-        /// How much was found.
+        /// Number or size in bytes that was found.
         found: u64,
-        /// The limit.
+        /// Largest number or size that is accepted.
         max: u64,
     },
-    /// The file doesn't start as ELF files do.
+    /// The file does not begin with the magic bytes of ELF.
     #[error("not an ELF file: it starts like {found}; {advice}")]
     NotElf {
         /// What the first bytes look like.
@@ -49,14 +51,14 @@ pub enum PayloadErrorKind {
         /// What to do about it.
         advice: &'static str,
     },
-    /// The file ends before something that it refers to.
+    /// The file ends before something that its headers refer to.
     #[error("truncated: {what} needs {need} bytes, the file has {have}; copy or build it again")]
     Truncated {
-        /// What lies beyond the end.
+        /// What lies beyond the end of the file.
         what: String,
-        /// The smallest file length that would hold it.
+        /// Length of a file that would hold it, in bytes.
         need: u64,
-        /// The file's length.
+        /// Length of the file, in bytes.
         have: u64,
     },
     /// 32-bit or unknown ELF class, or big-endian.
@@ -90,7 +92,7 @@ pub enum PayloadErrorKind {
         /// Its usual name.
         name: &'static str,
     },
-    /// A field of the ELF structure can't be right.
+    /// A field of the ELF structures can't be right.
     #[error("malformed ELF: {place}: {problem}; the file is damaged or not made by kbuild")]
     Malformed {
         /// Section, symbol or table.
@@ -110,7 +112,7 @@ pub enum PayloadErrorKind {
         /// What was expected and what was found.
         problem: String,
     },
-    /// An ordinary module.
+    /// A module that is not a livepatch.
     #[error(
         "not a livepatch: module {module} {found}; a livepatch has MODULE_INFO(livepatch, \"Y\") \
          and a struct klp_patch"
@@ -121,7 +123,7 @@ pub enum PayloadErrorKind {
         /// Which sign of a livepatch is missing.
         found: &'static str,
     },
-    /// A livepatch by its modinfo, but no `struct klp_patch` can be made out.
+    /// A livepatch, as `.modinfo` says, without a readable `struct klp_patch`.
     #[error(
         "module {module} says livepatch, but no struct klp_patch can be read in it: {reasons}"
     )]
@@ -131,7 +133,7 @@ pub enum PayloadErrorKind {
         /// Why each candidate was not one.
         reasons: String,
     },
-    /// Several structures could be the `struct klp_patch`.
+    /// Two structures could be the `struct klp_patch`.
     #[error(
         "ambiguous: the structures at {first} and {second} both look like struct klp_patch; \
          a payload has exactly one"
@@ -148,7 +150,7 @@ pub enum PayloadErrorKind {
          build it with kpatch-build for a kernel with CONFIG_LIVEPATCH"
     )]
     KpatchCore,
-    /// A klp structure was found, but can't be right.
+    /// A structure of livepatch or kpatch was found, and can't be right.
     #[error("bad {structure} at {place}: {problem}")]
     Klp {
         /// `struct klp_patch`, `struct klp_object` or `struct klp_func`.
@@ -161,7 +163,7 @@ pub enum PayloadErrorKind {
 }
 
 impl PayloadErrorKind {
-    /// The file can't be read or is damaged; all else is a whole file that does not fit.
+    /// True if the file can't be read or is damaged. All other kinds are whole files of the wrong sort.
     #[must_use]
     pub fn is_damage(&self) -> bool {
         matches!(

@@ -1,10 +1,11 @@
-//! The first bytes of the file: what kind of file is this at all?
+//! The first bytes of the file (`e_ident`, `e_type`, `e_machine`): which kind of file it is.
 
 use super::error::{PayloadErrorKind, Result};
 
+/// Size of the ELF header (`Elf64_Ehdr`), in bytes.
 const EHDR_LEN: usize = 64;
 
-/// Checks magic, class, byte order, type and machine, the most telling fault first.
+/// Checks magic, class, byte order, machine and type, so that the error is the one that says most.
 pub(super) fn check(bytes: &[u8]) -> Result<()> {
     let magic = b"\x7fELF";
     if !bytes.starts_with(magic) {
@@ -65,6 +66,7 @@ fn truncated(bytes: &[u8]) -> PayloadErrorKind {
     }
 }
 
+/// Usual name of an `e_machine`.
 fn machine_name(machine: u16) -> &'static str {
     match machine {
         3 => "x86-32",
@@ -78,6 +80,7 @@ fn machine_name(machine: u16) -> &'static str {
     }
 }
 
+/// What a file looks like that is not ELF, and what to do about it.
 fn guess(bytes: &[u8]) -> (&'static str, &'static str) {
     let unpack = "unpack it first";
     let give = "give the path of a livepatch module (.ko)";

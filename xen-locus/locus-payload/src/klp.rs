@@ -1,10 +1,10 @@
-//! `struct klp_patch` and what hangs off it, made out from a module's relocations.
+//! `struct klp_patch` and the structures that it points at, found through a module's relocations.
 //!
-//! From inside, the module hands its `struct klp_patch` to `klp_enable_patch()`. From outside
-//! nothing runs, so the structure is found by the one thing that every patch has: its first field
-//! is the address of the module itself. The first fields of the three structures are the
-//! interface that patch authors write against (`include/linux/livepatch.h`), the same in every
-//! kernel since 4.0:
+//! When the kernel loads a module, `module_init` passes the `struct klp_patch` to
+//! `klp_enable_patch()`. Here nothing runs. So the structure is found by the one thing that every patch
+//! has: its first field is the address of the module itself. The first fields of the three structures
+//! are the interface that patch authors write against (`include/linux/livepatch.h`). They are the same
+//! in every kernel since 4.0:
 //!
 //! ```text
 //! struct klp_patch  { struct module *mod; struct klp_object *objs; … }
@@ -12,60 +12,59 @@
 //! struct klp_func   { const char *old_name; void *new_func; unsigned long old_sympos; … }
 //! ```
 //!
-//! The structures go on with the kernel's own fields, so their sizes differ between kernels.
-//! Arrays end with an element of zeroes, and the symbol of an array gives its whole size, so
-//! the size of an element follows from the number of elements seen. The linker confirms it
-//! against the guest's own types.
+//! The kernel's own fields follow, so the sizes of the structures differ between kernels. An array ends
+//! with an element of zeroes, and its symbol gives its whole size. So the size of an element follows
+//! from the number of elements. The linker later compares it with the guest's own types.
 
 use serde::Serialize;
 
-use super::deref::{Pointee, View};
 use super::elf::Section;
 use super::error::{PayloadErrorKind, Result};
+use super::pointers::{Pointee, View};
 use super::role::Role;
-use super::symbol::{SymSection, Symbol};
-use super::MAX_NAME;
+use super::symbol::{ElfSymbol, SymSection};
 
-/// Most structures that are looked at closely as a possible `struct klp_patch`.
+/// Most structures that are read as a possible `struct klp_patch`.
 const MAX_LIKELY: u64 = 64;
 /// Most objects in a patch.
 pub(super) const MAX_OBJECTS: u64 = 1024;
 /// Most functions in a patch, over all objects.
 pub(super) const MAX_FUNCS: u64 = 16384;
-/// Largest structure of the three; in Linux 6.1 they have 200, 168 and 152 bytes.
+/// Largest size of each of the three structures, in bytes. In Linux 6.1 they have 200, 168 and 152.
 const MAX_STRUCT: u64 = 4096;
-/// Fields of `struct klp_object` that a patch author fills end here: name, funcs, 4 callbacks.
+/// Offset in `struct klp_object` where the fields of the patch author end: name, funcs, 4 callbacks.
 const OBJECT_EXTERNAL: u64 = 48;
-/// Fields of `struct klp_func` that a patch author fills end here.
+/// Offset in `struct klp_func` where the fields of the patch author end.
 const FUNC_EXTERNAL: u64 = 24;
 
-/// A payload's `struct klp_patch`.
+/// What a payload replaces: its `struct klp_patch` (`include/linux/livepatch.h` of Linux), or the tables
+/// of kpatch-build that stand for one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Klp {
-    /// The section that holds it, and its place there; `None` in a module made by kpatch-build,
-    /// which makes it when it is loaded from inside.
+    /// ELF index of the section that holds it, and offset there in bytes. `None` in a module made by
+    /// kpatch-build, whose `module_init` makes the structure.
     pub place: Option<(usize, u64)>,
-    /// Its size, if a symbol tells.
+    /// Size of the structure in bytes, if a symbol gives it.
     pub size: Option<u64>,
-    /// Its `replace` field; `None` if the file alone can't tell: if it is among fields that this
-    /// reader doesn't know, or if the payload's code may set it when it is loaded from inside.
+    /// The `replace` field: true if the patch replaces all others. `None` if the file alone can't tell:
+    /// the field is among fields that this reader does not know, or `module_init` may set it.
     pub replace: Option<bool>,
-    /// True if it has `states`.
+    /// True if the `states` field is not null.
     pub states: bool,
-    /// `sizeof(struct klp_object)` as inferred; `None` where there is no such array.
+    /// `sizeof(struct klp_object)` in bytes, as inferred; `None` if there is no such array.
     pub object_stride: Option<u64>,
-    /// `sizeof(struct klp_func)` as inferred; `None` where there is no such array.
+    /// `sizeof(struct klp_func)` in bytes, as inferred; `None` if there is no such array.
     pub func_stride: Option<u64>,
-    /// What it patches.
+    /// The kernel and the modules whose functions are replaced.
     pub objects: Vec<KlpObject>,
 }
 
 /// A `struct klp_object`: the kernel or a module, and its functions.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct KlpObject {
-    /// A module's name; `None` is the kernel itself.
+    /// Name of the module; `None` is the kernel itself (`vmlinux`).
     pub name: Option<String>,
-    /// True if it has callbacks.
+    /// True if one of `pre_patch`, `post_patch`, `pre_unpatch` and `post_unpatch` is set.
     pub callbacks: bool,
     /// Functions that are replaced.
     pub funcs: Vec<KlpFunc>,
@@ -78,20 +77,20 @@ pub struct KlpFunc {
     pub old_name: String,
     /// 0 if the name is unique in its object, else which of its occurrences, from 1.
     pub old_sympos: u64,
-    /// The symbol of the new function.
+    /// Index of the new function in [`Payload::symbols`](super::Payload::symbols).
     pub new_symbol: usize,
-    /// The section that holds the new function, of [`Role::Text`].
+    /// ELF index of the section that holds the new function; its role is [`Role::Text`].
     pub new_section: usize,
-    /// Its place in that section.
+    /// Offset of the new function in that section, in bytes.
     pub new_offset: u64,
-    /// Its size in bytes, at least 1.
+    /// Size of the new function in bytes, at least 1.
     pub new_size: u64,
 }
 
-/// Finds the payload's one `struct klp_patch`. `module` is for messages.
-pub(super) fn find(sections: &[Section], symbols: &[Symbol], module: &str) -> Result<Klp> {
+/// Finds the payload's one `struct klp_patch`. `module` is its name, for messages.
+pub(super) fn find(sections: &[Section], symbols: &[ElfSymbol], module: &str) -> Result<Klp> {
     let view = View::new(sections, symbols);
-    let mut good: Option<Klp> = None;
+    let mut good: Option<((usize, u64), Klp)> = None;
     let mut fault: Option<PayloadErrorKind> = None;
     let mut seen = 0u64;
     let mut likely = 0u64;
@@ -110,38 +109,36 @@ pub(super) fn find(sections: &[Section], symbols: &[Symbol], module: &str) -> Re
                 likely,
                 MAX_LIKELY,
             )?;
+            let here = (section.index, reloc.offset);
             match (patch_at(&view, section, reloc.offset, &objs), &good) {
-                (Ok(second), Some(first)) => {
-                    let place = |klp: &Klp| {
-                        let (section, offset) = klp.place.unwrap_or_default();
-                        view.place(section, offset)
-                    };
+                (Ok(_), Some((first, _))) => {
                     return Err(PayloadErrorKind::AmbiguousKlpPatch {
-                        first: place(first),
-                        second: place(&second),
+                        first: view.place(first.0, first.1),
+                        second: view.place(here.0, here.1),
                     });
                 }
-                (Ok(klp), None) => good = Some(klp),
+                (Ok(klp), None) => good = Some((here, klp)),
                 (Err(problem), _) => fault = Some(problem),
             }
         }
     }
-    // A structure that is damaged behind its head must not hide behind a sound one.
+    // A structure whose first fields are right and whose rest is damaged is an error, also beside a good one.
     if let Some(fault) = fault {
         return Err(fault);
     }
-    good.ok_or_else(|| PayloadErrorKind::NoKlpPatch {
+    let found = good.map(|(_, klp)| klp);
+    found.ok_or_else(|| PayloadErrorKind::NoKlpPatch {
         module: module.to_owned(),
         reasons: format!(
-            "{seen} addresses of the module are in its data, none followed by the address of an \
+            "{seen} addresses of the module are in its data, none is followed by the address of an \
              array of struct klp_object"
         ),
     })
 }
 
-/// The objects of a `struct klp_patch`; `None` if this is surely another structure.
+/// Where the `objs` of a `struct klp_patch` lead; `None` if this must be another structure.
 ///
-/// Others that start with their owner go on with functions, strings, lists or numbers.
+/// In other structures that start with their owner, functions, strings, lists or numbers follow.
 fn objects_behind(view: &View, section: &Section, offset: u64) -> Option<Pointee> {
     let objs = view
         .pointer(section, offset.saturating_add(8))
@@ -151,17 +148,12 @@ fn objects_behind(view: &View, section: &Section, offset: u64) -> Option<Pointee
     looks_like_object(view, target, objs.offset).then_some(objs)
 }
 
-/// Reads a `struct klp_patch`.
+/// Reads the `struct klp_patch` at `offset` of a section.
 fn patch_at(view: &View, section: &Section, offset: u64, objs: &Pointee) -> Result<Klp> {
     let what = "struct klp_patch";
     let here = (section.index, offset);
     let Some(objects) = view.data(objs) else {
-        return klp_fault(
-            view,
-            what,
-            here,
-            "its objs are not in the payload's data".into(),
-        );
+        return view.fault(what, here, "its objs are not in the payload's data");
     };
     let size = view.object_size(section.index, offset)?;
     let (replace, states) = patch_tail(view, section, offset, size)?;
@@ -182,7 +174,7 @@ fn patch_at(view: &View, section: &Section, offset: u64, objs: &Pointee) -> Resu
         )?);
     }
     let Some(func_stride) = func_stride else {
-        return klp_fault(view, what, here, "it has no functions".into());
+        return view.fault(what, here, "it has no functions");
     };
     Ok(Klp {
         place: Some(here),
@@ -195,10 +187,12 @@ fn patch_at(view: &View, section: &Section, offset: u64, objs: &Pointee) -> Resu
     })
 }
 
-/// What can be said of the fields of `struct klp_patch` behind `objs`.
+/// The fields of `struct klp_patch` after `objs`: `replace` if it can be told, and whether there are
+/// `states`.
 ///
-/// `replace` came with Linux 5.1 at offset 16; `states` came before it with Linux 5.5 and moved
-/// it to 24. So a lone 1 at either place is `replace`, and zeroes everywhere are `false`.
+/// Linux 5.1 added `replace` at offset 16. Linux 5.5 put `states` in front of it, so that it is at 24. So a
+/// single 1 at either offset is `replace`, and
+/// zeroes everywhere are `false`.
 fn patch_tail(
     view: &View,
     section: &Section,
@@ -233,7 +227,7 @@ fn patch_tail(
     Ok((replace, states))
 }
 
-/// True if a `struct klp_object` with functions may start here.
+/// True if a `struct klp_object` with functions may start at `offset` of a section.
 fn looks_like_object(view: &View, section: &Section, offset: u64) -> bool {
     let funcs = view
         .pointer(section, offset.saturating_add(8))
@@ -241,8 +235,8 @@ fn looks_like_object(view: &View, section: &Section, offset: u64) -> bool {
         .flatten();
     let Some(funcs) = funcs else { return false };
     view.data(&funcs).is_some_and(|target| {
-        // A first function with a name, or the end at once, if there are callbacks only.
-        // Names and lists of other structures don't start so.
+        // The first function has a name, or the array ends at once if there are callbacks only. Names
+        // and lists of other structures do not begin like that.
         let end = funcs.offset.saturating_add(FUNC_EXTERNAL);
         let named = view
             .pointer(target, funcs.offset)
@@ -251,43 +245,30 @@ fn looks_like_object(view: &View, section: &Section, offset: u64) -> bool {
     })
 }
 
-fn klp_fault<T>(view: &View, what: &'static str, at: (usize, u64), problem: String) -> Result<T> {
-    Err(PayloadErrorKind::Klp {
-        structure: what,
-        place: view.place(at.0, at.1),
-        problem,
-    })
-}
-
-/// The size of the array at a place, from its symbol.
+/// Size in bytes of the array at `offset` of a section, which its symbol gives.
 fn array_size(view: &View, what: &'static str, section: &Section, offset: u64) -> Result<u64> {
     let reached = |size| view.code_refers_to(section.index, offset, offset.saturating_add(size));
     match view.object_size(section.index, offset)? {
-        Some(size) if reached(size) => klp_fault(
-            view,
-            what,
+        Some(size) if reached(size) => view.fault(what,
             (section.index, offset),
-            "code of the payload refers to this array, so module_init may change it when it is \
-             loaded from inside; fill it in where it is defined"
-                .into(),
+            "code of the payload refers to this array, so module_init may change it when the kernel \
+             loads the module; fill it in where it is defined",
         ),
         Some(size) => Ok(size),
-        None => klp_fault(
-            view,
-            what,
+        None => view.fault(what,
             (section.index, offset),
-            "no symbol gives the size of this array; build the module with its symbols".into(),
+            "no symbol gives the size of this array; build the module with its symbols",
         ),
     }
 }
 
-/// The size of `struct klp_object` and the number of those before the terminating one.
+/// Size of `struct klp_object` in bytes, and number of elements before the terminating one.
 fn object_stride(view: &View, section: &Section, offset: u64) -> Result<(u64, u64)> {
     let what = "struct klp_object";
     let size = array_size(view, what, section, offset)?;
     let end = offset.saturating_add(size);
     let relocs = view.relocs_in(section, offset, end).count() as u64;
-    // Each element but the last holds at least the address of its functions.
+    // Each element except the last holds at least the address of its functions.
     let most = relocs.saturating_add(1).min(MAX_OBJECTS.saturating_add(1));
     let fits = |elements: u64| {
         let stride = size / elements;
@@ -304,8 +285,7 @@ fn object_stride(view: &View, section: &Section, offset: u64) -> Result<(u64, u6
     let found: Vec<u64> = (2..=most).filter(|elements| fits(*elements)).collect();
     match found.as_slice() {
         [elements] => Ok((size / elements, elements.saturating_sub(1))),
-        [] => klp_fault(
-            view,
+        [] => view.fault(
             what,
             (section.index, offset),
             format!(
@@ -313,8 +293,7 @@ fn object_stride(view: &View, section: &Section, offset: u64) -> Result<(u64, u6
                  with an element of zeroes; every klp_object needs funcs"
             ),
         ),
-        _ => klp_fault(
-            view,
+        _ => view.fault(
             what,
             (section.index, offset),
             format!(
@@ -325,6 +304,8 @@ fn object_stride(view: &View, section: &Section, offset: u64) -> Result<(u64, u6
     }
 }
 
+/// Reads the `struct klp_object` of `stride` bytes at offset `at`. `func_stride` and `total` are those of
+/// the objects before it.
 fn object_at(
     view: &View,
     section: &Section,
@@ -336,23 +317,23 @@ fn object_at(
     let what = "struct klp_object";
     let here = (section.index, at);
     let name = match view.pointer(section, at)? {
-        Some(pointee) => Some(string(view, what, here, "name", &pointee)?),
+        Some(pointee) => Some(view.name(what, here, "name", Some(pointee))?),
         None => None,
     };
     if name.as_deref() == Some("vmlinux") || name.as_deref() == Some("") {
-        let problem = "the kernel itself has no name here; leave .name out".into();
-        return klp_fault(view, what, here, problem);
+        let problem = "the kernel itself has no name here; leave .name out";
+        return view.fault(what, here, problem);
     }
     let end = at.saturating_add(stride);
     let external = at.saturating_add(OBJECT_EXTERNAL);
     if !view.is_zero(section, external, end) {
-        let problem = "the kernel's own fields are not zero, expected zeroes in a file".into();
-        return klp_fault(view, what, here, problem);
+        let problem = "the kernel's own fields are not zero, expected zeroes in a file";
+        return view.fault(what, here, problem);
     }
     let callbacks = !view.is_zero(section, at.saturating_add(16), external);
     let funcs = match view.pointer(section, at.saturating_add(8))? {
         Some(pointee) => functions(view, &pointee, here, func_stride, total)?,
-        None => return klp_fault(view, what, here, "it has no funcs".into()),
+        None => return view.fault(what, here, "it has no funcs"),
     };
     Ok(KlpObject {
         name,
@@ -371,8 +352,8 @@ fn functions(
 ) -> Result<Vec<KlpFunc>> {
     let what = "struct klp_func";
     let Some(section) = view.data(pointee) else {
-        let problem = "its funcs are not in a data section of the payload".into();
-        return klp_fault(view, "struct klp_object", object, problem);
+        let problem = "its funcs are not in a data section of the payload";
+        return view.fault("struct klp_object", object, problem);
     };
     let offset = pointee.offset;
     let here = (section.index, offset);
@@ -393,13 +374,13 @@ fn functions(
             "{relocs} addresses in an array of {size} bytes, expected two for each function and \
              an element of zeroes at the end; every klp_func needs old_name and new_func"
         );
-        return klp_fault(view, what, here, problem);
+        return view.fault(what, here, problem);
     }
     if let Some(known) = known_stride.replace(stride) {
         if known != stride {
             let problem =
                 format!("its elements have {stride} bytes, those of another array {known}");
-            return klp_fault(view, what, here, problem);
+            return view.fault(what, here, problem);
         }
     }
     *total = total.saturating_add(count);
@@ -416,12 +397,13 @@ fn functions(
         .collect()
 }
 
+/// Reads the `struct klp_func` of `stride` bytes at offset `at`.
 fn function_at(view: &View, section: &Section, at: u64, stride: u64) -> Result<KlpFunc> {
     let what = "struct klp_func";
     let here = (section.index, at);
-    let fail = |problem: String| klp_fault(view, what, here, problem);
+    let fail = |problem: String| view.fault(what, here, problem);
     let old_name = match view.pointer(section, at)? {
-        Some(pointee) => string(view, what, here, "old_name", &pointee)?,
+        Some(pointee) => view.name(what, here, "old_name", Some(pointee))?,
         None => return fail("it has no old_name".into()),
     };
     let Some(new) = view.pointer(section, at.saturating_add(8))? else {
@@ -462,23 +444,4 @@ fn function_at(view: &View, section: &Section, at: u64, stride: u64) -> Result<K
         new_offset: new.offset,
         new_size,
     })
-}
-
-/// A name that a field points at.
-fn string(
-    view: &View,
-    what: &'static str,
-    here: (usize, u64),
-    field: &str,
-    pointee: &Pointee,
-) -> Result<String> {
-    match view.string(pointee) {
-        Some(text) if !text.is_empty() => Ok(text.to_owned()),
-        _ => klp_fault(
-            view,
-            what,
-            here,
-            format!("{field} doesn't point at a printable name of 1 to {MAX_NAME} bytes"),
-        ),
-    }
 }

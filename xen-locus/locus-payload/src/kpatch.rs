@@ -1,49 +1,50 @@
 //! What a module made by kpatch-build replaces.
 //!
-//! Such a module has no `struct klp_patch` in its file: its `module_init` makes one from tables
-//! that kpatch-build writes (`kmod/patch/kpatch-patch.h`, `livepatch-patch-hook.c` and
-//! `kpatch.lds.S` of kpatch). They say the same, so they are read in its place:
+//! The file of such a module has no `struct klp_patch`. Its `module_init` makes one from tables that
+//! kpatch-build writes (`kmod/patch/kpatch-patch.h`, `livepatch-patch-hook.c` and `kpatch.lds.S` of
+//! kpatch). The tables say the same, so they are read instead:
 //!
 //! ```text
 //! .kpatch.funcs       struct kpatch_patch_func { unsigned long new_addr, new_size, old_addr,
 //!                     old_size, sympos; char *name, *objname; } [];
 //! .kpatch.callbacks.* struct { callback; char *objname; } [];
 //! .kpatch.strings     the names
-//! .kpatch.force       functions that kpatch would not wait for; here they are waited for too
+//! .kpatch.force       functions that kpatch does not wait for; xen-locus waits for them too
 //! ```
 //!
-//! `old_addr` and `old_size` are those of the kernel it was built for, without KASLR; the running
-//! kernel's own symbols are asked instead, as livepatch does.
+//! `old_addr` and `old_size` are those of the kernel that the module was built for, without KASLR. They
+//! are not used: as in livepatch, the running kernel's own symbols count.
 
 use iced_x86::{Decoder, DecoderOptions, Mnemonic, OpKind};
 
-use super::deref::{Pointee, View};
 use super::elf::Section;
 use super::error::{limit, PayloadErrorKind, Result};
 use super::klp::{Klp, KlpFunc, KlpObject, MAX_FUNCS, MAX_OBJECTS};
+use super::pointers::{Pointee, View};
 use super::role::Role;
-use super::symbol::{SymSection, Symbol};
-use super::MAX_NAME;
+use super::symbol::{ElfSymbol, SymSection};
 
-/// The table of functions; a module that has it was made by kpatch-build.
+/// The table of functions. Every module made by kpatch-build has it.
 pub(super) const FUNCS: &str = ".kpatch.funcs";
-/// Relocations in a format of kpatch's own, for its module `kpatch.ko` instead of livepatch.
+/// Relocations in kpatch's own format, for its module `kpatch.ko` and not for livepatch.
 const DYNRELAS: &str = ".kpatch.dynrelas";
 /// Beginning of the names of the four tables of callbacks.
 const CALLBACKS: &str = ".kpatch.callbacks.";
-/// Size of a `struct kpatch_patch_func`, and offsets of its fields.
+/// What messages call an element of the tables.
+const STRUCTURE: &str = "struct kpatch_patch_func";
+/// Size of a `struct kpatch_patch_func` in bytes, and offsets of its fields.
 const FUNC: u64 = 56;
 const NEW_SIZE: u64 = 8;
 const SYMPOS: u64 = 32;
 const NAME: u64 = 40;
 const OBJNAME: u64 = 48;
-/// Size of an element of a table of callbacks. Zeroes of half an element end each table.
+/// Size of an element of a table of callbacks, in bytes. Zeroes of half that size end each table.
 const CALLBACK: u64 = 16;
-/// Where `struct klp_patch` has its `replace`: since Linux 5.5, and in 5.1 to 5.4.
+/// Offset of `replace` in `struct klp_patch`: since Linux 5.5, and in 5.1 to 5.4.
 const REPLACE: [u64; 2] = [24, 16];
 
 /// Reads the tables; `None` if the module has none of them.
-pub(super) fn find(sections: &[Section], symbols: &[Symbol]) -> Result<Option<Klp>> {
+pub(super) fn find(sections: &[Section], symbols: &[ElfSymbol]) -> Result<Option<Klp>> {
     let named = |name: &str| sections.iter().find(|s| s.name == name && s.flags.alloc);
     if named(DYNRELAS).is_some() {
         return Err(PayloadErrorKind::KpatchCore);
@@ -62,9 +63,9 @@ pub(super) fn find(sections: &[Section], symbols: &[Symbol]) -> Result<Option<Kl
         objects: Vec::new(),
     };
     if !funcs.size.is_multiple_of(FUNC) {
-        return fault(
-            &view,
-            (funcs, 0),
+        return view.fault(
+            STRUCTURE,
+            (funcs.index, 0),
             format!(
                 "the table has {} bytes, expected a multiple of {FUNC}: made by a kpatch \
                  that does not know sympos yet?",
@@ -83,7 +84,7 @@ pub(super) fn find(sections: &[Section], symbols: &[Symbol]) -> Result<Option<Kl
     {
         for at in (0..table.size / CALLBACK).map(|index| index.saturating_mul(CALLBACK)) {
             if view.pointer(table, at)?.is_some() {
-                let name = string(&view, (table, at), "objname", CALLBACK / 2)?;
+                let name = name(&view, table, at, ("objname", CALLBACK / 2))?;
                 object_of(&mut klp, name)?.callbacks = true;
             }
         }
@@ -91,7 +92,7 @@ pub(super) fn find(sections: &[Section], symbols: &[Symbol]) -> Result<Option<Kl
     Ok(Some(klp))
 }
 
-/// The object called `name`, made if it is new.
+/// The object called `name`, which is added if it is new.
 fn object_of(klp: &mut Klp, name: String) -> Result<&mut KlpObject> {
     let name = Some(name).filter(|name| name != "vmlinux");
     let at = match klp.objects.iter().position(|o| o.name == name) {
@@ -115,53 +116,32 @@ fn object_of(klp: &mut Klp, name: String) -> Result<&mut KlpObject> {
         .ok_or_else(|| PayloadErrorKind::malformed(FUNCS, "no object"))
 }
 
-fn fault<T>(view: &View, at: (&Section, u64), problem: String) -> Result<T> {
-    Err(PayloadErrorKind::Klp {
-        structure: "struct kpatch_patch_func",
-        place: view.place(at.0.index, at.1),
-        problem,
-    })
-}
-
-/// The name that the field `offset` of the structure at a place points at.
-fn string(view: &View, at: (&Section, u64), field: &str, offset: u64) -> Result<String> {
-    let pointee = view.pointer(at.0, at.1.saturating_add(offset))?;
-    match pointee.and_then(|p| view.string(&p)) {
-        Some(text) if !text.is_empty() => Ok(text.to_owned()),
-        _ => fault(
-            view,
-            at,
-            format!("{field} doesn't point at a printable name of 1 to {MAX_NAME} bytes"),
-        ),
-    }
+/// The name that a field, called and at an offset as in `field`, of the structure at `at` points at.
+fn name(view: &View, table: &Section, at: u64, field: (&str, u64)) -> Result<String> {
+    let pointee = view.pointer(table, at.saturating_add(field.1))?;
+    view.name(STRUCTURE, (table.index, at), field.0, pointee)
 }
 
 /// The function at an offset in the table, and the name of its object.
 fn function(view: &View, table: &Section, at: u64) -> Result<(String, KlpFunc)> {
-    let here = (table, at);
-    let object = string(view, here, "objname", OBJNAME)?;
-    let old_name = string(view, here, "name", NAME)?;
+    let fault = |problem: String| view.fault(STRUCTURE, (table.index, at), problem);
+    let object = name(view, table, at, ("objname", OBJNAME))?;
+    let old_name = name(view, table, at, ("name", NAME))?;
     let old_sympos = view.literal(table, at.saturating_add(SYMPOS))?;
     let listed = view.literal(table, at.saturating_add(NEW_SIZE))?;
     let Some(new) = view.pointer(table, at)? else {
-        return fault(view, here, format!("{old_name} has no new_addr"));
+        return fault(format!("{old_name} has no new_addr"));
     };
     let Some((new_section, new_symbol, new_size)) = code(view, &new) else {
-        return fault(
-            view,
-            here,
-            format!(
-                "new_addr of {old_name} is no function with a size in a section of code that \
+        return fault(format!(
+            "new_addr of {old_name} is no function with a size in a section of code that \
                  stays loaded"
-            ),
-        );
+        ));
     };
     if listed != new_size {
-        return fault(
-            view,
-            here,
-            format!("{old_name} has {listed} bytes in the table, its symbol {new_size}"),
-        );
+        return fault(format!(
+            "{old_name} has {listed} bytes in the table, its symbol {new_size}"
+        ));
     }
     let func = KlpFunc {
         old_name,
@@ -174,7 +154,7 @@ fn function(view: &View, table: &Section, at: u64) -> Result<(String, KlpFunc)> 
     Ok((object, func))
 }
 
-/// Section, symbol and size of the function that a pointer leads to.
+/// The function that a pointer leads to: index of its section and of its symbol, and size in bytes.
 fn code(view: &View, pointee: &Pointee) -> Option<(usize, usize, u64)> {
     let SymSection::Section(index) = pointee.section else {
         return None;
@@ -184,10 +164,9 @@ fn code(view: &View, pointee: &Pointee) -> Option<(usize, usize, u64)> {
     (section.role == Role::Text).then_some((index, symbol, size))
 }
 
-/// What `module_init` sets `replace` to: the one constant of a byte that it writes to where
-/// `struct klp_patch` has this field, the rest of which it only fills with pointers. `None` if that
-/// can't be told.
-fn replace(sections: &[Section], symbols: &[Symbol]) -> Option<bool> {
+/// What `module_init` sets `replace` to. It fills the rest of `struct klp_patch` with pointers, and writes
+/// one constant of a byte to the offset of this field. `None` if that can't be told.
+fn replace(sections: &[Section], symbols: &[ElfSymbol]) -> Option<bool> {
     let init = symbols
         .iter()
         .find(|s| s.name == "init_module" && s.size > 0)?;

@@ -1,20 +1,48 @@
-//! Payload files: reads a livepatch module (`.ko`) and says what it changes.
+//! Payload files: reads a livepatch module (`.ko`) of Linux and says what it changes.
 //!
-//! Nothing here knows a guest or Xen: a file goes in, a plain checked structure comes out.
+//! This crate knows neither a guest nor Xen. A file goes in, and a checked structure without pointers
+//! comes out.
 //!
-//! ```text
-//! file -> ident    is it an ELF file for x86-64, and relocatable?
-//!      -> elf      sections (role: what each is for) and relocations, all bounds checked
-//!      -> symbol   symbols, livepatch symbols too
-//!      -> modinfo  name, kernel, license, is it a livepatch?
-//!      -> klp      struct klp_patch and what hangs off it (deref: pointers through relocations)
-//!      or kpatch   the tables that kpatch-build writes in its place
-//!      -> Payload, and of it a Summary for people
+//! ```no_run
+//! use std::path::Path;
+//!
+//! use locus_payload::{Payload, PayloadError};
+//!
+//! fn print_functions(path: &Path) -> Result<(), PayloadError> {
+//!     let payload = Payload::read(path)?;
+//!     for object in &payload.klp.objects {
+//!         let object_name = object.name.as_deref().unwrap_or("vmlinux");
+//!         for func in &object.funcs {
+//!             println!("{object_name}:{} ({} bytes)", func.old_name, func.new_size);
+//!         }
+//!     }
+//!     // What a loader must handle, or else refuse the payload.
+//!     for concern in payload.concerns() {
+//!         println!("{}: {}", concern.subject, concern.reason);
+//!     }
+//!     Ok(())
+//! }
 //! ```
 //!
-//! A file is garbage until proven otherwise: each count and size has a limit, arithmetic is
-//! checked, and no input can cause a panic. Formats: `Documentation/livepatch/
-//! module-elf-format.rst` and `include/linux/livepatch.h` of Linux, and the x86-64 ELF ABI.
+//! Files, in the order of the data:
+//!
+//! ```text
+//! file -> ident        is it an ELF file for x86-64, and relocatable?
+//!      -> elf          sections (role: what each is for) and relocations, all bounds checked
+//!      -> symbol       symbols, livepatch symbols too
+//!      -> modinfo      name, kernel, license, is it a livepatch?
+//!      -> klp          struct klp_patch and what it points at (pointers: through relocations)
+//!      or kpatch       the tables that kpatch-build writes instead
+//!      -> lib          Payload
+//!      -> modversions  CRCs of the kernel's exported symbols
+//!      -> summary      Summary for people and JSON, and what a loader must handle
+//! error                what can be wrong, and what to do
+//! testelf              payloads for tests (feature `testing`)
+//! ```
+//!
+//! A file is garbage until proven otherwise: each count and size has a limit, arithmetic is checked, and
+//! no input can cause a panic. Formats: `Documentation/livepatch/module-elf-format.rst` and
+//! `include/linux/livepatch.h` of Linux, and the x86-64 ELF ABI.
 #![forbid(unsafe_code)]
 #![deny(clippy::print_stderr)]
 
@@ -22,26 +50,27 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+use object::elf::{FileHeader64, NT_GNU_BUILD_ID};
+use object::read::elf::NoteIterator;
+use object::LittleEndian;
 use sha2::{Digest, Sha256};
 
-mod deref;
 mod elf;
 mod error;
 mod ident;
 mod klp;
 mod kpatch;
 mod modinfo;
+mod modversions;
+mod pointers;
 mod role;
 mod summary;
 mod symbol;
 #[cfg(any(test, feature = "testing"))]
 pub mod testelf;
-mod versions;
 
 #[cfg(test)]
 mod tests;
-#[cfg(test)]
-mod tests_hostile;
 
 pub use elf::{Reloc, Section};
 pub use error::{PayloadError, PayloadErrorKind};
@@ -49,46 +78,49 @@ pub use klp::{Klp, KlpFunc, KlpObject};
 pub use modinfo::{is_module_name, Modinfo};
 pub use role::{Role, SectionFlags};
 pub use summary::{Concern, FunctionSummary, ObjectSummary, RoleSummary, Summary};
-pub use symbol::{Binding, KlpSym, SymKind, SymSection, Symbol};
+pub use symbol::{Binding, ElfSymbol, KlpSym, SymKind, SymSection};
 
 /// Largest payload file, and largest sum of the sizes of its loaded sections, in bytes.
 pub const MAX_FILE: u64 = 64 << 20;
-/// Most sections.
+/// Most sections of a file.
 pub const MAX_SECTIONS: u64 = 4096;
-/// Most symbols.
+/// Most symbols of a file.
 pub const MAX_SYMBOLS: u64 = 1 << 20;
-/// Most relocations, not counting those of debug information.
+/// Most relocations of a file, without those of debug information.
 pub const MAX_RELOCS: u64 = 1 << 20;
 /// Longest name of a section, symbol, object or function, in bytes.
 pub const MAX_NAME: u64 = 512;
+/// Longest build id of a payload, in bytes; linkers make 20.
+const MAX_BUILD_ID: usize = 64;
 
-/// A livepatch module, read and checked.
+/// A livepatch module, read and checked. Indexes in it are of sections and symbols that exist.
 #[derive(Debug, Clone)]
 pub struct Payload {
-    /// Name: 1 to 55 of `A-Z a-z 0-9 _ -`.
+    /// Name of the module: 1 to 55 of `A-Z a-z 0-9 _ -`.
     pub name: String,
-    /// SHA-256 of the file.
+    /// SHA-256 of the whole file.
     pub sha256: [u8; 32],
     /// Length of the file in bytes.
     pub file_len: u64,
-    /// What the module says about itself.
+    /// What the module says about itself in `.modinfo`.
     pub modinfo: Modinfo,
-    /// All sections, by ELF index.
+    /// All sections; the place of each is its ELF index.
     pub sections: Vec<Section>,
-    /// All symbols, by ELF index.
-    pub symbols: Vec<Symbol>,
-    /// What is replaced.
+    /// All symbols; the place of each is its ELF index.
+    pub symbols: Vec<ElfSymbol>,
+    /// The functions that it replaces.
     pub klp: Klp,
     /// Build id of the payload itself (not of the kernel it is for).
     pub build_id: Option<Vec<u8>>,
 }
 
 impl Payload {
-    /// Reads a payload file.
+    /// Reads the payload file at `path`.
     ///
     /// # Errors
     ///
-    /// If the file can't be read, is larger than [`MAX_FILE`], or is no livepatch module.
+    /// The file can't be read, is larger than [`MAX_FILE`], or is not a livepatch module that can be read.
+    /// The error names the file.
     pub fn read(path: &Path) -> Result<Self, PayloadError> {
         let file = path.display().to_string();
         let stem = path
@@ -99,11 +131,11 @@ impl Payload {
             .map_err(|kind| PayloadError { file, kind })
     }
 
-    /// Reads a payload from memory; `label` stands for its file in error messages.
+    /// Reads a payload from memory. Errors name `label` as its file.
     ///
     /// # Errors
     ///
-    /// If this is no livepatch module, or larger than [`MAX_FILE`].
+    /// `bytes` are not a livepatch module that can be read, or are more than [`MAX_FILE`].
     pub fn parse(label: &str, bytes: &[u8]) -> Result<Self, PayloadError> {
         read_payload(bytes, None).map_err(|kind| PayloadError {
             file: label.to_owned(),
@@ -111,26 +143,26 @@ impl Payload {
         })
     }
 
-    /// The section with an ELF index.
+    /// The section with the ELF index `index`.
     #[must_use]
     pub fn section(&self, index: usize) -> Option<&Section> {
         self.sections.get(index)
     }
 
-    /// The symbol with an ELF index.
+    /// The symbol with the ELF index `index`.
     #[must_use]
-    pub fn symbol(&self, index: usize) -> Option<&Symbol> {
+    pub fn symbol(&self, index: usize) -> Option<&ElfSymbol> {
         self.symbols.get(index)
     }
 
-    /// Sections of code and data that replacement functions are made of and that are not empty.
+    /// The sections that are placed in the guest: code and data of replacement functions, not empty.
     pub fn placed(&self) -> impl Iterator<Item = &Section> {
         self.sections
             .iter()
             .filter(|s| s.role.is_placed() && s.size > 0)
     }
 
-    /// Symbols of the kernel or of modules that placed code and data refer to, by ELF index.
+    /// ELF indexes of the symbols of the kernel or of modules that placed code and data refer to, sorted.
     #[must_use]
     pub fn needed_symbols(&self) -> Vec<usize> {
         let mut needed: Vec<usize> = self
@@ -157,12 +189,13 @@ impl Payload {
     }
 }
 
+/// The bytes of the file at `path`, at most [`MAX_FILE`].
 fn load(path: &Path) -> error::Result<Vec<u8>> {
     let io = |source| PayloadErrorKind::Io {
         path: path.to_owned(),
         source,
     };
-    // Asked before opening: opening a pipe would wait for its other end.
+    // Checked before opening, because to open a pipe would wait for its other end.
     let metadata = std::fs::metadata(path).map_err(io)?;
     if !metadata.is_file() {
         return Err(PayloadErrorKind::NotAFile);
@@ -178,6 +211,7 @@ fn load(path: &Path) -> error::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Reads a whole payload. `stem` is its file name, for a module that names itself nowhere.
 fn read_payload(bytes: &[u8], stem: Option<&str>) -> error::Result<Payload> {
     error::limit("the file", bytes.len() as u64, MAX_FILE)?;
     let (sections, symbols) = elf::parse(bytes)?;
@@ -223,7 +257,7 @@ fn read_payload(bytes: &[u8], stem: Option<&str>) -> error::Result<Payload> {
     })
 }
 
-/// The module's name: from `.modinfo`, else from its `struct module`, else from the file's name.
+/// Name of the module: from `.modinfo`, else from its `struct module`, else from the name of the file.
 fn module_name(
     modinfo: &Modinfo,
     sections: &[Section],
@@ -248,23 +282,14 @@ fn module_name(
     }
 }
 
-/// The build id in `.note.gnu.build-id`: a note of owner `GNU` and type 3.
+/// The build id in `.note.gnu.build-id`: its first note, of owner `GNU` and type 3.
 fn build_id(sections: &[Section]) -> Option<Vec<u8>> {
     let section = sections
         .iter()
         .find(|s| s.role == Role::Note && s.name == ".note.gnu.build-id")?;
-    let word = |at: usize| {
-        let bytes = section.data.get(at..at.checked_add(4)?)?;
-        Some(u32::from_le_bytes(bytes.try_into().ok()?))
-    };
-    if word(0)? != 4 || word(8)? != 3 || section.data.get(12..16)? != b"GNU\0" {
-        return None;
-    }
-    let len = usize::try_from(word(4)?)
-        .ok()
-        .filter(|len| (1..=64).contains(len))?;
-    section
-        .data
-        .get(16..16usize.checked_add(len)?)
-        .map(<[u8]>::to_vec)
+    let mut notes =
+        NoteIterator::<FileHeader64<LittleEndian>>::new(elf::LE, 4, &section.data).ok()?;
+    let note = notes.next().ok()??;
+    let is_build_id = note.name_bytes() == b"GNU\0" && note.n_type(elf::LE) == NT_GNU_BUILD_ID;
+    (is_build_id && (1..=MAX_BUILD_ID).contains(&note.desc().len())).then(|| note.desc().to_vec())
 }

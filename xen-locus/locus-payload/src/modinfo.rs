@@ -4,53 +4,53 @@ use serde::Serialize;
 
 use super::error::{limit, PayloadErrorKind, Result};
 
-/// Most entries that are accepted.
+/// Most entries.
 const MAX_ENTRIES: u64 = 4096;
-/// Longest value that is accepted, in bytes.
+/// Longest entry, in bytes.
 const MAX_VALUE: u64 = 16 << 10;
 /// Longest build-id, in hex digits (`BUILD_ID_SIZE_MAX` of the kernel is 20 bytes).
 const MAX_BUILD_ID: usize = 64;
 /// Longest module name: `MODULE_NAME_LEN` of 64-bit kernels, less the final zero.
 const MAX_MODULE_NAME: usize = 55;
 
-/// What a module says about itself.
+/// What a module says about itself (`MODULE_INFO`, include/linux/module.h of Linux).
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 pub struct Modinfo {
     /// `name`: the module's name; kbuild writes it since Linux 4.13.
     pub name: Option<String>,
-    /// `vermagic`: kernel release and build options the module was built for.
+    /// `vermagic`: release and build options of the kernel that the module was built for.
     pub vermagic: String,
-    /// `license`.
+    /// `license`, such as `GPL`.
     pub license: Option<String>,
-    /// `description`.
+    /// `description`: one line for people.
     pub description: Option<String>,
-    /// True if there is a `livepatch` entry. Its value means nothing to the kernel, nor here.
+    /// True if there is a `livepatch` entry. The kernel does not read its value, and neither does this.
     pub livepatch: bool,
-    /// `depends`: modules it needs, comma separated in the file.
+    /// `depends`: modules that must be loaded first.
     pub depends: Vec<String>,
-    /// `cves`, comma separated in the file: what the payload fixes. An extension of ours.
+    /// `cves`: the CVE ids that the payload fixes. An extension of xen-locus.
     pub cves: Vec<String>,
-    /// `supersedes`, comma separated in the file: payloads it replaces. An extension of ours.
+    /// `supersedes`: names of the payloads that it replaces. An extension of xen-locus.
     pub supersedes: Vec<String>,
-    /// `target_build_id`, in hex in the file: the build-id of the one kernel it was made for, which
-    /// names that kernel's text as `vermagic` can't. An extension of ours.
+    /// `target_build_id`: build-id of the one kernel that it was made for. Unlike `vermagic`, it is
+    /// different for each build of a kernel. An extension of xen-locus.
     #[serde(skip)]
     pub target_build_id: Option<Vec<u8>>,
     /// `entry_only=Y`: old and new versions of its functions may run at the same time, in different
-    /// threads. An extension of ours.
+    /// threads. An extension of xen-locus.
     pub entry_only: bool,
     /// All other entries, in their order.
     pub others: Vec<(String, String)>,
 }
 
 impl Modinfo {
-    /// The kernel release, the first word of `vermagic`, such as `6.1.0-56-amd64`.
+    /// The kernel release: the first word of `vermagic`, such as `6.1.0-56-amd64`.
     #[must_use]
     pub fn kernel_release(&self) -> &str {
         self.vermagic.split_whitespace().next().unwrap_or_default()
     }
 
-    /// Reads the contents of `.modinfo`.
+    /// Reads the contents of a section `.modinfo`.
     pub(super) fn parse(data: &[u8]) -> Result<Self> {
         let mut info = Self::default();
         let mut vermagic = None;
@@ -134,7 +134,7 @@ fn build_id(text: &str) -> Option<Vec<u8>> {
     hex::decode(text).ok()
 }
 
-/// Stores a value that may be given only once (or again with the same value).
+/// Stores a value. It may be given again only if it is the same.
 fn once(slot: &mut Option<String>, key: &str, value: &str) -> Result<()> {
     match slot {
         Some(first) if first != value => Err(PayloadErrorKind::modinfo(format!(
@@ -147,6 +147,7 @@ fn once(slot: &mut Option<String>, key: &str, value: &str) -> Result<()> {
     }
 }
 
+/// The items of a list that is separated by commas.
 fn list(value: &str) -> impl Iterator<Item = String> + '_ {
     value
         .split(',')
@@ -155,7 +156,8 @@ fn list(value: &str) -> impl Iterator<Item = String> + '_ {
         .map(str::to_owned)
 }
 
-/// True for names that a module may have and that XenStore paths and file names can hold.
+/// True for a name that a module may have: 1 to 55 of `A-Z a-z 0-9 _ -`. XenStore paths and file names can
+/// hold all of these.
 pub fn is_module_name(name: &str) -> bool {
     !name.is_empty()
         && name.len() <= MAX_MODULE_NAME

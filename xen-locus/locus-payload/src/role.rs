@@ -5,20 +5,20 @@
 
 use serde::Serialize;
 
-/// What a section is for, and so what a loader does with it.
+/// What a section is for, and thus what a loader does with it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Role {
     /// Section 0 of every ELF file.
     Null,
-    /// Code that is placed.
+    /// Code that is placed in the guest.
     Text,
-    /// Constants.
+    /// Constants that are placed in the guest.
     RoData,
-    /// Initialised variables, also those that become read-only after init.
+    /// Initialised variables that are placed in the guest, also those that become read-only after init.
     Data,
-    /// Zeroed variables.
+    /// Zeroed variables that are placed in the guest.
     Bss,
     /// Code of `module_init`; never placed.
     InitText,
@@ -76,32 +76,32 @@ pub enum Role {
     Param,
     /// `.ctors`, `.init_array`: constructors, run when the module is loaded.
     Constructors,
-    /// `__dyndbg`: sites of dynamic debug messages, which the code refers to. The kernel doesn't
-    /// know them, so they can't be switched on.
+    /// `__dyndbg`: dynamic debug messages, which the code refers to. They are placed, but the kernel does
+    /// not know them, so they can't be switched on.
     DynamicDebug,
     /// `.printk_index`, `.BTF`, `.BTF_ids`, …: read by tools and tracers, not by the code.
     Index,
-    /// `.klp.rela.OBJ.SEC`: relocations that are done when OBJ is there.
+    /// `.klp.rela.OBJ.SEC`: relocations that are done when OBJ is loaded.
     KlpRela {
         /// The kernel object that the symbols come from: `vmlinux` or a module's name.
         object: String,
-        /// The section that is relocated.
+        /// ELF index of the section that is relocated.
         target: usize,
     },
     /// `.klp.arch.*`: late alternatives and paravirt sites of kernels before 5.8.
     KlpArch,
-    /// Notes.
+    /// ELF notes, such as the build-id.
     Note,
     /// ELF's own tables: symbols, strings, ordinary relocations, groups.
     Table,
-    /// Debug information, comments and all else that isn't loaded; its contents aren't kept.
+    /// Debug information, comments and everything else that is not loaded. Contents are not kept.
     NonAlloc,
-    /// Loaded, but of unknown purpose.
+    /// Loaded, and of unknown purpose.
     Unknown,
 }
 
 impl Role {
-    /// True for what the code and data of replacement functions are made of.
+    /// True for code and data of replacement functions, which are placed in the guest.
     #[must_use]
     pub fn is_placed(&self) -> bool {
         matches!(
@@ -110,7 +110,7 @@ impl Role {
         )
     }
 
-    /// True for code and data that only loading and unloading from inside needs.
+    /// True for code and data that only `module_init` and `module_exit` use. They are never placed.
     #[must_use]
     pub fn is_init_or_exit(&self) -> bool {
         matches!(
@@ -119,7 +119,7 @@ impl Role {
         )
     }
 
-    /// The role's name as in JSON.
+    /// Name of the role, as in JSON.
     #[must_use]
     pub fn label(&self) -> &'static str {
         match self {
@@ -167,9 +167,8 @@ impl Role {
         }
     }
 
-    /// For sections that the kernel's module loader acts on: what it does, in a few words.
-    ///
-    /// A loader that doesn't do the same must refuse the payload.
+    /// For a section that the kernel's module loader acts on: what has to be done, in a few words. A loader
+    /// that does not do the same must refuse the payload.
     #[must_use]
     pub fn needs(&self) -> Option<&'static str> {
         Some(match self {
@@ -187,14 +186,14 @@ impl Role {
     }
 }
 
-/// The flags of a section that say how it is loaded.
+/// The flags of a section, `sh_flags`, that say how it is loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct SectionFlags {
-    /// In memory when loaded.
+    /// In memory when the module is loaded (`SHF_ALLOC`).
     pub alloc: bool,
-    /// Writable.
+    /// May be written (`SHF_WRITE`).
     pub write: bool,
-    /// Executable.
+    /// May be executed (`SHF_EXECINSTR`).
     pub exec: bool,
 }
 
@@ -244,9 +243,9 @@ fn is_text(name: &str) -> bool {
         ".kprobes.text",
         ".entry.text",
         ".irqentry.text",
-        // Where code of alternatives goes on.
+        // Code of alternatives that is too long for its place.
         ".altinstr_aux",
-        // Where code goes on after a fault, until Linux kernel commit e5eefda5aa51 ("x86: Remove .fixup
+        // Code that runs after a fault, until Linux kernel commit e5eefda5aa51 ("x86: Remove .fixup
         // section") (in v5.17).
         ".fixup",
         ".softirqentry.text",
@@ -254,7 +253,7 @@ fn is_text(name: &str) -> bool {
     family(name, ".text") || special.contains(&name)
 }
 
-/// Constants with relocations come out writable from some compilers.
+/// Variables. `.rodata` too, because some compilers make constants with relocations writable.
 fn is_variables(name: &str) -> bool {
     [".data", ".bss", ".rodata", ".ref.data"]
         .iter()

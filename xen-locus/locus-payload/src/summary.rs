@@ -1,4 +1,4 @@
-//! What `xen-locus show FILE` tells of a payload.
+//! What `xen-locus show FILE` says about a payload.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use super::role::Role;
 use super::symbol::SymSection;
 use super::{Payload, Section};
 
-/// Functions that the `module_init` of a livepatch calls to enable it, and to say so.
+/// Functions that the `module_init` of a livepatch calls to enable it, and to log that.
 const ENABLING: [&str; 7] = [
     "__fentry__",
     "__x86_return_thunk",
@@ -19,18 +19,18 @@ const ENABLING: [&str; 7] = [
     "printk",
 ];
 
-/// A payload, for people and for JSON.
+/// A payload as people and JSON get it. The fields and their order are the JSON of `xen-locus show`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Summary {
-    /// Module name.
+    /// Name of the module.
     pub name: String,
     /// Its description, empty if it has none.
     pub description: String,
     /// Its license, empty if it has none.
     pub license: String,
-    /// Kernel release and build options it was built for.
+    /// Release and build options of the kernel that it was built for.
     pub vermagic: String,
-    /// The release alone.
+    /// The release alone, such as `6.1.0-56-amd64`.
     pub kernel_release: String,
     /// Where its functions are listed: `livepatch` (a `struct klp_patch`) or `kpatch` (the tables of
     /// kpatch-build).
@@ -41,15 +41,15 @@ pub struct Summary {
     pub file_len: u64,
     /// The payload's own build id, in hex.
     pub build_id: Option<String>,
-    /// CVE ids that it names.
+    /// CVE ids that it says it fixes.
     pub cves: Vec<String>,
-    /// Payloads that it names as superseded.
+    /// Names of the payloads that it says it replaces.
     pub supersedes: Vec<String>,
-    /// Build-id of the one kernel it is for, if it names one.
+    /// Build-id of the one kernel that it is for, in hex, if it names one.
     pub target_build_id: Option<String>,
     /// True if it says that old and new versions of its functions may run at the same time.
     pub entry_only: bool,
-    /// Modules that must be loaded.
+    /// Modules that must be loaded first.
     pub depends: Vec<String>,
     /// True if it replaces all other patches; `None` if the file alone can't tell.
     pub replace: Option<bool>,
@@ -63,23 +63,23 @@ pub struct Summary {
     pub concerns: Vec<Concern>,
 }
 
-/// A kernel object and its replaced functions.
+/// The kernel or a module, and its functions that are replaced.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ObjectSummary {
     /// `vmlinux` or a module's name.
     pub object: String,
-    /// True if it has callbacks.
+    /// True if callbacks are set for it.
     pub callbacks: bool,
-    /// Its functions.
+    /// The functions of it that are replaced.
     pub functions: Vec<FunctionSummary>,
 }
 
-/// A replaced function.
+/// One function that is replaced.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct FunctionSummary {
-    /// Name in the kernel.
+    /// Name in the kernel or module.
     pub old: String,
-    /// Which of the functions of that name, 0 if it is unique.
+    /// 0 if the name is unique in its object, else the number of its occurrence, from 1.
     pub sympos: u64,
     /// Name of the new function in the payload.
     pub new: String,
@@ -87,28 +87,28 @@ pub struct FunctionSummary {
     pub size: u64,
 }
 
-/// Loaded sections of one role.
+/// All sections of one role that are loaded.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct RoleSummary {
-    /// The role, as in JSON.
+    /// The role, as [`Role::label`] names it.
     pub role: String,
-    /// Sum of their sizes in bytes.
+    /// Sum of the sizes of the sections, in bytes.
     pub size: u64,
-    /// Their names.
+    /// Names of the sections.
     pub sections: Vec<String>,
 }
 
-/// Something that must be handled, or the payload must be refused.
+/// Something that a loader must handle, or else refuse the payload.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Concern {
-    /// What has it: a section, an object, a symbol.
+    /// What it is about: a section, an object or a symbol.
     pub subject: String,
     /// Why it matters.
     pub reason: String,
 }
 
 impl Payload {
-    /// Gathers what people want to know of a payload.
+    /// What people want to know about the payload.
     #[must_use]
     pub fn summary(&self) -> Summary {
         Summary {
@@ -137,9 +137,8 @@ impl Payload {
         }
     }
 
-    /// What a loader has to handle beyond placing code and data and doing relocations.
-    ///
-    /// A loader that can't do one of them must refuse the payload and name it.
+    /// What a loader has to handle beyond code, data and relocations. A loader that can't handle one of
+    /// them must refuse the payload, and name the subject and the reason.
     #[must_use]
     pub fn concerns(&self) -> Vec<Concern> {
         let mut concerns = Vec::new();
@@ -201,10 +200,10 @@ impl Payload {
         concerns
     }
 
-    /// What `module_init` refers to beyond what enabling the patch takes.
+    /// What `module_init` refers to besides what it needs to enable the patch.
     ///
-    /// Work that it does for the new functions would be missing when applied from outside.
-    /// That of a module made by kpatch-build is kpatch's own and does nothing else.
+    /// `module_init` does not run when xen-locus applies the payload, so what else it does would be
+    /// missing. In a module made by kpatch-build it is kpatch's own code, and does nothing else.
     fn init_extras(&self) -> Vec<String> {
         let Some((klp_section, _)) = self.klp.place else {
             return Vec::new();
@@ -217,6 +216,7 @@ impl Payload {
             return Vec::new();
         };
         let range = init.value..init.value.saturating_add(init.size);
+        // There is such a section: `symbol` has checked that.
         let relocs = self.section(home).map_or(&[][..], |s| s.relocs.as_slice());
         let mut extras: Vec<String> = relocs
             .iter()
@@ -236,7 +236,7 @@ impl Payload {
         extras
     }
 
-    /// False if a section is about code of `module_init` and `module_exit` only.
+    /// False if a section refers only to code of `module_init` and `module_exit`.
     fn concerns_placed(&self, section: &Section) -> bool {
         let mut code =
             section
@@ -253,6 +253,7 @@ impl Payload {
         let function = |func: &super::KlpFunc| FunctionSummary {
             old: func.old_name.clone(),
             sympos: func.old_sympos,
+            // There is such a symbol: `klp` and `kpatch` took the index from it.
             new: self
                 .symbol(func.new_symbol)
                 .map(|s| s.name.clone())

@@ -12,70 +12,71 @@ use super::{MAX_FILE, MAX_SYMBOLS};
 /// `SHN_LIVEPATCH` of `include/uapi/linux/elf.h`.
 const SHN_LIVEPATCH: u16 = 0xff20;
 
-/// A symbol; its place in [`Payload::symbols`](super::Payload::symbols) is its ELF index.
+/// A symbol (`Elf64_Sym`). Its index in [`Payload::symbols`](super::Payload::symbols) is its ELF index.
 #[derive(Debug, Clone)]
-pub struct Symbol {
+pub struct ElfSymbol {
     /// ELF symbol index.
     pub index: usize,
-    /// Name; for section symbols the section's name.
+    /// Name, of printable characters; that of the section for a section's symbol.
     pub name: String,
-    /// Offset in its section, or the value of an absolute symbol, or the alignment of a common one.
+    /// Offset in its section in bytes, or the value of an absolute symbol, or the alignment of a common
+    /// one in bytes.
     pub value: u64,
     /// Size in bytes, 0 if unknown.
     pub size: u64,
-    /// Where it is defined.
+    /// Where it is defined (`st_shndx`).
     pub section: SymSection,
-    /// Visibility to other files.
+    /// Whether other files see it (`st_info`).
     pub binding: Binding,
-    /// What it names.
+    /// What it is the name of (`st_info`).
     pub kind: SymKind,
-    /// For [`SymSection::Livepatch`], and only then: what the name asks for.
+    /// For [`SymSection::Livepatch`], and only then: the symbol that its name asks for.
     pub klp: Option<KlpSym>,
 }
 
-/// Where a symbol is defined.
+/// Where a symbol is defined: the section index of its entry, `st_shndx`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SymSection {
     /// In the kernel or another module.
     Undefined,
-    /// In the section with this index.
+    /// In the section with this ELF index.
     Section(usize),
-    /// Nowhere: the value is the address.
+    /// In no section: its value is the address.
     Absolute,
-    /// Uninitialised and not yet allocated; kernel modules don't have these.
+    /// Uninitialised and not yet allocated (`SHN_COMMON`); kernel modules don't have these.
     Common,
-    /// `SHN_LIVEPATCH`: in the object that [`Symbol::klp`] names.
+    /// `SHN_LIVEPATCH`: in the object that [`ElfSymbol::klp`] names.
     Livepatch,
 }
 
-/// ELF symbol binding.
+/// Binding of a symbol: whether other files see it. Source: the ELF specification, `STB_*`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Binding {
-    /// Of this file only.
+    /// Seen in this file only.
     Local,
-    /// Global.
+    /// Seen in all files.
     Global,
-    /// May stay undefined, and is 0 then.
+    /// As global; if it stays undefined, its value is 0.
     Weak,
     /// Any other value.
     Other(u8),
 }
 
-/// ELF symbol type.
+/// Type of a symbol: what it is the name of. Source: the ELF specification, `STT_*`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SymKind {
-    /// Not given; undefined symbols are of this kind.
+    /// Not given, as for undefined symbols.
     NoType,
-    /// Variable.
+    /// A variable.
     Object,
-    /// Function.
+    /// A function.
     Func,
     /// A section itself.
     Section,
-    /// Source file name.
+    /// A source file.
     File,
     /// Any other value.
     Other(u8),
@@ -88,9 +89,9 @@ pub enum SymKind {
 pub struct KlpSym {
     /// `vmlinux` or a module's name.
     pub object: String,
-    /// The symbol's name in that object.
+    /// Name of the symbol in that object.
     pub symbol: String,
-    /// 0 if the name is unique in the object, else which of its occurrences, from 1.
+    /// 0 if the name is unique in the object, else the number of its occurrence, from 1.
     pub sympos: u64,
 }
 
@@ -113,13 +114,13 @@ pub(super) fn single_table(headers: &[Shdr]) -> Result<usize> {
     }
 }
 
-/// Reads all symbols.
+/// Reads all symbols of the table in section `symtab`.
 pub(super) fn read(
     bytes: &[u8],
     headers: &[Shdr],
     symtab: usize,
     sections: &[Section],
-) -> Result<Vec<Symbol>> {
+) -> Result<Vec<ElfSymbol>> {
     let shdr = headers
         .get(symtab)
         .ok_or_else(|| PayloadErrorKind::malformed("symbol table", "there is none"))?;
@@ -137,11 +138,11 @@ pub(super) fn read(
         .ok()
         .and_then(|index| headers.get(index))
         .filter(|s| s.sh_type(LE) == elf::SHT_STRTAB)
-        .ok_or_else(|| PayloadErrorKind::malformed("symbol table", "it has no string table"))?;
-    let strings = strings
-        .strings(LE, bytes)
+        .map(|s| s.strings(LE, bytes))
+        .transpose()
         .map_err(|e| bad("symbol names", &e))?
-        .unwrap_or_default();
+        .flatten()
+        .ok_or_else(|| PayloadErrorKind::malformed("symbol table", "it has no string table"))?;
 
     let mut symbols = Vec::with_capacity(raw.len());
     let mut names = 0u64;
@@ -155,12 +156,13 @@ pub(super) fn read(
     Ok(symbols)
 }
 
+/// Reads symbol number `index`, and checks that it lies in its section.
 fn read_symbol(
     index: usize,
     name: String,
     sym: &elf::Sym64<LittleEndian>,
     sections: &[Section],
-) -> Result<Symbol> {
+) -> Result<ElfSymbol> {
     let fail = |problem: String| {
         Err(PayloadErrorKind::malformed(
             format!("symbol {index} ({name})"),
@@ -214,13 +216,12 @@ fn read_symbol(
                 .into(),
         );
     }
-    let name = match section {
-        SymSection::Section(home) if kind == SymKind::Section => {
-            sections.get(home).map(|s| s.name.clone()).unwrap_or(name)
-        }
-        _ => name,
+    let of_section = match section {
+        SymSection::Section(home) if kind == SymKind::Section => sections.get(home),
+        _ => None,
     };
-    Ok(Symbol {
+    let name = of_section.map_or(name, |s| s.name.clone());
+    Ok(ElfSymbol {
         index,
         name,
         value,
@@ -232,6 +233,7 @@ fn read_symbol(
     })
 }
 
+/// What a name `.klp.sym.OBJECT.SYMBOL,POS` asks for; `None` for any other name.
 fn parse_klp_sym(name: &str) -> Option<KlpSym> {
     let (object, rest) = name.strip_prefix(".klp.sym.")?.split_once('.')?;
     let (symbol, sympos) = rest.split_once(',')?;

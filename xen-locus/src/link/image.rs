@@ -8,7 +8,7 @@
 
 use locus_guest::addr::{Gva, Range, PAGE_LEN, PAGE_SIZE};
 use locus_kernel::Kernel;
-use locus_payload::{Binding, Payload, Reloc, Role, Section, SymSection, Symbol};
+use locus_payload::{Binding, ElfSymbol, Payload, Reloc, Role, Section, SymSection};
 
 use super::split;
 use crate::arena::Rights;
@@ -458,7 +458,7 @@ impl Linker<'_, '_, '_> {
             };
             found.map(table).collect()
         };
-        let thunk = |symbol: &Symbol| symbol.name == "__x86_return_thunk";
+        let thunk = |symbol: &ElfSymbol| symbol.name == "__x86_return_thunk";
         let returns = payload.sections.iter().filter(|s| live(s)).flat_map(|s| {
             let to_thunk = |r: &&Reloc| payload.symbol(r.symbol).is_some_and(thunk);
             let sites = s.relocs.iter().filter(to_thunk);
@@ -515,7 +515,7 @@ impl Linker<'_, '_, '_> {
     }
 
     /// The value of a symbol.
-    fn address(&self, symbol: &Symbol, section: &Section, offset: u64) -> Result<Gva> {
+    fn address(&self, symbol: &ElfSymbol, section: &Section, offset: u64) -> Result<Gva> {
         let is_module = |s: &Section| s.role == Role::ThisModule;
         match symbol.section {
             // The module that the payload becomes.
@@ -560,7 +560,7 @@ impl Linker<'_, '_, '_> {
         section: &Section,
         reloc: &Reloc,
         target: Gva,
-        symbol: &Symbol,
+        symbol: &ElfSymbol,
     ) -> Result<()> {
         let place = self
             .layout

@@ -1,7 +1,7 @@
 //! Parts of a payload's functions that the compiler put elsewhere because they seldom run.
 
 use locus_kernel::split_functions;
-use locus_payload::{KlpFunc, Payload, SymSection, Symbol};
+use locus_payload::{ElfSymbol, KlpFunc, Payload, SymSection};
 
 /// A part of a new function: where it is in the payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,14 +16,14 @@ pub struct Part {
 
 /// The parts of a new function that are located elsewhere, found by each name that the function has.
 pub fn parts<'a>(payload: &'a Payload, func: &KlpFunc) -> impl Iterator<Item = Part> + 'a {
-    let place = |s: &Symbol| match s.section {
+    let place = |s: &ElfSymbol| match s.section {
         SymSection::Section(section) => Some((section, s.value)),
         _ => None,
     };
     let own = Some((func.new_section, func.new_offset));
     let names = payload.symbols.iter().filter(move |s| place(s) == own);
     let names: Vec<&str> = names.map(|s| &*s.name).collect();
-    let is_part = move |s: &&Symbol| {
+    let is_part = move |s: &&ElfSymbol| {
         s.size > 0
             && names
                 .iter()

@@ -30,8 +30,8 @@ fn section(index: usize, role: Role, data: &[u8], relocs: Vec<Reloc>) -> Section
     }
 }
 
-fn symbol(index: usize, name: &str, section: SymSection, value: u64) -> Symbol {
-    Symbol {
+fn symbol(index: usize, name: &str, section: SymSection, value: u64) -> ElfSymbol {
+    ElfSymbol {
         index,
         name: name.into(),
         value,
@@ -94,7 +94,7 @@ fn linked_with(
             symbol(4, "__fentry__", SymSection::Undefined, 0),
             symbol(5, "__x86_return_thunk", SymSection::Undefined, 0),
             symbol(6, "nowhere", SymSection::Undefined, 0),
-            Symbol {
+            ElfSymbol {
                 binding: Binding::Weak,
                 ..symbol(7, "nowhere_weak", SymSection::Undefined, 0)
             },

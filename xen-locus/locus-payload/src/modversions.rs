@@ -1,20 +1,22 @@
-//! CRCs of the kernel's interfaces as they were when a payload was built (`CONFIG_MODVERSIONS`).
+//! CRCs of the exported symbols that a payload was built against (`CONFIG_MODVERSIONS`).
 //!
-//! `__versions` holds `struct modversion_info` (include/linux/module.h): a CRC of a long and a name of
-//! what is left of 64 bytes. `__version_ext_crcs` and `__version_ext_names` hold 32 bits each and names of
-//! any length; where they are, the kernel asks nothing else (`check_version`, kernel/module/version.c).
+//! `__versions` is an array of `struct modversion_info` (include/linux/module.h): 64 bytes each, a CRC of
+//! 8 bytes and then a name. `__version_ext_crcs` has CRCs of 32 bits, and `__version_ext_names` their names
+//! of any length. Where these two are, the kernel reads nothing else (`check_version`,
+//! kernel/module/version.c).
 
 use std::collections::HashMap;
 
 use super::{Payload, Role, Section};
 
-/// Bytes of a `struct modversion_info`, and of the CRC in it.
+/// Size of a `struct modversion_info`, and of the CRC at its start, in bytes.
 const ENTRY: usize = 64;
 const CRC: usize = 8;
 
 impl Payload {
-    /// The CRCs of exported symbols that the payload was built with, by name; of several of one name the
-    /// first. Empty for a payload without them, and what is cut short is left out.
+    /// The CRCs of exported symbols that the payload was built against, by name. If a name occurs twice,
+    /// its first CRC counts. Empty if the payload has no such sections; entries that are cut short are
+    /// left out. Source: `check_version`, kernel/module/version.c of Linux.
     #[must_use]
     pub fn versions(&self) -> HashMap<&[u8], u64> {
         let section = |name: &str| {

@@ -1,8 +1,8 @@
-//! Tests of files that must be refused, and that no file can do harm.
+//! Tests of files that must be refused, and of damaged files, which must cause no panic.
 
-use super::testelf::{Places, Spec, TestElf, ALLOC, CODE, R_PC32, VARS};
-use super::tests::{parse, refused, refused_if, two_objects};
-use super::*;
+use super::{parse, refused, refused_if, two_objects};
+use crate::testelf::{Spec, SpecPlaces, TestElf, ALLOC, CODE, R_PC32, VARS};
+use crate::*;
 
 #[test]
 fn files_of_other_kinds_are_told_apart() {
@@ -80,7 +80,7 @@ fn relocations_and_symbols_out_of_bounds_are_refused() {
     );
     refused_if(|elf, at| elf.reloc(at.text, 8, R_PC32, 0, 0), "symbol 0");
     refused_if(|elf, at| elf.reloc(at.text, 3, R_PC32, 1, 0), "two overlap");
-    let text = |at: Places| u16::try_from(at.text).unwrap();
+    let text = |at: SpecPlaces| u16::try_from(at.text).unwrap();
     let symbol = |shndx: u16, value: u64, size: u64| {
         let (mut elf, _) = Spec::default().elf();
         elf.symbol("odd", shndx, value, size, 1);

@@ -1,9 +1,11 @@
 //! Tests of whole payload files: what is read from them.
 
-use super::testelf::{
-    Funcs, Places, Spec, TestElf, ALLOC, CODE, R_32S, R_64, R_PC32, SHN_LIVEPATCH, VARS,
+mod hostile;
+
+use crate::testelf::{
+    Funcs, Spec, SpecPlaces, TestElf, ALLOC, CODE, R_32S, R_64, R_PC32, SHN_LIVEPATCH, VARS,
 };
-use super::*;
+use crate::*;
 
 pub(super) fn parse(bytes: &[u8]) -> Result<Payload, String> {
     Payload::parse("test.ko", bytes).map_err(|e| e.to_string())
@@ -20,7 +22,7 @@ pub(super) fn refused(elf: TestElf, expected: &str) {
 }
 
 /// A spec with a change to the file that it makes must be refused.
-pub(super) fn refused_if(change: impl FnOnce(&mut TestElf, Places), expected: &str) {
+pub(super) fn refused_if(change: impl FnOnce(&mut TestElf, SpecPlaces), expected: &str) {
     let (mut elf, places) = Spec::default().elf();
     change(&mut elf, places);
     refused(elf, expected);
@@ -402,7 +404,7 @@ fn an_object_may_have_callbacks_only() {
 }
 
 /// `module_init` in the shape of livepatch samples: one reference to data.
-fn with_init(rtype: u32, place: impl Fn(&Places) -> u64, bias: i64) -> TestElf {
+fn with_init(rtype: u32, place: impl Fn(&SpecPlaces) -> u64, bias: i64) -> TestElf {
     let (mut elf, at) = Spec::default().elf();
     let init = elf.section(".init.text", CODE, &[0x90; 32]);
     let data = elf.section_symbol(at.patch.0);

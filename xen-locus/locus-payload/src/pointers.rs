@@ -1,4 +1,4 @@
-//! Following pointers through the relocations of a file that was never loaded.
+//! Pointers in a file that was never loaded: relocations say where they lead.
 
 use std::collections::{HashMap, HashSet};
 
@@ -8,51 +8,52 @@ use object::elf;
 use super::elf::{reloc_width, Reloc, Section};
 use super::error::{PayloadErrorKind, Result};
 use super::role::Role;
-use super::symbol::{SymKind, SymSection, Symbol};
+use super::symbol::{ElfSymbol, SymKind, SymSection};
 use super::MAX_NAME;
 
-/// What an address in the file's data refers to.
+/// Where a pointer in the file's data leads.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Pointee {
     /// The symbol that the relocation names.
     pub symbol: usize,
-    /// Where that symbol is.
+    /// Where that symbol is defined.
     pub section: SymSection,
-    /// The place in that section, addend included; within the section, or just behind it.
+    /// Offset in that section in bytes, with the addend; at most the size of the section.
     pub offset: u64,
 }
 
-/// A file's sections and symbols, with what it takes to follow pointers quickly.
+/// A file's sections and symbols, with indexes for following pointers.
 pub(super) struct View<'a> {
     sections: &'a [Section],
-    symbols: &'a [Symbol],
-    /// Variables with a size, by section and offset.
+    symbols: &'a [ElfSymbol],
+    /// Sizes of variables in bytes, by section and offset.
     objects: HashMap<(usize, u64), Vec<u64>>,
-    /// Functions with a size, by section and offset: the first symbol, and its size.
+    /// Functions with a size, by section and offset: index of the first symbol, and its size in bytes.
     functions: HashMap<(usize, u64), (usize, u64)>,
-    /// Sorted places that livepatch relocations change, by section.
+    /// Offsets that livepatch relocations change, sorted, by section.
     late: HashMap<usize, Vec<u64>>,
-    /// Sorted places that code refers to: section, offset, uncertainty behind the offset.
+    /// Places that code refers to, sorted: section, offset, and by how much the true offset may be greater.
     code_refs: Vec<(usize, i128, i128)>,
 }
 
 /// Places in the payload's own sections that its code refers to.
-fn code_refs(sections: &[Section], symbols: &[Symbol]) -> Vec<(usize, i128, i128)> {
+fn code_refs(sections: &[Section], symbols: &[ElfSymbol]) -> Vec<(usize, i128, i128)> {
     let is_code = |role: &Role| matches!(role, Role::Text | Role::InitText | Role::Unknown);
     let mut refs = Vec::new();
     for code in sections.iter().filter(|s| s.flags.exec && is_code(&s.role)) {
         let ends = ends(code);
         for reloc in &code.relocs {
-            let Some(SymSection::Section(section)) = symbols.get(reloc.symbol).map(|s| s.section)
-            else {
+            let Some(symbol) = symbols.get(reloc.symbol) else {
+                continue;
+            };
+            let SymSection::Section(section) = symbol.section else {
                 continue;
             };
             let relative = matches!(
                 elf::RelocationType(reloc.rtype),
                 elf::R_X86_64_PC32 | elf::R_X86_64_PLT32 | elf::R_X86_64_PC64
             );
-            let value = symbols.get(reloc.symbol).map_or(0, |s| s.value);
-            let at = i128::from(value) + i128::from(reloc.addend);
+            let at = i128::from(symbol.value) + i128::from(reloc.addend);
             refs.push(match (relative, ends.get(&reloc.offset)) {
                 (false, _) => (section, at, 0),
                 (true, Some(&end)) => (section, at + i128::from(end - reloc.offset), 0),
@@ -65,8 +66,8 @@ fn code_refs(sections: &[Section], symbols: &[Symbol]) -> Vec<(usize, i128, i128
     refs
 }
 
-/// For each place of a relative address in `code`, the end of its instruction, from which the address
-/// is reckoned. Only those where an instruction is known to have its displacement or its branch.
+/// For each relative address in `code`, by its offset: the end of its instruction, which the address is
+/// relative to. Only addresses that decoding finds as the displacement or branch target of an instruction.
 fn ends(code: &Section) -> HashMap<u64, u64> {
     let places: HashSet<u64> = code.relocs.iter().map(|r| r.offset).collect();
     let mut decoder = Decoder::with_ip(64, &code.data, 0, DecoderOptions::NONE);
@@ -90,7 +91,8 @@ fn ends(code: &Section) -> HashMap<u64, u64> {
 }
 
 impl<'a> View<'a> {
-    pub fn new(sections: &'a [Section], symbols: &'a [Symbol]) -> Self {
+    /// The view of a whole file.
+    pub fn new(sections: &'a [Section], symbols: &'a [ElfSymbol]) -> Self {
         let mut objects: HashMap<_, Vec<u64>> = HashMap::new();
         let mut functions = HashMap::new();
         for symbol in symbols.iter().filter(|s| s.size > 0) {
@@ -139,13 +141,13 @@ impl<'a> View<'a> {
         self.sections.get(index)
     }
 
-    /// A place for messages: `.data+0x40`.
+    /// A place for messages, such as `.data+0x40`.
     pub fn place(&self, section: usize, offset: u64) -> String {
         let name = self.section(section).map_or("?", |s| s.name.as_str());
         format!("{name}+{offset:#x}")
     }
 
-    /// True for the address of the module's own `struct module`.
+    /// True if `reloc` makes the address of the module's own `struct module`.
     pub fn is_this_module(&self, reloc: &Reloc) -> bool {
         let Some(pointee) = self.resolve(reloc) else {
             return false;
@@ -161,6 +163,7 @@ impl<'a> View<'a> {
         }
     }
 
+    /// Where the pointer that `reloc` makes leads; `None` if it makes no pointer, or one to nowhere.
     fn resolve(&self, reloc: &Reloc) -> Option<Pointee> {
         if reloc.rtype != elf::R_X86_64_64.0 {
             return None;
@@ -179,7 +182,7 @@ impl<'a> View<'a> {
         })
     }
 
-    /// Relocations that start in a range of a section.
+    /// Relocations that start at offsets `from..to` of a section and change something.
     pub fn relocs_in<'s>(
         &self,
         section: &'s Section,
@@ -195,7 +198,7 @@ impl<'a> View<'a> {
             .filter(|r| reloc_width(r.rtype) > 0)
     }
 
-    /// True if livepatch relocations change a range, so that its value isn't known here.
+    /// True if livepatch relocations change a byte at offsets `from..to`, whose value is not in the file.
     pub fn is_late(&self, section: &Section, from: u64, to: u64) -> bool {
         let Some(places) = self.late.get(&section.index) else {
             return false;
@@ -204,11 +207,11 @@ impl<'a> View<'a> {
         places.get(first).is_some_and(|at| *at < to)
     }
 
-    /// True if code of the payload refers to a range of a section other than by a pointer in data:
-    /// `module_init` may fill in fields that are zero in the file.
+    /// True if code of the payload refers to offsets `from..to` of a section. Then `module_init` may fill in
+    /// fields that are zero in the file.
     ///
-    /// Where an instruction could not be made out, it may have a constant behind its address, and up to
-    /// four bytes too many are counted as part of the range.
+    /// An instruction that could not be decoded may have a constant after its address. Then up to four
+    /// bytes too many count as part of the range.
     pub fn code_refers_to(&self, section: usize, from: u64, to: u64) -> bool {
         let (from, to) = (i128::from(from), i128::from(to));
         let first = self
@@ -221,7 +224,7 @@ impl<'a> View<'a> {
             .any(|(_, start, width)| start + width >= from)
     }
 
-    /// The pointer at a place; `None` is a null pointer.
+    /// The pointer at `offset` of a section; `None` is a null pointer.
     pub fn pointer(&self, section: &Section, offset: u64) -> Result<Option<Pointee>> {
         let end = offset.saturating_add(8);
         let fail = |problem: &str| {
@@ -233,7 +236,7 @@ impl<'a> View<'a> {
         if self.is_late(section, offset, end) {
             return fail("expected a value known in the file, found a livepatch relocation");
         }
-        // One relocation may also reach in from before.
+        // A relocation that starts earlier may reach into the field.
         let mut near = self
             .relocs_in(section, offset.saturating_sub(7), end)
             .filter(|r| r.offset.saturating_add(reloc_width(r.rtype)) > offset);
@@ -252,7 +255,7 @@ impl<'a> View<'a> {
         }
     }
 
-    /// The 8-byte number at a place, which must have no relocation.
+    /// The 8-byte number at `offset` of a section, which no relocation may change.
     pub fn literal(&self, section: &Section, offset: u64) -> Result<u64> {
         let end = offset.saturating_add(8);
         let bytes = self
@@ -269,13 +272,14 @@ impl<'a> View<'a> {
         }
     }
 
+    /// The bytes at offsets `from..to` of a section; `None` if the file has no contents there.
     fn bytes<'s>(&self, section: &'s Section, from: u64, to: u64) -> Option<&'s [u8]> {
         section
             .data
             .get(usize::try_from(from).ok()?..usize::try_from(to).ok()?)
     }
 
-    /// True if a range has zeroes only and no relocation.
+    /// True if offsets `from..to` of a section hold zeroes only, and no relocation changes them.
     pub fn is_zero(&self, section: &Section, from: u64, to: u64) -> bool {
         self.relocs_in(section, from, to).next().is_none()
             && !self.is_late(section, from, to)
@@ -287,7 +291,7 @@ impl<'a> View<'a> {
             }
     }
 
-    /// The first two non-zero bytes of a range, with their offsets in the section.
+    /// The first two bytes at offsets `from..to` of a section that are not zero, with their offsets.
     pub fn nonzero_bytes(&self, section: &Section, from: u64, to: u64) -> Result<Vec<(u64, u8)>> {
         let bytes = self.bytes(section, from, to.max(from)).ok_or_else(|| {
             PayloadErrorKind::malformed(
@@ -308,7 +312,7 @@ impl<'a> View<'a> {
             .filter(|s| matches!(s.role, Role::Data | Role::RoData | Role::Bss))
     }
 
-    /// The size of the variable that starts at a place; `None` if no symbol tells.
+    /// Size in bytes of the variable that starts at `offset` of a section; `None` if no symbol gives it.
     pub fn object_size(&self, section: usize, offset: u64) -> Result<Option<u64>> {
         match self.objects.get(&(section, offset)).map(Vec::as_slice) {
             None | Some([]) => Ok(None),
@@ -320,7 +324,7 @@ impl<'a> View<'a> {
         }
     }
 
-    /// The symbol and size of the function that a pointer leads to.
+    /// Index of the symbol of the function that a pointer into `section` leads to, and its size in bytes.
     pub fn function(&self, pointee: &Pointee, section: usize) -> Option<(usize, u64)> {
         let named = self.symbols.get(pointee.symbol)?;
         if named.kind == SymKind::Func && named.size > 0 && named.value == pointee.offset {
@@ -329,7 +333,7 @@ impl<'a> View<'a> {
         self.functions.get(&(section, pointee.offset)).copied()
     }
 
-    /// The printable text, ended by a zero byte, that a pointer leads to.
+    /// The printable ASCII text, ended by a zero byte, that a pointer leads to.
     pub fn string(&self, pointee: &Pointee) -> Option<&'a str> {
         let section = self.data(pointee)?;
         let start = usize::try_from(pointee.offset).ok()?;
@@ -342,5 +346,37 @@ impl<'a> View<'a> {
         }
         let text = std::str::from_utf8(bytes.get(..end)?).ok()?;
         text.chars().all(|c| c.is_ascii_graphic()).then_some(text)
+    }
+
+    /// The name that `field` of a structure points at. `pointee` is where the field leads.
+    pub fn name(
+        &self,
+        structure: &'static str,
+        at: (usize, u64),
+        field: &str,
+        pointee: Option<Pointee>,
+    ) -> Result<String> {
+        match pointee.and_then(|p| self.string(&p)) {
+            Some(text) if !text.is_empty() => Ok(text.to_owned()),
+            _ => self.fault(
+                structure,
+                at,
+                format!("{field} doesn't point at a printable name of 1 to {MAX_NAME} bytes"),
+            ),
+        }
+    }
+
+    /// The error that a structure of the payload, at an offset of a section, can't be right.
+    pub fn fault<T>(
+        &self,
+        structure: &'static str,
+        (section, offset): (usize, u64),
+        problem: impl Into<String>,
+    ) -> Result<T> {
+        Err(PayloadErrorKind::Klp {
+            structure,
+            place: self.place(section, offset),
+            problem: problem.into(),
+        })
     }
 }
