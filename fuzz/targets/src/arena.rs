@@ -1,4 +1,4 @@
-//! What the arena says of itself, all of it in pages that the guest can change.
+//! The arena: its directory and records, in pages that the guest can change.
 
 use locus_guest::addr::{Frame, Gva, PAGE_LEN};
 use locus_guest::space::{Space, PTE_FRAME, PTE_NX, PTE_PRESENT};
@@ -83,37 +83,37 @@ pub fn directory_seeds() -> Vec<Vec<u8>> {
         .to_vec()
 }
 
-/// `data` is a record, and its digest is the one the directory has.
+/// `data` is a record whose digest is the one in the directory.
 pub fn record(data: &[u8]) {
     let slot = sample_slot(data, State::Applied);
     let _ = Record::decode(data, &slot);
 }
 
-/// A record.
+/// One well-formed record.
 pub fn record_seeds() -> Vec<Vec<u8>> {
     vec![serde_json::to_vec(&sample_record()).unwrap()]
 }
 
-/// Where the pages of an arena are here.
+/// Frames of the arena in these tests.
 const FRAMES: std::ops::Range<u64> = 0xfef00..0xfef00 + PAGES as u64;
-/// Most pages of an arena here.
+/// Number of those frames.
 const PAGES: usize = 7;
 
-/// A guest whose arena is whatever is written there.
-struct Stage {
+/// A guest whose arena is the input.
+struct ArenaStage {
     guest: stage::Stage,
     table: Frame,
     frames: Vec<Frame>,
 }
 
-impl Stage {
-    fn new() -> Stage {
+impl ArenaStage {
+    fn new() -> ArenaStage {
         let guest = guest::stage();
         let memory = guest.memory;
         memory.map_page(Gva(BASE.0 - PAGE_LEN as u64), memory.frame(), false, false);
         let space = Space::new(memory, locus_guest::mock::ROOT, 4);
         let (table, _, _) = space.entry_slot(BASE, 1).unwrap();
-        Stage {
+        ArenaStage {
             table,
             frames: FRAMES
                 .map(Frame)
@@ -150,11 +150,11 @@ impl Stage {
 }
 
 thread_local! {
-    static STAGE: Stage = Stage::new();
+    static STAGE: ArenaStage = ArenaStage::new();
 }
 
-/// `data` is the page table of the arena and its pages. Entries count these pages, modulo one more
-/// than there are, which is none. The digests are made good, so that what they protect is looked at.
+/// `data` is the page table of the arena, and then its pages. Entries name these pages by number, modulo one
+/// more than there are; the last number is no page. Digests are corrected, so that what they protect is read.
 pub fn arena(data: &[u8]) {
     let Some(kernel) = STAGE.with(|stage| stage.kernel(data)) else {
         return;
@@ -173,7 +173,7 @@ pub fn arena(data: &[u8]) {
     }
 }
 
-/// A copy of the page in which the digest of each half that looks like a directory is right.
+/// A copy of the page in which the digest of each half that looks like a directory is correct.
 fn whole(page: &[u8]) -> Vec<u8> {
     let mut page = page.to_vec();
     for copy in page.chunks_mut(PAGE_LEN / 2) {
@@ -185,7 +185,7 @@ fn whole(page: &[u8]) -> Vec<u8> {
     page
 }
 
-/// An arena with one payload, applied or about to be.
+/// Arenas with one payload, which is applied or being applied.
 pub fn arena_seeds() -> Vec<Vec<u8>> {
     let record = serde_json::to_vec(&sample_record()).unwrap();
     [State::Applied, State::Applying]
@@ -214,7 +214,7 @@ mod tests {
 
     #[test]
     fn the_arena_of_the_seeds_shows_its_payload() {
-        let stage = Stage::new();
+        let stage = ArenaStage::new();
         for seed in arena_seeds() {
             let kernel = stage.kernel(&seed).unwrap();
             let arena = Arena::read(&kernel).unwrap();

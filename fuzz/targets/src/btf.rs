@@ -1,4 +1,4 @@
-//! The kernel's types, and those of its modules.
+//! BTF: the types of the kernel and of its modules.
 
 use std::rc::Rc;
 
@@ -10,7 +10,7 @@ use super::guest;
 /// Most names looked up for one input.
 const NAMES: usize = 24;
 
-/// The blob as a kernel's, and as a module's on top of a good one.
+/// The types of `data`, read as a kernel's and as a module's on top of a good kernel's.
 fn both(data: &[u8]) -> impl Iterator<Item = Btf> {
     let base = Rc::new(Btf::new(sample().bytes()).unwrap());
     let alone = Btf::new(data.to_vec());
@@ -45,7 +45,7 @@ pub fn run(data: &[u8]) {
     }
 }
 
-/// `data` is a BTF blob; its last strings are asked for, as C.
+/// `data` is a BTF blob. The types that its last strings name are printed as C.
 pub fn text(data: &[u8]) {
     let names: Vec<&str> = data
         .rsplit(|&b| b == 0)
@@ -62,7 +62,7 @@ pub fn text(data: &[u8]) {
     }
 }
 
-/// The types of the small guest, types of every kind, and a module's.
+/// The types of the small guest, types of every kind, and those of a module.
 pub fn seeds() -> Vec<Vec<u8>> {
     let kernel = sample();
     let mut module = Blob::on(&kernel);

@@ -1,4 +1,4 @@
-//! Files in which what was read of a kernel is kept.
+//! Cache files, which hold symbols and types of a kernel.
 
 use locus_guest::GuestType;
 use locus_kernel::fixture::with_kept;
@@ -13,8 +13,8 @@ thread_local! {
     static WORLD: World = World::new(GuestType::Pvh);
 }
 
-/// `data` is a file. Its magic number and checksum are made good, and the guest is looked at with
-/// what it holds.
+/// `data` is a cache file. Its magic number and checksum are corrected, and the guest is read with what the
+/// file holds.
 pub fn run(data: &[u8]) {
     let Some(kept) = parse(&seal(data.to_vec())) else {
         return;
@@ -25,7 +25,7 @@ pub fn run(data: &[u8]) {
     });
 }
 
-/// What is kept of the small world, with its types and without.
+/// Cache files of the fixture guest, with its types and without.
 pub fn seeds() -> Vec<Vec<u8>> {
     WORLD.with(|world| {
         let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();

@@ -1,4 +1,4 @@
-//! Saved cores.
+//! Saved cores, from the headers to what `info` reads in them.
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
@@ -28,7 +28,7 @@ thread_local! {
     static WHOLE: Vec<u8> = World::new(GuestType::Pvh).core();
 }
 
-/// The core whose file begins with `data` and goes on as a good one does.
+/// The core whose file begins with `data`; the rest of the file is that of a good core.
 fn open(data: &[u8]) -> Result<Core, locus_guest::Error> {
     FILE.with(|file| {
         file.set_len(data.len() as u64).unwrap();
@@ -42,7 +42,7 @@ fn open(data: &[u8]) -> Result<Core, locus_guest::Error> {
     })
 }
 
-/// `data` is what a core's file begins with: the corpus would grow too big with all of it.
+/// `data` is the beginning of a core's file. With whole files the corpus would grow too big.
 pub fn run(data: &[u8]) {
     let Ok(core) = open(data) else {
         return;
@@ -52,7 +52,7 @@ pub fn run(data: &[u8]) {
     }
 }
 
-/// Cores of a PV and a PVH guest up to their pages.
+/// Cores of a PV and a PVH guest, without their pages.
 pub fn seeds() -> Vec<Vec<u8>> {
     [GuestType::Pv, GuestType::Pvh]
         .map(|kind| {

@@ -1,4 +1,4 @@
-//! The processor's features and bugs, and what is done about the latter.
+//! Features, bugs and mitigations of the processor.
 
 use locus_guest::addr::PAGE_LEN;
 use locus_kernel::btf::blob::Blob;
@@ -9,8 +9,8 @@ use super::guest::DATA;
 use super::look;
 use super::stage::Stage;
 
-// Offsets in the page that is the input: names of two words of features and one of bugs, the
-// processor, the choices, the names' text.
+// Offsets in the page that is the input: pointers to the names of features (two words) and of bugs (one
+// word), `boot_cpu_data`, mitigations, the return thunk, and the text of the names.
 const FEATURES: u64 = 0;
 const BUGS: u64 = 0x200;
 const CPU: u64 = 0x300;
@@ -71,12 +71,12 @@ thread_local! {
     static STAGE: Stage = stage();
 }
 
-/// `data` is the page with all that is read, and the kernel's types behind it.
+/// `data` is the page with all variables, and then the kernel's types.
 pub fn run(data: &[u8]) {
     STAGE.with(|stage| stage.kernel(data).iter().for_each(look::cpu));
 }
 
-/// A processor, with the types it has and with types to be changed.
+/// One processor, with the types of the fixture, and with types in the input.
 pub fn seeds() -> Vec<Vec<u8>> {
     vec![page(), [page(), types()].concat()]
 }

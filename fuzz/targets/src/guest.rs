@@ -1,4 +1,4 @@
-//! A small guest with types, tasks and modules, and its lists as a subject.
+//! A small guest with types, tasks and modules; the target `tasks`.
 
 use locus_guest::addr::{Gva, PAGE_LEN};
 
@@ -9,12 +9,12 @@ use locus_guest::mock::MockMemory;
 use locus_kernel::btf::blob::Blob;
 use locus_kernel::fixture::Fixture;
 
-/// Where its variables stand.
+/// Address of its variables.
 pub(crate) const DATA: Gva = Gva(0xffff_ffff_8800_0000);
-/// Pages of variables.
+/// Number of pages with variables.
 const PAGES: usize = 4;
 
-/// Size of a task.
+/// Size of a `struct task_struct`, in bytes.
 const TASK: u64 = 0x200;
 const SIGNALS: u64 = 0x1000;
 const PER_CPU_OFFSET: u64 = 0x1400;
@@ -39,7 +39,7 @@ const START_AT: u64 = 0x58;
 const SP_AT: u64 = 0x60;
 pub(crate) const HEAD_AT: u64 = 0x10;
 
-/// Its types.
+/// Types of the small guest, as BTF.
 pub fn types() -> Vec<u8> {
     let mut types = Blob::new();
     let int = types.int("int", 4);
@@ -71,13 +71,13 @@ pub fn types() -> Vec<u8> {
         ("nivcsw", long, SP_AT + 32),
     ]
     .map(|(name, ty, at)| (name, ty, at as usize));
-    // Members stand in an anonymous structure, as they do with randomised layouts.
+    // The members are in an anonymous structure, as with randomised layouts.
     let inner = types.structure("", TASK as usize, &members);
     types.structure("task_struct", TASK as usize, &[("", inner, 0)]);
     types.bytes()
 }
 
-/// Its variables: three processes of two threads, an idle task, two modules.
+/// Variables of the small guest: three processes of two threads, an idle task, two modules.
 pub fn variables() -> Vec<u8> {
     let mut data = vec![0; PAGES * PAGE_LEN];
     let mut put = |at: u64, value: u64| {
@@ -136,8 +136,8 @@ fn fixture(btf: Vec<u8>) -> Fixture {
     fixture
 }
 
-#[cfg(test)]
 /// The guest, with `data` as its variables and `btf` as its types.
+#[cfg(test)]
 pub fn build(data: &[u8], btf: Vec<u8>) -> MockMemory {
     let memory = fixture(btf).build();
     let mut data = data.to_vec();
@@ -146,7 +146,7 @@ pub fn build(data: &[u8], btf: Vec<u8>) -> MockMemory {
     memory
 }
 
-/// The same as a stage.
+/// The small guest, whose variables are the input.
 pub fn stage() -> Stage {
     Stage::new(fixture(types()), DATA, PAGES)
 }
@@ -155,12 +155,12 @@ thread_local! {
     static STAGE: Stage = stage();
 }
 
-/// `data` is the guest's variables, and its types behind them; all its tasks are listed.
+/// `data` is the guest's variables, and then its types. All its tasks are listed.
 pub fn tasks(data: &[u8]) {
     STAGE.with(|stage| stage.kernel(data).iter().for_each(look::tasks));
 }
 
-/// The guest as it is, with the types it has and with types to be changed.
+/// The variables, with the types of the fixture, and with types in the input.
 pub fn seeds() -> Vec<Vec<u8>> {
     vec![variables(), [variables(), types()].concat()]
 }

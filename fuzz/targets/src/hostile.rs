@@ -1,5 +1,5 @@
-//! Guests that lie. Each is looked at as `info` does, in a process of its own, and must be refused
-//! or read within what a budget may take and 64 MiB.
+//! Guests that lie, each in one way. Each is read as `info` does, in a process of its own. It must be read or
+//! refused, within the time that a budget may take and within 64 MiB.
 
 use std::process::Command;
 
@@ -20,7 +20,7 @@ use super::mutate::{cpu_time, patience};
 
 /// Most memory that reading a guest may take, in KiB.
 const MEMORY: u64 = 64 << 10;
-/// Set in the processes that look at a guest.
+/// Environment variable of the processes that read one guest.
 const ALONE: &str = "XEN_LOCUS_TEST_ALONE";
 
 /// A figure of this process from /proc, in KiB.
@@ -30,8 +30,8 @@ fn memory(what: &str) -> u64 {
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
-/// Looks at the guest that `make` makes, which must end with an error that contains `expected`, or
-/// well if that is empty. `tables` is what is kept of it, in KiB.
+/// Reads the guest that `make` makes. This must end with an error that contains `expected`, or without one if
+/// `expected` is empty. `tables` is the size of what is kept of the guest, in KiB.
 #[track_caller]
 fn refused<M: Memory>(name: &str, expected: &str, tables: u64, make: impl FnOnce() -> M) {
     if std::env::var_os(ALONE).is_none() {
@@ -53,7 +53,7 @@ fn refused<M: Memory>(name: &str, expected: &str, tables: u64, make: impl FnOnce
         return;
     }
     let guest = make();
-    // Makes the peak of memory what is used now (proc(5)).
+    // Resets the peak of memory to what is used now (proc(5)).
     std::fs::write("/proc/self/clear_refs", "5").unwrap();
     let (before, began) = (memory("VmRSS"), cpu_time());
     let said = look(&guest).err().unwrap_or_default();
@@ -71,7 +71,7 @@ fn refused<M: Memory>(name: &str, expected: &str, tables: u64, make: impl FnOnce
     assert!(peak < MEMORY + tables, "it took {peak} KiB");
 }
 
-/// All that `info` does.
+/// Reads what `info` reads.
 fn look(memory: &dyn Memory) -> Result<(), String> {
     let kernel = Kernel::read(memory, KIND, &vcpus()).map_err(|e| e.to_string())?;
     kernel.symbols.addr("init_task").ok_or("no init_task")?;
@@ -109,7 +109,7 @@ fn with(words: &[(u64, u64)]) -> MockMemory {
     guest::build(&data, guest::types())
 }
 
-/// A place for what a lie needs.
+/// Address of what a lie needs besides the variables.
 const MORE: Gva = Gva(0xffff_8880_1000_0000);
 
 /// Maps `words` at [`MORE`].
@@ -143,7 +143,7 @@ fn a_module_list_that_leads_to_itself_is_given_up() {
     );
 }
 
-/// A circular list of so many elements at [`MORE`], each followed by `word`.
+/// A circular list of `count` elements at [`MORE`], with `word` after each.
 fn long_ring(memory: &MockMemory, count: u64, word: u64) {
     let at = |i: u64| MORE.0 + i % count * 24;
     let elements = (0..count).flat_map(|i| [at(i + 1), at(i + count - 1), word]);
@@ -216,7 +216,7 @@ fn four_thousand_million_processors_are_not_believed() {
     );
 }
 
-/// A guest whose kernel map leads to `fill`ed frames everywhere, read-only, but for a text page.
+/// A guest whose whole kernel map leads to frames with `fill`, read-only, except for one page of text.
 fn everywhere(fill: &[u8], executable_entry: bool) -> MockMemory {
     let memory = MockMemory::new();
     let table = |next: Frame, bits: u64| {
@@ -313,7 +313,7 @@ fn a_gibibyte_of_what_begins_a_token_table_is_given_up() {
     );
 }
 
-/// A symbol table that is right but for its addresses, which agree with no kernel.
+/// A symbol table that is correct except for its addresses, which fit no kernel.
 fn strange_table(count: u64) -> Vec<u8> {
     let symbols: Vec<_> = (0..count)
         .map(|i| (TEXT.0 + i, 't', "s".to_owned()))
@@ -351,7 +351,7 @@ fn page_tables_that_are_not_there_are_no_kernel() {
     );
 }
 
-/// The fixture with so many more symbols of the longest name that the format allows.
+/// The fixture with `count` more symbols, all called `name`.
 fn many_symbols(count: u64, name: &str) -> MockMemory {
     let mut fixture = Fixture::new();
     let more = (0..count).map(|i| (TEXT.0 + 0x1000 + i % 4096, 't', name.to_owned()));

@@ -1,4 +1,4 @@
-//! The kernel's symbol table.
+//! The kernel's symbol table (kallsyms).
 
 use locus_guest::addr::{Range, PAGE_LEN};
 use locus_guest::mock::{MockMemory, ROOT};
@@ -6,10 +6,10 @@ use locus_guest::space::Space;
 use locus_kernel::fixture::{kallsyms, Tables, ENTRY, RODATA, TEXT};
 use locus_kernel::kallsyms::{read, Anchors, Second};
 
-/// Most bytes that count: the search's own cost grows with them.
+/// Most bytes of an input that are used, because the time of the search grows with them.
 const LONGEST: usize = 256 << 10;
 
-/// `data` is the kernel's read-only data.
+/// `data` is the kernel's read-only data, which is searched for the table.
 pub fn run(data: &[u8]) {
     let memory = MockMemory::new();
     let data = data.get(..LONGEST).unwrap_or(data);
@@ -30,7 +30,7 @@ pub fn run(data: &[u8]) {
     }
 }
 
-/// One table in each layout.
+/// One table in each layout that kernels have used.
 pub fn seeds() -> Vec<Vec<u8>> {
     let mut symbols = vec![
         (TEXT.0, 'T', "_text".to_owned()),

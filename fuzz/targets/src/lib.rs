@@ -1,8 +1,26 @@
-//! Entry points of the fuzzer: each takes bytes as one thing that xen-locus reads and that someone
-//! hostile may have written, and uses it as the tool does. None may panic, hang, or take memory
-//! beyond the budget, whatever the bytes.
+//! Targets of the fuzzer. Each takes bytes as one thing that xen-locus reads and that an attacker may have
+//! written, and uses it as the tool does. Whatever the bytes, no target may panic, hang, or take more memory
+//! than the budget allows.
 //!
-//! `fuzz/` runs them under libFuzzer (`make fuzz`); the tests here run a short deterministic
+//! ```
+//! // What libFuzzer and the tests do with each input of the target `payload`.
+//! locus_fuzz::run("payload", b"\x7fELF and so on");
+//! ```
+//!
+//! Files, in the order of the data:
+//!
+//! | file | subject |
+//! |---|---|
+//! | `lib.rs` | [`TARGETS`]: name, function and seeds of each target |
+//! | `payload.rs`, `core.rs`, `cache.rs` | files: payloads, saved cores, cached kernels |
+//! | `pages.rs` | page tables |
+//! | `kallsyms.rs`, `btf.rs`, `orc.rs`, `vmcoreinfo.rs`, `cpu.rs`, `modules.rs`, `guest.rs` (tasks) | what a kernel's memory says |
+//! | `stacks.rs` | stacks and registers of threads |
+//! | `arena.rs` | the pages that xen-locus has put into a guest |
+//! | `stage.rs`, `look.rs` | for several targets: a guest whose pages are the input, and what `info` reads |
+//! | `mutate.rs`, `hostile.rs` | tests on stable Rust: mutated seeds, and guests that lie in one way each |
+//!
+//! `fuzz/` runs the targets under libFuzzer (`make fuzz`). `cargo test` runs a short and deterministic
 //! mutation of the seeds.
 
 #![forbid(unsafe_code)]
@@ -29,18 +47,18 @@ mod stacks;
 mod stage;
 mod vmcoreinfo;
 
-/// One thing to be fuzzed.
+/// One target of the fuzzer.
 #[derive(Clone, Copy, Debug)]
 pub struct Target {
-    /// Its name: that of its file in `fuzz/fuzz_targets/`.
+    /// Name of the target, and of its file in `fuzz/fuzz_targets/`.
     pub name: &'static str,
-    /// Reads the bytes as the tool does.
+    /// Reads an input as the tool does. Panics if what was read contradicts itself.
     pub run: fn(&[u8]),
-    /// Well-formed bytes to begin with.
+    /// Makes the first inputs, which are well-formed.
     pub seeds: fn() -> Vec<Vec<u8>>,
 }
 
-/// All of them.
+/// All targets.
 pub const TARGETS: &[Target] = &[
     Target {
         name: "kallsyms",
@@ -124,7 +142,7 @@ pub const TARGETS: &[Target] = &[
     },
 ];
 
-/// Runs the target `name` on `data`; nothing when there is none of that name.
+/// Runs the target `name` on the input `data`. Does nothing if there is no such target.
 pub fn run(name: &str, data: &[u8]) {
     for target in TARGETS.iter().filter(|t| t.name == name) {
         (target.run)(data);

@@ -1,4 +1,4 @@
-//! What `info` reads of a kernel, by subject. What is not there is passed over.
+//! What `info` reads of a kernel, by subject. Errors are ignored.
 
 use locus_kernel::cpu::Cpu;
 use locus_kernel::modules::Reader;
@@ -7,7 +7,7 @@ use locus_kernel::tasks::{Details, Layout};
 use locus_kernel::vmcoreinfo::VmcoreInfo;
 use locus_kernel::Kernel;
 
-/// All of it.
+/// Reads all subjects.
 pub fn all(kernel: &Kernel<'_>) {
     symbols(kernel);
     tasks(kernel);
@@ -20,7 +20,7 @@ pub fn all(kernel: &Kernel<'_>) {
     }
 }
 
-/// The symbols can be found by their names and their addresses.
+/// Finds every symbol by its name and by its address.
 pub fn symbols(kernel: &Kernel<'_>) {
     for symbol in kernel.symbols.iter() {
         assert!(kernel.symbols.addr(&symbol.name).is_some());
@@ -29,7 +29,7 @@ pub fn symbols(kernel: &Kernel<'_>) {
     }
 }
 
-/// The tasks, with what `info --tasks` adds.
+/// Reads all tasks, with what `info --tasks` adds.
 pub fn tasks(kernel: &Kernel<'_>) {
     let space = kernel.space.fresh();
     let tasks = Layout::of(kernel).and_then(|layout| layout.all(kernel, &space));
@@ -42,7 +42,7 @@ pub fn tasks(kernel: &Kernel<'_>) {
     }
 }
 
-/// The modules with their symbols and types.
+/// Reads all modules, with their symbols and types.
 pub fn modules(kernel: &Kernel<'_>) {
     let _ = kernel.module_count();
     let Ok(mut reader) = Reader::new(kernel) else {
@@ -62,7 +62,7 @@ pub fn modules(kernel: &Kernel<'_>) {
     });
 }
 
-/// The processor.
+/// Reads the processor's features, bugs and mitigations.
 pub fn cpu(kernel: &Kernel<'_>) {
     if let Ok(cpu) = Cpu::read(kernel) {
         let names = cpu.features().into_iter().chain(cpu.bugs());
@@ -78,14 +78,14 @@ pub fn cpu(kernel: &Kernel<'_>) {
     }
 }
 
-/// The kernel's ORC table.
+/// Reads the kernel's ORC table.
 pub fn orc(kernel: &Kernel<'_>) {
     if let Ok(orc) = Orc::read(kernel) {
         rows(&orc);
     }
 }
 
-/// Looks up what `orc` has for every address that it names, and those beside it.
+/// Looks up every address that `orc` has a row for, and the addresses beside it.
 pub fn rows(orc: &Orc) {
     let mut all = orc.iter().peekable();
     while let Some((ip, row)) = all.next() {
@@ -99,7 +99,7 @@ pub fn rows(orc: &Orc) {
     }
 }
 
-/// `text` has nothing that a terminal takes for a command.
+/// Checks that `text` has no control characters, which a terminal would obey.
 pub fn plain(text: &str) {
     assert!(!text.chars().any(char::is_control), "{text:?}");
 }

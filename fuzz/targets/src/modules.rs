@@ -16,8 +16,8 @@ thread_local! {
     static STAGES: [Stage; 2] = AGES.map(stage);
 }
 
-/// The first word of `data` chooses one of two layouts; behind it is the memory of the modules, and
-/// behind that the kernel's types.
+/// The first 8 bytes of `data` choose one of two layouts. The memory of the modules follows, and then the
+/// kernel's types.
 pub fn run(data: &[u8]) {
     let Some((age, data)) = data.split_at_checked(8) else {
         return;
@@ -28,7 +28,7 @@ pub fn run(data: &[u8]) {
     });
 }
 
-/// Two modules in each layout, with the types it has and with types to be changed.
+/// Two modules in each layout, with the types of the fixture, and with types in the input.
 pub fn seeds() -> Vec<Vec<u8>> {
     let seeds = (0u64..).zip(AGES).flat_map(|(n, age)| {
         let head = n.to_le_bytes();

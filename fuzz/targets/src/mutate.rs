@@ -9,7 +9,7 @@ use locus_guest::budget;
 
 use super::TARGETS;
 
-/// Mutated inputs of each target.
+/// Number of mutated inputs for each target.
 const INPUTS: usize = 500;
 
 /// Marsaglia's xorshift64: the same numbers in every run.
@@ -28,7 +28,7 @@ impl Random {
     }
 }
 
-/// Numbers that break counts, lengths and offsets.
+/// Numbers that tend to break counts, lengths and offsets.
 const ODD: [u64; 8] = [
     0,
     1,
@@ -55,7 +55,7 @@ fn mutate(data: &mut Vec<u8>, random: &mut Random) {
                 }
             }
             _ => {
-                // A word where words stand, of 4 or 8 bytes.
+                // An aligned word of 4 or 8 bytes.
                 let odd = ODD[random.below(ODD.len())].to_le_bytes();
                 let (at, len) = (at & !7, 4 << random.below(2));
                 for (to, byte) in data[at..].iter_mut().zip(&odd[..len]) {
@@ -66,17 +66,17 @@ fn mutate(data: &mut Vec<u8>, random: &mut Random) {
     }
 }
 
-/// Processor time of this thread.
+/// Processor time that this thread has used.
 pub(super) fn cpu_time() -> Duration {
     let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
     Duration::from_nanos(stat.split(' ').next().unwrap().parse().unwrap())
 }
 
-/// Longest processor time that reading one guest may take here: some times what it takes to look, byte by byte,
-/// through as much as a whole budget pays for.
+/// Longest processor time that reading one guest may take here: four times what it takes to look at every byte
+/// that a whole budget pays for.
 pub(super) fn patience() -> Duration {
     const TIMES: u32 = 4;
-    /// Of a sixteenth of it.
+    /// Only one part in so many is measured.
     const PART: u32 = 16;
     static TAKEN: OnceLock<Duration> = OnceLock::new();
     *TAKEN.get_or_init(|| {

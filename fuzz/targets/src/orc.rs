@@ -1,4 +1,4 @@
-//! ORC tables.
+//! ORC tables, which the unwinder uses: those of the kernel and of a module.
 
 use locus_guest::addr::{Range, PAGE_LEN};
 use locus_guest::fetch;
@@ -11,7 +11,7 @@ use super::guest::DATA;
 use super::look;
 use super::stage::Stage;
 
-/// Rows of the table.
+/// Number of rows in the table.
 const ROWS: u64 = 64;
 // Offsets in the page that is the input: the addresses, the rows, the hash of the format, the
 // number of rows of a module.
@@ -43,7 +43,7 @@ thread_local! {
     static STAGES: [Stage; 2] = [true, false].map(stage);
 }
 
-/// `data` is the page with the tables, and the kernel's types behind it.
+/// `data` is the page with the tables, and then the kernel's types.
 pub fn run(data: &[u8]) {
     STAGES.with(|stages| {
         for kernel in stages.iter().filter_map(|stage| stage.kernel(data)) {
@@ -53,7 +53,7 @@ pub fn run(data: &[u8]) {
     });
 }
 
-/// The same tables as a module's.
+/// Reads the same tables as those of a module.
 fn of_module(kernel: &Kernel<'_>, data: &[u8]) {
     let count = fetch::u64(data, COUNT_AT).unwrap_or(0) as usize;
     let text = vec![Range::new(TEXT, TEXT_LEN as u64)];
@@ -84,7 +84,7 @@ fn page(format: Format) -> Vec<u8> {
     page
 }
 
-/// A table in each format.
+/// One table in each format that kernels have used.
 pub fn seeds() -> Vec<Vec<u8>> {
     ALL.map(|format| [page(format), btf(format)].concat())
         .to_vec()

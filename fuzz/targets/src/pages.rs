@@ -1,4 +1,4 @@
-//! Page tables.
+//! Page tables: the search for the kernel, walks and reads.
 
 use locus_guest::addr::{Frame, Gva, Range, PAGE_LEN};
 use locus_guest::budget::{Budget, LIMIT};
@@ -7,14 +7,14 @@ use locus_guest::space::{Space, PTE_FRAME};
 use locus_kernel::fixture::{vcpus, ENTRY, KIND, TEXT};
 use locus_kernel::locate::{locate, KERNEL_MAP};
 
-/// What one look may cost here: enough to find the kernel, and little enough for many inputs.
+/// Units of the budget for one input: enough to find the kernel, and few enough for many inputs.
 const BUDGET: u64 = LIMIT / 1024;
-/// Most frames.
+/// Most frames of an input.
 const FRAMES: usize = 16;
 
-/// `data` is frames: the first is the root, and whichever is pointed at is a table or a page.
-/// Entries name frames by their number, from 1 and modulo one more than there are, so that the
-/// tables lead to each other and sometimes to nowhere.
+/// `data` is frames. The first is the root; the others are tables or pages, as entries use them. Entries name
+/// frames by number, from 1 and modulo one more than there are. So tables lead to each other, and sometimes
+/// to a frame that does not exist.
 pub fn run(data: &[u8]) {
     let memory = MockMemory::new();
     let count = data.len().div_ceil(PAGE_LEN).clamp(1, FRAMES);
@@ -52,7 +52,7 @@ pub fn run(data: &[u8]) {
     }
 }
 
-/// A sane set of tables, one whose root holds itself everywhere, and a chain of one entry each.
+/// Good tables, a root whose entries all lead to the root, and tables of one entry each with a large page.
 pub fn seeds() -> Vec<Vec<u8>> {
     let sane: Vec<u64> = (0..5 * 512)
         .map(|i| match i {

@@ -1,4 +1,4 @@
-//! Payload files.
+//! Payload files, read as `show` does.
 
 use locus_payload::testelf::Spec;
 use locus_payload::Payload;
@@ -12,7 +12,8 @@ pub fn run(data: &[u8]) {
     }
 }
 
-/// Livepatch modules of several shapes.
+/// Good livepatch modules: plain, with named variables, with their structures in separate sections, and of
+/// kpatch-build.
 pub fn seeds() -> Vec<Vec<u8>> {
     let objects = vec![
         (

@@ -1,4 +1,4 @@
-//! What stands on stacks, and the registers of who is on them.
+//! Stacks, and the registers of the thread that uses them.
 
 use locus_guest::addr::{Gva, Range};
 use locus_guest::budget::Budget;
@@ -11,18 +11,18 @@ use locus_kernel::fixture_world::{World, IDLE, PATCHED, STACKS};
 use locus_kernel::unwind::{Stack, StackKind, Walk, Walker};
 use locus_kernel::Kernel;
 
-/// Bytes of a stack.
+/// Size of a stack, in bytes.
 const LEN: u64 = 0x1000;
-/// A task's stack, a CPU's for interrupts, and for an exception.
+/// The three stacks of an input: of a task, of a CPU for interrupts, of a CPU for an exception.
 const KINDS: [StackKind; 3] = [StackKind::Task, StackKind::Irq, StackKind::Exception];
-/// Words of registers before the stacks.
+/// Number of words with registers in front of the stacks.
 const HEAD: usize = 8;
-/// Where registers of user mode stand.
+/// Offset of the registers of user mode in a stack.
 const TOP: u64 = LEN - REGS;
 
-struct Bytes(Vec<u8>);
+struct StackBytes(Vec<u8>);
 
-impl Window for Bytes {
+impl Window for StackBytes {
     fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), guest::Error> {
         let (len, size) = (buf.len(), self.0.len());
         let end = offset.saturating_add(len);
@@ -45,15 +45,15 @@ thread_local! {
     };
 }
 
-/// The walks from the registers at the start of `data`, on the three stacks behind them: as those of
-/// a CPU, and as a task's saved stack pointer.
+/// Walks the three stacks in `data` from the registers at its start, once as those of a running CPU, and once
+/// from the saved stack pointer of a sleeping task.
 fn walks(data: &[u8], idle: bool) -> [Walk; 2] {
     let word = |n: usize| fetch::u64(data, 8 * n).unwrap_or(0);
     let memory = [0, 1, 2].map(|n| {
         let part = data.get(8 * HEAD + n * LEN as usize..).unwrap_or_default();
         let mut bytes = part[..part.len().min(LEN as usize)].to_vec();
         bytes.resize(LEN as usize, 0);
-        Bytes(bytes)
+        StackBytes(bytes)
     });
     let stacks = [0, 1, 2].map(|n| Stack {
         kind: KINDS[n],
@@ -81,11 +81,11 @@ fn walks(data: &[u8], idle: bool) -> [Walk; 2] {
     })
 }
 
-/// `data` is registers and stacks.
+/// `data` is registers, and then three stacks.
 pub fn run(data: &[u8]) {
     for idle in [false, true] {
         for walk in walks(data, idle) {
-            // Whoever is somewhere is told where.
+            // A walk without a frame must say why it ended.
             assert!(!walk.frames.is_empty() || walk.end.is_err());
         }
     }

@@ -1,4 +1,4 @@
-//! A guest that is built once for each thread, for many inputs.
+//! A guest that each thread builds once and uses for many inputs.
 
 use locus_guest::addr::{Frame, Gva, PAGE_LEN};
 use locus_guest::budget::{Budget, LIMIT};
@@ -6,19 +6,19 @@ use locus_guest::mock::MockMemory;
 use locus_kernel::fixture::{renewed, vcpus, Fixture, KIND};
 use locus_kernel::Kernel;
 
-/// What one look may cost here: ten times what the guests take that do not lie.
+/// Units of the budget for one input: ten times what the honest guests take.
 const BUDGET: u64 = LIMIT / 256;
 
-/// A guest, some of whose pages are an input.
+/// A guest in which some pages are the input.
 pub struct Stage {
-    /// Its memory.
+    /// Memory of the guest.
     pub memory: &'static MockMemory,
     kernel: Kernel<'static>,
     pages: Vec<Frame>,
 }
 
 impl Stage {
-    /// The guest `fixture` with `pages` pages at `at` for the input. It stays for good.
+    /// The guest `fixture`, with `pages` pages at `at` for the input. It is never freed.
     pub fn new(fixture: Fixture, at: Gva, pages: usize) -> Stage {
         let memory: &MockMemory = Box::leak(Box::new(fixture.build()));
         let page = |n: usize| {
@@ -36,8 +36,8 @@ impl Stage {
         }
     }
 
-    /// The kernel with the beginning of `data` in those pages and the rest of it as its types; with
-    /// its own types if there is no rest. `None` when the rest is not well-formed.
+    /// The kernel with the beginning of `data` in those pages, and the rest of `data` as its types. Without a
+    /// rest it has its own types. `None` if the rest is not well-formed.
     pub fn kernel(&self, data: &[u8]) -> Option<Kernel<'static>> {
         let mut rest = data;
         for &frame in &self.pages {

@@ -1,4 +1,4 @@
-//! VMCOREINFO.
+//! VMCOREINFO, the text that a kernel writes for crash dumps.
 
 use locus_kernel::vmcoreinfo::VmcoreInfo;
 
@@ -27,7 +27,7 @@ pub fn run(data: &[u8]) {
     let _ = info.check(&kernel.unwrap());
 }
 
-/// A line of each kind.
+/// A text with a line of each kind.
 pub fn seeds() -> Vec<Vec<u8>> {
     let text = "OSRELEASE=6.1.0-test\nBUILD-ID=00ff\nPAGESIZE=4096\nKERNELOFFSET=0\n\
                 SYMBOL(_stext)=ffffffff81000000\nOFFSET(page.flags)=0\nSIZE(page)=64\n\
