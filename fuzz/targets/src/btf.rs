@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use locus_kernel::btf::blob::{sample, Blob};
-use locus_kernel::btf::{Btf, Kind};
+use locus_kernel::btf::{Btf, TypeKind};
 
 use super::guest;
 
@@ -38,7 +38,7 @@ pub fn run(data: &[u8]) {
             }
         }
         for name in ["state", "wide"] {
-            let _ = btf.find(&[Kind::Enum, Kind::Enum64], name);
+            let _ = btf.find(&[TypeKind::Enum, TypeKind::Enum64], name);
             let _ = (btf.enum_name(name, -1), btf.enum_value(name, "HUGE"));
         }
         let _ = btf.len();

@@ -2,7 +2,7 @@
 
 use locus_guest::addr::PAGE_LEN;
 use locus_kernel::btf::blob::Blob;
-use locus_kernel::btf::Kind;
+use locus_kernel::btf::TypeKind;
 use locus_kernel::fixture::{Fixture, TEXT};
 
 use super::guest::DATA;
@@ -21,7 +21,7 @@ const STRINGS: u64 = 0x400;
 fn types() -> Vec<u8> {
     let mut types = Blob::with_integers();
     let caps = types.array(3, 3);
-    let union = types.composite(Kind::Union, "", 64, &[("x86_capability", caps, 0)]);
+    let union = types.composite(TypeKind::Union, "", 64, &[("x86_capability", caps, 0)]);
     types.structure("cpuinfo_x86", 72, &[("family", 3, 0), ("", union, 8)]);
     for name in [
         "mds_mitigations",

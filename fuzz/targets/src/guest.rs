@@ -168,19 +168,19 @@ pub fn seeds() -> Vec<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use locus_kernel::tasks::{Details, Layout};
+    use locus_kernel::tasks::{DetailLayout, TaskLayout};
 
     #[test]
     fn the_small_guest_has_its_tasks_and_modules() {
         for seed in seeds() {
             let kernel = stage().kernel(&seed).unwrap();
-            let tasks = Layout::of(&kernel)
+            let tasks = TaskLayout::of(&kernel)
                 .unwrap()
                 .all(&kernel, &kernel.space)
                 .unwrap();
             let pids: Vec<u32> = tasks.iter().map(|t| t.pid).collect();
             assert_eq!(pids, [1, 4, 2, 5, 6]);
-            assert!(Details::of(&kernel).is_ok());
+            assert!(DetailLayout::of(&kernel).is_ok());
             assert_eq!(kernel.module_count().unwrap(), 2);
         }
     }

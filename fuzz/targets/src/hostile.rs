@@ -9,7 +9,7 @@ use locus_guest::space::{Space, PTE_NX, PTE_PRESENT, PTE_WRITE};
 use locus_guest::Memory;
 use locus_kernel::fixture::{kallsyms, vcpus, Fixture, Tables, ENTRY, KIND, RODATA, TEXT};
 use locus_kernel::locate::KERNEL_MAP;
-use locus_kernel::tasks::Layout;
+use locus_kernel::tasks::TaskLayout;
 use locus_kernel::Kernel;
 use xen_locus::arena::Arena;
 use xen_locus::error::{Cause, Class};
@@ -79,7 +79,7 @@ fn look(memory: &dyn Memory) -> Result<(), String> {
         .symbols
         .covering(ENTRY)
         .ok_or("nothing covers the entry")?;
-    let layout = Layout::of(&kernel).map_err(|e| e.to_string())?;
+    let layout = TaskLayout::of(&kernel).map_err(|e| e.to_string())?;
     layout
         .all(&kernel, &kernel.space.fresh())
         .map_err(|e| e.to_string())?;

@@ -4,7 +4,7 @@ use locus_guest::addr::{Range, PAGE_LEN};
 use locus_guest::mock::{MockMemory, ROOT};
 use locus_guest::space::Space;
 use locus_kernel::fixture::{kallsyms, Tables, ENTRY, RODATA, TEXT};
-use locus_kernel::kallsyms::{read, Anchors, Second};
+use locus_kernel::kallsyms::{read, Anchors, SecondAnchor};
 
 /// Most bytes of an input that are used, because the time of the search grows with them.
 const LONGEST: usize = 256 << 10;
@@ -19,7 +19,7 @@ pub fn run(data: &[u8]) {
     let regions = space.regions(Range::new(RODATA, len));
     let anchors = Anchors {
         text_base: TEXT,
-        second: Second::Entry(ENTRY),
+        second: SecondAnchor::Entry(ENTRY),
     };
     if let Ok(symbols) = read(&space, &regions, anchors) {
         for symbol in symbols.iter() {

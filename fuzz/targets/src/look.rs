@@ -1,9 +1,9 @@
 //! What `info` reads of a kernel, by subject. Errors are ignored.
 
 use locus_kernel::cpu::Cpu;
-use locus_kernel::modules::Reader;
-use locus_kernel::orc::Orc;
-use locus_kernel::tasks::{Details, Layout};
+use locus_kernel::modules::ModuleReader;
+use locus_kernel::orc::OrcRows;
+use locus_kernel::tasks::{DetailLayout, TaskLayout};
 use locus_kernel::vmcoreinfo::VmcoreInfo;
 use locus_kernel::Kernel;
 
@@ -32,8 +32,8 @@ pub fn symbols(kernel: &Kernel<'_>) {
 /// Reads all tasks, with what `info --tasks` adds.
 pub fn tasks(kernel: &Kernel<'_>) {
     let space = kernel.space.fresh();
-    let tasks = Layout::of(kernel).and_then(|layout| layout.all(kernel, &space));
-    let details = Details::of(kernel);
+    let tasks = TaskLayout::of(kernel).and_then(|layout| layout.all(kernel, &space));
+    let details = DetailLayout::of(kernel);
     for task in tasks.unwrap_or_default() {
         plain(&task.comm);
         if let Ok(details) = &details {
@@ -45,7 +45,7 @@ pub fn tasks(kernel: &Kernel<'_>) {
 /// Reads all modules, with their symbols and types.
 pub fn modules(kernel: &Kernel<'_>) {
     let _ = kernel.module_count();
-    let Ok(mut reader) = Reader::new(kernel) else {
+    let Ok(mut reader) = ModuleReader::new(kernel) else {
         return;
     };
     let _ = reader.each(|reader, module| {
@@ -80,13 +80,13 @@ pub fn cpu(kernel: &Kernel<'_>) {
 
 /// Reads the kernel's ORC table.
 pub fn orc(kernel: &Kernel<'_>) {
-    if let Ok(orc) = Orc::read(kernel) {
+    if let Ok(orc) = OrcRows::read(kernel) {
         rows(&orc);
     }
 }
 
 /// Looks up every address that `orc` has a row for, and the addresses beside it.
-pub fn rows(orc: &Orc) {
+pub fn rows(orc: &OrcRows) {
     let mut all = orc.iter().peekable();
     while let Some((ip, row)) = all.next() {
         let last = all.peek().is_none_or(|next| next.0 != ip);

@@ -41,14 +41,14 @@ pub fn seeds() -> Vec<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use locus_kernel::modules::Reader;
+    use locus_kernel::modules::ModuleReader;
 
     #[test]
     fn the_seeds_have_modules_with_symbols_and_types() {
         for (age, seeds) in AGES.into_iter().zip(seeds().chunks(2)) {
             for seed in seeds {
                 let kernel = stage(age).kernel(&seed[8..]).unwrap();
-                let mut reader = Reader::new(&kernel).unwrap();
+                let mut reader = ModuleReader::new(&kernel).unwrap();
                 let all = reader.each(|reader, module| {
                     Ok((reader.symbols(module)?.len(), reader.btf(module)?.is_some()))
                 });

@@ -4,7 +4,7 @@ use locus_guest::addr::{Range, PAGE_LEN};
 use locus_guest::fetch;
 use locus_kernel::fixture::{Fixture, TEXT, TEXT_LEN};
 use locus_kernel::orc::sample::{btf, frame, ALL};
-use locus_kernel::orc::{Format, Orc, HASHES};
+use locus_kernel::orc::{OrcFormat, OrcRows, FORMAT_HASHES};
 use locus_kernel::Kernel;
 
 use super::guest::DATA;
@@ -34,7 +34,9 @@ fn stage(header: bool) -> Stage {
     if header {
         symbol("__start_orc_header", DATA.0 + HASH_AT);
     }
-    fixture.constants.push(("__start_BTF", btf(Format::Typed)));
+    fixture
+        .constants
+        .push(("__start_BTF", btf(OrcFormat::Typed)));
     fixture.constants.push(("__stop_BTF", vec![0; 8]));
     Stage::new(fixture, DATA, 1)
 }
@@ -58,12 +60,12 @@ fn of_module(kernel: &Kernel<'_>, data: &[u8]) {
     let count = fetch::u64(data, COUNT_AT).unwrap_or(0) as usize;
     let text = vec![Range::new(TEXT, TEXT_LEN as u64)];
     let tables = (DATA.plus(IPS_AT), DATA.plus(ROWS_AT), count);
-    if let Ok(orc) = Orc::of_module(kernel, &kernel.space, tables, text) {
+    if let Ok(orc) = OrcRows::of_module(kernel, &kernel.space, tables, text) {
         look::rows(&orc);
     }
 }
 
-fn page(format: Format) -> Vec<u8> {
+fn page(format: OrcFormat) -> Vec<u8> {
     let mut page = vec![0; PAGE_LEN];
     let mut put = |at: u64, bytes: &[u8]| {
         page[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
@@ -77,7 +79,7 @@ fn page(format: Format) -> Vec<u8> {
         );
         put(ROWS_AT + 6 * i, &frame(format, 8 * i as i16));
     }
-    if let Some((_, hash)) = HASHES.iter().find(|(f, _)| *f == format) {
+    if let Some((_, hash)) = FORMAT_HASHES.iter().find(|(f, _)| *f == format) {
         put(HASH_AT, hash);
     }
     put(COUNT_AT as u64, &ROWS.to_le_bytes());
@@ -98,8 +100,8 @@ mod tests {
     fn the_seeds_have_tables() {
         for (format, seed) in ALL.into_iter().zip(seeds()) {
             // The oldest format is older than the header.
-            let stage = stage(format != Format::End);
-            let orc = Orc::read(&stage.kernel(&seed).unwrap()).unwrap();
+            let stage = stage(format != OrcFormat::End);
+            let orc = OrcRows::read(&stage.kernel(&seed).unwrap()).unwrap();
             assert_eq!((orc.len() as u64, orc.format()), (ROWS, format));
             assert_eq!(orc.row(TEXT).unwrap().sp.offset, 8);
         }

@@ -16,9 +16,9 @@ use locus_guest::core::write::{self, CorePage};
 use locus_guest::core::Core;
 use locus_guest::{self, Memory, Window};
 use locus_kernel::cpu::Cpu;
-use locus_kernel::modules::Reader;
-use locus_kernel::orc::Table;
-use locus_kernel::tasks::{self, Details};
+use locus_kernel::modules::ModuleReader;
+use locus_kernel::orc::OrcTable;
+use locus_kernel::tasks::{self, DetailLayout};
 use locus_kernel::vmcoreinfo::VmcoreInfo;
 use locus_kernel::Kernel;
 use locus_payload::Payload;
@@ -103,19 +103,19 @@ fn main() -> Result<()> {
 fn touch(memory: &dyn Memory, core: &Core, payloads: &[PathBuf]) -> Result<()> {
     let kernel = Kernel::of_saved(memory, core.kind(), core.vcpus())?;
     kernel.btf()?;
-    let details = Details::of(&kernel)?;
+    let details = DetailLayout::of(&kernel)?;
     tasks::snapshot(&kernel, |space, tasks| {
         tasks
             .iter()
             .try_for_each(|task| details.read(space, task.addr).map(|_| ()))
     })?;
-    Reader::new(&kernel)?.each(|reader, module| {
+    ModuleReader::new(&kernel)?.each(|reader, module| {
         // If one module can't be read, the others are still needed.
         let _ = reader.symbols(module);
         Ok(())
     })?;
     // A kernel need not have these; `info` says so.
-    let _ = Table::of(&kernel);
+    let _ = OrcTable::of(&kernel);
     let _ = Cpu::read(&kernel);
     if let Some(info) = VmcoreInfo::read(&kernel)? {
         info.check(&kernel)?;

@@ -3,7 +3,7 @@
 #![deny(clippy::print_stderr)]
 
 pub mod btf;
-mod cached;
+mod cache;
 pub mod cpu;
 #[cfg(any(test, feature = "testing"))]
 pub mod fixture;
@@ -12,10 +12,10 @@ pub mod fixture_world;
 pub mod kallsyms;
 pub mod locate;
 pub mod modules;
-mod names;
+mod name_index;
 pub mod orc;
 pub mod split_functions;
-mod state;
+mod system_state;
 pub mod tasks;
 pub mod unwind;
 pub mod vmcoreinfo;
@@ -23,7 +23,7 @@ pub mod vmcoreinfo;
 use std::cell::OnceCell;
 use std::rc::Rc;
 
-pub use self::cached::{CachedKernel, KernelCache, NoCache};
+pub use self::cache::{CachedKernel, KernelCache, NoCache};
 use locus_guest::addr::{Gva, Range};
 use locus_guest::budget::Budget;
 use locus_guest::space::{Region, Space};

@@ -15,7 +15,7 @@ use locus_guest::budget::Budget;
 use locus_guest::space::{Region, Space, PTE_FRAME, PTE_PRESENT};
 use locus_guest::{GuestType, Memory, Vcpu};
 
-use super::kallsyms::{Anchors, Second, Symbols};
+use super::kallsyms::{Anchors, SecondAnchor, Symbols};
 use super::tasks::CPUS_MAX;
 use super::Error;
 
@@ -45,7 +45,9 @@ impl Located<'_> {
     pub(super) fn anchors<'a>(&self, state: &'a dyn Fn(&Symbols) -> bool) -> Anchors<'a> {
         Anchors {
             text_base: self.text_base,
-            second: self.entry.map_or(Second::State(state), Second::Entry),
+            second: self
+                .entry
+                .map_or(SecondAnchor::State(state), SecondAnchor::Entry),
         }
     }
 }

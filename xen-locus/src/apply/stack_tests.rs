@@ -12,7 +12,7 @@ use locus_guest::addr::{Gfn, Gva};
 use locus_guest::{GuestType, Memory, MemoryMut};
 use locus_kernel::fixture::{Fixture, TEXT};
 use locus_kernel::fixture_world::{World, STACKS, STACK_LEN};
-use locus_kernel::modules::{self, Reader};
+use locus_kernel::modules::{self, ModuleReader};
 use locus_payload::testelf::Spec;
 
 use super::*;
@@ -551,12 +551,12 @@ fn an_applied_patch_is_a_module_of_the_guest_and_stays_one() {
     guest.applied(&payload("two", &[B]));
     guest.revert("one").unwrap();
     let kernel = guest.kernel();
-    let mut reader = Reader::new(&kernel).unwrap();
+    let mut reader = ModuleReader::new(&kernel).unwrap();
     let modules = reader.all().unwrap();
     let names: Vec<&str> = modules.iter().map(|m| m.name.as_str()).collect();
     assert_eq!(names, ["two", "one"], "the newest comes first");
     for module in &modules {
-        assert_eq!(module.state, modules::State::Live);
+        assert_eq!(module.state, modules::ModuleState::Live);
         assert_eq!(module.refcount, Some(1));
         assert_eq!(module.used_by.join(" "), module.name, "so it can't go");
         let [core] = &module.parts[..] else {
@@ -573,7 +573,7 @@ fn an_applied_patch_is_a_module_of_the_guest_and_stays_one() {
 
     // Applied again it is the same module.
     guest.applied(&payload("one", &[A]));
-    let again = Reader::new(&guest.kernel()).unwrap().all().unwrap();
+    let again = ModuleReader::new(&guest.kernel()).unwrap().all().unwrap();
     assert_eq!(again, modules);
 }
 

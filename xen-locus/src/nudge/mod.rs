@@ -92,7 +92,7 @@ fn threads(kernel: &Kernel<'_>, asleep: &[Blocker]) -> Result<Vec<Thread>> {
     let ids: HashSet<u32> = asleep.iter().map(|b| b.pid).collect();
     let memory = kernel.btf()?.offset_of("task_struct", "mm")?;
     let mut threads = Vec::new();
-    for task in tasks::Layout::of(kernel)?.all(kernel, &kernel.space)? {
+    for task in tasks::TaskLayout::of(kernel)?.all(kernel, &kernel.space)? {
         if threads.len() == THREADS_MAX {
             break;
         }

@@ -24,8 +24,8 @@ use std::rc::Rc;
 use locus_guest::addr::{Frame, Gva, Range, PAGE_LEN};
 use locus_guest::space::{Pin, Space};
 use locus_guest::{Vcpu, Window};
-use locus_kernel::tasks::{self, Layout, Task};
-use locus_kernel::unwind::stack::{self, Copied};
+use locus_kernel::tasks::{self, Task, TaskLayout};
+use locus_kernel::unwind::stack::{self, StackCopy};
 use locus_kernel::unwind::{self, Stack, StackKind, Walker};
 use locus_kernel::Kernel;
 
@@ -170,7 +170,7 @@ pub struct Prescan<'k, 'm> {
     pub(super) kernel: &'k Kernel<'m>,
     pub(super) watch: &'k Watch,
     space: Space<'m>,
-    layout: Layout,
+    layout: TaskLayout,
     forks_at: Pin,
     forks: u64,
     pub(super) known: HashMap<Gva, Known>,
@@ -213,7 +213,7 @@ impl<'k, 'm> Prescan<'k, 'm> {
         Ok(Prescan {
             kernel,
             watch,
-            layout: Layout::of(kernel)?,
+            layout: TaskLayout::of(kernel)?,
             forks: 0,
             forks_at,
             known: HashMap::new(),
@@ -439,7 +439,7 @@ impl<'k, 'm> Prescan<'k, 'm> {
             return Ok(false);
         };
         let range = known.task.stack;
-        let memory = Copied::of(range, |words| known.read(0, words))?;
+        let memory = StackCopy::of(range, |words| known.read(0, words))?;
         if Look::restarts(self, known, memory.bytes())?.is_some() {
             return Ok(false);
         }
@@ -459,7 +459,7 @@ impl<'k, 'm> Prescan<'k, 'm> {
             memory: &memory,
         };
         let walk = walker.sleeping(known.sp()?, stack, known.task.idle);
-        let inside = |frame: &unwind::Frame| self.watch.hit(frame.address.0).is_some();
+        let inside = |frame: &unwind::StackFrame| self.watch.hit(frame.address.0).is_some();
         Ok(walk.is_reliable() && !walk.frames.iter().any(inside))
     }
 

@@ -6,8 +6,8 @@ use std::cell::Cell;
 
 use locus_guest::{GuestType, Vcpu, Window};
 use locus_kernel::fixture_world::{World, PATCHED, PERCPU, RESTART, TASKS, THREAD_NODE};
-use locus_kernel::tasks::{self, Layout, Task};
-use locus_kernel::unwind::stack::Copied;
+use locus_kernel::tasks::{self, Task, TaskLayout};
+use locus_kernel::unwind::stack::StackCopy;
 
 use super::*;
 
@@ -19,7 +19,7 @@ const NOBODY: [u32; 0] = [];
 struct Guest<'w> {
     world: &'w World,
     kernel: &'w Kernel<'w>,
-    layout: Layout,
+    layout: TaskLayout,
     tasks: Vec<Task>,
 }
 
@@ -69,7 +69,7 @@ fn blocked(verdict: Verdict) -> Vec<u32> {
 fn with_guest(test: impl FnOnce(&Guest<'_>, &mut Prescan<'_, '_>)) {
     let world = World::new(GuestType::Pvh);
     let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
-    let layout = Layout::of(&kernel).unwrap();
+    let layout = TaskLayout::of(&kernel).unwrap();
     let tasks = layout.all(&kernel, &kernel.space.fresh()).unwrap();
     let watch = Watch::of(vec![Watched {
         range: Range::new(PATCHED, 0x10),
@@ -584,7 +584,7 @@ fn a_cpu_s_own_stacks_are_followed_to_its_task_s() {
                     }
                 }
                 let range = Range::new(Gva(start), 0x1000);
-                let whole = Copied::of(range, |copy| {
+                let whole = StackCopy::of(range, |copy| {
                     copy.copy_from_slice(&bytes);
                     Ok::<(), ()>(())
                 });

@@ -4,7 +4,7 @@
 //! A module that goes takes its text along, redirects included, and its memory is given to others.
 //! So a payload's record says where each module was, and nothing is written once that is not so.
 
-use locus_kernel::modules::{Reader, State};
+use locus_kernel::modules::{ModuleReader, ModuleState};
 use locus_kernel::Kernel;
 
 use crate::arena::record::{ModuleAt, Record};
@@ -19,7 +19,7 @@ pub fn gone(kernel: &Kernel<'_>, record: &Record) -> Result<Option<String>> {
     if record.objects.is_empty() {
         return Ok(None);
     }
-    let all = Reader::new(kernel)?.all()?;
+    let all = ModuleReader::new(kernel)?.all()?;
     Ok(record.objects.iter().find_map(|was| {
         let Some(is) = all.iter().find(|m| m.name == was.name) else {
             return Some(format!(
@@ -46,11 +46,11 @@ pub fn conditions(kernel: &Kernel<'_>, modules: &[ModuleAt]) -> Result<Vec<Write
     if modules.is_empty() {
         return Ok(Vec::new());
     }
-    let mut reader = Reader::new(kernel)?;
+    let mut reader = ModuleReader::new(kernel)?;
     let mut found = Vec::new();
     for module in reader.all()? {
         let listed = |m: &&ModuleAt| m.at == module.addr && m.base == module.base;
-        if module.state == State::Live && modules.iter().any(|m| listed(&m)) {
+        if module.state == ModuleState::Live && modules.iter().any(|m| listed(&m)) {
             found.extend(
                 reader
                     .identity(&module)

@@ -9,7 +9,9 @@
 use std::cell::{OnceCell, RefCell};
 
 use locus_guest::addr::{Gva, Range};
-use locus_kernel::modules::{Module, Reader, Rewritten, State, Symbol, MODULES_MAX};
+use locus_kernel::modules::{
+    Module, ModuleReader, ModuleState, ModuleSymbol, Rewritten, MODULES_MAX,
+};
 use locus_kernel::split_functions;
 use locus_kernel::{self as kernel, Kernel};
 use locus_payload::Payload;
@@ -28,7 +30,7 @@ const LOCK_PREFIX: &str = "lock prefix";
 #[derive(Debug)]
 pub struct Objects<'k, 'm> {
     kernel: &'k Kernel<'m>,
-    reader: OnceCell<std::result::Result<Reader<'k, 'm>, String>>,
+    reader: OnceCell<std::result::Result<ModuleReader<'k, 'm>, String>>,
     /// `struct module` of the payloads whose symbols count, newest first.
     payloads: Vec<Gva>,
     /// Newest first, as the guest lists them.
@@ -44,7 +46,7 @@ pub struct Objects<'k, 'm> {
 pub struct Loaded {
     /// The module.
     pub module: Module,
-    symbols: OnceCell<Vec<Symbol>>,
+    symbols: OnceCell<Vec<ModuleSymbol>>,
     exports: OnceCell<Vec<(String, Gva)>>,
 }
 
@@ -54,7 +56,7 @@ pub enum Owner<'a> {
     /// The kernel's image.
     Kernel,
     /// A module, and its symbols.
-    Module(&'a Module, &'a [Symbol]),
+    Module(&'a Module, &'a [ModuleSymbol]),
 }
 
 impl Owner<'_> {
@@ -212,15 +214,15 @@ impl<'k, 'm> Objects<'k, 'm> {
         self.exported.get_or_init(read).as_ref()
     }
 
-    fn reader(&self) -> Result<&Reader<'k, 'm>> {
-        let read = || Reader::new(self.kernel).map_err(|e| e.to_string());
+    fn reader(&self) -> Result<&ModuleReader<'k, 'm>> {
+        let read = || ModuleReader::new(self.kernel).map_err(|e| e.to_string());
         self.reader.get_or_init(read).as_ref().map_err(unreadable)
     }
 
     /// All modules, newest first.
     fn loaded(&self) -> Result<&[Loaded]> {
         let read = || {
-            let all = Reader::new(self.kernel).and_then(|mut reader| reader.all());
+            let all = ModuleReader::new(self.kernel).and_then(|mut reader| reader.all());
             let loaded = |module| Loaded {
                 module,
                 symbols: OnceCell::new(),
@@ -233,7 +235,7 @@ impl<'k, 'm> Objects<'k, 'm> {
         all.as_ref().map(Vec::as_slice).map_err(unreadable)
     }
 
-    fn symbols<'s>(&'s self, loaded: &'s Loaded) -> Result<&'s [Symbol]> {
+    fn symbols<'s>(&'s self, loaded: &'s Loaded) -> Result<&'s [ModuleSymbol]> {
         if let Some(symbols) = loaded.symbols.get() {
             return Ok(symbols);
         }
@@ -267,7 +269,7 @@ impl<'k, 'm> Objects<'k, 'm> {
                  apply the payload"
             )));
         };
-        if found.module.state != State::Live {
+        if found.module.state != ModuleState::Live {
             return Err(Error::try_again(format!(
                 "module {name} is {} in the guest right now, expected it to be live; try again",
                 found.module.state.name().to_lowercase()
@@ -397,7 +399,7 @@ impl<'k, 'm> Objects<'k, 'm> {
         match (own, found.as_slice()) {
             (Some(at), _) => self.stays(name, at).map(Some),
             (None, []) => self.of_payloads(name),
-            (None, [(loaded, at)]) if loaded.module.state == State::Live => {
+            (None, [(loaded, at)]) if loaded.module.state == ModuleState::Live => {
                 self.uses(loaded);
                 Ok(Some(*at))
             }
@@ -423,7 +425,7 @@ impl<'k, 'm> Objects<'k, 'm> {
             let Some(loaded) = self.loaded()?.iter().find(|l| l.module.addr == payload) else {
                 continue;
             };
-            let named = |s: &&Symbol| s.global && s.name == name;
+            let named = |s: &&ModuleSymbol| s.global && s.name == name;
             if let Some(symbol) = self.symbols(loaded)?.iter().find(named) {
                 self.uses(loaded);
                 return Ok(Some(symbol.addr));

@@ -3,7 +3,7 @@
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // small blobs
 #![allow(missing_debug_implementations, clippy::new_without_default)]
 
-use super::Kind;
+use super::TypeKind;
 
 /// A blob being written.
 pub struct Blob {
@@ -57,7 +57,7 @@ impl Blob {
     }
 
     /// Adds a type; the number of its parts and its flag are in `info`.
-    pub fn raw(&mut self, name: &str, kind: Kind, info: u32, value: u32, tail: &[u32]) -> u32 {
+    pub fn raw(&mut self, name: &str, kind: TypeKind, info: u32, value: u32, tail: &[u32]) -> u32 {
         let name = self.name(name);
         self.push([name, ((kind as u32) << 24) | info, value], tail)
     }
@@ -71,21 +71,27 @@ impl Blob {
 
     /// An unsigned integer of `size` bytes.
     pub fn int(&mut self, name: &str, size: u32) -> u32 {
-        self.raw(name, Kind::Int, 0, size, &[size * 8])
+        self.raw(name, TypeKind::Int, 0, size, &[size * 8])
     }
 
     /// A type that only refers to another.
-    pub fn refer(&mut self, name: &str, kind: Kind, to: u32) -> u32 {
+    pub fn refer(&mut self, name: &str, kind: TypeKind, to: u32) -> u32 {
         self.raw(name, kind, 0, to, &[])
     }
 
     /// An array of `n` elements.
     pub fn array(&mut self, of: u32, n: u32) -> u32 {
-        self.raw("", Kind::Array, 0, 0, &[of, 1, n])
+        self.raw("", TypeKind::Array, 0, 0, &[of, 1, n])
     }
 
     /// A structure or union: members by name, type and bit offset.
-    pub fn composite(&mut self, kind: Kind, name: &str, size: u32, m: &[(&str, u32, u32)]) -> u32 {
+    pub fn composite(
+        &mut self,
+        kind: TypeKind,
+        name: &str,
+        size: u32,
+        m: &[(&str, u32, u32)],
+    ) -> u32 {
         let fields: Vec<_> = m.iter().map(|&(n, t, bit)| (n, t, bit, 0)).collect();
         self.fields(kind, name, size, &fields)
     }
@@ -93,13 +99,13 @@ impl Blob {
     /// A structure: members by name, type and offset in bytes.
     pub fn structure(&mut self, name: &str, size: usize, m: &[(&str, u32, usize)]) -> u32 {
         let fields: Vec<_> = m.iter().map(|&(n, t, at)| (n, t, 8 * at as u32)).collect();
-        self.composite(Kind::Struct, name, size as u32, &fields)
+        self.composite(TypeKind::Struct, name, size as u32, &fields)
     }
 
     /// A structure whose members may be bit fields: name, type, bit offset, width.
     pub fn fields(
         &mut self,
-        kind: Kind,
+        kind: TypeKind,
         name: &str,
         size: u32,
         m: &[(&str, u32, u32, u32)],
@@ -117,7 +123,7 @@ impl Blob {
     /// An enum of 4 bytes, signed if a value is negative.
     pub fn enumeration(&mut self, name: &str, values: &[(&str, i64)]) -> u32 {
         let flag = u32::from(values.iter().any(|v| v.1 < 0)) << 31;
-        let info = flag | ((Kind::Enum as u32) << 24) | values.len() as u32;
+        let info = flag | ((TypeKind::Enum as u32) << 24) | values.len() as u32;
         let head = [self.name(name), info, 4];
         let tail: Vec<u32> = values
             .iter()
@@ -132,7 +138,13 @@ impl Blob {
             .iter()
             .flat_map(|&(n, t)| [self.name(n), t])
             .collect();
-        self.raw("", Kind::FuncProto, parameters.len() as u32, result, &tail)
+        self.raw(
+            "",
+            TypeKind::FuncProto,
+            parameters.len() as u32,
+            result,
+            &tail,
+        )
     }
 
     /// The bytes.
@@ -156,9 +168,14 @@ pub fn sample() -> Blob {
     let int = b.int("int", 4);
     let long = b.int("long", 8);
     let byte = b.int("unsigned char", 1);
-    let u8_ = b.refer("u8", Kind::Typedef, byte);
-    let inner = b.composite(Kind::Struct, "inner", 8, &[("w", int, 0), ("x", int, 32)]);
-    let either = b.composite(Kind::Union, "", 8, &[("b", long, 0), ("c", inner, 0)]);
+    let u8_ = b.refer("u8", TypeKind::Typedef, byte);
+    let inner = b.composite(
+        TypeKind::Struct,
+        "inner",
+        8,
+        &[("w", int, 0), ("x", int, 32)],
+    );
+    let either = b.composite(TypeKind::Union, "", 8, &[("b", long, 0), ("c", inner, 0)]);
     let array = b.array(u8_, 7);
     let members = [
         ("a", int, 0, 0),
@@ -167,15 +184,15 @@ pub fn sample() -> Blob {
         ("e", int, 131, 5),
         ("f", array, 136, 0),
     ];
-    let outer = b.fields(Kind::Struct, "outer", 24, &members);
+    let outer = b.fields(TypeKind::Struct, "outer", 24, &members);
     b.enumeration("state", &[("LIVE", 0), ("GOING", 2), ("BAD", 0xffff_ffff)]);
     let tail = [b.name("HUGE"), 5, 1];
-    b.raw("wide", Kind::Enum64, 1, 8, &tail);
-    let pointer = b.refer("", Kind::Ptr, outer);
-    let constant = b.refer("", Kind::Const, outer);
-    let to_constant = b.refer("", Kind::Ptr, constant);
-    let tag = b.refer("user", Kind::TypeTag, byte);
-    let to_user = b.refer("", Kind::Ptr, tag);
+    b.raw("wide", TypeKind::Enum64, 1, 8, &tail);
+    let pointer = b.refer("", TypeKind::Ptr, outer);
+    let constant = b.refer("", TypeKind::Const, outer);
+    let to_constant = b.refer("", TypeKind::Ptr, constant);
+    let tag = b.refer("user", TypeKind::TypeTag, byte);
+    let to_user = b.refer("", TypeKind::Ptr, tag);
     let proto = b.proto(
         long,
         &[
@@ -185,8 +202,8 @@ pub fn sample() -> Blob {
             ("", 0),
         ],
     );
-    b.raw("copy_outer", Kind::Func, 0, proto, &[]);
-    let callback = b.refer("", Kind::Ptr, proto);
-    b.refer("copy_fn", Kind::Typedef, callback);
+    b.raw("copy_outer", TypeKind::Func, 0, proto, &[]);
+    let callback = b.refer("", TypeKind::Ptr, proto);
+    b.refer("copy_fn", TypeKind::Typedef, callback);
     b
 }

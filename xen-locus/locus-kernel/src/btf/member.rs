@@ -2,7 +2,7 @@
 
 use locus_guest::fetch;
 
-use super::{Btf, Error, Kind, Record, Steps, CHAIN};
+use super::{Btf, Error, Steps, TypeKind, TypeRecord, CHAIN};
 
 /// Deepest nesting of anonymous members followed.
 const DEPTH: u32 = 16;
@@ -55,8 +55,8 @@ pub(super) struct Member {
 }
 
 /// Member `i` of the structure or union `r`.
-pub(super) fn member(r: &Record<'_>, i: usize) -> Option<Member> {
-    if !matches!(r.kind, Kind::Struct | Kind::Union) || i >= r.parts {
+pub(super) fn member(r: &TypeRecord<'_>, i: usize) -> Option<Member> {
+    if !matches!(r.kind, TypeKind::Struct | TypeKind::Union) || i >= r.parts {
         return None;
     }
     let (name, type_id, at) = (r.word(3 * i)?, r.word(3 * i + 1)?, r.word(3 * i + 2)?);
@@ -77,7 +77,7 @@ pub(super) fn member(r: &Record<'_>, i: usize) -> Option<Member> {
 impl Btf {
     /// The structure or union `name`.
     fn composite(&self, name: &str) -> Option<u32> {
-        self.find(&[Kind::Struct, Kind::Union], name)
+        self.find(&[TypeKind::Struct, TypeKind::Union], name)
     }
 
     /// Size of the structure or union `name`, in bytes.
@@ -127,7 +127,7 @@ impl Btf {
         // Without the flag of structures, the integer itself says which of its bits it means.
         let int = self
             .record(self.strip(m.type_id))
-            .filter(|r| m.width == 0 && r.kind == Kind::Int)
+            .filter(|r| m.width == 0 && r.kind == TypeKind::Int)
             .and_then(|r| r.word(0))
             .unwrap_or(whole);
         let (skip, width) = ((int >> 16) & 0xff, int & 0xff);
@@ -167,8 +167,8 @@ impl Btf {
             .map(|(_, v)| v)
     }
 
-    fn enumeration(&self, ty: &str) -> Option<Record<'_>> {
-        self.record(self.find(&[Kind::Enum, Kind::Enum64], ty)?)
+    fn enumeration(&self, ty: &str) -> Option<TypeRecord<'_>> {
+        self.record(self.find(&[TypeKind::Enum, TypeKind::Enum64], ty)?)
     }
 
     /// Number of elements of the array that is member `path` of `ty`.
@@ -178,7 +178,7 @@ impl Btf {
     pub fn array_len(&self, ty: &str, path: &str) -> Result<usize, Error> {
         self.resolve(ty, path)
             .and_then(|m| self.record(self.strip(m.type_id)))
-            .filter(|r| r.kind == Kind::Array)
+            .filter(|r| r.kind == TypeKind::Array)
             .and_then(|r| r.word(2))
             .map(|n| n as usize)
             .ok_or_else(|| missing(ty, &format!("{path}[]")))
@@ -190,19 +190,19 @@ impl Btf {
         for _ in 0..CHAIN {
             let r = self.record(id)?;
             let size = match r.kind {
-                Kind::Int
-                | Kind::Float
-                | Kind::Struct
-                | Kind::Union
-                | Kind::Enum
-                | Kind::Enum64 => r.value.into(),
-                Kind::Ptr => 8,
-                Kind::Array => {
+                TypeKind::Int
+                | TypeKind::Float
+                | TypeKind::Struct
+                | TypeKind::Union
+                | TypeKind::Enum
+                | TypeKind::Enum64 => r.value.into(),
+                TypeKind::Ptr => 8,
+                TypeKind::Array => {
                     times = times.checked_mul(r.word(2)?.into())?;
                     id = r.word(0)?;
                     continue;
                 }
-                Kind::Var => {
+                TypeKind::Var => {
                     id = r.value;
                     continue;
                 }
@@ -256,22 +256,22 @@ fn missing(name: &str, path: &str) -> Error {
 }
 
 /// The enumerators of the enum `r`, as many as are believed.
-fn enumerators(r: Record<'_>) -> impl Iterator<Item = (u32, i64)> + '_ {
+fn enumerators(r: TypeRecord<'_>) -> impl Iterator<Item = (u32, i64)> + '_ {
     (0..r.parts.min(STEPS as usize)).map_while(move |i| enumerator(&r, i))
 }
 
 /// Enumerator `i` of the enum `r`: offset of its name, value.
 #[allow(clippy::cast_possible_wrap)] // the words are two's complement
-pub(super) fn enumerator(r: &Record<'_>, i: usize) -> Option<(u32, i64)> {
+pub(super) fn enumerator(r: &TypeRecord<'_>, i: usize) -> Option<(u32, i64)> {
     if i >= r.parts {
         return None;
     }
     match r.kind {
-        Kind::Enum => {
+        TypeKind::Enum => {
             let value = r.word(2 * i + 1)?;
             Some((r.word(2 * i)?, i64::from(value as i32)))
         }
-        Kind::Enum64 => {
+        TypeKind::Enum64 => {
             let value = fetch::u64(r.bytes, r.at + 12 + 12 * i + 4)?;
             Some((r.word(3 * i)?, value as i64))
         }

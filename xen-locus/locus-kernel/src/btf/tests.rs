@@ -79,11 +79,16 @@ fn arrays_have_a_length_and_others_do_not() {
 fn a_module_s_types_and_strings_continue_those_of_the_kernel() {
     let kernel = sample();
     let base = Rc::new(Btf::new(kernel.bytes()).unwrap());
-    let inner = base.find(&[Kind::Struct], "inner").unwrap();
+    let inner = base.find(&[TypeKind::Struct], "inner").unwrap();
     let mut blob = Blob::on(&kernel);
-    let own = blob.composite(Kind::Struct, "own", 16, &[("i", inner, 64)]);
+    let own = blob.composite(TypeKind::Struct, "own", 16, &[("i", inner, 64)]);
     assert_eq!(own, 20);
-    blob.composite(Kind::Struct, "more", 32, &[("", own, 128), ("o", own, 0)]);
+    blob.composite(
+        TypeKind::Struct,
+        "more",
+        32,
+        &[("", own, 128), ("o", own, 0)],
+    );
     let btf = Btf::split(base, blob.bytes()).unwrap();
     assert_eq!(btf.len(), 2);
     assert_eq!(btf.offset_of("own", "i.x").unwrap(), 12);
@@ -131,14 +136,19 @@ fn cycles_and_bushes_of_anonymous_members_end_soon() {
     for i in 1..=20 {
         let next = if i == 20 { 1 } else { i + 1 };
         let members = vec![("", next, 0); 100];
-        b.composite(Kind::Struct, if i == 1 { "bush" } else { "" }, 8, &members);
+        b.composite(
+            TypeKind::Struct,
+            if i == 1 { "bush" } else { "" },
+            8,
+            &members,
+        );
     }
-    let chain = b.refer("chain", Kind::Typedef, 22);
+    let chain = b.refer("chain", TypeKind::Typedef, 22);
     assert_eq!(chain, 21);
-    b.refer("niahc", Kind::Typedef, 21);
+    b.refer("niahc", TypeKind::Typedef, 21);
     let array = b.array(23, u32::MAX);
     b.composite(
-        Kind::Struct,
+        TypeKind::Struct,
         "holder",
         8,
         &[("a", array, 0), ("c", chain, 0)],

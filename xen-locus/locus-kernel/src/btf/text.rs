@@ -1,7 +1,7 @@
 //! Types as C, with offsets and sizes in bytes beside every member.
 
 use super::member::{enumerator, member, Member};
-use super::{Btf, Kind, Record, Steps, CHAIN};
+use super::{Btf, Steps, TypeKind, TypeRecord, CHAIN};
 
 /// Deepest nesting of structures and of prototypes written out.
 const DEPTH: usize = 12;
@@ -28,12 +28,12 @@ pub struct Described {
     /// As C.
     pub text: String,
     /// Members of a structure or union, those of anonymous members among them.
-    pub members: Vec<Part>,
+    pub members: Vec<DescribedMember>,
 }
 
 /// A member as it is shown.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Part {
+pub struct DescribedMember {
     /// Its name.
     pub name: String,
     /// Its declaration as C.
@@ -51,7 +51,7 @@ struct Writer<'a> {
     btf: &'a Btf,
     steps: Steps,
     out: String,
-    parts: Vec<Part>,
+    parts: Vec<DescribedMember>,
 }
 
 /// A declaration taken apart: `const struct foo *name[4]`.
@@ -69,8 +69,8 @@ impl Btf {
     /// also means typedefs, functions and variables. Empty when there is none.
     #[must_use]
     pub fn describe(&self, wanted: &str) -> Vec<Described> {
-        use Kind::*;
-        let (kinds, name): (&[Kind], &str) = match wanted.trim().split_once(' ') {
+        use TypeKind::*;
+        let (kinds, name): (&[TypeKind], &str) = match wanted.trim().split_once(' ') {
             Some(("struct", name)) => (&[Struct], name),
             Some(("union", name)) => (&[Union], name),
             Some(("enum", name)) => (&[Enum, Enum64], name),
@@ -87,7 +87,7 @@ impl Btf {
             .collect()
     }
 
-    fn describe_one(&self, id: u32, r: &Record<'_>) -> Described {
+    fn describe_one(&self, id: u32, r: &TypeRecord<'_>) -> Described {
         let mut w = Writer {
             btf: self,
             steps: Steps::new(STEPS),
@@ -96,15 +96,15 @@ impl Btf {
         };
         let name = self.name(r.name);
         let (kind, done) = match r.kind {
-            Kind::Struct => ("struct", w.block(id, r, 0, 0)),
-            Kind::Union => ("union", w.block(id, r, 0, 0)),
-            Kind::Enum | Kind::Enum64 => ("enum", w.block(id, r, 0, 0)),
-            Kind::Typedef => {
+            TypeKind::Struct => ("struct", w.block(id, r, 0, 0)),
+            TypeKind::Union => ("union", w.block(id, r, 0, 0)),
+            TypeKind::Enum | TypeKind::Enum64 => ("enum", w.block(id, r, 0, 0)),
+            TypeKind::Typedef => {
                 w.out.push_str("typedef ");
                 ("typedef", w.declare(r.value, &name, 0, 0))
             }
-            Kind::Func => ("function", w.declare(r.value, &name, 0, 0)),
-            Kind::Var => ("variable", w.declare(r.value, &name, 0, 0)),
+            TypeKind::Func => ("function", w.declare(r.value, &name, 0, 0)),
+            TypeKind::Var => ("variable", w.declare(r.value, &name, 0, 0)),
             _ => {
                 w.out.push_str(&name);
                 ("type", Some(()))
@@ -116,7 +116,7 @@ impl Btf {
                 .push_str(" /* the rest is not shown: too long or too deep */");
         }
         let size = match r.kind {
-            Kind::Func => None,
+            TypeKind::Func => None,
             _ => self.bytes_of(id),
         };
         if let Some(size) = size {
@@ -144,11 +144,11 @@ impl Btf {
             }
             let Some(r) = self.record(id) else { break };
             match r.kind {
-                Kind::Ptr => {
+                TypeKind::Ptr => {
                     let inner = self.behind_tags(r.value);
                     let brackets = self
                         .record(inner)
-                        .is_some_and(|r| matches!(r.kind, Kind::Array | Kind::FuncProto));
+                        .is_some_and(|r| matches!(r.kind, TypeKind::Array | TypeKind::FuncProto));
                     rest = if brackets {
                         format!("(*{rest})")
                     } else {
@@ -156,23 +156,23 @@ impl Btf {
                     };
                     id = r.value;
                 }
-                Kind::Array => {
+                TypeKind::Array => {
                     rest.push_str(&format!("[{}]", r.word(2)?));
                     id = r.word(0)?;
                 }
-                Kind::FuncProto => {
+                TypeKind::FuncProto => {
                     rest.push_str(&self.parameters(&r, depth, steps)?);
                     id = r.value;
                 }
-                Kind::Const | Kind::Volatile | Kind::Restrict => {
+                TypeKind::Const | TypeKind::Volatile | TypeKind::Restrict => {
                     let word = match r.kind {
-                        Kind::Const => "const",
-                        Kind::Volatile => "volatile",
+                        TypeKind::Const => "const",
+                        TypeKind::Volatile => "volatile",
                         _ => "restrict",
                     };
                     let pointer = self
                         .record(self.behind_tags(r.value))
-                        .is_some_and(|r| r.kind == Kind::Ptr);
+                        .is_some_and(|r| r.kind == TypeKind::Ptr);
                     if pointer {
                         let space = if rest.is_empty() { "" } else { " " };
                         rest = format!("{word}{space}{rest}");
@@ -182,7 +182,7 @@ impl Btf {
                     }
                     id = r.value;
                 }
-                Kind::TypeTag => {
+                TypeKind::TypeTag => {
                     tags.push_str(&format!("__{} ", self.name(r.name)));
                     id = r.value;
                 }
@@ -200,14 +200,14 @@ impl Btf {
     fn behind_tags(&self, mut id: u32) -> u32 {
         for _ in 0..CHAIN {
             match self.record(id) {
-                Some(r) if r.kind.transparent() && r.kind != Kind::Typedef => id = r.value,
+                Some(r) if r.kind.transparent() && r.kind != TypeKind::Typedef => id = r.value,
                 _ => break,
             }
         }
         id
     }
 
-    fn parameters(&self, r: &Record<'_>, depth: usize, steps: &Steps) -> Option<String> {
+    fn parameters(&self, r: &TypeRecord<'_>, depth: usize, steps: &Steps) -> Option<String> {
         if depth >= DEPTH {
             return None;
         }
@@ -250,13 +250,13 @@ impl Btf {
     }
 }
 
-fn keyword(r: &Record<'_>) -> &'static str {
+fn keyword(r: &TypeRecord<'_>) -> &'static str {
     match r.kind {
-        Kind::Struct => "struct",
-        Kind::Union => "union",
-        Kind::Enum | Kind::Enum64 => "enum",
-        Kind::Fwd if r.flag => "union",
-        Kind::Fwd => "struct",
+        TypeKind::Struct => "struct",
+        TypeKind::Union => "union",
+        TypeKind::Enum | TypeKind::Enum64 => "enum",
+        TypeKind::Fwd if r.flag => "union",
+        TypeKind::Fwd => "struct",
         _ => "",
     }
 }
@@ -283,7 +283,7 @@ impl Writer<'_> {
     }
 
     /// Writes `struct name { … }`; `start` is where it begins in the outermost structure, in bits.
-    fn block(&mut self, id: u32, r: &Record<'_>, start: u64, depth: usize) -> Option<()> {
+    fn block(&mut self, id: u32, r: &TypeRecord<'_>, start: u64, depth: usize) -> Option<()> {
         if depth >= DEPTH {
             return None;
         }
@@ -294,7 +294,7 @@ impl Writer<'_> {
         }
         self.out.push_str(" {\n");
         let indent = "\t".repeat(depth + 1);
-        if matches!(r.kind, Kind::Enum | Kind::Enum64) {
+        if matches!(r.kind, TypeKind::Enum | TypeKind::Enum64) {
             for i in 0..r.parts {
                 self.steps.take()?;
                 let (name, value) = enumerator(r, i)?;
@@ -307,7 +307,7 @@ impl Writer<'_> {
                 self.steps.take()?;
                 let m = member(r, i)?;
                 let hole = m.bit.saturating_sub(end) / 8;
-                if r.kind == Kind::Struct && hole > 0 {
+                if r.kind == TypeKind::Struct && hole > 0 {
                     self.out
                         .push_str(&format!("{indent}/* hole of {hole} bytes */\n"));
                 }
@@ -320,7 +320,7 @@ impl Writer<'_> {
             }
             let size = self.btf.bytes_of(id).unwrap_or(0);
             let hole = size.saturating_mul(8).saturating_sub(end) / 8;
-            if r.kind == Kind::Struct && hole > 0 {
+            if r.kind == TypeKind::Struct && hole > 0 {
                 self.out
                     .push_str(&format!("{indent}/* {hole} bytes of padding */\n"));
             }
@@ -342,8 +342,8 @@ impl Writer<'_> {
             && self
                 .btf
                 .record(nested)
-                .is_some_and(|r| matches!(r.kind, Kind::Struct | Kind::Union));
-        let mut part = Part {
+                .is_some_and(|r| matches!(r.kind, TypeKind::Struct | TypeKind::Union));
+        let mut part = DescribedMember {
             name: name.clone(),
             declaration: String::new(),
             offset: bit / 8,
@@ -384,8 +384,11 @@ impl Writer<'_> {
     }
 }
 
-fn open(kind: Kind) -> bool {
-    matches!(kind, Kind::Struct | Kind::Union | Kind::Enum | Kind::Enum64)
+fn open(kind: TypeKind) -> bool {
+    matches!(
+        kind,
+        TypeKind::Struct | TypeKind::Union | TypeKind::Enum | TypeKind::Enum64
+    )
 }
 
 #[cfg(test)]
@@ -448,19 +451,19 @@ mod tests {
     fn arrays_of_pointers_and_pointers_to_arrays_are_told_apart() {
         let mut b = Blob::new();
         let int = b.int("int", 4);
-        let pointer = b.refer("", Kind::Ptr, int);
-        let constant = b.refer("", Kind::Const, pointer);
+        let pointer = b.refer("", TypeKind::Ptr, int);
+        let constant = b.refer("", TypeKind::Const, pointer);
         let many = b.array(constant, 4);
         let row = b.array(int, 3);
-        let to_row = b.refer("", Kind::Ptr, row);
-        let nameless = b.composite(Kind::Struct, "", 4, &[("x", int, 0)]);
+        let to_row = b.refer("", TypeKind::Ptr, row);
+        let nameless = b.composite(TypeKind::Struct, "", 4, &[("x", int, 0)]);
         let rows = b.array(nameless, 2);
         let members = [
             ("many", many, 0),
             ("to_row", to_row, 256),
             ("two", rows, 320),
         ];
-        b.composite(Kind::Struct, "s", 48, &members);
+        b.composite(TypeKind::Struct, "s", 48, &members);
         let btf = Btf::new(b.bytes()).unwrap();
         assert_eq!(
             tight(&text(&btf, "s")),
@@ -473,7 +476,7 @@ mod tests {
     fn names_cannot_command_a_terminal() {
         let mut b = Blob::new();
         let int = b.int("int", 4);
-        b.composite(Kind::Struct, "s", 4, &[("\x1b[2J", int, 0)]);
+        b.composite(TypeKind::Struct, "s", 4, &[("\x1b[2J", int, 0)]);
         let btf = Btf::new(b.bytes()).unwrap();
         assert!(text(&btf, "s").contains("int ?[2J;"));
     }

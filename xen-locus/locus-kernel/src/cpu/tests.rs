@@ -12,9 +12,9 @@ const INIT: Gva = Gva(CPU.0 + 0x2000);
 fn btf(words: u32, full: &str) -> Vec<u8> {
     let mut types = Blob::with_integers();
     let caps = types.array(3, words);
-    let union = types.fields(Kind::Struct, "", 64, &[("x86_capability", caps, 0, 0)]);
+    let union = types.fields(TypeKind::Struct, "", 64, &[("x86_capability", caps, 0, 0)]);
     types.fields(
-        Kind::Struct,
+        TypeKind::Struct,
         "cpuinfo_x86",
         64,
         &[("family", 3, 0, 0), ("", union, 64, 0)],

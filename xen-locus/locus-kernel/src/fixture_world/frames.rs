@@ -4,13 +4,13 @@ use locus_guest::addr::Gva;
 
 use super::{Draft, ENTRY, IDLE, PATCHED, STACK_LEN};
 use crate::btf::blob::Blob;
-use crate::btf::Kind;
+use crate::btf::TypeKind;
 use crate::fixture::{TEXT, TEXT_LEN};
 use crate::orc::sample::{frame, kinds, numbers, pack};
-use crate::orc::{Format, HASHES};
+use crate::orc::{OrcFormat, FORMAT_HASHES};
 
 /// How its ORC rows are packed.
-pub const FORMAT: Format = Format::Typed;
+pub const FORMAT: OrcFormat = OrcFormat::Typed;
 /// What gives up the CPU: called at its first byte, as the following.
 pub const SCHEDULE: Gva = Gva(TEXT.0 + 0x4200);
 /// What system calls come through.
@@ -125,7 +125,7 @@ impl Draft {
             .flat_map(|(i, (ip, _))| (ip.wrapping_sub(place.0 + 4 * i) as u32).to_le_bytes())
             .collect();
         let rows: Vec<u8> = rows.iter().flat_map(|(_, row)| row.clone()).collect();
-        let hash = HASHES.iter().find(|(format, _)| *format == FORMAT);
+        let hash = FORMAT_HASHES.iter().find(|(format, _)| *format == FORMAT);
         let hash = hash.map(|(_, hash)| hash.to_vec()).unwrap_or_default();
         for (name, bytes) in [
             ("orc_unwind_ip", ips),
@@ -176,7 +176,7 @@ impl Draft {
 pub(super) fn types(btf: &mut Blob, [int, long, char]: [u32; 3]) {
     let short = btf.int("short int", 2);
     btf.fields(
-        Kind::Struct,
+        TypeKind::Struct,
         "orc_entry",
         6,
         &[

@@ -6,12 +6,12 @@
 use serde::{Deserialize, Serialize};
 
 use super::{name_at, NAME_MAX, TEXT_MAX};
-use crate::names::Index;
+use crate::name_index::NameIndex;
 
 /// All names, each with its type character before it, and how to find them.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(try_from = "Stored")]
-pub(super) struct Compressed {
+#[serde(try_from = "StoredNames")]
+pub(super) struct CompressedNames {
     tokens: Vec<String>,
     #[serde(with = "serde_bytes")]
     bytes: Vec<u8>,
@@ -21,12 +21,12 @@ pub(super) struct Compressed {
     #[serde(skip)]
     starts: Vec<u32>,
     #[serde(skip)]
-    by_name: Index,
+    by_name: NameIndex,
 }
 
 /// What is kept of them on disk.
 #[derive(Deserialize)]
-struct Stored {
+struct StoredNames {
     tokens: Vec<String>,
     #[serde(with = "serde_bytes")]
     bytes: Vec<u8>,
@@ -34,17 +34,17 @@ struct Stored {
     long: bool,
 }
 
-impl TryFrom<Stored> for Compressed {
+impl TryFrom<StoredNames> for CompressedNames {
     type Error = &'static str;
 
-    fn try_from(stored: Stored) -> Result<Compressed, Self::Error> {
-        Compressed::new(stored.tokens, stored.bytes, stored.count, stored.long)
+    fn try_from(stored: StoredNames) -> Result<CompressedNames, Self::Error> {
+        CompressedNames::new(stored.tokens, stored.bytes, stored.count, stored.long)
             .ok_or("the names are not well-formed")
     }
 }
 
-impl Compressed {
-    /// The first `count` names in `bytes`; `long` is as in [`super::Names`].
+impl CompressedNames {
+    /// The first `count` names in `bytes`; `long` is as in [`super::NamesTable`].
     ///
     /// Nothing if they are not well-formed: 256 tokens of ASCII characters; each name has a type
     /// character and at most [`NAME_MAX`] characters, all of them together at most [`TEXT_MAX`].
@@ -53,15 +53,15 @@ impl Compressed {
         bytes: Vec<u8>,
         count: usize,
         long: bool,
-    ) -> Option<Compressed> {
-        let hashes = Hashes::of(&tokens)?;
+    ) -> Option<CompressedNames> {
+        let hashes = TokenHashes::of(&tokens)?;
         let longest = hashes.lens.iter().max().map_or(0, |&len| usize::from(len));
         // Exact sums only where rough ones, which cost nothing, don't do.
         if bytes.len().saturating_mul(longest) > TEXT_MAX && hashes.len(&bytes) > TEXT_MAX {
             return None;
         }
         let mut starts = Vec::with_capacity(count.min(bytes.len()) + 1);
-        let mut by_name = Index::with_capacity(count.min(bytes.len()));
+        let mut by_name = NameIndex::with_capacity(count.min(bytes.len()));
         let mut pos = 0;
         for _ in 0..count {
             let (len, start) = name_at(&bytes, pos, long)?;
@@ -74,7 +74,7 @@ impl Compressed {
             by_name.push(hashes.name(name)?);
         }
         starts.push(u32::try_from(pos).ok()?);
-        Some(Compressed {
+        Some(CompressedNames {
             tokens,
             bytes,
             count,
@@ -178,14 +178,14 @@ fn finish(hash: u64) -> u32 {
 
 /// What appending a token does to a hash.
 #[derive(Clone, Copy)]
-struct Step {
+struct HashStep {
     times: u64,
     plus: u64,
 }
 
-impl Step {
-    fn of(bytes: &[u8]) -> Step {
-        Step {
+impl HashStep {
+    fn of(bytes: &[u8]) -> HashStep {
+        HashStep {
             times: bytes.iter().fold(1, |f: u64, _| f.wrapping_mul(FACTOR)),
             plus: append(0, bytes),
         }
@@ -193,18 +193,18 @@ impl Step {
 }
 
 /// What hashing names takes.
-struct Hashes {
-    steps: [Step; 256],
+struct TokenHashes {
+    steps: [HashStep; 256],
     /// Hashes of the tokens without their first characters: names begin with the type.
     firsts: [Option<u64>; 256],
     lens: [u8; 256],
 }
 
-impl Hashes {
+impl TokenHashes {
     /// Nothing if there are not 256 tokens of ASCII characters.
-    fn of(tokens: &[String]) -> Option<Hashes> {
-        let mut hashes = Hashes {
-            steps: [Step { times: 1, plus: 0 }; 256],
+    fn of(tokens: &[String]) -> Option<TokenHashes> {
+        let mut hashes = TokenHashes {
+            steps: [HashStep { times: 1, plus: 0 }; 256],
             firsts: [None; 256],
             lens: [0; 256],
         };
@@ -215,7 +215,7 @@ impl Hashes {
             if !token.is_ascii() {
                 return None;
             }
-            *step = Step::of(token.as_bytes());
+            *step = HashStep::of(token.as_bytes());
             *first = token.as_bytes().get(1..).map(|rest| append(0, rest));
             *len = u8::try_from(token.len()).ok()?;
         }
@@ -264,13 +264,13 @@ mod tests {
         all
     }
 
-    fn compressed(names: &[&[u8]]) -> Option<Compressed> {
+    fn compressed(names: &[&[u8]]) -> Option<CompressedNames> {
         let mut bytes = Vec::new();
         for name in names {
             bytes.push(u8::try_from(name.len()).unwrap());
             bytes.extend(*name);
         }
-        Compressed::new(tokens(), bytes, names.len(), false)
+        CompressedNames::new(tokens(), bytes, names.len(), false)
     }
 
     #[test]
@@ -322,22 +322,22 @@ mod tests {
         long[..4].fill(200);
         assert!(compressed(&[&long]).is_some(), "509 characters");
         assert!(
-            Compressed::new(tokens(), vec![1, b'd', 2, b'd'], 2, false).is_none(),
+            CompressedNames::new(tokens(), vec![1, b'd', 2, b'd'], 2, false).is_none(),
             "cut short"
         );
         let mut odd = tokens();
         odd[7] = "é".into();
-        assert!(Compressed::new(odd, vec![], 0, false).is_none());
-        assert!(Compressed::new(tokens()[..255].to_vec(), vec![], 0, false).is_none());
+        assert!(CompressedNames::new(odd, vec![], 0, false).is_none());
+        assert!(CompressedNames::new(tokens()[..255].to_vec(), vec![], 0, false).is_none());
     }
 
     #[test]
     fn all_names_together_have_a_bound() {
         let name = [5, 200, 200, 200, 200, 200];
         let count = TEXT_MAX / 500;
-        let few = Compressed::new(tokens(), name.repeat(count - 10), count - 10, false);
+        let few = CompressedNames::new(tokens(), name.repeat(count - 10), count - 10, false);
         assert!(few.is_some());
-        let many = Compressed::new(tokens(), name.repeat(count + 10), count + 10, false);
+        let many = CompressedNames::new(tokens(), name.repeat(count + 10), count + 10, false);
         assert!(many.is_none());
     }
 }

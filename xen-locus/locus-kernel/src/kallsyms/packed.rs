@@ -8,7 +8,7 @@
 use locus_guest::budget::Budget;
 use locus_guest::fetch;
 
-use super::{name_at, Error, Names, MARKER_EVERY, STEPS};
+use super::{name_at, Error, NamesTable, MARKER_EVERY, STEPS};
 
 /// Fewest markers believed.
 const MARKERS_MIN: usize = 4;
@@ -17,7 +17,11 @@ const TRIES: usize = 16;
 
 /// The names in `data`, from `lowest` on to its end, where the token table begins; nothing if the
 /// tables are laid out in another way.
-pub(super) fn names(data: &[u8], lowest: usize, budget: &Budget) -> Result<Option<Names>, Error> {
+pub(super) fn names(
+    data: &[u8],
+    lowest: usize,
+    budget: &Budget,
+) -> Result<Option<NamesTable>, Error> {
     let Some((markers, last)) = markers(data) else {
         return Ok(None);
     };
@@ -38,7 +42,7 @@ pub(super) fn names(data: &[u8], lowest: usize, budget: &Budget) -> Result<Optio
         let names = data.get(at..markers).unwrap_or_default();
         for long in [true, false] {
             if fit(names, count, long, data.get(markers..)) {
-                return Ok(Some(Names {
+                return Ok(Some(NamesTable {
                     num_at,
                     at,
                     count,

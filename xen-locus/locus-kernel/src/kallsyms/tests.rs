@@ -104,7 +104,7 @@ fn damaged_tables_are_refused_or_harmless() {
             &regions,
             Anchors {
                 text_base: TEXT,
-                second: Second::Entry(TEXT),
+                second: SecondAnchor::Entry(TEXT),
             },
         );
     }

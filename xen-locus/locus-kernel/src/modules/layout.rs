@@ -2,7 +2,7 @@
 
 use locus_guest::addr::Gva;
 
-use super::State;
+use super::ModuleState;
 use crate::btf::Btf;
 use crate::{Error, Kernel};
 
@@ -17,18 +17,18 @@ const TAINTS_MAX: u64 = 64;
 
 /// Offsets in bytes within `struct module`, unless they say otherwise.
 #[derive(Debug)]
-pub(super) struct Layout {
+pub(super) struct ModuleLayout {
     pub size: usize,
     pub state: usize,
     pub list: usize,
     pub name: usize,
     pub name_len: usize,
     pub taints: usize,
-    pub parts: Parts,
+    pub parts: PartsLayout,
     /// `None` without `CONFIG_MODULE_UNLOAD`.
-    pub unload: Option<Unload>,
+    pub unload: Option<UnloadLayout>,
     pub build_id: Option<(usize, usize)>,
-    pub notes: Option<Notes>,
+    pub notes: Option<NotesLayout>,
     pub kallsyms: usize,
     pub syms: usize,
     pub num_syms: usize,
@@ -37,15 +37,15 @@ pub(super) struct Layout {
     /// Tables of places that the kernel rewrites: what they are, offsets of the pointer to the
     /// table and of its length, size of an entry.
     pub rewritten: Vec<(&'static str, usize, usize, usize)>,
-    pub symbols: Symbols,
-    pub types: Option<Types>,
-    pub taints_at: Option<Taints>,
+    pub symbols: SymbolTableLayout,
+    pub types: Option<BtfListLayout>,
+    pub taints_at: Option<TaintTable>,
     states: [i64; 4],
 }
 
 /// How the kernel describes a module's memory.
 #[derive(Debug)]
-pub(super) enum Parts {
+pub(super) enum PartsLayout {
     /// `core_layout`, `init_layout`: what for, offsets of base and size.
     Layouts(Vec<(&'static str, usize, usize)>),
     /// `mem[]` since Linux kernel commit ac3b43283923 ("module: replace module_layout with
@@ -60,7 +60,7 @@ pub(super) enum Parts {
 }
 
 #[derive(Debug)]
-pub(super) struct Unload {
+pub(super) struct UnloadLayout {
     pub refcnt: usize,
     pub source_list: usize,
     pub init: usize,
@@ -72,7 +72,7 @@ pub(super) struct Unload {
 
 /// `notes_attrs` and what it points at.
 #[derive(Debug)]
-pub(super) struct Notes {
+pub(super) struct NotesLayout {
     pub attrs: usize,
     /// In `module_notes_attrs`: number of notes, first of them.
     pub count: usize,
@@ -88,7 +88,7 @@ pub(super) struct Notes {
 
 /// `mod_kallsyms` and `kernel_symbol`.
 #[derive(Debug)]
-pub(super) struct Symbols {
+pub(super) struct SymbolTableLayout {
     pub symtab: usize,
     pub num_symtab: usize,
     pub strtab: usize,
@@ -104,7 +104,7 @@ pub(super) struct Symbols {
 
 /// `btf_module` and `btf`.
 #[derive(Debug)]
-pub(super) struct Types {
+pub(super) struct BtfListLayout {
     pub list: usize,
     pub module: usize,
     pub btf: usize,
@@ -114,7 +114,7 @@ pub(super) struct Types {
 
 /// The table `taint_flags`.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Taints {
+pub(super) struct TaintTable {
     pub at: Gva,
     pub stride: usize,
     pub count: u8,
@@ -122,15 +122,15 @@ pub(super) struct Taints {
     pub module: Option<usize>,
 }
 
-impl Layout {
-    pub fn of(kernel: &Kernel<'_>) -> Result<Layout, Error> {
+impl ModuleLayout {
+    pub fn of(kernel: &Kernel<'_>) -> Result<ModuleLayout, Error> {
         let btf = kernel.btf()?;
         let member = |path| btf.offset_of("module", path);
         let state = |name| {
             btf.enum_value("module_state", name)
                 .ok_or_else(|| Error::Missing(format!("{name} in enum module_state in BTF")))
         };
-        Ok(Layout {
+        Ok(ModuleLayout {
             size: bounded(btf.size_of("module")?, "struct module", SIZE_MAX)?,
             state: member("state")?,
             list: member("list")?,
@@ -140,7 +140,7 @@ impl Layout {
             parts: parts(btf)?,
             unload: match btf.has("module", "source_list") {
                 false => None,
-                true => Some(Unload {
+                true => Some(UnloadLayout {
                     refcnt: member("refcnt")?,
                     source_list: member("source_list")?,
                     init: member("init")?,
@@ -181,11 +181,11 @@ impl Layout {
     }
 
     /// The state of the module at `addr`; `None` while it is not formed.
-    pub fn state_of(&self, value: u32, addr: Gva) -> Result<Option<State>, Error> {
+    pub fn state_of(&self, value: u32, addr: Gva) -> Result<Option<ModuleState>, Error> {
         match self.states.iter().position(|&s| s == i64::from(value)) {
-            Some(0) => Ok(Some(State::Live)),
-            Some(1) => Ok(Some(State::Loading)),
-            Some(2) => Ok(Some(State::Unloading)),
+            Some(0) => Ok(Some(ModuleState::Live)),
+            Some(1) => Ok(Some(ModuleState::Loading)),
+            Some(2) => Ok(Some(ModuleState::Unloading)),
             Some(_) => Ok(None),
             None => Err(Error::Odd(format!(
                 "the module at {addr} is in state {value}; expected one of {:?}",
@@ -204,7 +204,7 @@ fn bounded(found: usize, what: &str, most: usize) -> Result<usize, Error> {
     Ok(found)
 }
 
-fn parts(btf: &Btf) -> Result<Parts, Error> {
+fn parts(btf: &Btf) -> Result<PartsLayout, Error> {
     if btf.has("module", "mem") {
         let count = bounded(btf.array_len("module", "mem")?, "module.mem", PARTS_MAX)?;
         let kinds = (0..).take(count).map(|i| {
@@ -212,7 +212,7 @@ fn parts(btf: &Btf) -> Result<Parts, Error> {
             let name = name.unwrap_or_else(|| i.to_string()).to_lowercase();
             name.strip_prefix("mod_").unwrap_or(&name).to_owned()
         });
-        return Ok(Parts::Memory {
+        return Ok(PartsLayout::Memory {
             at: btf.offset_of("module", "mem")?,
             stride: bounded(btf.size_of("module_memory")?, "module_memory", SIZE_MAX)?,
             base: btf.offset_of("module_memory", "base")?,
@@ -233,7 +233,7 @@ fn parts(btf: &Btf) -> Result<Parts, Error> {
         let size = btf.offset_of("module", &format!("{name}.size"))?;
         all.push((kind, base, size));
     }
-    Ok(Parts::Layouts(all))
+    Ok(PartsLayout::Layouts(all))
 }
 
 /// `jump_entries` and `static_call_sites` of `struct module`, where the kernel has them.
@@ -260,10 +260,10 @@ fn rewritten(btf: &Btf) -> Result<Vec<(&'static str, usize, usize, usize)>, Erro
     Ok(found)
 }
 
-fn notes(btf: &Btf) -> Result<Notes, Error> {
+fn notes(btf: &Btf) -> Result<NotesLayout, Error> {
     let of = |path| btf.offset_of("module_notes_attrs", path);
     let counted = btf.has("module_notes_attrs", "notes");
-    Ok(Notes {
+    Ok(NotesLayout {
         attrs: btf.offset_of("module", "notes_attrs")?,
         count: if counted { of("notes")? } else { 0 },
         first: of("attrs")?,
@@ -278,13 +278,13 @@ fn notes(btf: &Btf) -> Result<Notes, Error> {
     })
 }
 
-fn symbols(btf: &Btf) -> Result<Symbols, Error> {
+fn symbols(btf: &Btf) -> Result<SymbolTableLayout, Error> {
     let table = |path| btf.offset_of("mod_kallsyms", path);
     let relative = btf.has("kernel_symbol", "value_offset");
     let export = |path| btf.offset_of("kernel_symbol", path);
     // What /proc/kallsyms can hold of a name (kernel/kallsyms.c).
     let name_len = btf.array_len("kallsym_iter", "name").unwrap_or(512);
-    Ok(Symbols {
+    Ok(SymbolTableLayout {
         symtab: table("symtab")?,
         num_symtab: table("num_symtab")?,
         strtab: table("strtab")?,
@@ -297,9 +297,9 @@ fn symbols(btf: &Btf) -> Result<Symbols, Error> {
     })
 }
 
-fn types(btf: &Btf) -> Result<Types, Error> {
+fn types(btf: &Btf) -> Result<BtfListLayout, Error> {
     let of = |path| btf.offset_of("btf_module", path);
-    Ok(Types {
+    Ok(BtfListLayout {
         list: of("list")?,
         module: of("module")?,
         btf: of("btf")?,
@@ -308,11 +308,11 @@ fn types(btf: &Btf) -> Result<Types, Error> {
     })
 }
 
-fn taints(kernel: &Kernel<'_>, btf: &Btf) -> Option<Taints> {
+fn taints(kernel: &Kernel<'_>, btf: &Btf) -> Option<TaintTable> {
     let at = kernel.symbols.addr("taint_flags")?;
     let stride = bounded(btf.size_of("taint_flag").ok()?, "taint_flag", 64).ok()?;
     let room = kernel.symbols.room(at)? / stride as u64;
-    Some(Taints {
+    Some(TaintTable {
         at,
         stride,
         count: u8::try_from(room.min(TAINTS_MAX)).ok()?,

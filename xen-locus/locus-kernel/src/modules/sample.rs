@@ -8,7 +8,7 @@ use locus_guest::addr::Gva;
 use locus_guest::mock::MockMemory;
 
 use crate::btf::blob::Blob;
-use crate::btf::Kind;
+use crate::btf::TypeKind;
 use crate::fixture::Fixture;
 
 /// Where the fixture's modules and what belongs to them stand.
@@ -37,8 +37,13 @@ pub fn blob(age: Age) -> Blob {
     let name = b.array(byte, 16);
     let id = b.array(byte, 20);
     let big_name = b.array(byte, 64);
-    b.composite(Kind::Struct, "kallsym_iter", 64, &[("name", big_name, 0)]);
-    let two = b.composite(Kind::Struct, "list_head", 16, &[("next", long, 0)]);
+    b.composite(
+        TypeKind::Struct,
+        "kallsym_iter",
+        64,
+        &[("name", big_name, 0)],
+    );
+    let two = b.composite(TypeKind::Struct, "list_head", 16, &[("next", long, 0)]);
     let states = [
         ("MODULE_STATE_LIVE", 0),
         ("MODULE_STATE_COMING", 1),
@@ -48,13 +53,13 @@ pub fn blob(age: Age) -> Blob {
     b.enumeration("module_state", &states);
     b.enumeration("mod_mem_type", &[("MOD_TEXT", 0), ("MOD_DATA", 1)]);
     let layout = b.composite(
-        Kind::Struct,
+        TypeKind::Struct,
         "module_layout",
         16,
         &[("base", long, 0), ("size", int, 64)],
     );
     let memory = b.composite(
-        Kind::Struct,
+        TypeKind::Struct,
         "module_memory",
         16,
         &[("base", long, 0), ("size", int, 64)],
@@ -86,29 +91,29 @@ pub fn blob(age: Age) -> Blob {
             ("num_jump_entries", int, 160 * 8),
         ]),
     }
-    b.composite(Kind::Struct, "module", 176, &members);
+    b.composite(TypeKind::Struct, "module", 176, &members);
     let locks = [
         ("mod", long, 0),
         ("locks", long, 64),
         ("locks_end", long, 128),
         ("next", two, 192),
     ];
-    b.composite(Kind::Struct, "smp_alt_module", 40, &locks);
+    b.composite(TypeKind::Struct, "smp_alt_module", 40, &locks);
     let uses = [("source_list", two, 0), ("source", long, 128)];
-    b.composite(Kind::Struct, "module_use", 24, &uses);
+    b.composite(TypeKind::Struct, "module_use", 24, &uses);
     let tables = [
         ("symtab", long, 0),
         ("num_symtab", int, 64),
         ("strtab", long, 128),
         ("typetab", long, 192),
     ];
-    b.composite(Kind::Struct, "mod_kallsyms", 32, &tables);
+    b.composite(TypeKind::Struct, "mod_kallsyms", 32, &tables);
     let export = [("value_offset", int, 0), ("name_offset", int, 32)];
-    b.composite(Kind::Struct, "kernel_symbol", 12, &export);
+    b.composite(TypeKind::Struct, "kernel_symbol", 12, &export);
     let own = [("list", two, 0), ("module", long, 128), ("btf", long, 192)];
-    b.composite(Kind::Struct, "btf_module", 32, &own);
+    b.composite(TypeKind::Struct, "btf_module", 32, &own);
     b.composite(
-        Kind::Struct,
+        TypeKind::Struct,
         "btf",
         16,
         &[("data", long, 0), ("data_size", int, 64)],
@@ -118,16 +123,16 @@ pub fn blob(age: Age) -> Blob {
         ("c_false", byte, 8),
         ("module", byte, 16),
     ];
-    b.composite(Kind::Struct, "taint_flag", 3, &flag);
+    b.composite(TypeKind::Struct, "taint_flag", 3, &flag);
     let attr = b.composite(
-        Kind::Struct,
+        TypeKind::Struct,
         "bin_attribute",
         16,
         &[("size", long, 0), ("private", long, 64)],
     );
     let attrs = b.array(attr, 0);
     let group = b.composite(
-        Kind::Struct,
+        TypeKind::Struct,
         "attribute_group",
         8,
         &[("bin_attrs", long, 0)],
@@ -135,11 +140,11 @@ pub fn blob(age: Age) -> Blob {
     match age {
         Age::Old => {
             let all = [("dir", long, 0), ("notes", int, 64), ("attrs", attrs, 128)];
-            b.composite(Kind::Struct, "module_notes_attrs", 16, &all)
+            b.composite(TypeKind::Struct, "module_notes_attrs", 16, &all)
         }
         Age::New => {
             let all = [("grp", group, 0), ("attrs", attrs, 64)];
-            b.composite(Kind::Struct, "module_notes_attrs", 8, &all)
+            b.composite(TypeKind::Struct, "module_notes_attrs", 8, &all)
         }
     };
     b
@@ -249,7 +254,7 @@ pub fn data(age: Age) -> Data {
 #[must_use]
 pub fn split(age: Age) -> Blob {
     let mut b = Blob::on(&blob(age));
-    b.composite(Kind::Struct, "only_here", 8, &[("x", 2, 0)]);
+    b.composite(TypeKind::Struct, "only_here", 8, &[("x", 2, 0)]);
     b
 }
 

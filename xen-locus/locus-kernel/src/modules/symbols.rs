@@ -10,7 +10,7 @@ use std::collections::HashSet;
 use locus_guest::addr::Gva;
 use locus_guest::fetch;
 
-use super::{Error, Module, Reader};
+use super::{Error, Module, ModuleReader};
 
 /// Size of an `Elf64_Sym`, in bytes.
 const ELF_SYM: usize = 24;
@@ -23,7 +23,7 @@ const STRINGS_MAX: u64 = 32 << 20;
 
 /// A symbol of a module.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Symbol {
+pub struct ModuleSymbol {
     /// Its name.
     pub name: String,
     /// Its type as `/proc/kallsyms` prints it.
@@ -34,12 +34,12 @@ pub struct Symbol {
     pub global: bool,
 }
 
-impl Reader<'_, '_> {
+impl ModuleReader<'_, '_> {
     /// The symbols of `module` that `/proc/kallsyms` shows, in its order.
     ///
     /// # Errors
     /// Tables of unbelievable size, or memory that can't be read.
-    pub fn symbols(&self, module: &Module) -> Result<Vec<Symbol>, Error> {
+    pub fn symbols(&self, module: &Module) -> Result<Vec<ModuleSymbol>, Error> {
         let layout = &self.layout.symbols;
         if module.kallsyms.0 == 0 {
             return Ok(Vec::new());
@@ -73,7 +73,7 @@ impl Reader<'_, '_> {
             } else {
                 kind.to_ascii_lowercase()
             };
-            found.push(Symbol {
+            found.push(ModuleSymbol {
                 name: key.1,
                 kind: char::from(kind),
                 addr: Gva(value),
@@ -86,7 +86,7 @@ impl Reader<'_, '_> {
     /// What `module` exports to all modules, or to all that are under the GPL: names and addresses.
     ///
     /// # Errors
-    /// As [`Reader::symbols`].
+    /// As [`ModuleReader::symbols`].
     pub fn exported(&self, module: &Module) -> Result<Vec<(String, Gva)>, Error> {
         let mut all = self.exports(module, module.exports)?;
         if let Some(table) = module.gpl_exports {

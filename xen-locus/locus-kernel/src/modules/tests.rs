@@ -9,11 +9,14 @@ fn modules_are_what_proc_modules_says_in_both_layouts() {
     for age in [Age::Old, Age::New] {
         let memory = guest(age, &data(age));
         let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-        let all = Reader::new(&kernel).unwrap().all().unwrap();
+        let all = ModuleReader::new(&kernel).unwrap().all().unwrap();
         let names: Vec<&str> = all.iter().map(|m| m.name.as_str()).collect();
         assert_eq!(names, ["second", "first"]);
         let (second, first) = (&all[0], &all[1]);
-        assert_eq!((first.state, second.state), (State::Live, State::Loading));
+        assert_eq!(
+            (first.state, second.state),
+            (ModuleState::Live, ModuleState::Loading)
+        );
         assert_eq!((first.refcount, second.refcount), (Some(1), Some(0)));
         assert_eq!(first.used_by, ["second"]);
         assert!(first.permanent && !second.permanent);
@@ -41,11 +44,11 @@ fn modules_are_what_proc_modules_says_in_both_layouts() {
 fn symbols_are_those_proc_kallsyms_shows_upper_case_if_exported() {
     let memory = guest(Age::New, &data(Age::New));
     let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-    let all = Reader::new(&kernel)
+    let all = ModuleReader::new(&kernel)
         .unwrap()
         .each(|reader, module| reader.symbols(module))
         .unwrap();
-    let symbol = |name: &str, kind, at| Symbol {
+    let symbol = |name: &str, kind, at| ModuleSymbol {
         name: name.into(),
         kind,
         addr: Gva(at),
@@ -65,7 +68,7 @@ fn symbols_are_those_proc_kallsyms_shows_upper_case_if_exported() {
 fn types_of_a_module_stand_on_those_of_the_kernel() {
     let memory = guest(Age::New, &data(Age::New));
     let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-    let all = Reader::new(&kernel)
+    let all = ModuleReader::new(&kernel)
         .unwrap()
         .each(|reader, module| Ok((reader.btf(module)?, reader.btf_bytes(module)?)))
         .unwrap();
@@ -82,12 +85,12 @@ fn a_module_that_is_not_formed_is_not_shown() {
     d.set(DATA, &3u32.to_le_bytes());
     let memory = guest(Age::New, &d);
     let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-    assert_eq!(Reader::new(&kernel).unwrap().all().unwrap().len(), 1);
+    assert_eq!(ModuleReader::new(&kernel).unwrap().all().unwrap().len(), 1);
 }
 
 /// Everything that is read of modules.
 fn read_all(kernel: &Kernel<'_>) -> Result<(), Error> {
-    Reader::new(kernel)?.each(|reader, module| {
+    ModuleReader::new(kernel)?.each(|reader, module| {
         reader.symbols(module)?;
         reader.btf(module)
     })?;
@@ -138,7 +141,7 @@ fn modules_that_share_a_huge_table_cost_bounded_reading() {
     let memory = guest(Age::New, &d);
     memory.map_bytes(Gva(DATA + LEN as u64), &vec![0; 4 << 20], true, false);
     let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-    let reader = Reader::new(&kernel).unwrap();
+    let reader = ModuleReader::new(&kernel).unwrap();
     let module = &reader.list().unwrap()[1];
     // Enough for one of the two.
     reader.left.set(4 << 20);

@@ -2,17 +2,17 @@
 
 #![allow(clippy::cast_possible_truncation)] // small tables
 
-use super::Format;
+use super::OrcFormat;
 use crate::btf::blob::Blob;
-use crate::btf::Kind as Type;
+use crate::btf::TypeKind;
 
 /// A row of each format for a table's tests: `sp` and `bp` are register numbers.
 #[must_use]
-pub fn pack(format: Format, sp: (u16, i16), bp: (u16, i16), kind: u16, flags: u16) -> Vec<u8> {
+pub fn pack(format: OrcFormat, sp: (u16, i16), bp: (u16, i16), kind: u16, flags: u16) -> Vec<u8> {
     let bits = sp.0 | bp.0 << 4 | kind << 8;
     let flags = match format {
-        Format::End | Format::SignalEnd => flags << 10,
-        Format::Typed | Format::Reordered => flags << 11,
+        OrcFormat::End | OrcFormat::SignalEnd => flags << 10,
+        OrcFormat::Typed | OrcFormat::Reordered => flags << 11,
     };
     let mut row = Vec::new();
     row.extend(sp.1.to_le_bytes());
@@ -22,35 +22,35 @@ pub fn pack(format: Format, sp: (u16, i16), bp: (u16, i16), kind: u16, flags: u1
 }
 
 /// All formats.
-pub const ALL: [Format; 4] = [
-    Format::End,
-    Format::SignalEnd,
-    Format::Typed,
-    Format::Reordered,
+pub const ALL: [OrcFormat; 4] = [
+    OrcFormat::End,
+    OrcFormat::SignalEnd,
+    OrcFormat::Typed,
+    OrcFormat::Reordered,
 ];
 
 /// Numbers of: stack pointer, frame pointer, the caller's stack pointer, RDI, stack pointer
 /// indirect, frame pointer indirect.
 #[must_use]
-pub fn numbers(format: Format) -> [u16; 6] {
+pub fn numbers(format: OrcFormat) -> [u16; 6] {
     match format {
-        Format::Reordered => [3, 4, 8, 5, 9, 10],
+        OrcFormat::Reordered => [3, 4, 8, 5, 9, 10],
         _ => [5, 4, 1, 3, 9, 8],
     }
 }
 
 /// Number of the type of: a call, registers, an interrupt frame.
 #[must_use]
-pub fn kinds(format: Format) -> [u16; 3] {
+pub fn kinds(format: OrcFormat) -> [u16; 3] {
     match format {
-        Format::End | Format::SignalEnd => [0, 1, 2],
+        OrcFormat::End | OrcFormat::SignalEnd => [0, 1, 2],
         _ => [2, 3, 4],
     }
 }
 
 /// A row of a call `size` bytes deep.
 #[must_use]
-pub fn frame(format: Format, size: i16) -> Vec<u8> {
+pub fn frame(format: OrcFormat, size: i16) -> Vec<u8> {
     pack(
         format,
         (numbers(format)[0], size),
@@ -62,7 +62,7 @@ pub fn frame(format: Format, size: i16) -> Vec<u8> {
 
 /// BTF that has `struct orc_entry` as the formats pack it.
 #[must_use]
-pub fn btf(format: Format) -> Vec<u8> {
+pub fn btf(format: OrcFormat) -> Vec<u8> {
     let mut types = Blob::with_integers();
     let mut members = vec![
         ("sp_offset", 2, 0, 0),
@@ -71,10 +71,10 @@ pub fn btf(format: Format) -> Vec<u8> {
         ("bp_reg", 3, 36, 4),
     ];
     members.extend(match format {
-        Format::End => vec![("type", 3, 40, 2), ("end", 3, 42, 1)],
-        Format::SignalEnd => vec![("type", 3, 40, 2), ("signal", 3, 42, 1), ("end", 3, 43, 1)],
+        OrcFormat::End => vec![("type", 3, 40, 2), ("end", 3, 42, 1)],
+        OrcFormat::SignalEnd => vec![("type", 3, 40, 2), ("signal", 3, 42, 1), ("end", 3, 43, 1)],
         _ => vec![("type", 3, 40, 3), ("signal", 3, 43, 1)],
     });
-    types.fields(Type::Struct, "orc_entry", 6, &members);
+    types.fields(TypeKind::Struct, "orc_entry", 6, &members);
     types.bytes()
 }

@@ -6,14 +6,14 @@ use super::sample::{btf, frame, kinds, numbers, pack, ALL};
 use super::*;
 use crate::fixture::{vcpus, Fixture, KIND, TEXT, TEXT_LEN};
 
-fn layout(format: Format) -> Layout {
+fn layout(format: OrcFormat) -> EntryLayout {
     let bits = |offset, shift, width| Bits {
         offset,
         shift,
         width,
     };
-    let typed = matches!(format, Format::Typed | Format::Reordered);
-    Layout {
+    let typed = matches!(format, OrcFormat::Typed | OrcFormat::Reordered);
+    EntryLayout {
         format,
         len: 6,
         sp_offset: bits(0, 0, 16),
@@ -22,25 +22,25 @@ fn layout(format: Format) -> Layout {
         bp_reg: bits(4, 4, 4),
         kind: bits(5, 0, if typed { 3 } else { 2 }),
         signal: match format {
-            Format::End => None,
-            Format::SignalEnd => Some(bits(5, 2, 1)),
+            OrcFormat::End => None,
+            OrcFormat::SignalEnd => Some(bits(5, 2, 1)),
             _ => Some(bits(5, 3, 1)),
         },
         end: match format {
-            Format::End => Some(bits(5, 2, 1)),
-            Format::SignalEnd => Some(bits(5, 3, 1)),
+            OrcFormat::End => Some(bits(5, 2, 1)),
+            OrcFormat::SignalEnd => Some(bits(5, 3, 1)),
             _ => None,
         },
     }
 }
 
 /// A row that knows no caller.
-fn undefined(format: Format) -> Vec<u8> {
+fn undefined(format: OrcFormat) -> Vec<u8> {
     pack(format, (0, 0), (0, 0), 0, 0)
 }
 
-fn sp(base: Base, offset: i16) -> Sp {
-    Sp { base, offset }
+fn sp(base: SpBase, offset: i16) -> CallerSp {
+    CallerSp { base, offset }
 }
 
 #[test]
@@ -52,24 +52,34 @@ fn a_row_means_the_same_in_every_format() {
         let row = |sp, bp, kind| layout.row(&pack(format, sp, bp, kind, 0)).unwrap();
 
         let plain = row((stack, 24), (prev, -16), call);
-        assert_eq!(plain.sp, sp(Base::Sp, 24), "{format}");
-        assert_eq!(plain.bp, Bp::FromPrevSp(-16), "{format}");
-        assert_eq!((plain.kind, plain.signal), (Kind::Call, false), "{format}");
+        assert_eq!(plain.sp, sp(SpBase::Sp, 24), "{format}");
+        assert_eq!(plain.bp, CallerBp::FromPrevSp(-16), "{format}");
+        assert_eq!(
+            (plain.kind, plain.signal),
+            (FrameKind::Call, false),
+            "{format}"
+        );
 
         let other = row((base, -8), (base, 8), regs);
-        assert_eq!(other.sp, sp(Base::Bp, -8), "{format}");
-        assert_eq!(other.bp, Bp::FromBp(8), "{format}");
-        assert_eq!(other.kind, Kind::Regs, "{format}");
+        assert_eq!(other.sp, sp(SpBase::Bp, -8), "{format}");
+        assert_eq!(other.bp, CallerBp::FromBp(8), "{format}");
+        assert_eq!(other.kind, FrameKind::Regs, "{format}");
 
-        assert_eq!(row((stack, 0), (0, 0), partial).kind, Kind::RegsPartial);
-        assert_eq!(row((stack, 0), (0, 99), call).bp, Bp::Kept);
-        assert_eq!(row((stack_at, 8), (0, 0), call).sp, sp(Base::SpIndirect, 8));
+        assert_eq!(
+            row((stack, 0), (0, 0), partial).kind,
+            FrameKind::RegsPartial
+        );
+        assert_eq!(row((stack, 0), (0, 99), call).bp, CallerBp::Kept);
+        assert_eq!(
+            row((stack_at, 8), (0, 0), call).sp,
+            sp(SpBase::SpIndirect, 8)
+        );
         assert_eq!(
             row((base_at, -8), (0, 0), call).sp,
-            sp(Base::BpIndirect, -8)
+            sp(SpBase::BpIndirect, -8)
         );
         // The kernel adds no offset to these.
-        assert_eq!(row((di, 8), (0, 0), regs).sp, sp(Base::Di, 0));
+        assert_eq!(row((di, 8), (0, 0), regs).sp, sp(SpBase::Di, 0));
     }
 }
 
@@ -79,11 +89,11 @@ fn the_frame_above_registers_was_interrupted() {
         let bytes = pack(format, (numbers(format)[0], 0), (0, 0), kind, flags);
         layout(format).row(&bytes).unwrap().signal
     };
-    assert!(!signal(Format::End, 0, 0));
-    assert!(signal(Format::End, 1, 0));
-    assert!(signal(Format::End, 2, 0));
+    assert!(!signal(OrcFormat::End, 0, 0));
+    assert!(signal(OrcFormat::End, 1, 0));
+    assert!(signal(OrcFormat::End, 2, 0));
     // Since it has a bit of its own it says so itself.
-    for format in [Format::SignalEnd, Format::Typed, Format::Reordered] {
+    for format in [OrcFormat::SignalEnd, OrcFormat::Typed, OrcFormat::Reordered] {
         for kind in kinds(format) {
             assert!(!signal(format, kind, 0), "{format}");
             assert!(signal(format, kind, 1), "{format}");
@@ -95,13 +105,13 @@ fn the_frame_above_registers_was_interrupted() {
 fn the_end_of_a_stack_differs_from_a_place_unknown() {
     for format in ALL {
         let kind = |bytes: &[u8]| layout(format).row(bytes).unwrap().kind;
-        assert_eq!(kind(&undefined(format)), Kind::Undefined, "{format}");
+        assert_eq!(kind(&undefined(format)), FrameKind::Undefined, "{format}");
         let end = match format {
-            Format::End => pack(format, (0, 0), (0, 0), 0, 1),
-            Format::SignalEnd => pack(format, (0, 0), (0, 0), 0, 2),
+            OrcFormat::End => pack(format, (0, 0), (0, 0), 0, 1),
+            OrcFormat::SignalEnd => pack(format, (0, 0), (0, 0), 0, 2),
             _ => pack(format, (0, 0), (0, 0), 1, 0),
         };
-        assert_eq!(kind(&end), Kind::EndOfStack, "{format}");
+        assert_eq!(kind(&end), FrameKind::EndOfStack, "{format}");
     }
 }
 
@@ -112,7 +122,7 @@ fn unknown_registers_and_types_are_no_rows() {
         let [call, ..] = kinds(format);
         let layout = layout(format);
         let bad = match format {
-            Format::End | Format::SignalEnd => 3,
+            OrcFormat::End | OrcFormat::SignalEnd => 3,
             _ => 5,
         };
         assert!(layout
@@ -125,7 +135,7 @@ fn unknown_registers_and_types_are_no_rows() {
             .row(&pack(format, (stack, 8), (7, 0), call, 0))
             .is_none());
         assert!(layout.row(&[0; 5]).is_none());
-        if matches!(format, Format::Typed | Format::Reordered) {
+        if matches!(format, OrcFormat::Typed | OrcFormat::Reordered) {
             assert!(layout.row(&pack(format, (0, 8), (0, 0), call, 0)).is_none());
         }
     }
@@ -136,7 +146,7 @@ const ROWS: Gva = Gva(IPS.0 + 0x10000);
 
 /// A kernel with an ORC table.
 struct Sample {
-    format: Format,
+    format: OrcFormat,
     rows: Vec<(u64, Vec<u8>)>,
     header: Option<[u8; HASH_LEN]>,
     /// What the symbols say beyond the rows there are, in bytes of addresses and of rows.
@@ -146,8 +156,11 @@ struct Sample {
 }
 
 impl Sample {
-    fn new(format: Format) -> Sample {
-        let header = HASHES.iter().find(|(f, _)| *f == format).map(|(_, h)| *h);
+    fn new(format: OrcFormat) -> Sample {
+        let header = FORMAT_HASHES
+            .iter()
+            .find(|(f, _)| *f == format)
+            .map(|(_, h)| *h);
         Sample {
             format,
             rows: vec![
@@ -199,8 +212,8 @@ impl Sample {
         look(&Kernel::read(&memory, KIND, &vcpus()).unwrap())
     }
 
-    fn read(&self) -> Result<Orc, Error> {
-        self.table(Orc::read)
+    fn read(&self) -> Result<OrcRows, Error> {
+        self.table(OrcRows::read)
     }
 }
 
@@ -210,13 +223,13 @@ fn every_format_is_told_by_its_members_and_its_hash() {
         let orc = Sample::new(format).read().unwrap();
         assert_eq!((orc.format(), orc.len()), (format, 5));
         assert_eq!(orc.iter().count(), 5);
-        assert_eq!(orc.row(TEXT).unwrap().sp, sp(Base::Sp, 8), "{format}");
+        assert_eq!(orc.row(TEXT).unwrap().sp, sp(SpBase::Sp, 8), "{format}");
     }
 }
 
 #[test]
 fn without_a_hash_the_rows_tell_which_numbers_the_registers_have() {
-    for format in [Format::Typed, Format::Reordered] {
+    for format in [OrcFormat::Typed, OrcFormat::Reordered] {
         let mut sample = Sample::new(format);
         sample.header = None;
         assert_eq!(sample.read().unwrap().format(), format);
@@ -225,26 +238,30 @@ fn without_a_hash_the_rows_tell_which_numbers_the_registers_have() {
 
 #[test]
 fn an_unknown_hash_or_one_that_contradicts_btf_is_refused() {
-    let mut sample = Sample::new(Format::Typed);
+    let mut sample = Sample::new(OrcFormat::Typed);
     sample.header = Some([0x5a; HASH_LEN]);
     let error = sample.read().unwrap_err().to_string();
     assert!(error.contains("5a5a5a"), "{error}");
-    for (format, hash) in [(Format::End, 0), (Format::SignalEnd, 1), (Format::Typed, 0)] {
+    for (format, hash) in [
+        (OrcFormat::End, 0),
+        (OrcFormat::SignalEnd, 1),
+        (OrcFormat::Typed, 0),
+    ] {
         let mut sample = Sample::new(format);
-        sample.header = Some(HASHES[hash].1);
+        sample.header = Some(FORMAT_HASHES[hash].1);
         assert!(sample.read().is_err(), "{format}");
     }
 }
 
 #[test]
 fn the_last_of_the_highest_rows_at_or_below_an_address_counts() {
-    let orc = Sample::new(Format::Typed).read().unwrap();
+    let orc = Sample::new(OrcFormat::Typed).read().unwrap();
     let offset = |at: u64| orc.row(TEXT.plus(at)).map(|r| (r.kind, r.sp.offset));
-    assert_eq!(offset(0xf), Some((Kind::Call, 8)));
-    assert_eq!(offset(0x10), Some((Kind::Call, 16)));
-    assert_eq!(offset(0x1f), Some((Kind::Call, 16)));
-    assert_eq!(offset(0x20), Some((Kind::Call, 24)));
-    assert_eq!(offset(0x2000), Some((Kind::Undefined, 0)));
+    assert_eq!(offset(0xf), Some((FrameKind::Call, 8)));
+    assert_eq!(offset(0x10), Some((FrameKind::Call, 16)));
+    assert_eq!(offset(0x1f), Some((FrameKind::Call, 16)));
+    assert_eq!(offset(0x20), Some((FrameKind::Call, 24)));
+    assert_eq!(offset(0x2000), Some((FrameKind::Undefined, 0)));
     assert_eq!(orc.row(TEXT.plus(TEXT_LEN as u64)), None);
     assert_eq!(orc.row(Gva(TEXT.0 - 1)), None);
     assert_eq!(orc.row(Gva(u64::MAX)), None);
@@ -252,7 +269,7 @@ fn the_last_of_the_highest_rows_at_or_below_an_address_counts() {
 
 #[test]
 fn below_the_first_row_there_is_none() {
-    let mut sample = Sample::new(Format::End);
+    let mut sample = Sample::new(OrcFormat::End);
     sample.rows.remove(0);
     let orc = sample.read().unwrap();
     assert_eq!(orc.row(TEXT.plus(0xf)), None);
@@ -261,7 +278,7 @@ fn below_the_first_row_there_is_none() {
 
 #[test]
 fn a_table_out_of_order_out_of_text_or_of_unknown_rows_is_refused() {
-    let good = Sample::new(Format::Typed);
+    let good = Sample::new(OrcFormat::Typed);
     assert!(good.read().is_ok());
     for damage in [
         (|rows| rows.swap(0, 3)) as fn(&mut Vec<(u64, Vec<u8>)>),
@@ -269,7 +286,7 @@ fn a_table_out_of_order_out_of_text_or_of_unknown_rows_is_refused() {
         |rows| rows[4].0 = TEXT.0 + TEXT_LEN as u64 + 1,
         |rows| rows[2].1[4] = 0xff,
     ] {
-        let mut bad = Sample::new(Format::Typed);
+        let mut bad = Sample::new(OrcFormat::Typed);
         damage(&mut bad.rows);
         assert!(matches!(bad.read(), Err(Error::Odd(_))));
     }
@@ -278,8 +295,8 @@ fn a_table_out_of_order_out_of_text_or_of_unknown_rows_is_refused() {
 #[test]
 fn rows_for_discarded_code_are_let_be_and_not_given() {
     let init = TEXT.0 + (48 << 20);
-    let mut sample = Sample::new(Format::Typed);
-    sample.rows.push((init + 0x10, frame(Format::Typed, 8)));
+    let mut sample = Sample::new(OrcFormat::Typed);
+    sample.rows.push((init + 0x10, frame(OrcFormat::Typed, 8)));
     assert!(matches!(sample.read(), Err(Error::Odd(_))));
     sample.init = Some((init, init + 0x1000));
     let orc = sample.read().unwrap();
@@ -295,7 +312,7 @@ fn rows_for_discarded_code_are_let_be_and_not_given() {
 #[test]
 fn sizes_that_do_not_fit_each_other_are_refused() {
     for lie in [(2, 0), (4, 0), (0, 6), (0, 1), (1 << 25, 6 << 23)] {
-        let mut sample = Sample::new(Format::Typed);
+        let mut sample = Sample::new(OrcFormat::Typed);
         sample.lie = lie;
         assert!(matches!(sample.read(), Err(Error::Odd(_))), "{lie:?}");
     }
@@ -303,7 +320,7 @@ fn sizes_that_do_not_fit_each_other_are_refused() {
 
 #[test]
 fn a_table_that_ends_in_unmapped_memory_is_an_error() {
-    let mut sample = Sample::new(Format::Typed);
+    let mut sample = Sample::new(OrcFormat::Typed);
     sample.lie = (4 * 4096, 6 * 4096);
     assert!(matches!(sample.read(), Err(Error::Memory(_))));
 }
@@ -318,13 +335,13 @@ fn a_module_brings_its_own_table_for_its_own_text() {
         bytes.extend((ip.wrapping_sub(at.0 + 4 * i as u64) as u32).to_le_bytes());
     }
     bytes.resize(0x100, 0);
-    bytes.extend(frame(Format::Reordered, 8));
-    bytes.extend(frame(Format::Reordered, 16));
+    bytes.extend(frame(OrcFormat::Reordered, 8));
+    bytes.extend(frame(OrcFormat::Reordered, 16));
     let module = MockMemory::new();
     module.map_bytes(at, &bytes, false, false);
     let space = Space::new(&module, ROOT, 4);
-    Sample::new(Format::Reordered).table(|kernel| {
-        let read = |count, text| Orc::of_module(kernel, &space, (at, rows, count), vec![text]);
+    Sample::new(OrcFormat::Reordered).table(|kernel| {
+        let read = |count, text| OrcRows::of_module(kernel, &space, (at, rows, count), vec![text]);
         let orc = read(2, text).unwrap();
         let offset = |at: u64| orc.row(text.start.plus(at)).map(|r| r.sp.offset);
         assert_eq!(offset(0x3f), Some(8));
@@ -352,13 +369,13 @@ fn a_module_brings_its_own_table_for_its_own_text() {
 
 #[test]
 fn any_mutation_of_the_types_is_refused_or_harmless() {
-    let good = btf(Format::Typed);
-    let rows = frame(Format::Typed, 8);
+    let good = btf(OrcFormat::Typed);
+    let rows = frame(OrcFormat::Typed, 8);
     for at in 0..good.len() {
         for value in [0, 1, 0x3f, 0x7f, 0x80, 0xff] {
             let mut bad = good.clone();
             bad[at] = value;
-            if let Ok(layout) = Btf::new(bad).and_then(|btf| Layout::of(&btf)) {
+            if let Ok(layout) = Btf::new(bad).and_then(|btf| EntryLayout::of(&btf)) {
                 let _ = layout.row(&rows);
                 let _ = layout.is_plausible(&rows);
             }

@@ -2,7 +2,7 @@ use locus_guest::mock::MockMemory;
 
 use super::*;
 use crate::btf::blob::Blob;
-use crate::btf::Kind;
+use crate::btf::TypeKind;
 use crate::fixture::{vcpus, Fixture, KIND, TEXT};
 
 #[test]
@@ -51,14 +51,14 @@ const SIZE: u64 = 256;
 fn btf(newer: bool) -> Vec<u8> {
     let mut types = Blob::with_integers();
     let info = types.fields(
-        Kind::Struct,
+        TypeKind::Struct,
         "thread_info",
         16,
         &[("flags", 4, 0, 0), ("cpu", 3, 64, 0)],
     );
-    let thread = types.fields(Kind::Struct, "thread_struct", 8, &[("sp", 4, 0, 0)]);
+    let thread = types.fields(TypeKind::Struct, "thread_struct", 8, &[("sp", 4, 0, 0)]);
     types.fields(
-        Kind::Struct,
+        TypeKind::Struct,
         "signal_struct",
         16,
         &[("thread_head", 4, 0, 0)],
@@ -84,7 +84,7 @@ fn btf(newer: bool) -> Vec<u8> {
     } else {
         members.extend([("cpu", 3, bytes(24), 0), ("state", 4, bytes(16), 0)]);
     }
-    types.fields(Kind::Struct, "task_struct", 256, &members);
+    types.fields(TypeKind::Struct, "task_struct", 256, &members);
     types.bytes()
 }
 
@@ -153,7 +153,7 @@ fn kernel_with<T>(newer: bool, last: u64, look: impl FnOnce(&Kernel<'_>) -> T) -
 fn threads_and_the_idle_task_are_listed_with_their_details() {
     for (newer, state) in [(true, 'I'), (false, 'S')] {
         kernel_with(newer, task(4), |kernel| {
-            let details = Details::of(kernel).unwrap();
+            let details = DetailLayout::of(kernel).unwrap();
             let found = snapshot(kernel, |space, tasks| {
                 let with = |task: Task| Ok((details.read(space, task.addr)?, task));
                 tasks.into_iter().map(with).collect::<Result<Vec<_>, _>>()
@@ -180,7 +180,7 @@ fn threads_and_the_idle_task_are_listed_with_their_details() {
 fn a_list_of_threads_that_never_ends_or_leaves_memory_is_an_error() {
     for last in [task(2) + 48, 0x1000, u64::MAX] {
         kernel_with(true, last, |kernel| {
-            assert!(Layout::of(kernel)
+            assert!(TaskLayout::of(kernel)
                 .unwrap()
                 .all(kernel, &kernel.space)
                 .is_err());

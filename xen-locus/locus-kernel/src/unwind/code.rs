@@ -8,8 +8,8 @@ use iced_x86::{Decoder, DecoderOptions, Mnemonic};
 use locus_guest::addr::{Gva, Range};
 use locus_guest::space::Space;
 
-use crate::modules::{Module, Reader};
-use crate::orc::{Orc, Row};
+use crate::modules::{Module, ModuleReader};
+use crate::orc::{OrcRow, OrcRows};
 use crate::{Error, Kernel};
 
 /// Longest `call`, in bytes: prefix, REX, opcode, ModRM, SIB, displacement, and one to spare.
@@ -46,12 +46,12 @@ pub fn hiding<'k>(kernel: &'k Kernel<'_>) -> impl Iterator<Item = (&'static str,
 }
 
 /// Code of the kernel and of its modules.
-pub struct Code<'k, 'm> {
+pub struct CodeMap<'k, 'm> {
     kernel: &'k Kernel<'m>,
     space: Space<'m>,
-    orc: Orc,
-    modules: Vec<Loaded>,
-    room: Room,
+    orc: OrcRows,
+    modules: Vec<ModuleRows>,
+    room: RowBudget,
     hiding: Vec<(&'static str, Range)>,
     /// `ret_from_fork`, and what took its place as the first address of a task.
     first: Vec<Gva>,
@@ -60,11 +60,11 @@ pub struct Code<'k, 'm> {
 }
 
 /// Room for rows of modules.
-struct Room(Cell<usize>);
+struct RowBudget(Cell<usize>);
 
-impl Room {
-    fn new() -> Room {
-        Room(Cell::new(ROWS_MAX))
+impl RowBudget {
+    fn new() -> RowBudget {
+        RowBudget(Cell::new(ROWS_MAX))
     }
 
     /// Takes room for `rows`; `None` when there is not so much left.
@@ -75,26 +75,26 @@ impl Room {
 }
 
 /// A module whose ORC table is read when it is wanted.
-struct Loaded {
+struct ModuleRows {
     text: Vec<Range>,
     tables: (Gva, Gva, usize),
-    orc: OnceCell<Option<Orc>>,
+    orc: OnceCell<Option<OrcRows>>,
 }
 
-impl<'k, 'm> Code<'k, 'm> {
+impl<'k, 'm> CodeMap<'k, 'm> {
     /// Reads the kernel's table, and where those of the modules are.
     ///
     /// # Errors
     /// The kernel has no ORC table, or it can't be read.
-    pub fn read(kernel: &'k Kernel<'m>) -> Result<Code<'k, 'm>, Error> {
+    pub fn read(kernel: &'k Kernel<'m>) -> Result<CodeMap<'k, 'm>, Error> {
         let symbol = |name| kernel.symbols.addr(name);
         let first = ["ret_from_fork", "ret_from_fork_asm"];
-        let mut code = Code {
+        let mut code = CodeMap {
             kernel,
             space: kernel.space.fresh(),
-            orc: Orc::read(kernel)?,
+            orc: OrcRows::read(kernel)?,
             modules: Vec::new(),
-            room: Room::new(),
+            room: RowBudget::new(),
             hiding: hiding(kernel).collect(),
             first: first.iter().filter_map(|name| symbol(name)).collect(),
             hypercalls: symbol("hypercall_page").map(|at| Range::new(at, HYPERCALLS)),
@@ -123,7 +123,7 @@ impl<'k, 'm> Code<'k, 'm> {
             let at = |offset: usize| module.addr.plus(offset as u64);
             let text = |kind: &str| ["core", "init", "text", "init_text"].contains(&kind);
             let parts = module.parts.iter().filter(|p| text(&p.kind));
-            Ok(Loaded {
+            Ok(ModuleRows {
                 text: parts.map(|p| p.range).collect(),
                 tables: (
                     Gva(space.read_u64(at(ips))?),
@@ -133,28 +133,28 @@ impl<'k, 'm> Code<'k, 'm> {
                 orc: OnceCell::new(),
             })
         };
-        self.modules = Reader::new(self.kernel)?.each(|_, module| loaded(module))?;
-        self.room = Room::new();
+        self.modules = ModuleReader::new(self.kernel)?.each(|_, module| loaded(module))?;
+        self.room = RowBudget::new();
         Ok(())
     }
 
     /// The row that holds at `ip`. A module whose table can't be read, or is one too many, has none.
-    pub fn row(&self, ip: Gva) -> Option<Row> {
+    pub fn row(&self, ip: Gva) -> Option<OrcRow> {
         if let Some(row) = self.orc.row(ip) {
             return Some(row);
         }
-        let holds = |m: &&Loaded| m.text.iter().any(|range| range.contains(ip));
+        let holds = |m: &&ModuleRows| m.text.iter().any(|range| range.contains(ip));
         let module = self.modules.iter().find(holds)?;
         let read = || {
             self.room.take(module.tables.2)?;
             let text = module.text.clone();
-            Orc::of_module(self.kernel, &self.space, module.tables, text).ok()
+            OrcRows::of_module(self.kernel, &self.space, module.tables, text).ok()
         };
         module.orc.get_or_init(read).as_ref()?.row(ip)
     }
 
     /// The row that held at `ip` in the code that the kernel discarded after it booted.
-    pub fn row_discarded(&self, ip: Gva) -> Option<Row> {
+    pub fn row_discarded(&self, ip: Gva) -> Option<OrcRow> {
         self.orc.row_discarded(ip)
     }
 
@@ -229,9 +229,9 @@ fn is_call(code: &[u8]) -> bool {
     found.len() == code.len() && (found.is_call_near() || found.is_call_near_indirect())
 }
 
-impl std::fmt::Debug for Code<'_, '_> {
+impl std::fmt::Debug for CodeMap<'_, '_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Code")
+        f.debug_struct("CodeMap")
             .field("orc", &self.orc)
             .field("modules", &self.modules.len())
             .finish_non_exhaustive()
@@ -240,11 +240,11 @@ impl std::fmt::Debug for Code<'_, '_> {
 
 #[cfg(test)]
 mod tests {
-    use super::{is_call, Room, ROWS_MAX};
+    use super::{is_call, RowBudget, ROWS_MAX};
 
     #[test]
     fn tables_of_modules_are_kept_as_long_as_there_is_room_for_their_rows() {
-        let room = Room::new();
+        let room = RowBudget::new();
         assert!(room.take(ROWS_MAX / 2).is_some());
         assert!(room.take(usize::MAX).is_none());
         assert!(room.take(ROWS_MAX / 2 + 1).is_none());

@@ -59,25 +59,25 @@ impl Stack<'_> {
 
 /// A copy of the live part of a stack.
 #[derive(Debug)]
-pub struct Copied {
+pub struct StackCopy {
     /// Offset of the first byte that was copied.
     from: usize,
     bytes: Vec<u8>,
 }
 
-impl Copied {
+impl StackCopy {
     /// Copies `range` from `from` up, all of it if `from` is elsewhere.
     ///
     /// # Errors
     /// It can't be read.
-    pub fn read(space: &Space<'_>, range: Range, from: Gva) -> Result<Copied, guest::Error> {
+    pub fn read(space: &Space<'_>, range: Range, from: Gva) -> Result<StackCopy, guest::Error> {
         let from = if range.contains(from) {
             from
         } else {
             range.start
         };
         let len = usize::try_from(range.end.0 - from.0).unwrap_or(usize::MAX);
-        Ok(Copied {
+        Ok(StackCopy {
             from: usize::try_from(from.0 - range.start.0).unwrap_or(usize::MAX),
             bytes: space.read_vec(from, len)?,
         })
@@ -90,10 +90,10 @@ impl Copied {
     pub fn of<E>(
         range: Range,
         read: impl FnOnce(&mut [u8]) -> std::result::Result<(), E>,
-    ) -> std::result::Result<Copied, E> {
+    ) -> std::result::Result<StackCopy, E> {
         let mut bytes = vec![0; usize::try_from(range.len()).unwrap_or(0)];
         read(&mut bytes)?;
-        Ok(Copied { from: 0, bytes })
+        Ok(StackCopy { from: 0, bytes })
     }
 
     /// What was copied.
@@ -103,7 +103,7 @@ impl Copied {
     }
 }
 
-impl Window for Copied {
+impl Window for StackCopy {
     fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), guest::Error> {
         let part = offset.checked_sub(self.from).and_then(|start| {
             let end = start.checked_add(buf.len())?;

@@ -4,7 +4,7 @@ use locus_guest::addr::Range;
 use locus_guest::space::Space;
 use locus_guest::{self as guest, GuestType, Window};
 
-use super::stack::Copied;
+use super::stack::StackCopy;
 use super::*;
 use crate::fixture;
 use crate::fixture_world::frames::{
@@ -12,7 +12,7 @@ use crate::fixture_world::frames::{
     ON_IRQ_STACK, REALIGNED, REGS, RETHOOK, RIP, RSP, SCHEDULE, SECONDARY, STARTUP, SYSCALL,
 };
 use crate::fixture_world::{World, IDLE, PATCHED, STACKS};
-use crate::tasks::Layout as Tasks;
+use crate::tasks::TaskLayout;
 
 /// Bytes of each stack of these tests.
 const LEN: u64 = 0x10000;
@@ -128,10 +128,10 @@ fn every_sleeping_task_of_the_small_guest_is_walked_to_its_end() {
     let world = World::new(GuestType::Pvh);
     let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
     let walker = Walker::new(&kernel).unwrap();
-    let tasks = Tasks::of(&kernel).unwrap();
+    let tasks = TaskLayout::of(&kernel).unwrap();
     let mut walked = Vec::new();
     for task in tasks.all(&kernel, &kernel.space).unwrap() {
-        let copy = Copied::read(&kernel.space, task.stack, task.sp).unwrap();
+        let copy = StackCopy::read(&kernel.space, task.stack, task.sp).unwrap();
         let stack = Stack {
             kind: StackKind::Task,
             range: task.stack,
@@ -143,11 +143,11 @@ fn every_sleeping_task_of_the_small_guest_is_walked_to_its_end() {
         }
     }
     let wanted = [
-        ("init", End::Kernel, vec![SCHEDULE, KTHREAD, FORK]),
-        ("sleeper", End::User, vec![SCHEDULE, PATCHED, SYSCALL]),
+        ("init", WalkEnd::Kernel, vec![SCHEDULE, KTHREAD, FORK]),
+        ("sleeper", WalkEnd::User, vec![SCHEDULE, PATCHED, SYSCALL]),
         (
             "swapper/1",
-            End::Kernel,
+            WalkEnd::Kernel,
             vec![SCHEDULE, DO_IDLE, STARTUP, SECONDARY],
         ),
     ]
@@ -163,7 +163,7 @@ fn a_cpu_in_the_kernel_is_walked_from_its_registers() {
     let stacks = Stacks::asleep();
     let inner = TOP - 0xd0 - 0x50;
     let walk = stacks.running(&vcpu(SCHEDULE.0 + 3, inner));
-    assert_eq!(walk.end, Ok(End::User));
+    assert_eq!(walk.end, Ok(WalkEnd::User));
     assert_eq!(
         addresses(&walk),
         [SCHEDULE.0 + 3, after(PATCHED), after(SYSCALL)]
@@ -177,7 +177,7 @@ fn a_cpu_in_user_mode_is_in_no_function() {
     let mut user = vcpu(0x40_1000, 0x7fff_0000);
     user.user = true;
     let walk = Stacks::new().running(&user);
-    assert_eq!((walk.frames, walk.end), (vec![], Ok(End::User)));
+    assert_eq!((walk.frames, walk.end), (vec![], Ok(WalkEnd::User)));
 }
 
 #[test]
@@ -185,14 +185,14 @@ fn a_system_call_that_has_just_begun_has_nothing_on_the_stack() {
     let stacks = Stacks::new();
     let end = |sp| stacks.running(&vcpu(fixture::ENTRY.0, sp)).end;
     // On the stack of user mode, on that for the way in, among the registers on the task's.
-    assert_eq!(end(0x7fff_0000), Ok(End::Kernel));
-    assert_eq!(end(ENTRY + 0x100), Ok(End::Kernel));
-    assert_eq!(end(TOP + 0x20), Ok(End::Kernel));
-    assert_eq!(end(TASK + LEN), Ok(End::Kernel));
+    assert_eq!(end(0x7fff_0000), Ok(WalkEnd::Kernel));
+    assert_eq!(end(ENTRY + 0x100), Ok(WalkEnd::Kernel));
+    assert_eq!(end(TOP + 0x20), Ok(WalkEnd::Kernel));
+    assert_eq!(end(TASK + LEN), Ok(WalkEnd::Kernel));
     // Where no registers are, something else may be above.
-    assert_eq!(end(TOP - 0x20), Err(Why::EndElsewhere));
-    assert_eq!(end(NMI + 0x100), Err(Why::EndElsewhere));
-    assert_eq!(end(TASK - 0x1000), Err(Why::OffStack));
+    assert_eq!(end(TOP - 0x20), Err(Unreliable::EndElsewhere));
+    assert_eq!(end(NMI + 0x100), Err(Unreliable::EndElsewhere));
+    assert_eq!(end(TASK - 0x1000), Err(Unreliable::OffStack));
 }
 
 #[test]
@@ -202,12 +202,12 @@ fn a_task_that_never_ran_is_where_tasks_begin() {
     let walk = stacks.sleeping(sp);
     assert_eq!(
         (addresses(&walk), walk.end),
-        (vec![FORK.0], Ok(End::Kernel))
+        (vec![FORK.0], Ok(WalkEnd::Kernel))
     );
     assert!(walk.frames[0].interrupted);
     // The same address not as the first: it isn't behind a call.
     let stacks = Stacks::asleep().words(&[(TOP - 8, FORK.0)]);
-    assert_eq!(stacks.sleeping(ASLEEP).end, Err(Why::NoCall));
+    assert_eq!(stacks.sleeping(ASLEEP).end, Err(Unreliable::NoCall));
 }
 
 #[test]
@@ -219,10 +219,10 @@ fn padding_above_the_registers_is_allowed_as_kernels_with_fred_have_it() {
             .running(&vcpu(IDLE.0, TOP - by - 8))
             .end
     };
-    assert_eq!(shifted(0), Ok(End::User));
-    assert_eq!(shifted(16), Ok(End::User));
-    assert_eq!(shifted(8), Err(Why::EndElsewhere));
-    assert_eq!(shifted(0x100), Err(Why::EndElsewhere));
+    assert_eq!(shifted(0), Ok(WalkEnd::User));
+    assert_eq!(shifted(16), Ok(WalkEnd::User));
+    assert_eq!(shifted(8), Err(Unreliable::EndElsewhere));
+    assert_eq!(shifted(0x100), Err(Unreliable::EndElsewhere));
 }
 
 /// An interrupt that switched to the CPU's stack, in a kernel thread that was interrupted at `ip`.
@@ -254,13 +254,13 @@ fn an_interrupt_is_followed_from_its_stack_to_the_task() {
         .map(|f| (f.address.0, f.interrupted))
         .collect();
     assert_eq!(found, frames);
-    assert_eq!(walk.end, Ok(End::Kernel));
+    assert_eq!(walk.end, Ok(WalkEnd::Kernel));
     // A task that was preempted there sleeps with its registers on its own stack.
     let regs = TOP - 0x800;
     let sp = regs - 0x50 - INACTIVE;
     let stacks = stacks.words(&[(sp + INACTIVE - 8, after(SCHEDULE))]);
     let walk = stacks.sleeping(sp);
-    assert_eq!(walk.end, Ok(End::Kernel));
+    assert_eq!(walk.end, Ok(WalkEnd::Kernel));
     assert_eq!(walk.frames.len(), 4);
 }
 
@@ -270,7 +270,7 @@ fn an_exception_with_a_stack_of_its_own_shows_only_the_processors_frame() {
     let sp = NMI + 0x1000;
     let stacks = Stacks::asleep().regs(sp + 8 - RIP, PATCHED.0 + 5, 0x10, TOP - 0xd0);
     let walk = stacks.running(&vcpu(EXCEPTION.0, sp));
-    assert_eq!(walk.end, Ok(End::User));
+    assert_eq!(walk.end, Ok(WalkEnd::User));
     assert_eq!(
         addresses(&walk),
         [EXCEPTION.0, PATCHED.0 + 5, after(SYSCALL)]
@@ -280,7 +280,7 @@ fn an_exception_with_a_stack_of_its_own_shows_only_the_processors_frame() {
     let stacks = Stacks::new().regs(at_top + 8 - RIP, 0x40_1000, 0x33, 0);
     assert_eq!(
         stacks.running(&vcpu(EXCEPTION.0, at_top)).end,
-        Ok(End::User)
+        Ok(WalkEnd::User)
     );
 }
 
@@ -289,12 +289,12 @@ fn registers_count_while_they_are_known() {
     let mut known = vcpu(REALIGNED.0 + 1, TOP - 0x200);
     known.r10 = TOP;
     let stacks = Stacks::new().user().words(&[(TOP - 8, after(SYSCALL))]);
-    assert_eq!(stacks.running(&known).end, Ok(End::User));
+    assert_eq!(stacks.running(&known).end, Ok(WalkEnd::User));
     // As a return address they are not.
     let stacks = stacks.words(&[(TOP - 0x108, after(REALIGNED))]);
     known = vcpu(IDLE.0, TOP - 0x108);
     known.r10 = TOP;
-    assert_eq!(stacks.running(&known).end, Err(Why::NoRegister));
+    assert_eq!(stacks.running(&known).end, Err(Unreliable::NoRegister));
 }
 
 #[test]
@@ -308,10 +308,10 @@ fn a_frame_pointer_is_found_and_passed_on() {
         (TOP - 8, after(SYSCALL)),
     ]);
     let walk = stacks.running(&vcpu);
-    assert_eq!(walk.end, Ok(End::User));
+    assert_eq!(walk.end, Ok(WalkEnd::User));
     assert_eq!(walk.frames.len(), 3);
     vcpu.rbp = 0x1234_5678;
-    assert_eq!(stacks.running(&vcpu).end, Err(Why::OffStack));
+    assert_eq!(stacks.running(&vcpu).end, Err(Unreliable::OffStack));
 }
 
 #[test]
@@ -319,18 +319,18 @@ fn what_a_hypercall_pushes_is_counted() {
     for (offset, pushed) in [(0, 0), (1, 8), (3, 16), (8, 16), (10, 16), (12, 8), (13, 0)] {
         let stacks = Stacks::new().user().words(&[(TOP - 8, after(SYSCALL))]);
         let walk = stacks.running(&vcpu(HYPERCALLS.0 + offset, TOP - 8 - pushed));
-        assert_eq!(walk.end, Ok(End::User), "{offset}");
+        assert_eq!(walk.end, Ok(WalkEnd::User), "{offset}");
     }
     // In the middle of an instruction nobody is.
     let walk = Stacks::new().running(&vcpu(HYPERCALLS.0 + 2, TOP - 8));
-    assert_eq!(walk.end, Err(Why::Undefined));
+    assert_eq!(walk.end, Err(Unreliable::Undefined));
 }
 
 #[test]
 fn an_exchanged_return_address_is_named() {
     let stacks = Stacks::asleep().words(&[(TOP - 8, RETHOOK.0)]);
     let walk = stacks.sleeping(ASLEEP);
-    assert_eq!(walk.end, Err(Why::Hidden("arch_rethook_trampoline")));
+    assert_eq!(walk.end, Err(Unreliable::Hidden("arch_rethook_trampoline")));
     assert_eq!(
         walk.end.unwrap_err().to_string(),
         "caller hidden by arch_rethook_trampoline"
@@ -341,29 +341,29 @@ fn an_exchanged_return_address_is_named() {
 #[test]
 fn what_is_no_stack_is_refused() {
     let good = Stacks::asleep;
-    assert_eq!(good().sleeping(ASLEEP).end, Ok(End::User));
+    assert_eq!(good().sleeping(ASLEEP).end, Ok(WalkEnd::User));
     let end = |at: u64, value: u64| good().words(&[(at, value)]).sleeping(ASLEEP).end;
     let last = TOP - 8;
     // Code without a row, code that is none, no code.
-    assert_eq!(end(last, PATCHED.0 + 0x10_0000), Err(Why::NoRow));
-    assert_eq!(end(last, 0), Err(Why::NoRow));
-    assert_eq!(end(last, TASK), Err(Why::NoRow));
+    assert_eq!(end(last, PATCHED.0 + 0x10_0000), Err(Unreliable::NoRow));
+    assert_eq!(end(last, 0), Err(Unreliable::NoRow));
+    assert_eq!(end(last, TASK), Err(Unreliable::NoRow));
     // A place that no call returns to, and one that the kernel doesn't know.
-    assert_eq!(end(last, after(SYSCALL) - 1), Err(Why::NoCall));
-    assert_eq!(end(last, FRAMED.0 + 0x180), Err(Why::NoCall));
+    assert_eq!(end(last, after(SYSCALL) - 1), Err(Unreliable::NoCall));
+    assert_eq!(end(last, FRAMED.0 + 0x180), Err(Unreliable::NoCall));
     assert_eq!(
         good().running(&vcpu(FRAMED.0 + 0x180, last)).end,
-        Err(Why::Undefined)
+        Err(Unreliable::Undefined)
     );
     // An end in the middle of a stack.
-    assert_eq!(end(TOP - 0xd8, after(FORK)), Err(Why::EndElsewhere));
+    assert_eq!(end(TOP - 0xd8, after(FORK)), Err(Unreliable::EndElsewhere));
     // Kernel registers at the top, whose stack pointer is anywhere.
     for (sp, why) in [
-        (0, Why::OffStack),
-        (u64::MAX, Why::OffStack),
-        (TASK, Why::Backwards),
-        (TOP, Why::Backwards),
-        (TASK - 8, Why::OffStack),
+        (0, Unreliable::OffStack),
+        (u64::MAX, Unreliable::OffStack),
+        (TASK, Unreliable::Backwards),
+        (TOP, Unreliable::Backwards),
+        (TASK - 8, Unreliable::OffStack),
     ] {
         let stacks = good().regs(TOP, PATCHED.0 + 1, 0x10, sp);
         assert_eq!(stacks.sleeping(ASLEEP).end, Err(why), "{sp:#x}");
@@ -378,7 +378,11 @@ fn what_is_no_stack_is_refused() {
         TASK - 0x1000,
         TASK + LEN - 0x30,
     ] {
-        assert_eq!(good().sleeping(sp).end, Err(Why::OffStack), "{sp:#x}");
+        assert_eq!(
+            good().sleeping(sp).end,
+            Err(Unreliable::OffStack),
+            "{sp:#x}"
+        );
     }
 }
 
@@ -386,7 +390,7 @@ fn what_is_no_stack_is_refused() {
 fn a_stack_that_was_left_is_not_entered_again() {
     let (stacks, vcpu) = interrupted(KTHREAD.0 + 1);
     let stacks = stacks.regs(TOP - 0x800, KTHREAD.0 + 1, 0x10, IRQ + 0x1100);
-    assert_eq!(stacks.running(&vcpu).end, Err(Why::Backwards));
+    assert_eq!(stacks.running(&vcpu).end, Err(Unreliable::Backwards));
     // Nor by a plain frame.
     let sp = IRQ + LEN - 0x10;
     let stacks = Stacks::new().words(&[(sp, after(SCHEDULE))]);
@@ -395,7 +399,7 @@ fn a_stack_that_was_left_is_not_entered_again() {
         rsp: Gva(sp),
         ..vcpu
     });
-    assert_eq!(walk.end, Err(Why::OffStack));
+    assert_eq!(walk.end, Err(Unreliable::OffStack));
 }
 
 #[test]
@@ -408,7 +412,7 @@ fn a_walk_is_bounded() {
         stacks = stacks.regs(sp + 8 - RIP, EXCEPTION.0, 0x10, sp + 48);
     }
     let walk = stacks.running(&vcpu(EXCEPTION.0, TASK));
-    assert_eq!(walk.end, Err(Why::TooLong));
+    assert_eq!(walk.end, Err(Unreliable::TooLong));
     assert_eq!(walk.frames.len(), FRAMES_MAX);
 }
 
@@ -473,14 +477,14 @@ fn a_copy_has_only_the_live_part() {
     let world = World::new(GuestType::Pv);
     let space = Space::new(&world.memory, locus_guest::mock::ROOT, 4);
     let range = Range::new(STACKS, 0x2000);
-    let copy = Copied::read(&space, range, STACKS.plus(0x1e00)).unwrap();
+    let copy = StackCopy::read(&space, range, STACKS.plus(0x1e00)).unwrap();
     let mut word = [0; 8];
     copy.read(0x1e30, &mut word).unwrap();
     assert_eq!(u64::from_le_bytes(word), after(SCHEDULE));
     assert!(copy.read(0x1df8, &mut word).is_err());
     assert!(copy.read(0x1ff9, &mut word).is_err());
     assert!(copy.read(usize::MAX, &mut word).is_err());
-    let whole = Copied::read(&space, range, Gva(0)).unwrap();
+    let whole = StackCopy::read(&space, range, Gva(0)).unwrap();
     assert!(whole.read(0, &mut word).is_ok());
 }
 
@@ -532,12 +536,12 @@ fn a_modules_rows_are_read_when_they_are_wanted() {
     let mut walker = Walker::new(&kernel).unwrap();
     let stacks = Stacks::asleep().words(&[(TOP - 0xd0 - 8, MODULE + 0x105)]);
     let walk = |walker: &Walker<'_, '_>| walker.sleeping(Gva(ASLEEP), stacks.all()[0], false);
-    assert_eq!(walk(&walker).end, Err(Why::NoRow));
+    assert_eq!(walk(&walker).end, Err(Unreliable::NoRow));
     load(&world, &kernel);
     walker.refresh().unwrap();
     let found = walk(&walker);
-    assert_eq!(found.end, Ok(End::User));
-    let names = names::Names::read(&kernel).unwrap();
+    assert_eq!(found.end, Ok(WalkEnd::User));
+    let names = frame_names::FrameNames::read(&kernel).unwrap();
     let words: Vec<String> = found.frames.iter().map(|&f| names.of(f)).collect();
     // It has no symbols.
     assert_eq!(

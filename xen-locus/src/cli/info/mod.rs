@@ -9,7 +9,7 @@ mod types;
 
 use locus_guest::budget::LIMIT;
 use locus_kernel::cpu::Cpu;
-use locus_kernel::orc::Table;
+use locus_kernel::orc::OrcTable;
 use locus_kernel::vmcoreinfo::VmcoreInfo;
 use locus_kernel::{self as kernel, Kernel};
 use serde_json::{json, Map, Value};
@@ -64,8 +64,8 @@ fn cost(session: &Session, kernel: &Kernel<'_>) -> String {
 fn summary(session: &Session, guest: &Guest, kernel: &Kernel<'_>) -> Result<(), Error> {
     let btf_types = kernel.btf()?.len();
     let tasks = kernel::tasks::count(kernel)?;
-    let orc = optional(Table::of(kernel))?;
-    let entries = orc.as_ref().map_or(0, Table::len);
+    let orc = optional(OrcTable::of(kernel))?;
+    let entries = orc.as_ref().map_or(0, OrcTable::len);
     let format = orc.map(|table| table.format().to_string());
     let cpu = optional(Cpu::read(kernel))?;
     let pti = cpu.as_ref().map(Cpu::pti);

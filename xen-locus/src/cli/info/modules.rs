@@ -1,6 +1,6 @@
 //! `info --modules`: the modules that are loaded.
 
-use locus_kernel::modules::{Module, Reader};
+use locus_kernel::modules::{Module, ModuleReader};
 use locus_kernel::Kernel;
 use serde_json::{json, Value};
 
@@ -14,7 +14,7 @@ use crate::error::Error;
 /// # Errors
 /// The list or a module can't be read.
 pub fn show(session: &Session, guest: &Guest, kernel: &Kernel<'_>) -> Result<(), Error> {
-    let mut reader = Reader::new(kernel)?;
+    let mut reader = ModuleReader::new(kernel)?;
     match session.output {
         Output::Table => {
             let rows: Vec<_> = reader.all()?.iter().map(row).collect();

@@ -1,6 +1,6 @@
 //! `info --raw WHAT`: bytes of the guest's kernel as they are, for other tools.
 
-use locus_kernel::modules::Reader;
+use locus_kernel::modules::ModuleReader;
 use locus_kernel::vmcoreinfo::VmcoreInfo;
 use locus_kernel::{self as kernel, Kernel};
 
@@ -42,7 +42,7 @@ pub fn show(kernel: &Kernel<'_>, what: &str) -> Result<(), Error> {
 
 fn module_btf(kernel: &Kernel<'_>, wanted: &str) -> Result<Vec<u8>, Error> {
     let mut found = false;
-    let blobs = Reader::new(kernel)?.each(|reader, module| {
+    let blobs = ModuleReader::new(kernel)?.each(|reader, module| {
         Ok(match module.name == wanted {
             true => Some(reader.btf_bytes(module)?),
             false => None,

@@ -1,9 +1,9 @@
 //! `info --stacks`: where every task is in the kernel.
 
 use locus_guest::Vcpu;
-use locus_kernel::unwind::all::{self, TaskStack};
-use locus_kernel::unwind::names::Names;
-use locus_kernel::unwind::End;
+use locus_kernel::unwind::frame_names::FrameNames;
+use locus_kernel::unwind::task_stacks::{self, TaskStack};
+use locus_kernel::unwind::WalkEnd;
 use locus_kernel::Kernel;
 use serde_json::{json, Value};
 
@@ -31,8 +31,8 @@ pub fn of(
     registers: &[Vcpu],
     wanted: impl Fn(u32) -> bool,
 ) -> Result<Vec<RenderedStack>> {
-    let names = Names::read(kernel)?;
-    let all = all::walk(kernel, registers, wanted)?;
+    let names = FrameNames::read(kernel)?;
+    let all = task_stacks::walk(kernel, registers, wanted)?;
     let shown = |one: &TaskStack| RenderedStack {
         text: text(one, &names),
         value: object(one, &names),
@@ -56,7 +56,7 @@ pub fn show(session: &Session, guest: &Guest, kernel: &Kernel<'_>) -> Result<()>
     Ok(())
 }
 
-fn text(one: &TaskStack, names: &Names<'_, '_>) -> String {
+fn text(one: &TaskStack, names: &FrameNames<'_, '_>) -> String {
     let mut text = head(one) + "\n";
     for &frame in &one.walk.frames {
         text.push_str(&format!("[<0>] {}\n", names.of(frame)));
@@ -64,7 +64,7 @@ fn text(one: &TaskStack, names: &Names<'_, '_>) -> String {
     text
 }
 
-fn object(one: &TaskStack, names: &Names<'_, '_>) -> Value {
+fn object(one: &TaskStack, names: &FrameNames<'_, '_>) -> Value {
     let frames = one.walk.frames.iter().map(|&frame| {
         json!({
             "address": out::address(frame.address.0),
@@ -81,9 +81,9 @@ fn object(one: &TaskStack, names: &Names<'_, '_>) -> Value {
         "idle": one.task.idle,
         "reliable": one.walk.is_reliable(),
         "ends_in": one.walk.end.ok().map(|end| match end {
-            End::User => "user",
-            End::Kernel => "kernel",
-            End::Gone => "gone",
+            WalkEnd::User => "user",
+            WalkEnd::Kernel => "kernel",
+            WalkEnd::Gone => "gone",
         }),
         "why": one.walk.end.err().map(|why| why.to_string()),
         "frames": frames.collect::<Vec<_>>(),

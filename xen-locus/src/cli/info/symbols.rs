@@ -1,6 +1,6 @@
 //! `info --symbols`: symbols by name.
 
-use locus_kernel::modules::Reader;
+use locus_kernel::modules::ModuleReader;
 use locus_kernel::Kernel;
 use serde_json::json;
 use wildmatch::WildMatch;
@@ -25,7 +25,7 @@ pub fn show(
     let pattern = WildMatch::new(pattern);
     let wanted = |name: &str| pattern.matches(name);
     let found = kernel.symbols.iter().filter(|s| wanted(&s.name));
-    let of_modules = Reader::new(kernel)?.each(|reader, module| {
+    let of_modules = ModuleReader::new(kernel)?.each(|reader, module| {
         let mut symbols = reader.symbols(module)?;
         symbols.retain(|s| wanted(&s.name));
         Ok((module.name.clone(), symbols))

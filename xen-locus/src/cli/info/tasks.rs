@@ -1,6 +1,6 @@
 //! `info --tasks`: every thread of every process, and the idle task of every CPU.
 
-use locus_kernel::tasks::{snapshot, Detail, Details, Task};
+use locus_kernel::tasks::{snapshot, DetailLayout, Task, TaskDetail};
 use locus_kernel::{Error, Kernel};
 use serde_json::{json, Value};
 
@@ -14,7 +14,7 @@ use crate::error::Result;
 /// # Errors
 /// The task list can't be read.
 pub fn show(session: &Session, guest: &Guest, kernel: &Kernel<'_>) -> Result<()> {
-    let details = Details::of(kernel)?;
+    let details = DetailLayout::of(kernel)?;
     let tasks = snapshot(kernel, |space, tasks| {
         tasks
             .into_iter()
@@ -36,7 +36,7 @@ pub fn show(session: &Session, guest: &Guest, kernel: &Kernel<'_>) -> Result<()>
     Ok(())
 }
 
-fn object((detail, task): &(Detail, Task)) -> Value {
+fn object((detail, task): &(TaskDetail, Task)) -> Value {
     json!({
         "pid": task.pid,
         "tgid": detail.tgid,
@@ -50,7 +50,7 @@ fn object((detail, task): &(Detail, Task)) -> Value {
     })
 }
 
-fn row((detail, task): &(Detail, Task)) -> [String; 7] {
+fn row((detail, task): &(TaskDetail, Task)) -> [String; 7] {
     // A task chooses its own name: it must not reach the terminal as control characters.
     let comm = task.comm.replace(char::is_control, "?");
     let sp = if task.on_cpu {
@@ -76,7 +76,7 @@ mod tests {
 
     #[test]
     fn a_name_cannot_control_the_terminal() {
-        let detail = Detail {
+        let detail = TaskDetail {
             tgid: 7,
             state: 'S',
             cpu: 1,

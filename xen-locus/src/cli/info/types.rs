@@ -1,7 +1,7 @@
 //! `info --type NAME`: a type as C.
 
 use locus_kernel::btf::text::Described;
-use locus_kernel::modules::Reader;
+use locus_kernel::modules::ModuleReader;
 use locus_kernel::Kernel;
 use serde_json::{json, Value};
 
@@ -46,7 +46,7 @@ fn find(kernel: &Kernel<'_>, wanted: &str) -> Result<Vec<(Option<String>, Descri
     if !own.is_empty() {
         return Ok(own.into_iter().map(|d| (None, d)).collect());
     }
-    let of_modules = Reader::new(kernel)?.each(|reader, module| {
+    let of_modules = ModuleReader::new(kernel)?.each(|reader, module| {
         let found = reader.btf(module)?.map(|btf| btf.describe(wanted));
         let found = found.unwrap_or_default();
         let named = found.into_iter().map(|d| (Some(module.name.clone()), d));

@@ -221,7 +221,7 @@ mod tests {
     use super::*;
     use crate::link::fixups::testing::{code, kernel, put32, BASE};
     use locus_kernel::btf::blob::Blob;
-    use locus_kernel::btf::Kind;
+    use locus_kernel::btf::TypeKind;
 
     /// Types of the entry, by generation.
     fn types(generation: usize) -> Vec<u8> {
@@ -244,16 +244,16 @@ mod tests {
             }
             _ => {
                 let parts = [("cpuid", word, 0, 16), ("flags", word, 16, 16)];
-                let inner = b.fields(Kind::Struct, "", 4, &parts);
+                let inner = b.fields(TypeKind::Struct, "", 4, &parts);
                 let both = [("", inner, 0, 0), ("ft_flags", word, 0, 0)];
-                let union = b.fields(Kind::Union, "", 4, &both);
+                let union = b.fields(TypeKind::Union, "", 4, &both);
                 members.push(("", union, 64, 0));
                 members.push(("instrlen", byte, 96, 0));
                 members.push(("replacementlen", byte, 104, 0));
                 14
             }
         };
-        b.fields(Kind::Struct, "alt_instr", size, &members);
+        b.fields(TypeKind::Struct, "alt_instr", size, &members);
         b.bytes()
     }
 

@@ -2,7 +2,7 @@
 //! force, all or none, and only if nothing moved since they were worked out.
 
 use locus_guest::addr::{Gva, Range};
-use locus_kernel::modules::{Module, Reader};
+use locus_kernel::modules::{Module, ModuleReader};
 use locus_kernel::Kernel;
 
 use super::words::Words;
@@ -51,7 +51,7 @@ pub fn is_entered(kernel: &Kernel<'_>, module: Gva) -> Result<bool> {
 /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): its lists are not as this tool knows them.
 pub fn enter(kernel: &Kernel<'_>, built: &mut Built, uses: &[Gva]) -> Result<Entering> {
     let space = kernel.space.fresh();
-    let modules = Reader::new(kernel)?.all()?;
+    let modules = ModuleReader::new(kernel)?.all()?;
     let mut rw = std::mem::take(&mut built.rw);
     let mut words = Words::new(&space, built.place.rw, &mut rw);
     let done = Links { kernel, built }.all(&mut words, &modules, uses);

@@ -22,7 +22,7 @@ mod words;
 use std::cell::Cell;
 
 use locus_guest::addr::{Gva, Range};
-use locus_kernel::orc::{self, Kind};
+use locus_kernel::orc::{self, FrameKind};
 use locus_kernel::Kernel;
 use locus_payload::{Payload, Reloc, Role};
 
@@ -405,7 +405,7 @@ fn unwind(payload: &Payload, kernel: &Kernel<'_>) -> Result<Vec<Unwind>> {
     if ips.is_empty() {
         return Ok(Vec::new());
     }
-    let table = orc::Table::of(kernel)?;
+    let table = orc::OrcTable::of(kernel)?;
     let rows = table::rows(payload, &Role::OrcUnwind, table.row_len())?;
     if rows.len() != ips.len() {
         return Err(no(format!(
@@ -427,7 +427,7 @@ fn unwind(payload: &Payload, kernel: &Kernel<'_>) -> Result<Vec<Unwind>> {
                 table.format()
             ))
         })?;
-        let end = kind == Kind::Undefined;
+        let end = kind == FrameKind::Undefined;
         found.push(Unwind { ip, row, end });
     }
     Ok(found)

@@ -16,7 +16,7 @@ use std::rc::Rc;
 
 use locus_guest::fetch;
 
-use super::names::{self, Index};
+use super::name_index::{self, NameIndex};
 use super::Error;
 pub use member::Bits;
 
@@ -34,7 +34,7 @@ const NAME_MAX: usize = 512;
 /// Kinds of types, as numbered in `include/uapi/linux/btf.h`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
-pub enum Kind {
+pub enum TypeKind {
     Int = 1,
     Ptr,
     Array,
@@ -56,11 +56,11 @@ pub enum Kind {
     Enum64,
 }
 
-impl Kind {
+impl TypeKind {
     /// The kind in the word `info` of a type. Seven bits hold it, of which older kernels use five
     /// and leave the others zero.
-    fn of(info: u32) -> Option<Kind> {
-        use Kind::*;
+    fn of(info: u32) -> Option<TypeKind> {
+        use TypeKind::*;
         Some(match (info >> 24) & 0x7f {
             1 => Int,
             2 => Ptr,
@@ -89,7 +89,11 @@ impl Kind {
     fn transparent(self) -> bool {
         matches!(
             self,
-            Kind::Typedef | Kind::Volatile | Kind::Const | Kind::Restrict | Kind::TypeTag
+            TypeKind::Typedef
+                | TypeKind::Volatile
+                | TypeKind::Const
+                | TypeKind::Restrict
+                | TypeKind::TypeTag
         )
     }
 }
@@ -137,10 +141,10 @@ impl Steps {
 
 /// One type as it stands in its blob.
 #[derive(Clone, Copy)]
-struct Record<'a> {
+struct TypeRecord<'a> {
     bytes: &'a [u8],
     at: usize,
-    kind: Kind,
+    kind: TypeKind,
     /// Offset of its name in the strings.
     name: u32,
     /// Size in bytes, or id of the type it refers to.
@@ -151,7 +155,7 @@ struct Record<'a> {
     flag: bool,
 }
 
-impl Record<'_> {
+impl TypeRecord<'_> {
     /// Word `n` behind the head.
     fn word(&self, n: usize) -> Option<u32> {
         fetch::u32(self.bytes, self.at + 12 + 4 * n)
@@ -169,12 +173,12 @@ pub struct Btf {
     first: u32,
     base: Option<Rc<Btf>>,
     /// All types of this blob by name.
-    by_name: OnceCell<Index>,
+    by_name: OnceCell<NameIndex>,
     /// Structures, unions and enumerations that have a name, by their place in `types`: what layouts
     /// are asked of, and a tenth of all types.
     shapes: Vec<u32>,
     /// Those by name.
-    shapes_by_name: OnceCell<Index>,
+    shapes_by_name: OnceCell<NameIndex>,
 }
 
 impl Btf {
@@ -278,7 +282,7 @@ impl Btf {
         self.first + u32::try_from(self.types.len()).unwrap_or(0)
     }
 
-    fn record(&self, id: u32) -> Option<Record<'_>> {
+    fn record(&self, id: u32) -> Option<TypeRecord<'_>> {
         let Some(index) = id.checked_sub(self.first) else {
             return self.base.as_ref()?.record(id);
         };
@@ -287,10 +291,10 @@ impl Btf {
         }
         let at = *self.types.get(index as usize)? as usize;
         let info = fetch::u32(&self.bytes, at + 4)?;
-        Some(Record {
+        Some(TypeRecord {
             bytes: &self.bytes,
             at,
-            kind: Kind::of(info)?,
+            kind: TypeKind::of(info)?,
             name: fetch::u32(&self.bytes, at)?,
             value: fetch::u32(&self.bytes, at + 8)?,
             parts: (info & 0x00ff_ffff) as usize,
@@ -330,18 +334,18 @@ impl Btf {
     }
 
     /// Indexes `count` types of this blob by name; `numbers` are their places in `types`.
-    fn index_names(&self, numbers: impl Iterator<Item = u32>, count: usize) -> Index {
+    fn index_names(&self, numbers: impl Iterator<Item = u32>, count: usize) -> NameIndex {
         let own = self.bytes.get(self.strings.clone()).unwrap_or_default();
         let shared = self.base.as_ref().map_or(0, |base| base.strings.len());
-        let mut index = Index::with_capacity(count);
+        let mut index = NameIndex::with_capacity(count);
         for number in numbers {
             let at = self.types.get(number as usize).map_or(0, |&at| at as usize);
             let name = fetch::u32(&self.bytes, at).unwrap_or(0);
             index.push(match (name as usize).checked_sub(shared) {
                 // Half of the types have no name: they are spread over all groups.
                 _ if name == 0 => number.wrapping_mul(0x9e37_79b9),
-                Some(at) => names::hash_string(own.get(at..).unwrap_or_default(), NAME_MAX),
-                None => names::hash(self.string(name)),
+                Some(at) => name_index::hash_string(own.get(at..).unwrap_or_default(), NAME_MAX),
+                None => name_index::hash(self.string(name)),
             });
         }
         index
@@ -356,7 +360,7 @@ impl Btf {
     fn named<'a>(&'a self, name: &'a str) -> Box<dyn Iterator<Item = u32> + 'a> {
         let all = || self.index_names((0..).take(self.types.len()), self.types.len());
         let index = self.by_name.get_or_init(all);
-        let candidates = index.candidates(names::hash(name.as_bytes()));
+        let candidates = index.candidates(name_index::hash(name.as_bytes()));
         let ids = candidates.into_iter().map(|number| self.first + number);
         let own = ids.filter(move |&id| self.is_called(id, name));
         match &self.base {
@@ -367,13 +371,13 @@ impl Btf {
 
     /// The first structure, union or enumeration, of one of `kinds`, that is called `name`.
     #[must_use]
-    pub fn find(&self, kinds: &[Kind], name: &str) -> Option<u32> {
+    pub fn find(&self, kinds: &[TypeKind], name: &str) -> Option<u32> {
         if let Some(found) = self.base.as_ref().and_then(|base| base.find(kinds, name)) {
             return Some(found);
         }
         let shapes = || self.index_names(self.shapes.iter().copied(), self.shapes.len());
         let index = self.shapes_by_name.get_or_init(shapes);
-        let candidates = index.candidates(names::hash(name.as_bytes()));
+        let candidates = index.candidates(name_index::hash(name.as_bytes()));
         candidates
             .into_iter()
             .filter_map(|i| Some(self.first + *self.shapes.get(i as usize)?))

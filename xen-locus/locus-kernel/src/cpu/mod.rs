@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use locus_guest::addr::{Gva, Range};
 use locus_guest::fetch;
 
-use super::btf::Kind;
+use super::btf::TypeKind;
 use super::{Error, Kernel};
 
 /// Most words of bits believed; Linux has about 24.
@@ -183,7 +183,10 @@ fn read_mitigations(kernel: &Kernel<'_>) -> Result<BTreeMap<String, String>, Err
         (Some(start), Some(end)) => Range { start, end },
         _ => Range::new(Gva(0), 0),
     };
-    let is_enum = |name: &&String| btf.find(&[Kind::Enum, Kind::Enum64], name).is_some();
+    let is_enum = |name: &&String| {
+        btf.find(&[TypeKind::Enum, TypeKind::Enum64], name)
+            .is_some()
+    };
     let mut found = BTreeMap::new();
     let mut looked_at = 0;
     let like = kernel.symbols.ending("_mitigation").map(|s| (s, None));

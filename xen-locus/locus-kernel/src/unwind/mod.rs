@@ -10,16 +10,16 @@
 //! Of the guest's memory only the stacks and the code change what is said; nothing is believed that
 //! was not looked up, and every walk is bounded.
 
-pub mod all;
 mod code;
-pub mod names;
+pub mod frame_names;
 pub mod stack;
+pub mod task_stacks;
 #[cfg(test)]
 mod tests;
 
-use crate::orc::{Base, Bp, Kind, Row};
+use crate::orc::{CallerBp, FrameKind, OrcRow, SpBase};
 use crate::{Error, Kernel};
-use code::Code;
+use code::CodeMap;
 pub use code::{ends_call, hiding};
 use locus_guest::addr::Gva;
 use locus_guest::Vcpu;
@@ -35,7 +35,7 @@ const USER_END: u64 = 1 << 47;
 
 /// A place on a stack where somebody goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Frame {
+pub struct StackFrame {
     /// Address of the instruction to go on with.
     pub address: Gva,
     /// It was interrupted there, or is there now; else it is a return address, and the instruction
@@ -45,7 +45,7 @@ pub struct Frame {
 
 /// How a walk that can be relied on ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
+pub enum WalkEnd {
     /// At the registers of user mode.
     User,
     /// At the end of a stack below which nobody ever was in user mode, or not yet: kernel threads,
@@ -57,7 +57,7 @@ pub enum End {
 
 /// Why a walk can't be relied on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Why {
+pub enum Unreliable {
     /// No ORC row is for this address.
     NoRow,
     /// The row says that the kernel doesn't know the stack there.
@@ -84,21 +84,21 @@ pub enum Why {
     Restless,
 }
 
-impl std::fmt::Display for Why {
+impl std::fmt::Display for Unreliable {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
-            Why::NoRow => "no ORC row",
-            Why::Undefined => "ORC has no caller",
-            Why::NoCall => "not behind a call",
-            Why::Hidden(name) => return write!(f, "caller hidden by {name}"),
-            Why::NoRegister => "register not known",
-            Why::OffStack => "off its stacks",
-            Why::Backwards => "stack pointer goes back",
-            Why::Unreadable => "stack can't be read",
-            Why::EndElsewhere => "ends in the middle of the stack",
-            Why::TooLong => "too many frames",
-            Why::Runs => "it runs",
-            Why::Restless => "it ran while its stack was read",
+            Unreliable::NoRow => "no ORC row",
+            Unreliable::Undefined => "ORC has no caller",
+            Unreliable::NoCall => "not behind a call",
+            Unreliable::Hidden(name) => return write!(f, "caller hidden by {name}"),
+            Unreliable::NoRegister => "register not known",
+            Unreliable::OffStack => "off its stacks",
+            Unreliable::Backwards => "stack pointer goes back",
+            Unreliable::Unreadable => "stack can't be read",
+            Unreliable::EndElsewhere => "ends in the middle of the stack",
+            Unreliable::TooLong => "too many frames",
+            Unreliable::Runs => "it runs",
+            Unreliable::Restless => "it ran while its stack was read",
         })
     }
 }
@@ -107,9 +107,9 @@ impl std::fmt::Display for Why {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Walk {
     /// From the innermost outwards. If the walk failed, the last is where it did.
-    pub frames: Vec<Frame>,
+    pub frames: Vec<StackFrame>,
     /// How it ended, or why it failed.
-    pub end: Result<End, Why>,
+    pub end: Result<WalkEnd, Unreliable>,
 }
 
 impl Walk {
@@ -119,7 +119,7 @@ impl Walk {
         self.end.is_ok()
     }
 
-    fn failed(why: Why) -> Walk {
+    fn failed(why: Unreliable) -> Walk {
         Walk {
             frames: Vec::new(),
             end: Err(why),
@@ -140,7 +140,7 @@ struct Regs {
 
 /// Where the members of the structures on a stack stand, in bytes.
 #[derive(Clone, Copy, Debug)]
-struct Layout {
+struct StackLayout {
     /// Size of `pt_regs`, and members.
     regs: u64,
     ip: u64,
@@ -158,13 +158,13 @@ struct Layout {
     inactive_ret: u64,
 }
 
-impl Layout {
-    fn of(kernel: &Kernel<'_>) -> Result<Layout, Error> {
+impl StackLayout {
+    fn of(kernel: &Kernel<'_>) -> Result<StackLayout, Error> {
         let btf = kernel.btf()?;
         let size = |name| Ok::<u64, Error>(btf.size_of(name)? as u64);
         let inactive = |name| Ok::<u64, Error>(btf.offset_of("inactive_task_frame", name)? as u64);
         let reg = |name| Ok::<u64, Error>(btf.offset_of("pt_regs", name)? as u64);
-        let layout = Layout {
+        let layout = StackLayout {
             regs: size("pt_regs")?,
             ip: reg("ip")?,
             cs: reg("cs")?,
@@ -195,8 +195,8 @@ impl Layout {
 /// Walks the stacks of one kernel.
 #[derive(Debug)]
 pub struct Walker<'k, 'm> {
-    code: Code<'k, 'm>,
-    layout: Layout,
+    code: CodeMap<'k, 'm>,
+    layout: StackLayout,
 }
 
 impl<'k, 'm> Walker<'k, 'm> {
@@ -207,8 +207,8 @@ impl<'k, 'm> Walker<'k, 'm> {
     /// The kernel has no ORC table or lacks a type, or memory can't be read.
     pub fn new(kernel: &'k Kernel<'m>) -> Result<Walker<'k, 'm>, Error> {
         Ok(Walker {
-            code: Code::read(kernel)?,
-            layout: Layout::of(kernel)?,
+            code: CodeMap::read(kernel)?,
+            layout: StackLayout::of(kernel)?,
         })
     }
 
@@ -228,7 +228,7 @@ impl<'k, 'm> Walker<'k, 'm> {
         let word = |offset: u64| stack.word(sp.plus(offset));
         let layout = &self.layout;
         let (Some(bp), Some(ip)) = (word(layout.inactive_bp), word(layout.inactive_ret)) else {
-            return Walk::failed(Why::OffStack);
+            return Walk::failed(Unreliable::OffStack);
         };
         let ip = Gva(ip);
         let stacks = [stack];
@@ -255,7 +255,7 @@ impl<'k, 'm> Walker<'k, 'm> {
         if vcpu.user {
             return Walk {
                 frames: Vec::new(),
-                end: Ok(End::User),
+                end: Ok(WalkEnd::User),
             };
         }
         let mut unwind = Unwind {
@@ -307,9 +307,9 @@ impl Unwind<'_, '_, '_, '_> {
         let mut frames = Vec::new();
         let end = loop {
             if frames.len() >= FRAMES_MAX {
-                break Err(Why::TooLong);
+                break Err(Unreliable::TooLong);
             }
-            frames.push(Frame {
+            frames.push(StackFrame {
                 address: self.ip,
                 interrupted: self.signal,
             });
@@ -330,18 +330,18 @@ impl Unwind<'_, '_, '_, '_> {
         open.then_some(found)
     }
 
-    fn word(&self, at: u64) -> Result<u64, Why> {
+    fn word(&self, at: u64) -> Result<u64, Unreliable> {
         let at = Gva(at);
         let stack = self.stack_of(at).and_then(|n| self.stacks.get(n));
-        let stack = stack.ok_or(Why::OffStack)?;
-        stack.word(at).ok_or(Why::Unreadable)
+        let stack = stack.ok_or(Unreliable::OffStack)?;
+        stack.word(at).ok_or(Unreliable::Unreadable)
     }
 
-    fn row(&self) -> Result<Row, Why> {
+    fn row(&self) -> Result<OrcRow, Unreliable> {
         let code = &self.walker.code;
         let ip = self.ip;
         if let Some(name) = code.hiding(ip) {
-            return Err(Why::Hidden(name));
+            return Err(Unreliable::Hidden(name));
         }
         // The call may be the last instruction of its function.
         let at = if self.signal {
@@ -355,22 +355,22 @@ impl Unwind<'_, '_, '_, '_> {
                 return Ok(row);
             }
         }
-        let row = code.row(at).ok_or(Why::NoRow)?;
+        let row = code.row(at).ok_or(Unreliable::NoRow)?;
         // The first code of a CPU puts its own address there, and returns to C (arch/x86/kernel/head_64.S).
-        let is_last = row.kind == Kind::EndOfStack;
+        let is_last = row.kind == FrameKind::EndOfStack;
         if !self.signal && !is_last && !code.is_after_call(ip) {
-            return Err(Why::NoCall);
+            return Err(Unreliable::NoCall);
         }
         Ok(row)
     }
 
     /// Goes to the caller, or says that there is none.
-    fn step(&mut self) -> Result<Option<End>, Why> {
+    fn step(&mut self) -> Result<Option<WalkEnd>, Unreliable> {
         let row = self.row()?;
         match row.kind {
-            Kind::Undefined => return Err(Why::Undefined),
-            Kind::EndOfStack => return self.end_of_stack().map(Some),
-            Kind::Call | Kind::Regs | Kind::RegsPartial => {}
+            FrameKind::Undefined => return Err(Unreliable::Undefined),
+            FrameKind::EndOfStack => return self.end_of_stack().map(Some),
+            FrameKind::Call | FrameKind::Regs | FrameKind::RegsPartial => {}
         }
         if self.at.is_none() {
             self.enter(self.sp, true)?;
@@ -378,11 +378,11 @@ impl Unwind<'_, '_, '_, '_> {
         let from = self.sp;
         let sp = self.caller_sp(row)?;
         let layout = &self.walker.layout;
-        let crosses = row.kind != Kind::Call || row.sp.base != Base::Sp;
+        let crosses = row.kind != FrameKind::Call || row.sp.base != SpBase::Sp;
         match row.kind {
-            Kind::Regs | Kind::RegsPartial => {
+            FrameKind::Regs | FrameKind::RegsPartial => {
                 // An interrupt frame is the end of full registers.
-                let regs = if row.kind == Kind::Regs {
+                let regs = if row.kind == FrameKind::Regs {
                     sp
                 } else {
                     sp.wrapping_sub(layout.ip)
@@ -393,7 +393,7 @@ impl Unwind<'_, '_, '_, '_> {
                 if cs & 3 != 0 {
                     return self.user(regs).map(Some);
                 }
-                if row.kind == Kind::Regs {
+                if row.kind == FrameKind::Regs {
                     self.regs = Some(Regs {
                         ax: member(layout.ax)?,
                         dx: member(layout.dx)?,
@@ -413,42 +413,46 @@ impl Unwind<'_, '_, '_, '_> {
             }
         }
         self.bp = match row.bp {
-            Bp::Kept => self.regs.map_or(self.bp, |regs| regs.bp),
-            Bp::FromPrevSp(offset) => self.word(sp.wrapping_add_signed(offset.into()))?,
-            Bp::FromBp(offset) => self.word(self.bp.wrapping_add_signed(offset.into()))?,
+            CallerBp::Kept => self.regs.map_or(self.bp, |regs| regs.bp),
+            CallerBp::FromPrevSp(offset) => self.word(sp.wrapping_add_signed(offset.into()))?,
+            CallerBp::FromBp(offset) => self.word(self.bp.wrapping_add_signed(offset.into()))?,
         };
         self.signal = row.signal;
         let before = self.at;
         self.enter(self.sp, crosses)?;
         if self.at == before && self.sp <= from {
-            return Err(Why::Backwards);
+            return Err(Unreliable::Backwards);
         }
         Ok(None)
     }
 
     /// The caller's stack pointer, or where its registers are, as `row` has it.
-    fn caller_sp(&self, row: Row) -> Result<u64, Why> {
+    fn caller_sp(&self, row: OrcRow) -> Result<u64, Unreliable> {
         let offset = i64::from(row.sp.offset);
-        let register = |of: fn(Regs) -> u64| self.regs.map(of).ok_or(Why::NoRegister);
+        let register = |of: fn(Regs) -> u64| self.regs.map(of).ok_or(Unreliable::NoRegister);
         Ok(match row.sp.base {
-            Base::Undefined => return Err(Why::Undefined),
-            Base::Sp => {
-                let pushed = self.walker.code.pushed(self.ip).ok_or(Why::Undefined)?;
+            SpBase::Undefined => return Err(Unreliable::Undefined),
+            SpBase::Sp => {
+                let pushed = self
+                    .walker
+                    .code
+                    .pushed(self.ip)
+                    .ok_or(Unreliable::Undefined)?;
                 self.sp.0.wrapping_add(pushed).wrapping_add_signed(offset)
             }
-            Base::Bp => self.bp.wrapping_add_signed(offset),
-            Base::SpIndirect => self.word(self.sp.0)?.wrapping_add_signed(offset),
-            Base::BpIndirect => self.word(self.bp.wrapping_add_signed(offset))?,
-            Base::Ax => register(|r| r.ax)?,
-            Base::Dx => register(|r| r.dx)?,
-            Base::Di => register(|r| r.di)?,
-            Base::R10 => register(|r| r.r10)?,
-            Base::R13 => register(|r| r.r13)?,
+            SpBase::Bp => self.bp.wrapping_add_signed(offset),
+            SpBase::SpIndirect => self.word(self.sp.0)?.wrapping_add_signed(offset),
+            SpBase::BpIndirect => self.word(self.bp.wrapping_add_signed(offset))?,
+            SpBase::Ax => register(|r| r.ax)?,
+            SpBase::Dx => register(|r| r.dx)?,
+            SpBase::Di => register(|r| r.di)?,
+            SpBase::R10 => register(|r| r.r10)?,
+            SpBase::R13 => register(|r| r.r13)?,
         })
     }
 
     /// The stack pointer is at `sp` now. It leaves a stack only if it `may`, and does not come back.
-    fn enter(&mut self, sp: Gva, may: bool) -> Result<(), Why> {
+    fn enter(&mut self, sp: Gva, may: bool) -> Result<(), Unreliable> {
         let on = |n: usize| self.stacks.get(n).map(|stack| stack.range);
         if let Some(range) = self.at.and_then(on) {
             // An empty stack's pointer is right behind it.
@@ -457,12 +461,12 @@ impl Unwind<'_, '_, '_, '_> {
             }
         }
         if !may {
-            return Err(Why::OffStack);
+            return Err(Unreliable::OffStack);
         }
         let found = self.stacks.iter().position(|s| s.range.contains(sp));
-        let found = found.ok_or(Why::OffStack)?;
+        let found = found.ok_or(Unreliable::OffStack)?;
         if self.visited & bit(found) != 0 {
-            return Err(Why::Backwards);
+            return Err(Unreliable::Backwards);
         }
         self.visited |= bit(found);
         self.at = Some(found);
@@ -470,11 +474,11 @@ impl Unwind<'_, '_, '_, '_> {
     }
 
     /// Registers of user mode at `regs` end the walk, where they belong: at the top of the stack.
-    fn user(&self, regs: u64) -> Result<End, Why> {
+    fn user(&self, regs: u64) -> Result<WalkEnd, Unreliable> {
         let end = Gva(regs.wrapping_add(self.walker.layout.regs));
         let last = Gva(end.0.wrapping_sub(8));
         let stack = self.stack_of(last).and_then(|n| self.stacks.get(n));
-        let stack = stack.ok_or(Why::OffStack)?;
+        let stack = stack.ok_or(Unreliable::OffStack)?;
         let above = stack.range.end.0.saturating_sub(end.0);
         let belongs = match stack.kind {
             StackKind::Task => PADDINGS.contains(&above),
@@ -482,23 +486,23 @@ impl Unwind<'_, '_, '_, '_> {
             StackKind::Irq => false,
         };
         if belongs {
-            Ok(End::User)
+            Ok(WalkEnd::User)
         } else {
-            Err(Why::EndElsewhere)
+            Err(Unreliable::EndElsewhere)
         }
     }
 
     /// The row says that the stack ends here; it must be a place where that can be.
-    fn end_of_stack(&self) -> Result<End, Why> {
+    fn end_of_stack(&self) -> Result<WalkEnd, Unreliable> {
         let layout = &self.walker.layout;
         let sp = self.sp;
         let holds = |stack: &&Stack<'_>| stack.range.contains(sp) || stack.range.end == sp;
         let Some(stack) = self.stacks.iter().find(holds) else {
             // In a system call's first or last instructions the stack is still or again user mode's.
             return if self.first && sp.0 < USER_END {
-                Ok(End::Kernel)
+                Ok(WalkEnd::Kernel)
             } else {
-                Err(Why::OffStack)
+                Err(Unreliable::OffStack)
             };
         };
         let left = stack.range.end.0 - sp.0;
@@ -515,9 +519,9 @@ impl Unwind<'_, '_, '_, '_> {
             StackKind::Irq | StackKind::Exception => false,
         };
         if belongs {
-            Ok(End::Kernel)
+            Ok(WalkEnd::Kernel)
         } else {
-            Err(Why::EndElsewhere)
+            Err(Unreliable::EndElsewhere)
         }
     }
 }

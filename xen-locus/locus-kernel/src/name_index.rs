@@ -3,7 +3,7 @@
 /// Numbers of named things, grouped by the hash of their names: chains, each item linked to the one
 /// before it in its group.
 #[derive(Clone, Debug)]
-pub(super) struct Index {
+pub(super) struct NameIndex {
     /// The last item of each group, plus one.
     last: Vec<u32>,
     /// The item before each one, plus one.
@@ -17,10 +17,10 @@ fn group(hash: u32) -> usize {
     (hash >> (32 - BITS)) as usize
 }
 
-impl Index {
+impl NameIndex {
     /// An index of nothing yet, with room for so many items.
-    pub(super) fn with_capacity(items: usize) -> Index {
-        Index {
+    pub(super) fn with_capacity(items: usize) -> NameIndex {
+        NameIndex {
             last: vec![0; 1 << BITS],
             before: Vec::with_capacity(items),
         }
@@ -102,14 +102,16 @@ mod tests {
     #[test]
     fn every_name_is_among_its_candidates_in_rising_order() {
         let names: Vec<String> = (0..5000).map(|i| format!("name_{}", i % 4000)).collect();
-        let mut index = Index::with_capacity(0);
+        let mut index = NameIndex::with_capacity(0);
         names.iter().for_each(|n| index.push(hash(n.as_bytes())));
         for (i, name) in names.iter().enumerate() {
             let found = index.candidates(hash(name.as_bytes()));
             assert!(found.contains(&u32::try_from(i).unwrap()), "{name}");
             assert!(found.is_sorted());
         }
-        assert!(Index::with_capacity(0).candidates(hash(b"x")).is_empty());
+        assert!(NameIndex::with_capacity(0)
+            .candidates(hash(b"x"))
+            .is_empty());
     }
 
     #[test]
@@ -133,7 +135,7 @@ mod tests {
 
     #[test]
     fn names_spread_over_the_groups() {
-        let mut index = Index::with_capacity(100_000);
+        let mut index = NameIndex::with_capacity(100_000);
         (0..100_000).for_each(|i| index.push(hash(format!("__symbol_{i}").as_bytes())));
         let group = |g: u32| index.candidates(g << (32 - BITS)).len();
         let longest = (0..1 << BITS).map(group).max();

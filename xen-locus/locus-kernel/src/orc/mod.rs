@@ -4,15 +4,15 @@
 //! each 32 bits wide and relative to its own place; `__start_orc_unwind` holds the rows, `struct
 //! orc_entry`. How rows are used: arch/x86/kernel/unwind_orc.c. How they are packed changed:
 //!
-//! - [`Format::End`]: `type` is two bits wide (call, registers, interrupt frame); "undefined" and
+//! - [`OrcFormat::End`]: `type` is two bits wide (call, registers, interrupt frame); "undefined" and
 //!   "end of stack" are rows whose stack pointer has no base, told apart by the bit `end`.
-//! - [`Format::SignalEnd`]: the bit `signal` came with Linux kernel commit ffb1b4a41016
+//! - [`OrcFormat::SignalEnd`]: the bit `signal` came with Linux kernel commit ffb1b4a41016
 //!   ("x86/unwind/orc: Add 'signal' field to ORC metadata"). Before it the frame above registers or
 //!   an interrupt frame was one that had been interrupted, and no other.
-//! - [`Format::Typed`]: Linux kernel commit fb799447ae29 ("x86,objtool: Split UNWIND_HINT_EMPTY in
+//! - [`OrcFormat::Typed`]: Linux kernel commit fb799447ae29 ("x86,objtool: Split UNWIND_HINT_EMPTY in
 //!   two") made `type` three bits wide, with "undefined" and "end of stack" among the types, and
 //!   took `end` away.
-//! - [`Format::Reordered`]: the same, but Linux kernel commit 1735858caa4b ("objtool/x86: Reorder
+//! - [`OrcFormat::Reordered`]: the same, but Linux kernel commit 1735858caa4b ("objtool/x86: Reorder
 //!   ORC register numbering") gave the registers other numbers and added RAX.
 //!
 //! The first three are told apart by the members of `orc_entry` in BTF. The last two look the same
@@ -43,7 +43,7 @@ const ROW_LEN_MAX: usize = 16;
 
 /// How rows are packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
+pub enum OrcFormat {
     /// Two-bit types, and a bit for the end of a stack.
     End,
     /// The same, and a bit for interrupted frames.
@@ -54,35 +54,35 @@ pub enum Format {
     Reordered,
 }
 
-impl std::fmt::Display for Format {
+impl std::fmt::Display for OrcFormat {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
-            Format::End => "end",
-            Format::SignalEnd => "signal-end",
-            Format::Typed => "typed",
-            Format::Reordered => "typed-reordered",
+            OrcFormat::End => "end",
+            OrcFormat::SignalEnd => "signal-end",
+            OrcFormat::Typed => "typed",
+            OrcFormat::Reordered => "typed-reordered",
         })
     }
 }
 
 /// The hashes in `.orc_header`, as `scripts/orc_hash.sh` makes them of each format's definitions.
-pub const HASHES: [(Format, [u8; HASH_LEN]); 3] = [
+pub const FORMAT_HASHES: [(OrcFormat, [u8; HASH_LEN]); 3] = [
     (
-        Format::SignalEnd,
+        OrcFormat::SignalEnd,
         [
             0xdb, 0x84, 0xae, 0xd4, 0x10, 0x3b, 0x31, 0xdd, 0x51, 0xe0, 0x17, 0xf8, 0xf7, 0x97,
             0x83, 0xca, 0x98, 0x5c, 0x2c, 0x51,
         ],
     ),
     (
-        Format::Typed,
+        OrcFormat::Typed,
         [
             0xfe, 0x5d, 0x32, 0xbf, 0x58, 0x1b, 0xd6, 0x3b, 0x2c, 0xa9, 0xa5, 0xc6, 0x5b, 0xa5,
             0xa6, 0x25, 0xea, 0xb3, 0xfe, 0x24,
         ],
     ),
     (
-        Format::Reordered,
+        OrcFormat::Reordered,
         [
             0x13, 0x7c, 0x36, 0xad, 0x76, 0x27, 0xc4, 0xdd, 0x55, 0x93, 0x21, 0x76, 0xbb, 0x0e,
             0xcd, 0xbd, 0x50, 0x41, 0xfc, 0x82,
@@ -92,7 +92,7 @@ pub const HASHES: [(Format, [u8; HASH_LEN]); 3] = [
 
 /// What the caller's stack pointer is reckoned from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Base {
+pub enum SpBase {
     /// Nothing: the row says there is no caller to be found.
     Undefined,
     /// The stack pointer, plus the offset.
@@ -119,19 +119,19 @@ pub enum Base {
 
 /// The caller's stack pointer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sp {
+pub struct CallerSp {
     /// What it is reckoned from.
-    pub base: Base,
-    /// Offset, in bytes; see [`Base`] for where it is added.
+    pub base: SpBase,
+    /// Offset, in bytes; see [`SpBase`] for where it is added.
     pub offset: i16,
 }
 
 /// Where the caller's frame pointer is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Bp {
+pub enum CallerBp {
     /// It is still in RBP; above registers, in their `bp`.
     Kept,
-    /// In memory, so many bytes from the caller's stack pointer as the row's [`Sp`] gives it.
+    /// In memory, so many bytes from the caller's stack pointer as the row's [`CallerSp`] gives it.
     FromPrevSp(i16),
     /// In memory, so many bytes from where RBP points.
     FromBp(i16),
@@ -139,7 +139,7 @@ pub enum Bp {
 
 /// What stands at the caller's stack pointer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum FrameKind {
     /// A return address in the word below it.
     Call,
     /// `struct pt_regs` begins there, with the caller's registers.
@@ -154,13 +154,13 @@ pub enum Kind {
 
 /// How to step from an address to its caller, the same for every format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Row {
+pub struct OrcRow {
     /// The caller's stack pointer.
-    pub sp: Sp,
+    pub sp: CallerSp,
     /// The caller's frame pointer.
-    pub bp: Bp,
+    pub bp: CallerBp,
     /// What stands there.
-    pub kind: Kind,
+    pub kind: FrameKind,
     /// The caller was interrupted: its address is that of the instruction it goes on with. The row
     /// for it is looked up at that address; else, at a return address, at the byte before.
     pub signal: bool,
@@ -168,8 +168,8 @@ pub struct Row {
 
 /// Where the members of `struct orc_entry` stand.
 #[derive(Clone, Copy, Debug)]
-struct Layout {
-    format: Format,
+struct EntryLayout {
+    format: OrcFormat,
     len: usize,
     sp_offset: Bits,
     bp_offset: Bits,
@@ -190,16 +190,16 @@ fn value(bits: Bits, bytes: &[u8]) -> Option<u64> {
     Some(word.checked_shr(bits.shift)? & mask)
 }
 
-impl Layout {
+impl EntryLayout {
     /// The members, and the format as far as they tell it.
-    fn of(btf: &Btf) -> Result<Layout, Error> {
+    fn of(btf: &Btf) -> Result<EntryLayout, Error> {
         let bits = |member| btf.bits_of("orc_entry", member);
         let maybe = |member| bits(member).ok();
         let (kind, signal, end) = (bits("type")?, maybe("signal"), maybe("end"));
         let format = match (kind.width, signal, end) {
-            (2, None, Some(_)) => Format::End,
-            (2, Some(_), Some(_)) => Format::SignalEnd,
-            (3, Some(_), None) => Format::Typed,
+            (2, None, Some(_)) => OrcFormat::End,
+            (2, Some(_), Some(_)) => OrcFormat::SignalEnd,
+            (3, Some(_), None) => OrcFormat::Typed,
             (width, ..) => {
                 return Err(Error::Odd(format!(
                     "ORC rows have a type of {width} bits, signal: {}, end: {}; that is no format \
@@ -209,7 +209,7 @@ impl Layout {
                 )))
             }
         };
-        let layout = Layout {
+        let layout = EntryLayout {
             format,
             len: btf.size_of("orc_entry")?,
             sp_offset: bits("sp_offset")?,
@@ -239,107 +239,107 @@ impl Layout {
         Some(u16::try_from(value(bits, row)?).ok()?.cast_signed())
     }
 
-    fn base(self, row: &[u8]) -> Option<Base> {
+    fn base(self, row: &[u8]) -> Option<SpBase> {
         let number = value(self.sp_reg, row)?;
-        Some(if self.format == Format::Reordered {
+        Some(if self.format == OrcFormat::Reordered {
             match number {
-                0 => Base::Undefined,
-                1 => Base::Ax,
-                2 => Base::Dx,
-                3 => Base::Sp,
-                4 => Base::Bp,
-                5 => Base::Di,
-                6 => Base::R10,
-                7 => Base::R13,
-                9 => Base::SpIndirect,
-                10 => Base::BpIndirect,
+                0 => SpBase::Undefined,
+                1 => SpBase::Ax,
+                2 => SpBase::Dx,
+                3 => SpBase::Sp,
+                4 => SpBase::Bp,
+                5 => SpBase::Di,
+                6 => SpBase::R10,
+                7 => SpBase::R13,
+                9 => SpBase::SpIndirect,
+                10 => SpBase::BpIndirect,
                 _ => return None,
             }
         } else {
             match number {
-                0 => Base::Undefined,
-                2 => Base::Dx,
-                3 => Base::Di,
-                4 => Base::Bp,
-                5 => Base::Sp,
-                6 => Base::R10,
-                7 => Base::R13,
-                8 => Base::BpIndirect,
-                9 => Base::SpIndirect,
+                0 => SpBase::Undefined,
+                2 => SpBase::Dx,
+                3 => SpBase::Di,
+                4 => SpBase::Bp,
+                5 => SpBase::Sp,
+                6 => SpBase::R10,
+                7 => SpBase::R13,
+                8 => SpBase::BpIndirect,
+                9 => SpBase::SpIndirect,
                 _ => return None,
             }
         })
     }
 
-    fn saved_bp(self, row: &[u8]) -> Option<Bp> {
-        let offset = Layout::offset(self.bp_offset, row)?;
-        let prev_sp = if self.format == Format::Reordered {
+    fn saved_bp(self, row: &[u8]) -> Option<CallerBp> {
+        let offset = EntryLayout::offset(self.bp_offset, row)?;
+        let prev_sp = if self.format == OrcFormat::Reordered {
             8
         } else {
             1
         };
         match value(self.bp_reg, row)? {
-            0 => Some(Bp::Kept),
-            4 => Some(Bp::FromBp(offset)),
-            number if number == prev_sp => Some(Bp::FromPrevSp(offset)),
+            0 => Some(CallerBp::Kept),
+            4 => Some(CallerBp::FromBp(offset)),
+            number if number == prev_sp => Some(CallerBp::FromPrevSp(offset)),
             _ => None,
         }
     }
 
-    fn kind(self, row: &[u8]) -> Option<Kind> {
+    fn kind(self, row: &[u8]) -> Option<FrameKind> {
         let number = value(self.kind, row)?;
-        if matches!(self.format, Format::Typed | Format::Reordered) {
+        if matches!(self.format, OrcFormat::Typed | OrcFormat::Reordered) {
             return Some(match number {
-                0 => Kind::Undefined,
-                1 => Kind::EndOfStack,
-                2 => Kind::Call,
-                3 => Kind::Regs,
-                4 => Kind::RegsPartial,
+                0 => FrameKind::Undefined,
+                1 => FrameKind::EndOfStack,
+                2 => FrameKind::Call,
+                3 => FrameKind::Regs,
+                4 => FrameKind::RegsPartial,
                 _ => return None,
             });
         }
-        if self.base(row)? == Base::Undefined {
+        if self.base(row)? == SpBase::Undefined {
             return Some(match value(self.end?, row)? {
-                0 => Kind::Undefined,
-                _ => Kind::EndOfStack,
+                0 => FrameKind::Undefined,
+                _ => FrameKind::EndOfStack,
             });
         }
         Some(match number {
-            0 => Kind::Call,
-            1 => Kind::Regs,
-            2 => Kind::RegsPartial,
+            0 => FrameKind::Call,
+            1 => FrameKind::Regs,
+            2 => FrameKind::RegsPartial,
             _ => return None,
         })
     }
 
     /// The row in `bytes`; `None` when a register or type in it is unknown.
-    fn row(self, bytes: &[u8]) -> Option<Row> {
+    fn row(self, bytes: &[u8]) -> Option<OrcRow> {
         let kind = self.kind(bytes)?;
-        if matches!(kind, Kind::EndOfStack | Kind::Undefined) {
-            return Some(Row {
-                sp: Sp {
-                    base: Base::Undefined,
+        if matches!(kind, FrameKind::EndOfStack | FrameKind::Undefined) {
+            return Some(OrcRow {
+                sp: CallerSp {
+                    base: SpBase::Undefined,
                     offset: 0,
                 },
-                bp: Bp::Kept,
+                bp: CallerBp::Kept,
                 kind,
                 signal: false,
             });
         }
         let base = self.base(bytes)?;
         let offset = match base {
-            Base::Undefined => return None,
-            Base::Sp | Base::Bp | Base::SpIndirect | Base::BpIndirect => {
-                Layout::offset(self.sp_offset, bytes)?
+            SpBase::Undefined => return None,
+            SpBase::Sp | SpBase::Bp | SpBase::SpIndirect | SpBase::BpIndirect => {
+                EntryLayout::offset(self.sp_offset, bytes)?
             }
-            Base::Ax | Base::Dx | Base::Di | Base::R10 | Base::R13 => 0,
+            SpBase::Ax | SpBase::Dx | SpBase::Di | SpBase::R10 | SpBase::R13 => 0,
         };
         let signal = match self.signal {
             Some(bit) => value(bit, bytes)? != 0,
-            None => kind != Kind::Call,
+            None => kind != FrameKind::Call,
         };
-        Some(Row {
-            sp: Sp { base, offset },
+        Some(OrcRow {
+            sp: CallerSp { base, offset },
             bp: self.saved_bp(bytes)?,
             kind,
             signal,
@@ -352,7 +352,7 @@ impl Layout {
         let all = rows.len();
         let plain = |row: &&[u8]| {
             self.row(row)
-                .is_some_and(|r| r.kind == Kind::Call && r.sp.base == Base::Sp)
+                .is_some_and(|r| r.kind == FrameKind::Call && r.sp.base == SpBase::Sp)
         };
         rows.filter(plain).count() * 2 > all
     }
@@ -360,23 +360,23 @@ impl Layout {
 
 /// Where a table stands, and how it is packed.
 #[derive(Debug)]
-pub struct Table {
+pub struct OrcTable {
     ips: Gva,
     rows: Gva,
     count: usize,
-    layout: Layout,
+    layout: EntryLayout,
 }
 
-impl Table {
+impl OrcTable {
     /// The kernel's own table. Reads no more of it than is needed to tell the format.
     ///
     /// # Errors
     /// [`Error::Missing`] when the kernel has none; [`Error::Odd`] when its two parts don't fit each
     /// other, or its format isn't known.
-    pub fn of(kernel: &Kernel<'_>) -> Result<Table, Error> {
+    pub fn of(kernel: &Kernel<'_>) -> Result<OrcTable, Error> {
         let ips = kernel.between("__start_orc_unwind_ip", "__stop_orc_unwind_ip", 1 << 30)?;
         let rows = kernel.between("__start_orc_unwind", "__stop_orc_unwind", 1 << 30)?;
-        let mut layout = Layout::of(kernel.btf()?)?;
+        let mut layout = EntryLayout::of(kernel.btf()?)?;
         let count = usize::try_from(ips.len() / 4).unwrap_or(usize::MAX);
         let fits = count.checked_mul(layout.len).map(|n| n as u64) == Some(rows.len());
         if !ips.len().is_multiple_of(4) || !fits || !(1..=ROWS_MAX).contains(&count) {
@@ -391,7 +391,7 @@ impl Table {
         if let Some(named) = header(kernel)? {
             // The members can't tell these two apart.
             let same = named == layout.format
-                || (named, layout.format) == (Format::Reordered, Format::Typed);
+                || (named, layout.format) == (OrcFormat::Reordered, OrcFormat::Typed);
             if !same {
                 return Err(Error::Odd(format!(
                     "the kernel's .orc_header names the ORC format {named}, but BTF has \
@@ -400,14 +400,14 @@ impl Table {
                 )));
             }
             layout.format = named;
-        } else if layout.format == Format::Typed {
+        } else if layout.format == OrcFormat::Typed {
             let sample = count.min(SAMPLE) * layout.len;
             let bytes = kernel.space.read_vec(rows.start, sample)?;
             if !layout.is_plausible(&bytes) {
-                layout.format = Format::Reordered;
+                layout.format = OrcFormat::Reordered;
             }
         }
-        Ok(Table {
+        Ok(OrcTable {
             ips: ips.start,
             rows: rows.start,
             count,
@@ -430,24 +430,24 @@ impl Table {
 
     /// The row in `bytes`; `None` when it means nothing in this table's format.
     #[must_use]
-    pub fn row(&self, bytes: &[u8]) -> Option<Row> {
+    pub fn row(&self, bytes: &[u8]) -> Option<OrcRow> {
         self.layout.row(bytes)
     }
 
     /// How rows are packed.
     #[must_use]
-    pub fn format(&self) -> Format {
+    pub fn format(&self) -> OrcFormat {
         self.layout.format
     }
 }
 
 /// The format that `.orc_header` names.
-fn header(kernel: &Kernel<'_>) -> Result<Option<Format>, Error> {
+fn header(kernel: &Kernel<'_>) -> Result<Option<OrcFormat>, Error> {
     let Some(at) = kernel.symbols.addr("__start_orc_header") else {
         return Ok(None);
     };
     let found = kernel.space.read_vec(at, HASH_LEN)?;
-    match HASHES.iter().find(|(_, hash)| hash[..] == found[..]) {
+    match FORMAT_HASHES.iter().find(|(_, hash)| hash[..] == found[..]) {
         Some((format, _)) => Ok(Some(*format)),
         None => Err(Error::Odd(format!(
             "the kernel's .orc_header at {at} is {}: an ORC format this tool doesn't know",
@@ -457,8 +457,8 @@ fn header(kernel: &Kernel<'_>) -> Result<Option<Format>, Error> {
 }
 
 /// A table, read.
-pub struct Orc {
-    layout: Layout,
+pub struct OrcRows {
+    layout: EntryLayout,
     /// The addresses, as offsets from `base`.
     ips: Vec<u32>,
     base: u64,
@@ -468,25 +468,25 @@ pub struct Orc {
     discarded: Option<Range>,
 }
 
-impl std::fmt::Debug for Orc {
+impl std::fmt::Debug for OrcRows {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Orc")
+        f.debug_struct("OrcRows")
             .field("format", &self.layout.format)
             .field("rows", &self.ips.len())
             .finish_non_exhaustive()
     }
 }
 
-impl Orc {
+impl OrcRows {
     /// Reads the kernel's own table: 3.9 MB in Debian's 6.1.
     ///
     /// # Errors
-    /// As [`Table::of`]; [`Error::Odd`] when the addresses are not sorted or leave the kernel's
+    /// As [`OrcTable::of`]; [`Error::Odd`] when the addresses are not sorted or leave the kernel's
     /// text, or a row isn't known. Rows may also be for what the kernel has discarded since it
     /// booted (`__init_begin` to `__init_end`, code of exit and replacements of alternatives
-    /// included); [`Orc::row`] gives none for it.
-    pub fn read(kernel: &Kernel<'_>) -> Result<Orc, Error> {
-        let table = Table::of(kernel)?;
+    /// included); [`OrcRows::row`] gives none for it.
+    pub fn read(kernel: &Kernel<'_>) -> Result<OrcRows, Error> {
+        let table = OrcTable::of(kernel)?;
         let end = |name| kernel.symbols.need(name);
         let text = vec![Range {
             start: kernel.text_base,
@@ -496,7 +496,7 @@ impl Orc {
             (Ok(start), Ok(end)) => Some(Range { start, end }),
             _ => None,
         };
-        Orc::load(&kernel.space, &table, text, discarded, false)
+        OrcRows::load(&kernel.space, &table, text, discarded, false)
     }
 
     /// Reads the table of a module: `count` rows at `rows`, their addresses at `ips`
@@ -505,13 +505,13 @@ impl Orc {
     /// taken to be the kernel's own: the kernel reads both through one `struct orc_entry`.
     ///
     /// # Errors
-    /// As [`Orc::read`].
+    /// As [`OrcRows::read`].
     pub fn of_module(
         kernel: &Kernel<'_>,
         space: &Space<'_>,
         (ips, rows, count): (Gva, Gva, usize),
         text: Vec<Range>,
-    ) -> Result<Orc, Error> {
+    ) -> Result<OrcRows, Error> {
         // A row holds for a byte at least, but two begin where one section ends and the next begins.
         let bytes = text.iter().map(Range::len).fold(0u64, u64::saturating_add);
         let most = bytes.saturating_mul(2).saturating_add(GONE_MAX);
@@ -521,24 +521,24 @@ impl Orc {
                  {ROWS_MAX}, and no more than {most} for so much text"
             )));
         }
-        let table = Table {
+        let table = OrcTable {
             ips,
             rows,
             count,
-            layout: Table::of(kernel)?.layout,
+            layout: OrcTable::of(kernel)?.layout,
         };
-        Orc::load(space, &table, text, None, true)
+        OrcRows::load(space, &table, text, None, true)
     }
 
     /// Reads `table`, whose rows are for `text` or what was `discarded`; others are left out if it is
     /// `partial`, and else are an error.
     fn load(
         space: &Space<'_>,
-        table: &Table,
+        table: &OrcTable,
         text: Vec<Range>,
         discarded: Option<Range>,
         partial: bool,
-    ) -> Result<Orc, Error> {
+    ) -> Result<OrcRows, Error> {
         let all: Vec<Range> = text.iter().copied().chain(discarded).collect();
         let odd =
             |i: usize, what: String| Error::Odd(format!("ORC row {i} of {} {what}", table.count));
@@ -585,7 +585,7 @@ impl Orc {
             let rest = rest.filter(|(i, _)| left_out.binary_search(i).is_err());
             rows = rest.flat_map(|(_, row)| row.iter().copied()).collect();
         }
-        Ok(Orc {
+        Ok(OrcRows {
             layout: table.layout,
             ips,
             base,
@@ -609,7 +609,7 @@ impl Orc {
 
     /// How its rows are packed.
     #[must_use]
-    pub fn format(&self) -> Format {
+    pub fn format(&self) -> OrcFormat {
         self.layout.format
     }
 
@@ -619,7 +619,7 @@ impl Orc {
     /// For a return address ask at the byte before it: the call may be the last instruction of its
     /// function.
     #[must_use]
-    pub fn row(&self, ip: Gva) -> Option<Row> {
+    pub fn row(&self, ip: Gva) -> Option<OrcRow> {
         if !self.text.iter().any(|r| r.contains(ip)) {
             return None;
         }
@@ -629,26 +629,26 @@ impl Orc {
     /// The row that held at `ip` in code that the kernel discarded after it booted. The idle task of
     /// the first CPU still has return addresses into it on its stack, and never returns there.
     #[must_use]
-    pub fn row_discarded(&self, ip: Gva) -> Option<Row> {
+    pub fn row_discarded(&self, ip: Gva) -> Option<OrcRow> {
         self.discarded
             .filter(|range| range.contains(ip))
             .and_then(|_| self.row_at(ip))
     }
 
-    fn row_at(&self, ip: Gva) -> Option<Row> {
+    fn row_at(&self, ip: Gva) -> Option<OrcRow> {
         let offset = ip.0.checked_sub(self.base)?;
         let next = self.ips.partition_point(|&at| u64::from(at) <= offset);
         self.nth(next.checked_sub(1)?)
     }
 
-    fn nth(&self, i: usize) -> Option<Row> {
+    fn nth(&self, i: usize) -> Option<OrcRow> {
         let start = i.checked_mul(self.layout.len)?;
         let bytes = self.rows.get(start..start.checked_add(self.layout.len)?)?;
         self.layout.row(bytes)
     }
 
     /// All rows, each with the address at which it begins to hold.
-    pub fn iter(&self) -> impl Iterator<Item = (Gva, Row)> + '_ {
+    pub fn iter(&self) -> impl Iterator<Item = (Gva, OrcRow)> + '_ {
         let ip = |(i, &at): (usize, &u32)| Some((Gva(self.base + u64::from(at)), self.nth(i)?));
         self.ips.iter().enumerate().filter_map(ip)
     }

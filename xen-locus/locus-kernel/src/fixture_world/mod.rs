@@ -531,7 +531,7 @@ fn modules(btf: &mut Blob, [int, long, char, list]: [u32; 4]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tasks::Layout;
+    use crate::tasks::TaskLayout;
     use crate::{Error, Kernel};
 
     #[test]
@@ -552,7 +552,7 @@ mod tests {
             for kernel in [&live, &saved] {
                 assert_eq!(kernel.text_base, TEXT, "{n}");
                 assert_eq!(kernel.kind, GuestType::Pvh, "{n}");
-                let tasks = Layout::of(kernel).unwrap();
+                let tasks = TaskLayout::of(kernel).unwrap();
                 let tasks = tasks.all(kernel, &kernel.space).unwrap();
                 let names: Vec<&str> = tasks.iter().map(|t| t.comm.as_str()).collect();
                 assert_eq!(names, ["init", "sleeper", "busy", "swapper/0", "swapper/1"]);

@@ -20,7 +20,7 @@ pub const CPUS_MAX: usize = 8192;
 
 /// Where the members of `task_struct` stand that are looked at; offsets in bytes.
 #[derive(Debug, Clone, Copy)]
-pub struct Layout {
+pub struct TaskLayout {
     tasks: usize,
     thread_node: usize,
     signal: usize,
@@ -63,12 +63,12 @@ pub struct Task {
     pub idle: bool,
 }
 
-impl Layout {
+impl TaskLayout {
     /// Reads the layout from the kernel's BTF.
     ///
     /// # Errors
     /// A member is missing, or the stack size is unbelievable.
-    pub fn of(kernel: &Kernel<'_>) -> Result<Layout, Error> {
+    pub fn of(kernel: &Kernel<'_>) -> Result<TaskLayout, Error> {
         let btf = kernel.btf()?;
         let member = |path| btf.offset_of("task_struct", path);
         let stack_size = ["__start_init_task", "__start_init_stack"]
@@ -91,7 +91,7 @@ impl Layout {
                 "the first task's stack is {stack_size} bytes; expected 8, 16, 32 or 64 KiB"
             )));
         }
-        Ok(Layout {
+        Ok(TaskLayout {
             tasks: member("tasks")?,
             thread_node: member("thread_node")?,
             signal: member("signal")?,
@@ -142,7 +142,7 @@ impl Layout {
     /// or one of another process.
     ///
     /// # Errors
-    /// As [`Layout::all`].
+    /// As [`TaskLayout::all`].
     pub fn newer(
         &self,
         kernel: &Kernel<'_>,
@@ -256,12 +256,12 @@ fn too_many() -> Error {
 /// long.
 ///
 /// # Errors
-/// As [`Layout::all`] and `read`, at the last try.
+/// As [`TaskLayout::all`] and `read`, at the last try.
 pub fn snapshot<T>(
     kernel: &Kernel<'_>,
     read: impl Fn(&Space<'_>, Vec<Task>) -> Result<T, Error>,
 ) -> Result<T, Error> {
-    let layout = Layout::of(kernel)?;
+    let layout = TaskLayout::of(kernel)?;
     tries(|| {
         let space = kernel.space.fresh();
         let tasks = layout.all(kernel, &space)?;
@@ -290,7 +290,7 @@ fn tries<T>(read: impl Fn() -> Result<T, Error>) -> Result<T, Error> {
 /// # Errors
 /// As [`snapshot`].
 pub fn count(kernel: &Kernel<'_>) -> Result<usize, Error> {
-    let layout = Layout::of(kernel)?;
+    let layout = TaskLayout::of(kernel)?;
     tries(|| {
         let space = kernel.space.fresh_in_blocks();
         Ok(layout.count(kernel, &space)? + idle(kernel, &space)?.len())
@@ -300,7 +300,7 @@ pub fn count(kernel: &Kernel<'_>) -> Result<usize, Error> {
 /// What people want to know of a task, and a pause doesn't: kept apart, so that the look before a
 /// pause reads no more than it needs.
 #[derive(Debug, Clone, Copy)]
-pub struct Details {
+pub struct DetailLayout {
     tgid: usize,
     state: usize,
     exit_state: usize,
@@ -309,7 +309,7 @@ pub struct Details {
 
 /// The details of one task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Detail {
+pub struct TaskDetail {
     /// Id of its process.
     pub tgid: u32,
     /// Its state, as the letter in /proc/PID/stat.
@@ -321,7 +321,7 @@ pub struct Detail {
     pub dead: bool,
 }
 
-impl Details {
+impl DetailLayout {
     /// Reads from BTF where they stand.
     ///
     /// `state` is called `__state` and is 32 bits wide since Linux kernel commit 2f064a59a11f
@@ -331,13 +331,13 @@ impl Details {
     ///
     /// # Errors
     /// A member is missing.
-    pub fn of(kernel: &Kernel<'_>) -> Result<Details, Error> {
+    pub fn of(kernel: &Kernel<'_>) -> Result<DetailLayout, Error> {
         let btf = kernel.btf()?;
         let either = |a, b| {
             btf.offset_of("task_struct", a)
                 .or_else(|_| btf.offset_of("task_struct", b))
         };
-        Ok(Details {
+        Ok(DetailLayout {
             tgid: btf.offset_of("task_struct", "tgid")?,
             state: either("__state", "state")?,
             exit_state: btf.offset_of("task_struct", "exit_state")?,
@@ -349,11 +349,11 @@ impl Details {
     ///
     /// # Errors
     /// Memory that can't be read.
-    pub fn read(&self, space: &Space<'_>, task: Gva) -> Result<Detail, Error> {
+    pub fn read(&self, space: &Space<'_>, task: Gva) -> Result<TaskDetail, Error> {
         const DEAD: u32 = 0x80;
         let word = |offset: usize| space.read_u32(task.plus(offset as u64));
         let state = word(self.state)?;
-        Ok(Detail {
+        Ok(TaskDetail {
             tgid: word(self.tgid)?,
             state: letter(state, word(self.exit_state)?),
             cpu: word(self.cpu)?,

@@ -5,35 +5,35 @@ use std::cell::OnceCell;
 
 use locus_guest::addr::{Gva, Range};
 
-use super::Frame;
-use crate::modules::{Module, Reader, Symbol};
+use super::StackFrame;
+use crate::modules::{Module, ModuleReader, ModuleSymbol};
 use crate::{Error, Kernel};
 
 /// Names of code.
 #[derive(Debug)]
-pub struct Names<'k, 'm> {
+pub struct FrameNames<'k, 'm> {
     kernel: &'k Kernel<'m>,
     image: Range,
-    reader: Reader<'k, 'm>,
-    modules: Vec<Loaded>,
+    reader: ModuleReader<'k, 'm>,
+    modules: Vec<ModuleNames>,
 }
 
 #[derive(Debug)]
-struct Loaded {
+struct ModuleNames {
     module: Module,
     /// Where its code may be.
     text: Vec<Range>,
     /// Read when they are wanted, and sorted.
-    symbols: OnceCell<Vec<Symbol>>,
+    symbols: OnceCell<Vec<ModuleSymbol>>,
 }
 
-impl<'k, 'm> Names<'k, 'm> {
+impl<'k, 'm> FrameNames<'k, 'm> {
     /// Lists the modules.
     ///
     /// # Errors
     /// The list can't be read.
-    pub fn read(kernel: &'k Kernel<'m>) -> Result<Names<'k, 'm>, Error> {
-        let mut reader = Reader::new(kernel)?;
+    pub fn read(kernel: &'k Kernel<'m>) -> Result<FrameNames<'k, 'm>, Error> {
+        let mut reader = ModuleReader::new(kernel)?;
         let btf = kernel.btf()?;
         let sizes = [("core", "core_layout"), ("init", "init_layout")].map(|(kind, member)| {
             let size = btf.offset_of("module", &format!("{member}.text_size"));
@@ -52,7 +52,7 @@ impl<'k, 'm> Names<'k, 'm> {
                 };
                 Ok(Range::new(part.range.start, len))
             });
-            Ok(Loaded {
+            Ok(ModuleNames {
                 text: text.collect::<Result<_, Error>>()?,
                 module: module.clone(),
                 symbols: OnceCell::new(),
@@ -62,7 +62,7 @@ impl<'k, 'm> Names<'k, 'm> {
             .symbols
             .addr("_end")
             .or(kernel.symbols.addr("_etext"));
-        Ok(Names {
+        Ok(FrameNames {
             kernel,
             image: Range {
                 start: kernel.text_base,
@@ -75,7 +75,7 @@ impl<'k, 'm> Names<'k, 'm> {
 
     /// What `frame` is in: of a return address, what the call before it is in.
     #[must_use]
-    pub fn of(&self, frame: Frame) -> String {
+    pub fn of(&self, frame: StackFrame) -> String {
         let back = u64::from(!frame.interrupted);
         let at = Gva(frame.address.0.wrapping_sub(back));
         self.covering(at).map_or_else(
@@ -94,7 +94,7 @@ impl<'k, 'm> Names<'k, 'm> {
             let start = Gva(at.0 - offset);
             return Some((name, start, self.kernel.symbols.room(start)?, None));
         }
-        let holds = |loaded: &&Loaded| loaded.text.iter().any(|range| range.contains(at));
+        let holds = |loaded: &&ModuleNames| loaded.text.iter().any(|range| range.contains(at));
         let loaded = self.modules.iter().find(holds)?;
         let text = loaded.text.iter().find(|range| range.contains(at))?;
         let symbols = loaded.symbols.get_or_init(|| {

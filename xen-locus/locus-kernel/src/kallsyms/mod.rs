@@ -32,7 +32,7 @@ use locus_guest::fetch;
 use locus_guest::space::{Region, Space};
 use serde::{Deserialize, Serialize};
 
-use self::compressed::Compressed;
+use self::compressed::CompressedNames;
 use super::locate::KERNEL_MAP;
 use super::Error;
 use crate::split_functions;
@@ -72,14 +72,14 @@ pub struct Symbol {
 }
 
 /// Where the tables stand, by the names that the kernel has for them.
-pub type Places = Vec<(String, Gva)>;
+pub type TablePlaces = Vec<(String, Gva)>;
 
 /// All symbols of the kernel image.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Symbols {
     /// Where its tables were found.
-    pub places: Places,
-    names: Compressed,
+    pub places: TablePlaces,
+    names: CompressedNames,
     /// The address of each.
     #[serde(with = "words")]
     addrs: Vec<u64>,
@@ -110,23 +110,23 @@ pub struct Anchors<'a> {
     /// Address of `_text`, from the page tables.
     pub text_base: Gva,
     /// What it must agree with besides, independent of the first.
-    pub second: Second<'a>,
+    pub second: SecondAnchor<'a>,
 }
 
 /// The second anchor.
 #[derive(Clone, Copy)]
-pub enum Second<'a> {
+pub enum SecondAnchor<'a> {
     /// An entry point: some text symbol must stand exactly there.
     Entry(Gva),
     /// Where no entry point is known: whether the guest's state agrees with the symbols.
     State(&'a dyn Fn(&Symbols) -> bool),
 }
 
-impl std::fmt::Debug for Second<'_> {
+impl std::fmt::Debug for SecondAnchor<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Second::Entry(at) => write!(f, "Entry({at})"),
-            Second::State(_) => f.write_str("State"),
+            SecondAnchor::Entry(at) => write!(f, "Entry({at})"),
+            SecondAnchor::State(_) => f.write_str("State"),
         }
     }
 }
@@ -138,7 +138,7 @@ impl std::fmt::Debug for Second<'_> {
 pub fn read(space: &Space<'_>, regions: &[Region], anchors: Anchors<'_>) -> Result<Symbols, Error> {
     let mut budget = DATA_MAX;
     for region in regions.iter().filter(|r| !r.writable && !r.executable) {
-        let mut data = Data::new(space, region.range, budget);
+        let mut data = ReadOnlyData::new(space, region.range, budget);
         let found = search(&mut data, anchors)?;
         budget -= data.have.min(budget);
         data.bytes.truncate(data.have);
@@ -156,7 +156,7 @@ pub fn read(space: &Space<'_>, regions: &[Region], anchors: Anchors<'_>) -> Resu
 
 /// Read-only data, from its start as far as it has been needed: each byte is read once. Places in
 /// it are offsets from its start.
-struct Data<'s, 'm> {
+struct ReadOnlyData<'s, 'm> {
     space: &'s Space<'m>,
     start: Gva,
     /// All there is, or all that may be read.
@@ -166,9 +166,9 @@ struct Data<'s, 'm> {
     have: usize,
 }
 
-impl<'s, 'm> Data<'s, 'm> {
-    fn new(space: &'s Space<'m>, range: Range, most: usize) -> Data<'s, 'm> {
-        Data {
+impl<'s, 'm> ReadOnlyData<'s, 'm> {
+    fn new(space: &'s Space<'m>, range: Range, most: usize) -> ReadOnlyData<'s, 'm> {
+        ReadOnlyData {
             space,
             start: range.start,
             len: usize::try_from(range.len()).unwrap_or(most).min(most),
@@ -183,7 +183,12 @@ impl<'s, 'm> Data<'s, 'm> {
     }
 
     /// Addresses of the tables.
-    fn places(&self, names: &Names, tokens: &Tokens, more: &[(&str, usize)]) -> Places {
+    fn places(
+        &self,
+        names: &NamesTable,
+        tokens: &TokenTable,
+        more: &[(&str, usize)],
+    ) -> TablePlaces {
         let known = [
             ("kallsyms_num_syms", names.num_at),
             ("kallsyms_names", names.at),
@@ -212,7 +217,7 @@ impl<'s, 'm> Data<'s, 'm> {
 }
 
 /// The token table.
-struct Tokens {
+struct TokenTable {
     at: usize,
     /// One past `kallsyms_token_index`.
     end: usize,
@@ -221,7 +226,7 @@ struct Tokens {
 
 const DIGITS: &[u8] = b"0\x001\x002\x003\x004\x005\x006\x007\x008\x009\x00";
 
-fn search(data: &mut Data<'_, '_>, anchors: Anchors<'_>) -> Result<Option<Symbols>, Error> {
+fn search(data: &mut ReadOnlyData<'_, '_>, anchors: Anchors<'_>) -> Result<Option<Symbols>, Error> {
     let budget = data.space.budget();
     let mut from = 0;
     while data.reach((from + CHUNK).min(data.len))? {
@@ -275,7 +280,7 @@ fn find_digits(data: &[u8], from: usize) -> Vec<usize> {
 }
 
 /// Tries `digits`, the place of the token `0`, as the 49th of 256 tokens.
-fn tokens_around(data: &[u8], digits: usize) -> Option<Tokens> {
+fn tokens_around(data: &[u8], digits: usize) -> Option<TokenTable> {
     // 48 strings end before the digit 0. The byte before the first of them is a NUL as well, the
     // high byte of the last marker or padding; or it is the last of `kallsyms_seqs_of_names`, which
     // may be any, if no padding follows. The table is aligned to 4 bytes at least.
@@ -291,7 +296,7 @@ fn tokens_around(data: &[u8], digits: usize) -> Option<Tokens> {
 }
 
 /// The token table that begins at `at`, if the index behind it agrees.
-fn tokens_at(data: &[u8], at: usize) -> Option<Tokens> {
+fn tokens_at(data: &[u8], at: usize) -> Option<TokenTable> {
     let mut tokens = Vec::with_capacity(256);
     let mut places = Vec::with_capacity(256);
     let mut pos = 0;
@@ -314,7 +319,7 @@ fn tokens_at(data: &[u8], at: usize) -> Option<Tokens> {
     let index = [end.next_multiple_of(8), end.next_multiple_of(4)]
         .into_iter()
         .find(proven)?;
-    Some(Tokens {
+    Some(TokenTable {
         at,
         end: index + INDEX_LEN,
         tokens,
@@ -322,7 +327,7 @@ fn tokens_at(data: &[u8], at: usize) -> Option<Tokens> {
 }
 
 /// The compressed names, and how many there are.
-struct Names {
+struct NamesTable {
     /// Place of `kallsyms_num_syms`.
     num_at: usize,
     /// Place of `kallsyms_names`.
@@ -334,7 +339,7 @@ struct Names {
     long: bool,
 }
 
-impl Names {
+impl NamesTable {
     fn bytes<'a>(&self, data: &'a [u8]) -> &'a [u8] {
         data.get(self.at..self.at + self.len).unwrap_or_default()
     }
@@ -351,8 +356,8 @@ fn name_at(bytes: &[u8], pos: usize, long: bool) -> Option<(usize, usize)> {
 }
 
 fn decode(
-    data: &mut Data<'_, '_>,
-    tokens: &Tokens,
+    data: &mut ReadOnlyData<'_, '_>,
+    tokens: &TokenTable,
     anchors: Anchors<'_>,
 ) -> Result<Option<Symbols>, Error> {
     let budget = data.space.budget();
@@ -377,9 +382,9 @@ fn decode(
         let bytes = data.bytes();
         let base = fetch::u64(bytes, base_at).unwrap_or(0);
         for encoding in [
-            Encoding::PercpuAbsolute,
-            Encoding::BaseRelative,
-            Encoding::PlaceRelative,
+            AddressEncoding::PercpuAbsolute,
+            AddressEncoding::BaseRelative,
+            AddressEncoding::PlaceRelative,
         ] {
             let address = |i: usize| {
                 let place = at + 4 * i;
@@ -392,7 +397,7 @@ fn decode(
             budget.spend(names.count as u64)?;
             if symbols.stand_at(address) && symbols.agrees(anchors) {
                 let mut places = vec![("kallsyms_offsets", at)];
-                if !matches!(encoding, Encoding::PlaceRelative) {
+                if !matches!(encoding, AddressEncoding::PlaceRelative) {
                     places.push(("kallsyms_relative_base", base_at));
                 }
                 symbols.places = data.places(&names, tokens, &places);
@@ -418,7 +423,7 @@ fn decode(
 
 /// A glance that spares decoding all names for a wrong encoding.
 fn text_is_there(
-    names: &Names,
+    names: &NamesTable,
     address: impl Fn(usize) -> Option<u64>,
     anchors: Anchors<'_>,
 ) -> bool {
@@ -426,7 +431,7 @@ fn text_is_there(
 }
 
 #[derive(Clone, Copy)]
-enum Encoding {
+enum AddressEncoding {
     /// Positive words are absolute (per-CPU offsets), negative ones count down from the base.
     PercpuAbsolute,
     /// Words are added to the base.
@@ -435,21 +440,21 @@ enum Encoding {
     PlaceRelative,
 }
 
-impl Encoding {
+impl AddressEncoding {
     fn address(self, word: u32, base: u64, place: Gva) -> u64 {
         let signed = i64::from(word.cast_signed());
         match self {
-            Encoding::PercpuAbsolute if signed >= 0 => u64::from(word),
-            Encoding::PercpuAbsolute => base.wrapping_sub(1).wrapping_add_signed(-signed),
-            Encoding::BaseRelative => base.wrapping_add(u64::from(word)),
-            Encoding::PlaceRelative => place.0.wrapping_add_signed(signed),
+            AddressEncoding::PercpuAbsolute if signed >= 0 => u64::from(word),
+            AddressEncoding::PercpuAbsolute => base.wrapping_sub(1).wrapping_add_signed(-signed),
+            AddressEncoding::BaseRelative => base.wrapping_add(u64::from(word)),
+            AddressEncoding::PlaceRelative => place.0.wrapping_add_signed(signed),
         }
     }
 }
 
 /// Finds the count in front of the names: the only number that makes so many names pass every
 /// marker in the table behind them.
-fn find_names(data: &[u8], tokens_at: usize, budget: &Budget) -> Result<Option<Names>, Error> {
+fn find_names(data: &[u8], tokens_at: usize, budget: &Budget) -> Result<Option<NamesTable>, Error> {
     let Some(data) = data.get(..tokens_at) else {
         return Ok(None);
     };
@@ -473,7 +478,7 @@ fn find_names(data: &[u8], tokens_at: usize, budget: &Budget) -> Result<Option<N
             // One that fails at its first names costs something too: there may be millions.
             budget.spend((steps / STEPS).max(1) as u64)?;
             if let Some(len) = fit {
-                return Ok(Some(Names {
+                return Ok(Some(NamesTable {
                     num_at,
                     at: num_at + 8,
                     count,
@@ -510,11 +515,11 @@ fn names_fit(bytes: &[u8], count: usize, long: bool) -> (usize, Option<usize>) {
 
 impl Symbols {
     /// Symbols of these names, without addresses yet.
-    fn of(data: &[u8], names: &Names, tokens: &Tokens) -> Option<Symbols> {
+    fn of(data: &[u8], names: &NamesTable, tokens: &TokenTable) -> Option<Symbols> {
         let bytes = names.bytes(data).to_vec();
         Some(Symbols {
-            places: Places::new(),
-            names: Compressed::new(tokens.tokens.clone(), bytes, names.count, names.long)?,
+            places: TablePlaces::new(),
+            names: CompressedNames::new(tokens.tokens.clone(), bytes, names.count, names.long)?,
             addrs: Vec::with_capacity(names.count),
             by_addr: OnceCell::new(),
         })
@@ -655,10 +660,10 @@ impl Symbols {
         let is_text = |i| matches!(self.names.kind(i), 't' | 'T' | 'W' | 'w');
         self.addr("_text") == Some(anchors.text_base)
             && match anchors.second {
-                Second::Entry(at) => (0..)
+                SecondAnchor::Entry(at) => (0..)
                     .zip(&self.addrs)
                     .any(|(i, &addr)| addr == at.0 && is_text(i)),
-                Second::State(agrees) => agrees(self),
+                SecondAnchor::State(agrees) => agrees(self),
             }
     }
 }

@@ -7,9 +7,9 @@ use locus_guest::addr::Gva;
 use locus_guest::space::Space;
 use locus_guest::Vcpu;
 
-use super::stack::{self, Copied, Stack, StackKind};
-use super::{End, Walk, Walker, Why};
-use crate::tasks::{self, Detail, Details, Layout, Task};
+use super::stack::{self, Stack, StackCopy, StackKind};
+use super::{Unreliable, Walk, WalkEnd, Walker};
+use crate::tasks::{self, DetailLayout, Task, TaskDetail, TaskLayout};
 use crate::{Error, Kernel};
 
 /// Times a task's stack is read before it counts as one that can't be.
@@ -21,7 +21,7 @@ pub struct TaskStack {
     /// The task.
     pub task: Task,
     /// What `info` says of it.
-    pub detail: Detail,
+    pub detail: TaskDetail,
     /// Its stack.
     pub walk: Walk,
 }
@@ -36,11 +36,11 @@ pub fn walk(
     vcpus: &[Vcpu],
     wanted: impl Fn(u32) -> bool,
 ) -> Result<Vec<TaskStack>, Error> {
-    let look = Look {
+    let look = TaskStackReader {
         kernel,
         walker: Walker::new(kernel)?,
-        layout: Layout::of(kernel)?,
-        details: Details::of(kernel)?,
+        layout: TaskLayout::of(kernel)?,
+        details: DetailLayout::of(kernel)?,
         vcpus,
     };
     tasks::snapshot(kernel, |space, tasks| {
@@ -49,23 +49,23 @@ pub fn walk(
     })
 }
 
-struct Look<'l, 'k, 'm> {
+struct TaskStackReader<'l, 'k, 'm> {
     kernel: &'k Kernel<'m>,
     walker: Walker<'k, 'm>,
-    layout: Layout,
-    details: Details,
+    layout: TaskLayout,
+    details: DetailLayout,
     vcpus: &'l [Vcpu],
 }
 
 /// What changes in a task when it runs.
 #[derive(PartialEq, Eq)]
-struct Moment {
+struct RunState {
     on_cpu: bool,
     sp: Gva,
     switches: [u64; 2],
 }
 
-impl Look<'_, '_, '_> {
+impl TaskStackReader<'_, '_, '_> {
     fn task(&self, space: &Space<'_>, task: Task) -> Result<TaskStack, Error> {
         Ok(TaskStack {
             detail: self.details.read(space, task.addr)?,
@@ -74,10 +74,10 @@ impl Look<'_, '_, '_> {
         })
     }
 
-    fn moment(&self, space: &Space<'_>, task: &Task) -> Result<Moment, Error> {
+    fn moment(&self, space: &Space<'_>, task: &Task) -> Result<RunState, Error> {
         let word = |offset: usize| space.read_u64(task.addr.plus(offset as u64));
         let [voluntary, preempted] = self.layout.switches;
-        Ok(Moment {
+        Ok(RunState {
             on_cpu: space.read_u32(task.addr.plus(self.layout.on_cpu as u64))? != 0,
             sp: Gva(word(self.layout.sp)?),
             switches: [word(voluntary)?, word(preempted)?],
@@ -87,7 +87,7 @@ impl Look<'_, '_, '_> {
     fn walk(&self, space: &Space<'_>, task: &Task) -> Result<Walk, Error> {
         let gone = || Walk {
             frames: Vec::new(),
-            end: Ok(End::Gone),
+            end: Ok(WalkEnd::Gone),
         };
         if task.stack.start == Gva(0) {
             return Ok(gone());
@@ -104,7 +104,7 @@ impl Look<'_, '_, '_> {
                 continue;
             }
             // The stack of one that dies now is unmapped.
-            let Ok(memory) = Copied::read(space, task.stack, before.sp) else {
+            let Ok(memory) = StackCopy::read(space, task.stack, before.sp) else {
                 continue;
             };
             if self.moment(space, task)? == before {
@@ -116,20 +116,20 @@ impl Look<'_, '_, '_> {
                 return Ok(self.walker.sleeping(before.sp, stack, task.idle));
             }
         }
-        Ok(Walk::failed(Why::Restless))
+        Ok(Walk::failed(Unreliable::Restless))
     }
 
     /// What a task on a CPU is at, if that CPU's registers are known.
     fn running(&self, space: &Space<'_>, task: &Task) -> Result<Walk, Error> {
         let Some((vcpu, base)) = self.cpu_of(space, task)? else {
-            return Ok(Walk::failed(Why::Runs));
+            return Ok(Walk::failed(Unreliable::Runs));
         };
         let mut all = vec![(StackKind::Task, task.stack)];
         all.extend(stack::of_cpu(self.kernel, space, base)?);
         let copied: Vec<_> = all
             .into_iter()
             .filter_map(|(kind, range)| {
-                let memory = Copied::read(space, range, range.start).ok()?;
+                let memory = StackCopy::read(space, range, range.start).ok()?;
                 Some((kind, range, memory))
             })
             .collect();

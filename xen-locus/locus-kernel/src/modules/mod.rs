@@ -19,8 +19,8 @@ use locus_guest::fetch;
 use locus_guest::space::Space;
 
 use super::{btf::Btf, build_id_note, list, Error, Kernel};
-use layout::{Layout, Parts};
-pub use symbols::Symbol;
+use layout::{ModuleLayout, PartsLayout};
+pub use symbols::ModuleSymbol;
 
 /// Most modules believed.
 pub const MODULES_MAX: usize = 4096;
@@ -38,7 +38,7 @@ const TRIES: u32 = 3;
 /// Where a module is in its life (`enum module_state`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum State {
+pub enum ModuleState {
     /// Loaded.
     Live,
     /// Its init function runs, or is about to.
@@ -47,21 +47,21 @@ pub enum State {
     Unloading,
 }
 
-impl State {
+impl ModuleState {
     /// As `/proc/modules` prints it.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
-            State::Live => "Live",
-            State::Loading => "Loading",
-            State::Unloading => "Unloading",
+            ModuleState::Live => "Live",
+            ModuleState::Loading => "Loading",
+            ModuleState::Unloading => "Unloading",
         }
     }
 }
 
 /// Some memory of a module.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Part {
+pub struct ModulePart {
     /// What it is for: `core`, `init`, or the kernel's type of it such as `text`.
     pub kind: String,
     /// Where.
@@ -76,13 +76,13 @@ pub struct Module {
     /// Its name.
     pub name: String,
     /// Where it is in its life.
-    pub state: State,
+    pub state: ModuleState,
     /// Bytes of memory, as `/proc/modules` counts them.
     pub size: u64,
     /// Where its text begins, as `/proc/modules` prints it.
     pub base: Gva,
     /// All its memory.
-    pub parts: Vec<Part>,
+    pub parts: Vec<ModulePart>,
     /// References to it; `None` when the kernel can't unload modules.
     pub refcount: Option<i64>,
     /// Modules that use it, in the kernel's order.
@@ -114,24 +114,24 @@ pub struct Rewritten {
 
 /// Reads modules; what it read of page tables is only good for a moment.
 #[derive(Debug)]
-pub struct Reader<'k, 'm> {
+pub struct ModuleReader<'k, 'm> {
     kernel: &'k Kernel<'m>,
     space: Space<'m>,
-    layout: Layout,
+    layout: ModuleLayout,
     /// Bytes that may still be read.
     left: Cell<u64>,
 }
 
-impl<'k, 'm> Reader<'k, 'm> {
+impl<'k, 'm> ModuleReader<'k, 'm> {
     /// Learns the layout from the kernel's types.
     ///
     /// # Errors
     /// The kernel has no types, or a member is missing.
-    pub fn new(kernel: &'k Kernel<'m>) -> Result<Reader<'k, 'm>, Error> {
-        Ok(Reader {
+    pub fn new(kernel: &'k Kernel<'m>) -> Result<ModuleReader<'k, 'm>, Error> {
+        Ok(ModuleReader {
             kernel,
             space: kernel.space.fresh(),
-            layout: Layout::of(kernel)?,
+            layout: ModuleLayout::of(kernel)?,
             left: Cell::new(BYTES_MAX),
         })
     }
@@ -147,10 +147,10 @@ impl<'k, 'm> Reader<'k, 'm> {
     /// All modules, and what `of` makes of each; all again when a module goes meanwhile.
     ///
     /// # Errors
-    /// As [`Reader::all`], and those of `of`.
+    /// As [`ModuleReader::all`], and those of `of`.
     pub fn each<T>(
         &mut self,
-        of: impl Fn(&Reader<'k, 'm>, &Module) -> Result<T, Error>,
+        of: impl Fn(&ModuleReader<'k, 'm>, &Module) -> Result<T, Error>,
     ) -> Result<Vec<T>, Error> {
         let mut tries = 1;
         loop {
@@ -215,14 +215,14 @@ impl<'k, 'm> Reader<'k, 'm> {
             layout.name_len,
         );
         let parts = match &layout.parts {
-            Parts::Layouts(all) => all
+            PartsLayout::Layouts(all) => all
                 .iter()
                 .map(|(kind, base, size)| {
                     let range = Range::new(Gva(word(*base)?), half(*size)?.into());
-                    Ok((*kind).to_owned()).map(|kind| Part { kind, range })
+                    Ok((*kind).to_owned()).map(|kind| ModulePart { kind, range })
                 })
                 .collect::<Result<Vec<_>, Error>>()?,
-            Parts::Memory {
+            PartsLayout::Memory {
                 at,
                 stride,
                 base,
@@ -235,7 +235,7 @@ impl<'k, 'm> Reader<'k, 'm> {
                     let at = at + i * stride;
                     let range = Range::new(Gva(word(at + base)?), half(at + size)?.into());
                     let kind = kind.clone();
-                    Ok(Part { kind, range })
+                    Ok(ModulePart { kind, range })
                 })
                 .collect::<Result<Vec<_>, Error>>()?,
         };
@@ -306,8 +306,8 @@ impl<'k, 'm> Reader<'k, 'm> {
     pub fn identity(&self, module: &Module) -> Vec<(Gva, Vec<u8>)> {
         let layout = &self.layout;
         let base = match &layout.parts {
-            Parts::Layouts(all) => all.first().map(|&(_, base, _)| base),
-            Parts::Memory { at, base, .. } => Some(at + base),
+            PartsLayout::Layouts(all) => all.first().map(|&(_, base, _)| base),
+            PartsLayout::Memory { at, base, .. } => Some(at + base),
         };
         let mut name = module.name.as_bytes().to_vec();
         name.push(0);
@@ -359,7 +359,7 @@ impl<'k, 'm> Reader<'k, 'm> {
     }
 
     /// The build-id among the notes that `/sys/module/NAME/notes` shows (kernel/module/sysfs.c).
-    fn build_id(&self, notes: &layout::Notes, attrs: Gva) -> Result<Option<Vec<u8>>, Error> {
+    fn build_id(&self, notes: &layout::NotesLayout, attrs: Gva) -> Result<Option<Vec<u8>>, Error> {
         if attrs.0 == 0 {
             return Ok(None);
         }
@@ -433,7 +433,7 @@ impl<'k, 'm> Reader<'k, 'm> {
     /// The module's own types, on top of the kernel's.
     ///
     /// # Errors
-    /// As [`Reader::btf_bytes`], or they are not well-formed.
+    /// As [`ModuleReader::btf_bytes`], or they are not well-formed.
     pub fn btf(&self, module: &Module) -> Result<Option<Btf>, Error> {
         let Some(bytes) = self.btf_bytes(module)? else {
             return Ok(None);
