@@ -1,4 +1,4 @@
-//! What a program may store of a kernel between runs, so that the next one need not read all of its tables.
+//! What a program may store of a kernel, so that its next run does not have to search for the kernel's tables.
 
 use std::io;
 
@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 use crate::kallsyms::Symbols;
 
 /// What was read of one kernel.
+///
+/// Programs store it by serde. Order and types of the fields are their file format.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct CachedKernel {
     /// Guest virtual address of `_text` when it was read.
@@ -22,21 +24,24 @@ pub struct CachedKernel {
     pub btf: Vec<u8>,
 }
 
-/// A store of what was read of one guest's kernels. A kernel that comes out of it is used only if it agrees with what the
-/// guest shows now, so a store may lose or mix up what it likes.
+/// A store of what was read of one guest's kernels.
+///
+/// [`Kernel::of`](crate::Kernel::of) uses a stored kernel only if it agrees with what the guest shows now. So a store may
+/// lose kernels. It must keep those of one guest apart from those of another: a hostile guest can show the build-id of
+/// another's kernel, with tables of its own making.
 pub trait KernelCache {
-    /// All that is stored of this guest, the likeliest first.
+    /// All kernels that are stored of this guest, the likeliest first.
     fn load(&self) -> Box<dyn Iterator<Item = CachedKernel> + '_>;
-    /// Whether [`KernelCache::store`] would store anything: what is stored takes time to gather.
+    /// Whether [`KernelCache::store`] would store anything. If not, its argument is not gathered, which takes time.
     fn is_wanted(&self) -> bool;
     /// Stores `kernel`.
     ///
     /// # Errors
-    /// It can't be written; what was stored before is still whole.
+    /// It can't be written. What was stored before is still whole.
     fn store(&self, kernel: &CachedKernel) -> io::Result<()>;
 }
 
-/// Stores nothing.
+/// A cache that is always empty, and stores nothing.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoCache;
 

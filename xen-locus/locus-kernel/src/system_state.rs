@@ -1,15 +1,16 @@
-//! How far a kernel has got: `system_state` (include/linux/kernel.h, `enum system_states`).
+//! Whether a kernel has started: its variable `system_state` (include/linux/kernel.h, `enum system_states`).
 
-use super::{Error, Kernel};
+use crate::{Error, Kernel};
 
-/// The state of a kernel that has started: its text is mapped as it stays, and `__init` code is gone.
+/// The state of a kernel that has started. From here on its text is mapped as it stays, and `__init` code is gone.
 const RUNNING: &str = "SYSTEM_RUNNING";
 
 impl Kernel<'_> {
-    /// Checks that the kernel has started, and is not going down. One that doesn't tell is believed to run.
+    /// Checks that the kernel has started and is not going down. A kernel without `system_state`, or with a value that its
+    /// types have no name for, passes.
     ///
     /// # Errors
-    /// [`Error::NotReady`]; memory or types can't be read.
+    /// [`Error::NotReady`] if it is in another state; [`Error::Missing`] if it has no types; [`Error::Memory`].
     pub fn check_runs(&self) -> Result<(), Error> {
         let Some(at) = self.symbols.addr("system_state") else {
             return Ok(());
@@ -18,8 +19,8 @@ impl Kernel<'_> {
         let name = self.btf()?.enum_name("system_states", value.into());
         match name {
             Some(state) if state != RUNNING => Err(Error::NotReady(format!(
-                "the guest is starting still, or going down or to sleep: its kernel is in state {state}, and \
-                 is changed in {RUNNING} only; try again when it runs"
+                "the guest is still starting, or is going down or to sleep: its kernel is in state {state}, and \
+                 may be changed only in {RUNNING}; try again when it runs"
             ))),
             _ => Ok(()),
         }

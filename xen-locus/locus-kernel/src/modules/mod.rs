@@ -18,7 +18,9 @@ use locus_guest::addr::{Gva, Range};
 use locus_guest::fetch;
 use locus_guest::space::Space;
 
-use super::{btf::Btf, build_id_note, list, Error, Kernel};
+use crate::btf::{self, Btf};
+use crate::notes::build_id_note;
+use crate::{list, to_usize, Error, Kernel};
 use layout::{ModuleLayout, PartsLayout};
 pub use symbols::ModuleSymbol;
 
@@ -191,8 +193,7 @@ impl<'k, 'm> ModuleReader<'k, 'm> {
     /// Reads `len` bytes within what may be read.
     fn bytes(&self, at: Gva, len: u64) -> Result<Vec<u8>, Error> {
         self.spend(len)?;
-        let len = usize::try_from(len).unwrap_or(usize::MAX);
-        Ok(self.space.read_vec(at, len)?)
+        Ok(self.space.read_vec(at, to_usize(len)?)?)
     }
 
     /// The module at `addr`; `None` if it is not formed yet.
@@ -418,11 +419,11 @@ impl<'k, 'm> ModuleReader<'k, 'm> {
             let btf = Gva(word(types.btf)?);
             let data = Gva(self.space.read_u64(btf.plus(types.data as u64))?);
             let len = self.space.read_u32(btf.plus(types.data_size as u64))?;
-            if len as usize > super::btf::BYTES_MAX {
+            if len as usize > btf::BYTES_MAX {
                 return Err(Error::Odd(format!(
                     "the types of module {} are {len} bytes; expected at most {}",
                     module.name,
-                    super::btf::BYTES_MAX
+                    btf::BYTES_MAX
                 )));
             }
             return Ok(Some(self.bytes(data, len.into())?));
