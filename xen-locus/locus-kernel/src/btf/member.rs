@@ -30,12 +30,13 @@ impl Bits {
     /// Their value in the structure's `bytes`, at most 64 bits; `None` when `bytes` is too short.
     #[must_use]
     pub fn value(&self, bytes: &[u8]) -> Option<u64> {
-        let end = self.offset.checked_add(self.bytes())?;
+        let bits = self.shift.checked_add(self.width).filter(|&n| n <= 128)?;
+        let end = self.offset.checked_add(bits.div_ceil(8) as usize)?;
         let word = bytes
             .get(self.offset..end)?
             .iter()
             .rev()
-            .try_fold(0u128, |w, &b| Some(w.checked_mul(256)? | u128::from(b)))?;
+            .fold(0u128, |w, &b| (w << 8) | u128::from(b));
         let mask = 1u128.checked_shl(self.width)?.wrapping_sub(1);
         u64::try_from((word >> self.shift) & mask).ok()
     }

@@ -1,10 +1,15 @@
 #![allow(clippy::cast_possible_truncation)] // small tables
 
+use locus_guest::addr::{Gva, Range};
 use locus_guest::mock::{MockMemory, ROOT};
+use locus_guest::space::Space;
 
+use super::layout::EntryLayout;
 use super::sample::{btf, frame, kinds, numbers, pack, ALL};
 use super::*;
+use crate::btf::{Bits, Btf};
 use crate::fixture::{vcpus, Fixture, KIND, TEXT, TEXT_LEN};
+use crate::{Error, Kernel};
 
 fn layout(format: OrcFormat) -> EntryLayout {
     let bits = |offset, shift, width| Bits {
