@@ -1,14 +1,21 @@
-//! Names as the kernel keeps them, each byte a token: found without being put together.
+//! Names as the kernel stores them, each byte a token. They are found without being decoded.
 //!
-//! A command asks for a few dozen of a hundred thousand names. So all that is made of a name at first
-//! is its hash, from the hashes of its tokens; it is put together when somebody wants to see it.
+//! A command asks for a few dozen of a hundred thousand names. So at first only the hash of each name is computed, from the
+//! hashes of its tokens. A name is decoded when it is shown.
 
 use serde::{Deserialize, Serialize};
 
-use super::{name_at, NAME_MAX, TEXT_MAX};
+use super::names::name_at;
 use crate::name_index::NameIndex;
 
+/// Longest believed symbol name, in bytes (`KSYM_NAME_LEN` is 128, or 512 since v6.1).
+const NAME_MAX: usize = 512;
+/// Most bytes of all names together.
+const TEXT_MAX: usize = 32 << 20;
+
 /// All names, each with its type character before it, and how to find them.
+///
+/// Caches store the first four fields: their order and types are a file format.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(try_from = "StoredNames")]
 pub(super) struct CompressedNames {
@@ -24,7 +31,7 @@ pub(super) struct CompressedNames {
     by_name: NameIndex,
 }
 
-/// What is kept of them on disk.
+/// What caches store of them.
 #[derive(Deserialize)]
 struct StoredNames {
     tokens: Vec<String>,
@@ -44,7 +51,7 @@ impl TryFrom<StoredNames> for CompressedNames {
 }
 
 impl CompressedNames {
-    /// The first `count` names in `bytes`; `long` is as in [`super::NamesTable`].
+    /// The first `count` names in `bytes`; `long` is as in [`NamesTable`](super::names::NamesTable).
     ///
     /// Nothing if they are not well-formed: 256 tokens of ASCII characters; each name has a type
     /// character and at most [`NAME_MAX`] characters, all of them together at most [`TEXT_MAX`].
@@ -92,11 +99,12 @@ impl CompressedNames {
             self.bytes.get(start..start.checked_add(len)?)
         };
         let token = |&token: &u8| self.tokens.get(usize::from(token));
+        // Absent is empty: a name that is not there has no tokens.
         let tokens = range().unwrap_or_default().iter().filter_map(token);
         tokens.map(String::as_str)
     }
 
-    /// The type character of name `i`.
+    /// The type character of name `i`; `?` if there are not so many names.
     pub(super) fn kind(&self, i: u32) -> char {
         let first = self.tokens_of(i).next();
         first.and_then(|token| token.chars().next()).unwrap_or('?')

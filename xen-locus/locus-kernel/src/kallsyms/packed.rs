@@ -1,14 +1,15 @@
-//! Names in tables that are aligned to four bytes, as in the kernels whose addresses are relative to
-//! their own place (Linux kernel commit a081b5789255 ("kallsyms: Get rid of kallsyms relative base")):
-//! the count is followed by the names at once, and the token table stands right behind the markers.
+//! Names in tables that are aligned to four bytes. Kernels have them whose addresses are relative to their own place:
+//! Linux kernel commit a081b5789255 ("kallsyms: Get rid of kallsyms relative base"). The names follow the count without a
+//! gap, and the token table follows the markers.
 //!
-//! Nearly any four bytes make a possible count, so the markers are read first: how many there are
-//! leaves 256 counts, and where they stand is where the names end.
+//! Nearly any four bytes could be a count, so the markers are read first. Their number leaves 256 possible counts, and
+//! their place is where the names end.
 
 use locus_guest::budget::Budget;
 use locus_guest::fetch;
 
-use super::{name_at, Error, NamesTable, MARKER_EVERY, STEPS};
+use super::names::{name_at, NamesTable, MARKER_EVERY, STEPS};
+use crate::Error;
 
 /// Fewest markers believed.
 const MARKERS_MIN: usize = 4;
@@ -39,9 +40,11 @@ pub(super) fn names(
     for (num_at, count) in likely.take(TRIES) {
         budget.spend((2 * count / STEPS) as u64)?;
         let at = num_at + 4;
-        let names = data.get(at..markers).unwrap_or_default();
+        let (Some(names), Some(words)) = (data.get(at..markers), data.get(markers..)) else {
+            continue;
+        };
         for long in [true, false] {
-            if fit(names, count, long, data.get(markers..)) {
+            if fit(names, count, long, words) {
                 return Ok(Some(NamesTable {
                     num_at,
                     at,
@@ -73,8 +76,7 @@ fn markers(bytes: &[u8]) -> Option<(usize, usize)> {
 }
 
 /// Whether `names` is `count` names and at most three bytes, and the markers agree.
-fn fit(names: &[u8], count: usize, long: bool, markers: Option<&[u8]>) -> bool {
-    let markers = markers.unwrap_or_default();
+fn fit(names: &[u8], count: usize, long: bool, markers: &[u8]) -> bool {
     let mut pos = 0;
     for i in 0..count {
         let marker = (i % MARKER_EVERY == 0).then_some(i / MARKER_EVERY * 4);

@@ -1,3 +1,7 @@
+use locus_guest::addr::Range;
+use locus_guest::budget::Budget;
+
+use super::names::{find_names, SYMBOLS_MIN};
 use super::*;
 use crate::fixture::{vcpus, Fixture, Tables, ENTRY, KIND, TEXT};
 use crate::Kernel;
