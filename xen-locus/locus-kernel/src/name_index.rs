@@ -1,7 +1,7 @@
-//! An index of names by hash: tens of thousands of them, made anew in every run.
+//! An index of names by hash. It is built in every run, over tens of thousands of names, so building it must be cheap.
 
-/// Numbers of named things, grouped by the hash of their names: chains, each item linked to the one
-/// before it in its group.
+/// Numbers of named things, grouped by the hash of their names. A group is a chain: each item is linked to the one before it
+/// in its group.
 #[derive(Clone, Debug)]
 pub(super) struct NameIndex {
     /// The last item of each group, plus one.
@@ -30,12 +30,14 @@ impl NameIndex {
     pub(super) fn push(&mut self, hash: u32) {
         if let Some(last) = self.last.get_mut(group(hash)) {
             self.before.push(*last);
+            // Callers have at most 2^20 names; beyond 2^32 the chain would end here.
             *last = u32::try_from(self.before.len()).unwrap_or(0);
         }
     }
 
     /// All numbers whose name may have this hash, rising.
     pub(super) fn candidates(&self, hash: u32) -> Vec<u32> {
+        // A group is 16 bits of the hash, and there are 2^16 of them.
         let last = self.last.get(group(hash)).copied().unwrap_or(0);
         let chain = std::iter::successors(last.checked_sub(1), |&i| {
             self.before.get(i as usize)?.checked_sub(1)
@@ -48,11 +50,11 @@ impl NameIndex {
 
 /// A hash of a name whose upper bits depend on all of it.
 pub(super) fn hash(name: &[u8]) -> u32 {
-    let words = name.chunks_exact(8);
-    let rest = words.remainder().len();
-    let h = words.fold(SEED, |h, word| {
-        mix(h, u64::from_le_bytes(word.try_into().unwrap_or_default()))
-    });
+    let (words, rest) = name.as_chunks::<8>();
+    let rest = rest.len();
+    let h = words
+        .iter()
+        .fold(SEED, |h, word| mix(h, u64::from_le_bytes(*word)));
     // What is left, as a word of its own: the end of the last eight bytes, if there are so many.
     let last = match name.last_chunk::<8>() {
         Some(word) if rest > 0 => u64::from_le_bytes(*word) >> (64 - 8 * rest),
@@ -69,8 +71,9 @@ pub(super) fn hash(name: &[u8]) -> u32 {
 pub(super) fn hash_string(bytes: &[u8], most: usize) -> u32 {
     const ONES: u64 = 0x0101_0101_0101_0101;
     let mut h = SEED;
-    for (at, word) in (0..most).step_by(8).zip(bytes.chunks_exact(8)) {
-        let word = u64::from_le_bytes(word.try_into().unwrap_or_default());
+    let (words, _) = bytes.as_chunks::<8>();
+    for (at, word) in (0..most).step_by(8).zip(words) {
+        let word = u64::from_le_bytes(*word);
         // The lowest bit set marks the first NUL.
         let nul = word.wrapping_sub(ONES) & !word & (ONES << 7);
         if nul != 0 && at + 8 <= most {
@@ -81,8 +84,7 @@ pub(super) fn hash_string(bytes: &[u8], most: usize) -> u32 {
     }
     // It is cut short, or near the end of all strings.
     let bytes = bytes.get(..most).unwrap_or(bytes);
-    let len = bytes.iter().position(|&b| b == 0).unwrap_or(bytes.len());
-    hash(bytes.get(..len).unwrap_or_default())
+    hash(bytes.split(|&b| b == 0).next().unwrap_or(bytes))
 }
 
 const SEED: u64 = 0;

@@ -1,5 +1,5 @@
-//! What the walk knows of code: the ORC rows for it, where calls end, and the places that hide or
-//! shift what stands on a stack.
+//! What a walk needs to know of code: the ORC rows for it, where calls end, and the places that hide a caller or move the
+//! stack pointer.
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::HashMap;
@@ -16,18 +16,19 @@ use crate::{Error, Kernel};
 const CALL_MAX: usize = 9;
 /// Shortest `call`, in bytes.
 const CALL_MIN: usize = 2;
-/// Bytes of one entry of `hypercall_page`, and of all.
+/// Bytes of one entry of `hypercall_page`.
 const HYPERCALL: usize = 32;
+/// Bytes of the whole page.
 const HYPERCALLS: u64 = 4096;
 /// Most return addresses whose code is remembered.
 const KNOWN_MAX: usize = 1 << 16;
 
-/// Most rows kept of all modules together, four times what Debian's kernels have themselves: 40 MiB of the
-/// largest rows that are believed.
+/// Most rows kept of all modules together: four times what Debian's kernels have themselves, and 40 MiB of the largest
+/// rows that are believed.
 const ROWS_MAX: usize = 1 << 21;
 
-/// Where return addresses lead that were exchanged on the stack: the caller is known only to the
-/// kernel's own lists (`unwind_recover_ret_addr`, arch/x86/include/asm/unwind.h).
+/// Trampolines that a return address may have been exchanged for. The real address is only in lists of the kernel
+/// (`unwind_recover_ret_addr`, arch/x86/include/asm/unwind.h).
 const HIDING: [&str; 4] = [
     "arch_rethook_trampoline",
     "__kretprobe_trampoline",
@@ -35,11 +36,12 @@ const HIDING: [&str; 4] = [
     "return_to_handler",
 ];
 
-/// Those of them that `kernel` has.
+/// The trampolines that `kernel` may have exchanged return addresses for, by name, each with its range of guest virtual
+/// addresses. A stack with such an address hides a caller (kretprobes, function graph tracing).
 pub fn hiding<'k>(kernel: &'k Kernel<'_>) -> impl Iterator<Item = (&'static str, Range)> + 'k {
     HIDING.iter().filter_map(|&name| {
         let at = kernel.symbols.addr(name)?;
-        // Its first byte is what stands on a stack.
+        // On a stack there is the address of its first byte. Behind the last symbol, that byte is all that is known.
         let room = kernel.symbols.room(at).unwrap_or(1);
         Some((name, Range::new(at, room)))
     })
@@ -53,7 +55,7 @@ pub struct CodeMap<'k, 'm> {
     modules: Vec<ModuleRows>,
     room: RowBudget,
     hiding: Vec<(&'static str, Range)>,
-    /// `ret_from_fork`, and what took its place as the first address of a task.
+    /// Where a new task begins: `ret_from_fork`, or in later kernels `ret_from_fork_asm`.
     first: Vec<Gva>,
     hypercalls: Option<Range>,
     known: RefCell<HashMap<Gva, bool>>,
@@ -82,10 +84,10 @@ struct ModuleRows {
 }
 
 impl<'k, 'm> CodeMap<'k, 'm> {
-    /// Reads the kernel's table, and where those of the modules are.
+    /// Reads the kernel's ORC table, and where the tables of the modules are.
     ///
     /// # Errors
-    /// The kernel has no ORC table, or it can't be read.
+    /// As [`OrcRows::read`], and if the list of modules can't be read.
     pub fn read(kernel: &'k Kernel<'m>) -> Result<CodeMap<'k, 'm>, Error> {
         let symbol = |name| kernel.symbols.addr(name);
         let first = ["ret_from_fork", "ret_from_fork_asm"];
@@ -104,7 +106,7 @@ impl<'k, 'm> CodeMap<'k, 'm> {
         Ok(code)
     }
 
-    /// Lists the modules anew, and forgets what was known of their code.
+    /// Lists the modules again, and forgets what was known of code.
     ///
     /// # Errors
     /// The list can't be read.
@@ -138,7 +140,8 @@ impl<'k, 'm> CodeMap<'k, 'm> {
         Ok(())
     }
 
-    /// The row that holds at `ip`. A module whose table can't be read, or is one too many, has none.
+    /// The row that applies at `ip`. Code of a module has none if the module's table can't be read, or if the tables of
+    /// other modules have used up the room.
     pub fn row(&self, ip: Gva) -> Option<OrcRow> {
         if let Some(row) = self.orc.row(ip) {
             return Some(row);
@@ -153,7 +156,7 @@ impl<'k, 'm> CodeMap<'k, 'm> {
         module.orc.get_or_init(read).as_ref()?.row(ip)
     }
 
-    /// The row that held at `ip` in the code that the kernel discarded after it booted.
+    /// The row for `ip` in code that the kernel has discarded since it booted.
     pub fn row_discarded(&self, ip: Gva) -> Option<OrcRow> {
         self.orc.row_discarded(ip)
     }
@@ -183,8 +186,10 @@ impl<'k, 'm> CodeMap<'k, 'm> {
         self.first.contains(&ip)
     }
 
-    /// Bytes that the hypervisor's own code in `hypercall_page` has pushed before `ip`. The kernel
-    /// has rows for that page as if nothing was; Xen saves two registers of a PV guest around its
+    /// Bytes that the hypervisor's code in `hypercall_page` has pushed before `ip`; 0 for all other code, `None` in the
+    /// middle of an instruction.
+    ///
+    /// The kernel has rows for that page as if nothing was pushed. But Xen saves two registers of a PV guest around its
     /// `syscall` (xen/arch/x86/pv/hypercall.c: `pv_ring3_init_hypercall_page`).
     pub fn pushed(&self, ip: Gva) -> Option<u64> {
         if !self.hypercalls.is_some_and(|page| page.contains(ip)) {
@@ -207,23 +212,21 @@ impl<'k, 'm> CodeMap<'k, 'm> {
     }
 }
 
-/// Whether a `call` ends right before `at`.
+/// Whether the instruction that ends right before the guest virtual address `at` can be a near `call`, so that `at` can
+/// be a return address. False if the code can't be read.
 pub fn ends_call(space: &Space<'_>, at: Gva) -> bool {
     let mut bytes = [0; CALL_MAX];
-    // No more than is there, if the call is among the first bytes of what is mapped.
+    // Less than the longest, if the call is among the first bytes of what is mapped.
     let len = (CALL_MIN..=CALL_MAX).rev().find(|&len| {
-        let part = bytes.get_mut(CALL_MAX - len..).unwrap_or_default();
         let start = Gva(at.0.wrapping_sub(len as u64));
-        space.read(start, part).is_ok()
+        let part = bytes.get_mut(CALL_MAX - len..);
+        part.is_some_and(|part| space.read(start, part).is_ok())
     });
     let Some(len) = len else { return false };
-    (CALL_MIN..=len).any(|len| {
-        let code = bytes.get(CALL_MAX - len..).unwrap_or_default();
-        is_call(code)
-    })
+    (CALL_MIN..=len).any(|len| bytes.get(CALL_MAX - len..).is_some_and(is_call))
 }
 
-/// Whether `code` is one near `call`, all of it.
+/// Whether all of `code` is one near `call`.
 fn is_call(code: &[u8]) -> bool {
     let found = Decoder::new(64, code, DecoderOptions::NONE).decode();
     found.len() == code.len() && (found.is_call_near() || found.is_call_near_indirect())

@@ -1,5 +1,5 @@
-//! Frames in the kernel's own words: `function+0x12/0x80 [module]`, as `%pB` prints them
-//! (kernel/kallsyms.c: `sprint_backtrace`).
+//! Names of frames in the form that the kernel prints (`%pB`, kernel/kallsyms.c: `sprint_backtrace`):
+//! `function+0x12/0x80 [module]`.
 
 use std::cell::OnceCell;
 
@@ -9,7 +9,7 @@ use super::StackFrame;
 use crate::modules::{Module, ModuleReader, ModuleSymbol};
 use crate::{Error, Kernel};
 
-/// Names of code.
+/// Names the code of a kernel and its modules, as they were loaded when it was made.
 #[derive(Debug)]
 pub struct FrameNames<'k, 'm> {
     kernel: &'k Kernel<'m>,
@@ -23,15 +23,15 @@ struct ModuleNames {
     module: Module,
     /// Where its code may be.
     text: Vec<Range>,
-    /// Read when they are wanted, and sorted.
+    /// Sorted by address; read at first use.
     symbols: OnceCell<Vec<ModuleSymbol>>,
 }
 
 impl<'k, 'm> FrameNames<'k, 'm> {
-    /// Lists the modules.
+    /// Lists the modules of `kernel`. Their symbols are read at first use.
     ///
     /// # Errors
-    /// The list can't be read.
+    /// [`Error::Missing`] if the kernel has no types; otherwise as [`ModuleReader::all`].
     pub fn read(kernel: &'k Kernel<'m>) -> Result<FrameNames<'k, 'm>, Error> {
         let mut reader = ModuleReader::new(kernel)?;
         let btf = kernel.btf()?;
@@ -66,6 +66,7 @@ impl<'k, 'm> FrameNames<'k, 'm> {
             kernel,
             image: Range {
                 start: kernel.text_base,
+                // Without either symbol, all above the text counts as the image.
                 end: end.unwrap_or(Gva(u64::MAX)),
             },
             reader,
@@ -73,7 +74,8 @@ impl<'k, 'm> FrameNames<'k, 'm> {
         })
     }
 
-    /// What `frame` is in: of a return address, what the call before it is in.
+    /// The function that `frame` is in, with offset and size in hexadecimal. For a return address it is the function of the
+    /// `call` before it. The bare address if no symbol covers it, or the symbols of its module can't be read.
     #[must_use]
     pub fn of(&self, frame: StackFrame) -> String {
         let back = u64::from(!frame.interrupted);
@@ -98,8 +100,9 @@ impl<'k, 'm> FrameNames<'k, 'm> {
         let loaded = self.modules.iter().find(holds)?;
         let text = loaded.text.iter().find(|range| range.contains(at))?;
         let symbols = loaded.symbols.get_or_init(|| {
+            // A module that is gone, or is damaged, has no names.
             let mut all = self.reader.symbols(&loaded.module).unwrap_or_default();
-            // Stable: of several at one address the first is the one that is shown.
+            // The sort is stable: of several at one address, the first is shown.
             all.sort_by_key(|symbol| symbol.addr);
             all
         });

@@ -1,4 +1,4 @@
-//! The stacks on which a thread of execution can stand.
+//! The stacks that a thread of execution can be on: that of its task, and those of its CPU.
 
 use locus_guest::addr::{Gva, Range, PAGE_SIZE};
 use locus_guest::space::Space;
@@ -13,9 +13,9 @@ const LEN_MAX: u64 = 256 << 10;
 /// What a stack is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StackKind {
-    /// A task's own.
+    /// Of a task: for its system calls, and in PV guests for interrupts too.
     Task,
-    /// Of a CPU, for interrupts.
+    /// Of a CPU, for interrupts (`hardirq_stack_ptr`).
     Irq,
     /// Of a CPU, for one of the exceptions that need a stack of their own: double fault, NMI, debug,
     /// machine check, VMM communication.
@@ -24,14 +24,14 @@ pub enum StackKind {
     Entry,
 }
 
-/// A stack, and a window onto it.
+/// A stack, and access to its bytes.
 #[derive(Clone, Copy)]
 pub struct Stack<'s> {
     /// What it is for.
     pub kind: StackKind,
-    /// Where it is.
+    /// Where it is, in guest virtual addresses.
     pub range: Range,
-    /// Its bytes: offset 0 is the start of the range.
+    /// Its bytes. Offset 0 is the start of the range.
     pub memory: &'s dyn Window,
 }
 
@@ -45,7 +45,7 @@ impl std::fmt::Debug for Stack<'_> {
 }
 
 impl Stack<'_> {
-    /// The word at `at`; `None` if it isn't all on the stack, not aligned or can't be read.
+    /// The word at `at`; `None` if it is not all on the stack, is not aligned, or can't be read.
     pub(super) fn word(&self, at: Gva) -> Option<u64> {
         if !at.0.is_multiple_of(8) || !self.range.contains(at) {
             return None;
@@ -66,37 +66,41 @@ pub struct StackCopy {
 }
 
 impl StackCopy {
-    /// Copies `range` from `from` up, all of it if `from` is elsewhere.
+    /// Copies the stack `range` from the stack pointer `from` up, or all of it if `from` is not in it. Both are guest
+    /// virtual addresses.
     ///
     /// # Errors
-    /// It can't be read.
+    /// As [`Space::read_vec`].
     pub fn read(space: &Space<'_>, range: Range, from: Gva) -> Result<StackCopy, guest::Error> {
         let from = if range.contains(from) {
             from
         } else {
             range.start
         };
-        let len = usize::try_from(range.end.0 - from.0).unwrap_or(usize::MAX);
+        let length = |n: u64| {
+            usize::try_from(n).map_err(|_| guest::Error::Odd(format!("{range:?} is no stack")))
+        };
         Ok(StackCopy {
-            from: usize::try_from(from.0 - range.start.0).unwrap_or(usize::MAX),
-            bytes: space.read_vec(from, len)?,
+            from: length(from.0 - range.start.0)?,
+            bytes: space.read_vec(from, length(range.end.0 - from.0)?)?,
         })
     }
 
-    /// Copies all of `range`.
+    /// Copies all of the stack `range` by `read`, which fills a buffer of so many bytes from the start of the stack.
     ///
     /// # Errors
-    /// Those of `read`, which is asked for so many bytes from its start.
+    /// Those of `read`.
     pub fn of<E>(
         range: Range,
         read: impl FnOnce(&mut [u8]) -> std::result::Result<(), E>,
     ) -> std::result::Result<StackCopy, E> {
+        // A range that this machine can't hold gives an empty copy, of which every read fails.
         let mut bytes = vec![0; usize::try_from(range.len()).unwrap_or(0)];
         read(&mut bytes)?;
         Ok(StackCopy { from: 0, bytes })
     }
 
-    /// What was copied.
+    /// What was copied: the end of the stack.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
@@ -119,14 +123,14 @@ impl Window for StackCopy {
     }
 }
 
-/// The stacks of the CPU whose area is at `base`, as far as the kernel has them. PV guests take
-/// interrupts and exceptions on the stack that is in use.
+/// The stacks of the CPU whose per-CPU area is at the guest virtual address `base`, as far as the kernel has them. A stack
+/// that can't be found is left out. PV guests take interrupts and exceptions on the stack that is in use.
 ///
 /// Sources: `hardirq_stack_ptr` (arch/x86/kernel/irq_64.c), `cea_exception_stacks` and
 /// `struct cpu_entry_area` (arch/x86/include/asm/cpu_entry_area.h).
 ///
 /// # Errors
-/// The kernel has no types.
+/// [`Error::Missing`] if the kernel has no types.
 pub fn of_cpu(
     kernel: &Kernel<'_>,
     space: &Space<'_>,
@@ -168,7 +172,7 @@ pub fn of_cpu(
                 );
             }
         }
-        // They are part of the CPU's entry area, the entry stack another.
+        // They are a part of the CPU's entry area. The entry stack is another.
         let member = |name| btf.offset_of("cpu_entry_area", name);
         if let (Ok(own), Ok(entry), Some(len)) = (
             member("estacks"),

@@ -1,7 +1,7 @@
-//! The stacks of the tasks of a guest, whether it runs or not.
+//! The stacks of all tasks of a guest, whether it runs or not.
 //!
-//! A task that is on no CPU does not change its stack: it is read, and read again if the task ran
-//! meanwhile, which its counts of context switches tell.
+//! A task that is on no CPU does not change its stack. So the stack is read, and read again if the task ran meanwhile. Its
+//! counters of context switches show that.
 
 use locus_guest::addr::Gva;
 use locus_guest::space::Space;
@@ -12,25 +12,26 @@ use super::{Unreliable, Walk, WalkEnd, Walker};
 use crate::tasks::{self, DetailLayout, Task, TaskDetail, TaskLayout};
 use crate::{Error, Kernel};
 
-/// Times a task's stack is read before it counts as one that can't be.
+/// How often a task's stack is read before the task counts as one that always runs.
 const TRIES: u32 = 4;
 
 /// A task, and what its stack showed.
 #[derive(Clone, Debug)]
 pub struct TaskStack {
-    /// The task.
+    /// The task, as the list of tasks had it.
     pub task: Task,
-    /// What `info` says of it.
+    /// Its process, state and CPU.
     pub detail: TaskDetail,
-    /// Its stack.
+    /// The frames of its stack.
     pub walk: Walk,
 }
 
-/// Walks the stacks of the tasks whose id is `wanted`. `vcpus` are registers of the same moment as
-/// memory, or none.
+/// Walks the stacks of the tasks whose thread id is `wanted`. `vcpus` are registers of the same moment as memory, as a core
+/// has them. They are empty for a running guest: its tasks on a CPU then end in [`Unreliable::Runs`].
 ///
 /// # Errors
-/// The kernel lacks a symbol or type, or the list of tasks can't be read.
+/// [`Error::Missing`] if the kernel lacks a symbol or type, [`Error::Odd`] if a list of tasks has no end, [`Error::Memory`].
+/// A stack that can't be walked is no error, but a [`Walk`] that is not reliable.
 pub fn walk(
     kernel: &Kernel<'_>,
     vcpus: &[Vcpu],
@@ -49,6 +50,7 @@ pub fn walk(
     })
 }
 
+/// What it takes to walk the stack of any task.
 struct TaskStackReader<'l, 'k, 'm> {
     kernel: &'k Kernel<'m>,
     walker: Walker<'k, 'm>,
@@ -103,7 +105,7 @@ impl TaskStackReader<'_, '_, '_> {
                 }
                 continue;
             }
-            // The stack of one that dies now is unmapped.
+            // The stack of a task that dies now is unmapped.
             let Ok(memory) = StackCopy::read(space, task.stack, before.sp) else {
                 continue;
             };
@@ -119,7 +121,7 @@ impl TaskStackReader<'_, '_, '_> {
         Ok(Walk::failed(Unreliable::Restless))
     }
 
-    /// What a task on a CPU is at, if that CPU's registers are known.
+    /// Walks from the registers of the CPU that `task` is on, if they are known.
     fn running(&self, space: &Space<'_>, task: &Task) -> Result<Walk, Error> {
         let Some((vcpu, base)) = self.cpu_of(space, task)? else {
             return Ok(Walk::failed(Unreliable::Runs));
@@ -144,7 +146,7 @@ impl TaskStackReader<'_, '_, '_> {
         Ok(self.walker.running(vcpu, &stacks, task.idle))
     }
 
-    /// The CPU whose current task is `task`, and where its area is.
+    /// The CPU whose current task is `task`, and the base of its per-CPU area.
     fn cpu_of(&self, space: &Space<'_>, task: &Task) -> Result<Option<(&Vcpu, u64)>, Error> {
         let Some(current) = tasks::current_symbol(self.kernel) else {
             return Ok(None);
@@ -154,7 +156,7 @@ impl TaskStackReader<'_, '_, '_> {
         }
         for base in tasks::percpu_bases(self.kernel, space)? {
             let holds = space.read_u64(tasks::percpu(current, base)).ok() == Some(task.addr.0);
-            // In the kernel's entry code the two GS bases may not be exchanged yet.
+            // In the kernel's entry code the two GS bases may not have been swapped yet.
             let online = || self.vcpus.iter().filter(|v| v.online);
             let vcpu = online()
                 .find(|v| v.gs_base == Gva(base))

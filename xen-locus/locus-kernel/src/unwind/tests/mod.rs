@@ -1,8 +1,13 @@
+//! Walks of stacks made by hand, in the small guest.
+
 #![allow(clippy::cast_possible_truncation)] // small stacks
+
+mod hostile;
+mod modules;
 
 use locus_guest::addr::Range;
 use locus_guest::space::Space;
-use locus_guest::{self as guest, GuestType, Window};
+use locus_guest::{self as guest, GuestType, Vcpu, Window};
 
 use super::stack::StackCopy;
 use super::*;
@@ -13,6 +18,7 @@ use crate::fixture_world::frames::{
 };
 use crate::fixture_world::{World, IDLE, PATCHED, STACKS};
 use crate::tasks::TaskLayout;
+use crate::Kernel;
 
 /// Bytes of each stack of these tests.
 const LEN: u64 = 0x10000;
@@ -327,152 +333,6 @@ fn what_a_hypercall_pushes_is_counted() {
 }
 
 #[test]
-fn an_exchanged_return_address_is_named() {
-    let stacks = Stacks::asleep().words(&[(TOP - 8, RETHOOK.0)]);
-    let walk = stacks.sleeping(ASLEEP);
-    assert_eq!(walk.end, Err(Unreliable::Hidden("arch_rethook_trampoline")));
-    assert_eq!(
-        walk.end.unwrap_err().to_string(),
-        "caller hidden by arch_rethook_trampoline"
-    );
-    assert_eq!(addresses(&walk)[2], RETHOOK.0);
-}
-
-#[test]
-fn what_is_no_stack_is_refused() {
-    let good = Stacks::asleep;
-    assert_eq!(good().sleeping(ASLEEP).end, Ok(WalkEnd::User));
-    let end = |at: u64, value: u64| good().words(&[(at, value)]).sleeping(ASLEEP).end;
-    let last = TOP - 8;
-    // Code without a row, code that is none, no code.
-    assert_eq!(end(last, PATCHED.0 + 0x10_0000), Err(Unreliable::NoRow));
-    assert_eq!(end(last, 0), Err(Unreliable::NoRow));
-    assert_eq!(end(last, TASK), Err(Unreliable::NoRow));
-    // A place that no call returns to, and one that the kernel doesn't know.
-    assert_eq!(end(last, after(SYSCALL) - 1), Err(Unreliable::NoCall));
-    assert_eq!(end(last, FRAMED.0 + 0x180), Err(Unreliable::NoCall));
-    assert_eq!(
-        good().running(&vcpu(FRAMED.0 + 0x180, last)).end,
-        Err(Unreliable::Undefined)
-    );
-    // An end in the middle of a stack.
-    assert_eq!(end(TOP - 0xd8, after(FORK)), Err(Unreliable::EndElsewhere));
-    // Kernel registers at the top, whose stack pointer is anywhere.
-    for (sp, why) in [
-        (0, Unreliable::OffStack),
-        (u64::MAX, Unreliable::OffStack),
-        (TASK, Unreliable::Backwards),
-        (TOP, Unreliable::Backwards),
-        (TASK - 8, Unreliable::OffStack),
-    ] {
-        let stacks = good().regs(TOP, PATCHED.0 + 1, 0x10, sp);
-        assert_eq!(stacks.sleeping(ASLEEP).end, Err(why), "{sp:#x}");
-    }
-    // Saved stack pointers.
-    for sp in [
-        0,
-        8,
-        ASLEEP + 4,
-        u64::MAX,
-        u64::MAX - 0x38,
-        TASK - 0x1000,
-        TASK + LEN - 0x30,
-    ] {
-        assert_eq!(
-            good().sleeping(sp).end,
-            Err(Unreliable::OffStack),
-            "{sp:#x}"
-        );
-    }
-}
-
-#[test]
-fn a_stack_that_was_left_is_not_entered_again() {
-    let (stacks, vcpu) = interrupted(KTHREAD.0 + 1);
-    let stacks = stacks.regs(TOP - 0x800, KTHREAD.0 + 1, 0x10, IRQ + 0x1100);
-    assert_eq!(stacks.running(&vcpu).end, Err(Unreliable::Backwards));
-    // Nor by a plain frame.
-    let sp = IRQ + LEN - 0x10;
-    let stacks = Stacks::new().words(&[(sp, after(SCHEDULE))]);
-    let walk = stacks.running(&Vcpu {
-        rip: IDLE,
-        rsp: Gva(sp),
-        ..vcpu
-    });
-    assert_eq!(walk.end, Err(Unreliable::OffStack));
-}
-
-#[test]
-fn a_walk_is_bounded() {
-    // Interrupt frame upon interrupt frame, each 48 bytes up.
-    let mut stacks = Stacks::new();
-    let count = LEN / 48 - 2;
-    for n in 0..count {
-        let sp = TASK + 48 * n;
-        stacks = stacks.regs(sp + 8 - RIP, EXCEPTION.0, 0x10, sp + 48);
-    }
-    let walk = stacks.running(&vcpu(EXCEPTION.0, TASK));
-    assert_eq!(walk.end, Err(Unreliable::TooLong));
-    assert_eq!(walk.frames.len(), FRAMES_MAX);
-}
-
-#[test]
-fn garbage_on_the_stacks_is_walked_without_harm() {
-    let places = [
-        SCHEDULE,
-        SYSCALL,
-        FORK,
-        KTHREAD,
-        ON_IRQ_STACK,
-        INTERRUPT,
-        EXCEPTION,
-        REALIGNED,
-        FRAMED,
-        PATCHED,
-        RETHOOK,
-        HYPERCALLS,
-    ];
-    let mut state = 7u64;
-    let mut next = move || {
-        state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
-        state >> 33
-    };
-    let world = World::new(GuestType::Pv);
-    let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
-    let walker = Walker::new(&kernel).unwrap();
-    let mut reliable = 0;
-    for _ in 0..300 {
-        let mut stacks = Stacks::new();
-        for base in [TASK, IRQ, NMI, ENTRY] {
-            for at in (base..base + LEN).step_by(8).skip(7800) {
-                let place = places[next() as usize % places.len()];
-                let value = match next() % 8 {
-                    0..=3 => after(place),
-                    4 => place.0 + next() % 8,
-                    5 => [TASK, IRQ, NMI, ENTRY][next() as usize % 4] + LEN - next() % 0x400,
-                    6 => 0x33,
-                    _ => 0x10,
-                };
-                stacks.put(at, value);
-            }
-        }
-        for sp in (TASK + LEN - 0x400..TASK + LEN).step_by(8) {
-            let mut vcpu = vcpu(places[next() as usize % places.len()].0, sp);
-            (vcpu.rbp, vcpu.r10) = (sp + 16, sp + 64);
-            for walk in [
-                walker.sleeping(Gva(sp), stacks.all()[0], next() % 2 == 0),
-                walker.running(&vcpu, &stacks.all(), next() % 2 == 0),
-            ] {
-                assert!(walk.frames.len() <= FRAMES_MAX);
-                reliable += usize::from(walk.is_reliable());
-            }
-        }
-    }
-    // Some do end well by chance: the garbage gets far enough.
-    assert!(reliable > 0);
-}
-
-#[test]
 fn a_copy_has_only_the_live_part() {
     let world = World::new(GuestType::Pv);
     let space = Space::new(&world.memory, locus_guest::mock::ROOT, 4);
@@ -486,70 +346,4 @@ fn a_copy_has_only_the_live_part() {
     assert!(copy.read(usize::MAX, &mut word).is_err());
     let whole = StackCopy::read(&space, range, Gva(0)).unwrap();
     assert!(whole.read(0, &mut word).is_ok());
-}
-
-/// Where a module is: its text, its table, and its `struct module`.
-const MODULE: u64 = 0xffff_ffff_c000_0000;
-
-/// Loads a module into the world: one function that calls at its first byte, and rows for it and for
-/// init code that is gone.
-fn load(world: &World, kernel: &Kernel<'_>) {
-    let row = |format| crate::orc::sample::frame(format, 0xd0);
-    let format = crate::fixture_world::frames::FORMAT;
-    let mut table = Vec::new();
-    let (ips, rows) = (MODULE + 0x1000, MODULE + 0x1100);
-    for (n, ip) in (0..).zip([MODULE + 0x100, MODULE + 0x8000]) {
-        table.extend((ip.wrapping_sub(ips + 4 * n) as u32).to_le_bytes());
-    }
-    table.resize(0x100, 0);
-    table.extend([row(format), row(format)].concat());
-    let mut text = vec![0xcc; 0x200];
-    text[0x100..0x105].copy_from_slice(&[0xe8, 0, 0, 0, 0]);
-    let modules = kernel.symbols.addr("modules").unwrap();
-    let mut module = vec![0; 0x1000];
-    let btf = kernel.btf().unwrap();
-    let list = btf.offset_of("module", "list").unwrap() as u64;
-    let mut put = |member: &str, value: u64| {
-        let at = btf.offset_of("module", member).unwrap();
-        module[at..at + 8].copy_from_slice(&value.to_le_bytes());
-    };
-    let sources = MODULE + 0x2000 + btf.offset_of("module", "source_list").unwrap() as u64;
-    put("list", modules.0);
-    put("source_list", sources);
-    put("core_layout.base", MODULE);
-    put("core_layout.size", 0x200);
-    put("arch.num_orcs", 2);
-    put("arch.orc_unwind_ip", ips);
-    put("arch.orc_unwind", rows);
-    for (at, bytes) in [(0, text), (0x1000, table), (0x2000, module)] {
-        world.memory.map_bytes(Gva(MODULE + at), &bytes, true, true);
-    }
-    let head = kernel.space.walk(modules).unwrap().frame;
-    let node = (MODULE + 0x2000 + list).to_le_bytes();
-    world.memory.fill(head, modules.offset(), &node);
-}
-
-#[test]
-fn a_modules_rows_are_read_when_they_are_wanted() {
-    let world = World::new(GuestType::Pvh);
-    let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
-    let mut walker = Walker::new(&kernel).unwrap();
-    let stacks = Stacks::asleep().words(&[(TOP - 0xd0 - 8, MODULE + 0x105)]);
-    let walk = |walker: &Walker<'_, '_>| walker.sleeping(Gva(ASLEEP), stacks.all()[0], false);
-    assert_eq!(walk(&walker).end, Err(Unreliable::NoRow));
-    load(&world, &kernel);
-    walker.refresh().unwrap();
-    let found = walk(&walker);
-    assert_eq!(found.end, Ok(WalkEnd::User));
-    let names = frame_names::FrameNames::read(&kernel).unwrap();
-    let words: Vec<String> = found.frames.iter().map(|&f| names.of(f)).collect();
-    // It has no symbols.
-    assert_eq!(
-        words,
-        [
-            "__schedule+0x5/0x100",
-            "0xffffffffc0000105",
-            "entry_SYSCALL_64_after_hwframe+0x5/0x100"
-        ]
-    );
 }
