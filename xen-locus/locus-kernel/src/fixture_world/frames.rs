@@ -2,10 +2,9 @@
 
 use locus_guest::addr::Gva;
 
-use super::{Draft, ENTRY, IDLE, PATCHED, STACK_LEN};
-use crate::btf::blob::Blob;
-use crate::btf::TypeKind;
-use crate::fixture::{TEXT, TEXT_LEN};
+use super::draft::Draft;
+use super::{IDLE, PATCHED, STACK_LEN};
+use crate::fixture::{ENTRY, TEXT, TEXT_LEN};
 use crate::orc::sample::{frame, kinds, numbers, pack};
 use crate::orc::{OrcFormat, FORMAT_HASHES};
 
@@ -170,48 +169,4 @@ impl Draft {
             }
         }
     }
-}
-
-/// What the walk of a stack asks for.
-pub(super) fn types(btf: &mut Blob, [int, long, char]: [u32; 3]) {
-    let short = btf.int("short int", 2);
-    btf.fields(
-        TypeKind::Struct,
-        "orc_entry",
-        6,
-        &[
-            ("sp_offset", short, 0, 0),
-            ("bp_offset", short, 16, 0),
-            ("sp_reg", int, 32, 4),
-            ("bp_reg", int, 36, 4),
-            ("type", int, 40, 3),
-            ("signal", int, 43, 1),
-        ],
-    );
-    let names = [
-        "r15", "r14", "r13", "r12", "bp", "bx", "r11", "r10", "r9", "r8", "ax", "cx", "dx", "si",
-        "di", "orig_ax", "ip", "cs", "flags", "sp", "ss",
-    ];
-    let words = |names: &[&'static str]| -> Vec<(&'static str, u32, usize)> {
-        (0..)
-            .zip(names)
-            .map(|(i, &name)| (name, long, 8 * i))
-            .collect()
-    };
-    btf.structure("pt_regs", REGS as usize, &words(&names));
-    let saved = ["r15", "r14", "r13", "r12", "bx", "bp", "ret_addr"];
-    btf.structure("inactive_task_frame", INACTIVE as usize, &words(&saved));
-    let page = btf.array(char, 4096);
-    btf.structure("irq_stack", 4096, &[("stack", page, 0)]);
-    btf.structure("entry_stack", 512, &[("stack", char, 0)]);
-    let own = btf.structure(
-        "cea_exception_stacks",
-        3 * 4096,
-        &[("DF_stack", page, 0), ("NMI_stack", page, 2 * 4096)],
-    );
-    btf.structure(
-        "cpu_entry_area",
-        5 * 4096,
-        &[("entry_stack_page", page, 4096), ("estacks", own, 2 * 4096)],
-    );
 }
