@@ -1,4 +1,4 @@
-//! Where the members of `struct module` and its relatives stand, from BTF.
+//! Where the members of `struct module` and its relatives are, from BTF.
 
 use locus_guest::addr::Gva;
 
@@ -15,7 +15,7 @@ const NAME_MAX: usize = 4096;
 /// Number of taint flags believed: the mask has 64 bits.
 const TAINTS_MAX: u64 = 64;
 
-/// Offsets in bytes within `struct module`, unless they say otherwise.
+/// Offsets in `struct module` in bytes, unless they say otherwise.
 #[derive(Debug)]
 pub(super) struct ModuleLayout {
     pub size: usize,
@@ -34,13 +34,27 @@ pub(super) struct ModuleLayout {
     pub num_syms: usize,
     /// Exports for GPL modules, where they stand in a table of their own.
     pub gpl_syms: Option<(usize, usize)>,
-    /// Tables of places that the kernel rewrites: what they are, offsets of the pointer to the
-    /// table and of its length, size of an entry.
-    pub rewritten: Vec<(&'static str, usize, usize, usize)>,
+    /// Tables of places that the kernel rewrites.
+    pub rewritten: Vec<TableLayout>,
     pub symbols: SymbolTableLayout,
     pub types: Option<BtfListLayout>,
     pub taints_at: Option<TaintTable>,
+    /// Values of `enum module_state`: live, coming, going, unformed.
     states: [i64; 4],
+    /// The first of them, as the member has it.
+    live: u32,
+}
+
+/// A table of places that the kernel rewrites.
+#[derive(Debug)]
+pub(super) struct TableLayout {
+    /// What is at the places.
+    pub what: &'static str,
+    /// Offsets of the pointer to the table, and of its number of entries.
+    pub at: usize,
+    pub count: usize,
+    /// Size of an entry, in bytes.
+    pub entry: usize,
 }
 
 /// How the kernel describes a module's memory.
@@ -130,7 +144,11 @@ impl ModuleLayout {
             btf.enum_value("module_state", name)
                 .ok_or_else(|| Error::Missing(format!("{name} in enum module_state in BTF")))
         };
+        let live = state("MODULE_STATE_LIVE")?;
         Ok(ModuleLayout {
+            live: u32::try_from(live).map_err(|_| {
+                Error::Odd(format!("MODULE_STATE_LIVE is {live}; expected 32 bits"))
+            })?,
             size: bounded(btf.size_of("module")?, "struct module", SIZE_MAX)?,
             state: member("state")?,
             list: member("list")?,
@@ -166,7 +184,7 @@ impl ModuleLayout {
             types: types(btf).ok(),
             taints_at: taints(kernel, btf),
             states: [
-                state("MODULE_STATE_LIVE")?,
+                live,
                 state("MODULE_STATE_COMING")?,
                 state("MODULE_STATE_GOING")?,
                 state("MODULE_STATE_UNFORMED")?,
@@ -176,8 +194,7 @@ impl ModuleLayout {
 
     /// The value of the state of a live module.
     pub fn live(&self) -> u32 {
-        let [live, ..] = self.states;
-        u32::try_from(live).unwrap_or(0)
+        self.live
     }
 
     /// The state of the module at `addr`; `None` while it is not formed.
@@ -237,7 +254,7 @@ fn parts(btf: &Btf) -> Result<PartsLayout, Error> {
 }
 
 /// `jump_entries` and `static_call_sites` of `struct module`, where the kernel has them.
-fn rewritten(btf: &Btf) -> Result<Vec<(&'static str, usize, usize, usize)>, Error> {
+fn rewritten(btf: &Btf) -> Result<Vec<TableLayout>, Error> {
     let mut found = Vec::new();
     // Sizes of `struct jump_entry` and `struct static_call_site`.
     for (what, table, count, entry) in [
@@ -254,7 +271,12 @@ fn rewritten(btf: &Btf) -> Result<Vec<(&'static str, usize, usize, usize)>, Erro
                 btf.offset_of("module", table)?,
                 btf.offset_of("module", count)?,
             );
-            found.push((what, at, count, entry));
+            found.push(TableLayout {
+                what,
+                at,
+                count,
+                entry,
+            });
         }
     }
     Ok(found)
@@ -282,7 +304,7 @@ fn symbols(btf: &Btf) -> Result<SymbolTableLayout, Error> {
     let table = |path| btf.offset_of("mod_kallsyms", path);
     let relative = btf.has("kernel_symbol", "value_offset");
     let export = |path| btf.offset_of("kernel_symbol", path);
-    // What /proc/kallsyms can hold of a name (kernel/kallsyms.c).
+    // What /proc/kallsyms can hold of a name (kernel/kallsyms.c). Kernels without the type have at most this.
     let name_len = btf.array_len("kallsym_iter", "name").unwrap_or(512);
     Ok(SymbolTableLayout {
         symtab: table("symtab")?,

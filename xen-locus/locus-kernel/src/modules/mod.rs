@@ -1,8 +1,7 @@
-//! The modules that are loaded: what `/proc/modules` says of each and more, from the list `modules`.
+//! The loaded modules: what `/proc/modules` says of each and more, from the kernel's list `modules`.
 //!
-//! Sources: kernel/module/main.c, kernel/module/procfs.c (`m_show`) and include/linux/module.h; all
-//! of them were kernel/module.c in older kernels. A module may be loaded or go while its guest
-//! runs: the list is read again when a reading fails.
+//! Sources: kernel/module/main.c and kernel/module/procfs.c (`m_show`), which were kernel/module.c in older kernels, and
+//! include/linux/module.h. A module may come or go while its guest runs. So the list is read again if reading fails.
 
 mod layout;
 #[cfg(any(test, feature = "testing"))]
@@ -18,11 +17,11 @@ use locus_guest::addr::{Gva, Range};
 use locus_guest::fetch;
 use locus_guest::space::Space;
 
+use self::layout::{ModuleLayout, NotesLayout, PartsLayout, TableLayout, UnloadLayout};
+pub use self::symbols::ModuleSymbol;
 use crate::btf::{self, Btf};
 use crate::notes::build_id_note;
 use crate::{list, to_usize, Error, Kernel};
-use layout::{ModuleLayout, PartsLayout};
-pub use symbols::ModuleSymbol;
 
 /// Most modules believed.
 pub const MODULES_MAX: usize = 4096;
@@ -41,16 +40,16 @@ const TRIES: u32 = 3;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ModuleState {
-    /// Loaded.
+    /// It is loaded and in use.
     Live,
     /// Its init function runs, or is about to.
     Loading,
-    /// It is about to go.
+    /// It is being unloaded, or is about to be.
     Unloading,
 }
 
 impl ModuleState {
-    /// As `/proc/modules` prints it.
+    /// The word that `/proc/modules` prints.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -61,39 +60,39 @@ impl ModuleState {
     }
 }
 
-/// Some memory of a module.
+/// A contiguous part of a module's memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModulePart {
-    /// What it is for: `core`, `init`, or the kernel's type of it such as `text`.
+    /// What it is for: `core`, `init`, `data`, or in kernels with `enum mod_mem_type` its name there, such as `text`.
     pub kind: String,
-    /// Where.
+    /// Where it is, in guest virtual addresses.
     pub range: Range,
 }
 
 /// A loaded module.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Module {
-    /// Its `struct module`.
+    /// Guest virtual address of its `struct module`.
     pub addr: Gva,
-    /// Its name.
+    /// Its name, with control characters replaced.
     pub name: String,
     /// Where it is in its life.
     pub state: ModuleState,
-    /// Bytes of memory, as `/proc/modules` counts them.
+    /// All its memory, in bytes, as `/proc/modules` counts it.
     pub size: u64,
-    /// Where its text begins, as `/proc/modules` prints it.
+    /// Guest virtual address of its first part, which is text, as `/proc/modules` prints it.
     pub base: Gva,
-    /// All its memory.
+    /// The parts of its memory that are not empty.
     pub parts: Vec<ModulePart>,
-    /// References to it; `None` when the kernel can't unload modules.
+    /// References to it, without the kernel's own; `None` if the kernel can't unload modules.
     pub refcount: Option<i64>,
-    /// Modules that use it, in the kernel's order.
+    /// Names of the modules that use it, in the kernel's order.
     pub used_by: Vec<String>,
     /// It can't be unloaded: it has an init function and no exit function.
     pub permanent: bool,
-    /// Why it taints the kernel, as letters; empty if it does not.
+    /// Why it taints the kernel, as letters (Documentation/admin-guide/tainted-kernels.rst); empty if it does not.
     pub taints: String,
-    /// Build-id of its file.
+    /// Build-id of its file, as raw bytes.
     pub build_id: Option<Vec<u8>>,
     /// Tables of the places in it that the kernel rewrites while it runs.
     pub rewritten: Vec<Rewritten>,
@@ -102,19 +101,22 @@ pub struct Module {
     gpl_exports: Option<(Gva, u64)>,
 }
 
-/// A table of places in text that the kernel rewrites while it runs. Each entry begins with the
-/// place's distance from the entry.
+/// A table of places in text that the kernel rewrites while it runs. Each entry begins with a 32-bit signed distance from
+/// the entry to the place, in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rewritten {
-    /// What stands at the places, in words.
+    /// What is at the places: `jump label` or `static call`.
     pub what: &'static str,
-    /// The table.
+    /// Where the table is, in guest virtual addresses.
     pub table: Range,
     /// Size of an entry, in bytes.
     pub entry: usize,
 }
 
-/// Reads modules; what it read of page tables is only good for a moment.
+/// Reads modules.
+///
+/// It remembers what it read of page tables, and modules come and go: use a new one for each listing. All that one of them
+/// reads of symbols and types is limited to 96 MiB.
 #[derive(Debug)]
 pub struct ModuleReader<'k, 'm> {
     kernel: &'k Kernel<'m>,
@@ -125,10 +127,10 @@ pub struct ModuleReader<'k, 'm> {
 }
 
 impl<'k, 'm> ModuleReader<'k, 'm> {
-    /// Learns the layout from the kernel's types.
+    /// Learns the layout of `struct module` from the kernel's types.
     ///
     /// # Errors
-    /// The kernel has no types, or a member is missing.
+    /// [`Error::Missing`] if the kernel has no types, or a member is missing; [`Error::Odd`] if a size exceeds its bound.
     pub fn new(kernel: &'k Kernel<'m>) -> Result<ModuleReader<'k, 'm>, Error> {
         Ok(ModuleReader {
             kernel,
@@ -138,15 +140,16 @@ impl<'k, 'm> ModuleReader<'k, 'm> {
         })
     }
 
-    /// All modules that `/proc/modules` shows, in its order.
+    /// All modules that `/proc/modules` shows, in its order: the last that was loaded comes first.
     ///
     /// # Errors
-    /// The list has no end within bounds, or memory can't be read.
+    /// [`Error::Odd`] if a list has no end within bounds or a state is unknown; [`Error::Memory`] at the third try.
     pub fn all(&mut self) -> Result<Vec<Module>, Error> {
         self.each(|_, module| Ok(module.clone()))
     }
 
-    /// All modules, and what `of` makes of each; all again when a module goes meanwhile.
+    /// What `of` makes of each module, in the order of [`ModuleReader::all`]. If memory can't be read, a module may have
+    /// gone meanwhile: then all is done again, up to three times.
     ///
     /// # Errors
     /// As [`ModuleReader::all`], and those of `of`.
@@ -179,7 +182,7 @@ impl<'k, 'm> ModuleReader<'k, 'm> {
         Ok(found)
     }
 
-    /// Takes `n` bytes from what may be read.
+    /// Takes `n` bytes from what may still be read.
     fn spend(&self, n: u64) -> Result<(), Error> {
         let left = self.left.get().checked_sub(n).ok_or_else(|| {
             Error::Odd(format!(
@@ -190,119 +193,89 @@ impl<'k, 'm> ModuleReader<'k, 'm> {
         Ok(())
     }
 
-    /// Reads `len` bytes within what may be read.
+    /// Reads `len` bytes, if so many may still be read.
     fn bytes(&self, at: Gva, len: u64) -> Result<Vec<u8>, Error> {
         self.spend(len)?;
         Ok(self.space.read_vec(at, to_usize(len)?)?)
     }
 
-    /// The module at `addr`; `None` if it is not formed yet.
+    /// The module at `addr`; `None` if it is not formed yet. `uses` is how many uses of modules may still be read.
     fn module(&self, addr: Gva, uses: &mut usize) -> Result<Option<Module>, Error> {
         let layout = &self.layout;
-        let bytes = self.space.read_vec(addr, layout.size)?;
-        let short = || {
-            Error::Odd(format!(
-                "struct module at {addr} is shorter than its members"
-            ))
+        let raw = RawModule {
+            addr,
+            bytes: self.space.read_vec(addr, layout.size)?,
         };
-        let word = |at| fetch::u64(&bytes, at).ok_or_else(short);
-        let half = |at| fetch::u32(&bytes, at).ok_or_else(short);
-        let state = match layout.state_of(half(layout.state)?, addr)? {
-            Some(state) => state,
-            None => return Ok(None),
+        let Some(state) = layout.state_of(raw.half(layout.state)?, addr)? else {
+            return Ok(None);
         };
-        let name = text(
-            bytes.get(layout.name..).unwrap_or_default(),
-            layout.name_len,
-        );
-        let parts = match &layout.parts {
-            PartsLayout::Layouts(all) => all
-                .iter()
-                .map(|(kind, base, size)| {
-                    let range = Range::new(Gva(word(*base)?), half(*size)?.into());
-                    Ok((*kind).to_owned()).map(|kind| ModulePart { kind, range })
-                })
-                .collect::<Result<Vec<_>, Error>>()?,
-            PartsLayout::Memory {
-                at,
-                stride,
-                base,
-                size,
-                kinds,
-            } => kinds
-                .iter()
-                .enumerate()
-                .map(|(i, kind)| {
-                    let at = at + i * stride;
-                    let range = Range::new(Gva(word(at + base)?), half(at + size)?.into());
-                    let kind = kind.clone();
-                    Ok(ModulePart { kind, range })
-                })
-                .collect::<Result<Vec<_>, Error>>()?,
-        };
-        let base = parts.first().map_or(Gva(0), |p| p.range.start);
-        let size = parts.iter().map(|p| p.range.len()).sum();
-        let mut refcount = None;
-        let mut used_by = Vec::new();
-        let mut permanent = false;
-        if let Some(unload) = &layout.unload {
-            // One reference is the module's own (MODULE_REF_BASE).
-            refcount = Some(i64::from(half(unload.refcnt)?.cast_signed()) - 1);
-            let head = addr.plus(unload.source_list as u64);
-            for user in list(&self.space, head, *uses)? {
-                *uses = uses.saturating_sub(1);
-                let source = user
-                    .plus(unload.source as u64)
-                    .0
-                    .wrapping_sub(unload.use_list as u64);
-                let source = Gva(self.space.read_u64(Gva(source))?);
-                used_by.push(self.name(source)?);
+        let parts = raw.parts(&layout.parts)?;
+        let (refcount, used_by, permanent) = match &layout.unload {
+            Some(unload) => {
+                // One reference is the module's own (MODULE_REF_BASE).
+                let count = i64::from(raw.half(unload.refcnt)?.cast_signed()) - 1;
+                let permanent = raw.word(unload.init)? != 0 && raw.word(unload.exit)? == 0;
+                (Some(count), self.users(unload, addr, uses)?, permanent)
             }
-            permanent = word(unload.init)? != 0 && word(unload.exit)? == 0;
-        }
-        let build_id = match layout.build_id {
-            Some((at, len)) => bytes
-                .get(at..at.saturating_add(len))
-                .filter(|id| id.iter().any(|&b| b != 0))
-                .map(<[u8]>::to_vec),
-            None => None,
+            None => (None, Vec::new(), false),
         };
-        let build_id = match (build_id, layout.notes.as_ref()) {
-            (None, Some(notes)) => self.build_id(notes, Gva(word(notes.attrs)?))?,
-            (found, _) => found,
-        };
-        let table = |&(what, at, count, entry): &(&'static str, usize, usize, usize)| {
-            let len = u64::from(half(count)?).saturating_mul(entry as u64);
-            let table = Range::new(Gva(word(at)?), len);
+        let table = |&TableLayout {
+                         what,
+                         at,
+                         count,
+                         entry,
+                     }: &TableLayout| {
+            let len = u64::from(raw.half(count)?).saturating_mul(entry as u64);
+            let table = Range::new(Gva(raw.word(at)?), len);
             Ok(Rewritten { what, table, entry })
         };
-        let rewritten = layout.rewritten.iter().map(table);
-        let rewritten = rewritten.collect::<Result<Vec<_>, Error>>()?;
-        let gpl_exports = match layout.gpl_syms {
-            Some((at, count)) => Some((Gva(word(at)?), half(count)?.into())),
-            None => None,
+        let exports = |(at, count): (usize, usize)| {
+            Ok::<_, Error>((Gva(raw.word(at)?), raw.half(count)?.into()))
         };
         Ok(Some(Module {
             addr,
-            name,
+            name: raw.name(layout),
             state,
-            size,
-            base,
-            parts: parts.into_iter().filter(|p| p.range.len() != 0).collect(),
+            size: parts.iter().map(|p| p.range.len()).sum(),
+            base: parts.first().map_or(Gva(0), |p| p.range.start),
             refcount,
             used_by,
             permanent,
-            taints: self.taints(word(layout.taints)?)?,
-            build_id,
-            kallsyms: Gva(word(layout.kallsyms)?),
-            exports: (Gva(word(layout.syms)?), half(layout.num_syms)?.into()),
-            gpl_exports,
-            rewritten,
+            taints: self.taints(raw.word(layout.taints)?)?,
+            build_id: self.build_id(&raw)?,
+            kallsyms: Gva(raw.word(layout.kallsyms)?),
+            exports: exports((layout.syms, layout.num_syms))?,
+            gpl_exports: layout.gpl_syms.map(exports).transpose()?,
+            rewritten: layout
+                .rewritten
+                .iter()
+                .map(table)
+                .collect::<Result<_, Error>>()?,
+            parts: parts.into_iter().filter(|p| p.range.len() != 0).collect(),
         }))
     }
 
-    /// Bytes of the `struct module` of a live module that change before it goes, or if another takes
-    /// its place: its state, its name, and where its text begins. Each is at most 64 bytes.
+    /// Names of the modules that use the one at `addr`.
+    fn users(
+        &self,
+        unload: &UnloadLayout,
+        addr: Gva,
+        uses: &mut usize,
+    ) -> Result<Vec<String>, Error> {
+        let head = addr.plus(unload.source_list as u64);
+        let mut names = Vec::new();
+        for user in list(&self.space, head, *uses)? {
+            *uses = uses.saturating_sub(1);
+            let usage = Gva(user.0.wrapping_sub(unload.use_list as u64));
+            let source = Gva(self.space.read_u64(usage.plus(unload.source as u64))?);
+            names.push(self.name(source)?);
+        }
+        Ok(names)
+    }
+
+    /// Guest virtual addresses and bytes of a live module's `struct module` that change before the module goes, or if
+    /// another takes its place: state, name, and where its text begins. Each is at most 64 bytes long. As long as all of
+    /// them are the same, the module is still there.
     #[must_use]
     pub fn identity(&self, module: &Module) -> Vec<(Gva, Vec<u8>)> {
         let layout = &self.layout;
@@ -345,8 +318,9 @@ impl<'k, 'm> ModuleReader<'k, 'm> {
             }
             let at = flags.at.plus(u64::from(bit) * flags.stride as u64);
             let entry = self.space.read_vec(at, flags.stride)?;
+            // A member behind the end of an entry counts as unset.
             let byte = |at: usize| entry.get(at).copied().unwrap_or(0);
-            // Later kernels show all flags of a module, and the table says nothing about that.
+            // Older kernels have a member that says which flags modules may have. Later ones show all flags.
             if flags.module.is_none_or(|at| byte(at) != 0) {
                 let letter = char::from(byte(flags.letter));
                 letters.push(if letter.is_ascii_graphic() {
@@ -359,8 +333,22 @@ impl<'k, 'm> ModuleReader<'k, 'm> {
         Ok(letters)
     }
 
+    /// The build-id in the member `build_id`, or among the module's notes.
+    fn build_id(&self, raw: &RawModule) -> Result<Option<Vec<u8>>, Error> {
+        if let Some((at, len)) = self.layout.build_id {
+            let id = raw.bytes.get(at..at.saturating_add(len));
+            if let Some(id) = id.filter(|id| id.iter().any(|&b| b != 0)) {
+                return Ok(Some(id.to_vec()));
+            }
+        }
+        match &self.layout.notes {
+            Some(notes) => self.build_id_in_notes(notes, Gva(raw.word(notes.attrs)?)),
+            None => Ok(None),
+        }
+    }
+
     /// The build-id among the notes that `/sys/module/NAME/notes` shows (kernel/module/sysfs.c).
-    fn build_id(&self, notes: &layout::NotesLayout, attrs: Gva) -> Result<Option<Vec<u8>>, Error> {
+    fn build_id_in_notes(&self, notes: &NotesLayout, attrs: Gva) -> Result<Option<Vec<u8>>, Error> {
         if attrs.0 == 0 {
             return Ok(None);
         }
@@ -398,10 +386,11 @@ impl<'k, 'm> ModuleReader<'k, 'm> {
         Ok(None)
     }
 
-    /// The module's own BTF as `/sys/kernel/btf/NAME` shows it; `None` if it has none.
+    /// The module's own BTF, as `/sys/kernel/btf/NAME` shows it; `None` if it has none. Its types continue those of the
+    /// kernel.
     ///
     /// # Errors
-    /// The list `btf_modules` (kernel/bpf/btf.c) or the blob can't be read.
+    /// [`Error::Odd`] if it is too long, or the list `btf_modules` (kernel/bpf/btf.c) has no end; [`Error::Memory`].
     pub fn btf_bytes(&self, module: &Module) -> Result<Option<Vec<u8>>, Error> {
         let (Some(types), Some(head)) =
             (&self.layout.types, self.kernel.symbols.addr("btf_modules"))
@@ -431,10 +420,10 @@ impl<'k, 'm> ModuleReader<'k, 'm> {
         Ok(None)
     }
 
-    /// The module's own types, on top of the kernel's.
+    /// The module's own types, on top of the kernel's; `None` if it has none.
     ///
     /// # Errors
-    /// As [`ModuleReader::btf_bytes`], or they are not well-formed.
+    /// As [`ModuleReader::btf_bytes`], and [`Error::Odd`] if they are not well-formed.
     pub fn btf(&self, module: &Module) -> Result<Option<Btf>, Error> {
         let Some(bytes) = self.btf_bytes(module)? else {
             return Ok(None);
@@ -444,10 +433,71 @@ impl<'k, 'm> ModuleReader<'k, 'm> {
     }
 }
 
-/// The text before the first NUL of the first `most` bytes; what a terminal could take for a command
-/// is replaced.
+/// A `struct module`, copied.
+struct RawModule {
+    addr: Gva,
+    bytes: Vec<u8>,
+}
+
+impl RawModule {
+    fn short(&self) -> Error {
+        let addr = self.addr;
+        Error::Odd(format!(
+            "struct module at {addr} is shorter than its members"
+        ))
+    }
+
+    /// The 64-bit word at offset `at`.
+    fn word(&self, at: usize) -> Result<u64, Error> {
+        fetch::u64(&self.bytes, at).ok_or_else(|| self.short())
+    }
+
+    /// The 32-bit word at offset `at`.
+    fn half(&self, at: usize) -> Result<u32, Error> {
+        fetch::u32(&self.bytes, at).ok_or_else(|| self.short())
+    }
+
+    fn name(&self, layout: &ModuleLayout) -> String {
+        // A member behind the end is an empty name.
+        let bytes = self.bytes.get(layout.name..).unwrap_or_default();
+        text(bytes, layout.name_len)
+    }
+
+    /// All parts of its memory, empty ones too.
+    fn parts(&self, layout: &PartsLayout) -> Result<Vec<ModulePart>, Error> {
+        let part = |kind: &str, base: usize, size: usize| {
+            Ok(ModulePart {
+                kind: kind.to_owned(),
+                range: Range::new(Gva(self.word(base)?), self.half(size)?.into()),
+            })
+        };
+        match layout {
+            PartsLayout::Layouts(all) => {
+                let all = all.iter().map(|&(kind, base, size)| part(kind, base, size));
+                all.collect()
+            }
+            PartsLayout::Memory {
+                at,
+                stride,
+                base,
+                size,
+                kinds,
+            } => {
+                let all = kinds.iter().enumerate().map(|(i, kind)| {
+                    let at = at + i * stride;
+                    part(kind, at + base, at + size)
+                });
+                all.collect()
+            }
+        }
+    }
+}
+
+/// The text before the first NUL of the first `most` bytes. Control characters are replaced, because a terminal could take
+/// them for a command.
 pub(super) fn text(bytes: &[u8], most: usize) -> String {
     let bytes = bytes.get(..most).unwrap_or(bytes);
+    // A split has one part at least.
     let name = bytes.split(|&b| b == 0).next().unwrap_or_default();
     String::from_utf8_lossy(name)
         .chars()

@@ -1,9 +1,8 @@
 //! Symbols of modules, as `/proc/kallsyms` shows them behind the kernel's own.
 //!
-//! Sources: kernel/module/kallsyms.c (`module_get_kallsym`) and kernel/kallsyms.c (`s_show`); in
-//! older kernels the first was part of kernel/module.c. A type is an upper-case letter if the symbol
-//! is found in the module's table `syms` with the same value. Where exports for GPL modules stand
-//! in a table of their own, `gpl_syms`, they are not looked up there and stay lower-case.
+//! Sources: kernel/module/kallsyms.c (`module_get_kallsym`), which was part of kernel/module.c in older kernels, and
+//! kernel/kallsyms.c (`s_show`). The type is an upper-case letter if the module's table `syms` has the symbol with the same
+//! value. Kernels with a table of their own for GPL exports, `gpl_syms`, don't search it, so those stay lower-case.
 
 use std::collections::HashSet;
 
@@ -24,13 +23,13 @@ const STRINGS_MAX: u64 = 32 << 20;
 /// A symbol of a module.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModuleSymbol {
-    /// Its name.
+    /// Its name, with control characters replaced.
     pub name: String,
-    /// Its type as `/proc/kallsyms` prints it.
+    /// Its type as `/proc/kallsyms` prints it: upper case if the module exports it.
     pub kind: char,
-    /// Its address.
+    /// Its guest virtual address.
     pub addr: Gva,
-    /// It is not local to the file it comes from (ELF binding global or weak).
+    /// Whether its ELF binding is global or weak, which means not local to one source file.
     pub global: bool,
 }
 
@@ -38,7 +37,7 @@ impl ModuleReader<'_, '_> {
     /// The symbols of `module` that `/proc/kallsyms` shows, in its order.
     ///
     /// # Errors
-    /// Tables of unbelievable size, or memory that can't be read.
+    /// [`Error::Odd`] if a table exceeds its bound, [`Error::Memory`].
     pub fn symbols(&self, module: &Module) -> Result<Vec<ModuleSymbol>, Error> {
         let layout = &self.layout.symbols;
         if module.kallsyms.0 == 0 {
@@ -62,6 +61,7 @@ impl ModuleReader<'_, '_> {
             else {
                 continue;
             };
+            // A name behind the end of the strings is empty, and passed over.
             let name = strings.get(name as usize..).unwrap_or_default();
             let name = super::text(name, layout.name_len - 1);
             if name.is_empty() {
@@ -83,7 +83,7 @@ impl ModuleReader<'_, '_> {
         Ok(found)
     }
 
-    /// What `module` exports to all modules, or to all that are under the GPL: names and addresses.
+    /// What `module` exports, to all modules or to those under the GPL: names and guest virtual addresses, sorted by name.
     ///
     /// # Errors
     /// As [`ModuleReader::symbols`].
@@ -97,13 +97,13 @@ impl ModuleReader<'_, '_> {
         Ok(all)
     }
 
-    /// The string table as far as `symbols` refer to it. Its length stands nowhere.
+    /// The string table as far as `symbols` refer to it. The kernel does not store its length.
     fn strings(&self, module: &Module, at: Gva, symbols: &[u8]) -> Result<Vec<u8>, Error> {
         let last = symbols
             .chunks_exact(ELF_SYM)
             .filter_map(|entry| fetch::u32(entry, 0))
             .max()
-            .unwrap_or(0);
+            .unwrap_or(0); // no symbols refer to nothing
         believable(module, "bytes of symbol names", last.into(), STRINGS_MAX)?;
         let mut strings = self.bytes(at, last.into())?;
         let most = self.layout.symbols.name_len;
