@@ -1,24 +1,31 @@
 //! All tasks of the guest: every thread of every process, and the idle task of every CPU.
 //!
-//! `init_task.tasks` links the thread-group leaders, `signal->thread_head` the threads of a group
-//! (include/linux/sched/signal.h: `for_each_process_thread`); idle tasks hang in neither and come
-//! from the per-CPU pointer `idle_threads` (kernel/smpboot.c).
+//! `init_task.tasks` links the first threads of all processes, `signal->thread_head` the threads of
+//! one process (include/linux/sched/signal.h: `for_each_process_thread`). Idle tasks are in neither
+//! list: the per-CPU variable `idle_threads` points to them (kernel/smpboot.c).
+
+mod details;
+mod percpu;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use locus_guest::addr::{Gva, Range};
-use locus_guest::fetch;
 use locus_guest::space::Space;
 
-use super::{list, Error, Kernel};
+pub use self::details::{DetailLayout, TaskDetail};
+use self::percpu::idle;
+pub use self::percpu::{current_symbol, percpu, percpu_bases, switches_symbol};
+use crate::{list, modules, Error, Kernel};
 
-/// Most tasks believed.
+/// Most tasks believed, and most elements of each of their lists.
 pub const TASKS_MAX: usize = 1 << 17;
 /// Most CPUs believed (`NR_CPUS` of Debian is 8192).
 pub const CPUS_MAX: usize = 8192;
 
-/// Where the members of `task_struct` stand that are looked at; offsets in bytes.
+/// Where the members of `task_struct` are that are read for every task: offsets in bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct TaskLayout {
     tasks: usize,
@@ -26,48 +33,51 @@ pub struct TaskLayout {
     signal: usize,
     thread_head: usize,
     stack: usize,
-    /// Offset of the saved stack pointer.
+    /// Offset of the saved stack pointer (`thread.sp`), 64 bits.
     pub sp: usize,
     pid: usize,
     comm: usize,
-    /// Offset of the flag that says it is on a CPU.
+    /// Offset of the flag that says that it is on a CPU (`on_cpu`), 32 bits.
     pub on_cpu: usize,
-    /// Offsets of the counters of how often it was switched out, by its own will and not.
+    /// Offsets of the counters of how often it was switched out, by itself and by others (`nvcsw`,
+    /// `nivcsw`), 64 bits.
     pub switches: [usize; 2],
-    /// Offset of when it began.
+    /// Offset of the time at which it began (`start_time`), 64 bits.
     pub start_time: usize,
     /// Size of a kernel stack (`THREAD_SIZE`), in bytes.
     pub stack_size: u64,
 }
 
-/// One task.
+/// A task, as it was when it was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Task {
-    /// Its `task_struct`.
+    /// Guest virtual address of its `task_struct`.
     pub addr: Gva,
-    /// Its thread id; 0 for idle tasks.
+    /// Its thread id in the first namespace; 0 for idle tasks.
     pub pid: u32,
-    /// Its name (`comm`), at most 15 bytes. /proc and `ps` show more for kernel threads with longer
-    /// names and append to a worker's what it works on (fs/proc/array.c: `proc_task_name`). A task
-    /// chooses it: control characters are replaced.
+    /// Its name (`comm`), at most 15 bytes. Control characters are replaced, because a task chooses
+    /// its name. `ps` shows more for kernel threads: longer names, and what a worker works on
+    /// (fs/proc/array.c: `proc_task_name`).
     pub comm: String,
-    /// Its kernel stack.
+    /// Its kernel stack, in guest virtual addresses; it starts at 0 if the task has none any more.
     pub stack: Range,
-    /// Saved stack pointer; right while it isn't running.
+    /// Saved stack pointer, a guest virtual address; valid only while the task is on no CPU.
     pub sp: Gva,
-    /// It is on a CPU.
+    /// Whether it is on a CPU.
     pub on_cpu: bool,
-    /// When it began; tells apart two tasks that had the same address one after the other.
+    /// When it began, in nanoseconds since the guest booted. It tells apart tasks that had the same
+    /// address one after the other.
     pub start_time: u64,
-    /// It is the idle task of a CPU.
+    /// Whether it is the idle task of a CPU.
     pub idle: bool,
 }
 
 impl TaskLayout {
-    /// Reads the layout from the kernel's BTF.
+    /// Reads the layout from the kernel's BTF, and the size of a stack from its symbols.
     ///
     /// # Errors
-    /// A member is missing, or the stack size is unbelievable.
+    /// [`Error::Missing`] if a member or symbol is; [`Error::Odd`] if the size of a stack is not 8,
+    /// 16, 32 or 64 KiB.
     pub fn of(kernel: &Kernel<'_>) -> Result<TaskLayout, Error> {
         let btf = kernel.btf()?;
         let member = |path| btf.offset_of("task_struct", path);
@@ -114,7 +124,7 @@ impl TaskLayout {
         Ok(Task {
             addr,
             pid: space.read_u32(addr.plus(self.pid as u64))?,
-            comm: super::modules::text(&comm, comm.len()),
+            comm: modules::text(&comm, comm.len()),
             stack: Range::new(Gva(word(self.stack)?), self.stack_size),
             sp: Gva(word(self.sp)?),
             on_cpu: space.read_u32(addr.plus(self.on_cpu as u64))? != 0,
@@ -123,23 +133,26 @@ impl TaskLayout {
         })
     }
 
-    /// Reads every task. While the guest runs the lists move under the reader: those born meanwhile may be missing.
+    /// Reads every task. If the guest runs meanwhile, the lists change: tasks that begin meanwhile
+    /// may be missing.
     ///
     /// # Errors
-    /// A list that does not end or that changed where it was read, or memory that can't be read.
+    /// [`Error::Odd`] if a list does not end or changed where it was read, [`Error::Memory`].
     pub fn all(&self, kernel: &Kernel<'_>, space: &Space<'_>) -> Result<Vec<Task>, Error> {
         self.newer(kernel, space, &mut Vec::new(), |_| false)
     }
 
-    /// Reads the tasks that were born since those that are `known` were read, whose processes (where the list of
-    /// their threads begins) are `groups`; new ones are added to that.
+    /// Reads the tasks that began since those that are `known` were read. `groups` are the
+    /// processes of those: for each the guest virtual address of the head of its list of threads.
+    /// New processes are added to it.
     ///
-    /// The kernel adds a process to the end of its list, and a thread to the end of its process'
-    /// (kernel/fork.c: `copy_process`); a thread that starts another program takes its process' place
-    /// (fs/exec.c: `de_thread`). So the new ones are those behind the last that is known, and the lists are read from
-    /// their ends: a task that dies under the reader, and whose memory is another's then, leads back to the
-    /// end, from where nobody is passed over. What leads elsewhere is noticed: a neighbour that doesn't point back,
-    /// or one of another process.
+    /// The kernel adds a process to the end of its list, and a thread to the end of its process's
+    /// list (kernel/fork.c: `copy_process`). A thread that starts another program takes the place
+    /// of its process (fs/exec.c: `de_thread`). So new tasks are those behind the last that is
+    /// known, and the lists are read from their ends. If a task dies while it is read, and its
+    /// memory is given to another task, that one leads back to the end of the list, and no task is
+    /// passed over. What leads elsewhere is noticed: a neighbour that doesn't point back, or a task
+    /// of another process.
     ///
     /// # Errors
     /// As [`TaskLayout::all`].
@@ -185,8 +198,9 @@ impl TaskLayout {
         Ok(found)
     }
 
-    /// The tasks behind the last that is `known`, in a list that begins somewhere and goes through the tasks
-    /// so many bytes from their starts, and whose elements all are what `belongs` says.
+    /// The tasks behind the last that is `known`, in the list whose head is at `head` and whose
+    /// links are `node` bytes from the start of each task. `belongs` says whether a task can be in
+    /// it.
     fn behind(
         &self,
         space: &Space<'_>,
@@ -222,13 +236,13 @@ impl TaskLayout {
         Ok(found)
     }
 
-    /// Where the list of the threads begins that belong to a task's process.
+    /// The head of the list of threads of the process of `task`.
     fn group_of(&self, space: &Space<'_>, task: Gva) -> Result<Gva, Error> {
         let signal = Gva(space.read_u64(task.plus(self.signal as u64))?);
         Ok(signal.plus(self.thread_head as u64))
     }
 
-    /// How many tasks are in the lists: all but the idle ones.
+    /// How many tasks are in the lists, which is all but the idle ones.
     fn count(&self, kernel: &Kernel<'_>, space: &Space<'_>) -> Result<usize, Error> {
         let mut found = 0;
         let init = kernel.symbols.need("init_task")?;
@@ -251,12 +265,12 @@ fn too_many() -> Error {
     Error::Odd(format!("more than {TASKS_MAX} tasks"))
 }
 
-/// Lists all tasks of a running guest, as `read` wants them. The list moves while it is read, so
-/// there are several tries, each with nothing remembered of the one before, and fewer when they take
-/// long.
+/// Lists all tasks of a running guest, and gives what `read` makes of them. The lists change while
+/// they are read. So there are up to 20 tries, each in a fresh [`Space`], but only 3 once they have
+/// taken a second.
 ///
 /// # Errors
-/// As [`TaskLayout::all`] and `read`, at the last try.
+/// As [`TaskLayout::of`]; as [`TaskLayout::all`] and `read` at the last try.
 pub fn snapshot<T>(
     kernel: &Kernel<'_>,
     read: impl Fn(&Space<'_>, Vec<Task>) -> Result<T, Error>,
@@ -284,7 +298,7 @@ fn tries<T>(read: impl Fn() -> Result<T, Error>) -> Result<T, Error> {
     }
 }
 
-/// How many tasks there are, idle ones included. Reads the lists alone, which is a third of what
+/// How many tasks there are, with the idle ones. It reads the lists alone, a third of what
 /// [`snapshot`] reads.
 ///
 /// # Errors
@@ -296,165 +310,3 @@ pub fn count(kernel: &Kernel<'_>) -> Result<usize, Error> {
         Ok(layout.count(kernel, &space)? + idle(kernel, &space)?.len())
     })
 }
-
-/// What people want to know of a task, and a pause doesn't: kept apart, so that the look before a
-/// pause reads no more than it needs.
-#[derive(Debug, Clone, Copy)]
-pub struct DetailLayout {
-    tgid: usize,
-    state: usize,
-    exit_state: usize,
-    cpu: usize,
-}
-
-/// The details of one task.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct TaskDetail {
-    /// Id of its process.
-    pub tgid: u32,
-    /// Its state, as the letter in /proc/PID/stat.
-    pub state: char,
-    /// The CPU it runs on, or ran on last.
-    pub cpu: u32,
-    /// It gives up the CPU for the last time (`TASK_DEAD`). Once it is on none it is in no function,
-    /// and its stack may be another's.
-    pub dead: bool,
-}
-
-impl DetailLayout {
-    /// Reads from BTF where they stand.
-    ///
-    /// `state` is called `__state` and is 32 bits wide since Linux kernel commit 2f064a59a11f
-    /// ("sched: Change task_struct::state"); the bits reported are all in the lower half. The CPU
-    /// went to `thread_info` with Linux kernel commit bcf9033e5449 ("sched: move CPU field back into
-    /// thread_info if THREAD_INFO_IN_TASK=y").
-    ///
-    /// # Errors
-    /// A member is missing.
-    pub fn of(kernel: &Kernel<'_>) -> Result<DetailLayout, Error> {
-        let btf = kernel.btf()?;
-        let either = |a, b| {
-            btf.offset_of("task_struct", a)
-                .or_else(|_| btf.offset_of("task_struct", b))
-        };
-        Ok(DetailLayout {
-            tgid: btf.offset_of("task_struct", "tgid")?,
-            state: either("__state", "state")?,
-            exit_state: btf.offset_of("task_struct", "exit_state")?,
-            cpu: either("thread_info.cpu", "cpu")?,
-        })
-    }
-
-    /// Reads the details of the task at `task`.
-    ///
-    /// # Errors
-    /// Memory that can't be read.
-    pub fn read(&self, space: &Space<'_>, task: Gva) -> Result<TaskDetail, Error> {
-        const DEAD: u32 = 0x80;
-        let word = |offset: usize| space.read_u32(task.plus(offset as u64));
-        let state = word(self.state)?;
-        Ok(TaskDetail {
-            tgid: word(self.tgid)?,
-            state: letter(state, word(self.exit_state)?),
-            cpu: word(self.cpu)?,
-            dead: state & DEAD != 0,
-        })
-    }
-}
-
-/// The letter that /proc/PID/stat shows for a task (fs/proc/array.c: `task_state_array`;
-/// include/linux/sched.h: `__task_state_index`). Bits that a kernel doesn't have are never set.
-fn letter(state: u32, exit_state: u32) -> char {
-    const UNINTERRUPTIBLE: u32 = 0x2;
-    const REPORTED: u32 = 0x7f;
-    const NOLOAD: u32 = 0x400;
-    const RTLOCK_WAIT: u32 = 0x1000;
-    const FROZEN: u32 = 0x8000;
-    const IDLE: u32 = UNINTERRUPTIBLE | NOLOAD;
-    let reported = if state & (RTLOCK_WAIT | FROZEN) != 0 {
-        UNINTERRUPTIBLE
-    } else if state & IDLE == IDLE {
-        REPORTED + 1
-    } else {
-        (state | exit_state) & REPORTED
-    };
-    // The highest bit counts.
-    match reported.checked_ilog2() {
-        None => 'R',
-        Some(0) => 'S',
-        Some(1) => 'D',
-        Some(2) => 'T',
-        Some(3) => 't',
-        Some(4) => 'X',
-        Some(5) => 'Z',
-        Some(6) => 'P',
-        Some(_) => 'I',
-    }
-}
-
-/// Bases of the per-CPU areas of all possible CPUs, by the guest's CPU number.
-///
-/// # Errors
-/// The kernel's tables can't be read.
-pub fn percpu_bases(kernel: &Kernel<'_>, space: &Space<'_>) -> Result<Vec<u64>, Error> {
-    let table = kernel.symbols.need("__per_cpu_offset")?;
-    let count = space.read_u32(kernel.symbols.need("nr_cpu_ids")?)? as usize;
-    if count == 0 || count > CPUS_MAX {
-        return Err(Error::Odd(format!(
-            "nr_cpu_ids is {count}; expected 1 to {CPUS_MAX}"
-        )));
-    }
-    let bytes = space.read_vec(table, count * 8)?;
-    Ok((0..count)
-        .filter_map(|cpu| fetch::u64(&bytes, cpu * 8))
-        .collect())
-}
-
-/// A per-CPU variable's address on the CPU whose area is at `base`.
-#[must_use]
-pub fn percpu(symbol: Gva, base: u64) -> Gva {
-    Gva(symbol.0.wrapping_add(base))
-}
-
-fn idle(kernel: &Kernel<'_>, space: &Space<'_>) -> Result<Vec<Gva>, Error> {
-    let pointer = kernel.symbols.need("idle_threads")?;
-    let mut found = Vec::new();
-    for base in percpu_bases(kernel, space)? {
-        // A possible CPU that was never brought up has no area or no idle task.
-        if let Ok(task) = space.read_u64(percpu(pointer, base)) {
-            if task != 0 {
-                found.push(Gva(task));
-            }
-        }
-    }
-    Ok(found)
-}
-
-/// Where the kernel keeps the running task of a CPU, as a per-CPU address.
-///
-/// `current_task`, or a member of `pcpu_hot` since Linux kernel commit e57ef2ed97c1 ("x86: Put hot
-/// per CPU variables into a struct") (in v6.2), until it was a variable again in v6.15.
-#[must_use]
-pub fn current_symbol(kernel: &Kernel<'_>) -> Option<Gva> {
-    if let Some(at) = kernel.symbols.addr("current_task") {
-        return Some(at);
-    }
-    let hot = kernel.symbols.addr("pcpu_hot")?;
-    let offset = kernel
-        .btf()
-        .ok()?
-        .offset_of("pcpu_hot", "current_task")
-        .ok()?;
-    Some(hot.plus(offset as u64))
-}
-
-/// Where the kernel counts how often a CPU switched between tasks, as a per-CPU address
-/// (kernel/sched/sched.h: `struct rq`).
-#[must_use]
-pub fn switches_symbol(kernel: &Kernel<'_>) -> Option<Gva> {
-    let offset = kernel.btf().ok()?.offset_of("rq", "nr_switches").ok()?;
-    Some(kernel.symbols.addr("runqueues")?.plus(offset as u64))
-}
-
-#[cfg(test)]
-mod tests;

@@ -1,5 +1,6 @@
 use locus_guest::mock::MockMemory;
 
+use super::details::letter;
 use super::*;
 use crate::btf::blob::Blob;
 use crate::btf::TypeKind;
