@@ -1,4 +1,5 @@
-//! What a program may store of a kernel, so that its next run does not have to search for the kernel's tables.
+//! What a program may store of a kernel, so that its next run does not have to search for the
+//! kernel's tables.
 
 use std::io;
 
@@ -26,13 +27,15 @@ pub struct CachedKernel {
 
 /// A store of what was read of one guest's kernels.
 ///
-/// [`Kernel::of`](crate::Kernel::of) uses a stored kernel only if it agrees with what the guest shows now. So a store may
-/// lose kernels. It must keep those of one guest apart from those of another: a hostile guest can show the build-id of
-/// another's kernel, with tables of its own making.
+/// [`Kernel::of`](crate::Kernel::of) uses a stored kernel only if it agrees with what the guest
+/// shows now. So a store may lose kernels. It must keep those of one guest apart from those of
+/// another: a hostile guest can show the build-id of another's kernel, with tables of its own
+/// making.
 pub trait KernelCache {
     /// All kernels that are stored of this guest, the likeliest first.
     fn load(&self) -> Box<dyn Iterator<Item = CachedKernel> + '_>;
-    /// Whether [`KernelCache::store`] would store anything. If not, its argument is not gathered, which takes time.
+    /// Whether [`KernelCache::store`] would store anything. If not, its argument is not gathered,
+    /// which takes time.
     fn is_wanted(&self) -> bool;
     /// Stores `kernel`.
     ///

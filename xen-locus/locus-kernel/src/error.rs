@@ -11,11 +11,12 @@ pub enum Error {
     /// The guest's memory has no Linux kernel in a form that this crate knows.
     #[error("{0}")]
     NotLinux(String),
-    /// The kernel lacks a symbol, type or member: it was built without the feature, or is of another age. The text names
-    /// what is missing.
+    /// The kernel lacks a symbol, type or member: it was built without the feature, or is of
+    /// another age. The text names what is missing.
     #[error("the guest's kernel has no {0}")]
     Missing(String),
-    /// The kernel's data contradicts itself or exceeds a bound. The text says what was expected and what was found.
+    /// The kernel's data contradicts itself or exceeds a bound. The text says what was expected and
+    /// what was found.
     #[error("the guest's kernel data is not as it must be: {0}")]
     Odd(String),
     /// Guest memory can't be read there, or reading it has cost more than any honest guest costs

@@ -1,4 +1,5 @@
-//! A small kernel in a mock's memory, for tests: text, constants with a symbol table, variables.
+//! A small kernel in a mock's memory, for tests: text, and constants with a symbol table. What else
+//! a test needs it adds.
 
 #![allow(clippy::cast_possible_truncation)] // small tables
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // part of tests only
@@ -13,33 +14,32 @@ use locus_guest::mock::{MockMemory, ROOT};
 use locus_guest::space::Space;
 use locus_guest::{GuestType, Memory, Vcpu};
 
-use super::btf::Btf;
-use super::CachedKernel;
-use super::{locate, Error, Kernel};
+use crate::btf::Btf;
+use crate::{locate, CachedKernel, Error, Kernel};
 
 /// Start of the fixture's text.
 pub const TEXT: Gva = Gva(0xffff_ffff_8100_0000);
-/// Bytes of text.
+/// Length of the text, in bytes.
 pub const TEXT_LEN: usize = 16 * PAGE_LEN;
-/// Start of its constants, right behind.
+/// Start of its constants, right behind the text.
 pub const RODATA: Gva = Gva(TEXT.0 + TEXT_LEN as u64);
-/// Where its page-table root is mapped.
+/// Where the root of its page tables is mapped.
 pub const TABLES: Gva = Gva(TEXT.0 + (64 << 20));
-/// Where the entry point stands.
+/// Its entry point.
 pub const ENTRY: Gva = Gva(TEXT.0 + 0x100);
 
-/// Order of the tables, and encoding of addresses.
+/// Order of the symbol tables, and encoding of addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tables {
     /// Offsets before the names.
     Old,
-    /// The same, and a sequence of names behind the markers.
+    /// As [`Tables::Old`], with a sequence of names behind the markers.
     OldWithSequence,
     /// Offsets behind the tokens.
     New,
     /// Offsets behind the tokens, relative to their own place.
     PlaceRelative,
-    /// The same, aligned to four bytes.
+    /// As [`Tables::PlaceRelative`], aligned to four bytes.
     Packed,
 }
 
@@ -47,8 +47,8 @@ fn pad8(out: &mut Vec<u8>) {
     out.resize(out.len().next_multiple_of(8), 0);
 }
 
-/// The symbol tables as `scripts/kallsyms.c` lays them out, to stand at `at`. Every token is the
-/// character of its own number: nothing is compressed.
+/// The symbol tables as scripts/kallsyms.c lays them out, for the address `at`. Every token is the
+/// character of its own number, so nothing is compressed.
 pub fn kallsyms(at: Gva, symbols: &[(u64, char, String)], tables: Tables) -> Vec<u8> {
     let base = TEXT.0;
     let offsets = |out: &mut Vec<u8>| {
@@ -120,13 +120,13 @@ pub fn kallsyms(at: Gva, symbols: &[(u64, char, String)], tables: Tables) -> Vec
 
 /// A kernel to be built.
 pub struct Fixture {
-    /// Its text.
+    /// Its text, from [`TEXT`] on.
     pub text: Vec<u8>,
-    /// Its symbols; `_text`, the entry point and filling come with it.
+    /// Its symbols: address, type, name. `_text`, the entry point, and 1500 others are there from the start.
     pub symbols: Vec<(u64, char, String)>,
-    /// Constants; a symbol for each.
+    /// Its constants by name; a symbol is added for each.
     pub constants: Vec<(&'static str, Vec<u8>)>,
-    /// The kind of symbol table.
+    /// The form of its symbol table.
     pub tables: Tables,
 }
 
@@ -150,14 +150,14 @@ impl Fixture {
         }
     }
 
-    /// Adds a function.
+    /// Adds a function with this code at the address `at`, which is within the text.
     pub fn function(&mut self, at: u64, name: &str, code: &[u8]) {
         self.symbols.push((at, 't', name.to_owned()));
         let start = (at - TEXT.0) as usize;
         self.text[start..start + code.len()].copy_from_slice(code);
     }
 
-    /// Builds it in a mock's memory.
+    /// Builds the kernel in a mock's memory.
     pub fn build(mut self) -> MockMemory {
         let mut rodata = vec![0; 64];
         for (name, bytes) in &self.constants {
@@ -192,14 +192,14 @@ pub fn vcpus() -> Vec<Vcpu> {
     }]
 }
 
-/// What kind of guest it plays.
+/// The type of guest that it is read as.
 pub const KIND: GuestType = GuestType::Pvh;
 
-/// A fixture's `kernel` with the budget `budget` and nothing remembered of its memory; its types are
-/// `btf`, unless that is empty.
+/// The same `kernel` with the budget `budget` and nothing remembered of its memory. Its types
+/// become `btf`, unless that is empty.
 ///
 /// # Errors
-/// `btf` is not well-formed.
+/// [`Error::Odd`] if `btf` is not well-formed.
 pub fn renewed<'m>(kernel: &Kernel<'m>, btf: &[u8], budget: Budget) -> Result<Kernel<'m>, Error> {
     let types = match btf {
         [] => kernel.btf.clone(),
@@ -217,7 +217,7 @@ pub fn renewed<'m>(kernel: &Kernel<'m>, btf: &[u8], budget: Budget) -> Result<Ke
     })
 }
 
-/// The kernel in `memory` with what was `kept` of it, if that fits.
+/// The kernel in `memory` with what a cache `kept` of it; `None` if that does not fit.
 pub fn with_kept<'m>(
     memory: &'m dyn Memory,
     vcpus: &[Vcpu],

@@ -19,11 +19,12 @@ const NOTES_MAX: u64 = 64 << 10;
 
 /// A guest's kernel.
 ///
-/// It borrows the guest's memory, and reads more of it when it is asked. One value is for one boot of one kernel.
+/// It borrows the guest's memory, and reads more of it when it is asked. One value is for one boot
+/// of one kernel.
 #[derive(Debug)]
 pub struct Kernel<'m> {
-    /// Its address space, by its own page table (`init_top_pgt`). It remembers what it read of page tables; a fresh one for
-    /// what changes is made by [`Space::fresh`].
+    /// Its address space, by its own page table (`init_top_pgt`). It remembers what it read of page
+    /// tables; a fresh one for what changes is made by [`Space::fresh`].
     pub space: Space<'m>,
     /// How the guest runs. Of a saved PVH or HVM guest the kernel itself says which.
     pub kind: GuestType,
@@ -43,8 +44,8 @@ pub struct Kernel<'m> {
 impl<'m> Kernel<'m> {
     /// Finds and reads the kernel of a running guest. What `cache` has of it is not read again.
     ///
-    /// The search begins with the page tables of the process that a vCPU happens to be in, and that process may end
-    /// meanwhile. So there are up to five tries, all paid from one budget.
+    /// The search begins with the page tables of the process that a vCPU happens to be in, and that
+    /// process may end meanwhile. So there are up to five tries, all paid from one budget.
     ///
     /// # Errors
     /// [`Error::NotReady`] while the kernel boots; [`Error::NotLinux`] if none is found; [`Error::Odd`],
@@ -64,8 +65,8 @@ impl<'m> Kernel<'m> {
         }
     }
 
-    /// Finds and reads the kernel of a guest whose vCPUs are in the states `vcpus`, in one try, without a cache and within
-    /// the usual budget.
+    /// Finds and reads the kernel of a guest whose vCPUs are in the states `vcpus`, in one try,
+    /// without a cache and within the usual budget.
     ///
     /// # Errors
     /// As [`Kernel::of`].
@@ -73,8 +74,9 @@ impl<'m> Kernel<'m> {
         Kernel::read_with(mem, kind, vcpus, &NoCache, &Budget::default())
     }
 
-    /// Finds the kernel of a guest whose vCPUs are in the states `vcpus`, in one try. What `cache` has of it is not read
-    /// again; what is new goes into it. All reading, later reading through [`Kernel::space`] too, is paid from `budget`.
+    /// Finds the kernel of a guest whose vCPUs are in the states `vcpus`, in one try. What `cache`
+    /// has of it is not read again; what is new goes into it. All reading, later reading through
+    /// [`Kernel::space`] too, is paid from `budget`.
     ///
     /// # Errors
     /// As [`Kernel::of`]. A cache that can't be written is no error.
@@ -111,8 +113,8 @@ impl<'m> Kernel<'m> {
 
     /// Finds and reads the kernel of a saved guest, given its type and the registers in the core.
     ///
-    /// A core of a PVH or HVM guest has no entry point. There the kernel is found by the page tables alone, and other
-    /// facts must agree with its symbols ([`locate::agrees`]).
+    /// A core of a PVH or HVM guest has no entry point. There the kernel is found by the page
+    /// tables alone, and other facts must agree with its symbols ([`locate::agrees`]).
     ///
     /// # Errors
     /// As [`Kernel::of`]; if there are several candidates, the error of the likeliest.
@@ -131,6 +133,7 @@ impl<'m> Kernel<'m> {
                 .and_then(|symbols| Kernel::with(&located, kind, symbols));
             match kernel {
                 Ok(mut kernel) => {
+                    // A kernel that can't tell is taken for what the core says.
                     kernel.kind = kernel.kind_by_itself().unwrap_or(kind);
                     return Ok(kernel);
                 }
@@ -141,8 +144,8 @@ impl<'m> Kernel<'m> {
         Err(first.unwrap_or_else(|| Error::NotLinux("no kernel is in the core".into())))
     }
 
-    /// PVH or HVM, by the kernel's variable `xen_pvh` (arch/x86/xen/enlighten_pvh.c), which is set if the guest was
-    /// started as PVH. `None` for a kernel without it.
+    /// PVH or HVM, by the kernel's variable `xen_pvh` (arch/x86/xen/enlighten_pvh.c), which is set
+    /// if the guest was started as PVH. `None` for a kernel without it.
     fn kind_by_itself(&self) -> Option<GuestType> {
         let mut flag = [0];
         self.space
@@ -234,8 +237,9 @@ impl<'m> Kernel<'m> {
 
     /// How far the image was moved by KASLR, in bytes, wrapping.
     ///
-    /// That holds for a kernel linked at 16 MiB, which is the default (`CONFIG_PHYSICAL_START`). Where there is a
-    /// VMCOREINFO, its [`kernel_offset`](crate::vmcoreinfo::VmcoreInfo::kernel_offset) is more reliable.
+    /// That holds for a kernel linked at 16 MiB, which is the default (`CONFIG_PHYSICAL_START`).
+    /// Where there is a VMCOREINFO, its
+    /// [`kernel_offset`](crate::vmcoreinfo::VmcoreInfo::kernel_offset) is more reliable.
     #[must_use]
     pub fn kaslr_offset(&self) -> u64 {
         self.text_base
@@ -246,8 +250,8 @@ impl<'m> Kernel<'m> {
     /// The kernel's types (`__start_BTF` to `__stop_BTF`), read at first use and remembered.
     ///
     /// # Errors
-    /// [`Error::Missing`] if the kernel has none (`CONFIG_DEBUG_INFO_BTF`), [`Error::Odd`] if they are not well-formed,
-    /// [`Error::Memory`].
+    /// [`Error::Missing`] if the kernel has none (`CONFIG_DEBUG_INFO_BTF`), [`Error::Odd`] if they
+    /// are not well-formed, [`Error::Memory`].
     pub fn btf(&self) -> Result<&btf::Btf, Error> {
         self.btf_shared().map(|btf| &**btf)
     }
@@ -281,8 +285,8 @@ impl<'m> Kernel<'m> {
         Ok(range)
     }
 
-    /// The number of entries in the list `modules` (kernel/module/main.c). It counts modules that are about to be loaded
-    /// too, which [`modules::ModuleReader::all`] leaves out.
+    /// The number of entries in the list `modules` (kernel/module/main.c). It counts modules that
+    /// are about to be loaded too, which [`modules::ModuleReader::all`] leaves out.
     ///
     /// # Errors
     /// As [`list()`](crate::list()); [`Error::Missing`] for a kernel without modules.
@@ -291,7 +295,8 @@ impl<'m> Kernel<'m> {
         Ok(list(&self.space, head, modules::MODULES_MAX)?.len())
     }
 
-    /// The text that a module's `vermagic` must equal (include/linux/vermagic.h), without the space at its end.
+    /// The text that a module's `vermagic` must equal (include/linux/vermagic.h), without the space
+    /// at its end.
     ///
     /// # Errors
     /// [`Error::Missing`] for a kernel without modules, [`Error::Memory`].
@@ -300,13 +305,13 @@ impl<'m> Kernel<'m> {
         Ok(text.trim_end().to_owned())
     }
 
-    /// Guest virtual address of the symbol `name`. `sympos` chooses among several as livepatch counts them: 1 is the
-    /// first in the symbol table, 0 says that there must be only one
+    /// Guest virtual address of the symbol `name`. `sympos` chooses among several as livepatch
+    /// counts them: 1 is the first in the symbol table, 0 says that there must be only one
     /// (Documentation/livepatch/module-elf-format.rst).
     ///
     /// # Errors
-    /// [`Error::Missing`] if there is no such symbol, or none of that number; [`Error::Odd`] if there are several and
-    /// `sympos` is 0.
+    /// [`Error::Missing`] if there is no such symbol, or none of that number; [`Error::Odd`] if
+    /// there are several and `sympos` is 0.
     pub fn function(&self, name: &str, sympos: u64) -> Result<Gva, Error> {
         let found: Vec<Gva> = self.symbols.all(name).map(|s| s.addr).collect();
         // A number that is too large for this machine is the number of no symbol either.

@@ -1,19 +1,23 @@
-//! Knows a Linux kernel from its memory alone: where it is, its symbols, types, tasks and modules, and where each thread
-//! stands on its stack.
+//! Knows a Linux kernel from its memory alone: where it is, its symbols, types, tasks and modules,
+//! and where each thread stands on its stack.
 //!
-//! No symbol file, debug package or help from the guest is needed. The memory may be that of a running Xen guest or of a
-//! saved core, 64-bit x86 in both cases; [`locus_guest`] has the traits that it is read by.
+//! No symbol file, debug package or help from the guest is needed. The memory may be that of a
+//! running Xen guest or of a saved core, 64-bit x86 in both cases; [`locus_guest`] has the traits
+//! that it is read by.
 //!
 //! # What it promises
 //!
-//! - **The guest is hostile.** Every number that comes from its memory is checked. No guest memory makes this crate
-//!   panic. Names are shown without control characters.
+//! - **The guest is hostile.** Every number that comes from its memory is checked. No guest memory
+//!   makes this crate panic. Names of tasks, modules and types come without control characters.
 //! - **Work is bounded.** Each list, table and walk has a limit, and all reading is paid from one
-//!   [`Budget`](locus_guest::budget::Budget). A guest whose lists never end costs less than a second, and gives an error.
-//! - **No version numbers.** What differs between kernels is told by a symbol, a member of a type, or the structure of a
-//!   table. So kernels of distributions, with their backports, are read like any other.
-//! - **Found is not believed.** The symbol table must agree with two facts that are known otherwise ([`kallsyms::Anchors`]),
-//!   and what a cache holds must agree with the guest as it is now ([`KernelCache`]).
+//!   [`Budget`](locus_guest::budget::Budget). A guest whose lists never end costs less than a
+//!   second, and gives an error.
+//! - **No version numbers.** What differs between kernels is told by a symbol, a member of a type,
+//!   or the structure of a table. So kernels of distributions, with their backports, are read like
+//!   any other.
+//! - **Found is not believed.** The symbol table must agree with two facts that are known otherwise
+//!   ([`kallsyms::Anchors`]), and what a cache holds must agree with the guest as it is now
+//!   ([`KernelCache`]).
 //!
 //! It does not promise that a guest tells the truth: a kernel can lie about itself.
 //!
@@ -50,19 +54,20 @@
 //! # }
 //! ```
 //!
-//! `examples/` has programs that run on a saved core: `symbols`, `types` and `stacks`. A running guest is read by
-//! [`Kernel::of`] with the same results.
+//! `examples/` has programs that run on a saved core: `symbols`, `types` and `stacks`. A running
+//! guest is read by [`Kernel::of`] with the same results.
 //!
 //! # The files, in the order of reading
 //!
 //! 1. [`locate`]: where the kernel's image is.
 //! 2. [`kallsyms`]: its symbol table, found by its structure.
-//! 3. [`Kernel`] (`kernel.rs`): puts both together, with release and build-id; [`KernelCache`] (`cache.rs`) spares the
-//!    next run the search.
+//! 3. [`Kernel`] (`kernel.rs`): puts both together, with release and build-id; [`KernelCache`]
+//!    (`cache.rs`) spares the next run the search.
 //! 4. [`btf`]: its types. [`vmcoreinfo`]: what it says of itself, as a cross-check.
-//! 5. [`tasks`], [`modules`], [`cpu`], `system_state.rs`: what runs, what is loaded, on what processor, and whether the
-//!    kernel has started. [`list()`] walks its lists.
-//! 6. [`orc`]: how to step from a stack frame to its caller's. [`split_functions`]: parts of functions elsewhere.
+//! 5. [`tasks`], [`modules`], [`cpu`], `system_state.rs`: what runs, what is loaded, on what
+//!    processor, and whether the kernel has started. [`list()`] walks its lists.
+//! 6. [`orc`]: how to step from a stack frame to its caller's. [`split_functions`]: parts of
+//!    functions elsewhere.
 //! 7. [`unwind`]: stack traces that are proven to be complete.
 //!
 //! With the feature `testing`, `fixture` and `fixture_world` make small kernels for tests of other crates.

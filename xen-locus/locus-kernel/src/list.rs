@@ -7,12 +7,13 @@ use crate::Error;
 
 /// Walks the circular list whose head is at the guest virtual address `head`.
 ///
-/// The result has the address of the `list_head` of each element, in the order of `next`. The head is not an element.
-/// To get from such an address to the structure around it, subtract the offset of the member.
+/// The result has the address of the `list_head` of each element, in the order of `next`. The head
+/// is not an element. To get from such an address to the structure around it, subtract the offset
+/// of the member.
 ///
 /// # Errors
-/// [`Error::Odd`] if the list does not come back to its head within `most` elements; [`Error::Memory`] if an element
-/// can't be read.
+/// [`Error::Odd`] if the list does not come back to its head within `most` elements;
+/// [`Error::Memory`] if an element can't be read.
 pub fn list(space: &Space<'_>, head: Gva, most: usize) -> Result<Vec<Gva>, Error> {
     let mut found = Vec::new();
     let mut at = Gva(space.read_u64(head)?);

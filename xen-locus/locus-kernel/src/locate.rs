@@ -1,47 +1,47 @@
-//! Finds the kernel image in a guest's memory, from what the kernel told Xen or the CPU.
+//! Finds the kernel's image in a guest's memory, from an address that the kernel told Xen or the CPU.
 //!
-//! A PV kernel registers callbacks, a PVH/HVM kernel sets `MSR_LSTAR`: both are addresses in kernel
-//! text. The image is mapped between `0xffffffff80000000` and `0xffffffffc0000000`
-//! (Documentation/arch/x86/x86_64/mm.rst), wherever KASLR put it; `cleanup_highmap()` and
-//! `xen_cleanhighmap()` remove every other mapping there, so the run of mapped pages around the
+//! A PV kernel registers callbacks, and a PVH or HVM kernel sets `MSR_LSTAR`. Both are addresses in
+//! kernel text. The image is between `0xffffffff80000000` and `0xffffffffc0000000`
+//! (Documentation/arch/x86/x86_64/mm.rst), at a place chosen by KASLR. `cleanup_highmap()` and
+//! `xen_cleanhighmap()` remove every other mapping there. So the run of mapped pages around the
 //! known address begins at `_text`.
 //!
-//! A saved core of a PVH or HVM guest has no `MSR_LSTAR`. There the image is sought among those runs
-//! alone: it begins with code and has read-only data behind it. Which run it is, and whether it is
-//! Linux at all, the symbols found in it must then show ([`agrees`]).
+//! A saved core of a PVH or HVM guest does not have `MSR_LSTAR`. There each such run is a candidate
+//! if it begins with code and has read-only data behind it. The symbols that are found in a
+//! candidate must then agree with the guest's state ([`agrees`]).
 
 use locus_guest::addr::{Frame, Gva, Range};
 use locus_guest::budget::Budget;
 use locus_guest::space::{Region, Space, PTE_FRAME, PTE_PRESENT};
 use locus_guest::{GuestType, Memory, Vcpu};
 
-use super::kallsyms::{Anchors, SecondAnchor, Symbols};
-use super::tasks::CPUS_MAX;
-use super::Error;
+use crate::kallsyms::{Anchors, SecondAnchor, Symbols};
+use crate::tasks::CPUS_MAX;
+use crate::Error;
 
-/// Start of the kernel image mapping (`__START_KERNEL_map`).
+/// First guest virtual address at which the image may be (`__START_KERNEL_map`).
 pub const KERNEL_MAP: Gva = Gva(0xffff_ffff_8000_0000);
-/// End of the kernel image mapping, where module space begins at the latest.
+/// First guest virtual address behind those for the image. Modules begin here at the latest.
 pub const KERNEL_MAP_END: Gva = Gva(0xffff_ffff_c000_0000);
 
 /// Lowest address of the kernel's half of the address space.
 const KERNEL_HALF: u64 = 1 << 63;
 
-/// Where the kernel is.
+/// Where a kernel is, or may be.
 #[derive(Debug)]
 pub struct Located<'m> {
-    /// The kernel's address space.
+    /// An address space that maps it: that of the process that a vCPU was in.
     pub space: Space<'m>,
-    /// First byte of kernel text (`_text`).
+    /// Guest virtual address of the first byte of its text (`_text`).
     pub text_base: Gva,
-    /// The address that led here; none if only the page tables did.
+    /// The entry point that led here, a guest virtual address; `None` if it was found by page tables alone.
     pub entry: Option<Gva>,
-    /// Mapped runs of the image, in order.
+    /// Mapped runs of its image, in rising order of addresses.
     pub regions: Vec<Region>,
 }
 
 impl Located<'_> {
-    /// What symbols found here must agree with: the place, and the entry point or `state`.
+    /// What symbols that are found here must agree with: the place, and the entry point or `state`.
     pub(super) fn anchors<'a>(&self, state: &'a dyn Fn(&Symbols) -> bool) -> Anchors<'a> {
         Anchors {
             text_base: self.text_base,
@@ -52,15 +52,16 @@ impl Located<'_> {
     }
 }
 
-/// Runs of mapped pages that are tried as the image where no entry point is known.
+/// Most runs of mapped pages that are tried as the image, where no entry point is known.
 const CANDIDATES: usize = 8;
 
-/// Locates the kernel of a guest whose virtual CPUs are in the states `vcpus`; all that is read in
-/// its space, later too, is paid from `budget`.
+/// Locates the kernel of a running guest whose virtual CPUs are in the states `vcpus`. All that is
+/// read in its space, later too, is paid from `budget`.
 ///
 /// # Errors
-/// [`Error::NotReady`] while no vCPU shows a 64-bit kernel's entry point (firmware, early boot);
-/// [`Error::NotLinux`] when what is there is not laid out as Linux lays itself out.
+/// [`Error::NotReady`] while no vCPU shows the entry point of a 64-bit kernel (firmware, early
+/// boot); [`Error::NotLinux`] if the memory there is not mapped as that of Linux; [`Error::Memory`]
+/// if the budget is spent.
 pub fn locate<'m>(
     mem: &'m dyn Memory,
     kind: GuestType,
@@ -86,6 +87,7 @@ pub fn locate<'m>(
             if has_constants(&regions) {
                 return Ok(Located {
                     space,
+                    // The run holds the entry point, so it has a first region.
                     text_base: regions.first().map_or(entry, |r| r.range.start),
                     entry: Some(entry),
                     regions,
@@ -100,12 +102,13 @@ pub fn locate<'m>(
     )))
 }
 
-/// Places that may be the kernel of a saved guest, of which no entry point is known: the likeliest
-/// first, which is where a vCPU was in kernel mode. Paid from `budget` as by [`locate`].
+/// Places that may be the kernel of a saved guest, of which no entry point is known: at least one,
+/// at most eight. Places where a vCPU was in kernel mode come first. Reading is paid from `budget`,
+/// as by [`locate`].
 ///
 /// # Errors
-/// [`Error::NotReady`] when no vCPU was in 64-bit mode, [`Error::NotLinux`] when nothing is mapped
-/// as Linux maps itself.
+/// [`Error::NotReady`] if no vCPU was in 64-bit mode; [`Error::NotLinux`] if nothing is mapped as Linux is;
+/// [`Error::Memory`] if the budget is spent.
 pub fn candidates<'m>(
     mem: &'m dyn Memory,
     kind: GuestType,
@@ -140,14 +143,17 @@ pub fn candidates<'m>(
     )))
 }
 
-/// Whether symbols found in a candidate fit the state the guest was saved in, which they were not
-/// found by: `init_top_pgt` is a page-table root that maps the kernel by the same table as `space`,
-/// in which they were found; or a vCPU's GS base is one of `__per_cpu_offset[]`
-/// (arch/x86/kernel/setup_percpu.c: `cpu_kernelmode_gs_base`).
+/// Whether symbols that were found in a candidate agree with the guest's state, which did not lead
+/// to them. One of two facts is enough:
+///
+/// - `init_top_pgt` is a root of page tables that maps the kernel by the same table as `space`, in
+///   which the symbols were found;
+/// - a vCPU's GS base is one of `__per_cpu_offset[]` (arch/x86/kernel/setup_percpu.c:
+///   `cpu_kernelmode_gs_base`).
 #[must_use]
 pub fn agrees(symbols: &Symbols, space: &Space<'_>, vcpus: &[Vcpu]) -> bool {
-    is_own_root(symbols, space).unwrap_or(false)
-        || is_percpu(symbols, space, vcpus).unwrap_or(false)
+    // What can't be read agrees with nothing.
+    is_own_root(symbols, space) == Some(true) || is_percpu(symbols, space, vcpus) == Some(true)
 }
 
 fn is_own_root(symbols: &Symbols, space: &Space<'_>) -> Option<bool> {
@@ -186,7 +192,7 @@ fn in_long_mode(vcpus: &[Vcpu]) -> Result<Vec<&Vcpu>, Error> {
     Ok(up)
 }
 
-/// The address spaces that the vCPUs `up` show.
+/// The address spaces that the vCPUs `up` are in.
 fn spaces<'m>(
     mem: &'m dyn Memory,
     kind: GuestType,
@@ -207,7 +213,7 @@ fn spaces<'m>(
     roots.into_iter().map(space).collect()
 }
 
-/// Runs without holes of what is mapped where the image may be.
+/// Runs of mapped pages without holes, where the image may be.
 fn runs(space: &Space<'_>) -> Vec<Vec<Region>> {
     let regions = space.regions(Range {
         start: KERNEL_MAP,
@@ -224,7 +230,8 @@ fn holds(run: &[Region], at: Gva) -> bool {
     run.iter().any(|r| r.executable && r.range.contains(at))
 }
 
-/// Where the image begins that `run` may be: with code, and read-only data must follow.
+/// Where the image in `run` would begin; `None` if it does not begin with code, or has no read-only
+/// data behind it.
 fn image_start(run: &[Region]) -> Option<Gva> {
     let first = run.first().filter(|r| r.executable)?;
     has_constants(run).then_some(first.range.start)

@@ -1,7 +1,8 @@
-//! An index of names by hash. It is built in every run, over tens of thousands of names, so building it must be cheap.
+//! An index of names by hash. It is built in every run, over tens of thousands of names, so
+//! building it must be cheap.
 
-/// Numbers of named things, grouped by the hash of their names. A group is a chain: each item is linked to the one before it
-/// in its group.
+/// Numbers of named things, grouped by the hash of their names. A group is a chain: each item is
+/// linked to the one before it in its group.
 #[derive(Clone, Debug)]
 pub(super) struct NameIndex {
     /// The last item of each group, plus one.

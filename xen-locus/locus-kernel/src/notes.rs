@@ -4,7 +4,8 @@ use object::elf::{FileHeader64, ELF_NOTE_GNU, NT_GNU_BUILD_ID};
 use object::read::elf::NoteIterator;
 use object::LittleEndian;
 
-/// Alignment of names and descriptions, in bytes: that of `.notes` (include/asm-generic/vmlinux.lds.h: `NOTES`).
+/// Alignment of names and descriptions, in bytes: that of `.notes`
+/// (include/asm-generic/vmlinux.lds.h: `NOTES`).
 const ALIGN: u64 = 4;
 /// Longest build-id believed, in bytes. Linkers make 8, 16 or 20.
 const BUILD_ID_MAX: usize = 64;

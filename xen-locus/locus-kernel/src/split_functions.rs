@@ -1,12 +1,13 @@
-//! Functions that the compiler has split: code that seldom runs is placed elsewhere, under a symbol of its own (GCC's
-//! `-freorder-blocks-and-partition`).
+//! Functions that the compiler has split: code that seldom runs is placed elsewhere, under a symbol
+//! of its own (GCC's `-freorder-blocks-and-partition`).
 //!
 //! A thread in such a part is in the function, because it goes on in the main part.
 
 /// What GCC appends to the function's name to name the part.
 pub const SUFFIX: &str = ".cold";
 
-/// Whether the symbol `part` names a part of the function `name`: `NAME.cold`, or `NAME.cold.N` as GCC 8 has it.
+/// Whether the symbol `part` names a part of the function `name`: `NAME.cold`, or `NAME.cold.N` as
+/// GCC 8 has it.
 #[must_use]
 pub fn is_part(part: &str, name: &str) -> bool {
     let rest = part.strip_prefix(name);

@@ -2,15 +2,17 @@
 
 use crate::{Error, Kernel};
 
-/// The state of a kernel that has started. From here on its text is mapped as it stays, and `__init` code is gone.
+/// The state of a kernel that has started. From here on its text is mapped as it stays, and
+/// `__init` code is gone.
 const RUNNING: &str = "SYSTEM_RUNNING";
 
 impl Kernel<'_> {
-    /// Checks that the kernel has started and is not going down. A kernel without `system_state`, or with a value that its
-    /// types have no name for, passes.
+    /// Checks that the kernel has started and is not going down. A kernel without `system_state`,
+    /// or with a value that its types have no name for, passes.
     ///
     /// # Errors
-    /// [`Error::NotReady`] if it is in another state; [`Error::Missing`] if it has no types; [`Error::Memory`].
+    /// [`Error::NotReady`] if it is in another state; [`Error::Missing`] if it has no types;
+    /// [`Error::Memory`].
     pub fn check_runs(&self) -> Result<(), Error> {
         let Some(at) = self.symbols.addr("system_state") else {
             return Ok(());

@@ -1,26 +1,26 @@
-//! VMCOREINFO: what the kernel writes about itself for those who read its memory.
+//! VMCOREINFO: what the kernel writes about itself for programs that read its memory.
 //!
-//! Lines `KEY=VALUE` (Documentation/admin-guide/kdump/vmcoreinfo.rst), among them `SYMBOL(name)`,
-//! `OFFSET(struct.member)`, `SIZE(struct)`, `LENGTH(array)` and `NUMBER(name)`. The text stands where
-//! `vmcoreinfo_data` points and is `vmcoreinfo_size` bytes long (kernel/crash_core.c, later
-//! kernel/vmcore_info.c).
+//! It is text of lines `KEY=VALUE` (Documentation/admin-guide/kdump/vmcoreinfo.rst), among them
+//! `SYMBOL(name)`, `OFFSET(struct.member)`, `SIZE(struct)`, `LENGTH(array)` and `NUMBER(name)`.
+//! `vmcoreinfo_data` points to it, and `vmcoreinfo_size` is its length in bytes
+//! (kernel/crash_core.c, later kernel/vmcore_info.c).
 //!
-//! Here it is one more witness: what it says must agree with what was found otherwise. A kernel
-//! without it is read just as well.
+//! This crate uses it as a cross-check only: what it says must agree with what was found otherwise.
+//! A kernel without it is read equally well.
 
 use std::collections::BTreeMap;
 
 use locus_guest::addr::Gva;
 
-use super::locate::KERNEL_MAP;
-use super::{Error, Kernel};
+use crate::locate::KERNEL_MAP;
+use crate::{to_usize, Error, Kernel};
 
 /// Longest believed text, in bytes: the kernel gives it a page.
 const TEXT_MAX: u64 = 64 << 10;
 /// The least alignment of a kernel image, in bytes (`CONFIG_PHYSICAL_ALIGN`).
 const IMAGE_ALIGN: u64 = 2 << 20;
 
-/// What the kernel says of itself.
+/// The kernel's text about itself, and its values by key.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct VmcoreInfo {
     text: String,
@@ -28,10 +28,10 @@ pub struct VmcoreInfo {
 }
 
 impl VmcoreInfo {
-    /// Reads the text; `None` when the kernel has none or has not written it yet.
+    /// Reads the text; `None` if the kernel has none, or has not written it yet.
     ///
     /// # Errors
-    /// [`Error::Odd`] when it is too long, or no text; memory that can't be read.
+    /// [`Error::Odd`] if it is longer than 64 KiB or not printable, [`Error::Memory`].
     pub fn read(kernel: &Kernel<'_>) -> Result<Option<VmcoreInfo>, Error> {
         let symbol = |name| kernel.symbols.addr(name);
         let (Some(data), Some(size)) = (symbol("vmcoreinfo_data"), symbol("vmcoreinfo_size"))
@@ -43,25 +43,24 @@ impl VmcoreInfo {
         if at.0 == 0 || size == 0 {
             return Ok(None);
         }
-        let len = usize::try_from(size.min(TEXT_MAX + 1)).unwrap_or(usize::MAX);
         if size > TEXT_MAX {
             return Err(Error::Odd(format!(
                 "vmcoreinfo_size is {size}; expected at most {TEXT_MAX} bytes"
             )));
         }
-        VmcoreInfo::parse(kernel.space.read_vec(at, len)?).map(Some)
+        VmcoreInfo::parse(kernel.space.read_vec(at, to_usize(size)?)?).map(Some)
     }
 
-    /// Takes the text apart. Of two lines with one key the last counts, since the kernel appends.
+    /// Splits the text into its lines. Of two lines with the same key the last counts, because the
+    /// kernel appends. A line without `=` has no value.
     ///
     /// # Errors
-    /// [`Error::Odd`] when it is not printable text.
+    /// [`Error::Odd`] if it is not printable text.
     pub fn parse(bytes: Vec<u8>) -> Result<VmcoreInfo, Error> {
         let printable = |b: &u8| b.is_ascii_graphic() || matches!(b, b' ' | b'\n' | b'\t');
-        if let Some(at) = bytes.iter().position(|b| !printable(b)) {
+        if let Some((at, byte)) = bytes.iter().enumerate().find(|(_, b)| !printable(b)) {
             return Err(Error::Odd(format!(
-                "VMCOREINFO has byte {:#04x} at offset {at} of {}; expected printable text",
-                bytes.get(at).copied().unwrap_or(0),
+                "VMCOREINFO has byte {byte:#04x} at offset {at} of {}; expected printable text",
                 bytes.len()
             )));
         }
@@ -81,12 +80,12 @@ impl VmcoreInfo {
         &self.text
     }
 
-    /// All keys with their values, by key.
+    /// All keys with their values, sorted by key.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         self.values.iter().map(|(k, v)| (k.as_str(), v.as_str()))
     }
 
-    /// The value of `key`.
+    /// The text behind `key=`; `None` if there is no such line.
     #[must_use]
     pub fn get(&self, key: &str) -> Option<&str> {
         self.values.get(key).map(String::as_str)
@@ -96,48 +95,48 @@ impl VmcoreInfo {
         self.get(&format!("{what}({name})"))
     }
 
-    /// `SYMBOL(name)`: an address.
+    /// `SYMBOL(name)`: a guest virtual address.
     #[must_use]
     pub fn symbol(&self, name: &str) -> Option<Gva> {
         hexadecimal(self.of("SYMBOL", name)?).map(Gva)
     }
 
-    /// `OFFSET(path)`, as in `page.flags`: bytes.
+    /// `OFFSET(path)`, with a path such as `page.flags`: the offset of a member, in bytes.
     #[must_use]
     pub fn offset(&self, path: &str) -> Option<u64> {
         self.of("OFFSET", path)?.parse().ok()
     }
 
-    /// `SIZE(name)`: bytes.
+    /// `SIZE(name)`: the size of a type or variable, in bytes.
     #[must_use]
     pub fn size(&self, name: &str) -> Option<u64> {
         self.of("SIZE", name)?.parse().ok()
     }
 
-    /// `LENGTH(name)`: elements.
+    /// `LENGTH(name)`: how many elements an array has.
     #[must_use]
     pub fn length(&self, name: &str) -> Option<u64> {
         self.of("LENGTH", name)?.parse().ok()
     }
 
-    /// `NUMBER(name)`.
+    /// `NUMBER(name)`: a constant or variable of the kernel.
     #[must_use]
     pub fn number(&self, name: &str) -> Option<i64> {
         self.of("NUMBER", name)?.parse().ok()
     }
 
-    /// Offset of the image from where it was linked (KASLR), in bytes.
+    /// `KERNELOFFSET`: how far the image is from where it was linked (KASLR), in bytes.
     #[must_use]
     pub fn kernel_offset(&self) -> Option<u64> {
         u64::from_str_radix(self.get("KERNELOFFSET")?, 16).ok()
     }
 
-    /// Compares with what was found otherwise, and says how many statements agreed: release,
-    /// build-id, KASLR offset, paging levels, `phys_base`, addresses of symbols and of the symbol
-    /// tables themselves. What either side doesn't know is not compared.
+    /// Compares the text with `kernel`, and returns how many values agreed. Compared are release,
+    /// build-id, KASLR offset, levels of page tables, `phys_base`, and the addresses of symbols and
+    /// of the symbol tables themselves. What either side does not know is not compared.
     ///
     /// # Errors
-    /// [`Error::Odd`] with both values at the first disagreement.
+    /// [`Error::Odd`] with both values at the first difference, [`Error::Memory`].
     pub fn check(&self, kernel: &Kernel<'_>) -> Result<usize, Error> {
         let mut agreed = 0;
         let mut same = |key: String, found: Option<String>| {
@@ -181,8 +180,8 @@ impl VmcoreInfo {
             same(format!("SYMBOL({name})"), found)?;
         }
         if let Some(offset) = self.get("KERNELOFFSET") {
-            // Where the kernel was linked (CONFIG_PHYSICAL_START) is not in the guest: what is left
-            // must be a place for a kernel.
+            // Where the kernel was linked (CONFIG_PHYSICAL_START) is not in the guest. But without
+            // the offset, the text must be at a place for a kernel.
             let linked = self
                 .kernel_offset()
                 .and_then(|offset| kernel.text_base.0.checked_sub(offset))

@@ -1,11 +1,11 @@
-//! Hand-made BTF blobs, for tests.
+//! BTF blobs made by hand, for tests.
 
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // small blobs
 #![allow(missing_debug_implementations, clippy::new_without_default)]
 
 use super::TypeKind;
 
-/// A blob being written.
+/// A BTF blob being written. What adds a type returns its id.
 pub struct Blob {
     strings: Vec<u8>,
     words: Vec<u32>,
@@ -14,7 +14,7 @@ pub struct Blob {
 }
 
 impl Blob {
-    /// A kernel's blob.
+    /// An empty blob of a kernel.
     #[must_use]
     pub fn new() -> Blob {
         Blob {
@@ -35,7 +35,7 @@ impl Blob {
         blob
     }
 
-    /// A module's blob on top of `base`.
+    /// An empty blob of a module on top of `base`.
     #[must_use]
     pub fn on(base: &Blob) -> Blob {
         Blob {
@@ -46,7 +46,7 @@ impl Blob {
         }
     }
 
-    /// Offset of a string.
+    /// Adds a string, and returns its offset.
     pub fn name(&mut self, name: &str) -> u32 {
         if name.is_empty() {
             return 0;
@@ -132,7 +132,7 @@ impl Blob {
         self.push(head, &tail)
     }
 
-    /// A prototype.
+    /// A function's prototype: type of the result, names and types of the parameters.
     pub fn proto(&mut self, result: u32, parameters: &[(&str, u32)]) -> u32 {
         let tail: Vec<u32> = parameters
             .iter()
@@ -147,7 +147,7 @@ impl Blob {
         )
     }
 
-    /// The bytes.
+    /// The blob as it would be in memory.
     #[must_use]
     pub fn bytes(&self) -> Vec<u8> {
         let types = self.words.len() as u32 * 4;

@@ -9,25 +9,26 @@ const DEPTH: u32 = 16;
 /// Most members or enumerators looked at for one question.
 const STEPS: u32 = 1 << 17;
 
-/// Where some bits of a structure stand.
+/// Where a value of some bits is in a structure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bits {
-    /// Offset of the byte that holds the lowest bit, from the start of the structure, in bytes.
+    /// Offset of the byte that has the lowest bit, from the start of the structure, in bytes.
     pub offset: usize,
     /// Number of the lowest bit in that byte.
     pub shift: u32,
-    /// How many bits.
+    /// How many bits it has.
     pub width: u32,
 }
 
 impl Bits {
-    /// Bytes that hold them.
+    /// How many bytes they are in, from that byte on.
     #[must_use]
     pub fn bytes(&self) -> usize {
         (self.shift + self.width).div_ceil(8) as usize
     }
 
-    /// Their value in the structure's `bytes`, at most 64 bits; `None` when `bytes` is too short.
+    /// Their value in the structure `bytes`, as an unsigned number. `None` if `bytes` is too short,
+    /// or the value has more than 64 bits.
     #[must_use]
     pub fn value(&self, bytes: &[u8]) -> Option<u64> {
         let bits = self.shift.checked_add(self.width).filter(|&n| n <= 128)?;
@@ -42,7 +43,7 @@ impl Bits {
     }
 }
 
-/// One member of a structure or union, as BTF has it.
+/// A member of a structure or union, as BTF has it.
 #[derive(Clone, Copy)]
 pub(super) struct Member {
     /// Offset of its name in the strings.
@@ -84,7 +85,7 @@ impl Btf {
     /// Size of the structure or union `name`, in bytes.
     ///
     /// # Errors
-    /// [`Error::Missing`] when there is none of that name.
+    /// [`Error::Missing`] if there is no such type.
     pub fn size_of(&self, name: &str) -> Result<usize, Error> {
         self.composite(name)
             .and_then(|id| self.record(id))
@@ -92,11 +93,11 @@ impl Btf {
             .ok_or_else(|| Error::Missing(format!("type {name} in BTF")))
     }
 
-    /// Byte offset of the member `path` (dotted, as `thread.sp`) in structure `name`. Anonymous
-    /// members are looked into.
+    /// Offset of the member `path` in the structure or union `name`, in bytes. A path has dots,
+    /// such as `thread.sp`. Members of anonymous structures and unions are found too.
     ///
     /// # Errors
-    /// [`Error::Missing`] when there is no such type or member, or it is a bit field.
+    /// [`Error::Missing`] if there is no such type or member, or it is a bit field.
     pub fn offset_of(&self, name: &str, path: &str) -> Result<usize, Error> {
         self.resolve(name, path)
             .filter(|m| m.width == 0 && m.bit % 8 == 0)
@@ -104,17 +105,17 @@ impl Btf {
             .ok_or_else(|| missing(name, path))
     }
 
-    /// Whether structure or union `ty` has the member `path`, bit fields included.
+    /// Whether the structure or union `ty` has the member `path`, which may be a bit field.
     #[must_use]
     pub fn has(&self, ty: &str, path: &str) -> bool {
         self.resolve(ty, path).is_some()
     }
 
-    /// Where the bits of member `member` (or path) of `ty` stand; also for members that are no bit
-    /// field and have at most 64 bits.
+    /// Where the bits of the member (or path) `member` are in the structure or union `ty`. The
+    /// member may be a bit field, or any other of at most 64 bits.
     ///
     /// # Errors
-    /// [`Error::Missing`] when there is no such member or it is longer.
+    /// [`Error::Missing`] if there is no such member, or it has more bits.
     pub fn bits_of(&self, ty: &str, member: &str) -> Result<Bits, Error> {
         let none = || missing(ty, member);
         let m = self.resolve(ty, member).ok_or_else(none)?;
@@ -125,7 +126,7 @@ impl Btf {
             }
             width => width,
         };
-        // Without the flag of structures, the integer itself says which of its bits it means.
+        // In a structure without the flag, the integer itself says which of its bits count.
         let int = self
             .record(self.strip(m.type_id))
             .filter(|r| m.width == 0 && r.kind == TypeKind::Int)
@@ -143,12 +144,13 @@ impl Btf {
         let bit = m.bit + u64::from(skip);
         Ok(Bits {
             offset: usize::try_from(bit / 8).map_err(|_| none())?,
-            shift: u32::try_from(bit % 8).unwrap_or(0),
+            shift: (bit % 8) as u32,
             width,
         })
     }
 
-    /// The enumerator of enum `ty` whose value is `value`; the first of several.
+    /// Name of the enumerator of the enum `ty` that has the value `value`; the first of several.
+    /// Control characters are replaced.
     #[must_use]
     pub fn enum_name(&self, ty: &str, value: i64) -> Option<String> {
         let r = self.enumeration(ty)?;
@@ -159,7 +161,7 @@ impl Btf {
             .map(|(name, _)| self.name(name))
     }
 
-    /// The value of enumerator `name` of enum `ty`.
+    /// Value of the enumerator `name` of the enum `ty`.
     #[must_use]
     pub fn enum_value(&self, ty: &str, name: &str) -> Option<i64> {
         let r = self.enumeration(ty)?;
@@ -172,10 +174,10 @@ impl Btf {
         self.record(self.find(&[TypeKind::Enum, TypeKind::Enum64], ty)?)
     }
 
-    /// Number of elements of the array that is member `path` of `ty`.
+    /// Number of elements of the array that is the member `path` of the structure or union `ty`.
     ///
     /// # Errors
-    /// [`Error::Missing`] when there is no such member, or it is no array.
+    /// [`Error::Missing`] if there is no such member, or it is no array.
     pub fn array_len(&self, ty: &str, path: &str) -> Result<usize, Error> {
         self.resolve(ty, path)
             .and_then(|m| self.record(self.strip(m.type_id)))
@@ -185,7 +187,7 @@ impl Btf {
             .ok_or_else(|| missing(ty, &format!("{path}[]")))
     }
 
-    /// Size of type `id` in bytes; `None` for `void`, functions and what is only declared.
+    /// Size of the type `id` in bytes; `None` for `void`, functions, and types that are only declared.
     pub(super) fn bytes_of(&self, mut id: u32) -> Option<u64> {
         let mut times = 1u64;
         for _ in 0..CHAIN {
@@ -256,7 +258,7 @@ fn missing(name: &str, path: &str) -> Error {
     Error::Missing(format!("member {path} of {name} in BTF"))
 }
 
-/// The enumerators of the enum `r`, as many as are believed.
+/// The enumerators of the enum `r`, at most [`STEPS`] of them: name and value.
 fn enumerators(r: TypeRecord<'_>) -> impl Iterator<Item = (u32, i64)> + '_ {
     (0..r.parts.min(STEPS as usize)).map_while(move |i| enumerator(&r, i))
 }

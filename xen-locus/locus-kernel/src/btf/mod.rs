@@ -1,8 +1,9 @@
 //! BPF Type Format: the kernel's own description of its types.
 //!
-//! Format: Documentation/bpf/btf.rst. This file indexes a blob and finds types by name; members,
-//! bit fields, enums and arrays are in [`member`], C text in [`text`]. All of it is bounds-checked,
-//! and the work for one question is bounded whatever the blob says.
+//! The format is in Documentation/bpf/btf.rst. This file indexes a blob and finds types by name.
+//! Questions about members, bit fields, enums and arrays are in [`member`], types as C text in
+//! [`text`]. All access is bounds-checked, and the work for one question is bounded, whatever the
+//! blob says.
 
 #[cfg(any(test, feature = "testing"))]
 pub mod blob;
@@ -16,24 +17,24 @@ use std::rc::Rc;
 
 use locus_guest::fetch;
 
-use super::name_index::{self, NameIndex};
-use super::Error;
-pub use member::Bits;
+pub use self::member::Bits;
+use crate::name_index::{self, NameIndex};
+use crate::Error;
 
 const MAGIC: u16 = 0xeb9f;
 const HEADER: usize = 24;
-/// Most typedefs and qualifiers followed from one type to what is behind them.
+/// Most typedefs and qualifiers that are followed from one type to what is behind them.
 const CHAIN: u32 = 32;
 /// Most types believed (`BTF_MAX_TYPE` in `include/uapi/linux/btf.h`).
 const TYPES_MAX: usize = 1 << 20;
-/// Longest blob believed, in bytes.
+/// Longest blob believed, in bytes. Those of Debian's kernels have about 5 MiB.
 pub const BYTES_MAX: usize = 32 << 20;
 /// Longest name believed, in bytes (`KSYM_NAME_LEN` of `include/linux/kallsyms.h`).
 const NAME_MAX: usize = 512;
 
 /// Kinds of types, as numbered in `include/uapi/linux/btf.h`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs)]
+#[allow(missing_docs)] // the names are those of the format
 pub enum TypeKind {
     Int = 1,
     Ptr,
@@ -57,8 +58,8 @@ pub enum TypeKind {
 }
 
 impl TypeKind {
-    /// The kind in the word `info` of a type. Seven bits hold it, of which older kernels use five
-    /// and leave the others zero.
+    /// The kind in the word `info` of a type. It has seven bits. Older kernels use five of them and
+    /// leave the others zero.
     fn of(info: u32) -> Option<TypeKind> {
         use TypeKind::*;
         Some(match (info >> 24) & 0x7f {
@@ -85,7 +86,7 @@ impl TypeKind {
         })
     }
 
-    /// It only points at another type that has the same shape.
+    /// Whether it only refers to another type with the same layout.
     fn transparent(self) -> bool {
         matches!(
             self,
@@ -98,8 +99,8 @@ impl TypeKind {
     }
 }
 
-/// Bytes that follow the 12-byte head of a type, by number of its kind: so many, and so many for
-/// each part. And whether it has a layout: structures, unions and enumerations.
+/// What follows the 12-byte head of a type, by the number of its kind: bytes of its own, and bytes
+/// for each of its parts. The flag says whether it is a structure, union or enumeration.
 const TAILS: [Option<(usize, usize, bool)>; 20] = [
     None,
     Some((4, 0, false)), // Int
@@ -139,7 +140,7 @@ impl Steps {
     }
 }
 
-/// One type as it stands in its blob.
+/// A type as it is in its blob.
 #[derive(Clone, Copy)]
 struct TypeRecord<'a> {
     bytes: &'a [u8],
@@ -149,8 +150,8 @@ struct TypeRecord<'a> {
     name: u32,
     /// Size in bytes, or id of the type it refers to.
     value: u32,
-    /// Number of members, parameters or enumerators. 24 bits hold it; older kernels use 16 and
-    /// leave the others zero.
+    /// Number of members, parameters or enumerators. It has 24 bits. Older kernels use 16 of them
+    /// and leave the others zero.
     parts: usize,
     flag: bool,
 }
@@ -163,6 +164,8 @@ impl TypeRecord<'_> {
 }
 
 /// All types of the kernel, or of one module on top of the kernel's.
+///
+/// A type has an id. Ids are dense: `void` is 0, then come those of the kernel, then those of the module.
 #[derive(Debug)]
 pub struct Btf {
     bytes: Vec<u8>,
@@ -172,12 +175,12 @@ pub struct Btf {
     /// Id of `types[0]`.
     first: u32,
     base: Option<Rc<Btf>>,
-    /// All types of this blob by name.
+    /// Names of all types of this blob.
     by_name: OnceCell<NameIndex>,
-    /// Structures, unions and enumerations that have a name, by their place in `types`: what layouts
-    /// are asked of, and a tenth of all types.
+    /// Structures, unions and enumerations that have a name, by their place in `types`. Most
+    /// questions are about them, and they are a tenth of all types.
     shapes: Vec<u32>,
-    /// Those by name.
+    /// Names of `shapes`.
     shapes_by_name: OnceCell<NameIndex>,
 }
 
@@ -185,13 +188,14 @@ impl Btf {
     /// Indexes the BTF blob `bytes` of a kernel.
     ///
     /// # Errors
-    /// [`Error::Odd`] when it is not well-formed.
+    /// [`Error::Odd`] if it is not well-formed, is longer than [`BYTES_MAX`], has more than 2^20
+    /// types, or has a kind of type that is unknown.
     pub fn new(bytes: Vec<u8>) -> Result<Btf, Error> {
         Btf::index(bytes, None)
     }
 
-    /// Indexes the blob `bytes` of a module: its type ids and offsets of strings continue those of
-    /// `base` (Documentation/bpf/btf.rst; kernel/bpf/btf.c: `btf_parse_module`).
+    /// Indexes the blob `bytes` of a module. Its type ids and the offsets of its strings continue
+    /// those of `base` (Documentation/bpf/btf.rst; kernel/bpf/btf.c: `btf_parse_module`).
     ///
     /// # Errors
     /// As [`Btf::new`].
@@ -264,20 +268,20 @@ impl Btf {
         })
     }
 
-    /// Number of types of this blob: `void` not counted, nor those of the base.
+    /// Number of types of this blob, without `void` and without those of the base.
     #[must_use]
-    #[allow(clippy::len_without_is_empty)] // a kernel's types are never none
+    #[allow(clippy::len_without_is_empty)] // a kernel always has types
     pub fn len(&self) -> usize {
         self.types.len() - usize::from(self.base.is_none())
     }
 
-    /// The blob as it is in the guest.
+    /// The blob as it is in the guest, without that of the base.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    /// One past the highest id. Below 2^20, see [`TYPES_MAX`].
+    /// One past the highest id. It fits: [`TYPES_MAX`] was checked.
     fn end(&self) -> u32 {
         self.first + u32::try_from(self.types.len()).unwrap_or(0)
     }
@@ -302,7 +306,7 @@ impl Btf {
         })
     }
 
-    /// The string at `offset`, at most [`NAME_MAX`] bytes of it.
+    /// The string at `offset`, at most [`NAME_MAX`] bytes of it. It is empty if there is none.
     fn string(&self, offset: u32) -> &[u8] {
         let mut offset = offset as usize;
         if let Some(base) = &self.base {
@@ -325,7 +329,8 @@ impl Btf {
         rest.get(..end.unwrap_or(rest.len())).unwrap_or_default()
     }
 
-    /// The string at `offset` for people: what a terminal could take for a command is replaced.
+    /// The string at `offset` as it may be shown: control characters are replaced, because a
+    /// terminal could take them for a command.
     fn name(&self, offset: u32) -> String {
         String::from_utf8_lossy(self.string(offset))
             .chars()
@@ -335,6 +340,8 @@ impl Btf {
 
     /// Indexes `count` types of this blob by name; `numbers` are their places in `types`.
     fn index_names(&self, numbers: impl Iterator<Item = u32>, count: usize) -> NameIndex {
+        // Strings and types are within the blob, as was checked when it was indexed. What is not
+        // there has no name.
         let own = self.bytes.get(self.strings.clone()).unwrap_or_default();
         let shared = self.base.as_ref().map_or(0, |base| base.strings.len());
         let mut index = NameIndex::with_capacity(count);
@@ -342,7 +349,7 @@ impl Btf {
             let at = self.types.get(number as usize).map_or(0, |&at| at as usize);
             let name = fetch::u32(&self.bytes, at).unwrap_or(0);
             index.push(match (name as usize).checked_sub(shared) {
-                // Half of the types have no name: they are spread over all groups.
+                // Half of the types have no name. They are spread over all groups.
                 _ if name == 0 => number.wrapping_mul(0x9e37_79b9),
                 Some(at) => name_index::hash_string(own.get(at..).unwrap_or_default(), NAME_MAX),
                 None => name_index::hash(self.string(name)),
@@ -369,7 +376,8 @@ impl Btf {
         }
     }
 
-    /// The first structure, union or enumeration, of one of `kinds`, that is called `name`.
+    /// The id of the first structure, union or enumeration called `name` whose kind is one of
+    /// `kinds`. Types of the base come first. Types of other kinds are never found.
     #[must_use]
     pub fn find(&self, kinds: &[TypeKind], name: &str) -> Option<u32> {
         if let Some(found) = self.base.as_ref().and_then(|base| base.find(kinds, name)) {

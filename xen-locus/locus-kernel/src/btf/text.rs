@@ -1,4 +1,4 @@
-//! Types as C, with offsets and sizes in bytes beside every member.
+//! Types as C text, with offset and size in bytes beside every member.
 
 use super::member::{enumerator, member, Member};
 use super::{Btf, Steps, TypeKind, TypeRecord, CHAIN};
@@ -14,39 +14,39 @@ const NAMESAKES: usize = 64;
 /// Column of the offsets.
 const COLUMN: usize = 48;
 
-/// A type as it is shown.
+/// A type in a form to show. Names are without control characters.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Described {
     /// `struct`, `union`, `enum`, `typedef`, `function`, `variable`, `type`.
     pub kind: &'static str,
-    /// Its name.
+    /// Its name; empty if it has none.
     pub name: String,
-    /// Its id.
+    /// Its id in the BTF.
     pub id: u32,
     /// Its size in bytes; functions have none.
     pub size: Option<u64>,
-    /// As C.
+    /// Its declaration as C, of one or several lines.
     pub text: String,
-    /// Members of a structure or union, those of anonymous members among them.
+    /// Members of a structure or union, with those of its anonymous members.
     pub members: Vec<DescribedMember>,
 }
 
-/// A member as it is shown.
+/// A member in a form to show.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DescribedMember {
-    /// Its name.
+    /// Its name; empty for an unnamed bit field.
     pub name: String,
     /// Its declaration as C.
     pub declaration: String,
-    /// Offset from the start of the structure, in bytes.
+    /// Offset from the start of the outermost structure, in bytes.
     pub offset: u64,
-    /// Size in bytes; of a bit field, of the type it is taken from.
+    /// Size in bytes. For a bit field it is the size of its declared type.
     pub size: u64,
-    /// Of a bit field: first bit above `offset`, and width.
+    /// For a bit field: number of its first bit, counted from `offset`, and its width in bits.
     pub bits: Option<(u64, u32)>,
 }
 
-/// What is written while a type is shown.
+/// The text of a type being written.
 struct Writer<'a> {
     btf: &'a Btf,
     steps: Steps,
@@ -65,8 +65,9 @@ struct Declared {
 }
 
 impl Btf {
-    /// All types called `wanted`, as C: `struct foo`, `union foo`, `enum foo`, or a bare name, which
-    /// also means typedefs, functions and variables. Empty when there is none.
+    /// All types that `wanted` names: `struct foo`, `union foo`, `enum foo`, or a bare name, which
+    /// also finds typedefs, functions, variables and basic types. At most 64; none if there is no
+    /// such type.
     #[must_use]
     pub fn describe(&self, wanted: &str) -> Vec<Described> {
         use TypeKind::*;
@@ -311,6 +312,7 @@ impl Writer<'_> {
                     self.out
                         .push_str(&format!("{indent}/* hole of {hole} bytes */\n"));
                 }
+                // A type without a size takes no room.
                 let bits = match m.width {
                     0 => self.btf.bytes_of(m.type_id).unwrap_or(0).saturating_mul(8),
                     width => width.into(),
@@ -332,6 +334,7 @@ impl Writer<'_> {
 
     fn member(&mut self, m: &Member, start: u64, depth: usize) -> Option<()> {
         let bit = start.checked_add(m.bit)?;
+        // A type without a size is shown with 0.
         let size = self.btf.bytes_of(m.type_id).unwrap_or(0);
         let mut name = self.btf.name(m.name);
         let indent = "\t".repeat(depth);
@@ -360,6 +363,7 @@ impl Writer<'_> {
         let place = self.parts.len();
         self.declare(m.type_id, &name, bit, depth)?;
         self.out.push(';');
+        // `begin` was the length before, and text is only added.
         let written = self.out.get(begin..).unwrap_or_default();
         let last = written.rsplit('\n').next().unwrap_or_default();
         let tabs = depth * 8;
@@ -376,7 +380,8 @@ impl Writer<'_> {
         self.out
             .push_str(&format!("{pad}/* {offset} {size:5} */\n"));
         if !anonymous {
-            // It stands for its own members, if it is a structure written out in place.
+            // Members of a structure that is written out in place are not listed, but the structure
+            // itself is.
             self.parts.truncate(place);
             self.parts.push(part);
         }

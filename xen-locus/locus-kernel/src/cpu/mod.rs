@@ -1,18 +1,17 @@
-//! The processor as the kernel sees it, and what it does about the processor's bugs.
+//! The processor as the kernel sees it, and what the kernel does against the processor's bugs.
 //!
-//! Code for a running kernel must fit its alternatives, return thunks and page-table isolation, all
-//! of which the kernel chose as it booted. Bits stand in `boot_cpu_data.x86_capability`, which is
-//! also what alternatives are patched by; their names come from the kernel's own `x86_cap_flags`
-//! and `x86_bug_flags` (arch/x86/kernel/cpu/mkcapflags.sh), so that no bit is known beforehand. The
-//! words of bugs follow the words of features.
+//! Code for a running kernel must fit the kernel's alternatives, return thunks and page-table
+//! isolation. The kernel chose them when it booted. The bits are in `boot_cpu_data.x86_capability`,
+//! which also decides alternatives: first the words of features, then those of bugs. Their names
+//! come from the kernel's own tables `x86_cap_flags` and `x86_bug_flags`
+//! (arch/x86/kernel/cpu/mkcapflags.sh), so no bit is known beforehand.
 
 use std::collections::BTreeMap;
 
 use locus_guest::addr::{Gva, Range};
-use locus_guest::fetch;
 
-use super::btf::TypeKind;
-use super::{Error, Kernel};
+use crate::btf::TypeKind;
+use crate::{to_usize, Error, Kernel};
 
 /// Most words of bits believed; Linux has about 24.
 const WORDS_MAX: usize = 64;
@@ -35,7 +34,7 @@ const OTHER_NAMES: [(&str, &str); 5] = [
     ("cfi_mode", "cfi_mode"),
 ];
 
-/// The processor.
+/// The processor that the kernel booted on, and the kernel's choices for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cpu {
     words: Vec<u32>,
@@ -46,10 +45,11 @@ pub struct Cpu {
 }
 
 impl Cpu {
-    /// Reads it.
+    /// Reads bits, names and choices from the guest's memory.
     ///
     /// # Errors
-    /// [`Error::Missing`] when a symbol or type is, [`Error::Odd`] when sizes don't fit each other.
+    /// [`Error::Missing`] if a symbol or type is; [`Error::Odd`] if sizes don't agree or a name is
+    /// none; [`Error::Memory`].
     pub fn read(kernel: &Kernel<'_>) -> Result<Cpu, Error> {
         let btf = kernel.btf()?;
         let count = btf.array_len("cpuinfo_x86", "x86_capability")?;
@@ -57,10 +57,10 @@ impl Cpu {
         let features_at = kernel.symbols.need("x86_cap_flags")?;
         let bugs_at = kernel.symbols.need("x86_bug_flags")?;
         let room = |at| {
-            let words = kernel.symbols.room(at).unwrap_or(0) / NAMES_LEN;
-            usize::try_from(words).unwrap_or(usize::MAX)
+            // Behind the last symbol no size is known, so there is room for nothing.
+            to_usize(kernel.symbols.room(at).unwrap_or(0) / NAMES_LEN)
         };
-        let (feature_words, bug_room) = (room(features_at), room(bugs_at));
+        let (feature_words, bug_room) = (room(features_at)?, room(bugs_at)?);
         let bug_words = count.saturating_sub(feature_words);
         if count > WORDS_MAX || !(1..=BUG_WORDS_MAX.min(bug_room)).contains(&bug_words) {
             return Err(Error::Odd(format!(
@@ -71,9 +71,8 @@ impl Cpu {
         let bytes = kernel
             .space
             .read_vec(kernel.symbols.need("boot_cpu_data")?.plus(at), 4 * count)?;
-        let words = (0..count)
-            .filter_map(|i| fetch::u32(&bytes, 4 * i))
-            .collect();
+        let (words, _) = bytes.as_chunks::<4>();
+        let words = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
         let mut names = read_names(kernel, features_at, feature_words)?;
         names.extend(read_names(kernel, bugs_at, bug_words)?);
         let return_thunk = match kernel.symbols.addr("x86_return_thunk") {
@@ -95,7 +94,8 @@ impl Cpu {
         &self.words
     }
 
-    /// Whether bit `bit`, `32 * word + bit` as in arch/x86/include/asm/cpufeatures.h, is set.
+    /// Whether a bit is set, by its number: 32 times the word plus the bit in it, as in
+    /// arch/x86/include/asm/cpufeatures.h. False behind the last word.
     #[must_use]
     pub fn has(&self, bit: usize) -> bool {
         self.words
@@ -103,21 +103,21 @@ impl Cpu {
             .is_some_and(|w| w >> (bit % 32) & 1 == 1)
     }
 
-    /// Whether the feature or bug `name` is there; `None` when the kernel has no bit of that name.
+    /// Whether the processor has the feature or bug `name`; `None` if the kernel has no bit of that name.
     #[must_use]
     pub fn named(&self, name: &str) -> Option<bool> {
         let bit = self.names.iter().position(|n| n.as_deref() == Some(name))?;
         Some(self.has(bit))
     }
 
-    /// Names of the features it has, in the order of `flags` in /proc/cpuinfo. Bits without a name
-    /// are only in [`Cpu::words`].
+    /// Names of the features that it has, in the order of `flags` in /proc/cpuinfo. Bits without a
+    /// name are only in [`Cpu::words`].
     #[must_use]
     pub fn features(&self) -> Vec<&str> {
         self.set_names(0, 32 * self.feature_words)
     }
 
-    /// Names of the bugs it has, in the order of `bugs` in /proc/cpuinfo.
+    /// Names of the bugs that it has, in the order of `bugs` in /proc/cpuinfo.
     #[must_use]
     pub fn bugs(&self) -> Vec<&str> {
         self.set_names(32 * self.feature_words, self.names.len())
@@ -131,21 +131,22 @@ impl Cpu {
             .collect()
     }
 
-    /// What the kernel chose against each bug: the variable, and the name that its enumeration has
-    /// for the value. A choice against a bug that the processor hasn't got ([`Cpu::bugs`]) may stand
-    /// at its default and means nothing.
+    /// What the kernel chose against each bug: the variable's name, and the name of its value in
+    /// its enumeration. A choice against a bug that the processor does not have ([`Cpu::bugs`]) may
+    /// be a default without meaning.
     #[must_use]
     pub fn mitigations(&self) -> &BTreeMap<String, String> {
         &self.mitigations
     }
 
-    /// Page-table isolation is on.
+    /// Whether page-table isolation is on.
     #[must_use]
     pub fn pti(&self) -> bool {
         self.named("pti") == Some(true)
     }
 
-    /// Where functions return through (`x86_return_thunk`), if the kernel has return thunks.
+    /// Guest virtual address of the code that functions return through (`x86_return_thunk`); `None`
+    /// if the kernel has no return thunks.
     #[must_use]
     pub fn return_thunk(&self) -> Option<Gva> {
         self.return_thunk
@@ -156,8 +157,9 @@ impl Cpu {
 fn read_names(kernel: &Kernel<'_>, at: Gva, words: usize) -> Result<Vec<Option<String>>, Error> {
     let bytes = kernel.space.read_vec(at, 32 * 8 * words)?;
     let mut names = Vec::with_capacity(32 * words);
-    for pointer in bytes.chunks_exact(8) {
-        let pointer = fetch::u64(pointer, 0).unwrap_or(0);
+    let (pointers, _) = bytes.as_chunks::<8>();
+    for pointer in pointers {
+        let pointer = u64::from_le_bytes(*pointer);
         names.push(if pointer == 0 {
             None
         } else {
@@ -174,8 +176,9 @@ fn read_names(kernel: &Kernel<'_>, at: Gva, words: usize) -> Result<Vec<Option<S
     Ok(names)
 }
 
-/// Every variable `…_mitigation` whose enumeration is called the same, or so with an `s`, and the
-/// [`OTHER_NAMES`]. What the kernel threw away after booting is not looked at.
+/// The choices in every variable `…_mitigation` whose enumeration has the same name, or the same
+/// with an `s`, and in the [`OTHER_NAMES`]. Variables that the kernel discarded after it booted are
+/// passed over.
 fn read_mitigations(kernel: &Kernel<'_>) -> Result<BTreeMap<String, String>, Error> {
     let btf = kernel.btf()?;
     let symbol = |name| kernel.symbols.addr(name);

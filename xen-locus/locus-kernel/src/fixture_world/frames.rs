@@ -1,4 +1,4 @@
-//! Code of the small guest, its ORC table, and what stands on its tasks' stacks.
+//! Code of the small guest, its ORC table, and the frames on its tasks' stacks.
 
 use locus_guest::addr::Gva;
 
@@ -8,54 +8,54 @@ use crate::fixture::{ENTRY, TEXT, TEXT_LEN};
 use crate::orc::sample::{frame, kinds, numbers, pack};
 use crate::orc::{OrcFormat, FORMAT_HASHES};
 
-/// How its ORC rows are packed.
+/// The format of its ORC rows.
 pub const FORMAT: OrcFormat = OrcFormat::Typed;
-/// What gives up the CPU: called at its first byte, as the following.
+/// `__schedule`: it and the following functions have a call at their first byte.
 pub const SCHEDULE: Gva = Gva(TEXT.0 + 0x4200);
-/// What system calls come through.
+/// The entry of system calls.
 pub const SYSCALL: Gva = Gva(TEXT.0 + 0x4300);
-/// What new tasks begin with.
+/// `ret_from_fork`, where new tasks begin.
 pub const FORK: Gva = Gva(TEXT.0 + 0x4400);
-/// What kernel threads are in.
+/// `kthread`, which all kernel threads are in.
 pub const KTHREAD: Gva = Gva(TEXT.0 + 0x4500);
-/// What idle tasks are in.
+/// `do_idle`, which all idle tasks are in.
 pub const DO_IDLE: Gva = Gva(TEXT.0 + 0x4600);
-/// What called it.
+/// `cpu_startup_entry`, which calls `do_idle`.
 pub const STARTUP: Gva = Gva(TEXT.0 + 0x4700);
-/// What brings up a CPU.
+/// `secondary_startup_64`, which brings up a CPU.
 pub const SECONDARY: Gva = Gva(TEXT.0 + 0x4800);
-/// What comes with an interrupt on a stack of the CPU's, when the stack was changed.
+/// The code of an interrupt that has switched to the CPU's own stack.
 pub const ON_IRQ_STACK: Gva = Gva(TEXT.0 + 0x4900);
-/// What comes with an interrupt.
+/// The code of an interrupt that has saved all registers.
 pub const INTERRUPT: Gva = Gva(TEXT.0 + 0x4a00);
-/// What a kretprobe's return addresses are exchanged for.
+/// The trampoline that kretprobes exchange return addresses for.
 pub const RETHOOK: Gva = Gva(TEXT.0 + 0x4b00);
-/// The same for interrupts of which only the processor's frame is on the stack.
+/// The code of an exception with only the processor's frame on the stack.
 pub const EXCEPTION: Gva = Gva(TEXT.0 + 0x4c00);
-/// What bases its frame on R10.
+/// A function that bases its frame on R10.
 pub const REALIGNED: Gva = Gva(TEXT.0 + 0x4d00);
-/// What keeps its frame pointer in RBP.
+/// A function that has its frame pointer in RBP.
 pub const FRAMED: Gva = Gva(TEXT.0 + 0x4e00);
-/// The end of what has rows.
+/// The end of the code that has rows.
 const END: u64 = TEXT.0 + 0x4f00;
-/// The page of hypercalls, with one in it as a PV guest has it.
+/// The page of hypercalls, with one hypercall in it as a PV guest has it.
 pub const HYPERCALLS: Gva = Gva(TEXT.0 + 0x6000);
 /// `push %rcx`, `push %r11`, `mov $29, %eax`, `syscall`, `pop %r11`, `pop %rcx`, `ret`.
 const HYPERCALL: [u8; 14] = [
     0x51, 0x41, 0x53, 0xb8, 29, 0, 0, 0, 0x0f, 5, 0x41, 0x5b, 0x59, 0xc3,
 ];
-/// Bytes of its `pt_regs` and `inactive_task_frame`.
+/// Size of its `pt_regs`, in bytes.
 pub const REGS: u64 = 168;
-/// The latter.
+/// Size of its `inactive_task_frame`, in bytes.
 pub const INACTIVE: u64 = 56;
-/// Offsets in `pt_regs`: RIP, CS, RSP.
+/// Offset of RIP in `pt_regs`, in bytes.
 pub const RIP: u64 = 128;
-/// CS.
+/// Offset of CS in `pt_regs`, in bytes.
 pub const CS: u64 = 136;
-/// RSP.
+/// Offset of RSP in `pt_regs`, in bytes.
 pub const RSP: u64 = 152;
 
-/// Where a call at the first byte of `function` returns to; in that of `PATCHED` it comes behind
+/// Where the call at the first byte of `function` returns to. In [`PATCHED`] the call is behind
 /// five bytes for ftrace.
 #[must_use]
 pub fn after(function: Gva) -> u64 {

@@ -1,6 +1,8 @@
-//! A whole small guest in a mock's memory, for tests: the kernel of [`super::fixture`] with types,
-//! tasks on their stacks, two CPUs, an arena's page table, and a function that can be patched. Every
-//! read-only command works on it.
+//! A whole small guest in a mock's memory, for tests: the kernel of [`fixture`](crate::fixture)
+//! with types, tasks on their stacks, two CPUs, the page table behind the vsyscall page, and a
+//! function that can be patched.
+//!
+//! `types.rs` has its types as data, `draft.rs` and [`frames`] what is in its memory.
 
 #![allow(
     clippy::unwrap_used,
@@ -26,17 +28,17 @@ use self::draft::{Draft, IDLE_THREADS};
 pub use self::types::{RESTART, TASKS, THREAD_NODE};
 use crate::fixture::{Fixture, ENTRY, TABLES, TEXT};
 
-/// Where its variables stand.
+/// Guest virtual address of its variables.
 pub const DATA: Gva = Gva(TEXT.0 + (8 << 20));
-/// Where the areas of its CPUs stand.
+/// Bases of the per-CPU areas of its two CPUs.
 pub const PERCPU: [u64; 2] = [0xffff_8880_0100_0000, 0xffff_8880_0101_0000];
-/// Where its stacks stand, [`STACK_LEN`] bytes each with a hole behind each.
+/// Guest virtual address of its stacks: [`STACK_LEN`] bytes each, with a hole behind each.
 pub const STACKS: Gva = Gva(0xffff_c900_0000_0000);
 /// Size of a stack, in bytes.
 pub const STACK_LEN: usize = 8 << 10;
-/// The function that the test payload replaces.
+/// Guest virtual address of the function that the test payload replaces.
 pub const PATCHED: Gva = Gva(TEXT.0 + 0x1000);
-/// Where its idle task waits.
+/// Guest virtual address of the function in which its idle tasks wait.
 pub const IDLE: Gva = Gva(TEXT.0 + 0x1100);
 /// The guest, built.
 pub struct World {
@@ -49,13 +51,13 @@ pub struct World {
 }
 
 impl World {
-    /// A guest that runs as `kind`.
+    /// A guest of the type `kind`.
     #[must_use]
     pub fn new(kind: GuestType) -> World {
         World::with(kind, |_| ())
     }
 
-    /// The same with `more` in its kernel.
+    /// The same, with what `more` adds to its kernel.
     #[must_use]
     pub fn with(kind: GuestType, more: impl FnOnce(&mut Fixture)) -> World {
         let mut draft = Draft::new(kind);
@@ -103,7 +105,7 @@ impl World {
         }
     }
 
-    /// The same with a fifth level of page tables above.
+    /// The same, with a fifth level of page tables.
     #[must_use]
     pub fn with_five_levels(mut self) -> World {
         let top = self.memory.frame();
@@ -115,8 +117,8 @@ impl World {
         self
     }
 
-    /// The same with page-table isolation: all its vCPUs are in user mode, on the user half of a
-    /// pair of roots, which maps nothing of the kernel.
+    /// The same, with page-table isolation: all its vCPUs are in user mode, on the user half of a
+    /// pair of roots. That half maps nothing of the kernel.
     #[must_use]
     pub fn with_isolation(mut self) -> World {
         let mut kernel_half = self.memory.frame();
@@ -138,7 +140,8 @@ impl World {
         self
     }
 
-    /// Its pages, as a core lists them. A PV guest's own numbers differ from the machine's.
+    /// Its pages, as a core lists them. A PV guest's page numbers (PFN) differ from the machine's
+    /// frame numbers (MFN).
     #[must_use]
     pub fn pages(&self) -> Vec<CorePage> {
         let frames: Vec<u64> = (1..)
@@ -155,7 +158,7 @@ impl World {
         frames.iter().map(page).collect()
     }
 
-    /// Its core.
+    /// Its core, as the bytes of a file.
     #[must_use]
     pub fn core(&self) -> Vec<u8> {
         let mut out = Vec::new();

@@ -1,7 +1,7 @@
 //! Names as the kernel stores them, each byte a token. They are found without being decoded.
 //!
-//! A command asks for a few dozen of a hundred thousand names. So at first only the hash of each name is computed, from the
-//! hashes of its tokens. A name is decoded when it is shown.
+//! A command asks for a few dozen of a hundred thousand names. So at first only the hash of each
+//! name is computed, from the hashes of its tokens. A name is decoded when it is shown.
 
 use serde::{Deserialize, Serialize};
 

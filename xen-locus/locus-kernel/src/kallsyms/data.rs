@@ -13,8 +13,8 @@ pub(super) const CHUNK: usize = 1 << 20;
 /// Most read-only data looked through, in bytes: Debian's kernels have the tables within 12 MiB.
 pub(super) const DATA_MAX: usize = 48 << 20;
 
-/// Read-only data, from its start as far as it has been needed. Each byte is read once. Places in it are offsets from its
-/// start, in bytes.
+/// Read-only data, from its start as far as it has been needed. Each byte is read once. Places in
+/// it are offsets from its start, in bytes.
 pub(super) struct ReadOnlyData<'s, 'm> {
     pub space: &'s Space<'m>,
     /// Guest virtual address of its start.

@@ -78,7 +78,8 @@ pub(super) fn decode(
     Ok(None)
 }
 
-/// Whether some symbol is at `_text`. It is a quick check, before all addresses are decoded in a wrong encoding.
+/// Whether some symbol is at `_text`. It is a quick check, before all addresses are decoded in a
+/// wrong encoding.
 fn text_is_there(
     names: &NamesTable,
     address: impl Fn(usize) -> Option<u64>,

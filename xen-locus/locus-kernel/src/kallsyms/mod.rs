@@ -1,8 +1,9 @@
 //! The kernel's own symbol table, found by its structure in read-only data.
 //!
-//! The build writes it by scripts/kallsyms.c. `kallsyms_names` has the compressed names of all symbols, each byte an index
-//! into 256 tokens. The token table is found first. Its fingerprint is the ten digits, one after the other, each a token
-//! of its own. The proof is `kallsyms_token_index` behind it, which lists the offset of every token. The other tables are
+//! The build writes it by scripts/kallsyms.c. `kallsyms_names` has the compressed names of all
+//! symbols, each byte an index into 256 tokens. The token table is found first. Its fingerprint is
+//! the ten digits, one after the other, each a token of its own. The proof is
+//! `kallsyms_token_index` behind it, which lists the offset of every token. The other tables are
 //! around it in one of two orders:
 //!
 //! - offsets, relative base, count, names, markers, [sequence of names,] token table, token index;
@@ -12,10 +13,12 @@
 //! The sequence of names came with Linux kernel commit 60443c88f3a8 ("kallsyms: Improve the
 //! performance of kallsyms_lookup_name()") (in v6.2, and in stable kernels before it).
 //!
-//! The tables are aligned to eight bytes or, where addresses are relative to their own place, to four (`packed.rs`).
+//! The tables are aligned to eight bytes or, where addresses are relative to their own place, to
+//! four (`packed.rs`).
 //!
-//! Addresses come in several encodings (`decode.rs`). Each is tried, and only one that agrees with the caller's anchors is
-//! believed. A new order or encoding goes into `decode.rs`, a new layout of names into `names.rs`.
+//! Addresses come in several encodings (`decode.rs`). Each is tried, and only one that agrees with
+//! the caller's anchors is believed. A new order or encoding goes into `decode.rs`, a new layout of
+//! names into `names.rs`.
 
 mod compressed;
 mod data;
@@ -48,7 +51,8 @@ pub struct Anchors<'a> {
 /// The second fact that a symbol table must agree with.
 #[derive(Clone, Copy)]
 pub enum SecondAnchor<'a> {
-    /// The entry point that the kernel told Xen or the CPU: some text symbol must have exactly this guest virtual address.
+    /// The entry point that the kernel told Xen or the CPU: some text symbol must have exactly this
+    /// guest virtual address.
     Entry(Gva),
     /// Whether the symbols agree with the guest's state, where no entry point is known.
     State(&'a dyn Fn(&Symbols) -> bool),
@@ -63,8 +67,8 @@ impl std::fmt::Debug for SecondAnchor<'_> {
     }
 }
 
-/// Finds and decodes the symbol table within `regions`, the mapped runs of the kernel's image. Only read-only ones that
-/// are not executable are searched, at most 48 MiB of them.
+/// Finds and decodes the symbol table within `regions`, the mapped runs of the kernel's image. Only
+/// read-only ones that are not executable are searched, at most 48 MiB of them.
 ///
 /// # Errors
 /// [`Error::NotLinux`] if no table is found, or none agrees with the anchors; [`Error::Memory`].

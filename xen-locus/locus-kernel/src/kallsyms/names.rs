@@ -49,8 +49,8 @@ pub(super) fn name_at(bytes: &[u8], pos: usize, long: bool) -> Option<(usize, us
     Some((first, pos + 1))
 }
 
-/// Finds the count in front of the names: the only number for which so many names agree with every marker in the table
-/// behind them.
+/// Finds the count in front of the names: the only number for which so many names agree with every
+/// marker in the table behind them.
 pub(super) fn find_names(
     data: &[u8],
     tokens_at: usize,

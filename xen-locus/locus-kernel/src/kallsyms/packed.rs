@@ -1,9 +1,9 @@
-//! Names in tables that are aligned to four bytes. Kernels have them whose addresses are relative to their own place:
-//! Linux kernel commit a081b5789255 ("kallsyms: Get rid of kallsyms relative base"). The names follow the count without a
-//! gap, and the token table follows the markers.
+//! Names in tables that are aligned to four bytes. Kernels have them whose addresses are relative
+//! to their own place: Linux kernel commit a081b5789255 ("kallsyms: Get rid of kallsyms relative
+//! base"). The names follow the count without a gap, and the token table follows the markers.
 //!
-//! Nearly any four bytes could be a count, so the markers are read first. Their number leaves 256 possible counts, and
-//! their place is where the names end.
+//! Nearly any four bytes could be a count, so the markers are read first. Their number leaves 256
+//! possible counts, and their place is where the names end.
 
 use locus_guest::budget::Budget;
 use locus_guest::fetch;

@@ -17,7 +17,8 @@ use crate::{split_functions, Error};
 pub struct Symbol {
     /// Name without its type character.
     pub name: String,
-    /// Type as `nm` prints it: `T` and `t` for text, `D`, `d`, `B`, `b`, `R`, `r` for data, `A` for absolute values.
+    /// Type as `nm` prints it: `T` and `t` for text, `D`, `d`, `B`, `b`, `R`, `r` for data, `A` for
+    /// absolute values.
     pub kind: char,
     /// Guest virtual address. For per-CPU symbols it is the offset in a CPU's area, see
     /// [`percpu`](crate::tasks::percpu).
@@ -42,8 +43,8 @@ pub struct Symbols {
     by_addr: OnceCell<Vec<u32>>,
 }
 
-/// Stores words as eight bytes each. Kernel addresses have their upper bits set, so postcard's variable length would take
-/// more bytes, and time for each.
+/// Stores words as eight bytes each. Kernel addresses have their upper bits set, so postcard's
+/// variable length would take more bytes, and time for each.
 mod words {
     use serde::{Deserializer, Serializer};
 
@@ -87,7 +88,8 @@ impl Symbols {
         self.addrs.len()
     }
 
-    /// All symbols, in the table's order. Each name is decoded: [`Symbols::all`] and [`Symbols::addr`] are faster.
+    /// All symbols, in the table's order. Each name is decoded: [`Symbols::all`] and
+    /// [`Symbols::addr`] are faster.
     pub fn iter(&self) -> impl Iterator<Item = Symbol> + '_ {
         (0..).zip(&self.addrs).map(|(i, &addr)| Symbol {
             name: self.names.name(i),
@@ -126,8 +128,8 @@ impl Symbols {
         self.names.ending(end).filter_map(|i| self.nth(i))
     }
 
-    /// Guest virtual addresses of the parts that the compiler split off the function at `entry`, by any of the function's
-    /// names ([`split_functions`]).
+    /// Guest virtual addresses of the parts that the compiler split off the function at `entry`, by
+    /// any of the function's names ([`split_functions`]).
     #[must_use]
     pub fn cold(&self, entry: Gva) -> Vec<Gva> {
         let names = (0..).zip(&self.addrs).filter(|(_, &at)| at == entry.0);
@@ -164,8 +166,8 @@ impl Symbols {
             .ok_or_else(|| Error::Missing(format!("symbol {name}")))
     }
 
-    /// Bytes from the guest virtual address `at` to the next symbol with a higher address, which is the most that a
-    /// function there can have. `None` behind the last symbol.
+    /// Bytes from the guest virtual address `at` to the next symbol with a higher address, which is
+    /// the most that a function there can have. `None` behind the last symbol.
     #[must_use]
     pub fn room(&self, at: Gva) -> Option<u64> {
         let behind = match self.by_addr.get() {
@@ -179,8 +181,9 @@ impl Symbols {
         Some(behind - at.0)
     }
 
-    /// The symbol that covers the guest virtual address `at`, and the offset in it in bytes: the last symbol at or below
-    /// `at`. It may be data, and `at` may be far behind its end. `None` below all symbols.
+    /// The symbol that covers the guest virtual address `at`, and the offset in it in bytes: the
+    /// last symbol at or below `at`. It may be data, and `at` may be far behind its end. `None`
+    /// below all symbols.
     #[must_use]
     pub fn covering(&self, at: Gva) -> Option<(String, u64)> {
         let order = self.by_addr();
@@ -191,8 +194,8 @@ impl Symbols {
         Some((self.names.name(*order.get(first)?), at.0 - last.0))
     }
 
-    /// Moves all addresses within the kernel's mapping by `offset` bytes, wrapping, because the kernel was loaded elsewhere
-    /// (KASLR). Per-CPU offsets and other absolute values stay.
+    /// Moves all addresses within the kernel's mapping by `offset` bytes, wrapping, because the
+    /// kernel was loaded elsewhere (KASLR). Per-CPU offsets and other absolute values stay.
     pub(crate) fn slide(&mut self, offset: u64) {
         let moving = |addr: &&mut u64| **addr >= KERNEL_MAP.0;
         for addr in self.addrs.iter_mut().filter(moving) {

@@ -20,8 +20,8 @@ pub(super) struct TokenTable {
 /// The tokens of the ten digits, as they follow each other.
 pub(super) const DIGITS: &[u8] = b"0\x001\x002\x003\x004\x005\x006\x007\x008\x009\x00";
 
-/// Where [`DIGITS`] are in `data` behind `from`. They are so long that at least one of the words that are looked at has
-/// nothing but digits and zeros by turns, which is quickly seen.
+/// Where [`DIGITS`] are in `data` behind `from`. They are so long that at least one of the words
+/// that are looked at has nothing but digits and zeros by turns, which is quickly seen.
 pub(super) fn find_digits(data: &[u8], from: usize) -> Vec<usize> {
     const STRIDE: usize = 16;
     let from = from - from % STRIDE;
@@ -52,9 +52,9 @@ pub(super) fn find_digits(data: &[u8], from: usize) -> Vec<usize> {
 
 /// Tries `digits`, the place of the token `0`, as the 49th of 256 tokens.
 pub(super) fn tokens_around(data: &[u8], digits: usize) -> Option<TokenTable> {
-    // 48 strings end before the digit 0. The byte before the first of them is a NUL too: the high byte of the last marker,
-    // or padding. Or it is the last byte of `kallsyms_seqs_of_names`, which may be any, if no padding follows. The table
-    // is aligned to at least 4 bytes.
+    // 48 strings end before the digit 0. The byte before the first of them is a NUL too: the high
+    // byte of the last marker, or padding. Or it is the last byte of `kallsyms_seqs_of_names`,
+    // which may be any, if no padding follows. The table is aligned to at least 4 bytes.
     let from = digits.saturating_sub(48 * TOKEN_MAX);
     let mut ends = data.get(from..digits)?.iter().enumerate().rev();
     let at = from + ends.by_ref().filter(|(_, &b)| b == 0).nth(48)?.0 + 1;

@@ -1,9 +1,11 @@
 //! The loaded modules: what `/proc/modules` says of each and more, from the kernel's list `modules`.
 //!
-//! Sources: kernel/module/main.c and kernel/module/procfs.c (`m_show`), which were kernel/module.c in older kernels, and
-//! include/linux/module.h. A module may come or go while its guest runs. So the list is read again if reading fails.
+//! Sources: kernel/module/main.c and kernel/module/procfs.c (`m_show`), which were kernel/module.c
+//! in older kernels, and include/linux/module.h. A module may come or go while its guest runs. So
+//! the list is read again if reading fails.
 
 mod layout;
+mod raw;
 #[cfg(any(test, feature = "testing"))]
 pub mod sample;
 mod symbols;
@@ -14,10 +16,10 @@ use std::cell::Cell;
 use std::rc::Rc;
 
 use locus_guest::addr::{Gva, Range};
-use locus_guest::fetch;
 use locus_guest::space::Space;
 
 use self::layout::{ModuleLayout, NotesLayout, PartsLayout, TableLayout, UnloadLayout};
+use self::raw::RawModule;
 pub use self::symbols::ModuleSymbol;
 use crate::btf::{self, Btf};
 use crate::notes::build_id_note;
@@ -63,7 +65,8 @@ impl ModuleState {
 /// A contiguous part of a module's memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModulePart {
-    /// What it is for: `core`, `init`, `data`, or in kernels with `enum mod_mem_type` its name there, such as `text`.
+    /// What it is for: `core`, `init`, `data`, or in kernels with `enum mod_mem_type` its name
+    /// there, such as `text`.
     pub kind: String,
     /// Where it is, in guest virtual addresses.
     pub range: Range,
@@ -90,7 +93,8 @@ pub struct Module {
     pub used_by: Vec<String>,
     /// It can't be unloaded: it has an init function and no exit function.
     pub permanent: bool,
-    /// Why it taints the kernel, as letters (Documentation/admin-guide/tainted-kernels.rst); empty if it does not.
+    /// Why it taints the kernel, as letters (Documentation/admin-guide/tainted-kernels.rst); empty
+    /// if it does not.
     pub taints: String,
     /// Build-id of its file, as raw bytes.
     pub build_id: Option<Vec<u8>>,
@@ -101,8 +105,8 @@ pub struct Module {
     gpl_exports: Option<(Gva, u64)>,
 }
 
-/// A table of places in text that the kernel rewrites while it runs. Each entry begins with a 32-bit signed distance from
-/// the entry to the place, in bytes.
+/// A table of places in text that the kernel rewrites while it runs. Each entry begins with a
+/// 32-bit signed distance from the entry to the place, in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rewritten {
     /// What is at the places: `jump label` or `static call`.
@@ -115,8 +119,8 @@ pub struct Rewritten {
 
 /// Reads modules.
 ///
-/// It remembers what it read of page tables, and modules come and go: use a new one for each listing. All that one of them
-/// reads of symbols and types is limited to 96 MiB.
+/// It remembers what it read of page tables, and modules come and go: use a new one for each
+/// listing. All that one of them reads of symbols and types is limited to 96 MiB.
 #[derive(Debug)]
 pub struct ModuleReader<'k, 'm> {
     kernel: &'k Kernel<'m>,
@@ -130,7 +134,8 @@ impl<'k, 'm> ModuleReader<'k, 'm> {
     /// Learns the layout of `struct module` from the kernel's types.
     ///
     /// # Errors
-    /// [`Error::Missing`] if the kernel has no types, or a member is missing; [`Error::Odd`] if a size exceeds its bound.
+    /// [`Error::Missing`] if the kernel has no types, or a member is missing; [`Error::Odd`] if a
+    /// size exceeds its bound.
     pub fn new(kernel: &'k Kernel<'m>) -> Result<ModuleReader<'k, 'm>, Error> {
         Ok(ModuleReader {
             kernel,
@@ -143,13 +148,14 @@ impl<'k, 'm> ModuleReader<'k, 'm> {
     /// All modules that `/proc/modules` shows, in its order: the last that was loaded comes first.
     ///
     /// # Errors
-    /// [`Error::Odd`] if a list has no end within bounds or a state is unknown; [`Error::Memory`] at the third try.
+    /// [`Error::Odd`] if a list has no end within bounds or a state is unknown; [`Error::Memory`]
+    /// at the third try.
     pub fn all(&mut self) -> Result<Vec<Module>, Error> {
         self.each(|_, module| Ok(module.clone()))
     }
 
-    /// What `of` makes of each module, in the order of [`ModuleReader::all`]. If memory can't be read, a module may have
-    /// gone meanwhile: then all is done again, up to three times.
+    /// What `of` makes of each module, in the order of [`ModuleReader::all`]. If memory can't be
+    /// read, a module may have gone meanwhile: then all is done again, up to three times.
     ///
     /// # Errors
     /// As [`ModuleReader::all`], and those of `of`.
@@ -199,7 +205,8 @@ impl<'k, 'm> ModuleReader<'k, 'm> {
         Ok(self.space.read_vec(at, to_usize(len)?)?)
     }
 
-    /// The module at `addr`; `None` if it is not formed yet. `uses` is how many uses of modules may still be read.
+    /// The module at `addr`; `None` if it is not formed yet. `uses` is how many uses of modules may
+    /// still be read.
     fn module(&self, addr: Gva, uses: &mut usize) -> Result<Option<Module>, Error> {
         let layout = &self.layout;
         let raw = RawModule {
@@ -273,9 +280,9 @@ impl<'k, 'm> ModuleReader<'k, 'm> {
         Ok(names)
     }
 
-    /// Guest virtual addresses and bytes of a live module's `struct module` that change before the module goes, or if
-    /// another takes its place: state, name, and where its text begins. Each is at most 64 bytes long. As long as all of
-    /// them are the same, the module is still there.
+    /// Guest virtual addresses and bytes of a live module's `struct module` that change before the
+    /// module goes, or if another takes its place: state, name, and where its text begins. Each is
+    /// at most 64 bytes long. As long as all of them are the same, the module is still there.
     #[must_use]
     pub fn identity(&self, module: &Module) -> Vec<(Gva, Vec<u8>)> {
         let layout = &self.layout;
@@ -386,11 +393,12 @@ impl<'k, 'm> ModuleReader<'k, 'm> {
         Ok(None)
     }
 
-    /// The module's own BTF, as `/sys/kernel/btf/NAME` shows it; `None` if it has none. Its types continue those of the
-    /// kernel.
+    /// The module's own BTF, as `/sys/kernel/btf/NAME` shows it; `None` if it has none. Its types
+    /// continue those of the kernel.
     ///
     /// # Errors
-    /// [`Error::Odd`] if it is too long, or the list `btf_modules` (kernel/bpf/btf.c) has no end; [`Error::Memory`].
+    /// [`Error::Odd`] if it is too long, or the list `btf_modules` (kernel/bpf/btf.c) has no end;
+    /// [`Error::Memory`].
     pub fn btf_bytes(&self, module: &Module) -> Result<Option<Vec<u8>>, Error> {
         let (Some(types), Some(head)) =
             (&self.layout.types, self.kernel.symbols.addr("btf_modules"))
@@ -433,68 +441,8 @@ impl<'k, 'm> ModuleReader<'k, 'm> {
     }
 }
 
-/// A `struct module`, copied.
-struct RawModule {
-    addr: Gva,
-    bytes: Vec<u8>,
-}
-
-impl RawModule {
-    fn short(&self) -> Error {
-        let addr = self.addr;
-        Error::Odd(format!(
-            "struct module at {addr} is shorter than its members"
-        ))
-    }
-
-    /// The 64-bit word at offset `at`.
-    fn word(&self, at: usize) -> Result<u64, Error> {
-        fetch::u64(&self.bytes, at).ok_or_else(|| self.short())
-    }
-
-    /// The 32-bit word at offset `at`.
-    fn half(&self, at: usize) -> Result<u32, Error> {
-        fetch::u32(&self.bytes, at).ok_or_else(|| self.short())
-    }
-
-    fn name(&self, layout: &ModuleLayout) -> String {
-        // A member behind the end is an empty name.
-        let bytes = self.bytes.get(layout.name..).unwrap_or_default();
-        text(bytes, layout.name_len)
-    }
-
-    /// All parts of its memory, empty ones too.
-    fn parts(&self, layout: &PartsLayout) -> Result<Vec<ModulePart>, Error> {
-        let part = |kind: &str, base: usize, size: usize| {
-            Ok(ModulePart {
-                kind: kind.to_owned(),
-                range: Range::new(Gva(self.word(base)?), self.half(size)?.into()),
-            })
-        };
-        match layout {
-            PartsLayout::Layouts(all) => {
-                let all = all.iter().map(|&(kind, base, size)| part(kind, base, size));
-                all.collect()
-            }
-            PartsLayout::Memory {
-                at,
-                stride,
-                base,
-                size,
-                kinds,
-            } => {
-                let all = kinds.iter().enumerate().map(|(i, kind)| {
-                    let at = at + i * stride;
-                    part(kind, at + base, at + size)
-                });
-                all.collect()
-            }
-        }
-    }
-}
-
-/// The text before the first NUL of the first `most` bytes. Control characters are replaced, because a terminal could take
-/// them for a command.
+/// The text before the first NUL of the first `most` bytes. Control characters are replaced,
+/// because a terminal could take them for a command.
 pub(super) fn text(bytes: &[u8], most: usize) -> String {
     let bytes = bytes.get(..most).unwrap_or(bytes);
     // A split has one part at least.

@@ -11,11 +11,11 @@ use crate::btf::blob::Blob;
 use crate::btf::TypeKind;
 use crate::fixture::Fixture;
 
-/// Where the fixture's modules and what belongs to them stand.
+/// Guest virtual address of the modules and all that belongs to them.
 pub const DATA: u64 = 0xffff_ffff_c000_0000;
-/// Of one module to the next.
+/// Distance from one module to the next, in bytes.
 pub const STEP: u64 = 0x1000;
-/// Bytes of modules and of what belongs to them.
+/// Length of the modules and all that belongs to them, in bytes.
 pub const LEN: usize = 3 * STEP as usize;
 
 /// How a kernel describes the memory of modules and their notes.
@@ -52,6 +52,14 @@ pub fn blob(age: Age) -> Blob {
     ];
     b.enumeration("module_state", &states);
     b.enumeration("mod_mem_type", &[("MOD_TEXT", 0), ("MOD_DATA", 1)]);
+    module_type(&mut b, age, [int, long, name, id, two]);
+    relatives(&mut b, [int, long, two]);
+    taints_and_notes(&mut b, age, [int, long, byte]);
+    b
+}
+
+/// `struct module`, with types of the members: int, long, name, build-id, list.
+fn module_type(b: &mut Blob, age: Age, [int, long, name, id, two]: [u32; 5]) {
     let layout = b.composite(
         TypeKind::Struct,
         "module_layout",
@@ -92,6 +100,10 @@ pub fn blob(age: Age) -> Blob {
         ]),
     }
     b.composite(TypeKind::Struct, "module", 176, &members);
+}
+
+/// What a module points to: uses, symbols, exports, BTF.
+fn relatives(b: &mut Blob, [int, long, two]: [u32; 3]) {
     let locks = [
         ("mod", long, 0),
         ("locks", long, 64),
@@ -118,6 +130,10 @@ pub fn blob(age: Age) -> Blob {
         16,
         &[("data", long, 0), ("data_size", int, 64)],
     );
+}
+
+/// The table of taints, and the notes in sysfs.
+fn taints_and_notes(b: &mut Blob, age: Age, [int, long, byte]: [u32; 3]) {
     let flag = [
         ("c_true", byte, 0),
         ("c_false", byte, 8),
@@ -147,20 +163,19 @@ pub fn blob(age: Age) -> Blob {
             b.composite(TypeKind::Struct, "module_notes_attrs", 8, &all)
         }
     };
-    b
 }
 
 /// Memory of the modules.
 pub struct Data(pub Vec<u8>);
 
 impl Data {
-    /// Overwrites bytes at an address.
+    /// Overwrites bytes at a guest virtual address.
     pub fn set(&mut self, at: u64, bytes: &[u8]) {
         let at = (at - DATA) as usize;
         self.0[at..at + bytes.len()].copy_from_slice(bytes);
     }
 
-    /// Overwrites a word at an address.
+    /// Overwrites a 64-bit word at a guest virtual address.
     pub fn word(&mut self, at: u64, value: u64) {
         self.set(at, &value.to_le_bytes());
     }
@@ -218,7 +233,7 @@ impl Data {
     }
 }
 
-/// Two modules: `first`, used by `second`, which is alone in having types and a taint.
+/// Two modules: `first`, and `second`, which uses it. Only the second has types and a taint.
 #[must_use]
 pub fn data(age: Age) -> Data {
     let mut d = Data(vec![0; LEN]);

@@ -1,8 +1,9 @@
 //! Symbols of modules, as `/proc/kallsyms` shows them behind the kernel's own.
 //!
-//! Sources: kernel/module/kallsyms.c (`module_get_kallsym`), which was part of kernel/module.c in older kernels, and
-//! kernel/kallsyms.c (`s_show`). The type is an upper-case letter if the module's table `syms` has the symbol with the same
-//! value. Kernels with a table of their own for GPL exports, `gpl_syms`, don't search it, so those stay lower-case.
+//! Sources: kernel/module/kallsyms.c (`module_get_kallsym`), which was part of kernel/module.c in
+//! older kernels, and kernel/kallsyms.c (`s_show`). The type is an upper-case letter if the
+//! module's table `syms` has the symbol with the same value. Kernels with a table of their own for
+//! GPL exports, `gpl_syms`, don't search it, so those stay lower-case.
 
 use std::collections::HashSet;
 
@@ -83,7 +84,8 @@ impl ModuleReader<'_, '_> {
         Ok(found)
     }
 
-    /// What `module` exports, to all modules or to those under the GPL: names and guest virtual addresses, sorted by name.
+    /// What `module` exports, to all modules or to those under the GPL: names and guest virtual
+    /// addresses, sorted by name.
     ///
     /// # Errors
     /// As [`ModuleReader::symbols`].

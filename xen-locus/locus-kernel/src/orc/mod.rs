@@ -1,8 +1,9 @@
 //! ORC: the kernel's own table of how to step from a function's stack frame to its caller's.
 //!
-//! The table has two parts. `__start_orc_unwind_ip` has the addresses at which each row begins to apply, sorted, each 32
-//! bits wide and relative to its own place. `__start_orc_unwind` has the rows, of type `struct orc_entry`. How rows are
-//! used is in arch/x86/kernel/unwind_orc.c. Their format has changed three times:
+//! The table has two parts. `__start_orc_unwind_ip` has the addresses at which each row begins to
+//! apply, sorted, each 32 bits wide and relative to its own place. `__start_orc_unwind` has the
+//! rows, of type `struct orc_entry`. How rows are used is in arch/x86/kernel/unwind_orc.c. Their
+//! format has changed three times:
 //!
 //! - [`OrcFormat::End`]: `type` is two bits wide (call, registers, interrupt frame); "undefined" and
 //!   "end of stack" are rows whose stack pointer has no base, told apart by the bit `end`.
@@ -15,11 +16,12 @@
 //! - [`OrcFormat::Reordered`]: the same, but Linux kernel commit 1735858caa4b ("objtool/x86: Reorder
 //!   ORC register numbering") gave the registers other numbers and added RAX.
 //!
-//! The first three differ in the members of `orc_entry` in BTF. The last two look the same there, but Linux kernel commit b9f174c811e3 ("x86/unwind/orc: Add ELF section with ORC version
+//! The first three differ in the members of `orc_entry` in BTF. The last two look the same there,
+//! but Linux kernel commit b9f174c811e3 ("x86/unwind/orc: Add ELF section with ORC version
 //! identifier") stored in `.orc_header` the SHA-1 of the format's definitions in
 //! arch/x86/include/asm/orc_types.h (scripts/orc_hash.sh). The three known hashes were confirmed by
-//! hashing those definitions. In a kernel without a header the rows decide: most of them are plain frames based on the
-//! stack pointer, under one of the two numberings.
+//! hashing those definitions. In a kernel without a header the rows decide: most of them are plain
+//! frames based on the stack pointer, under one of the two numberings.
 
 mod layout;
 mod row;
@@ -63,7 +65,8 @@ impl std::fmt::Display for OrcFormat {
     }
 }
 
-/// The SHA-1 that `.orc_header` has for each format, as scripts/orc_hash.sh makes it. The oldest format has none.
+/// The SHA-1 that `.orc_header` has for each format, as scripts/orc_hash.sh makes it. The oldest
+/// format has none.
 pub const FORMAT_HASHES: [(OrcFormat, [u8; HASH_LEN]); 3] = [
     (
         OrcFormat::SignalEnd,

@@ -71,7 +71,8 @@ pub struct OrcRow {
     pub bp: CallerBp,
     /// What is at the caller's stack pointer.
     pub kind: FrameKind,
-    /// Whether the caller was interrupted. If so, its address is the instruction that it goes on with, and its row is
-    /// looked up there. If not, its address is a return address, and its row is looked up one byte before it.
+    /// Whether the caller was interrupted. If so, its address is the instruction that it goes on
+    /// with, and its row is looked up there. If not, its address is a return address, and its row
+    /// is looked up one byte before it.
     pub signal: bool,
 }

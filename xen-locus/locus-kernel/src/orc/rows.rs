@@ -7,8 +7,8 @@ use super::layout::EntryLayout;
 use super::{OrcFormat, OrcRow, OrcTable, ROWS_MAX};
 use crate::{Error, Kernel};
 
-/// Most rows believed of a module beyond those that its text has room for. Rows of its init code stay after that code is
-/// gone, and it may have been larger than what stays.
+/// Most rows believed of a module beyond those that its text has room for. Rows of its init code
+/// stay after that code is gone, and it may have been larger than what stays.
 const GONE_MAX: u64 = 1 << 14;
 
 /// The rows of an ORC table, read. Each is known to have a meaning in the table's format.
@@ -35,12 +35,13 @@ impl std::fmt::Debug for OrcRows {
 impl OrcRows {
     /// Reads the table of the kernel itself: 3.9 MB in Debian's 6.1.
     ///
-    /// Rows may be for code that the kernel has discarded since it booted: `__init_begin` to `__init_end`, with exit code
-    /// and replacements of alternatives. [`OrcRows::row`] gives none of them.
+    /// Rows may be for code that the kernel has discarded since it booted: `__init_begin` to
+    /// `__init_end`, with exit code and replacements of alternatives. [`OrcRows::row`] gives none
+    /// of them.
     ///
     /// # Errors
-    /// As [`OrcTable::of`]; [`Error::Odd`] if the addresses are not sorted or are outside the kernel's text, or if a row has
-    /// no meaning.
+    /// As [`OrcTable::of`]; [`Error::Odd`] if the addresses are not sorted or are outside the
+    /// kernel's text, or if a row has no meaning.
     pub fn read(kernel: &Kernel<'_>) -> Result<OrcRows, Error> {
         let table = OrcTable::of(kernel)?;
         let end = |name| kernel.symbols.need(name);
@@ -55,11 +56,12 @@ impl OrcRows {
         OrcRows::load(&kernel.space, &table, text, discarded, false)
     }
 
-    /// Reads the table of a module from `space`: `count` rows at `rows`, their addresses at `ips` (`orc_unwind_ip`,
-    /// `orc_unwind` and `num_orcs` of `mod->arch`).
+    /// Reads the table of a module from `space`: `count` rows at `rows`, their addresses at `ips`
+    /// (`orc_unwind_ip`, `orc_unwind` and `num_orcs` of `mod->arch`).
     ///
-    /// Rows outside `text` are left out, because those of the module's init code stay in the table after that code is
-    /// gone. The format is that of the kernel's own table: the kernel reads both through one `struct orc_entry`.
+    /// Rows outside `text` are left out, because those of the module's init code stay in the table
+    /// after that code is gone. The format is that of the kernel's own table: the kernel reads both
+    /// through one `struct orc_entry`.
     ///
     /// # Errors
     /// As [`OrcRows::read`].
@@ -87,8 +89,8 @@ impl OrcRows {
         OrcRows::load(space, &table, text, None, true)
     }
 
-    /// Reads `table`, whose rows must be for `text` or what was `discarded`. Others are left out if `partial` is set, and
-    /// are an error if not.
+    /// Reads `table`, whose rows must be for `text` or what was `discarded`. Others are left out if
+    /// `partial` is set, and are an error if not.
     fn load(
         space: &Space<'_>,
         table: &OrcTable,
@@ -172,10 +174,12 @@ impl OrcRows {
         self.layout.format
     }
 
-    /// The row that applies at the guest virtual address `ip`: of the rows that begin at or below it the highest, of equal
-    /// ones the last. `None` outside the text that the table is for, and below its first row.
+    /// The row that applies at the guest virtual address `ip`: of the rows that begin at or below
+    /// it the highest, of equal ones the last. `None` outside the text that the table is for, and
+    /// below its first row.
     ///
-    /// For a return address, ask for the byte before it, because the call may be the last instruction of its function.
+    /// For a return address, ask for the byte before it, because the call may be the last
+    /// instruction of its function.
     #[must_use]
     pub fn row(&self, ip: Gva) -> Option<OrcRow> {
         if !self.text.iter().any(|r| r.contains(ip)) {
@@ -184,8 +188,9 @@ impl OrcRows {
         self.row_at(ip)
     }
 
-    /// The row for `ip` in code that the kernel has discarded since it booted; `None` elsewhere. The idle task of the first
-    /// CPU still has return addresses into such code on its stack, and never returns there.
+    /// The row for `ip` in code that the kernel has discarded since it booted; `None` elsewhere.
+    /// The idle task of the first CPU still has return addresses into such code on its stack, and
+    /// never returns there.
     #[must_use]
     pub fn row_discarded(&self, ip: Gva) -> Option<OrcRow> {
         self.discarded

@@ -6,7 +6,7 @@ use super::OrcFormat;
 use crate::btf::blob::Blob;
 use crate::btf::TypeKind;
 
-/// A row of each format for a table's tests: `sp` and `bp` are register numbers.
+/// A row as `struct orc_entry` in the given format. `sp` and `bp` are number and offset of a register.
 #[must_use]
 pub fn pack(format: OrcFormat, sp: (u16, i16), bp: (u16, i16), kind: u16, flags: u16) -> Vec<u8> {
     let bits = sp.0 | bp.0 << 4 | kind << 8;
@@ -29,8 +29,8 @@ pub const ALL: [OrcFormat; 4] = [
     OrcFormat::Reordered,
 ];
 
-/// Numbers of: stack pointer, frame pointer, the caller's stack pointer, RDI, stack pointer
-/// indirect, frame pointer indirect.
+/// The numbers that the format has for: stack pointer, frame pointer, the caller's stack pointer,
+/// RDI, stack pointer indirect, frame pointer indirect.
 #[must_use]
 pub fn numbers(format: OrcFormat) -> [u16; 6] {
     match format {
@@ -39,7 +39,7 @@ pub fn numbers(format: OrcFormat) -> [u16; 6] {
     }
 }
 
-/// Number of the type of: a call, registers, an interrupt frame.
+/// The numbers that the format has for the types: call, registers, interrupt frame.
 #[must_use]
 pub fn kinds(format: OrcFormat) -> [u16; 3] {
     match format {
@@ -48,7 +48,7 @@ pub fn kinds(format: OrcFormat) -> [u16; 3] {
     }
 }
 
-/// A row of a call `size` bytes deep.
+/// A row of a plain frame of `size` bytes, with the return address.
 #[must_use]
 pub fn frame(format: OrcFormat, size: i16) -> Vec<u8> {
     pack(
@@ -60,7 +60,7 @@ pub fn frame(format: OrcFormat, size: i16) -> Vec<u8> {
     )
 }
 
-/// BTF that has `struct orc_entry` as the formats pack it.
+/// BTF that has `struct orc_entry` in the given format.
 #[must_use]
 pub fn btf(format: OrcFormat) -> Vec<u8> {
     let mut types = Blob::with_integers();

@@ -18,11 +18,12 @@ pub struct OrcTable {
 }
 
 impl OrcTable {
-    /// The table of the kernel itself. Of its rows at most 4096 are read, where that is needed to tell the format.
+    /// The table of the kernel itself. Of its rows at most 4096 are read, where that is needed to
+    /// tell the format.
     ///
     /// # Errors
-    /// [`Error::Missing`] if the kernel has none (`CONFIG_UNWINDER_ORC`); [`Error::Odd`] if its two parts don't match, or
-    /// its format isn't known; [`Error::Memory`].
+    /// [`Error::Missing`] if the kernel has none (`CONFIG_UNWINDER_ORC`); [`Error::Odd`] if its two
+    /// parts don't match, or its format isn't known; [`Error::Memory`].
     pub fn of(kernel: &Kernel<'_>) -> Result<OrcTable, Error> {
         let ips = kernel.between("__start_orc_unwind_ip", "__stop_orc_unwind_ip", 1 << 30)?;
         let rows = kernel.between("__start_orc_unwind", "__stop_orc_unwind", 1 << 30)?;

@@ -1,5 +1,5 @@
-//! What a walk needs to know of code: the ORC rows for it, where calls end, and the places that hide a caller or move the
-//! stack pointer.
+//! What a walk needs to know of code: the ORC rows for it, where calls end, and the places that
+//! hide a caller or move the stack pointer.
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::HashMap;
@@ -23,12 +23,12 @@ const HYPERCALLS: u64 = 4096;
 /// Most return addresses whose code is remembered.
 const KNOWN_MAX: usize = 1 << 16;
 
-/// Most rows kept of all modules together: four times what Debian's kernels have themselves, and 40 MiB of the largest
-/// rows that are believed.
+/// Most rows kept of all modules together: four times what Debian's kernels have themselves, and 40
+/// MiB of the largest rows that are believed.
 const ROWS_MAX: usize = 1 << 21;
 
-/// Trampolines that a return address may have been exchanged for. The real address is only in lists of the kernel
-/// (`unwind_recover_ret_addr`, arch/x86/include/asm/unwind.h).
+/// Trampolines that a return address may have been exchanged for. The real address is only in lists
+/// of the kernel (`unwind_recover_ret_addr`, arch/x86/include/asm/unwind.h).
 const HIDING: [&str; 4] = [
     "arch_rethook_trampoline",
     "__kretprobe_trampoline",
@@ -36,12 +36,14 @@ const HIDING: [&str; 4] = [
     "return_to_handler",
 ];
 
-/// The trampolines that `kernel` may have exchanged return addresses for, by name, each with its range of guest virtual
-/// addresses. A stack with such an address hides a caller (kretprobes, function graph tracing).
+/// The trampolines that `kernel` may have exchanged return addresses for, by name, each with its
+/// range of guest virtual addresses. A stack with such an address hides a caller (kretprobes,
+/// function graph tracing).
 pub fn hiding<'k>(kernel: &'k Kernel<'_>) -> impl Iterator<Item = (&'static str, Range)> + 'k {
     HIDING.iter().filter_map(|&name| {
         let at = kernel.symbols.addr(name)?;
-        // On a stack there is the address of its first byte. Behind the last symbol, that byte is all that is known.
+        // On a stack there is the address of its first byte. Behind the last symbol, that byte is
+        // all that is known.
         let room = kernel.symbols.room(at).unwrap_or(1);
         Some((name, Range::new(at, room)))
     })
@@ -140,8 +142,8 @@ impl<'k, 'm> CodeMap<'k, 'm> {
         Ok(())
     }
 
-    /// The row that applies at `ip`. Code of a module has none if the module's table can't be read, or if the tables of
-    /// other modules have used up the room.
+    /// The row that applies at `ip`. Code of a module has none if the module's table can't be read,
+    /// or if the tables of other modules have used up the room.
     pub fn row(&self, ip: Gva) -> Option<OrcRow> {
         if let Some(row) = self.orc.row(ip) {
             return Some(row);
@@ -186,11 +188,11 @@ impl<'k, 'm> CodeMap<'k, 'm> {
         self.first.contains(&ip)
     }
 
-    /// Bytes that the hypervisor's code in `hypercall_page` has pushed before `ip`; 0 for all other code, `None` in the
-    /// middle of an instruction.
+    /// Bytes that the hypervisor's code in `hypercall_page` has pushed before `ip`; 0 for all other
+    /// code, `None` in the middle of an instruction.
     ///
-    /// The kernel has rows for that page as if nothing was pushed. But Xen saves two registers of a PV guest around its
-    /// `syscall` (xen/arch/x86/pv/hypercall.c: `pv_ring3_init_hypercall_page`).
+    /// The kernel has rows for that page as if nothing was pushed. But Xen saves two registers of a
+    /// PV guest around its `syscall` (xen/arch/x86/pv/hypercall.c: `pv_ring3_init_hypercall_page`).
     pub fn pushed(&self, ip: Gva) -> Option<u64> {
         if !self.hypercalls.is_some_and(|page| page.contains(ip)) {
             return Some(0);
@@ -212,8 +214,8 @@ impl<'k, 'm> CodeMap<'k, 'm> {
     }
 }
 
-/// Whether the instruction that ends right before the guest virtual address `at` can be a near `call`, so that `at` can
-/// be a return address. False if the code can't be read.
+/// Whether the instruction that ends right before the guest virtual address `at` can be a near
+/// `call`, so that `at` can be a return address. False if the code can't be read.
 pub fn ends_call(space: &Space<'_>, at: Gva) -> bool {
     let mut bytes = [0; CALL_MAX];
     // Less than the longest, if the call is among the first bytes of what is mapped.

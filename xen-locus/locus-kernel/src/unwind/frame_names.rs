@@ -74,8 +74,9 @@ impl<'k, 'm> FrameNames<'k, 'm> {
         })
     }
 
-    /// The function that `frame` is in, with offset and size in hexadecimal. For a return address it is the function of the
-    /// `call` before it. The bare address if no symbol covers it, or the symbols of its module can't be read.
+    /// The function that `frame` is in, with offset and size in hexadecimal. For a return address
+    /// it is the function of the `call` before it. The bare address if no symbol covers it, or the
+    /// symbols of its module can't be read.
     #[must_use]
     pub fn of(&self, frame: StackFrame) -> String {
         let back = u64::from(!frame.interrupted);

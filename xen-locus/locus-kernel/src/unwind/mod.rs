@@ -1,12 +1,14 @@
 //! Stack traces that are proven to be complete, by the kernel's own ORC data.
 //!
-//! A stack is unwound as the kernel unwinds it (arch/x86/kernel/unwind_orc.c). It is *reliable* in the sense of livepatch
-//! (`arch_stack_walk_reliable`, arch/x86/kernel/stacktrace.c): the walk ended where a stack must end, at the registers of
-//! user mode or at a row that says so, and everything on the way was understood. Three more things are required here: every
-//! return address is right behind a `call`; registers of user mode are where they belong; and a return address that was
-//! exchanged for a trampoline ends the walk as not reliable.
+//! A stack is unwound as the kernel unwinds it (arch/x86/kernel/unwind_orc.c). It is *reliable* in
+//! the sense of livepatch (`arch_stack_walk_reliable`, arch/x86/kernel/stacktrace.c): the walk
+//! ended where a stack must end, at the registers of user mode or at a row that says so, and
+//! everything on the way was understood. Three more things are required here: every return address
+//! is right behind a `call`; registers of user mode are where they belong; and a return address
+//! that was exchanged for a trampoline ends the walk as not reliable.
 //!
-//! The result depends on the guest's stacks, code and ORC rows alone, each of which is checked. Every walk is bounded.
+//! The result depends on the guest's stacks, code and ORC rows alone, each of which is checked.
+//! Every walk is bounded.
 //!
 //! - [`Walker`] (`walker.rs`) walks one stack that the caller has copied.
 //! - [`task_stacks`] walks the stacks of all tasks; [`stack`] has the kinds of stacks.
@@ -38,8 +40,8 @@ pub const PADDINGS: [u64; 2] = [16, 0];
 pub struct StackFrame {
     /// Guest virtual address of the instruction that it goes on with.
     pub address: Gva,
-    /// Whether it was interrupted there, or is there now. If not, the address is a return address, and the instruction
-    /// before it is the `call`.
+    /// Whether it was interrupted there, or is there now. If not, the address is a return address,
+    /// and the instruction before it is the `call`.
     pub interrupted: bool,
 }
 
@@ -48,8 +50,8 @@ pub struct StackFrame {
 pub enum WalkEnd {
     /// At the registers of user mode.
     User,
-    /// At the end of a stack that does not lead to user mode: of a kernel thread, an idle task, a task that never ran, or
-    /// in the kernel's entry code.
+    /// At the end of a stack that does not lead to user mode: of a kernel thread, an idle task, a
+    /// task that never ran, or in the kernel's entry code.
     Kernel,
     /// At once, because there is no stack: the task is dead, and its stack was freed or will be.
     Gone,
@@ -64,7 +66,8 @@ pub enum Unreliable {
     Undefined,
     /// It is no return address: there is no `call` before it.
     NoCall,
-    /// The return address was exchanged for the trampoline of this name. The real one is in a list of the kernel.
+    /// The return address was exchanged for the trampoline of this name. The real one is in a list
+    /// of the kernel.
     Hidden(&'static str),
     /// The frame is based on a register whose value isn't known there.
     NoRegister,

@@ -66,8 +66,8 @@ pub struct StackCopy {
 }
 
 impl StackCopy {
-    /// Copies the stack `range` from the stack pointer `from` up, or all of it if `from` is not in it. Both are guest
-    /// virtual addresses.
+    /// Copies the stack `range` from the stack pointer `from` up, or all of it if `from` is not in
+    /// it. Both are guest virtual addresses.
     ///
     /// # Errors
     /// As [`Space::read_vec`].
@@ -86,7 +86,8 @@ impl StackCopy {
         })
     }
 
-    /// Copies all of the stack `range` by `read`, which fills a buffer of so many bytes from the start of the stack.
+    /// Copies all of the stack `range` by `read`, which fills a buffer of so many bytes from the
+    /// start of the stack.
     ///
     /// # Errors
     /// Those of `read`.
@@ -123,8 +124,9 @@ impl Window for StackCopy {
     }
 }
 
-/// The stacks of the CPU whose per-CPU area is at the guest virtual address `base`, as far as the kernel has them. A stack
-/// that can't be found is left out. PV guests take interrupts and exceptions on the stack that is in use.
+/// The stacks of the CPU whose per-CPU area is at the guest virtual address `base`, as far as the
+/// kernel has them. A stack that can't be found is left out. PV guests take interrupts and
+/// exceptions on the stack that is in use.
 ///
 /// Sources: `hardirq_stack_ptr` (arch/x86/kernel/irq_64.c), `cea_exception_stacks` and
 /// `struct cpu_entry_area` (arch/x86/include/asm/cpu_entry_area.h).

@@ -1,7 +1,7 @@
 //! The stacks of all tasks of a guest, whether it runs or not.
 //!
-//! A task that is on no CPU does not change its stack. So the stack is read, and read again if the task ran meanwhile. Its
-//! counters of context switches show that.
+//! A task that is on no CPU does not change its stack. So the stack is read, and read again if the
+//! task ran meanwhile. Its counters of context switches show that.
 
 use locus_guest::addr::Gva;
 use locus_guest::space::Space;
@@ -26,12 +26,14 @@ pub struct TaskStack {
     pub walk: Walk,
 }
 
-/// Walks the stacks of the tasks whose thread id is `wanted`. `vcpus` are registers of the same moment as memory, as a core
-/// has them. They are empty for a running guest: its tasks on a CPU then end in [`Unreliable::Runs`].
+/// Walks the stacks of the tasks whose thread id is `wanted`. `vcpus` are registers of the same
+/// moment as memory, as a core has them. They are empty for a running guest: its tasks on a CPU
+/// then end in [`Unreliable::Runs`].
 ///
 /// # Errors
-/// [`Error::Missing`] if the kernel lacks a symbol or type, [`Error::Odd`] if a list of tasks has no end, [`Error::Memory`].
-/// A stack that can't be walked is no error, but a [`Walk`] that is not reliable.
+/// [`Error::Missing`] if the kernel lacks a symbol or type, [`Error::Odd`] if a list of tasks has
+/// no end, [`Error::Memory`]. A stack that can't be walked is no error, but a [`Walk`] that is not
+/// reliable.
 pub fn walk(
     kernel: &Kernel<'_>,
     vcpus: &[Vcpu],

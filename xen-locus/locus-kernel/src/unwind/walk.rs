@@ -129,7 +129,8 @@ impl WalkInProgress<'_, '_, '_, '_> {
                 };
                 let member = |offset: u64| self.word(regs.wrapping_add(offset));
                 let (ip, cs, next) = (member(layout.ip)?, member(layout.cs)?, member(layout.sp)?);
-                // A PV kernel runs in the ring of user mode. Xen clears the ring in what it saves of such a kernel.
+                // A PV kernel runs in the ring of user mode. Xen clears the ring in what it saves
+                // of such a kernel.
                 if cs & 3 != 0 {
                     return self.user(regs).map(Some);
                 }
@@ -191,7 +192,8 @@ impl WalkInProgress<'_, '_, '_, '_> {
         })
     }
 
-    /// Notes that the stack pointer is at `sp` now. It may leave its stack only if `may` is set, and never come back.
+    /// Notes that the stack pointer is at `sp` now. It may leave its stack only if `may` is set,
+    /// and never come back.
     fn enter(&mut self, sp: Gva, may: bool) -> Result<(), Unreliable> {
         let on = |n: usize| self.stacks.get(n).map(|stack| stack.range);
         if let Some(range) = self.at.and_then(on) {
@@ -249,8 +251,8 @@ impl WalkInProgress<'_, '_, '_, '_> {
         let left = stack.range.end.0 - sp.0;
         let belongs = match stack.kind {
             StackKind::Task => PADDINGS.iter().any(|padding| {
-                // A thread begins below the place of user mode's registers. An idle task that was brought up on its
-                // first frame begins one frame lower.
+                // A thread begins below the place of user mode's registers. An idle task that was
+                // brought up on its first frame begins one frame lower.
                 let start = padding + layout.regs;
                 left == start
                     || (self.first && left < start)

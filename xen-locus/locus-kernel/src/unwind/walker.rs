@@ -72,11 +72,12 @@ pub struct Walker<'k, 'm> {
 }
 
 impl<'k, 'm> Walker<'k, 'm> {
-    /// Reads the kernel's ORC table, about 4 MB, and lists its modules. The tables of modules are read at first use.
+    /// Reads the kernel's ORC table, about 4 MB, and lists its modules. The tables of modules are
+    /// read at first use.
     ///
     /// # Errors
-    /// [`Error::Missing`] if the kernel has no ORC table or lacks a type; [`Error::Odd`] if the table is not well-formed;
-    /// [`Error::Memory`].
+    /// [`Error::Missing`] if the kernel has no ORC table or lacks a type; [`Error::Odd`] if the
+    /// table is not well-formed; [`Error::Memory`].
     pub fn new(kernel: &'k Kernel<'m>) -> Result<Walker<'k, 'm>, Error> {
         Ok(Walker {
             code: CodeMap::read(kernel)?,
@@ -92,9 +93,9 @@ impl<'k, 'm> Walker<'k, 'm> {
         self.code.refresh()
     }
 
-    /// Walks the stack of a task that is on no CPU. `sp` is its saved stack pointer (`thread.sp`), a guest virtual address
-    /// at which there is a `struct inactive_task_frame` (arch/x86/include/asm/switch_to.h). `idle` says that it is the idle
-    /// task of a CPU.
+    /// Walks the stack of a task that is on no CPU. `sp` is its saved stack pointer (`thread.sp`),
+    /// a guest virtual address at which there is a `struct inactive_task_frame`
+    /// (arch/x86/include/asm/switch_to.h). `idle` says that it is the idle task of a CPU.
     #[must_use]
     pub fn sleeping(&self, sp: Gva, stack: Stack<'_>, idle: bool) -> Walk {
         let word = |offset: u64| stack.word(sp.plus(offset));
