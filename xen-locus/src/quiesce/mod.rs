@@ -167,6 +167,8 @@ pub fn inside(kernel: &Kernel<'_>, vcpus: &[Vcpu], watch: &Watch) -> Result<Vec<
     scan.refresh()?;
     scan.rehearse()?;
     scan.acquit()?;
+    // What was acquitted counts from the next scan on.
+    scan.rehearse()?;
     let verdict = scan.look(vcpus, true, &|| false)?;
     Ok(verdict.blockers().unwrap_or_default())
 }

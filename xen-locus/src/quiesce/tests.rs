@@ -555,6 +555,26 @@ fn a_stale_word_is_no_alarm_where_the_walk_of_the_stack_can_be_relied_on() {
 }
 
 #[test]
+fn in_a_saved_guest_too_a_stale_word_is_no_alarm() {
+    with_guest(|guest, _| {
+        guest.enter(42, false);
+        let task = guest.task(1);
+        let word = |offset| Gva(task.stack.end.0 - offset);
+        let space = guest.kernel.space.fresh();
+        let is_free = |&offset: &u64| space.read_u64(word(offset)).unwrap() == 0;
+        let free = (0xb0..0x1f0u64).step_by(8).filter(is_free);
+        let stale = free.filter(|&offset| word(offset) > task.sp).min().unwrap();
+        guest.poke(word(stale), &INSIDE.to_le_bytes());
+        let watch = Watch::of(vec![Watched {
+            range: Range::new(PATCHED, 0x10),
+            name: "patched".into(),
+        }]);
+        let found = inside(guest.kernel, &guest.world.vcpus, &watch).unwrap();
+        assert_eq!(found, []);
+    });
+}
+
+#[test]
 fn who_can_not_be_acquitted_stays_in_the_way() {
     with_guest(|_, scan| {
         for _ in 0..3 {
