@@ -20,7 +20,7 @@ use crate::error::{Blocked, Error, Result};
 use crate::guard::Spot;
 use crate::machine::{Guard, Machine, Paused};
 use crate::plan::{self, Mode, Plan, Prepared, Readiness, Stack};
-use crate::quiesce::{Prescan, Verdict, Watch};
+use crate::quiesce::{GuestTasks, Ready, Verdict, Watch};
 use crate::storage::journal::{Change, Op};
 
 mod report;
@@ -31,11 +31,11 @@ pub use report::{nothing_to_do, Outcome, Report};
 pub(crate) use report::{report, Done};
 use write::{check_all, write_all, Target};
 
-/// Attempts to find a moment at which no task has run since the rehearsal, before all tasks are asked
-/// for it while the guest is paused.
-const HASTY: u32 = 8;
-/// Most rehearsals before an attempt, while too many run between one and what would be the pause.
-const REHEARSALS: u32 = 4;
+/// Attempts at which too many tasks ran between the scan and the pause. After these all tasks are asked
+/// in the pause whether they ran.
+const TOO_MANY_RAN_MAX: u32 = 8;
+/// Most scans before a pause, while too many tasks run between the scan and what would be the pause.
+const SCANS_MAX: u32 = 4;
 /// Shortest wait between two attempts.
 const WAIT_MIN: Duration = Duration::from_millis(1);
 /// Longest wait between two attempts.
@@ -231,13 +231,11 @@ pub fn blocking(
 ) -> Result<Vec<Blocker>> {
     let began = Instant::now();
     let guard = machine.guard(&[])?;
-    let mut prescan = Prescan::new(kernel, watch)?;
+    let mut tasks = GuestTasks::new(kernel, watch)?;
     let mut wait = WAIT_MIN;
     while began.elapsed() < options.timeout && !options.interrupted.load(Ordering::SeqCst) {
-        prescan.refresh()?;
-        prescan.rehearse()?;
-        prescan.acquit()?;
-        let (verdict, paused) = last_look(&*guard, &mut prescan, true, options)?;
+        tasks.list()?.scan_off_cpu()?.clear_by_unwind()?;
+        let (verdict, paused, _ready) = last_look(&*guard, &mut tasks, true, options)?;
         paused.end()?;
         if let Some(blockers) = verdict.blockers() {
             return Ok(blockers);
@@ -254,32 +252,40 @@ pub fn blocking(
     )))
 }
 
-/// Pauses the guest for the last look, and says what it showed while the guest is still paused.
-fn last_look<'g>(
+/// Pauses the guest for the last look, and says what it showed while the guest is still paused. What
+/// the look compared with is returned too, so that it is freed after the pause.
+fn last_look<'g, 't, 'k, 'm>(
     guard: &'g dyn Guard,
-    prescan: &mut Prescan<'_, '_>,
+    tasks: &'t mut GuestTasks<'k, 'm>,
     thorough: bool,
     options: &Options,
-) -> Result<(Verdict, Box<dyn Paused + 'g>)> {
+) -> Result<(Verdict, Box<dyn Paused + 'g>, Ready<'t, 'k, 'm>)> {
     guard.wait_for_guardian_tick();
-    for _ in 0..REHEARSALS {
-        // A busy guest has new tasks by now, and again when all have been looked at.
-        prescan.catch_up()?;
-        prescan.rehearse()?;
-        prescan.reckon(|| Ok(guard.vcpus()?))?;
-        // What follows is done once before: what is used for the first time is slow, and what was used a
-        // moment ago is quick, after a rehearsal that went through all tasks.
-        let before = prescan.look(&guard.vcpus()?, thorough, &|| false)?;
-        prescan.catch_up()?;
-        // That too many ran meanwhile, or were born, is seen without a pause.
-        if !matches!(before, Verdict::Stirred | Verdict::Moved) {
-            break;
-        }
-    }
+    let ready = get_ready(guard, tasks, thorough)?;
     let paused = guard.pause()?;
     let too_long = || paused.elapsed() > options.max_pause;
-    let verdict = prescan.look(&paused.vcpus()?, thorough, &too_long)?;
-    Ok((verdict, paused))
+    let verdict = ready.look(&paused.vcpus()?, thorough, &too_long)?;
+    Ok((verdict, paused, ready))
+}
+
+/// Prepares the look in the pause: lists new tasks, scans, reads the counters and tries the look. Repeats
+/// that while too many tasks run, or are born, in between.
+fn get_ready<'t, 'k, 'm>(
+    guard: &dyn Guard,
+    mut tasks: &'t mut GuestTasks<'k, 'm>,
+    thorough: bool,
+) -> Result<Ready<'t, 'k, 'm>> {
+    let mut scans = 0;
+    loop {
+        scans += 1;
+        let scanned = tasks.catch_up()?.scan_off_cpu()?;
+        let counted = scanned.snapshot_counters(|| Ok(guard.vcpus()?))?;
+        let tried = counted.try_look(&guard.vcpus()?, thorough)?;
+        if scans == SCANS_MAX || !tried.is_in_vain() {
+            return Ok(tried.ready());
+        }
+        tasks = tried.again();
+    }
 }
 
 /// Carries out a plan whose patches the directory shows as under way, and makes it say what came of
@@ -394,32 +400,32 @@ pub(crate) fn execute(
         });
     }
     let guard = machine.guard(&spots)?;
-    let mut prescan = Prescan::new(kernel, watch_of(plan, options)?)?;
+    let mut tasks = GuestTasks::new(kernel, watch_of(plan, options)?)?;
     let mut attempts = 0;
-    let mut stirred = 0;
+    let mut too_many_ran = 0;
     let mut wait = WAIT_MIN;
     // Of the last attempt that could tell who was in the way, else of the last one.
     let mut last = Verdict::Quiet;
     loop {
         options.check_interrupted()?;
-        match last {
-            // Who died meanwhile does not matter.
-            Verdict::Moved | Verdict::Stirred => prescan.catch_up()?,
-            _ => prescan.refresh()?,
-        }
+        let listed = match last {
+            // Tasks that died meanwhile do not matter.
+            Verdict::TasksChanged | Verdict::TooManyRan => tasks.catch_up()?,
+            _ => tasks.list()?,
+        };
         attempts += 1;
-        // While the guest runs: who sleeps in the way is known without costing it a pause.
+        // While the guest runs: a sleeper in the way is found without costing the guest a pause.
         let mut pause = Duration::ZERO;
-        let mut verdict = prescan.rehearse()?;
-        if wait >= WAIT_LONG && verdict.is_sleepers() {
-            prescan.acquit()?;
-            verdict = prescan.rehearse()?;
+        let mut scanned = listed.scan_off_cpu()?;
+        if wait >= WAIT_LONG && scanned.verdict().is_sleepers() {
+            scanned = scanned.clear_by_unwind()?.scan_off_cpu()?;
         }
+        let mut verdict = scanned.into_verdict();
         if !verdict.is_sleepers() {
-            // What is called in the pause is called before it too: see `last_look`.
+            // Called before the pause too, because what is used for the first time is slow.
             check_all(&targets, &trail)?;
-            let thorough = stirred >= HASTY;
-            let (found, paused) = last_look(&*guard, &mut prescan, thorough, options)?;
+            let thorough = too_many_ran >= TOO_MANY_RAN_MAX;
+            let (found, paused, _ready) = last_look(&*guard, &mut tasks, thorough, options)?;
             verdict = found;
             if verdict == Verdict::Quiet {
                 write_all(&targets, &trail, || Ok(paused.writing()?))?;
@@ -428,7 +434,7 @@ pub(crate) fn execute(
             }
             pause = paused.end()?;
         }
-        let at_once = verdict == Verdict::Stirred;
+        let at_once = verdict == Verdict::TooManyRan;
         let is_blocked = |v: &Verdict| matches!(v, Verdict::Blocked(_));
         if is_blocked(&verdict) || !is_blocked(&last) {
             last = verdict;
@@ -437,7 +443,7 @@ pub(crate) fn execute(
             return Err(gave_up(plan, last, attempts, began.elapsed(), pause));
         }
         if at_once {
-            stirred += 1;
+            too_many_ran += 1;
             continue;
         }
         std::thread::sleep(wait);
@@ -472,7 +478,7 @@ fn gave_up(
             pause.as_micros()
         ))
         }
-        Verdict::Moved | Verdict::Stirred | Verdict::Quiet => {
+        Verdict::TasksChanged | Verdict::TooManyRan | Verdict::Quiet => {
             return Error::try_again(format!(
                 "{}: in {attempts} attempts in {waited_ms} ms the guest always started or ran \
                  tasks between the listing of tasks and the pause; nothing was changed",

@@ -1,284 +1,258 @@
-//! One look at stacks and registers.
+//! The look: is a thread in the way at this moment? It maps nothing. Its answer holds if the guest is
+//! paused.
 
-use std::collections::{BTreeMap, HashMap};
+use locus_guest::Vcpu;
 
-use locus_guest::addr::{Gva, Range};
-use locus_guest::{fetch, Vcpu};
-use locus_kernel::tasks::Task;
-use locus_kernel::unwind::PADDINGS;
-
-use super::prescan::{Cpu, Known, Prescan};
-use super::{Verdict, Watched};
-use crate::blocker::{Blocker, Reason};
+use super::counters::{SwitchCounters, ASKED_MAX};
+use super::list::GuestTasks;
+use super::scan::Baseline;
+use super::snapshot::Snapshotted;
+use super::stack_scan::{Live, Running, StackScan};
+use super::task::MappedTask;
+use super::verdict::Verdict;
 use crate::error::Result;
 
-/// What a system call returns that a signal cut short and that goes on in `restart_block.fn`
-/// (`-ERESTART_RESTARTBLOCK`, include/linux/errno.h), and the number of the one by which it does
-/// (arch/x86/entry/syscalls/syscall_64.tbl).
-const CUT_SHORT: u64 = 516u64.wrapping_neg();
-const RESTART_SYSCALL: u64 = 219;
+/// Tasks between two questions whether the time is over.
+const CLOCK_EVERY: u32 = 64;
 
-/// Most that are named: a guest whose stacks are full of hits is not to keep us busy with it.
-const BLOCKERS_MAX: usize = 1 << 14;
-
-/// The live part of a task's stack, when the task is on a CPU.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Live {
-    /// Nothing but the registers of user mode.
-    Nothing,
-    /// From here up.
-    From(Gva),
+/// Proof that a look was made while the guest ran, and that the tasks born until then are listed.
+pub struct Tried<'t, 'k, 'm> {
+    pub(super) tasks: &'t mut GuestTasks<'k, 'm>,
+    pub(super) baseline: Baseline,
+    verdict: Verdict,
 }
 
-/// The tasks that are on a CPU.
-#[derive(Default)]
-pub(super) struct Running(HashMap<Gva, Live>);
+/// All that the look in the pause needs. It only shares the list, so nothing can be listed or mapped
+/// as long as it exists.
+pub struct Ready<'t, 'k, 'm> {
+    tasks: &'t GuestTasks<'k, 'm>,
+    baseline: Baseline,
+}
 
-impl Running {
-    /// A task is on a CPU, with this part of its stack live. Where two CPUs say so, for user mode chooses much of what a CPU
-    /// shows, all that either says is live.
-    pub(super) fn add(&mut self, task: Gva, live: Live) {
-        self.0
-            .entry(task)
-            .and_modify(|known| {
-                *known = match (*known, live) {
-                    (Live::From(a), Live::From(b)) => Live::From(a.min(b)),
-                    (Live::Nothing, other) | (other, Live::Nothing) => other,
-                }
-            })
-            .or_insert(live);
-    }
-
-    pub(super) fn contains(&self, task: Gva) -> bool {
-        self.0.contains_key(&task)
-    }
-
-    pub(super) fn iter(&self) -> impl Iterator<Item = (Gva, Live)> + '_ {
-        self.0.iter().map(|(&task, &live)| (task, live))
+impl std::fmt::Debug for Tried<'_, '_, '_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tried")
+            .field("verdict", &self.verdict)
+            .finish_non_exhaustive()
     }
 }
 
-/// A look under way, with what it found so far.
-pub(super) struct Look<'s, 'k, 'm> {
-    scan: &'s Prescan<'k, 'm>,
-    /// By thread.
-    found: BTreeMap<u32, Vec<Blocker>>,
-    /// How many there are.
-    count: usize,
-    words: Vec<u8>,
+impl std::fmt::Debug for Ready<'_, '_, '_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Ready").field(&self.tasks).finish()
+    }
 }
 
-impl<'s, 'k, 'm> Look<'s, 'k, 'm> {
-    pub(super) fn new(scan: &'s Prescan<'k, 'm>) -> Look<'s, 'k, 'm> {
-        Look {
-            scan,
-            found: BTreeMap::new(),
-            count: 0,
-            words: scan.room.take(),
-        }
+impl<'t, 'k, 'm> Snapshotted<'t, 'k, 'm> {
+    /// Looks while the guest still runs, with the registers of `vcpus`, and then catches up with births.
+    /// Code and memory that are used for the first time are slow. After this, the pause does not use
+    /// them for the first time.
+    ///
+    /// # Errors
+    /// Memory can't be read.
+    pub fn try_look(self, vcpus: &[Vcpu], thorough: bool) -> Result<Tried<'t, 'k, 'm>> {
+        let Snapshotted {
+            tasks,
+            mut baseline,
+        } = self;
+        let verdict = look(tasks, &baseline, vcpus, thorough, &|| false)?;
+        baseline.catch_up(tasks)?;
+        Ok(Tried {
+            tasks,
+            baseline,
+            verdict,
+        })
+    }
+}
+
+impl<'t, 'k, 'm> Tried<'t, 'k, 'm> {
+    /// Whether a pause would probably be in vain, because too many tasks ran or were born. The rest of
+    /// what the look found is worth nothing, because the guest runs.
+    #[must_use]
+    pub fn is_in_vain(&self) -> bool {
+        matches!(self.verdict, Verdict::TooManyRan | Verdict::TasksChanged)
     }
 
-    pub(super) fn verdict(self) -> Verdict {
-        self.scan.room.replace(self.words);
-        if self.found.is_empty() {
-            Verdict::Quiet
-        } else {
-            Verdict::Blocked(self.found.into_values().flatten().collect())
-        }
+    /// Gives the list back, to begin again.
+    #[must_use]
+    pub fn again(self) -> &'t mut GuestTasks<'k, 'm> {
+        self.tasks
     }
 
-    fn report(&mut self, task: Option<&Task>, reason: Reason, name: &str, offset: u64) {
-        if locus_xen::fault::is_blind() {
-            return;
-        }
-        let pid = task.map_or(0, |t| t.pid);
-        let of_thread = self.found.entry(pid).or_default();
-        // One line a task and function says enough.
-        if self.count < BLOCKERS_MAX && !of_thread.iter().any(|b| b.function == name) {
-            self.count += 1;
-            of_thread.push(Blocker {
-                pid,
-                comm: task.map_or_else(|| "?".into(), |t| t.comm.clone()),
-                reason,
-                function: name.into(),
-                offset,
-            });
+    /// Goes on to the pause.
+    #[must_use]
+    pub fn ready(self) -> Ready<'t, 'k, 'm> {
+        Ready {
+            tasks: self.tasks,
+            baseline: self.baseline,
         }
     }
+}
 
-    /// Looks where a vCPU is, and notes in `running` which tasks are on it, with the live part of
-    /// their stacks, which is left to [`Look::task`].
-    pub(super) fn vcpu(&mut self, vcpu: &Vcpu, running: &mut Running) -> Result<()> {
-        let scan = self.scan;
-        let current = scan.current_of(vcpu);
-        if vcpu.user {
-            if let Some(known) = current {
-                running.add(known.task.addr, Live::Nothing);
-                if vcpu.rax == RESTART_SYSCALL {
-                    let hit = scan.watch.hit(known.restart()?.wrapping_add(1));
-                    self.report_restart(&known.task, hit.map(|(w, _)| w));
-                }
+impl Ready<'_, '_, '_> {
+    /// Looks, in the pause, at everything that may have changed since the scan. `vcpus` are the
+    /// registers of the paused guest.
+    ///
+    /// Unless it is `thorough`, it gives up with [`Verdict::TooManyRan`] if it had to ask many tasks
+    /// whether they ran. It gives up with [`Verdict::TooLong`] when `too_long` says so.
+    ///
+    /// # Errors
+    /// Memory can't be read.
+    pub fn look(
+        &self,
+        vcpus: &[Vcpu],
+        thorough: bool,
+        too_long: &dyn Fn() -> bool,
+    ) -> Result<Verdict> {
+        look(self.tasks, &self.baseline, vcpus, thorough, too_long)
+    }
+}
+
+/// The tasks off their CPU that a look has to ask or to scan.
+enum Scope<'b> {
+    /// No CPU switched: only those that the scan did not find clear.
+    NotCleared,
+    /// The tasks that ran recently explain all switches: only these, and only so many of them ran.
+    RanRecently(&'b SwitchCounters, usize),
+    /// Any task may have run.
+    All,
+}
+
+impl Scope<'_> {
+    /// What has to be asked, now that the CPUs count `switches`; `None` if it is too much.
+    fn of<'b>(
+        tasks: &GuestTasks<'_, '_>,
+        baseline: &'b Baseline,
+        vcpus: &[Vcpu],
+        switches: &[u64],
+        thorough: bool,
+    ) -> Result<Option<Scope<'b>>> {
+        if !switches.is_empty() && switches == baseline.cpu_switches {
+            return Ok(Some(Scope::NotCleared));
+        }
+        if let Some(counters) = &baseline.counters {
+            if let Some(asked) = counters.explain(tasks, vcpus, switches)? {
+                return Ok(Some(Scope::RanRecently(counters, asked)));
             }
-            return Ok(());
         }
-        let task = current.map(|k| &k.task);
-        if let Some((watched, offset)) = scan.watch.hit(vcpu.rip.0) {
-            self.report(task, Reason::Running, &watched.name, offset);
-        }
-        let rsp = vcpu.rsp;
-        let on = |(range, _): &(Range, _)| range.contains(rsp);
-        let mut cpus = scan.cpus.iter();
-        let own_stacks = cpus.find_map(|cpu| Some((cpu, cpu.stacks.iter().position(on)?)));
-        // All tasks are asked only when it is neither the current task's stack nor one of these.
-        let mut owner = current.filter(|k| k.task.stack.contains(rsp));
-        if owner.is_none() && own_stacks.is_none() {
-            owner = scan.owner_of_stack(rsp);
-        }
-        if let Some(known) = owner {
-            match current.filter(|k| k.task.addr != known.task.addr) {
-                None => running.add(known.task.addr, Live::From(rsp)),
-                // In the middle of a switch between two tasks; or user mode chose the stack pointer, and the kernel did
-                // not exchange it yet.
-                Some(other) => [known, other].into_iter().for_each(|k| {
-                    running.add(k.task.addr, Live::From(k.task.stack.start));
-                }),
-            }
-            return Ok(());
-        }
-        match (own_stacks, current) {
-            (Some((cpu, first)), Some(known)) => {
-                let from = self.own_stacks(known, cpu, (first, rsp))?;
-                running.add(known.task.addr, Live::From(from));
-            }
-            _ => {
-                // In the middle of a switch of stacks.
-                let (name, offset) = scan
-                    .kernel
-                    .symbols
-                    .covering(vcpu.rip)
-                    .unwrap_or_else(|| ("?".into(), 0));
-                self.report(task, Reason::UnreliableStack, &name, offset);
-            }
-        }
-        Ok(())
+        let too_many = !thorough && tasks.known.len() > ASKED_MAX;
+        Ok((!too_many).then_some(Scope::All))
     }
+}
 
-    /// Scans the live part of a CPU's own stacks, beginning at a place on the first, and says where
-    /// that of its task's begins. The interrupted stack pointer stands on the stack that was switched
-    /// to: the lowest address into another that is found there is it, or lies below it.
-    fn own_stacks(&mut self, known: &Known, cpu: &Cpu, first: (usize, Gva)) -> Result<Gva> {
-        let stack = known.task.stack;
-        let mut lowest = None;
-        let mut met = vec![first.0];
-        let mut left = vec![first];
-        while let Some((n, from)) = left.pop() {
-            let Some((range, window)) = cpu.stacks.get(n) else {
-                continue;
-            };
-            let from = Gva(from.0 & !7);
-            let offset = usize::try_from(from.0 - range.start.0).unwrap_or(0);
-            let read = |words: &mut [u8]| Ok(window.read(offset, words)?);
-            self.words(
-                Some(&known.task),
-                Reason::Running,
-                range.end.0 - from.0,
-                read,
-            )?;
-            for (other, (range, _)) in cpu.stacks.iter().enumerate() {
-                if let (false, Some(at)) = (met.contains(&other), lowest_into(&self.words, *range))
-                {
-                    met.push(other);
-                    left.push((other, at));
-                }
-            }
-            let at = lowest_into(&self.words, stack);
-            lowest = lowest.into_iter().chain(at).min();
-        }
-        Ok(lowest.unwrap_or(stack.start))
+/// The look itself; see [`Ready::look`].
+pub(super) fn look(
+    tasks: &GuestTasks<'_, '_>,
+    baseline: &Baseline,
+    vcpus: &[Vcpu],
+    thorough: bool,
+    too_long: &dyn Fn() -> bool,
+) -> Result<Verdict> {
+    if tasks.changed()? {
+        return Ok(Verdict::TasksChanged);
     }
-
-    /// Scans the live part of a task's stack, which is the whole of it when its stack pointer isn't
-    /// known; says whether nothing watched is there.
-    pub(super) fn task(&mut self, known: &Known, live: Option<Live>) -> Result<bool> {
-        let task = &known.task;
-        let (reason, from) = match live {
-            Some(Live::Nothing) => return Ok(true),
-            Some(Live::From(at)) => (Reason::Running, at),
-            None if known.is_on_cpu()? => (Reason::Running, task.stack.start),
-            None => (Reason::SleepingOn, known.sp()?),
-        };
-        let from = if task.stack.contains(from) {
-            Gva(from.0 & !7)
-        } else {
-            task.stack.start
-        };
-        let offset = usize::try_from(from.0 - task.stack.start.0).unwrap_or(0);
-        let read = |words: &mut [u8]| known.read(offset, words);
-        let clear = self.words(Some(task), reason, task.stack.end.0 - from.0, read)?;
-        let restarts = Self::restarts(self.scan, known, &self.words)?;
-        self.report_restart(task, restarts);
-        Ok(clear && restarts.is_none())
+    let switches = tasks.cpus.count_switches()?;
+    let Some(scope) = Scope::of(tasks, baseline, vcpus, &switches, thorough)? else {
+        return Ok(Verdict::TooManyRan);
+    };
+    let mut scan = StackScan::new(tasks);
+    let running = on_cpus(tasks, vcpus, &mut scan)?;
+    let mut off_cpus = OffCpus {
+        scan: &mut scan,
+        running: &running,
+        too_long,
+        done: 0,
+    };
+    match off_cpus.scan(tasks, baseline, &scope)? {
+        true => Ok(scan.verdict()),
+        false => Ok(Verdict::TooLong),
     }
+}
 
-    /// The watched function that a task will go on in with its system call, which a signal cut short:
-    /// it is stopped meanwhile, or on its way to user mode and back. `words` end where its stack does.
-    pub(super) fn restarts(
-        scan: &'s Prescan<'k, 'm>,
-        known: &Known,
-        words: &[u8],
-    ) -> Result<Option<&'s Watched>> {
-        let due = |padding: u64| {
-            let end = words.len().checked_sub(usize::try_from(padding).ok()?)?;
-            let word = |before: usize| fetch::u64(words, end.checked_sub(before)?);
-            let (result, call) = (word(scan.restart.result)?, word(scan.restart.call)?);
-            Some(result == CUT_SHORT || result == RESTART_SYSCALL || call == RESTART_SYSCALL)
-        };
-        if !PADDINGS
-            .into_iter()
-            .any(|padding| due(padding) == Some(true))
-        {
-            return Ok(None);
-        }
-        let function = known.restart()?;
-        Ok(scan.watch.hit(function.wrapping_add(1)).map(|(w, _)| w))
+/// Scans what is on a CPU, and says which tasks those are.
+fn on_cpus(
+    tasks: &GuestTasks<'_, '_>,
+    vcpus: &[Vcpu],
+    scan: &mut StackScan<'_, '_, '_>,
+) -> Result<Running> {
+    let mut running = Running::default();
+    for vcpu in vcpus.iter().filter(|v| v.online) {
+        scan.vcpu(vcpu, &mut running)?;
     }
-
-    fn report_restart(&mut self, task: &Task, watched: Option<&Watched>) {
-        if let Some(watched) = watched {
-            self.report(Some(task), Reason::RestartBlock, &watched.name, 0);
+    for (addr, live) in running.iter() {
+        if let Some(known) = tasks.known.get(&addr) {
+            scan.task(known, Some(live))?;
         }
     }
+    // A CPU that is down keeps the task in which it went down. No counter says that this task was switched to. CPUs that
+    // never were up have one such task in common.
+    for known in tasks.cpus.all.iter().filter_map(|cpu| tasks.current(cpu)) {
+        if !running.contains(known.task.addr) {
+            scan.task(known, None)?;
+            running.add(known.task.addr, Live::Nothing);
+        }
+    }
+    Ok(running)
+}
 
-    /// Scans `len` bytes of a stack; they stay in `self.words`.
-    fn words(
+/// Scans tasks that are off their CPU.
+struct OffCpus<'a, 's, 'k, 'm> {
+    scan: &'a mut StackScan<'s, 'k, 'm>,
+    running: &'a Running,
+    too_long: &'a dyn Fn() -> bool,
+    done: u32,
+}
+
+impl OffCpus<'_, '_, '_, '_> {
+    /// Scans those of `scope`; says whether there was time for it.
+    fn scan(
         &mut self,
-        task: Option<&Task>,
-        reason: Reason,
-        len: u64,
-        read: impl Fn(&mut [u8]) -> Result<()>,
+        tasks: &GuestTasks<'_, '_>,
+        baseline: &Baseline,
+        scope: &Scope<'_>,
     ) -> Result<bool> {
-        let scan = self.scan;
-        let mut words = std::mem::take(&mut self.words);
-        words.resize(usize::try_from(len).unwrap_or(0), 0);
-        read(&mut words)?;
-        let mut clear = true;
-        for (watched, offset) in scan.watch.hits(&words) {
-            self.report(task, reason, &watched.name, offset);
-            clear = false;
-            if self.count == BLOCKERS_MAX {
-                break;
+        match scope {
+            Scope::NotCleared => {
+                let known = baseline.not_cleared.iter();
+                for known in known.filter_map(|task| tasks.known.get(task)) {
+                    if !self.task(known, false)? {
+                        return Ok(false);
+                    }
+                }
+            }
+            Scope::RanRecently(counters, asked) => {
+                for (n, counter) in counters.tasks.iter().enumerate() {
+                    let Some(known) = tasks.known.get(&counter.task) else {
+                        continue;
+                    };
+                    if counter.is_clear(known, n < *asked)? {
+                        continue;
+                    }
+                    // It may have been scanned since.
+                    let is_clear = known.is_clear()?;
+                    if !self.task(known, is_clear)? {
+                        return Ok(false);
+                    }
+                }
+            }
+            Scope::All => {
+                for known in tasks.known.values() {
+                    let is_clear = known.is_clear()?;
+                    if !self.task(known, is_clear)? {
+                        return Ok(false);
+                    }
+                }
             }
         }
-        self.words = words;
-        Ok(clear)
+        Ok(true)
     }
-}
 
-fn lowest_into(words: &[u8], range: Range) -> Option<Gva> {
-    words
-        .chunks_exact(8)
-        .filter_map(|w| fetch::u64(w, 0))
-        .map(Gva)
-        .filter(|&at| range.contains(at))
-        .min()
+    /// Scans a task unless it is clear; says whether there is time for more.
+    fn task(&mut self, known: &MappedTask, is_clear: bool) -> Result<bool> {
+        if !is_clear && !self.running.contains(known.task.addr) {
+            self.scan.task(known, None)?;
+        }
+        self.done += 1;
+        Ok(!self.done.is_multiple_of(CLOCK_EVERY) || !(self.too_long)())
+    }
 }

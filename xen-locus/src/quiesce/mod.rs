@@ -1,176 +1,131 @@
-//! Is anybody inside the code that is about to change?
+//! Quiescence: is a thread inside the code that is about to change?
 //!
-//! Every vCPU's registers and every task's kernel stack are looked at. A stack is scanned: each word of
-//! its live part that could be a return address into a watched range counts. That gives false alarms
-//! (a stale or unrelated word), never misses. A task that sleeps is cleared of a false alarm by
-//! unwinding its stack ([`locus_kernel::unwind`]) while the guest runs; where that can't be relied on, the alarm
-//! stands.
+//! Each vCPU's registers and each task's kernel stack are checked. A stack is scanned: each word of its
+//! live part that could be a return address into a watched range counts. So a stale or unrelated word
+//! raises a false alarm, and no thread is missed. A sleeping task is cleared of a false alarm by
+//! unwinding its stack ([`locus_kernel::unwind`]) while the guest runs. If the unwinding can't be relied
+//! on, the alarm counts.
 //!
-//! The work is split so that the guest is paused only for the last look, and that costs what changed
-//! since the one before it, not what there is ([`prescan`]).
+//! The guest is paused only for the last step. Its cost depends on what changed since the steps
+//! before it, and not on how many tasks there are.
+//!
+//! # The steps
+//!
+//! | step | guest | what it costs | what is true after it |
+//! |---|---|---|---|
+//! | [`GuestTasks::list`] | runs | reads each task; maps the stacks of new ones | all tasks are listed that were born before it |
+//! | [`GuestTasks::catch_up`] | runs | as `list`, but for new tasks only | the same |
+//! | [`Listed::scan_off_cpu`] | runs | the counters of each task; the stack of each that ran since the scan before, or was suspect | of each task that was off its CPU it is known whether its stack is clear |
+//! | [`Scanned::clear_by_unwind`] | runs | one unwinding for each suspect stack, slow; only after a long wait | false alarms are known as such. Scan again: this step gives back the list |
+//! | [`Scanned::snapshot_counters`] | runs | the counters of each task; the stacks of the few that ran since the scan | all counters of switches are known as they were at one moment |
+//! | [`Snapshotted::try_look`] | runs | a look, and births since the list | caches are warm; a pause that would be in vain is seen before |
+//! | [`Ready::look`] | **paused** | registers, counters of CPUs, stacks on CPUs; of other tasks only those that may have run | no thread is in the way, or which ones are |
+//!
+//! Each step returns what the next one needs, so no other order compiles:
+//!
+//! ```
+//! # use locus_guest::Vcpu;
+//! # use xen_locus::error::Result;
+//! # use xen_locus::quiesce::{GuestTasks, Verdict};
+//! fn steps(tasks: &mut GuestTasks<'_, '_>, read: impl Fn() -> Result<Vec<Vcpu>>) -> Result<Verdict> {
+//!     let counted = tasks.list()?.scan_off_cpu()?.snapshot_counters(&read)?;
+//!     let ready = counted.try_look(&read()?, false)?.ready();
+//!     // Here the guest is paused.
+//!     ready.look(&read()?, false, &|| false)
+//! }
+//! ```
+//!
+//! Without a scan there is no snapshot of the counters:
+//!
+//! ```compile_fail,E0599
+//! # use locus_guest::Vcpu;
+//! # use xen_locus::error::Result;
+//! # use xen_locus::quiesce::GuestTasks;
+//! fn unscanned(tasks: &mut GuestTasks<'_, '_>, read: impl Fn() -> Result<Vec<Vcpu>>) -> Result<()> {
+//!     tasks.list()?.snapshot_counters(&read).map(drop)
+//! }
+//! ```
+//!
+//! Once all is ready for the pause, nothing more can be listed or mapped:
+//!
+//! ```compile_fail,E0499
+//! # use locus_guest::Vcpu;
+//! # use xen_locus::error::Result;
+//! # use xen_locus::quiesce::GuestTasks;
+//! fn lists_in_the_pause(tasks: &mut GuestTasks<'_, '_>, vcpus: &[Vcpu]) -> Result<()> {
+//!     let counted = tasks.list()?.scan_off_cpu()?.snapshot_counters(|| Ok(vcpus.to_vec()))?;
+//!     let ready = counted.try_look(vcpus, false)?.ready();
+//!     tasks.catch_up()?;
+//!     ready.look(vcpus, false, &|| false).map(drop)
+//! }
+//! ```
+//!
+//! # Why little is left to do in the pause
+//!
+//! The look believes
+//!
+//! - the list, if no task was born since. The kernel counts births in `total_forks` (kernel/fork.c:
+//!   `copy_process`), under the lock under which it links a new task into the lists. A task that died
+//!   since can only raise a false alarm. A task that is not counted yet has never run;
+//! - what a scan found of a task, if the task was not switched out since. The kernel counts that in
+//!   `nvcsw` and `nivcsw` (kernel/sched/core.c: `__schedule`) before it takes the task off its CPU.
+//!   A task that was off its CPU and has run since is either still on one, and is scanned in any case,
+//!   or it was switched out;
+//! - what a scan found of all tasks, if no CPU switched since (`rq->nr_switches`, counted at the same
+//!   place); and of all but a few, if the switches of these few explain all switches
+//!   (`counters.rs`). Then the counters of the other tasks need not be read.
+//!
+//! # The counters
+//!
+//! | word | counted or set in | what it says here |
+//! |---|---|---|
+//! | `total_forks` | kernel/fork.c: `copy_process` | tasks were born since the list was read |
+//! | `rq->nr_switches` | kernel/sched/core.c: `__schedule` | a CPU switched between tasks |
+//! | `nvcsw`, `nivcsw` of a task | kernel/sched/core.c: `__schedule`, the next statement but one | the task was switched out, by its own will or not |
+//! | `on_cpu` of a task | kernel/sched/core.c: `prepare_task`, `finish_task` | the task is on a CPU, or its registers are not saved yet |
+//! | `start_time` of a task | kernel/fork.c: `copy_process` | the memory belongs to this task still |
+//!
+//! # The files
+//!
+//! Each uses only those above it: `watch`, `verdict`; `task`, `cpus`, `unwinder`; `list`; `stack_scan`;
+//! `counters`; `scan`; `clear`, `snapshot`; `look`.
 
-mod ledger;
+mod clear;
+mod counters;
+mod cpus;
+mod list;
 mod look;
-mod prescan;
+mod scan;
+mod snapshot;
+mod stack_scan;
+mod task;
+mod unwinder;
+mod verdict;
+mod watch;
 
-pub use prescan::Prescan;
+use locus_guest::Vcpu;
+use locus_kernel::Kernel;
 
-use locus_guest::addr::{Gva, Range};
-use locus_guest::{fetch, Vcpu};
-use locus_kernel::{unwind, Kernel};
+use crate::blocker::Blocker;
+use crate::error::{Error, Result};
+pub use list::{GuestTasks, Listed};
+pub use look::{Ready, Tried};
+pub use scan::Scanned;
+pub use snapshot::Snapshotted;
+pub use verdict::Verdict;
+pub use watch::{Watch, Watched};
 
-use crate::blocker::{Blocker, Reason};
-use crate::error::Result;
-
-/// A range that nobody may be in.
-#[derive(Clone, Debug)]
-pub struct Watched {
-    /// From its first byte to its end.
-    pub range: Range,
-    /// What a person calls it.
-    pub name: String,
-}
-
-/// Ranges that nobody may be in.
-#[derive(Clone, Debug, Default)]
-pub struct Watch {
-    /// By where they begin; each with the highest end of those up to it.
-    sorted: Vec<(Watched, u64)>,
-}
-
-impl Watch {
-    /// Watches `ranges` and the trampolines behind which kretprobes and the function-graph tracer
-    /// hide return addresses: who is below one of those can't be judged.
-    #[must_use]
-    pub fn new(kernel: &Kernel<'_>, mut ranges: Vec<Watched>) -> Watch {
-        let space = kernel.space.fresh();
-        for Watched { range, .. } in &mut ranges {
-            // What stands there begins the next function, whose address may well be on a stack.
-            if range.len() > 0 && !unwind::ends_call(&space, range.end) {
-                range.end = Gva(range.end.0 - 1);
-            }
-        }
-        ranges.extend(
-            unwind::hiding(kernel).map(|(name, range)| trampoline(range.start, range.len(), name)),
-        );
-        Watch::of(ranges)
-    }
-
-    /// The ranges, each with what a person calls it.
-    pub fn ranges(&self) -> impl Iterator<Item = (&Range, &str)> {
-        self.sorted.iter().map(|(w, _)| (&w.range, &*w.name))
-    }
-
-    /// Watches just `ranges`, as [`Watch::ranges`] gave them.
-    #[must_use]
-    pub fn of(mut ranges: Vec<Watched>) -> Watch {
-        // The last that fits is reported: of those that begin together the innermost, of equal ones the
-        // one that was named first.
-        ranges.reverse();
-        ranges.sort_by_key(|w| (w.range.start, std::cmp::Reverse(w.range.end)));
-        let mut highest = 0;
-        let with_highest = |watched: Watched| {
-            highest = watched.range.end.0.max(highest);
-            (watched, highest)
-        };
-        Watch {
-            sorted: ranges.into_iter().map(with_highest).collect(),
-        }
-    }
-
-    /// Whether `word` could be a place in a watched range where a thread goes on. The first byte is
-    /// no such place: who is there, or has a pointer to there, enters the function by the redirect.
-    /// One past the end is, if the last instruction is a call: one that never returns.
-    #[must_use]
-    pub fn hit(&self, word: u64) -> Option<(&Watched, u64)> {
-        if locus_xen::fault::is_blind() {
-            return None;
-        }
-        let below = self.sorted.partition_point(|(w, _)| w.range.start.0 < word);
-        self.sorted
-            .get(..below)?
-            .iter()
-            .rev()
-            .take_while(|(_, highest)| word <= *highest)
-            .find(|(w, _)| word <= w.range.end.0)
-            .map(|(w, _)| (w, word - w.range.start.0))
-    }
-
-    /// The hits among the 64-bit words of `stack`.
-    fn hits<'w>(&'w self, stack: &'w [u8]) -> impl Iterator<Item = (&'w Watched, u64)> {
-        // Most words are far from all ranges, which two comparisons show.
-        let first = self
-            .sorted
-            .first()
-            .map_or(u64::MAX, |(w, _)| w.range.start.0);
-        let last = self.sorted.last().map_or(0, |&(_, highest)| highest);
-        let words = stack.chunks_exact(8).filter_map(|w| fetch::u64(w, 0));
-        words
-            .filter(move |&word| first < word && word <= last)
-            .filter_map(|word| self.hit(word))
-    }
-}
-
-/// A trampoline at `at`: in the place of a return address stands that of its first byte, which is no
-/// hit of a function's.
-fn trampoline(at: Gva, len: u64, name: &str) -> Watched {
-    let start = Gva(at.0.saturating_sub(1));
-    Watched {
-        range: Range::new(start, len.saturating_add(1)),
-        name: name.into(),
-    }
-}
-
-/// What a look showed.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// Nobody is in the way.
-    Quiet,
-    /// These are.
-    Blocked(Vec<Blocker>),
-    /// The guest's tasks changed since they were listed: list them again.
-    Moved,
-    /// Tasks ran since the rehearsal, and to find out which takes longer than to try again.
-    Stirred,
-    /// It would take longer than the pause may last.
-    TooLong,
-}
-
-impl Verdict {
-    /// Who is in the way, by thread id and function; `None` when that isn't known.
-    #[must_use]
-    pub fn blockers(self) -> Option<Vec<Blocker>> {
-        match self {
-            Verdict::Quiet => Some(Vec::new()),
-            Verdict::Blocked(mut all) => {
-                all.sort_by(|a, b| (a.pid, &a.function).cmp(&(b.pid, &b.function)));
-                Some(all)
-            }
-            Verdict::Moved | Verdict::Stirred | Verdict::TooLong => None,
-        }
-    }
-
-    /// Somebody sleeps in the way: that holds whether the guest is paused or not.
-    #[must_use]
-    pub fn is_sleepers(&self) -> bool {
-        let sleeps = |b: &Blocker| matches!(b.reason, Reason::SleepingOn | Reason::RestartBlock);
-        matches!(self, Verdict::Blocked(all) if all.iter().any(sleeps))
-    }
-}
-
-/// Who is inside one of the ranges of `watch`, in a guest that does not run.
+/// The threads that are in one of the ranges of `watch`, in a guest that does not run (a saved core).
 ///
 /// # Errors
-/// Memory can't be read.
+/// Memory can't be read, or the guest runs after all.
 pub fn inside(kernel: &Kernel<'_>, vcpus: &[Vcpu], watch: &Watch) -> Result<Vec<Blocker>> {
-    let mut scan = Prescan::new(kernel, watch)?;
-    scan.refresh()?;
-    scan.rehearse()?;
-    scan.acquit()?;
-    // What was acquitted counts from the next scan on.
-    scan.rehearse()?;
-    let verdict = scan.look(vcpus, true, &|| false)?;
-    Ok(verdict.blockers().unwrap_or_default())
+    let mut tasks = GuestTasks::new(kernel, watch)?;
+    let scanned = tasks.list()?.scan_off_cpu()?;
+    let scanned = scanned.clear_by_unwind()?.scan_off_cpu()?;
+    let verdict = look::look(scanned.tasks, &scanned.baseline, vcpus, true, &|| false)?;
+    let ran = "new tasks were born in a guest that should not run, while its stacks were scanned";
+    verdict.blockers().ok_or_else(|| Error::failed(ran))
 }
 
 #[cfg(test)]

@@ -1,0 +1,279 @@
+//! Scans stacks and registers for addresses in watched ranges.
+
+use std::collections::{BTreeMap, HashMap};
+
+use locus_guest::addr::{Gva, Range};
+use locus_guest::{fetch, Vcpu};
+use locus_kernel::tasks::Task;
+use locus_kernel::unwind::PADDINGS;
+
+use super::cpus::Cpu;
+use super::list::GuestTasks;
+use super::task::{part_from, MappedTask};
+use super::verdict::Verdict;
+use super::watch::Watched;
+use crate::blocker::{Blocker, Reason};
+use crate::error::Result;
+
+/// What a system call returns that a signal cut short and that continues in `restart_block.fn`
+/// (`-ERESTART_RESTARTBLOCK`, include/linux/errno.h).
+const CUT_SHORT: u64 = 516u64.wrapping_neg();
+/// The number of `restart_syscall`, by which it continues (arch/x86/entry/syscalls/syscall_64.tbl).
+const RESTART_SYSCALL: u64 = 219;
+
+/// Most blockers that are named. So a guest whose stacks are full of hits can't keep the tool busy.
+const BLOCKERS_MAX: usize = 1 << 14;
+
+/// The live part of a task's stack, when the task is on a CPU.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Live {
+    /// Nothing but the registers of user mode.
+    Nothing,
+    /// From here up.
+    From(Gva),
+}
+
+/// The tasks that are on a CPU.
+#[derive(Default)]
+pub(super) struct Running(HashMap<Gva, Live>);
+
+impl Running {
+    /// Adds a task that is on a CPU, with this part of its stack live. Two CPUs may speak of the same
+    /// task, because user mode chooses much of what a CPU shows. Then all that either says is live.
+    pub(super) fn add(&mut self, task: Gva, live: Live) {
+        self.0
+            .entry(task)
+            .and_modify(|known| {
+                *known = match (*known, live) {
+                    (Live::From(a), Live::From(b)) => Live::From(a.min(b)),
+                    (Live::Nothing, other) | (other, Live::Nothing) => other,
+                }
+            })
+            .or_insert(live);
+    }
+
+    pub(super) fn contains(&self, task: Gva) -> bool {
+        self.0.contains_key(&task)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (Gva, Live)> + '_ {
+        self.0.iter().map(|(&task, &live)| (task, live))
+    }
+}
+
+/// A scan under way, with what it found so far.
+pub(super) struct StackScan<'s, 'k, 'm> {
+    tasks: &'s GuestTasks<'k, 'm>,
+    /// By thread id.
+    found: BTreeMap<u32, Vec<Blocker>>,
+    /// How many there are.
+    count: usize,
+    /// The words scanned last.
+    words: Vec<u8>,
+}
+
+impl<'s, 'k, 'm> StackScan<'s, 'k, 'm> {
+    pub(super) fn new(tasks: &'s GuestTasks<'k, 'm>) -> StackScan<'s, 'k, 'm> {
+        StackScan {
+            tasks,
+            found: BTreeMap::new(),
+            count: 0,
+            words: tasks.buffer.take(),
+        }
+    }
+
+    /// Ends the scan, and gives its buffer back.
+    pub(super) fn verdict(self) -> Verdict {
+        self.tasks.buffer.replace(self.words);
+        if self.found.is_empty() {
+            Verdict::Quiet
+        } else {
+            Verdict::Blocked(self.found.into_values().flatten().collect())
+        }
+    }
+
+    fn report(&mut self, task: Option<&Task>, reason: Reason, name: &str, offset: u64) {
+        if locus_xen::fault::is_blind() {
+            return;
+        }
+        let pid = task.map_or(0, |t| t.pid);
+        let of_thread = self.found.entry(pid).or_default();
+        // One line for a task and function says enough.
+        if self.count < BLOCKERS_MAX && !of_thread.iter().any(|b| b.function == name) {
+            self.count += 1;
+            of_thread.push(Blocker {
+                pid,
+                comm: task.map_or_else(|| "?".into(), |t| t.comm.clone()),
+                reason,
+                function: name.into(),
+                offset,
+            });
+        }
+    }
+
+    /// Checks where a vCPU is, and notes in `running` which tasks are on it, with the live part of
+    /// their stacks. [`StackScan::task`] scans that.
+    pub(super) fn vcpu(&mut self, vcpu: &Vcpu, running: &mut Running) -> Result<()> {
+        let tasks = self.tasks;
+        let current = tasks.current_of(vcpu);
+        if vcpu.user {
+            if let Some(known) = current {
+                running.add(known.task.addr, Live::Nothing);
+                if vcpu.rax == RESTART_SYSCALL {
+                    let hit = tasks.watch.hit(known.restart()?.wrapping_add(1));
+                    self.report_restart(&known.task, hit.map(|(w, _)| w));
+                }
+            }
+            return Ok(());
+        }
+        let task = current.map(|k| &k.task);
+        if let Some((watched, offset)) = tasks.watch.hit(vcpu.rip.0) {
+            self.report(task, Reason::Running, &watched.name, offset);
+        }
+        let rsp = vcpu.rsp;
+        let on = |(range, _): &(Range, _)| range.contains(rsp);
+        let mut cpus = tasks.cpus.all.iter();
+        let own_stacks = cpus.find_map(|cpu| Some((cpu, cpu.stacks.iter().position(on)?)));
+        // All tasks are searched only when it is neither the current task's stack nor one of these.
+        let mut owner = current.filter(|k| k.task.stack.contains(rsp));
+        if owner.is_none() && own_stacks.is_none() {
+            owner = tasks.owner_of_stack(rsp);
+        }
+        if let Some(known) = owner {
+            match current.filter(|k| k.task.addr != known.task.addr) {
+                None => running.add(known.task.addr, Live::From(rsp)),
+                // In the middle of a switch between two tasks. Or user mode chose the stack pointer, and the kernel did
+                // not exchange it yet.
+                Some(other) => [known, other].into_iter().for_each(|k| {
+                    running.add(k.task.addr, Live::From(k.task.stack.start));
+                }),
+            }
+            return Ok(());
+        }
+        match (own_stacks, current) {
+            (Some((cpu, first)), Some(known)) => {
+                let from = self.own_stacks(known, cpu, (first, rsp))?;
+                running.add(known.task.addr, Live::From(from));
+            }
+            _ => {
+                // In the middle of a switch of stacks.
+                let (name, offset) = tasks
+                    .kernel
+                    .symbols
+                    .covering(vcpu.rip)
+                    .unwrap_or_else(|| ("?".into(), 0));
+                self.report(task, Reason::UnreliableStack, &name, offset);
+            }
+        }
+        Ok(())
+    }
+
+    /// Scans the live part of a CPU's own stacks, beginning at a place on the first, and says where
+    /// that of its task's begins. The interrupted stack pointer is stored on the stack that was switched
+    /// to. So the lowest address into another stack that is found there is it, or lies below it.
+    fn own_stacks(&mut self, known: &MappedTask, cpu: &Cpu, first: (usize, Gva)) -> Result<Gva> {
+        let stack = known.task.stack;
+        let mut lowest = None;
+        let mut met = vec![first.0];
+        let mut left = vec![first];
+        while let Some((n, from)) = left.pop() {
+            let Some((range, window)) = cpu.stacks.get(n) else {
+                continue;
+            };
+            let (offset, len) = part_from(*range, from)?;
+            let read = |words: &mut [u8]| Ok(window.read(offset, words)?);
+            self.words(Some(&known.task), Reason::Running, len, read)?;
+            for (other, (range, _)) in cpu.stacks.iter().enumerate() {
+                if let (false, Some(at)) = (met.contains(&other), lowest_into(&self.words, *range))
+                {
+                    met.push(other);
+                    left.push((other, at));
+                }
+            }
+            let at = lowest_into(&self.words, stack);
+            lowest = lowest.into_iter().chain(at).min();
+        }
+        // No address into the task's stack: all of it counts as live.
+        Ok(lowest.unwrap_or(stack.start))
+    }
+
+    /// Scans the live part of a task's stack, which is the whole of it when its stack pointer isn't
+    /// known; says whether no word leads into a watched range.
+    pub(super) fn task(&mut self, known: &MappedTask, live: Option<Live>) -> Result<bool> {
+        let task = &known.task;
+        let (reason, from) = match live {
+            Some(Live::Nothing) => return Ok(true),
+            Some(Live::From(at)) => (Reason::Running, at),
+            None if known.is_on_cpu()? => (Reason::Running, task.stack.start),
+            None => (Reason::SleepingOn, known.sp()?),
+        };
+        let (offset, len) = part_from(task.stack, from)?;
+        let read = |words: &mut [u8]| known.read(offset, words);
+        let clear = self.words(Some(task), reason, len, read)?;
+        let restarts = restarts_in(self.tasks, known, &self.words)?;
+        self.report_restart(task, restarts);
+        Ok(clear && restarts.is_none())
+    }
+
+    fn report_restart(&mut self, task: &Task, watched: Option<&Watched>) {
+        if let Some(watched) = watched {
+            self.report(Some(task), Reason::RestartBlock, &watched.name, 0);
+        }
+    }
+
+    /// Scans `len` bytes of a stack; they stay in `self.words`.
+    fn words(
+        &mut self,
+        task: Option<&Task>,
+        reason: Reason,
+        len: usize,
+        read: impl Fn(&mut [u8]) -> Result<()>,
+    ) -> Result<bool> {
+        let tasks = self.tasks;
+        let mut words = std::mem::take(&mut self.words);
+        words.resize(len, 0);
+        read(&mut words)?;
+        let mut clear = true;
+        for (watched, offset) in tasks.watch.hits(&words) {
+            self.report(task, reason, &watched.name, offset);
+            clear = false;
+            if self.count == BLOCKERS_MAX {
+                break;
+            }
+        }
+        self.words = words;
+        Ok(clear)
+    }
+}
+
+/// The watched function in which a task will continue its system call, which a signal cut short. The
+/// task is stopped meanwhile, or on its way to user mode and back. `words` end where its stack does.
+pub(super) fn restarts_in<'s>(
+    tasks: &'s GuestTasks<'_, '_>,
+    known: &MappedTask,
+    words: &[u8],
+) -> Result<Option<&'s Watched>> {
+    let due = |padding: u64| {
+        let end = words.len().checked_sub(usize::try_from(padding).ok()?)?;
+        let word = |before: usize| fetch::u64(words, end.checked_sub(before)?);
+        let (result, call) = (word(tasks.restart.result)?, word(tasks.restart.call)?);
+        Some(result == CUT_SHORT || result == RESTART_SYSCALL || call == RESTART_SYSCALL)
+    };
+    if !PADDINGS
+        .into_iter()
+        .any(|padding| due(padding) == Some(true))
+    {
+        return Ok(None);
+    }
+    let function = known.restart()?;
+    Ok(tasks.watch.hit(function.wrapping_add(1)).map(|(w, _)| w))
+}
+
+fn lowest_into(words: &[u8], range: Range) -> Option<Gva> {
+    words
+        .chunks_exact(8)
+        .filter_map(|w| fetch::u64(w, 0))
+        .map(Gva)
+        .filter(|&at| range.contains(at))
+        .min()
+}

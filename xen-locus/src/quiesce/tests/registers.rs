@@ -1,0 +1,161 @@
+//! Which stacks the registers of vCPUs lead to, and how system calls continue.
+
+use locus_guest::Window;
+use locus_kernel::fixture_world::RESTART;
+use locus_kernel::unwind::stack::StackCopy;
+
+use super::*;
+use crate::blocker::Reason;
+
+/// The idle task, which is on a CPU in the kernel, and a word of its stack that is live.
+fn idle_inside<'g>(guest: &'g Guest<'_>) -> &'g Task {
+    let mut tasks = guest.tasks.iter();
+    let idle = tasks.find(|t| t.on_cpu && t.pid == 0).unwrap();
+    guest.poke(Gva(idle.stack.end.0 - 0x80), &INSIDE.to_le_bytes());
+    idle
+}
+
+#[test]
+fn user_mode_can_not_hide_a_task_that_is_in_the_kernel_on_another_cpu() {
+    with_guest(|guest, steps| {
+        guest.enter(42, false);
+        steps.scan_off_cpu().unwrap();
+        let idle = idle_inside(guest);
+        let mut vcpus = guest.world.vcpus.clone();
+        let user = vcpus.iter().position(|v| v.user).unwrap();
+        let look = |vcpus: &[Vcpu]| blocked(steps.look(vcpus, true, &|| false).unwrap());
+        // It chose the GS base of the other CPU.
+        for base in [0, PERCPU[0]] {
+            vcpus[user].gs_base = Gva(base);
+            assert_eq!(look(&vcpus), [0], "{base:#x}");
+        }
+        // And a stack pointer above which almost nothing is left to scan. It is in the kernel's first instruction.
+        vcpus[user].user = false;
+        vcpus[user].rsp = Gva(idle.stack.end.0 - 8);
+        assert_eq!(look(&vcpus), [0]);
+        vcpus[user].gs_base = Gva(PERCPU[1]);
+        assert_eq!(look(&vcpus), [0]);
+    });
+    with_guest(|guest, steps| {
+        // The stack of a task that sleeps in the function.
+        steps.scan_off_cpu().unwrap();
+        let mut vcpus = guest.world.vcpus.clone();
+        let vcpu = vcpus.iter_mut().find(|v| v.user).unwrap();
+        (vcpu.user, vcpu.gs_base) = (false, Gva(PERCPU[1]));
+        vcpu.rsp = Gva(guest.task(42).stack.end.0 - 8);
+        assert_eq!(blocked(steps.look(&vcpus, true, &|| false).unwrap()), [42]);
+    });
+}
+
+#[test]
+fn a_task_whose_cpu_went_down_is_scanned() {
+    with_guest(|guest, steps| {
+        guest.enter(42, false);
+        let idle = guest.tasks.iter().find(|t| t.on_cpu && t.pid == 0).unwrap();
+        let on_cpu = |on: u32| {
+            let at = idle.addr.plus(guest.layout.on_cpu as u64);
+            guest.poke(at, &on.to_le_bytes());
+        };
+        // Off its CPU its stack was clear. It has run since, and no counter says so.
+        on_cpu(0);
+        assert_eq!(blocked(steps.scan_off_cpu().unwrap()), NOBODY);
+        on_cpu(1);
+        idle_inside(guest);
+        let mut vcpus = guest.world.vcpus.clone();
+        vcpus[0].online = false;
+        assert_eq!(blocked(steps.look(&vcpus, true, &|| false).unwrap()), [0]);
+    });
+}
+
+#[test]
+fn a_cpu_s_own_stacks_are_followed_to_its_task_s() {
+    const NMI: u64 = 0xffff_fe00_0000_1000;
+    const IRQ: u64 = 0xffff_c900_0000_4000;
+    with_guest(|guest, steps| {
+        guest.enter(42, false);
+        let idle = guest.tasks.iter().find(|t| t.on_cpu && t.pid == 0).unwrap();
+        let word = |offset| Gva(idle.stack.end.0 - offset);
+        let at = |start: u64, offset: u64, value: u64| (start + offset, value);
+        // An NMI met an interrupt, which had met the idle task: its stack pointers, and words that are
+        // not live.
+        let look = |steps: &mut Steps<'_, '_, '_>, words: &[(u64, u64)]| {
+            let stack = |start: u64| {
+                let mut bytes = vec![0; 0x1000];
+                for &(at, value) in words {
+                    if let Some(at) = at.checked_sub(start).filter(|&at| at < 0x1000) {
+                        bytes[at as usize..][..8].copy_from_slice(&value.to_le_bytes());
+                    }
+                }
+                let range = Range::new(Gva(start), 0x1000);
+                let whole = StackCopy::of(range, |copy| {
+                    copy.copy_from_slice(&bytes);
+                    Ok::<(), ()>(())
+                });
+                (range, Box::new(whole.unwrap()) as Box<dyn Window>)
+            };
+            let mut vcpus = guest.world.vcpus.clone();
+            let vcpu = vcpus.iter_mut().find(|v| !v.user).unwrap();
+            vcpu.rsp = Gva(NMI + 0x800);
+            for cpu in &mut steps.tasks.cpus.all {
+                cpu.stacks = vec![stack(IRQ), stack(NMI)];
+            }
+            blocked(steps.look(&vcpus, true, &|| false).unwrap())
+        };
+        let met = [at(NMI, 0xf00, IRQ + 0xc00), at(IRQ, 0xf00, word(0x100).0)];
+        let with = |more: &[(u64, u64)]| [&met[..], more].concat();
+        assert_eq!(look(steps, &met), NOBODY);
+        for (live, (start, offset)) in [
+            (true, (NMI, 0x900)),
+            (false, (NMI, 0x7f8)),
+            (true, (IRQ, 0xc08)),
+            (false, (IRQ, 0xb00)),
+        ] {
+            let found = look(steps, &with(&[at(start, offset, INSIDE)]));
+            assert_eq!(found == [0], live, "{start:#x}+{offset:#x}: {found:?}");
+        }
+        guest.poke(word(0x108), &INSIDE.to_le_bytes());
+        assert_eq!(look(steps, &met), NOBODY);
+        guest.poke(word(0x80), &INSIDE.to_le_bytes());
+        assert_eq!(look(steps, &met), [0]);
+    });
+}
+
+#[test]
+fn a_task_that_will_continue_a_system_call_in_a_function_is_in_the_way() {
+    with_guest(|guest, steps| {
+        guest.enter(42, false);
+        let task = guest.task(42);
+        // Stopped by a signal: the function, and what the call has returned.
+        guest.poke(task.addr.plus(RESTART as u64), &PATCHED.0.to_le_bytes());
+        assert_eq!(blocked(steps.scan_off_cpu().unwrap()), NOBODY);
+        let result = task.stack.end.0 - steps.tasks.restart.result as u64;
+        guest.poke(Gva(result), &(-516i64).to_le_bytes());
+        guest.switched(42, 1);
+        let Verdict::Blocked(found) = steps.scan_off_cpu().unwrap() else {
+            panic!("no thread is in the way");
+        };
+        assert_eq!((found[0].pid, found[0].reason), (42, Reason::RestartBlock));
+        assert!(Verdict::Blocked(found).is_sleepers());
+        steps.clear_by_unwind().unwrap();
+        assert_eq!(blocked(steps.scan_off_cpu().unwrap()), [42]);
+        // Of another function, or with nothing to go on with.
+        guest.poke(
+            task.addr.plus(RESTART as u64),
+            &(PATCHED.0 + 0x10).to_le_bytes(),
+        );
+        assert_eq!(blocked(steps.scan_off_cpu().unwrap()), NOBODY);
+        guest.poke(task.addr.plus(RESTART as u64), &PATCHED.0.to_le_bytes());
+        guest.poke(Gva(result), &(-4i64).to_le_bytes());
+        guest.switched(42, 2);
+        assert_eq!(blocked(steps.scan_off_cpu().unwrap()), NOBODY);
+        // On its way back from user mode.
+        let mut vcpus = guest.world.vcpus.clone();
+        let vcpu = vcpus.iter_mut().find(|v| v.user).unwrap();
+        let running = guest.tasks.iter().find(|t| t.on_cpu && t.pid != 0).unwrap();
+        guest.poke(running.addr.plus(RESTART as u64), &PATCHED.0.to_le_bytes());
+        assert_eq!(guest.look(steps), NOBODY);
+        vcpu.rax = 219;
+        let found = steps.look(&vcpus, true, &|| false).unwrap();
+        assert_eq!(blocked(found), [running.pid]);
+    });
+}

@@ -1,0 +1,80 @@
+//! Which words are hits.
+
+use locus_guest::GuestType;
+use locus_kernel::fixture_world::{World, PATCHED};
+
+use super::*;
+
+#[test]
+fn a_watched_range_is_hit_behind_its_first_byte_and_up_to_its_end() {
+    let watched = |start, len, name: &str| Watched {
+        range: Range::new(Gva(start), len),
+        name: name.into(),
+    };
+    let watch = Watch::of(vec![watched(0x2000, 0x10, "b"), watched(0x1000, 0x10, "a")]);
+    let name = |word| watch.hit(word).map(|(w, offset)| (w.name.clone(), offset));
+    assert_eq!(name(0x1000), None);
+    assert_eq!(name(0x1001), Some(("a".into(), 1)));
+    assert_eq!(name(0x1010), Some(("a".into(), 0x10)));
+    assert_eq!(name(0x1011), None);
+    assert_eq!(name(0x2008), Some(("b".into(), 8)));
+    assert_eq!(name(0x3000), None);
+    let words: Vec<u64> = (0xff0..0x2030).chain([0, u64::MAX]).collect();
+    let stack: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+    let offsets = |found: &mut dyn Iterator<Item = (&Watched, u64)>| {
+        found
+            .map(|(w, offset)| (w.name.clone(), offset))
+            .collect::<Vec<_>>()
+    };
+    let one_by_one = offsets(&mut words.iter().filter_map(|&w| watch.hit(w)));
+    assert_eq!(offsets(&mut watch.hits(&stack)), one_by_one);
+    assert_eq!(one_by_one.len(), 32);
+    assert_eq!(Watch::default().hits(&stack).count(), 0);
+    assert!(Watch::default().hit(5).is_none());
+    // One within another.
+    let watch = Watch::of(vec![
+        watched(0x1010, 0x10, "b"),
+        watched(0x1010, 0x10, "twin"),
+        watched(0x1010, 0x20, "c"),
+        watched(0x1000, 0x100, "a"),
+    ]);
+    let name = |word| watch.hit(word).map(|(w, offset)| (w.name.clone(), offset));
+    assert_eq!(name(0x1018), Some(("b".into(), 8)));
+    assert_eq!(name(0x1028), Some(("c".into(), 0x18)));
+    assert_eq!(name(0x1080), Some(("a".into(), 0x80)));
+    assert_eq!(name(0x1101), None);
+}
+
+#[test]
+fn a_return_address_that_is_a_trampoline_s_first_byte_is_a_hit() {
+    let watch = Watch::of(vec![trampoline(Gva(0x1000), 0x20, "return_to_handler")]);
+    assert!(watch.hit(0xfff).is_none());
+    assert!(watch.hit(0x1000).is_some());
+    assert!(watch.hit(0x1020).is_some());
+    assert!(watch.hit(0x1021).is_none());
+}
+
+#[test]
+fn one_past_the_end_is_a_hit_only_behind_a_call() {
+    let world = World::new(GuestType::Pvh);
+    let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
+    let range = Range::new(PATCHED, 0x10);
+    let frame = kernel.space.walk(PATCHED).unwrap().frame;
+    let watch = || {
+        Watch::new(
+            &kernel,
+            vec![Watched {
+                range,
+                name: "patched".into(),
+            }],
+        )
+    };
+    assert!(watch().hit(range.end.0 - 1).is_some());
+    assert!(watch().hit(range.end.0).is_none());
+    let call = [0xe8, 1, 2, 3, 4];
+    world
+        .memory
+        .fill(frame, PATCHED.offset() + 0x10 - call.len(), &call);
+    assert!(watch().hit(range.end.0).is_some());
+    assert!(watch().hit(range.end.0 + 1).is_none());
+}
