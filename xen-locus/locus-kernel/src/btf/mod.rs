@@ -8,6 +8,7 @@
 #[cfg(any(test, feature = "testing"))]
 pub mod blob;
 pub mod member;
+pub mod prototype;
 #[cfg(test)]
 mod tests;
 pub mod text;
