@@ -259,7 +259,7 @@ pub(crate) fn of_guest(
         detail = "what it had written is put back by the journal".to_owned();
     }
     let before: Vec<State> = arena.directory.slots.iter().map(|s| s.state).collect();
-    let residents = plan::settle(kernel, &mut arena)?;
+    let residents = plan::resolve_interrupted(kernel, &mut arena)?;
     let left = under_way(&before, &residents);
     if left.is_some() {
         let slots = arena.directory.slots.clone();

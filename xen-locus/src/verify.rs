@@ -377,7 +377,7 @@ impl Look<'_, '_> {
         let layers = stack.layers(function.old);
         let (owner, expected) = match layers {
             Some(layers) => {
-                let standing = layers.standing();
+                let standing = layers.installed();
                 (standing.patch.to_owned(), Some(standing.jump))
             }
             None => (

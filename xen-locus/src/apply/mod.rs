@@ -98,7 +98,7 @@ pub fn apply(
 ) -> Result<Report> {
     kernel.check_runs()?;
     let mut arena = Arena::read(kernel)?;
-    plan::settle(kernel, &mut arena)?;
+    plan::resolve_interrupted(kernel, &mut arena)?;
     let ready = plan::prepare(kernel, &arena, payload, mode)?;
     let dry = Report::dry(payload, &ready);
     if let Readiness::Ready(ready) = &ready {
@@ -140,7 +140,7 @@ pub fn revert(
     options: &Options,
 ) -> Result<Report> {
     let mut arena = Arena::read(kernel)?;
-    let residents = plan::settle(kernel, &mut arena)?;
+    let residents = plan::resolve_interrupted(kernel, &mut arena)?;
     let stack = Stack::new(&residents);
     let Some(resident) = stack.named(&residents, name)? else {
         return Ok(report(name, Outcome::Already, 0, Done::default()));
@@ -304,7 +304,7 @@ fn carry_out(
                 if slot.state == State::Applying {
                     slot.applied_at = arena::now();
                 }
-                slot.state = slot.state.settled(true);
+                slot.state = slot.state.after_change(true);
             }
             // Should the directory not take it: what stands in the text says the same, and is asked.
             let _ = arena.commit(machine, kernel, slots);
@@ -313,7 +313,7 @@ fn carry_out(
         Err(error) => {
             // Whatever went wrong, the guest's text tells whether the change took place; where it
             // doesn't, the directory goes on showing it as under way.
-            if plan::settle(kernel, arena).is_ok() {
+            if plan::resolve_interrupted(kernel, arena).is_ok() {
                 // Nothing refers to code that is not in force: it stays for the next attempt.
                 let slots = arena.directory.slots.clone();
                 arena.commit(machine, kernel, slots)?;

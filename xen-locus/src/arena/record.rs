@@ -16,6 +16,11 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::arena::digests::Code;
+use crate::error::Error;
+
+mod draft;
+
+pub use draft::{Draft, DraftFunction, Placement};
 
 /// First bytes of each copy of the directory.
 pub const MAGIC: &[u8; 8] = b"XENLOCUS";
@@ -48,9 +53,10 @@ pub enum State {
 }
 
 impl State {
-    /// What becomes of it when the change that is under way, if it is part of one, is done or is not.
+    /// The state after the change that is under way, if this payload is part of one: `done` says whether the change
+    /// took place.
     #[must_use]
-    pub fn settled(self, done: bool) -> State {
+    pub fn after_change(self, done: bool) -> State {
         match (self, done) {
             (State::Applying, true) | (State::Reverting, false) => State::Applied,
             (State::Applying, false) | (State::Reverting, true) => State::Parked,
@@ -262,6 +268,15 @@ pub struct ModuleAt {
 }
 
 impl Record {
+    /// The record as it is stored in the guest: JSON.
+    ///
+    /// # Errors
+    /// [`Class::Failed`](crate::error::Class::Failed): it can't be encoded.
+    pub fn encode(&self) -> Result<Vec<u8>, Error> {
+        serde_json::to_vec(self)
+            .map_err(|e| Error::failed(format!("the payload's record can't be encoded: {e}")))
+    }
+
     /// Reads a record whose bytes a guest held, and checks that its digest is the directory's.
     ///
     /// # Errors

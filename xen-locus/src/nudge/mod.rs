@@ -120,7 +120,7 @@ struct Gate {
 impl Gate {
     fn prepare(kernel: &Kernel<'_>, patch: &str, threads: &[Thread]) -> Result<Gate> {
         let mut arena = Arena::read(kernel)?;
-        let residents = plan::settle(kernel, &mut arena)?;
+        let residents = plan::resolve_interrupted(kernel, &mut arena)?;
         let entry = kernel.function(FUNCTION, 0)?;
         if let Some(layers) = Stack::new(&residents).layers(entry) {
             return Err(Error::not_applicable(format!(

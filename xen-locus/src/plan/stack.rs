@@ -1,8 +1,8 @@
-//! Patches that replace the same function lie on each other in the order they were applied.
+//! Patches to the same function stack, in the order in which they were applied.
 //!
-//! The version of a function that runs is the one of the topmost patch, or the kernel's own. A patch
-//! can be reverted when nothing lies on any of its functions. One that supersedes all others takes
-//! the place of the whole stack in one step, and gives back the functions that it does not replace.
+//! The version of a function that runs is that of the topmost patch, or the kernel's own. A patch can be reverted when no other
+//! lies on any of its functions. A patch that supersedes all others takes the place of the whole stack in one step, and gives
+//! back the functions that it does not replace.
 
 use std::collections::{HashMap, HashSet};
 
@@ -13,16 +13,15 @@ use locus_payload::Payload;
 use crate::arena::record::{Function, Record, State};
 use crate::arena::Resident;
 use crate::error::{Error, Result};
-use crate::link::module::links;
 use crate::quiesce::Watched;
-use crate::target::redirect::{self, Standing};
+use crate::target::redirect::{self, InstalledRedirect};
 use crate::write::Write;
 use crate::x86::JUMP;
 
 /// What becomes of the patches that are applied already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// They stay, below the new one; unless the payload itself says that it supersedes them.
+    /// They stay below the new one, unless the payload itself says that it supersedes them.
     Apply,
     /// They are superseded.
     Replace,
@@ -52,10 +51,10 @@ impl<'r> Layers<'r> {
         &self.top.0.record.name
     }
 
-    /// The redirect that stands in the function.
+    /// The redirect that is in the function now.
     #[must_use]
-    pub fn standing(&self) -> Standing<'r> {
-        Standing {
+    pub fn installed(&self) -> InstalledRedirect<'r> {
+        InstalledRedirect {
             patch: self.owner(),
             at: self.top.1.site,
             jump: self.top.1.new_bytes,
@@ -63,8 +62,7 @@ impl<'r> Layers<'r> {
         }
     }
 
-    /// Where nobody may be when the function's redirect changes: the version that runs now, and the
-    /// bytes of the redirect.
+    /// Where no thread may be when the function's redirect changes: the version that runs now, and the bytes of the redirect.
     fn watched(&self) -> impl Iterator<Item = Watched> + 'r {
         let top = std::slice::from_ref(self.top.1);
         new_version(self.top.1).chain(redirects(top))
@@ -75,14 +73,14 @@ impl<'r> Layers<'r> {
 #[derive(Debug, Default)]
 pub struct Stack<'r> {
     applied: Vec<&'r Resident>,
-    /// Those that were taken back, perhaps while threads were in them: they say that they may.
+    /// Patches that were reverted, perhaps while threads were in them: their payloads say that threads may.
     left: Vec<&'r Resident>,
     /// By the address of the old function.
     layers: HashMap<Gva, Layers<'r>>,
 }
 
 impl<'r> Stack<'r> {
-    /// Of those `residents` that are applied.
+    /// The stack of those `residents` that are applied.
     #[must_use]
     pub fn new(residents: &'r [Resident]) -> Stack<'r> {
         let in_state = |state| residents.iter().filter(move |r| r.slot.state == state);
@@ -93,7 +91,8 @@ impl<'r> Stack<'r> {
         }
     }
 
-    fn of(patches: impl Iterator<Item = &'r Resident>) -> Stack<'r> {
+    /// Of these `patches`, the undermost first, whatever their state.
+    pub(super) fn of(patches: impl Iterator<Item = &'r Resident>) -> Stack<'r> {
         let mut stack = Stack::default();
         for patch in patches {
             stack.applied.push(patch);
@@ -111,7 +110,7 @@ impl<'r> Stack<'r> {
         stack
     }
 
-    /// The patches.
+    /// The applied patches, the undermost first.
     #[must_use]
     pub fn applied(&self) -> &[&'r Resident] {
         &self.applied
@@ -145,7 +144,7 @@ impl<'r> Stack<'r> {
         self.layers.get(&old)
     }
 
-    /// Who replaces `function` of `patch` on top of it, if anybody.
+    /// Name of the topmost patch that replaces `function` of `patch` too, if that is another one.
     #[must_use]
     pub fn covering(&self, patch: &Resident, function: &Function) -> Option<&'r str> {
         self.layers(function.old)
@@ -174,7 +173,7 @@ impl<'r> Stack<'r> {
         )))
     }
 
-    /// What lies on `patch`, directly or on what lies on it, the topmost first.
+    /// The patches that lie on `patch`, or on one that does, the topmost first.
     fn above(&self, patch: &Resident) -> impl Iterator<Item = &'r Resident> {
         let entries = |r: &Resident| -> Vec<Gva> {
             let functions = &r.record.functions;
@@ -193,8 +192,8 @@ impl<'r> Stack<'r> {
         above.into_iter().rev()
     }
 
-    /// The redirect that should stand in a function of `patch`, its own or the topmost one, and does
-    /// not: who should have it there, and the entry of that patch.
+    /// The first function of `patch` whose redirect, its own or that of the topmost patch, is not as it was written. Returns
+    /// the name of the patch that wrote it, and that patch's entry for the function.
     ///
     /// # Errors
     /// Memory can't be read.
@@ -214,7 +213,7 @@ impl<'r> Stack<'r> {
         Ok(None)
     }
 
-    /// Refuses to change anything about `patch` when a redirect of it is not as it should be.
+    /// Refuses to change anything about `patch` when a redirect in its functions is not as it was written.
     ///
     /// # Errors
     /// [`Class::Failed`](crate::error::Class::Failed), or memory can't be read.
@@ -225,7 +224,7 @@ impl<'r> Stack<'r> {
         }
     }
 
-    /// The versions of the functions of `patch` in which threads may be that entered them before it was applied.
+    /// The versions below `patch` of its functions. Threads may be there that entered them before it was applied.
     #[must_use]
     pub fn below(&self, patch: &Resident) -> Vec<Watched> {
         let earlier = self.applied.iter().take_while(|r| r.index != patch.index);
@@ -240,7 +239,7 @@ impl<'r> Stack<'r> {
         below
     }
 
-    /// The versions of `functions` that were taken back, perhaps while threads were in them.
+    /// The versions of `functions` that were reverted, perhaps while threads were in them.
     fn left<'s>(&'s self, functions: &'s [Function]) -> impl Iterator<Item = Watched> + 's {
         let all = self.left.iter().flat_map(|r| &r.record.functions);
         all.filter(|f| functions.iter().any(|own| own.old == f.old))
@@ -280,11 +279,11 @@ impl<'r> Stack<'r> {
         own.chain(given_back).collect()
     }
 
-    /// Where nobody may be at that moment.
+    /// Where no thread may be when these writes are made.
     #[must_use]
     pub fn watched(&self, functions: &[Function], supersedes: bool) -> Vec<Watched> {
         let mut all = Vec::new();
-        // Threads may still be in what those replaced that let them.
+        // Some patches let threads go on in what they replaced. Threads may still be there.
         for patch in self.applied.iter().filter(|r| r.record.entry_only) {
             let mut shared = patch.record.functions.iter();
             if supersedes || shared.any(|f| functions.iter().any(|own| own.old == f.old)) {
@@ -307,13 +306,13 @@ impl<'r> Stack<'r> {
     }
 }
 
-/// The bytes of the redirects of `functions`, by the names of those.
+/// The bytes of the redirects of `functions`, each with the name of its function.
 pub fn redirects(functions: &[Function]) -> impl Iterator<Item = Watched> + '_ {
     let redirect = |f: &Function| watched((f.site, JUMP as u64), f.name.clone());
     functions.iter().map(redirect)
 }
 
-/// Where the version is that a function's patch replaces, if that is the kernel's own.
+/// The kernel's own version of a function.
 fn old_version(function: &Function) -> impl Iterator<Item = Watched> + '_ {
     version(
         (function.old, function.old_size),
@@ -322,7 +321,7 @@ fn old_version(function: &Function) -> impl Iterator<Item = Watched> + '_ {
     )
 }
 
-/// Where a patch's version of a function is.
+/// A patch's version of a function.
 fn new_version(function: &Function) -> impl Iterator<Item = Watched> + '_ {
     version(
         (function.new, function.new_size),
@@ -331,7 +330,7 @@ fn new_version(function: &Function) -> impl Iterator<Item = Watched> + '_ {
     )
 }
 
-/// A version of the function `name`: address and size, and those of its parts that stand elsewhere.
+/// A version of the function `name`: address and size, and those of its parts that are located elsewhere.
 fn version<'f>(
     whole: (Gva, u64),
     cold: &'f [(Gva, u64)],
@@ -350,7 +349,7 @@ fn watched((at, len): (Gva, u64), name: String) -> Watched {
     }
 }
 
-/// A patch's code: the replacements by name, and all of it, for what only they call.
+/// A patch's code: the new functions by name, and all of it, because they may call others in it.
 #[must_use]
 pub fn code_of(record: &Record) -> Vec<Watched> {
     let replacements = record.functions.iter().flat_map(new_version);
@@ -359,52 +358,8 @@ pub fn code_of(record: &Record) -> Vec<Watched> {
         .collect()
 }
 
-/// Decides, by what stands in the guest's text, whether the change that an earlier run left under
-/// way took place, and gives each of `residents` the state that follows.
-///
-/// # Errors
-/// [`Class::Uncertain`](crate::error::Class::Uncertain): it took place in part.
-pub fn settle(kernel: &Kernel<'_>, residents: &mut [Resident]) -> Result<()> {
-    let in_state = |state| residents.iter().filter(move |r| r.slot.state == state);
-    let mut applying = in_state(State::Applying);
-    let (patch, writes) = match (applying.next(), applying.next()) {
-        (Some(_), Some(_)) => return Err(Error::uncertain(
-            "the arena's directory says that two payloads are being applied at once: the guest \
-                 or another tool changed it",
-        )),
-        (Some(patch), None) => {
-            let superseded = Stack::of(in_state(State::Reverting));
-            (patch, superseded.writes(&patch.record.functions, true))
-        }
-        (None, _) => {
-            let Some(patch) = in_state(State::Reverting).next() else {
-                return Ok(());
-            };
-            let reverting = Stack::of(in_state(State::Reverting));
-            (patch, reverting.writes(&[], true))
-        }
-    };
-    links::is_entered(kernel, patch.record.module)?;
-    let (mut before, mut after) = (true, true);
-    for write in &writes {
-        let found = bytes_at(kernel, write.at)?;
-        before &= write.expect == found;
-        after &= write.new == found;
-    }
-    if before == after {
-        return Err(Error::uncertain(format!(
-            "payload {} is neither wholly applied nor wholly undone: an earlier run was ended in \
-             between",
-            patch.record.name
-        )));
-    }
-    for resident in residents {
-        resident.slot.state = resident.slot.state.settled(after);
-    }
-    Ok(())
-}
-
-fn bytes_at(kernel: &Kernel<'_>, site: Gva) -> Result<[u8; JUMP]> {
+/// The bytes at a redirect.
+pub(super) fn bytes_at(kernel: &Kernel<'_>, site: Gva) -> Result<[u8; JUMP]> {
     let mut bytes = [0; JUMP];
     kernel.space.read(site, &mut bytes)?;
     Ok(bytes)

@@ -49,7 +49,7 @@ pub struct Function {
 
 /// The redirect of a patch of ours that stands in a function.
 #[derive(Clone, Debug)]
-pub struct Standing<'r> {
+pub struct InstalledRedirect<'r> {
     /// Name of the patch.
     pub patch: &'r str,
     /// Address of the redirect.
@@ -72,7 +72,7 @@ pub fn examine(
     owner: Owner<'_>,
     name: &str,
     entry: Gva,
-    standing: Option<&Standing<'_>>,
+    installed: Option<&InstalledRedirect<'_>>,
 ) -> Result<Function> {
     let room = owner.room(kernel, entry);
     let no = |why: String| Error::not_applicable(format!("function {name} at {entry}: {why}"));
@@ -117,7 +117,7 @@ pub fn examine(
     };
     let too_short = || no(format!("no room for a redirect: it is {room} bytes long"));
     let at = entry.plus(offset as u64);
-    if let Some(ours) = standing {
+    if let Some(ours) = installed {
         let place = code.get_mut(offset..offset + JUMP).ok_or_else(too_short)?;
         if ours.at != at || *place != ours.jump {
             return Err(displaced(name, at, ours.patch));
@@ -325,13 +325,13 @@ mod tests {
         examined_with(code, None)
     }
 
-    fn examined_with(code: &[u8], standing: Option<&Standing<'_>>) -> Result<Function> {
+    fn examined_with(code: &[u8], installed: Option<&InstalledRedirect<'_>>) -> Result<Function> {
         let mut fixture = Fixture::new();
         fixture.function(AT, "victim", code);
         fixture.function(AT + code.len() as u64, "next", &[0xc3]);
         let memory = fixture.build();
         let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-        examine(&kernel, Owner::Kernel, "victim", Gva(AT), standing)
+        examine(&kernel, Owner::Kernel, "victim", Gva(AT), installed)
     }
 
     fn refusal(code: &[u8]) -> (ExitCode, String) {
@@ -382,7 +382,7 @@ mod tests {
     #[test]
     fn a_redirect_of_ours_is_known_by_its_bytes_and_what_it_covers_is_looked_at() {
         let body = |bytes: [u8; 5]| [NOP5.as_slice(), &bytes, &[0x5d, 0xc3]].concat();
-        let ours = Standing {
+        let ours = InstalledRedirect {
             patch: "first",
             at: Gva(AT + 5),
             jump: [0xe9, 0, 0, 0x10, 0],
@@ -402,7 +402,7 @@ mod tests {
             );
         }
         // Bytes that no redirect can have covered: the record of the patch is not true.
-        let liar = Standing {
+        let liar = InstalledRedirect {
             original: [0xc3; 5],
             ..ours.clone()
         };

@@ -1,0 +1,326 @@
+//! A record as far as it is known before its payload has a place in the guest, and the room that it can need.
+//!
+//! The room is part of the layout of the payload's image, so it is fixed before any address is known. It depends on the
+//! payload alone, not on the guest's state: a payload that is applied again must fit the pages that it had before. So
+//! each number that depends on the place or on the state is counted with the most digits that its type can have.
+
+use locus_guest::addr::{Gva, Range};
+
+use super::{Function, ModuleAt, Record, SCHEMA};
+use crate::arena::digests::{self, Code};
+use crate::error::{Error, Result};
+use crate::x86::{self, JUMP};
+
+/// An address with as many digits as any.
+const LONGEST: Gva = Gva(u64::MAX);
+/// Bytes with as many digits as any.
+const LONGEST_BYTES: [u8; JUMP] = [u8::MAX; JUMP];
+
+/// What is known of a payload before it has a place.
+#[derive(Clone, Debug)]
+pub struct Draft {
+    /// Name of the payload.
+    pub name: String,
+    /// SHA-256 of its file, in hex.
+    pub sha256: String,
+    /// What it says it is.
+    pub description: String,
+    /// What it says it mends.
+    pub cves: Vec<String>,
+    /// Functions it replaces.
+    pub functions: Vec<DraftFunction>,
+    /// Modules whose functions it replaces.
+    pub objects: Vec<ModuleAt>,
+    /// It says that old and new versions of its functions may run at the same time.
+    pub entry_only: bool,
+}
+
+/// A function that is to be replaced, before the address of the new one is known.
+#[derive(Clone, Debug)]
+pub struct DraftFunction {
+    /// Its name in the kernel or module.
+    pub name: String,
+    /// `vmlinux`, or the module's name.
+    pub object: String,
+    /// The old function: from its symbol to the next one.
+    pub old: Range,
+    /// Parts of the old function that are located elsewhere.
+    pub old_cold: Vec<Range>,
+    /// Size of the new function, in bytes.
+    pub new_size: u64,
+    /// Sizes of the parts of the new function that are located elsewhere, in bytes.
+    pub new_cold: Vec<u64>,
+    /// Address of the redirect.
+    pub site: Gva,
+    /// The bytes there: the kernel's own, or the redirect of the patch below.
+    pub found: [u8; JUMP],
+    /// The bytes that are put back when the payload is reverted.
+    pub old_bytes: [u8; JUMP],
+}
+
+/// What is known once the payload is linked for its place.
+#[derive(Clone, Debug)]
+pub struct Placement<'a> {
+    /// Addresses of the new functions and of their parts that are located elsewhere, in the order of
+    /// [`Draft::functions`].
+    pub functions: &'a [(Gva, Vec<Gva>)],
+    /// The code: address and length in bytes.
+    pub text: (Gva, u64),
+    /// Digests of the code.
+    pub code: Code,
+    /// Length of the pages behind the code that are read only, in bytes.
+    pub rodata_len: u64,
+    /// SHA-256 of these pages, in hex, with zeroes for the record.
+    pub rodata_sha256: String,
+    /// Address of the `struct module`.
+    pub module: Gva,
+}
+
+impl Draft {
+    /// The room of the record in the image, in bytes, for code of `text_len` bytes with at most `labels` jump labels.
+    ///
+    /// # Errors
+    /// [`Class::Failed`](crate::error::Class::Failed): the record can't be encoded.
+    pub fn room(&self, text_len: u64, labels: u64) -> Result<usize> {
+        let longest = Record {
+            functions: self.functions.iter().map(DraftFunction::longest).collect(),
+            text: (LONGEST, u64::MAX),
+            code: Code::longest(text_len, labels),
+            rodata_len: u64::MAX,
+            rodata_sha256: digests::digest(&[]),
+            module: LONGEST,
+            ..self.head()
+        };
+        Ok(longest.encode()?.len())
+    }
+
+    /// The record of the payload at its place.
+    ///
+    /// # Errors
+    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): a new function is out of reach of a jump from the
+    /// old one. [`Class::Failed`](crate::error::Class::Failed): `placed` is not of this payload.
+    pub fn complete(&self, placed: Placement<'_>) -> Result<Record> {
+        if placed.functions.len() != self.functions.len() {
+            return Err(not_of_payload(self.functions.len(), placed.functions.len()));
+        }
+        let functions = self.functions.iter().zip(placed.functions);
+        let functions = functions.map(|(function, (new, cold))| function.complete(*new, cold));
+        Ok(Record {
+            functions: functions.collect::<Result<_>>()?,
+            text: placed.text,
+            code: placed.code,
+            rodata_len: placed.rodata_len,
+            rodata_sha256: placed.rodata_sha256,
+            module: placed.module,
+            ..self.head()
+        })
+    }
+
+    /// What does not depend on the place; the rest is empty.
+    fn head(&self) -> Record {
+        Record {
+            schema: SCHEMA,
+            name: self.name.clone(),
+            sha256: self.sha256.clone(),
+            description: self.description.clone(),
+            cves: self.cves.clone(),
+            functions: Vec::new(),
+            text: (Gva(0), 0),
+            code: Code::default(),
+            rodata_len: 0,
+            rodata_sha256: String::new(),
+            module: Gva(0),
+            objects: self.objects.clone(),
+            entry_only: self.entry_only,
+        }
+    }
+}
+
+impl DraftFunction {
+    fn with(&self, new: Gva, new_cold: Vec<(Gva, u64)>, new_bytes: [u8; JUMP]) -> Function {
+        Function {
+            name: self.name.clone(),
+            object: self.object.clone(),
+            old: self.old.start,
+            old_size: self.old.len(),
+            old_cold: self.old_cold.iter().map(|r| (r.start, r.len())).collect(),
+            new,
+            new_size: self.new_size,
+            new_cold,
+            site: self.site,
+            found: self.found,
+            old_bytes: self.old_bytes,
+            new_bytes,
+        }
+    }
+
+    /// The bytes at the site depend on the patches below, so they are counted with the most digits too.
+    fn longest(&self) -> Function {
+        let cold = self.new_cold.iter().map(|&len| (LONGEST, len)).collect();
+        Function {
+            found: LONGEST_BYTES,
+            old_bytes: LONGEST_BYTES,
+            ..self.with(LONGEST, cold, LONGEST_BYTES)
+        }
+    }
+
+    fn complete(&self, new: Gva, cold: &[Gva]) -> Result<Function> {
+        if cold.len() != self.new_cold.len() {
+            return Err(not_of_payload(self.new_cold.len(), cold.len()));
+        }
+        let jump = x86::jump(self.site, new).ok_or_else(|| {
+            let name = &self.name;
+            Error::not_applicable(format!("{new} is out of reach of a jump from {name}"))
+        })?;
+        let sizes = self.new_cold.iter().copied();
+        Ok(self.with(new, cold.iter().copied().zip(sizes).collect(), jump))
+    }
+}
+
+fn not_of_payload(expected: usize, found: usize) -> Error {
+    Error::failed(format!(
+        "a payload of {expected} functions or parts of them was linked as one of {found}: this is a defect of xen-locus"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SITE: Gva = Gva(0xffff_ffff_8100_0005);
+
+    fn function(name: &str, cold: usize) -> DraftFunction {
+        DraftFunction {
+            name: name.into(),
+            object: "vmlinux".into(),
+            old: Range::new(Gva(SITE.0 - 5), 0x40),
+            old_cold: vec![Range::new(SITE.plus(0x1000), 7); cold],
+            new_size: 11,
+            new_cold: vec![9; cold],
+            site: SITE,
+            found: [0; JUMP],
+            old_bytes: [1; JUMP],
+        }
+    }
+
+    fn drafts() -> [Draft; 2] {
+        let module = ModuleAt {
+            name: "ext4".into(),
+            at: Gva(0xffff_ffff_c000_0040),
+            base: Gva(0xffff_ffff_c000_1000),
+        };
+        let plain = Draft {
+            name: "one".into(),
+            sha256: "6f".repeat(32),
+            description: String::new(),
+            cves: Vec::new(),
+            functions: vec![function("a_show", 0)],
+            objects: Vec::new(),
+            entry_only: false,
+        };
+        let rich = Draft {
+            description: "mends \"it\"\n\u{1}\u{e9}".into(),
+            cves: vec!["CVE-2000-0001".into(), "CVE-2000-0002".into()],
+            functions: vec![function("a_show", 2), function("b_show", 0)],
+            objects: vec![module.clone(), module],
+            entry_only: true,
+            ..plain.clone()
+        };
+        [plain, rich]
+    }
+
+    /// The room as the builds before this file computed it, in `plan::prepare`: a payload that one of them parked must
+    /// have the same layout today, or it is not found.
+    fn room_of_earlier_builds(draft: &Draft, text_len: u64, labels: u64) -> usize {
+        let functions = draft.functions.iter().map(|f| Function {
+            name: f.name.clone(),
+            object: f.object.clone(),
+            old: f.old.start,
+            old_size: f.old.len(),
+            old_cold: f.old_cold.iter().map(|r| (r.start, r.len())).collect(),
+            new: Gva(0),
+            new_size: f.new_size,
+            new_cold: f.new_cold.iter().map(|&len| (Gva(0), len)).collect(),
+            site: f.site,
+            found: f.found,
+            old_bytes: f.old_bytes,
+            new_bytes: [0; 5],
+        });
+        let mut record = Record {
+            schema: SCHEMA,
+            name: draft.name.clone(),
+            sha256: draft.sha256.clone(),
+            description: draft.description.clone(),
+            cves: draft.cves.clone(),
+            functions: functions.collect(),
+            text: (Gva(u64::MAX), u64::MAX),
+            code: Code::default(),
+            rodata_len: u64::MAX,
+            rodata_sha256: hex::encode([0; 32]),
+            module: Gva(u64::MAX),
+            objects: draft.objects.clone(),
+            entry_only: draft.entry_only,
+        };
+        for function in &mut record.functions {
+            function.new = Gva(u64::MAX);
+            let parts = function.new_cold.iter_mut();
+            parts.for_each(|part| part.0 = Gva(u64::MAX));
+            (function.found, function.old_bytes) = ([u8::MAX; 5], [u8::MAX; 5]);
+            function.new_bytes = [u8::MAX; 5];
+        }
+        record.code = Code::longest(text_len, labels);
+        serde_json::to_vec(&record).unwrap().len()
+    }
+
+    #[test]
+    fn the_room_is_that_of_earlier_builds() {
+        for draft in drafts() {
+            for (text_len, labels) in [(0, 0), (11, 0), (256, 1), (70_000, 300)] {
+                let room = draft.room(text_len, labels).unwrap();
+                assert_eq!(room, room_of_earlier_builds(&draft, text_len, labels));
+            }
+        }
+        let rooms = drafts().map(|draft| draft.room(600, 2).unwrap());
+        assert_eq!(rooms, [807, 1401]);
+    }
+
+    fn placement(functions: &[(Gva, Vec<Gva>)]) -> Placement<'_> {
+        Placement {
+            functions,
+            text: (Gva(0xffff_ffff_ff60_2000), 600),
+            code: Code::of(vec![0x90; 600], Vec::new()),
+            rodata_len: 4096,
+            rodata_sha256: digests::digest(&[1]),
+            module: Gva(0xffff_ffff_ff60_4040),
+        }
+    }
+
+    #[test]
+    fn a_completed_record_fits_its_room_and_says_where_all_is() {
+        let at = Gva(0xffff_ffff_ff60_2000);
+        for draft in drafts() {
+            let parts = draft.functions.iter().map(|f| f.new_cold.len());
+            let functions: Vec<_> = parts.map(|n| (at, vec![at.plus(64); n])).collect();
+            let record = draft.complete(placement(&functions)).unwrap();
+            assert!(record.encode().unwrap().len() <= draft.room(600, 0).unwrap());
+            for (function, draft) in record.functions.iter().zip(&draft.functions) {
+                assert_eq!(function.new, at);
+                assert_eq!(Some(function.new_bytes), x86::jump(SITE, at));
+                let cold = vec![(at.plus(64), 9); draft.new_cold.len()];
+                assert_eq!(function.new_cold, cold);
+            }
+        }
+    }
+
+    #[test]
+    fn a_function_out_of_reach_and_another_payloads_places_are_refused() {
+        let [plain, _] = drafts();
+        let far = [(Gva(0xffff_8880_0000_0000), Vec::new())];
+        let error = plain.complete(placement(&far)).unwrap_err();
+        assert!(error.to_string().contains("out of reach"), "{error}");
+        let part = [(SITE, vec![SITE])];
+        for functions in [&[][..], &part] {
+            plain.complete(placement(functions)).unwrap_err();
+        }
+    }
+}

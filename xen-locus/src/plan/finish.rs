@@ -1,0 +1,156 @@
+//! The last phase: the record, and the writes that put the payload in force.
+
+use locus_guest::addr::Gva;
+
+use super::lay_out::LaidOut;
+use super::place::{bytes_of, too_short, Placed};
+use super::preconditions::Fitted;
+use super::resolve::Resolved;
+use super::{stack, Plan, Prepared};
+use crate::arena;
+use crate::arena::digests::{self, Code};
+use crate::arena::record::{Placement, Record};
+use crate::error::{Error, Result};
+use crate::link::image::{Image, Layout};
+use crate::link::module::links::{self, Entering};
+use crate::quiesce::Watch;
+use crate::target::modules_present;
+use crate::write::Write;
+
+/// Completes the image by the links of its module entry and by the record, and makes the plan.
+///
+/// # Errors
+/// [`Class::TryAgain`](crate::error::Class::TryAgain) while the guest loads or unloads a module or changes a static key.
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): a function is out of reach, or the guest's lists are not
+/// as this tool knows them.
+pub fn finish(
+    fitted: &Fitted<'_, '_>,
+    resolved: Resolved,
+    laid_out: LaidOut<'_>,
+    placed: Placed,
+) -> Result<Prepared> {
+    let layout = laid_out.layout;
+    let Placed {
+        first,
+        parked,
+        entered,
+        mut image,
+        mut entry,
+    } = placed;
+    let entering = if entered {
+        Entering::default()
+    } else {
+        let uses: Vec<Gva> = resolved.depends.iter().map(|(_, at)| *at).collect();
+        links::enter(fitted.kernel, &mut entry, &uses)?
+    };
+    image.put_entry(&layout, &entry)?;
+    let module = entry.place.module();
+    let record = complete(&resolved, &image, &layout, (first, module))?;
+    let record_json = record.encode()?;
+    put_record(&mut image, &layout, &record_json)?;
+    // Of code that is parked the guest may have changed tables and branches meanwhile, which are to stay.
+    let fresh = match entered {
+        true => layout.rewritten(record.entry_only),
+        false => std::iter::once(0..image.bytes.len()).collect(),
+    };
+    // Once the guest knows the entry, it writes its keys' changes into the payload itself.
+    let keys = if entered { &[][..] } else { &image.keys };
+    let plan = plan(fitted, &record, entering, keys)?;
+    let superseded = fitted.stack.applied().iter().filter(|_| fitted.supersedes);
+    let superseded = superseded.map(|&r| r.clone()).collect();
+    Ok(Prepared {
+        layout,
+        first,
+        image,
+        record,
+        record_json,
+        parked,
+        fresh,
+        superseded,
+        plan,
+        depends: resolved.depends,
+    })
+}
+
+/// The record of a payload whose image begins at arena page `first`, and whose `struct module` is at `module`. It says
+/// which bytes of the image are not to change from now on.
+fn complete(
+    resolved: &Resolved,
+    image: &Image,
+    layout: &Layout,
+    (first, module): (usize, Gva),
+) -> Result<Record> {
+    let base = arena::page_address(first);
+    let place = layout.place(base);
+    let (text, rodata) = image
+        .bytes
+        .split_at_checked(bytes_of(place.text)?)
+        .ok_or_else(too_short)?;
+    let text_len = usize::try_from(layout.text_len).map_err(|_| too_short())?;
+    let code = text.get(..text_len).ok_or_else(too_short)?;
+    // The room of the record is zero until it is written.
+    let rodata = rodata
+        .get(..bytes_of(place.rodata)?)
+        .ok_or_else(too_short)?;
+    let labels = image.jumps.iter().filter_map(|jump| jump.label(base));
+    resolved.draft.complete(Placement {
+        functions: &image.functions,
+        text: (base, layout.text_len),
+        code: Code::of(code.to_vec(), labels.collect()),
+        rodata_len: place.rodata.len(),
+        rodata_sha256: digests::digest(rodata),
+        module,
+    })
+}
+
+fn put_record(image: &mut Image, layout: &Layout, json: &[u8]) -> Result<()> {
+    let (offset, room) = layout.record;
+    let start = usize::try_from(offset).map_err(|_| too_short())?;
+    if json.len() > room {
+        return Err(Error::failed(format!(
+            "the record is {} bytes long, and its room {room}: this is a defect of xen-locus",
+            json.len()
+        )));
+    }
+    let place = start..start.saturating_add(json.len());
+    let place = image.bytes.get_mut(place).ok_or_else(too_short)?;
+    place.copy_from_slice(json);
+    Ok(())
+}
+
+/// The writes, in their order, and where no thread may be at that moment. `keys` are static keys whose counts the payload
+/// was linked for.
+fn plan(
+    fitted: &Fitted<'_, '_>,
+    record: &Record,
+    entering: Entering,
+    keys: &[(Gva, i32)],
+) -> Result<Plan> {
+    let (kernel, stack, supersedes) = (fitted.kernel, fitted.stack, fitted.supersedes);
+    // First of all: the modules must be there still.
+    let mut modules = record.objects.clone();
+    if supersedes {
+        let others = stack.applied().iter().flat_map(|r| &r.record.objects);
+        modules.extend(others.cloned());
+    }
+    let mut writes = modules_present::conditions(kernel, &modules)?;
+    writes.extend(keys.iter().map(|(key, count)| Write {
+        at: *key,
+        expect: count.to_le_bytes().to_vec(),
+        new: count.to_le_bytes().to_vec(),
+    }));
+    writes.extend(entering.writes);
+    writes.extend(stack.writes(&record.functions, supersedes));
+    let mut watched = entering.watched;
+    let entry_only = (record.entry_only && !supersedes).then(|| {
+        let redirects = stack::redirects(&record.functions);
+        Watch::new(kernel, watched.iter().cloned().chain(redirects).collect())
+    });
+    watched.extend(stack.watched(&record.functions, supersedes));
+    Ok(Plan {
+        patch: record.name.clone(),
+        writes,
+        watch: Watch::new(kernel, watched),
+        entry_only,
+    })
+}

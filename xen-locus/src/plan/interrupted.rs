@@ -1,0 +1,79 @@
+//! What became of a change that an earlier run left under way.
+//!
+//! The arena's directory shows such a change as applying or reverting. Whether it took place is decided by the bytes in the
+//! guest's text alone: all old, or all new. Anything else is uncertain.
+
+use locus_kernel::Kernel;
+
+use super::stack::{bytes_at, Stack};
+use crate::arena::record::State;
+use crate::arena::Resident;
+use crate::error::{Error, Result};
+use crate::link::module::links;
+use crate::write::Write;
+
+/// The payload that the change is about, and the writes that the change consists of.
+struct Interrupted<'r> {
+    patch: &'r Resident,
+    writes: Vec<Write>,
+}
+
+impl<'r> Interrupted<'r> {
+    /// The change that the states of `residents` show as under way, if there is one.
+    fn find(residents: &'r [Resident]) -> Result<Option<Interrupted<'r>>> {
+        let in_state = |state| residents.iter().filter(move |r| r.slot.state == state);
+        let reverting = Stack::of(in_state(State::Reverting));
+        let mut applying = in_state(State::Applying);
+        let (patch, functions) = match (applying.next(), applying.next()) {
+            (Some(_), Some(_)) => {
+                return Err(Error::uncertain(
+                    "the arena's directory says that two payloads are being applied at once: the guest or another tool \
+                     changed it",
+                ))
+            }
+            // Those that are reverting are superseded by it.
+            (Some(patch), None) => (patch, &patch.record.functions[..]),
+            (None, _) => match reverting.applied().first() {
+                Some(patch) => (*patch, &[][..]),
+                None => return Ok(None),
+            },
+        };
+        let writes = reverting.writes(functions, true);
+        Ok(Some(Interrupted { patch, writes }))
+    }
+
+    /// Whether it took place.
+    fn took_place(&self, kernel: &Kernel<'_>) -> Result<bool> {
+        links::is_entered(kernel, self.patch.record.module)?;
+        let (mut all_old, mut all_new) = (true, true);
+        for write in &self.writes {
+            let found = bytes_at(kernel, write.at)?;
+            all_old &= write.expect == found;
+            all_new &= write.new == found;
+        }
+        match (all_old, all_new) {
+            (true, false) => Ok(false),
+            (false, true) => Ok(true),
+            _ => Err(Error::uncertain(format!(
+                "payload {} is neither wholly applied nor wholly undone: an earlier run was ended in between",
+                self.patch.record.name
+            ))),
+        }
+    }
+}
+
+/// Decides whether the change that an earlier run left under way took place, and gives each of `residents` the state that
+/// follows. Without such a change nothing is read and all states stay.
+///
+/// # Errors
+/// [`Class::Uncertain`](crate::error::Class::Uncertain): it took place in part, or memory can't be read.
+pub fn resolve(kernel: &Kernel<'_>, residents: &mut [Resident]) -> Result<()> {
+    let Some(interrupted) = Interrupted::find(residents)? else {
+        return Ok(());
+    };
+    let done = interrupted.took_place(kernel)?;
+    for resident in residents {
+        resident.slot.state = resident.slot.state.after_change(done);
+    }
+    Ok(())
+}

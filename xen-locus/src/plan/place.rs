@@ -1,0 +1,113 @@
+//! Where in the arena a payload goes, and its image linked for that place.
+
+use locus_guest::addr::Range;
+use locus_kernel::Kernel;
+
+use super::lay_out::LaidOut;
+use super::preconditions::Fitted;
+use super::resolve::Resolved;
+use crate::arena::record::State;
+use crate::arena::{self, Arena, Resident};
+use crate::error::{Error, Result};
+use crate::link::image::{self, Image, Layout};
+use crate::link::module::links;
+use crate::link::module::{Built, Place};
+
+/// A payload linked for its place.
+#[derive(Debug)]
+pub struct Placed {
+    /// Its first arena page.
+    pub first: usize,
+    /// Its code is in the arena already: the number of the directory entry that it takes over.
+    pub parked: Option<usize>,
+    /// The guest knows its module entry already.
+    pub entered: bool,
+    /// Its bytes; the room of the record is empty.
+    pub image: Image,
+    /// Its module entry, without links.
+    pub entry: Built,
+}
+
+/// Links the payload for the pages that it had, if its code is parked in the arena, else for free ones. Threads or timers
+/// that an earlier application left behind must go on in the same code.
+///
+/// # Errors
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): the arena is full, or a reference is out of reach.
+pub fn place(
+    fitted: &Fitted<'_, '_>,
+    arena: &Arena,
+    residents: &[Resident],
+    resolved: &Resolved,
+    laid_out: &LaidOut<'_>,
+) -> Result<Placed> {
+    let layout = &laid_out.layout;
+    let parked = residents.iter().filter(|r| {
+        r.slot.state == State::Parked
+            && r.record.sha256 == resolved.draft.sha256
+            && usize::from(r.slot.pages) == layout.rights.len()
+    });
+    for old in parked {
+        let first = usize::from(old.slot.first);
+        let (image, entry) = link(fitted, resolved, laid_out, first)?;
+        let entered = links::is_entered(fitted.kernel, entry.place.module())?;
+        // What the guest does not know it can't be using: that may be replaced by other bytes.
+        if !entered || is_same(fitted.kernel, layout, &image, &entry.place)? {
+            return Ok(Placed {
+                first,
+                parked: Some(old.index),
+                entered,
+                image,
+                entry,
+            });
+        }
+    }
+    let first = arena.find_room(fitted.kernel.kind, &layout.rights)?;
+    let (image, entry) = link(fitted, resolved, laid_out, first)?;
+    Ok(Placed {
+        first,
+        parked: None,
+        entered: false,
+        image,
+        entry,
+    })
+}
+
+/// The image and the module entry for arena page `first`.
+fn link(
+    fitted: &Fitted<'_, '_>,
+    resolved: &Resolved,
+    laid_out: &LaidOut<'_>,
+    first: usize,
+) -> Result<(Image, Built)> {
+    let (kernel, payload, objects) = (fitted.kernel, fitted.payload, &fitted.objects);
+    let LaidOut { entry, layout } = laid_out;
+    let base = arena::page_address(first);
+    let mut image = image::link(payload, kernel, objects, layout, base, resolved.returns)?;
+    let entry = image::entry(entry, payload, kernel, objects, layout, (base, &image))?;
+    image.put_entry(layout, &entry)?;
+    Ok((image, entry))
+}
+
+/// Whether the code and constants of `image`, except the record, are in the arena already.
+fn is_same(kernel: &Kernel<'_>, layout: &Layout, image: &Image, place: &Place) -> Result<bool> {
+    let len = bytes_of(place.text)? + bytes_of(place.rodata)?;
+    let mut found = kernel.space.fresh().read_vec(place.text.start, len)?;
+    let mut wanted = image.bytes.get(..len).ok_or_else(too_short)?.to_vec();
+    let (start, room) = layout.record;
+    let start = usize::try_from(start).map_err(|_| too_short())?;
+    for bytes in [&mut found, &mut wanted] {
+        let record = start..start.saturating_add(room);
+        bytes.get_mut(record).ok_or_else(too_short)?.fill(0);
+    }
+    Ok(found == wanted)
+}
+
+/// Length of `range` in bytes.
+pub(super) fn bytes_of(range: Range) -> Result<usize> {
+    usize::try_from(range.len()).map_err(|_| too_short())
+}
+
+/// The image is shorter than its layout says. It never is: the linker gives it the layout's length.
+pub(super) fn too_short() -> Error {
+    Error::failed("the payload's image is shorter than its layout: this is a defect of xen-locus")
+}
