@@ -18,7 +18,7 @@ use crate::arena::record::State;
 use crate::arena::{Arena, Resident};
 use crate::domain::Domain;
 use crate::error::{Class, Error, Result};
-use crate::guard::settle::{settle, Counter as _, Outcome};
+use crate::guard::finish_or_undo::{finish_or_undo, Counter as _, Outcome};
 use crate::guard::{self, Places, Task};
 use crate::machine;
 use crate::machine::Machine;
@@ -212,7 +212,7 @@ fn of_dead(control: &Control, path: &Path) -> Result<Option<Outcome>> {
 /// Does what a guardian would have done that died with its run.
 fn as_guardian(control: &Control, task: &Task, page: &SharedPage) -> Result<Outcome> {
     let counter = (control, task.domain());
-    let Some(standing) = counter.standing()? else {
+    let Some(standing) = counter.pause_state()? else {
         return Ok(Outcome::Gone);
     };
     let info = control.domain(task.domain())?;
@@ -221,7 +221,7 @@ fn as_guardian(control: &Control, task: &Task, page: &SharedPage) -> Result<Outc
     }
     let foreign = ForeignMemory::open(task.domain())?;
     let places = Places::map(&foreign, &task.spots)?;
-    Ok(settle(page, &counter, standing.uuid, &places))
+    Ok(finish_or_undo(page, &counter, standing.uuid, &places))
 }
 
 /// Finds out by the guest's memory what became of `intent`, and makes its directory say so.

@@ -1,4 +1,4 @@
-//! The guardian's own program: `xen-locus` started under the name [`NAME`].
+//! The guardian's program: `xen-locus` started under the name [`NAME`].
 
 use std::fs::File;
 use std::io::{self, Write as _};
@@ -6,18 +6,18 @@ use std::os::fd::AsFd as _;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use locus_xen::{self as xen, Control, ForeignMemory, PauseStep, Process, SharedPage, WaitOutcome};
+use locus_xen::{self as xen, Control, WaitOutcome, ForeignMemory, Process, SharedPage, PauseStep};
 
-use super::settle::{settle, Counter as _, Outcome};
+use super::finish_or_undo::{finish_or_undo, Counter as _, Outcome};
 use super::{Places, Task};
 use crate::error::{Error, Result};
 use crate::say;
 
-/// What the process is called.
+/// Name of the process.
 pub const NAME: &str = "xen-locus-guardian";
-/// Between two looks whether the run is stopped.
+/// Time between two checks whether the run is stopped.
 const TICK: Duration = Duration::from_millis(40);
-/// What it says when it is prepared.
+/// What it writes to stdout when it is ready.
 pub const READY: &[u8] = b"ready\n";
 
 /// Whether this process is meant to be a guardian.
@@ -26,8 +26,7 @@ pub fn is_meant() -> bool {
     std::env::args_os().next().is_some_and(|name| name == NAME)
 }
 
-/// The program: stdin is the guard's file, stdout tells the working process that all is prepared, or why
-/// not.
+/// The program. stdin is the guard's file. On stdout it tells the run that it is ready, or why it is not.
 #[must_use]
 pub fn main() -> ExitCode {
     xen::detach();
@@ -40,7 +39,8 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Waits until the run ends. One that is stopped while it holds the guest is killed: it may never go on.
+/// Waits until the run ends. If the run is stopped (SIGSTOP) while the guest is paused, it is killed, because it may never
+/// continue.
 fn wait(page: &SharedPage, worker: &Process) -> Result<WaitOutcome> {
     let mut held = false;
     loop {
@@ -68,29 +68,29 @@ fn watch() -> Result<()> {
     let places = Places::map(&foreign, &task.spots)?;
     let counter = (&control, task.domain());
     let worker = Process::open(task.pid)?;
-    let Some(standing) = counter.standing()? else {
+    let Some(domain) = counter.pause_state()? else {
         return Err(Error::failed(format!("domain {} is gone", task.domid)));
     };
     places.rehearse();
-    // What it did so far was not urgent. From here on it comes before the run even where that holds the guest: a
-    // process that dies takes its memory apart at the rank it had, which takes longer than all that is left to do.
+    // So far nothing was urgent. From here on this process has a higher priority than the run, even while the guest is paused:
+    // a process that dies frees its memory at its own priority, which takes longer than all that is left to do here.
     xen::set_realtime_priority(2);
     io::stdout()
         .write_all(READY)
         .and_then(|()| io::stdout().flush())
-        .map_err(|e| Error::failed(format!("the guardian is not heard: {e}")))?;
+        .map_err(|e| Error::failed(format!("the guardian can't be heard: {e}")))?;
     if wait(&page, &worker)? == WaitOutcome::Released {
         return Ok(());
     }
-    let outcome = settle(&page, &counter, standing.uuid, &places);
+    let outcome = finish_or_undo(&page, &counter, domain.uuid, &places);
     page.set_outcome(outcome as u32);
-    // From here on nothing is urgent any more, and nobody may be there to hear it.
+    // From here on nothing is urgent any more. stderr may be closed.
     say::warn(format_args!(
         "process {} died at work on domain {}: {outcome}",
         task.pid, task.domid
     ));
     if outcome == Outcome::Running && task.spots.is_empty() {
-        // There is nothing that `recover` could tell.
+        // `recover` would have nothing to report.
         let _ = std::fs::remove_file(task.path());
     }
     Ok(())

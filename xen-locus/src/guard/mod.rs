@@ -1,17 +1,18 @@
-//! The guardian: a process of its own that puts a guest right when the one that works on it dies.
+//! The guardian: a second process that repairs a guest when the process that works on it (the run) dies.
 //!
-//! Xen's pause is a counter that no process owns, and a change takes more than one write. So before a guest
-//! is paused for the first time a run starts a guardian ([`worker`]), which opens its own ways to Xen, maps
-//! the places to be changed, locks itself in memory and then waits ([`guardian`]). The run marks each step in
-//! a page that both share. If it dies, the guardian finishes or undoes the change, by the bytes that stand in
-//! the guest, and lets it run on ([`settle`]); for that it needs no memory and no file.
+//! Xen does not release a pause when the tool dies, and a change takes several writes. So before a run pauses a guest for the
+//! first time, it starts a guardian ([`worker`]). The guardian opens its own connection to Xen, maps the places to be changed,
+//! locks itself in memory, and waits ([`guardian`]). The run marks each step in a page that both share. If the run dies, the
+//! guardian finishes or undoes the change, by the bytes that are in the guest, and unpauses the guest ([`finish_or_undo`]). For
+//! that it needs no memory and no file.
 //!
-//! The page stands in a file below [`DIR`], with all that is to be known of the change behind it. Both
-//! processes hold the file's lock: a file that can be locked is that of a run whose guardian is gone too, and
-//! `recover` does the guardian's work then. dom0's own end takes these files with it, as it does the guests.
+//! The page is at the start of a file below [`DIR`]; what must be known of the change follows it. Both processes hold the file's
+//! lock. If the lock is free, the guardian has died too, and `recover` does its work. A reboot of dom0 removes these files, and
+//! ends the guests.
 
+pub mod finish_or_undo;
 pub mod guardian;
-pub mod settle;
+
 pub mod worker;
 
 use std::fs::{self, File};
@@ -25,28 +26,29 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// Where guards' files stand: gone after a reboot of dom0, as the guests are.
+/// The folder of the guards' files. A reboot of dom0 empties it, and ends the guests.
 pub const DIR: &str = "/run/xen-locus/guard";
-/// Longest task read from such a file, in bytes.
+/// Longest task that is read from such a file, in bytes.
 const TASK_MAX: u64 = 16 << 20;
 
 /// Bytes of one frame that a run may change.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spot {
-    /// The frame, as foreign mapping takes it.
+    /// Number of the frame, as foreign mapping takes it: an MFN of a PV guest, else a GFN.
     pub frame: u64,
-    /// Where in it.
+    /// Offset in the frame, in bytes.
     pub offset: usize,
-    /// What stands there before.
+    /// The bytes before the change.
     #[serde(with = "serde_bytes")]
     pub old: Vec<u8>,
-    /// What is to stand there, as many bytes.
+    /// The bytes after it, as many.
     #[serde(with = "serde_bytes")]
     pub new: Vec<u8>,
 }
 
 impl Spot {
-    /// The parts, one for each frame, of a change of `old` to `new` at `offset` in the first of `frames`.
+    /// The parts, one for each frame, of a change of `old` to `new` at `offset` in the first of `frames`. Both are equally
+    /// long. If they are not, the guardian refuses the parts ([`Task::read`]), and nothing is changed.
     #[must_use]
     pub fn split(frames: &[Frame], offset: usize, old: &[u8], new: &[u8]) -> Vec<Spot> {
         let mut spots = Vec::new();
@@ -77,16 +79,16 @@ pub fn frames(spots: &[Spot]) -> Vec<Frame> {
     frames
 }
 
-/// What a guardian must know.
+/// What a guardian must know of the run that it watches.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Task {
-    /// The domain.
+    /// Number of the domain.
     pub domid: u16,
-    /// Its UUID.
+    /// UUID of the domain.
     pub uuid: String,
-    /// The process that works on it.
+    /// Process id of the run.
     pub pid: u32,
-    /// What it is about to change, in that order. None if it only looks.
+    /// What the run is about to change, in that order. Empty if it only looks.
     pub spots: Vec<Spot>,
 }
 
@@ -117,7 +119,8 @@ impl Task {
         if len > TASK_MAX {
             return Err(bad("it is too long"));
         }
-        let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+        let len = usize::try_from(len).map_err(|_| bad("it is too long"))?;
+        let mut bytes = vec![0; len];
         file.read_exact_at(&mut bytes, PAGE_LEN as u64)
             .map_err(failed)?;
         let task: Task = postcard::from_bytes(&bytes).map_err(|e| bad(&e.to_string()))?;
@@ -133,7 +136,7 @@ fn bad(why: &str) -> Error {
     Error::failed(format!("a guard's file below {DIR} can't be used: {why}"))
 }
 
-/// The places of a change, mapped.
+/// The places of a change, mapped into this process.
 pub struct Places<'t> {
     spots: Vec<(&'t Spot, usize)>,
     window: Option<Box<dyn WindowMut>>,
@@ -151,7 +154,7 @@ impl<'t> Places<'t> {
     /// Maps the frames of `spots`, each once.
     ///
     /// # Errors
-    /// A frame can't be mapped.
+    /// [`Class::Failed`](crate::error::Class::Failed): a frame can't be mapped.
     pub fn map(memory: &'t dyn MemoryMut, spots: &'t [Spot]) -> Result<Places<'t>> {
         let frames = frames(spots);
         let window = match frames.is_empty() {
@@ -171,10 +174,10 @@ impl<'t> Places<'t> {
     }
 }
 
-/// The files of guards for the guest `uuid`, or for all.
+/// Paths of the guards' files for the guest `uuid`, or for all guests.
 ///
 /// # Errors
-/// The folder can't be read.
+/// [`Class::Failed`](crate::error::Class::Failed): the folder can't be read.
 pub fn files(uuid: Option<&str>) -> Result<Vec<PathBuf>> {
     let entries = match fs::read_dir(DIR) {
         Ok(entries) => entries,
@@ -194,7 +197,7 @@ pub fn files(uuid: Option<&str>) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Removes what runs left that died before their files were complete: nothing was done then.
+/// Removes the incomplete files of runs that died early. Such a run had not touched its guest.
 pub fn sweep() {
     sweep_in(Path::new(DIR));
 }
@@ -204,6 +207,7 @@ fn sweep_in(folder: &Path) {
         let path = entry.path();
         let whole = path.with_extension("");
         let begun = path.extension().is_some_and(|e| e == "new") && uuid_of(&whole).is_some();
+        // Without a number this is `/proc/` itself, so the file stays.
         let pid = whole.extension().unwrap_or_default();
         if begun && !Path::new("/proc").join(pid).exists() {
             let _ = fs::remove_file(path);
@@ -211,7 +215,7 @@ fn sweep_in(folder: &Path) {
     }
 }
 
-/// The guest that a guard's file is about, by its name: `UUID.NUMBER`.
+/// UUID of the guest that a guard's file is about, from the file's name: `UUID.PID`.
 #[must_use]
 pub fn uuid_of(path: &Path) -> Option<&str> {
     let (uuid, rest) = path.file_name()?.to_str()?.split_once('.')?;

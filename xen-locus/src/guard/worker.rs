@@ -1,4 +1,4 @@
-//! The working process's side: starts a guardian, pauses under its eyes, and ends it.
+//! The run's side: starts a guardian, pauses the guest while the guardian watches, and ends the guardian.
 
 use std::cell::RefCell;
 use std::fs::{self, File};
@@ -12,17 +12,17 @@ use std::time::Duration;
 use locus_guest as guest;
 use locus_guest::Vcpu;
 use locus_xen::fault;
-use locus_xen::{Pause, PauseCalls, SharedPage};
+use locus_xen::{SharedPage, Pause, PauseCalls};
 
 use super::{guardian, Task, DIR};
 use crate::error::{Error, Result};
 
-/// From the call of [`Guarded::settle`] to the end of the pause that follows, where nothing takes long.
+/// Time from the call of [`Guarded::wait_for_guardian_tick`] to the end of the pause that follows, if nothing takes long.
 const MOMENTS: Duration = Duration::from_millis(8);
-/// What the guardian takes for a look at most, where nothing is wrong.
+/// Most time that the guardian needs for one check, if nothing is wrong.
 const LOOK: Duration = Duration::from_micros(500);
 
-/// A guardian that watches this process. Dropping it lets it go.
+/// A guardian that watches this process. Dropping this value ends it.
 #[derive(Debug)]
 pub struct Guarded<'c> {
     calls: PauseCalls<'c>,
@@ -34,10 +34,10 @@ pub struct Guarded<'c> {
 }
 
 impl<'c> Guarded<'c> {
-    /// Starts a guardian for these pauses and waits until it is prepared.
+    /// Starts a guardian for these pauses and waits until it is ready.
     ///
     /// # Errors
-    /// It can't be: nothing of the guest is touched then.
+    /// [`Class::Failed`](crate::error::Class::Failed): it can't be started. Nothing of the guest is touched then.
     pub fn start(calls: PauseCalls<'c>, task: &Task) -> Result<Guarded<'c>> {
         let path = task.path();
         let new = path.with_extension(format!("{}.new", task.pid));
@@ -79,8 +79,8 @@ impl<'c> Guarded<'c> {
         file.lock().map_err(failed)?;
         task.write(&file).map_err(failed)?;
         let page = SharedPage::create(&file)?;
-        // Under its name it is complete and locked. One that stands there already is of a process that had
-        // this number and died: what it left is not to be lost.
+        // A file with this name is complete and locked. If there is one already, another process had this number and died:
+        // `recover` needs that file, so it must not be overwritten.
         fault::point("guard: link").map_err(failed)?;
         fs::hard_link(new, path).map_err(failed)?;
         let started = fs::remove_file(new)
@@ -132,23 +132,23 @@ impl<'c> Guarded<'c> {
     /// The registers of all vCPUs, read as in a pause, while the guest runs.
     ///
     /// # Errors
-    /// Xen could not be asked for them.
+    /// A hypercall failed.
     pub fn vcpus_now(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
         Ok(self.calls.vcpus_now()?)
     }
 
-    /// Waits, should the guardian look after this run within the next moments, until it has: it comes before this
-    /// run, and would do so in the middle of a pause.
+    /// If the guardian is about to check this process, waits until it has done so. The guardian has the higher priority, and
+    /// would interrupt this process in the middle of a pause.
     pub fn wait_for_guardian_tick(&self) {
         if let Some(left) = self.page.next_check().filter(|&left| left < MOMENTS) {
             std::thread::sleep(left + LOOK);
         }
     }
 
-    /// Pauses the guest.
+    /// PauseCalls the guest.
     ///
     /// # Errors
-    /// The guardian is gone; Xen refused.
+    /// The guardian is gone, or a hypercall failed.
     pub fn pause(&self) -> std::result::Result<Pause<'_>, guest::Error> {
         let gone = || {
             guest::Error::Odd("the guardian of this run has ended; the guest is not touched".into())
@@ -161,7 +161,7 @@ impl<'c> Guarded<'c> {
     }
 }
 
-/// Reads what the guardian says until it is ready, or has told why it isn't.
+/// Reads what the guardian writes, until it is ready or has said why it is not.
 fn hear(mut stdout: impl Read, said: &mut Vec<u8>) -> std::io::Result<()> {
     let mut first = vec![0; guardian::READY.len()];
     let mut len = 0;
@@ -183,7 +183,7 @@ fn hear(mut stdout: impl Read, said: &mut Vec<u8>) -> std::io::Result<()> {
 impl Drop for Guarded<'_> {
     fn drop(&mut self) {
         let _ = fault::point("guard: end");
-        // Nothing is held: what is gone now nobody needs to settle.
+        // The guest is not paused, so nothing is left to finish or undo.
         let _ = fs::remove_file(&self.path);
         let _ = fault::point("guard: let go");
         self.page.release();

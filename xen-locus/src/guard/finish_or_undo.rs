@@ -1,15 +1,15 @@
-//! What is done for a run that died: its change finished or undone, the guest running again.
+//! Finishes or undoes the change of a run that died, and unpauses the guest.
 //!
-//! Nothing here allocates memory or waits for anything but Xen, as long as nothing fails.
+//! As long as nothing fails, this allocates no memory and waits for nothing except Xen.
 
 use locus_guest::addr::DomId;
-use locus_xen::{self as xen, Control, PauseState, PauseStep, SharedPage};
+use locus_xen::{self as xen, Control, SharedPage, PauseState, PauseStep};
 use serde::Serialize;
 
 use super::Places;
 use crate::write::WRITE_MAX;
 
-/// What came of it.
+/// What became of the change and of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[repr(u32)]
@@ -22,8 +22,8 @@ pub enum Outcome {
     Undone = 3,
     /// The old bytes could not be put back; the guest runs.
     Torn = 4,
-    /// The run died while it took or gave back a pause beside that of somebody else: whether its own count
-    /// is among them can't be known, and they are left as they are.
+    /// The run died while it took or released a pause, and others had paused the guest too. It can't be known whether the
+    /// run's own pause is among them, so all are left as they are.
     PausedByOthers = 5,
     /// The domain is gone.
     Gone = 6,
@@ -32,7 +32,7 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    /// The outcome of this number.
+    /// The outcome with this number. `None` if there is none.
     #[must_use]
     pub fn of(word: u32) -> Option<Outcome> {
         use Outcome::{Finished, Gone, PausedByOthers, Running, Stuck, Torn, Undone};
@@ -50,8 +50,8 @@ impl std::fmt::Display for Outcome {
             Outcome::Undone => "what had been written is undone; the guest runs without the change",
             Outcome::Torn => "what had been written could not be undone; the guest runs",
             Outcome::PausedByOthers => {
-                "somebody else has paused the guest too, and whether one more pause is left of that run \
-                 can't be known: if the guest stays paused when it should run, `xl unpause` it"
+                "another tool has paused the guest too, and it can't be known whether one more pause is left \
+                 of the run that died: if the guest stays paused when it should run, `xl unpause` it"
             }
             Outcome::Gone => "the guest is gone",
             Outcome::Stuck => "the guest could not be unpaused: `xl unpause` it",
@@ -59,22 +59,22 @@ impl std::fmt::Display for Outcome {
     }
 }
 
-/// The pause of one domain, as Xen counts it.
+/// Xen's pause counter of one domain.
 pub trait Counter {
-    /// How the domain stands.
+    /// Which domain it is and whether it is paused. `None` if it is gone.
     ///
     /// # Errors
-    /// Xen can't be asked.
-    fn standing(&self) -> Result<Option<PauseState>, xen::Error>;
-    /// Gives one pause count back.
+    /// The hypercall failed.
+    fn pause_state(&self) -> Result<Option<PauseState>, xen::Error>;
+    /// Releases one pause.
     ///
     /// # Errors
-    /// Xen refused.
+    /// The hypercall failed.
     fn unpause(&self) -> Result<(), xen::Error>;
 }
 
 impl Counter for (&Control, DomId) {
-    fn standing(&self) -> Result<Option<PauseState>, xen::Error> {
+    fn pause_state(&self) -> Result<Option<PauseState>, xen::Error> {
         self.0.pause_state(self.1)
     }
 
@@ -84,26 +84,27 @@ impl Counter for (&Control, DomId) {
 }
 
 /// Does what the run that left `page` can't do any more, on the domain with this UUID.
-pub fn settle(
+pub fn finish_or_undo(
     page: &SharedPage,
     counter: &dyn Counter,
     uuid: [u8; 16],
     places: &Places<'_>,
 ) -> Outcome {
+    // No run writes another number than that of a step.
     let step = page.step().unwrap_or(PauseStep::Idle);
     if step == PauseStep::Idle {
         return Outcome::Running;
     }
-    let paused = match counter.standing() {
+    let paused = match counter.pause_state() {
         Ok(Some(standing)) if standing.uuid == uuid => standing.paused,
         Ok(_) => return Outcome::Gone,
-        // It was paused when it was asked last.
+        // Xen can't be asked. The page says that the guest is paused.
         Err(_) => true,
     };
     let held = match step {
         PauseStep::Idle => false,
         PauseStep::Paused | PauseStep::Writing => true,
-        // Nobody else held one before, so a pause is the run's own.
+        // No other process had paused it before, so a pause is the run's own.
         PauseStep::Pausing | PauseStep::Unpausing if !page.paused_by_others() => paused,
         PauseStep::Pausing | PauseStep::Unpausing => {
             page.set_step(PauseStep::Idle);
@@ -112,14 +113,14 @@ pub fn settle(
     };
     let outcome = match step {
         PauseStep::Writing => {
-            let outcome = places.settle();
+            let outcome = places.finish_or_undo();
             places.tell();
             outcome
         }
         _ => Outcome::Running,
     };
     if held {
-        // Whoever comes after this process has died too finds the change settled.
+        // If this process dies too, `recover` finds that the change is finished or undone.
         page.set_step(PauseStep::Unpausing);
         if counter.unpause().is_err() {
             return Outcome::Stuck;
@@ -130,17 +131,18 @@ pub fn settle(
 }
 
 impl Places<'_> {
-    /// Leaves what is written in full, and puts back what isn't, the last one first. The guest is paused.
-    fn settle(&self) -> Outcome {
+    /// Leaves a change that was written in full; else puts back the old bytes, those of the last write first. The guest is
+    /// paused.
+    fn finish_or_undo(&self) -> Outcome {
         if self.all(|spot| &spot.new) {
             return Outcome::Finished;
         }
         for (spot, at) in self.spots.iter().rev() {
-            // What is neither was not written by the run: somebody let the guest run, and it may have
-            // another use for the page.
+            // Bytes that are neither old nor new are not from the run: the guest was unpaused meanwhile, and may use the page
+            // for something else.
             if self.is_of_change(*at, spot) && !self.holds(*at, &spot.old) {
                 if let Some(window) = &self.window {
-                    // All are tried; what counts is what stands there in the end.
+                    // All are tried. What counts is what is there in the end.
                     let _ = window.write(*at, &spot.old);
                 }
             }
@@ -175,13 +177,12 @@ impl Places<'_> {
         window.read(at, found).is_ok() && found.iter().zip(&spot.old).zip(&spot.new).all(own)
     }
 
-    /// Says that all of it was written, by whomever. Of a PV guest there is nobody to tell.
+    /// Tells Xen that these frames were written, so that a live migration copies them. It is not possible for a PV guest.
     fn tell(&self) {
         let _ = self.memory.written(&self.frames);
     }
 
-    /// Reads all places once, and opens what is to be told, so that nothing is done for the first time when
-    /// it matters.
+    /// Reads all places once and opens the channel to Xen, so that nothing is done for the first time when it is urgent.
     pub fn rehearse(&self) {
         self.all(|spot| &spot.old);
         let _ = self.memory.written(&[]);

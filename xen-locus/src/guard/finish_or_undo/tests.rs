@@ -16,7 +16,7 @@ const NEW: [u8; 5] = [2; 5];
 struct Count(Cell<u32>);
 
 impl Counter for Count {
-    fn standing(&self) -> Result<Option<PauseState>, xen::Error> {
+    fn pause_state(&self) -> Result<Option<PauseState>, xen::Error> {
         Ok(Some(PauseState {
             uuid: UUID,
             paused: self.0.get() > 0,
@@ -32,7 +32,7 @@ impl Counter for Count {
 }
 
 fn page(name: &str) -> SharedPage {
-    let path = std::env::temp_dir().join(format!("xen-locus-settle-{}-{name}", std::process::id()));
+    let path = std::env::temp_dir().join(format!("xen-locus-finish-{}-{name}", std::process::id()));
     std::fs::write(&path, [0; 4096]).unwrap();
     let file = File::options().read(true).write(true).open(&path).unwrap();
     std::fs::remove_file(path).unwrap();
@@ -67,7 +67,7 @@ fn a_pause_of_a_run_that_died_is_given_back_and_no_other() {
         let spots = Spot::split(&[frame], 8, &OLD, &NEW);
         let places = Places::map(&memory, &spots).unwrap();
         let count = Count(Cell::new(now));
-        assert_eq!(settle(&page, &count, UUID, &places), outcome, "{i}");
+        assert_eq!(finish_or_undo(&page, &count, UUID, &places), outcome, "{i}");
         assert_eq!(count.0.get(), left, "{i}");
         assert_eq!(page.step(), Some(PauseStep::Idle), "{i}");
     }
@@ -80,7 +80,10 @@ fn a_domain_that_took_the_id_of_the_one_meant_is_left_alone() {
     let memory = MockMemory::new();
     let places = Places::map(&memory, &[]).unwrap();
     let count = Count(Cell::new(1));
-    assert_eq!(settle(&page, &count, [8; 16], &places), Outcome::Gone);
+    assert_eq!(
+        finish_or_undo(&page, &count, [8; 16], &places),
+        Outcome::Gone
+    );
     assert_eq!(count.0.get(), 1);
 }
 
@@ -106,7 +109,7 @@ fn torn(bytes: usize, all_writable: bool) -> (Outcome, Vec<[u8; 5]>) {
     let page = page(&format!("torn{bytes}{all_writable}"));
     page.set_step(PauseStep::Writing);
     let count = Count(Cell::new(1));
-    let outcome = settle(&page, &count, UUID, &places);
+    let outcome = finish_or_undo(&page, &count, UUID, &places);
     assert_eq!(count.0.get(), 0);
     let stands = at.map(|(frame, offset)| {
         let mut found = [0; 5];
@@ -137,7 +140,7 @@ fn bytes_that_the_change_never_had_are_left_alone() {
     let page = page("foreign");
     page.set_step(PauseStep::Writing);
     let count = Count(Cell::new(1));
-    assert_eq!(settle(&page, &count, UUID, &places), Outcome::Torn);
+    assert_eq!(finish_or_undo(&page, &count, UUID, &places), Outcome::Torn);
     let stands = [8, 100].map(|at| {
         let mut found = [0; 5];
         memory
