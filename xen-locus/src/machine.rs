@@ -61,3 +61,6 @@ pub trait Paused {
     /// written in the pause.
     fn end(self: Box<Self>) -> std::result::Result<Duration, Error>;
 }
+
+#[cfg(test)]
+pub(crate) mod mock;

@@ -372,3 +372,6 @@ pub fn forget(control: &Control, uuid: &str) -> Result<Report> {
     let why = "the guest is not there any more; what was noted of it is removed".to_owned();
     Ok(Report::new(Finding::Gone, intent.as_ref(), why))
 }
+
+#[cfg(test)]
+mod tests;

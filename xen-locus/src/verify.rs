@@ -479,3 +479,6 @@ fn original(residents: &[Resident], site: Gva) -> Option<[u8; JUMP]> {
     let first = found.next()?;
     found.all(|other| other == first).then_some(first)
 }
+
+#[cfg(test)]
+mod tests;

@@ -496,4 +496,6 @@ fn gave_up(
 }
 
 #[cfg(test)]
-mod stack_tests;
+pub(crate) mod mock;
+#[cfg(test)]
+mod tests;

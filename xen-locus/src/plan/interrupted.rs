@@ -77,3 +77,6 @@ pub fn resolve(kernel: &Kernel<'_>, residents: &mut [Resident]) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

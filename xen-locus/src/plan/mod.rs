@@ -170,3 +170,6 @@ pub fn undo(kernel: &Kernel<'_>, stack: &Stack<'_>, resident: &Resident) -> Resu
             .then(|| Watch::new(kernel, stack::redirects(&record.functions).collect())),
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -364,3 +364,6 @@ pub(super) fn bytes_at(kernel: &Kernel<'_>, site: Gva) -> Result<[u8; JUMP]> {
     kernel.space.read(site, &mut bytes)?;
     Ok(bytes)
 }
+
+#[cfg(test)]
+mod tests;

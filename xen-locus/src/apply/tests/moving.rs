@@ -1,5 +1,6 @@
 //! The mock guest moves what is to be written elsewhere.
 
+use locus_guest::addr::Frame;
 use locus_guest::space::{PTE_FRAME, PTE_PRESENT};
 
 use super::*;

@@ -1,31 +1,21 @@
 //! What `verify` says of the mock guest after something in it was changed.
 
 use locus_guest::space::{PTE_NX, PTE_USER, PTE_WRITE};
+use locus_guest::MemoryMut as _;
 
 use super::*;
+use crate::arena;
+use crate::error::ExitCode;
+use crate::machine::mock::{code, payload, Guest, A, B, C, FUNCTIONS};
 use crate::storage::audit::in_force::{self, InForce};
 use crate::storage::audit::{Action, Line};
-use crate::verify::{verify, Known, What, Who};
+use crate::x86;
 
 impl Guest {
     /// Nothing differs from the records.
-    pub(super) fn is_as_recorded(&self) {
+    pub(crate) fn is_as_recorded(&self) {
         let outcome = verify(&self.kernel(), None).unwrap();
         assert_eq!(outcome.drift, []);
-    }
-
-    pub(super) fn poke(&self, at: u64, bytes: &[u8]) {
-        let at = Gva(at);
-        let kernel = self.kernel();
-        let frames = kernel.space.frames(at, bytes.len() as u64).unwrap();
-        let window = self.map_mut(&frames).unwrap();
-        window.write(at.offset(), bytes).unwrap();
-    }
-
-    pub(super) fn peek<const N: usize>(&self, at: u64) -> [u8; N] {
-        let mut bytes = [0; N];
-        self.kernel().space.read(Gva(at), &mut bytes).unwrap();
-        bytes
     }
 
     /// Writes `bytes` at `at`, and puts back what stood there once it was said what differs: whose it

@@ -1,0 +1,266 @@
+//! The mock guest for tests of the rooms above: a small kernel with three functions that can be replaced. Its memory takes a
+//! number of writes, and then the tool is ended.
+
+#![allow(clippy::cast_possible_truncation)] // small numbers
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use locus_guest::addr::{Frame, Gfn, Gva};
+use locus_guest::{self as guest, GuestType, Live, Memory, MemoryMut, PagesMut};
+use locus_guest::{Vcpu, Window, WindowMut};
+use locus_kernel::fixture::{Fixture, TEXT};
+use locus_kernel::fixture_world::{World, STACKS, STACK_LEN};
+use locus_kernel::{Kernel, KernelCache, NoCache};
+use locus_payload::testelf::Spec;
+use locus_payload::Payload;
+
+use super::{Guard, Machine, Paused};
+use crate::error::Result;
+use crate::guard::Spot;
+use crate::storage::journal::{Change, Intent};
+
+/// Where the functions stand that are replaced, and their redirects.
+pub(crate) const FUNCTIONS: [(&str, u64); 3] = [
+    ("a_show", TEXT.0 + 0x1200),
+    ("b_show", TEXT.0 + 0x1240),
+    ("c_show", TEXT.0 + 0x1280),
+];
+/// A part of the first of them that stands elsewhere: a call, and back to its main part.
+pub(crate) const COLD: (u64, [u8; 10]) = (
+    TEXT.0 + 0x12c0,
+    [0xe8, 0, 0, 0, 0, 0xe9, 0x40, 0xff, 0xff, 0xff],
+);
+/// A function's code: the nop of ftrace, `mov $n, %eax`, `ret`.
+pub(crate) fn code(n: u8) -> [u8; 11] {
+    [0x0f, 0x1f, 0x44, 0, 0, 0xb8, n, 0, 0, 0, 0xc3]
+}
+
+/// Number of the first function in [`FUNCTIONS`], of the second, and of the third.
+pub(crate) const A: usize = 0;
+pub(crate) const B: usize = 1;
+pub(crate) const C: usize = 2;
+
+/// The guest.
+pub(crate) struct Guest {
+    pub(crate) world: World,
+    /// So many writes are left until the tool is ended.
+    pub(crate) left: Rc<Cell<u32>>,
+    /// What the journal says.
+    pub(crate) intent: RefCell<Option<Intent>>,
+}
+
+impl Guest {
+    pub(crate) fn new() -> Guest {
+        Guest::with(|_| ())
+    }
+
+    /// The same with `more` in its kernel.
+    pub(crate) fn with(more: impl FnOnce(&mut Fixture)) -> Guest {
+        const E820: Gva = Gva(TEXT.0 + (12 << 20));
+        let world = World::with(GuestType::Pvh, |fixture: &mut Fixture| {
+            for (n, (name, at)) in FUNCTIONS.into_iter().enumerate() {
+                fixture.function(at, name, &code(n as u8));
+            }
+            fixture.function(COLD.0, "a_show.cold", &COLD.1);
+            let at = E820.0;
+            fixture.symbols.push((at, 'D', "e820_table".to_owned()));
+            more(fixture);
+        });
+        // A pointer to an empty map.
+        let words = [E820.0 + 8, 0].map(u64::to_le_bytes).concat();
+        world.memory.map_bytes(E820, &words, true, false);
+        Guest {
+            world,
+            left: Rc::new(Cell::new(u32::MAX)),
+            intent: RefCell::default(),
+        }
+    }
+
+    pub(crate) fn kernel(&self) -> Kernel<'_> {
+        let world = &self.world;
+        Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap()
+    }
+
+    pub(crate) fn poke(&self, at: u64, bytes: &[u8]) {
+        let at = Gva(at);
+        let kernel = self.kernel();
+        let frames = kernel.space.frames(at, bytes.len() as u64).unwrap();
+        let window = self.map_mut(&frames).unwrap();
+        window.write(at.offset(), bytes).unwrap();
+    }
+
+    pub(crate) fn peek<const N: usize>(&self, at: u64) -> [u8; N] {
+        let mut bytes = [0; N];
+        self.kernel().space.read(Gva(at), &mut bytes).unwrap();
+        bytes
+    }
+
+    /// Lets the sleeping task hold the return address `word`.
+    pub(crate) fn sleep_at(&self, word: u64) {
+        self.poke(
+            STACKS.0 + 3 * 4 * STACK_LEN as u64 + 0x1e80,
+            &word.to_le_bytes(),
+        );
+    }
+}
+
+/// A payload called `name` that replaces `functions`.
+pub(crate) fn payload(name: &str, functions: &[usize]) -> Payload {
+    let spec = Spec {
+        objects: vec![(
+            None,
+            functions.iter().map(|&n| (FUNCTIONS[n].0, 0)).collect(),
+        )],
+        ..Spec::default()
+    };
+    let mut payload = Payload::parse(name, &spec.bytes()).unwrap();
+    payload.name = name.into();
+    payload.sha256 = [name.as_bytes()[0]; 32];
+    payload
+}
+
+/// A payload that lets threads go on in what it replaces.
+pub(crate) fn entry_only(name: &str, functions: &[usize]) -> Payload {
+    let mut payload = payload(name, functions);
+    payload.modinfo.entry_only = true;
+    payload
+}
+
+fn spend(left: &Cell<u32>) -> std::result::Result<(), guest::Error> {
+    match left.get().checked_sub(1) {
+        Some(rest) => {
+            left.set(rest);
+            Ok(())
+        }
+        None => Err(guest::Error::Odd("the tool was ended".into())),
+    }
+}
+
+struct Metered {
+    window: Box<dyn WindowMut>,
+    left: Rc<Cell<u32>>,
+}
+
+impl Window for Metered {
+    fn read(&self, offset: usize, buf: &mut [u8]) -> std::result::Result<(), guest::Error> {
+        self.window.read(offset, buf)
+    }
+}
+
+impl WindowMut for Metered {
+    fn write(&self, offset: usize, bytes: &[u8]) -> std::result::Result<(), guest::Error> {
+        spend(&self.left)?;
+        self.window.write(offset, bytes)
+    }
+}
+
+impl Memory for Guest {
+    fn map(&self, frames: &[Frame]) -> std::result::Result<Box<dyn Window>, guest::Error> {
+        self.world.memory.map(frames)
+    }
+}
+
+impl MemoryMut for Guest {
+    fn map_mut(&self, frames: &[Frame]) -> std::result::Result<Box<dyn WindowMut>, guest::Error> {
+        Ok(Box::new(Metered {
+            window: self.world.memory.map_mut(frames)?,
+            left: Rc::clone(&self.left),
+        }))
+    }
+}
+
+struct Unguarded<'g>(&'g World);
+
+impl Guard for Unguarded<'_> {
+    fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
+        Ok(self.0.vcpus.clone())
+    }
+
+    fn pause(&self) -> std::result::Result<Box<dyn Paused + '_>, guest::Error> {
+        Ok(Box::new(Pause(self.0, Instant::now())))
+    }
+}
+
+struct Pause<'g>(&'g World, Instant);
+
+impl Paused for Pause<'_> {
+    fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
+        Ok(self.0.vcpus.clone())
+    }
+
+    fn writing(&self) -> std::result::Result<bool, guest::Error> {
+        Ok(true)
+    }
+
+    fn elapsed(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    fn end(self: Box<Self>) -> std::result::Result<Duration, guest::Error> {
+        Ok(self.1.elapsed())
+    }
+}
+
+impl Live for Guest {
+    fn memory(&self) -> &dyn Memory {
+        &self.world.memory
+    }
+
+    fn kind(&self) -> GuestType {
+        self.world.kind
+    }
+
+    fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
+        Ok(self.world.vcpus.clone())
+    }
+}
+
+impl Machine for Guest {
+    fn cache(&self) -> &dyn KernelCache {
+        &NoCache
+    }
+
+    fn begin(&self, change: &Change) -> Result<()> {
+        *self.intent.borrow_mut() = Some(Intent {
+            uuid: String::new(),
+            domid: 1,
+            started_at: 0,
+            pid: 0,
+            change: change.clone(),
+        });
+        Ok(())
+    }
+
+    fn ended(&self) {
+        *self.intent.borrow_mut() = None;
+    }
+
+    fn guard(&self, _: &[Spot]) -> Result<Box<dyn Guard + '_>> {
+        Ok(Box::new(Unguarded(&self.world)))
+    }
+}
+
+impl PagesMut for Guest {
+    fn write_entry(
+        &self,
+        table: Frame,
+        slot: usize,
+        entry: u64,
+    ) -> std::result::Result<(), guest::Error> {
+        spend(&self.left)?;
+        self.world.memory.set_entry(table, slot, entry);
+        Ok(())
+    }
+
+    fn vacant(&self, frames: &[Gfn]) -> std::result::Result<Vec<bool>, guest::Error> {
+        let memory = &self.world.memory;
+        Ok(frames.iter().map(|&f| !memory.has(f.into())).collect())
+    }
+
+    fn populate(&self, frames: &[Gfn]) -> std::result::Result<(), guest::Error> {
+        frames.iter().for_each(|&f| self.world.memory.add(f.into()));
+        Ok(())
+    }
+}

@@ -1,0 +1,200 @@
+//! What a run leaves in the mock guest when it is ended at any of its writes, and what `recover` makes of it.
+
+use locus_guest::addr::Gva;
+use locus_kernel::fixture::TEXT;
+
+use super::*;
+use crate::apply::mock::options;
+use crate::error::ExitCode;
+use crate::machine::mock::{payload, Guest, A, B, C, FUNCTIONS};
+use crate::plan::Mode;
+use crate::x86;
+
+impl Guest {
+    /// Settles what is left, which must be found to be so, and leaves nothing to do.
+    fn recover(&self, expected: Finding) {
+        let kernel = self.kernel();
+        let intent = self.intent.take();
+        let find =
+            |intent: Option<&Intent>| of_guest(self, &kernel, intent, &options(false)).unwrap();
+        let found = find(intent.as_ref());
+        assert_eq!(found.result, expected, "{found}");
+        assert_eq!(find(None).result, Finding::NothingToDo);
+        self.is_as_recorded();
+    }
+}
+
+#[test]
+fn a_name_that_is_in_force_is_none_of_those_that_are_not() {
+    let guest = Guest::new();
+    guest.applied(&payload("fix", &[A]));
+    guest.applied(&payload("other", &[C]));
+    guest.revert("fix").unwrap();
+    guest.revert("other").unwrap();
+    let mut second = payload("fix", &[A, B]);
+    second.sha256 = [2; 32];
+    guest.applied(&second);
+    let found = of_guest(&guest, &guest.kernel(), None, &options(false)).unwrap();
+    assert_eq!(found.parked, ["other"]);
+}
+
+/// What `status` shows, and whose version of each function runs.
+type Shown = (Vec<&'static str>, [&'static str; 3]);
+
+/// Carries out `action` on a guest with two patches on each other, ended before its first write, before
+/// its second, and so on: the guest shows `new` or what it showed before, and the next run goes on
+/// from there; or, if the action was ended between its `texts` writes to text or while the payload
+/// `enters` the guest's modules, it is called uncertain until it is taken back by its journal.
+fn ended_at_any_write(
+    action: fn(&Guest) -> Result<apply::Report>,
+    new: &Shown,
+    (texts, enters): (u32, bool),
+) {
+    let old: Shown = (vec!["one", "two"], ["two", "two", ""]);
+    let (mut olds, mut news, mut uncertain, mut entering) = (0, 0, 0, 0);
+    for writes in 0.. {
+        let guest = Guest::new();
+        guest.applied(&payload("one", &[A]));
+        guest.applied(&payload("two", &[A, B]));
+        guest.left.set(writes);
+        let finished = action(&guest).is_ok();
+        // The directory is written last, and what it would say stands in the text.
+        let whole = guest.left.replace(u32::MAX) > 0;
+        let runs = guest.runs();
+        match guest.status() {
+            Err(error) if error.class() == Class::Uncertain => {
+                let said = error.to_string();
+                assert!(said.contains("neither wholly"), "{said}");
+                assert!(!finished);
+                if said.contains("among the guest's modules") {
+                    assert_eq!(runs, old.1);
+                    entering += 1;
+                } else {
+                    assert!(runs != old.1 && runs != new.1, "{writes}: {runs:?}");
+                    uncertain += 1;
+                }
+                guest.recover(Finding::Undone);
+                assert_eq!(guest.runs(), old.1);
+            }
+            found if runs == old.1 => {
+                assert_eq!(found.unwrap(), old.0, "after {writes} writes");
+                assert!(!finished);
+                if guest.intent.borrow().is_some() {
+                    guest.recover(Finding::Undone);
+                }
+                olds += 1;
+            }
+            found => {
+                assert_eq!(found.unwrap(), new.0, "after {writes} writes");
+                assert_eq!(runs, new.1, "after {writes} writes");
+                assert_eq!(guest.intent.borrow().is_some(), !finished);
+                if !finished {
+                    guest.recover(Finding::Finished);
+                }
+                news += 1;
+            }
+        }
+        guest.applied(&payload("more", &[B]));
+        assert_eq!(guest.runs()[B], "more");
+        for (_, result) in guest.revert_all(false) {
+            result.unwrap();
+        }
+        assert_eq!(guest.runs(), ["", "", ""]);
+        if finished && whole {
+            break;
+        }
+    }
+    assert_eq!(uncertain, texts - 1);
+    // Links in two lists, two trees and two bounds of it, at least.
+    assert!(enters == (entering > 8), "{entering}");
+    // Before the text, and after it, something is written to the arena.
+    assert!(olds > 1 && news > 1, "{olds} {news}");
+}
+
+#[test]
+fn a_run_that_is_ended_at_any_write_leaves_the_old_or_the_new_or_says_so() {
+    let replacing = |guest: &Guest| guest.apply(&payload("all", &[A, C]), Mode::Replace);
+    let new = (vec!["all"], ["all", "", "all"]);
+    ended_at_any_write(replacing, &new, (3, true));
+    let stacking = |guest: &Guest| guest.apply(&payload("three", &[A, C]), Mode::Apply);
+    let new = (vec!["one", "two", "three"], ["three", "two", "three"]);
+    ended_at_any_write(stacking, &new, (2, true));
+    let reverting = |guest: &Guest| guest.revert("two");
+    ended_at_any_write(reverting, &(vec!["one"], ["one", "", ""]), (2, false));
+}
+
+#[test]
+fn a_first_run_that_is_ended_at_any_write_is_in_nobodys_way() {
+    let one = payload("one", &[A]);
+    for writes in 0.. {
+        let guest = Guest::new();
+        guest.left.set(writes);
+        let finished = guest.apply(&one, Mode::Apply).is_ok();
+        let whole = guest.left.replace(u32::MAX) > 0;
+        let kernel = guest.kernel();
+        let intent = guest.intent.take();
+        let found = of_guest(&guest, &kernel, intent.as_ref(), &options(false)).unwrap();
+        let applied = guest.runs()[A] == "one";
+        assert_eq!(
+            guest.status().unwrap().len(),
+            usize::from(applied),
+            "{found}"
+        );
+        assert!(applied || !finished);
+        guest.apply(&one, Mode::Apply).unwrap();
+        assert_eq!(guest.runs(), ["one", "", ""]);
+        if finished && whole {
+            break;
+        }
+    }
+}
+
+#[test]
+fn a_gate_that_still_stands_is_taken_down_by_the_journal() {
+    let guest = Guest::new();
+    guest.applied(&payload("one", &[B]));
+    let at = FUNCTIONS[A].1 + 5;
+    let old: [u8; 5] = guest.peek(at);
+    let jump = x86::jump(Gva(at), Gva(FUNCTIONS[C].1)).unwrap();
+    let change = Change {
+        build_id: guest
+            .kernel()
+            .build_id
+            .as_deref()
+            .map(hex::encode)
+            .unwrap_or_default(),
+        text_base: TEXT.0,
+        patch: "one".into(),
+        sha256: String::new(),
+        record: String::new(),
+        op: Op::Nudge,
+        writes: vec![Write {
+            at: Gva(at),
+            expect: old.to_vec(),
+            new: jump.to_vec(),
+        }],
+        watched: Vec::new(),
+    };
+    // Before it stood, while it stood, and torn.
+    for standing in [old, jump, [jump[0], jump[1], jump[2], old[3], old[4]]] {
+        guest.poke(at, &standing);
+        guest.begin(&change).unwrap();
+        guest.recover(Finding::Undone);
+        assert_eq!(guest.peek::<5>(at), old);
+        assert_eq!(guest.runs(), ["", "one", ""]);
+    }
+    // Of a kernel that started anew elsewhere nothing stands.
+    let moved = Change {
+        text_base: TEXT.0 + 0x20_0000,
+        ..change.clone()
+    };
+    guest.begin(&moved).unwrap();
+    guest.recover(Finding::Gone);
+    // What is somebody else's stays.
+    guest.poke(at, &[0xcc; 5]);
+    guest.begin(&change).unwrap();
+    let intent = guest.intent.take();
+    let error = of_guest(&guest, &guest.kernel(), intent.as_ref(), &options(false));
+    assert_eq!(error.unwrap_err().exit_code(), ExitCode::Uncertain);
+    assert_eq!(guest.peek::<5>(at), [0xcc; 5]);
+}
