@@ -1,10 +1,8 @@
-//! A gate: code in the arena that one of the guest's functions passes on its way in, and that does
-//! something once.
+//! The gate: code in the arena that one of the guest's functions runs through at its entry, and that does something once.
 //!
-//! The gate here wakes threads as a signal would, the way the kernel's livepatch does for those who sleep in
-//! a function that is to be replaced (kernel/livepatch/transition.c: `klp_send_signals`). It stands at the
-//! entry of the timer interrupt's handler: interrupts are off there, no lock is held, RCU watches, and timers
-//! wake threads from there all the time.
+//! It wakes threads as a signal would, as the kernel's own livepatch does for threads that sleep in a function that is to be
+//! replaced (kernel/livepatch/transition.c: `klp_send_signals`). It is at the entry of the timer interrupt's handler:
+//! interrupts are off there, no lock is held, RCU watches, and timers wake threads from there all the time.
 
 use iced_x86::code_asm::{
     dword_ptr, eax, ecx, edi, esi, r10, r11, r12, r12d, r8, r9, rax, rbx, rcx, rdi, rdx, rsi,
@@ -13,33 +11,34 @@ use iced_x86::code_asm::{
 use iced_x86::{Decoder, DecoderOptions, FlowControl, IcedError};
 use locus_guest::addr::Gva;
 use locus_guest::fetch;
+use locus_kernel::btf::prototype::{Prototype, Type};
+use locus_kernel::btf::{Btf, Kind};
 use locus_kernel::Kernel;
 
 use crate::error::{Error, Result};
 use crate::link::fixups::moved::moved;
-use crate::x86;
-use crate::x86::JUMP;
+use crate::x86::{self, JUMP};
 
-/// The function whose callers pass the gate (kernel/time/hrtimer.c).
+/// The function at whose entry the gate is (kernel/time/hrtimer.c).
 pub const FUNCTION: &str = "hrtimer_interrupt";
-/// Most threads woken at once: the interrupt is not to take long.
+/// Most threads that are woken at once, because the interrupt must not take long.
 pub const THREADS_MAX: usize = 128;
-/// Where the threads stand, from the start of the data.
+/// Offset of the threads in the data, in bytes.
 const THREADS: usize = 16;
-/// Length of one, in bytes.
+/// Length of one of them, in bytes.
 const THREAD: i32 = 16;
-/// Where it stands how many were woken.
+/// Offset of the count of threads that were woken, in bytes.
 const WOKEN: usize = 8;
 
-/// How far the gate is; the first word of its data.
+/// What the gate does; the first word of its data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum State {
-    /// Who passes wakes the threads.
+    /// The next CPU that comes wakes the threads.
     Armed = 1,
-    /// Somebody does.
+    /// A CPU does so now.
     Busy = 2,
-    /// They are woken.
+    /// All were tried.
     Done = 3,
 }
 
@@ -48,19 +47,18 @@ pub enum State {
 pub struct Thread {
     /// Its id.
     pub pid: u32,
-    /// Its `task_struct`: if another has the id by then, it is left alone.
+    /// Address of its `task_struct`: if another thread has the id by then, that one is left alone.
     pub task: Gva,
 }
 
 /// What the gate calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Calls {
-    /// `find_task_by_pid_ns`; its callers must keep RCU from ending a grace period, as one does whose
-    /// interrupts are off.
+    /// `find_task_by_pid_ns`. Its callers must keep RCU from ending a grace period. With interrupts off they do.
     find: Gva,
     /// `init_pid_ns`.
     ids: Gva,
-    /// `signal_wake_up_state`: sets `TIF_SIGPENDING` and wakes who sleeps interruptibly.
+    /// `signal_wake_up_state`: sets `TIF_SIGPENDING` and wakes a thread whose sleep is interruptible.
     wake: Gva,
 }
 
@@ -68,55 +66,55 @@ impl Calls {
     /// Those of `kernel`.
     ///
     /// # Errors
-    /// It has none, or of another type.
+    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): the kernel lacks one of them, or its type is another.
     pub fn of(kernel: &Kernel<'_>) -> Result<Calls> {
+        let task = || Type::pointer_to_struct("task_struct");
+        let named = |kind, name: &str| Type::Named(kind, name.to_owned());
+        let find = Prototype {
+            returns: task(),
+            parameters: vec![
+                named(Kind::Typedef, "pid_t"),
+                Type::pointer_to_struct("pid_namespace"),
+            ],
+        };
+        let wake = Prototype {
+            returns: Type::Void,
+            parameters: vec![task(), named(Kind::Int, "unsigned int")],
+        };
+        check_type(kernel.btf()?, "find_task_by_pid_ns", &find)?;
+        check_type(kernel.btf()?, "signal_wake_up_state", &wake)?;
         Ok(Calls {
-            find: function(
-                kernel,
-                "find_task_by_pid_ns",
-                "struct task_struct *",
-                &["pid_t", "struct pid_namespace *"],
-            )?,
+            find: kernel.function("find_task_by_pid_ns", 0)?,
             ids: kernel.symbols.need("init_pid_ns")?,
-            wake: function(
-                kernel,
-                "signal_wake_up_state",
-                "void",
-                &["struct task_struct *", "unsigned int"],
-            )?,
+            wake: kernel.function("signal_wake_up_state", 0)?,
         })
     }
 }
 
-/// The address of a function of this type.
-fn function(kernel: &Kernel<'_>, name: &str, result: &str, parameters: &[&str]) -> Result<Gva> {
-    let of_type = |text: &str| {
-        let (head, tail) = text.split_once('(')?;
-        let (own, _) = tail.split_once(')')?;
-        let own = own.split(',').map(|p| {
-            let end = p.trim_end_matches(|c: char| c.is_alphanumeric() || c == '_');
-            end.trim()
-        });
-        Some(head.strip_suffix(name)?.trim() == result && own.eq(parameters.iter().copied()))
-    };
-    let found = kernel.btf()?.describe(name);
-    let mut functions = found.iter().filter(|d| d.kind == "function");
-    match (functions.next(), functions.next()) {
-        (Some(one), None) if of_type(one.text.trim()) == Some(true) => {
-            Ok(kernel.function(name, 0)?)
-        }
-        (one, _) => Err(Error::not_applicable(format!(
-            "this kernel's {name} is not called as `{result} {name}({})`: {}",
-            parameters.join(", "),
-            one.map_or("BTF has no such function", |d| d.text.trim())
-        ))),
+/// Refuses a function that is not called as `expected`.
+fn check_type(btf: &Btf, name: &str, expected: &Prototype) -> Result<()> {
+    let found = btf.prototype(name)?;
+    if found == *expected {
+        return Ok(());
     }
+    Err(Error::not_applicable(format!(
+        "{name}() of this kernel has an unexpected type: expected `{expected}`, found `{found}`"
+    )))
 }
 
-/// The data of a gate that wakes `threads`, armed.
-#[must_use]
-pub fn data(threads: &[Thread]) -> Vec<u8> {
-    let count = u32::try_from(threads.len()).unwrap_or(0);
+/// The data of a gate that wakes `threads`. It is armed.
+///
+/// # Errors
+/// [`Class::Failed`](crate::error::Class::Failed): there are more than [`THREADS_MAX`].
+pub fn data(threads: &[Thread]) -> Result<Vec<u8>> {
+    let count = u32::try_from(threads.len()).ok();
+    let count = count.filter(|_| threads.len() <= THREADS_MAX);
+    let count = count.ok_or_else(|| {
+        let found = threads.len();
+        Error::failed(format!(
+            "{found} threads to be woken; expected at most {THREADS_MAX}"
+        ))
+    })?;
     let mut bytes = Vec::new();
     for word in [State::Armed as u32, count, 0, 0] {
         bytes.extend(word.to_le_bytes());
@@ -125,20 +123,20 @@ pub fn data(threads: &[Thread]) -> Vec<u8> {
         bytes.extend(u64::from(thread.pid).to_le_bytes());
         bytes.extend(thread.task.0.to_le_bytes());
     }
-    bytes
+    Ok(bytes)
 }
 
-/// How many threads were woken, once all have been tried.
+/// How many threads were woken. `None` until all have been tried.
 #[must_use]
 pub fn woken(data: &[u8]) -> Option<u32> {
     let done = fetch::u32(data, 0)? == State::Done as u32;
     fetch::u32(data, WOKEN).filter(|_| done)
 }
 
-/// How many bytes of `code` at `at` a redirect displaces: whole instructions, which do the same elsewhere.
+/// How many bytes of `code` at `at` a redirect displaces: whole instructions that do the same anywhere.
 ///
 /// # Errors
-/// One of them leads away, or is none.
+/// A sentence: one of them branches, or is no instruction.
 pub fn displaced(code: &[u8], at: Gva) -> std::result::Result<usize, String> {
     let mut len = 0;
     for i in Decoder::with_ip(64, code, at.0, DecoderOptions::NONE).iter() {
@@ -160,11 +158,11 @@ pub fn displaced(code: &[u8], at: Gva) -> std::result::Result<usize, String> {
     Err(format!("{len} bytes of code at {at}"))
 }
 
-/// The gate's code for the place `at`, its data at `data`; `displaced`, from `from`, are the instructions whose
-/// place the redirect takes.
+/// The gate's code for the address `at`, with its data at `data`. `displaced` are the instructions at `from` that the
+/// redirect overwrites.
 ///
 /// # Errors
-/// Something is out of reach.
+/// [`Class::Failed`](crate::error::Class::Failed): something is out of reach.
 pub fn code(at: Gva, data: Gva, calls: Calls, displaced: &[u8], from: Gva) -> Result<Vec<u8>> {
     let odd = |why: String| Error::failed(format!("the gate can't be made: {why}"));
     let mut code = body(at, data, calls).map_err(|e| odd(e.to_string()))?;
@@ -177,9 +175,9 @@ pub fn code(at: Gva, data: Gva, calls: Calls, displaced: &[u8], from: Gva) -> Re
     Ok(code)
 }
 
-/// All up to the displaced instructions.
+/// The code up to the displaced instructions.
 fn body(at: Gva, data: Gva, calls: Calls) -> std::result::Result<Vec<u8>, IcedError> {
-    // What the kernel's functions may change of what the interrupted function still needs.
+    // Registers that the kernel's functions may change and the interrupted function still needs.
     let kept = [rax, rcx, rdx, rsi, rdi, r8, r9, r10, r11, rbx, r12];
     let word = |offset: usize| data.plus(offset as u64).0;
     let mut a = CodeAssembler::new(64)?;
@@ -190,7 +188,7 @@ fn body(at: Gva, data: Gva, calls: Calls) -> std::result::Result<Vec<u8>, IcedEr
     for register in kept {
         a.push(register)?;
     }
-    // One CPU alone.
+    // Only one CPU goes on.
     a.mov(eax, State::Armed as u32)?;
     a.mov(ecx, State::Busy as u32)?;
     a.lock().cmpxchg(dword_ptr(word(0)), ecx)?;
@@ -204,7 +202,7 @@ fn body(at: Gva, data: Gva, calls: Calls) -> std::result::Result<Vec<u8>, IcedEr
     a.mov(edi, dword_ptr(rbx))?;
     a.mov(rsi, calls.ids.0.cast_signed())?;
     a.call(calls.find.0)?;
-    // An id that nobody has gives null, which is no thread's address.
+    // An id that no thread has gives null, which is no thread's address.
     a.cmp(rax, iced_x86::code_asm::qword_ptr(rbx + 8))?;
     a.jne(next)?;
     a.mov(rdi, rax)?;
@@ -228,7 +226,9 @@ fn body(at: Gva, data: Gva, calls: Calls) -> std::result::Result<Vec<u8>, IcedEr
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Class;
     use iced_x86::{Code, Mnemonic};
+    use locus_kernel::btf::blob::Blob;
 
     const AT: Gva = Gva(0xffff_ffff_ff60_2010);
     const DATA: Gva = Gva(0xffff_ffff_ff60_3000);
@@ -245,6 +245,38 @@ mod tests {
         Decoder::with_ip(64, code, AT.0, DecoderOptions::NONE)
             .iter()
             .collect()
+    }
+
+    /// A kernel's types in which `wake` has these parameters: `signal_wake_up_state(task, NAME)`.
+    fn types(wake: &str) -> Btf {
+        let mut b = Blob::new();
+        let int = b.int("int", 4);
+        let own = b.int(wake, 4);
+        let task = b.structure("task_struct", 4, &[("pid", int, 0)]);
+        let task = b.refer("", Kind::Ptr, task);
+        let wake = b.proto(0, &[("t", task), ("state", own)]);
+        b.refer("signal_wake_up_state", Kind::Func, wake);
+        Btf::new(b.bytes()).unwrap()
+    }
+
+    #[test]
+    fn a_function_of_another_type_is_not_called() {
+        let expected = Prototype {
+            returns: Type::Void,
+            parameters: vec![
+                Type::pointer_to_struct("task_struct"),
+                Type::Named(Kind::Int, "unsigned int".into()),
+            ],
+        };
+        let check = |btf: &Btf, name: &str| check_type(btf, name, &expected);
+        check(&types("unsigned int"), "signal_wake_up_state").unwrap();
+        let error = check(&types("bool"), "signal_wake_up_state").unwrap_err();
+        assert_eq!(error.class(), Class::NotApplicable);
+        let said = error.to_string();
+        let words = "expected `void (struct task_struct *, unsigned int)`, found `void (struct task_struct *, bool)`";
+        assert!(said.contains(words), "{said}");
+        let error = check(&types("unsigned int"), "signal_wake_up").unwrap_err();
+        assert_eq!(error.class(), Class::NotApplicable);
     }
 
     #[test]
@@ -305,7 +337,8 @@ mod tests {
             pid: 77,
             task: Gva(0xffff_8880_0000_1000),
         };
-        let mut bytes = data(&[thread; THREADS_MAX]);
+        data(&[thread; THREADS_MAX + 1]).unwrap_err();
+        let mut bytes = data(&[thread; THREADS_MAX]).unwrap();
         assert_eq!(bytes.len(), THREADS + THREADS_MAX * 16);
         assert!(bytes.len() <= locus_guest::addr::PAGE_LEN);
         assert_eq!(woken(&bytes), None);

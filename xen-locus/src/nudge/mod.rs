@@ -1,9 +1,9 @@
-//! Wakes those who sleep in a function that is to be replaced, as a signal would that is none: they leave
-//! their system call, and restart it.
+//! Wakes threads that sleep in a function that is to be replaced, by a fake signal: nothing is delivered, but they leave their
+//! system call and restart it.
 //!
-//! The guest's kernel does it, on its next timer interrupt, whose handler is redirected for that long through
-//! code in the arena ([`gate`]). Both writes are made as a patch's are: journalled, guarded, in a pause, when
-//! nobody stands there.
+//! The guest's kernel does this itself, in its next timer interrupt. Until then the interrupt's handler is redirected through
+//! code in the arena ([`gate`]). Both writes are made as those of a patch: in the journal, guarded, in a pause, while no thread
+//! is at the bytes that are written.
 
 pub mod gate;
 
@@ -17,8 +17,7 @@ use locus_kernel::{tasks, Kernel};
 use self::gate::{Calls, Thread, FUNCTION, THREADS_MAX};
 use crate::apply::{self, Done, Options, Outcome, Report};
 use crate::arena::{self, Arena, Rights};
-use crate::blocker::Blocker;
-use crate::blocker::Reason;
+use crate::blocker::{Blocker, Reason};
 use crate::error::{Class, Error, Result};
 use crate::machine::Machine;
 use crate::plan::{self, Plan, Stack};
@@ -27,33 +26,32 @@ use crate::storage::journal::{self, Change, Op};
 use crate::target::redirect;
 use crate::target::symbols::Owner;
 use crate::write::Write;
-use crate::x86;
-use crate::x86::JUMP;
+use crate::x86::{self, JUMP};
 
-/// How long the guest may take until a timer interrupt comes: an idle one has some every second.
+/// Longest wait for a timer interrupt in the guest. An idle guest has several every second.
 const TICK: Duration = Duration::from_secs(5);
-/// Where the gate's code stands in its page: its first byte is no place that nobody may be at (see
-/// [`Watch::hit`]), and that of the page is not part of it.
-const INTO: u64 = 16;
-/// Fills the page before it.
+/// Offset of the gate's code in its page, in bytes. The first byte of a watched range may be a return address that is not in it
+/// (see [`Watch::hit`]), so the code does not begin where its page does.
+const INTO: usize = 16;
+/// Fills the page in front of the code.
 const INT3: u8 = 0xcc;
 
-/// What came of it.
+/// What a nudge found and did.
 #[derive(Clone, Debug)]
 pub struct Nudged {
-    /// Who sleeps there.
+    /// The threads that sleep there.
     pub asleep: Vec<Blocker>,
-    /// How many of them were woken.
+    /// How many of these threads were woken.
     pub woken: u32,
-    /// For the audit log.
+    /// The report for the audit log.
     pub report: Report,
 }
 
-/// Wakes the threads that sleep in one of the ranges of `watch`, for the sake of `patch`. Kernel threads are
-/// left alone.
+/// Wakes the user threads that sleep in one of the ranges of `watch`, so that `patch` can be applied or reverted.
 ///
 /// # Errors
-/// As [`apply::apply`]; [`Class::TryAgain`](crate::error::Class::TryAgain) when the guest handled no timer interrupt in time.
+/// As [`apply::apply`]. [`Class::TryAgain`]: the guest handled no timer interrupt in time. [`Class::NotApplicable`]: its kernel
+/// lacks what the gate calls.
 pub fn nudge(
     machine: &dyn Machine,
     kernel: &Kernel<'_>,
@@ -87,7 +85,7 @@ pub fn nudge(
     Ok(nudged(asleep, woken, Outcome::Nudged, done))
 }
 
-/// The user threads among `asleep`, at most as many as are woken at once.
+/// The user threads among `asleep`, at most [`THREADS_MAX`].
 fn threads(kernel: &Kernel<'_>, asleep: &[Blocker]) -> Result<Vec<Thread>> {
     let ids: HashSet<u32> = asleep.iter().map(|b| b.pid).collect();
     let memory = kernel.btf()?.offset_of("task_struct", "mm")?;
@@ -107,9 +105,9 @@ fn threads(kernel: &Kernel<'_>, asleep: &[Blocker]) -> Result<Vec<Thread>> {
     Ok(threads)
 }
 
-/// A gate that is ready to be put up.
+/// A gate that is ready to be put in place.
 struct Gate {
-    /// First of its two arena pages.
+    /// Number of the first of its two arena pages.
     first: usize,
     code: Vec<u8>,
     data: Vec<u8>,
@@ -135,11 +133,12 @@ impl Gate {
                 "{FUNCTION}, by which threads are woken, can't be entered: {why}"
             ))
         })?;
-        let displaced = code.get(..len).unwrap_or_default();
+        let cut = || Error::failed(format!("the code of {FUNCTION} is cut short"));
+        let displaced = code.get(..len).ok_or_else(cut)?;
         let first = arena.find_room(kernel.kind, &[Rights::Text, Rights::Data])?;
         let (text, data) = (arena::page_address(first), arena::page_address(first + 1));
-        let at = text.plus(INTO);
-        let mut page = vec![INT3; usize::try_from(INTO).unwrap_or(0)];
+        let at = text.plus(INTO as u64);
+        let mut page = vec![INT3; INTO];
         page.extend(gate::code(
             at,
             data,
@@ -174,13 +173,13 @@ impl Gate {
         Ok(Gate {
             first,
             code: page,
-            data: gate::data(threads),
+            data: gate::data(threads)?,
             up: plan(write, vec![redirect()]),
             down: plan(back, vec![redirect(), own]),
         })
     }
 
-    /// What is written to the journal: who finds it there takes the gate down.
+    /// What the journal says while the gate is in place. `recover` takes the gate down by it.
     fn change(&self, kernel: &Kernel<'_>) -> Change {
         let ranges = self
             .down
@@ -207,7 +206,7 @@ impl Gate {
         }
     }
 
-    /// Puts it up, waits until somebody passed it, and takes it down; says how many threads were woken.
+    /// Puts the gate in place, waits until a CPU has run through it, and takes it down. Returns how many threads were woken.
     fn pass(
         &self,
         machine: &dyn Machine,
@@ -233,7 +232,7 @@ impl Gate {
             }
             woken = gate::woken(&seen);
         }
-        // Whoever asks to stop now has to wait for this.
+        // Taking it down is not interrupted.
         let patient = Options {
             interrupted: std::sync::Arc::default(),
             ..options.clone()
@@ -241,7 +240,7 @@ impl Gate {
         let down = apply::execute(machine, kernel, &self.down, &patient).map_err(|error| {
             Error::uncertain(format!(
                 "threads were woken through {FUNCTION}, which still leads through the arena: {error}. The \
-                 guest runs well with that; run `xen-locus recover`"
+                 guest can run with that; run `xen-locus recover`"
             ))
         })?;
         let done = Done {
@@ -250,7 +249,7 @@ impl Gate {
         };
         let woken = woken.ok_or_else(|| {
             Error::try_again(format!(
-                "{}: the guest handled no timer interrupt in {} s; nobody was woken, and nothing is changed",
+                "{}: the guest handled no timer interrupt in {} s; no thread was woken, and nothing is changed",
                 self.up.patch,
                 TICK.as_secs()
             ))
@@ -258,3 +257,6 @@ impl Gate {
         Ok((woken, done))
     }
 }
+
+#[cfg(test)]
+mod tests;
