@@ -1,8 +1,8 @@
-//! Finds out how a run ended that nobody saw end, and settles what it left.
+//! Finds out how a run ended that died, and finishes or undoes what it left.
 //!
-//! Three things speak of such a run: the file of its guardian, which says whether the guest is held
-//! ([`crate::guard`]); its journal, which says what it was about ([`crate::storage::journal`]); and the guest's own
-//! memory, which shows what took place. The last decides. All is done under the guest's lock.
+//! Three sources tell of such a run. The file of its guardian says whether the guest is paused ([`crate::guard`]). Its journal
+//! says what it was about to do ([`crate::storage::journal`]). The guest's own memory shows what took place, and decides. The
+//! caller holds the guest's lock.
 
 use std::fs::{self, File, TryLockError};
 use std::path::Path;
@@ -20,17 +20,16 @@ use crate::domain::Domain;
 use crate::error::{Class, Error, Result};
 use crate::guard::finish_or_undo::{finish_or_undo, Counter as _, Outcome};
 use crate::guard::{self, Places, Task};
-use crate::machine;
-use crate::machine::Machine;
+use crate::machine::{self, Machine};
 use crate::plan::{self, Plan, Stack};
 use crate::quiesce::{Watch, Watched};
 use crate::storage::journal::{Change, Intent, Journal, Op};
 use crate::write::Write;
 
-/// How long the guardian of a run that died may take.
+/// Longest wait for the guardian of a run that died.
 const GUARDIAN: Duration = Duration::from_secs(5);
 
-/// How a guest stands.
+/// What became of the run's change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Finding {
@@ -47,7 +46,7 @@ pub enum Finding {
 }
 
 impl Finding {
-    /// In one word or two.
+    /// Its name for people.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -66,16 +65,16 @@ impl std::fmt::Display for Finding {
     }
 }
 
-/// What was found of a guest, and done.
+/// What was found in a guest, and done.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// How it stands now.
+    /// What became of the change.
     pub result: Finding,
     /// The patch that the run was about.
     pub patch: Option<String>,
-    /// What it was doing with it.
+    /// What the run was doing with the patch.
     pub op: Option<Op>,
-    /// In words.
+    /// Details in words; may be empty.
     pub detail: String,
     /// SHA-256 of the patch's file, in hex; for the audit log.
     #[serde(skip)]
@@ -116,20 +115,19 @@ impl std::fmt::Display for Report {
     }
 }
 
-/// Whether anything outside of the guest's memory speaks of a run that is not known to have ended. The
-/// caller has the guest's lock.
+/// Whether a journal or a guard's file tells of a run that is not known to have ended. The caller holds the guest's lock.
 ///
 /// # Errors
-/// The folders can't be read.
+/// [`Class::Failed`]: the folders can't be read.
 pub fn is_due(uuid: &str) -> Result<bool> {
     Ok(Journal::new(uuid).exists() || !guard::files(Some(uuid))?.is_empty())
 }
 
-/// Settles what runs on `domain` left. The caller has the guest's lock, records what came of it, and then
-/// removes the journal: all that it says is settled or, of a guest that started anew, void.
+/// Finishes or undoes what runs on `domain` left. The caller holds the guest's lock. It logs the report and then removes the
+/// journal: what that said is done, or void because the guest rebooted.
 ///
 /// # Errors
-/// [`Class::Uncertain`](crate::error::Class::Uncertain): the guest can't be brought to a known state; what it is about can't be read.
+/// [`Class::Uncertain`]: the guest can't be brought to a known state. Or the guest or the files can't be read.
 pub fn recover(domain: &Domain<'_>, options: &Options) -> Result<Report> {
     let begun = fault::point("recover");
     begun.map_err(|e| Error::failed(format!("{}: {e}", domain.label())))?;
@@ -166,11 +164,11 @@ pub fn recover(domain: &Domain<'_>, options: &Options) -> Result<Report> {
     Ok(report)
 }
 
-/// Settles what the guardian's file at `path` says, unless the run that made it is alive. `None` if it is,
-/// or was ended well.
+/// Finishes or undoes what the guardian's file at `path` tells of, and removes the file. `None` if the run is alive or ended
+/// normally.
 ///
 /// # Errors
-/// Its guardian doesn't end; the file can't be read; the guest's memory can't be mapped.
+/// [`Class::TryAgain`]: its guardian does not end. [`Class::Failed`]: the file can't be read, or memory can't be mapped.
 fn of_dead(control: &Control, path: &Path) -> Result<Option<Outcome>> {
     let began = Instant::now();
     let odd = |e: std::io::Error| Error::failed(format!("cannot use {}: {e}", path.display()));
@@ -184,7 +182,7 @@ fn of_dead(control: &Control, path: &Path) -> Result<Option<Outcome>> {
         match file.try_lock() {
             Ok(()) => break,
             Err(TryLockError::Error(e)) => return Err(odd(e)),
-            // It only looks, and does so without the guest's lock.
+            // The run is alive: it only looks, which needs no lock of the guest.
             Err(TryLockError::WouldBlock) if task.spots.is_empty() => return Ok(None),
             Err(TryLockError::WouldBlock) if began.elapsed() > GUARDIAN => {
                 return Err(Error::try_again(format!(
@@ -197,11 +195,12 @@ fn of_dead(control: &Control, path: &Path) -> Result<Option<Outcome>> {
         }
     }
     if !path.exists() {
-        // It ended well meanwhile.
+        // It ended normally meanwhile.
         return Ok(None);
     }
     let page = SharedPage::open(&file)?;
     let outcome = match page.step() {
+        // Without an outcome the guardian had nothing to do.
         Some(PauseStep::Idle) => Outcome::of(page.outcome()).unwrap_or(Outcome::Running),
         _ => as_guardian(control, &task, &page)?,
     };
@@ -209,10 +208,10 @@ fn of_dead(control: &Control, path: &Path) -> Result<Option<Outcome>> {
     Ok(Some(outcome))
 }
 
-/// Does what a guardian would have done that died with its run.
+/// Does what the guardian would have done, if it died with its run.
 fn as_guardian(control: &Control, task: &Task, page: &SharedPage) -> Result<Outcome> {
     let counter = (control, task.domain());
-    let Some(standing) = counter.pause_state()? else {
+    let Some(found) = counter.pause_state()? else {
         return Ok(Outcome::Gone);
     };
     let info = control.domain(task.domain())?;
@@ -221,10 +220,10 @@ fn as_guardian(control: &Control, task: &Task, page: &SharedPage) -> Result<Outc
     }
     let foreign = ForeignMemory::open(task.domain())?;
     let places = Places::map(&foreign, &task.spots)?;
-    Ok(finish_or_undo(page, &counter, standing.uuid, &places))
+    Ok(finish_or_undo(page, &counter, found.uuid, &places))
 }
 
-/// Finds out by the guest's memory what became of `intent`, and makes its directory say so.
+/// Finds out from the guest's memory what became of `intent`, and writes that to the arena's directory.
 pub(crate) fn of_guest(
     machine: &dyn Machine,
     kernel: &Kernel<'_>,
@@ -238,26 +237,15 @@ pub(crate) fn of_guest(
         .unwrap_or_default();
     let same = |c: &Change| c.build_id == build_id && c.text_base == kernel.text_base.0;
     if intent.is_some_and(|i| !same(&i.change)) {
-        let why =
-            "the guest has another kernel now, or at another place: it started anew".to_owned();
+        let why = "the guest has another kernel now, or at another place: it rebooted".to_owned();
         return Ok(Report::new(Finding::Gone, intent, why));
     }
     if let Some(intent) = intent.filter(|i| i.change.op == Op::Nudge) {
         roll_back(machine, kernel, &intent.change, options)?;
         return Ok(Report::new(Finding::Undone, Some(intent), String::new()));
     }
-    let mut detail = String::new();
     let mut arena = Arena::read(kernel)?;
-    if let Err(error) = plan::residents(kernel, &arena) {
-        let Some(intent) = intent.filter(|_| error.class() == Class::Uncertain) else {
-            return Err(error);
-        };
-        roll_back(machine, kernel, &intent.change, options).map_err(|e| match e {
-            e if e.class() == Class::TryAgain => e,
-            e => Error::uncertain(format!("{error}; it could not be taken back: {e}")),
-        })?;
-        detail = "what it had written is put back by the journal".to_owned();
-    }
+    let detail = take_back_torn(machine, kernel, &arena, intent, options)?;
     let before: Vec<State> = arena.directory.slots.iter().map(|s| s.state).collect();
     let residents = plan::resolve_interrupted(kernel, &mut arena)?;
     let left = under_way(&before, &residents);
@@ -266,11 +254,6 @@ pub(crate) fn of_guest(
         arena.commit(machine, kernel, slots)?;
     }
     let stack = Stack::new(&residents);
-    // An earlier version of what is in force may be parked.
-    let in_force = |name: &str| stack.applied().iter().any(|r| r.record.name == name);
-    let parked = residents.iter().filter(|r| r.slot.state == State::Parked);
-    let parked = parked.map(|r| r.record.name.clone());
-    let parked = parked.filter(|name| !in_force(name)).collect();
     let report = match (intent, left) {
         (Some(intent), _) => {
             let change = &intent.change;
@@ -299,10 +282,41 @@ pub(crate) fn of_guest(
         },
         (None, None) => Report::new(Finding::NothingToDo, None, detail),
     };
+    let parked = parked(&residents, &stack);
     Ok(Report { parked, ..report })
 }
 
-/// The change that the directory shows as under way: of which patch, what, and whether it took place.
+/// If a change took place in part, puts back what it had written, by the journal's `intent`, and says so.
+fn take_back_torn(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    arena: &Arena,
+    intent: Option<&Intent>,
+    options: &Options,
+) -> Result<String> {
+    let Err(error) = plan::residents(kernel, arena) else {
+        return Ok(String::new());
+    };
+    let Some(intent) = intent.filter(|_| error.class() == Class::Uncertain) else {
+        return Err(error);
+    };
+    roll_back(machine, kernel, &intent.change, options).map_err(|e| match e {
+        e if e.class() == Class::TryAgain => e,
+        e => Error::uncertain(format!("{error}; it could not be taken back: {e}")),
+    })?;
+    Ok("what it had written is put back by the journal".to_owned())
+}
+
+/// Names of the patches that stay in the guest without being in force.
+fn parked(residents: &[Resident], stack: &Stack<'_>) -> Vec<String> {
+    // An earlier version of a patch that is in force may be parked.
+    let in_force = |name: &str| stack.applied().iter().any(|r| r.record.name == name);
+    let parked = residents.iter().filter(|r| r.slot.state == State::Parked);
+    let names = parked.map(|r| r.record.name.clone());
+    names.filter(|name| !in_force(name)).collect()
+}
+
+/// The change that the directory showed as under way in the states `before`: of which patch, what, and whether it took place.
 fn under_way<'r>(before: &[State], residents: &'r [Resident]) -> Option<(&'r Resident, Op, bool)> {
     let find = |state| {
         let both = before.iter().zip(residents);
@@ -319,8 +333,8 @@ fn under_way<'r>(before: &[State], residents: &'r [Resident]) -> Option<(&'r Res
     Some((resident, op, done))
 }
 
-/// Puts back all that stood in the guest before `change`, while nobody is in the code that it
-/// is about. What stands there now must be of the change: each byte the old or the new one.
+/// Puts back the bytes that were in the guest before `change`, while no thread is in the code that it is about. What is there now
+/// must be of the change: each byte the old or the new one.
 fn roll_back(
     machine: &dyn Machine,
     kernel: &Kernel<'_>,
@@ -334,7 +348,7 @@ fn roll_back(
         let own = |((found, old), new): ((&u8, &u8), &u8)| found == old || found == new;
         if !found.iter().zip(&write.expect).zip(&write.new).all(own) {
             return Err(Error::uncertain(format!(
-                "the bytes at {} are neither the old ones nor the new ones: somebody else changed them",
+                "the bytes at {} are neither the old ones nor the new ones: the guest or another tool changed them",
                 write.at
             )));
         }
@@ -357,16 +371,16 @@ fn roll_back(
     apply::execute(machine, kernel, &plan, options).map(|_| ())
 }
 
-/// Removes what speaks of the guest `uuid`, which is not there any more, and says so.
+/// Removes the journal and the guards' files of the guest `uuid`, which is gone.
 ///
 /// # Errors
-/// It can't be removed.
+/// [`Class::Failed`]: they can't be removed.
 pub fn forget(control: &Control, uuid: &str) -> Result<Report> {
     for path in guard::files(Some(uuid))? {
         of_dead(control, &path)?;
     }
     let journal = Journal::new(uuid);
-    // One that can't be believed names a guest that is not there all the same.
+    // If it can't be read, the guest is gone all the same.
     let intent = journal.read().unwrap_or_default();
     journal.end()?;
     let why = "the guest is not there any more; what was noted of it is removed".to_owned();

@@ -1,7 +1,7 @@
-//! Carries out a plan: look while the guest is paused, write, verify, unpause.
+//! Carries out a plan: pause the guest, look where its threads are, write, verify, unpause.
 //!
-//! All that can be done before the pause is done before it: the new code stands in the arena, every
-//! page to be written and every stack is mapped. Inside it: registers, the last look, the writes.
+//! What can be done before the pause is done before it: the new code is in the arena, and every page to be written and every
+//! stack is mapped. In the pause: registers, the last look, the writes.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
@@ -41,7 +41,7 @@ const WAIT_MIN: Duration = Duration::from_millis(1);
 /// Longest wait between two attempts.
 const WAIT_MAX: Duration = Duration::from_millis(500);
 
-/// The wait from which on a sleeper's stack is walked: those who leave by themselves have left.
+/// From this wait on the stacks of sleeping threads are unwound. Threads that leave by themselves have left by then.
 const WAIT_LONG: Duration = Duration::from_millis(64);
 
 /// How patient to be.
@@ -49,10 +49,10 @@ const WAIT_LONG: Duration = Duration::from_millis(64);
 pub struct Options {
     /// Time for all attempts together.
     pub timeout: Duration,
-    /// Longest pause of the guest; an attempt that would take longer is given up.
+    /// Longest pause of the guest. An attempt that would take longer is given up.
     pub max_pause: Duration,
-    /// Threads may go on in the versions that are replaced, if the payload says that they may: nobody
-    /// is waited for who is in them, but only for who stands on the bytes that are written.
+    /// Threads may go on in the versions that are replaced, if the payload says that they may. Then only threads at the bytes
+    /// that are written are waited for.
     pub entry_only: bool,
     /// Check and link, but write nothing.
     pub dry_run: bool,
@@ -73,10 +73,10 @@ impl Default for Options {
 }
 
 impl Options {
-    /// That somebody asked to stop is an error while nothing was changed.
+    /// Ends an action that was asked to stop, while nothing is changed.
     ///
     /// # Errors
-    /// [`Class::Failed`](crate::error::Class::Failed).
+    /// [`Class::Failed`](crate::error::Class::Failed): it was.
     pub fn check_interrupted(&self) -> Result<()> {
         match self.interrupted.load(Ordering::SeqCst) {
             true => Err(Error::failed("interrupted; nothing was changed")),
@@ -174,24 +174,25 @@ pub fn revert(
     })
 }
 
-/// Notes that the run has ended, unless the guest's directory shows a change as under way still.
+/// Closes the journal, unless the guest's directory still shows a change as under way.
 fn ended(machine: &dyn Machine, kernel: &Kernel<'_>, done: Result<Done>) -> Result<Done> {
-    let settled = || {
+    let is_decided = || {
         let arena = Arena::read(kernel)?;
         let under_way = |s: &Slot| matches!(s.state, State::Applying | State::Reverting);
         Ok::<_, Error>(!arena.directory.slots.iter().any(under_way))
     };
-    if done.is_ok() || settled().unwrap_or(false) {
+    // A directory that can't be read may show one.
+    if done.is_ok() || is_decided().unwrap_or(false) {
         machine.ended();
     }
     done
 }
 
-/// Undoes all patches, the topmost first, until one can't be undone or `tell`, which hears what came of each, says that
-/// it is enough. A dry run says of each what would come of it once those on top are gone.
+/// Reverts all patches, the topmost first, until one can't be reverted or `tell` returns false. `tell` gets the result of each.
+/// A dry run says of each what would happen once those on top are gone.
 ///
 /// # Errors
-/// The guest's arena can't be read; what goes wrong with a patch is said of that patch.
+/// The guest's arena can't be read. What goes wrong with a patch is passed to `tell`.
 pub fn revert_all(
     machine: &dyn Machine,
     kernel: &Kernel<'_>,
@@ -218,11 +219,10 @@ pub fn revert_all(
     Ok(())
 }
 
-/// Who is in the way of a change: in one of the ranges of `watch`, at one moment for which the guest
-/// is paused.
+/// The threads that are in the way of a change: in one of the ranges of `watch`, at one moment for which the guest is paused.
 ///
 /// # Errors
-/// [`Class::TryAgain`](crate::error::Class::TryAgain) when there is no such moment within the time allowed; memory can't be read.
+/// [`Class::TryAgain`](crate::error::Class::TryAgain): no look succeeded within the time allowed, or memory can't be read.
 pub fn blocking(
     machine: &dyn Machine,
     kernel: &Kernel<'_>,
@@ -288,8 +288,7 @@ fn get_ready<'t, 'k, 'm>(
     }
 }
 
-/// Carries out a plan whose patches the directory shows as under way, and makes it say what came of
-/// it.
+/// Carries out a plan whose patches the directory shows as under way, and writes to the directory what became of them.
 fn carry_out(
     machine: &dyn Machine,
     kernel: &Kernel<'_>,
@@ -306,15 +305,15 @@ fn carry_out(
                 }
                 slot.state = slot.state.after_change(true);
             }
-            // Should the directory not take it: what stands in the text says the same, and is asked.
+            // If the directory can't be written: the redirects in the text say the same, and they decide.
             let _ = arena.commit(machine, kernel, slots);
             Ok(done)
         }
         Err(error) => {
-            // Whatever went wrong, the guest's text tells whether the change took place; where it
-            // doesn't, the directory goes on showing it as under way.
+            // Whatever went wrong, the guest's text tells whether the change took place. If it does not, the directory still
+            // shows the change as under way.
             if plan::resolve_interrupted(kernel, arena).is_ok() {
-                // Nothing refers to code that is not in force: it stays for the next attempt.
+                // Nothing refers to code that is not in force. It stays for the next attempt.
                 let slots = arena.directory.slots.clone();
                 arena.commit(machine, kernel, slots)?;
             }
@@ -323,8 +322,8 @@ fn carry_out(
     }
 }
 
-/// Puts a payload's code into the arena and into its directory, where it comes last, as being
-/// applied; those it supersedes are shown as being reverted.
+/// Writes a payload's code to the arena, and an entry for it to the end of the directory: as being applied. The payloads that
+/// it supersedes are shown as being reverted.
 fn place(
     machine: &dyn Machine,
     kernel: &Kernel<'_>,
@@ -333,7 +332,11 @@ fn place(
 ) -> Result<()> {
     arena.add(machine, kernel, ready.first, &ready.layout.rights)?;
     for part in &ready.fresh {
-        let bytes = ready.image.bytes.get(part.clone()).unwrap_or_default();
+        let bytes = ready.image.bytes.get(part.clone()).ok_or_else(|| {
+            Error::failed(format!(
+                "bytes {part:?} are not in the payload's image: this is a defect of xen-locus"
+            ))
+        })?;
         let at = arena::page_address(ready.first).plus(part.start as u64);
         arena.write(machine, at, bytes)?;
     }
@@ -360,7 +363,7 @@ fn place(
     arena.commit(machine, kernel, slots)
 }
 
-/// Where nobody may be.
+/// Where no thread may be when `plan` is carried out.
 fn watch_of<'p>(plan: &'p Plan, options: &Options) -> Result<&'p Watch> {
     if !options.entry_only {
         return Ok(&plan.watch);
@@ -375,7 +378,7 @@ fn watch_of<'p>(plan: &'p Plan, options: &Options) -> Result<&'p Watch> {
     })
 }
 
-/// Carries out a plan as soon as nobody is in the way.
+/// Carries out a plan as soon as no thread is in the way.
 pub(crate) fn execute(
     machine: &dyn Machine,
     kernel: &Kernel<'_>,
@@ -385,7 +388,7 @@ pub(crate) fn execute(
     let began = Instant::now();
     let mut targets = Vec::with_capacity(plan.writes.len());
     let mut spots = Vec::new();
-    // Nothing remembered: what leads there now.
+    // A fresh view: what the page tables say now.
     let (space, mut trail) = (kernel.space.fresh(), Trail::default());
     for write in &plan.writes {
         let at = write.at;
@@ -451,7 +454,7 @@ pub(crate) fn execute(
     }
 }
 
-/// The change was made, and then the guest could not be let go on.
+/// The change was made, and then the guest could not be unpaused.
 fn stuck(plan: &Plan, error: &guest::Error) -> Error {
     Error::uncertain(format!(
         "{}: all was written, but the guest could not be unpaused: {error}. `xl list` shows whether it is \

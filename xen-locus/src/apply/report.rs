@@ -11,10 +11,10 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::arena::record::Record;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::plan::Readiness;
 
-/// What came of it.
+/// What became of an action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
@@ -28,14 +28,14 @@ pub enum Outcome {
     WouldApply,
     /// It could be undone; a dry run.
     WouldRevert,
-    /// Those who sleep in the way were woken.
+    /// Threads that sleep in the way were woken.
     Nudged,
     /// They could be woken; a dry run.
     WouldNudge,
 }
 
 impl Outcome {
-    /// As programs are told it.
+    /// Its name in JSON.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -55,7 +55,7 @@ impl Outcome {
 pub struct Report {
     /// Name of the payload.
     pub patch: String,
-    /// What came of it.
+    /// What became of it.
     pub result: Outcome,
     /// How long the guest was paused at the attempt that succeeded, in microseconds.
     pub pause_us: u64,
@@ -108,7 +108,7 @@ impl fmt::Display for Report {
 }
 
 impl Report {
-    /// What a dry run reports of what [`plan::prepare`] found.
+    /// What a dry run reports of what [`prepare`](crate::plan::prepare) found.
     #[must_use]
     pub fn dry(payload: &Payload, ready: &Readiness) -> Report {
         let (result, record, superseded) = match ready {
@@ -129,7 +129,7 @@ impl Report {
     }
 }
 
-/// What is reported of a patch that is as it should be.
+/// The report on a patch that is as it should be already.
 #[must_use]
 pub fn nothing_to_do(patch: &str) -> Report {
     report(patch, Outcome::Already, 0, Done::default())
@@ -171,13 +171,15 @@ impl Concerned {
         let space = kernel.space.fresh();
         let mut digest = Sha256::new();
         for (&at, &len) in &self.0 {
-            let len = usize::try_from(len).unwrap_or(usize::MAX);
+            let too_long = |_| Error::failed(format!("the function at {at} is {len} bytes long"));
+            let len = usize::try_from(len).map_err(too_long)?;
             digest.update(space.read_vec(at, len)?);
         }
         Ok(hex::encode(digest.finalize()))
     }
 
-    /// That from before and that of now. What is done is done, though it may not be read any more.
+    /// The digest `before` and the one of now. The second is empty if the code can't be read any more: the action is done
+    /// all the same.
     pub(super) fn change(&self, kernel: &Kernel<'_>, before: String) -> [String; 2] {
         [before, self.digest(kernel).unwrap_or_default()]
     }

@@ -28,7 +28,7 @@ impl Target<'_> {
     }
 }
 
-/// Checks that the guest's memory holds what is to be replaced, and that its page tables still lead there.
+/// Checks that the guest's memory holds the bytes that are to be replaced, and that its page tables still lead there.
 pub(super) fn check_all(targets: &[Target<'_>], trail: &Trail) -> Result<()> {
     if !trail.holds()? {
         return Err(Error::try_again(
@@ -48,8 +48,7 @@ pub(super) fn check_all(targets: &[Target<'_>], trail: &Trail) -> Result<()> {
     Ok(())
 }
 
-/// Writes all targets or none; calls `begin` when they are checked and before the first is written, which
-/// says whether that may be.
+/// Writes all targets or none. Calls `begin` after the checks and before the first write; it says whether to go on.
 pub(super) fn write_all(
     targets: &[Target<'_>],
     trail: &Trail,
@@ -63,14 +62,14 @@ pub(super) fn write_all(
     }
     let changed = || targets.iter().filter(|t| t.write.new != t.write.expect);
     let written = changed().try_for_each(|t| t.put(&t.write.new));
-    // What can't be read back isn't known to be there.
+    // What can't be read back is not known to be there.
     let is_there = |t: &Target<'_>, bytes: &[u8]| t.holds(bytes).unwrap_or(false);
     if written.is_ok() && targets.iter().all(|t| is_there(t, &t.write.new)) {
         return Ok(());
     }
-    // The last one first: what is put back last is what was written first.
+    // The last one first: what was written first is put back last.
     for target in changed().rev() {
-        // All are tried; what counts is what stands there in the end.
+        // All are tried. What counts is what is there in the end.
         let _ = target.put(&target.write.expect);
     }
     for target in targets {

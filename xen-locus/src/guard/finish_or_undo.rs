@@ -3,7 +3,7 @@
 //! As long as nothing fails, this allocates no memory and waits for nothing except Xen.
 
 use locus_guest::addr::DomId;
-use locus_xen::{self as xen, Control, SharedPage, PauseState, PauseStep};
+use locus_xen::{self as xen, Control, PauseState, PauseStep, SharedPage};
 use serde::Serialize;
 
 use super::Places;
@@ -96,7 +96,7 @@ pub fn finish_or_undo(
         return Outcome::Running;
     }
     let paused = match counter.pause_state() {
-        Ok(Some(standing)) if standing.uuid == uuid => standing.paused,
+        Ok(Some(domain)) if domain.uuid == uuid => domain.paused,
         Ok(_) => return Outcome::Gone,
         // Xen can't be asked. The page says that the guest is paused.
         Err(_) => true,

@@ -6,7 +6,7 @@ use std::os::fd::AsFd as _;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use locus_xen::{self as xen, Control, WaitOutcome, ForeignMemory, Process, SharedPage, PauseStep};
+use locus_xen::{self as xen, Control, ForeignMemory, PauseStep, Process, SharedPage, WaitOutcome};
 
 use super::finish_or_undo::{finish_or_undo, Counter as _, Outcome};
 use super::{Places, Task};

@@ -12,7 +12,6 @@
 
 pub mod finish_or_undo;
 pub mod guardian;
-
 pub mod worker;
 
 use std::fs::{self, File};

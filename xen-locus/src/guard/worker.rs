@@ -12,7 +12,7 @@ use std::time::Duration;
 use locus_guest as guest;
 use locus_guest::Vcpu;
 use locus_xen::fault;
-use locus_xen::{SharedPage, Pause, PauseCalls};
+use locus_xen::{Pause, PauseCalls, SharedPage};
 
 use super::{guardian, Task, DIR};
 use crate::error::{Error, Result};
