@@ -22,12 +22,13 @@ pub mod guard;
 pub mod link;
 pub mod machine;
 pub mod nudge;
+pub mod operation;
 pub mod ops;
+pub mod paths;
 pub mod plan;
 pub mod quiesce;
 pub mod recover;
 pub mod say;
-
 pub mod storage;
 pub mod target;
 pub mod verify;

@@ -21,9 +21,10 @@ use crate::error::{Class, Error, Result};
 use crate::guard::finish_or_undo::{finish_or_undo, Counter as _, Outcome};
 use crate::guard::{self, Places, Task};
 use crate::machine::{self, Machine};
+use crate::operation::Operation;
 use crate::plan::{self, Plan, Stack};
 use crate::quiesce::{Watch, Watched};
-use crate::storage::journal::{Change, Intent, Journal, Op};
+use crate::storage::journal::{Change, Intent, Journal};
 use crate::write::Write;
 
 /// Longest wait for the guardian of a run that died.
@@ -73,7 +74,7 @@ pub struct Report {
     /// The patch that the run was about.
     pub patch: Option<String>,
     /// What the run was doing with the patch.
-    pub op: Option<Op>,
+    pub op: Option<Operation>,
     /// Details in words; may be empty.
     pub detail: String,
     /// SHA-256 of the patch's file, in hex; for the audit log.
@@ -240,7 +241,7 @@ pub(crate) fn of_guest(
         let why = "the guest has another kernel now, or at another place: it rebooted".to_owned();
         return Ok(Report::new(Finding::Gone, intent, why));
     }
-    if let Some(intent) = intent.filter(|i| i.change.op == Op::Nudge) {
+    if let Some(intent) = intent.filter(|i| i.change.op == Operation::Nudge) {
         roll_back(machine, kernel, &intent.change, options)?;
         return Ok(Report::new(Finding::Undone, Some(intent), String::new()));
     }
@@ -260,7 +261,7 @@ pub(crate) fn of_guest(
             let same =
                 |r: &&&Resident| r.record.name == change.patch && r.record.sha256 == change.sha256;
             let applied = stack.applied().iter().find(same).is_some();
-            let result = match applied == (change.op == Op::Apply) {
+            let result = match applied == (change.op == Operation::Apply) {
                 true => Finding::Finished,
                 false => Finding::Undone,
             };
@@ -317,7 +318,10 @@ fn parked(residents: &[Resident], stack: &Stack<'_>) -> Vec<String> {
 }
 
 /// The change that the directory showed as under way in the states `before`: of which patch, what, and whether it took place.
-fn under_way<'r>(before: &[State], residents: &'r [Resident]) -> Option<(&'r Resident, Op, bool)> {
+fn under_way<'r>(
+    before: &[State],
+    residents: &'r [Resident],
+) -> Option<(&'r Resident, Operation, bool)> {
     let find = |state| {
         let both = before.iter().zip(residents);
         both.filter(move |(b, _)| **b == state)
@@ -325,11 +329,11 @@ fn under_way<'r>(before: &[State], residents: &'r [Resident]) -> Option<(&'r Res
             .next()
     };
     let (resident, op) = match find(State::Applying) {
-        Some(resident) => (resident, Op::Apply),
-        None => (find(State::Reverting)?, Op::Revert),
+        Some(resident) => (resident, Operation::Apply),
+        None => (find(State::Reverting)?, Operation::Revert),
     };
     let applied = resident.slot.state == State::Applied;
-    let done = applied == (op == Op::Apply);
+    let done = applied == (op == Operation::Apply);
     Some((resident, op, done))
 }
 

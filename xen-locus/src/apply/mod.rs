@@ -19,9 +19,10 @@ use crate::blocker::Blocker;
 use crate::error::{Blocked, Error, Result};
 use crate::guard::Spot;
 use crate::machine::{Guard, Machine, Paused};
+use crate::operation::Operation;
 use crate::plan::{self, Mode, Plan, Prepared, Readiness, Stack};
 use crate::quiesce::{GuestTasks, Ready, Verdict, Watch};
-use crate::storage::journal::{Change, Op};
+use crate::storage::journal::Change;
 
 mod report;
 mod write;
@@ -114,7 +115,7 @@ pub fn apply(
     let record = hex::encode(Sha256::digest(&ready.record_json));
     machine.begin(&Change {
         record: record.clone(),
-        ..Change::new(kernel, Op::Apply, &ready.record, &ready.plan)
+        ..Change::new(kernel, Operation::Apply, &ready.record, &ready.plan)
     })?;
     let done = place(machine, kernel, &mut arena, &ready)
         .and_then(|()| carry_out(machine, kernel, &mut arena, &ready.plan, options));
@@ -162,7 +163,12 @@ pub fn revert(
     if let Some(slot) = slots.get_mut(resident.index) {
         slot.state = State::Reverting;
     }
-    machine.begin(&Change::new(kernel, Op::Revert, &resident.record, &plan))?;
+    machine.begin(&Change::new(
+        kernel,
+        Operation::Revert,
+        &resident.record,
+        &plan,
+    ))?;
     let done = arena
         .commit(machine, kernel, slots)
         .and_then(|()| carry_out(machine, kernel, &mut arena, &plan, options));

@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 
 /// The folder of the guards' files. A reboot of dom0 empties it, and ends the guests.
-pub const DIR: &str = "/run/xen-locus/guard";
+pub const DIR: &str = crate::paths::GUARDIANS;
 /// Longest task that is read from such a file, in bytes.
 const TASK_MAX: u64 = 16 << 20;
 

@@ -20,9 +20,10 @@ use crate::arena::{self, Arena, Rights};
 use crate::blocker::{Blocker, Reason};
 use crate::error::{Class, Error, Result};
 use crate::machine::Machine;
+use crate::operation::Operation;
 use crate::plan::{self, Plan, Stack};
 use crate::quiesce::{Watch, Watched};
-use crate::storage::journal::{self, Change, Op};
+use crate::storage::journal::{self, Change};
 use crate::target::redirect;
 use crate::target::symbols::Owner;
 use crate::write::Write;
@@ -200,7 +201,7 @@ impl Gate {
             patch: self.up.patch.clone(),
             sha256: String::new(),
             record: String::new(),
-            op: Op::Nudge,
+            op: Operation::Nudge,
             writes: self.up.writes.clone(),
             watched: ranges.collect(),
         }

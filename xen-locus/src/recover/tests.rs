@@ -167,7 +167,7 @@ fn a_gate_that_still_stands_is_taken_down_by_the_journal() {
         patch: "one".into(),
         sha256: String::new(),
         record: String::new(),
-        op: Op::Nudge,
+        op: crate::operation::Operation::Nudge,
         writes: vec![Write {
             at: Gva(at),
             expect: old.to_vec(),

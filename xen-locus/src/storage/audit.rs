@@ -1,12 +1,13 @@
 //! The audit log: one line of JSON for every action on a guest, done or failed.
 //!
-//! Each line carries the hash of the one before it and ends with its own, the SHA-256 of all before
-//! that member: who changes or removes a line in the middle breaks the chain behind it. Number and hash
-//! of the last line are kept elsewhere too, so lines missing at the end are noticed. Whoever is root in
-//! dom0 can write all of it anew; who can't, can't unnoticed.
+//! Each line has the hash of the line before it and ends with its own hash, the SHA-256 of all that is before that
+//! member. A line that is changed or removed in the middle thus breaks the chain after it. Number and hash of the
+//! last line are also stored in another file, so that lines missing at the end are noticed. Root in dom0 can rewrite
+//! all of it; no other user can change it unnoticed.
 
 pub mod in_force;
 
+use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt};
@@ -17,32 +18,31 @@ use memchr::{memchr, memmem};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use self::in_force::InForce;
+use super::durable::{self, Step, Target};
 use crate::error::{Error, Result};
+use crate::paths::{AUDIT_HEAD, AUDIT_LOG};
+use in_force::InForce;
 
-/// Where the system's log is.
-pub const LOG: &str = "/var/log/xen-locus/audit.jsonl";
-/// Where its last line is known from.
-const HEAD: &str = "/var/lib/xen-locus/audit-head.json";
 /// Longest line, in bytes.
 const LINE_MAX: u64 = 64 << 10;
 /// Longest message in one.
 const MESSAGE_MAX: usize = 4096;
-/// Bytes read at once by who looks for a guest's last line: several lines.
+/// Bytes read at once in the search for a guest's last line: several lines.
 const BLOCK: usize = 256 << 10;
-/// What stands before a line's own hash.
+/// What is before a line's own hash.
 const OWN: &str = ",\"hash\":\"";
 /// The hash before the first line.
 const NONE: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 
-/// What an action did, or failed to.
+/// One action on a guest and its result, successful or not.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Action {
     /// When it ended, in seconds since 1970.
     pub time: u64,
     /// Who asked for it.
     pub who: String,
-    /// `apply`, `replace`, `revert` or `recover`.
+    /// Name of the [`Operation`](crate::operation::Operation). A string, because a line of a later version is an entry too, whatever its operation
+    /// is called: as an unknown variant it would look like a damaged line.
     pub op: String,
     /// Id of the domain.
     pub domid: u16,
@@ -50,21 +50,21 @@ pub struct Action {
     pub domain: String,
     /// Its UUID.
     pub uuid: String,
-    /// What the run was about that `recover` settled: `apply` or `revert`.
+    /// Of `recover`: name of the operation that was interrupted.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub of: String,
     /// Name of the payload.
     pub patch: String,
-    /// SHA-256 of its file, in hex; of one that is reverted as the guest's memory has it.
+    /// SHA-256 of its file, in hex; of a reverted patch the one in its record in the guest.
     pub sha256: String,
     /// SHA-256 of the record that was placed in the guest's memory, in hex; empty where none was.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub record: String,
-    /// What came of it, as `-o json` says it.
+    /// The result, in the words of `-o json`.
     pub result: String,
     /// The exit code.
     pub exit: u8,
-    /// Patches that are not in force any more because of it; of `recover` all that are not.
+    /// Patches that are no longer in force because of it; of `recover` all that are not in force.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub superseded: Vec<String>,
     /// What went wrong.
@@ -91,8 +91,8 @@ pub struct Line {
     /// What was done.
     #[serde(flatten)]
     pub action: Action,
-    /// Patches that are in force in the guest after it, in the order they were applied: those too that went with a
-    /// kernel, until somebody takes them back.
+    /// Patches that are in force in the guest after it, in the order they were applied. A patch that was lost in a
+    /// reboot counts until it is reverted.
     #[serde(default)]
     pub in_force: Vec<InForce>,
     /// Hash of the line before it, in hex.
@@ -106,12 +106,12 @@ struct Head {
     hash: String,
 }
 
-/// What a log holds.
+/// The content of a log.
 #[derive(Debug, Default)]
 pub struct History {
-    /// Its lines, those too that stand behind a fault.
+    /// Its lines, including those after a fault.
     pub lines: Vec<Line>,
-    /// What shows that somebody changed it; empty if nothing does.
+    /// Signs that it was changed; empty if there are none.
     pub faults: Vec<String>,
 }
 
@@ -123,16 +123,16 @@ pub struct Audit {
 }
 
 impl Audit {
-    /// The system's.
+    /// The log of this host.
     #[must_use]
     pub fn system() -> Audit {
         Audit {
-            log: LOG.into(),
-            head: Some(HEAD.into()),
+            log: AUDIT_LOG.into(),
+            head: Some(AUDIT_HEAD.into()),
         }
     }
 
-    /// A copy of a log: its last line isn't known from elsewhere.
+    /// A copy of a log, without the file that has number and hash of its last line.
     #[must_use]
     pub fn copy(log: &Path) -> Audit {
         Audit {
@@ -141,7 +141,7 @@ impl Audit {
         }
     }
 
-    /// Where it stands.
+    /// Path of the log.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.log
@@ -149,12 +149,12 @@ impl Audit {
 
     fn failed(&self, what: &str, error: &io::Error) -> Error {
         Error::failed(format!(
-            "{what} the audit log {} or what is known of its last line ({HEAD}): {error}",
+            "{what} the audit log {} or what is known of its last line ({AUDIT_HEAD}): {error}",
             self.log.display()
         ))
     }
 
-    /// Opens the log for writing: what can't be recorded is not to be begun.
+    /// Opens the log for writing. An action that can't be recorded must not begin.
     ///
     /// # Errors
     /// [`Class::Failed`](crate::error::Class::Failed).
@@ -188,9 +188,9 @@ impl Audit {
         }
     }
 
-    /// The patches that are in force in the guest `uuid`, in the order they were applied; of a guest without a line
-    /// none. Takes as long however many lines there are before its last one; what is changed in the log
-    /// [`Audit::history`] says.
+    /// The patches that are in force in the guest `uuid`, in the order they were applied; none for a guest without a
+    /// line. The time does not depend on the lines before the guest's last one. The chain is not checked:
+    /// [`Audit::history`] does that.
     ///
     /// # Errors
     /// [`Class::Failed`](crate::error::Class::Failed) when the log can't be read.
@@ -220,26 +220,26 @@ impl Audit {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(error) => return Err(failed(error)),
         };
-        // A run that ended between its two files left the line before the last there.
+        // A run that died between the two files left the line before the last in the head.
         last.reverse();
         match self.read_head() {
             Ok(None) if self.head.is_none() || last.is_empty() => {}
             Ok(None) => history.faults.push(format!(
-                "{HEAD} is not there: whether lines are missing at the end can't be told"
+                "{AUDIT_HEAD} is not there: whether lines are missing at the end can't be told"
             )),
             Ok(Some(head)) if last.iter().take(2).any(|line| *line == head) => {}
             Ok(Some(head)) => history.faults.push(format!(
                 "the last line should be entry {} with hash {}, and is not there",
                 head.seq, head.hash
             )),
-            Err(error) => history.faults.push(format!("{HEAD}: {error}")),
+            Err(error) => history.faults.push(format!("{AUDIT_HEAD}: {error}")),
         }
         Ok(history)
     }
 }
 
 impl History {
-    /// Reads all lines; returns what their heads would be.
+    /// Reads all lines; returns number and hash of each.
     fn read(&mut self, mut from: impl BufRead) -> io::Result<Vec<Head>> {
         let mut heads: Vec<Head> = Vec::new();
         for number in 1u64.. {
@@ -288,7 +288,7 @@ fn parse(text: &[u8]) -> Option<(Line, Option<String>)> {
     Some((line, (digest(hashed) == own).then(|| own.to_owned())))
 }
 
-/// What is in force by the last line about the guest `uuid`, looked for from the end in steps of `block` bytes.
+/// What is in force by the last line about the guest `uuid`. Searches from the end, `block` bytes at a time.
 fn last_in_force(file: &File, uuid: &str, block: usize) -> io::Result<Vec<InForce>> {
     // A quote within a string has a backslash before it, so only the member is found.
     let member = format!("\"uuid\":{}", serde_json::to_string(uuid)?);
@@ -315,11 +315,50 @@ fn last_in_force(file: &File, uuid: &str, block: usize) -> io::Result<Vec<InForc
             return Ok(line.in_force);
         }
         rest = bytes;
-        // One that is longer is no entry.
+        // A longer line is no entry.
         rest.truncate(BLOCK);
         end = start;
     }
     Ok(Vec::new())
+}
+
+/// A log of actions, as an operation on a guest needs it.
+pub trait Log: fmt::Debug {
+    /// Opens it for writing.
+    ///
+    /// # Errors
+    /// It can't be opened: the operation must not begin.
+    fn open(&self) -> Result<Box<dyn Append + '_>>;
+    /// The patches that are in force in the guest `uuid` by its last line, in the order they were applied.
+    ///
+    /// # Errors
+    /// It can't be read.
+    fn in_force(&self, uuid: &str) -> Result<Vec<InForce>>;
+}
+
+/// An open log of actions.
+pub trait Append {
+    /// Appends a line; it is on disk when this returns.
+    ///
+    /// # Errors
+    /// It can't be appended: the log is as it was before.
+    fn append(&mut self, action: Action) -> Result<()>;
+}
+
+impl Log for Audit {
+    fn open(&self) -> Result<Box<dyn Append + '_>> {
+        Ok(Box::new(Audit::open(self)?))
+    }
+
+    fn in_force(&self, uuid: &str) -> Result<Vec<InForce>> {
+        Audit::in_force(self, uuid)
+    }
+}
+
+impl Append for Writer<'_> {
+    fn append(&mut self, action: Action) -> Result<()> {
+        Writer::append(self, action)
+    }
 }
 
 /// A log that is open.
@@ -330,7 +369,7 @@ pub struct Writer<'a> {
 }
 
 impl Writer<'_> {
-    /// Appends a line, on disk when this returns.
+    /// Appends a line; it is on disk when this returns.
     ///
     /// # Errors
     /// [`Class::Failed`](crate::error::Class::Failed): the log is as it was before.
@@ -364,13 +403,13 @@ impl Writer<'_> {
         let len = self.file.metadata()?.len();
         let written = self.write(&format!("{hashed}{OWN}{}\"}}\n", head.hash), &head);
         if written.is_err() {
-            // No part of what is not recorded stays. If it can't be taken away, what is there is told of as a fault.
+            // Nothing stays of a line that is not recorded. If it can't be removed, `history` reports a fault.
             let _ = self.file.set_len(len);
         }
         written
     }
 
-    /// Writes a line, and where the last line is known from.
+    /// Writes a line, and then its number and hash to the other file.
     fn write(&mut self, text: &str, head: &Head) -> io::Result<()> {
         self.file.write_all(text.as_bytes())?;
         fault::point("audit: sync")?;
@@ -378,16 +417,24 @@ impl Writer<'_> {
         let Some(at) = &self.audit.head else {
             return Ok(());
         };
-        let fresh = at.with_extension("new");
-        let mut file = File::create(&fresh)?;
-        file.write_all(&serde_json::to_vec(head)?)?;
-        file.sync_all()?;
-        fault::point("audit: rename")?;
-        fs::rename(&fresh, at)
+        let target = Target {
+            path: at,
+            new: &at.with_extension("new"),
+            mode: 0o644,
+            synced: true,
+        };
+        durable::replace(&target, &[&serde_json::to_vec(head)?], |step| match step {
+            Step::Rename => fault::point("audit: rename"),
+            _ => Ok(()),
+        })?;
+        // An error here must not undo the line, because the head has it already. After a power failure the head may
+        // then be some lines behind.
+        let _ = at.parent().map(durable::sync_folder);
+        Ok(())
     }
 
-    /// The last line: of the log, else of one that was put away. A line that was cut short is ended,
-    /// and stays as a fault.
+    /// Number and hash of the last line: of this log, or of the log that was rotated away. A line that was cut short
+    /// gets its line break, and stays as a fault.
     fn last(&mut self) -> io::Result<Head> {
         let head = self.audit.read_head()?.unwrap_or(Head {
             seq: 0,
@@ -404,7 +451,7 @@ impl Writer<'_> {
         }
         let lines = tail.split_inclusive(|&byte| byte == b'\n');
         let last = lines.rev().find_map(parse);
-        // One more than the head knows of is what a run left that ended in between.
+        // A run that died between the two files left one line more than the head has.
         Ok(match last {
             Some((line, Some(hash))) if line.seq >= head.seq => Head {
                 seq: line.seq,
@@ -416,189 +463,4 @@ impl Writer<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A log in a folder of its own.
-    fn log(name: &str) -> Audit {
-        let folder =
-            std::env::temp_dir().join(format!("locus-audit-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&folder);
-        Audit {
-            log: folder.join("log/audit.jsonl"),
-            head: Some(folder.join("lib/head.json")),
-        }
-    }
-
-    fn add(audit: &Audit, patch: &str) {
-        let action = Action {
-            patch: patch.into(),
-            message: "said \",\"hash\":\"".into(),
-            ..Action::default()
-        };
-        audit.open().unwrap().append(action).unwrap();
-    }
-
-    fn faults(audit: &Audit) -> Vec<String> {
-        audit.history().unwrap().faults
-    }
-
-    /// Three lines, changed as text.
-    fn changed(name: &str, change: impl FnOnce(&mut Vec<String>)) -> Vec<String> {
-        let audit = log(name);
-        for patch in ["one", "two", "three"] {
-            add(&audit, patch);
-        }
-        assert_eq!(faults(&audit), Vec::<String>::new());
-        let text = fs::read_to_string(&audit.log).unwrap();
-        let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
-        change(&mut lines);
-        fs::write(&audit.log, lines.join("\n") + "\n").unwrap();
-        faults(&audit)
-    }
-
-    #[test]
-    fn lines_follow_each_other_and_are_read_back() {
-        let audit = log("whole");
-        assert!(audit.history().unwrap().lines.is_empty());
-        assert_eq!(faults(&audit), Vec::<String>::new());
-        for patch in ["one", "two"] {
-            add(&audit, patch);
-        }
-        let history = audit.history().unwrap();
-        let seen: Vec<(u64, &str)> = history
-            .lines
-            .iter()
-            .map(|l| (l.seq, &*l.action.patch))
-            .collect();
-        assert_eq!(seen, [(1, "one"), (2, "two")]);
-        assert_eq!(history.lines[0].prev, NONE);
-        // It was put away: the next line goes on from the last one.
-        fs::remove_file(&audit.log).unwrap();
-        add(&audit, "three");
-        let history = audit.history().unwrap();
-        assert_eq!((history.lines[0].seq, history.faults), (3, Vec::new()));
-    }
-
-    #[test]
-    fn every_change_of_the_log_is_noticed() {
-        let one = |faults: Vec<String>, words: &str| {
-            assert!(
-                faults.iter().any(|f| f.contains(words)),
-                "{words:?}: {faults:?}"
-            );
-        };
-        let edit = |lines: &mut Vec<String>| lines[1] = lines[1].replace("two", "2wo");
-        one(changed("edited", edit), "entry 2) is not what was written");
-        one(changed("removed", |l| drop(l.remove(1))), "does not follow");
-        one(changed("cut", |l| l.truncate(2)), "should be entry 3");
-        one(changed("emptied", Vec::clear), "should be entry 3");
-        one(changed("swapped", |l| l.swap(0, 1)), "does not follow");
-        one(
-            changed("garbage", |l| l.insert(1, "{}".into())),
-            "line 2 is no entry",
-        );
-        one(
-            changed("long", |l| l[1].push_str(&"x".repeat(1 << 17))),
-            "is no entry",
-        );
-        // A line that fits what stands before it, but not what comes after.
-        let forge = |lines: &mut Vec<String>| {
-            let (hashed, _) = lines[1].rsplit_once(OWN).unwrap();
-            let hashed = hashed.replace("two", "2wo");
-            lines[1] = format!("{hashed}{OWN}{}\"}}", digest(&hashed));
-        };
-        one(changed("forged", forge), "entry 3) does not follow");
-    }
-
-    #[test]
-    fn a_run_that_ended_while_it_wrote_breaks_nothing_that_comes_after() {
-        let audit = log("torn");
-        add(&audit, "one");
-        let head = fs::read(audit.head.as_ref().unwrap()).unwrap();
-        add(&audit, "two");
-        // Between the two files.
-        fs::write(audit.head.as_ref().unwrap(), head).unwrap();
-        assert_eq!(faults(&audit), Vec::<String>::new());
-        add(&audit, "three");
-        assert_eq!(faults(&audit), Vec::<String>::new());
-        // In the middle of a line: that one is told of, and those after it count.
-        let mut file = OpenOptions::new().append(true).open(&audit.log).unwrap();
-        file.write_all(b"{\"schema\":1,\"seq\":4,").unwrap();
-        add(&audit, "four");
-        let history = audit.history().unwrap();
-        assert_eq!(history.faults, ["line 4 is no entry"]);
-        assert_eq!(history.lines.last().unwrap().seq, 4);
-    }
-
-    #[test]
-    fn of_a_line_that_could_not_be_recorded_nothing_stays() {
-        let audit = log("unrecorded");
-        add(&audit, "one");
-        let before = fs::read(&audit.log).unwrap();
-        // Where the last line is known from can't be written.
-        let blocked = audit.head.as_ref().unwrap().with_extension("new");
-        fs::create_dir(&blocked).unwrap();
-        let mut writer = audit.open().unwrap();
-        let error = writer.append(Action::default()).unwrap_err();
-        assert!(error.to_string().contains("head.json"), "{error}");
-        assert_eq!(fs::read(&audit.log).unwrap(), before);
-        fs::remove_dir(&blocked).unwrap();
-        add(&audit, "two");
-        assert_eq!(faults(&audit), Vec::<String>::new());
-        assert_eq!(audit.history().unwrap().lines.len(), 2);
-    }
-
-    #[test]
-    fn what_is_in_force_in_a_guest_is_told_by_its_last_line_wherever_that_is() {
-        let audit = log("in-force");
-        assert_eq!(audit.in_force("a").unwrap(), []);
-        let action = |uuid: &str, patch: &str, said: &str| Action {
-            uuid: uuid.into(),
-            op: "apply".into(),
-            patch: patch.into(),
-            result: "applied".into(),
-            message: said.into(),
-            ..Action::default()
-        };
-        let mut writer = audit.open().unwrap();
-        writer.append(action("a", "one", "")).unwrap();
-        writer.append(action("b", "two", "")).unwrap();
-        writer.append(action("a", "three", "")).unwrap();
-        // Lines of others, one of which speaks of it; and one that was cut short.
-        writer
-            .append(action("b", "four", "\"uuid\":\"a\""))
-            .unwrap();
-        let mut file = OpenOptions::new().append(true).open(&audit.log).unwrap();
-        file.write_all(b"{\"uuid\":\"a\",").unwrap();
-        writer.append(action("b", "five", "")).unwrap();
-        let names =
-            |all: Vec<InForce>| -> Vec<String> { all.into_iter().map(|p| p.name).collect() };
-        let file = File::open(&audit.log).unwrap();
-        let len = usize::try_from(file.metadata().unwrap().len()).unwrap();
-        for block in 1..=len + 1 {
-            let of = |uuid| names(last_in_force(&file, uuid, block).unwrap());
-            assert_eq!(of("a"), ["one", "three"], "{block} bytes at once");
-            assert_eq!(of("b"), ["two", "four", "five"], "{block} bytes at once");
-            assert_eq!(of("c"), [""; 0], "{block} bytes at once");
-        }
-        // By the first line that can be read.
-        let text = fs::read_to_string(&audit.log).unwrap();
-        fs::write(&audit.log, text.replace("three", "\0")).unwrap();
-        assert_eq!(names(last_in_force(&file, "a", 100).unwrap()), ["one"]);
-    }
-
-    #[test]
-    fn what_can_not_be_recorded_is_refused_before_it_is_begun() {
-        let audit = log("refused");
-        fs::create_dir_all(&audit.log).unwrap();
-        let error = audit.open().unwrap_err();
-        assert_eq!(error.exit_code() as u8, 1, "{error}");
-        assert!(error.to_string().contains("audit.jsonl"), "{error}");
-        let audit = log("refused-head");
-        add(&audit, "one");
-        fs::write(audit.head.as_ref().unwrap(), "{").unwrap();
-        let error = audit.open().unwrap_err();
-        assert_eq!(error.exit_code() as u8, 1, "{error}");
-    }
-}
+mod tests;

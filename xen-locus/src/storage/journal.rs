@@ -1,15 +1,15 @@
 //! What a run is about to do to a guest, on disk before the first byte of the guest is changed.
 //!
-//! One file for each guest, `UUID` below [`DIR`]; it stands there as long as a run is under way, and after one
-//! that died. A file is made whole under another name, made durable, and renamed; the folder is made durable
-//! too. It begins with a magic and a digest of what follows.
+//! One file for each guest, `UUID` below [`paths::JOURNALS`]. It is there while a run is under way, and after a run
+//! that died. The file is replaced as a whole ([`super::durable`]), and the folder is synced. It begins with a magic
+//! number and a digest of what follows.
 //!
-//! What the guest's memory shows decides what became of a run; the journal says that there was one, what it
-//! was about, and which bytes stood where before.
+//! The guest's memory decides how a run ended. The journal says that there was a run, what it was about, and which
+//! bytes were where before.
 
-use std::fs::{self, File};
-use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use locus_kernel::Kernel;
@@ -17,51 +17,30 @@ use locus_xen::{fault, uuid};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::durable::{self, Step, Target};
 use crate::arena::record::Record;
 use crate::error::{Error, Result};
+use crate::operation::Operation;
+use crate::paths;
 use crate::plan::{stack, Plan};
 use crate::write::Write;
 
-/// Where the journals stand.
-pub const DIR: &str = "/var/lib/xen-locus/journal";
 /// First bytes of a journal, its schema among them.
 const MAGIC: &[u8; 16] = b"XEN-LOCUS-JRNL3\n";
-/// Called by this name, a run's first place at which a fault matters to the guest.
+/// Name of the first fault point of a run that matters to the guest.
 const FIRST_FAULT: &str = "journal";
 const HEAD: usize = MAGIC.len() + 32;
 /// Longest journal read, in bytes.
 const LEN_MAX: u64 = 32 << 20;
 
-/// What a run does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Op {
-    /// Bring a payload into force, in the place of others or not.
-    Apply,
-    /// Take one out of force.
-    Revert,
-    /// Wake those who sleep in the way of one, by a write that is taken back.
-    Nudge,
-}
-
-impl std::fmt::Display for Op {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Op::Apply => "apply",
-            Op::Revert => "revert",
-            Op::Nudge => "nudge",
-        })
-    }
-}
-
-/// A range that nobody may be in when the change is made or taken back.
+/// A range of guest code that no thread may be in while the change is made or undone.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Range {
-    /// Its first address.
+    /// Its first address, guest-virtual.
     pub start: u64,
     /// Its length, in bytes.
     pub len: u64,
-    /// What a person calls it.
+    /// Its name in messages.
     pub name: String,
 }
 
@@ -74,7 +53,7 @@ pub struct Intent {
     pub domid: u16,
     /// When it began, in seconds since 1970.
     pub started_at: u64,
-    /// The process.
+    /// Process id of the run, in dom0.
     pub pid: u32,
     /// What it is about to do.
     pub change: Change,
@@ -85,7 +64,7 @@ pub struct Intent {
 pub struct Change {
     /// Build-id of the guest's kernel, in hex.
     pub build_id: String,
-    /// Address of its text: of the same kernel that starts anew it may be another (KASLR).
+    /// Guest-virtual address of its text. It differs after a reboot of the same kernel (KASLR).
     pub text_base: u64,
     /// Name of the payload.
     pub patch: String,
@@ -94,19 +73,19 @@ pub struct Change {
     /// SHA-256 of the record that is placed in the guest, in hex; empty where none is.
     pub record: String,
     /// What is done with it.
-    pub op: Op,
+    pub op: Operation,
     /// What is written, in that order.
     pub writes: Vec<Write>,
-    /// Where nobody may be meanwhile.
+    /// Code that no thread may be in meanwhile.
     pub watched: Vec<Range>,
 }
 
 impl Change {
     /// The change that `plan` makes for the payload with this record.
     #[must_use]
-    pub fn new(kernel: &Kernel<'_>, op: Op, record: &Record, plan: &Plan) -> Change {
+    pub fn new(kernel: &Kernel<'_>, op: Operation, record: &Record, plan: &Plan) -> Change {
         let ranges = plan.watch.ranges().map(|(range, name)| (*range, name));
-        // To take it back nobody may be in the new code either.
+        // To undo it, no thread may be in the new code either.
         let code = stack::code_of(record);
         let code = code.iter().map(|w| (w.range, &*w.name));
         let all = ranges.chain(code).map(|(range, name)| Range {
@@ -131,7 +110,7 @@ impl Change {
     }
 }
 
-/// The journal of one guest.
+/// The journal of one guest, which may be there or not.
 #[derive(Clone, Debug)]
 pub struct Journal {
     dir: PathBuf,
@@ -142,7 +121,7 @@ impl Journal {
     /// The journal of the guest `uuid`, in the usual folder.
     #[must_use]
     pub fn new(uuid: &str) -> Journal {
-        Journal::within(Path::new(DIR), uuid)
+        Journal::within(Path::new(paths::JOURNALS), uuid)
     }
 
     /// The same in another folder.
@@ -154,7 +133,7 @@ impl Journal {
         }
     }
 
-    /// Whether there is one.
+    /// Whether the file is there.
     #[must_use]
     pub fn exists(&self) -> bool {
         self.path().exists()
@@ -164,10 +143,10 @@ impl Journal {
         self.dir.join(&self.uuid)
     }
 
-    /// Writes down what is about to be done; it is durable when this returns.
+    /// Writes what is about to be done; it is durable when this returns.
     ///
     /// # Errors
-    /// [`Class::Failed`](crate::error::Class::Failed): it can't be, and nothing may be done.
+    /// [`Class::Failed`](crate::error::Class::Failed): it can't be written, so nothing may be done.
     pub fn begin(&self, intent: &Intent) -> Result<()> {
         let failed = |e: io::Error| {
             Error::failed(format!(
@@ -186,32 +165,27 @@ impl Journal {
             .recursive(true)
             .mode(0o700)
             .create(&self.dir)?;
-        fault::point("journal: open")?;
-        let new = self.dir.join(format!("{}.new", self.uuid));
-        let mut file = File::options()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&new)?;
-        let written = fault::point("journal: write")
-            .and_then(|()| file.write_all(MAGIC))
-            .and_then(|()| file.write_all(&Sha256::digest(content)))
-            .and_then(|()| fault::point("journal: write content"))
-            .and_then(|()| file.write_all(content))
-            .and_then(|()| fault::point("journal: sync"))
-            .and_then(|()| file.sync_all())
-            .and_then(|()| fault::point("journal: rename"))
-            .and_then(|()| fs::rename(&new, self.path()));
-        if written.is_err() {
-            let _ = fs::remove_file(&new);
-        }
-        written?;
+        let head = [&MAGIC[..], &Sha256::digest(content)].concat();
+        let target = Target {
+            path: &self.path(),
+            new: &self.dir.join(format!("{}.new", self.uuid)),
+            mode: 0o600,
+            synced: true,
+        };
+        durable::replace(&target, &[&head, content], |step| {
+            fault::point(match step {
+                Step::Open => "journal: open",
+                Step::Write(0) => "journal: write",
+                Step::Write(_) => "journal: write content",
+                Step::Sync => "journal: sync",
+                Step::Rename => "journal: rename",
+            })
+        })?;
         fault::point("journal: sync folder")?;
-        File::open(&self.dir)?.sync_all()
+        durable::sync_folder(&self.dir)
     }
 
-    /// What was about to be done, if it isn't known how it ended.
+    /// What was about to be done, if it is not known how that ended.
     ///
     /// # Errors
     /// [`Class::Uncertain`](crate::error::Class::Uncertain): there is a journal, and it can't be read or believed.
@@ -256,19 +230,22 @@ impl Journal {
         {
             return Err(odd("a write in it has an old and a new length"));
         }
+        if !intent.change.op.is_journaled() {
+            return Err(odd("no journal is made for its operation"));
+        }
         Ok(Some(intent))
     }
 
-    /// Says that it is known how the run ended: the journal is removed.
+    /// Removes the journal, because it is known how the run ended.
     ///
     /// # Errors
-    /// It can't be.
+    /// It can't be removed.
     pub fn end(&self) -> Result<()> {
         let removed = fault::point("journal: remove");
         let removed = match removed.and_then(|()| fs::remove_file(self.path())) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(e) => Err(e),
-            Ok(()) => File::open(&self.dir).and_then(|dir| dir.sync_all()),
+            Ok(()) => durable::sync_folder(&self.dir),
         };
         removed.map_err(|e| {
             Error::failed(format!(
@@ -284,8 +261,8 @@ impl Journal {
 /// # Errors
 /// The folder can't be read.
 pub fn all() -> Result<Vec<String>> {
-    let failed = |e: io::Error| Error::failed(format!("cannot read {DIR}: {e}"));
-    let entries = match fs::read_dir(DIR) {
+    let failed = |e: io::Error| Error::failed(format!("cannot read {}: {e}", paths::JOURNALS));
+    let entries = match fs::read_dir(paths::JOURNALS) {
         Ok(entries) => entries,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(e) => return Err(failed(e)),
@@ -328,7 +305,7 @@ mod tests {
                 patch: "fix".into(),
                 sha256: "00".into(),
                 record: "11".into(),
-                op: Op::Apply,
+                op: Operation::Apply,
                 writes: vec![Write {
                     at: Gva(0xffff_ffff_8100_0005),
                     expect: vec![1; 5],
@@ -350,7 +327,7 @@ mod tests {
         journal.begin(&intent()).unwrap();
         assert_eq!(journal.read().unwrap(), Some(intent()));
         let mut second = intent();
-        second.change.op = Op::Revert;
+        second.change.op = Operation::Revert;
         journal.begin(&second).unwrap();
         assert_eq!(journal.read().unwrap(), Some(second));
         journal.end().unwrap();

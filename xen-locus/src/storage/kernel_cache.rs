@@ -1,16 +1,15 @@
-//! What was read of a guest's kernel, kept on disk between runs.
+//! Cache of guests' kernels on disk: symbols and types that a run read, for the next run.
 //!
-//! One file for each guest and build-id, `UUID.BUILD-ID`. A guest's tables serve that guest alone,
-//! although many run the same build: nothing but reading all of it proves that a guest's symbol
-//! table is the one its build-id names, and a guest that lies may mislead only about itself.
+//! One file for each guest and build-id, `UUID.BUILD-ID`. A file is used for its own guest alone, although many guests
+//! run the same build. Only a reading of the whole symbol table proves that it belongs to the build-id, and a guest
+//! that lies must mislead nobody but itself.
 //!
-//! A file is used only if nobody but the user we run as can have written it, its checksum is right,
-//! its symbols agree with the anchors the kernel was found by, and the guest shows the same release
-//! and build-id now. Any other file is as good as none. Addresses are kept as they were, and move
-//! with the text when it was loaded elsewhere (KASLR).
+//! A file is used only if no other user can have written it, its checksum is right, its symbols agree with the
+//! anchors by which the kernel was found, and the guest shows the same release and build-id now. Any other file is
+//! ignored. Addresses are stored as they were, and move with the text if the kernel is at another place (KASLR).
 
 use std::fs::{self, DirBuilder, OpenOptions};
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -19,16 +18,18 @@ use locus_guest::fetch;
 use locus_kernel::{CachedKernel, KernelCache};
 use locus_xen::{fault, uuid};
 
+use super::durable::{self, Step, Target};
+
 /// First bytes of a file; the last of them changes with the format.
 const MAGIC: &[u8; 8] = b"xlocus\x00\x03";
 /// Bytes before the body: magic number, CRC-32 of the body.
 const HEAD: usize = 12;
 /// Longest file believed, in bytes.
 const FILE_MAX: u64 = 64 << 20;
-/// Files kept; the oldest go first.
+/// Most files in the folder; the oldest are removed first.
 const FILES_MAX: usize = 64;
 
-/// Where what was read of one guest may be kept.
+/// The cache of one guest's kernels.
 #[derive(Clone, Debug, Default)]
 pub struct Cache {
     dir: PathBuf,
@@ -36,7 +37,7 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// Keeps what is read of the guest `uuid` in folder `dir`.
+    /// The cache of the guest `uuid`, in folder `dir`.
     #[must_use]
     pub fn new(dir: &Path, uuid: &str) -> Cache {
         Cache {
@@ -45,7 +46,7 @@ impl Cache {
         }
     }
 
-    /// Keeps nothing.
+    /// A cache that stores nothing.
     #[must_use]
     pub fn none() -> Cache {
         Cache::default()
@@ -57,7 +58,7 @@ impl KernelCache for Cache {
         !self.uuid.is_empty()
     }
 
-    /// The newest first. What can't be used is passed over.
+    /// The newest first. Files that can't be used are skipped.
     fn load(&self) -> Box<dyn Iterator<Item = CachedKernel> + '_> {
         let mut files = Vec::new();
         if self.is_wanted() {
@@ -82,17 +83,17 @@ impl KernelCache for Cache {
             fs::remove_file(self.dir.join(old))?;
         }
         let name = format!("{}.{}", self.uuid, hex::encode(&kernel.build_id));
-        let fresh = self.dir.join(format!(".{name}.{}", std::process::id()));
-        let written = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&fresh)
-            .and_then(|mut file| file.write_all(&format(kernel)?))
-            .and_then(|()| fault::point("cache: rename"))
-            .and_then(|()| fs::rename(&fresh, self.dir.join(name)));
-        written.inspect_err(|_| {
-            let _ = fs::remove_file(&fresh);
+        let target = Target {
+            path: &self.dir.join(&name),
+            // Several processes may store the same kernel at once.
+            new: &self.dir.join(format!(".{name}.{}", std::process::id())),
+            mode: 0o600,
+            // A file that a power failure damages has a wrong checksum, and is read from the guest again.
+            synced: false,
+        };
+        durable::replace(&target, &[&format(kernel)?], |step| match step {
+            Step::Rename => fault::point("cache: rename"),
+            _ => Ok(()),
         })
     }
 }
@@ -110,7 +111,7 @@ fn names(dir: &Path) -> Vec<String> {
     found.into_iter().rev().map(|(_, name)| name).collect()
 }
 
-/// The bytes of a file that holds `kept`.
+/// The content of a file for `kept`.
 ///
 /// # Errors
 /// It can't be encoded.
@@ -119,7 +120,7 @@ pub fn format(kept: &CachedKernel) -> io::Result<Vec<u8>> {
     Ok(seal(bytes))
 }
 
-/// Writes what comes before the body into the first bytes of a file.
+/// Fills in the first bytes of a file: magic number and checksum of the rest.
 pub fn seal(mut bytes: Vec<u8>) -> Vec<u8> {
     let sum = crc32fast::hash(bytes.get(HEAD..).unwrap_or_default());
     if let Some((head, _)) = bytes.split_at_mut_checked(HEAD) {
@@ -130,7 +131,7 @@ pub fn seal(mut bytes: Vec<u8>) -> Vec<u8> {
     bytes
 }
 
-/// What a file holds, if it is whole.
+/// The kernel in a file, if the file is undamaged.
 #[must_use]
 pub fn parse(bytes: &[u8]) -> Option<CachedKernel> {
     let body = bytes.get(HEAD..)?;
@@ -141,7 +142,7 @@ pub fn parse(bytes: &[u8]) -> Option<CachedKernel> {
     postcard::from_bytes(body).ok()
 }
 
-/// Reads a file that only we can have written.
+/// Reads a file that no other user can have written.
 fn read(path: &Path) -> io::Result<Vec<u8>> {
     let me = fs::metadata("/proc/self")?.uid();
     let ours = |meta: &fs::Metadata| meta.uid() == me && meta.mode() & 0o022 == 0;

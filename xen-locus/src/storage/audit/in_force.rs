@@ -1,16 +1,16 @@
-//! Patches that are in force in a guest, by the audit log: each line says which, from what the line before it of the
-//! same guest says and what was done since.
+//! Patches that are in force in a guest, by the audit log. Each line lists them: those of the guest's line before it,
+//! changed by the action of this line.
 //!
-//! What is in force stands in the guest's own memory, and with that it goes. The log knows the guest by its
-//! UUID, which a reboot leaves as it is. A patch that was taken back stays in the guest's arena; so one that is in
-//! force by the log, and of which the arena has no trace, was lost: the guest was started anew since, or restored
-//! from before.
+//! The patches themselves are in the guest's memory, and are lost with it in a reboot. The log knows a guest by its
+//! UUID, which a reboot does not change. A reverted patch stays in the guest's arena. So a patch that is in force by
+//! the log and is not in the arena was lost: the guest was rebooted since, or restored from an older state.
 
 use serde::{Deserialize, Serialize};
 
 use super::Action;
+use crate::operation::Operation;
 
-/// Most patches that a line of the log tells of, several times what a guest has room for: the line stays one.
+/// Most patches in a line of the log: several times what a guest has room for. It limits the length of a line.
 const IN_FORCE_MAX: usize = 100;
 
 /// A patch that is in force, by the log.
@@ -26,26 +26,29 @@ pub struct InForce {
     pub record: String,
 }
 
-/// What is in force in a guest after `action`, when `before` was before it: in the order it was applied.
+/// What is in force in a guest after `action`, if `before` was in force before it. In the order of application.
 #[must_use]
 pub fn after(before: Vec<InForce>, action: &Action) -> Vec<InForce> {
     let mut in_force = before;
-    // What a run that was interrupted had done, `recover` says.
-    let (op, done) = match action.op.as_str() {
-        "recover" => (
-            action.of.as_str(),
-            action.result == "finished" && !action.of.is_empty(),
-        ),
-        op => (op, matches!(&*action.result, "applied" | "reverted")),
+    // `recover` says how an interrupted operation ended.
+    let (operation, done) = match Operation::named(&action.op) {
+        Some(Operation::Recover) => {
+            let interrupted = Operation::named(&action.of);
+            (
+                interrupted,
+                action.result == "finished" && interrupted.is_some(),
+            )
+        }
+        operation => (operation, matches!(&*action.result, "applied" | "reverted")),
     };
-    // To take back what is not there says that it is not wanted.
-    let unwanted = op == "revert" && (done || action.result == "already");
+    // To revert a patch that was lost means that it is not wanted any more.
+    let unwanted = operation == Some(Operation::Revert) && (done || action.result == "already");
     if !done && !unwanted {
         return in_force;
     }
     in_force.retain(|p| {
         let ended = p.name == action.patch || action.superseded.contains(&p.name);
-        !ended && op != "replace"
+        !ended && operation != Some(Operation::Replace)
     });
     if !unwanted {
         in_force.push(InForce {

@@ -1,0 +1,182 @@
+use super::*;
+
+/// A log in a folder of its own.
+fn log(name: &str) -> Audit {
+    let folder = std::env::temp_dir().join(format!("locus-audit-{name}-{}", std::process::id()));
+    let _ = fs::remove_dir_all(&folder);
+    Audit {
+        log: folder.join("log/audit.jsonl"),
+        head: Some(folder.join("lib/head.json")),
+    }
+}
+
+fn add(audit: &Audit, patch: &str) {
+    let action = Action {
+        patch: patch.into(),
+        message: "said \",\"hash\":\"".into(),
+        ..Action::default()
+    };
+    audit.open().unwrap().append(action).unwrap();
+}
+
+fn faults(audit: &Audit) -> Vec<String> {
+    audit.history().unwrap().faults
+}
+
+/// Three lines, changed as text.
+fn changed(name: &str, change: impl FnOnce(&mut Vec<String>)) -> Vec<String> {
+    let audit = log(name);
+    for patch in ["one", "two", "three"] {
+        add(&audit, patch);
+    }
+    assert_eq!(faults(&audit), Vec::<String>::new());
+    let text = fs::read_to_string(&audit.log).unwrap();
+    let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+    change(&mut lines);
+    fs::write(&audit.log, lines.join("\n") + "\n").unwrap();
+    faults(&audit)
+}
+
+#[test]
+fn lines_follow_each_other_and_are_read_back() {
+    let audit = log("whole");
+    assert!(audit.history().unwrap().lines.is_empty());
+    assert_eq!(faults(&audit), Vec::<String>::new());
+    for patch in ["one", "two"] {
+        add(&audit, patch);
+    }
+    let history = audit.history().unwrap();
+    let seen: Vec<(u64, &str)> = history
+        .lines
+        .iter()
+        .map(|l| (l.seq, &*l.action.patch))
+        .collect();
+    assert_eq!(seen, [(1, "one"), (2, "two")]);
+    assert_eq!(history.lines[0].prev, NONE);
+    // It was put away: the next line goes on from the last one.
+    fs::remove_file(&audit.log).unwrap();
+    add(&audit, "three");
+    let history = audit.history().unwrap();
+    assert_eq!((history.lines[0].seq, history.faults), (3, Vec::new()));
+}
+
+#[test]
+fn every_change_of_the_log_is_noticed() {
+    let one = |faults: Vec<String>, words: &str| {
+        assert!(
+            faults.iter().any(|f| f.contains(words)),
+            "{words:?}: {faults:?}"
+        );
+    };
+    let edit = |lines: &mut Vec<String>| lines[1] = lines[1].replace("two", "2wo");
+    one(changed("edited", edit), "entry 2) is not what was written");
+    one(changed("removed", |l| drop(l.remove(1))), "does not follow");
+    one(changed("cut", |l| l.truncate(2)), "should be entry 3");
+    one(changed("emptied", Vec::clear), "should be entry 3");
+    one(changed("swapped", |l| l.swap(0, 1)), "does not follow");
+    one(
+        changed("garbage", |l| l.insert(1, "{}".into())),
+        "line 2 is no entry",
+    );
+    one(
+        changed("long", |l| l[1].push_str(&"x".repeat(1 << 17))),
+        "is no entry",
+    );
+    // A line that fits what stands before it, but not what comes after.
+    let forge = |lines: &mut Vec<String>| {
+        let (hashed, _) = lines[1].rsplit_once(OWN).unwrap();
+        let hashed = hashed.replace("two", "2wo");
+        lines[1] = format!("{hashed}{OWN}{}\"}}", digest(&hashed));
+    };
+    one(changed("forged", forge), "entry 3) does not follow");
+}
+
+#[test]
+fn a_run_that_ended_while_it_wrote_breaks_nothing_that_comes_after() {
+    let audit = log("torn");
+    add(&audit, "one");
+    let head = fs::read(audit.head.as_ref().unwrap()).unwrap();
+    add(&audit, "two");
+    // Between the two files.
+    fs::write(audit.head.as_ref().unwrap(), head).unwrap();
+    assert_eq!(faults(&audit), Vec::<String>::new());
+    add(&audit, "three");
+    assert_eq!(faults(&audit), Vec::<String>::new());
+    // In the middle of a line: that one is told of, and those after it count.
+    let mut file = OpenOptions::new().append(true).open(&audit.log).unwrap();
+    file.write_all(b"{\"schema\":1,\"seq\":4,").unwrap();
+    add(&audit, "four");
+    let history = audit.history().unwrap();
+    assert_eq!(history.faults, ["line 4 is no entry"]);
+    assert_eq!(history.lines.last().unwrap().seq, 4);
+}
+
+#[test]
+fn of_a_line_that_could_not_be_recorded_nothing_stays() {
+    let audit = log("unrecorded");
+    add(&audit, "one");
+    let before = fs::read(&audit.log).unwrap();
+    // Where the last line is known from can't be written.
+    let blocked = audit.head.as_ref().unwrap().with_extension("new");
+    fs::create_dir(&blocked).unwrap();
+    let mut writer = audit.open().unwrap();
+    let error = writer.append(Action::default()).unwrap_err();
+    assert!(error.to_string().contains("head.json"), "{error}");
+    assert_eq!(fs::read(&audit.log).unwrap(), before);
+    fs::remove_dir(&blocked).unwrap();
+    add(&audit, "two");
+    assert_eq!(faults(&audit), Vec::<String>::new());
+    assert_eq!(audit.history().unwrap().lines.len(), 2);
+}
+
+#[test]
+fn what_is_in_force_in_a_guest_is_told_by_its_last_line_wherever_that_is() {
+    let audit = log("in-force");
+    assert_eq!(audit.in_force("a").unwrap(), []);
+    let action = |uuid: &str, patch: &str, said: &str| Action {
+        uuid: uuid.into(),
+        op: "apply".into(),
+        patch: patch.into(),
+        result: "applied".into(),
+        message: said.into(),
+        ..Action::default()
+    };
+    let mut writer = audit.open().unwrap();
+    writer.append(action("a", "one", "")).unwrap();
+    writer.append(action("b", "two", "")).unwrap();
+    writer.append(action("a", "three", "")).unwrap();
+    // Lines of others, one of which speaks of it; and one that was cut short.
+    writer
+        .append(action("b", "four", "\"uuid\":\"a\""))
+        .unwrap();
+    let mut file = OpenOptions::new().append(true).open(&audit.log).unwrap();
+    file.write_all(b"{\"uuid\":\"a\",").unwrap();
+    writer.append(action("b", "five", "")).unwrap();
+    let names = |all: Vec<InForce>| -> Vec<String> { all.into_iter().map(|p| p.name).collect() };
+    let file = File::open(&audit.log).unwrap();
+    let len = usize::try_from(file.metadata().unwrap().len()).unwrap();
+    for block in 1..=len + 1 {
+        let of = |uuid| names(last_in_force(&file, uuid, block).unwrap());
+        assert_eq!(of("a"), ["one", "three"], "{block} bytes at once");
+        assert_eq!(of("b"), ["two", "four", "five"], "{block} bytes at once");
+        assert_eq!(of("c"), [""; 0], "{block} bytes at once");
+    }
+    // By the first line that can be read.
+    let text = fs::read_to_string(&audit.log).unwrap();
+    fs::write(&audit.log, text.replace("three", "\0")).unwrap();
+    assert_eq!(names(last_in_force(&file, "a", 100).unwrap()), ["one"]);
+}
+
+#[test]
+fn what_can_not_be_recorded_is_refused_before_it_is_begun() {
+    let audit = log("refused");
+    fs::create_dir_all(&audit.log).unwrap();
+    let error = audit.open().unwrap_err();
+    assert_eq!(error.exit_code() as u8, 1, "{error}");
+    assert!(error.to_string().contains("audit.jsonl"), "{error}");
+    let audit = log("refused-head");
+    add(&audit, "one");
+    fs::write(audit.head.as_ref().unwrap(), "{").unwrap();
+    let error = audit.open().unwrap_err();
+    assert_eq!(error.exit_code() as u8, 1, "{error}");
+}
