@@ -179,7 +179,7 @@ fn cycle(host: &Host, name: &str, payload: &Payload) -> [Value; 2] {
         max_pause: MAX_PAUSE,
         ..Options::default()
     };
-    let desk = host.desk("locus-pauses".into());
+    let operator = host.operator("locus-pauses".into());
     let change = |action: &dyn Fn(&Domain<'_>) -> xen_locus::error::Result<Report>| match host
         .guest(name)
         .and_then(|domain| action(&domain))
@@ -188,7 +188,7 @@ fn cycle(host: &Host, name: &str, payload: &Payload) -> [Value; 2] {
         Err(error) => json!({ "error": error.to_string() }),
     };
     [
-        change(&|domain| ops::apply(&desk, domain, payload, Mode::Apply, &options)),
-        change(&|domain| ops::revert(&desk, domain, &payload.name, None, &options)),
+        change(&|domain| ops::apply(&operator, domain, payload, Mode::Apply, &options)),
+        change(&|domain| ops::revert(&operator, domain, &payload.name, None, &options)),
     ]
 }

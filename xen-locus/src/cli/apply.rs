@@ -86,8 +86,8 @@ pub(super) fn apply_to(
         Ok(domain) => domain,
         Err(error) => return of(None, Err(error)),
     };
-    let desk = host.desk(operator::user());
-    let result = ops::apply(&desk, &domain, payload, mode, options);
+    let operator = host.operator(operator::user());
+    let result = ops::apply(&operator, &domain, payload, mode, options);
     if let Ok(report) = &result {
         session.say(1, format!("{}: {report:?}", domain.label()));
     }

@@ -36,8 +36,8 @@ pub fn run(session: &Session, host: &Host, args: &Nudge) -> anyhow::Result<ExitC
     let name = asked.name();
     let domain = host.guest(&args.domain)?;
     let options = session.options(&args.limits);
-    let desk = host.desk(operator::user());
-    let nudged = ops::nudge(&desk, &domain, name, |k| watch(&asked, k), &options)?;
+    let operator = host.operator(operator::user());
+    let nudged = ops::nudge(&operator, &domain, name, |k| watch(&asked, k), &options)?;
     let label = domain.label();
     if session.output == Output::Json {
         let report = nudged.as_ref().map(|n| &n.report);

@@ -7,12 +7,12 @@ use super::{out, Session};
 use crate::error::{Error, ExitCode};
 use crate::ops::host::Host;
 use crate::ops::operator;
-use crate::ops::recover_all::{self, Found};
+use crate::ops::recover_all::{self, Recovered};
 use crate::recover::Finding;
 use crate::say;
 
 /// The result for one guest, as JSON.
-fn json(found: &Found) -> Value {
+fn json(found: &Recovered) -> Value {
     let mut value = match &found.result {
         Ok(report) => json!(report),
         Err(error) => out::failure(error),
@@ -25,7 +25,7 @@ fn json(found: &Found) -> Value {
     value
 }
 
-fn code(found: &Found) -> ExitCode {
+fn code(found: &Recovered) -> ExitCode {
     match &found.result {
         Ok(report) if report.result == Finding::Uncertain => ExitCode::Uncertain,
         Ok(_) => ExitCode::Done,
@@ -47,8 +47,8 @@ pub fn run(session: &Session, host: &Host, args: &Recover) -> anyhow::Result<Exi
     let found = match &args.domain {
         Some(wanted) => {
             let domain = host.guest(wanted)?;
-            let desk = host.desk(operator::user());
-            vec![recover_all::one(&desk, &domain, &options)]
+            let operator = host.operator(operator::user());
+            vec![recover_all::one(&operator, &domain, &options)]
         }
         None => recover_all::all(host, &operator::user(), &options, false)?,
     };

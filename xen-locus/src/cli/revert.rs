@@ -19,13 +19,13 @@ pub fn run(session: &Session, host: &Host, args: &Revert) -> anyhow::Result<Exit
         entry_only: args.consistency.entry_only,
         ..session.options(&args.limits)
     };
-    let desk = host.desk(operator::user());
+    let operator = host.operator(operator::user());
     let results = match &args.patch {
         Some(patch) => {
-            let result = ops::revert(&desk, &domain, patch, None, &options);
+            let result = ops::revert(&operator, &domain, patch, None, &options);
             vec![(patch.clone(), result)]
         }
-        None => ops::revert_all(&desk, &domain, &options)?,
+        None => ops::revert_all(&operator, &domain, &options)?,
     };
     if results.is_empty() {
         session.say(0, format!("{}: no patch is applied", domain.label()));

@@ -16,7 +16,7 @@ use crate::domain::Domain;
 use crate::error::{ExitCode, Result};
 use crate::machine;
 use crate::ops::host::Host;
-use crate::ops::{self, Patch, Replaced, GUEST_REBOOTED};
+use crate::ops::{self, Patch, Replaced};
 use crate::quiesce::{self, Watch};
 
 /// The patches of one guest.
@@ -107,8 +107,8 @@ fn table(statuses: &[GuestStatus]) {
                 status.guest.label(),
                 patch.name.clone(),
                 match threads(draining) {
-                    0 if patch.reason == Some(GUEST_REBOOTED) => "gone (guest rebooted)".into(),
-                    0 => patch.state.into(),
+                    0 if patch.state.is_lost() => "gone (guest rebooted)".into(),
+                    0 => patch.state.to_string(),
                     threads => format!("draining {threads}"),
                 },
                 match functions.is_empty() {
@@ -193,8 +193,8 @@ impl GuestStatus {
                     .collect();
                 json!({
                     "name": p.name,
-                    "state": p.state,
-                    "reason": p.reason,
+                    "state": p.state.name(),
+                    "reason": p.state.reason(),
                     "sha256": p.sha256,
                     "applied_at": p.applied_at,
                     "cves": p.cves,

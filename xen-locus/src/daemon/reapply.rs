@@ -1,20 +1,20 @@
-//! Patches that a guest lost when it was started anew are applied again.
+//! Applies again the patches that a guest lost in a reboot.
 
 use locus_payload::Payload;
 
-use super::request::Server;
+use super::server::Server;
 use crate::domain::Domain;
 use crate::error::{Error, ExitCode, Result};
-use crate::ops::{self, Desk, Patch, Status, GUEST_REBOOTED};
+use crate::ops::{self, Operator, Patch, Status};
 use crate::plan::Mode;
 use crate::target::symbols::VMLINUX;
 
-/// Applies all that `status` says is lost, in the order in which it was applied. What can't be applied to
-/// this guest, or would cover what was applied after it, is said, and left.
+/// Applies all patches that are lost by `status`, in the order in which they were applied. A patch is left out, and
+/// that is said, if it can't be applied to this guest or would cover a patch that was applied after it.
 ///
 /// # Errors
-/// [`Class::TryAgain`](crate::error::Class::TryAgain) or one like it: the guest is not ready for one of them yet, nor for those that came
-/// after it and replace the same.
+/// [`Class::TryAgain`](crate::error::Class::TryAgain), or a module is not loaded: the guest is not ready yet for one of
+/// them, nor for later ones that replace the same functions.
 pub(super) fn reapply(server: &Server<'_>, domain: &Domain<'_>, status: &Status) -> Result<()> {
     let say = |patch: &Patch, what: String| {
         let whom = domain.label();
@@ -22,7 +22,7 @@ pub(super) fn reapply(server: &Server<'_>, domain: &Domain<'_>, status: &Status)
             .settings
             .say(0, format!("{whom}: {}{what}", patch.name));
     };
-    let is_lost = |p: &&Patch| p.reason == Some(GUEST_REBOOTED);
+    let is_lost = |p: &&Patch| p.state.is_lost();
     let mut early = None;
     let mut waiting: Vec<Payload> = Vec::new();
     for patch in status.patches.iter().filter(is_lost) {
@@ -37,7 +37,7 @@ pub(super) fn reapply(server: &Server<'_>, domain: &Domain<'_>, status: &Status)
         let mut later = status.patches.iter().filter(is_later);
         if let Some(later) = later.find(|p| meets(&payload, &functions_of_patch(p))) {
             let why =
-                " is not applied again, for it would take the place of what was applied after it";
+                " is not applied again, because it would take the place of what was applied after it";
             say(patch, format!("{why}: {}", later.name));
             continue;
         }
@@ -45,12 +45,12 @@ pub(super) fn reapply(server: &Server<'_>, domain: &Domain<'_>, status: &Status)
             waiting.push(payload);
             continue;
         }
-        let desk = Desk {
-            comes_again: is_early,
-            ..server.host.desk("daemon --reapply".into())
+        let operator = Operator {
+            retries_after: is_early,
+            ..server.host.operator("daemon --reapply".into())
         };
         match ops::apply(
-            &desk,
+            &operator,
             domain,
             &payload,
             Mode::Apply,
@@ -71,8 +71,8 @@ pub(super) fn reapply(server: &Server<'_>, domain: &Domain<'_>, status: &Status)
 /// A function, with the object that it is in.
 type Name<'a> = (&'a str, &'a str);
 
-/// Whether `payload` may not be applied before what replaces `others`: it replaces one of them too, or
-/// supersedes all that is there.
+/// Whether `payload` must keep its place in the order relative to a patch that replaces `others`: it replaces one of
+/// them too, or supersedes all patches.
 fn meets(payload: &Payload, others: &[Name<'_>]) -> bool {
     let shares = || functions(payload).iter().any(|name| others.contains(name));
     Mode::Apply.supersedes(payload) || shares()
@@ -92,7 +92,7 @@ fn functions_of_patch(patch: &Patch) -> Vec<Name<'_>> {
     all.map(|f| (&*f.object, &*f.name)).collect()
 }
 
-/// Whether the same may succeed later.
+/// Whether the same operation may succeed later.
 fn is_early(error: &Error) -> bool {
     error.is_not_loaded() || error.exit_code() == ExitCode::TryAgain
 }

@@ -20,6 +20,7 @@ use super::{Guard, Machine, Paused};
 use crate::error::Result;
 use crate::guard::Spot;
 use crate::storage::journal::{Change, Intent};
+use crate::storage::mock::Trace;
 
 /// Where the functions stand that are replaced, and their redirects.
 pub(crate) const FUNCTIONS: [(&str, u64); 3] = [
@@ -49,6 +50,12 @@ pub(crate) struct Guest {
     pub(crate) left: Rc<Cell<u32>>,
     /// What the journal says.
     pub(crate) intent: RefCell<Option<Intent>>,
+    /// The journal stays until [`Guest::close`], as that of a domain does.
+    pub(crate) keeps_journal: Cell<bool>,
+    /// It is known how the run ended.
+    pub(crate) ended: Cell<bool>,
+    /// Calls: `begin`.
+    pub(crate) trace: Trace,
 }
 
 impl Guest {
@@ -75,6 +82,16 @@ impl Guest {
             world,
             left: Rc::new(Cell::new(u32::MAX)),
             intent: RefCell::default(),
+            keeps_journal: Cell::new(false),
+            ended: Cell::new(false),
+            trace: Trace::default(),
+        }
+    }
+
+    /// Removes the journal if it is known how the run ended.
+    pub(crate) fn close(&self) {
+        if self.ended.take() {
+            *self.intent.borrow_mut() = None;
         }
     }
 
@@ -223,6 +240,8 @@ impl Machine for Guest {
     }
 
     fn begin(&self, change: &Change) -> Result<()> {
+        self.trace.call("begin")?;
+        self.ended.set(false);
         *self.intent.borrow_mut() = Some(Intent {
             uuid: String::new(),
             domid: 1,
@@ -234,7 +253,10 @@ impl Machine for Guest {
     }
 
     fn ended(&self) {
-        *self.intent.borrow_mut() = None;
+        self.ended.set(true);
+        if !self.keeps_journal.get() {
+            self.close();
+        }
     }
 
     fn guard(&self, _: &[Spot]) -> Result<Box<dyn Guard + '_>> {

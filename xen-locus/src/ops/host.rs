@@ -4,48 +4,51 @@ use std::path::{Path, PathBuf};
 
 use locus_xen::{self as xen, Control, DomainInfo};
 
-use super::Desk;
+use super::Operator;
 use crate::domain::Domain;
 use crate::error::Result;
 use crate::storage::audit::Audit;
 use crate::storage::kernel_cache::Cache;
 use crate::storage::xenstore::Store;
 
-/// The host a command works on.
+/// The host of a command or of the daemon.
 #[derive(Debug)]
 pub struct Host {
     /// Xen's control interface.
     pub control: Control,
     /// XenStore.
     pub store: Store,
+    /// The audit log.
+    pub audit: Audit,
     cache: Option<PathBuf>,
 }
 
 impl Host {
-    /// Opens Xen and XenStore. What is read of guests' kernels is kept in folder `cache`, if any.
+    /// Opens Xen and XenStore. Guests' kernels are cached in folder `cache`, if there is one.
     ///
     /// # Errors
-    /// Not dom0, not root, no libxenctrl, no xenstored: one sentence.
+    /// Not dom0, not root, no libxenctrl, no xenstored.
     pub fn open(cache: Option<&Path>) -> Result<Host> {
         xen::keep_freed_memory();
-        // Where it isn't allowed things take longer, pauses too.
+        // If it isn't allowed, everything takes longer, pauses too.
         let _ = xen::lock_memory();
         xen::check_environment()?;
         Ok(Host {
             control: Control::open()?,
             store: Store::open()?,
+            audit: Audit::system(),
             cache: cache.map(Path::to_owned),
         })
     }
 
-    /// What actions go through that `who` asks for.
+    /// The operator `who`, who repeats no operation.
     #[must_use]
-    pub fn desk(&self, who: String) -> Desk<'_> {
-        Desk {
+    pub fn operator(&self, who: String) -> Operator<'_> {
+        Operator {
             store: &self.store,
-            audit: Audit::system(),
+            audit: &self.audit,
             who,
-            comes_again: |_| false,
+            retries_after: |_| false,
         }
     }
 

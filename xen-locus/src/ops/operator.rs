@@ -1,8 +1,8 @@
-//! The person behind a command, for the audit log.
+//! Name of the operator who runs a command, for the audit log.
 
 use std::os::unix::fs::MetadataExt as _;
 
-/// Who runs this command: the user id, and the one that logged in (pam_loginuid(8)) or used sudo.
+/// The user id of this process, the user id that logged in (pam_loginuid(8)), and the user of sudo.
 #[must_use]
 pub fn user() -> String {
     let uid = std::fs::metadata("/proc/self").map_or(0, |meta| meta.uid());

@@ -1,9 +1,9 @@
-//! Interrupted runs of all guests of this host.
+//! Settles interrupted runs on all guests of this host.
 
 use locus_guest::addr::DomId;
 
 use super::host::Host;
-use super::Desk;
+use super::Operator;
 use crate::apply::Options;
 use crate::domain::Domain;
 use crate::error::Result;
@@ -11,21 +11,21 @@ use crate::guard;
 use crate::recover::Report;
 use crate::storage::journal;
 
-/// What is known of one guest.
+/// What was found on one guest.
 #[derive(Debug)]
-pub struct Found {
-    /// Domain id; none of a guest that is gone.
+pub struct Recovered {
+    /// Domain id; `None` for a guest that is gone.
     pub domid: Option<DomId>,
     /// Name of the domain; empty for a guest that is gone.
     pub name: String,
-    /// UUID.
+    /// UUID of the guest.
     pub uuid: String,
-    /// What was found and done, or why it can't be told.
+    /// What was found and done.
     pub result: Result<Report>,
 }
 
-impl Found {
-    /// In one line.
+impl Recovered {
+    /// Guest and result in one line.
     #[must_use]
     pub fn line(&self) -> String {
         let whom = match self.domid {
@@ -39,24 +39,23 @@ impl Found {
     }
 }
 
-/// Recovers one guest that is there.
+/// Recovers one guest, which is not gone.
 #[must_use]
-pub fn one(desk: &Desk<'_>, domain: &Domain<'_>, options: &Options) -> Found {
-    Found {
+pub fn one(operator: &Operator<'_>, domain: &Domain<'_>, options: &Options) -> Recovered {
+    Recovered {
         domid: Some(domain.info.id),
         name: domain.name.clone(),
         uuid: domain.info.uuid.clone(),
-        result: super::recover(desk, domain, options),
+        result: super::recover(operator, domain, options),
     }
 }
 
-/// All guests, those that are gone and left something among them; or only those of which something is
-/// noted in this control domain. A guest whose kernel can't be read, and of which nothing is noted, is none
-/// of ours.
+/// Recovers all guests that have a journal or a guardian's file, including those that are gone, and unless `only_noted`
+/// all other guests too. Another guest whose kernel can't be read is left out, because this tool never changed it.
 ///
 /// # Errors
 /// Domains can't be listed.
-pub fn all(host: &Host, who: &str, options: &Options, only_noted: bool) -> Result<Vec<Found>> {
+pub fn all(host: &Host, who: &str, options: &Options, only_noted: bool) -> Result<Vec<Recovered>> {
     let mut found = Vec::new();
     let mut noted = journal::all()?;
     let files = guard::files(None)?;
@@ -78,13 +77,13 @@ pub fn all(host: &Host, who: &str, options: &Options, only_noted: bool) -> Resul
             continue;
         }
         let domain = host.domain(info)?;
-        let one = one(&host.desk(who.to_owned()), &domain, options);
+        let one = one(&host.operator(who.to_owned()), &domain, options);
         if known || one.result.is_ok() {
             found.push(one);
         }
     }
     for uuid in noted {
-        found.push(Found {
+        found.push(Recovered {
             domid: None,
             name: String::new(),
             result: super::forget(&host.control, &uuid, options),

@@ -1,7 +1,7 @@
 //! Replaces a file as a whole: whenever this process or dom0 dies, the file has its old content or its new content.
 //!
 //! The content is written to another file in the same folder, synced and renamed. That other file has a fixed name,
-//! so the next run replaces what a dead run left, and nobody has to sweep the folder. This is why the crate
+//! so the next run replaces what a dead run left, and the folder needs no sweep. This is why the crate
 //! `tempfile`, whose names are random, is not used.
 
 use std::fs::{self, File};

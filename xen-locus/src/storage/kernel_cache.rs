@@ -2,7 +2,7 @@
 //!
 //! One file for each guest and build-id, `UUID.BUILD-ID`. A file is used for its own guest alone, although many guests
 //! run the same build. Only a reading of the whole symbol table proves that it belongs to the build-id, and a guest
-//! that lies must mislead nobody but itself.
+//! that lies must mislead only about itself.
 //!
 //! A file is used only if no other user can have written it, its checksum is right, its symbols agree with the
 //! anchors by which the kernel was found, and the guest shows the same release and build-id now. Any other file is

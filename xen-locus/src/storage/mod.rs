@@ -4,4 +4,6 @@ pub mod audit;
 pub mod durable;
 pub mod journal;
 pub mod kernel_cache;
+#[cfg(test)]
+pub(crate) mod mock;
 pub mod xenstore;

@@ -1,8 +1,9 @@
 //! XenStore, through `xenstore-rs`: names of domains, and what this tool publishes.
 //!
-//! One writer per node and the node that commits a step is written last, so no transaction is
-//! needed (DESIGN.md section 7).
+//! Each node has one writer, and the node that commits a step is written last, so no transaction is needed
+//! (xen-locus-xenstore(7)).
 
+use std::fmt;
 use std::io;
 use std::sync::mpsc;
 use std::time::Duration;
@@ -14,7 +15,7 @@ use xenstore_rs::Xs;
 
 use crate::error::{Error, Result};
 
-/// Where this tool's nodes stand.
+/// Path of this tool's nodes.
 pub const ROOT: &str = "/tool/xen-locus";
 
 /// How long xenstored may take for its first answer.
@@ -25,15 +26,15 @@ pub struct Store {
     xs: XsUnix,
 }
 
-impl std::fmt::Debug for Store {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Store")
     }
 }
 
 impl Store {
-    /// Connects, and makes sure that somebody answers: without xenstored the kernel's device takes
-    /// requests all the same and lets them wait forever.
+    /// Connects, and waits for a first answer: without xenstored the kernel's device accepts requests and never
+    /// answers them.
     ///
     /// # Errors
     /// No xenstored answers.
@@ -46,7 +47,7 @@ impl Store {
         let (sender, receiver) = mpsc::channel();
         std::thread::spawn(move || {
             let store = XsUnix::new().and_then(|xs| xs.directory("/").map(|_| xs));
-            // Nobody listens any more if the answer came too late.
+            // If the answer comes too late, the receiver is gone.
             let _ = sender.send(store);
         });
         match receiver.recv_timeout(PATIENCE) {
@@ -56,11 +57,45 @@ impl Store {
         }
     }
 
-    /// A node's value; `None` when there is no such node.
+    /// The name of a domain, if it has one.
+    #[must_use]
+    pub fn domain_name(&self, id: DomId) -> Option<String> {
+        Nodes::domain_name(self, id)
+    }
+}
+
+/// Nodes of XenStore, as the daemon and the publication of a guest's status need them.
+pub trait Nodes: fmt::Debug {
+    /// A node's value; `None` if there is no such node.
     ///
     /// # Errors
     /// xenstored failed.
-    pub fn read(&self, path: &str) -> Result<Option<String>> {
+    fn read(&self, path: &str) -> Result<Option<String>>;
+    /// Names of a node's children; none if there is no such node.
+    ///
+    /// # Errors
+    /// xenstored failed.
+    fn children(&self, path: &str) -> Result<Vec<String>>;
+    /// Writes a node, with the nodes above it as needed.
+    ///
+    /// # Errors
+    /// xenstored failed.
+    fn write(&self, path: &str, value: &str) -> Result<()>;
+    /// Removes a node and all below it; nothing to do if there is none.
+    ///
+    /// # Errors
+    /// xenstored failed.
+    fn remove(&self, path: &str) -> Result<()>;
+    /// The name of a domain, if it has one.
+    fn domain_name(&self, id: DomId) -> Option<String> {
+        self.read(&format!("/local/domain/{id}/name"))
+            .ok()
+            .flatten()
+    }
+}
+
+impl Nodes for Store {
+    fn read(&self, path: &str) -> Result<Option<String>> {
         match fault::point("xs_read").and_then(|()| self.xs.read(path)) {
             Ok(value) => Ok(Some(value.into())),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -68,11 +103,7 @@ impl Store {
         }
     }
 
-    /// Names of a node's children; none when there is no such node.
-    ///
-    /// # Errors
-    /// xenstored failed.
-    pub fn children(&self, path: &str) -> Result<Vec<String>> {
+    fn children(&self, path: &str) -> Result<Vec<String>> {
         match fault::point("xs_directory").and_then(|()| self.xs.directory(path)) {
             Ok(names) => Ok(names
                 .into_iter()
@@ -84,33 +115,17 @@ impl Store {
         }
     }
 
-    /// Writes a node, with the nodes above it as needed.
-    ///
-    /// # Errors
-    /// xenstored failed.
-    pub fn write(&self, path: &str, value: &str) -> Result<()> {
+    fn write(&self, path: &str, value: &str) -> Result<()> {
         fault::point("xs_write")
             .and_then(|()| self.xs.write(path, value))
             .map_err(|e| failed("writing", path, &e))
     }
 
-    /// Removes a node and all below it; nothing to do when there is none.
-    ///
-    /// # Errors
-    /// xenstored failed.
-    pub fn remove(&self, path: &str) -> Result<()> {
+    fn remove(&self, path: &str) -> Result<()> {
         match fault::point("xs_rm").and_then(|()| self.xs.rm(path)) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("removing", path, &e)),
             _ => Ok(()),
         }
-    }
-
-    /// The name of a domain.
-    #[must_use]
-    pub fn domain_name(&self, id: DomId) -> Option<String> {
-        self.read(&format!("/local/domain/{id}/name"))
-            .ok()
-            .flatten()
     }
 }
 

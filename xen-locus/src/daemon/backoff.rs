@@ -1,51 +1,51 @@
-//! What failed now and is to be tried again later, less and less often.
+//! What failed and is tried again later, with longer and longer waits.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::time::{Duration, Instant};
 
-/// Things by key, each with the time when it is due.
+/// Keys of what is tried again, each with the time when it is due.
 #[derive(Debug)]
-pub(super) struct Later<K> {
+pub(super) struct Backoff<K> {
     due: HashMap<K, (Instant, Duration)>,
     first: Duration,
     longest: Duration,
 }
 
-impl<K: Eq + Hash + Clone> Later<K> {
+impl<K: Eq + Hash + Clone> Backoff<K> {
     /// The first wait is `first`; each after it twice as long, up to `longest`.
-    pub(super) fn new(first: Duration, longest: Duration) -> Later<K> {
-        Later {
+    pub(super) fn new(first: Duration, longest: Duration) -> Backoff<K> {
+        Backoff {
             due: HashMap::new(),
             first,
             longest,
         }
     }
 
-    /// Whether `key` is to be left alone for now.
+    /// Whether `key` is here and not due yet.
     pub(super) fn is_early(&self, key: &K, now: Instant) -> bool {
         self.due.get(key).is_some_and(|(at, _)| *at > now)
     }
 
-    /// Those that are due.
+    /// The keys that are due.
     pub(super) fn due(&self, now: Instant) -> Vec<K> {
         let due = self.due.iter().filter(|(_, (at, _))| *at <= now);
         due.map(|(key, _)| key.clone()).collect()
     }
 
-    /// `key` failed once more.
+    /// `key` failed once more: it waits from now on.
     pub(super) fn put_off(&mut self, key: K, now: Instant) {
         let last = self.due.get(&key).map(|(_, wait)| *wait);
         let wait = last.map_or(self.first, |w| (w * 2).min(self.longest));
         self.due.insert(key, (now + wait, wait));
     }
 
-    /// Nothing is to be tried of `key` any more.
+    /// `key` is not tried again. Its next wait, if there is one, is the first.
     pub(super) fn forget(&mut self, key: &K) {
         self.due.remove(key);
     }
 
-    /// Keeps those of which `keep` is true.
+    /// Forgets all keys of which `keep` is false.
     pub(super) fn retain(&mut self, keep: impl Fn(&K) -> bool) {
         self.due.retain(|key, _| keep(key));
     }
@@ -56,23 +56,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn waits_double_up_to_the_longest_and_begin_anew_when_forgotten() {
+    fn waits_double_up_to_the_longest_and_start_again_when_forgotten() {
         let second = Duration::from_secs(1);
-        let mut later = Later::new(second, second * 3);
+        let mut backoff = Backoff::new(second, second * 3);
         let mut now = Instant::now();
-        assert!(!later.is_early(&1, now));
+        assert!(!backoff.is_early(&1, now));
         for wait in [1, 2, 3, 3, 1] {
             if wait == 1 {
-                later.forget(&1);
+                backoff.forget(&1);
             }
-            later.put_off(1, now);
-            assert!(later.is_early(&1, now + second * wait - second / 2));
-            assert!(later.due(now + second * wait - second / 2).is_empty());
+            backoff.put_off(1, now);
+            assert!(backoff.is_early(&1, now + second * wait - second / 2));
+            assert!(backoff.due(now + second * wait - second / 2).is_empty());
             now += second * wait;
-            assert!(!later.is_early(&1, now));
-            assert_eq!(later.due(now), [1]);
+            assert!(!backoff.is_early(&1, now));
+            assert_eq!(backoff.due(now), [1]);
         }
-        later.retain(|key| *key != 1);
-        assert!(later.due(now).is_empty());
+        backoff.retain(|key| *key != 1);
+        assert!(backoff.due(now).is_empty());
     }
 }

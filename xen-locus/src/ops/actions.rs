@@ -1,0 +1,167 @@
+//! The operations themselves. Each is recorded and published: [`super::run`].
+
+use std::time::Instant;
+
+use locus_kernel::Kernel;
+use locus_payload::Payload;
+use locus_xen::Control;
+
+use super::guest::Guest;
+use super::lock;
+use super::run::{timed, Asked, Operator};
+use super::status::patches_by;
+use crate::apply::{self, Options, Report};
+use crate::error::{Error, Result};
+use crate::machine;
+use crate::nudge::{self, Nudged};
+use crate::operation::Operation;
+use crate::plan::Mode;
+use crate::quiesce::Watch;
+use crate::recover::{self, Finding};
+
+/// Applies a payload, on top of the patches that are there or in their place.
+///
+/// # Errors
+/// As [`apply::apply`]; [`Class::TryAgain`](crate::error::Class::TryAgain) when another run holds the guest's lock.
+pub fn apply<G: Guest>(
+    operator: &Operator<'_>,
+    guest: &G,
+    payload: &Payload,
+    mode: Mode,
+    options: &Options,
+) -> Result<Report> {
+    let asked = Asked {
+        // Not the mode: a payload that was built so replaces in either mode.
+        operation: match mode.supersedes(payload) {
+            false => Operation::Apply,
+            true => Operation::Replace,
+        },
+        patch: &payload.name,
+        sha256: hex::encode(payload.sha256),
+    };
+    operator.run(guest, &asked, options, |kernel, options| {
+        apply::apply(guest, kernel, payload, mode, options)
+    })
+}
+
+fn reverting(patch: &str) -> Asked<'_> {
+    Asked {
+        operation: Operation::Revert,
+        patch,
+        sha256: String::new(),
+    }
+}
+
+/// Reverts a patch. If a SHA-256 is given, the patch must be of the file with this one.
+///
+/// # Errors
+/// As [`apply::revert`]; [`Class::Failed`](crate::error::Class::Failed) when the patch is of another file;
+/// [`Class::TryAgain`](crate::error::Class::TryAgain) when another run holds the guest's lock.
+pub fn revert<G: Guest>(
+    operator: &Operator<'_>,
+    guest: &G,
+    patch: &str,
+    sha256: Option<&str>,
+    options: &Options,
+) -> Result<Report> {
+    operator.run(guest, &reverting(patch), options, |kernel, options| {
+        let all = patches_by(kernel, operator.audit, Some(guest.uuid()))?;
+        // If it was lost and applied again, the one in the guest is meant.
+        let of_name = all.iter().filter(|p| p.name == patch);
+        let named = of_name.max_by_key(|p| !p.state.is_lost());
+        if let (Some(named), Some(wanted)) = (named, sha256) {
+            if named.sha256 != wanted {
+                return Err(Error::failed(format!(
+                    "patch {patch} is of a file with SHA-256 {}, and that of {wanted} is to be reverted",
+                    named.sha256
+                )));
+            }
+        }
+        match named {
+            // Nothing to undo; by this line of the audit log it is not missed any more.
+            Some(lost) if lost.state.is_lost() => Ok(apply::nothing_to_do(patch)),
+            _ => apply::revert(guest, kernel, patch, options),
+        }
+    })
+}
+
+/// Wakes the threads that sleep in the ranges that `watch` gives and thus block `patch`. `None` if it gives none.
+///
+/// # Errors
+/// As [`nudge::nudge`]; [`Class::TryAgain`](crate::error::Class::TryAgain) when another run holds the guest's lock.
+pub fn nudge<G: Guest>(
+    operator: &Operator<'_>,
+    guest: &G,
+    patch: &str,
+    watch: impl FnOnce(&Kernel<'_>) -> Result<Option<Watch>>,
+    options: &Options,
+) -> Result<Option<Nudged>> {
+    let asked = Asked {
+        operation: Operation::Nudge,
+        patch,
+        sha256: String::new(),
+    };
+    let mut nudged = None;
+    operator.run(guest, &asked, options, |kernel, options| {
+        let Some(watch) = watch(kernel)? else {
+            return Ok(apply::nothing_to_do(patch));
+        };
+        let done = nudge::nudge(guest, kernel, patch, &watch, options)?;
+        Ok(nudged.insert(done).report.clone())
+    })?;
+    Ok(nudged)
+}
+
+/// Reverts all patches, the topmost first, until one can't be reverted or recorded. Returns the result of each that
+/// was tried.
+///
+/// # Errors
+/// As [`apply::revert_all`]; [`Class::TryAgain`](crate::error::Class::TryAgain) when another run holds the guest's
+/// lock.
+pub fn revert_all<G: Guest>(
+    operator: &Operator<'_>,
+    guest: &G,
+    options: &Options,
+) -> Result<Vec<(String, Result<Report>)>> {
+    let began = Instant::now();
+    let mut log = operator.audit.open()?;
+    let _lock = guest.lock(options)?;
+    operator.change(guest, options, |kernel, options| {
+        let mut results = Vec::new();
+        apply::revert_all(guest, kernel, options, |patch, result| {
+            let result = result.map(|report| timed(report, began));
+            let goes_on =
+                options.dry_run || operator.record(&mut *log, guest, &reverting(patch), &result);
+            results.push((patch.to_owned(), result));
+            goes_on
+        })?;
+        Ok(results)
+    })
+}
+
+/// Settles what an interrupted run left on a guest.
+///
+/// # Errors
+/// As [`recover::recover`]; [`Class::TryAgain`](crate::error::Class::TryAgain) when another run holds the guest's lock.
+pub fn recover<G: Guest>(
+    operator: &Operator<'_>,
+    guest: &G,
+    options: &Options,
+) -> Result<recover::Report> {
+    let _lock = guest.lock(options)?;
+    let report = operator.recover(guest, options)?;
+    if report.result != Finding::NothingToDo {
+        let kernel = machine::kernel_of(guest)?;
+        operator.publish(guest, &kernel, "not published");
+    }
+    Ok(report)
+}
+
+/// Removes journal and guardians' files of a guest that is gone.
+///
+/// # Errors
+/// As [`recover::forget`]; [`Class::TryAgain`](crate::error::Class::TryAgain) when another run holds that guest's lock.
+pub fn forget(control: &Control, uuid: &str, options: &Options) -> Result<recover::Report> {
+    let _lock = lock::take(uuid, options)?;
+    recover::forget(control, uuid)
+}

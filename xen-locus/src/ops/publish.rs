@@ -1,0 +1,54 @@
+//! A guest's status in XenStore, below `/tool/xen-locus/domain/DOMID`.
+
+use std::time::Duration;
+
+use super::guest::Guest;
+use super::status::{self, Status};
+use crate::apply::Options;
+use crate::error::Result;
+use crate::machine;
+use crate::storage::audit::Log;
+use crate::storage::xenstore::{Nodes, ROOT};
+
+/// Reads a guest's status and publishes it, unless another run works on the guest.
+///
+/// # Errors
+/// Its kernel or arena can't be read; as [`publish`]; [`Class::TryAgain`](crate::error::Class::TryAgain) when another
+/// run holds the guest's lock: that run publishes the status itself.
+pub fn look<G: Guest>(store: &dyn Nodes, log: &dyn Log, guest: &G) -> Result<Status> {
+    let at_once = Options {
+        timeout: Duration::ZERO,
+        ..Options::default()
+    };
+    let _lock = guest.lock(&at_once)?;
+    let status = status::read(guest, &machine::kernel_of(guest)?, log)?;
+    publish(store, &status)?;
+    Ok(status)
+}
+
+/// Writes a guest's status.
+///
+/// # Errors
+/// XenStore failed.
+pub fn publish(store: &dyn Nodes, status: &Status) -> Result<()> {
+    let base = format!("{ROOT}/domain/{}", status.domid);
+    if store.read(&format!("{base}/uuid"))?.as_deref() != Some(&status.uuid) {
+        // Of a guest that had this id before.
+        store.remove(&base)?;
+        store.write(&format!("{base}/uuid"), &status.uuid)?;
+    }
+    store.write(&format!("{base}/kernel"), &status.kernel)?;
+    for old in store.children(&format!("{base}/patch"))? {
+        if !status.patches.iter().any(|p| p.name == old) {
+            store.remove(&format!("{base}/patch/{old}"))?;
+        }
+    }
+    for patch in &status.patches {
+        let node = format!("{base}/patch/{}", patch.name);
+        store.write(&format!("{node}/sha256"), &patch.sha256)?;
+        store.write(&format!("{node}/cves"), &patch.cves.join(","))?;
+        store.write(&format!("{node}/applied-at"), &patch.applied_at.to_string())?;
+        store.write(&format!("{node}/state"), patch.state.name())?;
+    }
+    Ok(())
+}

@@ -1,0 +1,252 @@
+//! The order of every operation on a guest:
+//!
+//! 1. The audit log is opened: what can't be recorded does not begin.
+//! 2. The guest is locked.
+//! 3. What an interrupted run left is settled and recorded, and its journal is removed.
+//! 4. The operation is carried out; it writes its journal before it changes the guest.
+//! 5. The guest's status is published. The guest is changed by then, so an error here is only said.
+//! 6. A line is appended to the audit log.
+//! 7. The journal is removed. It stays if the line could not be appended: the next run then finds the change in the
+//!    guest and records it.
+//! 8. The guest is unlocked.
+//!
+//! A dry run opens no log, records nothing, publishes nothing, and leaves an interrupted run as it is.
+//!
+//! All of it is generic over the guest, the log and XenStore, and the tests fail every step.
+
+use std::time::Instant;
+
+use locus_kernel::Kernel;
+
+use super::guest::Guest;
+use super::{publish, status};
+use crate::apply::{Options, Report};
+use crate::arena;
+use crate::error::{Error, Result};
+use crate::machine;
+use crate::operation::Operation;
+use crate::recover::{self, Finding};
+use crate::say;
+use crate::storage::audit::{Action, Append, Log};
+use crate::storage::xenstore::Nodes;
+
+/// The person or program that asks for operations, and where these are published and recorded.
+#[derive(Debug)]
+pub struct Operator<'a> {
+    /// Where a guest's status is published.
+    pub store: &'a dyn Nodes,
+    /// Where operations are recorded.
+    pub audit: &'a dyn Log,
+    /// Name of the operator, for the audit log.
+    pub who: String,
+    /// Whether the operator repeats the operation by itself after this error. Then there is nothing to record yet.
+    pub retries_after: fn(&Error) -> bool,
+}
+
+/// An operation that is asked for, as it is recorded.
+pub(super) struct Asked<'a> {
+    pub(super) operation: Operation,
+    pub(super) patch: &'a str,
+    /// SHA-256 of the patch's file, in hex; empty if only the guest knows it.
+    pub(super) sha256: String,
+}
+
+impl Operator<'_> {
+    /// Carries out an operation, in the order at the head of this file.
+    ///
+    /// # Errors
+    /// Those of `act`; what went wrong in the steps before it.
+    pub(super) fn run<G: Guest>(
+        &self,
+        guest: &G,
+        asked: &Asked<'_>,
+        options: &Options,
+        act: impl FnOnce(&Kernel<'_>, &Options) -> Result<Report>,
+    ) -> Result<Report> {
+        let began = Instant::now();
+        let log = (!options.dry_run).then(|| self.audit.open()).transpose()?;
+        // Held until this function returns.
+        let (_lock, done) = match guest.lock(options) {
+            Ok(lock) => (Some(lock), self.change(guest, &rest(options, began), act)),
+            Err(error) => (None, Err(error)),
+        };
+        let done = done.map(|report| timed(report, began));
+        if let Some(mut log) = log {
+            self.record(&mut *log, guest, asked, &done);
+        }
+        done
+    }
+
+    /// Steps 3 to 5: settles what an interrupted run left, carries out `act` and publishes the guest's status. The
+    /// caller has the guest's lock.
+    pub(super) fn change<G: Guest, R>(
+        &self,
+        guest: &G,
+        options: &Options,
+        act: impl FnOnce(&Kernel<'_>, &Options) -> Result<R>,
+    ) -> Result<R> {
+        let change = || {
+            self.settle_interrupted(guest, options)?;
+            let kernel = machine::kernel_of(guest)?;
+            let done = act(&kernel, options)?;
+            if !options.dry_run {
+                self.publish(guest, &kernel, "done, but not published");
+            }
+            Ok(done)
+        };
+        change().map_err(|error: Error| match guest.is_gone() {
+            true => Error::failed(format!(
+                "domain {} is gone: it ended while it was worked on ({error})",
+                guest.label()
+            )),
+            false => error,
+        })
+    }
+
+    /// Step 3.
+    fn settle_interrupted<G: Guest>(&self, guest: &G, options: &Options) -> Result<()> {
+        if !guest.is_recovery_due()? {
+            return Ok(());
+        }
+        if options.dry_run {
+            say::warn(format_args!(
+                "{}: an earlier run did not end as it should: `xen-locus recover` settles what it left",
+                guest.label()
+            ));
+            return Ok(());
+        }
+        let found = self.recover(guest, options)?;
+        // Otherwise there was only the file of a run that looks at the guest right now.
+        if found.result != Finding::NothingToDo || !found.detail.is_empty() {
+            say::warn(format_args!(
+                "{}: what an earlier run left: {found}",
+                guest.label()
+            ));
+        }
+        Ok(())
+    }
+
+    /// Publishes the guest's status; an error is said, after `what`.
+    pub(super) fn publish<G: Guest>(&self, guest: &G, kernel: &Kernel<'_>, what: &str) {
+        let published = status::read(guest, kernel, self.audit)
+            .and_then(|status| publish::publish(self.store, &status));
+        if let Err(error) = published {
+            say::warn(format_args!("{}: {what}: {error}", guest.label()));
+        }
+    }
+
+    /// Steps 6 and 7: records the result of an operation, and then removes its journal. False if it could not be
+    /// recorded: the journal stays.
+    pub(super) fn record<G: Guest>(
+        &self,
+        log: &mut dyn Append,
+        guest: &G,
+        asked: &Asked<'_>,
+        done: &Result<Report>,
+    ) -> bool {
+        if done.as_ref().is_err_and(self.retries_after) {
+            guest.close_journal();
+            return true;
+        }
+        let mut action = Action {
+            sha256: asked.sha256.clone(),
+            ..self.action(guest, asked.operation, asked.patch)
+        };
+        match done {
+            Ok(report) => {
+                action.result = report.result.name().into();
+                action.sha256.clone_from(&report.sha256);
+                action.record.clone_from(&report.record);
+                action.pause_us = report.pause_us;
+                action.superseded.clone_from(&report.superseded);
+                [action.text_before, action.text_after] = report.text.clone();
+            }
+            Err(error) => failed(&mut action, error),
+        }
+        let what = format!("{} {}", action.op, action.patch);
+        match log.append(action) {
+            Ok(()) => {
+                guest.close_journal();
+                true
+            }
+            Err(error) => {
+                say::warn(format_args!(
+                    "{}: {what}: not recorded; the next run records it: {error}",
+                    guest.label()
+                ));
+                false
+            }
+        }
+    }
+
+    /// Settles what an interrupted run left and records that, if there was anything. If it can't be recorded, the
+    /// journal stays, and nothing else may begin. The caller has the guest's lock.
+    ///
+    /// # Errors
+    /// As [`recover::recover`]; the log can't be opened or written; the journal can't be removed.
+    pub(super) fn recover<G: Guest>(
+        &self,
+        guest: &G,
+        options: &Options,
+    ) -> Result<recover::Report> {
+        let mut log = self.audit.open()?;
+        let done = guest.recover(options);
+        let mut action = self.action(guest, Operation::Recover, "");
+        match &done {
+            Ok(report) if report.result == Finding::NothingToDo => {}
+            Ok(report) => {
+                action.patch = report.patch.clone().unwrap_or_default();
+                action.of = report.op.map(|op| op.to_string()).unwrap_or_default();
+                action.sha256.clone_from(&report.sha256);
+                action.record.clone_from(&report.record);
+                action.superseded.clone_from(&report.parked);
+                action.result = report.result.name().into();
+                action.message = report.to_string();
+            }
+            Err(error) => failed(&mut action, error),
+        }
+        let recorded = match action.result.is_empty() {
+            true => Ok(()),
+            false => log.append(action),
+        };
+        let report = done?;
+        recorded?;
+        guest.remove_journal()?;
+        Ok(report)
+    }
+
+    fn action<G: Guest>(&self, guest: &G, operation: Operation, patch: &str) -> Action {
+        Action {
+            time: arena::now(),
+            who: self.who.clone(),
+            op: operation.to_string(),
+            domid: guest.domid().0,
+            domain: self.store.domain_name(guest.domid()).unwrap_or_default(),
+            uuid: guest.uuid().to_owned(),
+            patch: patch.into(),
+            ..Action::default()
+        }
+    }
+}
+
+fn failed(action: &mut Action, error: &Error) {
+    action.result = error.result().into();
+    action.exit = error.exit_code() as u8;
+    action.message = error.to_string();
+}
+
+/// The report of an operation that began at `began`, with the time that it took.
+pub(super) fn timed(report: Report, began: Instant) -> Report {
+    Report {
+        total_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+        ..report
+    }
+}
+
+/// The options with what is left of the time, which began at `began`.
+fn rest(options: &Options, began: Instant) -> Options {
+    Options {
+        timeout: options.timeout.saturating_sub(began.elapsed()),
+        ..options.clone()
+    }
+}

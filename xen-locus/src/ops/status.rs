@@ -1,0 +1,215 @@
+//! The patches of a guest: what its memory shows, and by the audit log what it lost.
+
+use std::fmt;
+
+use locus_guest::addr::DomId;
+use locus_kernel::Kernel;
+use serde::Serialize;
+
+use super::guest::Guest;
+use crate::arena::record::Function;
+use crate::arena::Arena;
+use crate::error::Result;
+use crate::plan::{self, Stack};
+use crate::quiesce::Watch;
+use crate::say;
+use crate::storage::audit::{Audit, Log};
+use crate::target::modules_present;
+
+/// The state of a patch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PatchState {
+    /// It is in force.
+    Applied,
+    /// A redirect of it is not as it was written.
+    Drifted,
+    /// It is no longer in force, although it was not reverted.
+    Gone(GoneReason),
+}
+
+/// Why a patch is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GoneReason {
+    /// A module whose functions it replaces was unloaded.
+    ModuleGone,
+    /// The guest was rebooted.
+    GuestRebooted,
+}
+
+impl PatchState {
+    /// The word for it in JSON and XenStore.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            PatchState::Applied => "applied",
+            PatchState::Drifted => "drifted",
+            PatchState::Gone(_) => "gone",
+        }
+    }
+
+    /// Why it is gone, if it is.
+    #[must_use]
+    pub fn reason(self) -> Option<GoneReason> {
+        match self {
+            PatchState::Gone(reason) => Some(reason),
+            PatchState::Applied | PatchState::Drifted => None,
+        }
+    }
+
+    /// Whether it was lost in a reboot of the guest.
+    #[must_use]
+    pub fn is_lost(self) -> bool {
+        self.reason() == Some(GoneReason::GuestRebooted)
+    }
+}
+
+impl fmt::Display for PatchState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// One patch of a guest.
+#[derive(Clone, Debug)]
+pub struct Patch {
+    /// Its name.
+    pub name: String,
+    /// Whether it is in force.
+    pub state: PatchState,
+    /// SHA-256 of its file, in hex.
+    pub sha256: String,
+    /// When it was applied, in seconds since 1970.
+    pub applied_at: u64,
+    /// The CVEs that it mends, by its own account.
+    pub cves: Vec<String>,
+    /// The functions that it replaces.
+    pub functions: Vec<Replaced>,
+    /// Code in which threads may still be that entered its functions before it was applied; `None` if the payload
+    /// doesn't allow that.
+    pub old_versions: Option<Watch>,
+}
+
+/// A function that a patch replaces.
+#[derive(Clone, Debug)]
+pub struct Replaced {
+    /// Its entry in the patch's record.
+    pub function: Function,
+    /// The topmost patch, if its version runs instead.
+    pub covered_by: Option<String>,
+}
+
+/// The patches of a guest.
+#[derive(Clone, Debug)]
+pub struct Status {
+    /// Its domain id.
+    pub domid: DomId,
+    /// Its UUID.
+    pub uuid: String,
+    /// Its kernel's release.
+    pub kernel: String,
+    /// Its patches in the order they were applied. Of two that replace the same function, the later one runs.
+    pub patches: Vec<Patch>,
+}
+
+/// Reads a guest's status.
+///
+/// # Errors
+/// Its arena can't be read.
+pub(super) fn read<G: Guest>(guest: &G, kernel: &Kernel<'_>, log: &dyn Log) -> Result<Status> {
+    Ok(Status {
+        domid: guest.domid(),
+        uuid: guest.uuid().to_owned(),
+        kernel: kernel.release.clone(),
+        patches: patches_by(kernel, log, Some(guest.uuid()))?,
+    })
+}
+
+/// The patches in a guest's memory, in the order they were applied. Before them come those that the guest `uuid` lost,
+/// by the audit log of this host.
+///
+/// # Errors
+/// Its arena can't be read.
+pub fn patches(kernel: &Kernel<'_>, uuid: Option<&str>) -> Result<Vec<Patch>> {
+    patches_by(kernel, &Audit::system(), uuid)
+}
+
+/// As [`patches`], by another log.
+pub(super) fn patches_by(
+    kernel: &Kernel<'_>,
+    log: &dyn Log,
+    uuid: Option<&str>,
+) -> Result<Vec<Patch>> {
+    let residents = plan::residents(kernel, &Arena::read(kernel)?)?;
+    let stack = Stack::new(&residents);
+    let has = |sha256: &str| residents.iter().any(|r| r.record.sha256 == sha256);
+    let mut patches = uuid.map_or_else(Vec::new, |uuid| lost(log, uuid, has));
+    for resident in stack.applied() {
+        let record = &resident.record;
+        let functions = record.functions.iter().map(|f| Replaced {
+            function: f.clone(),
+            covered_by: stack.covering(resident, f).map(str::to_owned),
+        });
+        patches.push(Patch {
+            name: record.name.clone(),
+            // The module first: its memory may be unmapped, or have another use.
+            state: if modules_present::gone(kernel, record)?.is_some() {
+                PatchState::Gone(GoneReason::ModuleGone)
+            } else if stack.displaced(kernel, resident)?.is_some() {
+                PatchState::Drifted
+            } else {
+                PatchState::Applied
+            },
+            sha256: record.sha256.clone(),
+            applied_at: resident.slot.applied_at,
+            cves: record.cves.clone(),
+            functions: functions.collect(),
+            old_versions: plan::old_versions(kernel, &stack, resident),
+        });
+    }
+    Ok(patches)
+}
+
+/// The patches that the guest `uuid` lost: in force by the log, and not in its memory. If the log can't be read, that
+/// is said, because it is no reason to hide the other patches.
+fn lost(log: &dyn Log, uuid: &str, is_there: impl Fn(&str) -> bool) -> Vec<Patch> {
+    let mut lost = log.in_force(uuid).unwrap_or_else(|error| {
+        say::warn(format_args!(
+            "it can't be told which patches the guest lost in a reboot: {error}"
+        ));
+        Vec::new()
+    });
+    lost.retain(|p| !is_there(&p.sha256));
+    lost.into_iter()
+        .map(|lost| Patch {
+            name: lost.name,
+            state: PatchState::Gone(GoneReason::GuestRebooted),
+            sha256: lost.sha256,
+            applied_at: lost.applied_at,
+            cves: Vec::new(),
+            functions: Vec::new(),
+            old_versions: None,
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_those_of_json_and_xenstore() {
+        let module = PatchState::Gone(GoneReason::ModuleGone);
+        let lost = PatchState::Gone(GoneReason::GuestRebooted);
+        for (state, name, reason) in [
+            (PatchState::Applied, "applied", "null"),
+            (PatchState::Drifted, "drifted", "null"),
+            (module, "gone", "\"module-gone\""),
+            (lost, "gone", "\"guest-rebooted\""),
+        ] {
+            assert_eq!(state.to_string(), name);
+            assert_eq!(serde_json::to_string(&state.reason()).unwrap(), reason);
+            assert_eq!(state.is_lost(), state == lost);
+        }
+    }
+}

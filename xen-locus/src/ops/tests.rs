@@ -1,0 +1,406 @@
+//! The order of an operation, on mocks: every step fails in turn.
+
+use std::cell::RefCell;
+
+use locus_guest::addr::DomId;
+use locus_payload::Payload;
+
+use super::guest::Guest;
+use super::run::Asked;
+use super::*;
+use crate::apply::mock::options;
+use crate::apply::{nothing_to_do, Options, Outcome, Report};
+use crate::error::{Error, Result};
+use crate::machine::mock::{payload, Guest as MockGuest};
+use crate::operation::Operation;
+use crate::plan::Mode;
+use crate::recover::{self, Finding};
+use crate::storage::mock::{MockLog, MockStore, Trace};
+use crate::storage::xenstore::ROOT;
+
+const UUID: &str = "a guest";
+
+/// No patience: one attempt.
+/// Says when the guest is unlocked.
+pub(crate) struct Lock(Trace);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let _ = self.0.call("unlock");
+    }
+}
+
+impl Guest for MockGuest {
+    type Lock = Lock;
+
+    fn domid(&self) -> DomId {
+        DomId(3)
+    }
+
+    fn uuid(&self) -> &str {
+        UUID
+    }
+
+    fn label(&self) -> String {
+        "mock (3)".into()
+    }
+
+    fn lock(&self, _: &Options) -> Result<Lock> {
+        self.trace.call("lock")?;
+        Ok(Lock(self.trace.clone()))
+    }
+
+    fn is_recovery_due(&self) -> Result<bool> {
+        self.trace.call("is due")?;
+        Ok(self.intent.borrow().is_some())
+    }
+
+    fn recover(&self, options: &Options) -> Result<recover::Report> {
+        self.trace.call("recover")?;
+        let intent = self.intent.borrow().clone();
+        recover::of_guest(self, &self.kernel(), intent.as_ref(), options)
+    }
+
+    fn remove_journal(&self) -> Result<()> {
+        self.trace.call("remove journal")?;
+        *self.intent.borrow_mut() = None;
+        Ok(())
+    }
+
+    fn close_journal(&self) {
+        let _ = self.trace.call("close journal");
+        self.close();
+    }
+
+    fn is_gone(&self) -> bool {
+        self.trace.call("gone").is_err()
+    }
+}
+
+/// A guest, a log and a store, whose calls are noted in one trace.
+struct Host {
+    guest: MockGuest,
+    log: MockLog,
+    store: MockStore,
+    trace: Trace,
+}
+
+impl Host {
+    fn new() -> Host {
+        let trace = Trace::default();
+        let mut guest = MockGuest::new();
+        guest.keeps_journal.set(true);
+        guest.trace = trace.clone();
+        Host {
+            guest,
+            log: MockLog {
+                trace: trace.clone(),
+                lines: RefCell::default(),
+            },
+            store: MockStore {
+                trace: trace.clone(),
+                nodes: RefCell::default(),
+            },
+            trace,
+        }
+    }
+
+    /// A host where a run was interrupted that had applied the patch `one`.
+    fn interrupted() -> Host {
+        let host = Host::new();
+        host.trace.fail("append");
+        host.apply("one", false).unwrap();
+        host.trace.fail("");
+        host.trace.take();
+        // Another process comes next, which does not know how that run ended.
+        host.guest.ended.set(false);
+        host.store.nodes.borrow_mut().clear();
+        host
+    }
+
+    fn operator(&self) -> Operator<'_> {
+        Operator {
+            store: &self.store,
+            audit: &self.log,
+            who: "a test".into(),
+            retries_after: Error::is_not_loaded,
+        }
+    }
+
+    fn payload(name: &str) -> Payload {
+        payload(name, &[usize::from(name != "one")])
+    }
+
+    fn apply(&self, name: &str, dry_run: bool) -> Result<Report> {
+        let payload = Host::payload(name);
+        let options = options(dry_run);
+        apply(
+            &self.operator(),
+            &self.guest,
+            &payload,
+            Mode::Apply,
+            &options,
+        )
+    }
+
+    fn revert(&self, name: &str) -> Result<Report> {
+        revert(&self.operator(), &self.guest, name, None, &options(false))
+    }
+
+    /// Patches in force, by the guest's memory.
+    fn in_guest(&self) -> Vec<String> {
+        let patches = status::patches_by(&self.guest.kernel(), &self.log, None).unwrap();
+        patches.into_iter().map(|p| p.name).collect()
+    }
+
+    /// Patches in XenStore.
+    fn published(&self) -> Vec<String> {
+        use crate::storage::xenstore::Nodes as _;
+        let patches = self.store.children(&format!("{ROOT}/domain/3/patch"));
+        patches.unwrap()
+    }
+
+    fn has_journal(&self) -> bool {
+        self.guest.intent.borrow().is_some()
+    }
+}
+
+#[test]
+fn the_steps_come_in_the_order_that_is_promised() {
+    let host = Host::new();
+    host.apply("one", false).unwrap();
+    let steps = [
+        "open log",
+        "lock",
+        "is due",
+        "begin",
+        "remove",
+        "write",
+        "append",
+        "close journal",
+        "unlock",
+    ];
+    assert_eq!(host.trace.take(), steps);
+    assert_eq!(host.log.told(), ["apply one applied"]);
+    assert_eq!(host.published(), ["one"]);
+    assert!(!host.has_journal());
+}
+
+#[test]
+fn where_the_log_can_not_be_opened_nothing_begins() {
+    let host = Host::new();
+    host.trace.fail("open log");
+    host.apply("one", false).unwrap_err();
+    assert_eq!(host.trace.take(), ["open log"]);
+    assert_eq!(host.in_guest(), [""; 0]);
+    host.revert("one").unwrap_err();
+    revert_all(&host.operator(), &host.guest, &options(false)).unwrap_err();
+    assert_eq!(host.trace.take(), ["open log"]);
+}
+
+#[test]
+fn where_the_lock_is_taken_nothing_begins_and_that_is_recorded() {
+    let host = Host::new();
+    host.trace.fail("lock");
+    host.apply("one", false).unwrap_err();
+    let steps = ["open log", "lock", "append", "close journal"];
+    assert_eq!(host.trace.take(), steps);
+    assert_eq!(host.log.told(), ["apply one failed"]);
+    assert_eq!(host.in_guest(), [""; 0]);
+    host.trace.take();
+    recover(&host.operator(), &host.guest, &options(false)).unwrap_err();
+    look(&host.store, &host.log, &host.guest).unwrap_err();
+    assert_eq!(host.trace.take(), ["lock"]);
+}
+
+#[test]
+fn where_the_journal_can_not_be_written_nothing_is_changed_and_that_is_recorded() {
+    let host = Host::new();
+    host.trace.fail("begin");
+    host.apply("one", false).unwrap_err();
+    assert_eq!(host.in_guest(), [""; 0]);
+    assert_eq!(host.published(), [""; 0]);
+    assert_eq!(host.log.told(), ["apply one failed"]);
+    assert!(!host.has_journal());
+}
+
+#[test]
+fn what_can_not_be_published_is_done_and_recorded_all_the_same() {
+    let host = Host::new();
+    host.trace.fail("write");
+    let report = host.apply("one", false).unwrap();
+    assert_eq!(report.result, Outcome::Applied);
+    assert_eq!(host.in_guest(), ["one"]);
+    assert_eq!(host.published(), [""; 0]);
+    assert_eq!(host.log.told(), ["apply one applied"]);
+    assert!(!host.has_journal());
+}
+
+#[test]
+fn a_line_that_can_not_be_appended_keeps_the_journal_and_the_next_run_records_the_change() {
+    let host = Host::new();
+    host.trace.fail("append");
+    host.apply("one", false).unwrap();
+    assert_eq!(host.in_guest(), ["one"]);
+    assert_eq!(host.trace.take().last(), Some(&"unlock"));
+    assert!(host.has_journal());
+    // As long as that lasts, nothing else begins.
+    host.apply("two", false).unwrap_err();
+    let steps = [
+        "open log", "lock", "is due", "open log", "recover", "append", "gone", "append", "unlock",
+    ];
+    assert_eq!(host.trace.take(), steps);
+    assert_eq!(host.in_guest(), ["one"]);
+    assert!(host.has_journal());
+    host.trace.fail("");
+    host.apply("two", false).unwrap();
+    assert_eq!(
+        host.log.told(),
+        ["recover one finished", "apply two applied"]
+    );
+    assert_eq!(host.log.lines.borrow()[0].of, "apply");
+    assert_eq!(host.in_guest(), ["one", "two"]);
+    assert!(!host.has_journal());
+}
+
+#[test]
+fn an_interrupted_run_that_can_not_be_settled_lets_nothing_begin() {
+    for fails in ["is due", "recover", "remove journal"] {
+        let host = Host::interrupted();
+        host.trace.fail(fails);
+        host.apply("two", false).unwrap_err();
+        assert!(!host.trace.take().contains(&"begin"), "{fails}");
+        assert_eq!(host.in_guest(), ["one"], "{fails}");
+        assert!(host.has_journal(), "{fails}");
+        let last = host.log.told().pop();
+        assert_eq!(last.as_deref(), Some("apply two failed"), "{fails}");
+    }
+}
+
+#[test]
+fn a_dry_run_records_and_publishes_nothing_and_settles_nothing() {
+    let host = Host::interrupted();
+    let report = host.apply("two", true).unwrap();
+    assert_eq!(report.result, Outcome::WouldApply);
+    assert_eq!(host.trace.take(), ["lock", "is due", "unlock"]);
+    assert_eq!(host.log.told(), [""; 0]);
+    assert_eq!(host.published(), [""; 0]);
+    assert_eq!(host.in_guest(), ["one"]);
+    assert!(host.has_journal());
+}
+
+#[test]
+fn recover_records_publishes_and_removes_the_journal_in_that_order() {
+    let host = Host::interrupted();
+    let recover = || recover(&host.operator(), &host.guest, &options(false)).unwrap();
+    assert_eq!(recover().result, Finding::Finished);
+    let steps = [
+        "lock",
+        "open log",
+        "recover",
+        "append",
+        "remove journal",
+        "remove",
+        "write",
+        "unlock",
+    ];
+    assert_eq!(host.trace.take(), steps);
+    assert_eq!(host.published(), ["one"]);
+    // What is settled is no line.
+    assert_eq!(recover().result, Finding::NothingToDo);
+    assert_eq!(host.log.told(), ["recover one finished"]);
+}
+
+#[test]
+fn an_error_after_which_the_operator_tries_again_is_not_recorded() {
+    let host = Host::new();
+    let asked = Asked {
+        operation: Operation::Apply,
+        patch: "one",
+        sha256: String::new(),
+    };
+    let run = |error: fn() -> Error| {
+        let act = |_: &locus_kernel::Kernel<'_>, _: &Options| Err(error());
+        host.operator()
+            .run(&host.guest, &asked, &options(false), act)
+            .unwrap_err();
+        host.log.told()
+    };
+    assert_eq!(run(|| Error::not_loaded("ext4")), [""; 0]);
+    let told = run(|| Error::not_applicable("another kernel"));
+    assert_eq!(told, ["apply one not-applicable"]);
+}
+
+#[test]
+fn an_error_of_a_guest_that_is_gone_says_so() {
+    let host = Host::new();
+    host.trace.fail("gone");
+    let act = |_: &locus_kernel::Kernel<'_>, _: &Options| -> Result<Report> {
+        Err(Error::failed("its memory can't be read"))
+    };
+    let asked = Asked {
+        operation: Operation::Revert,
+        patch: "one",
+        sha256: String::new(),
+    };
+    let error = host
+        .operator()
+        .run(&host.guest, &asked, &options(false), act);
+    let said = error.unwrap_err().to_string();
+    assert!(said.contains("is gone: it ended while"), "{said}");
+    assert!(said.contains("can't be read"), "{said}");
+}
+
+#[test]
+fn all_are_reverted_until_one_can_not_be_recorded() {
+    let host = Host::new();
+    host.apply("one", false).unwrap();
+    host.apply("two", false).unwrap();
+    let revert_all = || revert_all(&host.operator(), &host.guest, &options(false)).unwrap();
+    host.trace.fail("append");
+    let names: Vec<String> = revert_all().into_iter().map(|(name, _)| name).collect();
+    assert_eq!(names, ["two"]);
+    assert_eq!(host.in_guest(), ["one"]);
+    assert!(host.has_journal());
+    host.trace.fail("");
+    let names: Vec<String> = revert_all().into_iter().map(|(name, _)| name).collect();
+    assert_eq!(names, ["one"]);
+    let told = host.log.told();
+    assert_eq!(told[2..], ["recover two finished", "revert one reverted"]);
+    assert_eq!(host.published(), [""; 0]);
+}
+
+#[test]
+fn a_patch_that_was_lost_in_a_reboot_is_shown_until_it_is_reverted() {
+    let before = Host::new();
+    before.apply("one", false).unwrap();
+    // The same log, and a guest that was rebooted.
+    let host = Host {
+        log: before.log,
+        ..Host::new()
+    };
+    let states = || -> Vec<(String, PatchState)> {
+        let status = look(&host.store, &host.log, &host.guest).unwrap();
+        let all = status.patches.into_iter().map(|p| (p.name, p.state));
+        all.collect()
+    };
+    let lost = PatchState::Gone(GoneReason::GuestRebooted);
+    assert_eq!(states(), [("one".into(), lost)]);
+    let state = host
+        .store
+        .value(&format!("{ROOT}/domain/3/patch/one/state"));
+    assert_eq!(state.as_deref(), Some("gone"));
+    let wrong = revert(
+        &host.operator(),
+        &host.guest,
+        "one",
+        Some("00"),
+        &options(false),
+    );
+    assert!(wrong.unwrap_err().to_string().contains("SHA-256"));
+    assert_eq!(
+        host.revert("one").unwrap().result,
+        nothing_to_do("one").result
+    );
+    assert_eq!(states(), []);
+}
