@@ -12,3 +12,7 @@ pub const JOURNALS: &str = "/var/lib/xen-locus/journal";
 pub const AUDIT_LOG: &str = "/var/log/xen-locus/audit.jsonl";
 /// Number and hash of the audit log's last line.
 pub const AUDIT_HEAD: &str = "/var/lib/xen-locus/audit-head.json";
+/// Folder of the payloads that requests to the daemon name, unless it is told another.
+pub const PAYLOADS: &str = "/var/lib/xen-locus/payloads";
+/// Folder of the cache of guests' kernels, unless a command is told another.
+pub const CACHE: &str = "/var/cache/xen-locus";

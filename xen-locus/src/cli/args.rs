@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use super::manual;
+use crate::paths;
 
 const VERSION: &str = if cfg!(feature = "faults") {
     concat!(
@@ -41,7 +42,7 @@ pub struct Cli {
         long,
         global = true,
         value_name = "DIR",
-        default_value = "/var/cache/xen-locus"
+        default_value = paths::CACHE
     )]
     pub cache: PathBuf,
     /// Ignore the cache and don't write to it
@@ -329,7 +330,7 @@ pub struct TimeLimits {
 #[derive(Debug, Args)]
 pub struct Daemon {
     /// Folder of the payloads that requests name
-    #[arg(long, default_value = "/var/lib/xen-locus/payloads")]
+    #[arg(long, default_value = paths::PAYLOADS)]
     pub payloads: PathBuf,
     /// Apply patches again, from that folder, that guests lost in a reboot
     #[arg(long)]
