@@ -12,7 +12,7 @@ use iced_x86::{Decoder, DecoderOptions, FlowControl, IcedError};
 use locus_guest::addr::Gva;
 use locus_guest::fetch;
 use locus_kernel::btf::prototype::{Prototype, Type};
-use locus_kernel::btf::{Btf, Kind};
+use locus_kernel::btf::{Btf, TypeKind};
 use locus_kernel::Kernel;
 
 use crate::error::{Error, Result};
@@ -73,13 +73,13 @@ impl Calls {
         let find = Prototype {
             returns: task(),
             parameters: vec![
-                named(Kind::Typedef, "pid_t"),
+                named(TypeKind::Typedef, "pid_t"),
                 Type::pointer_to_struct("pid_namespace"),
             ],
         };
         let wake = Prototype {
             returns: Type::Void,
-            parameters: vec![task(), named(Kind::Int, "unsigned int")],
+            parameters: vec![task(), named(TypeKind::Int, "unsigned int")],
         };
         check_type(kernel.btf()?, "find_task_by_pid_ns", &find)?;
         check_type(kernel.btf()?, "signal_wake_up_state", &wake)?;
@@ -253,9 +253,9 @@ mod tests {
         let int = b.int("int", 4);
         let own = b.int(wake, 4);
         let task = b.structure("task_struct", 4, &[("pid", int, 0)]);
-        let task = b.refer("", Kind::Ptr, task);
+        let task = b.refer("", TypeKind::Ptr, task);
         let wake = b.proto(0, &[("t", task), ("state", own)]);
-        b.refer("signal_wake_up_state", Kind::Func, wake);
+        b.refer("signal_wake_up_state", TypeKind::Func, wake);
         Btf::new(b.bytes()).unwrap()
     }
 
@@ -265,7 +265,7 @@ mod tests {
             returns: Type::Void,
             parameters: vec![
                 Type::pointer_to_struct("task_struct"),
-                Type::Named(Kind::Int, "unsigned int".into()),
+                Type::Named(TypeKind::Int, "unsigned int".into()),
             ],
         };
         let check = |btf: &Btf, name: &str| check_type(btf, name, &expected);

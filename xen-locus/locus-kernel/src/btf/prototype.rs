@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Btf, Kind, Record, CHAIN};
+use super::{Btf, TypeKind, TypeRecord, CHAIN};
 use crate::Error;
 
 /// Most parameters of a function. Linux has none with more than twenty or so.
@@ -23,7 +23,7 @@ pub enum Type {
     /// `void`.
     Void,
     /// A type with a name. The kind of one that is only declared is that of its definition.
-    Named(Kind, String),
+    Named(TypeKind, String),
     /// A pointer to it.
     Pointer(Box<Type>),
     /// Anything else: with a qualifier or a tag, an array, a function, or without a name. Equal to no named type.
@@ -34,7 +34,7 @@ impl Type {
     /// `struct NAME *`.
     #[must_use]
     pub fn pointer_to_struct(name: &str) -> Type {
-        Type::Pointer(Box::new(Type::Named(Kind::Struct, name.to_owned())))
+        Type::Pointer(Box::new(Type::Named(TypeKind::Struct, name.to_owned())))
     }
 }
 
@@ -42,9 +42,9 @@ impl fmt::Display for Type {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Type::Void => f.write_str("void"),
-            Type::Named(Kind::Struct, name) => write!(f, "struct {name}"),
-            Type::Named(Kind::Union, name) => write!(f, "union {name}"),
-            Type::Named(Kind::Enum | Kind::Enum64, name) => write!(f, "enum {name}"),
+            Type::Named(TypeKind::Struct, name) => write!(f, "struct {name}"),
+            Type::Named(TypeKind::Union, name) => write!(f, "union {name}"),
+            Type::Named(TypeKind::Enum | TypeKind::Enum64, name) => write!(f, "enum {name}"),
             Type::Named(_, name) => f.write_str(name),
             Type::Pointer(to) if matches!(**to, Type::Pointer(_)) => write!(f, "{to}*"),
             Type::Pointer(to) => write!(f, "{to} *"),
@@ -71,7 +71,7 @@ impl Btf {
     /// [`Error::Missing`]: there is no such function. [`Error::Odd`]: there are several, or its type is damaged.
     pub fn prototype(&self, name: &str) -> Result<Prototype, Error> {
         let records = self.named(name).filter_map(|id| self.record(id));
-        let mut functions = records.filter(|r| r.kind == Kind::Func);
+        let mut functions = records.filter(|r| r.kind == TypeKind::Func);
         match (functions.next(), functions.next()) {
             (None, _) => Err(Error::Missing(format!("function {name} in its BTF"))),
             (Some(_), Some(_)) => Err(Error::Odd(format!("BTF: several functions {name}"))),
@@ -81,9 +81,9 @@ impl Btf {
         }
     }
 
-    fn prototype_of(&self, function: &Record<'_>) -> Option<Prototype> {
+    fn prototype_of(&self, function: &TypeRecord<'_>) -> Option<Prototype> {
         let own = self.record(function.value)?;
-        if own.kind != Kind::FuncProto || own.parts > PARAMETERS_MAX {
+        if own.kind != TypeKind::FuncProto || own.parts > PARAMETERS_MAX {
             return None;
         }
         let parameter = |i: usize| {
@@ -102,7 +102,7 @@ impl Btf {
 
     fn type_of(&self, mut id: u32) -> Type {
         let mut pointers = 0;
-        while let Some(pointer) = self.record(id).filter(|r| r.kind == Kind::Ptr) {
+        while let Some(pointer) = self.record(id).filter(|r| r.kind == TypeKind::Ptr) {
             if pointers == CHAIN {
                 return Type::Other;
             }
@@ -112,8 +112,8 @@ impl Btf {
             None if id == 0 => Type::Void,
             Some(r) if r.name != 0 && names_a_type(r.kind) => {
                 let kind = match r.kind {
-                    Kind::Fwd if r.flag => Kind::Union,
-                    Kind::Fwd => Kind::Struct,
+                    TypeKind::Fwd if r.flag => TypeKind::Union,
+                    TypeKind::Fwd => TypeKind::Struct,
                     kind => kind,
                 };
                 Type::Named(kind, self.name(r.name))
@@ -124,8 +124,8 @@ impl Btf {
     }
 }
 
-fn names_a_type(kind: Kind) -> bool {
-    use Kind::{Enum, Enum64, Float, Fwd, Int, Struct, Typedef, Union};
+fn names_a_type(kind: TypeKind) -> bool {
+    use TypeKind::{Enum, Enum64, Float, Fwd, Int, Struct, Typedef, Union};
     matches!(
         kind,
         Int | Float | Typedef | Struct | Union | Enum | Enum64 | Fwd
@@ -141,7 +141,7 @@ mod tests {
     fn with(make: impl Fn(&mut Blob) -> u32) -> Btf {
         let mut b = Blob::new();
         let proto = make(&mut b);
-        b.refer("f", Kind::Func, proto);
+        b.refer("f", TypeKind::Func, proto);
         Btf::new(b.bytes()).unwrap()
     }
 
@@ -153,19 +153,19 @@ mod tests {
     fn a_prototype_names_the_types_of_the_result_and_of_the_parameters() {
         let found = with(|b| {
             let int = b.int("int", 4);
-            let pid = b.refer("pid_t", Kind::Typedef, int);
+            let pid = b.refer("pid_t", TypeKind::Typedef, int);
             // Only declared, as in a file that never looks inside.
-            let space = b.refer("pid_namespace", Kind::Fwd, 0);
-            let space = b.refer("", Kind::Ptr, space);
+            let space = b.refer("pid_namespace", TypeKind::Fwd, 0);
+            let space = b.refer("", TypeKind::Ptr, space);
             let task = b.structure("task_struct", 8, &[("pid", int, 0)]);
-            let task = b.refer("", Kind::Ptr, task);
+            let task = b.refer("", TypeKind::Ptr, task);
             b.proto(task, &[("nr", pid), ("ns", space)])
         });
         let prototype = found.prototype("f").unwrap();
         let expected = Prototype {
             returns: Type::pointer_to_struct("task_struct"),
             parameters: vec![
-                Type::Named(Kind::Typedef, "pid_t".into()),
+                Type::Named(TypeKind::Typedef, "pid_t".into()),
                 Type::pointer_to_struct("pid_namespace"),
             ],
         };
@@ -180,8 +180,8 @@ mod tests {
     fn nothing_is_void_and_a_function_without_parameters_has_none() {
         assert_eq!(said(|b| b.proto(0, &[])), "void (void)");
         let pointer = |b: &mut Blob| {
-            let once = b.refer("", Kind::Ptr, 0);
-            let twice = b.refer("", Kind::Ptr, once);
+            let once = b.refer("", TypeKind::Ptr, 0);
+            let twice = b.refer("", TypeKind::Ptr, once);
             b.proto(once, &[("p", twice)])
         };
         assert_eq!(said(pointer), "void * (void **)");
@@ -190,20 +190,20 @@ mod tests {
     #[test]
     fn what_is_qualified_tagged_nameless_or_variable_is_no_named_type() {
         for kind in [
-            Kind::Const,
-            Kind::Volatile,
-            Kind::Restrict,
-            Kind::TypeTag,
-            Kind::Array,
+            TypeKind::Const,
+            TypeKind::Volatile,
+            TypeKind::Restrict,
+            TypeKind::TypeTag,
+            TypeKind::Array,
         ] {
             let found = with(|b| {
                 let int = b.int("int", 4);
                 let other = match kind {
-                    Kind::Array => b.array(int, 4),
-                    Kind::TypeTag => b.refer("user", kind, int),
+                    TypeKind::Array => b.array(int, 4),
+                    TypeKind::TypeTag => b.refer("user", kind, int),
                     _ => b.refer("", kind, int),
                 };
-                let pointer = b.refer("", Kind::Ptr, other);
+                let pointer = b.refer("", TypeKind::Ptr, other);
                 b.proto(other, &[("p", pointer), ("", 0)])
             });
             let prototype = found.prototype("f").unwrap();
@@ -219,15 +219,15 @@ mod tests {
         let int = b.int("int", 4);
         let proto = b.proto(int, &[]);
         for name in ["twice", "twice"] {
-            b.refer(name, Kind::Func, proto);
+            b.refer(name, TypeKind::Func, proto);
         }
-        b.refer("damaged", Kind::Func, int);
-        b.refer("nowhere", Kind::Func, 999);
+        b.refer("damaged", TypeKind::Func, int);
+        b.refer("nowhere", TypeKind::Func, 999);
         let many = vec![("p", int); PARAMETERS_MAX + 1];
         let many = b.proto(int, &many);
-        b.refer("many", Kind::Func, many);
+        b.refer("many", TypeKind::Func, many);
         // A type of this name is no function.
-        b.refer("typedef", Kind::Typedef, int);
+        b.refer("typedef", TypeKind::Typedef, int);
         let btf = Btf::new(b.bytes()).unwrap();
         for name in ["twice", "damaged", "nowhere", "many"] {
             let error = btf.prototype(name).unwrap_err();
@@ -244,7 +244,7 @@ mod tests {
         let found = with(|b| {
             // The third type points at itself: int, pointer, function.
             let int = b.int("int", 4);
-            let own = b.refer("", Kind::Ptr, int + 1);
+            let own = b.refer("", TypeKind::Ptr, int + 1);
             b.proto(own, &[])
         });
         assert_eq!(found.prototype("f").unwrap().returns, Type::Other);
