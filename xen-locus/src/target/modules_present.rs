@@ -1,14 +1,17 @@
 //! The modules whose functions a payload replaces: are they still there, and will they be when the
 //! guest is changed?
 //!
-//! A module that goes takes its text along, redirects included, and its memory is given to others.
+//! A module that is unloaded takes its text along, redirects included, and its memory is given to others.
 //! So a payload's record says where each module was, and nothing is written once that is not so.
+//!
+//! A module that is on its way out is not gone yet: its text and the redirects in it are still there, and
+//! [`gone`] does not report it. But nothing is written into it either: [`conditions`] is an error then.
 
 use locus_kernel::modules::{ModuleReader, ModuleState};
 use locus_kernel::Kernel;
 
 use crate::arena::record::{ModuleAt, Record};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::write::Write;
 
 /// Why the functions that a payload replaced aren't there any more; `None` while they are.
@@ -37,31 +40,182 @@ pub fn gone(kernel: &Kernel<'_>, record: &Record) -> Result<Option<String>> {
     }))
 }
 
-/// What must stand in the `struct module` of each while the guest is changed: that it is live, its
-/// name and its place.
+/// Conditions for a change of the guest, as writes that change nothing: the `struct module` of each of
+/// `modules` must say that it is live, its name and its place. They are compared in the pause, before
+/// anything is written.
 ///
 /// # Errors
-/// The guest's modules can't be read.
+/// [`Class::TryAgain`](crate::error::Class::TryAgain): one of `modules` is not in the guest's list at its place, or is not live.
+/// It was there when the change was planned, so the guest loads or unloads it right now; the next attempt
+/// finds how that ended. Or the guest's modules can't be read.
 pub fn conditions(kernel: &Kernel<'_>, modules: &[ModuleAt]) -> Result<Vec<Write>> {
     if modules.is_empty() {
         return Ok(Vec::new());
     }
     let mut reader = ModuleReader::new(kernel)?;
+    let all = reader.all()?;
     let mut found = Vec::new();
-    for module in reader.all()? {
-        let listed = |m: &&ModuleAt| m.at == module.addr && m.base == module.base;
-        if module.state == ModuleState::Live && modules.iter().any(|m| listed(&m)) {
-            found.extend(
-                reader
-                    .identity(&module)
-                    .into_iter()
-                    .map(|(at, bytes)| Write {
-                        at,
-                        expect: bytes.clone(),
-                        new: bytes,
-                    }),
-            );
+    for wanted in modules {
+        let Some(module) = all
+            .iter()
+            .find(|m| m.addr == wanted.at && m.base == wanted.base && m.name == wanted.name)
+        else {
+            return Err(Error::try_again(format!(
+                "module {} was at {} in the guest, and is not there any more; nothing was changed",
+                wanted.name, wanted.base
+            )));
+        };
+        if module.state != ModuleState::Live {
+            return Err(Error::try_again(format!(
+                "module {} is {} in the guest right now, expected it to be live; nothing was changed",
+                wanted.name,
+                module.state.name().to_lowercase()
+            )));
+        }
+        for (at, bytes) in reader.identity(module) {
+            let condition = Write {
+                at,
+                expect: bytes.clone(),
+                new: bytes,
+            };
+            // Several payloads may replace functions of one module.
+            if !found.contains(&condition) {
+                found.push(condition);
+            }
         }
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use locus_guest::addr::Gva;
+    use locus_kernel::fixture::{vcpus, KIND};
+    use locus_kernel::modules::sample::{data, guest, Age, Data, DATA, STEP};
+
+    use super::*;
+    use crate::error::Class;
+
+    /// Where the sample's two modules have their text.
+    const TEXT: [u64; 2] = [0xffff_ffff_c100_0000, 0xffff_ffff_c101_0000];
+
+    /// Where the sample's modules are: `first`, which is live, and `second`, which is loading.
+    fn recorded(n: usize) -> ModuleAt {
+        ModuleAt {
+            name: ["first", "second"][n].into(),
+            at: Gva(DATA + n as u64 * STEP),
+            base: Gva(TEXT[n]),
+        }
+    }
+
+    fn record(objects: Vec<ModuleAt>) -> Record {
+        let json = r#"{"schema":3,"name":"p","sha256":"","description":"","cves":[],"functions":[],
+            "text":[0,0],"code":{"sha256":"","blocks":"","labels":[]},"rodata_len":0,
+            "rodata_sha256":"","module":0}"#;
+        Record {
+            objects,
+            ..serde_json::from_str(json).unwrap()
+        }
+    }
+
+    /// What `then` makes of the sample guest with `d` for the memory of its modules.
+    fn with<T>(d: &Data, then: impl FnOnce(&Kernel<'_>) -> T) -> T {
+        let memory = guest(Age::New, d);
+        then(&Kernel::read(&memory, KIND, &vcpus()).unwrap())
+    }
+
+    /// The sample guest with both of its modules in this state of `enum module_state`.
+    fn in_state(state: u32) -> Data {
+        let mut d = data(Age::New);
+        for n in 0..2 {
+            d.set(DATA + n * STEP, &state.to_le_bytes());
+        }
+        d
+    }
+
+    fn refused(d: &Data, modules: &[ModuleAt]) -> String {
+        let error = with(d, |kernel| conditions(kernel, modules).unwrap_err());
+        assert_eq!(error.class(), Class::TryAgain, "{error}");
+        error.to_string()
+    }
+
+    #[test]
+    fn modules_that_are_live_must_stay_as_they_are() {
+        let d = in_state(0);
+        let both = [recorded(0), recorded(1), recorded(0)];
+        let writes = with(&d, |kernel| conditions(kernel, &both).unwrap());
+        // ModuleState, name and address of the text of each, once.
+        assert_eq!(writes.len(), 6);
+        for write in &writes {
+            assert_eq!(write.expect, write.new);
+            let at = usize::try_from(write.at.0 - DATA).unwrap();
+            assert_eq!(d.0[at..at + write.expect.len()], write.expect);
+        }
+        let states = writes
+            .iter()
+            .filter(|w| (w.at.0 - DATA).is_multiple_of(STEP));
+        assert_eq!(states.count(), 2);
+        assert!(with(&d, |kernel| conditions(kernel, &[]).unwrap()).is_empty());
+    }
+
+    #[test]
+    fn a_module_that_is_not_live_is_to_be_tried_again() {
+        for (state, words) in [(1, "is loading"), (2, "is unloading")] {
+            let said = refused(&in_state(state), &[recorded(0)]);
+            assert!(
+                said.contains("module first") && said.contains(words),
+                "{said}"
+            );
+        }
+        // One of several is enough.
+        let said = refused(&data(Age::New), &[recorded(0), recorded(1)]);
+        assert!(said.contains("module second is loading"), "{said}");
+    }
+
+    #[test]
+    fn a_module_that_is_not_listed_at_its_place_is_to_be_tried_again() {
+        let elsewhere = ModuleAt {
+            base: Gva(TEXT[0] + 0x1000),
+            ..recorded(0)
+        };
+        let moved = ModuleAt {
+            at: Gva(DATA + STEP),
+            ..recorded(0)
+        };
+        let renamed = ModuleAt {
+            name: "other".into(),
+            ..recorded(0)
+        };
+        for wanted in [elsewhere, moved, renamed] {
+            let said = refused(&in_state(0), &[recorded(1), wanted]);
+            assert!(said.contains("not there any more"), "{said}");
+        }
+        // Not formed yet, or not any more: the kernel itself does not count it.
+        let said = refused(&in_state(3), &[recorded(0)]);
+        assert!(said.contains("module first was at"), "{said}");
+    }
+
+    #[test]
+    fn gone_is_what_is_not_listed_or_listed_elsewhere() {
+        let gone = |d: &Data, objects| with(d, |kernel| gone(kernel, &record(objects)).unwrap());
+        assert_eq!(gone(&in_state(0), vec![]), None);
+        assert_eq!(gone(&in_state(0), vec![recorded(0), recorded(1)]), None);
+        // On its way out it is still there.
+        assert_eq!(gone(&in_state(2), vec![recorded(0)]), None);
+        let other = ModuleAt {
+            name: "other".into(),
+            ..recorded(0)
+        };
+        let why = gone(&in_state(0), vec![recorded(1), other]).unwrap();
+        assert!(
+            why.contains("module other") && why.contains("not loaded"),
+            "{why}"
+        );
+        let elsewhere = ModuleAt {
+            base: Gva(TEXT[0] + 0x1000),
+            ..recorded(0)
+        };
+        let why = gone(&in_state(0), vec![elsewhere]).unwrap();
+        assert!(why.contains("was loaded again"), "{why}");
+    }
 }
