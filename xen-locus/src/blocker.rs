@@ -1,8 +1,8 @@
-//! A thread that is in the way of a change, and why.
+//! A thread that blocks a change, and the reason.
 
 use serde::Serialize;
 
-/// Why someone is in the way, in the kernel's vocabulary (kernel/livepatch/transition.c).
+/// Why a thread blocks a change, in the kernel's vocabulary (kernel/livepatch/transition.c).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Reason {
@@ -27,14 +27,14 @@ impl std::fmt::Display for Reason {
     }
 }
 
-/// Someone in the way.
+/// A thread that blocks a change.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Blocker {
     /// Thread id; 0 for an idle task or a vCPU whose task isn't known.
     pub pid: u32,
-    /// Its name.
+    /// Name of the thread, as in `/proc/PID/comm`.
     pub comm: String,
-    /// Why.
+    /// The reason.
     pub reason: Reason,
     /// The function it is in, where known.
     pub function: String,

@@ -1,9 +1,9 @@
-//! Compares what a guest's memory shows of its patches with what their records say: redirects and what
-//! stands before them, the arena's page-table entries, the payloads' code and constants, and whether
-//! the guest still knows them as modules.
+//! Compares a guest's memory with the records of its patches: redirects and ftrace's nops before them, the
+//! arena's page-table entries, the payloads' code and constants, and whether the guest still knows the payloads
+//! as modules.
 //!
-//! Only reads, and mends nothing. What a guest does itself while it is looked at, such as switching a
-//! static key, is not taken for a change: only what is seen twice counts.
+//! It only reads and mends nothing. The guest may change things while it is read, for example when it switches a
+//! static key. So only a difference that is seen in two passes counts.
 
 use std::collections::HashSet;
 use std::thread;
@@ -23,213 +23,145 @@ use crate::storage::audit::Line;
 use crate::target::conflicts::{self, Caller};
 use crate::target::modules_present;
 use crate::target::redirect::{self, Head};
-use crate::x86::JUMP;
+use crate::x86::{JMP, JUMP};
 
-/// Looks at most, while each shows changes.
-const LOOKS: u32 = 3;
-/// Time between two looks: the kernel changes its code in less (`text_poke_bp`).
+mod drift;
+
+pub use drift::{Drift, DriftCause, DriftKind};
+
+/// Most passes over a guest; there is another one only while the last one shows differences.
+const PASSES: u32 = 3;
+/// A redirect is at most so many bytes behind the entry of its function.
+const HEAD_MAX: u64 = 64;
+/// Time between two passes: the kernel changes its code in less (`text_poke_bp`).
 const BETWEEN: Duration = Duration::from_millis(50);
 
-/// What is not as recorded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum What {
-    /// The five bytes in a function that lead to its replacement.
-    Redirect,
-    /// What stands before them: ftrace's nop.
-    Entry,
-    /// A payload's code.
-    Code,
-    /// A payload's constants.
-    Constants,
-    /// A page-table entry of the arena.
-    Page,
-    /// The payload among the guest's modules.
-    Module,
-    /// The record that all else is compared with, by the audit log.
-    Record,
-}
-
-/// Who changed it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Who {
-    /// A tracer of the guest.
-    Ftrace,
-    /// A kprobe of the guest.
-    Kprobe,
-    /// A livepatch of the guest's own.
-    Livepatch,
-    /// A BPF program of the guest.
-    Bpf,
-    /// Nobody who says so: the guest, or somebody with access to its memory.
-    Unknown,
-}
-
-impl What {
-    /// As programs are told it.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            What::Redirect => "redirect",
-            What::Entry => "entry",
-            What::Code => "code",
-            What::Constants => "constants",
-            What::Page => "page",
-            What::Module => "module",
-            What::Record => "record",
-        }
-    }
-}
-
-impl Who {
-    /// As programs are told it.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Who::Ftrace => "ftrace",
-            Who::Kprobe => "kprobe",
-            Who::Livepatch => "livepatch",
-            Who::Bpf => "bpf",
-            Who::Unknown => "unknown",
-        }
-    }
-}
-
-/// A difference.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Drift {
-    /// Name of the patch.
-    pub patch: String,
-    /// What differs.
-    pub what: What,
-    /// Where it begins.
-    pub at: Gva,
-    /// The function, where it is about one.
-    pub function: Option<String>,
-    /// What is recorded.
-    pub expected: String,
-    /// What is there.
-    pub found: String,
-    /// Who did it.
-    pub by: Who,
-}
-
-/// What was compared, and what differs.
+/// How much was compared, and the differences.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Outcome {
-    /// Patches in force.
+pub struct VerifyReport {
+    /// Number of patches in force.
     pub patches: usize,
-    /// Patches that are undone, whose code stands there still.
+    /// Number of patches that are reverted, whose code is still in the arena.
     pub parked: usize,
-    /// Places of redirects.
+    /// Number of places of redirects.
     pub redirects: usize,
-    /// Pages of payloads.
+    /// Number of pages of payloads.
     pub pages: usize,
-    /// Patches in force of whose record the audit log knows nothing: they came with a guest that was
-    /// moved or restored, or were forged.
+    /// Names of patches in force whose records are not in the audit log: they came with a guest that was moved or
+    /// restored, or were forged.
     pub unconfirmed: Vec<String>,
-    /// What differs.
+    /// The differences.
     pub drift: Vec<Drift>,
 }
 
-/// What this host knows of a guest besides what its memory shows.
+/// The records that this host has of a guest outside the guest.
 #[derive(Clone, Copy, Debug)]
-pub struct Known<'a> {
+pub struct HostRecords<'a> {
     /// The audit log.
     pub log: &'a [Line],
     /// The guest's UUID.
     pub uuid: &'a str,
 }
 
-/// Compares a guest with the records of its patches, which stand in its own memory; and those with what
-/// is known of them from elsewhere.
+/// Compares a guest with the records of its patches, which are in its own memory, and those records with the ones
+/// that this host has.
 ///
 /// # Errors
 /// The arena's directory or a record was changed, so there is nothing to compare with; the guest can't
 /// be read; a run that was ended midway left it uncertain.
-pub fn verify(kernel: &Kernel<'_>, known: Option<Known<'_>>) -> Result<Outcome> {
-    let mut seen = look(kernel, known)?;
-    for _ in 1..LOOKS {
+pub fn verify(kernel: &Kernel<'_>, known: Option<HostRecords<'_>>) -> Result<VerifyReport> {
+    let mut seen = compare_once(kernel, known)?;
+    for _ in 1..PASSES {
         if seen.drift.is_empty() {
             break;
         }
         thread::sleep(BETWEEN);
-        let mut again = look(kernel, known)?;
+        let mut again = compare_once(kernel, known)?;
         again.drift.retain(|drift| seen.drift.contains(drift));
         seen = again;
     }
     Ok(seen)
 }
 
-/// The same, with one look.
+/// The same in one pass.
 ///
 /// # Errors
 /// As [`verify`].
-pub fn look(kernel: &Kernel<'_>, known: Option<Known<'_>>) -> Result<Outcome> {
+pub fn compare_once(kernel: &Kernel<'_>, known: Option<HostRecords<'_>>) -> Result<VerifyReport> {
     let arena = Arena::read(kernel)?;
     let residents = plan::residents(kernel, &arena)?;
     let stack = Stack::new(&residents);
-    let mut look = Look {
+    let mut comparison = Comparison {
         kernel,
         space: kernel.space.fresh(),
         drift: Vec::new(),
     };
-    let mut outcome = Outcome {
+    let mut outcome = VerifyReport {
         patches: stack.applied().len(),
         parked: residents.len() - stack.applied().len(),
-        ..Outcome::default()
+        ..VerifyReport::default()
     };
     let mut sites = HashSet::new();
-    // The newest first: of a function that several replaced, the newest's word counts.
+    // The newest first: of a function that several patches replaced, the newest record counts.
     for patch in residents.iter().rev() {
         outcome.pages += usize::from(patch.slot.pages);
-        look.pages(&arena, patch);
-        look.code(patch)?;
-        look.constants(patch)?;
-        if look.module(patch)? {
+        comparison.pages(&arena, patch);
+        comparison.code(patch)?;
+        comparison.constants(patch)?;
+        if comparison.module(patch)? {
             continue;
         }
         for function in &patch.record.functions {
             if sites.insert(function.site) {
                 outcome.redirects += 1;
-                look.redirect(&residents, &stack, patch, function)?;
+                comparison.redirect(&residents, &stack, patch, function)?;
             }
         }
     }
     if let Some(known) = known {
-        outcome.unconfirmed = look.records(&residents, stack.applied(), known);
+        outcome.unconfirmed = comparison.records(&residents, stack.applied(), known);
     }
-    outcome.drift = look.drift;
+    outcome.drift = comparison.drift;
     Ok(outcome)
 }
 
-/// What a look goes through.
-struct Look<'a, 'm> {
+/// A difference in a patch that is not named yet.
+struct Difference {
+    what: DriftKind,
+    at: Gva,
+    expected: String,
+    found: String,
+    by: DriftCause,
+}
+
+/// One pass over a guest, and the differences so far.
+struct Comparison<'a, 'm> {
     kernel: &'a Kernel<'m>,
     space: Space<'m>,
     drift: Vec<Drift>,
 }
 
-impl Look<'_, '_> {
-    fn note(&mut self, patch: &Resident, (what, at): (What, Gva), said: (String, String), by: Who) {
-        let (expected, found) = said;
+impl Comparison<'_, '_> {
+    /// Adds a difference that is about no single function.
+    fn note(&mut self, patch: &Resident, found: Difference) {
         self.drift.push(Drift {
             patch: patch.record.name.clone(),
-            what,
-            at,
+            what: found.what,
+            at: found.at,
             function: None,
-            expected,
-            found,
-            by,
+            expected: found.expected,
+            found: found.found,
+            by: found.by,
         });
     }
 
-    /// Whether the records are those that were placed, and all of them are there; returns of whom the log
-    /// doesn't tell.
+    /// Compares the records in the guest with those in the audit log. Returns the names of patches in force that the
+    /// log does not have.
     fn records(
         &mut self,
         all: &[Resident],
         applied: &[&Resident],
-        known: Known<'_>,
+        known: HostRecords<'_>,
     ) -> Vec<String> {
         let mut lines = known.log.iter().rev();
         let last = lines.find(|line| line.action.uuid == known.uuid);
@@ -249,9 +181,14 @@ impl Look<'_, '_> {
                 Some(p) if !p.record.is_empty() => {
                     let at =
                         page_address(patch.slot.first.into()).plus(patch.slot.record_offset.into());
-                    let expected = format!("SHA-256 {}, by the audit log", p.record);
-                    let said = (expected, format!("SHA-256 {found}"));
-                    self.note(patch, (What::Record, at), said, Who::Unknown);
+                    let difference = Difference {
+                        what: DriftKind::Record,
+                        at,
+                        expected: format!("SHA-256 {}, by the audit log", p.record),
+                        found: format!("SHA-256 {found}"),
+                        by: DriftCause::Unknown,
+                    };
+                    self.note(patch, difference);
                 }
                 _ => unconfirmed.push(name.clone()),
             }
@@ -262,20 +199,20 @@ impl Look<'_, '_> {
             }
             self.drift.push(Drift {
                 patch: lost.name.clone(),
-                what: What::Record,
+                what: DriftKind::Record,
                 at: page_address(0),
                 function: None,
                 expected: "a patch in force, by the audit log".into(),
-                found: "no trace of it: the guest was started anew, or its directory was changed"
+                found: "no trace of it: the guest was rebooted, or its directory was changed"
                     .into(),
-                by: Who::Unknown,
+                by: DriftCause::Unknown,
             });
         }
         unconfirmed
     }
 
-    /// The rights of a payload's pages. That their entries lead to pages of the arena was found when it
-    /// was read.
+    /// Compares the rights of a payload's pages. That their entries lead to pages of the arena was checked when the
+    /// arena was read.
     fn pages(&mut self, arena: &Arena, patch: &Resident) {
         let text = patch.record.text.1.div_ceil(PAGE_SIZE);
         let rodata = patch.record.rodata_len / PAGE_SIZE;
@@ -286,9 +223,15 @@ impl Look<'_, '_> {
                 i if i < text.saturating_add(rodata) => Rights::RoData,
                 _ => Rights::Data,
             };
-            if let Some(said) = arena.compare(self.kernel.kind, page, rights) {
-                let at = page_address(page);
-                self.note(patch, (What::Page, at), said, Who::Unknown);
+            if let Some(entry) = arena.compare(self.kernel.kind, page, rights) {
+                let difference = Difference {
+                    what: DriftKind::Page,
+                    at: page_address(page),
+                    expected: entry.expected,
+                    found: entry.found,
+                    by: DriftCause::Unknown,
+                };
+                self.note(patch, difference);
             }
         }
     }
@@ -305,16 +248,21 @@ impl Look<'_, '_> {
             let at = start.plus(offset as u64);
             let block = Range::new(at, BLOCK.min(len - offset) as u64);
             let (found, by) = match conflicts::kprobe(self.kernel, block)? {
-                Some(probe) => (format!("a kprobe at {probe}"), Who::Kprobe),
-                None => ("other bytes".into(), Who::Unknown),
+                Some(probe) => (format!("a kprobe at {probe}"), DriftCause::Kprobe),
+                None => ("other bytes".into(), DriftCause::Unknown),
             };
-            let expected = format!("{} bytes as they were placed", block.len());
-            self.note(patch, (What::Code, at), (expected, found), by);
-            if let Some(drift) = self.drift.last_mut() {
-                let within =
-                    |f: &&Function| f.new < block.end && at.0 < f.new.0.saturating_add(f.new_size);
-                drift.function = record.functions.iter().find(within).map(|f| f.name.clone());
-            }
+            let within =
+                |f: &&Function| f.new < block.end && at.0 < f.new.0.saturating_add(f.new_size);
+            let function = record.functions.iter().find(within);
+            self.drift.push(Drift {
+                patch: record.name.clone(),
+                what: DriftKind::Code,
+                at,
+                function: function.map(|f| f.name.clone()),
+                expected: format!("{} bytes as they were placed", block.len()),
+                found,
+                by,
+            });
         }
         Ok(())
     }
@@ -338,34 +286,44 @@ impl Look<'_, '_> {
             room.fill(0);
         }
         if digests::digest(&bytes) != record.rodata_sha256 {
-            let said = (
-                format!("{len} bytes as they were placed"),
-                "other bytes".into(),
-            );
-            self.note(patch, (What::Constants, at), said, Who::Unknown);
+            let difference = Difference {
+                what: DriftKind::Constants,
+                at,
+                expected: format!("{len} bytes as they were placed"),
+                found: "other bytes".into(),
+                by: DriftCause::Unknown,
+            };
+            self.note(patch, difference);
         }
         Ok(())
     }
 
-    /// Whether the modules whose functions `patch` replaces are gone; and if it is in force, that the
-    /// guest knows it.
+    /// Returns whether a module whose functions `patch` replaces is gone. Checks that the guest knows a patch in
+    /// force as a module.
     fn module(&mut self, patch: &Resident) -> Result<bool> {
         let module = patch.record.module;
         let applied = patch.slot.state == State::Applied;
+        let difference = |expected: &str, found: String| Difference {
+            what: DriftKind::Module,
+            at: module,
+            expected: expected.into(),
+            found,
+            by: DriftCause::Unknown,
+        };
         if applied && !links::is_entered(self.kernel, module)? {
-            let said = ("one of the guest's modules".into(), "not among them".into());
-            self.note(patch, (What::Module, module), said, Who::Unknown);
+            let absent = difference("one of the guest's modules", "not among them".into());
+            self.note(patch, absent);
         }
         let gone = modules_present::gone(self.kernel, &patch.record)?;
         let is_gone = gone.is_some();
         if let Some(why) = gone.filter(|_| applied) {
-            let said = ("the modules whose functions it replaces".into(), why);
-            self.note(patch, (What::Module, module), said, Who::Unknown);
+            let gone = difference("the modules whose functions it replaces", why);
+            self.note(patch, gone);
         }
         Ok(is_gone)
     }
 
-    /// The redirect of `function`, of which `patch` is the newest that replaced it, and ftrace's nop
+    /// Compares the redirect of `function`, of which `patch` is the newest that replaced it, and ftrace's nop
     /// before it.
     fn redirect(
         &mut self,
@@ -377,8 +335,8 @@ impl Look<'_, '_> {
         let layers = stack.layers(function.old);
         let (owner, expected) = match layers {
             Some(layers) => {
-                let standing = layers.installed();
-                (standing.patch.to_owned(), Some(standing.jump))
+                let installed = layers.installed();
+                (installed.patch.to_owned(), Some(installed.jump))
             }
             None => (
                 patch.record.name.clone(),
@@ -386,26 +344,29 @@ impl Look<'_, '_> {
             ),
         };
         let (entry, at) = (function.old, function.site);
-        let Some(head) = at.0.checked_sub(entry.0).filter(|&len| len < 64) else {
+        // A redirect is a few bytes behind the entry; a record that says otherwise was changed in the guest.
+        let head = at.0.checked_sub(entry.0).filter(|&len| len < HEAD_MAX);
+        let Some(head) = head.and_then(|len| usize::try_from(len).ok()) else {
             return Ok(());
         };
-        let head = usize::try_from(head).unwrap_or(0);
         let code = self.space.read_vec(entry, head + JUMP)?;
-        let found: [u8; JUMP] = locus_guest::fetch::array(&code, head).unwrap_or_default();
+        let Some(found) = locus_guest::fetch::array::<JUMP>(&code, head) else {
+            return Ok(());
+        };
         let mut drift = Drift {
             patch: owner,
-            what: What::Redirect,
+            what: DriftKind::Redirect,
             at,
             function: Some(function.name.clone()),
             expected: expected.map_or_else(String::new, hex::encode),
             found: hex::encode(found),
-            by: Who::Unknown,
+            by: DriftCause::Unknown,
         };
         if expected.is_some_and(|expected| expected != found) {
             let place = Range::new(at, JUMP as u64);
             if let Some(probe) = conflicts::kprobe(self.kernel, place)? {
                 drift.found.push_str(&format!(", a kprobe at {probe}"));
-                drift.by = Who::Kprobe;
+                drift.by = DriftCause::Kprobe;
             } else if let Some(to) = self.jump(at, found) {
                 drift.found.push_str(&format!(", a jump to {to}"));
             } else if original(residents, function.site) == Some(found) {
@@ -417,42 +378,49 @@ impl Look<'_, '_> {
         if layers.is_none() {
             return Ok(());
         }
-        let (found, by) = match redirect::fentry_end(&code, entry) {
-            Ok(end) if end == head => return Ok(()),
+        if let Some((found, by)) = self.entry(entry, head, &code)? {
+            self.drift.push(Drift {
+                what: DriftKind::Entry,
+                at: entry,
+                expected: "ftrace's nop".into(),
+                found,
+                by,
+                ..drift
+            });
+        }
+        Ok(())
+    }
+
+    /// What a function at `entry` has in place of ftrace's nop, which ends at byte `head` of its `code`, and the
+    /// cause; `None` if the nop is there.
+    fn entry(&self, entry: Gva, head: usize, code: &[u8]) -> Result<Option<(String, DriftCause)>> {
+        Ok(Some(match redirect::fentry_end(code, entry) {
+            Ok(end) if end == head => return Ok(None),
             Ok(_) => (
-                hex::encode(code.get(..head).unwrap_or_default()),
-                Who::Unknown,
+                hex::encode(code.get(..head).unwrap_or(code)),
+                DriftCause::Unknown,
             ),
             Err(Head::Unknown(bytes)) => {
                 match conflicts::kprobe(self.kernel, Range::new(entry, head as u64))? {
-                    Some(probe) => (format!("a kprobe at {probe}"), Who::Kprobe),
-                    None => (bytes, Who::Unknown),
+                    Some(probe) => (format!("a kprobe at {probe}"), DriftCause::Kprobe),
+                    None => (bytes, DriftCause::Unknown),
                 }
             }
             Err(Head::Call(target)) => {
                 let caller = conflicts::caller(self.kernel, entry, target)?;
                 let by = match &caller {
-                    Caller::Livepatch => Who::Livepatch,
-                    Caller::Bpf(_) => Who::Bpf,
-                    Caller::Ftrace(_) => Who::Ftrace,
+                    Caller::Livepatch => DriftCause::Livepatch,
+                    Caller::Bpf(_) => DriftCause::Bpf,
+                    Caller::Ftrace(_) => DriftCause::Ftrace,
                 };
                 (caller.to_string(), by)
             }
-        };
-        self.drift.push(Drift {
-            what: What::Entry,
-            at: entry,
-            expected: "ftrace's nop".into(),
-            found,
-            by,
-            ..drift
-        });
-        Ok(())
+        }))
     }
 
-    /// Where `bytes` at `at` lead, if they are a jump.
+    /// The target of the jump at `at`, by name where it has one; `None` if `bytes` are no jump.
     fn jump(&self, at: Gva, bytes: [u8; JUMP]) -> Option<String> {
-        let [0xe9, a, b, c, d] = bytes else {
+        let [JMP, a, b, c, d] = bytes else {
             return None;
         };
         let distance = i64::from(i32::from_le_bytes([a, b, c, d]));
@@ -464,8 +432,8 @@ impl Look<'_, '_> {
     }
 }
 
-/// The bytes that the kernel itself has at `site`, by the records of those that replaced it: what they
-/// put back, but redirects of each other. `None` if their words differ.
+/// The bytes that the kernel itself has at `site`, by the records of the patches that replaced the function: the bytes
+/// that they put back, except redirects of each other. `None` if the records disagree.
 fn original(residents: &[Resident], site: Gva) -> Option<[u8; JUMP]> {
     let all = || {
         residents

@@ -1,4 +1,4 @@
-//! One change of a guest's memory, as a value: who decides it, carries it out or takes it back comes later.
+//! One change of a guest's memory, as a value. `plan` decides on it, `apply` carries it out, `recover` undoes it.
 
 use locus_guest::addr::Gva;
 use serde::{Deserialize, Serialize};

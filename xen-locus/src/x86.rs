@@ -1,4 +1,4 @@
-//! Bytes of x86 code that several rooms write or know: nops in the forms of arch/x86/include/asm/nops.h, and
+//! Bytes of x86 code that several rooms write or compare: nops in the forms of arch/x86/include/asm/nops.h, and
 //! branches with a 32-bit offset.
 
 use iced_x86::{Decoder, DecoderOptions};
@@ -8,6 +8,12 @@ use locus_guest::addr::Gva;
 pub const JUMP: usize = 5;
 /// Opcode of `jmp rel32`.
 pub const JMP: u8 = 0xe9;
+/// Opcode of `call rel32`.
+pub const CALL: u8 = 0xe8;
+/// A breakpoint.
+pub const INT3: u8 = 0xcc;
+/// The nop of one byte.
+pub const NOP1: u8 = 0x90;
 /// The nop of two bytes.
 pub const NOP2: [u8; 2] = [0x66, 0x90];
 /// The nop of five bytes that the kernel uses today (`BYTES_NOP5`).
@@ -17,7 +23,7 @@ pub const NOPS5: [[u8; JUMP]; 2] = [NOP5, [0x66, 0x66, 0x66, 0x66, 0x90]];
 
 /// By length: nops of one to eight bytes.
 const NOPS: [&[u8]; 8] = [
-    &[0x90],
+    &[NOP1],
     &NOP2,
     &[0x0f, 0x1f, 0x00],
     &[0x0f, 0x1f, 0x40, 0x00],
@@ -47,11 +53,13 @@ pub fn join(code: &mut [u8]) {
         .collect();
     for (len, nop) in lengths {
         if !nop {
+            // As below.
             fill(code.get_mut(run..at).unwrap_or_default());
             run = at + len;
         }
         at += len;
     }
+    // The instructions are those of `code`, so their end is in it.
     fill(code.get_mut(run..at).unwrap_or_default());
 }
 

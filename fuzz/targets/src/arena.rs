@@ -5,7 +5,7 @@ use locus_guest::space::{Space, PTE_FRAME, PTE_NX, PTE_PRESENT};
 use locus_kernel::fixture::{KIND, TEXT};
 use locus_kernel::Kernel;
 use sha2::{Digest, Sha256};
-use xen_locus::arena::digests::Code;
+use xen_locus::arena::digests::CodeDigests;
 use xen_locus::arena::record::{Directory, Function, Record, Slot, State, SCHEMA};
 use xen_locus::arena::{page_address, Arena, Rights, BASE};
 use xen_locus::plan::{self, Stack};
@@ -36,7 +36,7 @@ fn sample_record() -> Record {
         }],
         text: (page_address(1), 32),
         module: page_address(2).plus(3072 + 64),
-        code: Code::default(),
+        code: CodeDigests::default(),
         rodata_len: 4096,
         rodata_sha256: "0".repeat(64),
         objects: Vec::new(),
@@ -164,7 +164,7 @@ pub fn arena(data: &[u8]) {
     };
     let _ = arena.room(KIND);
     let _ = arena.find_room(KIND, &[Rights::Text, Rights::RoData]);
-    let _ = verify::look(&kernel, None);
+    let _ = verify::compare_once(&kernel, None);
     let residents = plan::residents(&kernel, &arena).unwrap_or_default();
     let stack = Stack::new(&residents);
     for resident in stack.applied() {

@@ -15,7 +15,7 @@ use locus_guest::addr::{Gva, Range};
 use locus_guest::core::Core;
 use locus_kernel::Kernel;
 use object::{Object as _, ObjectSection as _, SectionFlags};
-use xen_locus::link::fixups::{self, Code, Place, Table, Tables};
+use xen_locus::link::fixups::{self, FixupPlace, FixupTable, FixupTables, LinkedCode};
 use xen_locus::machine::kernel_of;
 use xen_locus::ops::host::Host;
 
@@ -49,7 +49,7 @@ fn compare(kernel: &Kernel<'_>, file: &[u8]) -> Result<()> {
     let elf = object::File::parse(file)?;
     let built = Built::of(kernel, &elf)?;
     let mut code = built.code.clone();
-    let settled = fixups::settle(kernel, &mut code, &built.tables, None)?;
+    let settled = fixups::apply_fixups(kernel, &mut code, &built.tables, None)?;
     let mut counts: BTreeMap<&str, (usize, usize, usize, usize)> = BTreeMap::new();
     let mut shown = 0;
     let symbol = |name| kernel.symbols.addr(name);
@@ -113,14 +113,14 @@ fn compare(kernel: &Kernel<'_>, file: &[u8]) -> Result<()> {
     Ok(())
 }
 
-fn changed(a: &Code, b: &Code) -> usize {
+fn changed(a: &LinkedCode, b: &LinkedCode) -> usize {
     a.bytes.iter().zip(&b.bytes).filter(|(x, y)| x != y).count()
 }
 
 /// The kernel as it was built, at the addresses it has in the guest.
 struct Built {
-    code: Code,
-    tables: Tables,
+    code: LinkedCode,
+    tables: FixupTables,
 }
 
 impl Built {
@@ -155,7 +155,7 @@ impl Built {
                 }
             }
         }
-        let code = Code {
+        let code = LinkedCode {
             name: "vmlinux".into(),
             base: kernel.text_base,
             bytes,
@@ -164,13 +164,13 @@ impl Built {
             own: Range::new(Gva(0), 0),
             all: Range::new(Gva(0), 0),
         };
-        let table = |name: &str| -> Result<Vec<Table>> {
+        let table = |name: &str| -> Result<Vec<FixupTable>> {
             let Some(section) = elf.section_by_name(name) else {
                 return Ok(Vec::new());
             };
             let at = Gva(section.address().wrapping_add(slide));
             let bytes = section.data()?.to_vec();
-            Ok(vec![Table { at, bytes }])
+            Ok(vec![FixupTable { at, bytes }])
         };
         let mut returns = Vec::new();
         for table in table(".return_sites")? {
@@ -182,7 +182,7 @@ impl Built {
                 }
             }
         }
-        let mut tables = Tables {
+        let mut tables = FixupTables {
             alternatives: table(".altinstructions")?,
             paravirt: table(".parainstructions")?,
             retpolines: table(".retpoline_sites")?,
@@ -211,14 +211,14 @@ impl Built {
         ) {
             let len = usize::try_from(stop.0.saturating_sub(start.0))?;
             let bytes = kernel.space.read_vec(start, len)?;
-            tables.jumps.push(Table { at: start, bytes });
+            tables.jumps.push(FixupTable { at: start, bytes });
         }
         Ok(Built { code, tables })
     }
 
     /// Whether something else was written over a place after its own table: what an alternative
     /// holds, the others don't.
-    fn later_changed(&self, place: &Place, all: &[Place]) -> bool {
+    fn later_changed(&self, place: &FixupPlace, all: &[FixupPlace]) -> bool {
         place.table != ".altinstructions"
             && all.iter().any(|p| {
                 p.table == ".altinstructions"
@@ -230,7 +230,7 @@ impl Built {
 
 /// Whether a kernel of v5.10 may put the instructions of a native paravirt operation in place of the
 /// call of it (arch/x86/kernel/paravirt_patch.c).
-fn inlined(kernel: &Kernel<'_>, place: &Place, ours: &[u8]) -> bool {
+fn inlined(kernel: &Kernel<'_>, place: &FixupPlace, ours: &[u8]) -> bool {
     let old = kernel.symbols.addr("native_patch").is_some() && place.table == ".parainstructions";
     let called = ours.get(..5).filter(|code| code.first() == Some(&0xe8));
     let to = called.and_then(|code| fixups::code::target(place.range.start, code));
@@ -241,7 +241,7 @@ fn inlined(kernel: &Kernel<'_>, place: &Place, ours: &[u8]) -> bool {
 }
 
 /// Whether two forms of a place do the same.
-fn same(kernel: &Kernel<'_>, place: &Place, ours: &[u8], theirs: &[u8]) -> bool {
+fn same(kernel: &Kernel<'_>, place: &FixupPlace, ours: &[u8], theirs: &[u8]) -> bool {
     if ours == theirs {
         return true;
     }
@@ -250,7 +250,7 @@ fn same(kernel: &Kernel<'_>, place: &Place, ours: &[u8], theirs: &[u8]) -> bool 
 
 /// What instructions do: without nops, and without what follows an unconditional branch up to its
 /// breakpoints; branches by their target.
-fn meaning(kernel: &Kernel<'_>, place: &Place, code: &[u8]) -> Vec<(Mnemonic, u64, Vec<u8>)> {
+fn meaning(kernel: &Kernel<'_>, place: &FixupPlace, code: &[u8]) -> Vec<(Mnemonic, u64, Vec<u8>)> {
     let mut out = Vec::new();
     let start = place.range.start.0;
     // On a CPU with ITS the kernel leaves plain returns in upper halves of cache lines, and we don't.

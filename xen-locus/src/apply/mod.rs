@@ -352,7 +352,7 @@ fn place(
         first: u16::try_from(ready.first).map_err(too_big)?,
         pages: u16::try_from(ready.layout.rights.len()).map_err(too_big)?,
         applied_at: arena::now(),
-        record_offset: u32::try_from(ready.layout.record.0).map_err(too_big)?,
+        record_offset: u32::try_from(ready.layout.record.offset).map_err(too_big)?,
         record_len: u32::try_from(ready.record_json.len()).map_err(too_big)?,
         record_sha256: Sha256::digest(&ready.record_json).into(),
     };

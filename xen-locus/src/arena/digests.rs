@@ -1,5 +1,5 @@
-//! What of a placed payload nobody changes, and how a change of it is told: digests, made when it is
-//! linked and kept in its record.
+//! Digests of a payload's code and constants. They are made when the payload is linked, and stored in its record,
+//! so that a later change of these bytes is noticed.
 //!
 //! The guest's kernel itself rewrites one thing in a payload's code, its jump labels, between two forms
 //! that are known. Both count as the same.
@@ -9,25 +9,25 @@ use sha2::{Digest, Sha256};
 
 use crate::x86::{NOP2, NOPS5};
 
-/// Bytes of code that one of [`Code::blocks`] is about.
+/// Bytes of code that one digest in [`CodeDigests::blocks`] covers.
 pub const BLOCK: usize = 256;
-/// Digits kept of a block's digest: they tell where a change is, not whether there is one.
+/// Hex digits that are stored of a block's digest: they tell where a change is, not whether there is one.
 const DIGITS: usize = 8;
 
-/// A payload's code.
+/// The digests of a payload's code.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Code {
-    /// SHA-256 of it, in hex.
+pub struct CodeDigests {
+    /// SHA-256 of the code, in hex.
     pub sha256: String,
-    /// The first digits of the SHA-256 of each [`BLOCK`] of it.
+    /// The first digits of the SHA-256 of each [`BLOCK`] of the code.
     pub blocks: String,
-    /// Its jump labels.
-    pub labels: Vec<Label>,
+    /// The jump labels in the code.
+    pub labels: Vec<RecordedLabel>,
 }
 
 /// A place in the code that the guest's kernel switches between a nop and a jump.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Label {
+pub struct RecordedLabel {
     /// Byte offset in the code.
     pub at: u32,
     /// Byte offset of where the jump leads.
@@ -36,8 +36,8 @@ pub struct Label {
     pub size: u8,
 }
 
-impl Label {
-    /// Makes the same of it, whichever of its two forms it has, and something else of all others.
+impl RecordedLabel {
+    /// Overwrites the label in `code`: with one value if it has either of its two forms, with another one if not.
     fn blank(self, code: &mut [u8]) {
         let at = self.at as usize;
         let end = at.saturating_add(self.size.into());
@@ -55,50 +55,50 @@ impl Label {
     }
 }
 
-impl Code {
-    /// Of `code`, which has these `labels`.
+impl CodeDigests {
+    /// The digests of `code`, which has these `labels`.
     #[must_use]
-    pub fn of(mut code: Vec<u8>, labels: Vec<Label>) -> Code {
+    pub fn of(mut code: Vec<u8>, labels: Vec<RecordedLabel>) -> CodeDigests {
         labels.iter().for_each(|label| label.blank(&mut code));
         let blocks = code.chunks(BLOCK).map(|block| {
             let mut digits = digest(block);
             digits.truncate(DIGITS);
             digits
         });
-        Code {
+        CodeDigests {
             sha256: digest(&code),
             blocks: blocks.collect(),
             labels,
         }
     }
 
-    /// The longest that it can get for code of `len` bytes with at most `labels` labels: what takes as
-    /// much room as any.
+    /// A value whose JSON is at least as long as that of any code of `len` bytes with at most `labels` labels.
     #[must_use]
-    pub fn longest(len: u64, labels: u64) -> Code {
-        let most = Label {
+    pub fn longest(len: u64, labels: u64) -> CodeDigests {
+        let most = RecordedLabel {
             at: u32::MAX,
             to: u32::MAX,
             size: u8::MAX,
         };
+        // Both are numbers of bytes and of rows in memory, so they fit.
         let blocks = usize::try_from(len).unwrap_or(0).div_ceil(BLOCK);
-        Code {
+        CodeDigests {
             sha256: digest(&[]),
             blocks: "0".repeat(blocks * DIGITS),
             labels: vec![most; usize::try_from(labels).unwrap_or(0)],
         }
     }
 
-    /// Byte offset of each block of `found`, which stands where this code should, that is not as this
-    /// code was; empty if nothing was changed.
+    /// Byte offset of each block of `found` that differs from this code; empty if nothing was changed. `found` is
+    /// what is at the code's address now.
     #[must_use]
     pub fn changed(&self, found: Vec<u8>) -> Vec<usize> {
         let len = found.len();
-        let found = Code::of(found, self.labels.clone());
+        let found = CodeDigests::of(found, self.labels.clone());
         if found.sha256 == self.sha256 {
             return Vec::new();
         }
-        let digits = |code: &'_ Code, block: usize| {
+        let digits = |code: &'_ CodeDigests, block: usize| {
             let digits = code.blocks.get(block * DIGITS..(block + 1) * DIGITS);
             digits.map(str::to_owned)
         };
@@ -132,8 +132,8 @@ mod tests {
         code
     }
 
-    fn labels() -> Vec<Label> {
-        let label = |at, to, size| Label { at, to, size };
+    fn labels() -> Vec<RecordedLabel> {
+        let label = |at, to, size| RecordedLabel { at, to, size };
         vec![label(10, 300, 5), label(20, 40, 2)]
     }
 
@@ -141,7 +141,7 @@ mod tests {
     fn a_label_may_have_either_form_and_no_other() {
         let nop = [0x0f, 0x1f, 0x44, 0, 0];
         let jump = [0xe9, 29, 1, 0, 0]; // 300 - 15 = 285
-        let sealed = Code::of(code(&nop, &NOP2), labels());
+        let sealed = CodeDigests::of(code(&nop, &NOP2), labels());
         for long in [&nop, &jump, &[0x66, 0x66, 0x66, 0x66, 0x90]] {
             for short in [&NOP2, &[0xeb, 18]] {
                 assert_eq!(sealed.changed(code(long, short)), [0; 0]);
@@ -160,7 +160,7 @@ mod tests {
 
     #[test]
     fn every_changed_byte_is_placed() {
-        let sealed = Code::of(vec![0x90; 600], Vec::new());
+        let sealed = CodeDigests::of(vec![0x90; 600], Vec::new());
         for at in 0..600 {
             let mut found = vec![0x90; 600];
             found[at] ^= 1;
@@ -171,9 +171,9 @@ mod tests {
 
     #[test]
     fn nothing_is_longer_than_the_longest() {
-        let len = |code: &Code| serde_json::to_string(code).unwrap().len();
-        let most = len(&Code::longest(600, 2));
-        assert!(len(&Code::of(code(&[0; 5], &NOP2), labels())) <= most);
-        assert!(len(&Code::of(vec![0; 600], Vec::new())) <= most);
+        let len = |code: &CodeDigests| serde_json::to_string(code).unwrap().len();
+        let most = len(&CodeDigests::longest(600, 2));
+        assert!(len(&CodeDigests::of(code(&[0; 5], &NOP2), labels())) <= most);
+        assert!(len(&CodeDigests::of(vec![0; 600], Vec::new())) <= most);
     }
 }

@@ -1,99 +1,40 @@
-//! The arena: pages of ours in the guest, without an allocation in the guest.
+//! The arena: pages of xen-locus in the guest, without an allocation in the guest.
 //!
 //! The last-level page table behind the vsyscall page belongs to the kernel image
 //! (`level1_fixmap_pgt`, arch/x86/kernel/head_64.S). Its other 511 entries, from
 //! `0xffffffffff601000` to `0xffffffffff7fffff`, are empty, are seen by every kernel page table,
-//! and lie within 2 GiB of kernel text and modules. The memory behind them:
+//! and lie within 2 GiB of kernel text and modules. The memory behind them is in [`memory`]'s head.
 //!
-//! - PVH and HVM: fresh pages, at guest frames that no RAM, device or balloon uses: the 128 MiB
-//!   below 4 GiB hold the local APIC and Xen's special pages, so Linux never places hot-added or
-//!   unpopulated memory, which comes in whole 128 MiB sections, there; and they lie below the
-//!   guest's highest frame, so a save need not walk further.
-//! - PV: the pages of PFN 0xa0 to 0xff, which are real memory that PV Linux reserves as if there were
-//!   a BIOS (`xen_memory_setup`, arch/x86/xen/setup.c) and never uses. One that holds anything or is
-//!   not reserved any more is not taken ([`low`]).
-//!
-//! An entry that leads to another page than these is none of ours, and nothing is written there.
+//! An entry that leads to another page than these is foreign, and nothing is written there.
 //!
 //! Page `i` of the arena is the page at `BASE + i * 4096`. Page 0 is the directory ([`record`]).
 
 use std::collections::HashSet;
-use std::fmt;
 
-use locus_guest::addr::{Frame, Gfn, Gva, Range, PAGE_LEN, PAGE_SIZE};
-use locus_guest::space::{
-    PTE_ACCESSED, PTE_DIRTY, PTE_FRAME, PTE_NX, PTE_PRESENT, PTE_USER, PTE_WRITE,
-};
-use locus_guest::{GuestType, PagesMut};
+use locus_guest::addr::{Frame, Gva, Range, PAGE_LEN, PAGE_SIZE};
+use locus_guest::{fetch, GuestType, PagesMut};
 use locus_kernel::Kernel;
 
+use self::memory::{capacity, LowPages, PV_PAGES};
 use self::record::{Directory, Record, Slot};
 use crate::error::{Error, Result};
 
 pub mod digests;
-mod low;
+mod memory;
+mod pv_pages;
 pub mod record;
+mod rights;
+
+pub use rights::{EntryDifference, Rights};
 
 /// First address of the arena.
 pub const BASE: Gva = Gva(0xffff_ffff_ff60_1000);
 /// Entries of the table that the arena may use.
 pub const PAGES: usize = 511;
-/// Pages a PV guest has for it.
-const PV_PAGES: usize = 96;
-/// First page frame number of them.
-const PV_FIRST: u64 = 0xa0;
-/// Guest frames tried for PVH and HVM.
-const GFNS: [std::ops::Range<u64>; 2] = [0xfef00..0xfeff8, 0xfe000..0xfe400];
-/// Xen's mark of a PV guest's entries that are for its kernel alone; all of them are for user mode as
-/// the processor sees it (`_PAGE_GUEST_KERNEL`, xen/arch/x86/include/asm/x86_64/page.h).
-const XEN_KERNEL: u64 = 1 << 52;
 /// The kernel's page tables of its last 4 MiB or so of fixed addresses, that of the arena among them.
 const TABLE: &str = "level1_fixmap_pgt";
 /// Most bytes of them: `FIXMAP_PMD_NUM` pages (arch/x86/include/asm/fixmap.h).
 const TABLE_MAX: u64 = 16 * PAGE_SIZE;
-/// Type of usable RAM in the e820 map.
-const E820_RAM: u32 = 1;
-
-/// What the guest may do with a page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rights {
-    /// Read and execute.
-    Text,
-    /// Read.
-    RoData,
-    /// Read and write.
-    Data,
-}
-
-impl Rights {
-    fn bits(self) -> u64 {
-        match self {
-            Rights::Text => 0,
-            Rights::RoData => PTE_NX,
-            Rights::Data => PTE_NX | PTE_WRITE | PTE_DIRTY,
-        }
-    }
-
-    /// Those of `entry`; none of ours allow both writing and execution.
-    fn of(entry: u64) -> Option<Rights> {
-        match (entry & PTE_NX != 0, entry & PTE_WRITE != 0) {
-            (false, true) => None,
-            (false, false) => Some(Rights::Text),
-            (true, false) => Some(Rights::RoData),
-            (true, true) => Some(Rights::Data),
-        }
-    }
-}
-
-impl fmt::Display for Rights {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Rights::Text => "code",
-            Rights::RoData => "read only",
-            Rights::Data => "writable",
-        })
-    }
-}
 
 /// A guest's arena as its page table shows it.
 #[derive(Debug)]
@@ -143,10 +84,8 @@ impl Arena {
         })?;
         let mut bytes = [0u8; PAGE_LEN];
         kernel.space.map(&[table])?.read(0, &mut bytes)?;
-        let entries: Vec<u64> = bytes
-            .chunks_exact(8)
-            .skip(first)
-            .map(|c| u64::from_le_bytes(c.try_into().unwrap_or_default()))
+        let entries: Vec<u64> = (first..PAGE_LEN / 8)
+            .filter_map(|slot| fetch::u64(&bytes, slot * 8))
             .collect();
         if entries.len() != PAGES {
             return Err(foreign_arena(&format!("its table begins at slot {first}")));
@@ -163,7 +102,7 @@ impl Arena {
             kernel.space.map(&[frame])?.read(0, &mut page)?;
             // Nothing but zeroes: an earlier run was ended between adding the page and filling it.
             if page.iter().any(|&b| b != 0) {
-                // It leads to where only xen-locus puts it.
+                // Only xen-locus makes an entry lead to such a frame, so the directory is its own.
                 arena.directory = Directory::decode(&page).ok_or_else(|| {
                     Error::uncertain(format!(
                         "the arena's directory at {BASE} is damaged: neither of its copies is whole; \
@@ -178,25 +117,26 @@ impl Arena {
         Ok(arena)
     }
 
-    /// Refuses a table that is not the kernel's own: entries are written into it, and the guest could
-    /// have made its page tables lead anywhere.
+    /// Refuses a table that is not the kernel's own: entries are written into it, and a hostile guest's page tables
+    /// may lead anywhere.
     fn check_table(&self, kernel: &Kernel<'_>) -> Result<()> {
         let Some(own) = kernel.symbols.addr(TABLE) else {
             return Ok(());
         };
+        // The last symbol has no next one: it is one page at least.
         let room = kernel.symbols.room(own).unwrap_or(PAGE_SIZE);
         let frames = kernel.space.frames(own, room.clamp(1, TABLE_MAX))?;
         if frames.contains(&self.table) {
             return Ok(());
         }
         Err(foreign_arena(&format!(
-            "{} is their page table, which is none of the kernel's {TABLE} at {own}",
+            "{} is their page table, expected one of the kernel's {TABLE} at {own}",
             self.table
         )))
     }
 
-    /// Refuses entries that lead to pages which xen-locus can't have put there: what is written to a
-    /// page of the arena must not reach memory that the guest uses for something else.
+    /// Refuses entries that lead to pages which xen-locus can't have put there: a write to a page of the arena must
+    /// not reach memory that the guest uses for something else.
     fn check_frames(&self, kernel: &Kernel<'_>) -> Result<()> {
         let mut low = None;
         let mut seen = HashSet::new();
@@ -204,13 +144,13 @@ impl Arena {
             let ours = match self.frame(page) {
                 Some(frame) if !seen.insert(frame) => false,
                 Some(frame) if kernel.kind == GuestType::Pv => {
-                    let low = match low {
-                        Some(base) => base,
-                        None => *low.insert(direct_map(kernel)?),
+                    let low = match &mut low {
+                        Some(low) => low,
+                        none => none.insert(LowPages::of(kernel)?),
                     };
-                    page < PV_PAGES && kernel.space.walk(low_page(low, page))?.frame == frame
+                    page < PV_PAGES && low.frame(page)? == frame
                 }
-                Some(frame) => GFNS.iter().any(|gfns| gfns.contains(&frame.0)),
+                Some(frame) => memory::is_fresh_frame(frame),
                 None => false,
             };
             if !ours {
@@ -218,7 +158,7 @@ impl Arena {
                     "the entry of {} is {entry:#x}, which is no page of the arena",
                     page_address(page)
                 );
-                // With a directory of ours it was us who had these addresses first.
+                // With a directory there, xen-locus had these addresses first.
                 let first = page == 0 || self.frame(0).is_none();
                 return Err(if first {
                     foreign_arena(&what)
@@ -269,38 +209,22 @@ impl Arena {
     }
 
     fn frame(&self, page: usize) -> Option<Frame> {
-        let entry = self.entries.get(page)?;
-        (entry & PTE_PRESENT != 0).then_some(Frame((entry & PTE_FRAME) >> 12))
+        rights::frame_of(*self.entries.get(page)?)
     }
 
-    /// How the entry of `page` differs from one that xen-locus makes for `rights`, as what is expected
-    /// and what is there; `None` if it does not. That the guest used the page is no difference.
+    /// How the entry of `page` differs from one that xen-locus makes for `rights`; `None` if it does not. That the
+    /// guest used the page is no difference.
     #[must_use]
-    pub fn compare(
-        &self,
-        kind: GuestType,
-        page: usize,
-        rights: Rights,
-    ) -> Option<(String, String)> {
-        let entry = self.entries.get(page).copied().unwrap_or(0);
-        let shown = |rights: &str| format!("{rights} (entry {entry:#x})");
-        if entry & PTE_PRESENT == 0 {
-            return Some((rights.to_string(), shown("no page")));
-        }
-        let user = entry & PTE_USER != 0 && !(kind == GuestType::Pv && entry & XEN_KERNEL != 0);
-        let found = Rights::of(entry).filter(|_| !user);
-        if found != Some(rights) {
-            let found = match found {
-                Some(found) => found.to_string(),
-                None if user => "for user mode too".into(),
-                None => "writable code".into(),
-            };
-            return Some((rights.to_string(), shown(&found)));
-        }
-        None
+    pub fn compare(&self, kind: GuestType, page: usize, rights: Rights) -> Option<EntryDifference> {
+        rights::compare(kind, self.entry(page), rights)
     }
 
-    /// Frames behind `range`, which must lie in the arena.
+    /// The entry of `page`; 0, as an empty one, for a page that no arena has.
+    fn entry(&self, page: usize) -> u64 {
+        self.entries.get(page).copied().unwrap_or(0)
+    }
+
+    /// Frames behind `range`, which must be in the arena.
     ///
     /// # Errors
     /// A page of it is not there.
@@ -316,7 +240,7 @@ impl Arena {
             .collect()
     }
 
-    /// How many pages the guest can give, and how many payloads use.
+    /// How many pages payloads can have in a guest of this type, and how many they use.
     #[must_use]
     pub fn room(&self, kind: GuestType) -> (usize, usize) {
         let used = self
@@ -370,11 +294,12 @@ impl Arena {
         Ok(kernel.space.map(&self.frames(range)?)?)
     }
 
-    /// The first run of pages for `rights`, one element a page: not owned by a payload, and empty or
-    /// left behind with the same rights by a run that was ended early.
+    /// The first run of pages for `rights`, one element a page. None of them belongs to a payload, and each is empty
+    /// or was left behind with the same rights by a run that was ended early.
     ///
     /// # Errors
-    /// Too little arena, or no free entry of the directory: says how much there is.
+    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): there are too few pages in one run, or the
+    /// directory is full.
     pub fn find_room(&self, kind: GuestType, rights: &[Rights]) -> Result<usize> {
         if self.directory.slots.len() >= record::ENTRIES_MAX {
             return Err(full());
@@ -387,8 +312,8 @@ impl Arena {
                 .any(|slot| pages_of(slot).contains(&page))
         };
         let fits = |page: usize, want: Rights| {
-            let entry = self.entries.get(page).copied().unwrap_or(0);
-            !owned(page) && (entry & PTE_PRESENT == 0 || Rights::of(entry) == Some(want))
+            let entry = self.entry(page);
+            !owned(page) && (rights::frame_of(entry).is_none() || Rights::of(entry) == Some(want))
         };
         (1..capacity.saturating_sub(rights.len().saturating_sub(1)))
             .find(|&first| {
@@ -407,10 +332,11 @@ impl Arena {
             })
     }
 
-    /// Adds pages `first…` with the given rights; those already there are kept.
+    /// Maps pages from number `first` on, with the given rights. Pages that are mapped already stay as they are.
     ///
     /// # Errors
-    /// No memory for them, or Xen refused an entry. Pages added before stay: nothing refers to them.
+    /// There is no memory for them, the guest changed an entry since the arena was read, or Xen refuses an entry.
+    /// Pages that were added before the error stay: nothing refers to them.
     pub fn add(
         &mut self,
         guest: &dyn PagesMut,
@@ -419,7 +345,7 @@ impl Arena {
         rights: &[Rights],
     ) -> Result<()> {
         if first > 0 && self.frame(0).is_none() {
-            // A run may end between any two entries, and the directory says whose the others are.
+            // A run may end between any two entries, and only the directory shows that the others are the arena's.
             self.add(guest, kernel, 0, &[Rights::RoData])?;
         }
         let missing: Vec<(usize, Rights)> = rights
@@ -428,31 +354,11 @@ impl Arena {
             .map(|(i, &r)| (first + i, r))
             .filter(|&(page, _)| self.frame(page).is_none())
             .collect();
-        let frames = match kernel.kind {
-            GuestType::Pv => {
-                check_not_ram(kernel, PV_FIRST, PV_FIRST + PV_PAGES as u64)?;
-                let base = direct_map(kernel)?;
-                let mut frames = Vec::new();
-                for &(page, _) in &missing {
-                    low::check_unused(kernel, PV_FIRST + page as u64, low_page(base, page))?;
-                    frames.push(kernel.space.walk(low_page(base, page))?.frame);
-                }
-                frames
-            }
-            GuestType::Pvh | GuestType::Hvm => {
-                let fresh = vacant_frames(guest, kernel, missing.len())?;
-                let frames: Vec<Frame> = fresh.into_iter().map(Frame::from).collect();
-                let blank = vec![0; frames.len() * PAGE_LEN];
-                if !frames.is_empty() {
-                    guest.map_mut(&frames)?.write(0, &blank)?;
-                    guest.written(&frames)?;
-                }
-                frames
-            }
-        };
+        let pages: Vec<usize> = missing.iter().map(|&(page, _)| page).collect();
+        let frames = memory::frames_for(guest, kernel, &pages)?;
         self.check_still(guest, &missing)?;
-        for (&(page, rights), &frame) in missing.iter().zip(&frames) {
-            let entry = (frame.0 << 12) | PTE_PRESENT | PTE_ACCESSED | rights.bits();
+        for (&(page, wanted), &frame) in missing.iter().zip(&frames) {
+            let entry = rights::entry_for(frame, wanted);
             guest.write_entry(self.table, page + 1, entry)?;
             if let Some(known) = self.entries.get_mut(page) {
                 *known = entry;
@@ -464,7 +370,7 @@ impl Arena {
     /// Writes `bytes` at `at` in the arena and reads them back.
     ///
     /// # Errors
-    /// A page is not there, or what is read back differs.
+    /// A page is not there, or the bytes read back differ.
     pub fn write(&self, guest: &dyn PagesMut, at: Gva, bytes: &[u8]) -> Result<()> {
         if bytes.is_empty() {
             return Ok(());
@@ -477,8 +383,8 @@ impl Arena {
         window.read(at.offset(), &mut back)?;
         if back != bytes {
             return Err(Error::failed(format!(
-                "what was written to the arena at {at} is not what stands there: the guest changes \
-                 these pages"
+                "the arena at {at} does not hold what was just written there: the guest changes these \
+                 pages"
             )));
         }
         Ok(())
@@ -531,83 +437,4 @@ pub fn now() -> u64 {
 fn pages_of(slot: &Slot) -> std::ops::Range<usize> {
     let first = usize::from(slot.first);
     first..first + usize::from(slot.pages)
-}
-
-fn capacity(kind: GuestType) -> usize {
-    match kind {
-        GuestType::Pv => PV_PAGES,
-        GuestType::Pvh | GuestType::Hvm => PAGES,
-    }
-}
-
-/// Start of the kernel's mapping of all memory.
-fn direct_map(kernel: &Kernel<'_>) -> Result<Gva> {
-    let base = kernel.symbols.need("page_offset_base")?;
-    Ok(Gva(kernel.space.read_u64(base)?))
-}
-
-/// Where a PV guest's kernel sees the memory of arena page `page` in that mapping, which begins at `base`.
-fn low_page(base: Gva, page: usize) -> Gva {
-    base.plus((PV_FIRST + page as u64) * PAGE_SIZE)
-}
-
-/// `count` guest frames without memory behind them.
-fn vacant_frames(guest: &dyn PagesMut, kernel: &Kernel<'_>, count: usize) -> Result<Vec<Gfn>> {
-    let mut found = Vec::new();
-    for window in GFNS {
-        if found.len() >= count {
-            break;
-        }
-        check_not_ram(kernel, window.start, window.end)?;
-        let candidates: Vec<Gfn> = window.map(Gfn).collect();
-        // A few more than needed at a time: each is asked for by a foreign mapping.
-        for some in candidates.chunks(16) {
-            let vacant = guest.vacant(some)?;
-            found.extend(some.iter().zip(vacant).filter(|(_, v)| *v).map(|(&f, _)| f));
-            if found.len() >= count {
-                break;
-            }
-        }
-    }
-    if found.len() < count {
-        return Err(Error::not_applicable(format!(
-            "{count} free guest frames are needed for the arena, and {} were found below 4 GiB",
-            found.len()
-        )));
-    }
-    found.truncate(count);
-    guest.populate(&found)?;
-    Ok(found)
-}
-
-/// Refuses frames `first..end` when the guest's own memory map calls any of them usable RAM:
-/// `e820_table` (arch/x86/kernel/e820.c) points to a count and packed entries {u64 address, u64
-/// size, u32 type}.
-fn check_not_ram(kernel: &Kernel<'_>, first: u64, end: u64) -> Result<()> {
-    let table = Gva(kernel.space.read_u64(kernel.symbols.need("e820_table")?)?);
-    let count = kernel.space.read_u32(table)?;
-    if count > 4096 {
-        return Err(Error::not_applicable(format!(
-            "the guest's e820_table has {count} entries; expected at most 4096"
-        )));
-    }
-    let bytes = kernel.space.read_vec(table.plus(4), count as usize * 20)?;
-    for entry in bytes.chunks_exact(20) {
-        use locus_guest::fetch;
-        let (Some(start), Some(size), Some(kind)) = (
-            fetch::u64(entry, 0),
-            fetch::u64(entry, 8),
-            fetch::u32(entry, 16),
-        ) else {
-            continue;
-        };
-        let stop = start.saturating_add(size);
-        if kind == E820_RAM && start < end * PAGE_SIZE && stop > first * PAGE_SIZE {
-            return Err(Error::not_applicable(format!(
-                "the arena wants guest frames {first:#x} to {end:#x}, but the guest's memory map \
-                 calls {start:#x} to {stop:#x} usable RAM"
-            )));
-        }
-    }
-    Ok(())
 }

@@ -1,18 +1,18 @@
 //! Are the low pages of a PV guest unused, as PV Linux leaves them?
 //!
-//! They are memory like any other: a guest may have given one to its allocator, or keep data in it.
-//! What is certain of an unused one is that nothing was ever written to it since Xen gave it to the
-//! guest, scrubbed, and that `struct page` calls it reserved.
+//! They are memory like any other: a guest may have given one to its allocator, or have data in it. An unused
+//! one is still as Xen gave it to the guest, scrubbed: nothing was ever written to it. And its `struct page`
+//! says that it is reserved.
 
 use locus_guest::addr::{Gva, PAGE_LEN};
 use locus_kernel::Kernel;
 
 use crate::error::{Error, Result};
 
-/// Refuses the page `pfn`, which the kernel sees at `at`, if the guest uses it.
+/// Refuses page `pfn` of a PV guest, which the kernel sees at `at`, if the guest uses it.
 ///
 /// # Errors
-/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): it does; or its memory can't be read.
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): the guest uses it. Or its memory can't be read.
 pub fn check_unused(kernel: &Kernel<'_>, pfn: u64, at: Gva) -> Result<()> {
     let used = |how: &str| {
         Error::not_applicable(format!(
@@ -31,8 +31,8 @@ pub fn check_unused(kernel: &Kernel<'_>, pfn: u64, at: Gva) -> Result<()> {
     }
 }
 
-/// What `struct page` says (`PG_reserved`, include/linux/page-flags.h); `None` where the kernel's types
-/// don't tell where that stands.
+/// Whether `struct page` has the flag `PG_reserved` (include/linux/page-flags.h); `None` where the kernel's types
+/// don't have it.
 fn reserved(kernel: &Kernel<'_>, pfn: u64) -> Result<Option<bool>> {
     let (Some(base), Ok(btf)) = (kernel.symbols.addr("vmemmap_base"), kernel.btf()) else {
         return Ok(None);

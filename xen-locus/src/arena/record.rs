@@ -1,12 +1,12 @@
-//! What the arena says of itself, in guest memory: so that a second run, another tool or a freshly
-//! installed dom0 can list and revert what is applied.
+//! The directory of the arena and the payloads' records, both in guest memory. With them a second run, another
+//! tool or a freshly installed dom0 can list and revert the applied patches.
 //!
-//! Page 0 of the arena holds the directory, twice: the valid copy with the higher generation
-//! counts, and an update overwrites the other, so that a torn write loses nothing. An entry names
-//! the pages of one payload, its state, and the place, length and digest of its record: JSON in the
-//! payload's own read-only pages, written once.
+//! Page 0 of the arena holds the directory in two copies. The valid copy with the higher generation counts. An
+//! update overwrites the other one, so that a torn write loses nothing. An entry names the pages of one payload,
+//! its state, and the place, length and digest of its record: JSON in the payload's own read-only pages, written
+//! once.
 //!
-//! All of it is read back from a guest that may have changed it: lengths are bounded, digests are
+//! All of it is read from a guest that may have changed it: lengths are bounded, digests are
 //! checked, and addresses are believed only inside the arena and the kernel's text.
 
 use locus_guest::addr::Gva;
@@ -15,12 +15,12 @@ use locus_payload::is_module_name;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::arena::digests::Code;
+use crate::arena::digests::CodeDigests;
 use crate::error::Error;
 
 mod draft;
 
-pub use draft::{Draft, DraftFunction, Placement};
+pub use draft::{Draft, DraftFunction, NewFunction, Placement};
 
 /// First bytes of each copy of the directory.
 pub const MAGIC: &[u8; 8] = b"XENLOCUS";
@@ -48,7 +48,7 @@ pub enum State {
     Applied = 2,
     /// About to be undone.
     Reverting = 3,
-    /// Undone; its code stays in the arena, for threads may still come back to it.
+    /// Reverted; its code stays in the arena, because threads may still come back to it.
     Parked = 4,
 }
 
@@ -107,6 +107,7 @@ pub struct Directory {
 }
 
 fn digest(copy: &[u8]) -> [u8; 32] {
+    // A copy is longer than its head: `chunks_exact` and `encode` make it so.
     Sha256::digest(copy.get(HEAD - 32..).unwrap_or_default()).into()
 }
 
@@ -156,11 +157,9 @@ impl Directory {
     pub fn encode(&self) -> (usize, Vec<u8>) {
         let mut body = Vec::with_capacity(COPY);
         body.extend(self.generation.to_le_bytes());
-        body.extend(
-            u32::try_from(self.slots.len().min(ENTRIES_MAX))
-                .unwrap_or(0)
-                .to_le_bytes(),
-        );
+        // At most ENTRIES_MAX, so the number fits.
+        let count = u32::try_from(self.slots.len().min(ENTRIES_MAX)).unwrap_or_default();
+        body.extend(count.to_le_bytes());
         body.resize(HEAD - 32, 0);
         for slot in self.slots.iter().take(ENTRIES_MAX) {
             body.extend((slot.state as u32).to_le_bytes());
@@ -241,7 +240,7 @@ pub struct Record {
     /// Its code: address and length in bytes.
     pub text: (Gva, u64),
     /// What its code was when it was placed.
-    pub code: Code,
+    pub code: CodeDigests,
     /// Length of the pages behind its code that are read only, in bytes.
     pub rodata_len: u64,
     /// SHA-256 of them, in hex, with zeroes for this record.

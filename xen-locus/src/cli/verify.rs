@@ -13,7 +13,7 @@ use crate::error::ExitCode;
 use crate::machine;
 use crate::say;
 use crate::storage::audit::{Audit, History};
-use crate::verify::{verify, Known, Outcome};
+use crate::verify::{verify, HostRecords, VerifyReport};
 
 /// Runs the command: of a core, of the domain `wanted`, or of all guests.
 ///
@@ -90,14 +90,14 @@ fn log() -> anyhow::Result<History> {
     Ok(history)
 }
 
-fn known<'a>(history: &'a History, domain: &'a Domain<'_>) -> Known<'a> {
-    Known {
+fn known<'a>(history: &'a History, domain: &'a Domain<'_>) -> HostRecords<'a> {
+    HostRecords {
         log: &history.lines,
         uuid: &domain.info.uuid,
     }
 }
 
-fn object(guest: &Guest, outcome: &Outcome) -> Value {
+fn object(guest: &Guest, outcome: &VerifyReport) -> Value {
     let clean = outcome.drift.is_empty();
     let drift = outcome.drift.iter().map(|d| {
         json!({
@@ -122,8 +122,8 @@ fn object(guest: &Guest, outcome: &Outcome) -> Value {
     }))
 }
 
-fn table(guest: &Guest, outcome: &Outcome) {
-    let Outcome {
+fn table(guest: &Guest, outcome: &VerifyReport) {
+    let VerifyReport {
         patches,
         parked,
         redirects,
@@ -170,7 +170,7 @@ fn table(guest: &Guest, outcome: &Outcome) {
         })
         .collect();
     out::table(
-        ["Patch", "What", "Address", "Expected", "Found", "By"],
+        ["Patch", "DriftKind", "Address", "Expected", "Found", "By"],
         &rows,
     );
 }

@@ -1,116 +1,77 @@
-//! Lays out a payload's sections, and relocates them for their addresses.
+//! Relocates a payload's sections for their addresses.
 //!
 //! What the kernel's module loader does (`apply_relocate_add`, arch/x86/kernel/module.c; ftrace; and
-//! [`sites`]), done from outside. What can't be done yet is refused by name.
+//! [`fixups`]), done from outside. What can't be done yet is refused by name.
 //!
-//! Tables of places in the code are relocated too, for addresses behind what is placed, where nothing
-//! of them is ever written: so they can be read as the kernel reads them.
+//! Tables of places in the code are relocated too, for addresses behind what is placed. Nothing of them is
+//! ever written there, but so they can be read as the kernel reads them.
 
-use locus_guest::addr::{Gva, Range, PAGE_LEN, PAGE_SIZE};
+use locus_guest::addr::{Gva, Range, PAGE_LEN};
 use locus_kernel::Kernel;
 use locus_payload::{Binding, ElfSymbol, Payload, Reloc, Role, Section, SymSection};
 
+use super::layout::{index, is_bug_table, is_table, rights_of, ImageLayout};
 use super::split;
+use crate::arena::record::NewFunction;
 use crate::arena::Rights;
 use crate::error::{Error, Result};
-use crate::link::fixups::{self, Code, JumpSite, Table, Tables};
-use crate::link::module::{Built, Entry, Place, Size};
+use crate::link::fixups::{self, FixupTable, FixupTables, JumpLabel, KeyCount, LinkedCode};
+use crate::link::module::{BuiltModule, ModuleDraft};
 use crate::link::reloc::{self, R_X86_64_NONE};
 use crate::target::redirect::Returns;
-use crate::target::symbols::Objects;
+use crate::target::symbols::GuestSymbols;
 use crate::x86;
-
-/// Sections by their rights, each run beginning on a page.
-#[derive(Debug)]
-pub struct Layout {
-    /// Rights of each page.
-    pub rights: Vec<Rights>,
-    /// Offset of each section that is placed or looked at, and of the table of `BUG` and `WARN` sites
-    /// as part of the module entry, by section number.
-    offsets: Vec<Option<u64>>,
-    /// Offset behind all of them; what is only looked at stands behind all pages.
-    end: usize,
-    /// Offset and room of the record.
-    pub record: (u64, usize),
-    /// Offsets of the read-only and of the writable part of the module entry.
-    pub entry: (u64, u64),
-    /// Length of the code, which begins at offset 0, in bytes.
-    pub text_len: u64,
-}
 
 /// A payload relocated for its place.
 #[derive(Debug)]
 pub struct Image {
-    /// Its bytes, from its first page on; the rooms of the record and of the module entry are zero.
+    /// Its bytes, from its first page on; the rooms of the record and of the module's tables are zero.
     pub bytes: Vec<u8>,
-    /// Addresses of the new functions and of the parts of each that stand elsewhere, in the order of the payload's
-    /// objects and functions.
-    pub functions: Vec<(Gva, Vec<Gva>)>,
+    /// The new functions, in the order of the payload's objects and functions.
+    pub functions: Vec<NewFunction>,
     /// Jump labels, sorted by key and then by place. The guest's kernel has to know them.
-    pub jumps: Vec<JumpSite>,
-    /// Static keys of the kernel and its modules that jump labels follow, and the count of each that
-    /// they were set for.
-    pub keys: Vec<(Gva, i32)>,
+    pub jumps: Vec<JumpLabel>,
+    /// Static keys of the kernel and its modules that the jump labels follow, sorted by address.
+    pub keys: Vec<KeyCount>,
 }
 
 impl Image {
-    /// Puts the module entry, links and all, into its room.
+    /// Puts the module's tables, links included, into their room.
     ///
     /// # Errors
-    /// It does not fit.
-    pub fn put_entry(&mut self, layout: &Layout, entry: &Built) -> Result<()> {
-        for (at, word) in &entry.own_keys {
-            let at = at.0.wrapping_sub(entry.place.text.start.0);
-            let at = usize::try_from(at).unwrap_or(usize::MAX);
-            if let Some(room) = self.bytes.get_mut(at..at.saturating_add(8)) {
-                // the bit that says how the key begins stays
-                let first = room.first().copied().unwrap_or(0) & 1;
-                room.copy_from_slice(&(word.0 | u64::from(first)).to_le_bytes());
-            }
+    /// [`Class::Failed`](crate::error::Class::Failed): they don't fit.
+    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): a static key of the payload is not whole
+    /// among its variables.
+    pub fn put_module(&mut self, layout: &ImageLayout, module: &BuiltModule) -> Result<()> {
+        for word in &module.own_keys {
+            let start = index(word.at.0.wrapping_sub(module.place.text.start.0));
+            let room = self.bytes.get_mut(start..start.saturating_add(8));
+            let Some([first, rest @ ..]) = room else {
+                return Err(Error::not_applicable(format!(
+                    "a static key of the payload leaves its variables: its branches are to be named \
+                     at {}",
+                    word.at
+                )));
+            };
+            let value = word.value.0.to_le_bytes();
+            // the bit that says how the key begins stays
+            let [low, high @ ..] = value;
+            *first = low | (*first & 1);
+            rest.copy_from_slice(&high);
         }
-        for (at, bytes) in [(layout.entry.0, &entry.ro), (layout.entry.1, &entry.rw)] {
-            let at = usize::try_from(at).unwrap_or(usize::MAX);
+        let parts = [
+            (layout.module_ro, &module.ro),
+            (layout.module_rw, &module.rw),
+        ];
+        for (offset, bytes) in parts {
+            let start = index(offset);
             self.bytes
-                .get_mut(at..at.saturating_add(bytes.len()))
-                .ok_or_else(|| Error::failed("the module entry does not fit its room"))?
+                .get_mut(start..start.saturating_add(bytes.len()))
+                .ok_or_else(|| Error::failed("the module's tables do not fit their room"))?
                 .copy_from_slice(bytes);
         }
         Ok(())
     }
-}
-
-fn rights_of(section: &Section) -> Option<Rights> {
-    match section.role {
-        Role::Text => Some(Rights::Text),
-        Role::RoData => Some(Rights::RoData),
-        Role::Data | Role::Bss | Role::DynamicDebug => Some(Rights::Data),
-        _ => None,
-    }
-}
-
-/// Sections that are no part of the code, but say how it is to be settled.
-fn is_table(role: &Role) -> bool {
-    matches!(
-        role,
-        Role::Altinstructions
-            | Role::Parainstructions
-            | Role::RetpolineSites
-            | Role::CallSites
-            | Role::JumpTable
-            | Role::StaticCalls
-    )
-}
-
-/// Sections that tables refer to or that are tables.
-fn is_looked_at(section: &Section) -> bool {
-    is_table(&section.role) || section.role.is_init_or_exit()
-}
-
-/// The table of `BUG` and `WARN` sites, of which there is one at most ([`Entry::of`]). `WARN` with a
-/// message hands its row to `__WARN_trap`, so code refers to it: Linux kernel commit 5b472b6e5bd9
-/// ("x86_64/bug: Implement `__WARN_printf()`") (in v6.19).
-fn is_bug_table(section: &Section) -> bool {
-    section.role == Role::BugTable && section.size > 0
 }
 
 /// Refuses what this loader can't do yet.
@@ -133,120 +94,6 @@ pub fn check_supported(payload: &Payload) -> Result<()> {
     )))
 }
 
-impl Layout {
-    /// Places the sections, code first, then constants, a record of `record_len` bytes and what of the
-    /// module entry is read only, then variables, and on pages of its own the rest of the entry: the
-    /// payload's variables begin anew when it is applied again, the entry goes on.
-    ///
-    /// # Errors
-    /// The payload is larger than any arena.
-    pub fn new(payload: &Payload, record_len: usize, entry: Size) -> Result<Layout> {
-        let too_big = || {
-            Error::not_applicable(format!(
-                "payload {} needs more than the arena's {} pages",
-                payload.name,
-                crate::arena::PAGES
-            ))
-        };
-        let mut offsets = vec![None; payload.sections.len()];
-        let mut rights = Vec::new();
-        let mut at = 0u64;
-        let mut text_len = 0;
-        let mut record = (0, record_len);
-        let (mut entry_ro, mut entry_rw) = (0, 0);
-        for group in [Rights::Text, Rights::RoData, Rights::Data] {
-            let start = at;
-            for section in payload.placed().filter(|s| rights_of(s) == Some(group)) {
-                let align = section.align.clamp(1, PAGE_SIZE);
-                at = at.checked_next_multiple_of(align).ok_or_else(too_big)?;
-                if let Some(offset) = offsets.get_mut(section.index) {
-                    *offset = Some(at);
-                }
-                at = at.checked_add(section.size).ok_or_else(too_big)?;
-            }
-            if group == Rights::Text {
-                text_len = at;
-            }
-            if group == Rights::RoData {
-                at = at.checked_next_multiple_of(8).ok_or_else(too_big)?;
-                record.0 = at;
-                at = at.checked_add(record_len as u64).ok_or_else(too_big)?;
-                at = at.checked_next_multiple_of(64).ok_or_else(too_big)?;
-                entry_ro = at;
-                at = at.checked_add(entry.ro).ok_or_else(too_big)?;
-            }
-            if group == Rights::Data {
-                at = at.checked_next_multiple_of(PAGE_SIZE).ok_or_else(too_big)?;
-                entry_rw = at;
-                at = at.checked_add(entry.rw).ok_or_else(too_big)?;
-            }
-            at = at.checked_next_multiple_of(PAGE_SIZE).ok_or_else(too_big)?;
-            let pages = usize::try_from((at - start) / PAGE_SIZE).unwrap_or(usize::MAX);
-            if rights.len().saturating_add(pages) > crate::arena::PAGES {
-                return Err(too_big());
-            }
-            rights.extend(std::iter::repeat_n(group, pages));
-        }
-        let bugs = payload.sections.iter().find(|s| is_bug_table(s));
-        if let Some(offset) = bugs.and_then(|s| offsets.get_mut(s.index)) {
-            *offset = Some(entry_rw.checked_add(entry.bugs).ok_or_else(too_big)?);
-        }
-        for section in payload.sections.iter().filter(|s| is_looked_at(s)) {
-            let align = section.align.clamp(1, PAGE_SIZE);
-            at = at.checked_next_multiple_of(align).ok_or_else(too_big)?;
-            if let Some(offset) = offsets.get_mut(section.index) {
-                *offset = Some(at);
-            }
-            at = at.checked_add(section.size).ok_or_else(too_big)?;
-        }
-        Ok(Layout {
-            rights,
-            offsets,
-            end: usize::try_from(at).map_err(|_| too_big())?,
-            record,
-            entry: (entry_ro, entry_rw),
-            text_len,
-        })
-    }
-
-    /// What is written when the payload is applied again: the record, and the variables but for the
-    /// module entry. They keep their values if threads may be in its code all the time.
-    #[must_use]
-    pub fn rewritten(&self, entry_only: bool) -> Vec<std::ops::Range<usize>> {
-        let (record, room) = self.record;
-        let record = usize::try_from(record).unwrap_or(usize::MAX);
-        let record = record..record.saturating_add(room);
-        if entry_only {
-            return vec![record];
-        }
-        let data = self.rights.iter().take_while(|&&r| r != Rights::Data);
-        let data = data.count() * PAGE_LEN;
-        let entry = usize::try_from(self.entry.1).unwrap_or(usize::MAX);
-        vec![record, data..entry.max(data)]
-    }
-
-    /// Where all of it stands when the first page is at `base`.
-    #[must_use]
-    pub fn place(&self, base: Gva) -> Place {
-        let pages = |which: Rights| {
-            let first = self.rights.iter().position(|&r| r == which).unwrap_or(0) as u64;
-            let count = self.rights.iter().filter(|&&r| r == which).count() as u64;
-            Range::new(base.plus(first * PAGE_SIZE), count * PAGE_SIZE)
-        };
-        Place {
-            text: pages(Rights::Text),
-            rodata: pages(Rights::RoData),
-            data: pages(Rights::Data),
-            ro: base.plus(self.entry.0),
-            rw: base.plus(self.entry.1),
-        }
-    }
-
-    fn offset(&self, section: usize) -> Option<u64> {
-        self.offsets.get(section).copied().flatten()
-    }
-}
-
 /// Relocates `payload`, laid out as `layout`, for the address `base`.
 ///
 /// # Errors
@@ -255,8 +102,8 @@ impl Layout {
 pub fn link(
     payload: &Payload,
     kernel: &Kernel<'_>,
-    objects: &Objects<'_, '_>,
-    layout: &Layout,
+    objects: &GuestSymbols<'_, '_>,
+    layout: &ImageLayout,
     base: Gva,
     returns: Option<Returns>,
 ) -> Result<Image> {
@@ -282,8 +129,8 @@ pub fn link(
             _ => {}
         }
     }
-    let (mut code, tables) = linker.tables();
-    let settled = fixups::settle(kernel, &mut code, &tables, returns)?;
+    let (mut code, tables) = linker.tables()?;
+    let done = fixups::apply_fixups(kernel, &mut code, &tables, returns)?;
     linker.bytes = code.bytes;
     linker.bytes.truncate(layout.rights.len() * PAGE_LEN);
     let functions = payload
@@ -303,29 +150,32 @@ pub fn link(
             };
             let cold = split::parts(payload, func).map(|part| place(part.section, part.offset));
             let cold = cold.collect::<Result<_>>()?;
-            Ok((place(func.new_section, func.new_offset)?, cold))
+            Ok(NewFunction {
+                at: place(func.new_section, func.new_offset)?,
+                cold,
+            })
         })
         .collect::<Result<Vec<_>>>()?;
     Ok(Image {
         bytes: linker.bytes,
         functions,
-        jumps: settled.jumps,
-        keys: settled.keys,
+        jumps: done.jumps,
+        keys: done.keys,
     })
 }
 
-/// Builds the module entry of a payload that is linked for the address `base`.
+/// Builds the module's tables of a payload whose `image` is linked for the address `base`.
 ///
 /// # Errors
-/// As [`link`] and [`Entry::build`].
-pub fn entry(
-    entry: &Entry<'_>,
+/// As [`link`] and [`ModuleDraft::build`].
+pub fn build_module(
+    draft: &ModuleDraft<'_>,
     payload: &Payload,
     kernel: &Kernel<'_>,
-    objects: &Objects<'_, '_>,
-    layout: &Layout,
+    objects: &GuestSymbols<'_, '_>,
+    layout: &ImageLayout,
     (base, image): (Gva, &Image),
-) -> Result<Built> {
+) -> Result<BuiltModule> {
     let linker = Linker {
         payload,
         objects,
@@ -333,7 +183,7 @@ pub fn entry(
         base,
         bytes: Vec::new(),
     };
-    entry.build(
+    draft.build(
         kernel,
         layout.place(base),
         &|reloc| linker.value(reloc),
@@ -344,8 +194,8 @@ pub fn entry(
 
 struct Linker<'a, 'k, 'm> {
     payload: &'a Payload,
-    objects: &'a Objects<'k, 'm>,
-    layout: &'a Layout,
+    objects: &'a GuestSymbols<'k, 'm>,
+    layout: &'a ImageLayout,
     base: Gva,
     bytes: Vec<u8>,
 }
@@ -355,7 +205,7 @@ impl Linker<'_, '_, '_> {
         Error::not_applicable(format!("payload {}: {why}", self.payload.name))
     }
 
-    fn nobody_has(&self, symbol: &str) -> String {
+    fn not_found(&self, symbol: &str) -> String {
         let depends = &self.payload.modinfo.depends;
         let hint = if depends.is_empty() {
             String::new()
@@ -376,11 +226,11 @@ impl Linker<'_, '_, '_> {
     }
 
     fn copy(&mut self, section: &Section) -> Result<()> {
-        let start = self.layout.offset(section.index).unwrap_or(u64::MAX);
-        let start = usize::try_from(start).unwrap_or(usize::MAX);
-        let room = start
-            .checked_add(section.data.len())
-            .and_then(|end| self.bytes.get_mut(start..end));
+        let start = self.layout.offset(section.index).map(index);
+        let room = start.and_then(|start| {
+            let end = start.checked_add(section.data.len())?;
+            self.bytes.get_mut(start..end)
+        });
         match room {
             Some(room) => {
                 room.copy_from_slice(&section.data);
@@ -395,7 +245,7 @@ impl Linker<'_, '_, '_> {
             let Some(symbol) = self.payload.symbol(reloc.symbol) else {
                 return Err(self.no(format!("relocation against symbol {}", reloc.symbol)));
             };
-            // Nobody asks the patch which module it is of.
+            // The member `mod` of struct klp_patch: nothing reads it.
             if self.payload.klp.place == Some((section.index, reloc.offset)) {
                 continue;
             }
@@ -424,9 +274,10 @@ impl Linker<'_, '_, '_> {
     }
 
     /// The relocated code, and the tables about it.
-    fn tables(&mut self) -> (Code, Tables) {
+    fn tables(&mut self) -> Result<(LinkedCode, FixupTables)> {
         let payload = self.payload;
         let range = |s: &Section| {
+            // An empty section has no offset.
             let start = self.layout.offset(s.index).unwrap_or(0);
             Range::new(self.base.plus(start), s.size)
         };
@@ -437,7 +288,7 @@ impl Linker<'_, '_, '_> {
         let copied = |s: &Section| s.role == Role::Altinstructions && s.flags.exec;
         let live = |s: &Section| s.role == Role::Text || copied(s);
         let own = which(&|s| rights_of(s) == Some(Rights::Data));
-        let code = Code {
+        let code = LinkedCode {
             name: payload.name.clone(),
             base: self.base,
             bytes: self.bytes.clone(),
@@ -449,12 +300,16 @@ impl Linker<'_, '_, '_> {
                 end: own.iter().map(|r| r.end).max().unwrap_or(self.base),
             },
         };
-        let table = |role: Role| {
+        let table = |role: Role| -> Result<Vec<FixupTable>> {
             let found = which(&|s| s.role == role && !s.flags.exec).into_iter();
             let table = |r: Range| {
-                let len = usize::try_from(r.len()).unwrap_or(usize::MAX);
-                let bytes = code.get(r.start, len).unwrap_or_default().to_vec();
-                Table { at: r.start, bytes }
+                let bytes = code
+                    .get(r.start, index(r.len()))
+                    .ok_or_else(|| self.no(format!("its table at {} leaves the image", r.start)))?;
+                Ok(FixupTable {
+                    at: r.start,
+                    bytes: bytes.to_vec(),
+                })
             };
             found.map(table).collect()
         };
@@ -464,16 +319,16 @@ impl Linker<'_, '_, '_> {
             let sites = s.relocs.iter().filter(to_thunk);
             sites.filter_map(move |r| Some(range(s).start.plus(r.offset.checked_sub(1)?)))
         });
-        let tables = Tables {
-            alternatives: table(Role::Altinstructions),
-            paravirt: table(Role::Parainstructions),
-            retpolines: table(Role::RetpolineSites),
+        let tables = FixupTables {
+            alternatives: table(Role::Altinstructions)?,
+            paravirt: table(Role::Parainstructions)?,
+            retpolines: table(Role::RetpolineSites)?,
             returns: returns.collect(),
-            calls: table(Role::CallSites),
-            static_calls: table(Role::StaticCalls),
-            jumps: table(Role::JumpTable),
+            calls: table(Role::CallSites)?,
+            static_calls: table(Role::StaticCalls)?,
+            jumps: table(Role::JumpTable)?,
         };
-        (code, tables)
+        Ok((code, tables))
     }
 
     /// The bytes at `offset` of a placed section.
@@ -489,9 +344,12 @@ impl Linker<'_, '_, '_> {
             .layout
             .offset(section.index)
             .and_then(|start| start.checked_add(offset))
-            .and_then(|start| usize::try_from(start).ok());
+            .map(index);
         match start {
-            Some(start) if inside => self.bytes.get_mut(start..start + len).ok_or(no),
+            Some(start) if inside => self
+                .bytes
+                .get_mut(start..start.saturating_add(len))
+                .ok_or(no),
             _ => Err(no),
         }
     }
@@ -508,7 +366,7 @@ impl Linker<'_, '_, '_> {
         }
     }
 
-    /// Tables may refer to what is only looked at, but nothing that is placed may.
+    /// Tables may refer to what is only read, but nothing that is placed may.
     fn may_refer(&self, from: &Section, to: usize) -> bool {
         let placed = |s: &Section| s.role.is_placed() || is_bug_table(s);
         !placed(from) || self.payload.section(to).is_some_and(placed)
@@ -548,7 +406,7 @@ impl Linker<'_, '_, '_> {
                     Some(at) => Ok(at),
                     // As the kernel's loader has it (simplify_symbols, kernel/module/main.c).
                     None if symbol.binding == Binding::Weak => Ok(Gva(0)),
-                    None => Err(self.no(self.nobody_has(&symbol.name))),
+                    None => Err(self.no(self.not_found(&symbol.name))),
                 }
             }
             _ => Err(self.no(format!("symbol {} has no place", symbol.name))),
@@ -566,16 +424,16 @@ impl Linker<'_, '_, '_> {
             .layout
             .offset(section.index)
             .map_or(self.base, |start| self.base.plus(start).plus(reloc.offset));
-        let (bytes, len) =
-            reloc::value(reloc.rtype, target, reloc.addend, place).map_err(|why| {
-                self.no(format!(
-                    "{}+{:#x}, {}: {why}",
-                    section.name, reloc.offset, symbol.name
-                ))
-            })?;
-        let room = self.slice(section, reloc.offset, len)?;
+        let value = reloc::value(reloc.rtype, target, reloc.addend, place).map_err(|why| {
+            self.no(format!(
+                "{}+{:#x}, {}: {why}",
+                section.name, reloc.offset, symbol.name
+            ))
+        })?;
+        let bytes = value.bytes();
+        let room = self.slice(section, reloc.offset, bytes.len())?;
         let before = room.to_vec();
-        room.copy_from_slice(bytes.get(..len).unwrap_or_default());
+        room.copy_from_slice(bytes);
         if before.iter().any(|&b| b != 0) {
             return Err(self.no(format!(
                 "{}+{:#x}, {}: expected zeroes where a relocation goes, found {before:02x?}: it \

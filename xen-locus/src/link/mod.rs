@@ -1,7 +1,8 @@
-//! From a payload and a kernel to the image that is placed in the arena: pure, bytes in and bytes out.
+//! Makes the image of a payload for a place in a guest's arena. It reads the guest and writes nothing.
 
 pub mod fixups;
 pub mod image;
+pub mod layout;
 pub mod module;
 pub mod reloc;
 pub mod split;

@@ -21,8 +21,34 @@ pub const R_X86_64_32S: u32 = 11;
 /// A distance of 64 bits.
 pub const R_X86_64_PC64: u32 = 24;
 
-/// What to write, and how many bytes of it; nothing for `R_X86_64_NONE`.
-pub type Value = ([u8; 8], usize);
+/// The bytes that a relocation writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Value {
+    /// Nothing: `R_X86_64_NONE`.
+    Nothing,
+    /// A field of 32 bits.
+    Half([u8; 4]),
+    /// A field of 64 bits.
+    Word([u8; 8]),
+}
+
+impl Value {
+    /// The same as a slice.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Value::Nothing => &[],
+            Value::Half(bytes) => bytes,
+            Value::Word(bytes) => bytes,
+        }
+    }
+
+    /// The low half of `value`.
+    fn half(value: u64) -> Value {
+        let [a, b, c, d, ..] = value.to_le_bytes();
+        Value::Half([a, b, c, d])
+    }
+}
 
 /// The value of a relocation of type `rtype` at `place` for the symbol at `symbol`.
 ///
@@ -38,14 +64,14 @@ pub fn value(rtype: u32, symbol: Gva, addend: i64, place: Gva) -> Result<Value, 
         ))
     };
     match rtype {
-        R_X86_64_NONE => Ok(([0; 8], 0)),
-        R_X86_64_64 => Ok((value.to_le_bytes(), 8)),
-        R_X86_64_PC64 => Ok((distance.to_le_bytes(), 8)),
-        R_X86_64_PC32 | R_X86_64_PLT32 if fits_signed(distance) => Ok((distance.to_le_bytes(), 4)),
+        R_X86_64_NONE => Ok(Value::Nothing),
+        R_X86_64_64 => Ok(Value::Word(value.to_le_bytes())),
+        R_X86_64_PC64 => Ok(Value::Word(distance.to_le_bytes())),
+        R_X86_64_PC32 | R_X86_64_PLT32 if fits_signed(distance) => Ok(Value::half(distance)),
         R_X86_64_PC32 | R_X86_64_PLT32 => out_of_reach("2 GiB either way"),
-        R_X86_64_32S if fits_signed(value) => Ok((value.to_le_bytes(), 4)),
+        R_X86_64_32S if fits_signed(value) => Ok(Value::half(value)),
         R_X86_64_32S => out_of_reach("the lowest and the highest 2 GiB"),
-        R_X86_64_32 if u32::try_from(value).is_ok() => Ok((value.to_le_bytes(), 4)),
+        R_X86_64_32 if u32::try_from(value).is_ok() => Ok(Value::half(value)),
         R_X86_64_32 => out_of_reach("the lowest 4 GiB"),
         other => Err(format!(
             "relocations of type {} are not supported, nor does the kernel's module loader know \
@@ -105,7 +131,7 @@ mod tests {
     const PLACE: Gva = Gva(0xffff_ffff_ff60_1010);
 
     fn written(rtype: u32, symbol: u64, addend: i64) -> Result<Vec<u8>, String> {
-        value(rtype, Gva(symbol), addend, PLACE).map(|(bytes, len)| bytes[..len].to_vec())
+        value(rtype, Gva(symbol), addend, PLACE).map(|value| value.bytes().to_vec())
     }
 
     #[test]

@@ -25,7 +25,7 @@ use crate::plan::{self, Plan, Stack};
 use crate::quiesce::{Watch, Watched};
 use crate::storage::journal::{self, Change};
 use crate::target::redirect;
-use crate::target::symbols::Owner;
+use crate::target::symbols::Object;
 use crate::write::Write;
 use crate::x86::{self, JUMP};
 
@@ -127,7 +127,7 @@ impl Gate {
                 layers.owner()
             )));
         }
-        let site = redirect::examine(kernel, Owner::Kernel, FUNCTION, entry, None)?.site;
+        let site = redirect::examine(kernel, Object::Kernel, FUNCTION, entry, None)?.site;
         let code = kernel.space.read_vec(site.at, JUMP + 15)?;
         let len = gate::displaced(&code, site.at).map_err(|why| {
             Error::not_applicable(format!(

@@ -8,11 +8,13 @@ use super::preconditions::Fitted;
 use super::resolve::Resolved;
 use super::{stack, Plan, Prepared};
 use crate::arena;
-use crate::arena::digests::{self, Code};
+use crate::arena::digests::{self, CodeDigests};
 use crate::arena::record::{Placement, Record};
 use crate::error::{Error, Result};
-use crate::link::image::{Image, Layout};
-use crate::link::module::links::{self, Entering};
+use crate::link::fixups::KeyCount;
+use crate::link::image::Image;
+use crate::link::layout::ImageLayout;
+use crate::link::module::links::{self, ModuleLinks};
 use crate::quiesce::Watch;
 use crate::target::modules_present;
 use crate::write::Write;
@@ -38,12 +40,12 @@ pub fn finish(
         mut entry,
     } = placed;
     let entering = if entered {
-        Entering::default()
+        ModuleLinks::default()
     } else {
         let uses: Vec<Gva> = resolved.depends.iter().map(|(_, at)| *at).collect();
         links::enter(fitted.kernel, &mut entry, &uses)?
     };
-    image.put_entry(&layout, &entry)?;
+    image.put_module(&layout, &entry)?;
     let module = entry.place.module();
     let record = complete(&resolved, &image, &layout, (first, module))?;
     let record_json = record.encode()?;
@@ -77,7 +79,7 @@ pub fn finish(
 fn complete(
     resolved: &Resolved,
     image: &Image,
-    layout: &Layout,
+    layout: &ImageLayout,
     (first, module): (usize, Gva),
 ) -> Result<Record> {
     let base = arena::page_address(first);
@@ -92,28 +94,27 @@ fn complete(
     let rodata = rodata
         .get(..bytes_of(place.rodata)?)
         .ok_or_else(too_short)?;
-    let labels = image.jumps.iter().filter_map(|jump| jump.label(base));
+    let labels = image.jumps.iter().filter_map(|jump| jump.recorded(base));
     resolved.draft.complete(Placement {
         functions: &image.functions,
         text: (base, layout.text_len),
-        code: Code::of(code.to_vec(), labels.collect()),
+        code: CodeDigests::of(code.to_vec(), labels.collect()),
         rodata_len: place.rodata.len(),
         rodata_sha256: digests::digest(rodata),
         module,
     })
 }
 
-fn put_record(image: &mut Image, layout: &Layout, json: &[u8]) -> Result<()> {
-    let (offset, room) = layout.record;
-    let start = usize::try_from(offset).map_err(|_| too_short())?;
-    if json.len() > room {
-        return Err(Error::failed(format!(
-            "the record is {} bytes long, and its room {room}: this is a defect of xen-locus",
+fn put_record(image: &mut Image, layout: &ImageLayout, json: &[u8]) -> Result<()> {
+    let room = layout.record.range();
+    let room = image.bytes.get_mut(room).ok_or_else(too_short)?;
+    let len = room.len();
+    let place = room.get_mut(..json.len()).ok_or_else(|| {
+        Error::failed(format!(
+            "the record is {} bytes long, and its room {len}: this is a defect of xen-locus",
             json.len()
-        )));
-    }
-    let place = start..start.saturating_add(json.len());
-    let place = image.bytes.get_mut(place).ok_or_else(too_short)?;
+        ))
+    })?;
     place.copy_from_slice(json);
     Ok(())
 }
@@ -123,8 +124,8 @@ fn put_record(image: &mut Image, layout: &Layout, json: &[u8]) -> Result<()> {
 fn plan(
     fitted: &Fitted<'_, '_>,
     record: &Record,
-    entering: Entering,
-    keys: &[(Gva, i32)],
+    entering: ModuleLinks,
+    keys: &[KeyCount],
 ) -> Result<Plan> {
     let (kernel, stack, supersedes) = (fitted.kernel, fitted.stack, fitted.supersedes);
     // First of all: the modules must be there still.
@@ -134,7 +135,7 @@ fn plan(
         modules.extend(others.cloned());
     }
     let mut writes = modules_present::conditions(kernel, &modules)?;
-    writes.extend(keys.iter().map(|(key, count)| Write {
+    writes.extend(keys.iter().map(|KeyCount { key, count }| Write {
         at: *key,
         expect: count.to_le_bytes().to_vec(),
         new: count.to_le_bytes().to_vec(),

@@ -21,7 +21,8 @@ use self::preconditions::Candidate;
 use crate::arena::record::Record;
 use crate::arena::{Arena, Resident};
 use crate::error::{Error, Result};
-use crate::link::image::{Image, Layout};
+use crate::link::image::Image;
+use crate::link::layout::ImageLayout;
 use crate::quiesce::Watch;
 use crate::target::modules_present;
 use crate::write::Write;
@@ -54,7 +55,7 @@ pub struct Plan {
 #[derive(Debug)]
 pub struct Prepared {
     /// Where its parts are in the image, and the rights of each page.
-    pub layout: Layout,
+    pub layout: ImageLayout,
     /// Number of its first arena page.
     pub first: usize,
     /// Its bytes, with the record.

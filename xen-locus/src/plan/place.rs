@@ -9,9 +9,10 @@ use super::resolve::Resolved;
 use crate::arena::record::State;
 use crate::arena::{self, Arena, Resident};
 use crate::error::{Error, Result};
-use crate::link::image::{self, Image, Layout};
+use crate::link::image::{self, Image};
+use crate::link::layout::ImageLayout;
 use crate::link::module::links;
-use crate::link::module::{Built, Place};
+use crate::link::module::{BuiltModule, PayloadAddresses};
 
 /// A payload linked for its place.
 #[derive(Debug)]
@@ -25,7 +26,7 @@ pub struct Placed {
     /// Its bytes; the room of the record is empty.
     pub image: Image,
     /// Its module entry, without links.
-    pub entry: Built,
+    pub entry: BuiltModule,
 }
 
 /// Links the payload for the pages that it had, if its code is parked in the arena, else for free ones. Threads or timers
@@ -78,25 +79,28 @@ fn link(
     resolved: &Resolved,
     laid_out: &LaidOut<'_>,
     first: usize,
-) -> Result<(Image, Built)> {
+) -> Result<(Image, BuiltModule)> {
     let (kernel, payload, objects) = (fitted.kernel, fitted.payload, &fitted.objects);
     let LaidOut { entry, layout } = laid_out;
     let base = arena::page_address(first);
     let mut image = image::link(payload, kernel, objects, layout, base, resolved.returns)?;
-    let entry = image::entry(entry, payload, kernel, objects, layout, (base, &image))?;
-    image.put_entry(layout, &entry)?;
+    let entry = image::build_module(entry, payload, kernel, objects, layout, (base, &image))?;
+    image.put_module(layout, &entry)?;
     Ok((image, entry))
 }
 
 /// Whether the code and constants of `image`, except the record, are in the arena already.
-fn is_same(kernel: &Kernel<'_>, layout: &Layout, image: &Image, place: &Place) -> Result<bool> {
+fn is_same(
+    kernel: &Kernel<'_>,
+    layout: &ImageLayout,
+    image: &Image,
+    place: &PayloadAddresses,
+) -> Result<bool> {
     let len = bytes_of(place.text)? + bytes_of(place.rodata)?;
     let mut found = kernel.space.fresh().read_vec(place.text.start, len)?;
     let mut wanted = image.bytes.get(..len).ok_or_else(too_short)?.to_vec();
-    let (start, room) = layout.record;
-    let start = usize::try_from(start).map_err(|_| too_short())?;
     for bytes in [&mut found, &mut wanted] {
-        let record = start..start.saturating_add(room);
+        let record = layout.record.range();
         bytes.get_mut(record).ok_or_else(too_short)?.fill(0);
     }
     Ok(found == wanted)

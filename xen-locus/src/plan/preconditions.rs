@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::link::image;
 use crate::target::compat;
 use crate::target::modules_present;
-use crate::target::symbols::Objects;
+use crate::target::symbols::GuestSymbols;
 
 /// A payload that is to be applied, and the guest that it is for.
 #[derive(Debug)]
@@ -30,7 +30,7 @@ pub struct Candidate<'a, 'm> {
     /// Whether it supersedes them.
     pub supersedes: bool,
     /// What it can refer to by name: the kernel, its modules, and the payloads that are applied.
-    pub objects: Objects<'a, 'm>,
+    pub objects: GuestSymbols<'a, 'm>,
 }
 
 /// A candidate for which every precondition holds.
@@ -73,7 +73,7 @@ impl<'a, 'm> Candidate<'a, 'm> {
             payload,
             stack,
             supersedes: mode.supersedes(payload),
-            objects: Objects::new(kernel, modules),
+            objects: GuestSymbols::new(kernel, modules),
         }
     }
 

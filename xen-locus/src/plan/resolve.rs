@@ -65,7 +65,7 @@ fn functions(fitted: &Fitted<'_, '_>) -> Result<(Vec<DraftFunction>, Option<Retu
         let name = object.name.as_deref();
         let owner = fitted
             .objects
-            .owner(name)
+            .object(name)
             .map_err(|e| e.context(&*subject))?;
         for func in &object.funcs {
             let old = fitted

@@ -54,9 +54,7 @@ fn nothing_is_written_while_a_payload_is_prepared() {
     assert!(ready.superseded.is_empty());
     assert_eq!(ready.record.functions.len(), 2);
     assert_eq!(ready.record.encode().unwrap(), ready.record_json);
-    let (start, room) = ready.layout.record;
-    let start = usize::try_from(start).unwrap();
-    let record = &ready.image.bytes[start..start + room];
+    let record = &ready.image.bytes[ready.layout.record.range()];
     assert!(record.starts_with(&ready.record_json));
     // The redirects come last, each from the bytes that are there to a jump.
     let redirects = &ready.plan.writes[ready.plan.writes.len() - 2..];

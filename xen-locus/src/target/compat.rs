@@ -1,9 +1,9 @@
-//! Was a payload built for the guest's kernel? It has the CRCs of the kernel's interfaces, and its
-//! `struct klp_patch` the layout that the guest's kernel gives it.
+//! Checks that a payload was built for the guest's kernel: it must have the CRCs of the kernel's interfaces, and its
+//! `struct klp_patch` the layout of the guest's own types.
 //!
 //! The payload was compiled against some kernel's headers, and only its own bytes were read: the
 //! first fields where every kernel has them, sizes from how the arrays divide, and `replace` where it
-//! was found (`patch::klp`). The guest's types must say the same of all of it.
+//! was found (`locus_payload`'s `klp`). The guest's types must agree with all of it.
 
 use locus_kernel::btf::Btf;
 use locus_kernel::Kernel;
@@ -12,7 +12,7 @@ use locus_payload::{Payload, SymSection};
 use crate::error::{Error, Result};
 use crate::target::exports::Exports;
 
-/// What stands for the layouts that every module has in common with the kernel
+/// The export whose CRC covers the structures that every module shares with the kernel
 /// (kernel/module/version.c).
 const LAYOUT: &str = "module_layout";
 

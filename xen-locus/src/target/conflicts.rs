@@ -1,8 +1,9 @@
-//! Who else has a function in its hands: the kernel's own sections, tracing, kprobes, BPF, livepatch.
+//! Conflicts: functions that can't be replaced because of their section, or because tracing, a kprobe, BPF or a
+//! livepatch of the guest uses them.
 //!
-//! A redirect behind the ftrace nop would leave whoever is attached to the function attached to
-//! nothing, or, in code that runs before the kernel is set up or while it is entered, have effects
-//! that can't be foreseen. The guest's own tables say who it is.
+//! After a redirect behind the ftrace nop, whatever is attached to the old function would no longer see it run. In
+//! code that runs before the kernel is set up, or while it is entered, the effects can't be foreseen. The guest's
+//! own tables show what is attached.
 
 use std::fmt;
 
@@ -99,7 +100,7 @@ pub fn kprobe(kernel: &Kernel<'_>, range: Range) -> Result<Option<Gva>> {
     Ok(None)
 }
 
-/// Who makes a function's ftrace site call something.
+/// What made a function's ftrace site call something.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Caller {
     /// The guest's own livepatch: the function that runs is another one.
@@ -125,7 +126,7 @@ impl fmt::Display for Caller {
     }
 }
 
-/// Who made the ftrace site of the function at `entry` call `target`.
+/// What made the ftrace site of the function at `entry` call `target`.
 ///
 /// # Errors
 /// The guest's lists can't be read.
@@ -189,6 +190,7 @@ fn bpf_image(kernel: &Kernel<'_>, target: Gva) -> Result<Option<String>> {
         let to = Gva(space.read_u64(symbol.plus(end as u64))?);
         if from <= target && target < to {
             let bytes = space.read_vec(symbol.plus(name as u64), len.min(4096))?;
+            // There is always a first part.
             let text = bytes.split(|&b| b == 0).next().unwrap_or_default();
             let printable = |c: char| if c.is_control() { '?' } else { c };
             let text = String::from_utf8_lossy(text);
@@ -203,7 +205,7 @@ mod tests {
     use super::*;
     use crate::error::ExitCode;
     use crate::target::redirect;
-    use crate::target::symbols::Owner;
+    use crate::target::symbols::Object;
     use locus_kernel::btf::blob::Blob;
     use locus_kernel::fixture::{vcpus, Fixture, KIND, TEXT};
 
@@ -270,7 +272,7 @@ mod tests {
         let memory = fixture.build();
         memory.map_bytes(Gva(DATA), &data, true, false);
         let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-        match redirect::examine(&kernel, Owner::Kernel, "victim", Gva(AT), None) {
+        match redirect::examine(&kernel, Object::Kernel, "victim", Gva(AT), None) {
             Ok(_) => (ExitCode::Done, String::new()),
             Err(error) => (error.exit_code(), error.to_string()),
         }

@@ -101,6 +101,7 @@ impl Exports {
 
     fn at(&self, at: Gva) -> impl Iterator<Item = &Export> {
         let first = self.0.partition_point(|e| e.at < at);
+        // `first` is at most the length.
         let rest = self.0.get(first..).unwrap_or_default();
         rest.iter().take_while(move |e| e.at == at)
     }
@@ -134,7 +135,8 @@ fn table(kernel: &Kernel<'_>, start: &str, stop: &str) -> Result<Option<(Gva, Ve
         return Ok(None);
     };
     let len = stop.0.saturating_sub(start.0).min(TABLE_MAX);
-    let len = usize::try_from(len).unwrap_or(0);
+    // At most TABLE_MAX, so it fits.
+    let len = usize::try_from(len).unwrap_or_default();
     Ok(Some((start, kernel.space.read_vec(start, len)?)))
 }
 

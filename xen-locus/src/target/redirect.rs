@@ -1,7 +1,7 @@
 //! Where a function can be redirected: five bytes behind the `__fentry__` nop that ftrace owns.
 //!
-//! The nop stands at the entry, or behind an `endbr64`. It stays as it is, so ftrace in the guest
-//! goes on working, and the redirect does not depend on ftrace.
+//! The nop is at the entry, or behind an `endbr64`. It stays as it is, so ftrace in the guest
+//! still works, and the redirect does not depend on ftrace.
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Mnemonic};
 use locus_guest::addr::{Gva, Range};
@@ -10,18 +10,20 @@ use locus_kernel::Kernel;
 
 use crate::error::{Error, Result};
 use crate::target::conflicts;
-use crate::target::symbols::Owner;
+use crate::target::symbols::Object;
 use crate::x86::{JUMP, NOPS5};
 
 /// Longest function that is decoded, in bytes.
 const FUNCTION_MAX: u64 = 1 << 20;
+/// The instruction at the entry of a function that indirect branches may lead to (IBT).
 const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
+
 /// The place of a redirect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Site {
-    /// Address of the first byte to be overwritten.
+pub struct RedirectSite {
+    /// Address of the first byte to be overwritten, in the guest's kernel.
     pub at: Gva,
-    /// The five bytes that stand there.
+    /// The kernel's own five bytes at that address.
     pub old: [u8; JUMP],
 }
 
@@ -36,18 +38,18 @@ pub enum Returns {
 
 /// A function of the guest, decoded.
 #[derive(Clone, Debug)]
-pub struct Function {
-    /// From its symbol to the next one.
+pub struct ExaminedFunction {
+    /// The addresses from its symbol to the next one.
     pub range: Range,
-    /// Where it can be redirected.
-    pub site: Site,
-    /// Parts of it that stand elsewhere because they seldom run, each up to the next symbol.
+    /// The place for its redirect.
+    pub site: RedirectSite,
+    /// The parts that the compiler put elsewhere because they seldom run, each up to the next symbol.
     pub cold: Vec<Range>,
     /// How it returns, where that can be seen.
     pub returns: Option<Returns>,
 }
 
-/// The redirect of a patch of ours that stands in a function.
+/// The redirect of an applied patch, as a function has it now.
 #[derive(Clone, Debug)]
 pub struct InstalledRedirect<'r> {
     /// Name of the patch.
@@ -56,12 +58,12 @@ pub struct InstalledRedirect<'r> {
     pub at: Gva,
     /// Its bytes.
     pub jump: [u8; JUMP],
-    /// The bytes that the kernel has there itself.
+    /// The kernel's own bytes at that address.
     pub original: [u8; JUMP],
 }
 
-/// Reads and checks the function `name` at `entry`, which belongs to `owner`, and in which a patch of
-/// ours stands or none. The site's `old` bytes are the kernel's own in either case.
+/// Reads and checks the function `name` at `entry`, which belongs to `owner`. `installed` is the redirect that an
+/// applied patch has in it. The site's `old` bytes are the kernel's own in either case.
 ///
 /// # Errors
 /// [`Class::NotApplicable`](crate::error::Class::NotApplicable) or, for what passes, [`Class::TryAgain`](crate::error::Class::TryAgain): it has no ftrace nop, no room,
@@ -69,11 +71,11 @@ pub struct InstalledRedirect<'r> {
 /// [`Class::Failed`](crate::error::Class::Failed): the redirect that should stand there doesn't.
 pub fn examine(
     kernel: &Kernel<'_>,
-    owner: Owner<'_>,
+    owner: Object<'_>,
     name: &str,
     entry: Gva,
     installed: Option<&InstalledRedirect<'_>>,
-) -> Result<Function> {
+) -> Result<ExaminedFunction> {
     let room = owner.room(kernel, entry);
     let no = |why: String| Error::not_applicable(format!("function {name} at {entry}: {why}"));
     if let Some(why) = conflicts::section(kernel, entry) {
@@ -91,9 +93,7 @@ pub fn examine(
             "{room} bytes up to the next symbol; expected at most 1 MiB"
         )));
     }
-    let mut code = kernel
-        .space
-        .read_vec(entry, usize::try_from(room).unwrap_or(0))?;
+    let mut code = kernel.space.read_vec(entry, length(room)?)?;
     if let Some(at) = conflicts::kprobe(kernel, Range::new(entry, room))? {
         return Err(Error::try_again(format!(
             "function {name} at {entry}: a kprobe of the guest's own stands at {at}; remove it and \
@@ -129,9 +129,7 @@ pub fn examine(
     let mut cold = Vec::new();
     for part in owner.cold(kernel, entry) {
         let len = owner.room(kernel, part).min(FUNCTION_MAX);
-        let code = kernel
-            .space
-            .read_vec(part, usize::try_from(len).unwrap_or(0))?;
+        let code = kernel.space.read_vec(part, length(len)?)?;
         check_branches(&code, part, at).map_err(no)?;
         cold.push(Range::new(part, len));
     }
@@ -140,15 +138,21 @@ pub fn examine(
             "the kernel itself rewrites the bytes at {at} ({what})"
         )));
     }
-    Ok(Function {
+    Ok(ExaminedFunction {
         range: Range::new(entry, room),
-        site: Site { at, old },
+        site: RedirectSite { at, old },
         cold,
         returns: returns(kernel, &code, entry),
     })
 }
 
-/// The redirect of `function` at `at` is not as patch `patch` wrote it.
+/// A length in bytes as a size on this host.
+fn length(bytes: u64) -> Result<usize> {
+    usize::try_from(bytes)
+        .map_err(|_| Error::not_applicable(format!("{bytes} bytes are more than can be read")))
+}
+
+/// The error for a redirect of `function` at `at` that is not as patch `patch` wrote it.
 pub fn displaced(function: &str, at: Gva, patch: &str) -> Error {
     Error::failed(format!(
         "the redirect of {function} at {at} is not as {patch} wrote it: the guest or another tool \
@@ -156,7 +160,7 @@ pub fn displaced(function: &str, at: Gva, patch: &str) -> Error {
     ))
 }
 
-/// What a function begins with instead of ftrace's nop.
+/// What a function begins with in place of ftrace's nop.
 #[derive(Clone, Debug)]
 pub enum Head {
     /// A call to there.
@@ -165,16 +169,17 @@ pub enum Head {
     Unknown(String),
 }
 
-/// Offset of the first byte behind the ftrace nop.
+/// Offset of the first byte behind the ftrace nop, in bytes from the function's entry.
 ///
 /// # Errors
-/// There is none: what is there instead.
+/// There is no nop: the value is what is there in its place.
 pub fn fentry_end(code: &[u8], entry: Gva) -> std::result::Result<usize, Head> {
     let start = if code.starts_with(&ENDBR64) {
         ENDBR64.len()
     } else {
         0
     };
+    // Code that is too short is none.
     let head = code.get(start..).unwrap_or_default();
     if NOPS5.iter().any(|nop| head.starts_with(nop)) {
         return Ok(start + 5);
@@ -197,6 +202,7 @@ fn check_bytes(
     offset: usize,
 ) -> std::result::Result<(), String> {
     let first = entry.plus(offset as u64);
+    // No code behind the nop is no room for a redirect.
     let body = code.get(offset..).unwrap_or_default();
     let mut covered = 0;
     for i in Decoder::with_ip(64, body, first.0, DecoderOptions::NONE).iter() {
@@ -235,8 +241,9 @@ fn check_bytes(
     check_branches(code, entry, first)
 }
 
-/// No branch in `code`, which stands at `start`, may lead into the bytes that are overwritten at `first`. The first
-/// of them may be a target: who comes there is redirected, too late in the old function to be right. So none may be.
+/// Refuses a branch in `code`, which is at `start`, into the bytes that are overwritten at `first`. The first of them
+/// may be no target either: a thread that comes there by a branch would be redirected in the middle of the old
+/// function.
 fn check_branches(code: &[u8], start: Gva, first: Gva) -> std::result::Result<(), String> {
     let overwritten = Range::new(first, JUMP as u64);
     for i in Decoder::with_ip(64, code, start.0, DecoderOptions::NONE).iter() {
@@ -254,21 +261,26 @@ fn check_branches(code: &[u8], start: Gva, first: Gva) -> std::result::Result<()
     Ok(())
 }
 
-/// Longest table of such places read, in bytes.
+/// Most bytes that are read of a table of places that the kernel rewrites.
 const TABLE_MAX: u64 = 4 << 20;
 
-/// What the kernel rewrites, while it runs, in `bytes` of `owner`.
+/// What the kernel rewrites at run time in `bytes` of `owner`; `None` if nothing.
 fn patched_at_run_time(
     kernel: &Kernel<'_>,
-    owner: Owner<'_>,
+    owner: Object<'_>,
     bytes: Range,
 ) -> Result<Option<&'static str>> {
     for live in owner.rewritten(kernel)? {
-        let len = usize::try_from(live.table.len().min(TABLE_MAX)).unwrap_or(0);
+        let len = length(live.table.len().min(TABLE_MAX))?;
         let table = kernel.space.read_vec(live.table.start, len)?;
         for (i, entry) in table.chunks_exact(live.entry.max(1)).enumerate() {
             let here = live.table.start.plus((i * live.entry) as u64);
-            let offset = fetch::u32(entry, 0).unwrap_or(0).cast_signed();
+            let Some(offset) = fetch::u32(entry, 0).map(u32::cast_signed) else {
+                return Err(Error::not_applicable(format!(
+                    "an entry for a {} has {} bytes in the guest's kernel; expected 4 or more",
+                    live.what, live.entry
+                )));
+            };
             let place = Gva(here.0.wrapping_add_signed(offset.into()));
             // A place is at most five bytes long.
             if place < bytes.end && place.plus(5) > bytes.start {
@@ -321,17 +333,20 @@ mod tests {
     const AT: u64 = TEXT.0 + 0x1000;
 
     /// Examines a function of the given code, which the next symbol follows at once.
-    fn examined(code: &[u8]) -> Result<Function> {
+    fn examined(code: &[u8]) -> Result<ExaminedFunction> {
         examined_with(code, None)
     }
 
-    fn examined_with(code: &[u8], installed: Option<&InstalledRedirect<'_>>) -> Result<Function> {
+    fn examined_with(
+        code: &[u8],
+        installed: Option<&InstalledRedirect<'_>>,
+    ) -> Result<ExaminedFunction> {
         let mut fixture = Fixture::new();
         fixture.function(AT, "victim", code);
         fixture.function(AT + code.len() as u64, "next", &[0xc3]);
         let memory = fixture.build();
         let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-        examine(&kernel, Owner::Kernel, "victim", Gva(AT), installed)
+        examine(&kernel, Object::Kernel, "victim", Gva(AT), installed)
     }
 
     fn refusal(code: &[u8]) -> (ExitCode, String) {

@@ -1,10 +1,10 @@
-//! The kernel and its loaded modules as a payload names them: functions to replace, symbols to refer
-//! to.
+//! Looks up what a payload names: functions to replace and symbols to refer to, in the kernel and in its loaded
+//! modules. Livepatch calls each of them an object.
 //!
 //! The kernel's own loader and livepatch decide the same way: kernel/livepatch/core.c
-//! (`klp_find_object_symbol`) and kernel/module/main.c (`resolve_symbol`). A payload may besides refer
-//! to symbols that nobody exports, and to global ones of payloads that are applied: those stand in the
-//! guest's list of modules, with their `struct module` in the arena, and with them those undone.
+//! (`klp_find_object_symbol`) and kernel/module/main.c (`resolve_symbol`). Beyond that a payload may refer
+//! to symbols that are not exported, and to global symbols of applied payloads. The guest's list of modules has
+//! all payloads, reverted ones too, with their `struct module` in the arena.
 
 use std::cell::{OnceCell, RefCell};
 
@@ -21,14 +21,14 @@ use crate::error::{Error, Result};
 use crate::target::conflicts;
 use crate::target::exports::Exports;
 
-/// What a payload calls the kernel itself, where it has to call it by a name.
+/// A payload's name for the kernel itself, where it needs one.
 pub const VMLINUX: &str = "vmlinux";
 /// What the kernel rewrites when a guest of one CPU gets more.
 const LOCK_PREFIX: &str = "lock prefix";
 
-/// The kernel and its modules; they are read when they are first asked for.
+/// The symbols of the kernel and of its modules. Modules are read when they are first asked for.
 #[derive(Debug)]
-pub struct Objects<'k, 'm> {
+pub struct GuestSymbols<'k, 'm> {
     kernel: &'k Kernel<'m>,
     reader: OnceCell<std::result::Result<ModuleReader<'k, 'm>, String>>,
     /// `struct module` of the payloads whose symbols count, newest first.
@@ -50,22 +50,23 @@ pub struct Loaded {
     exports: OnceCell<Vec<(String, Gva)>>,
 }
 
-/// Where a function is, for [`crate::target::redirect`].
+/// The object that a function belongs to.
 #[derive(Clone, Copy, Debug)]
-pub enum Owner<'a> {
+pub enum Object<'a> {
     /// The kernel's image.
     Kernel,
     /// A module, and its symbols.
     Module(&'a Module, &'a [ModuleSymbol]),
 }
 
-impl Owner<'_> {
+impl Object<'_> {
     /// Bytes from `at` to the next symbol of the same object, or to the end of its memory.
     #[must_use]
     pub fn room(&self, kernel: &Kernel<'_>, at: Gva) -> u64 {
         match self {
-            Owner::Kernel => kernel.symbols.room(at).unwrap_or(0),
-            Owner::Module(module, symbols) => {
+            // No symbol is at `at`, or none follows: no bytes are known to belong to it.
+            Object::Kernel => kernel.symbols.room(at).unwrap_or(0),
+            Object::Module(module, symbols) => {
                 let part = module.parts.iter().find(|p| p.range.contains(at));
                 let end = part.map_or(at, |p| p.range.end);
                 let next = symbols.iter().map(|s| s.addr).filter(|&a| a > at).min();
@@ -74,13 +75,13 @@ impl Owner<'_> {
         }
     }
 
-    /// Where the parts of the function at `entry` stand that seldom run, by any of its names: see [`cold`]. Those of another
-    /// function of the same name may be among them.
+    /// Addresses of the parts of the function at `entry` that the compiler put elsewhere, by any of its names: see
+    /// [`split_functions`]. Parts of another function of the same name may be among them.
     #[must_use]
     pub fn cold(&self, kernel: &Kernel<'_>, entry: Gva) -> Vec<Gva> {
         match self {
-            Owner::Kernel => kernel.symbols.cold(entry),
-            Owner::Module(_, symbols) => {
+            Object::Kernel => kernel.symbols.cold(entry),
+            Object::Module(_, symbols) => {
                 let names = symbols.iter().filter(|s| s.addr == entry);
                 let names: Vec<&str> = names.map(|s| &*s.name).collect();
                 let cold = symbols.iter().filter(|s| {
@@ -93,18 +94,18 @@ impl Owner<'_> {
         }
     }
 
-    /// Whether the guest may execute what stands at `at`, which must belong to this object.
+    /// Whether the guest may execute the page at `at`, which must belong to this object.
     ///
     /// # Errors
     /// The page tables can't be read.
     pub fn executable(&self, kernel: &Kernel<'_>, at: Gva) -> Result<bool> {
         match self {
-            Owner::Kernel => Ok(kernel
+            Object::Kernel => Ok(kernel
                 .regions
                 .iter()
                 .any(|r| r.executable && !r.writable && r.range.contains(at))),
             // Modules come and go, so does what maps them.
-            Owner::Module(module, _) => Ok(module.parts.iter().any(|p| p.range.contains(at))
+            Object::Module(module, _) => Ok(module.parts.iter().any(|p| p.range.contains(at))
                 && kernel.space.fresh().walk(at)?.executable),
         }
     }
@@ -115,7 +116,7 @@ impl Owner<'_> {
     /// The list of modules with lock prefixes can't be read.
     pub fn rewritten(&self, kernel: &Kernel<'_>) -> Result<Vec<Rewritten>> {
         match self {
-            Owner::Kernel => {
+            Object::Kernel => {
                 let mut all = rewritten(kernel);
                 if let Some(locks) = lock_prefixes(kernel, Gva(0))? {
                     // The table itself may be freed memory.
@@ -124,8 +125,9 @@ impl Owner<'_> {
                 }
                 Ok(all)
             }
-            Owner::Module(module, _) => {
+            Object::Module(module, _) => {
                 let mut all = module.rewritten.clone();
+                // Without the list none are known: the kernel has no SMP alternatives.
                 all.extend(lock_prefixes(kernel, module.addr)?.unwrap_or_default());
                 Ok(all)
             }
@@ -193,12 +195,12 @@ fn rewritten(kernel: &Kernel<'_>) -> Vec<Rewritten> {
     .collect()
 }
 
-impl<'k, 'm> Objects<'k, 'm> {
+impl<'k, 'm> GuestSymbols<'k, 'm> {
     /// Of this kernel; nothing is read yet. `payloads` are the `struct module`s of the payloads that
     /// are applied, the one applied last first: the guest lists those that are undone too.
     #[must_use]
-    pub fn new(kernel: &'k Kernel<'m>, payloads: Vec<Gva>) -> Objects<'k, 'm> {
-        Objects {
+    pub fn new(kernel: &'k Kernel<'m>, payloads: Vec<Gva>) -> GuestSymbols<'k, 'm> {
+        GuestSymbols {
             kernel,
             payloads,
             reader: OnceCell::new(),
@@ -289,12 +291,12 @@ impl<'k, 'm> Objects<'k, 'm> {
     ///
     /// # Errors
     /// The module is not loaded, or it can't be read.
-    pub fn owner(&self, object: Option<&str>) -> Result<Owner<'_>> {
+    pub fn object(&self, object: Option<&str>) -> Result<Object<'_>> {
         let Some(name) = object.filter(|&name| name != VMLINUX) else {
-            return Ok(Owner::Kernel);
+            return Ok(Object::Kernel);
         };
         let loaded = self.module(name)?;
-        Ok(Owner::Module(&loaded.module, self.symbols(loaded)?))
+        Ok(Object::Module(&loaded.module, self.symbols(loaded)?))
     }
 
     /// Address of the symbol `name` of `object` (`None`: the kernel): the only one if `sympos` is 0,
@@ -315,6 +317,7 @@ impl<'k, 'm> Objects<'k, 'm> {
             .filter(|s| s.name == name && !s.kind.eq_ignore_ascii_case(&'u'))
             .map(|s| s.addr)
             .collect();
+        // No table has so many symbols.
         let wanted = usize::try_from(sympos).unwrap_or(usize::MAX);
         let chosen = match (found.as_slice(), wanted) {
             ([], _) => Err(format!("module {object} has no symbol {name}")),
@@ -336,10 +339,10 @@ impl<'k, 'm> Objects<'k, 'm> {
         Ok(at)
     }
 
-    /// As [`Objects::symbol`], for what code or data of a payload refers to: that must still be there.
+    /// As [`GuestSymbols::symbol`], for what code or data of a payload refers to: that must still be there.
     ///
     /// # Errors
-    /// As [`Objects::symbol`]; [`Class::NotApplicable`](crate::error::Class::NotApplicable) for what the kernel freed after its start.
+    /// As [`GuestSymbols::symbol`]; [`Class::NotApplicable`](crate::error::Class::NotApplicable) for what the kernel freed after its start.
     pub fn reference(&self, object: Option<&str>, name: &str, sympos: u64) -> Result<Gva> {
         let at = self.symbol(object, name, sympos)?;
         self.stays(name, at)
@@ -356,7 +359,7 @@ impl<'k, 'm> Objects<'k, 'm> {
     }
 
     /// Address of a symbol that a payload leaves undefined: of the kernel, else the one that a module
-    /// exports, else the global one of the payload applied last. `None` when nobody has it.
+    /// exports, else the global one of the payload applied last. `None` if there is none.
     ///
     /// # Errors
     /// [`Class::NotApplicable`](crate::error::Class::NotApplicable) when several have it. What the kernel does not export may be local to one
@@ -434,11 +437,11 @@ impl<'k, 'm> Objects<'k, 'm> {
         Ok(None)
     }
 
-    /// Looks up all that the code and data of `payload` refer to, so that [`Objects::used`] is
-    /// complete. What nobody has is passed over: linking says so.
+    /// Looks up all that the code and data of `payload` refer to, so that [`GuestSymbols::used`] is
+    /// complete. A symbol that is not found is passed over: linking refuses it.
     ///
     /// # Errors
-    /// As [`Objects::reference`] and [`Objects::undefined`].
+    /// As [`GuestSymbols::reference`] and [`GuestSymbols::undefined`].
     pub fn look_up(&self, payload: &Payload) -> Result<()> {
         let of_payload = |e: Error| e.context(format!("payload {}", payload.name));
         let needed = payload.needed_symbols().into_iter();
@@ -471,7 +474,7 @@ impl<'k, 'm> Objects<'k, 'm> {
     }
 }
 
-/// It is a payload of ours.
+/// Whether a module is a payload: its `struct module` is in the arena.
 fn in_arena(loaded: &Loaded) -> bool {
     let end = arena::page_address(arena::PAGES);
     (arena::BASE..end).contains(&loaded.module.addr)

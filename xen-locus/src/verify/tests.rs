@@ -20,7 +20,7 @@ impl Guest {
 
     /// Writes `bytes` at `at`, and puts back what stood there once it was said what differs: whose it
     /// is, what, where, what is there, by whom.
-    fn differs(&self, at: u64, bytes: &[u8]) -> Vec<(String, What, u64, String, Who)> {
+    fn differs(&self, at: u64, bytes: &[u8]) -> Vec<(String, DriftKind, u64, String, DriftCause)> {
         let frames = self.kernel().space.frames(Gva(at), bytes.len() as u64);
         let window = self.map_mut(&frames.unwrap()).unwrap();
         let mut old = vec![0; bytes.len()];
@@ -55,10 +55,10 @@ fn redirects_and_what_stands_before_them_are_told_by_their_bytes() {
         guest.differs(site(A), &own),
         one(
             "two",
-            What::Redirect,
+            DriftKind::Redirect,
             site(A),
             "b800000000, the kernel's own",
-            Who::Unknown
+            DriftCause::Unknown
         )
     );
     let elsewhere = x86::jump(Gva(site(B)), Gva(FUNCTIONS[C].1 + 2)).unwrap();
@@ -68,17 +68,17 @@ fn redirects_and_what_stands_before_them_are_told_by_their_bytes() {
         guest.differs(FUNCTIONS[B].1, &[0x90]),
         one(
             "two",
-            What::Entry,
+            DriftKind::Entry,
             FUNCTIONS[B].1,
             &told_bytes(&guest, B),
-            Who::Unknown
+            DriftCause::Unknown
         )
     );
     let call = [0xe8, 0, 0, 0, 0];
     let told = guest.differs(FUNCTIONS[B].1, &call);
     assert_eq!(
         (told[0].1, told[0].4),
-        (What::Entry, Who::Ftrace),
+        (DriftKind::Entry, DriftCause::Ftrace),
         "{told:?}"
     );
 }
@@ -102,7 +102,11 @@ fn a_function_that_was_put_back_is_looked_at_too() {
     let outcome = verify(&guest.kernel(), None).unwrap();
     assert_eq!((outcome.parked, outcome.redirects), (2, 1));
     let told = guest.differs(site(A), &jump);
-    assert_eq!((told.len(), told[0].1), (1, What::Redirect), "{told:?}");
+    assert_eq!(
+        (told.len(), told[0].1),
+        (1, DriftKind::Redirect),
+        "{told:?}"
+    );
     // The guest may trace what is its own again.
     assert_eq!(guest.differs(FUNCTIONS[A].1, &[0xe8, 0, 0, 0, 0]), []);
 }
@@ -120,14 +124,14 @@ fn every_page_of_a_payload_is_looked_at() {
     let told = guest.differs(code, &[0xcc]);
     assert_eq!(
         (told[0].1, told[0].2, told.len()),
-        (What::Code, record.text.0 .0, 1)
+        (DriftKind::Code, record.text.0 .0, 1)
     );
     let constants = arena::page_address(first).0 + record.text.1.next_multiple_of(4096);
     let last = constants + record.rodata_len - 1;
     let told = guest.differs(last, &[guest.peek::<1>(last)[0] ^ 1]);
     assert_eq!(
         (told[0].1, told[0].2, told.len()),
-        (What::Constants, constants, 1)
+        (DriftKind::Constants, constants, 1)
     );
     // Its variables are its own.
     let variables = constants + record.rodata_len;
@@ -154,7 +158,7 @@ fn every_page_of_a_payload_is_looked_at() {
             guest.world.memory.set_entry(table, slot, changed);
             match verify(&guest.kernel(), None) {
                 Ok(outcome) => {
-                    let pages = outcome.drift.iter().filter(|d| d.what == What::Page);
+                    let pages = outcome.drift.iter().filter(|d| d.what == DriftKind::Page);
                     assert!(pages.count() > 0, "page {n}, {changed:#x}");
                 }
                 // the record is no longer where it was, or the module
@@ -203,7 +207,7 @@ fn records_are_held_against_the_audit_log() {
         applied.iter().map(line).collect()
     };
     let told = |applied: &[(&str, &str, &str)]| {
-        let known = Known {
+        let known = HostRecords {
             log: &log(applied),
             uuid: "u",
         };
@@ -214,13 +218,13 @@ fn records_are_held_against_the_audit_log() {
     let one = || vec!["one".to_owned()];
     assert_eq!(told(&[("u", "one", &placed)]), (vec![], vec![]));
     let forged = ("u", "one", "00");
-    let drift = vec![("one".into(), What::Record)];
+    let drift = vec![("one".into(), DriftKind::Record)];
     assert_eq!(told(&[forged]), (vec![], drift));
     // What was placed earlier may be there again: the guest was restored.
     assert_eq!(told(&[("u", "one", &placed), forged]), (vec![], vec![]));
     assert_eq!(told(&[("v", "one", &placed)]), (one(), vec![]));
     assert_eq!(told(&[("u", "one", "")]), (one(), vec![]));
-    let lost = vec![("two".into(), What::Record)];
+    let lost = vec![("two".into(), DriftKind::Record)];
     let both = [("u", "one", &*placed), ("u", "two", "11"), ("v", "one", "")];
     assert_eq!(told(&both), (vec![], lost));
 }

@@ -7,7 +7,7 @@
 use locus_guest::addr::{Gva, Range};
 
 use super::{Function, ModuleAt, Record, SCHEMA};
-use crate::arena::digests::{self, Code};
+use crate::arena::digests::{self, CodeDigests};
 use crate::error::{Error, Result};
 use crate::x86::{self, JUMP};
 
@@ -58,16 +58,25 @@ pub struct DraftFunction {
     pub old_bytes: [u8; JUMP],
 }
 
+/// The addresses of a new function.
+#[derive(Clone, Debug)]
+pub struct NewFunction {
+    /// Address of its entry.
+    pub at: Gva,
+    /// Addresses of the parts of it that the compiler put elsewhere (`NAME.cold`).
+    pub cold: Vec<Gva>,
+}
+
 /// What is known once the payload is linked for its place.
 #[derive(Clone, Debug)]
 pub struct Placement<'a> {
     /// Addresses of the new functions and of their parts that are located elsewhere, in the order of
     /// [`Draft::functions`].
-    pub functions: &'a [(Gva, Vec<Gva>)],
+    pub functions: &'a [NewFunction],
     /// The code: address and length in bytes.
     pub text: (Gva, u64),
     /// Digests of the code.
-    pub code: Code,
+    pub code: CodeDigests,
     /// Length of the pages behind the code that are read only, in bytes.
     pub rodata_len: u64,
     /// SHA-256 of these pages, in hex, with zeroes for the record.
@@ -85,7 +94,7 @@ impl Draft {
         let longest = Record {
             functions: self.functions.iter().map(DraftFunction::longest).collect(),
             text: (LONGEST, u64::MAX),
-            code: Code::longest(text_len, labels),
+            code: CodeDigests::longest(text_len, labels),
             rodata_len: u64::MAX,
             rodata_sha256: digests::digest(&[]),
             module: LONGEST,
@@ -104,7 +113,7 @@ impl Draft {
             return Err(not_of_payload(self.functions.len(), placed.functions.len()));
         }
         let functions = self.functions.iter().zip(placed.functions);
-        let functions = functions.map(|(function, (new, cold))| function.complete(*new, cold));
+        let functions = functions.map(|(function, new)| function.complete(new.at, &new.cold));
         Ok(Record {
             functions: functions.collect::<Result<_>>()?,
             text: placed.text,
@@ -126,7 +135,7 @@ impl Draft {
             cves: self.cves.clone(),
             functions: Vec::new(),
             text: (Gva(0), 0),
-            code: Code::default(),
+            code: CodeDigests::default(),
             rodata_len: 0,
             rodata_sha256: String::new(),
             module: Gva(0),
@@ -254,7 +263,7 @@ mod tests {
             cves: draft.cves.clone(),
             functions: functions.collect(),
             text: (Gva(u64::MAX), u64::MAX),
-            code: Code::default(),
+            code: CodeDigests::default(),
             rodata_len: u64::MAX,
             rodata_sha256: hex::encode([0; 32]),
             module: Gva(u64::MAX),
@@ -268,7 +277,7 @@ mod tests {
             (function.found, function.old_bytes) = ([u8::MAX; 5], [u8::MAX; 5]);
             function.new_bytes = [u8::MAX; 5];
         }
-        record.code = Code::longest(text_len, labels);
+        record.code = CodeDigests::longest(text_len, labels);
         serde_json::to_vec(&record).unwrap().len()
     }
 
@@ -284,11 +293,11 @@ mod tests {
         assert_eq!(rooms, [807, 1401]);
     }
 
-    fn placement(functions: &[(Gva, Vec<Gva>)]) -> Placement<'_> {
+    fn placement(functions: &[NewFunction]) -> Placement<'_> {
         Placement {
             functions,
             text: (Gva(0xffff_ffff_ff60_2000), 600),
-            code: Code::of(vec![0x90; 600], Vec::new()),
+            code: CodeDigests::of(vec![0x90; 600], Vec::new()),
             rodata_len: 4096,
             rodata_sha256: digests::digest(&[1]),
             module: Gva(0xffff_ffff_ff60_4040),
@@ -300,7 +309,11 @@ mod tests {
         let at = Gva(0xffff_ffff_ff60_2000);
         for draft in drafts() {
             let parts = draft.functions.iter().map(|f| f.new_cold.len());
-            let functions: Vec<_> = parts.map(|n| (at, vec![at.plus(64); n])).collect();
+            let functions = parts.map(|n| NewFunction {
+                at,
+                cold: vec![at.plus(64); n],
+            });
+            let functions: Vec<_> = functions.collect();
             let record = draft.complete(placement(&functions)).unwrap();
             assert!(record.encode().unwrap().len() <= draft.room(600, 0).unwrap());
             for (function, draft) in record.functions.iter().zip(&draft.functions) {
@@ -315,10 +328,11 @@ mod tests {
     #[test]
     fn a_function_out_of_reach_and_another_payloads_places_are_refused() {
         let [plain, _] = drafts();
-        let far = [(Gva(0xffff_8880_0000_0000), Vec::new())];
+        let new = |at, cold| [NewFunction { at, cold }];
+        let far = new(Gva(0xffff_8880_0000_0000), Vec::new());
         let error = plain.complete(placement(&far)).unwrap_err();
         assert!(error.to_string().contains("out of reach"), "{error}");
-        let part = [(SITE, vec![SITE])];
+        let part = new(SITE, vec![SITE]);
         for functions in [&[][..], &part] {
             plain.complete(placement(functions)).unwrap_err();
         }

@@ -2,18 +2,18 @@
 //!
 //! Sources: arch/x86/kernel/alternative.c (`apply_alternatives`, `alt_replace_call`),
 //! arch/x86/include/asm/alternative.h. The layout of `struct alt_instr` changed several times: v5.10
-//! has a `padlen` at its end; Linux kernel commit 5d1dd961e743 ("x86/alternatives: Add
+//! has a `padlen` at its end. Linux kernel commit 5d1dd961e743 ("x86/alternatives: Add
 //! alt_instr.flags") (in v6.3) put flags beside the feature, of which bit 15 meant "not" before. So
-//! the guest's own types are asked.
+//! the layout comes from the guest's own types.
 
-use locus_guest::addr::{Gva, Range};
+use locus_guest::addr::Gva;
 use locus_kernel::btf::Bits;
 use locus_kernel::Kernel;
 
-use super::code::{relative, Code, Table};
-use super::{moved, Place};
+use super::code::{relative, FixupTable, LinkedCode};
+use super::{moved, name_of, FixupPlace};
 use crate::error::Result;
-use crate::x86::{self, branch};
+use crate::x86::{self, branch, CALL, NOP1};
 
 const TABLE: &str = ".altinstructions";
 /// Without flags, this bit of the feature says that it must be absent (`ALTINSTR_FLAG_INV`).
@@ -27,7 +27,7 @@ const CALL_POINTER: [u8; 2] = [0xff, 0x15];
 
 /// Where the parts of a `struct alt_instr` are.
 #[derive(Clone, Copy, Debug)]
-pub struct Layout {
+pub struct AltInstrLayout {
     size: usize,
     instr: usize,
     replacement: usize,
@@ -39,7 +39,7 @@ pub struct Layout {
 
 /// One entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Entry {
+struct Alternative {
     at: Gva,
     len: usize,
     replacement: Gva,
@@ -49,15 +49,15 @@ struct Entry {
     direct_call: bool,
 }
 
-impl Layout {
+impl AltInstrLayout {
     /// Learns it from the guest's types.
     ///
     /// # Errors
     /// A member is missing.
-    pub fn of(kernel: &Kernel<'_>) -> Result<Layout> {
+    pub fn of(kernel: &Kernel<'_>) -> Result<AltInstrLayout> {
         let btf = kernel.btf()?;
         let ty = "alt_instr";
-        Ok(Layout {
+        Ok(AltInstrLayout {
             size: btf.size_of(ty)?,
             instr: btf.offset_of(ty, "instr_offset")?,
             replacement: btf.offset_of(ty, "repl_offset")?,
@@ -68,7 +68,7 @@ impl Layout {
         })
     }
 
-    fn entry(&self, at: Gva, bytes: &[u8]) -> Option<Entry> {
+    fn entry(&self, at: Gva, bytes: &[u8]) -> Option<Alternative> {
         let mut feature = self.feature.value(bytes)?;
         let flags = match self.flags {
             Some(flags) => flags.value(bytes)?,
@@ -80,7 +80,7 @@ impl Layout {
         }
         let len = |bits: Bits| usize::try_from(bits.value(bytes)?).ok();
         (flags & !(NOT | DIRECT_CALL) == 0).then_some(())?;
-        Some(Entry {
+        Some(Alternative {
             at: relative(at, bytes, self.instr)?,
             len: len(self.instr_len)?,
             replacement: relative(at, bytes, self.replacement)?,
@@ -99,11 +99,11 @@ impl Layout {
 /// [`Class::NotApplicable`](crate::error::Class::NotApplicable)(crate::error::Error::not_applicable): an entry is not as entries are.
 pub fn apply(
     kernel: &Kernel<'_>,
-    code: &mut Code,
-    layout: &Layout,
-    tables: &[Table],
+    code: &mut LinkedCode,
+    layout: &AltInstrLayout,
+    tables: &[FixupTable],
     feature: &dyn Fn(usize) -> Option<bool>,
-    places: &mut Vec<Place>,
+    places: &mut Vec<FixupPlace>,
 ) -> Result<()> {
     for table in tables {
         let mut entries = Vec::new();
@@ -120,11 +120,7 @@ pub fn apply(
         for entry in &entries {
             if code.runs(entry.at, TABLE)? {
                 one(kernel, code, entry, feature)?;
-                let range = Range::new(entry.at, entry.len as u64);
-                places.push(Place {
-                    range,
-                    table: TABLE,
-                });
+                places.push(FixupPlace::new(entry.at, entry.len as u64, TABLE));
             }
         }
     }
@@ -133,21 +129,22 @@ pub fn apply(
 
 /// Entries for the same place that follow each other may be padded differently where one is nested in
 /// another: all get the longest, as in `apply_alternatives`.
-fn share_padding(entries: &mut [Entry]) {
+fn share_padding(entries: &mut [Alternative]) {
     for same in entries.chunk_by_mut(|a, b| a.at == b.at) {
-        let longest = same.iter().map(|e| e.len).max().unwrap_or(0);
+        // There is one at least.
+        let longest = same.iter().map(|e| e.len).max().unwrap_or_default();
         same.iter_mut().for_each(|e| e.len = longest);
     }
 }
 
 fn one(
     kernel: &Kernel<'_>,
-    code: &mut Code,
-    entry: &Entry,
+    code: &mut LinkedCode,
+    entry: &Alternative,
     feature: &dyn Fn(usize) -> Option<bool>,
 ) -> Result<()> {
     let at = entry.at;
-    let no = |code: &Code, why: &str| code.no(&format!("the alternative at {at}: {why}"));
+    let no = |code: &LinkedCode, why: &str| code.no(&format!("the alternative at {at}: {why}"));
     let Some(has) = feature(entry.feature) else {
         let why = format!("the guest's kernel has no CPU feature {}", entry.feature);
         return Err(no(code, &why));
@@ -167,7 +164,7 @@ fn one(
             moved::moved(replacement, entry.replacement, at)
         }
         .map_err(|why| no(code, &why))?;
-        new.resize(entry.len, 0x90);
+        new.resize(entry.len, NOP1);
     }
     x86::join(&mut new);
     code.put(at, &new)
@@ -184,7 +181,7 @@ fn direct_call(
 ) -> std::result::Result<Vec<u8>, String> {
     let rest = replacement
         .get(5..)
-        .filter(|_| replacement.first() == Some(&0xe8));
+        .filter(|_| replacement.first() == Some(&CALL));
     let (Some(rest), true) = (rest, old.starts_with(&CALL_POINTER)) else {
         return Err("it is to be a direct call, and is no call through a pointer".into());
     };
@@ -194,13 +191,6 @@ fn direct_call(
         .read_u64(pointer)
         .map(Gva)
         .map_err(|e| e.to_string())?;
-    let name = || {
-        let covering = kernel.symbols.covering(pointer);
-        covering.map_or_else(
-            || pointer.to_string(),
-            |(name, off)| format!("{name}+{off:#x}"),
-        )
-    };
     // The replacement itself calls what says that there is nothing.
     if target.0 == 0 {
         return moved::moved(replacement, from, at);
@@ -208,8 +198,11 @@ fn direct_call(
     let mut new = if Some(target) == kernel.symbols.addr("nop_func") {
         Vec::new()
     } else {
-        let far = || format!("{target}, held by {}, is out of reach", name());
-        branch(0xe8, at, target).ok_or_else(far)?.to_vec()
+        let far = || {
+            let held_by = name_of(kernel, pointer);
+            format!("{target}, held by {held_by}, is out of reach")
+        };
+        branch(CALL, at, target).ok_or_else(far)?.to_vec()
     };
     let end = at.plus(new.len() as u64);
     new.extend(moved::moved(rest, from.plus(5), end)?);
@@ -281,7 +274,7 @@ mod tests {
         }
     }
 
-    fn table(generation: usize, entries: &[E]) -> Table {
+    fn table(generation: usize, entries: &[E]) -> FixupTable {
         let mut bytes = Vec::new();
         for e in entries {
             let place = AT.plus(bytes.len() as u64);
@@ -300,7 +293,7 @@ mod tests {
             bytes.extend([e.len, e.repl_len]);
             bytes.extend(vec![0; usize::from(generation == 0)]);
         }
-        Table { at: AT, bytes }
+        FixupTable { at: AT, bytes }
     }
 
     /// Applies entries to code of 64 bytes; there are features 0 (absent) and 1 (there).
@@ -308,7 +301,7 @@ mod tests {
         let table = table(generation, entries);
         kernel(&types(generation), |kernel| {
             let mut code = code(bytes);
-            let layout = Layout::of(kernel)?;
+            let layout = AltInstrLayout::of(kernel)?;
             let feature = |bit| (bit < 2).then_some(bit == 1);
             let places = &mut Vec::new();
             apply(
@@ -335,7 +328,6 @@ mod tests {
 
     #[test]
     fn every_layout_is_taken_or_not_by_its_feature_and_padded() {
-        let nop5 = [0x0f, 0x1f, 0x44, 0, 0];
         for generation in 0..3 {
             for (feature, flags, taken) in
                 [(0, 0, false), (1, 0, true), (0, 1, true), (1, 1, false)]
@@ -346,7 +338,7 @@ mod tests {
                     assert_eq!(new[..7], [0x0f, 0xae, 0xe8, 0x0f, 0x1f, 0x40, 0]);
                 } else {
                     assert_eq!(new[..2], [0x31, 0xc0]);
-                    assert_eq!(new[2..7], nop5);
+                    assert_eq!(new[2..7], x86::NOP5);
                 }
                 assert_eq!(new[7..], bytes()[7..]);
             }
@@ -385,7 +377,7 @@ mod tests {
         let mut other = table(2, &[entry(0, 7, 32, 3, 1, 0)]);
         other.bytes.pop();
         kernel(&types(2), |kernel| {
-            let layout = Layout::of(kernel)?;
+            let layout = AltInstrLayout::of(kernel)?;
             let mut code = code(&bytes());
             let feature = |_: usize| Some(true);
             let places = &mut Vec::new();

@@ -5,35 +5,35 @@ use locus_guest::fetch;
 
 use crate::error::{Error, Result};
 
-/// Relocated code, and what belongs to it.
+/// Relocated code, and the addresses that belong to it.
 #[derive(Clone, Debug)]
-pub struct Code {
+pub struct LinkedCode {
     /// Name of the payload, for messages.
     pub name: String,
     /// Address of the first byte.
     pub base: Gva,
     /// The bytes: all that is placed, and what only the tables refer to.
     pub bytes: Vec<u8>,
-    /// Where code stands that runs, or that is copied to where it runs.
+    /// Code that runs, or that is copied to where it runs.
     pub live: Vec<Range>,
-    /// Where code stands that never runs: that of `module_init` and `module_exit`.
+    /// Code that never runs: that of `module_init` and `module_exit`.
     pub dead: Vec<Range>,
-    /// Where own variables stand.
+    /// The payload's own variables.
     pub own: Range,
-    /// All addresses that the payload takes, of what is never placed too.
+    /// All addresses that the payload takes, those of what is never placed too.
     pub all: Range,
 }
 
 /// A table, by the address that its relocations were done for.
 #[derive(Clone, Debug)]
-pub struct Table {
+pub struct FixupTable {
     /// Address of its first byte.
     pub at: Gva,
     /// Its bytes.
     pub bytes: Vec<u8>,
 }
 
-impl Code {
+impl LinkedCode {
     /// An error that names the payload.
     #[must_use]
     pub fn no(&self, why: &str) -> Error {
@@ -72,7 +72,7 @@ impl Code {
     /// Whether code at `at` runs; `false` for code of `module_init` and `module_exit`.
     ///
     /// # Errors
-    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable) when no code stands there; `table` is who said so.
+    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable) when no code is there; `table` is the table that names it.
     pub fn runs(&self, at: Gva, table: &str) -> Result<bool> {
         let within = |ranges: &[Range]| ranges.iter().any(|r| r.contains(at));
         if within(&self.live) {
@@ -101,14 +101,14 @@ impl Code {
     }
 }
 
-impl Table {
+impl FixupTable {
     /// The entries of `size` bytes, each with its address.
     ///
     /// # Errors
     /// [`Class::NotApplicable`](crate::error::Class::NotApplicable) when they don't fill the table.
     pub fn entries<'t>(
         &'t self,
-        code: &Code,
+        code: &LinkedCode,
         name: &str,
         size: usize,
     ) -> Result<impl Iterator<Item = (Gva, &'t [u8])> + 't> {
@@ -123,6 +123,11 @@ impl Table {
         let entry = move |(i, bytes)| (at.plus((i * size) as u64), bytes);
         Ok(self.bytes.chunks_exact(size).enumerate().map(entry))
     }
+}
+
+/// Whether the tables have no entries.
+pub(super) fn are_empty(tables: &[FixupTable]) -> bool {
+    tables.iter().all(|t| t.bytes.is_empty())
 }
 
 /// Where the signed 32-bit offset at byte `field` of the entry at `at` leads, counted from its own
@@ -169,7 +174,7 @@ mod tests {
         let code = code(&[]);
         let mut bytes = vec![0; 24];
         bytes[16..20].copy_from_slice(&(-4i32).to_le_bytes());
-        let table = Table { at: BASE, bytes };
+        let table = FixupTable { at: BASE, bytes };
         let (at, entry) = table.entries(&code, "t", 12).unwrap().nth(1).unwrap();
         assert_eq!(at, BASE.plus(12));
         assert_eq!(relative(at, entry, 4), Some(BASE.plus(12)));

@@ -1,22 +1,22 @@
 //! Jump labels: a nop or a jump, as a static key is off or on.
 //!
-//! The bytes are written for the state that each key has now. That the kernel switches them when the
-//! key changes, they have to be registered with it, see [`Settled`].
+//! The bytes are written for the state that each key has now. They must be registered with the kernel, so that it
+//! switches them when the key changes: see [`AppliedFixups`].
 //!
 //! Sources: kernel/jump_label.c, arch/x86/kernel/jump_label.c, include/linux/jump_label.h. An entry
 //! names the code, the target and the key by their distances. The lowest bit of the key says which way
-//! the compiler expected it to go; the next one is left over from objtool (it says that the nop was
+//! the compiler expected the branch to go. The next one is left over from objtool (it says that the nop was
 //! a jump), and the kernel uses it to mark code of `module_init`.
 
-use locus_guest::addr::{Gva, Range};
+use locus_guest::addr::Gva;
 use locus_guest::fetch;
 use locus_kernel::Kernel;
 
-use super::code::{relative, Code, Table};
-use super::{Place, Settled};
-use crate::arena::digests::Label;
+use super::code::{are_empty, relative, FixupTable, LinkedCode};
+use super::{AppliedFixups, FixupPlace, KeyCount};
+use crate::arena::digests::RecordedLabel;
 use crate::error::Result;
-use crate::x86::{branch, NOP2, NOP5};
+use crate::x86::{branch, JMP, NOP2, NOP5};
 
 const TABLE: &str = "__jump_table";
 /// The entry of `ideal_nops` for a nop that is replaced as a whole (`NOP_ATOMIC5`).
@@ -24,7 +24,7 @@ const ATOMIC5: u64 = 9;
 
 /// A jump label, resolved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct JumpSite {
+pub struct JumpLabel {
     /// Address of the `struct static_key`, without flags.
     pub key: Gva,
     /// Where the nop or jump stands.
@@ -39,11 +39,11 @@ pub struct JumpSite {
     pub size: u8,
 }
 
-impl JumpSite {
-    /// The label that this is in code that begins at `start`; `None` if it is not in that code.
+impl JumpLabel {
+    /// This label as the record of code that begins at `start` has it; `None` if it is not in that code.
     #[must_use]
-    pub fn label(&self, start: Gva) -> Option<Label> {
-        Some(Label {
+    pub fn recorded(&self, start: Gva) -> Option<RecordedLabel> {
+        Some(RecordedLabel {
             at: u32::try_from(self.code.0.checked_sub(start.0)?).ok()?,
             to: u32::try_from(self.target.0.checked_sub(start.0)?).ok()?,
             size: self.size,
@@ -51,7 +51,7 @@ impl JumpSite {
     }
 }
 
-struct Layout {
+struct JumpEntryLayout {
     size: usize,
     code: usize,
     target: usize,
@@ -59,11 +59,11 @@ struct Layout {
     enabled: u64,
 }
 
-impl Layout {
-    fn of(kernel: &Kernel<'_>, code: &Code) -> Result<Layout> {
+impl JumpEntryLayout {
+    fn of(kernel: &Kernel<'_>, code: &LinkedCode) -> Result<JumpEntryLayout> {
         let btf = kernel.btf()?;
         let ty = "jump_entry";
-        let layout = Layout {
+        let layout = JumpEntryLayout {
             size: btf.size_of(ty)?,
             code: btf.offset_of(ty, "code")?,
             target: btf.offset_of(ty, "target")?,
@@ -91,14 +91,14 @@ impl Layout {
 /// [`Class::NotApplicable`](crate::error::Class::NotApplicable)(crate::error::Error::not_applicable): an entry is not as entries are.
 pub fn apply(
     kernel: &Kernel<'_>,
-    code: &mut Code,
-    tables: &[Table],
-    settled: &mut Settled,
+    code: &mut LinkedCode,
+    tables: &[FixupTable],
+    done: &mut AppliedFixups,
 ) -> Result<()> {
-    if tables.iter().all(|t| t.bytes.is_empty()) {
+    if are_empty(tables) {
         return Ok(());
     }
-    let layout = Layout::of(kernel, code)?;
+    let layout = JumpEntryLayout::of(kernel, code)?;
     let nop5 = nop5(kernel)?;
     for table in tables {
         let entries: Vec<_> = table.entries(code, TABLE, layout.size)?.collect();
@@ -114,7 +114,7 @@ pub fn apply(
             if !code.runs(at, TABLE)? {
                 continue;
             }
-            let mut site = JumpSite {
+            let mut site = JumpLabel {
                 key: Gva(key & !3),
                 code: at,
                 target,
@@ -129,24 +129,22 @@ pub fn apply(
             }
             let count = count(kernel, code, &site, layout.enabled)?;
             site.size = set(code, &site, (count != 0) != site.branch, &nop5)?;
-            if !site.key_is_own && !settled.keys.iter().any(|k| k.0 == site.key) {
-                settled.keys.push((site.key, count));
+            if !site.key_is_own && !done.keys.iter().any(|k| k.key == site.key) {
+                let key = site.key;
+                done.keys.push(KeyCount { key, count });
             }
-            settled.jumps.push(site);
-            let range = Range::new(at, site.size.into());
-            settled.places.push(Place {
-                range,
-                table: TABLE,
-            });
+            done.jumps.push(site);
+            done.places
+                .push(FixupPlace::new(at, site.size.into(), TABLE));
         }
     }
-    settled.jumps.sort_unstable();
-    settled.keys.sort_unstable();
+    done.jumps.sort_unstable();
+    done.keys.sort_unstable();
     Ok(())
 }
 
 /// The count of a key: 0 is off, all else is on (-1 while it is being switched on).
-fn count(kernel: &Kernel<'_>, code: &Code, site: &JumpSite, enabled: u64) -> Result<i32> {
+fn count(kernel: &Kernel<'_>, code: &LinkedCode, site: &JumpLabel, enabled: u64) -> Result<i32> {
     let at = site.key.plus(enabled);
     if !site.key_is_own {
         if code.all.contains(site.key) {
@@ -163,15 +161,15 @@ fn count(kernel: &Kernel<'_>, code: &Code, site: &JumpSite, enabled: u64) -> Res
 }
 
 /// Writes the jump or the nop, and says how long it is.
-fn set(code: &mut Code, site: &JumpSite, jump: bool, nop5: &[u8; 5]) -> Result<u8> {
+fn set(code: &mut LinkedCode, site: &JumpLabel, jump: bool, nop5: &[u8; 5]) -> Result<u8> {
     let at = site.code;
-    let odd = |code: &Code, found: &[u8]| {
+    let odd = |code: &LinkedCode, found: &[u8]| {
         code.no(&format!(
             "the jump label at {at} holds {found:02x?}; expected a nop of 2 or 5 bytes, or a jump to {}",
             site.target
         ))
     };
-    let far = |code: &Code| {
+    let far = |code: &LinkedCode| {
         code.no(&format!(
             "{} is out of reach of the jump at {at}",
             site.target
@@ -193,7 +191,7 @@ fn set(code: &mut Code, site: &JumpSite, jump: bool, nop5: &[u8; 5]) -> Result<u
         return Ok(2);
     }
     let old = code.live(at, 5, TABLE)?;
-    let new = branch(0xe9, at, site.target).ok_or_else(|| far(code))?;
+    let new = branch(JMP, at, site.target).ok_or_else(|| far(code))?;
     if old != NOP5 && old != nop5 && old != new {
         return Err(odd(code, old));
     }
@@ -220,10 +218,12 @@ fn nop5(kernel: &Kernel<'_>) -> Result<[u8; 5]> {
 mod tests {
     use super::*;
     use crate::link::fixups::testing::{code, put32, with, BASE, KEYS};
+    use crate::x86::NOPS5;
+    use locus_guest::addr::Range;
     use locus_kernel::btf::blob::Blob;
     use locus_kernel::fixture::{Fixture, RODATA};
 
-    const K8: [u8; 5] = [0x66, 0x66, 0x66, 0x66, 0x90];
+    const K8: [u8; 5] = NOPS5[1];
 
     fn types(narrow: bool) -> Vec<u8> {
         let mut b = Blob::with_integers();
@@ -239,7 +239,7 @@ mod tests {
         bytes: &[u8],
         entries: &[(u64, u64, Gva, u64)],
         k8: bool,
-    ) -> Result<(Vec<u8>, Settled)> {
+    ) -> Result<(Vec<u8>, AppliedFixups)> {
         let change = |f: &mut Fixture| {
             if k8 {
                 // The banner stands 64 bytes into read-only data; these stand before it.
@@ -265,14 +265,14 @@ mod tests {
                 let distance = (key.0 | flags).wrapping_sub(here.0 + 8);
                 table.extend(distance.to_le_bytes());
             }
-            let mut settled = Settled::default();
+            let mut done = AppliedFixups::default();
             apply(
                 kernel,
                 &mut code,
-                &[Table { at, bytes: table }],
-                &mut settled,
+                &[FixupTable { at, bytes: table }],
+                &mut done,
             )?;
-            Ok((code.bytes, settled))
+            Ok((code.bytes, done))
         })
     }
 
@@ -296,7 +296,7 @@ mod tests {
             for flags in 0..4 {
                 let jump = enabled != (flags & 1 == 1);
                 let entries: Vec<_> = [0, 5, 7, 12].map(|at| (at, 20, key, flags)).to_vec();
-                let (new, settled) = applied(&bytes(), &entries, false).unwrap();
+                let (new, done) = applied(&bytes(), &entries, false).unwrap();
                 if jump {
                     assert_eq!(new[..5], jump5(0));
                     assert_eq!(new[5..7], [0xeb, 13]);
@@ -308,10 +308,10 @@ mod tests {
                     assert_eq!(new[7..12], NOP5);
                     assert_eq!(new[12..14], NOP2);
                 }
-                assert_eq!(settled.jumps.len(), 4);
-                assert_eq!(settled.keys.len(), 1);
-                assert_eq!(settled.keys[0].0, key);
-                assert!(settled.jumps.iter().all(|j| j.branch == (flags & 1 == 1)));
+                assert_eq!(done.jumps.len(), 4);
+                assert_eq!(done.keys.len(), 1);
+                assert_eq!(done.keys[0].key, key);
+                assert!(done.jumps.iter().all(|j| j.branch == (flags & 1 == 1)));
             }
         }
     }
@@ -325,17 +325,14 @@ mod tests {
             (5, 20, off, 0),
             (7, 20, KEYS.plus(16), 1),
         ];
-        let (new, settled) = applied(&bytes(), &entries, false).unwrap();
+        let (new, done) = applied(&bytes(), &entries, false).unwrap();
         assert_eq!(new[12..14], [0xeb, 6]);
         assert_eq!(new[0], 0xe9);
         assert_eq!(new[5..7], NOP2);
         assert_eq!(new[7..12], NOP5);
-        assert_eq!(settled.keys, [(KEYS.plus(16), 2)]);
-        let order: Vec<_> = settled
-            .jumps
-            .iter()
-            .map(|j| (j.key, j.code, j.size))
-            .collect();
+        let key = KEYS.plus(16);
+        assert_eq!(done.keys, [KeyCount { key, count: 2 }]);
+        let order: Vec<_> = done.jumps.iter().map(|j| (j.key, j.code, j.size)).collect();
         let expected = [
             (KEYS.plus(16), BASE.plus(7), 5),
             (off, BASE.plus(5), 2),
@@ -343,7 +340,7 @@ mod tests {
             (on, BASE.plus(12), 2),
         ];
         assert_eq!(order, expected);
-        assert_eq!(settled.jumps.iter().filter(|j| j.key_is_own).count(), 3);
+        assert_eq!(done.jumps.iter().filter(|j| j.key_is_own).count(), 3);
     }
 
     #[test]
@@ -380,11 +377,11 @@ mod tests {
             |_| {},
             |kernel| {
                 let mut code = code(&bytes());
-                let table = Table {
+                let table = FixupTable {
                     at: BASE,
                     bytes: vec![0; 16],
                 };
-                let error = apply(kernel, &mut code, &[table], &mut Settled::default());
+                let error = apply(kernel, &mut code, &[table], &mut AppliedFixups::default());
                 assert!(error.unwrap_err().to_string().contains("64 bits"));
                 Ok(())
             },

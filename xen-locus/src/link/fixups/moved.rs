@@ -16,6 +16,7 @@ pub fn moved(code: &[u8], from: Gva, to: Gva) -> Result<Vec<u8>, String> {
     while decoder.can_decode() {
         let start = decoder.position();
         let i = decoder.decode();
+        // The decoder read the instruction from there.
         let bytes = code
             .get(start..start.saturating_add(i.len()))
             .unwrap_or_default();
@@ -74,6 +75,7 @@ fn referred(i: &Instruction) -> Option<Gva> {
     branch.then(|| Gva(i.near_branch_target()))
 }
 
+/// Overwrites a field of an instruction. The decoder found it there, so it is in `out`.
 fn put(out: &mut [u8], at: usize, bytes: &[u8]) {
     if let Some(room) = out.get_mut(at..at.saturating_add(bytes.len())) {
         room.copy_from_slice(bytes);

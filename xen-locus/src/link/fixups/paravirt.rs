@@ -1,10 +1,10 @@
 //! Paravirt call sites: calls through a pointer of `pv_ops`, which the kernel turns into calls of
 //! what the pointer holds, or into nothing where that does nothing.
 //!
-//! Left as they are they would be right as well, but they are indirect calls, and no retpoline
-//! guards them: the kernel never runs them unpatched. A call of what the guest does not have becomes
-//! one of `paravirt_BUG`, as in the kernel's own code: a PV guest has such calls in code that only runs
-//! on bare metal. Jumps (`iret`, `sysret` of Linux 5.10) stay, and no operation is put in line.
+//! Unpatched they would be right as well. But they are indirect calls without a retpoline, and the kernel never
+//! runs them unpatched. A call of an operation that the guest does not have becomes one of `paravirt_BUG`, as in
+//! the kernel's own code: a PV guest has such calls in code that only runs on bare metal. Jumps (`iret`,
+//! `sysret` of Linux 5.10) stay, and no operation is put in line.
 //!
 //! Sources: `apply_paravirt` (arch/x86/kernel/alternative.c), `paravirt_patch` (in v5.10:
 //! `paravirt_patch_default`; arch/x86/kernel/paravirt.c). Kernels from v6.8 on have alternatives in
@@ -12,35 +12,42 @@
 //! calls to alternatives").
 
 use iced_x86::{Decoder, DecoderOptions, Mnemonic, OpKind, Register};
-use locus_guest::addr::{Gva, Range};
+use locus_guest::addr::Gva;
 use locus_guest::fetch;
 use locus_kernel::btf::Bits;
 use locus_kernel::Kernel;
 
-use super::code::{relative, Code, Table};
-use super::Place;
+use super::code::{are_empty, relative, FixupTable, LinkedCode};
+use super::{name_of, FixupPlace};
 use crate::error::{Error, Result};
-use crate::x86::{self, branch};
+use crate::x86::{self, branch, CALL, NOP1};
 
 const TABLE: &str = ".parainstructions";
-/// What dies when it is run.
+/// An instruction that stops the thread that runs it.
 const UD2: [u8; 2] = [0x0f, 0x0b];
 /// Largest believed entry, in bytes: it has 8 or 16.
 const SIZE_MAX: usize = 64;
 
 /// Where the parts of a `struct paravirt_patch_site` are.
-struct Layout {
+struct PatchSiteLayout {
     size: usize,
-    /// The place: an address, or its distance from the field.
-    instr: (usize, bool),
+    instr: Instr,
     kind: Bits,
     len: Bits,
     /// Bytes of an entry that mean something.
     used: usize,
 }
 
-impl Layout {
-    fn of(kernel: &Kernel<'_>) -> Result<Layout> {
+/// The field that names a site, by its offset in an entry.
+enum Instr {
+    /// It holds the site's address.
+    Address(usize),
+    /// It holds the site's distance from the field.
+    Distance(usize),
+}
+
+impl PatchSiteLayout {
+    fn of(kernel: &Kernel<'_>) -> Result<PatchSiteLayout> {
         let btf = kernel.btf()?;
         let ty = "paravirt_patch_site";
         let len = btf.bits_of(ty, "len")?;
@@ -52,12 +59,12 @@ impl Layout {
                  {used}; expected at most {SIZE_MAX} bytes, all members among them"
             )));
         }
-        Ok(Layout {
+        Ok(PatchSiteLayout {
             size,
             used,
             instr: match btf.offset_of(ty, "instr_offset") {
-                Ok(offset) => (offset, true),
-                Err(_) => (btf.offset_of(ty, "instr")?, false),
+                Ok(offset) => Instr::Distance(offset),
+                Err(_) => Instr::Address(btf.offset_of(ty, "instr")?),
             },
             kind: btf.bits_of(ty, "type")?,
             len,
@@ -72,18 +79,19 @@ impl Layout {
 /// guest can't be read.
 pub fn apply(
     kernel: &Kernel<'_>,
-    code: &mut Code,
-    tables: &[Table],
-    places: &mut Vec<Place>,
+    code: &mut LinkedCode,
+    tables: &[FixupTable],
+    places: &mut Vec<FixupPlace>,
 ) -> Result<()> {
-    if tables.iter().all(|t| t.bytes.is_empty()) {
+    if are_empty(tables) {
         return Ok(());
     }
-    let layout = Layout::of(kernel)?;
+    let layout = PatchSiteLayout::of(kernel)?;
     let ops = kernel.symbols.need("pv_ops")?;
     for table in tables {
         let mut table = table.clone();
-        // On older kernels entries are aligned at their start only: the last one has no padding.
+        // On older kernels entries are aligned at their start only: the last one has no padding. The size
+        // of an entry is not 0.
         let last = table.bytes.len().checked_rem(layout.size).unwrap_or(0);
         if last >= layout.used {
             table
@@ -93,8 +101,8 @@ pub fn apply(
         let entries: Vec<_> = table.entries(code, TABLE, layout.size)?.collect();
         for (entry, bytes) in entries {
             let at = match layout.instr {
-                (field, true) => relative(entry, bytes, field),
-                (field, false) => fetch::u64(bytes, field).map(Gva),
+                Instr::Distance(field) => relative(entry, bytes, field),
+                Instr::Address(field) => fetch::u64(bytes, field).map(Gva),
             };
             let (Some(at), Some(kind), Some(len)) =
                 (at, layout.kind.value(bytes), layout.len.value(bytes))
@@ -102,24 +110,23 @@ pub fn apply(
                 return Err(code.no(&format!("an entry of {TABLE} is cut short")));
             };
             if code.runs(at, TABLE)? {
-                one(
-                    kernel,
-                    code,
-                    ops.plus(8 * kind),
-                    at,
-                    usize::try_from(len).unwrap_or(0),
-                )?;
-                places.push(Place {
-                    range: Range::new(at, len),
-                    table: TABLE,
-                });
+                let size = usize::try_from(len)
+                    .map_err(|_| code.no(&format!("a paravirt site of {len} bytes")))?;
+                one(kernel, code, ops.plus(8 * kind), at, size)?;
+                places.push(FixupPlace::new(at, len, TABLE));
             }
         }
     }
     Ok(())
 }
 
-fn one(kernel: &Kernel<'_>, code: &mut Code, pointer: Gva, at: Gva, len: usize) -> Result<()> {
+fn one(
+    kernel: &Kernel<'_>,
+    code: &mut LinkedCode,
+    pointer: Gva,
+    at: Gva,
+    len: usize,
+) -> Result<()> {
     let old = code.live(at, len, TABLE)?;
     let i = Decoder::with_ip(64, old, at.0, DecoderOptions::NONE).decode();
     let absolute = i.memory_base() == Register::None && i.memory_index() == Register::None;
@@ -127,15 +134,8 @@ fn one(kernel: &Kernel<'_>, code: &mut Code, pointer: Gva, at: Gva, len: usize) 
         && i.op0_kind() == OpKind::Memory
         && (absolute || i.is_ip_rel_memory_operand())
         && i.memory_displacement64() == pointer.0;
-    let symbol = || {
-        let covering = kernel.symbols.covering(pointer);
-        covering.map_or_else(
-            || pointer.to_string(),
-            |(name, off)| format!("{name}+{off:#x}"),
-        )
-    };
     if !called {
-        let what = symbol();
+        let what = name_of(kernel, pointer);
         return Err(code.no(&format!(
             "the paravirt site at {at} holds {old:02x?}; expected a call through {what}"
         )));
@@ -143,23 +143,24 @@ fn one(kernel: &Kernel<'_>, code: &mut Code, pointer: Gva, at: Gva, len: usize) 
     if i.mnemonic() == Mnemonic::Jmp {
         return Ok(());
     }
-    let mut target = Gva(kernel.space.read_u64(pointer)?);
-    let mut new = vec![0x90; len];
-    if target.0 == 0 {
-        target = kernel.symbols.addr("paravirt_BUG").unwrap_or(Gva(0));
-    }
-    let call = if target.0 == 0 {
-        UD2.to_vec()
-    } else if Some(target) == kernel.symbols.addr("_paravirt_nop") {
-        Vec::new()
-    } else {
-        let far = || {
-            code.no(&format!(
-                "{target} is out of reach of the paravirt site at {at}"
-            ))
-        };
-        branch(0xe8, at, target).ok_or_else(far)?.to_vec()
+    let held = Gva(kernel.space.read_u64(pointer)?);
+    let target = match held {
+        Gva(0) => kernel.symbols.addr("paravirt_BUG"),
+        held => Some(held),
     };
+    let call = match target {
+        None => UD2.to_vec(),
+        _ if target == kernel.symbols.addr("_paravirt_nop") => Vec::new(),
+        Some(target) => {
+            let far = || {
+                code.no(&format!(
+                    "{target} is out of reach of the paravirt site at {at}"
+                ))
+            };
+            branch(CALL, at, target).ok_or_else(far)?.to_vec()
+        }
+    };
+    let mut new = vec![NOP1; len];
     match new.get_mut(..call.len()) {
         Some(room) => room.copy_from_slice(&call),
         None => return Err(code.no(&format!("the paravirt site at {at} has only {len} bytes"))),
@@ -218,7 +219,7 @@ mod tests {
         entry.resize(if new { 8 } else { 12 }, 0);
         kernel(&types(new), |kernel| {
             let mut code = code(&bytes);
-            let table = Table {
+            let table = FixupTable {
                 at,
                 bytes: entry.clone(),
             };
@@ -260,7 +261,7 @@ mod tests {
         for size in [9, 65, 0xffff_fff0] {
             let refused = kernel(&types_of(false, size), |kernel| {
                 let mut code = code(&[0x90; 16]);
-                let table = Table {
+                let table = FixupTable {
                     at: BASE.plus(0x100),
                     bytes: vec![0; 12],
                 };

@@ -7,19 +7,18 @@
 //! returns. On a CPU with ITS the kernel leaves `ret` in upper halves of cache lines; the thunk is
 //! right there as well.
 
-use locus_guest::addr::{Gva, Range};
+use locus_guest::addr::Gva;
 use locus_kernel::Kernel;
 
-use super::code::{target, Code, Table};
-use super::Place;
+use super::code::{target, FixupTable, LinkedCode};
+use super::FixupPlace;
 use crate::error::Result;
 use crate::target::redirect::{self, Returns};
-use crate::x86::branch;
+use crate::x86::{branch, INT3, JMP};
 
 const TABLE: &str = ".return_sites";
-const JMP: u8 = 0xe9;
 /// A plain return, with the breakpoints that keep the CPU from running ahead.
-const RET: [u8; 5] = [0xc3, 0xcc, 0xcc, 0xcc, 0xcc];
+const RET: [u8; 5] = [0xc3, INT3, INT3, INT3, INT3];
 /// Return thunks that count calls, by their names in v6.2 and since v6.6.
 const COUNTING: [&str; 2] = ["__x86_return_skl", "call_depth_return_thunk"];
 /// Functions that every kernel has and that return: one of them tells how, where the patched ones
@@ -37,7 +36,7 @@ pub fn chosen(kernel: &Kernel<'_>) -> Result<Option<Gva>> {
     }
 }
 
-/// How code returns in this guest, one function of which returns as `seen`; `None` if nothing tells.
+/// How code returns in this guest, one function of which returns as `seen`; `None` if that can't be known.
 fn wanted(kernel: &Kernel<'_>, seen: Option<Returns>) -> Result<Option<Returns>> {
     let default = kernel.symbols.addr("__x86_return_thunk");
     if let Some(to) = chosen(kernel)?.filter(|&to| to.0 != 0 && Some(to) != default) {
@@ -54,7 +53,7 @@ fn wanted(kernel: &Kernel<'_>, seen: Option<Returns>) -> Result<Option<Returns>>
 ///
 /// # Errors
 /// [`Class::NotApplicable`](crate::error::Class::NotApplicable)(crate::error::Error::not_applicable) if so.
-pub fn check_calls(kernel: &Kernel<'_>, code: &Code, tables: &[Table]) -> Result<()> {
+pub fn check_calls(kernel: &Kernel<'_>, code: &LinkedCode, tables: &[FixupTable]) -> Result<()> {
     let calls: usize = tables.iter().map(|t| t.bytes.len() / 4).sum();
     let chosen = chosen(kernel)?.filter(|_| calls > 0);
     let counting = COUNTING
@@ -69,17 +68,17 @@ pub fn check_calls(kernel: &Kernel<'_>, code: &Code, tables: &[Table]) -> Result
     }
 }
 
-/// Settles the jumps at `sites`, in a guest one function of which returns as `seen`.
+/// Patches the jumps at `sites`, in a guest one function of which returns as `seen`.
 ///
 /// # Errors
 /// [`Class::NotApplicable`](crate::error::Class::NotApplicable)(crate::error::Error::not_applicable): a site isn't in the code, or the thunk is out
 /// of reach.
 pub fn apply(
     kernel: &Kernel<'_>,
-    code: &mut Code,
+    code: &mut LinkedCode,
     sites: &[Gva],
     seen: Option<Returns>,
-    places: &mut Vec<Place>,
+    places: &mut Vec<FixupPlace>,
 ) -> Result<()> {
     if sites.is_empty() {
         return Ok(());
@@ -105,11 +104,7 @@ pub fn apply(
             }
             None => {}
         }
-        let range = Range::new(at, RET.len() as u64);
-        places.push(Place {
-            range,
-            table: TABLE,
-        });
+        places.push(FixupPlace::new(at, RET.len() as u64, TABLE));
     }
     Ok(())
 }
@@ -122,7 +117,7 @@ mod tests {
     const OTHER: Gva = Gva(FUNCTIONS.0 + 0x100);
 
     /// A return, settled, where the guest has chosen the thunk `thunk`.
-    fn settled(thunk: Option<&str>, seen: Option<Returns>) -> Vec<u8> {
+    fn patched(thunk: Option<&str>, seen: Option<Returns>) -> Vec<u8> {
         let change = |f: &mut locus_kernel::fixture::Fixture| {
             if let Some(name) = thunk {
                 f.function(OTHER.0, name, &[0xc3]);
@@ -142,14 +137,14 @@ mod tests {
     #[test]
     fn returns_follow_the_chosen_thunk_and_else_what_functions_do() {
         let jump = |to| branch(JMP, BASE, to).unwrap().to_vec();
-        assert_eq!(settled(None, Some(Returns::Plain)), RET);
+        assert_eq!(patched(None, Some(Returns::Plain)), RET);
         let default = NOP.plus(2);
-        assert_eq!(settled(None, Some(Returns::Thunk(default))), jump(default));
-        assert_eq!(settled(None, Some(Returns::Thunk(OTHER))), jump(OTHER));
+        assert_eq!(patched(None, Some(Returns::Thunk(default))), jump(default));
+        assert_eq!(patched(None, Some(Returns::Thunk(OTHER))), jump(OTHER));
         // Nothing seen: the sample function has a plain return.
-        assert_eq!(settled(None, None), RET);
+        assert_eq!(patched(None, None), RET);
         // With ITS, a plain return seen in an upper half says nothing.
-        let its = settled(Some("its_return_thunk"), Some(Returns::Plain));
+        let its = patched(Some("its_return_thunk"), Some(Returns::Plain));
         assert_eq!(its, jump(OTHER));
     }
 
@@ -186,7 +181,7 @@ mod tests {
                 |f| f.function(OTHER.0, thunk, &[0xc3]),
                 |kernel| {
                     let bytes = vec![0; 4 * calls];
-                    check_calls(kernel, &code(&[]), &[Table { at: BASE, bytes }])
+                    check_calls(kernel, &code(&[]), &[FixupTable { at: BASE, bytes }])
                 },
             )
         };

@@ -9,7 +9,7 @@
 //! trampoline, and as right. So nothing has to be registered, and a payload's code costs one jump more
 //! than the kernel's own.
 
-use super::code::{relative, Code, Table};
+use super::code::{relative, FixupTable, LinkedCode};
 use crate::error::Result;
 
 const TABLE: &str = ".static_call_sites";
@@ -20,10 +20,12 @@ const SIZE: usize = 8;
 ///
 /// # Errors
 /// [`Class::NotApplicable`](crate::error::Class::NotApplicable)(crate::error::Error::not_applicable) when one is something else.
-pub fn check(code: &Code, tables: &[Table]) -> Result<()> {
+pub fn check(code: &LinkedCode, tables: &[FixupTable]) -> Result<()> {
     for table in tables {
         for (entry, bytes) in table.entries(code, TABLE, SIZE)? {
-            let at = relative(entry, bytes, 0).unwrap_or(entry);
+            let Some(at) = relative(entry, bytes, 0) else {
+                return Err(code.no(&format!("an entry of {TABLE} is cut short")));
+            };
             if !code.runs(at, TABLE)? {
                 continue;
             }
@@ -60,7 +62,7 @@ mod tests {
             let mut entry = Vec::new();
             put32(&mut entry, at, BASE);
             put32(&mut entry, at.plus(4), BASE.plus(0x200));
-            let checked = check(&code, &[Table { at, bytes: entry }]);
+            let checked = check(&code, &[FixupTable { at, bytes: entry }]);
             assert_eq!(checked.is_ok(), good, "{bytes:02x?}");
             assert_eq!(code.bytes, bytes);
         }

@@ -5,7 +5,7 @@ use locus_guest::budget::Budget;
 use locus_kernel::fixture::{renewed, vcpus, Fixture, KIND, TEXT};
 use locus_kernel::Kernel;
 
-use super::code::Code;
+use super::code::LinkedCode;
 use crate::error::Result;
 
 /// Where the code will stand.
@@ -22,9 +22,9 @@ pub const POINTERS: Gva = Gva(TEXT.0 + (8 << 20));
 pub const KEYS: Gva = Gva(POINTERS.0 + 0x100);
 
 /// Code of these bytes at [`BASE`], all of it live, and variables of its own behind.
-pub fn code(bytes: &[u8]) -> Code {
+pub fn code(bytes: &[u8]) -> LinkedCode {
     let all = Range::new(BASE, bytes.len() as u64);
-    Code {
+    LinkedCode {
         name: "p".into(),
         base: BASE,
         bytes: bytes.to_vec(),

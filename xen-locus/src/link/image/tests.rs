@@ -1,9 +1,11 @@
+use locus_guest::addr::PAGE_SIZE;
 use locus_kernel::fixture::{vcpus, Fixture, KIND, TEXT};
 use locus_kernel::Kernel;
 use locus_payload::{Klp, Modinfo, SectionFlags, SymKind};
 
 use super::*;
 use crate::arena;
+use crate::link::module::ModuleSize;
 use crate::link::reloc::{
     R_X86_64_32, R_X86_64_32S, R_X86_64_64, R_X86_64_PC32, R_X86_64_PC64, R_X86_64_PLT32,
 };
@@ -112,15 +114,15 @@ fn linked_with(
         build_id: None,
     };
     change(&mut payload);
-    let size = Size {
+    let size = ModuleSize {
         ro: 100,
         rw: 200,
         bugs: BUGS,
     };
-    let layout = Layout::new(&payload, 100, size)?;
+    let layout = ImageLayout::new(&payload, 100, size)?;
     let rights = [Rights::Text, Rights::RoData, Rights::Data, Rights::Data];
     assert_eq!(layout.rights, rights);
-    let objects = Objects::new(&kernel, Vec::new());
+    let objects = GuestSymbols::new(&kernel, Vec::new());
     link(&payload, &kernel, &objects, &layout, arena::BASE, returns).map(|image| image.bytes)
 }
 

@@ -4,24 +4,35 @@
 use locus_guest::addr::Gva;
 use locus_kernel::Kernel;
 
+use super::buffer::Buffer;
 use super::words::Words;
-use super::{Buffer, Built, JUMP_LEN};
+use super::{BuiltModule, JUMP_LEN};
 use crate::error::{Error, Result};
-use crate::link::fixups::JumpSite;
+use crate::link::fixups::JumpLabel;
 
 /// Bits of `static_key.type`: the value at first, and that the rest is a list of `static_key_mod`.
 const TRUE: u64 = 1;
 const LINKED: u64 = 2;
 const BITS: u64 = 3;
 
-/// Writes the `jump_entry`s, which `jumps` gives in order of key and code; returns the first one of each
-/// key, and whether the key is the payload's own.
+/// A static key, and the payload's branches that follow it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct KeyBranches {
+    /// Address of the `struct static_key`.
+    pub key: Gva,
+    /// Address of the first `jump_entry`; those of one key follow each other.
+    pub first: Gva,
+    /// The key is a variable of the payload itself.
+    pub is_own: bool,
+}
+
+/// Writes the `jump_entry`s, which `jumps` gives in order of key and code; returns the keys in that order.
 pub(super) fn entries(
     ro: &mut Buffer,
     mut offset: u64,
-    jumps: &[JumpSite],
-) -> Result<Vec<(Gva, Gva, bool)>> {
-    let mut keys: Vec<(Gva, Gva, bool)> = Vec::new();
+    jumps: &[JumpLabel],
+) -> Result<Vec<KeyBranches>> {
+    let mut keys: Vec<KeyBranches> = Vec::new();
     for jump in jumps {
         let at = ro.at.plus(offset);
         let near = |to: Gva, from: Gva| {
@@ -33,8 +44,12 @@ pub(super) fn entries(
         ro.put(offset, &near(jump.code, at)?)?;
         ro.put(offset + 4, &near(jump.target, at.plus(4))?)?;
         ro.put(offset + 8, &key.to_le_bytes())?;
-        if keys.last().is_none_or(|(last, ..)| *last != jump.key) {
-            keys.push((jump.key, at, jump.key_is_own));
+        if keys.last().is_none_or(|last| last.key != jump.key) {
+            keys.push(KeyBranches {
+                key: jump.key,
+                first: at,
+                is_own: jump.key_is_own,
+            });
         }
         offset += JUMP_LEN as u64;
     }
@@ -45,12 +60,12 @@ pub(super) fn entries(
 /// module` that a key belongs to, 0 for the kernel.
 pub(super) fn link(
     kernel: &Kernel<'_>,
-    built: &Built,
+    built: &BuiltModule,
     words: &mut Words<'_, '_>,
     owner: &dyn Fn(Gva) -> Result<Gva>,
 ) -> Result<()> {
     let mut node = built.nodes;
-    let foreign: Vec<_> = built.keys.iter().filter(|(.., own)| !own).collect();
+    let foreign: Vec<_> = built.keys.iter().filter(|k| !k.is_own).collect();
     if foreign.is_empty() {
         return Ok(());
     }
@@ -59,13 +74,13 @@ pub(super) fn link(
     let size = btf.size_of("static_key_mod")? as u64;
     let member = |path| Ok::<u64, Error>(btf.offset_of("static_key_mod", path)? as u64);
     let (next, entries, of) = (member("next")?, member("entries")?, member("mod")?);
-    for &&(key, first, _) in &foreign {
+    for &&KeyBranches { key, first, .. } in &foreign {
         // the count is in the first word: it must not have changed when the links are written
         words.get(key)?;
         let word = words.get(key.plus(links))?;
         let list = word & !BITS;
         if word & LINKED != 0 && list == 0 {
-            // sealed after init: it never changes any more
+            // sealed after init: it never changes again
             continue;
         }
         let mut below = list;

@@ -1,32 +1,34 @@
-//! The links that make the guest's kernel know a payload: written in the pause that brings it into
-//! force, all or none, and only if nothing moved since they were worked out.
+//! The links that make the guest's kernel know a payload as a module. They are written in the pause that
+//! brings the payload into force, all or none, and only if nothing moved since they were worked out.
 
 use locus_guest::addr::{Gva, Range};
 use locus_kernel::modules::{Module, ModuleReader};
 use locus_kernel::Kernel;
 
+use super::structure::TreeNode;
 use super::words::Words;
-use super::{keys, tree, Built};
+use super::{keys, tree, BuiltModule};
 use crate::arena::record::MODULE;
 use crate::error::{Error, Result};
 use crate::quiesce::Watched;
 use crate::write::Write;
 
 /// The functions that change the list of modules with `BUG` sites, which no lock protects
-/// (lib/bug.c). They call nothing, so whoever is in them was interrupted there.
+/// (lib/bug.c). They call nothing, so a thread that is in them was interrupted there.
 const UNLOCKED: [&str; 2] = ["module_bug_finalize", "module_bug_cleanup"];
 
-/// What is to be written, and who must not be at work meanwhile.
+/// The links of a payload, and the code that no thread may be in when they are written.
 #[derive(Clone, Debug, Default)]
-pub struct Entering {
-    /// The links.
+pub struct ModuleLinks {
+    /// The links, and the words that must not have changed. The first and the last write are the marks that
+    /// [`is_entered`] reads.
     pub writes: Vec<Write>,
-    /// Where nobody may be.
+    /// The functions that change the same lists without a lock.
     pub watched: Vec<Watched>,
 }
 
-/// Whether the guest knows the `struct module` at `module`, which a payload has in the arena: one of the
-/// two words before it is written before all links to it, the other after them.
+/// Whether the guest knows the `struct module` at `module`, which a payload has in the arena. Two words before it
+/// tell: one is written before all links to it, the other after them.
 ///
 /// # Errors
 /// [`Class::Uncertain`](crate::error::Class::Uncertain) when only one of them is: an earlier run was ended in between.
@@ -49,12 +51,12 @@ pub fn is_entered(kernel: &Kernel<'_>, module: Gva) -> Result<bool> {
 /// # Errors
 /// [`Class::TryAgain`](crate::error::Class::TryAgain) while the guest loads or unloads a module or changes a static key;
 /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): its lists are not as this tool knows them.
-pub fn enter(kernel: &Kernel<'_>, built: &mut Built, uses: &[Gva]) -> Result<Entering> {
+pub fn enter(kernel: &Kernel<'_>, built: &mut BuiltModule, uses: &[Gva]) -> Result<ModuleLinks> {
     let space = kernel.space.fresh();
     let modules = ModuleReader::new(kernel)?.all()?;
     let mut rw = std::mem::take(&mut built.rw);
     let mut words = Words::new(&space, built.place.rw, &mut rw);
-    let done = Links { kernel, built }.all(&mut words, &modules, uses);
+    let done = LinkWriter { kernel, built }.write_all(&mut words, &modules, uses);
     let mut writes = vec![mark(built.place.rw)];
     writes.extend(words.into_writes());
     writes.push(mark(built.place.rw.plus(8)));
@@ -71,7 +73,7 @@ pub fn enter(kernel: &Kernel<'_>, built: &mut Built, uses: &[Gva]) -> Result<Ent
             })
         })
         .collect();
-    Ok(Entering { writes, watched })
+    Ok(ModuleLinks { writes, watched })
 }
 
 /// Sets a word of ours from 0 to 1.
@@ -83,13 +85,13 @@ fn mark(at: Gva) -> Write {
     }
 }
 
-struct Links<'a, 'm> {
+struct LinkWriter<'a, 'm> {
     kernel: &'a Kernel<'m>,
-    built: &'a Built,
+    built: &'a BuiltModule,
 }
 
-impl Links<'_, '_> {
-    fn all(&self, words: &mut Words<'_, '_>, modules: &[Module], uses: &[Gva]) -> Result<()> {
+impl LinkWriter<'_, '_> {
+    fn write_all(&self, words: &mut Words<'_, '_>, modules: &[Module], uses: &[Gva]) -> Result<()> {
         let module = self.built.place.module();
         let member = |path| self.offset("module", path).map(|o| module.plus(o));
         self.unlocked(words, "module_mutex", "loads or unloads a module")?;
@@ -123,8 +125,9 @@ impl Links<'_, '_> {
         }
     }
 
-    /// The tree by which the kernel finds the module of an address, twice: lookups use one copy while
-    /// the other changes (kernel/module/tree_lookup.c, include/linux/rbtree_latch.h).
+    /// Inserts the payload's nodes into both copies of the tree by which the kernel finds the module of an
+    /// address: lookups use one copy while the other changes (kernel/module/tree_lookup.c,
+    /// include/linux/rbtree_latch.h).
     fn tree(&self, words: &mut Words<'_, '_>) -> Result<()> {
         let btf = self.kernel.btf()?;
         let tree = self.kernel.symbols.need("mod_tree")?;
@@ -149,13 +152,17 @@ impl Links<'_, '_> {
                 btf.size_of("rb_node")? as u64,
             ),
         ];
-        for &(own, key) in &self.built.tree {
+        for node in &self.built.tree {
             for (top, nth) in copies {
                 let key_of = |words: &mut Words<'_, '_>, node: Gva| {
                     let holder = node.0.wrapping_sub(nth).wrapping_sub(inner);
                     words.get(Gva(holder).plus(base))
                 };
-                tree::insert(words, shape, top, (own.plus(nth), key), key_of)?;
+                let copy = TreeNode {
+                    at: node.at.plus(nth),
+                    key: node.key,
+                };
+                tree::insert(words, shape, top, copy, key_of)?;
             }
         }
         // a lookup that was interrupted on its way down begins again

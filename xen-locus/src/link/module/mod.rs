@@ -1,14 +1,19 @@
 //! A payload as a module of the guest: so that the guest's own code finds its exception fixups, its
 //! `BUG` and `WARN` sites, its unwind data, its symbols and its static keys.
 //!
-//! The payload gets a `struct module` and the tables behind it, in the arena beside its code, and the
-//! guest's lists and trees get links to it, in the same pause and with the same checks as the
-//! redirects ([`enter`]). From then on the guest treats the payload's code as that of any module:
-//! back-traces name it, a bad user pointer is fixed up, static keys that change are written into it.
+//! The payload gets a `struct module` and the tables that it points to: together they are the *module's
+//! tables*, in the arena beside the payload's code. The guest's lists and trees get links to them, in the same
+//! pause and with the same checks as the redirects ([`links`]). From then on the guest treats the payload's
+//! code as that of any module: back-traces name it, a bad user pointer is fixed up, static keys that change
+//! are written into it.
 //!
-//! Like its code the entry stays when the payload is undone: a thread or timer it left behind must
-//! find both. It can't be unloaded, for it counts as used by itself.
+//! A payload's module goes through three types: [`ModuleDraft`] (what it is made of, and its size),
+//! [`BuiltModule`] (its bytes for their addresses), [`links::ModuleLinks`] (the writes to the guest's lists).
+//!
+//! The tables stay when the payload is reverted, as its code does: a thread or timer that it left behind must
+//! find both. It can't be unloaded, because it counts as used by itself.
 
+mod buffer;
 mod keys;
 pub mod links;
 mod structure;
@@ -19,33 +24,32 @@ mod tests;
 mod tree;
 mod words;
 
-use std::cell::Cell;
-
 use locus_guest::addr::{Gva, Range};
+use locus_kernel::btf::Btf;
 use locus_kernel::orc::{self, FrameKind};
 use locus_kernel::Kernel;
 use locus_payload::{Payload, Reloc, Role};
 
-use self::structure::{Part, Structure};
+use self::buffer::{Buffer, Room};
+use self::keys::KeyBranches;
+use self::structure::{ModuleMemory, Structure, TreeNode};
 use self::symtab::{Symtab, SYM_LEN};
 use self::table::Row;
-use super::fixups::JumpSite;
+use super::fixups::JumpLabel;
 use super::reloc;
 use crate::arena::record::MODULE;
 use crate::error::{Error, Result};
 
-/// Alignment of each part of the entry, in bytes.
-const ALIGN: u64 = 64;
 /// Bytes of a `struct jump_entry` (include/linux/jump_label.h, relative form).
 const JUMP_LEN: usize = 16;
 
-/// What an entry is made of, sized before the payload has an address.
+/// What a payload's module is made of, sized before the payload has an address.
 #[derive(Debug)]
-pub struct Entry<'p> {
+pub struct ModuleDraft<'p> {
     payload: &'p Payload,
     fixups: Vec<Row>,
     bugs: Vec<Row>,
-    unwind: Vec<Unwind>,
+    unwind: Vec<UnwindRow>,
     symbols: Symtab,
     sizes: Sizes,
     ro: ReadOnly,
@@ -54,22 +58,22 @@ pub struct Entry<'p> {
 
 /// A row of unwind data.
 #[derive(Debug)]
-struct Unwind {
+struct UnwindRow {
     ip: Row,
     row: Row,
-    /// It only says that a section's code ends there.
+    /// The row says only that a section's code ends there.
     end: bool,
 }
 
-/// The room that an entry takes.
+/// The room that the module's tables take.
 #[derive(Clone, Copy, Debug)]
-pub struct Size {
+pub struct ModuleSize {
     /// Length of the read-only part, in bytes.
     pub ro: u64,
     /// Length of the writable part, in bytes.
     pub rw: u64,
-    /// Offset in the writable part of the table of `BUG` and `WARN` sites, whose rows stand in it as
-    /// they do in the payload's section: code refers to them ([`super::image`]).
+    /// Offset in the writable part of the table of `BUG` and `WARN` sites, in bytes. Its rows are in the order of
+    /// the payload's section, because code refers to them ([`super::image`]).
     pub bugs: u64,
 }
 
@@ -103,18 +107,6 @@ struct Writable {
     len: u64,
 }
 
-/// Hands out room, each piece aligned.
-#[derive(Default)]
-struct Room(Cell<u64>);
-
-impl Room {
-    fn take(&self, len: usize) -> u64 {
-        let at = self.0.get().next_multiple_of(ALIGN);
-        self.0.set(at.saturating_add(len as u64));
-        at
-    }
-}
-
 /// The most jump labels that `payload` can have.
 #[must_use]
 pub fn jump_labels(payload: &Payload) -> u64 {
@@ -123,22 +115,22 @@ pub fn jump_labels(payload: &Payload) -> u64 {
     tables.map(|s| s.size / JUMP_LEN as u64).sum()
 }
 
-/// Where a payload and its entry stand.
+/// The addresses of a payload and of its module's tables.
 #[derive(Clone, Copy, Debug)]
-pub struct Place {
+pub struct PayloadAddresses {
     /// Pages of code.
     pub text: Range,
     /// Pages of constants.
     pub rodata: Range,
-    /// Pages of variables, the entry's included.
+    /// Pages of variables, those of the module's tables included.
     pub data: Range,
-    /// First byte of the read-only part of the entry.
+    /// First byte of the read-only part of the module's tables.
     pub ro: Gva,
-    /// First byte of the writable part of the entry.
+    /// First byte of the writable part of the module's tables.
     pub rw: Gva,
 }
 
-impl Place {
+impl PayloadAddresses {
     /// Address of the `struct module`.
     #[must_use]
     pub fn module(&self) -> Gva {
@@ -146,34 +138,43 @@ impl Place {
     }
 }
 
-/// An entry for its place, with no links yet.
+/// The module's tables for their addresses, with no links yet.
 #[derive(Debug)]
-pub struct Built {
+pub struct BuiltModule {
     /// Bytes of its read-only part.
     pub ro: Vec<u8>,
     /// Bytes of its writable part.
     pub rw: Vec<u8>,
-    /// Where it stands.
-    pub place: Place,
-    /// The nodes for the tree of module addresses, and their keys.
-    tree: Vec<(Gva, u64)>,
-    /// First `jump_entry` of each static key, in order of address; and whether the key is the
-    /// payload's own.
-    keys: Vec<(Gva, Gva, bool)>,
-    /// Of the payload's own static keys: address of the word that names their branches, and the first.
-    pub own_keys: Vec<(Gva, Gva)>,
-    /// Room for the nodes that link static keys, and for those that name users.
+    /// The addresses of the payload.
+    pub place: PayloadAddresses,
+    /// The nodes for the tree of module addresses.
+    tree: Vec<TreeNode>,
+    /// The static keys that the payload's branches follow, in order of address.
+    keys: Vec<KeyBranches>,
+    /// The words of the payload's own static keys that name their branches.
+    pub own_keys: Vec<OwnKeyWord>,
+    /// Address of the room for the nodes that link static keys.
     nodes: Gva,
+    /// Address of the room for the nodes that name users.
     users: Gva,
 }
 
-impl<'p> Entry<'p> {
+/// The word of one of the payload's own static keys that names its branches (`static_key.entries`).
+#[derive(Clone, Copy, Debug)]
+pub struct OwnKeyWord {
+    /// Address of the word.
+    pub at: Gva,
+    /// Its value: address of the first `jump_entry`. The lowest bit of the word stays as it is.
+    pub value: Gva,
+}
+
+impl<'p> ModuleDraft<'p> {
     /// Reads what of the payload the guest's `struct module` has to point at. `users` is for how many
     /// modules it says that it uses them.
     ///
     /// # Errors
     /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): a table is not as this guest's kernel has it.
-    pub fn of(payload: &'p Payload, kernel: &Kernel<'_>, users: usize) -> Result<Entry<'p>> {
+    pub fn of(payload: &'p Payload, kernel: &Kernel<'_>, users: usize) -> Result<ModuleDraft<'p>> {
         let btf = kernel.btf()?;
         let stride = |name| structure::size_of(btf, name);
         let fixups = match payload.sections.iter().any(|s| s.role == Role::ExTable) {
@@ -191,8 +192,9 @@ impl<'p> Entry<'p> {
         let unwind = unwind(payload, kernel)?;
         let symbols = Symtab::of(payload)?;
         table::check_own_module(payload, stride("module")?)?;
+        // The table's bytes are in memory, so their number fits.
         let jumps = usize::try_from(jump_labels(payload)).unwrap_or(usize::MAX);
-        let mut entry = Entry {
+        let mut entry = ModuleDraft {
             payload,
             fixups: fixups.into_iter().flatten().collect(),
             bugs,
@@ -228,12 +230,12 @@ impl<'p> Entry<'p> {
             jumps: room.take(jumps.saturating_mul(JUMP_LEN)),
             len: room.take(0),
         };
-        let room = Room(Cell::new(MODULE));
+        let room = Room::from(MODULE);
         room.take(module);
         self.rw = Writable {
             kallsyms: room.take(kallsyms),
             bugs: room.take(bytes(&self.bugs)),
-            // a key that nobody but the kernel used so far needs two
+            // a key that only the kernel used so far needs two
             nodes: room.take(jumps.saturating_mul(2 * self.sizes.node)),
             users: room.take(users.saturating_mul(self.sizes.user)),
             len: room.take(0),
@@ -242,43 +244,77 @@ impl<'p> Entry<'p> {
 
     /// The room it takes.
     #[must_use]
-    pub fn size(&self) -> Size {
-        Size {
+    pub fn size(&self) -> ModuleSize {
+        ModuleSize {
             ro: self.ro.len,
             rw: self.rw.len,
             bugs: self.rw.bugs,
         }
     }
 
-    /// Fills the entry in for its place. `resolve` gives the value of a relocation's symbol, `start_of`
-    /// the place of a section; `jumps` are the payload's static-key branches in the kernel's order.
+    /// Makes the bytes for the addresses in `place`. `resolve` gives the address of a relocation's symbol,
+    /// `start_of` that of a section; `jumps` are the payload's jump labels in the kernel's order.
     ///
     /// # Errors
     /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): an address is out of reach, or the guest's types lack something.
     pub fn build(
         &self,
         kernel: &Kernel<'_>,
-        place: Place,
+        place: PayloadAddresses,
         resolve: &dyn Fn(&Reloc) -> Result<Gva>,
         start_of: &dyn Fn(usize) -> Option<u64>,
-        jumps: &[JumpSite],
-    ) -> Result<Built> {
+        jumps: &[JumpLabel],
+    ) -> Result<BuiltModule> {
         let btf = kernel.btf()?;
-        let mut ro = Buffer::new(place.ro, self.ro.len);
-        let mut rw = Buffer::new(place.rw, self.rw.len);
+        let mut ro = Buffer::new(place.ro, self.ro.len)?;
+        let mut rw = Buffer::new(place.rw, self.rw.len)?;
         ro.put(self.ro.symtab, &self.symbols.encode(start_of))?;
         ro.put(self.ro.strings, &self.symbols.strings)?;
         ro.put(self.ro.types, &self.symbols.types)?;
+        self.put_rows(&mut ro, &mut rw, resolve)?;
+        let keys = keys::entries(&mut ro, self.ro.jumps, jumps)?;
+        let mut module = Structure::new(kernel, place.module())?;
+        let tree = self.fill_in(&mut module, btf, &place, jumps.len())?;
+        rw.put(MODULE, &module.bytes)?;
+        self.put_kallsyms(&mut rw, btf, place.ro)?;
+        // Offset of the word that names a key's branches.
+        let links = match keys.iter().any(|k| k.is_own) {
+            true => btf.offset_of("static_key", "type")? as u64,
+            false => 0,
+        };
+        let own = keys.iter().filter(|k| k.is_own);
+        let own_keys = own.map(|k| OwnKeyWord {
+            at: k.key.plus(links),
+            value: k.first,
+        });
+        Ok(BuiltModule {
+            own_keys: own_keys.collect(),
+            ro: ro.bytes,
+            rw: rw.bytes,
+            place,
+            tree,
+            keys,
+            nodes: place.rw.plus(self.rw.nodes),
+            users: place.rw.plus(self.rw.users),
+        })
+    }
 
+    /// The tables of fixups, of `BUG` and `WARN` sites and of unwind data, sorted as the kernel sorts them.
+    fn put_rows(
+        &self,
+        ro: &mut Buffer,
+        rw: &mut Buffer,
+        resolve: &dyn Fn(&Reloc) -> Result<Gva>,
+    ) -> Result<()> {
         let mut fixups = Vec::new();
         for row in &self.fixups {
             fixups.push((target(row, resolve)?, row));
         }
         fixups.sort_by_key(|(at, _)| *at);
         let rows: Vec<&Row> = fixups.into_iter().map(|(_, row)| row).collect();
-        self.rows(&mut ro, self.ro.fixups, &rows, resolve)?;
+        self.rows(ro, self.ro.fixups, &rows, resolve)?;
         let rows: Vec<&Row> = self.bugs.iter().collect();
-        self.rows(&mut rw, self.rw.bugs, &rows, resolve)?;
+        self.rows(rw, self.rw.bugs, &rows, resolve)?;
 
         let mut unwind = Vec::new();
         for one in &self.unwind {
@@ -288,12 +324,19 @@ impl<'p> Entry<'p> {
         unwind.sort_by_key(|(key, _)| *key);
         let ips: Vec<&Row> = unwind.iter().map(|(_, one)| &one.ip).collect();
         let rows: Vec<&Row> = unwind.iter().map(|(_, one)| &one.row).collect();
-        self.rows(&mut ro, self.ro.unwind_ips, &ips, resolve)?;
-        self.rows(&mut ro, self.ro.unwind, &rows, resolve)?;
+        self.rows(ro, self.ro.unwind_ips, &ips, resolve)?;
+        self.rows(ro, self.ro.unwind, &rows, resolve)
+    }
 
-        let keys = keys::entries(&mut ro, self.ro.jumps, jumps)?;
-
-        let mut module = Structure::new(kernel, place.module())?;
+    /// Fills in the `struct module` of a payload with so many jump labels; returns the nodes for the tree of
+    /// module addresses.
+    fn fill_in(
+        &self,
+        module: &mut Structure<'_>,
+        btf: &Btf,
+        place: &PayloadAddresses,
+        jumps: usize,
+    ) -> Result<Vec<TreeNode>> {
         let live = btf
             .enum_value("module_state", "MODULE_STATE_LIVE")
             .and_then(|n| u32::try_from(n).ok())
@@ -304,7 +347,7 @@ impl<'p> Entry<'p> {
         module.set("refcnt", &2u32.to_le_bytes())?;
         module.empty_list("source_list")?;
         module.empty_list("target_list")?;
-        let tree = module.memory(&parts(&place))?;
+        let tree = module.memory(&memory(place))?;
         let at = |offset| place.ro.plus(offset);
         module.table(
             "extable",
@@ -320,44 +363,27 @@ impl<'p> Entry<'p> {
         }
         let bugs = place.rw.plus(self.rw.bugs);
         module.table("bug_table", "num_bugs", bugs, self.bugs.len())?;
-        if !jumps.is_empty() {
-            module.table(
-                "jump_entries",
-                "num_jump_entries",
-                at(self.ro.jumps),
-                jumps.len(),
-            )?;
-        }
+        module.table("jump_entries", "num_jump_entries", at(self.ro.jumps), jumps)?;
         let kallsyms = place.rw.plus(self.rw.kallsyms);
         module.set("kallsyms", &kallsyms.0.to_le_bytes())?;
-        rw.put(MODULE, &module.bytes)?;
-        let count = u32::try_from(self.symbols.len()).unwrap_or(u32::MAX);
+        Ok(tree)
+    }
+
+    /// The `struct mod_kallsyms`; `ro` is the address of the read-only part, which has the symbols.
+    fn put_kallsyms(&self, rw: &mut Buffer, btf: &Btf, ro: Gva) -> Result<()> {
         let member = |path| Ok::<u64, Error>(btf.offset_of("mod_kallsyms", path)? as u64);
-        for (path, value) in [
-            ("symtab", at(self.ro.symtab)),
-            ("strtab", at(self.ro.strings)),
-            ("typetab", at(self.ro.types)),
+        for (path, offset) in [
+            ("symtab", self.ro.symtab),
+            ("strtab", self.ro.strings),
+            ("typetab", self.ro.types),
         ] {
-            rw.put(self.rw.kallsyms + member(path)?, &value.0.to_le_bytes())?;
+            let value = ro.plus(offset).0.to_le_bytes();
+            rw.put(self.rw.kallsyms + member(path)?, &value)?;
         }
+        let count = u32::try_from(self.symbols.len())
+            .map_err(|_| Error::not_applicable("the payload has more than 2^32 symbols"))?;
         let at = self.rw.kallsyms + member("num_symtab")?;
-        rw.put(at, &count.to_le_bytes())?;
-        let links = match keys.iter().any(|(.., own)| *own) {
-            true => btf.offset_of("static_key", "type")? as u64,
-            false => 0,
-        };
-        let own = keys.iter().filter(|(.., own)| *own);
-        let own_keys = own.map(|(key, at, _)| (key.plus(links), *at)).collect();
-        Ok(Built {
-            ro: ro.bytes,
-            rw: rw.bytes,
-            place,
-            tree,
-            keys,
-            own_keys,
-            nodes: place.rw.plus(self.rw.nodes),
-            users: place.rw.plus(self.rw.users),
-        })
+        rw.put(at, &count.to_le_bytes())
     }
 
     fn rows(
@@ -372,16 +398,18 @@ impl<'p> Entry<'p> {
             for reloc in &row.relocs {
                 let symbol = resolve(reloc)?;
                 let at = buffer.at.plus(offset).plus(reloc.offset);
-                let start = usize::try_from(reloc.offset).unwrap_or(usize::MAX);
                 let no = |why: &str| {
                     Error::not_applicable(format!("payload {}: a table: {why}", self.payload.name))
                 };
-                let (word, len) =
+                let value =
                     reloc::value(reloc.rtype, symbol, reloc.addend, at).map_err(|why| no(&why))?;
-                let room = bytes
-                    .get_mut(start..start.saturating_add(len))
-                    .ok_or_else(|| no("a relocation leaves its row"))?;
-                room.copy_from_slice(word.get(..len).unwrap_or_default());
+                let start = usize::try_from(reloc.offset).ok();
+                let room = start.and_then(|start| {
+                    let end = start.checked_add(value.bytes().len())?;
+                    bytes.get_mut(start..end)
+                });
+                room.ok_or_else(|| no("a relocation leaves its row"))?
+                    .copy_from_slice(value.bytes());
             }
             buffer.put(offset, &bytes)?;
             offset += bytes.len() as u64;
@@ -390,7 +418,7 @@ impl<'p> Entry<'p> {
     }
 }
 
-/// What a row's first word refers to.
+/// The address that a row's first word refers to; 0 for a row of zeroes.
 fn target(row: &Row, resolve: &dyn Fn(&Reloc) -> Result<Gva>) -> Result<u64> {
     match row.relocs.first() {
         Some(reloc) => Ok(resolve(reloc)?.0.wrapping_add_signed(reloc.addend)),
@@ -399,7 +427,7 @@ fn target(row: &Row, resolve: &dyn Fn(&Reloc) -> Result<Gva>) -> Result<u64> {
 }
 
 /// Rows of unwind data for code that is placed.
-fn unwind(payload: &Payload, kernel: &Kernel<'_>) -> Result<Vec<Unwind>> {
+fn unwind(payload: &Payload, kernel: &Kernel<'_>) -> Result<Vec<UnwindRow>> {
     let no = |why: String| Error::not_applicable(format!("payload {}: {why}", payload.name));
     let ips = table::rows(payload, &Role::OrcUnwindIp, 4)?;
     if ips.is_empty() {
@@ -428,49 +456,19 @@ fn unwind(payload: &Payload, kernel: &Kernel<'_>) -> Result<Vec<Unwind>> {
             ))
         })?;
         let end = kind == FrameKind::Undefined;
-        found.push(Unwind { ip, row, end });
+        found.push(UnwindRow { ip, row, end });
     }
     Ok(found)
 }
 
-fn parts(place: &Place) -> Vec<Part> {
+fn memory(place: &PayloadAddresses) -> Vec<ModuleMemory> {
     let all = [
         ("MOD_TEXT", place.text),
         ("MOD_RODATA", place.rodata),
         ("MOD_DATA", place.data),
     ];
-    all.into_iter().filter(|(_, r)| r.len() > 0).collect()
-}
-
-/// Bytes that are to stand at an address.
-#[derive(Debug)]
-struct Buffer {
-    at: Gva,
-    bytes: Vec<u8>,
-}
-
-impl Buffer {
-    fn new(at: Gva, len: u64) -> Buffer {
-        let len = usize::try_from(len).unwrap_or(0);
-        Buffer {
-            at,
-            bytes: vec![0; len],
-        }
-    }
-
-    fn put(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let room = start
-            .checked_add(bytes.len())
-            .and_then(|end| self.bytes.get_mut(start..end));
-        match room {
-            Some(room) => {
-                room.copy_from_slice(bytes);
-                Ok(())
-            }
-            None => Err(Error::failed(
-                "a part of the payload's module entry does not fit its room",
-            )),
-        }
-    }
+    all.into_iter()
+        .filter(|(_, range)| range.len() > 0)
+        .map(|(kind, range)| ModuleMemory { kind, range })
+        .collect()
 }

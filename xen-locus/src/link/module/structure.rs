@@ -11,8 +11,23 @@ const SIZE_MAX: usize = 64 << 10;
 /// Most kinds of memory a module has.
 const KINDS_MAX: i64 = 32;
 
-/// Memory of a payload: a kind as `enum mod_mem_type` names it, and where it is.
-pub type Part = (&'static str, Range);
+/// Memory of a payload.
+#[derive(Clone, Copy, Debug)]
+pub struct ModuleMemory {
+    /// The kind, as `enum mod_mem_type` names it.
+    pub kind: &'static str,
+    /// Its pages.
+    pub range: Range,
+}
+
+/// A node for the guest's tree of module addresses.
+#[derive(Clone, Copy, Debug)]
+pub struct TreeNode {
+    /// Address of the `latch_tree_node`.
+    pub at: Gva,
+    /// Its key: the first address of the memory that it stands for.
+    pub key: Gva,
+}
 
 /// The structure, being filled in.
 #[derive(Debug)]
@@ -105,20 +120,20 @@ impl<'k> Structure<'k> {
         self.set(path, &[own, own].concat())
     }
 
-    /// Says which memory the module has; returns the nodes for the tree of module addresses: address
-    /// of the `latch_tree_node`, and the key.
+    /// Says which memory the module has; returns the nodes for the tree of module addresses.
     ///
     /// # Errors
     /// The guest describes the memory of modules in an unknown way.
-    pub fn memory(&mut self, parts: &[Part]) -> Result<Vec<(Gva, u64)>> {
+    pub fn memory(&mut self, parts: &[ModuleMemory]) -> Result<Vec<TreeNode>> {
         if self.btf.has("module", "mem") {
             return self.memory_by_kind(parts);
         }
-        let end = parts.iter().map(|(_, r)| r.end.0).max().unwrap_or(0);
-        let start = parts.iter().map(|(_, r)| r.start.0).min().unwrap_or(0);
+        // A payload has code, so there is memory.
+        let end = parts.iter().map(|p| p.range.end.0).max().unwrap_or(0);
+        let start = parts.iter().map(|p| p.range.start.0).min().unwrap_or(0);
         let up_to = |kinds: &[&str]| {
-            let of_kind = parts.iter().filter(|(kind, _)| kinds.contains(kind));
-            of_kind.map(|(_, r)| r.end.0).max().unwrap_or(start) - start
+            let of_kind = parts.iter().filter(|p| kinds.contains(&p.kind));
+            of_kind.map(|p| p.range.end.0).max().unwrap_or(start) - start
         };
         let sizes = [
             ("core_layout.size", end - start),
@@ -135,12 +150,15 @@ impl<'k> Structure<'k> {
         }
         let module = self.at.0.to_le_bytes();
         self.set("core_layout.mtn.mod", &module)?;
-        Ok(vec![(self.member("core_layout.mtn.node")?, start)])
+        Ok(vec![TreeNode {
+            at: self.member("core_layout.mtn.node")?,
+            key: Gva(start),
+        }])
     }
 
     /// Linux kernel commit ac3b43283923 ("module: replace module_layout with module_memory") (in
     /// v6.4).
-    fn memory_by_kind(&mut self, parts: &[Part]) -> Result<Vec<(Gva, u64)>> {
+    fn memory_by_kind(&mut self, parts: &[ModuleMemory]) -> Result<Vec<TreeNode>> {
         let mem = self.btf.offset_of("module", "mem")?;
         let stride = size_of(self.btf, "module_memory")?;
         let of = |path| self.btf.offset_of("module_memory", path);
@@ -148,7 +166,7 @@ impl<'k> Structure<'k> {
         let (owner, node) = (of("mtn.mod")?, of("mtn.node")?);
         let module = self.at.0.to_le_bytes();
         let mut nodes = Vec::new();
-        for (kind, range) in parts {
+        for &ModuleMemory { kind, range } in parts {
             let number = self
                 .btf
                 .enum_value("mod_mem_type", kind)
@@ -161,7 +179,10 @@ impl<'k> Structure<'k> {
             self.put(at + base, &range.start.0.to_le_bytes())?;
             self.put(at + size, &half(range.len())?)?;
             self.put(at + owner, &module)?;
-            nodes.push((self.at.plus((at + node) as u64), range.start.0));
+            nodes.push(TreeNode {
+                at: self.at.plus((at + node) as u64),
+                key: range.start,
+            });
         }
         Ok(nodes)
     }

@@ -8,9 +8,9 @@ use crate::error::{Error, Result};
 /// Bytes of an `Elf64_Sym`.
 pub const SYM_LEN: usize = 24;
 
-/// A symbol and where it stands.
+/// A symbol of the table, before its section has an address.
 #[derive(Clone, Debug)]
-struct Entry {
+struct SymtabEntry {
     name: u32,
     info: u8,
     section: usize,
@@ -21,7 +21,7 @@ struct Entry {
 /// The tables.
 #[derive(Clone, Debug)]
 pub struct Symtab {
-    entries: Vec<Entry>,
+    entries: Vec<SymtabEntry>,
     /// Names, each ended by a zero; begins with an empty one.
     pub strings: Vec<u8>,
     /// A letter for each symbol, as `nm` has it.
@@ -35,7 +35,7 @@ impl Symtab {
     /// Their names take more than 4 GiB.
     pub fn of(payload: &Payload) -> Result<Symtab> {
         // The kernel skips symbol 0, as ELF has it.
-        let none = Entry {
+        let none = SymtabEntry {
             name: 0,
             info: 0,
             section: 0,
@@ -79,7 +79,7 @@ impl Symtab {
                 .extend(symbol.name.bytes().filter(|&b| b != 0));
             table.strings.push(0);
             table.types.push(letter);
-            table.entries.push(Entry {
+            table.entries.push(SymtabEntry {
                 name,
                 info: binding << 4 | kind,
                 section: index,
@@ -101,6 +101,7 @@ impl Symtab {
     pub fn encode(&self, start_of: impl Fn(usize) -> Option<u64>) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(self.entries.len() * SYM_LEN);
         for entry in &self.entries {
+            // Section 0 and empty sections have no address.
             let start = start_of(entry.section).unwrap_or(0);
             let section = u16::try_from(entry.section).unwrap_or(u16::MAX);
             bytes.extend(entry.name.to_le_bytes());

@@ -2,6 +2,7 @@ use locus_guest::addr::Gva;
 use locus_kernel::fixture::{vcpus, Fixture, KIND};
 use locus_kernel::Kernel;
 
+use super::structure::TreeNode;
 use super::tree::{insert, Shape};
 use super::words::Words;
 use crate::error::Result;
@@ -57,7 +58,11 @@ fn a_tree_stays_sorted_and_balanced_whatever_is_inserted() {
         for i in 0..300 {
             let key = order(i);
             words.set(node(i).plus(24), key).unwrap();
-            insert(&mut words, SHAPE, AT, (node(i), key), key_of).unwrap();
+            let new = TreeNode {
+                at: node(i),
+                key: Gva(key),
+            };
+            insert(&mut words, SHAPE, AT, new, key_of).unwrap();
             let root = Gva(words.get(AT).unwrap());
             assert_eq!(words.get(root).unwrap() & 1, 1, "the root is black");
             let mut keys = Vec::new();
@@ -78,7 +83,11 @@ fn a_tree_with_a_loop_is_refused() {
     words.set(AT, node(0).0).unwrap();
     words.set(node(0), 1).unwrap();
     words.set(node(0).plus(8), node(0).0).unwrap();
-    let refused = insert(&mut words, SHAPE, AT, (node(1), 5), key_of);
+    let new = TreeNode {
+        at: node(1),
+        key: Gva(5),
+    };
+    let refused = insert(&mut words, SHAPE, AT, new, key_of);
     assert!(refused.unwrap_err().to_string().contains("loop"));
 }
 

@@ -5,6 +5,7 @@
 
 use locus_guest::addr::Gva;
 
+use super::structure::TreeNode;
 use super::words::Words;
 use crate::error::{Error, Result};
 
@@ -51,8 +52,8 @@ fn odd(what: &str) -> Error {
     ))
 }
 
-/// Inserts `node`, whose key is `key`, into the tree whose root pointer stands at `root`; `key_of`
-/// tells the keys of the nodes that are there.
+/// Inserts `new` into the tree whose root pointer is at `root`. `key_of` gives the key of a node that is in the
+/// tree already.
 ///
 /// # Errors
 /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): the tree is deeper than a tree can be, or breaks the rules; or memory
@@ -61,9 +62,10 @@ pub fn insert(
     words: &mut Words<'_, '_>,
     shape: Shape,
     root: Gva,
-    (node, key): (Gva, u64),
+    new: TreeNode,
     key_of: impl Fn(&mut Words<'_, '_>, Gva) -> Result<u64>,
 ) -> Result<()> {
+    let node = new.at;
     let mut link = root;
     let mut parent = Gva(0);
     let mut depth = 0;
@@ -77,7 +79,7 @@ pub fn insert(
             return Err(odd("it has a loop, or our node already"));
         }
         parent = next;
-        let left = key < key_of(words, next)?;
+        let left = new.key.0 < key_of(words, next)?;
         link = next.plus(if left { shape.left } else { shape.right });
     }
     words.set(node.plus(shape.parent), parent.0)?;

@@ -1,5 +1,5 @@
-//! Eight-byte words of the guest, changed on paper: what was read stays known, so that each change
-//! becomes a [`Write`] that is only made if nothing moved meanwhile.
+//! Eight-byte words of the guest, changed in a copy. Each word that was read is stored, so that each change
+//! becomes a [`Write`] that is made only if nothing moved meanwhile.
 
 use std::collections::BTreeMap;
 
@@ -16,8 +16,17 @@ pub struct Words<'a, 'm> {
     space: &'a Space<'m>,
     own: Range,
     bytes: &'a mut [u8],
-    /// By address: what stands there, and what is to stand there.
-    seen: BTreeMap<u64, (u64, u64)>,
+    /// By address.
+    seen: BTreeMap<u64, Word>,
+}
+
+/// A word of the guest.
+#[derive(Clone, Copy, Debug)]
+struct Word {
+    /// The value that was read.
+    old: u64,
+    /// The value to be written; the same one for a word that must not change.
+    new: u64,
 }
 
 impl<'a, 'm> Words<'a, 'm> {
@@ -49,14 +58,16 @@ impl<'a, 'm> Words<'a, 'm> {
             )));
         }
         if let Some(offset) = self.own_at(at) {
-            return Ok(fetch::u64(self.bytes, offset).unwrap_or(0));
+            return fetch::u64(self.bytes, offset).ok_or_else(|| {
+                Error::failed(format!("the word at {at} leaves the payload's tables"))
+            });
         }
-        if let Some(&(_, now)) = self.seen.get(&at.0) {
-            return Ok(now);
+        if let Some(word) = self.seen.get(&at.0) {
+            return Ok(word.new);
         }
-        let word = self.space.read_u64(at)?;
-        self.seen.insert(at.0, (word, word));
-        Ok(word)
+        let old = self.space.read_u64(at)?;
+        self.seen.insert(at.0, Word { old, new: old });
+        Ok(old)
     }
 
     /// Changes the word at `at`.
@@ -66,21 +77,22 @@ impl<'a, 'm> Words<'a, 'm> {
     pub fn set(&mut self, at: Gva, value: u64) -> Result<()> {
         self.get(at)?;
         if let Some(offset) = self.own_at(at) {
+            // `get` read all eight bytes there.
             if let Some(room) = self.bytes.get_mut(offset..offset + 8) {
                 room.copy_from_slice(&value.to_le_bytes());
             }
-        } else if let Some(seen) = self.seen.get_mut(&at.0) {
-            seen.1 = value;
+        } else if let Some(word) = self.seen.get_mut(&at.0) {
+            word.new = value;
         }
         Ok(())
     }
 
-    /// All that was read of the guest: to be found unchanged, and the changes to be made.
+    /// The words of the guest that were read, each as a write that expects what was read.
     #[must_use]
     pub fn into_writes(self) -> Vec<Write> {
         self.seen
             .into_iter()
-            .map(|(at, (old, new))| Write {
+            .map(|(at, Word { old, new })| Write {
                 at: Gva(at),
                 expect: old.to_le_bytes().to_vec(),
                 new: new.to_le_bytes().to_vec(),

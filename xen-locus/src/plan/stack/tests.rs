@@ -1,5 +1,5 @@
 use super::*;
-use crate::arena::digests::Code;
+use crate::arena::digests::CodeDigests;
 use crate::arena::record::{Slot, SCHEMA};
 
 const A: Gva = Gva(0xffff_ffff_8100_0000);
@@ -41,7 +41,7 @@ fn patch(index: usize, name: &str, on: &[Gva], below: [u8; JUMP]) -> Resident {
             cves: Vec::new(),
             functions: on.iter().map(function).collect(),
             text: (A.plus(0x10_0000 * (index as u64 + 1)), 0x1000),
-            code: Code::default(),
+            code: CodeDigests::default(),
             rodata_len: 0,
             rodata_sha256: String::new(),
             module: Gva(0),

@@ -3,7 +3,7 @@ use locus_kernel::fixture::{vcpus, KIND, TEXT};
 use locus_kernel::modules::sample::{data, fixture, Age, Data, DATA, LEN, STEP};
 
 use super::*;
-use crate::arena::digests::Code;
+use crate::arena::digests::CodeDigests;
 use crate::error::ExitCode;
 use crate::target::redirect;
 
@@ -55,7 +55,7 @@ fn what_the_kernel_freed_is_not_referred_to_but_per_cpu_variables_are() {
     let memory = fixture.build();
     memory.map_bytes(Gva(DATA), &modules().0, true, false);
     let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-    let objects = Objects::new(&kernel, Vec::new());
+    let objects = GuestSymbols::new(&kernel, Vec::new());
     for name in ["set_up_once", "set_up_twice"] {
         for result in [
             objects.undefined(name).map(Option::unwrap),
@@ -102,14 +102,14 @@ fn refusal<T: std::fmt::Debug>(result: Result<T>) -> (ExitCode, String) {
 #[test]
 fn functions_of_modules_are_found_and_examined_in_their_own_module() {
     with(&modules(), |kernel| {
-        let objects = Objects::new(kernel, Vec::new());
+        let objects = GuestSymbols::new(kernel, Vec::new());
         let at = objects.symbol(Some("first"), "own", 0).unwrap();
         assert_eq!(at, Gva(CODE[0] + OWN));
         assert_eq!(
             objects.symbol(Some("second"), "own", 1).unwrap(),
             Gva(CODE[1] + OWN)
         );
-        let owner = objects.owner(Some("first")).unwrap();
+        let owner = objects.object(Some("first")).unwrap();
         let function = redirect::examine(kernel, owner, "own", at, None).unwrap();
         assert_eq!(function.site.at, at.plus(5));
         // The next symbol's room ends with the memory of the module's text.
@@ -119,7 +119,7 @@ fn functions_of_modules_are_found_and_examined_in_their_own_module() {
         assert_eq!(used, [Gva(DATA + STEP), Gva(DATA)]);
         // Data of the module, and text of another.
         for (at, owner) in [(0xffff_ffff_c200_0000, "first"), (CODE[1] + OWN, "first")] {
-            let owner = objects.owner(Some(owner)).unwrap();
+            let owner = objects.object(Some(owner)).unwrap();
             let (exit, said) = refusal(redirect::examine(kernel, owner, "own", Gva(at), None));
             assert!(
                 exit == ExitCode::NotApplicable || exit == ExitCode::Failed,
@@ -135,7 +135,7 @@ fn positions_count_within_the_module_in_the_order_of_its_table() {
     // Both symbols of the first module are called `pub`.
     d.set(DATA + 0x400 + 48, &1u32.to_le_bytes());
     with(&d, |kernel| {
-        let objects = Objects::new(kernel, Vec::new());
+        let objects = GuestSymbols::new(kernel, Vec::new());
         let symbol = |sympos| objects.symbol(Some("first"), "pub", sympos);
         assert_eq!(symbol(1).unwrap(), Gva(CODE[0] + PUB));
         assert_eq!(symbol(2).unwrap(), Gva(CODE[0] + OWN));
@@ -152,7 +152,7 @@ fn a_module_that_is_not_there_or_not_live_is_named() {
     let mut d = modules();
     d.set(DATA + STEP, &1u32.to_le_bytes());
     with(&d, |kernel| {
-        let objects = Objects::new(kernel, Vec::new());
+        let objects = GuestSymbols::new(kernel, Vec::new());
         for (object, name, exit, words) in [
             ("ext4", "x", ExitCode::NotApplicable, "modprobe ext4"),
             ("second", "own", ExitCode::TryAgain, "is loading"),
@@ -168,7 +168,7 @@ fn a_module_that_is_not_there_or_not_live_is_named() {
             assert_eq!(found, exit, "{said}");
             assert!(said.contains(words), "{said}");
         }
-        assert!(objects.owner(Some("ext4")).is_err());
+        assert!(objects.object(Some("ext4")).is_err());
         assert!(objects.used().unwrap().is_empty());
     });
 }
@@ -176,7 +176,7 @@ fn a_module_that_is_not_there_or_not_live_is_named() {
 #[test]
 fn undefined_symbols_are_the_kernels_then_those_that_one_module_exports() {
     with(&modules(), |kernel| {
-        let objects = Objects::new(kernel, Vec::new());
+        let objects = GuestSymbols::new(kernel, Vec::new());
         let kernels = objects.undefined("in_kernel").unwrap();
         assert_eq!(kernels, Some(Gva(TEXT.0 + 0x1000)));
         assert!(objects.used().unwrap().is_empty());
@@ -198,7 +198,7 @@ fn undefined_symbols_are_the_kernels_then_those_that_one_module_exports() {
     let mut both = modules();
     both.set(DATA + STEP + 0x500, b"\0pub\0own\0");
     with(&both, |kernel| {
-        let (exit, said) = refusal(Objects::new(kernel, Vec::new()).undefined("pub"));
+        let (exit, said) = refusal(GuestSymbols::new(kernel, Vec::new()).undefined("pub"));
         assert_eq!(exit, ExitCode::NotApplicable);
         assert!(said.contains("several modules: second, first"), "{said}");
     });
@@ -226,7 +226,7 @@ fn a_symbol_that_the_kernel_keeps_to_itself_and_a_module_exports_is_refused() {
         let memory = fixture.build();
         memory.map_bytes(Gva(DATA), &d.0, true, false);
         let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-        Objects::new(&kernel, Vec::new()).undefined(name)
+        GuestSymbols::new(&kernel, Vec::new()).undefined(name)
     };
     let (exit, said) = refusal(asked(false, "pub"));
     assert_eq!(exit, ExitCode::NotApplicable);
@@ -252,8 +252,8 @@ fn places_that_the_kernel_rewrites_in_a_module_are_left_alone() {
         d.set(DATA + 160, &1u32.to_le_bytes());
         d.set(table, &distance(table, to));
         let found = with(&d, |kernel| {
-            let objects = Objects::new(kernel, Vec::new());
-            let owner = objects.owner(Some("first")).unwrap();
+            let objects = GuestSymbols::new(kernel, Vec::new());
+            let owner = objects.object(Some("first")).unwrap();
             redirect::examine(kernel, owner, "own", Gva(CODE[0] + OWN), None)
                 .map_err(|e| e.to_string())
         });
@@ -275,8 +275,8 @@ fn places_that_the_kernel_rewrites_in_a_module_are_left_alone() {
     }
     d.set(table, &distance(table, site));
     with(&d, |kernel| {
-        let objects = Objects::new(kernel, Vec::new());
-        let owner = objects.owner(Some("first")).unwrap();
+        let objects = GuestSymbols::new(kernel, Vec::new());
+        let owner = objects.object(Some("first")).unwrap();
         let (exit, said) = refusal(redirect::examine(
             kernel,
             owner,
@@ -286,7 +286,7 @@ fn places_that_the_kernel_rewrites_in_a_module_are_left_alone() {
         ));
         assert_eq!(exit, ExitCode::NotApplicable);
         assert!(said.contains("lock prefix"), "{said}");
-        let other = objects.owner(Some("second")).unwrap();
+        let other = objects.object(Some("second")).unwrap();
         assert!(redirect::examine(kernel, other, "own", Gva(CODE[1] + OWN), None).is_ok());
     });
 }
@@ -303,7 +303,7 @@ fn a_module_that_went_or_came_back_elsewhere_is_noticed() {
         cves: Vec::new(),
         functions: Vec::new(),
         text: (Gva(0), 0),
-        code: Code::default(),
+        code: CodeDigests::default(),
         rodata_len: 0,
         rodata_sha256: String::new(),
         module: Gva(0),
@@ -392,7 +392,7 @@ fn global_symbols_of_applied_payloads_come_last_the_newest_first() {
         (vec![second, first], "pub", None),
         (vec![], "own", None),
     ] {
-        let objects = Objects::new(&kernel, applied);
+        let objects = GuestSymbols::new(&kernel, applied);
         let at = objects.undefined(name).unwrap();
         assert_eq!(at, found.map(|(at, _)| Gva(at)));
         let used = objects.used().unwrap();
@@ -402,9 +402,9 @@ fn global_symbols_of_applied_payloads_come_last_the_newest_first() {
             found.map(|(_, who)| who).into_iter().collect::<Vec<_>>()
         );
     }
-    let objects = Objects::new(&kernel, Vec::new());
+    let objects = GuestSymbols::new(&kernel, Vec::new());
     // They are nothing that a payload may patch.
-    let (exit, said) = refusal(objects.owner(Some("second")));
+    let (exit, said) = refusal(objects.object(Some("second")));
     assert_eq!(exit, ExitCode::NotApplicable, "{said}");
 }
 

@@ -1,0 +1,167 @@
+//! The memory behind the arena's pages: which frames of a guest xen-locus may take for them.
+//!
+//! - PVH and HVM: fresh pages, at guest frames that no RAM, device or balloon uses. The 128 MiB below 4 GiB hold
+//!   the local APIC and Xen's special pages. Linux adds memory in whole sections of 128 MiB, so it never puts
+//!   hot-added or unpopulated memory there. And they are below the guest's highest frame, so a save of the guest
+//!   need not go further.
+//! - PV: the pages of PFN 0xa0 to 0xff. They are real memory that PV Linux reserves as if there were a BIOS
+//!   (`xen_memory_setup`, arch/x86/xen/setup.c) and never uses. A page that holds anything or is not reserved
+//!   any more is not taken ([`pv_pages`]).
+
+use locus_guest::addr::{Frame, Gfn, Gva, PAGE_LEN, PAGE_SIZE};
+use locus_guest::{fetch, GuestType, PagesMut};
+use locus_kernel::Kernel;
+
+use super::{pv_pages, PAGES};
+use crate::error::{Error, Result};
+
+/// Pages that a PV guest has for the arena.
+pub(super) const PV_PAGES: usize = 96;
+/// Number of the first of them, as the guest counts its pages (PFN).
+const PV_FIRST: u64 = 0xa0;
+/// Guest frames that are tried for PVH and HVM.
+const GFNS: [std::ops::Range<u64>; 2] = [0xfef00..0xfeff8, 0xfe000..0xfe400];
+/// Guest frames that the back end is asked about in one call: a few more than a payload needs, because each is
+/// tried by a foreign mapping.
+const GFNS_AT_ONCE: usize = 16;
+/// Type of usable RAM in the e820 map.
+const E820_RAM: u32 = 1;
+/// Most entries of the e820 map that are read.
+const E820_MAX: u32 = 4096;
+/// Length of one of its entries, in bytes.
+const E820_ENTRY: usize = 20;
+
+/// Arena pages that a guest of this type can have, the directory included.
+pub(super) fn capacity(kind: GuestType) -> usize {
+    match kind {
+        GuestType::Pv => PV_PAGES,
+        GuestType::Pvh | GuestType::Hvm => PAGES,
+    }
+}
+
+/// Whether xen-locus puts arena pages of a PVH or HVM guest into `frame`.
+pub(super) fn is_fresh_frame(frame: Frame) -> bool {
+    GFNS.iter().any(|gfns| gfns.contains(&frame.0))
+}
+
+/// The frames of a PV guest's arena pages.
+pub(super) struct LowPages<'k, 'm> {
+    kernel: &'k Kernel<'m>,
+    /// Start of the kernel's mapping of all memory.
+    direct_map: Gva,
+}
+
+impl<'k, 'm> LowPages<'k, 'm> {
+    /// # Errors
+    /// The kernel's variable `page_offset_base` can't be read.
+    pub(super) fn of(kernel: &'k Kernel<'m>) -> Result<LowPages<'k, 'm>> {
+        let base = kernel.symbols.need("page_offset_base")?;
+        let direct_map = Gva(kernel.space.read_u64(base)?);
+        Ok(LowPages { kernel, direct_map })
+    }
+
+    /// Where the guest's kernel sees the memory of arena page `page` in its mapping of all memory.
+    fn address(&self, page: usize) -> Gva {
+        self.direct_map.plus((PV_FIRST + page as u64) * PAGE_SIZE)
+    }
+
+    /// The frame for arena page `page`.
+    ///
+    /// # Errors
+    /// The page tables can't be read.
+    pub(super) fn frame(&self, page: usize) -> Result<Frame> {
+        Ok(self.kernel.space.walk(self.address(page))?.frame)
+    }
+}
+
+/// One frame for each of these arena pages, which are not mapped yet. Its bytes are zero.
+///
+/// # Errors
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): there are too few, or the guest uses one. Or the
+/// back end refuses.
+pub(super) fn frames_for(
+    guest: &dyn PagesMut,
+    kernel: &Kernel<'_>,
+    pages: &[usize],
+) -> Result<Vec<Frame>> {
+    if kernel.kind == GuestType::Pv {
+        check_not_ram(kernel, PV_FIRST, PV_FIRST + PV_PAGES as u64)?;
+        let low = LowPages::of(kernel)?;
+        return pages
+            .iter()
+            .map(|&page| {
+                pv_pages::check_unused(kernel, PV_FIRST + page as u64, low.address(page))?;
+                low.frame(page)
+            })
+            .collect();
+    }
+    let fresh = vacant_frames(guest, kernel, pages.len())?;
+    let frames: Vec<Frame> = fresh.into_iter().map(Frame::from).collect();
+    if !frames.is_empty() {
+        let blank = vec![0; frames.len() * PAGE_LEN];
+        guest.map_mut(&frames)?.write(0, &blank)?;
+        guest.written(&frames)?;
+    }
+    Ok(frames)
+}
+
+/// `count` guest frames without memory behind them.
+fn vacant_frames(guest: &dyn PagesMut, kernel: &Kernel<'_>, count: usize) -> Result<Vec<Gfn>> {
+    let mut found = Vec::new();
+    for window in GFNS {
+        if found.len() >= count {
+            break;
+        }
+        check_not_ram(kernel, window.start, window.end)?;
+        let candidates: Vec<Gfn> = window.map(Gfn).collect();
+        for some in candidates.chunks(GFNS_AT_ONCE) {
+            let vacant = guest.vacant(some)?;
+            found.extend(some.iter().zip(vacant).filter(|(_, v)| *v).map(|(&f, _)| f));
+            if found.len() >= count {
+                break;
+            }
+        }
+    }
+    if found.len() < count {
+        return Err(Error::not_applicable(format!(
+            "{count} free guest frames are needed for the arena, and {} were found below 4 GiB",
+            found.len()
+        )));
+    }
+    found.truncate(count);
+    guest.populate(&found)?;
+    Ok(found)
+}
+
+/// Refuses frames `first..end` when the guest's own memory map calls any of them usable RAM:
+/// `e820_table` (arch/x86/kernel/e820.c) points to a count and packed entries {u64 address, u64
+/// size, u32 type}.
+fn check_not_ram(kernel: &Kernel<'_>, first: u64, end: u64) -> Result<()> {
+    let table = Gva(kernel.space.read_u64(kernel.symbols.need("e820_table")?)?);
+    let count = kernel.space.read_u32(table)?;
+    if count > E820_MAX {
+        return Err(Error::not_applicable(format!(
+            "the guest's e820_table has {count} entries; expected at most {E820_MAX}"
+        )));
+    }
+    let bytes = kernel
+        .space
+        .read_vec(table.plus(4), count as usize * E820_ENTRY)?;
+    for entry in bytes.chunks_exact(E820_ENTRY) {
+        let (Some(start), Some(size), Some(kind)) = (
+            fetch::u64(entry, 0),
+            fetch::u64(entry, 8),
+            fetch::u32(entry, 16),
+        ) else {
+            continue;
+        };
+        let stop = start.saturating_add(size);
+        if kind == E820_RAM && start < end * PAGE_SIZE && stop > first * PAGE_SIZE {
+            return Err(Error::not_applicable(format!(
+                "the arena wants guest frames {first:#x} to {end:#x}, but the guest's memory map \
+                 calls {start:#x} to {stop:#x} usable RAM"
+            )));
+        }
+    }
+    Ok(())
+}
