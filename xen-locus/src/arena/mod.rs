@@ -24,6 +24,8 @@ mod memory;
 mod pv_pages;
 pub mod record;
 mod rights;
+#[cfg(test)]
+mod tests;
 
 pub use rights::{EntryDifference, Rights};
 

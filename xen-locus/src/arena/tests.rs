@@ -1,0 +1,430 @@
+//! The arena of the mock guest: pages that are added and read back, and all that is refused.
+
+use std::cell::{Cell, RefCell};
+
+use locus_guest::addr::Gfn;
+use locus_guest::space::{PTE_PRESENT, PTE_USER};
+use locus_guest::{Memory, MemoryMut, Window, WindowMut};
+use locus_kernel::fixture::TEXT;
+use locus_kernel::fixture_world::World;
+
+use super::record::State;
+use super::*;
+use crate::error::Class;
+
+/// A page of the kernel's variables: pointers to the e820 map and to the mapping of all memory, and the map itself.
+const VARIABLES: Gva = Gva(TEXT.0 + (12 << 20));
+/// Where the kernel sees its page table of the arena.
+const FIXMAP: Gva = Gva(TEXT.0 + (13 << 20));
+/// Where it sees all memory.
+const DIRECT_MAP: Gva = Gva(0xffff_8880_0000_0000);
+/// The first low page.
+const LOW: Gva = Gva(DIRECT_MAP.0 + 0xa0 * PAGE_SIZE);
+
+/// The guest, and what it does to the tool's writes.
+struct Guest {
+    world: World,
+    /// Frames that were populated.
+    populated: RefCell<Vec<u64>>,
+    /// What is written to its memory is lost.
+    loses_writes: Cell<bool>,
+}
+
+impl Guest {
+    fn new(kind: GuestType) -> Guest {
+        Guest::with(kind, &[], false)
+    }
+
+    /// The same with `ram` in its memory map, each as start and length, and the symbol of the kernel's page table.
+    fn with(kind: GuestType, ram: &[(u64, u64)], table: bool) -> Guest {
+        let world = World::with(kind, |fixture| {
+            for (offset, name) in [(0, "e820_table"), (8, "page_offset_base")] {
+                let at = VARIABLES.plus(offset).0;
+                fixture.symbols.push((at, 'D', name.to_owned()));
+            }
+            if table {
+                // It is one page long.
+                for (at, name) in [(FIXMAP, TABLE), (FIXMAP.plus(PAGE_SIZE), "after_it")] {
+                    fixture.symbols.push((at.0, 'D', name.to_owned()));
+                }
+            }
+        });
+        let mut variables = Vec::new();
+        variables.extend(VARIABLES.plus(16).0.to_le_bytes());
+        variables.extend(DIRECT_MAP.0.to_le_bytes());
+        variables.extend(u32::try_from(ram.len()).unwrap().to_le_bytes());
+        for (start, len) in ram {
+            variables.extend(start.to_le_bytes());
+            variables.extend(len.to_le_bytes());
+            variables.extend(1u32.to_le_bytes());
+        }
+        world.memory.map_bytes(VARIABLES, &variables, true, false);
+        let low = vec![0; PV_PAGES * PAGE_LEN];
+        world.memory.map_bytes(LOW, &low, true, false);
+        Guest {
+            world,
+            populated: RefCell::default(),
+            loses_writes: Cell::new(false),
+        }
+    }
+
+    fn kernel(&self) -> Kernel<'_> {
+        let world = &self.world;
+        Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap()
+    }
+
+    /// The arena as the guest's memory shows it now.
+    fn arena(&self) -> Result<Arena> {
+        Arena::read(&self.kernel())
+    }
+
+    fn table(&self) -> Frame {
+        self.kernel().space.entry_slot(BASE, 1).unwrap().0
+    }
+
+    fn entry(&self, page: usize) -> u64 {
+        let at = page_address(page);
+        self.kernel().space.entry_slot(at, 1).unwrap().2
+    }
+
+    fn set_entry(&self, page: usize, entry: u64) {
+        self.world.memory.set_entry(self.table(), page + 1, entry);
+    }
+
+    fn add(&self, arena: &mut Arena, first: usize, rights: &[Rights]) -> Result<()> {
+        arena.add(self, &self.kernel(), first, rights)
+    }
+
+    /// An arena whose directory has these payloads, each as its first page and their number.
+    fn committed(&self, payloads: &[(u16, u16)]) -> Arena {
+        let mut arena = self.arena().unwrap();
+        let slots = payloads.iter().map(|&(first, pages)| slot(first, pages));
+        arena.commit(self, &self.kernel(), slots.collect()).unwrap();
+        arena
+    }
+}
+
+fn slot(first: u16, pages: u16) -> Slot {
+    Slot {
+        state: State::Applied,
+        first,
+        pages,
+        applied_at: 0,
+        record_offset: 0,
+        record_len: 0,
+        record_sha256: [0; 32],
+    }
+}
+
+type Outcome<T> = std::result::Result<T, locus_guest::Error>;
+
+impl Memory for Guest {
+    fn map(&self, frames: &[Frame]) -> Outcome<Box<dyn Window>> {
+        self.world.memory.map(frames)
+    }
+}
+
+impl MemoryMut for Guest {
+    fn map_mut(&self, frames: &[Frame]) -> Outcome<Box<dyn WindowMut>> {
+        Ok(Box::new(Pages {
+            window: self.world.memory.map_mut(frames)?,
+            loses_writes: self.loses_writes.get(),
+        }))
+    }
+}
+
+struct Pages {
+    window: Box<dyn WindowMut>,
+    loses_writes: bool,
+}
+
+impl Window for Pages {
+    fn read(&self, offset: usize, buf: &mut [u8]) -> Outcome<()> {
+        self.window.read(offset, buf)
+    }
+}
+
+impl WindowMut for Pages {
+    fn write(&self, offset: usize, bytes: &[u8]) -> Outcome<()> {
+        match self.loses_writes {
+            true => Ok(()),
+            false => self.window.write(offset, bytes),
+        }
+    }
+}
+
+impl PagesMut for Guest {
+    fn write_entry(&self, table: Frame, slot: usize, entry: u64) -> Outcome<()> {
+        self.world.memory.set_entry(table, slot, entry);
+        Ok(())
+    }
+
+    fn vacant(&self, frames: &[Gfn]) -> Outcome<Vec<bool>> {
+        let memory = &self.world.memory;
+        Ok(frames.iter().map(|&f| !memory.has(f.into())).collect())
+    }
+
+    fn populate(&self, frames: &[Gfn]) -> Outcome<()> {
+        for &frame in frames {
+            self.world.memory.add(frame.into());
+            self.populated.borrow_mut().push(frame.0);
+        }
+        Ok(())
+    }
+}
+
+fn refused<T: std::fmt::Debug>(result: Result<T>, class: Class, words: &str) {
+    let error = result.unwrap_err();
+    assert_eq!(error.class(), class, "{error}");
+    assert!(
+        error.to_string().contains(words),
+        "{error} does not say {words}"
+    );
+}
+
+const ALL: [Rights; 3] = [Rights::Text, Rights::RoData, Rights::Data];
+
+#[test]
+fn added_pages_have_their_rights_and_hold_what_is_written() {
+    for kind in [GuestType::Pvh, GuestType::Pv] {
+        let guest = Guest::new(kind);
+        let mut arena = guest.arena().unwrap();
+        assert_eq!(arena.directory, Directory::default());
+        guest.add(&mut arena, 1, &ALL).unwrap();
+        let at = page_address(2).plus(PAGE_SIZE - 4);
+        arena.write(&guest, at, b"in two pages").unwrap();
+        let kernel = guest.kernel();
+        assert_eq!(kernel.space.read_vec(at, 12).unwrap(), b"in two pages");
+        // As a later run sees it: the directory was added too, and is empty.
+        let arena = guest.arena().unwrap();
+        assert_eq!(arena.directory, Directory::default());
+        for (page, rights) in [Rights::RoData].into_iter().chain(ALL).enumerate() {
+            assert_eq!(arena.compare(kind, page, rights), None, "page {page}");
+        }
+        let frames = arena.frames(Range::new(BASE, 4 * PAGE_SIZE)).unwrap();
+        let own: HashSet<Frame> = frames.iter().copied().collect();
+        assert_eq!(own.len(), 4);
+        refused(
+            arena.frames(Range::new(page_address(4), 1)),
+            Class::Failed,
+            "page 4",
+        );
+        // What is there is not added again.
+        let mut again = guest.arena().unwrap();
+        guest.add(&mut again, 1, &ALL).unwrap();
+        let after = again.frames(Range::new(BASE, 4 * PAGE_SIZE)).unwrap();
+        assert_eq!(frames, after);
+    }
+}
+
+#[test]
+fn frames_that_have_memory_are_not_taken() {
+    let guest = Guest::new(GuestType::Pvh);
+    guest.world.memory.add(Frame(0xfef00));
+    guest.world.memory.add(Frame(0xfef02));
+    let mut arena = guest.arena().unwrap();
+    guest.add(&mut arena, 0, &[Rights::RoData; 3]).unwrap();
+    assert_eq!(*guest.populated.borrow(), [0xfef01, 0xfef03, 0xfef04]);
+}
+
+#[test]
+fn frames_that_the_memory_map_calls_ram_are_refused() {
+    for (kind, start) in [(GuestType::Pvh, 0xfef0_1000), (GuestType::Pv, 0xa_1000)] {
+        let guest = Guest::with(kind, &[(start, 0x1000)], false);
+        let mut arena = guest.arena().unwrap();
+        let added = guest.add(&mut arena, 0, &[Rights::RoData]);
+        refused(added, Class::NotApplicable, "usable RAM");
+        assert_eq!(guest.entry(0), 0);
+    }
+}
+
+#[test]
+fn a_low_page_that_the_guest_uses_is_left_alone() {
+    let guest = Guest::new(GuestType::Pv);
+    let mut arena = guest.arena().unwrap();
+    guest.add(&mut arena, 0, &[Rights::RoData]).unwrap();
+    let frame = guest.kernel().space.walk(LOW.plus(2 * PAGE_SIZE));
+    guest.world.memory.fill(frame.unwrap().frame, 100, b"mine");
+    let added = guest.add(&mut arena, 1, &ALL);
+    refused(added, Class::NotApplicable, "page frame 0xa2");
+    assert_eq!((1..4).map(|page| guest.entry(page)).sum::<u64>(), 0);
+}
+
+#[test]
+fn only_the_kernels_own_page_table_is_the_arenas() {
+    let guest = Guest::with(GuestType::Pvh, &[], true);
+    let elsewhere = guest.world.memory.frame();
+    guest.world.memory.map_page(FIXMAP, elsewhere, true, false);
+    refused(guest.arena(), Class::NotApplicable, TABLE);
+    let table = guest.table();
+    guest.world.memory.map_page(FIXMAP, table, true, false);
+    assert!(guest.arena().is_ok());
+}
+
+#[test]
+fn entries_that_changed_since_they_were_read_are_not_overwritten() {
+    let guest = Guest::new(GuestType::Pvh);
+    let mut arena = guest.arena().unwrap();
+    guest.add(&mut arena, 0, &[Rights::RoData]).unwrap();
+    let foreign = guest.world.memory.frame().0 << 12 | PTE_PRESENT;
+    guest.set_entry(3, foreign);
+    let added = guest.add(&mut arena, 1, &ALL);
+    refused(added, Class::NotApplicable, "meanwhile");
+    assert_eq!(guest.entry(3), foreign);
+    assert_eq!((guest.entry(1), guest.entry(2)), (0, 0));
+    // Read again, it is damage: the directory shows that the arena was there first.
+    refused(guest.arena(), Class::Uncertain, "no page of the arena");
+}
+
+#[test]
+fn entries_of_others_are_no_arena() {
+    for page in [0, 3] {
+        let guest = Guest::new(GuestType::Pvh);
+        let frame = guest.world.memory.frame();
+        guest.set_entry(page, frame.0 << 12 | PTE_PRESENT);
+        refused(guest.arena(), Class::NotApplicable, "not by xen-locus");
+        // A frame that the arena would take, without a directory.
+        guest.set_entry(page, 0xfef05 << 12 | PTE_PRESENT);
+        guest.world.memory.add(Frame(0xfef05));
+        match page {
+            0 => assert!(guest.arena().is_ok()),
+            _ => refused(guest.arena(), Class::NotApplicable, "is mapped"),
+        }
+    }
+}
+
+#[test]
+fn differences_of_an_entry_are_named() {
+    let guest = Guest::new(GuestType::Pvh);
+    let mut arena = guest.arena().unwrap();
+    guest.add(&mut arena, 1, &ALL).unwrap();
+    let entry = guest.entry(1);
+    for (changed, words) in [
+        (entry | locus_guest::space::PTE_WRITE, "writable code"),
+        (entry | locus_guest::space::PTE_NX, "read only"),
+        (entry | PTE_USER, "for user mode too"),
+    ] {
+        guest.set_entry(1, changed);
+        let found = guest.arena().unwrap();
+        let found = found.compare(GuestType::Pvh, 1, Rights::Text).unwrap();
+        assert_eq!(found.expected, "code");
+        assert_eq!(found.found, format!("{words} (entry {changed:#x})"));
+    }
+    let none = arena.compare(GuestType::Pvh, 9, Rights::Data).unwrap();
+    assert_eq!(none.found, "no page (entry 0x0)");
+}
+
+#[test]
+fn a_torn_directory_is_the_one_before_and_two_torn_copies_are_uncertain() {
+    let guest = Guest::new(GuestType::Pvh);
+    let mut arena = guest.committed(&[]);
+    guest.add(&mut arena, 1, &ALL).unwrap();
+    let slots = vec![slot(1, 3)];
+    arena.commit(&guest, &guest.kernel(), slots).unwrap();
+    let read = guest.arena().unwrap();
+    assert_eq!(read.directory, arena.directory);
+    assert_eq!(read.room(GuestType::Pvh), (PAGES - 1, 3));
+    let page = read.frames(Range::new(BASE, 1)).unwrap()[0];
+    // Generation 2 is in the first half, generation 1 in the second.
+    guest.world.memory.fill(page, 100, &[0xff]);
+    let before = guest.arena().unwrap().directory;
+    assert_eq!((before.generation, before.slots.len()), (1, 0));
+    guest.world.memory.fill(page, record::COPY + 100, &[0xff]);
+    refused(guest.arena(), Class::Uncertain, "neither of its copies");
+}
+
+#[test]
+fn writes_that_do_not_last_are_an_error() {
+    let guest = Guest::new(GuestType::Pvh);
+    let mut arena = guest.arena().unwrap();
+    guest.add(&mut arena, 1, &ALL).unwrap();
+    guest.loses_writes.set(true);
+    let at = page_address(3);
+    refused(
+        arena.write(&guest, at, b"lost"),
+        Class::Failed,
+        &at.to_string(),
+    );
+    let before = arena.directory.clone();
+    let done = arena.commit(&guest, &guest.kernel(), Vec::new());
+    assert_eq!(done.unwrap_err().class(), Class::Failed);
+    assert_eq!(arena.directory, before);
+    // There is no page to write to.
+    refused(
+        arena.write(&guest, page_address(9), b"x"),
+        Class::Failed,
+        "not there",
+    );
+}
+
+#[test]
+fn a_directory_that_claims_what_is_not_there_is_uncertain() {
+    for slots in [
+        vec![slot(0, 1)],
+        vec![slot(3, 2)],
+        vec![slot(1, 2), slot(2, 1)],
+        vec![slot(510, 2)],
+    ] {
+        let guest = Guest::new(GuestType::Pvh);
+        let mut arena = guest.committed(&[]);
+        guest.add(&mut arena, 1, &ALL).unwrap();
+        arena.commit(&guest, &guest.kernel(), slots).unwrap();
+        refused(guest.arena(), Class::Uncertain, "directory is damaged");
+    }
+}
+
+#[test]
+fn a_record_that_is_not_as_the_directory_says_is_uncertain() {
+    for (offset, len, words) in [
+        (3 * 4096, 1, "does not fit its pages"),
+        (0, u32::MAX, "does not fit its pages"),
+        (0, 16, "another digest"),
+    ] {
+        let guest = Guest::new(GuestType::Pvh);
+        let mut arena = guest.committed(&[]);
+        guest.add(&mut arena, 1, &ALL).unwrap();
+        let damaged = Slot {
+            record_offset: offset,
+            record_len: len,
+            ..slot(1, 3)
+        };
+        let kernel = guest.kernel();
+        arena.commit(&guest, &kernel, vec![damaged]).unwrap();
+        let read = guest.arena().unwrap();
+        refused(read.residents(&guest.kernel()), Class::Uncertain, words);
+    }
+}
+
+#[test]
+fn room_is_the_first_run_that_is_free_or_was_left_behind() {
+    let guest = Guest::new(GuestType::Pvh);
+    let mut arena = guest.committed(&[]);
+    guest.add(&mut arena, 1, &ALL).unwrap();
+    let kernel = guest.kernel();
+    arena.commit(&guest, &kernel, vec![slot(1, 3)]).unwrap();
+    let find = |arena: &Arena, rights: &[Rights]| arena.find_room(GuestType::Pvh, rights);
+    assert_eq!(find(&arena, &ALL).unwrap(), 4);
+    // Left behind by a run that was ended: taken again for the same rights, passed over for others.
+    guest.add(&mut arena, 4, &ALL).unwrap();
+    assert_eq!(find(&arena, &ALL).unwrap(), 4);
+    assert_eq!(find(&arena, &[Rights::Data]).unwrap(), 6);
+    assert_eq!(find(&arena, &[Rights::Data, Rights::Text]).unwrap(), 6);
+    // To the last page and no further.
+    assert_eq!(find(&arena, &[Rights::Data; 505]).unwrap(), 6);
+    refused(
+        find(&arena, &[Rights::Data; 506]),
+        Class::NotApplicable,
+        "payloads, parked ones included, use 3",
+    );
+    let pv = arena.find_room(GuestType::Pv, &[Rights::Data; 91]);
+    refused(pv, Class::NotApplicable, "pv guest has 95");
+    arena.directory.slots = vec![slot(1, 1); record::ENTRIES_MAX];
+    refused(
+        find(&arena, &ALL),
+        Class::NotApplicable,
+        "directory is full",
+    );
+    let slots = vec![slot(1, 1); record::ENTRIES_MAX + 1];
+    let full = arena.commit(&guest, &kernel, slots);
+    refused(full, Class::NotApplicable, "directory is full");
+}
