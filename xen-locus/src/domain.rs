@@ -1,4 +1,4 @@
-//! A domain on the Xen this process runs on: found by name or id, read and changed through `xen/`.
+//! A domain on the Xen this process runs on: found by name or id, read and changed through the crate `locus-xen`.
 
 use std::cell::Cell;
 
@@ -107,6 +107,11 @@ impl<'c> Domain<'c> {
             pid: std::process::id(),
             spots: spots.to_vec(),
         }
+    }
+
+    /// What was done and ended could not be recorded: its journal stays for the next run, whatever else this one does.
+    pub fn keep_journal(&self) {
+        self.ended.set(false);
     }
 
     /// What was done and ended is recorded elsewhere: the journal of it is removed. The caller has the

@@ -47,6 +47,9 @@ pub trait Guest: Machine {
     /// Removes the journal of this run, if it is known how the run ended. If the file can't be removed, the next run
     /// recovers; that is said.
     fn close_journal(&self);
+    /// What this run did could not be recorded: its journal stays for the next run, and [`Guest::close_journal`] leaves it
+    /// alone until another change is begun.
+    fn keep_journal(&self);
     /// Whether it was destroyed, or is being destroyed.
     fn is_gone(&self) -> bool;
 }
@@ -84,6 +87,10 @@ impl Guest for Domain<'_> {
 
     fn close_journal(&self) {
         self.close();
+    }
+
+    fn keep_journal(&self) {
+        Domain::keep_journal(self);
     }
 
     fn is_gone(&self) -> bool {

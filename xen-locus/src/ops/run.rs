@@ -10,7 +10,7 @@
 //!    guest and records it.
 //! 8. The guest is unlocked.
 //!
-//! A dry run opens no log, records nothing, publishes nothing, and leaves an interrupted run as it is.
+//! A dry run records nothing, publishes nothing, and leaves an interrupted run as it is.
 //!
 //! All of it is generic over the guest, the log and XenStore, and the tests fail every step.
 
@@ -170,6 +170,7 @@ impl Operator<'_> {
                 true
             }
             Err(error) => {
+                guest.keep_journal();
                 say::warn(format_args!(
                     "{}: {what}: not recorded; the next run records it: {error}",
                     guest.label()

@@ -20,7 +20,6 @@ use crate::storage::xenstore::ROOT;
 
 const UUID: &str = "a guest";
 
-/// No patience: one attempt.
 /// Says when the guest is unlocked.
 pub(crate) struct Lock(Trace);
 
@@ -70,6 +69,10 @@ impl Guest for MockGuest {
     fn close_journal(&self) {
         let _ = self.trace.call("close journal");
         self.close();
+    }
+
+    fn keep_journal(&self) {
+        self.ended.set(false);
     }
 
     fn is_gone(&self) -> bool {
@@ -261,6 +264,25 @@ fn a_line_that_can_not_be_appended_keeps_the_journal_and_the_next_run_records_th
     assert_eq!(host.log.lines.borrow()[0].of, "apply");
     assert_eq!(host.in_guest(), ["one", "two"]);
     assert!(!host.has_journal());
+}
+
+#[test]
+fn a_journal_that_is_kept_outlives_a_later_operation_that_does_not_begin() {
+    for fails in ["lock", "is due"] {
+        let host = Host::new();
+        host.trace.fail("append");
+        host.apply("one", false).unwrap();
+        host.trace.fail(fails);
+        host.apply("two", false).unwrap_err();
+        assert!(host.has_journal(), "{fails}");
+        host.trace.fail("");
+        host.apply("two", false).unwrap();
+        let told = host.log.told();
+        assert!(
+            told.contains(&"recover one finished".into()),
+            "{fails}: {told:?}"
+        );
+    }
 }
 
 #[test]
