@@ -117,5 +117,5 @@ impl ModifiedMemory {
 
 /// What failed, for the error.
 pub(super) fn failed(id: DomId) -> String {
-    format!("call Xen which frames of domain {id} were written (XEN_DMOP_modified_memory)")
+    format!("telling Xen which frames of domain {id} were written (XEN_DMOP_modified_memory)")
 }

@@ -170,7 +170,7 @@ fn table(guest: &Guest, outcome: &VerifyReport) {
         })
         .collect();
     out::table(
-        ["Patch", "DriftKind", "Address", "Expected", "Found", "By"],
+        ["Patch", "What", "Address", "Expected", "Found", "By"],
         &rows,
     );
 }

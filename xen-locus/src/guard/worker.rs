@@ -145,7 +145,7 @@ impl<'c> Guarded<'c> {
         }
     }
 
-    /// PauseCalls the guest.
+    /// Pauses the guest.
     ///
     /// # Errors
     /// The guardian is gone, or a hypercall failed.
