@@ -117,6 +117,19 @@ fn changed(a: &LinkedCode, b: &LinkedCode) -> usize {
     a.bytes.iter().zip(&b.bytes).filter(|(x, y)| x != y).count()
 }
 
+/// The paravirt table holds addresses, which the guest's boot code slid.
+fn slide_paravirt(tables: &mut [FixupTable], slide: u64) {
+    for table in tables {
+        for field in table.bytes.chunks_exact_mut(16) {
+            if let Some((address, _)) = field.split_first_chunk_mut::<8>() {
+                *address = u64::from_le_bytes(*address)
+                    .wrapping_add(slide)
+                    .to_le_bytes();
+            }
+        }
+    }
+}
+
 /// The kernel as it was built, at the addresses it has in the guest.
 struct Built {
     code: LinkedCode,
@@ -191,18 +204,7 @@ impl Built {
             calls: table(".call_sites")?,
             static_calls: Vec::new(),
         };
-        // The paravirt table holds addresses, which the guest's boot code slid.
-        if slide != 0 {
-            for table in &mut tables.paravirt {
-                for field in table.bytes.chunks_exact_mut(16) {
-                    if let Some((address, _)) = field.split_first_chunk_mut::<8>() {
-                        *address = u64::from_le_bytes(*address)
-                            .wrapping_add(slide)
-                            .to_le_bytes();
-                    }
-                }
-            }
-        }
+        slide_paravirt(&mut tables.paravirt, slide);
         // Jump labels stay in the guest, sorted by it.
         let symbol = |name| kernel.symbols.addr(name);
         if let (Some(start), Some(stop)) = (

@@ -3,8 +3,7 @@
 //! What can be done before the pause is done before it: the new code is in the arena, and every page to be written and every
 //! stack is mapped. In the pause: registers, the last look, the writes.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use locus_guest as guest;
@@ -24,9 +23,11 @@ use crate::plan::{self, Mode, Plan, Prepared, Readiness, Stack};
 use crate::quiesce::{GuestTasks, Ready, Verdict, Watch};
 use crate::storage::journal::Change;
 
+mod options;
 mod report;
 mod write;
 
+pub use options::Options;
 use report::Concerned;
 pub use report::{nothing_to_do, Outcome, Report};
 pub(crate) use report::{report, Done};
@@ -44,47 +45,6 @@ const WAIT_MAX: Duration = Duration::from_millis(500);
 
 /// From this wait on the stacks of sleeping threads are unwound. Threads that leave by themselves have left by then.
 const WAIT_LONG: Duration = Duration::from_millis(64);
-
-/// How patient to be.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Time for all attempts together.
-    pub timeout: Duration,
-    /// Longest pause of the guest. An attempt that would take longer is given up.
-    pub max_pause: Duration,
-    /// Threads may go on in the versions that are replaced, if the payload says that they may. Then only threads at the bytes
-    /// that are written are waited for.
-    pub entry_only: bool,
-    /// Check and link, but write nothing.
-    pub dry_run: bool,
-    /// Set from outside to give up between two attempts.
-    pub interrupted: Arc<AtomicBool>,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Options {
-            timeout: Duration::from_secs(30),
-            max_pause: Duration::from_millis(10),
-            entry_only: false,
-            dry_run: false,
-            interrupted: Arc::default(),
-        }
-    }
-}
-
-impl Options {
-    /// Ends an action that was asked to stop, while nothing is changed.
-    ///
-    /// # Errors
-    /// [`Class::Failed`](crate::error::Class::Failed): it was.
-    pub fn check_interrupted(&self) -> Result<()> {
-        match self.interrupted.load(Ordering::SeqCst) {
-            true => Err(Error::failed("interrupted; nothing was changed")),
-            false => Ok(()),
-        }
-    }
-}
 
 /// Applies a payload on top of the patches that are there, or in their place.
 ///
@@ -241,7 +201,7 @@ pub fn blocking(
     let mut wait = WAIT_MIN;
     while began.elapsed() < options.timeout && !options.interrupted.load(Ordering::SeqCst) {
         tasks.list()?.scan_off_cpu()?.clear_by_unwind()?;
-        let (verdict, paused, _ready) = last_look(&*guard, &mut tasks, true, options)?;
+        let (verdict, _ready, paused) = last_look(&*guard, &mut tasks, true, options)?;
         paused.end()?;
         if let Some(blockers) = verdict.blockers() {
             return Ok(blockers);
@@ -259,19 +219,19 @@ pub fn blocking(
 }
 
 /// Pauses the guest for the last look, and says what it showed while the guest is still paused. What
-/// the look compared with is returned too, so that it is freed after the pause.
+/// the look compared with is returned too, before the pause, so that it is freed after the pause.
 fn last_look<'g, 't, 'k, 'm>(
     guard: &'g dyn Guard,
     tasks: &'t mut GuestTasks<'k, 'm>,
     thorough: bool,
     options: &Options,
-) -> Result<(Verdict, Box<dyn Paused + 'g>, Ready<'t, 'k, 'm>)> {
+) -> Result<(Verdict, Ready<'t, 'k, 'm>, Box<dyn Paused + 'g>)> {
     guard.wait_for_guardian_tick();
     let ready = get_ready(guard, tasks, thorough)?;
     let paused = guard.pause()?;
     let too_long = || paused.elapsed() > options.max_pause;
     let verdict = ready.look(&paused.vcpus()?, thorough, &too_long)?;
-    Ok((verdict, paused, ready))
+    Ok((verdict, ready, paused))
 }
 
 /// Prepares the look in the pause: lists new tasks, scans, reads the counters and tries the look. Repeats
@@ -434,7 +394,7 @@ pub(crate) fn execute(
             // Called before the pause too, because what is used for the first time is slow.
             check_all(&targets, &trail)?;
             let thorough = too_many_ran >= TOO_MANY_RAN_MAX;
-            let (found, paused, _ready) = last_look(&*guard, &mut tasks, thorough, options)?;
+            let (found, _ready, paused) = last_look(&*guard, &mut tasks, thorough, options)?;
             verdict = found;
             if verdict == Verdict::Quiet {
                 write_all(&targets, &trail, || Ok(paused.writing()?))?;
