@@ -3,11 +3,13 @@
 //! The data flows one way (see ARCHITECTURE.md):
 //!
 //! ```text
-//! guest memory -> kernel   who are you: symbols, types, tasks
-//! payload file -> patch    what changes
-//! kernel + patch -> link (image for the arena) -> plan (checks and exact writes)
-//! plan -> apply            pause, last look, write, verify, unpause
+//! guest memory -> locus-kernel    symbols, types, tasks
+//! payload file -> locus-payload   functions, sections, relocations
+//! both -> target (what the payload refers to) -> link (image for the arena) -> plan (checks and exact writes)
+//! plan -> apply                   pause, last look, write, verify, unpause
 //! ```
+//!
+//! The rooms, and which may use which, are in `deploy/rooms`.
 #![forbid(unsafe_code)]
 #![deny(clippy::print_stderr)]
 

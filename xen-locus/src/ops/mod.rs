@@ -1,4 +1,10 @@
 //! Operations on guests, for commands and the daemon: under the guest's lock, recorded and published.
+//!
+//! - `run`: the order of every operation (log, lock, recover, act, publish, line, journal);
+//! - `actions`: apply, revert, nudge, recover, each by that order;
+//! - `lock`, `publish`, `status`: the steps that have a subject of their own;
+//! - [`recover_all`]: interrupted runs of all guests;
+//! - [`host`], [`operator`]: the host that they work on, and the person behind a command.
 
 mod actions;
 pub mod guest;

@@ -1,4 +1,6 @@
-//! What must be true before a payload is applied: [`PRECONDITIONS`] is the whole list.
+//! [`PRECONDITIONS`]: what must be true of the payload, of the guest's kernel and of the patches that are there. What is seen
+//! only later is checked by the phases after this one; what only a running guest can tell, at the start of
+//! [`crate::apply::apply`].
 //!
 //! To add a precondition, write a function here and add it to the list. It reads, and writes nothing. Its error says what
 //! was expected, what was found, and what to do. What can only be checked of one function is checked in

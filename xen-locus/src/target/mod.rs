@@ -1,5 +1,10 @@
-//! What a payload refers to in the guest: the functions that it replaces and where they can be redirected,
-//! the symbols and modules that it needs, and conflicts with other users of the same functions.
+//! What a payload refers to in the guest, and what speaks against it.
+//!
+//! - [`compat`]: whether the payload was built for this kernel;
+//! - [`symbols`], [`exports`]: functions and symbols, found as livepatch and the module loader find them;
+//! - [`redirect`]: where a function can be redirected;
+//! - [`conflicts`]: what else in the guest changes the same bytes: ftrace, kprobes, other livepatches;
+//! - [`modules_present`]: modules that must stay while the payload is applied.
 
 pub mod compat;
 pub mod conflicts;
