@@ -33,8 +33,6 @@ use crate::scenario::Scenario;
 /// shows the same with another type of guest or another kernel, or by other scenarios.
 const LEFT_OUT: &[&str] = &[
     // Shown for PVH, on the machine that has time left.
-    "liar-pv",
-    "hostile-remap-pv",
     "hostile-arena-pv",
     "objects-pv",
     "stack-pv",
@@ -42,6 +40,8 @@ const LEFT_OUT: &[&str] = &[
     "know-bookworm-pv",
     // Shown for PV.
     "nudge-pvh",
+    "liar-pvh",
+    "hostile-remap-pvh",
     "hostile-flip-pvh",
     "loader-pvh",
     // Shown for another kernel.
