@@ -37,6 +37,7 @@ test: lint unit nested
 lint: deps
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS=-Dwarnings cargo doc --quiet --workspace --no-deps --locked
 	@sh deploy/check-tree.sh
 
 unit: deps

@@ -3,7 +3,7 @@
 //! The last-level page table behind the vsyscall page belongs to the kernel image
 //! (`level1_fixmap_pgt`, arch/x86/kernel/head_64.S). Its other 511 entries, from
 //! `0xffffffffff601000` to `0xffffffffff7fffff`, are empty, are seen by every kernel page table,
-//! and lie within 2 GiB of kernel text and modules. The memory behind them is in [`memory`]'s head.
+//! and lie within 2 GiB of kernel text and modules. The memory behind them is in the head of `memory.rs`.
 //!
 //! An entry that leads to another page than these is foreign, and nothing is written there.
 //!

@@ -47,7 +47,7 @@ pub struct Spot {
 
 impl Spot {
     /// The parts, one for each frame, of a change of `old` to `new` at `offset` in the first of `frames`. Both are equally
-    /// long. If they are not, the guardian refuses the parts ([`Task::read`]), and nothing is changed.
+    /// long. If they are not, the guardian refuses the parts (`Task::read`), and nothing is changed.
     #[must_use]
     pub fn split(frames: &[Frame], offset: usize, old: &[u8], new: &[u8]) -> Vec<Spot> {
         let mut spots = Vec::new();

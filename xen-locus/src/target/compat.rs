@@ -28,7 +28,7 @@ const FIELDS: [(&str, &str, usize); 8] = [
     ("klp_func", "old_sympos", 16),
 ];
 
-/// Compares the CRCs of `payload` with those of what the kernel exports: of [`LAYOUT`], and of what the
+/// Compares the CRCs of `payload` with those of what the kernel exports: of `module_layout`, and of what the
 /// payload's code and data refer to. A name that has none on either side passes, as with the kernel's
 /// own loader (`check_version`, kernel/module/version.c).
 ///

@@ -32,7 +32,7 @@ use crate::scenario::Scenario;
 /// What a usual run leaves to the matrix, because it is to take less than 40 minutes on two processors. A usual run
 /// shows the same with another type of guest or another kernel, or by other scenarios.
 const LEFT_OUT: &[&str] = &[
-    // Shown for PVH, on the machine that has time left.
+    // Shown for PVH.
     "hostile-arena-pv",
     "objects-pv",
     "stack-pv",
