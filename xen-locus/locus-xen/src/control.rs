@@ -147,11 +147,8 @@ impl Control {
         }
     }
 
-    /// The domain with this id; `None` if there is none.
-    ///
-    /// # Errors
-    /// `xc_domain_getinfolist` failed.
-    pub fn domain(&self, id: DomId) -> Result<Option<DomainInfo>, Error> {
+    /// What Xen knows of the domain with this id; `None` if there is none.
+    fn info(&self, id: DomId) -> Result<Option<xc_domaininfo_t>, Error> {
         fault_point("xc_domain_getinfolist")?;
         let mut info = xc_domaininfo_t::default();
         // SAFETY: the buffer holds one element of the type the call fills.
@@ -165,7 +162,7 @@ impl Control {
         };
         // If there is no such domain, Xen returns the next one.
         match n {
-            1 if info.domain == id.0 => Ok(Some(domain_info(&info))),
+            1 if info.domain == id.0 => Ok(Some(info)),
             0 | 1 => Ok(None),
             _ => Err(Error::last(format!(
                 "asking for domain {id} (xc_domain_getinfolist)"
@@ -173,34 +170,25 @@ impl Control {
         }
     }
 
+    /// The domain with this id; `None` if there is none.
+    ///
+    /// # Errors
+    /// `xc_domain_getinfolist` failed.
+    pub fn domain(&self, id: DomId) -> Result<Option<DomainInfo>, Error> {
+        Ok(self.info(id)?.as_ref().map(domain_info))
+    }
+
     /// Whether the domain with this id is paused; `None` if there is no such domain.
     ///
     /// # Errors
     /// `xc_domain_getinfolist` failed.
     pub fn pause_state(&self, id: DomId) -> Result<Option<PauseState>, Error> {
-        fault_point("xc_domain_getinfolist")?;
-        let mut info = xc_domaininfo_t::default();
-        // SAFETY: the buffer holds one element of the type the call fills.
-        let n = unsafe {
-            (self.functions.xc_domain_getinfolist)(
-                self.handle.as_ptr(),
-                u32::from(id.0),
-                1,
-                &raw mut info,
-            )
-        };
-        match n {
-            1 if info.domain == id.0 => Ok(Some(PauseState {
-                uuid: info.handle,
-                paused: info.flags & sys::XEN_DOMINF_paused != 0,
-                cpu_time_ns: info.cpu_time,
-                shutdown: info.flags & sys::XEN_DOMINF_shutdown != 0,
-            })),
-            0 | 1 => Ok(None),
-            _ => Err(Error::last(format!(
-                "asking for domain {id} (xc_domain_getinfolist)"
-            ))),
-        }
+        Ok(self.info(id)?.map(|info| PauseState {
+            uuid: info.handle,
+            paused: info.flags & sys::XEN_DOMINF_paused != 0,
+            cpu_time_ns: info.cpu_time,
+            shutdown: info.flags & sys::XEN_DOMINF_shutdown != 0,
+        }))
     }
 
     /// Takes one pause count of a domain and waits until none of its vCPUs runs.
