@@ -23,7 +23,7 @@ use crate::machine::Machine;
 use crate::operation::Operation;
 use crate::plan::{self, Plan, Stack};
 use crate::quiesce::{Watch, Watched};
-use crate::storage::journal::{self, Change};
+use crate::storage::journal::Change;
 use crate::target::redirect;
 use crate::target::symbols::Object;
 use crate::write::Write;
@@ -182,29 +182,9 @@ impl Gate {
 
     /// What the journal says while the gate is in place. `recover` takes the gate down by it.
     fn change(&self, kernel: &Kernel<'_>) -> Change {
-        let ranges = self
-            .down
-            .watch
-            .ranges()
-            .map(|(range, name)| journal::Range {
-                start: range.start.0,
-                len: range.len(),
-                name: name.to_owned(),
-            });
-        Change {
-            build_id: kernel
-                .build_id
-                .as_deref()
-                .map(hex::encode)
-                .unwrap_or_default(),
-            text_base: kernel.text_base.0,
-            patch: self.up.patch.clone(),
-            sha256: String::new(),
-            record: String::new(),
-            op: Operation::Nudge,
-            writes: self.up.writes.clone(),
-            watched: ranges.collect(),
-        }
+        let watched = self.down.watch.ranges().map(|(range, name)| (*range, name));
+        let (patch, writes) = (&self.up.patch, &self.up.writes);
+        Change::of(kernel, Operation::Nudge, patch, writes, watched)
     }
 
     /// Puts the gate in place, waits until a CPU has run through it, and takes it down. Returns how many threads were woken.

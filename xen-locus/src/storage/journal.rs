@@ -12,6 +12,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
+use locus_guest::addr;
 use locus_kernel::Kernel;
 use locus_xen::{fault, uuid};
 use serde::{Deserialize, Serialize};
@@ -88,7 +89,22 @@ impl Change {
         // To undo it, no thread may be in the new code either.
         let code = stack::code_of(record);
         let code = code.iter().map(|w| (w.range, &*w.name));
-        let all = ranges.chain(code).map(|(range, name)| Range {
+        Change {
+            sha256: record.sha256.clone(),
+            ..Change::of(kernel, op, &record.name, &plan.writes, ranges.chain(code))
+        }
+    }
+
+    /// A change that places no payload: to undo `writes`, no thread may be in `watched`.
+    #[must_use]
+    pub fn of<'w>(
+        kernel: &Kernel<'_>,
+        op: Operation,
+        patch: &str,
+        writes: &[Write],
+        watched: impl Iterator<Item = (addr::Range, &'w str)>,
+    ) -> Change {
+        let watched = watched.map(|(range, name)| Range {
             start: range.start.0,
             len: range.len(),
             name: name.to_owned(),
@@ -100,12 +116,12 @@ impl Change {
                 .map(hex::encode)
                 .unwrap_or_default(),
             text_base: kernel.text_base.0,
-            patch: record.name.clone(),
-            sha256: record.sha256.clone(),
+            patch: patch.to_owned(),
+            sha256: String::new(),
             record: String::new(),
             op,
-            writes: plan.writes.clone(),
-            watched: all.collect(),
+            writes: writes.to_vec(),
+            watched: watched.collect(),
         }
     }
 }
