@@ -216,7 +216,8 @@ fn four_thousand_million_processors_are_not_believed() {
     );
 }
 
-/// A guest whose whole kernel map leads to frames with `fill`, read-only, except for one page of text.
+/// A guest whose whole kernel map leads to frames with `fill`, read-only, except for a table of text and one of
+/// variables.
 fn everywhere(fill: &[u8], executable_entry: bool) -> MockMemory {
     let memory = MockMemory::new();
     let table = |next: Frame, bits: u64| {
@@ -239,7 +240,7 @@ fn everywhere(fill: &[u8], executable_entry: bool) -> MockMemory {
     }
     let middle = table(leaves, 0);
     let top = table(middle, 0);
-    memory.set_entry(ROOT, 511, top.0 << 12 | PTE_PRESENT);
+    memory.set_entry(ROOT, 511, top.0 << 12 | PTE_PRESENT | PTE_WRITE);
     if executable_entry {
         let text = table(pages[0], 0);
         let middle_of_text = memory.frame();
@@ -248,8 +249,10 @@ fn everywhere(fill: &[u8], executable_entry: bool) -> MockMemory {
         }
         let slot = (ENTRY.0 >> 21 & 511) as usize;
         memory.set_entry(middle_of_text, slot, text.0 << 12 | PTE_PRESENT);
+        let variables = table(pages[0], PTE_WRITE | PTE_NX).0 << 12;
+        memory.set_entry(middle_of_text, 511, variables | PTE_PRESENT | PTE_WRITE);
         let slot = (KERNEL_MAP.0 >> 30 & 511) as usize;
-        memory.set_entry(top, slot, middle_of_text.0 << 12 | PTE_PRESENT);
+        memory.set_entry(top, slot, middle_of_text.0 << 12 | PTE_PRESENT | PTE_WRITE);
     }
     memory
 }

@@ -193,7 +193,7 @@ impl<'m> Kernel<'m> {
             space,
             kind,
             text_base: located.text_base,
-            regions: located.regions.clone(),
+            regions: within_image(&located.regions, &symbols),
             symbols,
             release: String::new(),
             build_id: None,
@@ -328,4 +328,12 @@ impl<'m> Kernel<'m> {
             }),
         }
     }
+}
+
+/// The runs that begin before `_end`. A kernel without KASLR has modules behind its image, within
+/// the addresses in which it is searched for (`MODULES_VADDR`, arch/x86/include/asm/pgtable_64_types.h).
+fn within_image(found: &[Region], symbols: &Symbols) -> Vec<Region> {
+    let end = symbols.addr("_end");
+    let within = |r: &&Region| end.is_none_or(|end| r.range.start < end);
+    found.iter().filter(within).copied().collect()
 }

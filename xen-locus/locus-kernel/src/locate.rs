@@ -6,8 +6,19 @@
 //! `xen_cleanhighmap()` remove every other mapping there. So the run of mapped pages around the
 //! known address begins at `_text`.
 //!
-//! A saved core of a PVH or HVM guest does not have `MSR_LSTAR`. There each such run is a candidate
-//! if it begins with code and has read-only data behind it. The symbols that are found in a
+//! The image may have holes behind that run. With page-table isolation the kernel removes the
+//! mappings of what it frees of its image: what is between text, read-only data and variables, and
+//! `.init` (arch/x86/mm/init.c: `free_kernel_image_pages`). The image ends before the next run that
+//! begins with code, which is a module's, and at the symbol `_end`.
+//!
+//! With page-table isolation, too, a vCPU in user mode is on the user half of a pair of roots. That
+//! half maps the kernel's entry code, or all of its code and read-only data
+//! (arch/x86/mm/pti.c: `pti_clone_entry_text`, `pti_clone_kernel_text`), but never its variables.
+//! The kernel half is the page before it. It is believed only where the user half is not the whole
+//! kernel, and maps the same code: the page before another root may be anything.
+//!
+//! A saved core of a PVH or HVM guest does not have `MSR_LSTAR`. There each image is a candidate
+//! if it begins with code and has read-only data and variables. The symbols that are found in a
 //! candidate must then agree with the guest's state ([`agrees`]).
 
 use locus_guest::addr::{Frame, Gva, Range};
@@ -81,25 +92,44 @@ pub fn locate<'m>(
              {KERNEL_MAP} and {KERNEL_MAP_END}"
         )));
     }
-    for space in spaces(mem, kind, &up, budget) {
+    let mut elsewhere = false;
+    for Tables { space, user_half } in tables(mem, kind, &up, budget) {
         budget.check().map_err(Error::Memory)?;
-        if let Some(regions) = runs(&space).into_iter().find(|run| holds(run, entry)) {
-            if has_constants(&regions) {
-                return Ok(Located {
-                    space,
-                    // The run holds the entry point, so it has a first region.
-                    text_base: regions.first().map_or(entry, |r| r.range.start),
-                    entry: Some(entry),
-                    regions,
-                });
-            }
+        let runs = runs(&space);
+        let Some(at) = runs.iter().position(|run| holds(run, entry)) else {
+            continue;
+        };
+        let regions = image(&runs, at);
+        if !is_whole(&regions) {
+            continue;
         }
+        if user_half.is_some_and(|half| !same_page(&half, &space, entry)) {
+            elsewhere = true;
+            continue;
+        }
+        return Ok(Located {
+            space,
+            // The run holds the entry point, so it has a first region.
+            text_base: regions.first().map_or(entry, |r| r.range.start),
+            entry: Some(entry),
+            regions,
+        });
     }
     budget.check().map_err(Error::Memory)?;
-    Err(Error::NotLinux(format!(
-        "around the guest's kernel entry point {entry} no read-only data is mapped beside the \
-         code, as a booted Linux kernel has it; if the guest is just booting, try again"
-    )))
+    Err(Error::NotLinux(if elsewhere {
+        format!(
+            "the guest's vCPUs are on page tables that map the kernel entry point {entry} but not \
+             the kernel, as the user half of page-table isolation does; the page before them, \
+             which then is the kernel half, maps another page there; if a process has just ended, \
+             try again"
+        )
+    } else {
+        format!(
+            "around the guest's kernel entry point {entry} no read-only data and variables are \
+             mapped behind the code, as a booted Linux kernel has them; if the guest is just \
+             booting, try again"
+        )
+    }))
 }
 
 /// Places that may be the kernel of a saved guest, of which no entry point is known: at least one,
@@ -116,17 +146,24 @@ pub fn candidates<'m>(
     budget: &Budget,
 ) -> Result<Vec<Located<'m>>, Error> {
     let up = in_long_mode(vcpus)?;
-    let inside = |run: &[Region]| up.iter().any(|v| !v.user && holds(run, v.rip));
-    for space in spaces(mem, kind, &up, budget) {
+    let inside = |image: &[Region]| up.iter().any(|v| !v.user && holds(image, v.rip));
+    for Tables { space, user_half } in tables(mem, kind, &up, budget) {
         budget.check().map_err(Error::Memory)?;
-        let mut found: Vec<(Gva, Vec<Region>)> = runs(&space)
-            .into_iter()
-            .filter_map(|run| Some((image_start(&run)?, run)))
+        if user_half.is_some_and(|half| !same_code(&half, &space)) {
+            continue;
+        }
+        let runs = runs(&space);
+        let mut found: Vec<(Gva, Vec<Region>)> = (0..runs.len())
+            .filter_map(|at| {
+                let start = code_start(runs.get(at)?)?;
+                let image = image(&runs, at);
+                is_whole(&image).then_some((start, image))
+            })
             .collect();
         if found.is_empty() {
             continue;
         }
-        found.sort_by_key(|(_, run)| !inside(run));
+        found.sort_by_key(|(_, image)| !inside(image));
         found.truncate(CANDIDATES);
         let place = |(text_base, regions)| Located {
             space: space.fresh(),
@@ -138,8 +175,8 @@ pub fn candidates<'m>(
     }
     budget.check().map_err(Error::Memory)?;
     Err(Error::NotLinux(format!(
-        "no page tables of the guest's vCPUs map code with read-only data behind it between \
-         {KERNEL_MAP} and {KERNEL_MAP_END}, as a booted 64-bit Linux kernel has it"
+        "no page tables of the guest's vCPUs map code with read-only data and variables behind it \
+         between {KERNEL_MAP} and {KERNEL_MAP_END}, as a booted 64-bit Linux kernel has them"
     )))
 }
 
@@ -192,25 +229,60 @@ fn in_long_mode(vcpus: &[Vcpu]) -> Result<Vec<&Vcpu>, Error> {
     Ok(up)
 }
 
-/// The address spaces that the vCPUs `up` are in.
-fn spaces<'m>(
+/// Page tables that may map the kernel.
+struct Tables<'m> {
+    space: Space<'m>,
+    /// What led here, if they are only supposed: the user half of a pair, behind `space`'s root.
+    user_half: Option<Space<'m>>,
+}
+
+/// The page tables that the vCPUs `up` are on: first those in kernel mode, then those in user mode,
+/// then the kernel halves that may belong to them.
+fn tables<'m>(
     mem: &'m dyn Memory,
     kind: GuestType,
     up: &[&Vcpu],
     budget: &Budget,
-) -> Vec<Space<'m>> {
+) -> Vec<Tables<'m>> {
     let five = up.iter().any(|v| v.la57) && kind != GuestType::Pv;
     let levels = if five { 5 } else { 4 };
-    // With page-table isolation a vCPU in user mode runs on the user half of a pair of tables: the
-    // kernel half is the page before it (`PTI_USER_PGTABLE_BIT`, arch/x86/include/asm/pgtable.h).
+    let (user, kernel): (Vec<&Vcpu>, Vec<&Vcpu>) = up.iter().copied().partition(|v| v.user);
     let mut roots: Vec<Frame> = Vec::new();
-    for root in up.iter().flat_map(|v| [Frame(v.root.0 & !1), v.root]) {
-        if !roots.contains(&root) {
-            roots.push(root);
+    for vcpu in kernel.into_iter().chain(user) {
+        if !roots.contains(&vcpu.root) {
+            roots.push(vcpu.root);
         }
     }
     let space = |root| Space::within(mem, root, levels, budget.clone());
-    roots.into_iter().map(space).collect()
+    let own = roots.iter().map(|&root| Tables {
+        space: space(root),
+        user_half: None,
+    });
+    // `PTI_USER_PGTABLE_BIT` (arch/x86/include/asm/pgtable.h) is the lowest bit of a frame's number.
+    // Entry code is in kernel mode and still on the user half. Xen's PV guests have no isolation.
+    let halves = roots
+        .iter()
+        .filter(|r| r.0 & 1 == 1 && kind != GuestType::Pv);
+    let halves = halves.map(|&root| Tables {
+        space: space(Frame(root.0 & !1)),
+        user_half: Some(space(root)),
+    });
+    own.chain(halves).collect()
+}
+
+/// Whether the two halves of a pair map the same page at `at`, in kernel code.
+fn same_page(user_half: &Space<'_>, kernel_half: &Space<'_>, at: Gva) -> bool {
+    match (user_half.walk(at), kernel_half.walk(at)) {
+        (Ok(user), Ok(kernel)) => user.executable && user.frame == kernel.frame,
+        _ => false,
+    }
+}
+
+/// Whether the first kernel code that the user half maps is the same in the kernel half.
+fn same_code(user_half: &Space<'_>, kernel_half: &Space<'_>) -> bool {
+    let runs = runs(user_half);
+    let code = runs.iter().flatten().find(|r| r.executable);
+    code.is_some_and(|code| same_page(user_half, kernel_half, code.range.start))
 }
 
 /// Runs of mapped pages without holes, where the image may be.
@@ -230,13 +302,23 @@ fn holds(run: &[Region], at: Gva) -> bool {
     run.iter().any(|r| r.executable && r.range.contains(at))
 }
 
-/// Where the image in `run` would begin; `None` if it does not begin with code, or has no read-only
-/// data behind it.
-fn image_start(run: &[Region]) -> Option<Gva> {
+/// Where `run` begins, if it begins with code.
+fn code_start(run: &[Region]) -> Option<Gva> {
     let first = run.first().filter(|r| r.executable)?;
-    has_constants(run).then_some(first.range.start)
+    Some(first.range.start)
 }
 
-fn has_constants(run: &[Region]) -> bool {
-    run.iter().any(|r| !r.writable && !r.executable)
+/// The image that begins with the run number `first`: that run, and those behind it up to the next
+/// that begins with code.
+fn image(runs: &[Vec<Region>], first: usize) -> Vec<Region> {
+    let mut runs = runs.iter().skip(first);
+    let text = runs.next().into_iter();
+    let rest = runs.take_while(|run| code_start(run).is_none());
+    text.chain(rest).flatten().copied().collect()
+}
+
+/// Whether an image has read-only data and variables, as that of a booted kernel.
+fn is_whole(image: &[Region]) -> bool {
+    let data = |writable| move |r: &Region| !r.executable && r.writable == writable;
+    image.iter().any(data(false)) && image.iter().any(data(true))
 }

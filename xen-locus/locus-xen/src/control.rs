@@ -452,3 +452,21 @@ fn domain_info(info: &xc_domaininfo_t) -> DomainInfo {
         max_pages: info.max_pages,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_root_is_without_the_control_bits_of_cr3() {
+        // PCID, `CR3.LAM_U57` and `LAM_U48`, and NOFLUSH, which Linux sets in the value that it writes; bit 12 is
+        // the lowest of the frame's number, and says which half of a pair it is.
+        for bits in [0, 0xfff, 1 << 61, 1 << 62, 1 << 63, 7 << 61 | 0x80b] {
+            let c = sys::hvm_hw_cpu {
+                cr3: 0x1_2345_7000 | bits,
+                ..Default::default()
+            };
+            assert_eq!(vcpu_hvm(3, &c).root, Frame(0x12_3457), "{bits:#x}");
+        }
+    }
+}

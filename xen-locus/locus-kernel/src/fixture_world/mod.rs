@@ -19,14 +19,15 @@ mod saved;
 mod tests;
 mod types;
 
-use locus_guest::addr::{Frame, Gva, PAGE_LEN};
+use locus_guest::addr::{Frame, Gva, PAGE_LEN, PAGE_SIZE};
 use locus_guest::core::write::{self, CoreHead, CorePage};
 use locus_guest::mock::{MockMemory, ROOT};
-use locus_guest::{GuestType, Memory as _, MemoryMut as _, Vcpu};
+use locus_guest::space::{Space, PTE_FRAME};
+use locus_guest::{GuestType, Memory as _, Vcpu};
 
 use self::draft::{Draft, IDLE_THREADS};
 pub use self::types::{RESTART, TASKS, THREAD_NODE};
-use crate::fixture::{Fixture, ENTRY, TABLES, TEXT};
+use crate::fixture::{Fixture, ENTRY, RODATA, TABLES, TEXT};
 
 /// Guest virtual address of its variables.
 pub const DATA: Gva = Gva(TEXT.0 + (8 << 20));
@@ -40,6 +41,15 @@ pub const STACK_LEN: usize = 8 << 10;
 pub const PATCHED: Gva = Gva(TEXT.0 + 0x1000);
 /// Guest virtual address of the function in which its idle tasks wait.
 pub const IDLE: Gva = Gva(TEXT.0 + 0x1100);
+/// What the user half of a pair of roots maps of the kernel.
+#[derive(Clone, Copy)]
+pub enum Cloned {
+    /// The page with the entry point.
+    EntryCode,
+    /// All code and read-only data: a kernel on a processor without PCID.
+    CodeAndConstants,
+}
+
 /// The guest, built.
 pub struct World {
     /// Its memory.
@@ -118,26 +128,61 @@ impl World {
     }
 
     /// The same, with page-table isolation: all its vCPUs are in user mode, on the user half of a
-    /// pair of roots. That half maps nothing of the kernel.
+    /// pair of roots, and what the kernel freed of its image is not mapped.
     #[must_use]
-    pub fn with_isolation(mut self) -> World {
+    pub fn with_isolation(mut self, cloned: Cloned) -> World {
         let mut kernel_half = self.memory.frame();
         while kernel_half.0 % 2 == 1 {
             kernel_half = self.memory.frame();
         }
         let user_half = self.memory.frame();
-        let mut root = vec![0; PAGE_LEN];
-        let memory = &self.memory;
         let shared = self.vcpus[0].root;
-        memory.map(&[shared]).unwrap().read(0, &mut root).unwrap();
-        let window = memory.map_mut(&[kernel_half]).unwrap();
-        window.write(0, &root).unwrap();
-        memory.map_page(TABLES, kernel_half, true, false);
+        let levels = if self.vcpus[0].la57 { 5 } else { 4 };
+        self.unmap(Gva(RODATA.0 - PAGE_SIZE));
+        self.copy_table(shared, kernel_half);
+        let (mut own, mut theirs) = (user_half, shared);
+        let lowest = match cloned {
+            Cloned::EntryCode => 1,
+            Cloned::CodeAndConstants => 2,
+        };
+        for level in (lowest + 1..=levels).rev() {
+            let (_, slot, entry) = self.slot_of(theirs, level, ENTRY);
+            let next = self.memory.frame();
+            self.memory
+                .set_entry(own, slot, (next.0 << 12) | entry & !PTE_FRAME);
+            (own, theirs) = (next, Frame((entry & PTE_FRAME) >> 12));
+        }
+        let (_, slot, entry) = self.slot_of(theirs, lowest, ENTRY);
+        self.memory.set_entry(own, slot, entry);
+        self.memory.map_page(TABLES, kernel_half, true, false);
         for (vcpu, base) in self.vcpus.iter_mut().zip(PERCPU) {
             (vcpu.root, vcpu.user) = (user_half, true);
             (vcpu.gs_base, vcpu.gs_other) = (Gva(0), Gva(base));
         }
         self
+    }
+
+    /// The entry for `at` in a table of this level, and its number.
+    fn slot_of(&self, table: Frame, level: u8, at: Gva) -> (Frame, usize, u64) {
+        // A space whose root is this table has so many levels.
+        let space = Space::new(&self.memory, table, level);
+        space.entry_slot(at, level).unwrap()
+    }
+
+    /// Unmaps the page at `at`.
+    pub fn unmap(&self, at: Gva) {
+        let root = self.vcpus[0].root;
+        let levels = if self.vcpus[0].la57 { 5 } else { 4 };
+        let space = Space::new(&self.memory, root, levels);
+        let (table, slot, _) = space.entry_slot(at, 1).unwrap();
+        self.memory.set_entry(table, slot, 0);
+    }
+
+    fn copy_table(&self, from: Frame, to: Frame) {
+        let mut bytes = vec![0; PAGE_LEN];
+        let window = self.memory.map(&[from]).unwrap();
+        window.read(0, &mut bytes).unwrap();
+        self.memory.fill(to, 0, &bytes);
     }
 
     /// Its pages, as a core lists them. A PV guest's page numbers (PFN) differ from the machine's

@@ -1,33 +1,115 @@
 //! The small guest is found as a kernel, live and saved, and refused if an anchor is missing.
 
+use locus_guest::space::Region;
+
 use super::*;
 use crate::tasks::TaskLayout;
-use crate::{Error, Kernel};
+use crate::{locate, Error, Kernel};
+
+/// Its kernel is found, live and saved, and its tasks are read.
+fn is_found(world: &World, what: &str) {
+    let mut no_entry = world.vcpus.clone();
+    no_entry.iter_mut().for_each(|v| v.entry = None);
+    let live = Kernel::read(&world.memory, GuestType::Pvh, &world.vcpus).unwrap();
+    let saved = Kernel::of_saved(&world.memory, GuestType::Hvm, &no_entry).unwrap();
+    for kernel in [&live, &saved] {
+        assert_eq!(kernel.text_base, TEXT, "{what}");
+        assert_eq!(kernel.kind, GuestType::Pvh, "{what}");
+        let variables = |r: &Region| r.writable && r.range.contains(DATA);
+        assert!(kernel.regions.iter().any(variables), "{what}");
+        let tasks = TaskLayout::of(kernel).unwrap();
+        let tasks = tasks.all(kernel, &kernel.space).unwrap();
+        let names: Vec<&str> = tasks.iter().map(|t| t.comm.as_str()).collect();
+        assert_eq!(names, ["init", "sleeper", "busy", "swapper/0", "swapper/1"]);
+    }
+}
 
 #[test]
-fn the_kernel_is_found_with_four_and_five_levels_and_isolation() {
-    let worlds = [
-        World::new(GuestType::Pvh),
-        World::new(GuestType::Pvh).with_five_levels(),
-        World::new(GuestType::Pvh).with_isolation(),
-        World::new(GuestType::Pvh)
-            .with_five_levels()
-            .with_isolation(),
-    ];
-    for (n, world) in worlds.into_iter().enumerate() {
-        let mut no_entry = world.vcpus.clone();
-        no_entry.iter_mut().for_each(|v| v.entry = None);
-        let live = Kernel::read(&world.memory, GuestType::Pvh, &world.vcpus).unwrap();
-        let saved = Kernel::of_saved(&world.memory, GuestType::Hvm, &no_entry).unwrap();
-        for kernel in [&live, &saved] {
-            assert_eq!(kernel.text_base, TEXT, "{n}");
-            assert_eq!(kernel.kind, GuestType::Pvh, "{n}");
-            let tasks = TaskLayout::of(kernel).unwrap();
-            let tasks = tasks.all(kernel, &kernel.space).unwrap();
-            let names: Vec<&str> = tasks.iter().map(|t| t.comm.as_str()).collect();
-            assert_eq!(names, ["init", "sleeper", "busy", "swapper/0", "swapper/1"]);
+fn the_kernel_is_found_with_four_and_five_levels() {
+    let world = || World::new(GuestType::Pvh);
+    is_found(&world(), "four");
+    is_found(&world().with_five_levels(), "five");
+}
+
+#[test]
+fn with_isolation_the_kernel_is_found_whatever_the_user_half_has_of_it() {
+    for cloned in [Cloned::EntryCode, Cloned::CodeAndConstants] {
+        let world = || World::new(GuestType::Pvh);
+        is_found(&world().with_isolation(cloned), "four");
+        is_found(&world().with_five_levels().with_isolation(cloned), "five");
+        // One vCPU is idle, or in entry code, which is in kernel mode and still on the user half.
+        for root_of_idle in [-1, 0] {
+            let mut mixed = world().with_isolation(cloned);
+            let user_half = mixed.vcpus[0].root.0;
+            mixed.vcpus[0].root = Frame(user_half.wrapping_add_signed(root_of_idle));
+            mixed.vcpus[0].user = false;
+            is_found(&mixed, "mixed");
         }
     }
+}
+
+#[test]
+fn an_image_with_holes_is_found_without_isolation_too() {
+    let world = World::new(GuestType::Pvh);
+    world.unmap(Gva(RODATA.0 - PAGE_SIZE));
+    is_found(&world, "four");
+}
+
+/// The guest with isolation, and another kernel's text in its kernel half.
+fn with_a_strange_kernel_half() -> World {
+    let world = World::new(GuestType::Pvh).with_isolation(Cloned::EntryCode);
+    let own = world.memory.frame();
+    let kernel_half = Space::new(&world.memory, Frame(world.vcpus[0].root.0 - 1), 4);
+    let (table, slot, entry) = kernel_half.entry_slot(ENTRY, 1).unwrap();
+    // The user half has a table of its own, so it goes on mapping the old page.
+    let strange = (own.0 << 12) | entry & !PTE_FRAME;
+    world.memory.set_entry(table, slot, strange);
+    world
+}
+
+#[test]
+fn a_kernel_half_with_other_code_than_the_user_half_is_refused() {
+    let mut world = with_a_strange_kernel_half();
+    let error = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap_err();
+    assert!(error.to_string().contains("another page"), "{error}");
+    world.vcpus.iter_mut().for_each(|v| v.entry = None);
+    let saved = Kernel::of_saved(&world.memory, world.kind, &world.vcpus);
+    assert!(matches!(saved, Err(Error::NotLinux(_))));
+}
+
+#[test]
+fn the_page_before_a_root_that_has_the_kernel_is_not_looked_at() {
+    // A root with an odd number, and before it a page that maps a kernel, but another one.
+    let other = World::new(GuestType::Pvh).with_isolation(Cloned::EntryCode);
+    let user_half = other.vcpus[0].root;
+    let mut world = other;
+    let before = Frame(user_half.0 - 1);
+    world.copy_table(before, user_half);
+    world.memory.fill(before, 0, &[0xff; PAGE_LEN]);
+    world.memory.map_page(TABLES, user_half, true, false);
+    is_found(&world, "odd");
+    // Nor is the page before the root of a PV guest, which has no isolation.
+    world.kind = GuestType::Pv;
+    world.memory.fill(user_half, 0, &[0; PAGE_LEN]);
+    let error = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap_err();
+    assert!(matches!(error, Error::NotLinux(_)), "{error}");
+}
+
+#[test]
+fn modules_behind_the_image_are_none_of_it() {
+    // A kernel without KASLR has modules from 512 MiB on, and the first piece may be variables.
+    let module = Gva(locate::KERNEL_MAP.0 + (512 << 20));
+    let end = TABLES.plus(PAGE_SIZE);
+    let world = World::with(GuestType::Pvh, |f| {
+        f.symbols.push((end.0, 'B', "_end".to_owned()));
+    });
+    world.memory.map_bytes(module, &[1; 64], true, false);
+    let code = module.plus(4 * PAGE_SIZE);
+    world.memory.map_bytes(code, &[0x90; 64], false, true);
+    is_found(&world, "modules");
+    let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
+    let last = kernel.regions.last().unwrap();
+    assert!(last.range.contains(TABLES), "{last:?}");
 }
 
 #[test]
@@ -75,10 +157,10 @@ fn a_saved_kernel_needs_one_more_anchor_than_its_text() {
 fn a_run_without_symbols_before_the_kernel_is_passed_over() {
     saved(|world| {
         let before = Gva(TEXT.0 - (4 << 20));
-        world.memory.map_bytes(before, &[0x90; 64], false, true);
-        world
-            .memory
-            .map_bytes(before.plus(4096), &[7; 64], false, false);
+        let memory = &world.memory;
+        memory.map_bytes(before, &[0x90; 64], false, true);
+        memory.map_bytes(before.plus(PAGE_SIZE), &[7; 64], false, false);
+        memory.map_bytes(before.plus(2 * PAGE_SIZE), &[7; 64], true, false);
     })
     .unwrap();
 }
