@@ -3,7 +3,7 @@
 //! Code comes first, then constants, then variables: each group begins on a page, because a page has one
 //! set of rights.
 
-use locus_guest::addr::{Gva, Range, PAGE_LEN, PAGE_SIZE};
+use locus_guest::addr::{Gva, Range, PAGE_SIZE};
 use locus_payload::{Payload, Role, Section};
 
 use crate::arena::{Rights, PAGES};
@@ -115,8 +115,7 @@ impl Cursor {
 impl ImageLayout {
     /// Places the sections: code first, then constants, a record of `record_len` bytes and the read-only part
     /// of the module's tables, then variables, and on pages of its own the writable part of the module's
-    /// tables. When a payload is applied again its variables get their first values back, and the module's
-    /// tables stay as the guest has them.
+    /// tables.
     ///
     /// # Errors
     /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): the payload is larger than any arena.
@@ -181,20 +180,6 @@ impl ImageLayout {
         if let Some(offset) = self.offsets.get_mut(section.index) {
             *offset = Some(at);
         }
-    }
-
-    /// What is written when the payload is applied again, as ranges of the image's bytes: the record, and the
-    /// variables without the module's tables. Variables keep their values if the payload is `entry_only`:
-    /// threads may be in its code all the time.
-    #[must_use]
-    pub fn rewritten(&self, entry_only: bool) -> Vec<std::ops::Range<usize>> {
-        let record = self.record.range();
-        if entry_only {
-            return vec![record];
-        }
-        let data = self.rights.iter().take_while(|&&r| r != Rights::Data);
-        let data = data.count() * PAGE_LEN;
-        vec![record, data..index(self.module_rw).max(data)]
     }
 
     /// The addresses of its parts when its first page is at `base`.

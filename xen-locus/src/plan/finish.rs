@@ -50,9 +50,10 @@ pub fn finish(
     let record = complete(&resolved, &image, &layout, (first, module))?;
     let record_json = record.encode()?;
     put_record(&mut image, &layout, &record_json)?;
-    // Of code that is parked the guest may have changed tables and branches meanwhile, which are to stay.
+    // What ran is left as the guest has it: it may have changed tables and branches of the code, and its timers and
+    // lists may lead to the variables.
     let fresh = match entered {
-        true => layout.rewritten(record.entry_only),
+        true => vec![layout.record.range()],
         false => std::iter::once(0..image.bytes.len()).collect(),
     };
     // Once the guest knows the entry, it writes its keys' changes into the payload itself.

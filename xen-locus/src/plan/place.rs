@@ -6,6 +6,7 @@ use locus_kernel::Kernel;
 use super::lay_out::LaidOut;
 use super::preconditions::Fitted;
 use super::resolve::Resolved;
+use crate::arena::digests::CodeDigests;
 use crate::arena::record::State;
 use crate::arena::{self, Arena, Resident};
 use crate::error::{Error, Result};
@@ -89,7 +90,8 @@ fn link(
     Ok((image, entry))
 }
 
-/// Whether the code and constants of `image`, except the record, are in the arena already.
+/// Whether the code and constants of `image`, except the record, are in the arena already. A branch may be switched the
+/// other way there: its static key may be a variable of the payload, and these keep their values.
 fn is_same(
     kernel: &Kernel<'_>,
     layout: &ImageLayout,
@@ -103,7 +105,11 @@ fn is_same(
         let record = layout.record.range();
         bytes.get_mut(record).ok_or_else(too_short)?.fill(0);
     }
-    Ok(found == wanted)
+    let base = place.text.start;
+    let labels = image.jumps.iter().filter_map(|jump| jump.recorded(base));
+    Ok(CodeDigests::of(wanted, labels.collect())
+        .changed(found)
+        .is_empty())
 }
 
 /// Length of `range` in bytes.

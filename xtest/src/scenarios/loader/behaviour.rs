@@ -47,21 +47,17 @@ pub fn percpu(subject: &Subject<'_>) -> Result<(), Verdict> {
     subject.revert(NAME)
 }
 
-/// Variables have their initial values, keep what is written, and have their initial values after the next apply.
+/// Variables have their initial values, and keep what is written, also while the payload is reverted.
 pub fn state(subject: &Subject<'_>) -> Result<(), Verdict> {
     const NAME: &str = "locus_state";
-    for again in [false, true] {
+    for before in [0, 3] {
         subject.apply(NAME)?;
         let begin = subject.read("/proc/version")?;
-        check_eq!(
-            begin,
-            state_line(0),
-            "before the first call (again: {again})"
-        );
-        for calls in 1..=3 {
+        check_eq!(begin, state_line(before), "before the first call");
+        for calls in before + 1..=before + 3 {
             check_eq!(subject.read("/proc/cmdline")?, state_line(calls));
         }
-        check_eq!(subject.read("/proc/version")?, state_line(3));
+        check_eq!(subject.read("/proc/version")?, state_line(before + 3));
         subject.revert(NAME)?;
     }
     Ok(())
