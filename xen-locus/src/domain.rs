@@ -162,7 +162,9 @@ impl Live for Domain<'_> {
         self.info.kind
     }
 
+    /// Comes before all that is read of a guest's kernel, so a guest that would be misread is refused here.
     fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
+        self.control.check_guest(self.info.id)?;
         Ok(self.control.vcpus(&self.info)?)
     }
 }
@@ -210,6 +212,7 @@ impl Machine for Domain<'_> {
     }
 
     fn begin(&self, change: &Change) -> Result<()> {
+        self.control.check_changes(&self.info)?;
         locus_xen::set_guest_may_be_changed();
         self.ended.set(false);
         self.journal.begin(&Intent {
@@ -227,6 +230,8 @@ impl Machine for Domain<'_> {
     }
 
     fn guard(&self, spots: &[Spot]) -> Result<Box<dyn Guard + '_>> {
+        self.control.check_changes(&self.info)?;
+        self.control.check_guest(self.info.id)?;
         let calls = PauseCalls::new(self.control, &self.info, &guard::frames(spots))?;
         Ok(Box::new(Guarded::start(calls, &self.task(spots))?))
     }

@@ -11,8 +11,10 @@ use xenctrl_sys::{
     xentoollog_logger,
 };
 
-use super::library::functions;
-use super::{fault_point, uuid, Error};
+use super::domain_info::{self, domain_info, DomainInfo, PauseState};
+use super::layout::{self, XenVersion};
+use super::library::{self, functions};
+use super::{fault_point, Error};
 
 /// `HVM_SAVE_CODE(CPU)`: a macro, so `xenctrl-sys` has no constant for it
 /// (xen/include/public/arch-x86/hvm/save.h).
@@ -21,12 +23,9 @@ pub(super) const HVM_SAVE_CPU: u16 = 2;
 const EFER_LMA: u64 = 1 << 10;
 /// `CR4.LA57`: five levels of page tables.
 const CR4_LA57: u64 = 1 << 12;
-/// Emulated devices that only an HVM guest has; PVH has a local APIC at most
-/// (xen/include/public/arch-x86/xen.h).
-const EMU_HVM_ONLY: u32 = sys::XEN_X86_EMU_IOAPIC | sys::XEN_X86_EMU_PIC;
 
 functions! {
-    /// What is used of `libxenctrl` (tools/include/xenctrl.h). These prototypes are the same in Xen 4.17 to 4.22.
+    /// What is used of `libxenctrl` (tools/include/xenctrl.h). These prototypes are the same in Xen 4.16 to 4.22.
     struct Functions checked by xenctrl_sys {
         fn xc_interface_open(*mut xentoollog_logger, *mut xentoollog_logger, c_uint) -> *mut xc_interface;
         fn xc_interface_close(*mut xc_interface) -> c_int;
@@ -45,7 +44,14 @@ functions! {
 pub struct Control {
     handle: NonNull<xc_interface>,
     functions: Functions,
+    version: XenVersion,
+    /// `xc_altp2m_get_domain_state`, if the library has it.
+    altp2m: Option<GetAltp2mState>,
 }
+
+/// The prototype of `xc_altp2m_get_domain_state` (tools/include/xenctrl.h).
+type GetAltp2mState = unsafe extern "C" fn(*mut xc_interface, u32, *mut bool) -> c_int;
+const _: GetAltp2mState = sys::xc_altp2m_get_domain_state;
 
 impl std::fmt::Debug for Control {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -53,63 +59,107 @@ impl std::fmt::Debug for Control {
     }
 }
 
-/// A domain as Xen describes it (`struct xen_domctl_getdomaininfo`, xen/include/public/domctl.h).
-#[derive(Clone, Debug)]
-pub struct DomainInfo {
-    /// Xen's id of it; another domain may have it after this one is gone.
-    pub id: DomId,
-    /// Its UUID, as [`uuid::to_text`] writes it.
-    pub uuid: String,
-    /// Whether it is PV, PVH or HVM.
-    pub kind: GuestType,
-    /// It is being destroyed.
-    pub dying: bool,
-    /// It has shut down or crashed.
-    pub shutdown: bool,
-    /// A toolstack or this tool held a pause of it.
-    pub paused: bool,
-    /// Number of its virtual CPUs, including those that are down.
-    pub vcpus: u32,
-    /// Memory that it has, in pages of 4 KiB.
-    pub pages: u64,
-    /// Memory that it may have, in pages of 4 KiB.
-    pub max_pages: u64,
-}
-
-/// Whether a domain is paused, and which domain it is. Read without allocating memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PauseState {
-    /// Its UUID, in the order of the bytes of its text.
-    pub uuid: [u8; 16],
-    /// Something holds a pause of it (`xl pause`, or this tool).
-    pub paused: bool,
-    /// Time that all its vCPUs together have run, in nanoseconds.
-    pub cpu_time_ns: u64,
-    /// It has shut down or crashed, or is suspended: by itself, or to be saved or migrated.
-    pub shutdown: bool,
-}
-
 impl Control {
     /// Opens the interface with the library of the running hypervisor (`libxenctrl.so.MAJOR.MINOR`).
     ///
     /// # Errors
-    /// This is not Xen, the library is missing, or there is no access to `/dev/xen/privcmd`.
+    /// This is not Xen, the library is missing, or there is no access to `/dev/xen/privcmd`; [`Error::Unsupported`]: this
+    /// Xen describes domains in a form that is not read here.
     pub fn open() -> Result<Control, Error> {
-        let version = |part: &str| {
+        let part = |part: &str| {
             fs::read_to_string(format!("/sys/hypervisor/version/{part}"))
                 .map(|s| s.trim().to_owned())
                 .map_err(|e| {
                     Error::Environment(format!("cannot read Xen's version in /sys/hypervisor: {e}"))
                 })
         };
-        let name = format!("libxenctrl.so.{}.{}", version("major")?, version("minor")?);
+        let version = XenVersion::parse(&part("major")?, &part("minor")?)?;
+        version.check_readable()?;
+        let name = format!("libxenctrl.so.{version}");
         let functions = Functions::load(&name)?;
+        // SAFETY: the prototype is that of Xen's header, as compared above.
+        let altp2m = library::load(&name).and_then(|library| unsafe {
+            library::symbol(&library, &name, "xc_altp2m_get_domain_state")
+        });
         // SAFETY: null loggers mean "log errors to stderr" by default; flags 0.
         let handle = unsafe { (functions.xc_interface_open)(null_mut(), null_mut(), 0) };
         let handle = NonNull::new(handle).ok_or_else(|| {
             Error::last("opening Xen's control interface (xc_interface_open, /dev/xen/privcmd)")
         })?;
-        Ok(Control { handle, functions })
+        let control = Control {
+            handle,
+            functions,
+            version,
+            // `functions` keeps the code mapped.
+            altp2m: altp2m.ok(),
+        };
+        control.check_layout()?;
+        Ok(control)
+    }
+
+    /// Checks that the library describes domains in the form that is read here, and that it finds domain 0. It is asked
+    /// twice, into memory that was filled before.
+    fn check_layout(&self) -> Result<(), Error> {
+        let mut answers = layout::Answers::new();
+        for answer in answers.each() {
+            // SAFETY: the call fills one structure. The buffer is aligned for it, and many times as large as that of any
+            // version of Xen.
+            let n = unsafe {
+                (self.functions.xc_domain_getinfolist)(
+                    self.handle.as_ptr(),
+                    0,
+                    1,
+                    answer.as_mut_ptr().cast(),
+                )
+            };
+            if n < 0 {
+                return Err(Error::last("asking for domain 0 (xc_domain_getinfolist)"));
+            }
+        }
+        answers.check(self.version)
+    }
+
+    /// The version of Xen that this host runs.
+    #[must_use]
+    pub fn version(&self) -> XenVersion {
+        self.version
+    }
+
+    /// Checks that guests can be changed on this Xen: that its control interface is one with which this build was made or
+    /// compared.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`]: it is another one.
+    pub fn check_changes(&self, info: &DomainInfo) -> Result<(), Error> {
+        // A version that is not known by its number may still have an interface that is known.
+        if self.version.is_known() || super::multicall::PauseMulticall::new(info, &[]).is_some() {
+            return Ok(());
+        }
+        Err(layout::unknown(self.version))
+    }
+
+    /// Checks that this tool can do right by the domain, as Xen describes it now ([`DomainInfo::check_supported`]), and that
+    /// its vCPUs see its memory as this tool does.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`]: it can't. Or the domain is gone, or a call failed.
+    pub fn check_guest(&self, id: DomId) -> Result<(), Error> {
+        let info = self
+            .domain(id)?
+            .ok_or_else(|| Error::Environment(format!("domain {id} is gone")))?;
+        info.check_supported()?;
+        let mut active = false;
+        let (Some(get), true) = (self.altp2m, info.kind != GuestType::Pv) else {
+            return Ok(());
+        };
+        // SAFETY: a valid handle, and a place for the answer.
+        let rc = unsafe { get(self.handle.as_ptr(), u32::from(id.0), &raw mut active) };
+        let error = (rc != 0).then(|| {
+            Error::last(format!(
+                "asking whether domain {id} has other views of its memory (xc_altp2m_get_domain_state)"
+            ))
+        });
+        domain_info::check_views(id, active, error)
     }
 
     /// All domains with id `first` or a higher one.
@@ -428,28 +478,6 @@ pub(super) fn down_or(error: Error, vcpu: u32) -> Result<Vcpu, Error> {
             ..Vcpu::default()
         }),
         other => Err(other),
-    }
-}
-
-fn domain_info(info: &xc_domaininfo_t) -> DomainInfo {
-    let has = |flag: u32| info.flags & flag != 0;
-    let kind = if !has(sys::XEN_DOMINF_hvm_guest) {
-        GuestType::Pv
-    } else if info.arch_config.emulation_flags & EMU_HVM_ONLY == 0 {
-        GuestType::Pvh
-    } else {
-        GuestType::Hvm
-    };
-    DomainInfo {
-        id: DomId(info.domain),
-        uuid: uuid::to_text(&info.handle),
-        kind,
-        dying: has(sys::XEN_DOMINF_dying),
-        shutdown: has(sys::XEN_DOMINF_shutdown),
-        paused: has(sys::XEN_DOMINF_paused),
-        vcpus: info.max_vcpu_id.saturating_add(1).min(4096),
-        pages: info.tot_pages,
-        max_pages: info.max_pages,
     }
 }
 

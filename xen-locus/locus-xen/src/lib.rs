@@ -6,10 +6,12 @@
 #![deny(clippy::print_stderr)]
 
 mod control;
+mod domain_info;
 pub mod fault;
 mod foreign_memory;
 mod hypercall;
 mod hypercall_buffer;
+mod layout;
 mod library;
 mod modified_memory;
 mod multicall;
@@ -19,9 +21,11 @@ mod process_memory;
 mod shared_page;
 pub mod uuid;
 
-pub use control::{Control, DomainInfo, PauseState};
+pub use control::Control;
+pub use domain_info::{DomainInfo, PauseState};
 pub use foreign_memory::ForeignMemory;
 pub use hypercall::Hypercalls;
+pub use layout::XenVersion;
 pub use pause::{Pause, PauseCalls, PauseEnd};
 pub use process::{detach, set_realtime_priority, Process};
 pub use process_memory::{

@@ -5,21 +5,20 @@
 //! as one (`multicall`, xen/include/public/xen.h), in memory that was allocated before the pause.
 //!
 //! The caller of Xen's control interface (`domctl`) must give the exact version of the interface. [`PauseMulticall`]
-//! finds it by trying each of [`VERSIONS`], in which the operations used here are the same. If Xen takes none of them,
+//! finds it by trying each of [`INTERFACES`], in which the operations used here are the same. If Xen takes none of them,
 //! or no multicall, [`super::Pause`] makes the calls one by one through libxenctrl.
 
 use locus_guest::addr::Frame;
 use locus_guest::{GuestType, Vcpu};
 use xenctrl_sys as sys;
 
-use super::control::{self, DomainInfo};
+use super::control;
+use super::domain_info::DomainInfo;
 use super::hypercall_buffer::{Array, HypercallBuffer};
+use super::layout::INTERFACES;
 use super::modified_memory::{self, ModifiedMemoryCall};
 use super::{fault_point, Error};
 
-/// Versions of the control interface whose operations used here are those that xenctrl-sys has
-/// (xen/include/public/domctl.h): of Xen 4.16 and 4.17, 4.18, and 4.19 to 4.21.
-const VERSIONS: std::ops::RangeInclusive<u32> = 0x15..=0x17;
 /// The result of a call that Xen has not made yet.
 const NOT_MADE: u64 = 1 << 62;
 /// Calls about the domain as a whole: pause, state, report of written frames, unpause.
@@ -49,7 +48,7 @@ impl PauseMulticall {
     pub(super) fn new(info: &DomainInfo, written: &[Frame]) -> Option<PauseMulticall> {
         fault_point("multicall").ok()?;
         let mut calls = PauseMulticall::sized(info, written).ok()?;
-        calls.version = VERSIONS.into_iter().find(|&v| calls.answers(v))?;
+        calls.version = INTERFACES.into_iter().find(|&v| calls.answers(v))?;
         // These calls change nothing, and show whether Xen takes multicalls.
         calls.vcpus_now().ok()?;
         Some(calls)

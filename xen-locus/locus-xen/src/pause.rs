@@ -102,6 +102,12 @@ impl<'c> PauseCalls<'c> {
         }
     }
 
+    /// Whether each step of a pause is one call of Xen.
+    #[must_use]
+    pub fn is_multicall(&self) -> bool {
+        matches!(self.method, CallMethod::Multicall(_))
+    }
+
     fn pause(&self) -> Result<(), Error> {
         match &self.method {
             CallMethod::Multicall(calls) => calls.pause(),

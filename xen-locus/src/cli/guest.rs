@@ -6,6 +6,7 @@ use locus_guest::addr::DomId;
 use locus_guest::core::Core;
 use locus_guest::Vcpu;
 use locus_kernel::Kernel;
+use locus_xen::PauseCalls;
 use serde_json::Value;
 
 use super::args::DomainOrCore;
@@ -100,7 +101,25 @@ pub fn with_kernel<T>(
     }
     let host = session.host()?;
     let domain = host.guest(named.domain()?)?;
-    action(&Guest::of(&domain), &machine::kernel_of(&domain)?)
+    let kernel = machine::kernel_of(&domain)?;
+    if session.verbose > 0 {
+        session.say(1, format!("{}: {}", domain.label(), pauses(&domain)));
+    }
+    action(&Guest::of(&domain), &kernel)
+}
+
+/// How a pause of this guest would be made, in words.
+fn pauses(domain: &Domain<'_>) -> String {
+    let (control, info) = (domain.control(), &domain.info);
+    let calls = control
+        .check_changes(info)
+        .and_then(|()| PauseCalls::new(control, info, &[]));
+    let how = match calls {
+        Ok(calls) if calls.is_multicall() => "two calls (multicall)",
+        Ok(_) => "calls one by one, so pauses are longer",
+        Err(error) => return error.to_string(),
+    };
+    format!("Xen {} takes a pause in {how}", control.version())
 }
 
 /// Calls `action` with the kernel in the core at `path`.

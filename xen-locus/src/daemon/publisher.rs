@@ -204,6 +204,9 @@ mod tests {
             vcpus: 1,
             pages: 1,
             max_pages: 1,
+            shared_pages: 0,
+            paged_pages: 0,
+            hap: true,
         }
     }
 
