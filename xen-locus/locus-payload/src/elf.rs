@@ -41,8 +41,9 @@ pub struct Section {
     /// Contents: `size` bytes. Empty for [`Role::Bss`] and others without contents, and for
     /// [`Role::Table`], [`Role::KlpRela`] and [`Role::NonAlloc`], whose bytes are not needed.
     pub data: Vec<u8>,
-    /// Relocations of this section, by rising offset, not overlapping. Those of a [`Role::KlpRela`]
-    /// section are listed with that section itself; their offsets are in its target.
+    /// Relocations of this section, by rising offset, not overlapping, each of which changes something
+    /// (none is `R_X86_64_NONE`). Those of a [`Role::KlpRela`] section are listed with that section itself;
+    /// their offsets are in its target.
     pub relocs: Vec<Reloc>,
 }
 
@@ -53,7 +54,7 @@ pub struct Reloc {
     pub offset: u64,
     /// Type, a number `R_X86_64_*` of the x86-64 ELF ABI.
     pub rtype: u32,
-    /// Index in [`Payload::symbols`](super::Payload::symbols). It is 0 only for `R_X86_64_NONE`.
+    /// Index in [`Payload::symbols`](super::Payload::symbols), at least 1.
     pub symbol: usize,
     /// Constant to add to the value of the symbol.
     pub addend: i64,
@@ -79,17 +80,13 @@ pub(super) fn parse(bytes: &[u8]) -> Result<(Vec<Section>, Vec<ElfSymbol>)> {
         .section_strings(LE, bytes, headers)
         .map_err(|e| bad("section names", &e))?;
 
-    let mut sections = Vec::with_capacity(headers.len());
-    let mut kept = 0u64;
+    let mut sections: Vec<Section> = Vec::with_capacity(headers.len());
+    let mut room = Room::of(bytes);
     for (index, shdr) in headers.iter().enumerate() {
         let place = || format!("section {index}");
         let name = shdr.name(LE, strings).map_err(|e| bad(place(), &e))?;
         let name = text(name, &place)?;
-        let section = read_section(bytes, index, name, shdr)?;
-        kept = kept.saturating_add(section.size.max(section.data.len() as u64));
-        if section.flags.alloc {
-            limit("the total size of sections", kept, MAX_FILE)?;
-        }
+        let section = read_section(bytes, index, name, shdr, &mut room)?;
         sections.push(section);
     }
     let symtab = symbol::single_table(headers)?;
@@ -102,6 +99,46 @@ pub(super) fn parse(bytes: &[u8]) -> Result<(Vec<Section>, Vec<ElfSymbol>)> {
 pub(super) fn bad(place: impl Into<String>, error: &object::read::Error) -> PayloadErrorKind {
     PayloadErrorKind::malformed(place, error.to_string())
 }
+
+/// What may still be kept of a file. Sections of a real file do not share bytes, so no more is copied than
+/// the file has, and memory follows from the size of the file.
+struct Room {
+    /// Length of the file in bytes.
+    file: u64,
+    /// Bytes of contents that were copied.
+    copied: u64,
+    /// Size of the sections that are loaded, in bytes, also of those without contents.
+    loaded: u64,
+    /// There was a `.modinfo`.
+    modinfo: bool,
+}
+
+impl Room {
+    fn of(bytes: &[u8]) -> Self {
+        Self {
+            file: bytes.len() as u64,
+            copied: 0,
+            loaded: 0,
+            modinfo: false,
+        }
+    }
+
+    /// Counts a section of `size` bytes that is loaded.
+    fn load(&mut self, size: u64) -> Result<()> {
+        limit("the size of a section", size, MAX_FILE)?;
+        self.loaded = self.loaded.saturating_add(size);
+        limit("the total size of sections", self.loaded, MAX_FILE)
+    }
+
+    /// Counts `len` bytes that are about to be copied.
+    fn copy(&mut self, len: u64) -> Result<()> {
+        self.copied = self.copied.saturating_add(len);
+        limit(SHARED, self.copied, self.file)
+    }
+}
+
+/// What is too much where sections share bytes of the file.
+const SHARED: &str = "the contents of all sections together (some share bytes of the file)";
 
 /// Checks that the file is at least `end` bytes long.
 fn fits(bytes: &[u8], what: &str, end: u64) -> Result<()> {
@@ -132,7 +169,13 @@ pub(super) fn text(name: &[u8], place: &dyn Fn() -> String) -> Result<String> {
 }
 
 /// Reads section number `index`, with its contents if they are needed.
-fn read_section(bytes: &[u8], index: usize, name: String, shdr: &Shdr) -> Result<Section> {
+fn read_section(
+    bytes: &[u8],
+    index: usize,
+    name: String,
+    shdr: &Shdr,
+    room: &mut Room,
+) -> Result<Section> {
     let place = || format!("section {index} ({name})");
     let raw_flags = shdr.sh_flags(LE).0;
     let has = |flag: elf::SectionFlags| raw_flags & flag.0 != 0;
@@ -166,6 +209,12 @@ fn read_section(bytes: &[u8], index: usize, name: String, shdr: &Shdr) -> Result
     } else {
         shdr.sh_size(LE)
     };
+    if role == Role::Modinfo && std::mem::replace(&mut room.modinfo, true) {
+        return Err(PayloadErrorKind::modinfo("there are several such sections"));
+    }
+    if flags.alloc {
+        room.load(size)?;
+    }
     let mut data = Vec::new();
     if !nobits && role != Role::Null {
         let end = shdr
@@ -179,11 +228,11 @@ fn read_section(bytes: &[u8], index: usize, name: String, shdr: &Shdr) -> Result
             _ => flags.alloc,
         };
         if keep {
+            room.copy(size)?;
             data = shdr.data(LE, bytes).map_err(|e| bad(place(), &e))?.to_vec();
         }
     }
     if flags.alloc {
-        limit("the size of a section", size, MAX_FILE)?;
         if !align.is_power_of_two() || align > 1 << 21 {
             return Err(PayloadErrorKind::malformed(
                 place(),
@@ -278,12 +327,17 @@ fn read_relocs(
         }
         total = total.saturating_add(shdr.sh_size(LE) / 24);
         limit("the number of relocations", total, MAX_RELOCS)?;
+        limit(SHARED, total.saturating_mul(24), bytes.len() as u64)?;
         let raw: &[elf::Rela64<LittleEndian>] = shdr
             .data_as_array(LE, bytes)
             .map_err(|e| bad(place.clone(), &e))?;
         let mut relocs = Vec::with_capacity(raw.len());
         for rela in raw {
-            relocs.push(read_reloc(rela, size, symbols, &place)?);
+            let reloc = read_reloc(rela, size, symbols, &place)?;
+            // R_X86_64_NONE changes nothing, and any number of them may be at one place.
+            if reloc_width(reloc.rtype) > 0 {
+                relocs.push(reloc);
+            }
         }
         if let Some(owner) = sections.get_mut(if klp { index } else { target }) {
             owner.relocs.append(&mut relocs);
@@ -292,7 +346,7 @@ fn read_relocs(
     for section in sections {
         section.relocs.sort_by_key(|r| r.offset);
         let mut end = 0;
-        for reloc in section.relocs.iter().filter(|r| reloc_width(r.rtype) > 0) {
+        for reloc in &section.relocs {
             if reloc.offset < end {
                 return Err(PayloadErrorKind::malformed(
                     format!("relocations of {}", section.name),

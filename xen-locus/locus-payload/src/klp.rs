@@ -156,6 +156,11 @@ fn patch_at(view: &View, section: &Section, offset: u64, objs: &Pointee) -> Resu
         return view.fault(what, here, "its objs are not in the payload's data");
     };
     let size = view.object_size(section.index, offset)?;
+    super::error::limit(
+        "the size of a struct klp_patch",
+        size.unwrap_or(0),
+        MAX_STRUCT,
+    )?;
     let (replace, states) = patch_tail(view, section, offset, size)?;
 
     let (stride, count) = object_stride(view, objects, objs.offset)?;

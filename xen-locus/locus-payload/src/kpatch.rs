@@ -78,10 +78,13 @@ pub(super) fn find(sections: &[Section], symbols: &[ElfSymbol]) -> Result<Option
         let (object, func) = function(&view, funcs, index.saturating_mul(FUNC))?;
         object_of(&mut klp, object)?.funcs.push(func);
     }
+    let mut callbacks = 0u64;
     for table in sections
         .iter()
         .filter(|s| s.flags.alloc && s.name.starts_with(CALLBACKS))
     {
+        callbacks = callbacks.saturating_add(table.size / CALLBACK);
+        limit("the number of callbacks", callbacks, MAX_FUNCS)?;
         for at in (0..table.size / CALLBACK).map(|index| index.saturating_mul(CALLBACK)) {
             if view.pointer(table, at)?.is_some() {
                 let name = name(&view, table, at, ("objname", CALLBACK / 2))?;

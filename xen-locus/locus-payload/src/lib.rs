@@ -80,7 +80,8 @@ pub use role::{Role, SectionFlags};
 pub use summary::{Concern, FunctionSummary, ObjectSummary, RoleSummary, Summary};
 pub use symbol::{Binding, ElfSymbol, KlpSym, SymKind, SymSection};
 
-/// Largest payload file, and largest sum of the sizes of its loaded sections, in bytes.
+/// Largest payload file, and largest sum of the sizes of its loaded sections, in bytes. Contents that are kept, and
+/// names of symbols, are together no more than the file has each.
 pub const MAX_FILE: u64 = 64 << 20;
 /// Most sections of a file.
 pub const MAX_SECTIONS: u64 = 4096;
@@ -215,12 +216,8 @@ fn load(path: &Path) -> error::Result<Vec<u8>> {
 fn read_payload(bytes: &[u8], stem: Option<&str>) -> error::Result<Payload> {
     error::limit("the file", bytes.len() as u64, MAX_FILE)?;
     let (sections, symbols) = elf::parse(bytes)?;
-    let mut infos = sections.iter().filter(|s| s.role == Role::Modinfo);
-    let modinfo = match (infos.next(), infos.next()) {
-        (Some(section), None) => Modinfo::parse(&section.data)?,
-        (None, _) => return Err(PayloadErrorKind::NoModinfo),
-        _ => return Err(PayloadErrorKind::modinfo("there are several such sections")),
-    };
+    let modinfo = sections.iter().find(|s| s.role == Role::Modinfo);
+    let modinfo = Modinfo::parse(&modinfo.ok_or(PayloadErrorKind::NoModinfo)?.data)?;
     let name = module_name(&modinfo, &sections, stem)?;
     let kpatch = kpatch::find(&sections, &symbols)?;
     if !modinfo.livepatch {

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::error::{limit, PayloadErrorKind, Result};
 
-/// Most entries.
+/// Most entries, and most names in the lists of all entries of one key.
 const MAX_ENTRIES: u64 = 4096;
 /// Longest entry, in bytes.
 const MAX_VALUE: u64 = 16 << 10;
@@ -91,9 +91,9 @@ impl Modinfo {
                 "target_build_id" => once(&mut target, key, value.trim())?,
                 "license" => once(&mut info.license, key, value)?,
                 "description" => once(&mut info.description, key, value)?,
-                "depends" => info.depends.extend(list(value)),
-                "cves" => info.cves.extend(list(value)),
-                "supersedes" => info.supersedes.extend(list(value)),
+                "depends" => list(&mut info.depends, value)?,
+                "cves" => list(&mut info.cves, value)?,
+                "supersedes" => list(&mut info.supersedes, value)?,
                 _ => info.others.push((key.to_owned(), value.to_owned())),
             }
         }
@@ -147,13 +147,15 @@ fn once(slot: &mut Option<String>, key: &str, value: &str) -> Result<()> {
     }
 }
 
-/// The items of a list that is separated by commas.
-fn list(value: &str) -> impl Iterator<Item = String> + '_ {
-    value
-        .split(',')
-        .map(str::trim)
-        .filter(|item| !item.is_empty())
-        .map(str::to_owned)
+/// Adds the items of a list that is separated by commas.
+fn list(items: &mut Vec<String>, value: &str) -> Result<()> {
+    let found = value.split(',').map(str::trim);
+    for item in found.filter(|item| !item.is_empty()) {
+        items.push(item.to_owned());
+        let count = items.len() as u64;
+        limit("the number of names in .modinfo", count, MAX_ENTRIES)?;
+    }
+    Ok(())
 }
 
 /// True for a name that a module may have: 1 to 55 of `A-Z a-z 0-9 _ -`. XenStore paths and file names can

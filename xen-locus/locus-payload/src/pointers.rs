@@ -182,7 +182,7 @@ impl<'a> View<'a> {
         })
     }
 
-    /// Relocations that start at offsets `from..to` of a section and change something.
+    /// Relocations that start at offsets `from..to` of a section.
     pub fn relocs_in<'s>(
         &self,
         section: &'s Section,
@@ -195,7 +195,6 @@ impl<'a> View<'a> {
             .iter()
             .skip(first)
             .take_while(move |r| r.offset < to)
-            .filter(|r| reloc_width(r.rtype) > 0)
     }
 
     /// True if livepatch relocations change a byte at offsets `from..to`, whose value is not in the file.

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::elf::{bad, text, Section, Shdr, LE};
 use super::error::{limit, PayloadErrorKind, Result};
-use super::{MAX_FILE, MAX_SYMBOLS};
+use super::MAX_SYMBOLS;
 
 /// `SHN_LIVEPATCH` of `include/uapi/linux/elf.h`.
 const SHN_LIVEPATCH: u16 = 0xff20;
@@ -150,7 +150,12 @@ pub(super) fn read(
         let place = || format!("symbol {index}");
         let name = sym.name(LE, strings).map_err(|e| bad(place(), &e))?;
         names = names.saturating_add(name.len() as u64);
-        limit("the total length of symbol names", names, MAX_FILE)?;
+        // Symbols may share names, but a file of their size holds all names of a real one.
+        limit(
+            "the total length of symbol names",
+            names,
+            bytes.len() as u64,
+        )?;
         symbols.push(read_symbol(index, text(name, &place)?, sym, sections)?);
     }
     Ok(symbols)

@@ -115,6 +115,87 @@ fn huge_sections_without_contents_are_refused() {
     refused(elf, "too big");
 }
 
+/// `bytes` with all sections from number `from` to `to` on the contents of section `like`.
+fn sharing(mut bytes: Vec<u8>, like: usize, from: usize, to: usize) -> Vec<u8> {
+    let table = u64::from_le_bytes(bytes[40..48].try_into().unwrap());
+    let header = |index: usize| usize::try_from(table).unwrap() + 64 * index;
+    // sh_offset and sh_size
+    let place = bytes[header(like) + 24..header(like) + 40].to_vec();
+    for index in from..=to {
+        let at = header(index) + 24;
+        bytes[at..at + 16].copy_from_slice(&place);
+    }
+    bytes
+}
+
+#[test]
+fn no_more_is_kept_than_the_file_has() {
+    let kept = |bytes: &[u8]| parse(bytes).map(|p| p.sections.iter().map(|s| s.data.len()).sum());
+    let plain = Spec::default().bytes();
+    let all: usize = kept(&plain).unwrap();
+    assert!(all <= plain.len());
+    for (flags, name, words) in [
+        (ALLOC, ".rodata.more", "share bytes of the file"),
+        (0, ".modinfo", "several such sections"),
+        (ALLOC, ".modinfo", "several such sections"),
+    ] {
+        let (mut elf, _) = Spec::default().elf();
+        let large = elf.section(".rodata.large", ALLOC, &[0; 1 << 16]);
+        let first = large + 1;
+        for _ in 0..100 {
+            elf.section(name, flags, &[]);
+        }
+        let bytes = sharing(elf.build(), large, first, large + 100);
+        let error = kept(&bytes).unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
+fn names_are_no_more_than_the_file_has() {
+    let (mut elf, _) = Spec::default().elf();
+    for _ in 0..1000 {
+        elf.undefined("");
+    }
+    elf.undefined(&"x".repeat(500));
+    let mut bytes = elf.build();
+    let count = parse(&bytes).unwrap().symbols.len();
+    let number = |bytes: &[u8], at: usize| {
+        let field = bytes[at..at + 8].try_into().unwrap();
+        usize::try_from(u64::from_le_bytes(field)).unwrap()
+    };
+    let table = number(&bytes, 40);
+    let mut headers = (table..bytes.len()).step_by(64);
+    let symtab = headers.find(|at| bytes[at + 4] == 2).unwrap();
+    let first = number(&bytes, symtab + 24);
+    let last = first + 24 * (count - 1);
+    for symbol in (last - 24 * 1000..last).step_by(24) {
+        // st_name
+        bytes.copy_within(last..last + 4, symbol);
+    }
+    let error = parse(&bytes).unwrap_err();
+    assert!(error.contains("total length of symbol names"), "{error}");
+    let list = [b"depends=", &b"a,".repeat(4097)[..], b"\0vermagic=6.1.0\0"].concat();
+    let error = crate::modinfo::Modinfo::parse(&list)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("names in .modinfo is 4097"), "{error}");
+}
+
+#[test]
+fn relocations_of_no_effect_are_dropped() {
+    let (mut elf, at) = Spec::default().elf();
+    for _ in 0..10_000 {
+        elf.reloc(at.patch.0, at.patch.1 + 8, 0, 0, 0);
+        elf.reloc(at.text, 0, 0, 1, 0);
+    }
+    let payload = parse(&elf.build()).unwrap();
+    let plain = parse(&Spec::default().bytes()).unwrap();
+    let count = |p: &Payload| p.sections.iter().map(|s| s.relocs.len()).sum::<usize>();
+    assert_eq!(count(&payload), count(&plain));
+    assert_eq!(payload.klp, plain.klp);
+}
+
 #[test]
 fn a_file_cut_anywhere_is_refused_and_never_panics() {
     let bytes = two_objects().bytes();
