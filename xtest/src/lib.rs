@@ -9,7 +9,7 @@
 //! A file imports only from its own room and from rooms above it in this list, and never in a circle.
 //!
 //! 1. Ground: `limits`, `paths`, `profile`, `proto`, `verdict`, `host` (programs and files of the host),
-//!    `cpio`, `headers`, `suites` (releases of Debian), `toolchain`.
+//!    `cpio`, `headers`, `suites` (releases of Debian), `toolchain`, `consoles` (what a console's text says).
 //! 2. In dom0: `agent`, the other end of `proto`.
 //! 3. What is booted: `fetch` (Debian packages), then `elf`, `payloads`, `source`, then `image`, then
 //!    `kernels`; `previous` (an earlier build of xen-locus).
@@ -22,6 +22,7 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod consoles;
 pub mod cpio;
 pub mod demo;
 pub mod dom0;
