@@ -9,7 +9,8 @@
 //! A file imports only from its own room and from rooms above it in this list, and never in a circle.
 //!
 //! 1. Ground: `limits`, `paths`, `profile`, `proto`, `verdict`, `host` (programs and files of the host),
-//!    `cpio`, `headers`, `suites` (releases of Debian), `toolchain`, `consoles` (what a console's text says).
+//!    `cpio`, `headers`, `suites` (releases of Debian), `toolchain`, `consoles` (what a console's text says),
+//!    `results` (what became of scenarios).
 //! 2. In dom0: `agent`, the other end of `proto`.
 //! 3. What is booted: `fetch` (Debian packages), then `elf`, `payloads`, `source`, then `image`, then
 //!    `kernels`; `previous` (an earlier build of xen-locus).
@@ -42,6 +43,7 @@ pub mod profile;
 pub mod proto;
 pub mod qemu;
 pub mod qemu_faults;
+pub mod results;
 pub mod runner;
 pub mod scenario;
 pub mod scenarios;

@@ -160,25 +160,31 @@ fn run(cli: Cli) -> Result<bool> {
             }
         }
         Command::Payloads { suites } => {
-            let paths = Paths::find()?;
-            if let Some(name) = suites.iter().find(|&n| SUITES.iter().all(|s| s.name != n)) {
-                bail!("{name}: not a release of Debian that guests have kernels of");
-            }
-            let wanted = |s: &&&Suite| suites.is_empty() || suites.iter().any(|n| n == s.name);
-            for suite in SUITES.iter().filter(wanted).copied() {
-                let root = ensure_suite(&paths, suite)?;
-                payloads::build_all(&paths, &root, payloads::Which::All)?;
-                let mut built = payloads::built(&paths, &root.release)?;
-                if *suite == BOOKWORM {
-                    built.extend(source::own_livepatches(&paths, suite, &root)?);
-                }
-                for (_, file) in built {
-                    println!("{}", file.display());
-                }
-            }
+            build_payloads(&suites)?;
         }
     }
     Ok(true)
+}
+
+/// Builds all payloads for the kernels of these releases, or of all, and prints their paths.
+fn build_payloads(suites: &[String]) -> Result<()> {
+    let paths = Paths::find()?;
+    if let Some(name) = suites.iter().find(|&n| SUITES.iter().all(|s| s.name != n)) {
+        bail!("{name}: not a release of Debian that guests have kernels of");
+    }
+    let wanted = |s: &&&Suite| suites.is_empty() || suites.iter().any(|n| n == s.name);
+    for suite in SUITES.iter().filter(wanted).copied() {
+        let root = ensure_suite(&paths, suite)?;
+        payloads::build_all(&paths, &root, payloads::Which::All)?;
+        let mut built = payloads::built(&paths, &root.release)?;
+        if *suite == BOOKWORM {
+            built.extend(source::own_livepatches(&paths, suite, &root)?);
+        }
+        for (_, file) in built {
+            println!("{}", file.display());
+        }
+    }
+    Ok(())
 }
 
 fn choose(
