@@ -11,7 +11,7 @@ XTEST = cargo run --release -p xtest --
 DESTDIR =
 PREFIX = /usr
 
-.PHONY: all deps build demo test test-matrix lint unit nested bench fuzz install clean
+.PHONY: all deps build demo test test-matrix report lint unit nested bench fuzz install clean
 
 all: build
 
@@ -46,9 +46,14 @@ unit: deps
 nested: deps
 	$(XTEST) run
 
-# All scenarios, for hours; downloads the kernels of four releases of Debian.
+# All scenarios, for hours; downloads the kernels of four releases of Debian. Each result is kept for the commit:
+# `make test-matrix MISSING=1` runs what has not passed yet, `PART=2/4` a share.
 test-matrix: deps
-	$(XTEST) run --matrix
+	$(XTEST) run --matrix $(if $(MISSING),--missing) $(if $(PART),--part $(PART))
+
+# The results for this commit, and what is missing.
+report:
+	@$(XTEST) report
 
 bench: deps
 	$(XTEST) bench

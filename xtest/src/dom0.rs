@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -66,6 +66,8 @@ pub enum Trouble {
     Gone(String),
     /// dom0 or the whole machine is gone.
     Down,
+    /// The scenario took too long and was ended.
+    Late,
     /// The testbed itself has failed.
     Testbed(String),
 }
@@ -76,6 +78,7 @@ impl From<Trouble> for Verdict {
             Trouble::Hung(why) => Verdict::failure(why),
             Trouble::Gone(why) => Verdict::crash(why),
             Trouble::Down => Verdict::crash("dom0 or the hypervisor went down".to_owned()),
+            Trouble::Late => Verdict::failure("it took too long and was ended"),
             Trouble::Testbed(why) => Verdict::Error(why),
         }
     }
@@ -95,6 +98,8 @@ struct Link {
     out: Mutex<UnixStream>,
     pending: Mutex<Pending>,
     next: AtomicU64,
+    /// No request is made any more.
+    ended: AtomicBool,
     transcript: Mutex<File>,
     started: Instant,
 }
@@ -127,6 +132,7 @@ impl Dom0 {
             out: Mutex::new(stream.try_clone()?),
             pending: Mutex::default(),
             next: AtomicU64::new(1),
+            ended: AtomicBool::new(false),
             transcript: Mutex::new(File::create(transcript)?),
             started: Instant::now(),
         });
@@ -267,6 +273,17 @@ impl Dom0 {
         self.link.note(text);
     }
 
+    /// Ends all requests that wait for an answer with [`Trouble::Late`], and all new ones until [`Self::go_on`].
+    pub(crate) fn end(&self) {
+        self.link.ended.store(true, Ordering::SeqCst);
+        locked(&self.link.pending).waiting.clear();
+    }
+
+    /// Allows requests again.
+    pub(crate) fn go_on(&self) {
+        self.link.ended.store(false, Ordering::SeqCst);
+    }
+
     /// Whether the connection to the machine was lost.
     pub fn is_down(&self) -> bool {
         locked(&self.link.pending).down
@@ -292,6 +309,9 @@ impl Dom0 {
     fn begin(&self, request: Request, body: &[u8]) -> Result<(u64, Receiver<Answer>), Trouble> {
         let id = self.link.next.fetch_add(1, Ordering::Relaxed);
         let rx = self.link.register(id);
+        if self.link.ended.load(Ordering::SeqCst) {
+            return Err(Trouble::Late);
+        }
         self.link.send(id, request, body)?;
         Ok((id, rx))
     }
@@ -304,6 +324,9 @@ impl Dom0 {
                 FailKind::Other => Trouble::Testbed(message),
             }),
             Ok(answer) => Ok(answer),
+            Err(RecvTimeoutError::Disconnected) if self.link.ended.load(Ordering::SeqCst) => {
+                Err(Trouble::Late)
+            }
             Err(RecvTimeoutError::Disconnected) => Err(Trouble::Down),
             Err(RecvTimeoutError::Timeout) => {
                 Err(Trouble::Testbed("dom0's agent does not answer".to_owned()))

@@ -10,8 +10,9 @@ use crate::host::checked;
 use crate::limits;
 use crate::suites::{Suite, BOOKWORM};
 use crate::verdict::Verdict;
+use crate::watched::START;
 
-/// Arguments of a guest's kernel. It logs little, because the console carries commands.
+/// Arguments of a guest's kernel. It logs warnings and worse, because the console carries commands too.
 const KERNEL_ARGS: &str =
     "console=hvc0 loglevel=5 mitigations=off no_timer_check tsc=reliable panic=0";
 /// More arguments of an HVM guest's kernel. Without these, an emulated guest takes minutes to look for
@@ -175,12 +176,9 @@ impl Guest {
         let config = format!("/etc/xen/{name}.cfg");
         dom0.put(&config, 0o644, spec.to_config().as_bytes())?;
         let limit = Duration::from_secs(240);
-        let log = format!("/var/log/guest-{name}");
-        // The log of an earlier guest of this name may say why that one is gone.
+        // Behind what an earlier guest of this name said.
         let out = dom0.sh_timeout(
-            &format!(
-                "[ ! -e {log}.log ] || mv -f {log}.log {log}-before.log; xl create -q {config}"
-            ),
+            &format!("echo '{START}' >>/var/log/guest-{name}.log; xl create -q {config}"),
             limit,
         )?;
         if out.rc != 0 {

@@ -14,11 +14,12 @@
 //! 2. In dom0: `agent`, the other end of `proto`.
 //! 3. What is booted: `fetch` (Debian packages), then `elf`, `payloads`, `source`, then `image`, then
 //!    `kernels`; `previous` (an earlier build of xen-locus).
-//! 4. A machine: `dom0`, `guest`, `qemu`, `qemu_faults`.
+//! 4. A machine: `dom0`, `watched` (its consoles), `guest`, `qemu`, `qemu_faults`, `late` (a scenario that takes
+//!    too long).
 //! 5. `scenario`: what a test is, and the machine that it gets.
 //! 6. `scenarios`: the tests, a file per subject. Steps that several of them take are in `steps`.
 //! 7. `testbed`: everything ready to boot, and one booted machine.
-//! 8. What the command line starts: `runner`, `measure`, `demo`, `shell`.
+//! 8. What the command line starts: `runner`, `report`, `measure`, `demo`, `shell`.
 
 #![forbid(unsafe_code)]
 
@@ -34,6 +35,7 @@ pub mod headers;
 pub mod host;
 pub mod image;
 pub mod kernels;
+pub mod late;
 pub mod limits;
 pub mod measure;
 pub mod paths;
@@ -43,6 +45,7 @@ pub mod profile;
 pub mod proto;
 pub mod qemu;
 pub mod qemu_faults;
+pub mod report;
 pub mod results;
 pub mod runner;
 pub mod scenario;
@@ -53,3 +56,4 @@ pub mod suites;
 pub mod testbed;
 pub mod toolchain;
 pub mod verdict;
+pub mod watched;

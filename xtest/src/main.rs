@@ -12,10 +12,11 @@ use xtest::guest::Kind;
 use xtest::measure::Clock;
 use xtest::paths::Paths;
 use xtest::profile::{Profile, PROFILES};
+use xtest::results::{Part, Results, PASSED};
 use xtest::scenario::Scenario;
 use xtest::suites::{Suite, BOOKWORM, SUITES};
 use xtest::testbed::Testbed;
-use xtest::{demo, host, measure, payloads, runner, scenarios, shell, source};
+use xtest::{demo, host, measure, payloads, report, runner, scenarios, shell, source};
 
 /// Runs xen-locus on nested Xen under QEMU: no KVM, no root.
 #[derive(Debug, Parser)]
@@ -42,6 +43,18 @@ enum Command {
         /// Processors of the host to use [default: all]
         #[arg(long)]
         cpus: Option<u32>,
+        /// Run only scenarios that have not passed for this commit and what is downloaded
+        #[arg(long)]
+        missing: bool,
+        /// Run only a share, like 2/4
+        #[arg(long, value_parser = Part::parse)]
+        part: Option<Part>,
+    },
+    /// Show the results of this commit, and which are missing
+    Report {
+        /// Only the scenarios of a usual run
+        #[arg(long)]
+        usual: bool,
     },
     /// Boot with guests running, and a dom0 shell on this terminal (leave with Ctrl-A x)
     Shell {
@@ -122,11 +135,33 @@ fn run(cli: Cli) -> Result<bool> {
             matrix,
             profile,
             cpus,
+            missing,
+            part,
         } => {
-            let chosen = choose(&names, matrix, profile)?;
+            let mut chosen = choose(&names, matrix, profile)?;
+            if let Some(part) = part {
+                let mut index = 0..;
+                chosen.retain(|_| index.next().is_some_and(|i| part.has(i)));
+            }
             let testbed = Testbed::prepare()?;
+            let results = Results::open(&testbed.paths)?;
+            if missing {
+                let passed = |s: &Scenario| {
+                    let stored = results.of(s.name);
+                    stored.is_some_and(|stored| stored.last.verdict == PASSED)
+                };
+                chosen.retain(|s| !passed(s));
+            }
             let cpus = cpus.unwrap_or_else(host::cpus);
-            return Ok(!runner::run(&testbed, &chosen, cpus)?.failed());
+            return Ok(!runner::run(&testbed, &results, &chosen, cpus)?.failed());
+        }
+        Command::Report { usual } => {
+            let all = if usual {
+                scenarios::usual()
+            } else {
+                scenarios::all()
+            };
+            return Ok(report::print(&Results::open(&Paths::find()?)?, &all));
         }
         Command::Shell { profile, bare } => {
             shell::run(&Testbed::prepare()?, profile, bare)?;

@@ -5,6 +5,7 @@ use std::io::Write;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
@@ -14,6 +15,9 @@ use crate::profile::Profile;
 
 /// qemu64, with the features that Xen needs for hardware assisted paging on emulated SVM.
 const CPU: &str = "qemu64,+svm,+npt,+nx,+lm,+pdpe1gb,+fsgsbase,+smep,+rdrand,+invtsc";
+
+/// Machines so far.
+static MACHINES: AtomicU32 = AtomicU32::new(0);
 
 /// A running machine; dropping it kills it.
 #[derive(Debug)]
@@ -51,7 +55,7 @@ impl Qemu {
         let socket = std::env::temp_dir().join(format!(
             "xtest-{}-{}.sock",
             std::process::id(),
-            profile.name
+            MACHINES.fetch_add(1, Ordering::Relaxed)
         ));
         let _ = std::fs::remove_file(&socket);
         let listener = UnixListener::bind(&socket)

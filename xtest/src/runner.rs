@@ -1,18 +1,21 @@
 //! Runs scenarios: one boot for each profile, several profiles at the same time.
 
-use std::collections::BTreeSet;
+use std::collections::VecDeque;
 use std::io::Write;
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::path::Path;
-use std::sync::{Condvar, Mutex, PoisonError};
-use std::time::Instant;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
+use crate::late;
 use crate::profile::{Profile, PROFILES};
 use crate::qemu::tail;
 use crate::qemu_faults;
+use crate::results::{self, Ended, Results, PASSED};
 use crate::scenario::Scenario;
+use crate::scenarios;
+use crate::suites::BOOKWORM;
 use crate::testbed::{Machine, Testbed};
 use crate::verdict::Verdict;
 
@@ -25,7 +28,12 @@ pub struct Totals {
     passed: u32,
     failed: u32,
     skipped: u32,
+    /// Scenarios that were run a second time, because QEMU was at fault the first time.
     retried: u32,
+    /// Guests that QEMU lost while they started.
+    started_again: u32,
+    /// Stalls of guests that the machine caused.
+    excused: usize,
     /// Each failed scenario and the first line of why.
     failures: Vec<String>,
 }
@@ -41,233 +49,396 @@ impl Totals {
         self.failed += other.failed;
         self.skipped += other.skipped;
         self.retried += other.retried;
+        self.started_again += other.started_again;
+        self.excused += other.excused;
         self.failures.extend(other.failures);
+    }
+
+    fn count(&mut self, name: &str, ended: &Ended) {
+        match &*ended.verdict {
+            PASSED => self.passed += 1,
+            "skipped" => self.skipped += 1,
+            _ => self.failed += 1,
+        }
+        if ended.verdict != PASSED {
+            let why: Vec<&str> = ended.why.lines().map(str::trim).take(4).collect();
+            let line = format!("{}: {name}: {}", ended.verdict, why.join(" "));
+            self.failures.push(line);
+        }
+        self.retried += u32::from(ended.second_try);
+        self.started_again += ended.started_again;
+        self.excused += ended.excused;
+    }
+
+    /// The last line of a run.
+    fn line(&self, all: usize) -> String {
+        format!(
+            "{} passed, {} failed, {} skipped, of {all} scenarios; {} second tries, {} guests started \
+             again, {} stalls excused",
+            self.passed, self.failed, self.skipped, self.retried, self.started_again, self.excused
+        )
     }
 }
 
-/// Profiles that have not started, and the number of the host's processors that no machine uses.
-struct Waiting {
-    profiles: Vec<&'static Profile>,
+/// The scenarios of a profile that were not begun yet.
+struct Queue {
+    profile: &'static Profile,
+    left: VecDeque<Scenario>,
+    /// Machines of this profile that run now.
+    machines: u32,
+    /// Boots so far.
+    boots: u32,
+}
+
+/// What is left to do, and the number of the host's processors that no machine uses.
+struct Work {
+    queues: Vec<Queue>,
     free: u32,
 }
 
-impl Waiting {
-    /// Takes the next profile that fits. A profile that is too large for the host runs alone.
-    fn take(&mut self, cpus: u32) -> Option<&'static Profile> {
-        let fits = |p: &&'static Profile| p.cpus.min(cpus) <= self.free;
-        let at = self.profiles.iter().position(fits)?;
-        let profile = self.profiles.remove(at);
-        self.free -= profile.cpus.min(cpus);
-        Some(profile)
+/// A second machine of a profile is worth its boot if so many seconds of work are left.
+const WORTH: f64 = 120.0;
+
+impl Work {
+    fn new(scenarios: &[Scenario], cpus: u32) -> Self {
+        let queue = |profile: &&'static Profile| Queue {
+            profile,
+            left: scenarios
+                .iter()
+                .filter(|s| s.profile == *profile)
+                .copied()
+                .collect(),
+            machines: 0,
+            boots: 0,
+        };
+        let queues = PROFILES.iter().map(queue);
+        Self {
+            queues: queues.filter(|q| !q.left.is_empty()).collect(),
+            free: cpus,
+        }
+    }
+
+    fn is_done(&self) -> bool {
+        self.queues.iter().all(|q| q.left.is_empty())
+    }
+
+    /// Takes a profile for a machine: the first that has none and fits, or else the one with most work left for another
+    /// machine. A profile that is too large for the host runs alone.
+    fn take(&mut self, cpus: u32, seconds: &dyn Fn(&str) -> f64) -> Option<usize> {
+        let free = self.free;
+        let fits = |q: &Queue| !q.left.is_empty() && q.profile.cpus.min(cpus) <= free;
+        let left = |q: &Queue| -> f64 { q.left.iter().map(|s| seconds(s.name)).sum() };
+        let new = self.queues.iter().position(|q| q.machines == 0 && fits(q));
+        let at = new.or_else(|| {
+            let queues = self.queues.iter().enumerate();
+            queues
+                .filter(|(_, q)| fits(q) && left(q) > WORTH)
+                .max_by(|(_, a), (_, b)| left(a).total_cmp(&left(b)))
+                .map(|(at, _)| at)
+        })?;
+        let queue = self.queues.get_mut(at)?;
+        queue.machines += 1;
+        self.free -= queue.profile.cpus.min(cpus);
+        Some(at)
+    }
+
+    fn give_back(&mut self, at: usize, cpus: u32) {
+        if let Some(queue) = self.queues.get_mut(at) {
+            queue.machines -= 1;
+            self.free += queue.profile.cpus.min(cpus);
+        }
+    }
+
+    /// The next scenario of a profile.
+    fn next(&mut self, at: usize) -> Option<Scenario> {
+        self.queues.get_mut(at)?.left.pop_front()
+    }
+
+    /// The number of boots of this profile before this one.
+    fn boot(&mut self, at: usize) -> u32 {
+        let Some(queue) = self.queues.get_mut(at) else {
+            return 0;
+        };
+        queue.boots += 1;
+        queue.boots - 1
     }
 }
 
-/// Runs these scenarios, with as many profiles at the same time as `cpus` processors of the host allow. Prints
-/// a line for each scenario, and the sum.
-pub fn run(testbed: &Testbed, scenarios: &[Scenario], cpus: u32) -> Result<Totals> {
-    let allowed = allowed_skips(&testbed.paths.workspace.join("xtest/skips.txt"));
-    let profiles: Vec<&'static Profile> = PROFILES
-        .iter()
-        .copied()
-        .filter(|p| scenarios.iter().any(|s| s.profile == *p))
-        .collect();
-    let count = profiles.len();
-    let waiting = Mutex::new(Waiting {
-        profiles,
-        free: cpus,
-    });
+/// Runs these scenarios, on as many machines at the same time as `cpus` processors of the host allow. Prints a line for
+/// each scenario, and the sum; stores each result.
+pub fn run(
+    testbed: &Testbed,
+    results: &Results,
+    scenarios: &[Scenario],
+    cpus: u32,
+) -> Result<Totals> {
+    let work = Mutex::new(Work::new(scenarios, cpus));
     let freed = Condvar::new();
     let totals = Mutex::new(Totals::default());
     let began = Instant::now();
+    let seconds = |name: &str| results.usual(name).unwrap_or(WORTH / 2.0);
+    let worker = || {
+        let mut state = locked(&work);
+        loop {
+            if state.is_done() {
+                return;
+            }
+            let Some(at) = state.take(cpus, &seconds) else {
+                state = freed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            drop(state);
+            let sum = run_machine(testbed, results, &work, at);
+            locked(&totals).add(sum);
+            state = locked(&work);
+            state.give_back(at, cpus);
+            freed.notify_all();
+        }
+    };
     std::thread::scope(|scope| {
-        for _ in 0..count {
-            scope.spawn(|| {
-                let mut state = waiting.lock().unwrap_or_else(PoisonError::into_inner);
-                let profile = loop {
-                    match state.take(cpus) {
-                        Some(profile) => break profile,
-                        None => {
-                            state = freed.wait(state).unwrap_or_else(PoisonError::into_inner);
-                        }
-                    }
-                };
-                drop(state);
-                let own: Vec<&Scenario> =
-                    scenarios.iter().filter(|s| s.profile == profile).collect();
-                let sum = run_profile(testbed, profile, &own, &allowed);
-                totals
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .add(sum);
-                waiting.lock().unwrap_or_else(PoisonError::into_inner).free +=
-                    profile.cpus.min(cpus);
-                freed.notify_all();
-            });
+        for _ in 0..cpus.max(1) {
+            scope.spawn(worker);
         }
     });
     let sum = totals.into_inner().unwrap_or_else(PoisonError::into_inner);
     eprintln!("xtest: took {:.0} s", began.elapsed().as_secs_f64());
-    if sum.retried > 0 {
-        eprintln!(
-            "xtest: {} scenarios were run twice: QEMU lost a guest (SVM)",
-            sum.retried
-        );
-    }
     // Again at the end, so that the last lines show what went wrong.
     for failure in &sum.failures {
-        println!("failed: {failure}");
+        println!("{failure}");
     }
-    println!(
-        "{} passed, {} failed, {} skipped",
-        sum.passed, sum.failed, sum.skipped
-    );
+    println!("{}", sum.line(scenarios.len()));
     Ok(sum)
 }
 
-/// Scenarios that may skip themselves in continuous integration: one name per line, `#` starts a comment.
-fn allowed_skips(file: &Path) -> Option<BTreeSet<String>> {
-    if std::env::var("CI").as_deref() != Ok("true") {
-        return None;
-    }
-    let text = std::fs::read_to_string(file).unwrap_or_default();
-    let names = text
-        .lines()
-        .map(|l| l.split('#').next().unwrap_or_default().trim());
-    Some(names.filter(|n| !n.is_empty()).map(str::to_owned).collect())
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn run_profile(
-    testbed: &Testbed,
-    profile: &Profile,
-    scenarios: &[&Scenario],
-    allowed: &Option<BTreeSet<String>>,
-) -> Totals {
+/// Runs scenarios of one profile on one machine, until none is left.
+fn run_machine(testbed: &Testbed, results: &Results, work: &Mutex<Work>, at: usize) -> Totals {
     let mut totals = Totals::default();
-    let mut machine = None;
-    let mut boots = 0;
-    for scenario in scenarios {
-        let began = Instant::now();
-        let failed_before = totals.failed;
-        let mut result = attempt(testbed, profile, scenario, &mut machine, &mut boots);
-        let mut retried = "";
-        if matches!(result, Err((_, true))) {
-            totals.retried += 1;
-            retried = ", second try";
-            result = attempt(testbed, profile, scenario, &mut machine, &mut boots);
-        }
-        let took = began.elapsed().as_secs_f64();
-        let word = match &result {
-            Ok(()) => {
-                totals.passed += 1;
-                "SUCCESS".to_owned()
-            }
-            Err((Verdict::Skip(why), _)) => {
-                let fine = allowed
-                    .as_ref()
-                    .is_none_or(|names| names.contains(scenario.name));
-                if fine {
-                    totals.skipped += 1;
-                    format!("SKIP ({why})")
-                } else {
-                    totals.failed += 1;
-                    format!("FAIL, skipped but not listed in skips.txt ({why})")
-                }
-            }
-            Err((verdict, _)) => {
-                totals.failed += 1;
-                let (word, why) = verdict.to_string().split_once(": ").map_or_else(
-                    || (String::new(), String::new()),
-                    |(w, y)| (w.to_owned(), y.to_owned()),
-                );
-                format!("{word}\n    {}", why.trim().replace('\n', "\n    "))
-            }
+    let mut bed = Bed {
+        testbed,
+        results,
+        work,
+        at,
+        machine: None,
+        boots: 0,
+    };
+    loop {
+        let Some(scenario) = locked(work).next(at) else {
+            break;
         };
-        if totals.failed > failed_before {
-            let why: Vec<&str> = word.lines().map(str::trim).take(4).collect();
-            let why = why.join(" ");
-            totals.failures.push(format!("{}: {why}", scenario.name));
+        let began = Instant::now();
+        let mut tried = bed.attempt(&scenario);
+        let second_try = tried.emulator;
+        if second_try {
+            let before = tried;
+            tried = bed.attempt(&scenario);
+            tried.started_again += before.started_again;
+            tried.excused += before.excused;
         }
-        println!(
-            "{:<6}{:<28} {took:6.1} s{retried}  {word}",
-            profile.name, scenario.name
-        );
+        let (verdict, why) = words(scenario.name, &tried.result);
+        let ended = Ended {
+            verdict: verdict.to_owned(),
+            why,
+            seconds: began.elapsed().as_secs_f64(),
+            at: results::now(),
+            second_try,
+            started_again: tried.started_again,
+            excused: tried.excused,
+            inputs: results.inputs(tried.suites.into_iter()),
+        };
+        totals.count(scenario.name, &ended);
+        println!("{}", line(scenario.profile, scenario.name, &ended));
+        if let Err(e) = results.store(scenario.name, ended) {
+            eprintln!("xtest: {e:#}");
+        }
     }
-    if let Some(machine) = &machine {
+    if let Some(machine) = &bed.machine {
         machine.collect_logs();
     }
     totals
 }
 
-/// Runs one scenario. The flag of an error says whether QEMU was provably at fault.
-fn attempt(
-    testbed: &Testbed,
-    profile: &Profile,
-    scenario: &Scenario,
-    machine: &mut Option<Machine>,
-    boots: &mut u32,
-) -> Result<(), (Verdict, bool)> {
-    if machine.is_none() {
-        if *boots == BOOTS {
-            return Err((
-                Verdict::Error("the machine went down too often".to_owned()),
-                false,
-            ));
+/// The word for a result, and why. A scenario of a usual run can't skip itself.
+fn words(name: &str, result: &Result<(), Verdict>) -> (&'static str, String) {
+    match result {
+        Ok(()) => (PASSED, String::new()),
+        Err(Verdict::Skip(why)) if !scenarios::usual().iter().any(|s| s.name == name) => {
+            ("skipped", why.clone())
         }
-        eprintln!("xtest: {}: booting", profile.name);
-        let booted = testbed
-            .boot(profile, *boots)
-            .map_err(|e| (e.into(), false))?;
-        let took = booted.boot_time.as_secs_f64();
-        eprintln!("xtest: {}: dom0 is up after {took:.1} s", profile.name);
-        *boots += 1;
-        *machine = Some(booted);
+        Err(verdict) => ("failed", verdict.to_string()),
     }
-    let Some(running) = machine.as_mut() else {
-        return Err((Verdict::Error("no machine".to_owned()), false));
+}
+
+fn line(profile: &Profile, name: &str, ended: &Ended) -> String {
+    let mut word = match &*ended.verdict {
+        PASSED => "SUCCESS".to_owned(),
+        "skipped" => format!("SKIP ({})", ended.why),
+        _ => ended
+            .why
+            .trim()
+            .replacen(": ", "\n", 1)
+            .replace('\n', "\n    "),
     };
-    eprintln!(
-        "xtest: {}: {}: {}",
-        profile.name, scenario.name, scenario.summary
-    );
-    running
-        .ctx
-        .dom0
-        .note(&format!("=== {}: {}", scenario.name, scenario.summary));
-    let console_before = size(&running.qemu.console);
-    let outcome = catch_unwind(AssertUnwindSafe(|| (scenario.run)(&mut running.ctx)));
-    let mut verdict = match outcome {
-        Ok(Ok(())) => return Ok(()),
-        Ok(Err(verdict @ Verdict::Skip(_))) => return Err((verdict, false)),
-        Ok(Err(verdict)) => verdict,
-        Err(_) => Verdict::Error("the scenario panicked".to_owned()),
-    };
-    let down = running.ctx.dom0.is_down();
-    // A crashed guest explains more than the command that could not reach it.
-    let crashed = if down {
-        Vec::new()
-    } else {
-        running.ctx.crashed()
-    };
-    if !crashed.is_empty() {
-        verdict = Verdict::Crash(format!("{verdict}\ncrashed: {}", crashed.join("; ")));
+    if ended.second_try {
+        word = format!("(second try) {word}");
     }
-    running
-        .ctx
-        .dom0
-        .note(&format!("=== {}: {verdict}", scenario.name));
-    running.collect_logs();
-    let new = text_after(&running.qemu.console, console_before);
-    let emulator = profile.thread == "multi" || !crashed.is_empty();
-    let emulator = emulator && qemu_faults::triple_fault_in_xen(&new)
-        || qemu_faults::equal_gs_bases_in(&running.logs, &crashed);
-    let report = report(running);
-    if down || !running.qemu.runs() || running.ctx.destroy_all().is_err() {
-        *machine = None;
+    format!(
+        "{:<6}{name:<28} {:6.1} s  {word}",
+        profile.name, ended.seconds
+    )
+}
+
+/// How an attempt ended.
+struct Tried {
+    result: Result<(), Verdict>,
+    /// QEMU was provably at fault.
+    emulator: bool,
+    started_again: u32,
+    excused: usize,
+    /// Releases of Debian that it needed.
+    suites: Vec<&'static str>,
+}
+
+/// A machine, booted when it is needed.
+struct Bed<'a> {
+    testbed: &'a Testbed,
+    results: &'a Results,
+    work: &'a Mutex<Work>,
+    /// The number of its profile's queue.
+    at: usize,
+    machine: Option<Machine>,
+    /// How often it was booted.
+    boots: u32,
+}
+
+impl Bed<'_> {
+    fn ready(&mut self, profile: &Profile) -> Result<&mut Machine, Verdict> {
+        if self.machine.is_none() {
+            if self.boots == BOOTS {
+                return Err(Verdict::Error("the machine went down too often".to_owned()));
+            }
+            let name = profile.name;
+            eprintln!("xtest: {name}: booting");
+            let before = locked(self.work).boot(self.at);
+            let booted = self.testbed.boot(profile, before)?;
+            let took = booted.boot_time.as_secs_f64();
+            eprintln!("xtest: {name}: dom0 is up after {took:.1} s");
+            self.boots += 1;
+            self.machine = Some(booted);
+        }
+        let machine = self.machine.as_mut();
+        machine.ok_or_else(|| Verdict::Error("no machine".to_owned()))
     }
+
+    /// Runs one scenario, and looks at all consoles, whatever the scenario looked at.
+    fn attempt(&mut self, scenario: &Scenario) -> Tried {
+        let usual = self.results.usual(scenario.name);
+        let mut tried = Tried {
+            result: Ok(()),
+            emulator: false,
+            started_again: 0,
+            excused: 0,
+            suites: vec![BOOKWORM.name],
+        };
+        let profile = scenario.profile;
+        let running = match self.ready(profile) {
+            Ok(machine) => machine,
+            Err(verdict) => {
+                tried.result = Err(verdict);
+                return tried;
+            }
+        };
+        let (name, summary) = (scenario.name, scenario.summary);
+        eprintln!("xtest: {}: {name}: {summary}", profile.name);
+        running.ctx.dom0.note(&format!("=== {name}: {summary}"));
+        running.ctx.take_told();
+        let limit = usual.map(|seconds| late::limit(seconds, running.boot_time));
+        let dom0 = running.ctx.dom0.clone();
+        let (outcome, late) = late::watched(&dom0, limit, || {
+            catch_unwind(AssertUnwindSafe(|| (scenario.run)(&mut running.ctx)))
+        });
+        let mut result =
+            outcome.unwrap_or_else(|_| Err(Verdict::Error("the scenario panicked".to_owned())));
+        let is_late = late.is_some();
+        if let (Some(doing), Some(limit)) = (late, limit) {
+            dom0.go_on();
+            result = Err(ended_late(limit, &doing));
+        }
+        let down = dom0.is_down();
+        // A crashed guest explains more than the command that could not reach it.
+        let crashed = match &result {
+            Err(verdict) if !down && !matches!(verdict, Verdict::Skip(_)) => running.ctx.crashed(),
+            _ => Vec::new(),
+        };
+        if let (Err(verdict), false) = (&result, crashed.is_empty()) {
+            let text = format!("{verdict}\ncrashed: {}", crashed.join("; "));
+            result = Err(Verdict::Crash(text));
+        }
+        let new = running.consoles.peek_xen().0;
+        let told = running.ctx.take_told();
+        let expected = told.expects.into_inner();
+        let expected: Vec<&str> = expected.iter().map(String::as_str).collect();
+        let look = running.consoles.look(&dom0, &expected);
+        if !look.wrong.is_empty() {
+            let also = match &result {
+                Err(verdict) => format!("{verdict}\n"),
+                Ok(()) => String::new(),
+            };
+            result = Err(Verdict::Failure(format!("{also}{}", look.wrong.trim_end())));
+        }
+        if let Some(words) = told.must_fail.into_inner() {
+            result = inverted(result, &words);
+        }
+        tried.excused = look.excused;
+        tried.started_again = told.started_again.get();
+        tried.suites.extend(told.suites.into_inner());
+        if let Err(verdict) = &mut result {
+            if !matches!(verdict, Verdict::Skip(_)) {
+                dom0.note(&format!("=== {name}: {verdict}"));
+                running.collect_logs();
+                let emulator = profile.thread == "multi" || !crashed.is_empty();
+                tried.emulator = emulator && qemu_faults::triple_fault_in_xen(&new)
+                    || qemu_faults::equal_gs_bases_in(&running.logs, &crashed);
+                append(verdict, &report(running));
+                if down || is_late || !running.qemu.runs() || running.ctx.destroy_all().is_err() {
+                    self.machine = None;
+                }
+            }
+        }
+        tried.result = result;
+        tried
+    }
+}
+
+/// The verdict on a scenario that was ended.
+fn ended_late(limit: Duration, doing: &str) -> Verdict {
+    Verdict::failure(format!(
+        "it took longer than {:.0} s, three times its usual time, and was ended; what dom0 was doing: {doing}",
+        limit.as_secs_f64()
+    ))
+}
+
+/// The result of a scenario that must fail, with these words.
+fn inverted(result: Result<(), Verdict>, words: &str) -> Result<(), Verdict> {
+    match result {
+        Err(verdict @ Verdict::Error(_)) => Err(verdict),
+        Err(verdict) if verdict.to_string().contains(words) => Ok(()),
+        Err(verdict) => Err(Verdict::Failure(format!(
+            "it failed as it must, but did not say {words:?}: {verdict}"
+        ))),
+        Ok(()) => Err(Verdict::Failure(format!(
+            "the bench did not notice what it must notice: {words:?}"
+        ))),
+    }
+}
+
+fn append(verdict: &mut Verdict, text: &str) {
     let (Verdict::Error(why) | Verdict::Failure(why) | Verdict::Crash(why) | Verdict::Skip(why)) =
-        &mut verdict;
-    why.push_str(&report);
-    Err((verdict, emulator))
+        verdict;
+    why.push_str(text);
 }
 
 /// The last lines of all consoles.
@@ -282,18 +453,6 @@ fn report(machine: &Machine) -> String {
         text += &format!("\n{name}:\n{}", tail(&entry.path(), 25));
     }
     text + &format!("\nall logs: {}", machine.logs.display())
-}
-
-fn size(path: &Path) -> usize {
-    path.metadata()
-        .ok()
-        .and_then(|m| usize::try_from(m.len()).ok())
-        .unwrap_or_default()
-}
-
-fn text_after(path: &Path, from: usize) -> String {
-    let bytes = std::fs::read(path).unwrap_or_default();
-    String::from_utf8_lossy(bytes.get(from..).unwrap_or_default()).into_owned()
 }
 
 /// Ends the process on SIGINT, SIGTERM and SIGHUP. QEMU ends with it.
@@ -311,4 +470,79 @@ pub fn end_on_signals() -> Result<()> {
         }
     });
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scenario_that_must_fail_fails_when_it_passes() {
+        assert!(inverted(Ok(()), "BUG:").is_err());
+        let noticed = || Err(Verdict::failure("a BUG: in the guest"));
+        assert_eq!(inverted(noticed(), "BUG:"), Ok(()));
+        assert!(inverted(noticed(), "WARNING:").is_err());
+        let broken = Err(Verdict::Error("BUG: no network".into()));
+        assert!(inverted(broken, "BUG:").is_err());
+    }
+
+    #[test]
+    fn a_free_processor_takes_over_from_the_machine_with_most_work() {
+        let usual = scenarios::usual();
+        let seconds = |_: &str| 50.0;
+        let mut work = Work::new(&usual, 2);
+        // The one with two processors first, alone.
+        let at = work.take(2, &seconds).unwrap();
+        assert_eq!(work.queues[at].profile.cpus, 2);
+        assert_eq!(work.take(2, &seconds), None);
+        while work.next(at).is_some() {}
+        work.give_back(at, 2);
+        let (one, two) = (work.take(2, &seconds), work.take(2, &seconds));
+        let two = two.unwrap();
+        assert_ne!(one, Some(two));
+        while work.next(two).is_some() {}
+        work.give_back(two, 2);
+        let three = work.take(2, &seconds).unwrap();
+        assert_eq!(work.queues[three].machines, 1, "a new profile comes first");
+        while work.next(three).is_some() {}
+        work.give_back(three, 2);
+        // Now a second machine helps the first one.
+        assert_eq!(work.take(2, &seconds), one);
+        assert!(!work.is_done());
+        while work.next(one.unwrap()).is_some() {}
+        assert!(work.is_done());
+    }
+
+    #[test]
+    fn only_what_is_not_in_a_usual_run_may_skip_itself() {
+        let skip = Err(Verdict::skip("no"));
+        assert_eq!(words("previous-pv", &skip).0, "skipped");
+        assert_eq!(words("bench-pv", &skip).0, "failed");
+    }
+
+    #[test]
+    fn the_last_line_counts_second_chances() {
+        let mut totals = Totals::default();
+        let ended = Ended {
+            verdict: PASSED.into(),
+            why: String::new(),
+            seconds: 1.0,
+            at: 0,
+            second_try: true,
+            started_again: 2,
+            excused: 3,
+            inputs: std::collections::BTreeMap::new(),
+        };
+        totals.count("one", &ended);
+        let line = totals.line(7);
+        for words in [
+            "1 passed",
+            "of 7 scenarios",
+            "1 second tries",
+            "2 guests started again",
+            "3 stalls excused",
+        ] {
+            assert!(line.contains(words), "{line}");
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! What scenario authors use: [`Scenario`], and [`Ctx`], the running machine.
 
-use std::collections::BTreeMap;
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,6 +12,7 @@ use crate::kernels::Kernels;
 use crate::profile::Profile;
 use crate::suites::BOOKWORM;
 use crate::verdict::Verdict;
+use crate::watched::LOST;
 
 /// How often the start of a PVH or HVM guest is tried. QEMU's SVM emulation loses some guests while they boot,
 /// before xen-locus has touched them.
@@ -41,6 +43,20 @@ pub struct Ctx {
     /// Guest kernels of other releases of Debian.
     pub kernels: Arc<Kernels>,
     guests: BTreeMap<String, (GuestSpec, Guest)>,
+    told: Told,
+}
+
+/// What a scenario tells the runner, and what the runner asks of it.
+#[derive(Debug, Default)]
+pub(crate) struct Told {
+    /// Words of console lines that the scenario provokes.
+    pub(crate) expects: RefCell<Vec<String>>,
+    /// The scenario must fail, with these words.
+    pub(crate) must_fail: RefCell<Option<String>>,
+    /// Guests that were started again, because QEMU lost them.
+    pub(crate) started_again: Cell<u32>,
+    /// Releases of Debian whose kernels guests booted.
+    pub(crate) suites: RefCell<BTreeSet<&'static str>>,
 }
 
 impl Ctx {
@@ -57,7 +73,24 @@ impl Ctx {
             payloads,
             kernels,
             guests: BTreeMap::new(),
+            told: Told::default(),
         }
+    }
+
+    /// Says that the scenario provokes a console line with these words in it, of a guest, of dom0 or of Xen. Any other
+    /// line that says that something is broken fails the scenario, whatever it looks at itself.
+    pub fn expects(&self, words: &str) {
+        self.told.expects.borrow_mut().push(words.to_owned());
+    }
+
+    /// Says that this scenario must fail, with these words: it shows that the bench notices something.
+    pub fn must_fail(&self, words: &str) {
+        *self.told.must_fail.borrow_mut() = Some(words.to_owned());
+    }
+
+    /// What the scenario has told since the last call.
+    pub(crate) fn take_told(&mut self) -> Told {
+        std::mem::take(&mut self.told)
     }
 
     /// Returns a running guest that responds. A guest of an earlier scenario is used if its specification is equal.
@@ -68,6 +101,7 @@ impl Ctx {
                 return Ok(guest.clone());
             }
         }
+        self.told.suites.borrow_mut().insert(spec.suite.name);
         self.place_kernel(&spec)?;
         let guest = self.start(&spec);
         if *spec.suite != BOOKWORM {
@@ -86,17 +120,40 @@ impl Ctx {
         loop {
             self.destroy_guest(&spec.name)?;
             match Guest::start(&self.dom0, spec) {
-                Err(Verdict::Crash(why)) if start < starts && !self.dom0.is_down() => {
+                Err(Verdict::Crash(why))
+                    if start < starts && !self.dom0.is_down() && !self.daemon_runs()? =>
+                {
                     let name = &spec.name;
                     eprintln!("xtest: guest {name} is started again ({start} of {starts}): {why}");
-                    self.dom0.sh(&format!(
-                        "mv -f /var/log/guest-{name}.log /var/log/guest-{name}-start{start}.log"
-                    ))?;
+                    self.lost(name)?;
                     start += 1;
                 }
                 other => return other,
             }
         }
+    }
+
+    /// Whether the daemon runs, which looks at guests and may change them while they boot.
+    fn daemon_runs(&self) -> Result<bool, Verdict> {
+        let found = self.dom0.sh(
+            "grep -lz '^daemon$' $(grep -l xen-locus /proc/[0-9]*/comm | sed s/comm/cmdline/) \
+                 /dev/null 2>/dev/null",
+        )?;
+        Ok(!found.text().is_empty())
+    }
+
+    /// Notes that QEMU lost a guest while it started. What the consoles say of that does not count.
+    fn lost(&self, name: &str) -> Result<(), Verdict> {
+        self.dom0
+            .sh(&format!("echo '{LOST}' >>/var/log/guest-{name}.log"))?;
+        let domid = self.dom0.sh(&format!("xl domid {name}"))?.text();
+        if !domid.is_empty() {
+            self.expects(&format!("(XEN) d{domid}v"));
+            self.expects(&format!("(XEN) Domain {domid} (vcpu"));
+        }
+        let again = &self.told.started_again;
+        again.set(again.get() + 1);
+        Ok(())
     }
 
     /// Copies what the guest boots into dom0, and payloads for it to `/payloads/SUITE`. Those of Debian 12 are

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
-
 use rustix::fs::{flock, FlockOperation};
 
 use crate::dom0::Dom0;
@@ -22,6 +21,7 @@ use crate::profile::Profile;
 use crate::qemu::Qemu;
 use crate::scenario::Ctx;
 use crate::suites::BOOKWORM;
+use crate::watched::Watched;
 
 /// What all boots of a run share. It locks the target folder while it exists.
 #[derive(Debug)]
@@ -86,6 +86,7 @@ impl Testbed {
         );
         Ok(Machine {
             ctx,
+            consoles: Watched::new(qemu.console.clone()),
             qemu,
             logs,
             boot_time: began.elapsed(),
@@ -98,6 +99,8 @@ impl Testbed {
 pub struct Machine {
     /// The context of scenarios.
     pub ctx: Ctx,
+    /// How far its consoles were read.
+    pub consoles: Watched,
     /// The emulator.
     pub qemu: Qemu,
     /// The folder of its logs.

@@ -26,6 +26,8 @@ const PIECE: usize = 32 * 1024;
 const AHEAD: usize = 4;
 /// A line without an answer is sent again after this time.
 const RESEND: Duration = Duration::from_secs(3);
+/// The same for a guest that boots: nothing listens to the first lines.
+const KNOCK: Duration = Duration::from_millis(500);
 
 /// All guests with a console.
 #[derive(Clone, Default)]
@@ -305,7 +307,9 @@ impl Talk<'_> {
         let mut heard = Instant::now();
         let mut sent: Option<Instant> = None;
         loop {
-            if sent.is_none_or(|t| t.elapsed() >= RESEND) {
+            let up = self.console.up.load(Ordering::Relaxed);
+            let patience = if up { RESEND } else { KNOCK };
+            if sent.is_none_or(|t| t.elapsed() >= patience) {
                 self.console.send(text)?;
                 sent = Some(Instant::now());
             }
