@@ -1,6 +1,7 @@
 //! `nudge`: threads that sleep in a replaced function are woken and restart their system call. Nothing else in the
 //! guest changes.
 
+use super::steps::guest_log::Log;
 use super::steps::patches::{file_for, DRAIN};
 use super::steps::tool;
 use crate::guest::{Guest, GuestSpec, Kind};
@@ -100,7 +101,7 @@ fn nudge(ctx: &mut Ctx, kind: Kind, suite: &'static Suite, step: usize) -> Resul
     guest.ok(&format!(
         "for i in $(seq {SLEEPERS}); do pause & done; sleep 1"
     ))?;
-    let lines = guest.ok("dmesg | wc -l")?;
+    let log = Log::begin(ctx, &guest)?;
     let untouched = tool::text_digest(ctx, &name)?;
 
     // They block apply. When woken, they enter the old version again.
@@ -131,10 +132,7 @@ fn nudge(ctx: &mut Ctx, kind: Kind, suite: &'static Suite, step: usize) -> Resul
         .ok(&format!("xen-locus revert {name} {DRAIN} --entry-only"))?;
     check_eq!(tool::text_digest(ctx, &name)?, untouched);
     guest.ok("killall pause; sleep 1; ! pidof pause")?;
-    // An emulated machine may log `hrtimer: interrupt took …`.
-    let log = guest.ok(&format!("dmesg | tail -n +$(({lines} + 1))"))?;
-    let bad = ["BUG", "WARNING", "Oops", "Call Trace", "general protection"];
-    check!(!bad.iter().any(|words| log.contains(words)), "{log}");
+    log.nothing_new(ctx, &guest)?;
     let history = ctx.dom0.ok(&format!("xen-locus history {name}"))?;
     check!(history.contains("nudge"), "{history}");
     ctx.dom0

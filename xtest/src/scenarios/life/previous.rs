@@ -7,7 +7,6 @@ use crate::paths::Paths;
 use crate::previous::{self, Previous};
 use crate::profile::{PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
-use crate::scenarios::steps::guest_log::{lacks, BROKEN};
 use crate::scenarios::steps::patches::{self, CMDLINE, PAIR, TWO};
 use crate::scenarios::steps::tool;
 use crate::verdict::Verdict;
@@ -55,7 +54,6 @@ fn previous(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     taken_over(ctx, &guest)?;
     interrupted(ctx, &guest)?;
     text.check(ctx, &name, kind)?;
-    lacks(&guest, &BROKEN)?;
     ctx.destroy_guest(&name)
 }
 

@@ -78,6 +78,8 @@ fn state_line(calls: usize) -> String {
 /// The kernel's log names file and line of a warning, the functions of the payload, and the kernel's callers.
 pub fn warnings(subject: &Subject<'_>) -> Result<(), Verdict> {
     const NAME: &str = "locus_warn";
+    subject.ctx.expects("at locus_warn_");
+    subject.ctx.expects("locus_warn.c:");
     subject.apply(NAME)?;
     for once in [true, false] {
         let text = subject.read("/proc/cmdline")?;
@@ -117,7 +119,7 @@ pub fn warnings(subject: &Subject<'_>) -> Result<(), Verdict> {
         check!(trace.contains(&"seq_read_iter"), "{trace:?}\n{log}");
         check!(trace.contains(&"do_syscall_64"), "{trace:?}\n{log}");
         check!(log.contains("---[ end trace"), "{log}");
-        subject.log.mark(&subject.guest)?;
+        subject.log.mark(subject.ctx, &subject.guest)?;
     }
     subject.revert(NAME)
 }
@@ -161,12 +163,13 @@ pub fn stacks(subject: &Subject<'_>) -> Result<(), Verdict> {
         );
         Ok(())
     };
+    subject.ctx.expects("NMI backtrace for cpu");
     // The thread that spins would keep the CPU from the one that only wakes up now and then.
     guest.ok(
         "rm -f /tmp/pids; taskset 1 cat /proc/cmdline > /tmp/cmdline.out & echo $! > /tmp/pids; \
         taskset 2 cat /proc/version > /tmp/version.out & echo $! >> /tmp/pids; \
-        for i in $(seq 20); do sleep 1; cat /proc/$(sed -n 1p /tmp/pids)/stack > /tmp/stack; \
-        grep -q locus /tmp/stack && break; done",
+        for i in $(seq 100); do cat /proc/$(sed -n 1p /tmp/pids)/stack > /tmp/stack; \
+        grep -q locus /tmp/stack && break; usleep 100000; done",
     )?;
     let stack = subject.read("/tmp/stack")?;
     goes_on(&stack, "locus_stack_sleep", "locus_stack_sleeper")?;
@@ -175,17 +178,22 @@ pub fn stacks(subject: &Subject<'_>) -> Result<(), Verdict> {
         ("l", "locus_stack_spin", "locus_stack_spinner"),
         ("t", "locus_stack_sleep", "locus_stack_sleeper"),
     ] {
-        // The log may be too short for all tasks. The newest come last.
+        // The kernel shows its stacks at once, but the thread may just have been woken, or have lost its CPU to
+        // another: then it is asked again.
         let show = format!(
-            "dmesg -c > /dev/null; taskset 1 sh -c 'echo {what} > /proc/sysrq-trigger'; \
-             for i in $(seq 100); do sleep 1; dmesg > /tmp/log; grep -q {inner}+ /tmp/log && break; \
-             done; sleep 1; dmesg | grep -B 1 -A 40 {inner}+"
+            "for i in $(seq 20); do dmesg -c > /dev/null; \
+             taskset 1 sh -c 'echo {what} > /proc/sysrq-trigger'; dmesg > /tmp/log; \
+             grep -q {inner}+ /tmp/log && break; usleep 100000; done; \
+             grep -B 1 -A 40 {inner}+ /tmp/log"
         );
         let log = guest.ok(&show)?;
         goes_on(&log, inner, outer)?;
     }
-    guest.ok("kill $(sed -n 2p /tmp/pids); dmesg -c > /dev/null; sleep 2")?;
-    subject.log.mark(guest)?;
+    guest.ok(
+        "kill $(sed -n 2p /tmp/pids); dmesg -c > /dev/null; for i in $(seq 100); do \
+         grep -q woke /tmp/cmdline.out && break; usleep 100000; done",
+    )?;
+    subject.log.mark(subject.ctx, guest)?;
     check_eq!(subject.read("/tmp/cmdline.out")?, "slept\nwoke up");
     subject.revert(NAME)
 }
@@ -201,7 +209,7 @@ pub fn module_function(subject: &Subject<'_>) -> Result<(), Verdict> {
         "while read m; do grep -q ^$(basename $m .ko | tr - _) /proc/modules || \
          insmod /lib/modules/$m || exit 1; done < /lib/modules/order",
     )?;
-    subject.log.mark(guest)?;
+    subject.log.mark(subject.ctx, guest)?;
     check_eq!(subject.read(FEATURE)?, "supported");
     subject.apply(NAME)?;
     check_eq!(subject.read(FEATURE)?, "locus lazy_itable_init");

@@ -70,7 +70,7 @@ pub fn run(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         let path = format!("/payloads/own/{name}.ko");
         subject.ctx.dom0.put(&path, 0o644, &std::fs::read(file)?)?;
         subject.note(&format!("--- {name}"));
-        subject.log.mark(&subject.guest)?;
+        subject.log.mark(subject.ctx, &subject.guest)?;
         match fulfilled(&subject, name, &path, fate) {
             Err(Verdict::Failure(why)) => wrong.push(format!("{name}: {why}")),
             other => other?,

@@ -26,6 +26,10 @@ const PAYLOADS: &[(&str, &[&str])] = &[
 
 /// Tries all of them, and reports everything that is wrong.
 pub fn all(subject: &Subject<'_>) -> Result<(), Verdict> {
+    subject.unchanged_by("all refusals", || each(subject))
+}
+
+fn each(subject: &Subject<'_>) -> Result<(), Verdict> {
     let mut wrong = Vec::new();
     // If there is only one function of the name, it is not ambiguous.
     let ambiguous = subject.has_namesakes()?;
@@ -33,7 +37,7 @@ pub fn all(subject: &Subject<'_>) -> Result<(), Verdict> {
         .iter()
         .filter(|(name, _)| ambiguous || *name != "locus_ambiguous");
     for (name, words) in all {
-        match subject.refused(&subject.file(name), words) {
+        match subject.refused_with(&subject.file(name), words) {
             Err(Verdict::Failure(why)) => {
                 wrong.push(format!("{name}: {why}"));
                 subject.revert_all()?;

@@ -42,25 +42,24 @@ impl<'a> Subject<'a> {
     pub fn with_room(ctx: &'a mut Ctx, kind: Kind, suite: &'static Suite) -> Result<Self, Verdict> {
         let name = Self::guest_name(kind, suite);
         let spec = GuestSpec::new(&name, kind).suite(suite).memory(256);
-        let known = ctx.guest(&name).is_ok();
+        let before = ctx.guest(&name).ok().map(|guest| guest.domid);
         let mut guest = ctx.ensure_guest(spec.clone())?;
         let (total, used) = arena(ctx, &guest)?;
-        let fresh = if total < used + ROOM {
+        if total < used + ROOM {
             ctx.destroy_guest(&name)?;
             guest = ctx.ensure_guest(spec)?;
-            true
-        } else {
-            !known
-        };
+        }
+        let fresh = before != Some(guest.domid);
         if fresh && *suite != BOOKWORM {
             for (name, file) in ctx.kernels.test_payloads(suite)? {
                 let path = patches::file_for(suite, &name);
                 ctx.dom0.put(&path, 0o644, &std::fs::read(file)?)?;
             }
         }
-        guest.ok("mkdir -p /run/trace /run/debug; \
-            grep -q ' /run/trace ' /proc/mounts || mount -t tracefs t /run/trace; \
-            grep -q ' /run/debug ' /proc/mounts || mount -t debugfs d /run/debug")?;
+        if fresh {
+            guest.ok("mkdir -p /run/trace /run/debug; \
+                mount -t tracefs t /run/trace; mount -t debugfs d /run/debug")?;
+        }
         let log = Log::begin(ctx, &guest)?;
         Ok(Self {
             ctx,
@@ -181,8 +180,25 @@ impl<'a> Subject<'a> {
 
     /// Checks that applying this file ends with 3 (not applicable), says all of `words`, and changes nothing.
     pub fn refused(&self, file: &str, words: &[&str]) -> Result<(), Verdict> {
+        self.unchanged_by(file, || self.refused_with(file, words))
+    }
+
+    /// Checks that something changes neither the guest's files nor its arena.
+    pub fn unchanged_by<T>(
+        &self,
+        what: &str,
+        act: impl FnOnce() -> Result<T, Verdict>,
+    ) -> Result<T, Verdict> {
         let used = self.arena_used()?;
         let before = self.texts()?;
+        let done = act()?;
+        check_eq!(self.texts()?, before, "the guest's files after {what}");
+        check_eq!(self.arena_used()?, used, "pages in use after {what}");
+        Ok(done)
+    }
+
+    /// Checks that applying this file ends with 3 (not applicable) and says all of `words`.
+    pub fn refused_with(&self, file: &str, words: &[&str]) -> Result<(), Verdict> {
         let cmd = format!("xen-locus apply {} {file}", self.guest.name);
         let out = self.ctx.dom0.sh(&cmd)?;
         let said = out.err_text();
@@ -194,8 +210,6 @@ impl<'a> Subject<'a> {
                 "`{cmd}` does not say {word:?}: {said}"
             );
         }
-        check_eq!(self.texts()?, before, "the guest's files after `{cmd}`");
-        check_eq!(self.arena_used()?, used, "pages in use after `{cmd}`");
         Ok(())
     }
 }
