@@ -1,5 +1,6 @@
 //! Nothing leaves a guest paused. If the tool can't work, it says why in one sentence.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::steps::patches::CMDLINE;
@@ -33,21 +34,30 @@ pub const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// Sends each signal to applies and reverts at moments spread over their run. After each, the guest must not stay
-/// paused. Xen is asked while a stopped run is still stopped.
+/// Sends each signal to applies and reverts at moments spread over the time that an undisturbed one takes here. After
+/// each, the guest must not stay paused. Xen is asked while a stopped run is still stopped. Prints what was signalled,
+/// the exit code, and the last words.
 const SIGNALS: &str = r#"
 fail() { xl list; echo "$1"; exit 1; }
+now() { awk '{print int($1 * 1000)}' /proc/uptime; }
+began=$(now)
+xen-locus apply pv /payloads/locus_proc_pair.ko >/tmp/said 2>&1 || fail "undisturbed: $(cat /tmp/said)"
+took=$(($(now) - began))
+xen-locus revert pv locus_proc_pair >/tmp/said 2>&1 || fail "undisturbed: $(cat /tmp/said)"
+echo "undisturbed: $took ms"
 n=0
 for sig in INT TERM HUP TSTP; do
-	for delay in 50 150 250 300 350 400 450 500 550 600 650 700 800 1000; do
+	for part in 5 15 25 30 35 40 45 50 55 60 65 75 90 130; do
 		n=$((n + 1))
 		if [ $((n % 2)) = 1 ]; then
+			what=apply
 			xen-locus apply pv /payloads/locus_proc_pair.ko >/tmp/said 2>&1 &
 		else
+			what=revert
 			xen-locus revert pv locus_proc_pair >/tmp/said 2>&1 &
 		fi
 		pid=$!
-		usleep ${delay}000
+		usleep $((took * part * 10))
 		kill -$sig $pid 2>/dev/null
 		usleep 20000
 		[ $sig = TSTP ] && usleep 100000
@@ -55,19 +65,22 @@ for sig in INT TERM HUP TSTP; do
 		looks=0
 		while [ -z "$(xl list pv | awk 'NR == 2 && $5 !~ /p/')" ]; do
 			looks=$((looks + 1))
-			[ $looks = 8 ] && fail "paused after $sig at $delay ms"
+			[ $looks = 8 ] && fail "paused after $sig at $part %"
 			usleep 30000
 		done
 		kill -CONT $pid 2>/dev/null
 		wait $pid
 		rc=$?
-		echo "$sig at $delay ms: $rc"
+		said=$(tail -n 1 /tmp/said)
+		echo "$what $sig $part: $rc $said"
 		# Over 128: it came before the run could begin to hold signals off.
-		case $rc in 0 | 1 | 129 | 130 | 143) ;; *) fail "rc $rc after $sig at $delay ms: $(tr '\n' ' ' </tmp/said)" ;; esac
+		case $rc in 0 | 1 | 129 | 130 | 143) ;; *) fail "rc $rc after $sig at $part %: $said" ;; esac
 	done
 done
-echo "$n signals"
 "#;
+
+/// How many signals [`SIGNALS`] sends.
+const SENT: usize = 4 * 14;
 
 fn signals(ctx: &mut Ctx) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new("pv", Kind::Pv))?;
@@ -77,12 +90,58 @@ fn signals(ctx: &mut Ctx) -> Result<(), Verdict> {
     let said = out.text();
     let last = said.lines().last().unwrap_or_default();
     check_eq!(out.rc, 0, "{last} {}\n{said}", out.err_text());
-    ctx.dom0.sh("xen-locus revert pv --all")?;
+    let tally = tally(&said);
+    let line = format!("signals: what, exit code, interrupted: how often: {tally:?}");
+    ctx.dom0.note(&line);
+    eprintln!("{line}");
+    check_eq!(tally.values().sum::<usize>(), SENT, "{said}");
+    let count = |wanted: &dyn Fn(&Key) -> bool| -> usize {
+        let some = tally.iter().filter(|(key, _)| wanted(key));
+        some.map(|(_, n)| n).sum()
+    };
+    for action in ["apply", "revert"] {
+        let done = count(&|(what, rc, _)| what == action && rc == "0");
+        check!(done > 0, "no {action} succeeded: {said}");
+    }
+    let interrupted = count(&|(_, rc, interrupted)| rc == "1" && *interrupted);
+    check!(
+        interrupted > 0,
+        "no run said that it was interrupted: {said}"
+    );
+    // The rest: there was nothing to revert, or it ended before it could hold signals off.
+    let other = count(&|(what, rc, interrupted)| rc == "1" && !interrupted && what == "apply");
+    check_eq!(other, 0, "applies that failed for another reason: {said}");
+    ctx.dom0.ok("xen-locus revert pv --all")?;
     tool::no_patches(ctx, "pv")?;
     guest.went_on(rounds)?;
     let seen = guest.ok("cat /proc/version")?;
     check!(!seen.contains("locus="), "the guest shows {seen:?}");
     Ok(())
+}
+
+/// An action, its exit code, and whether it said that it was interrupted.
+type Key = (String, String, bool);
+
+/// How often each action ended in each way, by what [`SIGNALS`] prints.
+fn tally(said: &str) -> BTreeMap<Key, usize> {
+    let mut tally = BTreeMap::new();
+    for line in said.lines() {
+        let Some((sent, end)) = line.split_once(": ") else {
+            continue;
+        };
+        let mut sent = sent.split(' ');
+        let action = sent.next().unwrap_or_default();
+        if ["apply", "revert"].contains(&action) && sent.count() == 2 {
+            let (rc, words) = end.split_once(' ').unwrap_or((end, ""));
+            let key = (
+                action.to_owned(),
+                rc.to_owned(),
+                words.contains("interrupted"),
+            );
+            *tally.entry(key).or_default() += 1;
+        }
+    }
+    tally
 }
 
 fn two_at_once(ctx: &mut Ctx) -> Result<(), Verdict> {
@@ -124,4 +183,25 @@ fn environment(ctx: &mut Ctx) -> Result<(), Verdict> {
         out.err_text()
     );
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tally_counts_what_the_script_prints() {
+        let said = "undisturbed: 400 ms\n\
+            apply INT 5: 130 \n\
+            revert INT 15: 1 xen-locus: pv: there is no patch x\n\
+            apply TERM 25: 1 xen-locus: interrupted; nothing was changed\n\
+            apply HUP 25: 1 xen-locus: interrupted; nothing was changed\n\
+            apply TSTP 90: 0 applied (x)\n";
+        let tally = tally(said);
+        let key = |what: &str, rc: &str, interrupted| (what.to_owned(), rc.to_owned(), interrupted);
+        assert_eq!(tally.values().sum::<usize>(), 5);
+        assert_eq!(tally[&key("apply", "1", true)], 2);
+        assert_eq!(tally[&key("revert", "1", false)], 1);
+        assert_eq!(tally[&key("apply", "0", false)], 1);
+    }
 }
