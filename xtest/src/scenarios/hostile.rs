@@ -102,8 +102,10 @@ struct Pair {
     neighbour: Guest,
     /// What [`Pair::beside`] returned first.
     before: String,
-    /// How many commands ended with each exit code.
+    /// How many commands ended with each exit code since the guest's mode was set.
     ends: BTreeMap<i32, u32>,
+    /// How many did in earlier modes.
+    ends_before: BTreeMap<i32, u32>,
     longest: Duration,
 }
 
@@ -125,6 +127,7 @@ impl Pair {
             neighbour,
             before: String::new(),
             ends: BTreeMap::new(),
+            ends_before: BTreeMap::new(),
             longest: Duration::ZERO,
         };
         pair.before = pair.beside(ctx)?;
@@ -135,18 +138,21 @@ impl Pair {
     /// of xen-locus in dom0.
     fn beside(&self, ctx: &Ctx) -> Result<String, Verdict> {
         let inside = self.neighbour.ok("cat /proc/version /proc/cmdline")?;
+        let text = tool::text_digest(ctx, "neighbour")?;
         let outside = ctx
             .dom0
-            .ok("xen-locus info neighbour --raw text | sha256sum; \
-             xl list neighbour | awk 'NR == 2 {print $3, $4}'; \
+            .ok("xl list neighbour | awk 'NR == 2 {print $3, $4}'; \
              ls -l /proc/[0-9]*/exe 2>/dev/null | grep -o 'xen-locus[a-z-]*$'; \
              ls /run/xen-locus/guard 2>/dev/null; true")?;
-        Ok(format!("{inside}\n{outside}"))
+        Ok(format!("{inside}\n{text}\n{outside}"))
     }
 
-    /// Sets what the guest does.
-    fn mode(&self, mode: &str) -> Result<(), Verdict> {
+    /// Sets what the guest does. How commands ended before that says nothing about it.
+    fn mode(&mut self, mode: &str) -> Result<(), Verdict> {
         self.guest.ok(&format!("echo {mode} >{MODULE}/mode"))?;
+        for (rc, count) in std::mem::take(&mut self.ends) {
+            *self.ends_before.entry(rc).or_default() += count;
+        }
         Ok(())
     }
 
@@ -194,9 +200,9 @@ impl Pair {
         Ok(())
     }
 
-    /// Whether any command has failed.
-    fn any_failed(&self) -> bool {
-        self.ends.keys().any(|&rc| rc != 0)
+    /// Whether any command has noticed what the guest does: it refused the guest (3), or found the arena damaged (6).
+    fn told(&self) -> bool {
+        self.ends.contains_key(&3) || self.ends.contains_key(&6)
     }
 
     /// Runs all commands `rounds` times, then again until one has noticed something and the guest has made many
@@ -204,13 +210,13 @@ impl Pair {
     fn rounds(&mut self, ctx: &Ctx, rounds: u32) -> Result<u64, Verdict> {
         for round in 0..rounds.saturating_add(ROUNDS_MORE) {
             let (turns, _) = self.state()?;
-            if round >= rounds && self.any_failed() && turns > TURNS {
+            if round >= rounds && self.told() && turns > TURNS {
                 return Ok(turns);
             }
             self.all_commands(ctx)?;
         }
         let (turns, _) = self.state()?;
-        check!(self.any_failed(), "no command noticed anything");
+        check!(self.told(), "no command noticed anything: {:?}", self.ends);
         check!(turns > TURNS, "the guest made {turns} turns only");
         Ok(turns)
     }
@@ -276,8 +282,8 @@ impl Pair {
             .ok(&format!("xl list {NAME} | awk 'NR == 2 {{print $5}}'"))?;
         check!(!state.contains('p'), "the hostile guest is paused: {state}");
         eprintln!(
-            "hostile: {what}: exit codes {:?}, longest {:?}",
-            self.ends, self.longest
+            "hostile: {what}: exit codes {:?}, in earlier modes {:?}, longest {:?}",
+            self.ends, self.ends_before, self.longest
         );
         Ok(())
     }
@@ -388,7 +394,7 @@ const HOLDS: &str = "p=$(cat /run/daemon.pid); awk '/VmRSS/ {print $2}' /proc/$p
 const MORE: u64 = 4096;
 
 fn store(ctx: &mut Ctx, rounds: u32) -> Result<(), Verdict> {
-    let pair = Pair::new(ctx, Kind::Pv, false)?;
+    let mut pair = Pair::new(ctx, Kind::Pv, false)?;
     daemon::start(ctx)?;
     let holds = || -> Result<Vec<u64>, Verdict> {
         let text = ctx.dom0.ok(HOLDS)?;

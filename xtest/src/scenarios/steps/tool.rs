@@ -143,11 +143,25 @@ pub fn info(ctx: &Ctx, guest: &str, options: &str) -> Result<Value, Verdict> {
     ctx.json(&format!("xen-locus -o json info {guest} {options}"))
 }
 
-/// SHA-256 of the guest's kernel text, as `sha256sum` prints it.
+/// SHA-256 of the guest's kernel text, and its length, which must be that of a kernel.
 pub fn text_digest(ctx: &Ctx, guest: &str) -> Result<String, Verdict> {
-    let cmd = format!("xen-locus info {guest} --raw text | sha256sum");
-    ctx.dom0.ok(&cmd)
+    let said = ctx.dom0.ok(&format!(
+        "xen-locus info {guest} --raw text >/tmp/digested && \
+         wc -c </tmp/digested && sha256sum </tmp/digested && rm /tmp/digested"
+    ))?;
+    let bytes = said
+        .lines()
+        .next()
+        .and_then(|n| n.trim().parse::<u64>().ok());
+    check!(
+        bytes.is_some_and(|n| n > KERNEL_TEXT),
+        "the text of {guest}: {said}"
+    );
+    Ok(said)
 }
+
+/// No kernel here has less text, in bytes.
+const KERNEL_TEXT: u64 = 8_000_000;
 
 /// The guest's line of `list`.
 pub fn list_row(ctx: &Ctx, guest: &str) -> Result<Value, Verdict> {
