@@ -79,7 +79,9 @@ fn compare(kernel: &Kernel<'_>, file: &[u8]) -> Result<()> {
             count.3 += 1;
             continue;
         }
-        if same(kernel, place, ours, &theirs) || built.later_changed(place, &settled.places) {
+        if same(kernel, place, ours, &theirs)
+            || built.later_changed(kernel, place, &settled.places, &code)
+        {
             continue;
         }
         count.1 += 1;
@@ -107,10 +109,56 @@ fn compare(kernel: &Kernel<'_>, file: &[u8]) -> Result<()> {
         wrong += differ;
     }
     println!("changed by us: {} bytes", changed(&built.code, &code));
+    let compared: Vec<&str> = counts.keys().copied().collect();
+    let missing = not_compared(&|name| kernel.symbols.addr(name), &compared);
+    if !missing.is_empty() {
+        bail!(
+            "the guest's kernel has tables of which no place was compared: {}",
+            missing.join(", ")
+        );
+    }
     if wrong > 0 {
         bail!("{wrong} places differ");
     }
     Ok(())
+}
+
+/// The tables, and the symbols at their start and end (arch/x86/kernel/vmlinux.lds.S).
+const TABLES: [(&str, &str, &str); 6] = [
+    (
+        ".altinstructions",
+        "__alt_instructions",
+        "__alt_instructions_end",
+    ),
+    (
+        ".parainstructions",
+        "__parainstructions",
+        "__parainstructions_end",
+    ),
+    (
+        ".retpoline_sites",
+        "__retpoline_sites",
+        "__retpoline_sites_end",
+    ),
+    (".return_sites", "__return_sites", "__return_sites_end"),
+    (".call_sites", "__call_sites", "__call_sites_end"),
+    (
+        "__jump_table",
+        "__start___jump_table",
+        "__stop___jump_table",
+    ),
+];
+
+/// The tables that the guest's kernel has and that are not empty, of which no place was compared.
+fn not_compared(symbol: &dyn Fn(&str) -> Option<Gva>, compared: &[&str]) -> Vec<&'static str> {
+    let there = TABLES.iter().filter(|(_, start, end)| {
+        let (start, end) = (symbol(start), symbol(end));
+        start.zip(end).is_some_and(|(start, end)| start < end)
+    });
+    there
+        .map(|(table, ..)| *table)
+        .filter(|table| !compared.contains(table))
+        .collect()
 }
 
 fn changed(a: &LinkedCode, b: &LinkedCode) -> usize {
@@ -218,14 +266,32 @@ impl Built {
         Ok(Built { code, tables })
     }
 
-    /// Whether something else was written over a place after its own table: what an alternative
-    /// holds, the others don't.
-    fn later_changed(&self, place: &FixupPlace, all: &[FixupPlace]) -> bool {
+    /// Whether something else was written over a place after its own table: what an alternative that was applied
+    /// holds, the others don't. `code` is what we made of all.
+    fn later_changed(
+        &self,
+        kernel: &Kernel<'_>,
+        place: &FixupPlace,
+        all: &[FixupPlace],
+        code: &LinkedCode,
+    ) -> bool {
+        let applied = |p: &FixupPlace| {
+            let len = usize::try_from(p.range.len()).unwrap_or_default();
+            let (built, made) = (
+                self.code.get(p.range.start, len),
+                code.get(p.range.start, len),
+            );
+            // Padding that became longer nops is no other alternative.
+            built
+                .zip(made)
+                .is_some_and(|(built, made)| meaning(kernel, p, built) != meaning(kernel, p, made))
+        };
         place.table != ".altinstructions"
             && all.iter().any(|p| {
                 p.table == ".altinstructions"
                     && p.range.start < place.range.end
                     && place.range.start < p.range.end
+                    && applied(p)
             })
     }
 }
@@ -293,4 +359,21 @@ fn idle(code: &[u8]) -> bool {
 
 fn relative(i: &Instruction) -> bool {
     i.is_jmp_short_or_near() || i.is_jcc_short_or_near() || i.is_call_near()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_that_the_guest_has_must_be_compared() {
+        let symbol = |name: &str| match name {
+            "__alt_instructions" | "__call_sites" | "__call_sites_end" => Some(Gva(0x1000)),
+            "__alt_instructions_end" => Some(Gva(0x2000)),
+            _ => None,
+        };
+        assert_eq!(not_compared(&symbol, &[]), [".altinstructions"]);
+        assert_eq!(not_compared(&symbol, &["__jump_table"]).len(), 1);
+        assert_eq!(not_compared(&symbol, &[".altinstructions"]), [""; 0]);
+    }
 }

@@ -55,11 +55,37 @@ fn sites(ctx: &mut Ctx, suite: &'static Suite, kind: Kind) -> Result<(), Verdict
     )?;
     ctx.dom0.note(&out.text());
     check_eq!(out.rc, 0, "{}\n{}", out.text(), out.err_text());
+    compared(&out.text())?;
     if *suite == BOOKWORM {
         return alternative(ctx, &guest);
     }
     ctx.dom0.ok(&format!("rm -f {file}"))?;
     ctx.destroy_guest(&guest.name)
+}
+
+/// Tables that each kernel here has, and the fewest of their places that must have been compared. The kernel with the
+/// fewest has twice as many.
+const FEWEST: [(&str, u64); 4] = [
+    (".altinstructions", 1000),
+    (".retpoline_sites", 1000),
+    (".return_sites", 10_000),
+    ("__jump_table", 1000),
+];
+
+/// Checks how many places were compared and equal, by what `locus-sites` printed.
+fn compared(said: &str) -> Result<(), Verdict> {
+    for (table, fewest) in FEWEST {
+        let line = said.lines().find_map(|l| {
+            // TABLE: EQUAL of ALL places equal, …
+            let (equal, _) = l.strip_prefix(table)?.strip_prefix(": ")?.split_once(' ')?;
+            equal.parse::<u64>().ok()
+        });
+        check!(
+            line.is_some_and(|equal| equal >= fewest),
+            "{table}: {line:?} places, expected {fewest}: {said}"
+        );
+    }
+    Ok(())
 }
 
 /// A payload with an alternative in its code is applied and reverted.
@@ -74,4 +100,18 @@ fn alternative(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     );
     tool::revert(ctx, name, PATCH)?;
     cmdline_is_untouched(guest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn too_few_places_are_noticed() {
+        let line = |table: &str, n: u64| format!("{table}: {n} of {n} places equal, 0 calls\n");
+        let said = |n: u64| FEWEST.map(|(table, _)| line(table, n)).concat();
+        assert_eq!(compared(&said(20_000)), Ok(()));
+        assert!(compared(&said(2000)).is_err());
+        assert!(compared("changed by us: 0 bytes").is_err());
+    }
 }
