@@ -25,6 +25,7 @@ mod states;
 mod steps;
 mod store;
 mod testbed;
+mod truth;
 mod verify;
 
 use crate::scenario::Scenario;
@@ -34,11 +35,13 @@ use crate::scenario::Scenario;
 const LEFT_OUT: &[&str] = &[
     // Shown for PVH.
     "hostile-arena-pv",
-    "objects-pv",
-    "stack-pv",
     "verify-pv",
     "know-bookworm-pv",
     // Shown for PV.
+    "bench-pvh",
+    "bench-hvm",
+    "objects-pvh",
+    "stack-pvh",
     "nudge-pvh",
     "liar-pvh",
     "hostile-remap-pvh",
@@ -47,7 +50,7 @@ const LEFT_OUT: &[&str] = &[
     // Shown for another kernel.
     "know-bullseye-pv",
     "sites-trixie-pv",
-    // Kills at random moments: faults-pv kills at every 13th call, both-die-pv and signals-pv in the pause.
+    // Kills at random moments: faults-pv kills at every 23rd call, both-die-pv and signals-pv in the pause.
     "kills-pv",
     // `loader-pv` has most of it; `make bench` runs the tool that it is about.
     "loader-own-pv",
@@ -63,6 +66,7 @@ pub fn usual() -> Vec<Scenario> {
 
 fn short() -> Vec<Scenario> {
     [
+        truth::SCENARIOS,
         testbed::SCENARIOS,
         core::SCENARIOS,
         apply::SCENARIOS,
@@ -100,6 +104,7 @@ pub fn all() -> Vec<Scenario> {
         kills::MATRIX,
         hostile::MATRIX,
         many::MATRIX,
+        truth::MATRIX,
         nudge::MATRIX,
         &life::matrix()[..],
     ]

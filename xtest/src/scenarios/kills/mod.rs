@@ -8,7 +8,7 @@ mod scarce;
 mod subject;
 
 use crate::guest::Kind;
-use crate::profile::{PV, PVH};
+use crate::profile::{PV, PV1, PVH};
 use crate::scenario::Scenario;
 use actions::{ACTIONS, APPLY, REPLACE, REVERT};
 use both_die::{both_die, recover_dies};
@@ -27,9 +27,9 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "faults-pv",
         summary:
-            "killed at every 13th of its calls after the journal, it leaves the guest old or new",
-        profile: &PV,
-        run: |ctx| injected(ctx, Kind::Pv, "kill", 13, &ACTIONS),
+            "killed at every 23rd of its calls after the journal, it leaves the guest old or new",
+        profile: &PV1,
+        run: |ctx| injected(ctx, Kind::Pv, "kill", 23, &ACTIONS),
     },
     Scenario {
         name: "both-die-pv",
@@ -40,20 +40,20 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "faults-recover-pv",
         summary: "if recover is killed as well, at every 37th of its calls, the next one resolves the change",
-        profile: &PV,
+        profile: &PV1,
         run: |ctx| recover_dies(ctx, Kind::Pv, 37),
     },
     Scenario {
         name: "no-journal-pv",
         summary: "no room for the journal or the guardian's file: exit 1, nothing done; for the log: the \
                   next run records it",
-        profile: &PV,
+        profile: &PV1,
         run: |ctx| no_journal(ctx, Kind::Pv),
     },
     Scenario {
         name: "no-memory-pv",
         summary: "with any amount of memory that is too little, it says so, and the guest is old or new",
-        profile: &PV,
+        profile: &PV1,
         run: |ctx| no_memory(ctx, Kind::Pv),
     },
 ];
