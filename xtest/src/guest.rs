@@ -15,6 +15,8 @@ use crate::watched::START;
 /// Arguments of a guest's kernel. It logs warnings and worse, because the console carries commands too.
 const KERNEL_ARGS: &str =
     "console=hvc0 loglevel=5 mitigations=off no_timer_check tsc=reliable panic=0";
+/// Room for what a guest's kernel logs: a scenario that looks for its mark must find it behind dozens of reports.
+const LOG_ARGS: &str = "log_buf_len=1M";
 /// More arguments of an HVM guest's kernel. Without these, an emulated guest takes minutes to look for
 /// hardware that does not exist.
 ///
@@ -138,7 +140,7 @@ impl GuestSpec {
     /// told from a destroyed one.
     pub fn to_config(&self) -> String {
         let hvm_args = if self.kind == Kind::Hvm { HVM_ARGS } else { "" };
-        let extra = format!("{KERNEL_ARGS} {hvm_args} {}", self.kernel_args);
+        let extra = format!("{KERNEL_ARGS} {LOG_ARGS} {hvm_args} {}", self.kernel_args);
         let mut text = format!(
             "name=\"{}\"\ntype=\"{}\"\nmemory={}\nvcpus={}\nkernel=\"{dir}/{}\"\n\
              ramdisk=\"{dir}/initrd.gz\"\nextra=\"{}\"\non_crash=\"preserve\"\n\

@@ -38,8 +38,8 @@ const LIES: [(&str, &str); 7] = [
 fn liar(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new("liar", kind))?;
     let neighbour = ctx.ensure_guest(GuestSpec::new("neighbour", Kind::Pv))?;
-    let module = std::fs::read(ctx.payloads.join("locus_liar/locus_liar.ko"))?;
-    guest.put("/tmp/liar.ko", 0o644, &module)?;
+    let module = ctx.payloads.join("locus_liar/locus_liar.ko");
+    guest.put_module("/tmp/liar.ko", &module)?;
     for (lie, words) in LIES {
         // Xen checks the page tables of a PV guest, so they can't contain a lie.
         if lie == "pages" && kind == Kind::Pv {

@@ -62,8 +62,8 @@ fn held(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
         tool::refused(ctx, apply, 2, words)?;
         guest.ok(&tool::in_tracing(end))?;
     }
-    let module = std::fs::read(ctx.payloads.join("locus_sleeper/locus_sleeper.ko"))?;
-    guest.put("/tmp/locus_sleeper.ko", 0o644, &module)?;
+    let module = ctx.payloads.join("locus_sleeper/locus_sleeper.ko");
+    guest.put_module("/tmp/locus_sleeper.ko", &module)?;
     guest.ok("insmod /tmp/locus_sleeper.ko")?;
     let same = "xen-locus apply objects /payloads/locus_sleeper.ko";
     tool::refused(ctx, same, 2, "livepatched by the guest itself")?;

@@ -50,8 +50,8 @@ fn broken_guest(ctx: &mut Ctx, what: &str, words: &str) -> Result<(), Verdict> {
     ctx.must_fail(words);
     let spec = GuestSpec::new("broken", Kind::Pv).memory(128).vcpus(1);
     let guest = ctx.ensure_guest(spec)?;
-    let module = ctx.dom0.get(MODULE)?;
-    guest.put("/tmp/locus_broken.ko", 0o644, &module)?;
+    let module = ctx.payloads.join("locus_broken/locus_broken.ko");
+    guest.put_module("/tmp/locus_broken.ko", &module)?;
     // The process that loads it may not survive.
     guest.sh(&format!("insmod /tmp/locus_broken.ko what={what}"))?;
     guest.ok("true")?;
