@@ -242,6 +242,14 @@ impl Guard for Guarded<'_> {
         Guarded::wait_for_guardian_tick(self);
     }
 
+    fn hold(&self) -> std::result::Result<(), guest::Error> {
+        Guarded::hold(self)
+    }
+
+    fn let_go(&self) {
+        Guarded::let_go(self);
+    }
+
     fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
         self.vcpus_now()
     }

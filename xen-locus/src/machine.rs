@@ -41,6 +41,15 @@ pub trait Guard {
     /// Comes before what is done in preparation of a pause: waits until whatever watches over this process will not
     /// do so within the next moments.
     fn wait_for_guardian_tick(&self) {}
+    /// Comes before a pause in which the guest may be written: what [`Guard::let_go`] unmapped is mapped again.
+    ///
+    /// # Errors
+    /// It can't be mapped.
+    fn hold(&self) -> std::result::Result<(), Error> {
+        Ok(())
+    }
+    /// The guest will not be paused for a while: whatever watches over this process lets go of its pages.
+    fn let_go(&self) {}
     /// Registers of all virtual CPUs, read as in a pause but while the guest runs: what is done there is done
     /// here before.
     fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, Error>;

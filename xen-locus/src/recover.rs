@@ -205,7 +205,10 @@ fn of_dead(control: &Control, path: &Path) -> Result<Option<Outcome>> {
         Some(PauseStep::Idle) => Outcome::of(page.outcome()).unwrap_or(Outcome::Running),
         _ => as_guardian(control, &task, &page)?,
     };
-    fs::remove_file(path).map_err(odd)?;
+    // Of a guest that is still paused the file is needed again.
+    if outcome != Outcome::Stuck {
+        fs::remove_file(path).map_err(odd)?;
+    }
     Ok(Some(outcome))
 }
 

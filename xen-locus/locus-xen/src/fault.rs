@@ -11,6 +11,11 @@ pub const VARIABLE: &str = "XEN_LOCUS_FAULT";
 #[cfg(feature = "faults")]
 const BLIND: &str = "XEN_LOCUS_BLIND";
 
+/// If it is set, with any value, such a program makes no use of handles of processes (pidfd_open(2)), as on a kernel
+/// before 5.3.
+#[cfg(feature = "faults")]
+const NO_PIDFD: &str = "XEN_LOCUS_NO_PIDFD";
+
 /// The fault point `name`.
 ///
 /// # Errors
@@ -29,8 +34,16 @@ pub fn is_blind() -> bool {
     false
 }
 
+/// Whether handles of processes are not to be used.
+#[cfg(not(feature = "faults"))]
+#[inline]
+#[must_use]
+pub fn has_no_pidfd() -> bool {
+    false
+}
+
 #[cfg(feature = "faults")]
-pub use chosen::{is_blind, point};
+pub use chosen::{has_no_pidfd, is_blind, point};
 
 #[cfg(feature = "faults")]
 mod chosen {
@@ -63,6 +76,12 @@ mod chosen {
     #[must_use]
     pub fn is_blind() -> bool {
         *IS_BLIND.get_or_init(|| std::env::var_os(super::BLIND).is_some())
+    }
+
+    /// Whether handles of processes are not to be used.
+    #[must_use]
+    pub fn has_no_pidfd() -> bool {
+        std::env::var_os(super::NO_PIDFD).is_some()
     }
 
     /// The fault point `name`.

@@ -21,10 +21,18 @@ use super::{fault_point, Error};
 
 /// The result of a call that Xen has not made yet.
 const NOT_MADE: u64 = 1 << 62;
-/// Calls about the domain as a whole: pause, state, report of written frames, unpause.
-const DOMAIN_CALLS: usize = 4;
+/// Calls about the domain as a whole: state, pause, state, report of written frames, unpause.
+const DOMAIN_CALLS: usize = 5;
+/// Index of the call that reads the state before the pause.
+const BEFORE: usize = 0;
+/// Index of the call that takes the pause.
+const PAUSE: usize = 1;
+/// Index of the call that reads the state in the pause.
+const STATE: usize = 2;
+/// Index of the first call for the first vCPU.
+const VCPUS: usize = 3;
 
-/// The calls of a domain's pauses. Their order in memory: pause, state, each vCPU's registers, report of written
+/// The calls of a domain's pauses. Their order in memory: state, pause, state, each vCPU's registers, report of written
 /// frames, unpause.
 #[derive(Debug)]
 pub(super) struct PauseMulticall {
@@ -106,7 +114,7 @@ impl PauseMulticall {
 
     /// Index of the call that reports written frames. It comes after the calls for the vCPUs.
     fn report_index(&self) -> usize {
-        2 + self.calls_per_vcpu * self.info.vcpus as usize
+        VCPUS + self.calls_per_vcpu * self.info.vcpus as usize
     }
 
     /// Fills in all calls. Comes before each multicall, because Xen writes into the arguments and results.
@@ -116,11 +124,12 @@ impl PauseMulticall {
             let at = self.buffer.address(&self.controls, n);
             self.entry(n, sys::__HYPERVISOR_domctl, [at, 0, 0, 0]);
         };
-        put(0, self.control(sys::XEN_DOMCTL_pausedomain));
-        put(1, self.control(sys::XEN_DOMCTL_getdomaininfo));
+        put(BEFORE, self.control(sys::XEN_DOMCTL_getdomaininfo));
+        put(PAUSE, self.control(sys::XEN_DOMCTL_pausedomain));
+        put(STATE, self.control(sys::XEN_DOMCTL_getdomaininfo));
         for vcpu in 0..self.info.vcpus {
             let index = vcpu as usize;
-            let first = 2 + self.calls_per_vcpu * index;
+            let first = VCPUS + self.calls_per_vcpu * index;
             if self.info.kind == GuestType::Pv {
                 let mut control = self.control(sys::XEN_DOMCTL_getvcpuinfo);
                 control.u.getvcpuinfo.vcpu = vcpu;
@@ -212,7 +221,7 @@ impl PauseMulticall {
         fault_point("xc_domain_pause")?;
         let made = self.call(0, self.report_index());
         // The pause may have been made though calls after it failed: its own result decides.
-        let paused = self.result(0, || format!("pausing domain {}", self.info.id));
+        let paused = self.result(PAUSE, || format!("pausing domain {}", self.info.id));
         paused.or_else(|error| made.and(Err(error)))
     }
 
@@ -221,11 +230,29 @@ impl PauseMulticall {
     /// # Errors
     /// Xen did not give its state.
     pub(super) fn is_shut_down(&self) -> Result<bool, Error> {
-        self.result(1, || format!("asking for domain {}", self.info.id))?;
-        self.buffer.read(&self.controls, 1, |control| {
-            // SAFETY: the part of the union that Xen fills in for this operation, and any bytes are a value.
-            let info = unsafe { &control.u.getdomaininfo };
+        self.state(STATE, |info| {
             info.domain != self.info.id.0 || info.flags & sys::XEN_DOMINF_shutdown != 0
+        })
+    }
+
+    /// Whether somebody else held a pause of the domain right before the last one of this process; `None` if Xen did not
+    /// say.
+    pub(super) fn was_paused(&self) -> Option<bool> {
+        let paused = |info: &sys::xc_domaininfo_t| info.flags & sys::XEN_DOMINF_paused != 0;
+        self.state(BEFORE, paused).ok()
+    }
+
+    /// Time that all its vCPUs together had run at the last pause, in nanoseconds; `None` if Xen did not say.
+    pub(super) fn cpu_time_ns(&self) -> Option<u64> {
+        self.state(STATE, |info| info.cpu_time).ok()
+    }
+
+    /// What call number `n` says of the domain's state.
+    fn state<R>(&self, n: usize, of: impl FnOnce(&sys::xc_domaininfo_t) -> R) -> Result<R, Error> {
+        self.result(n, || format!("asking for domain {}", self.info.id))?;
+        self.buffer.read(&self.controls, n, |control| {
+            // SAFETY: the part of the union that Xen fills in for this operation, and any bytes are a value.
+            of(unsafe { &control.u.getdomaininfo })
         })
     }
 
@@ -243,13 +270,13 @@ impl PauseMulticall {
     /// The multicall failed, or Xen did not give the registers of a vCPU.
     pub(super) fn vcpus_now(&self) -> Result<Vec<Vcpu>, Error> {
         self.prepare();
-        self.call(1, self.report_index() - 1)?;
+        self.call(STATE, self.report_index() - STATE)?;
         self.vcpus()
     }
 
     fn vcpu(&self, vcpu: u32) -> Result<Vcpu, Error> {
         let index = vcpu as usize;
-        let first = 2 + self.calls_per_vcpu * index;
+        let first = VCPUS + self.calls_per_vcpu * index;
         let what = || format!("reading vCPU {vcpu} of domain {}", self.info.id);
         let found = if self.info.kind == GuestType::Pv {
             self.result(first, what)?;

@@ -174,6 +174,7 @@ impl<'c> Pause<'c> {
         if let CallMethod::Multicall(calls) = &calls.method {
             calls.prepare();
         }
+        page.set_cpu_time_ns(None);
         page.set_step(PauseStep::Pausing);
         pause.began = Instant::now();
         if let Err(error) = calls.pause() {
@@ -181,6 +182,13 @@ impl<'c> Pause<'c> {
             return Err(error);
         }
         pause.held = true;
+        if let CallMethod::Multicall(calls) = &calls.method {
+            // What others held was read right before the pause was taken, by the same call.
+            if let Some(others) = calls.was_paused() {
+                page.set_paused_by_others(others);
+            }
+            page.set_cpu_time_ns(calls.cpu_time_ns());
+        }
         page.set_step(PauseStep::Paused);
         Ok(pause)
     }

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 
-use super::{lock_memory, Error};
+use super::{fault, lock_memory, Error};
 
 /// Kills this process, or stops it: no handler runs, nothing is dropped.
 #[cfg(feature = "faults")]
@@ -42,10 +42,12 @@ pub fn set_realtime_priority(priority: i32) {
     unsafe { libc::sched_setscheduler(0, policy, &raw const first) };
 }
 
-/// A handle on another process: it never means a later process with the same id (pidfd_open(2)).
+/// A handle on another process: it never means a later process with the same id (pidfd_open(2)). Kernels before 5.3
+/// have no such handles; there, see [`Process::kill`].
 #[derive(Debug)]
 pub struct Process {
-    fd: OwnedFd,
+    fd: Option<OwnedFd>,
+    pid: libc::pid_t,
     stat: File,
 }
 
@@ -55,16 +57,17 @@ impl Process {
     /// # Errors
     /// There is no such process, or the kernel gives no access to it.
     pub fn open(pid: u32) -> Result<Process, Error> {
-        // SAFETY: the call takes plain numbers.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::c_long::from(pid), 0) };
-        let Some(fd) = i32::try_from(fd).ok().filter(|fd| *fd >= 0) else {
-            return Err(Error::last(format!("opening process {pid} (pidfd_open)")));
-        };
-        // SAFETY: a descriptor that was just made, and nothing else owns it.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        let stat = File::open(format!("/proc/{pid}/stat"))
-            .map_err(|e| Error::Environment(format!("cannot open process {pid}: {e}")))?;
-        Ok(Process { fd, stat })
+        let gone =
+            |e: std::io::Error| Error::Environment(format!("cannot open process {pid}: {e}"));
+        let number = libc::pid_t::try_from(pid)
+            .map_err(|_| gone(std::io::Error::from_raw_os_error(libc::ESRCH)))?;
+        // This file, too, never means a later process.
+        let stat = File::open(format!("/proc/{pid}/stat")).map_err(gone)?;
+        Ok(Process {
+            fd: pidfd_open(number)?,
+            pid: number,
+            stat,
+        })
     }
 
     /// Whether it is stopped (`T` in proc(5), /proc/PID/stat). Allocates no memory.
@@ -80,18 +83,52 @@ impl Process {
         rest.is_some_and(|rest| rest.starts_with(b") T"))
     }
 
-    /// Sends it SIGKILL.
+    /// Whether [`Process::kill`] goes by the number of the process, because the kernel has no handles.
+    #[must_use]
+    pub fn is_by_number(&self) -> bool {
+        self.fd.is_none()
+    }
+
+    /// Sends it SIGKILL. If [`Process::is_by_number`], the caller makes sure right before that it has not ended: else
+    /// another process may have its number.
     pub fn kill(&self) {
-        // SAFETY: the call takes plain numbers and no information about the signal.
+        // SAFETY: the calls take plain numbers and no information about the signal.
         unsafe {
-            libc::syscall(
-                libc::SYS_pidfd_send_signal,
-                self.fd.as_raw_fd(),
-                libc::SIGKILL,
-                std::ptr::null::<libc::siginfo_t>(),
-                0,
-            )
-        };
+            match &self.fd {
+                Some(fd) => {
+                    libc::syscall(
+                        libc::SYS_pidfd_send_signal,
+                        fd.as_raw_fd(),
+                        libc::SIGKILL,
+                        std::ptr::null::<libc::siginfo_t>(),
+                        0,
+                    );
+                }
+                None => {
+                    libc::kill(self.pid, libc::SIGKILL);
+                }
+            }
+        }
+    }
+}
+
+/// A descriptor of the process; `None` if this kernel makes none.
+fn pidfd_open(pid: libc::pid_t) -> Result<Option<OwnedFd>, Error> {
+    if fault::has_no_pidfd() {
+        return Ok(None);
+    }
+    // SAFETY: the call takes plain numbers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::c_long::from(pid), 0) };
+    match i32::try_from(fd) {
+        // SAFETY: a descriptor that was just made, and nothing else owns it.
+        Ok(fd) if fd >= 0 => Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) })),
+        _ => match Error::last(format!("opening process {pid} (pidfd_open)")) {
+            Error::Call {
+                errno: libc::ENOSYS,
+                ..
+            } => Ok(None),
+            error => Err(error),
+        },
     }
 }
 
@@ -103,19 +140,26 @@ mod tests {
     use std::time::{Duration, Instant};
 
     #[test]
-    fn a_process_that_is_stopped_is_seen_and_killed() {
-        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
-        let process = Process::open(child.id()).unwrap();
-        assert!(!process.is_stopped());
-        let pid = child.id().to_string();
-        let mut stop = Command::new("kill");
-        assert!(stop.args(["-STOP", &pid]).status().unwrap().success());
-        let began = Instant::now();
-        while !process.is_stopped() {
-            assert!(began.elapsed() < Duration::from_secs(10));
+    fn a_process_that_is_stopped_is_seen_and_killed_with_and_without_a_handle() {
+        for by_number in [false, true] {
+            let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+            let mut process = Process::open(child.id()).unwrap();
+            if by_number {
+                process.fd = None;
+            }
+            assert_eq!(process.is_by_number(), by_number);
+            assert!(!process.is_stopped());
+            let pid = child.id().to_string();
+            let mut stop = Command::new("kill");
+            assert!(stop.args(["-STOP", &pid]).status().unwrap().success());
+            let began = Instant::now();
+            while !process.is_stopped() {
+                assert!(began.elapsed() < Duration::from_secs(10));
+            }
+            process.kill();
+            assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
+            // Whatever process has its number now.
+            assert!(!process.is_stopped());
         }
-        process.kill();
-        assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
-        assert!(!process.is_stopped());
     }
 }

@@ -69,7 +69,16 @@ struct Head {
     outcome: AtomicU32,
     /// When the guardian checks the run again, in nanoseconds since 1970; 0 before the first wait.
     next_check: AtomicU64,
+    /// Time that the guest had run when the run paused it, in nanoseconds, plus one; 0 if it is not known. Pages of earlier
+    /// versions have 0.
+    cpu_time: AtomicU64,
+    /// Number of the run's last wish: even if the places of the change are to be mapped, odd if not.
+    wish: AtomicU32,
+    /// Number of the last wish that the guardian has fulfilled.
+    fulfilled: AtomicU32,
 }
+
+const _: () = assert!(size_of::<Head>() <= PAGE_LEN);
 
 /// The page, mapped into this process.
 pub struct SharedPage {
@@ -201,6 +210,49 @@ impl SharedPage {
         self.head().others.store(others.into(), Ordering::SeqCst);
     }
 
+    /// Time that all vCPUs of the guest together had run when the run's pause was taken, in nanoseconds; `None` if it is not
+    /// known. As long as the guest is held, it does not change.
+    #[must_use]
+    pub fn cpu_time_ns(&self) -> Option<u64> {
+        self.head().cpu_time.load(Ordering::SeqCst).checked_sub(1)
+    }
+
+    /// Records that time.
+    pub fn set_cpu_time_ns(&self, time: Option<u64>) {
+        let word = time.map_or(0, |time| time.saturating_add(1));
+        self.head().cpu_time.store(word, Ordering::SeqCst);
+    }
+
+    /// Records whether the guardian is to have the places of the change mapped, and returns the number of that wish. In a
+    /// new page it is to have them mapped; that is wish 0.
+    pub fn wish_mapped(&self, mapped: bool) -> u32 {
+        let last = self.head().wish.load(Ordering::SeqCst);
+        let next = match last.is_multiple_of(2) == mapped {
+            true => last,
+            false => last.wrapping_add(1),
+        };
+        self.head().wish.store(next, Ordering::SeqCst);
+        next
+    }
+
+    /// Whether the guardian has fulfilled the wish with this number, and no later one.
+    #[must_use]
+    pub fn is_fulfilled(&self, wish: u32) -> bool {
+        self.head().fulfilled.load(Ordering::SeqCst) == wish
+    }
+
+    /// A wish that is not fulfilled: its number, and whether the places are to be mapped.
+    #[must_use]
+    pub fn wish(&self) -> Option<(u32, bool)> {
+        let wish = self.head().wish.load(Ordering::SeqCst);
+        (!self.is_fulfilled(wish)).then_some((wish, wish.is_multiple_of(2)))
+    }
+
+    /// Records that the wish with this number is fulfilled.
+    pub fn set_fulfilled(&self, wish: u32) {
+        self.head().fulfilled.store(wish, Ordering::SeqCst);
+    }
+
     /// What the guardian did: the number that it set, 0 if it set none.
     #[must_use]
     pub fn outcome(&self) -> u32 {
@@ -313,6 +365,23 @@ mod tests {
             assert_eq!(page.step(), Some(PauseStep::Writing));
             assert!(page.paused_by_others());
         }
+    }
+
+    #[test]
+    fn a_wish_is_fulfilled_by_its_number_only() {
+        let file = file();
+        let page = SharedPage::create(&file).unwrap();
+        assert_eq!((page.wish(), page.is_fulfilled(0)), (None, true));
+        assert_eq!(page.wish_mapped(true), 0);
+        let off = page.wish_mapped(false);
+        assert_eq!(page.wish(), Some((off, false)));
+        // The run wishes the opposite before the first wish is fulfilled.
+        let on = page.wish_mapped(true);
+        page.set_fulfilled(off);
+        assert!(!page.is_fulfilled(on));
+        assert_eq!(page.wish(), Some((on, true)));
+        page.set_fulfilled(on);
+        assert_eq!((page.wish(), page.is_fulfilled(on)), (None, true));
     }
 
     #[test]

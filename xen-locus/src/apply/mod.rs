@@ -1,7 +1,7 @@
 //! Carries out a plan: pause the guest, look where its threads are, write, verify, unpause.
 //!
 //! What can be done before the pause is done before it: the new code is in the arena, and every page to be written and every
-//! stack is mapped. In the pause: registers, the last look, the writes.
+//! stack is mapped. Pages to be written are mapped for an attempt, and not while a long wait passes between two. In the pause: registers, the last look, the writes.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -31,7 +31,7 @@ pub use options::Options;
 use report::Concerned;
 pub use report::{nothing_to_do, Outcome, Report};
 pub(crate) use report::{report, Done};
-use write::{check_all, write_all, Target};
+use write::{check_all, map_all, unmap_all, write_all, Target};
 
 /// Attempts at which too many tasks ran between the scan and the pause. After these all tasks are asked
 /// in the pause whether they ran.
@@ -43,7 +43,8 @@ const WAIT_MIN: Duration = Duration::from_millis(1);
 /// Longest wait between two attempts.
 const WAIT_MAX: Duration = Duration::from_millis(500);
 
-/// From this wait on the stacks of sleeping threads are unwound. Threads that leave by themselves have left by then.
+/// From this wait on the stacks of sleeping threads are unwound, because threads that leave by themselves have left by
+/// then; and no page of the guest stays mapped to be written during the wait.
 const WAIT_LONG: Duration = Duration::from_millis(64);
 
 /// Applies a payload on top of the patches that are there, or in their place.
@@ -230,7 +231,11 @@ fn last_look<'g, 't, 'k, 'm>(
     let ready = get_ready(guard, tasks, thorough)?;
     let paused = guard.pause()?;
     let too_long = || paused.elapsed() > options.max_pause;
-    let verdict = ready.look(&paused.vcpus()?, thorough, &too_long)?;
+    // On a busy host the call that pauses may take long by itself, and the guest stands still meanwhile.
+    let verdict = match too_long() {
+        true => Verdict::TooLong,
+        false => ready.look(&paused.vcpus()?, thorough, &too_long)?,
+    };
     Ok((verdict, ready, paused))
 }
 
@@ -364,7 +369,8 @@ pub(crate) fn execute(
         }
         targets.push(Target {
             write,
-            window: machine.map_mut(&frames)?,
+            frames,
+            window: None,
             offset: at.offset(),
         });
     }
@@ -391,6 +397,8 @@ pub(crate) fn execute(
         }
         let mut verdict = scanned.into_verdict();
         if !verdict.is_sleepers() {
+            map_all(machine, &mut targets, &trail)?;
+            guard.hold()?;
             // Called before the pause too, because what is used for the first time is slow.
             check_all(&targets, &trail)?;
             let thorough = too_many_ran >= TOO_MANY_RAN_MAX;
@@ -414,6 +422,10 @@ pub(crate) fn execute(
         if at_once {
             too_many_ran += 1;
             continue;
+        }
+        if wait >= WAIT_LONG {
+            unmap_all(&mut targets);
+            guard.let_go();
         }
         std::thread::sleep(wait);
         wait = (wait * 2).min(WAIT_MAX);

@@ -1,41 +1,73 @@
 //! The writes themselves, in the pause: all of them or none, and read back.
 
+use locus_guest::addr::Frame;
 use locus_guest::space::Trail;
-use locus_guest::WindowMut;
+use locus_guest::{MemoryMut, WindowMut};
 
 use crate::error::{Error, Result};
 use crate::write::{Write, WRITE_MAX};
 
-/// A write with its page mapped.
+/// A write and its pages.
 pub(super) struct Target<'p> {
     pub(super) write: &'p Write,
-    pub(super) window: Box<dyn WindowMut>,
+    pub(super) frames: Vec<Frame>,
+    /// The pages, while they are mapped ([`map_all`]).
+    pub(super) window: Option<Box<dyn WindowMut>>,
     pub(super) offset: usize,
 }
 
 impl Target<'_> {
+    fn window(&self) -> Result<&dyn WindowMut> {
+        let window = self.window.as_deref();
+        window.ok_or_else(|| Error::failed("a page to be written is not mapped: this is a defect"))
+    }
+
     fn holds(&self, bytes: &[u8]) -> Result<bool> {
         let mut found = [0; WRITE_MAX];
         let found = found
             .get_mut(..bytes.len())
             .ok_or_else(|| Error::failed(format!("a write of more than {} bytes", WRITE_MAX)))?;
-        self.window.read(self.offset, found)?;
+        self.window()?.read(self.offset, found)?;
         Ok(found == bytes)
     }
 
     fn put(&self, bytes: &[u8]) -> Result<()> {
-        Ok(self.window.write(self.offset, bytes)?)
+        Ok(self.window()?.write(self.offset, bytes)?)
+    }
+}
+
+/// Maps the pages of all targets that are not mapped, unless the guest's page tables lead elsewhere by now.
+pub(super) fn map_all(
+    memory: &(impl MemoryMut + ?Sized),
+    targets: &mut [Target<'_>],
+    trail: &Trail,
+) -> Result<()> {
+    check_trail(trail)?;
+    for target in targets.iter_mut().filter(|t| t.window.is_none()) {
+        target.window = Some(memory.map_mut(&target.frames)?);
+    }
+    Ok(())
+}
+
+/// Unmaps the pages of all targets. Xen lets no page of a PV guest become a page table while it is mapped to be written,
+/// and the guest may have freed it meanwhile.
+pub(super) fn unmap_all(targets: &mut [Target<'_>]) {
+    targets.iter_mut().for_each(|t| t.window = None);
+}
+
+fn check_trail(trail: &Trail) -> Result<()> {
+    match trail.holds()? {
+        true => Ok(()),
+        false => Err(Error::try_again(
+            "the guest's page tables lead elsewhere than when the pages to be written were mapped (the \
+             guest remaps its own code?); nothing was changed",
+        )),
     }
 }
 
 /// Checks that the guest's memory holds the bytes that are to be replaced, and that its page tables still lead there.
 pub(super) fn check_all(targets: &[Target<'_>], trail: &Trail) -> Result<()> {
-    if !trail.holds()? {
-        return Err(Error::try_again(
-            "the guest's page tables lead elsewhere than when the pages to be written were mapped (the \
-             guest remaps its own code?); nothing was changed",
-        ));
-    }
+    check_trail(trail)?;
     for target in targets {
         if !target.holds(&target.write.expect)? {
             return Err(Error::try_again(format!(
@@ -92,9 +124,9 @@ mod tests {
 
     use super::*;
     use crate::error::ExitCode;
-    use locus_guest::addr::{Frame, PAGE_LEN};
+    use locus_guest::addr::PAGE_LEN;
     use locus_guest::mock::MockMemory;
-    use locus_guest::{self as guest, MemoryMut as _, Window};
+    use locus_guest::{self as guest, Window};
     use std::cell::Cell;
 
     const OLD: [u8; 5] = [1; 5];
@@ -164,7 +196,7 @@ mod tests {
             .zip([(0..0, 0..0), (fails, blind)])
             .map(|(&frame, (fails, blind))| {
                 let inner = memory.map_mut(&[frame]).unwrap();
-                let window = Box::new(Failing {
+                let window: Box<dyn WindowMut> = Box::new(Failing {
                     inner,
                     writes: Cell::new(0),
                     fails,
@@ -173,7 +205,8 @@ mod tests {
                 });
                 Target {
                     write: &write,
-                    window,
+                    frames: vec![frame],
+                    window: Some(window),
                     offset: 100,
                 }
             })
@@ -181,12 +214,14 @@ mod tests {
         let result = write_all(&targets, &Trail::default(), || Ok(true));
         let stands = [0, 1].map(|i| {
             let mut bytes = [0; 5];
-            targets[i].window.read(100, &mut bytes).unwrap();
+            targets[i].window().unwrap().read(100, &mut bytes).unwrap();
             bytes
         });
-        assert!(targets
-            .iter()
-            .all(|t| t.window.read(PAGE_LEN - 8, &mut [0; 8]).is_ok()));
+        assert!(targets.iter().all(|t| t
+            .window()
+            .unwrap()
+            .read(PAGE_LEN - 8, &mut [0; 8])
+            .is_ok()));
         (result, stands)
     }
 

@@ -9,6 +9,9 @@ use serde::Serialize;
 use super::Places;
 use crate::write::WRITE_MAX;
 
+/// How often Xen is asked for the guest's state.
+const TRIES: u32 = 3;
+
 /// What became of the change and of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -27,18 +30,29 @@ pub enum Outcome {
     PausedByOthers = 5,
     /// The domain is gone.
     Gone = 6,
-    /// The guest could not be unpaused.
+    /// The guest could not be unpaused, or Xen did not say whether it is paused.
     Stuck = 7,
+    /// Somebody let the guest run after it was written in part: it runs so. A running guest is not written.
+    LetRun = 8,
 }
 
 impl Outcome {
     /// The outcome with this number. `None` if there is none.
     #[must_use]
     pub fn of(word: u32) -> Option<Outcome> {
-        use Outcome::{Finished, Gone, PausedByOthers, Running, Stuck, Torn, Undone};
-        [Running, Finished, Undone, Torn, PausedByOthers, Gone, Stuck]
-            .into_iter()
-            .find(|&outcome| outcome as u32 == word)
+        use Outcome::{Finished, Gone, LetRun, PausedByOthers, Running, Stuck, Torn, Undone};
+        [
+            Running,
+            Finished,
+            Undone,
+            Torn,
+            PausedByOthers,
+            Gone,
+            Stuck,
+            LetRun,
+        ]
+        .into_iter()
+        .find(|&outcome| outcome as u32 == word)
     }
 }
 
@@ -55,6 +69,10 @@ impl std::fmt::Display for Outcome {
             }
             Outcome::Gone => "the guest is gone",
             Outcome::Stuck => "the guest could not be unpaused: `xl unpause` it",
+            Outcome::LetRun => {
+                "somebody unpaused the guest when it had been written in part, and it runs so: run `xen-locus \
+                 recover` at once"
+            }
         })
     }
 }
@@ -95,25 +113,25 @@ pub fn finish_or_undo(
     if step == PauseStep::Idle {
         return Outcome::Running;
     }
-    let paused = match counter.pause_state() {
-        Ok(Some(domain)) if domain.uuid == uuid => domain.paused,
-        Ok(_) => return Outcome::Gone,
-        // Xen can't be asked. The page says that the guest is paused.
-        Err(_) => true,
+    let state = match (0..TRIES).find_map(|_| counter.pause_state().ok()) {
+        Some(Some(domain)) if domain.uuid == uuid => domain,
+        Some(_) => return Outcome::Gone,
+        // The step stays marked, so `recover` comes back to it.
+        None => return Outcome::Stuck,
     };
-    let held = match step {
-        PauseStep::Idle => false,
-        PauseStep::Paused | PauseStep::Writing => true,
-        // No other process had paused it before, so a pause is the run's own.
-        PauseStep::Pausing | PauseStep::Unpausing if !page.paused_by_others() => paused,
-        PauseStep::Pausing | PauseStep::Unpausing => {
-            page.set_step(PauseStep::Idle);
-            return Outcome::PausedByOthers;
-        }
-    };
+    // If it has run since the run's pause, somebody took that pause away. Another one may be there now.
+    let has_run = page
+        .cpu_time_ns()
+        .is_some_and(|then| then != state.cpu_time_ns);
+    let held = state.paused && !has_run;
+    let in_call = matches!(step, PauseStep::Pausing | PauseStep::Unpausing);
+    if held && in_call && page.paused_by_others() {
+        page.set_step(PauseStep::Idle);
+        return Outcome::PausedByOthers;
+    }
     let outcome = match step {
         PauseStep::Writing => {
-            let outcome = places.finish_or_undo();
+            let outcome = places.finish_or_undo(held);
             places.tell();
             outcome
         }
@@ -131,11 +149,17 @@ pub fn finish_or_undo(
 }
 
 impl Places<'_> {
-    /// Leaves a change that was written in full; else puts back the old bytes, those of the last write first. The guest is
-    /// paused.
-    fn finish_or_undo(&self) -> Outcome {
+    /// Leaves a change that was written in full; else puts back the old bytes, those of the last write first. If the guest is
+    /// not `held`, nothing is written: a thread may be in these bytes. `recover` puts them back at a moment when none is.
+    fn finish_or_undo(&self, held: bool) -> Outcome {
         if self.all(|spot| &spot.new) {
             return Outcome::Finished;
+        }
+        if !held {
+            return match self.all(|spot| &spot.old) {
+                true => Outcome::Undone,
+                false => Outcome::LetRun,
+            };
         }
         for (spot, at) in self.spots.iter().rev() {
             // Bytes that are neither old nor new are not from the run: the guest was unpaused meanwhile, and may use the page

@@ -39,16 +39,26 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Waits until the run ends. If the run is stopped (SIGSTOP) while the guest is paused, it is killed, because it may never
+/// Waits until the run ends, and maps and unmaps `places` as the run wishes. If the run is stopped (SIGSTOP) while the guest is paused, it is killed, because it may never
 /// continue.
-fn wait(page: &SharedPage, worker: &Process) -> Result<WaitOutcome> {
+fn wait(page: &SharedPage, worker: &Process, places: &mut Places<'_>) -> Result<WaitOutcome> {
     let mut held = false;
     loop {
         if let Some(end) = page.wait(TICK)? {
             return Ok(end);
         }
+        if let Some((wish, mapped)) = page.wish() {
+            places.set_mapped(mapped)?;
+            page.set_fulfilled(wish);
+        }
         let holds = page.step() != Some(PauseStep::Idle);
         if held && holds && worker.is_stopped() {
+            // As long as it owns the mutex, its number is its own: the kernel passes the mutex on first.
+            if worker.is_by_number() {
+                if let Some(end) = page.wait(Duration::ZERO)? {
+                    return Ok(end);
+                }
+            }
             worker.kill();
         }
         held = holds;
@@ -65,7 +75,7 @@ fn watch() -> Result<()> {
     let page = SharedPage::open(&file)?;
     let control = Control::open()?;
     let foreign = ForeignMemory::open(task.domain())?;
-    let places = Places::map(&foreign, &task.spots)?;
+    let mut places = Places::map(&foreign, &task.spots)?;
     let counter = (&control, task.domain());
     let worker = Process::open(task.pid)?;
     let Some(domain) = counter.pause_state()? else {
@@ -79,7 +89,7 @@ fn watch() -> Result<()> {
         .write_all(READY)
         .and_then(|()| io::stdout().flush())
         .map_err(|e| Error::failed(format!("the guardian can't be heard: {e}")))?;
-    if wait(&page, &worker)? == WaitOutcome::Released {
+    if wait(&page, &worker, &mut places)? == WaitOutcome::Released {
         return Ok(());
     }
     let outcome = finish_or_undo(&page, &counter, domain.uuid, &places);

@@ -156,20 +156,31 @@ impl<'t> Places<'t> {
     /// [`Class::Failed`](crate::error::Class::Failed): a frame can't be mapped.
     pub fn map(memory: &'t dyn MemoryMut, spots: &'t [Spot]) -> Result<Places<'t>> {
         let frames = frames(spots);
-        let window = match frames.is_empty() {
-            true => None,
-            false => Some(memory.map_mut(&frames)?),
-        };
         let place = |spot: &'t Spot| {
             let page = frames.partition_point(|f| f.0 < spot.frame);
             (spot, page * PAGE_LEN + spot.offset)
         };
-        Ok(Places {
+        let mut places = Places {
             spots: spots.iter().map(place).collect(),
-            window,
+            window: None,
             memory,
             frames,
-        })
+        };
+        places.set_mapped(true)?;
+        Ok(places)
+    }
+
+    /// Maps the frames, or unmaps them. A page of a PV guest that is mapped to be written can't become a page table, so
+    /// none stays mapped while the run waits.
+    ///
+    /// # Errors
+    /// [`Class::Failed`](crate::error::Class::Failed): a frame can't be mapped.
+    pub fn set_mapped(&mut self, mapped: bool) -> Result<()> {
+        self.window = match mapped && !self.frames.is_empty() {
+            true => Some(self.memory.map_mut(&self.frames)?),
+            false => None,
+        };
+        Ok(())
     }
 }
 

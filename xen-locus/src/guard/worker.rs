@@ -7,7 +7,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use locus_guest as guest;
 use locus_guest::Vcpu;
@@ -21,6 +21,8 @@ use crate::error::{Error, Result};
 const MOMENTS: Duration = Duration::from_millis(8);
 /// Most time that the guardian needs for one check, if nothing is wrong.
 const LOOK: Duration = Duration::from_micros(500);
+/// Longest wait until the guardian has mapped what it was told to map. It looks every 40 ms.
+const ANSWER: Duration = Duration::from_secs(2);
 
 /// A guardian that watches this process. Dropping this value ends it.
 #[derive(Debug)]
@@ -145,19 +147,49 @@ impl<'c> Guarded<'c> {
         }
     }
 
-    /// Pauses the guest.
+    /// Waits until the guardian has mapped the places of the change, if it was told to unmap them.
     ///
     /// # Errors
-    /// The guardian is gone, or a hypercall failed.
-    pub fn pause(&self) -> std::result::Result<Pause<'_>, guest::Error> {
+    /// The guardian is gone, or does not answer.
+    pub fn hold(&self) -> std::result::Result<(), guest::Error> {
+        let began = Instant::now();
+        let wish = self.page.wish_mapped(true);
+        while !self.page.is_fulfilled(wish) {
+            self.check_guardian()?;
+            if began.elapsed() > ANSWER {
+                return Err(guest::Error::Odd(format!(
+                    "the guardian of this run does not answer within {} ms; nothing was changed",
+                    ANSWER.as_millis()
+                )));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// Tells the guardian to unmap the places of the change.
+    pub fn let_go(&self) {
+        self.page.wish_mapped(false);
+    }
+
+    fn check_guardian(&self) -> std::result::Result<(), guest::Error> {
         let gone = || {
             guest::Error::Odd("the guardian of this run has ended; the guest is not touched".into())
         };
         let mut child = self.child.try_borrow_mut().map_err(|_| gone())?;
         match child.try_wait() {
-            Ok(None) => Ok(Pause::new(&self.calls, &self.page)?),
+            Ok(None) => Ok(()),
             _ => Err(gone()),
         }
+    }
+
+    /// Pauses the guest.
+    ///
+    /// # Errors
+    /// The guardian is gone, or a hypercall failed.
+    pub fn pause(&self) -> std::result::Result<Pause<'_>, guest::Error> {
+        self.check_guardian()?;
+        Ok(Pause::new(&self.calls, &self.page)?)
     }
 }
 

@@ -56,6 +56,12 @@ pub(crate) struct Guest {
     pub(crate) ended: Cell<bool>,
     /// Calls: `begin`.
     pub(crate) trace: Trace,
+    /// What a pause says of the time since it was asked for.
+    pub(crate) pause_takes: Cell<Duration>,
+    /// Windows to write that exist.
+    writable: Rc<Cell<u32>>,
+    /// How many there were when the guardian was last told to let go.
+    pub(crate) kept: Cell<Option<u32>>,
 }
 
 impl Guest {
@@ -85,6 +91,9 @@ impl Guest {
             keeps_journal: Cell::new(false),
             ended: Cell::new(false),
             trace: Trace::default(),
+            pause_takes: Cell::default(),
+            writable: Rc::default(),
+            kept: Cell::default(),
         }
     }
 
@@ -158,6 +167,13 @@ fn spend(left: &Cell<u32>) -> std::result::Result<(), guest::Error> {
 struct Metered {
     window: Box<dyn WindowMut>,
     left: Rc<Cell<u32>>,
+    writable: Rc<Cell<u32>>,
+}
+
+impl Drop for Metered {
+    fn drop(&mut self) {
+        self.writable.set(self.writable.get() - 1);
+    }
 }
 
 impl Window for Metered {
@@ -181,18 +197,25 @@ impl Memory for Guest {
 
 impl MemoryMut for Guest {
     fn map_mut(&self, frames: &[Frame]) -> std::result::Result<Box<dyn WindowMut>, guest::Error> {
+        let window = self.world.memory.map_mut(frames)?;
+        self.writable.set(self.writable.get() + 1);
         Ok(Box::new(Metered {
-            window: self.world.memory.map_mut(frames)?,
+            window,
             left: Rc::clone(&self.left),
+            writable: Rc::clone(&self.writable),
         }))
     }
 }
 
-struct Unguarded<'g>(&'g World);
+struct Unguarded<'g>(&'g Guest);
 
 impl Guard for Unguarded<'_> {
+    fn let_go(&self) {
+        self.0.kept.set(Some(self.0.writable.get()));
+    }
+
     fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
-        Ok(self.0.vcpus.clone())
+        Ok(self.0.world.vcpus.clone())
     }
 
     fn pause(&self) -> std::result::Result<Box<dyn Paused + '_>, guest::Error> {
@@ -200,11 +223,11 @@ impl Guard for Unguarded<'_> {
     }
 }
 
-struct Pause<'g>(&'g World, Instant);
+struct Pause<'g>(&'g Guest, Instant);
 
 impl Paused for Pause<'_> {
     fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
-        Ok(self.0.vcpus.clone())
+        Ok(self.0.world.vcpus.clone())
     }
 
     fn writing(&self) -> std::result::Result<bool, guest::Error> {
@@ -212,7 +235,7 @@ impl Paused for Pause<'_> {
     }
 
     fn elapsed(&self) -> Duration {
-        Duration::ZERO
+        self.0.pause_takes.get()
     }
 
     fn end(self: Box<Self>) -> std::result::Result<Duration, guest::Error> {
@@ -260,7 +283,7 @@ impl Machine for Guest {
     }
 
     fn guard(&self, _: &[Spot]) -> Result<Box<dyn Guard + '_>> {
-        Ok(Box::new(Unguarded(&self.world)))
+        Ok(Box::new(Unguarded(self)))
     }
 }
 

@@ -345,3 +345,39 @@ fn where_both_versions_may_run_only_the_bytes_of_the_redirect_must_be_free() {
     assert_eq!(apply(&one, &once(true)).unwrap().result, Outcome::Applied);
     assert_eq!(place(), new);
 }
+
+#[test]
+fn a_pause_that_took_too_long_before_the_look_is_given_up() {
+    let guest = Guest::new();
+    let payload = payload("one", &[A]);
+    let limits = Options {
+        max_pause: Duration::from_millis(10),
+        ..options(false)
+    };
+    guest
+        .pause_takes
+        .set(limits.max_pause + Duration::from_micros(1));
+    let apply = || apply(&guest, &guest.kernel(), &payload, Mode::Apply, &limits);
+    let error = apply().unwrap_err();
+    assert_eq!(error.exit_code(), ExitCode::TryAgain);
+    assert!(error.to_string().contains("--max-pause"), "{error}");
+    assert_eq!(guest.runs(), ["", "", ""]);
+    guest.pause_takes.set(limits.max_pause);
+    apply().unwrap();
+}
+
+#[test]
+fn no_page_stays_mapped_to_be_written_during_a_long_wait() {
+    let mut guest = Guest::new();
+    // A thread that runs in the function, so that each attempt pauses the guest.
+    let vcpus = &mut guest.world.vcpus;
+    vcpus.iter_mut().find(|v| !v.user).unwrap().rip = Gva(FUNCTIONS[A].1 + 5);
+    let patient = Options {
+        timeout: WAIT_LONG * 4,
+        ..options(false)
+    };
+    let payload = payload("one", &[A]);
+    let error = apply(&guest, &guest.kernel(), &payload, Mode::Apply, &patient).unwrap_err();
+    assert!(error.blocked().is_some(), "{error}");
+    assert_eq!(guest.kept.get(), Some(0));
+}

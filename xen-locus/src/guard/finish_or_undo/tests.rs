@@ -12,15 +12,15 @@ const UUID: [u8; 16] = [7; 16];
 const OLD: [u8; 5] = [1; 5];
 const NEW: [u8; 5] = [2; 5];
 
-/// Xen's pause counter of one domain.
-struct Count(Cell<u32>);
+/// Xen's pause counter of one domain, and the time that the domain has run.
+struct Count(Cell<u32>, u64);
 
 impl Counter for Count {
     fn pause_state(&self) -> Result<Option<PauseState>, xen::Error> {
         Ok(Some(PauseState {
             uuid: UUID,
             paused: self.0.get() > 0,
-            cpu_time_ns: 0,
+            cpu_time_ns: self.1,
             shutdown: false,
         }))
     }
@@ -66,11 +66,79 @@ fn a_pause_of_a_run_that_died_is_given_back_and_no_other() {
         memory.fill(frame, 8, &OLD);
         let spots = Spot::split(&[frame], 8, &OLD, &NEW);
         let places = Places::map(&memory, &spots).unwrap();
-        let count = Count(Cell::new(now));
+        let count = Count(Cell::new(now), 100);
         assert_eq!(finish_or_undo(&page, &count, UUID, &places), outcome, "{i}");
         assert_eq!(count.0.get(), left, "{i}");
         assert_eq!(page.step(), Some(PauseStep::Idle), "{i}");
     }
+}
+
+#[test]
+fn a_guest_that_somebody_let_run_is_not_written_and_its_other_pauses_are_left() {
+    // How many of the change's bytes are written, whether somebody paused the guest again after it ran.
+    for (step, written, again, outcome) in [
+        (PauseStep::Writing, 3, false, Outcome::LetRun),
+        (PauseStep::Writing, 3, true, Outcome::LetRun),
+        (PauseStep::Writing, 0, true, Outcome::Undone),
+        (PauseStep::Writing, 5, false, Outcome::Finished),
+        (PauseStep::Paused, 0, false, Outcome::Running),
+        (PauseStep::Paused, 0, true, Outcome::Running),
+        (PauseStep::Unpausing, 5, true, Outcome::Running),
+    ] {
+        let page = page(&format!("ran{step:?}{written}{again}"));
+        page.set_cpu_time_ns(Some(99));
+        page.set_step(step);
+        let memory = MockMemory::new();
+        let frame = memory.frame();
+        memory.fill(frame, 8, &OLD);
+        memory.fill(frame, 8, &NEW[..written]);
+        let spots = Spot::split(&[frame], 8, &OLD, &NEW);
+        let places = Places::map(&memory, &spots).unwrap();
+        let count = Count(Cell::new(again.into()), 100);
+        let found = finish_or_undo(&page, &count, UUID, &places);
+        assert_eq!(found, outcome, "{step:?} {written} {again}");
+        assert_eq!(count.0.get(), u32::from(again));
+        assert!(places.holds(8, &[&NEW[..written], &OLD[written..]].concat()));
+        assert_eq!(page.step(), Some(PauseStep::Idle));
+    }
+}
+
+#[test]
+fn a_guest_that_was_held_all_the_time_gets_the_pause_back_though_others_paused_it_too() {
+    for step in [PauseStep::Paused, PauseStep::Writing] {
+        let page = page(&format!("held{step:?}"));
+        page.set_cpu_time_ns(Some(100));
+        page.set_step(step);
+        let memory = MockMemory::new();
+        let places = Places::map(&memory, &[]).unwrap();
+        let count = Count(Cell::new(2), 100);
+        finish_or_undo(&page, &count, UUID, &places);
+        assert_eq!(count.0.get(), 1);
+    }
+}
+
+#[test]
+fn when_xen_does_not_say_whether_the_guest_is_paused_nothing_is_done_and_the_step_stays() {
+    struct Mute;
+    impl Counter for Mute {
+        fn pause_state(&self) -> Result<Option<PauseState>, xen::Error> {
+            Err(xen::Error::Environment("mute".into()))
+        }
+
+        fn unpause(&self) -> Result<(), xen::Error> {
+            panic!("not paused by this run")
+        }
+    }
+    let page = page("mute");
+    page.set_step(PauseStep::Writing);
+    let memory = MockMemory::new();
+    let frame = memory.frame();
+    memory.fill(frame, 8, &[2, 2, 1, 1, 1]);
+    let spots = Spot::split(&[frame], 8, &OLD, &NEW);
+    let places = Places::map(&memory, &spots).unwrap();
+    assert_eq!(finish_or_undo(&page, &Mute, UUID, &places), Outcome::Stuck);
+    assert!(places.holds(8, &[2, 2, 1, 1, 1]));
+    assert_eq!(page.step(), Some(PauseStep::Writing));
 }
 
 #[test]
@@ -79,7 +147,7 @@ fn a_domain_that_took_the_id_of_the_one_meant_is_left_alone() {
     page.set_step(PauseStep::Paused);
     let memory = MockMemory::new();
     let places = Places::map(&memory, &[]).unwrap();
-    let count = Count(Cell::new(1));
+    let count = Count(Cell::new(1), 100);
     assert_eq!(
         finish_or_undo(&page, &count, [8; 16], &places),
         Outcome::Gone
@@ -108,7 +176,7 @@ fn torn(bytes: usize, all_writable: bool) -> (Outcome, Vec<[u8; 5]>) {
     }
     let page = page(&format!("torn{bytes}{all_writable}"));
     page.set_step(PauseStep::Writing);
-    let count = Count(Cell::new(1));
+    let count = Count(Cell::new(1), 100);
     let outcome = finish_or_undo(&page, &count, UUID, &places);
     assert_eq!(count.0.get(), 0);
     let stands = at.map(|(frame, offset)| {
@@ -139,7 +207,7 @@ fn bytes_that_the_change_never_had_are_left_alone() {
     let places = Places::map(&memory, &spots).unwrap();
     let page = page("foreign");
     page.set_step(PauseStep::Writing);
-    let count = Count(Cell::new(1));
+    let count = Count(Cell::new(1), 100);
     assert_eq!(finish_or_undo(&page, &count, UUID, &places), Outcome::Torn);
     let stands = [8, 100].map(|at| {
         let mut found = [0; 5];
@@ -160,7 +228,12 @@ fn a_change_that_can_not_be_undone_is_called_torn() {
 
 #[test]
 fn outcomes_are_told_apart_by_number() {
-    for outcome in [Outcome::Running, Outcome::Torn, Outcome::Stuck] {
+    for outcome in [
+        Outcome::Running,
+        Outcome::Torn,
+        Outcome::Stuck,
+        Outcome::LetRun,
+    ] {
         assert_eq!(Outcome::of(outcome as u32), Some(outcome));
     }
     assert_eq!(Outcome::of(0), None);
