@@ -40,6 +40,15 @@ pub const PV: Profile = Profile {
     dom0_args: "",
 };
 
+/// PV guests, on four physical CPUs, and a dom0 with two vCPUs: a run, its guardian, the daemon and `xl` run truly at the
+/// same time.
+pub const PV4: Profile = Profile {
+    name: "pv4",
+    cpus: 4,
+    dom0_vcpus: 2,
+    ..PV
+};
+
 /// PV guests, on one physical CPU: a host with two processors can run another machine beside it.
 pub const PV1: Profile = Profile {
     name: "pv1",
@@ -74,4 +83,4 @@ pub const HVM: Profile = Profile {
 };
 
 /// All profiles, in the order in which they run.
-pub const PROFILES: &[&Profile] = &[&PV, &CROWD, &PV1, &PVH, &HVM];
+pub const PROFILES: &[&Profile] = &[&PV, &PV4, &CROWD, &PV1, &PVH, &HVM];

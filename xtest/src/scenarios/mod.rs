@@ -96,6 +96,7 @@ pub fn all() -> Vec<Scenario> {
     let mut all = [
         know::MATRIX,
         stacks::MATRIX,
+        store::MATRIX,
         core::MATRIX,
         sites::MATRIX,
         loader::MATRIX,

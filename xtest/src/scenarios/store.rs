@@ -1,10 +1,11 @@
 //! Requests through XenStore: a script that only uses `xenstore-write` gets a guest patched, and gets true answers.
 
+use super::steps::beside::with_xl;
 use super::steps::patches::{self, CMDLINE};
 use super::steps::{daemon, tool};
 use crate::dom0::Output;
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::profile::PV1;
+use crate::profile::{PV1, PV4};
 use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
@@ -32,6 +33,14 @@ pub const SCENARIOS: &[Scenario] = &[
         run: updated,
     },
 ];
+
+/// Scenarios that take too long for a usual run.
+pub const MATRIX: &[Scenario] = &[Scenario {
+    name: "xenstore-requests-pv4",
+    summary: "the daemon serves requests, while guardians and xl run on other CPUs",
+    profile: &PV4,
+    run: |ctx| with_xl(ctx, requests),
+}];
 
 /// Where the daemon publishes what it does and what is in force.
 const PUBLISHED: &str = "/tool/xen-locus";

@@ -16,6 +16,18 @@ pub fn injected(
     step: u32,
     actions: &[Action],
 ) -> Result<(), Verdict> {
+    injected_with(ctx, kind, "", what, step, actions)
+}
+
+/// The same with this variable in the environment of the tool, `NAME=VALUE` or nothing.
+pub fn injected_with(
+    ctx: &mut Ctx,
+    kind: Kind,
+    variable: &str,
+    what: &str,
+    step: u32,
+    actions: &[Action],
+) -> Result<(), Verdict> {
     for action in actions {
         ctx.destroy_guest(kind.name())?;
         let mut subject = Subject::new(ctx, kind)?;
@@ -25,8 +37,9 @@ pub fn injected(
         let mut nth = 1;
         loop {
             subject.prepare(ctx, action.before)?;
-            let cmd =
-                format!("env XEN_LOCUS_FAULT={nth}:{what}:journal xen-locus-faults {command}");
+            let cmd = format!(
+                "env {variable} XEN_LOCUS_FAULT={nth}:{what}:journal xen-locus-faults {command}"
+            );
             let done = subject.kill(ctx, "", &cmd, &mut tally)?;
             let said = done["stderr"].as_str().unwrap_or_default();
             let hit = said.contains("xen-locus: fault: ");

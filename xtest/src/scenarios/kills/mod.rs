@@ -8,11 +8,12 @@ mod scarce;
 mod subject;
 
 use crate::guest::Kind;
-use crate::profile::{PV, PV1, PVH};
+use crate::profile::{PV, PV1, PV4, PVH};
 use crate::scenario::Scenario;
+use crate::scenarios::steps::beside::with_xl;
 use actions::{ACTIONS, APPLY, REPLACE, REVERT};
 use both_die::{both_die, recover_dies};
-use injected::injected;
+use injected::{injected, injected_with};
 use random::random;
 use scarce::{no_journal, no_memory};
 
@@ -36,6 +37,13 @@ pub const SCENARIOS: &[Scenario] = &[
         summary: "if the guardian is killed too, the guest stays paused until recover resolves the change",
         profile: &PV,
         run: |ctx| both_die(ctx, Kind::Pv),
+    },
+    Scenario {
+        name: "no-pidfd-pv",
+        summary: "where the kernel has no handles of processes, a run that is stopped in its pause is killed all \
+                  the same",
+        profile: &PV,
+        run: |ctx| injected_with(ctx, Kind::Pv, "XEN_LOCUS_NO_PIDFD=1", "stop", 29, &[APPLY]),
     },
     Scenario {
         name: "faults-recover-pv",
@@ -107,5 +115,29 @@ pub const MATRIX: &[Scenario] = &[
         summary: "killed 60 times at random moments while it changes a PVH guest",
         profile: &PVH,
         run: |ctx| random(ctx, Kind::Pvh, 60),
+    },
+    Scenario {
+        name: "kills-200-pv4",
+        summary: "killed 200 times at random moments, while its guardian and xl run on other CPUs",
+        profile: &PV4,
+        run: |ctx| with_xl(ctx, |ctx| random(ctx, Kind::Pv, 200)),
+    },
+    Scenario {
+        name: "faults-all-apply-pv4",
+        summary: "apply is killed at each of its calls, while its guardian and xl run on other CPUs",
+        profile: &PV4,
+        run: |ctx| with_xl(ctx, |ctx| injected(ctx, Kind::Pv, "kill", 1, &[APPLY])),
+    },
+    Scenario {
+        name: "stops-pv4",
+        summary: "stopped at every 7th of its calls, while its guardian and xl run on other CPUs",
+        profile: &PV4,
+        run: |ctx| with_xl(ctx, |ctx| injected(ctx, Kind::Pv, "stop", 7, &ACTIONS)),
+    },
+    Scenario {
+        name: "both-die-pv4",
+        summary: "run and guardian are killed on different CPUs, and recover resolves the change",
+        profile: &PV4,
+        run: |ctx| with_xl(ctx, |ctx| both_die(ctx, Kind::Pv)),
     },
 ];
