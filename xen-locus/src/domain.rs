@@ -1,8 +1,9 @@
 //! A domain on the Xen this process runs on: found by name or id, read and changed through the crate `locus-xen`.
 
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 
 use locus_guest::addr::{DomId, Frame, Gfn, Mfn};
+use locus_guest::budget::Budget;
 use locus_guest::{
     self as guest, GuestType, Live, Memory, MemoryMut, PagesMut, Vcpu, Window, WindowMut,
 };
@@ -32,6 +33,8 @@ pub struct Domain<'c> {
     pub cache: Cache,
     journal: Journal,
     ended: Cell<bool>,
+    /// Some of its memory is populated on demand.
+    on_demand: OnceCell<bool>,
 }
 
 impl<'c> Domain<'c> {
@@ -78,6 +81,7 @@ impl<'c> Domain<'c> {
         Ok(Domain {
             journal,
             ended: Cell::new(false),
+            on_demand: OnceCell::new(),
             control,
             foreign,
             info,
@@ -137,6 +141,22 @@ impl Memory for Domain<'_> {
     fn map(&self, frames: &[Frame]) -> std::result::Result<Box<dyn Window>, guest::Error> {
         self.foreign.map(frames)
     }
+
+    /// Not for a guest some of whose memory is populated on demand: a mapping would populate it, and Xen ends a guest for
+    /// which it has no page left (xen/arch/x86/mm/p2m-pod.c).
+    fn map_some(
+        &self,
+        frames: &[Frame],
+    ) -> std::result::Result<(Box<dyn Window>, Vec<bool>), guest::Error> {
+        let on_demand = || self.control.has_pages_on_demand(&self.info);
+        match *self.on_demand.get_or_init(on_demand) {
+            true => Err(guest::Error::Unsupported(format!(
+                "some memory of {} is populated on demand: pages are mapped one by one",
+                self.label()
+            ))),
+            false => self.foreign.map_some(frames),
+        }
+    }
 }
 
 impl MemoryMut for Domain<'_> {
@@ -154,6 +174,10 @@ impl MemoryMut for Domain<'_> {
 }
 
 impl Live for Domain<'_> {
+    fn budget(&self) -> Budget {
+        Budget::for_pages(self.info.pages)
+    }
+
     fn memory(&self) -> &dyn Memory {
         self
     }

@@ -6,17 +6,22 @@
 //! one place, and a guest that needs more than any honest one is refused. The limits of single subjects
 //! (most tasks, most symbols) say what is accepted. The budget says when to stop.
 //!
-//! One unit is about a tenth of a microsecond on current hardware, so that a whole budget is spent in
-//! less than a second.
+//! One unit is about a tenth of a microsecond on current hardware, so that the smallest budget is spent in
+//! less than a second, and the largest in less than four.
 
 use std::cell::Cell;
 use std::rc::Rc;
 
 use crate::Error;
 
-/// Units of a whole budget. To read 24 MiB and look through all of it costs 350,000 units. To list a
+/// Units of the smallest budget. To read 24 MiB and look through all of it costs 350,000 units. To list a
 /// thread with three pages of its own costs some 200, so that 40,000 threads can be listed.
 pub const LIMIT: u64 = 8 << 20;
+/// Units that are added for each page of the guest's memory: a thread takes at least six pages, of which four are
+/// its stack.
+const UNITS_PER_PAGE: u64 = 32;
+/// Most units that are added: as many as 131,072 threads cost, and no more threads are listed.
+const MORE_MAX: u64 = 200 << 17;
 /// Units of one page-table walk.
 pub const WALK: u64 = 1;
 /// Units of mapping frames of the guest by one call, and of unmapping them.
@@ -49,6 +54,18 @@ impl Budget {
             copied: Rc::default(),
             limit,
         }
+    }
+
+    /// The budget for reading a guest that has `pages` pages of 4 KiB. The hypervisor says how many, not the guest.
+    #[must_use]
+    pub fn for_pages(pages: u64) -> Budget {
+        Budget::of(LIMIT + pages.saturating_mul(UNITS_PER_PAGE).min(MORE_MAX))
+    }
+
+    /// Units of the whole budget.
+    #[must_use]
+    pub fn limit(&self) -> u64 {
+        self.limit
     }
 
     /// Takes `units` from the budget.
@@ -118,5 +135,16 @@ mod tests {
         assert!(budget.spend(1).is_err());
         budget.refill();
         same.spend(10).unwrap();
+    }
+
+    #[test]
+    fn as_many_threads_as_fit_into_a_guest_s_memory_can_be_listed() {
+        const THREAD: u64 = 200;
+        for gib in [1, 2, 3, 8, 512] {
+            let pages: u64 = gib << 18;
+            let threads = (pages / 7).min(1 << 17);
+            assert!(Budget::for_pages(pages).limit() > THREAD * threads, "{gib}");
+        }
+        assert_eq!(Budget::for_pages(u64::MAX).limit(), LIMIT + MORE_MAX);
     }
 }

@@ -80,11 +80,11 @@ pub enum Error {
     /// was found.
     #[error("{0}")]
     Odd(String),
-    /// To read the guest costs more than any honest guest does ([`budget`]).
+    /// To read the guest costs more than is spent on a guest of its memory ([`budget`]).
     #[error(
-        "reading the guest was given up after {} units of work, far more than a Linux kernel of \
-         any distribution needs: its tables or lists are too long, lead in circles, or lie",
-        budget::LIMIT
+        "reading the guest was given up, because it costs more than is spent on a guest: it has too many threads \
+         (more than 40,000, and more than one for each 28 KiB of its memory, or more than 131,072), or its \
+         tables or lists lead in circles, or lie"
     )]
     Exhausted,
     /// The back end can't do this for this guest. The message says what and why.
@@ -121,6 +121,15 @@ pub trait Memory {
     /// # Errors
     /// [`Error::Frame`] if one of them can't be mapped; then none is.
     fn map(&self, frames: &[Frame]) -> Result<Box<dyn Window>, Error>;
+
+    /// As [`Memory::map`], but for pages of which not all may be there, and that are only likely to be needed. Says for
+    /// each whether it is mapped; a page of the window that is not must not be read.
+    ///
+    /// # Errors
+    /// No page can be mapped so. Each that is needed can be mapped alone.
+    fn map_some(&self, frames: &[Frame]) -> Result<(Box<dyn Window>, Vec<bool>), Error> {
+        Ok((self.map(frames)?, vec![true; frames.len()]))
+    }
 }
 
 /// Guest memory that can be written.
@@ -215,6 +224,10 @@ pub trait Live {
     /// # Errors
     /// The back end can't read them.
     fn vcpus(&self) -> Result<Vec<Vcpu>, Error>;
+    /// What reading it may cost.
+    fn budget(&self) -> budget::Budget {
+        budget::Budget::default()
+    }
 }
 
 /// A guest whose kernel can be given pages.

@@ -159,6 +159,14 @@ impl Memory for MockMemory {
     fn map(&self, frames: &[Frame]) -> Result<Box<dyn Window>, Error> {
         Ok(Box::new(MockWindow(self.pages(frames)?)))
     }
+
+    fn map_some(&self, frames: &[Frame]) -> Result<(Box<dyn Window>, Vec<bool>), Error> {
+        let pages = frames.iter().map(|&f| self.page(f).ok());
+        let (pages, there) = pages
+            .map(|p| (p.clone().unwrap_or_default(), p.is_some()))
+            .unzip();
+        Ok((Box::new(MockWindow(pages)), there))
+    }
 }
 
 impl MemoryMut for MockMemory {

@@ -53,7 +53,7 @@ impl<'m> Kernel<'m> {
     pub fn of(guest: &'m dyn Live, cache: &dyn KernelCache) -> Result<Kernel<'m>, Error> {
         const TRIES: u32 = 5;
         let mut tries = 1;
-        let budget = Budget::default();
+        let budget = guest.budget();
         loop {
             let vcpus = guest.vcpus()?;
             let kernel = Kernel::read_with(guest.memory(), guest.kind(), &vcpus, cache, &budget);

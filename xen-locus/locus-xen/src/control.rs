@@ -4,7 +4,7 @@ use std::ffi::{c_int, c_uint, c_ulong, c_void};
 use std::fs;
 use std::ptr::{null_mut, NonNull};
 
-use locus_guest::addr::{DomId, Frame, Gfn, Gva};
+use locus_guest::addr::{DomId, Gfn};
 use locus_guest::{GuestType, Vcpu};
 use xenctrl_sys::{
     self as sys, vcpu_guest_context_any_t, xc_domaininfo_t, xc_interface, xc_vcpuinfo_t, xen_pfn_t,
@@ -14,15 +14,12 @@ use xenctrl_sys::{
 use super::domain_info::{self, domain_info, DomainInfo, PauseState};
 use super::layout::{self, XenVersion};
 use super::library::{self, functions};
+use super::registers::{down_or, vcpu_hvm, vcpu_pv};
 use super::{fault_point, Error};
 
 /// `HVM_SAVE_CODE(CPU)`: a macro, so `xenctrl-sys` has no constant for it
 /// (xen/include/public/arch-x86/hvm/save.h).
 pub(super) const HVM_SAVE_CPU: u16 = 2;
-/// `EFER.LMA`: the CPU is in 64-bit mode.
-const EFER_LMA: u64 = 1 << 10;
-/// `CR4.LA57`: five levels of page tables.
-const CR4_LA57: u64 = 1 << 12;
 
 functions! {
     /// What is used of `libxenctrl` (tools/include/xenctrl.h). These prototypes are the same in Xen 4.16 to 4.22.
@@ -35,6 +32,7 @@ functions! {
         fn xc_vcpu_getinfo(*mut xc_interface, u32, u32, *mut xc_vcpuinfo_t) -> c_int;
         fn xc_vcpu_getcontext(*mut xc_interface, u32, u32, *mut vcpu_guest_context_any_t) -> c_int;
         fn xc_domain_hvm_getcontext_partial(*mut xc_interface, u32, u16, u16, *mut c_void, u32) -> c_int;
+        fn xc_domain_get_pod_target(*mut xc_interface, u32, *mut u64, *mut u64, *mut u64) -> c_int;
         fn xc_domain_setmaxmem(*mut xc_interface, u32, u64) -> c_int;
         fn xc_domain_populate_physmap_exact(*mut xc_interface, u32, c_ulong, c_uint, c_uint, *mut xen_pfn_t) -> c_int;
     }
@@ -241,6 +239,27 @@ impl Control {
         }))
     }
 
+    /// Whether some memory of the domain is populated on demand, when it is first used, or by a mapping. True also if Xen
+    /// does not say.
+    #[must_use]
+    pub fn has_pages_on_demand(&self, info: &DomainInfo) -> bool {
+        if info.kind == GuestType::Pv {
+            return false;
+        }
+        let (mut pages, mut cached, mut entries) = (0, 0, 0);
+        // SAFETY: a valid handle, and places for the three answers.
+        let rc = unsafe {
+            (self.functions.xc_domain_get_pod_target)(
+                self.handle.as_ptr(),
+                u32::from(info.id.0),
+                &raw mut pages,
+                &raw mut cached,
+                &raw mut entries,
+            )
+        };
+        rc != 0 || entries != 0
+    }
+
     /// Takes one pause count of a domain and waits until none of its vCPUs runs.
     pub(super) fn pause(&self, id: DomId) -> Result<(), Error> {
         fault_point("xc_domain_pause")?;
@@ -389,112 +408,5 @@ impl Drop for Control {
     fn drop(&mut self) {
         // SAFETY: the handle was opened by this library and is used no more.
         unsafe { (self.functions.xc_interface_close)(self.handle.as_ptr()) };
-    }
-}
-
-/// The registers of a PV guest's vCPU (`struct vcpu_guest_context`, xen/include/public/arch-x86/xen.h).
-pub(super) fn vcpu_pv(vcpu: u32, online: bool, any: &vcpu_guest_context_any_t) -> Vcpu {
-    // SAFETY: all members of the union are plain numbers, and the whole of it was filled or zeroed; Debian's
-    // Xen has no 32-bit PV, and a 32-bit context read so shows no kernel address.
-    let c = unsafe { &any.x64 };
-    let [_, _, _, cr3, ..] = c.ctrlreg;
-    let r = &c.user_regs;
-    // SAFETY: the register unions hold views of one 64-bit register.
-    let (rip, rsp) = unsafe { (r.__bindgen_anon_16.rip, r.__bindgen_anon_18.rsp) };
-    // SAFETY: as above.
-    let [rbp, rax, rdx, rdi, r10, r13] = unsafe {
-        [
-            r.__bindgen_anon_5.rbp,
-            r.__bindgen_anon_11.rax,
-            r.__bindgen_anon_13.rdx,
-            r.__bindgen_anon_15.rdi,
-            r.__bindgen_anon_8.r10,
-            r.__bindgen_anon_3.r13,
-        ]
-    };
-    let user = c.flags & u64::from(sys::VGCF_in_kernel) == 0;
-    let (gs_base, gs_other) = if user {
-        (c.gs_base_user, c.gs_base_kernel)
-    } else {
-        (c.gs_base_kernel, c.gs_base_user)
-    };
-    Vcpu {
-        id: vcpu,
-        online,
-        rip: Gva(rip),
-        rsp: Gva(rsp),
-        rbp,
-        rax,
-        rdx,
-        rdi,
-        r10,
-        r13,
-        user,
-        long_mode: true,
-        root: Frame(cr3 >> 12),
-        la57: false,
-        gs_base: Gva(gs_base),
-        gs_other: Gva(gs_other),
-        entry: entry_point(c.event_callback_eip),
-    }
-}
-
-/// An entry point, unless the kernel has not set it.
-fn entry_point(entry: u64) -> Option<Gva> {
-    (entry != 0).then_some(Gva(entry))
-}
-
-/// The registers of a PVH or HVM guest's vCPU (`struct hvm_hw_cpu`, xen/include/public/arch-x86/hvm/save.h).
-pub(super) fn vcpu_hvm(vcpu: u32, c: &sys::hvm_hw_cpu) -> Vcpu {
-    Vcpu {
-        id: vcpu,
-        online: true,
-        rip: Gva(c.rip),
-        rsp: Gva(c.rsp),
-        rbp: c.rbp,
-        rax: c.rax,
-        rdx: c.rdx,
-        rdi: c.rdi,
-        r10: c.r10,
-        r13: c.r13,
-        user: c.cs_sel & 3 == 3,
-        long_mode: c.msr_efer & EFER_LMA != 0,
-        root: Frame((c.cr3 & locus_guest::space::PTE_FRAME) >> 12),
-        la57: c.cr4 & CR4_LA57 != 0,
-        gs_base: Gva(c.gs_base),
-        gs_other: Gva(c.shadow_gs),
-        entry: entry_point(c.msr_lstar),
-    }
-}
-
-/// A vCPU that is down has no registers: Xen returns ENODATA or ENOENT, which is no error here.
-pub(super) fn down_or(error: Error, vcpu: u32) -> Result<Vcpu, Error> {
-    match error {
-        Error::Call {
-            errno: libc::ENODATA | libc::ENOENT,
-            ..
-        } => Ok(Vcpu {
-            id: vcpu,
-            ..Vcpu::default()
-        }),
-        other => Err(other),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_root_is_without_the_control_bits_of_cr3() {
-        // PCID, `CR3.LAM_U57` and `LAM_U48`, and NOFLUSH, which Linux sets in the value that it writes; bit 12 is
-        // the lowest of the frame's number, and says which half of a pair it is.
-        for bits in [0, 0xfff, 1 << 61, 1 << 62, 1 << 63, 7 << 61 | 0x80b] {
-            let c = sys::hvm_hw_cpu {
-                cr3: 0x1_2345_7000 | bits,
-                ..Default::default()
-            };
-            assert_eq!(vcpu_hvm(3, &c).root, Frame(0x12_3457), "{bits:#x}");
-        }
     }
 }

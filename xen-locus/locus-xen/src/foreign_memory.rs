@@ -4,6 +4,8 @@ use std::cell::OnceCell;
 use std::ffi::{c_int, c_uint, c_void};
 use std::ptr::{null_mut, NonNull};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::OnceLock;
 
 use locus_guest::addr::{DomId, Frame, Gfn, PAGE_LEN};
 use locus_guest::{self as guest, Memory, MemoryMut, Window, WindowMut};
@@ -83,10 +85,27 @@ impl ForeignMemory {
     }
 
     fn map_all(&self, frames: &[Frame], access: Access) -> Result<Mapping, guest::Error> {
+        let (mapping, errors) = self.map_each(frames, access)?;
+        for (&frame, &error) in frames.iter().zip(&errors) {
+            if error != 0 {
+                let why = std::io::Error::from_raw_os_error(error.abs()).to_string();
+                return Err(guest::Error::Frame { frame, why });
+            }
+        }
+        Ok(mapping)
+    }
+
+    /// Maps those of `frames` that can be mapped. Returns for each the error, 0 for none.
+    fn map_each(
+        &self,
+        frames: &[Frame],
+        access: Access,
+    ) -> Result<(Mapping, Vec<c_int>), guest::Error> {
         fault_point(match access {
             Access::Read => "map to read",
             Access::Write => "map to write",
         })?;
+        let count = MappingCount::take(mappings_max())?;
         let numbers: Vec<xen_pfn_t> = frames.iter().map(|f| f.0).collect();
         let mut errors = vec![0 as c_int; frames.len()];
         let rights = match access {
@@ -113,14 +132,9 @@ impl ForeignMemory {
             at,
             size: frames.len() * PAGE_LEN,
             inner: Rc::clone(&self.inner),
+            _count: count,
         };
-        for (&frame, &error) in frames.iter().zip(&errors) {
-            if error != 0 {
-                let why = std::io::Error::from_raw_os_error(error.abs()).to_string();
-                return Err(guest::Error::Frame { frame, why });
-            }
-        }
-        Ok(mapping)
+        Ok((mapping, errors))
     }
 
     /// For each of `frames` whether it has memory. A frame that can't be mapped for another reason counts as one
@@ -136,6 +150,12 @@ impl ForeignMemory {
 impl Memory for ForeignMemory {
     fn map(&self, frames: &[Frame]) -> Result<Box<dyn Window>, guest::Error> {
         Ok(Box::new(self.map_all(frames, Access::Read)?))
+    }
+
+    fn map_some(&self, frames: &[Frame]) -> Result<(Box<dyn Window>, Vec<bool>), guest::Error> {
+        let (mapping, errors) = self.map_each(frames, Access::Read)?;
+        let there = errors.iter().map(|&error| error == 0).collect();
+        Ok((Box::new(mapping), there))
     }
 }
 
@@ -162,6 +182,47 @@ struct Mapping {
     at: NonNull<u8>,
     size: usize,
     inner: Rc<Inner>,
+    _count: MappingCount,
+}
+
+/// Mappings of guests' memory that this process has.
+static MAPPINGS: AtomicUsize = AtomicUsize::new(0);
+/// Mappings that are left to this process for all else.
+const MAPPINGS_SPARE: usize = 4096;
+
+/// Most mappings of guests' memory at a time. Linux gives a process no more than `vm.max_map_count` mappings, and at that
+/// number allocations of memory fail too.
+fn mappings_max() -> usize {
+    static MAX: OnceLock<usize> = OnceLock::new();
+    *MAX.get_or_init(|| {
+        let text = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap_or_default();
+        let max = text.trim().parse().unwrap_or(65530);
+        usize::saturating_sub(max, MAPPINGS_SPARE)
+    })
+}
+
+/// One of them.
+struct MappingCount;
+
+impl MappingCount {
+    /// Counts one more, of at most `max`.
+    fn take(max: usize) -> Result<MappingCount, guest::Error> {
+        // Dropped if it is one too many.
+        let count = MappingCount;
+        if MAPPINGS.fetch_add(1, Ordering::Relaxed) < max {
+            return Ok(count);
+        }
+        Err(guest::Error::Unsupported(format!(
+            "the guest has so many threads, or its memory is so scattered, that more than {max} mappings of it are \
+             needed at a time; dom0's kernel gives a process few more: raise vm.max_map_count (sysctl)"
+        )))
+    }
+}
+
+impl Drop for MappingCount {
+    fn drop(&mut self) {
+        MAPPINGS.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Mapping {
@@ -285,6 +346,18 @@ unsafe fn copy_out(mut at: *mut u8, bytes: &[u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn too_many_mappings_are_refused_before_the_kernel_does_and_those_that_end_make_room() {
+        let one = MappingCount::take(2).unwrap();
+        let _two = MappingCount::take(2).unwrap();
+        for _ in 0..3 {
+            let error = MappingCount::take(2).err().unwrap();
+            assert!(error.to_string().contains("vm.max_map_count"), "{error}");
+        }
+        drop(one);
+        assert!(MappingCount::take(2).is_ok());
+    }
 
     #[test]
     fn every_byte_is_written_once_wherever_it_lies_and_none_beside_it() {

@@ -18,6 +18,7 @@ mod multicall;
 mod pause;
 mod process;
 mod process_memory;
+mod registers;
 mod shared_page;
 pub mod uuid;
 

@@ -12,11 +12,12 @@ use locus_guest::addr::Frame;
 use locus_guest::{GuestType, Vcpu};
 use xenctrl_sys as sys;
 
-use super::control;
+use super::control::HVM_SAVE_CPU;
 use super::domain_info::DomainInfo;
 use super::hypercall_buffer::{Array, HypercallBuffer};
 use super::layout::INTERFACES;
 use super::modified_memory::{self, ModifiedMemoryCall};
+use super::registers;
 use super::{fault_point, Error};
 
 /// The result of a call that Xen has not made yet.
@@ -145,7 +146,7 @@ impl PauseMulticall {
             } else {
                 let mut control = self.control(sys::XEN_DOMCTL_gethvmcontext_partial);
                 control.u.hvmcontext_partial = sys::xen_domctl_hvmcontext_partial {
-                    type_: control::HVM_SAVE_CPU.into(),
+                    type_: HVM_SAVE_CPU.into(),
                     instance: vcpu,
                     bufsz: size_of::<sys::hvm_hw_cpu>() as u64,
                     buffer: sys::__guest_handle_uint8 {
@@ -284,15 +285,15 @@ impl PauseMulticall {
                 // SAFETY: the part of the union that Xen fills in for this operation, and any bytes are a value.
                 unsafe { control.u.getvcpuinfo.online != 0 }
             })?;
-            let parse = |c: &_| control::vcpu_pv(vcpu, online, c);
+            let parse = |c: &_| registers::vcpu_pv(vcpu, online, c);
             self.result(first + 1, what)
                 .and_then(|()| self.buffer.read(&self.contexts_pv, index, parse))
         } else {
-            let parse = |c: &_| control::vcpu_hvm(vcpu, c);
+            let parse = |c: &_| registers::vcpu_hvm(vcpu, c);
             self.result(first, what)
                 .and_then(|()| self.buffer.read(&self.contexts_hvm, index, parse))
         };
-        found.or_else(|error| control::down_or(error, vcpu))
+        found.or_else(|error| registers::down_or(error, vcpu))
     }
 
     /// Gives the pause count back. If memory was `written`, reports the written frames to Xen before that; the inner

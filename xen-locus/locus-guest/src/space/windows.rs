@@ -111,8 +111,9 @@ impl Space<'_> {
         Ok(window)
     }
 
-    /// Maps `frames` by one call, because a call costs more than a page, and keeps a window onto each.
-    /// If the call fails, each frame is mapped when it is needed.
+    /// Maps `frames` by one call, because a call costs more than a page, and keeps a window onto each that is
+    /// there: a guest that was ballooned has holes everywhere. If the call fails, each frame is mapped when
+    /// it is needed.
     pub(super) fn map_together(&self, mut frames: Vec<Frame>) {
         frames.sort_unstable();
         frames.dedup();
@@ -120,9 +121,16 @@ impl Space<'_> {
         if frames.len() < 2 {
             return;
         }
-        let Ok(whole) = self.map(&frames) else { return };
+        let units = budget::MAP + budget::PAGE * frames.len() as u64;
+        if self.budget.spend(units).is_err() {
+            return;
+        }
+        let Ok((whole, there)) = self.mem.map_some(&frames) else {
+            return;
+        };
         let whole: Rc<dyn Window> = Rc::from(whole);
-        for (i, frame) in frames.into_iter().enumerate() {
+        let pages = frames.into_iter().zip(there).enumerate();
+        for (i, (frame, _)) in pages.filter(|(_, (_, there))| *there) {
             let whole = Rc::clone(&whole);
             keep(
                 &self.windows,

@@ -8,7 +8,6 @@ mod symbols;
 mod tasks;
 mod types;
 
-use locus_guest::budget::LIMIT;
 use locus_kernel::Kernel;
 
 use super::args;
@@ -52,7 +51,7 @@ fn cost(session: &Session, kernel: &Kernel<'_>) -> String {
         "read {} KiB of guest memory in {} us, {}% of what reading a guest may cost; peak memory {}",
         budget.copied() / 1024,
         session.began.elapsed().as_micros(),
-        budget.spent() * 100 / LIMIT,
+        budget.spent() * 100 / budget.limit().max(1),
         peak.map_or("not known", str::trim),
     )
 }
