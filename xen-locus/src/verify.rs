@@ -279,10 +279,13 @@ impl Comparison<'_, '_> {
         };
         let at = page_address(patch.slot.first.into()).plus(text);
         let mut bytes = self.space.read_vec(at, len)?;
-        let first = u64::from(patch.slot.record_offset).checked_sub(text);
-        let first = first.and_then(|first| usize::try_from(first).ok());
-        let end = |first: usize| first.saturating_add(patch.slot.record_len as usize);
-        if let Some(room) = first.and_then(|first| bytes.get_mut(first..end(first))) {
+        let (offset, room) = record.record_room.unwrap_or((
+            patch.slot.record_offset.into(),
+            patch.slot.record_len.into(),
+        ));
+        let index = |at: u64| usize::try_from(at.checked_sub(text)?).ok();
+        let room = index(offset).zip(index(offset.saturating_add(room)));
+        if let Some(room) = room.and_then(|(first, end)| bytes.get_mut(first..end)) {
             room.fill(0);
         }
         if digests::digest(&bytes) != record.rodata_sha256 {

@@ -41,6 +41,8 @@ fn sample_record() -> Record {
         rodata_sha256: "0".repeat(64),
         objects: Vec::new(),
         entry_only: false,
+        record_room: None,
+        uses: Some(Vec::new()),
     }
 }
 

@@ -294,13 +294,28 @@ fn carry_out(
 }
 
 /// Writes a payload's code to the arena, and an entry for it to the end of the directory: as being applied. The payloads that
-/// it supersedes are shown as being reverted.
+/// it supersedes are shown as being reverted. Nothing that the directory leads to is overwritten.
 fn place(
     machine: &dyn Machine,
     kernel: &Kernel<'_>,
     arena: &mut Arena,
     ready: &Prepared,
 ) -> Result<()> {
+    let mut slots = arena.directory.slots.clone();
+    for superseded in &ready.superseded {
+        if let Some(slot) = slots.get_mut(superseded.index) {
+            slot.state = State::Reverting;
+        }
+    }
+    if let Some(index) = ready.parked.filter(|&index| index < slots.len()) {
+        slots.remove(index);
+        if !ready.entered {
+            // All of it is written anew. The guest does not know it, so its pages are nobody's without the entry.
+            let mut others = arena.directory.slots.clone();
+            others.remove(index);
+            arena.commit(machine, kernel, others)?;
+        }
+    }
     arena.add(machine, kernel, ready.first, &ready.layout.rights)?;
     for part in &ready.fresh {
         let bytes = ready.image.bytes.get(part.clone()).ok_or_else(|| {
@@ -317,19 +332,10 @@ fn place(
         first: u16::try_from(ready.first).map_err(too_big)?,
         pages: u16::try_from(ready.layout.rights.len()).map_err(too_big)?,
         applied_at: arena::now(),
-        record_offset: u32::try_from(ready.layout.record.offset).map_err(too_big)?,
+        record_offset: u32::try_from(ready.record_place.start).map_err(too_big)?,
         record_len: u32::try_from(ready.record_json.len()).map_err(too_big)?,
         record_sha256: Sha256::digest(&ready.record_json).into(),
     };
-    let mut slots = arena.directory.slots.clone();
-    for superseded in &ready.superseded {
-        if let Some(slot) = slots.get_mut(superseded.index) {
-            slot.state = State::Reverting;
-        }
-    }
-    if let Some(index) = ready.parked.filter(|&index| index < slots.len()) {
-        slots.remove(index);
-    }
     slots.push(slot);
     arena.commit(machine, kernel, slots)
 }

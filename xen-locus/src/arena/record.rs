@@ -3,8 +3,9 @@
 //!
 //! Page 0 of the arena holds the directory in two copies. The valid copy with the higher generation counts. An
 //! update overwrites the other one, so that a torn write loses nothing. An entry names the pages of one payload,
-//! its state, and the place, length and digest of its record: JSON in the payload's own read-only pages, written
-//! once.
+//! its state, and the place, length and digest of its record: JSON in the payload's own read-only pages. A record is
+//! never overwritten while the directory leads to it. A payload has two places for its record: when it is applied again,
+//! the new one goes to the other place, and the directory's update switches state and record at once.
 //!
 //! All of it is read from a guest that may have changed it: lengths are bounded, digests are
 //! checked, and addresses are believed only inside the arena and the kernel's text.
@@ -253,6 +254,14 @@ pub struct Record {
     /// It says that old and new versions of its functions may run at the same time.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub entry_only: bool,
+    /// The room of its two records, one behind the other: offset from its first page, and length, in bytes. `None`: an
+    /// earlier build placed it, with room for one record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub record_room: Option<(u64, u64)>,
+    /// The payloads whose symbols it uses: addresses of their `struct module`. `None`: an earlier build placed it, and
+    /// did not record them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uses: Option<Vec<Gva>>,
 }
 
 /// Where a module was when its functions were replaced.

@@ -20,7 +20,7 @@ pub struct ImageLayout {
     offsets: Vec<Option<u64>>,
     /// Offset behind all of them, in bytes. What is only read is behind all pages.
     pub(super) end: usize,
-    /// The room for the record.
+    /// The room for the records.
     pub record: RecordRoom,
     /// Offset of the read-only part of the module's tables.
     pub(super) module_ro: u64,
@@ -30,21 +30,49 @@ pub struct ImageLayout {
     pub text_len: u64,
 }
 
-/// The part of an image that holds the payload's record.
+/// The part of an image that holds the payload's record: two places, one behind the other. One of them holds the record,
+/// and the next one goes to the other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RecordRoom {
-    /// Offset from the image's first byte.
+    /// Offset of the first place from the image's first byte.
     pub offset: u64,
-    /// Length in bytes: the record is at most as long.
+    /// Length of each place in bytes: a record is at most as long.
     pub len: usize,
 }
 
 impl RecordRoom {
-    /// The same as indices into the bytes of an image.
+    /// The two places, as indices into the bytes of an image.
+    #[must_use]
+    pub fn places(self) -> [std::ops::Range<usize>; 2] {
+        let [start, middle, end] = [0, 1, 2].map(|n: usize| {
+            let behind = self.len.saturating_mul(n);
+            index(self.offset).saturating_add(behind)
+        });
+        [start..middle, middle..end]
+    }
+
+    /// Both together.
     #[must_use]
     pub fn range(self) -> std::ops::Range<usize> {
-        let start = index(self.offset);
-        start..start.saturating_add(self.len)
+        let [first, second] = self.places();
+        first.start..second.end
+    }
+
+    /// The place for the record that follows the one at `offset`; `None` if no record of this layout is there.
+    #[must_use]
+    pub fn after(self, offset: u32) -> Option<std::ops::Range<usize>> {
+        let [first, second] = self.places();
+        match usize::try_from(offset).ok()? {
+            at if at == first.start => Some(second),
+            at if at == second.start => Some(first),
+            _ => None,
+        }
+    }
+
+    /// Offset and length of both together, as the record says them.
+    #[must_use]
+    pub fn recorded(self) -> (u64, u64) {
+        (self.offset, 2 * self.len as u64)
     }
 }
 
@@ -113,8 +141,8 @@ impl Cursor {
 }
 
 impl ImageLayout {
-    /// Places the sections: code first, then constants, a record of `record_len` bytes and the read-only part
-    /// of the module's tables, then variables, and on pages of its own the writable part of the module's
+    /// Places the sections: code first, then constants, room for two records of at most `record_len` bytes and the
+    /// read-only part of the module's tables, then variables, and on pages of its own the writable part of the module's
     /// tables.
     ///
     /// # Errors
@@ -149,9 +177,10 @@ impl ImageLayout {
             match group {
                 Rights::Text => layout.text_len = cursor.0,
                 Rights::RoData => {
+                    let len = record_len.checked_next_multiple_of(8)?;
                     layout.record = RecordRoom {
-                        offset: cursor.take(8, record_len as u64)?,
-                        len: record_len,
+                        offset: cursor.take(8, (len as u64).checked_mul(2)?)?,
+                        len,
                     };
                     layout.module_ro = cursor.take(64, module.ro)?;
                 }

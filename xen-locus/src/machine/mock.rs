@@ -13,7 +13,7 @@ use locus_guest::{Vcpu, Window, WindowMut};
 use locus_kernel::fixture::{Fixture, TEXT};
 use locus_kernel::fixture_world::{World, STACKS, STACK_LEN};
 use locus_kernel::{Kernel, KernelCache, NoCache};
-use locus_payload::testelf::Spec;
+use locus_payload::testelf::{Spec, R_64, VARS};
 use locus_payload::Payload;
 
 use super::{Guard, Machine, Paused};
@@ -134,14 +134,29 @@ impl Guest {
 
 /// A payload called `name` that replaces `functions`.
 pub(crate) fn payload(name: &str, functions: &[usize]) -> Payload {
-    let spec = Spec {
-        objects: vec![(
-            None,
-            functions.iter().map(|&n| (FUNCTIONS[n].0, 0)).collect(),
-        )],
+    parsed(name, &spec(functions).bytes())
+}
+
+/// A payload with a pointer to `symbol` of another one.
+pub(crate) fn using(name: &str, functions: &[usize], symbol: &str) -> Payload {
+    let (mut elf, _) = spec(functions).elf();
+    let home = elf.find(".data", VARS);
+    let at = elf.append(home, 8, 8);
+    let symbol = elf.undefined(symbol);
+    elf.reloc(home, at, R_64, symbol, 0);
+    parsed(name, &elf.build())
+}
+
+fn spec(functions: &[usize]) -> Spec {
+    let functions = functions.iter().map(|&n| (FUNCTIONS[n].0, 0));
+    Spec {
+        objects: vec![(None, functions.collect())],
         ..Spec::default()
-    };
-    let mut payload = Payload::parse(name, &spec.bytes()).unwrap();
+    }
+}
+
+fn parsed(name: &str, file: &[u8]) -> Payload {
+    let mut payload = Payload::parse(name, file).unwrap();
     payload.name = name.into();
     payload.sha256 = [name.as_bytes()[0]; 32];
     payload

@@ -1,5 +1,7 @@
 //! The last phase: the record, and the writes that put the payload in force.
 
+use std::ops::Range;
+
 use locus_guest::addr::Gva;
 
 use super::lay_out::LaidOut;
@@ -36,6 +38,7 @@ pub fn finish(
         first,
         parked,
         entered,
+        record_place,
         mut image,
         mut entry,
     } = placed;
@@ -49,11 +52,11 @@ pub fn finish(
     let module = entry.place.module();
     let record = complete(&resolved, &image, &layout, (first, module))?;
     let record_json = record.encode()?;
-    put_record(&mut image, &layout, &record_json)?;
+    put_record(&mut image, record_place.clone(), &record_json)?;
     // What ran is left as the guest has it: it may have changed tables and branches of the code, and its timers and
     // lists may lead to the variables.
     let fresh = match entered {
-        true => vec![layout.record.range()],
+        true => vec![record_place.clone()],
         false => std::iter::once(0..image.bytes.len()).collect(),
     };
     // Once the guest knows the entry, it writes its keys' changes into the payload itself.
@@ -67,7 +70,9 @@ pub fn finish(
         image,
         record,
         record_json,
+        record_place,
         parked,
+        entered,
         fresh,
         superseded,
         plan,
@@ -91,7 +96,7 @@ fn complete(
         .ok_or_else(too_short)?;
     let text_len = usize::try_from(layout.text_len).map_err(|_| too_short())?;
     let code = text.get(..text_len).ok_or_else(too_short)?;
-    // The room of the record is zero until it is written.
+    // The room of the records is zero until one is written.
     let rodata = rodata
         .get(..bytes_of(place.rodata)?)
         .ok_or_else(too_short)?;
@@ -103,12 +108,12 @@ fn complete(
         rodata_len: place.rodata.len(),
         rodata_sha256: digests::digest(rodata),
         module,
+        record_room: layout.record.recorded(),
     })
 }
 
-fn put_record(image: &mut Image, layout: &ImageLayout, json: &[u8]) -> Result<()> {
-    let room = layout.record.range();
-    let room = image.bytes.get_mut(room).ok_or_else(too_short)?;
+fn put_record(image: &mut Image, place: Range<usize>, json: &[u8]) -> Result<()> {
+    let room = image.bytes.get_mut(place).ok_or_else(too_short)?;
     let len = room.len();
     let place = room.get_mut(..json.len()).ok_or_else(|| {
         Error::failed(format!(

@@ -64,8 +64,12 @@ pub struct Prepared {
     pub record: Record,
     /// The record as it is in the image.
     pub record_json: Vec<u8>,
+    /// Where the record goes: a range of the image's bytes. No record that the directory leads to is there.
+    pub record_place: std::ops::Range<usize>,
     /// Number of the directory entry that it takes over, if its code is parked in the arena already.
     pub parked: Option<usize>,
+    /// The guest knows its module entry already.
+    pub entered: bool,
     /// The parts of the image that are to be written: ranges of bytes.
     pub fresh: Vec<std::ops::Range<usize>>,
     /// The patches that it supersedes, the undermost first.
@@ -147,7 +151,7 @@ pub fn prepare(
 /// [`Class::Failed`](crate::error::Class::Failed): another patch lies on it, a module that it changed is gone, or a redirect
 /// is not as it was written.
 pub fn undo(kernel: &Kernel<'_>, stack: &Stack<'_>, resident: &Resident) -> Result<Plan> {
-    stack.check_on_top(resident)?;
+    stack.check_on_top(kernel, resident)?;
     let record = &resident.record;
     if let Some(why) = modules_present::gone(kernel, record)? {
         return Err(Error::failed(format!(

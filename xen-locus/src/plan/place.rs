@@ -1,6 +1,8 @@
 //! Where in the arena a payload goes, and its image linked for that place.
 
-use locus_guest::addr::Range;
+use std::ops::Range;
+
+use locus_guest::addr;
 use locus_kernel::Kernel;
 
 use super::lay_out::LaidOut;
@@ -24,7 +26,9 @@ pub struct Placed {
     pub parked: Option<usize>,
     /// The guest knows its module entry already.
     pub entered: bool,
-    /// Its bytes; the room of the record is empty.
+    /// Where its record goes: a range of the image's bytes.
+    pub record_place: Range<usize>,
+    /// Its bytes; the room of the records is empty.
     pub image: Image,
     /// Its module entry, without links.
     pub entry: BuiltModule,
@@ -43,6 +47,7 @@ pub fn place(
     laid_out: &LaidOut<'_>,
 ) -> Result<Placed> {
     let layout = &laid_out.layout;
+    let [record_place, _] = layout.record.places();
     let parked = residents.iter().filter(|r| {
         r.slot.state == State::Parked
             && r.record.sha256 == resolved.draft.sha256
@@ -51,13 +56,18 @@ pub fn place(
     for old in parked {
         let first = usize::from(old.slot.first);
         let (image, entry) = link(fitted, resolved, laid_out, first)?;
-        let entered = links::is_entered(fitted.kernel, entry.place.module())?;
+        let entered = links::is_entered(fitted.kernel, old.record.module)?;
         // What the guest does not know it can't be using: that may be replaced by other bytes.
-        if !entered || is_same(fitted.kernel, layout, &image, &entry.place)? {
+        let record_place = match entered {
+            false => Some(record_place.clone()),
+            true => next_place(fitted.kernel, layout, old, (&image, &entry.place))?,
+        };
+        if let Some(record_place) = record_place {
             return Ok(Placed {
                 first,
                 parked: Some(old.index),
                 entered,
+                record_place,
                 image,
                 entry,
             });
@@ -69,9 +79,27 @@ pub fn place(
         first,
         parked: None,
         entered: false,
+        record_place,
         image,
         entry,
     })
+}
+
+/// Where the next record of `old` goes, which the guest knows. `None` if it is another payload than this `image`, or was
+/// placed by an earlier build that left no room for a second record.
+fn next_place(
+    kernel: &Kernel<'_>,
+    layout: &ImageLayout,
+    old: &Resident,
+    (image, place): (&Image, &PayloadAddresses),
+) -> Result<Option<Range<usize>>> {
+    if old.record.record_room != Some(layout.record.recorded())
+        || old.record.module != place.module()
+        || !is_same(kernel, layout, image, place)?
+    {
+        return Ok(None);
+    }
+    Ok(layout.record.after(old.slot.record_offset))
 }
 
 /// The image and the module entry for arena page `first`.
@@ -90,7 +118,7 @@ fn link(
     Ok((image, entry))
 }
 
-/// Whether the code and constants of `image`, except the record, are in the arena already. A branch may be switched the
+/// Whether the code and constants of `image`, except the records, are in the arena already. A branch may be switched the
 /// other way there: its static key may be a variable of the payload, and these keep their values.
 fn is_same(
     kernel: &Kernel<'_>,
@@ -113,7 +141,7 @@ fn is_same(
 }
 
 /// Length of `range` in bytes.
-pub(super) fn bytes_of(range: Range) -> Result<usize> {
+pub(super) fn bytes_of(range: addr::Range) -> Result<usize> {
     usize::try_from(range.len()).map_err(|_| too_short())
 }
 

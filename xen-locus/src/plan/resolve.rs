@@ -39,6 +39,12 @@ pub fn resolve(fitted: &Fitted<'_, '_>) -> Result<Resolved> {
     let objects = objects.collect();
     fitted.objects.look_up(payload)?;
     let depends = fitted.objects.used()?.into_iter();
+    let depends: Vec<(String, Gva)> = depends.map(|m| (m.name.clone(), m.addr)).collect();
+    let is_payload = |at: &Gva| {
+        let mut applied = fitted.stack.applied().iter();
+        applied.any(|r| r.record.module == *at)
+    };
+    let uses = depends.iter().map(|(_, at)| *at).filter(is_payload);
     Ok(Resolved {
         draft: Draft {
             name: payload.name.clone(),
@@ -48,9 +54,10 @@ pub fn resolve(fitted: &Fitted<'_, '_>) -> Result<Resolved> {
             functions,
             objects,
             entry_only: payload.modinfo.entry_only,
+            uses: uses.collect(),
         },
         returns,
-        depends: depends.map(|m| (m.name.clone(), m.addr)).collect(),
+        depends,
     })
 }
 

@@ -7,6 +7,7 @@
 use std::collections::{HashMap, HashSet};
 
 use locus_guest::addr::{Gva, Range};
+use locus_kernel::modules::ModuleReader;
 use locus_kernel::Kernel;
 use locus_payload::Payload;
 
@@ -152,44 +153,61 @@ impl<'r> Stack<'r> {
             .map(Layers::owner)
     }
 
-    /// Refuses to revert `patch` while another lies on it, and says which to revert first.
+    /// Refuses to revert `patch` while another lies on it or uses its symbols, and says which to revert first.
     ///
     /// # Errors
-    /// [`Class::Failed`](crate::error::Class::Failed).
-    pub fn check_on_top(&self, patch: &Resident) -> Result<()> {
+    /// [`Class::Failed`](crate::error::Class::Failed). Or the guest's modules can't be read.
+    pub fn check_on_top(&self, kernel: &Kernel<'_>, patch: &Resident) -> Result<()> {
         let functions = &patch.record.functions;
-        let Some((function, by)) = functions
+        let covered = functions
             .iter()
-            .find_map(|f| Some((&f.name, self.covering(patch, f)?)))
-        else {
-            return Ok(());
+            .find_map(|f| Some((&f.name, self.covering(patch, f)?)));
+        let mut others = self.applied.iter().filter(|r| r.index != patch.index);
+        let why = match covered {
+            Some((function, by)) => {
+                format!("another lies on it: {by} replaces {function} too, and was applied later")
+            }
+            None => {
+                let users = users(kernel, patch, &self.applied)?;
+                match others.find(|r| users.contains(&r.index)) {
+                    None => return Ok(()),
+                    Some(by) => {
+                        format!("another uses it: {} refers to its symbols", by.record.name)
+                    }
+                }
+            }
         };
-        let above: Vec<&str> = self.above(patch).map(|r| r.record.name.as_str()).collect();
+        let above = self.above(kernel, patch)?;
+        let above: Vec<&str> = above.iter().map(|r| r.record.name.as_str()).collect();
         Err(Error::failed(format!(
-            "patch {} can't be reverted while another lies on it: {by} replaces {function} too, and \
-             was applied later; revert {} first",
+            "patch {} can't be reverted while {why}; revert {} first",
             patch.record.name,
             above.join(", then ")
         )))
     }
 
-    /// The patches that lie on `patch`, or on one that does, the topmost first.
-    fn above(&self, patch: &Resident) -> impl Iterator<Item = &'r Resident> {
+    /// The patches that lie on `patch` or use it, or that do so to one of those, the topmost first.
+    fn above(&self, kernel: &Kernel<'_>, patch: &Resident) -> Result<Vec<&'r Resident>> {
         let entries = |r: &Resident| -> Vec<Gva> {
             let functions = &r.record.functions;
             functions.iter().map(|f| f.old).collect()
         };
         let mut below: HashSet<Gva> = entries(patch).into_iter().collect();
-        let later = self.applied.iter().skip_while(|r| r.index != patch.index);
+        let mut users_of_below = users(kernel, patch, &self.applied)?;
         let mut above = Vec::new();
-        for &other in later.skip(1) {
+        let position = self.applied.iter().position(|r| r.index == patch.index);
+        for (at, &other) in self.applied.iter().enumerate() {
             let functions = entries(other);
-            if functions.iter().any(|f| below.contains(f)) {
+            let lies_on = Some(at) > position && functions.iter().any(|f| below.contains(f));
+            let is_other = other.index != patch.index;
+            if is_other && (lies_on || users_of_below.contains(&other.index)) {
                 below.extend(functions);
+                users_of_below.extend(users(kernel, other, &self.applied)?);
                 above.push(other);
             }
         }
-        above.into_iter().rev()
+        above.reverse();
+        Ok(above)
     }
 
     /// The first function of `patch` whose redirect, its own or that of the topmost patch, is not as it was written. Returns
@@ -304,6 +322,31 @@ impl<'r> Stack<'r> {
         }
         all
     }
+}
+
+/// Numbers of those of `patches` that use symbols of `patch`, by their records. A record of an earlier build does not say
+/// it. For those the guest's own list of who uses the module counts.
+fn users(kernel: &Kernel<'_>, patch: &Resident, patches: &[&Resident]) -> Result<HashSet<usize>> {
+    let module = patch.record.module;
+    let others = || patches.iter().filter(|r| r.index != patch.index);
+    let mut users = HashSet::new();
+    for other in others() {
+        let uses = other.record.uses.as_ref();
+        if uses.is_some_and(|uses| uses.contains(&module)) {
+            users.insert(other.index);
+        }
+    }
+    if others().any(|r| r.record.uses.is_none()) {
+        let modules = ModuleReader::new(kernel)?.all()?;
+        let used_by = modules.iter().filter(|m| m.addr == module);
+        let used_by: Vec<&String> = used_by.flat_map(|m| &m.used_by).collect();
+        for other in others().filter(|r| r.record.uses.is_none()) {
+            if used_by.contains(&&other.record.name) {
+                users.insert(other.index);
+            }
+        }
+    }
+    Ok(users)
 }
 
 /// The bytes of the redirects of `functions`, each with the name of its function.

@@ -198,3 +198,33 @@ fn a_gate_that_still_stands_is_taken_down_by_the_journal() {
     assert_eq!(error.unwrap_err().exit_code(), ExitCode::Uncertain);
     assert_eq!(guest.peek::<5>(at), [0xcc; 5]);
 }
+
+#[test]
+fn a_payload_that_is_applied_again_elsewhere_and_ended_at_any_write_leaves_records_that_fit() {
+    for writes in 0.. {
+        let guest = Guest::new();
+        let one = payload("one", &[A]);
+        guest.applied(&one);
+        guest.revert("one").unwrap();
+        // It lies on another patch now, so its record says something else.
+        guest.applied(&payload("two", &[A]));
+        guest.left.set(writes);
+        let finished = guest.apply(&one, Mode::Apply).is_ok();
+        let whole = guest.left.replace(u32::MAX) > 0;
+        let all = crate::apply::mock::kernel_residents(&guest.kernel());
+        assert_eq!(all.len(), 2, "after {writes} writes");
+        let kernel = guest.kernel();
+        let intent = guest.intent.take();
+        of_guest(&guest, &kernel, intent.as_ref(), &options(false)).unwrap();
+        guest.is_as_recorded();
+        let runs = guest.runs();
+        assert_eq!(runs[A], if finished { "one" } else { &*runs[A] });
+        for (_, result) in guest.revert_all(false) {
+            result.unwrap();
+        }
+        assert_eq!(guest.runs(), ["", "", ""]);
+        if finished && whole {
+            break;
+        }
+    }
+}

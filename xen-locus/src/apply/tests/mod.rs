@@ -2,17 +2,18 @@
 
 #![allow(clippy::cast_possible_truncation)] // small numbers
 
-use locus_guest::addr::{Gva, PAGE_SIZE};
+use locus_guest::addr::Gva;
 use locus_guest::{Memory as _, MemoryMut as _};
 use locus_kernel::modules::{self, ModuleReader};
 
 use super::mock::{kernel_residents, options};
 use super::*;
-use crate::arena::record::{Record, ENTRIES_MAX};
+use crate::arena::record::ENTRIES_MAX;
 use crate::arena::Resident;
 use crate::error::ExitCode;
 use crate::machine::mock::{entry_only, payload, Guest, A, B, C, COLD, FUNCTIONS};
 
+mod again;
 mod moving;
 
 #[test]
@@ -261,29 +262,6 @@ fn an_applied_patch_is_a_module_of_the_guest_and_stays_one() {
     guest.applied(&payload("one", &[A]));
     let again = ModuleReader::new(&guest.kernel()).unwrap().all().unwrap();
     assert_eq!(again, modules);
-}
-
-#[test]
-fn what_ran_keeps_its_variables_when_it_is_applied_again() {
-    let guest = Guest::new();
-    let one = payload("one", &[A]);
-    guest.applied(&one);
-    let residents = guest.residents().unwrap();
-    let Record {
-        text, rodata_len, ..
-    } = residents[0].record;
-    let variable = text.0 .0 + PAGE_SIZE + rodata_len;
-    guest.poke(variable, &[0xa5; 8]);
-    guest.revert("one").unwrap();
-    // Not even an attempt that is blocked may change them.
-    guest.sleep_at(FUNCTIONS[A].1 + 10);
-    guest.apply(&one, Mode::Apply).unwrap_err();
-    assert_eq!(guest.peek::<8>(variable), [0xa5; 8]);
-    guest.sleep_at(0);
-    let pages = guest.pages();
-    guest.applied(&one);
-    assert_eq!(guest.peek::<8>(variable), [0xa5; 8]);
-    assert_eq!(guest.pages(), pages);
 }
 
 #[test]

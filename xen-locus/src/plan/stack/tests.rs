@@ -1,3 +1,6 @@
+use locus_guest::GuestType;
+use locus_kernel::fixture_world::World;
+
 use super::*;
 use crate::arena::digests::CodeDigests;
 use crate::arena::record::{Slot, SCHEMA};
@@ -44,9 +47,11 @@ fn patch(index: usize, name: &str, on: &[Gva], below: [u8; JUMP]) -> Resident {
             code: CodeDigests::default(),
             rodata_len: 0,
             rodata_sha256: String::new(),
-            module: Gva(0),
+            module: A.plus(0x100_0000 * (index as u64 + 1)),
             objects: Vec::new(),
             entry_only: false,
+            record_room: None,
+            uses: Some(Vec::new()),
         },
     }
 }
@@ -100,12 +105,23 @@ fn what_lies_on_a_patch_is_named_from_the_top() {
     let mut residents = two();
     residents.push(patch(2, "elsewhere", &[A.plus(0x800)], [0; JUMP]));
     residents.push(patch(3, "three", &[B], [2; JUMP]));
+    residents.push(patch(4, "user", &[A.plus(0x900)], [0; JUMP]));
+    residents[4].record.uses = Some(vec![residents[2].record.module]);
+    let world = World::new(GuestType::Pvh);
+    let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
     let stack = Stack::new(&residents);
-    let error = stack.check_on_top(&residents[0]).unwrap_err();
-    let said = error.to_string();
-    assert!(said.ends_with("revert three, then two first"), "{said}");
-    for top in [2, 3] {
-        stack.check_on_top(&residents[top]).unwrap();
+    for (below, words) in [
+        (
+            0,
+            "replaces f0 too, and was applied later; revert three, then two first",
+        ),
+        (2, "user refers to its symbols; revert user first"),
+    ] {
+        let error = stack.check_on_top(&kernel, &residents[below]).unwrap_err();
+        assert!(error.to_string().ends_with(words), "{error}");
+    }
+    for top in [3, 4] {
+        stack.check_on_top(&kernel, &residents[top]).unwrap();
     }
 }
 

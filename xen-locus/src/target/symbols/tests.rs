@@ -313,6 +313,8 @@ fn a_module_that_went_or_came_back_elsewhere_is_noticed() {
             base: Gva(base),
         }],
         entry_only: false,
+        record_room: None,
+        uses: Some(Vec::new()),
     };
     with(&modules(), |kernel| {
         let gone = |record: &Record| {
