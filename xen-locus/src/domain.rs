@@ -113,6 +113,12 @@ impl<'c> Domain<'c> {
         }
     }
 
+    /// What Xen says of it now.
+    fn info_now(&self) -> std::result::Result<DomainInfo, guest::Error> {
+        let info = self.control.domain(self.info.id)?;
+        Ok(info.unwrap_or_else(|| self.info.clone()))
+    }
+
     /// What was done and ended could not be recorded: its journal stays for the next run, whatever else this one does.
     pub fn keep_journal(&self) {
         self.ended.set(false);
@@ -212,21 +218,17 @@ impl PagesMut for Domain<'_> {
         self.written(&[table])
     }
 
+    fn spare(&self) -> std::result::Result<u64, guest::Error> {
+        let info = self.info_now()?;
+        Ok(info.max_pages.saturating_sub(info.pages))
+    }
+
     fn vacant(&self, frames: &[Gfn]) -> std::result::Result<Vec<bool>, guest::Error> {
-        Ok(self
-            .foreign
-            .populated(frames)
-            .into_iter()
-            .map(|there| !there)
-            .collect())
+        self.foreign.vacant(frames)
     }
 
     fn populate(&self, frames: &[Gfn]) -> std::result::Result<(), guest::Error> {
-        let info = self
-            .control
-            .domain(self.info.id)?
-            .unwrap_or_else(|| self.info.clone());
-        Ok(self.control.populate(&info, frames)?)
+        Ok(self.control.populate(&self.info_now()?, frames)?)
     }
 }
 

@@ -237,14 +237,19 @@ pub trait PagesMut: MemoryMut {
     /// # Errors
     /// The back end refuses the entry, or can't reach the table.
     fn write_entry(&self, table: Frame, slot: usize, entry: u64) -> Result<(), Error>;
-    /// Says for each of these guest frames whether it has no memory behind it.
+    /// How many pages of memory it may be given, beyond those that it has.
     ///
     /// # Errors
     /// The back end can't tell.
+    fn spare(&self) -> Result<u64, Error>;
+    /// Says for each of these guest frames whether it has no memory behind it.
+    ///
+    /// # Errors
+    /// The back end can't tell of one of them. A frame that can't be looked at may well have memory.
     fn vacant(&self, frames: &[Gfn]) -> Result<Vec<bool>, Error>;
     /// Puts fresh pages at vacant guest frames.
     ///
     /// # Errors
-    /// There is no memory for them, or the back end refuses.
+    /// There is no memory for them, they are more than [`PagesMut::spare`], or the back end refuses.
     fn populate(&self, frames: &[Gfn]) -> Result<(), Error>;
 }

@@ -33,7 +33,6 @@ functions! {
         fn xc_vcpu_getcontext(*mut xc_interface, u32, u32, *mut vcpu_guest_context_any_t) -> c_int;
         fn xc_domain_hvm_getcontext_partial(*mut xc_interface, u32, u16, u16, *mut c_void, u32) -> c_int;
         fn xc_domain_get_pod_target(*mut xc_interface, u32, *mut u64, *mut u64, *mut u64) -> c_int;
-        fn xc_domain_setmaxmem(*mut xc_interface, u32, u64) -> c_int;
         fn xc_domain_populate_physmap_exact(*mut xc_interface, u32, c_ulong, c_uint, c_uint, *mut xen_pfn_t) -> c_int;
     }
 }
@@ -353,26 +352,22 @@ impl Control {
         Ok(vcpu_hvm(vcpu, &c))
     }
 
-    /// Gives the domain new pages at the frames `gfns`, which must have none. Raises its memory limit if needed.
+    /// Gives the domain new pages at the frames `gfns`, which must have none. Its memory limit stays as the toolstack
+    /// set it: a restored or migrated domain gets no more.
     ///
     /// # Errors
-    /// The host has no memory, or a frame could not be populated. The frames before it are populated then.
+    /// [`Error::Unsupported`]: the limit does not allow it. The host has no memory, or a frame could not be populated.
+    /// The frames before it are populated then.
     pub fn populate(&self, info: &DomainInfo, gfns: &[Gfn]) -> Result<(), Error> {
         fault_point("xc_domain_populate_physmap_exact")?;
         let id = info.id;
-        let wanted = info.pages + gfns.len() as u64;
-        if wanted > info.max_pages {
-            // SAFETY: a valid handle; the call takes plain numbers.
-            let rc = unsafe {
-                (self.functions.xc_domain_setmaxmem)(
-                    self.handle.as_ptr(),
-                    u32::from(id.0),
-                    wanted * 4,
-                )
-            };
-            self.check(rc, || {
-                format!("raising the memory limit of domain {id} (xc_domain_setmaxmem)")
-            })?;
+        if info.pages.saturating_add(gfns.len() as u64) > info.max_pages {
+            return Err(Error::Unsupported(format!(
+                "domain {id} needs {} more pages; it has {} and may have {}",
+                gfns.len(),
+                info.pages,
+                info.max_pages
+            )));
         }
         let mut frames: Vec<xen_pfn_t> = gfns.iter().map(|f| f.0).collect();
         // SAFETY: the buffer has as many frame numbers as the call is given.

@@ -88,8 +88,7 @@ impl ForeignMemory {
         let (mapping, errors) = self.map_each(frames, access)?;
         for (&frame, &error) in frames.iter().zip(&errors) {
             if error != 0 {
-                let why = std::io::Error::from_raw_os_error(error.abs()).to_string();
-                return Err(guest::Error::Frame { frame, why });
+                return Err(refused(frame, error));
             }
         }
         Ok(mapping)
@@ -137,14 +136,35 @@ impl ForeignMemory {
         Ok((mapping, errors))
     }
 
-    /// For each of `frames` whether it has memory. A frame that can't be mapped for another reason counts as one
-    /// without.
-    pub fn populated(&self, frames: &[Gfn]) -> Vec<bool> {
-        frames
-            .iter()
-            .map(|&f| self.map_all(&[f.into()], Access::Read).is_ok())
-            .collect()
+    /// For each of `frames`, of a PVH or HVM guest, whether it has no memory.
+    ///
+    /// Xen is asked by a mapping, because only that tells a frame without memory from one with the guest's grant table
+    /// or shared info: `XEN_DOMCTL_getpageframeinfo3` calls both invalid.
+    ///
+    /// # Errors
+    /// One of them could not be mapped for another reason than that it has no memory.
+    pub fn vacant(&self, frames: &[Gfn]) -> Result<Vec<bool>, guest::Error> {
+        let frames: Vec<Frame> = frames.iter().map(|&f| f.into()).collect();
+        let (_, errors) = self.map_each(&frames, Access::Read)?;
+        let frames = frames.iter().zip(&errors);
+        frames.map(|(&f, &error)| is_vacant(f, error)).collect()
     }
+}
+
+/// Whether `frame`, whose mapping ended with `error`, has no memory. Xen's answer then is EINVAL, for a PV dom0
+/// (`mod_l1_entry`, xen/arch/x86/mm.c) and for a PVH one (`p2m_add_foreign`, xen/arch/x86/mm/p2m.c) alike.
+fn is_vacant(frame: Frame, error: c_int) -> Result<bool, guest::Error> {
+    match error.abs() {
+        0 => Ok(false),
+        libc::EINVAL => Ok(true),
+        _ => Err(refused(frame, error)),
+    }
+}
+
+/// `frame` could not be mapped: `error` is its errno.
+fn refused(frame: Frame, error: c_int) -> guest::Error {
+    let why = std::io::Error::from_raw_os_error(error.abs()).to_string();
+    guest::Error::Frame { frame, why }
 }
 
 impl Memory for ForeignMemory {
@@ -357,6 +377,23 @@ mod tests {
         }
         drop(one);
         assert!(MappingCount::take(2).is_ok());
+    }
+
+    #[test]
+    fn a_frame_is_vacant_only_if_xen_says_that_it_has_no_memory() {
+        let frame = Frame(0xfe700);
+        assert!(!is_vacant(frame, 0).unwrap());
+        assert!(is_vacant(frame, -libc::EINVAL).unwrap());
+        for other in [
+            libc::ENOMEM,
+            libc::ENOENT,
+            libc::ESRCH,
+            libc::EPERM,
+            libc::EFAULT,
+        ] {
+            let error = is_vacant(frame, -other).unwrap_err();
+            assert!(error.to_string().contains("0xfe700"), "{error}");
+        }
     }
 
     #[test]

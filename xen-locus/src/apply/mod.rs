@@ -65,6 +65,8 @@ pub fn apply(
     let dry = Report::dry(payload, &ready);
     if let Readiness::Ready(ready) = &ready {
         watch_of(&ready.plan, options)?;
+        let pages = (ready.first, ready.layout.rights.len());
+        arena.check_memory(machine, kernel.kind, pages)?;
     }
     let ready = match ready {
         Readiness::Ready(ready) if !options.dry_run => ready,

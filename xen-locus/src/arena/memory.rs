@@ -3,16 +3,24 @@
 //! - PVH and HVM: fresh pages, at guest frames that no RAM, device or balloon uses. The 128 MiB below 4 GiB hold
 //!   the local APIC and Xen's special pages. Linux adds memory in whole sections of 128 MiB, so it never puts
 //!   hot-added or unpopulated memory there. And they are below the guest's highest frame, so a save of the guest
-//!   need not go further.
+//!   need not go further. The first window is that which Xen leaves to guests for ever
+//!   (0xfe700000-0xfe7fffff, "reserved for guest use": tools/firmware/hvmloader/config.h); earlier builds took
+//!   frames of the other two.
+//!
+//!   They are memory that the guest has beside its own. A restored or migrated guest may have its target and 1 MiB
+//!   (`libxl__build_pre`, `LIBXL_MAXMEM_CONSTANT`), of which Xen's special pages take some. A guest that has more
+//!   can't be restored. So the limit that the toolstack set for the guest is never raised.
 //! - PV: the pages of PFN 0xa0 to 0xff. They are real memory that PV Linux reserves as if there were a BIOS
 //!   (`xen_memory_setup`, arch/x86/xen/setup.c) and never uses. A page that holds anything or is not reserved
 //!   any more is not taken ([`pv_pages`]).
+
+use std::collections::HashSet;
 
 use locus_guest::addr::{Frame, Gfn, Gva, PAGE_LEN, PAGE_SIZE};
 use locus_guest::{fetch, GuestType, PagesMut};
 use locus_kernel::Kernel;
 
-use super::{pv_pages, PAGES};
+use super::pv_pages;
 use crate::error::{Error, Result};
 
 /// Pages that a PV guest has for the arena.
@@ -20,10 +28,12 @@ pub(super) const PV_PAGES: usize = 96;
 /// Number of the first of them, as the guest counts its pages (PFN).
 const PV_FIRST: u64 = 0xa0;
 /// Guest frames that are tried for PVH and HVM.
-const GFNS: [std::ops::Range<u64>; 2] = [0xfef00..0xfeff8, 0xfe000..0xfe400];
-/// Guest frames that the back end is asked about in one call: a few more than a payload needs, because each is
-/// tried by a foreign mapping.
+const GFNS: [std::ops::Range<u64>; 3] = [0xfe700..0xfe800, 0xfef00..0xfeff8, 0xfe000..0xfe400];
+/// Guest frames that the back end is asked about in one call.
 const GFNS_AT_ONCE: usize = 16;
+/// Pages that a PVH or HVM guest has for the arena: of the 256 that it may have beside its own, Xen's special pages
+/// take about ten.
+const FRESH_PAGES: usize = 240;
 /// Type of usable RAM in the e820 map.
 const E820_RAM: u32 = 1;
 /// Most entries of the e820 map that are read.
@@ -35,8 +45,27 @@ const E820_ENTRY: usize = 20;
 pub(super) fn capacity(kind: GuestType) -> usize {
     match kind {
         GuestType::Pv => PV_PAGES,
-        GuestType::Pvh | GuestType::Hvm => PAGES,
+        GuestType::Pvh | GuestType::Hvm => FRESH_PAGES,
     }
+}
+
+/// Refuses `count` more pages for the arena, if the guest can't be given them.
+///
+/// # Errors
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): it would have more memory than it can take along when
+/// it is restored or migrated. Or the back end can't tell.
+pub(super) fn check_spare(guest: &dyn PagesMut, kind: GuestType, count: usize) -> Result<()> {
+    if kind == GuestType::Pv || count == 0 {
+        return Ok(());
+    }
+    let spare = guest.spare()?;
+    if count as u64 <= spare {
+        return Ok(());
+    }
+    Err(Error::not_applicable(format!(
+        "the arena needs {count} more pages of memory, and this {kind} guest may be given {spare}: with more it could \
+         not be restored or migrated, because the toolstack gives such a guest no more than this one may have now"
+    )))
 }
 
 /// Whether xen-locus puts arena pages of a PVH or HVM guest into `frame`.
@@ -74,7 +103,8 @@ impl<'k, 'm> LowPages<'k, 'm> {
     }
 }
 
-/// One frame for each of these arena pages, which are not mapped yet. Its bytes are zero.
+/// One frame for each of these arena pages, which are not mapped yet. Its bytes are zero. None of them is in `taken`,
+/// the frames that the arena has already.
 ///
 /// # Errors
 /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): there are too few, or the guest uses one. Or the
@@ -83,6 +113,7 @@ pub(super) fn frames_for(
     guest: &dyn PagesMut,
     kernel: &Kernel<'_>,
     pages: &[usize],
+    taken: &HashSet<Frame>,
 ) -> Result<Vec<Frame>> {
     if kernel.kind == GuestType::Pv {
         check_not_ram(kernel, PV_FIRST, PV_FIRST + PV_PAGES as u64)?;
@@ -95,7 +126,8 @@ pub(super) fn frames_for(
             })
             .collect();
     }
-    let fresh = vacant_frames(guest, kernel, pages.len())?;
+    check_spare(guest, kernel.kind, pages.len())?;
+    let fresh = vacant_frames(guest, kernel, pages.len(), taken)?;
     let frames: Vec<Frame> = fresh.into_iter().map(Frame::from).collect();
     if !frames.is_empty() {
         let blank = vec![0; frames.len() * PAGE_LEN];
@@ -105,15 +137,21 @@ pub(super) fn frames_for(
     Ok(frames)
 }
 
-/// `count` guest frames without memory behind them.
-fn vacant_frames(guest: &dyn PagesMut, kernel: &Kernel<'_>, count: usize) -> Result<Vec<Gfn>> {
+/// `count` guest frames without memory behind them, none of them in `taken`.
+fn vacant_frames(
+    guest: &dyn PagesMut,
+    kernel: &Kernel<'_>,
+    count: usize,
+    taken: &HashSet<Frame>,
+) -> Result<Vec<Gfn>> {
     let mut found = Vec::new();
     for window in GFNS {
         if found.len() >= count {
             break;
         }
         check_not_ram(kernel, window.start, window.end)?;
-        let candidates: Vec<Gfn> = window.map(Gfn).collect();
+        let candidates = window.map(Gfn).filter(|&f| !taken.contains(&f.into()));
+        let candidates: Vec<Gfn> = candidates.collect();
         for some in candidates.chunks(GFNS_AT_ONCE) {
             let vacant = guest.vacant(some)?;
             found.extend(some.iter().zip(vacant).filter(|(_, v)| *v).map(|(&f, _)| f));

@@ -334,6 +334,22 @@ impl Arena {
             })
     }
 
+    /// Refuses `count` pages from number `first` on, and a directory, if the guest can't be given the memory that they
+    /// need.
+    ///
+    /// # Errors
+    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable); or the back end can't tell.
+    pub fn check_memory(
+        &self,
+        guest: &dyn PagesMut,
+        kind: GuestType,
+        (first, count): (usize, usize),
+    ) -> Result<()> {
+        let pages = std::iter::once(0).chain(first..first.saturating_add(count));
+        let missing = pages.filter(|&page| self.frame(page).is_none());
+        memory::check_spare(guest, kind, missing.count())
+    }
+
     /// Maps pages from number `first` on, with the given rights. Pages that are mapped already stay as they are.
     ///
     /// # Errors
@@ -357,7 +373,8 @@ impl Arena {
             .filter(|&(page, _)| self.frame(page).is_none())
             .collect();
         let pages: Vec<usize> = missing.iter().map(|&(page, _)| page).collect();
-        let frames = memory::frames_for(guest, kernel, &pages)?;
+        let taken = (0..self.entries.len()).filter_map(|page| self.frame(page));
+        let frames = memory::frames_for(guest, kernel, &pages, &taken.collect())?;
         self.check_still(guest, &missing)?;
         for (&(page, wanted), &frame) in missing.iter().zip(&frames) {
             let entry = rights::entry_for(frame, wanted);

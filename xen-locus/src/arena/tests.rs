@@ -26,6 +26,12 @@ struct Guest {
     world: World,
     /// Frames that were populated.
     populated: RefCell<Vec<u64>>,
+    /// Frames that were asked for.
+    asked: RefCell<Vec<u64>>,
+    /// A frame that can't be mapped, because dom0 has no memory for that.
+    unmappable: Cell<Option<u64>>,
+    /// Pages of memory that it may be given.
+    spare: Cell<u64>,
     /// What is written to its memory is lost.
     loses_writes: Cell<bool>,
 }
@@ -64,6 +70,9 @@ impl Guest {
         Guest {
             world,
             populated: RefCell::default(),
+            asked: RefCell::default(),
+            unmappable: Cell::new(None),
+            spare: Cell::new(1000),
             loses_writes: Cell::new(false),
         }
     }
@@ -159,7 +168,20 @@ impl PagesMut for Guest {
         Ok(())
     }
 
+    fn spare(&self) -> Outcome<u64> {
+        Ok(self.spare.get())
+    }
+
     fn vacant(&self, frames: &[Gfn]) -> Outcome<Vec<bool>> {
+        let asked = &mut *self.asked.borrow_mut();
+        asked.extend(frames.iter().map(|f| f.0));
+        if let Some(&frame) = frames.iter().find(|f| Some(f.0) == self.unmappable.get()) {
+            let why = std::io::Error::from_raw_os_error(libc::ENOMEM).to_string();
+            return Err(locus_guest::Error::Frame {
+                frame: frame.into(),
+                why,
+            });
+        }
         let memory = &self.world.memory;
         Ok(frames.iter().map(|&f| !memory.has(f.into())).collect())
     }
@@ -220,16 +242,81 @@ fn added_pages_have_their_rights_and_hold_what_is_written() {
 #[test]
 fn frames_that_have_memory_are_not_taken() {
     let guest = Guest::new(GuestType::Pvh);
-    guest.world.memory.add(Frame(0xfef00));
-    guest.world.memory.add(Frame(0xfef02));
+    guest.world.memory.add(Frame(0xfe700));
+    guest.world.memory.add(Frame(0xfe702));
     let mut arena = guest.arena().unwrap();
     guest.add(&mut arena, 0, &[Rights::RoData; 3]).unwrap();
-    assert_eq!(*guest.populated.borrow(), [0xfef01, 0xfef03, 0xfef04]);
+    assert_eq!(*guest.populated.borrow(), [0xfe701, 0xfe703, 0xfe704]);
+}
+
+#[test]
+fn a_frame_that_cant_be_looked_at_is_not_taken_for_one_without_memory() {
+    let guest = Guest::new(GuestType::Pvh);
+    guest.unmappable.set(Some(0xfe703));
+    let mut arena = guest.arena().unwrap();
+    let added = guest.add(&mut arena, 0, &[Rights::RoData; 3]);
+    refused(added, Class::Failed, "0xfe703");
+    assert_eq!(*guest.populated.borrow(), [0; 0]);
+    assert_eq!(guest.entry(0), 0);
+}
+
+#[test]
+fn the_arenas_own_frames_are_not_asked_for() {
+    let guest = Guest::new(GuestType::Pvh);
+    let mut arena = guest.arena().unwrap();
+    guest.add(&mut arena, 0, &[Rights::RoData; 3]).unwrap();
+    guest.asked.borrow_mut().clear();
+    // A page of it that could not be mapped any more would be replaced by an empty one.
+    guest.unmappable.set(Some(0xfe701));
+    let mut arena = guest.arena().unwrap();
+    guest.add(&mut arena, 3, &ALL).unwrap();
+    assert!(guest
+        .asked
+        .borrow()
+        .iter()
+        .all(|f| !(0xfe700..0xfe703).contains(f)));
+    assert_eq!(guest.populated.borrow()[3..], [0xfe703, 0xfe704, 0xfe705]);
+}
+
+#[test]
+fn an_arena_at_the_frames_of_earlier_builds_is_read_and_goes_on_in_the_first_window() {
+    let guest = Guest::new(GuestType::Pvh);
+    for (page, frame) in [(0, 0xfef00), (1, 0xfef01), (2, 0xfe000)] {
+        guest.world.memory.add(Frame(frame));
+        guest.set_entry(page, rights::entry_for(Frame(frame), Rights::RoData));
+    }
+    let mut arena = guest.arena().unwrap();
+    guest.add(&mut arena, 3, &ALL).unwrap();
+    assert_eq!(*guest.populated.borrow(), [0xfe700, 0xfe701, 0xfe702]);
+    assert!(guest.arena().is_ok());
+}
+
+#[test]
+fn more_memory_than_a_restored_guest_gets_is_not_taken() {
+    let guest = Guest::new(GuestType::Pvh);
+    let mut arena = guest.arena().unwrap();
+    guest.spare.set(3);
+    let words = "needs 4 more pages of memory, and this pvh guest may be given 3";
+    let all = (1, 3);
+    refused(
+        arena.check_memory(&guest, GuestType::Pvh, all),
+        Class::NotApplicable,
+        words,
+    );
+    arena.check_memory(&guest, GuestType::Pv, all).unwrap();
+    arena.check_memory(&guest, GuestType::Pvh, (1, 2)).unwrap();
+    guest.add(&mut arena, 1, &ALL[..1]).unwrap();
+    guest.spare.set(1);
+    let words = "needs 2 more pages of memory, and this pvh guest may be given 1";
+    refused(guest.add(&mut arena, 1, &ALL), Class::NotApplicable, words);
+    assert_eq!(guest.populated.borrow().len(), 2);
+    // What is there already is not counted.
+    arena.check_memory(&guest, GuestType::Pvh, (1, 2)).unwrap();
 }
 
 #[test]
 fn frames_that_the_memory_map_calls_ram_are_refused() {
-    for (kind, start) in [(GuestType::Pvh, 0xfef0_1000), (GuestType::Pv, 0xa_1000)] {
+    for (kind, start) in [(GuestType::Pvh, 0xfe70_1000), (GuestType::Pv, 0xa_1000)] {
         let guest = Guest::with(kind, &[(start, 0x1000)], false);
         let mut arena = guest.arena().unwrap();
         let added = guest.add(&mut arena, 0, &[Rights::RoData]);
@@ -323,7 +410,8 @@ fn a_torn_directory_is_the_one_before_and_two_torn_copies_are_uncertain() {
     arena.commit(&guest, &guest.kernel(), slots).unwrap();
     let read = guest.arena().unwrap();
     assert_eq!(read.directory, arena.directory);
-    assert_eq!(read.room(GuestType::Pvh), (PAGES - 1, 3));
+    assert_eq!(read.room(GuestType::Pvh), (239, 3));
+    assert_eq!(read.room(GuestType::Pv), (95, 3));
     let page = read.frames(Range::new(BASE, 1)).unwrap()[0];
     // Generation 2 is in the first half, generation 1 in the second.
     guest.world.memory.fill(page, 100, &[0xff]);
@@ -410,11 +498,11 @@ fn room_is_the_first_run_that_is_free_or_was_left_behind() {
     assert_eq!(find(&arena, &[Rights::Data]).unwrap(), 6);
     assert_eq!(find(&arena, &[Rights::Data, Rights::Text]).unwrap(), 6);
     // To the last page and no further.
-    assert_eq!(find(&arena, &[Rights::Data; 505]).unwrap(), 6);
+    assert_eq!(find(&arena, &[Rights::Data; 234]).unwrap(), 6);
     refused(
-        find(&arena, &[Rights::Data; 506]),
+        find(&arena, &[Rights::Data; 235]),
         Class::NotApplicable,
-        "payloads, parked ones included, use 3",
+        "this pvh guest has 239, of which payloads, parked ones included, use 3",
     );
     let pv = arena.find_room(GuestType::Pv, &[Rights::Data; 91]);
     refused(pv, Class::NotApplicable, "pv guest has 95");

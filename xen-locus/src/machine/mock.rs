@@ -54,6 +54,8 @@ pub(crate) struct Guest {
     pub(crate) keeps_journal: Cell<bool>,
     /// It is known how the run ended.
     pub(crate) ended: Cell<bool>,
+    /// Pages of memory that it may be given yet.
+    pub(crate) spare: Cell<u64>,
     /// Calls: `begin`.
     pub(crate) trace: Trace,
     /// What a pause says of the time since it was asked for.
@@ -90,6 +92,7 @@ impl Guest {
             intent: RefCell::default(),
             keeps_journal: Cell::new(false),
             ended: Cell::new(false),
+            spare: Cell::new(240),
             trace: Trace::default(),
             pause_takes: Cell::default(),
             writable: Rc::default(),
@@ -314,12 +317,18 @@ impl PagesMut for Guest {
         Ok(())
     }
 
+    fn spare(&self) -> std::result::Result<u64, guest::Error> {
+        Ok(self.spare.get())
+    }
+
     fn vacant(&self, frames: &[Gfn]) -> std::result::Result<Vec<bool>, guest::Error> {
         let memory = &self.world.memory;
         Ok(frames.iter().map(|&f| !memory.has(f.into())).collect())
     }
 
     fn populate(&self, frames: &[Gfn]) -> std::result::Result<(), guest::Error> {
+        let left = self.spare.get().checked_sub(frames.len() as u64);
+        self.spare.set(left.expect("more than it may be given"));
         frames.iter().for_each(|&f| self.world.memory.add(f.into()));
         Ok(())
     }
