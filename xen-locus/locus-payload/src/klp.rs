@@ -32,6 +32,8 @@ pub(super) const MAX_OBJECTS: u64 = 1024;
 pub(super) const MAX_FUNCS: u64 = 16384;
 /// Largest size of each of the three structures, in bytes. In Linux 6.1 they have 200, 168 and 152.
 const MAX_STRUCT: u64 = 4096;
+/// Offset in `struct klp_patch` where the fields of the patch author end: mod, objs, states, replace.
+const PATCH_EXTERNAL: u64 = 32;
 /// Offset in `struct klp_object` where the fields of the patch author end: name, funcs, 4 callbacks.
 const OBJECT_EXTERNAL: u64 = 48;
 /// Offset in `struct klp_func` where the fields of the patch author end.
@@ -161,9 +163,14 @@ fn patch_at(view: &View, section: &Section, offset: u64, objs: &Pointee) -> Resu
         size.unwrap_or(0),
         MAX_STRUCT,
     )?;
+    let end = offset.saturating_add(size.unwrap_or(PATCH_EXTERNAL));
+    if let Some(pointer) = view.pointer_to(section.index, offset, end, None) {
+        return reached_by_pointer(view, what, here, pointer);
+    }
     let (replace, states) = patch_tail(view, section, offset, size)?;
 
-    let (stride, count) = object_stride(view, objects, objs.offset)?;
+    let field = (section.index, offset.saturating_add(8));
+    let (stride, count) = object_stride(view, objects, objs.offset, field)?;
     let mut found = Vec::new();
     let mut func_stride = None;
     let mut total = 0u64;
@@ -250,16 +257,47 @@ fn looks_like_object(view: &View, section: &Section, offset: u64) -> bool {
     })
 }
 
+/// The error that a structure at `place` has another pointer to it, at `pointer`.
+fn reached_by_pointer<T>(
+    view: &View,
+    what: &'static str,
+    place: (usize, u64),
+    pointer: (usize, u64),
+) -> Result<T> {
+    let pointer = view.place(pointer.0, pointer.1);
+    view.fault(
+        what,
+        place,
+        format!(
+            "the pointer at {pointer} leads to it, so module_init may change it when the kernel loads \
+             the module; fill it in where it is defined, and leave out that pointer"
+        ),
+    )
+}
+
 /// Size in bytes of the array at `offset` of a section, which its symbol gives.
-fn array_size(view: &View, what: &'static str, section: &Section, offset: u64) -> Result<u64> {
-    let reached = |size| view.code_refers_to(section.index, offset, offset.saturating_add(size));
+///
+/// `field` is the pointer to it in the structure that it belongs to.
+fn array_size(
+    view: &View,
+    what: &'static str,
+    section: &Section,
+    offset: u64,
+    field: (usize, u64),
+) -> Result<u64> {
+    let end = |size| offset.saturating_add(size);
+    let pointer = |size| view.pointer_to(section.index, offset, end(size), Some(field));
+    let reached = |size| view.code_refers_to(section.index, offset, end(size));
     match view.object_size(section.index, offset)? {
         Some(size) if reached(size) => view.fault(what,
             (section.index, offset),
             "code of the payload refers to this array, so module_init may change it when the kernel \
              loads the module; fill it in where it is defined",
         ),
-        Some(size) => Ok(size),
+        Some(size) => match pointer(size) {
+            Some(pointer) => reached_by_pointer(view, what, (section.index, offset), pointer),
+            None => Ok(size),
+        },
         None => view.fault(what,
             (section.index, offset),
             "no symbol gives the size of this array; build the module with its symbols",
@@ -268,9 +306,14 @@ fn array_size(view: &View, what: &'static str, section: &Section, offset: u64) -
 }
 
 /// Size of `struct klp_object` in bytes, and number of elements before the terminating one.
-fn object_stride(view: &View, section: &Section, offset: u64) -> Result<(u64, u64)> {
+fn object_stride(
+    view: &View,
+    section: &Section,
+    offset: u64,
+    field: (usize, u64),
+) -> Result<(u64, u64)> {
     let what = "struct klp_object";
-    let size = array_size(view, what, section, offset)?;
+    let size = array_size(view, what, section, offset, field)?;
     let end = offset.saturating_add(size);
     let relocs = view.relocs_in(section, offset, end).count() as u64;
     // Each element except the last holds at least the address of its functions.
@@ -362,7 +405,8 @@ fn functions(
     };
     let offset = pointee.offset;
     let here = (section.index, offset);
-    let size = array_size(view, what, section, offset)?;
+    let field = (object.0, object.1.saturating_add(8));
+    let size = array_size(view, what, section, offset, field)?;
     let end = offset.saturating_add(size);
     // Each element has two addresses, old_name and new_func, and there is one of zeroes.
     let relocs = view.relocs_in(section, offset, end).count() as u64;

@@ -315,6 +315,7 @@ mod tests {
             let mut elf = Spec::kpatch();
             let init = elf.find(".init.text", CODE);
             *elf.data(init) = code.to_vec();
+            elf.drop_reloc(init, 5);
             elf.resize_symbol("init_module", code.len() as u64);
             parse(&elf.build()).unwrap().klp.replace
         };

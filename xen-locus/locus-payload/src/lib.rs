@@ -34,6 +34,7 @@
 //!      -> klp          struct klp_patch and what it points at (pointers: through relocations)
 //!      or kpatch       the tables that kpatch-build writes instead
 //!      -> lib          Payload
+//!      -> init         what module_init does besides
 //!      -> modversions  CRCs of the kernel's exported symbols
 //!      -> summary      Summary for people and JSON, and what a loader must handle
 //! error                what can be wrong, and what to do
@@ -58,6 +59,7 @@ use sha2::{Digest, Sha256};
 mod elf;
 mod error;
 mod ident;
+mod init;
 mod klp;
 mod kpatch;
 mod modinfo;

@@ -32,21 +32,50 @@ pub(super) struct View<'a> {
     functions: HashMap<(usize, u64), (usize, u64)>,
     /// Offsets that livepatch relocations change, sorted, by section.
     late: HashMap<usize, Vec<u64>>,
-    /// Places that code refers to, sorted: section, offset, and by how much the true offset may be greater.
-    code_refs: Vec<(usize, i128, i128)>,
+    /// What code refers to, and what data refers to, sorted by where they lead.
+    of_code: Vec<Reference>,
+    of_data: Vec<Reference>,
 }
 
-/// Places in the payload's own sections that its code refers to.
-fn code_refs(sections: &[Section], symbols: &[ElfSymbol]) -> Vec<(usize, i128, i128)> {
-    let is_code = |role: &Role| matches!(role, Role::Text | Role::InitText | Role::Unknown);
-    let mut refs = Vec::new();
-    for code in sections.iter().filter(|s| s.flags.exec && is_code(&s.role)) {
-        let ends = ends(code);
-        for reloc in &code.relocs {
+/// A reference of the payload to its own sections.
+struct Reference {
+    /// Section and offset that it leads to.
+    to: (usize, i128),
+    /// By how much the true offset may be greater.
+    slack: i128,
+    /// Section and offset of the relocation.
+    from: (usize, u64),
+}
+
+/// Whether a section holds code that may run; code of `module_exit` does not before the module is taken out.
+fn is_code(section: &Section) -> bool {
+    section.flags.exec && section.role != Role::ExitText
+}
+
+/// The references in the code (`of_code`) or in the data of the payload to its own sections, sorted by where
+/// they lead.
+fn references(sections: &[Section], symbols: &[ElfSymbol], of_code: bool) -> Vec<Reference> {
+    let mut found = Vec::new();
+    for section in sections.iter().filter(|s| !s.relocs.is_empty()) {
+        // Livepatch relocations change their target.
+        let home = match section.role {
+            Role::KlpRela { target, .. } => sections.get(target),
+            _ => Some(section),
+        };
+        let wanted = |s: &&Section| s.role != Role::ExitText && is_code(s) == of_code;
+        let Some(home) = home.filter(wanted) else {
+            continue;
+        };
+        let ends = if of_code {
+            ends(home, &section.relocs)
+        } else {
+            HashMap::new()
+        };
+        for reloc in &section.relocs {
             let Some(symbol) = symbols.get(reloc.symbol) else {
                 continue;
             };
-            let SymSection::Section(section) = symbol.section else {
+            let SymSection::Section(to) = symbol.section else {
                 continue;
             };
             let relative = matches!(
@@ -54,22 +83,43 @@ fn code_refs(sections: &[Section], symbols: &[ElfSymbol]) -> Vec<(usize, i128, i
                 elf::R_X86_64_PC32 | elf::R_X86_64_PLT32 | elf::R_X86_64_PC64
             );
             let at = i128::from(symbol.value) + i128::from(reloc.addend);
-            refs.push(match (relative, ends.get(&reloc.offset)) {
-                (false, _) => (section, at, 0),
-                (true, Some(&end)) => (section, at + i128::from(end - reloc.offset), 0),
-                (true, None) => (section, at + 4, 4),
+            let (at, slack) = match (of_code && relative, ends.get(&reloc.offset)) {
+                (false, _) => (at, 0),
+                (true, Some(&end)) => (at + i128::from(end - reloc.offset), 0),
+                (true, None) => (at + 4, 4),
+            };
+            found.push(Reference {
+                to: (to, at),
+                slack,
+                from: (home.index, reloc.offset),
             });
         }
     }
-    refs.sort_unstable();
-    refs.dedup();
-    refs
+    found.sort_unstable_by_key(|r| r.to);
+    found
 }
 
-/// For each relative address in `code`, by its offset: the end of its instruction, which the address is
-/// relative to. Only addresses that decoding finds as the displacement or branch target of an instruction.
-fn ends(code: &Section) -> HashMap<u64, u64> {
-    let places: HashSet<u64> = code.relocs.iter().map(|r| r.offset).collect();
+/// Those of `all` that lead to offsets `from..to` of a section: the places of their relocations.
+fn leading_to(
+    all: &[Reference],
+    section: usize,
+    from: u64,
+    to: u64,
+) -> impl Iterator<Item = (usize, u64)> + use<'_> {
+    let (from, to) = (i128::from(from), i128::from(to));
+    let first = all.partition_point(|r| r.to < (section, from - 4));
+    all.iter()
+        .skip(first)
+        .take_while(move |r| r.to.0 == section && r.to.1 < to)
+        .filter(move |r| r.to.1 + r.slack >= from)
+        .map(|r| r.from)
+}
+
+/// For each relative address that `relocs` make in `code`, by its offset: the end of its instruction, which the
+/// address is relative to. Only addresses that decoding finds as the displacement or branch target of an
+/// instruction.
+fn ends(code: &Section, relocs: &[Reloc]) -> HashMap<u64, u64> {
+    let places: HashSet<u64> = relocs.iter().map(|r| r.offset).collect();
     let mut decoder = Decoder::with_ip(64, &code.data, 0, DecoderOptions::NONE);
     let mut ends = HashMap::new();
     while decoder.can_decode() && !places.is_empty() {
@@ -126,9 +176,9 @@ impl<'a> View<'a> {
         for places in late.values_mut() {
             places.sort_unstable();
         }
-        let code_refs = code_refs(sections, symbols);
         Self {
-            code_refs,
+            of_code: references(sections, symbols, true),
+            of_data: references(sections, symbols, false),
             sections,
             symbols,
             objects,
@@ -212,15 +262,32 @@ impl<'a> View<'a> {
     /// An instruction that could not be decoded may have a constant after its address. Then up to four
     /// bytes too many count as part of the range.
     pub fn code_refers_to(&self, section: usize, from: u64, to: u64) -> bool {
-        let (from, to) = (i128::from(from), i128::from(to));
-        let first = self
-            .code_refs
-            .partition_point(|r| (r.0, r.1) < (section, from - 4));
-        self.code_refs
-            .iter()
-            .skip(first)
-            .take_while(|r| r.0 == section && r.1 < to)
-            .any(|(_, start, width)| start + width >= from)
+        leading_to(&self.of_code, section, from, to)
+            .next()
+            .is_some()
+    }
+
+    /// The first place in data, other than `known`, whose pointer leads to offsets `from..to` of a section.
+    /// Through it `module_init` may change what is there, although no code names it.
+    pub fn pointer_to(
+        &self,
+        section: usize,
+        from: u64,
+        to: u64,
+        known: Option<(usize, u64)>,
+    ) -> Option<(usize, u64)> {
+        leading_to(&self.of_data, section, from, to).find(|from| Some(*from) != known)
+    }
+
+    /// The places in code and data that refer to offsets `from..to` of a section.
+    pub fn referrers(
+        &self,
+        section: usize,
+        from: u64,
+        to: u64,
+    ) -> impl Iterator<Item = (usize, u64)> + use<'_> {
+        let code = leading_to(&self.of_code, section, from, to);
+        code.chain(leading_to(&self.of_data, section, from, to))
     }
 
     /// The pointer at `offset` of a section; `None` is a null pointer.

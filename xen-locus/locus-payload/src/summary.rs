@@ -4,20 +4,14 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use super::elf::{Reloc, Section};
+use super::init;
 use super::role::Role;
 use super::symbol::SymSection;
-use super::{Payload, Section};
+use super::Payload;
 
-/// Functions that the `module_init` of a livepatch calls to enable it, and to log that.
-const ENABLING: [&str; 7] = [
-    "__fentry__",
-    "__x86_return_thunk",
-    "klp_enable_patch",
-    "klp_register_patch",
-    "klp_unregister_patch",
-    "_printk",
-    "printk",
-];
+/// Largest alignment that a section of a module gets, in bytes: modules begin on a page.
+const MAX_ALIGN: u64 = 4096;
 
 /// A payload as people and JSON get it. The fields and their order are the JSON of `xen-locus show`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -155,6 +149,12 @@ impl Payload {
                 }
             }
         }
+        for section in self.placed().filter(|s| s.align > MAX_ALIGN) {
+            add(
+                &section.name,
+                "it is to begin on more than a page, which the kernel's own loader does not grant either",
+            );
+        }
         for object in &self.klp.objects {
             if object.callbacks {
                 let name = object.name.as_deref().unwrap_or("vmlinux");
@@ -167,12 +167,13 @@ impl Payload {
                 "system states have to be registered with the kernel",
             );
         }
-        for name in self.init_extras() {
-            add(
-                &name,
-                "module_init refers to it, and module_init is not run from outside",
-            );
-        }
+        concerns.extend(init::concerns(self));
+        let mut add = |subject: &str, reason: &str| {
+            concerns.push(Concern {
+                subject: subject.to_owned(),
+                reason: reason.to_owned(),
+            });
+        };
         if self.klp.replace.is_none() {
             add(
                 "struct klp_patch",
@@ -200,53 +201,24 @@ impl Payload {
         concerns
     }
 
-    /// What `module_init` refers to besides what it needs to enable the patch.
-    ///
-    /// `module_init` does not run when xen-locus applies the payload, so what else it does would be
-    /// missing. In a module made by kpatch-build it is kpatch's own code, and does nothing else.
-    fn init_extras(&self) -> Vec<String> {
-        let Some((klp_section, _)) = self.klp.place else {
-            return Vec::new();
-        };
-        let init = self
-            .symbols
-            .iter()
-            .find(|s| s.name == "init_module" && s.size > 0);
-        let Some((init, SymSection::Section(home))) = init.map(|s| (s, s.section)) else {
-            return Vec::new();
-        };
-        let range = init.value..init.value.saturating_add(init.size);
-        // There is such a section: `symbol` has checked that.
-        let relocs = self.section(home).map_or(&[][..], |s| s.relocs.as_slice());
-        let mut extras: Vec<String> = relocs
-            .iter()
-            .filter(|reloc| reloc.rtype != 0 && range.contains(&reloc.offset))
-            .filter_map(|reloc| self.symbol(reloc.symbol))
-            .filter(|symbol| match symbol.section {
-                SymSection::Section(index) => {
-                    index != klp_section
-                        && self.section(index).is_none_or(|s| s.role != Role::RoData)
-                }
-                _ => !ENABLING.contains(&symbol.name.as_str()),
-            })
-            .map(|symbol| symbol.name.clone())
-            .collect();
-        extras.sort_unstable();
-        extras.dedup();
-        extras
-    }
-
-    /// False if a section refers only to code of `module_init` and `module_exit`.
+    /// False if a table of places in code has only places in code of `module_init` and `module_exit`. What
+    /// else a loader acts on is about the whole module, wherever it leads.
     fn concerns_placed(&self, section: &Section) -> bool {
-        let mut code =
-            section
-                .relocs
+        let leads_to_init = |reloc: &Reloc| match self.symbol(reloc.symbol).map(|s| s.section) {
+            Some(SymSection::Section(index)) => self
+                .section(index)
+                .is_some_and(|s| s.role.is_init_or_exit()),
+            _ => false,
+        };
+        let late =
+            |s: &Section| matches!(s.role, Role::KlpRela { target, .. } if target == section.index);
+        section.role != Role::CfiSites
+            || section.relocs.is_empty()
+            || !section.relocs.iter().all(leads_to_init)
+            || self
+                .sections
                 .iter()
-                .filter_map(|reloc| match self.symbol(reloc.symbol)?.section {
-                    SymSection::Section(index) => Some(&self.section(index)?.role),
-                    _ => None,
-                });
-        section.relocs.is_empty() || !code.all(Role::is_init_or_exit)
+                .any(|s| late(s) && !s.relocs.is_empty())
     }
 
     fn object_summaries(&self) -> Vec<ObjectSummary> {

@@ -14,7 +14,7 @@ mod spec;
 
 use object::elf;
 
-pub use spec::{Funcs, Spec, SpecPlaces};
+pub use spec::{Funcs, Spec, SpecPlaces, ENABLE};
 
 pub const R_64: u32 = elf::R_X86_64_64.0;
 pub const R_PC32: u32 = elf::R_X86_64_PC32.0;
@@ -176,6 +176,11 @@ impl TestElf {
     pub fn resize_symbol(&mut self, name: &str, size: u64) {
         let named = self.symbols.iter_mut().filter(|s| s.name == name);
         named.for_each(|s| s.size = size);
+    }
+
+    pub fn rename(&mut self, from: &str, to: &str) {
+        let named = self.symbols.iter_mut().filter(|s| s.name == from);
+        named.for_each(|s| s.name = to.into());
     }
 
     pub fn drop_sizes(&mut self) {

@@ -1,6 +1,6 @@
 //! Whole livepatch modules for tests.
 
-use super::{TestElf, ALLOC, CODE, R_64, R_PC32, R_PLT32, VARS};
+use super::{TestElf, ALLOC, CODE, R_32S, R_64, R_PC32, R_PLT32, VARS};
 
 /// Functions: old name and `old_sympos`.
 pub type Funcs<'a> = Vec<(&'a str, u64)>;
@@ -47,7 +47,15 @@ pub struct SpecPlaces {
     pub objs: (usize, u64),
     /// Section and offset of the functions of the last object.
     pub funcs: (usize, u64),
+    /// Section of `module_init`.
+    pub init: usize,
 }
+
+/// The `module_init` that enables a patch: `call __fentry__; mov $patch,%rdi; jmp klp_enable_patch`. Relocations
+/// are at 1, 8 and 13.
+pub const ENABLE: [u8; 17] = [
+    0xe8, 0, 0, 0, 0, 0x48, 0xc7, 0xc7, 0, 0, 0, 0, 0xe9, 0, 0, 0, 0,
+];
 
 impl Spec {
     /// The file.
@@ -114,6 +122,13 @@ impl Spec {
                 elf.put_u64(homes[2], func + 16, *sympos);
             }
         }
+        let init = elf.section(".init.text", CODE, &ENABLE);
+        let (code, data) = (u16::try_from(init).unwrap(), elf.section_symbol(homes[0]));
+        elf.symbol("init_module", code, 0, ENABLE.len() as u64, 2);
+        let enable = elf.undefined("klp_enable_patch");
+        elf.reloc(init, 1, R_PLT32, fentry, -4);
+        elf.reloc(init, 8, R_32S, data, i64::try_from(patch).unwrap());
+        elf.reloc(init, 13, R_PLT32, enable, -4);
         let patch = (homes[0], patch);
         (
             elf,
@@ -124,6 +139,7 @@ impl Spec {
                 patch,
                 objs: (homes[1], objs),
                 funcs: last,
+                init,
             },
         )
     }
@@ -134,9 +150,12 @@ impl Spec {
         let text = elf.section(".text", CODE, &[0xc3; 16]);
         elf.section(".modinfo", ALLOC, Spec::default().modinfo);
         elf.section(".gnu.linkonce.this_module", VARS, &[0; 896]);
-        // movb $1, 0x18(%rax); ret
-        let init = elf.section(".init.text", CODE, &[0xc6, 0x40, 0x18, 0x01, 0xc3]);
-        elf.symbol("init_module", u16::try_from(init).unwrap(), 0, 5, 2);
+        // movb $1, 0x18(%rax); jmp klp_enable_patch
+        let code = [0xc6, 0x40, 0x18, 0x01, 0xe9, 0, 0, 0, 0];
+        let init = elf.section(".init.text", CODE, &code);
+        elf.symbol("init_module", u16::try_from(init).unwrap(), 0, 9, 2);
+        let enable = elf.undefined("klp_enable_patch");
+        elf.reloc(init, 5, R_PLT32, enable, -4);
         let strings = elf.section(".kpatch.strings", ALLOC, b"");
         let funcs = elf.section(".kpatch.funcs", ALLOC, b"");
         let names = elf.section_symbol(strings);

@@ -45,7 +45,7 @@ fn modules_that_are_not_livepatches_are_told_apart() {
     };
     refused(
         plain.elf().0,
-        "not a livepatch: module plain has no livepatch entry",
+        "not a livepatch: module plain calls klp_enable_patch but has no livepatch entry",
     );
     let mut object = TestElf::new();
     object.section(".text", CODE, &[0xc3]);

@@ -1,9 +1,10 @@
 //! Tests of whole payload files: what is read from them.
 
 mod hostile;
+mod init;
 
 use crate::testelf::{
-    Funcs, Spec, SpecPlaces, TestElf, ALLOC, CODE, R_32S, R_64, R_PC32, SHN_LIVEPATCH, VARS,
+    Funcs, Spec, SpecPlaces, TestElf, ALLOC, CODE, R_64, R_PC32, SHN_LIVEPATCH, VARS,
 };
 use crate::*;
 
@@ -196,16 +197,26 @@ fn two_patches_are_ambiguous() {
         |elf, at| {
             let this = u16::try_from(at.this_module).unwrap();
             let module = elf.symbol("__this_module", this, 0, 896, 1);
-            let objs = elf.section_symbol(at.objs.0);
-            let second = elf.append(at.patch.0, 32, 200);
-            elf.reloc(at.patch.0, second, R_64, module, 0);
-            elf.reloc(
-                at.patch.0,
-                second + 8,
-                R_64,
-                objs,
-                i64::try_from(at.objs.1).unwrap(),
-            );
+            let home = at.patch.0;
+            let mut variable = |name: &str, size: usize| {
+                let place = elf.append(home, 32, size);
+                let section = u16::try_from(home).unwrap();
+                let symbol = elf.symbol(name, section, place, size as u64, 1);
+                (place, symbol)
+            };
+            let (second, _) = variable("patch2", 200);
+            let (objs, objs_symbol) = variable("objs2", 336);
+            let (funcs, funcs_symbol) = variable("funcs2", 304);
+            let (name, code) = (elf.section_symbol(at.strings), elf.section_symbol(at.text));
+            for (place, symbol, addend) in [
+                (second, module, 0),
+                (second + 8, objs_symbol, 0),
+                (objs + 8, funcs_symbol, 0),
+                (funcs, name, 0),
+                (funcs + 8, code, 16),
+            ] {
+                elf.reloc(home, place, R_64, symbol, addend);
+            }
         },
         "both look like struct klp_patch",
     );
@@ -361,7 +372,50 @@ fn special_sections_are_named_as_concerns() {
     elf.section("__brand_new", ALLOC, &[0; 4]);
     let payload = parse(&elf.build()).unwrap();
     let subjects: Vec<_> = payload.concerns().into_iter().map(|c| c.subject).collect();
-    assert_eq!(subjects, [".ctors", "__brand_new"]);
+    assert_eq!(subjects, [".ctors", ".init_array", "__brand_new"]);
+}
+
+#[test]
+fn what_the_kernel_acts_on_is_a_concern_wherever_it_leads() {
+    let names = [
+        ".init_array",
+        ".my_unknown",
+        "__param",
+        "__ksymtab",
+        ".data..percpu",
+        "__tracepoints_ptrs",
+        ".static_call.text",
+        ".klp.arch.vmlinux..altinstructions",
+    ];
+    let concerns = |name: &str, leads: &dyn Fn(&mut TestElf, SpecPlaces) -> usize| {
+        let (mut elf, at) = Spec::default().elf();
+        let symbol = leads(&mut elf, at);
+        let section = elf.section(name, VARS, &[0; 8]);
+        elf.reloc(section, 0, R_64, symbol, 0);
+        let concerns = parse(&elf.build()).unwrap().concerns();
+        concerns.into_iter().map(|c| c.subject).collect::<Vec<_>>()
+    };
+    for name in names {
+        // To code of module_init, and to what is in no section of the payload.
+        assert_eq!(concerns(name, &|e, at| e.section_symbol(at.init)), [name]);
+        assert_eq!(concerns(name, &|e, _| e.undefined("printk")), [name]);
+    }
+    // Rows about code, of which none is placed.
+    let cfi = ".kcfi_traps";
+    assert!(concerns(cfi, &|e, at| e.section_symbol(at.init)).is_empty());
+    assert_eq!(concerns(cfi, &|e, at| e.section_symbol(at.text)), [cfi]);
+    assert_eq!(concerns(cfi, &|e, _| e.undefined("printk")), [cfi]);
+}
+
+#[test]
+fn an_alignment_that_no_module_gets_is_a_concern() {
+    let mut payload = parse(&Spec::default().bytes()).unwrap();
+    let data = payload.sections.iter().position(|s| s.name == ".data");
+    let data = data.unwrap();
+    payload.sections[data].align = 4096;
+    assert_eq!(payload.concerns(), []);
+    payload.sections[data].align = 8192;
+    assert_eq!(payload.concerns()[0].subject, ".data");
 }
 
 #[test]
@@ -401,58 +455,4 @@ fn an_object_may_have_callbacks_only() {
         .iter()
         .any(|r| r.contains("callbacks have to be run")));
     assert!(reasons.iter().any(|r| r.contains("replaces no function")));
-}
-
-/// `module_init` in the shape of livepatch samples: one reference to data.
-fn with_init(rtype: u32, place: impl Fn(&SpecPlaces) -> u64, bias: i64) -> TestElf {
-    let (mut elf, at) = Spec::default().elf();
-    let init = elf.section(".init.text", CODE, &[0x90; 32]);
-    let data = elf.section_symbol(at.patch.0);
-    elf.reloc(
-        init,
-        8,
-        rtype,
-        data,
-        i64::try_from(place(&at)).unwrap() + bias,
-    );
-    elf
-}
-
-#[test]
-fn fields_that_module_init_may_set_are_not_taken_from_the_file() {
-    let replace = |elf: TestElf| parse(&elf.build()).unwrap().klp.replace;
-    // klp_enable_patch(&patch), by absolute and by relative address.
-    assert_eq!(replace(with_init(R_32S, |at| at.patch.1, 0)), Some(false));
-    assert_eq!(replace(with_init(R_PC32, |at| at.patch.1, -4)), Some(false));
-    // patch.replace = a register, and = a constant.
-    assert_eq!(replace(with_init(R_PC32, |at| at.patch.1 + 24, -4)), None);
-    assert_eq!(replace(with_init(R_PC32, |at| at.patch.1 + 24, -5)), None);
-    refused(
-        with_init(R_PC32, |at| at.funcs.1 + 16, -4),
-        "module_init may change it",
-    );
-    refused(
-        with_init(R_PC32, |at| at.objs.1, -8),
-        "module_init may change it",
-    );
-}
-
-#[test]
-fn work_that_module_init_does_besides_is_a_concern() {
-    let subjects = |calls: &[&str]| -> Vec<String> {
-        let mut elf = with_init(R_32S, |at| at.patch.1, 0);
-        let init = elf.find(".init.text", CODE);
-        elf.symbol("init_module", u16::try_from(init).unwrap(), 0, 32, 2);
-        for (number, name) in (0u64..).zip(calls) {
-            let called = elf.undefined(name);
-            elf.reloc(init, 13 + 5 * number, R_PC32, called, -4);
-        }
-        let payload = parse(&elf.build()).unwrap();
-        payload.concerns().into_iter().map(|c| c.subject).collect()
-    };
-    assert!(subjects(&["klp_enable_patch", "_printk", "__x86_return_thunk"]).is_empty());
-    assert_eq!(
-        subjects(&["klp_enable_patch", "setup_table"]),
-        ["setup_table"]
-    );
 }
