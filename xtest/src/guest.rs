@@ -4,6 +4,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use serde::Serialize;
+
 use crate::check;
 use crate::dom0::{Dom0, Output, Trouble};
 use crate::host::checked;
@@ -13,8 +15,7 @@ use crate::verdict::Verdict;
 use crate::watched::START;
 
 /// Arguments of a guest's kernel. It logs warnings and worse, because the console carries commands too.
-const KERNEL_ARGS: &str =
-    "console=hvc0 loglevel=5 mitigations=off no_timer_check tsc=reliable panic=0";
+const KERNEL_ARGS: &str = "console=hvc0 loglevel=5 no_timer_check tsc=reliable panic=0";
 /// Room for what a guest's kernel logs: a scenario that looks for its mark must find it behind dozens of reports.
 const LOG_ARGS: &str = "log_buf_len=1M";
 /// More arguments of an HVM guest's kernel. Without these, an emulated guest takes minutes to look for
@@ -55,6 +56,30 @@ impl Kind {
     }
 }
 
+/// What a guest's kernel does against faults of the processor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mitigations {
+    /// What it chooses by itself. Without KVM, QEMU's processor has no Meltdown, so that is no
+    /// page-table isolation.
+    Default,
+    /// The same, with page-table isolation. Kernels of PV guests have none.
+    Isolation,
+    /// Nothing.
+    Off,
+}
+
+impl Mitigations {
+    /// The kernel's argument.
+    fn argument(self) -> &'static str {
+        match self {
+            Self::Default => "",
+            Self::Isolation => "pti=on",
+            Self::Off => "mitigations=off",
+        }
+    }
+}
+
 /// The guest that a scenario wants. Equal specifications mean the same guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GuestSpec {
@@ -68,6 +93,8 @@ pub struct GuestSpec {
     pub memory: u32,
     /// Virtual CPUs.
     pub vcpus: u32,
+    /// What its kernel does against faults of the processor.
+    pub mitigations: Mitigations,
     /// Additional kernel arguments.
     pub kernel_args: String,
     /// Additional lines of its `xl` configuration.
@@ -75,7 +102,7 @@ pub struct GuestSpec {
 }
 
 impl GuestSpec {
-    /// A guest of the usual size: 192 MiB, two vCPUs.
+    /// A guest of the usual size: 192 MiB, two vCPUs. PVH guests have page-table isolation.
     pub fn new(name: &str, kind: Kind) -> Self {
         Self {
             name: name.to_owned(),
@@ -83,6 +110,10 @@ impl GuestSpec {
             suite: &BOOKWORM,
             memory: 192,
             vcpus: 2,
+            mitigations: match kind {
+                Kind::Pvh => Mitigations::Isolation,
+                Kind::Pv | Kind::Hvm => Mitigations::Default,
+            },
             kernel_args: String::new(),
             config: String::new(),
         }
@@ -124,6 +155,12 @@ impl GuestSpec {
         self
     }
 
+    /// With these mitigations.
+    pub fn mitigations(mut self, mitigations: Mitigations) -> Self {
+        self.mitigations = mitigations;
+        self
+    }
+
     /// With more kernel arguments.
     pub fn kernel_args(mut self, args: &str) -> Self {
         self.kernel_args = args.to_owned();
@@ -140,7 +177,11 @@ impl GuestSpec {
     /// told from a destroyed one.
     pub fn to_config(&self) -> String {
         let hvm_args = if self.kind == Kind::Hvm { HVM_ARGS } else { "" };
-        let extra = format!("{KERNEL_ARGS} {LOG_ARGS} {hvm_args} {}", self.kernel_args);
+        let extra = format!(
+            "{KERNEL_ARGS} {LOG_ARGS} {hvm_args} {} {}",
+            self.mitigations.argument(),
+            self.kernel_args
+        );
         let mut text = format!(
             "name=\"{}\"\ntype=\"{}\"\nmemory={}\nvcpus={}\nkernel=\"{dir}/{}\"\n\
              ramdisk=\"{dir}/initrd.gz\"\nextra=\"{}\"\non_crash=\"preserve\"\n\

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, Result};
 
-use crate::guest::{Guest, GuestSpec, Kind};
+use crate::guest::{Guest, GuestSpec, Kind, Mitigations};
 use crate::host;
 use crate::qemu_faults;
 use crate::scenario::Ctx;
@@ -121,22 +121,20 @@ fn measure(ctx: &mut Ctx, kind: Kind, wanted: &Wanted) -> OfGuests {
     let is_wanted = |name: &str| wanted.only.is_empty() || wanted.only.iter().any(|n| n == name);
     if wanted.reading || is_wanted(CALLS) {
         let what = "reading, calls and livepatch";
-        let first = again(ctx, kind, BASE.vcpus, what, |ctx| before(ctx, kind, wanted));
+        let first = again(ctx, kind, BASE, what, |ctx| before(ctx, kind, wanted));
         let first = first.map(|inside| (found.calls, found.livepatch) = inside.unzip());
         note(&mut found, what, first);
     }
     if wanted.reading {
         return found;
     }
-    for point in points(wanted.quick) {
+    for point in points(kind, wanted.quick) {
         if !is_wanted(&point.name()) {
             continue;
         }
         let began = Instant::now();
         let what = point.name();
-        let result = again(ctx, kind, point.vcpus, &what, |ctx| {
-            at(ctx, kind, wanted, point)
-        });
+        let result = again(ctx, kind, point, &what, |ctx| at(ctx, kind, wanted, point));
         let result = result.map(|measured| {
             let took = began.elapsed().as_secs();
             eprintln!("xtest: {}: {measured} ({took} s)", kind.name());
@@ -161,7 +159,7 @@ fn before(
     kind: Kind,
     wanted: &Wanted,
 ) -> Result<Option<(inside::Calls, inside::Livepatch)>, Verdict> {
-    let guest = guest(ctx, kind, BASE.vcpus)?;
+    let guest = guest(ctx, kind, BASE)?;
     if wanted.reading {
         reading::reading(ctx, &guest.name, wanted.rounds.min(10))?;
         return Ok(None);
@@ -174,11 +172,11 @@ fn before(
     Ok(Some((calls, livepatch)))
 }
 
-/// Measures, and measures again if QEMU loses the guest with this number of vCPUs.
+/// Measures, and measures again if QEMU loses the guest of this point.
 fn again<T>(
     ctx: &mut Ctx,
     kind: Kind,
-    vcpus: u32,
+    point: Point,
     what: &str,
     measure: impl Fn(&mut Ctx) -> Result<T, Verdict>,
 ) -> Result<T, Verdict> {
@@ -189,7 +187,7 @@ fn again<T>(
             Err(why) => why,
             measured => return measured,
         };
-        let log = format!("/var/log/guest-{}.log", name(kind, vcpus));
+        let log = format!("/var/log/guest-{}.log", name(kind, point));
         let console = ctx.dom0.sh(&format!("tail -n 60 {log}"))?.text();
         let lost = qemu_faults::equal_gs_bases(&console);
         if tries == TRIES || !lost {
@@ -214,7 +212,7 @@ fn at(
     wanted: &Wanted,
     point: Point,
 ) -> Result<pauses::Measured, Verdict> {
-    let guest = guest(ctx, kind, point.vcpus)?;
+    let guest = guest(ctx, kind, point)?;
     prepare(&guest, point)?;
     // Each round is an apply and a revert: two pauses.
     let rounds = if point == BASE {
@@ -225,18 +223,25 @@ fn at(
     pauses::measure(ctx, &guest, point, rounds, wanted)
 }
 
-fn name(kind: Kind, vcpus: u32) -> String {
-    format!("bench-{}-{vcpus}", kind.name())
+fn name(kind: Kind, point: Point) -> String {
+    let more = match point.mitigations {
+        Mitigations::Off => "",
+        Mitigations::Default => "-default",
+        Mitigations::Isolation => "-isolation",
+    };
+    format!("bench-{}-{}{more}", kind.name(), point.vcpus)
 }
 
-/// The guest with this number of vCPUs. Others are destroyed, because the machine has no memory for two.
-fn guest(ctx: &mut Ctx, kind: Kind, vcpus: u32) -> Result<Guest, Verdict> {
-    for other in [1, 2, 4, 8].into_iter().filter(|&n| n != vcpus) {
-        ctx.destroy_guest(&name(kind, other))?;
+/// The guest of a point. Others are destroyed, because the machine has no memory for two.
+fn guest(ctx: &mut Ctx, kind: Kind, point: Point) -> Result<Guest, Verdict> {
+    let own = name(kind, point);
+    if ctx.guest(&own).is_err() {
+        ctx.destroy_all()?;
     }
-    let spec = GuestSpec::new(&name(kind, vcpus), kind)
+    let spec = GuestSpec::new(&own, kind)
         .memory(MEMORY)
-        .vcpus(vcpus);
+        .vcpus(point.vcpus)
+        .mitigations(point.mitigations);
     ctx.ensure_guest(spec)
 }
 

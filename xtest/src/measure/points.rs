@@ -2,6 +2,8 @@
 
 use serde::Serialize;
 
+use crate::guest::{Kind, Mitigations};
+
 /// What asks for a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -25,15 +27,19 @@ pub struct Point {
     pub functions: u32,
     /// What asks for the change.
     pub asker: Asker,
+    /// What the guest's kernel does against faults of the processor.
+    pub mitigations: Mitigations,
 }
 
-/// The base point, which the targets are about.
+/// The base point, which the targets are about. It has no mitigations, so that results are comparable whatever
+/// kernels choose.
 pub const BASE: Point = Point {
     threads: 500,
     vcpus: 2,
     load: true,
     functions: 1,
     asker: Asker::Resident,
+    mitigations: Mitigations::Off,
 };
 
 impl Point {
@@ -54,7 +60,12 @@ impl Point {
         } else if self.functions != BASE.functions {
             format!("{} functions", self.functions)
         } else {
-            "base".to_owned()
+            match self.mitigations {
+                Mitigations::Off => "base",
+                Mitigations::Default => "default mitigations",
+                Mitigations::Isolation => "page-table isolation",
+            }
+            .to_owned()
         }
     }
 
@@ -64,9 +75,9 @@ impl Point {
     }
 }
 
-/// All points, or some of them if `quick`. The order is the one with the fewest restarts of guests and ends of
-/// threads.
-pub fn points(quick: bool) -> Vec<Point> {
+/// All points for guests of a type, or some of them if `quick`. The order is the one with the fewest restarts of
+/// guests and ends of threads.
+pub fn points(kind: Kind, quick: bool) -> Vec<Point> {
     let threads = |threads| Point { threads, ..BASE };
     let vcpus = |vcpus| Point { vcpus, ..BASE };
     let functions = |functions| Point { functions, ..BASE };
@@ -86,6 +97,14 @@ pub fn points(quick: bool) -> Vec<Point> {
         all.extend([50, 2000, 8000].map(threads));
         all.extend([1, 4, 8].map(vcpus));
     }
+    let with = |mitigations| Point {
+        mitigations,
+        ..BASE
+    };
+    all.push(with(Mitigations::Default));
+    if kind != Kind::Pv {
+        all.push(with(Mitigations::Isolation));
+    }
     all
 }
 
@@ -95,8 +114,8 @@ mod tests {
 
     #[test]
     fn every_point_differs_from_the_base_in_one_thing_and_has_its_own_name() {
-        for quick in [false, true] {
-            let all = points(quick);
+        for (quick, kind) in [(false, Kind::Pv), (false, Kind::Pvh), (true, Kind::Pvh)] {
+            let all = points(kind, quick);
             assert!(all.contains(&BASE));
             for (n, point) in all.iter().enumerate() {
                 let differs = [
@@ -105,6 +124,7 @@ mod tests {
                     point.load != BASE.load,
                     point.functions != BASE.functions,
                     point.asker != BASE.asker,
+                    point.mitigations != BASE.mitigations,
                 ];
                 let count = differs.iter().filter(|d| **d).count();
                 assert_eq!(count, usize::from(*point != BASE), "{point:?}");

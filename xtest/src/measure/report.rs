@@ -177,7 +177,7 @@ impl OfGuests {
     fn write_points(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{}: base: {} threads, {} vCPUs, under load, 1 function, asked by one process; other \
+            "{}: base: {} threads, {} vCPUs, under load, no mitigations, 1 function, asked by one process; other \
              lines differ in one thing",
             self.kind, BASE.threads, BASE.vcpus
         )?;

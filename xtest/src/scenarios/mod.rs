@@ -13,6 +13,7 @@ mod liar;
 mod life;
 mod loader;
 mod many;
+mod mitigations;
 mod nudge;
 mod objects;
 mod protocol;
@@ -70,6 +71,7 @@ fn short() -> Vec<Scenario> {
         testbed::SCENARIOS,
         core::SCENARIOS,
         apply::SCENARIOS,
+        mitigations::SCENARIOS,
         nudge::SCENARIOS,
         stack::SCENARIOS,
         refuse::SCENARIOS,
@@ -106,6 +108,7 @@ pub fn all() -> Vec<Scenario> {
         hostile::MATRIX,
         many::MATRIX,
         truth::MATRIX,
+        mitigations::MATRIX,
         nudge::MATRIX,
         &life::matrix()[..],
     ]
