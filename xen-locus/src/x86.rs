@@ -21,6 +21,20 @@ pub const NOP5: [u8; JUMP] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
 /// Five-byte nops the kernel uses or used: today's, and the one for K8 on older kernels.
 pub const NOPS5: [[u8; JUMP]; 2] = [NOP5, [0x66, 0x66, 0x66, 0x66, 0x90]];
 
+/// What stands before ftrace's nop in a kernel that is built for IBT: `endbr64`, or what the kernel makes of it
+/// where nobody takes the function's address ("sealing"). It seals at boot, and when it loads a module, whether
+/// the CPU has IBT or not (arch/x86/include/asm/ibt.h: `is_endbr`, `gen_endbr_poison`).
+pub const ENDBRS: [[u8; 4]; 4] = [
+    [0xf3, 0x0f, 0x1e, 0xfa],
+    // nopw (%rax). Linux kernel commit ed53a0d97192 ("x86/alternative: Use .ibt_endbr_seal to seal indirect calls") (in v5.18).
+    [0x66, 0x0f, 0x1f, 0x00],
+    // nopl -42(%rax). Linux kernel commit 85a2d4a890dc ("x86,ibt: Use UDB instead of 0xEA") (in v6.18).
+    [0x0f, 0x1f, 0x40, 0xd6],
+    // cmc; nopl (%rax), of functions with one argument under FineIBT. Linux kernel commit dfebe7362f6f ("x86/ibt:
+    // Optimize the fineibt-bhi arity 1 case") (in v6.15), until the one above.
+    [0xf5, 0x0f, 0x1f, 0x00],
+];
+
 /// By length: nops of one to eight bytes.
 const NOPS: [&[u8]; 8] = [
     &[NOP1],

@@ -206,6 +206,7 @@ mod tests {
     use crate::error::ExitCode;
     use crate::target::redirect;
     use crate::target::symbols::Object;
+    use crate::x86::ENDBRS;
     use locus_kernel::btf::blob::Blob;
     use locus_kernel::fixture::{vcpus, Fixture, KIND, TEXT};
 
@@ -304,6 +305,43 @@ mod tests {
             // The end does not belong to it.
             let (exit, text) = said(&GOOD, &[], &[(AT - 16, start), (AT, end)]);
             assert_eq!(exit, ExitCode::Done, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_holds_a_sealed_function_is_told_as_of_any_other() {
+        for endbr in ENDBRS {
+            let sealed = |rest: &[u8]| [endbr.as_slice(), rest].concat();
+            assert_eq!(said(&sealed(&GOOD), &[], &[]).0, ExitCode::Done);
+            // The ftrace site is at +4, where the guest's kernel also puts a kprobe of the function's entry.
+            let distance = u32::try_from(TRAMPOLINE - (AT + 9)).unwrap();
+            let mut code = sealed(&called());
+            code[5..9].copy_from_slice(&distance.to_le_bytes());
+            let (exit, text) = said(&code, &[], &[]);
+            assert_eq!(exit, ExitCode::TryAgain, "{text}");
+            assert!(
+                text.contains("(its ftrace site calls ftrace_trampoline)"),
+                "{text}"
+            );
+            for at in [AT, AT + 4, AT + 9] {
+                let probe = [(16, DATA + 0x400), (0x400 + 40, at)];
+                let (exit, text) = said(&code, &probe, &[]);
+                assert_eq!(exit, ExitCode::TryAgain, "{text}");
+                assert!(
+                    text.contains(&format!("kprobe of the guest's own stands at {}", Gva(at))),
+                    "{text}"
+                );
+            }
+            // Its livepatch names the function's entry.
+            let livepatch = [
+                (0x200, DATA + 0x600),
+                (0x600, DATA + 0x200),
+                (0x610, DATA + 0x700 + 40),
+                (0x700 + 24, AT),
+            ];
+            let (exit, text) = said(&code, &livepatch, &[]);
+            assert_eq!(exit, ExitCode::TryAgain, "{text}");
+            assert!(text.contains("livepatched by the guest itself"), "{text}");
         }
     }
 

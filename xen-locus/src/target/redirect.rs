@@ -1,7 +1,7 @@
 //! Where a function can be redirected: five bytes behind the `__fentry__` nop that ftrace owns.
 //!
-//! The nop is at the entry, or behind an `endbr64`. It stays as it is, so ftrace in the guest
-//! still works, and the redirect does not depend on ftrace.
+//! The nop is at the entry, or behind an `endbr64` or what the kernel made of one ([`ENDBRS`]). It stays as it is,
+//! so ftrace in the guest still works, and the redirect does not depend on ftrace.
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Mnemonic};
 use locus_guest::addr::{Gva, Range};
@@ -11,12 +11,10 @@ use locus_kernel::Kernel;
 use crate::error::{Error, Result};
 use crate::target::conflicts;
 use crate::target::symbols::Object;
-use crate::x86::{JUMP, NOPS5};
+use crate::x86::{ENDBRS, JUMP, NOPS5};
 
 /// Longest function that is decoded, in bytes.
 const FUNCTION_MAX: u64 = 1 << 20;
-/// The instruction at the entry of a function that indirect branches may lead to (IBT).
-const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
 
 /// The place of a redirect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -174,11 +172,8 @@ pub enum Head {
 /// # Errors
 /// There is no nop: the value is what is there in its place.
 pub fn fentry_end(code: &[u8], entry: Gva) -> std::result::Result<usize, Head> {
-    let start = if code.starts_with(&ENDBR64) {
-        ENDBR64.len()
-    } else {
-        0
-    };
+    let sealed = ENDBRS.iter().find(|endbr| code.starts_with(*endbr));
+    let start = sealed.map_or(0, |endbr| endbr.len());
     // Code that is too short is none.
     let head = code.get(start..).unwrap_or_default();
     if NOPS5.iter().any(|nop| head.starts_with(nop)) {
@@ -355,13 +350,15 @@ mod tests {
     }
 
     #[test]
-    fn the_redirect_goes_behind_either_nop_and_behind_endbr64() {
+    fn the_redirect_goes_behind_either_nop_and_behind_endbr64_sealed_or_not() {
         let body = [0x55, 0x48, 0x89, 0xe5, 0x5d, 0xc3];
         for (head, offset) in [
             (NOP5.to_vec(), 5),
             ([0x66, 0x66, 0x66, 0x66, 0x90].to_vec(), 5),
-            ([ENDBR64.as_slice(), &NOP5].concat(), 9),
-        ] {
+        ]
+        .into_iter()
+        .chain(ENDBRS.map(|endbr| ([endbr.as_slice(), &NOP5].concat(), 9)))
+        {
             let function = examined(&[head, body.to_vec()].concat()).unwrap();
             assert_eq!(function.site.at, Gva(AT + offset));
             assert_eq!(function.site.old, [0x55, 0x48, 0x89, 0xe5, 0x5d]);
@@ -427,8 +424,11 @@ mod tests {
 
     #[test]
     fn a_traced_function_is_to_be_tried_again() {
-        let (exit, said) = refusal(&[0xe8, 0, 0, 0, 0, 0x55, 0x48, 0x89, 0xe5, 0x5d, 0xc3]);
-        assert_eq!(exit, ExitCode::TryAgain, "{said}");
-        assert!(said.contains("traced"), "{said}");
+        let body = [0xe8, 0, 0, 0, 0, 0x55, 0x48, 0x89, 0xe5, 0x5d, 0xc3];
+        for head in [&[][..], &ENDBRS[0], &ENDBRS[1], &ENDBRS[2], &ENDBRS[3]] {
+            let (exit, said) = refusal(&[head, &body].concat());
+            assert_eq!(exit, ExitCode::TryAgain, "{said}");
+            assert!(said.contains("traced"), "{said}");
+        }
     }
 }
