@@ -10,7 +10,7 @@ use std::fmt;
 use locus_guest::addr::{Gva, Range};
 use locus_kernel::{list, Kernel};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Sections of the kernel's text whose functions can't be replaced: symbols at their start and end,
 /// and why.
@@ -68,33 +68,33 @@ pub fn freed(kernel: &Kernel<'_>, at: Gva) -> bool {
 /// The place of a kprobe of the guest's in `range`; none in a kernel without kprobes.
 ///
 /// # Errors
-/// The table of kprobes can't be read.
+/// The table of kprobes can't be read. [`Class::NotApplicable`](crate::error::Class::NotApplicable): it has no end, or
+/// the kernel's types don't say what is in it.
 pub fn kprobe(kernel: &Kernel<'_>, range: Range) -> Result<Option<Gva>> {
     let Some(table) = kernel.symbols.addr("kprobe_table") else {
         return Ok(None);
     };
-    let Ok(btf) = kernel.btf() else {
-        return Ok(None);
-    };
-    let (Ok(link), Ok(addr)) = (
-        btf.offset_of("kprobe", "hlist"),
-        btf.offset_of("kprobe", "addr"),
-    ) else {
-        return Ok(None);
-    };
+    let btf = kernel.btf()?;
+    let link = btf.offset_of("kprobe", "hlist")?;
+    let addr = btf.offset_of("kprobe", "addr")?;
     let space = &kernel.space;
     let mut left = ELEMENTS_MAX;
     for list in 0..KPROBE_LISTS {
         // struct hlist_head and struct hlist_node begin with a pointer, which is null at the end.
         let mut node = space.read_u64(table.plus(8 * list))?;
-        while node != 0 && left > 0 {
+        while node != 0 {
+            left = left.checked_sub(1).ok_or_else(|| {
+                Error::not_applicable(format!(
+                    "the guest's table of kprobes at {table} has no end within {ELEMENTS_MAX} kprobes, so it can't be \
+                     known where they are; expected fewer"
+                ))
+            })?;
             let probe = Gva(node.wrapping_sub(link as u64));
             let at = Gva(space.read_u64(probe.plus(addr as u64))?);
             if range.contains(at) {
                 return Ok(Some(at));
             }
             node = space.read_u64(Gva(node))?;
-            left -= 1;
         }
     }
     Ok(None)
@@ -406,14 +406,29 @@ mod tests {
     }
 
     #[test]
-    fn lists_without_an_end_are_given_up() {
+    fn lists_without_an_end_are_refused() {
         let looped = [(16, DATA + 0x400), (0x400, DATA + 0x400)];
-        assert_eq!(said(&GOOD, &looped, &[]).0, ExitCode::Done);
+        let (exit, text) = said(&GOOD, &looped, &[]);
+        assert_eq!(exit, ExitCode::NotApplicable, "{text}");
+        assert!(
+            text.contains("kprobes") && text.contains("no end within 65536"),
+            "{text}"
+        );
         let (exit, text) = said(
             &called(),
             &[(0x200, DATA + 0x600), (0x600, DATA + 0x600)],
             &[],
         );
         assert_eq!(exit, ExitCode::NotApplicable, "{text}");
+    }
+
+    #[test]
+    fn without_types_kprobes_are_not_taken_for_absent() {
+        let mut fixture = Fixture::new();
+        fixture.symbols.push((DATA, 'd', "kprobe_table".to_owned()));
+        let memory = fixture.build();
+        let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
+        let error = kprobe(&kernel, Range::new(Gva(AT), 16)).unwrap_err();
+        assert_eq!(error.exit_code(), ExitCode::NotApplicable, "{error}");
     }
 }
