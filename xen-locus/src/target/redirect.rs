@@ -6,8 +6,10 @@
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Mnemonic};
 use locus_guest::addr::{Gva, Range};
 use locus_guest::fetch;
+use locus_kernel::modules::{Module, ModuleReader, JUMP_LABEL};
 use locus_kernel::Kernel;
 
+use crate::arena;
 use crate::error::{Error, Result};
 use crate::target::conflicts;
 use crate::target::symbols::Object;
@@ -123,18 +125,26 @@ pub fn examine(
         place.copy_from_slice(&ours.original);
     }
     let old: [u8; JUMP] = fetch::array(&code, offset).ok_or_else(too_short)?;
-    check_bytes(kernel, &code, entry, offset).map_err(no)?;
+    // This comes first: a jump that the kernel itself wrote is nobody else's.
+    if let Some(why) = patched_at_run_time(kernel, owner, Range::new(at, JUMP as u64))? {
+        return Err(no(why));
+    }
+    if let Some(to) = check_bytes(&code, entry, offset).map_err(no)? {
+        if !begins_function(kernel, owner, to)? {
+            return Err(no(foreign(kernel, at, to)));
+        }
+    }
     let mut cold = Vec::new();
     for part in owner.cold(kernel, entry) {
-        let len = owner.room(kernel, part).min(FUNCTION_MAX);
+        let len = owner.room(kernel, part);
+        if len > FUNCTION_MAX {
+            return Err(no(format!(
+                "{len} bytes from its part at {part} to the next symbol; expected at most 1 MiB"
+            )));
+        }
         let code = kernel.space.read_vec(part, length(len)?)?;
         check_branches(&code, part, at).map_err(no)?;
         cold.push(Range::new(part, len));
-    }
-    if let Some(what) = patched_at_run_time(kernel, owner, Range::new(at, JUMP as u64))? {
-        return Err(no(format!(
-            "the kernel itself rewrites the bytes at {at} ({what})"
-        )));
     }
     Ok(ExaminedFunction {
         range: Range::new(entry, room),
@@ -188,24 +198,31 @@ pub fn fentry_end(code: &[u8], entry: Gva) -> std::result::Result<usize, Head> {
     Err(Head::Unknown(shown.join(" ")))
 }
 
-/// Decodes the function: the overwritten bytes must be whole instructions of it, none of them
-/// foreign, and no branch of it may lead into them.
-fn check_bytes(
-    kernel: &Kernel<'_>,
-    code: &[u8],
-    entry: Gva,
-    offset: usize,
-) -> std::result::Result<(), String> {
+/// Decodes the function: the overwritten bytes must be whole instructions of it, and no branch of it may lead into
+/// them. Behind the function's end they may be filler, which nothing runs.
+///
+/// The result is where the first of them jumps to, if that is outside the function: its own tail call, or somebody
+/// else's redirect.
+fn check_bytes(code: &[u8], entry: Gva, offset: usize) -> std::result::Result<Option<Gva>, String> {
     let first = entry.plus(offset as u64);
     // No code behind the nop is no room for a redirect.
     let body = code.get(offset..).unwrap_or_default();
     let mut covered = 0;
+    let mut leaves = None;
+    // Where it ends, if that is before the last of the bytes.
+    let mut end = None;
     for i in Decoder::with_ip(64, body, first.0, DecoderOptions::NONE).iter() {
         if covered >= JUMP {
             break;
         }
         let at = Gva(i.ip());
-        if i.is_invalid() || i.mnemonic() == Mnemonic::Int3 {
+        if let Some(end) = end {
+            if !matches!(i.mnemonic(), Mnemonic::Int3 | Mnemonic::Nop) {
+                return Err(format!(
+                    "no room for a redirect: its first instructions end at {end}, and other code follows at {at}"
+                ));
+            }
+        } else if i.is_invalid() || i.mnemonic() == Mnemonic::Int3 {
             return Err(format!(
                 "expected its code at {at}, found a breakpoint or no instruction \
                                 (a kprobe of the guest?)"
@@ -213,19 +230,11 @@ fn check_bytes(
         }
         if covered == 0 && i.is_jmp_near() {
             let to = Gva(i.near_branch_target());
-            if !Range::new(entry, code.len() as u64).contains(to) {
-                let whom = kernel
-                    .symbols
-                    .covering(to)
-                    .map_or_else(String::new, |(name, off)| format!(" ({name}+{off:#x})"));
-                return Err(format!(
-                    "it is already redirected by someone else: found a jump to {to}{whom} at {at}"
-                ));
-            }
+            leaves = Some(to).filter(|&to| !Range::new(entry, code.len() as u64).contains(to));
         }
         covered += i.len();
-        if covered < JUMP && matches!(i.flow_control(), FlowControl::Return) {
-            return Err(format!("no room for a redirect: it returns at {at}"));
+        if never_goes_on(i.flow_control()) {
+            end = Some(at);
         }
     }
     if covered < JUMP {
@@ -233,7 +242,66 @@ fn check_bytes(
             "no room for a redirect: {covered} bytes behind its ftrace nop"
         ));
     }
-    check_branches(code, entry, first)
+    check_branches(code, entry, first)?;
+    Ok(leaves)
+}
+
+/// Whether no CPU goes on behind such an instruction. (Some fetch what is there, and filler stops them.)
+fn never_goes_on(flow: FlowControl) -> bool {
+    matches!(
+        flow,
+        FlowControl::Return | FlowControl::UnconditionalBranch | FlowControl::IndirectBranch
+    )
+}
+
+/// Whether the code of `owner` may jump to `to` because it was linked so: a symbol of the kernel's image is there, or,
+/// if it is a module, one of its own or of a module that it uses. The kernel's return thunks are such symbols.
+///
+/// # Errors
+/// The guest's modules can't be read.
+fn begins_function(kernel: &Kernel<'_>, owner: Object<'_>, to: Gva) -> Result<bool> {
+    if Object::Kernel.executable(kernel, to)? {
+        let found = kernel.symbols.covering(to);
+        return Ok(found.is_some_and(|(_, offset)| offset == 0));
+    }
+    match owner {
+        // The image was linked before any module.
+        Object::Kernel => Ok(false),
+        Object::Module(module, symbols) => {
+            if owner.executable(kernel, to)? {
+                return Ok(symbols.iter().any(|s| s.addr == to));
+            }
+            exported_to(kernel, module, to)
+        }
+    }
+}
+
+/// Whether a symbol at `to` is of a module that `user` uses.
+fn exported_to(kernel: &Kernel<'_>, user: &Module, to: Gva) -> Result<bool> {
+    let mut reader = ModuleReader::new(kernel)?;
+    let all = reader.all()?;
+    let used = all.iter().find(|m| {
+        m.used_by.contains(&user.name) && m.parts.iter().any(|part| part.range.contains(to))
+    });
+    Ok(match used {
+        Some(used) => reader.symbols(used)?.iter().any(|s| s.addr == to),
+        None => false,
+    })
+}
+
+/// Why a function that begins with a jump to `to`, at `at`, is left alone.
+fn foreign(kernel: &Kernel<'_>, at: Gva, to: Gva) -> String {
+    let where_to = match kernel.symbols.covering(to) {
+        _ if (arena::BASE..arena::page_address(arena::PAGES)).contains(&to) => {
+            ", in the arena, of which no patch in force tells".to_owned()
+        }
+        Some((name, offset)) if offset < FUNCTION_MAX => format!(" ({name}+{offset:#x})"),
+        _ => String::new(),
+    };
+    format!(
+        "it is already redirected by someone else: found a jump to {to}{where_to} at {at}; expected its own code, \
+         which jumps only to where a function begins, of the kernel or of a module that it was linked with"
+    )
 }
 
 /// Refuses a branch in `code`, which is at `start`, into the bytes that are overwritten at `first`. The first of them
@@ -259,27 +327,53 @@ fn check_branches(code: &[u8], start: Gva, first: Gva) -> std::result::Result<()
 /// Most bytes that are read of a table of places that the kernel rewrites.
 const TABLE_MAX: u64 = 4 << 20;
 
-/// What the kernel rewrites at run time in `bytes` of `owner`; `None` if nothing.
+/// Why `bytes` of `owner` can't be overwritten, if the kernel rewrites them at run time or makes a branch to them;
+/// `None` if it does neither.
+///
+/// # Errors
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): a table is longer than any kernel's, or has entries of
+/// another form.
 fn patched_at_run_time(
     kernel: &Kernel<'_>,
     owner: Object<'_>,
     bytes: Range,
-) -> Result<Option<&'static str>> {
+) -> Result<Option<String>> {
     for live in owner.rewritten(kernel)? {
-        let len = length(live.table.len().min(TABLE_MAX))?;
-        let table = kernel.space.read_vec(live.table.start, len)?;
+        let (what, len) = (live.what, live.table.len());
+        if len > TABLE_MAX {
+            return Err(Error::not_applicable(format!(
+                "the guest's table of places of a {what} is {len} bytes long; expected at most {TABLE_MAX}. So it can't \
+                 be known which bytes its kernel rewrites"
+            )));
+        }
+        let table = kernel.space.read_vec(live.table.start, length(len)?)?;
         for (i, entry) in table.chunks_exact(live.entry.max(1)).enumerate() {
             let here = live.table.start.plus((i * live.entry) as u64);
-            let Some(offset) = fetch::u32(entry, 0).map(u32::cast_signed) else {
+            // A place is as far from the word that says so as the word says.
+            let place = |offset: usize| {
+                let distance = fetch::u32(entry, offset).map(u32::cast_signed)?;
+                let word = here.0.wrapping_add(offset as u64);
+                Some(Gva(word.wrapping_add_signed(distance.into())))
+            };
+            let Some(from) = place(0) else {
                 return Err(Error::not_applicable(format!(
-                    "an entry for a {} has {} bytes in the guest's kernel; expected 4 or more",
-                    live.what, live.entry
+                    "an entry for a {what} has {} bytes in the guest's kernel; expected 4 or more",
+                    live.entry
                 )));
             };
-            let place = Gva(here.0.wrapping_add_signed(offset.into()));
             // A place is at most five bytes long.
-            if place < bytes.end && place.plus(5) > bytes.start {
-                return Ok(Some(live.what));
+            if from < bytes.end && from.0.saturating_add(5) > bytes.start.0 {
+                return Ok(Some(format!(
+                    "the kernel itself rewrites the bytes at {} ({what})",
+                    bytes.start
+                )));
+            }
+            // struct jump_entry: where the branch is, and where it leads. While it is off, no code shows that.
+            if what == JUMP_LABEL && place(4).is_some_and(|to| bytes.contains(to)) {
+                return Ok(Some(format!(
+                    "the branch at {from}, which the kernel switches on and off ({what}), leads into the bytes to be \
+                     overwritten"
+                )));
             }
         }
     }
@@ -319,116 +413,4 @@ pub fn returns_at(kernel: &Kernel<'_>, entry: Gva) -> Option<Returns> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::error::ExitCode;
-    use crate::x86::NOP5;
-    use locus_kernel::fixture::{vcpus, Fixture, KIND, TEXT};
-
-    const AT: u64 = TEXT.0 + 0x1000;
-
-    /// Examines a function of the given code, which the next symbol follows at once.
-    fn examined(code: &[u8]) -> Result<ExaminedFunction> {
-        examined_with(code, None)
-    }
-
-    fn examined_with(
-        code: &[u8],
-        installed: Option<&InstalledRedirect<'_>>,
-    ) -> Result<ExaminedFunction> {
-        let mut fixture = Fixture::new();
-        fixture.function(AT, "victim", code);
-        fixture.function(AT + code.len() as u64, "next", &[0xc3]);
-        let memory = fixture.build();
-        let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-        examine(&kernel, Object::Kernel, "victim", Gva(AT), installed)
-    }
-
-    fn refusal(code: &[u8]) -> (ExitCode, String) {
-        let error = examined(code).unwrap_err();
-        (error.exit_code(), error.to_string())
-    }
-
-    #[test]
-    fn the_redirect_goes_behind_either_nop_and_behind_endbr64_sealed_or_not() {
-        let body = [0x55, 0x48, 0x89, 0xe5, 0x5d, 0xc3];
-        for (head, offset) in [
-            (NOP5.to_vec(), 5),
-            ([0x66, 0x66, 0x66, 0x66, 0x90].to_vec(), 5),
-        ]
-        .into_iter()
-        .chain(ENDBRS.map(|endbr| ([endbr.as_slice(), &NOP5].concat(), 9)))
-        {
-            let function = examined(&[head, body.to_vec()].concat()).unwrap();
-            assert_eq!(function.site.at, Gva(AT + offset));
-            assert_eq!(function.site.old, [0x55, 0x48, 0x89, 0xe5, 0x5d]);
-            assert_eq!(function.returns, Some(Returns::Plain));
-        }
-    }
-
-    #[test]
-    fn functions_that_cannot_be_redirected_are_refused_by_name() {
-        let with = |body: &[u8]| [NOP5.as_slice(), body].concat();
-        for (code, why) in [
-            (vec![0x90; 16], "ftrace's five-byte nop"),
-            (with(&[0x31, 0xc0, 0xc3]), "no room"),
-            (with(&[0x31, 0xc0, 0xc3, 0x90, 0x90, 0x90]), "it returns at"),
-            (with(&[0xcc, 0x90, 0x90, 0x90, 0x90, 0xc3]), "breakpoint"),
-            // jmp to far outside
-            (
-                with(&[0xe9, 0, 0, 0x10, 0, 0xc3]),
-                "redirected by someone else",
-            ),
-            // nops, then a short jump back to the second byte of what is overwritten
-            (
-                with(&[0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0xeb, 0xf9, 0xc3]),
-                "leads into the bytes",
-            ),
-        ] {
-            let (exit, said) = refusal(&code);
-            assert_eq!(exit, ExitCode::NotApplicable, "{said}");
-            assert!(said.contains(why), "{said} does not say {why}");
-        }
-    }
-
-    #[test]
-    fn a_redirect_of_ours_is_known_by_its_bytes_and_what_it_covers_is_looked_at() {
-        let body = |bytes: [u8; 5]| [NOP5.as_slice(), &bytes, &[0x5d, 0xc3]].concat();
-        let ours = InstalledRedirect {
-            patch: "first",
-            at: Gva(AT + 5),
-            jump: [0xe9, 0, 0, 0x10, 0],
-            original: [0x55, 0x48, 0x89, 0xe5, 0x90],
-        };
-        let function = examined_with(&body(ours.jump), Some(&ours)).unwrap();
-        assert_eq!(
-            (function.site.at, function.site.old),
-            (ours.at, ours.original)
-        );
-        for bytes in [ours.original, [0xe9, 1, 0, 0x10, 0]] {
-            let error = examined_with(&body(bytes), Some(&ours)).unwrap_err();
-            assert_eq!(error.exit_code(), ExitCode::Failed);
-            assert!(
-                error.to_string().contains("not as first wrote it"),
-                "{error}"
-            );
-        }
-        // Bytes that no redirect can have covered: the record of the patch is not true.
-        let liar = InstalledRedirect {
-            original: [0xc3; 5],
-            ..ours.clone()
-        };
-        let error = examined_with(&body(ours.jump), Some(&liar)).unwrap_err();
-        assert!(error.to_string().contains("no room"), "{error}");
-    }
-
-    #[test]
-    fn a_traced_function_is_to_be_tried_again() {
-        let body = [0xe8, 0, 0, 0, 0, 0x55, 0x48, 0x89, 0xe5, 0x5d, 0xc3];
-        for head in [&[][..], &ENDBRS[0], &ENDBRS[1], &ENDBRS[2], &ENDBRS[3]] {
-            let (exit, said) = refusal(&[head, &body].concat());
-            assert_eq!(exit, ExitCode::TryAgain, "{said}");
-            assert!(said.contains("traced"), "{said}");
-        }
-    }
-}
+mod tests;

@@ -10,7 +10,7 @@ use std::cell::{OnceCell, RefCell};
 
 use locus_guest::addr::{Gva, Range};
 use locus_kernel::modules::{
-    Module, ModuleReader, ModuleState, ModuleSymbol, Rewritten, MODULES_MAX,
+    Module, ModuleReader, ModuleState, ModuleSymbol, Rewritten, JUMP_LABEL, MODULES_MAX,
 };
 use locus_kernel::split_functions;
 use locus_kernel::{self as kernel, Kernel};
@@ -172,7 +172,7 @@ fn lock_prefixes(kernel: &Kernel<'_>, module: Gva) -> Result<Option<Vec<Rewritte
 fn rewritten(kernel: &Kernel<'_>) -> Vec<Rewritten> {
     [
         (
-            "jump label",
+            JUMP_LABEL,
             "__start___jump_table",
             "__stop___jump_table",
             16,

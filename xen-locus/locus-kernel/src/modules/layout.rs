@@ -3,6 +3,7 @@
 use locus_guest::addr::Gva;
 
 use super::ModuleState;
+use super::JUMP_LABEL;
 use crate::btf::Btf;
 use crate::{Error, Kernel};
 
@@ -258,7 +259,7 @@ fn rewritten(btf: &Btf) -> Result<Vec<TableLayout>, Error> {
     let mut found = Vec::new();
     // Sizes of `struct jump_entry` and `struct static_call_site`.
     for (what, table, count, entry) in [
-        ("jump label", "jump_entries", "num_jump_entries", 16),
+        (JUMP_LABEL, "jump_entries", "num_jump_entries", 16),
         (
             "static call",
             "static_call_sites",

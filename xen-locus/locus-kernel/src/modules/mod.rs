@@ -105,11 +105,14 @@ pub struct Module {
     gpl_exports: Option<(Gva, u64)>,
 }
 
+/// What [`Rewritten`] calls the branches of static keys (`struct jump_entry`, include/linux/jump_label.h).
+pub const JUMP_LABEL: &str = "jump label";
+
 /// A table of places in text that the kernel rewrites while it runs. Each entry begins with a
 /// 32-bit signed distance from the entry to the place, in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rewritten {
-    /// What is at the places: `jump label` or `static call`.
+    /// What is at the places: [`JUMP_LABEL`] or `static call`.
     pub what: &'static str,
     /// Where the table is, in guest virtual addresses.
     pub table: Range,
