@@ -24,6 +24,7 @@ use crate::operation::Operation;
 use crate::plan::{self, Plan, Stack};
 use crate::quiesce::{Watch, Watched};
 use crate::storage::journal::Change;
+use crate::target::conflicts;
 use crate::target::redirect;
 use crate::target::symbols::Object;
 use crate::write::Write;
@@ -118,6 +119,7 @@ struct Gate {
 
 impl Gate {
     fn prepare(kernel: &Kernel<'_>, patch: &str, threads: &[Thread]) -> Result<Gate> {
+        conflicts::check_unguarded(kernel)?;
         let mut arena = Arena::read(kernel)?;
         let residents = plan::resolve_interrupted(kernel, &mut arena)?;
         let entry = kernel.function(FUNCTION, 0)?;

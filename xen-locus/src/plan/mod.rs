@@ -24,6 +24,7 @@ use crate::error::{Error, Result};
 use crate::link::image::Image;
 use crate::link::layout::ImageLayout;
 use crate::quiesce::Watch;
+use crate::target::conflicts;
 use crate::target::modules_present;
 use crate::write::Write;
 
@@ -149,9 +150,10 @@ pub fn prepare(
 ///
 /// # Errors
 /// [`Class::Failed`](crate::error::Class::Failed): another patch lies on it, a module that it changed is gone, or a redirect
-/// is not as it was written.
+/// is not as it was written. [`Class::NotApplicable`](crate::error::Class::NotApplicable): a module of the guest would panic.
 pub fn undo(kernel: &Kernel<'_>, stack: &Stack<'_>, resident: &Resident) -> Result<Plan> {
     stack.check_on_top(kernel, resident)?;
+    conflicts::check_unguarded(kernel)?;
     let record = &resident.record;
     if let Some(why) = modules_present::gone(kernel, record)? {
         return Err(Error::failed(format!(

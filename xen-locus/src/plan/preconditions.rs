@@ -17,6 +17,7 @@ use crate::arena::Resident;
 use crate::error::{Error, Result};
 use crate::link::image;
 use crate::target::compat;
+use crate::target::conflicts;
 use crate::target::modules_present;
 use crate::target::symbols::GuestSymbols;
 
@@ -53,6 +54,7 @@ type Precondition = fn(&Candidate<'_, '_>) -> Result<()>;
 const PRECONDITIONS: &[Precondition] = &[
     is_built_for_this_release,
     is_built_for_this_build_id,
+    nothing_guards_the_code,
     has_this_kernels_klp_structures,
     uses_supported_features,
     superseded_patches_hold,
@@ -163,6 +165,11 @@ fn is_built_for_this_build_id(candidate: &Candidate<'_, '_>) -> Result<()> {
         hex::encode(wanted),
         found.map_or_else(|| "none".into(), hex::encode)
     )))
+}
+
+/// No module of the guest panics when the kernel's code changes.
+fn nothing_guards_the_code(candidate: &Candidate<'_, '_>) -> Result<()> {
+    conflicts::check_unguarded(candidate.kernel)
 }
 
 /// Its `struct klp_patch` and the structures in it are laid out as the kernel's.

@@ -46,6 +46,32 @@ fn each_precondition_names_what_does_not_fit() {
 }
 
 #[test]
+fn a_guest_whose_code_is_guarded_by_lkrg_is_left_alone_both_ways() {
+    for name in ["lkrg", "p_lkrg"] {
+        let guest = Guest::new();
+        // A module of this name, and a patch in force.
+        guest.applied(&payload(name, &[B]));
+        let refused = |error: Error| {
+            assert_eq!(error.class(), Class::NotApplicable, "{error}");
+            let said = error.to_string();
+            assert!(
+                said.contains(&format!("module {name} (LKRG)")) && said.contains("panics"),
+                "{said}"
+            );
+        };
+        for mode in [Mode::Apply, Mode::Replace] {
+            refused(prepared(&guest, &payload("one", &[A]), mode).unwrap_err());
+        }
+        let residents = guest.residents().unwrap();
+        let stack = Stack::new(&residents);
+        refused(undo(&guest.kernel(), &stack, &residents[0]).unwrap_err());
+    }
+    let guest = Guest::new();
+    guest.applied(&payload("lkrg_not", &[B]));
+    ready(&guest, &payload("one", &[A]), Mode::Apply);
+}
+
+#[test]
 fn nothing_is_written_while_a_payload_is_prepared() {
     let guest = Guest::new();
     guest.left.set(0);
