@@ -127,7 +127,7 @@ impl<'s, 'k, 'm> StackScan<'s, 'k, 'm> {
             return Ok(());
         }
         let task = current.map(|k| &k.task);
-        if let Some((watched, offset)) = tasks.watch.hit(vcpu.rip.0) {
+        if let Some((watched, offset)) = tasks.watch.runs_in(vcpu.rip.0) {
             self.report(task, Reason::Running, &watched.name, offset);
         }
         let rsp = vcpu.rsp;

@@ -81,6 +81,19 @@ impl Watch {
             .map(|(w, _)| (w, word - w.range.start.0))
     }
 
+    /// As [`Watch::hit`], for the address `rip` of the instruction that a CPU is at. There the first byte counts too. The
+    /// CPU enters the function by the redirect, unless it waits for a device model with an instruction that it has read
+    /// already. Then Xen completes that instruction, and the CPU goes on behind it, within the redirect
+    /// (xen/arch/x86/hvm/emulate.c: `struct hvmemul_cache`).
+    #[must_use]
+    pub fn runs_in(&self, rip: u64) -> Option<(&Watched, u64)> {
+        let first = || {
+            let (watched, _) = self.hit(rip.checked_add(1)?)?;
+            Some((watched, rip.checked_sub(watched.range.start.0)?))
+        };
+        self.hit(rip).or_else(first)
+    }
+
     /// The hits among the 64-bit words of `stack`.
     pub(super) fn hits<'w>(&'w self, stack: &'w [u8]) -> impl Iterator<Item = (&'w Watched, u64)> {
         // Most words are far from all ranges. Two comparisons show that.

@@ -48,6 +48,23 @@ fn user_mode_can_not_hide_a_task_that_is_in_the_kernel_on_another_cpu() {
 }
 
 #[test]
+fn a_cpu_at_the_first_byte_is_in_the_way_and_a_pointer_to_there_is_not() {
+    with_guest(|guest, steps| {
+        guest.enter(42, false);
+        steps.scan_off_cpu().unwrap();
+        // What the idle task passes on: the address of the function.
+        let idle = idle_inside(guest);
+        guest.poke(Gva(idle.stack.end.0 - 0x80), &PATCHED.0.to_le_bytes());
+        let mut vcpus = guest.world.vcpus.clone();
+        let look = |vcpus: &[Vcpu]| blocked(steps.look(vcpus, true, &|| false).unwrap());
+        assert_eq!(look(&vcpus), NOBODY);
+        // Its CPU may wait there for a device model.
+        vcpus.iter_mut().find(|v| !v.user).unwrap().rip = PATCHED;
+        assert_eq!(look(&vcpus), [0]);
+    });
+}
+
+#[test]
 fn a_task_whose_cpu_went_down_is_scanned() {
     with_guest(|guest, steps| {
         guest.enter(42, false);

@@ -46,6 +46,23 @@ fn a_watched_range_is_hit_behind_its_first_byte_and_up_to_its_end() {
 }
 
 #[test]
+fn a_cpu_at_the_first_byte_of_a_watched_range_is_in_it() {
+    let watched = |start, name: &str| Watched {
+        range: Range::new(Gva(start), 5),
+        name: name.into(),
+    };
+    let watch = Watch::of(vec![watched(0x2000, "b"), watched(0x1000, "a")]);
+    let name = |rip| watch.runs_in(rip).map(|(w, offset)| (&*w.name, offset));
+    assert_eq!(name(0xfff), None);
+    assert_eq!(name(0x1000), Some(("a", 0)));
+    assert_eq!(name(0x1001), Some(("a", 1)));
+    assert_eq!(name(0x1005), Some(("a", 5)));
+    assert_eq!(name(0x1006), None);
+    assert_eq!(name(0x2000), Some(("b", 0)));
+    assert_eq!(name(u64::MAX), None);
+}
+
+#[test]
 fn a_return_address_that_is_a_trampoline_s_first_byte_is_a_hit() {
     let watch = Watch::of(vec![trampoline(Gva(0x1000), 0x20, "return_to_handler")]);
     assert!(watch.hit(0xfff).is_none());
