@@ -4,6 +4,7 @@
 //! `patches/test/` has a payload for each behaviour. Its new functions report in a file of `/proc` what they found.
 
 mod behaviour;
+mod heads;
 mod own;
 mod refused;
 mod subject;
@@ -35,6 +36,13 @@ pub const SCENARIOS: &[Scenario] = &[
             "the kernel's own livepatches, built unchanged, work or are refused for the right reason",
         profile: &PV1,
         run: |ctx| own::run(ctx, Kind::Pv),
+    },
+    Scenario {
+        name: "sealed-trixie-pv",
+        summary: "functions that the kernel sealed, that begin with a tail call or only return, are replaced; \
+                  what the guest itself does with a sealed one is told",
+        profile: &PV1,
+        run: heads::run,
     },
     Scenario {
         name: "loader-pvh",
@@ -130,6 +138,10 @@ const BEHAVIOURS: &[(&str, Behaviour)] = &[
     ("stack traces", behaviour::stacks),
     ("same names", behaviour::same_names),
     ("module function", behaviour::module_function),
+    ("sealed function", heads::sealed),
+    ("sealed function of a module", heads::module_sealed),
+    ("tail call", heads::tail_call),
+    ("only a return", heads::only_return),
     ("300 functions", behaviour::many),
     ("1 MiB of data", behaviour::big),
     ("refusals", refused::all),
