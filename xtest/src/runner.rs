@@ -370,11 +370,16 @@ impl Bed<'_> {
         let down = dom0.is_down();
         // A crashed guest explains more than the command that could not reach it.
         let crashed = match &result {
-            Err(verdict) if !down && !matches!(verdict, Verdict::Skip(_)) => running.ctx.crashed(),
-            _ => Vec::new(),
+            Err(Verdict::Skip(_)) => Vec::new(),
+            _ if down => Vec::new(),
+            _ => running.ctx.crashed(),
         };
-        if let (Err(verdict), false) = (&result, crashed.is_empty()) {
-            let text = format!("{verdict}\ncrashed: {}", crashed.join("; "));
+        if !crashed.is_empty() {
+            let said = match &result {
+                Err(verdict) => verdict.to_string(),
+                Ok(()) => "it ended well, but not for all guests".to_owned(),
+            };
+            let text = format!("{said}\ncrashed: {}", crashed.join("; "));
             result = Err(Verdict::Crash(text));
         }
         let new = running.consoles.peek_xen().0;

@@ -228,7 +228,9 @@ impl Ctx {
 
     /// The lines of `xl list` about guests that have crashed.
     pub(crate) fn crashed(&self) -> Vec<String> {
-        let Ok(list) = self.dom0.sh("xl list") else {
+        // Without xenstored it would wait for ever.
+        let cmd = "[ -S /run/xenstored/socket ] && timeout 60 xl list";
+        let Ok(list) = self.dom0.sh(cmd) else {
             return Vec::new();
         };
         let dead = |state: &str| state.contains('c') || state.contains('s');

@@ -116,5 +116,6 @@ pub fn recover_dies(ctx: &mut Ctx, kind: Kind, step: u32) -> Result<(), Verdict>
         "{name}: recover, killed at place 1 to {nth}: {} kills",
         tally.kills
     );
+    check!(tally.kills > 0, "recover was never killed");
     Ok(())
 }

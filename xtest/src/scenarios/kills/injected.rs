@@ -7,6 +7,9 @@ use crate::guest::Kind;
 use crate::scenario::Ctx;
 use crate::verdict::Verdict;
 
+/// The fewest places of an action at which something must have been done.
+const HITS: u32 = 3;
+
 /// Makes each action end at its first place, then further on in steps of `step` places, until the action
 /// has no such place and ends by itself. `what` is done at the place: `kill`, `stop` or `fail`.
 pub fn injected(
@@ -34,7 +37,7 @@ pub fn injected_with(
         let mut tally = Tally::default();
         let name = subject.guest.name.clone();
         let command = action.command(&name);
-        let mut nth = 1;
+        let (mut nth, mut hits) = (1, 0);
         loop {
             subject.prepare(ctx, action.before)?;
             let cmd = format!(
@@ -56,6 +59,7 @@ pub fn injected_with(
             if !hit {
                 break;
             }
+            hits += 1;
             // The other times the next run recovers by itself.
             if nth % 2 == 0 {
                 subject.recover(ctx, &mut tally)?;
@@ -70,6 +74,10 @@ pub fn injected_with(
         nothing_left(ctx)?;
         let action = action.name;
         eprintln!("{name}: {action}, {what} at place 1 to {nth}: {tally:?}");
+        check!(
+            hits >= HITS,
+            "{action} has {hits} such places only, up to {nth}: it shows nothing"
+        );
     }
     Ok(())
 }

@@ -121,6 +121,10 @@ fn destroy(ctx: &mut Ctx, kind: Kind, places: &[&str], delays: &[u32]) -> Result
         nothing_left(ctx, &when)?;
     }
     eprintln!("xtest: {}: {seen:?}", kind.name());
+    check!(
+        seen.iter().any(|s| !s.ends_with("rc 0")),
+        "each run was over before its guest was destroyed: {seen:?}"
+    );
 
     // A new guest of the same name has nothing of the old one.
     ctx.destroy_guest("victim")?;
