@@ -165,17 +165,18 @@ impl Payload {
             .filter(|s| s.role.is_placed() && s.size > 0)
     }
 
-    /// ELF indexes of the symbols of the kernel or of modules that placed code and data refer to, sorted.
+    /// ELF indexes of the symbols of the kernel or of modules that placed code and data refer to, or tables about them, sorted.
     #[must_use]
     pub fn needed_symbols(&self) -> Vec<usize> {
+        let refers = |role: &Role| role.is_placed() || role.is_table_of_code();
         let mut needed: Vec<usize> = self
             .sections
             .iter()
             .filter(|section| match section.role {
                 Role::KlpRela { target, .. } => {
-                    self.section(target).is_some_and(|t| t.role.is_placed())
+                    self.section(target).is_some_and(|t| refers(&t.role))
                 }
-                _ => section.role.is_placed(),
+                _ => refers(&section.role),
             })
             .flat_map(|section| section.relocs.iter())
             .filter(|reloc| {

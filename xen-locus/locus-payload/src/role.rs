@@ -110,6 +110,20 @@ impl Role {
         )
     }
 
+    /// True for tables about code that is placed, which a loader reads and which may name what the code does not: a static
+    /// key's symbol occurs in `__jump_table` alone.
+    #[must_use]
+    pub fn is_table_of_code(&self) -> bool {
+        matches!(
+            self,
+            Self::JumpTable
+                | Self::ExTable
+                | Self::BugTable
+                | Self::Altinstructions
+                | Self::StaticCalls
+        )
+    }
+
     /// True for code and data that only `module_init` and `module_exit` use. They are never placed.
     #[must_use]
     pub fn is_init_or_exit(&self) -> bool {

@@ -456,3 +456,27 @@ fn an_object_may_have_callbacks_only() {
         .any(|r| r.contains("callbacks have to be run")));
     assert!(reasons.iter().any(|r| r.contains("replaces no function")));
 }
+
+#[test]
+fn what_only_a_table_names_is_needed_too() {
+    for table in [
+        "__jump_table",
+        "__ex_table",
+        "__bug_table",
+        ".altinstructions",
+        ".altinstr_replacement",
+        ".static_call_sites",
+    ] {
+        let (mut elf, _) = Spec::default().elf();
+        let section = elf.section(table, ALLOC, &[0; 32]);
+        let key = elf.undefined("a_key");
+        elf.reloc(section, 8, R_PC32, key, 0);
+        let late = elf.symbol(".klp.sym.ext4.its_key,0", SHN_LIVEPATCH, 0, 0, 0);
+        let name = format!(".klp.rela.ext4.{table}");
+        elf.klp_rela(&name, section, &[(24, R_PC32, late, 0)]);
+        let needs = Payload::parse("x", &elf.build()).unwrap().summary().needs;
+        for name in ["a_key", "ext4:its_key,0"] {
+            assert!(needs.contains(&name.to_owned()), "{table}: {needs:?}");
+        }
+    }
+}
