@@ -17,6 +17,8 @@ use super::library::{self, functions};
 use super::registers::{down_or, vcpu_hvm, vcpu_pv};
 use super::{fault_point, Error};
 
+mod shadows;
+
 /// `HVM_SAVE_CODE(CPU)`: a macro, so `xenctrl-sys` has no constant for it
 /// (xen/include/public/arch-x86/hvm/save.h).
 pub(super) const HVM_SAVE_CPU: u16 = 2;
@@ -33,6 +35,7 @@ functions! {
         fn xc_vcpu_getcontext(*mut xc_interface, u32, u32, *mut vcpu_guest_context_any_t) -> c_int;
         fn xc_domain_hvm_getcontext_partial(*mut xc_interface, u32, u16, u16, *mut c_void, u32) -> c_int;
         fn xc_domain_get_pod_target(*mut xc_interface, u32, *mut u64, *mut u64, *mut u64) -> c_int;
+        fn xc_shadow_control(*mut xc_interface, u32, c_uint, *mut c_uint, c_uint) -> c_int;
         fn xc_domain_populate_physmap_exact(*mut xc_interface, u32, c_ulong, c_uint, c_uint, *mut xen_pfn_t) -> c_int;
     }
 }

@@ -33,6 +33,8 @@ pub struct PauseCalls<'c> {
     control: &'c Control,
     info: DomainInfo,
     method: CallMethod,
+    /// It is a PV domain, and Xen could record which pages it writes.
+    may_be_recorded: bool,
 }
 
 /// How Xen is called for a pause.
@@ -58,11 +60,7 @@ impl<'c> PauseCalls<'c> {
         written: &[Frame],
     ) -> Result<PauseCalls<'c>, Error> {
         match PauseMulticall::new(info, written) {
-            Some(calls) => Ok(PauseCalls {
-                control,
-                info: info.clone(),
-                method: CallMethod::Multicall(calls),
-            }),
+            Some(calls) => PauseCalls::by(control, info, CallMethod::Multicall(calls)),
             None => PauseCalls::one_by_one(control, info, written),
         }
     }
@@ -81,13 +79,24 @@ impl<'c> PauseCalls<'c> {
             GuestType::Pv => None,
             GuestType::Pvh | GuestType::Hvm => Some(ModifiedMemory::open()?),
         };
+        let method = CallMethod::OneByOne {
+            modified,
+            frames: written.to_vec(),
+        };
+        PauseCalls::by(control, info, method)
+    }
+
+    fn by(
+        control: &'c Control,
+        info: &DomainInfo,
+        method: CallMethod,
+    ) -> Result<PauseCalls<'c>, Error> {
+        let is_pv = info.kind == GuestType::Pv;
         Ok(PauseCalls {
             control,
             info: info.clone(),
-            method: CallMethod::OneByOne {
-                modified,
-                frames: written.to_vec(),
-            },
+            method,
+            may_be_recorded: is_pv && control.has_shadows(info.id)?.is_some(),
         })
     }
 
@@ -223,6 +232,16 @@ impl<'c> Pause<'c> {
             self.page.set_step(PauseStep::Writing);
         }
         Ok(runs)
+    }
+
+    /// Whether Xen may record which pages the domain writes, without those that are written from here: see
+    /// [`Control::has_shadows`].
+    ///
+    /// # Errors
+    /// Xen did not say.
+    pub fn is_recorded(&self) -> Result<bool, Error> {
+        let calls = self.calls;
+        Ok(calls.may_be_recorded && calls.control.has_shadows(calls.info.id)? == Some(true))
     }
 
     /// Time since the call that pauses.
