@@ -14,7 +14,7 @@ use crate::arena;
 use crate::error::{Error, Result};
 use crate::guard::worker::Guarded;
 use crate::guard::{self, Spot, Task};
-use crate::machine::{Guard, Machine, Paused};
+use crate::machine::{Guard, Machine, Paused, Writing};
 use crate::say;
 use crate::storage::journal::{Change, Intent, Journal};
 use crate::storage::kernel_cache::Cache;
@@ -170,7 +170,8 @@ impl MemoryMut for Domain<'_> {
         self.foreign.map_mut(frames)
     }
 
-    /// PV guests are moved by other means, if at all: Xen has no such call for them.
+    /// PV guests are moved by other means, if at all: Xen has no such call for them, and they are not changed meanwhile
+    /// ([`Machine::is_recorded`]).
     fn written(&self, frames: &[Frame]) -> std::result::Result<(), guest::Error> {
         match self.info.kind {
             GuestType::Pv => Ok(()),
@@ -255,6 +256,14 @@ impl Machine for Domain<'_> {
         self.ended.set(true);
     }
 
+    fn is_recorded(&self) -> Result<bool> {
+        Ok(match self.info.kind {
+            GuestType::Pv => self.control.has_shadows(self.info.id)? == Some(true),
+            // Xen is told what was written.
+            GuestType::Pvh | GuestType::Hvm => false,
+        })
+    }
+
     fn guard(&self, spots: &[Spot]) -> Result<Box<dyn Guard + '_>> {
         self.control.check_changes(&self.info)?;
         self.control.check_guest(self.info.id)?;
@@ -290,8 +299,14 @@ impl Paused for Pause<'_> {
         Ok(Pause::vcpus(self)?)
     }
 
-    fn writing(&self) -> std::result::Result<bool, guest::Error> {
-        Ok(Pause::writing(self)?)
+    fn writing(&self) -> std::result::Result<Writing, guest::Error> {
+        if Pause::is_recorded(self)? {
+            return Ok(Writing::IsRecorded);
+        }
+        Ok(match Pause::writing(self)? {
+            true => Writing::Begins,
+            false => Writing::IsShutDown,
+        })
     }
 
     fn elapsed(&self) -> std::time::Duration {

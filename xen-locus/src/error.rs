@@ -59,6 +59,10 @@ pub enum Cause {
     /// No quiescent moment was found.
     #[error(transparent)]
     Blocked(Box<Blocked>),
+    /// The guest is in the middle of a change of its own, or made one since the plan was made. Nothing was changed, and
+    /// a plan that is made anew may hold. The sentence says what it was.
+    #[error("{0}")]
+    Passing(String),
     /// A module that the payload changes is not loaded. The sentence says which.
     #[error("{0}")]
     NotLoaded(String),
@@ -142,6 +146,14 @@ impl Error {
         Error::said(Class::TryAgain, what)
     }
 
+    /// Of class [`Class::TryAgain`], because of what the guest does or just did: it is tried again by itself, as long as
+    /// there is time.
+    #[must_use]
+    pub fn passing(what: impl Into<String>) -> Error {
+        let said = format!("{}; nothing was changed", what.into());
+        Error::new(Class::TryAgain, Cause::Passing(said))
+    }
+
     /// Of class [`Class::NotApplicable`].
     #[must_use]
     pub fn not_applicable(what: impl Into<String>) -> Error {
@@ -198,6 +210,12 @@ impl Error {
             Cause::Blocked(blocked) => Some(blocked),
             _ => None,
         }
+    }
+
+    /// Whether the cause may pass by itself.
+    #[must_use]
+    pub fn is_passing(&self) -> bool {
+        matches!(self.cause(), Cause::Passing(_))
     }
 
     /// Whether the cause is that a module is not loaded.

@@ -20,6 +20,12 @@ pub trait Machine: Live + PagesMut {
     fn begin(&self, change: &Change) -> Result<()>;
     /// Notes that it is known how that ended.
     fn ended(&self);
+    /// Whether what is written to the guest from outside may be lost, because it is moved to another host as it runs and Xen
+    /// records only what the guest itself writes.
+    ///
+    /// # Errors
+    /// Xen does not say.
+    fn is_recorded(&self) -> Result<bool>;
     /// Prepares for pauses, in which nothing but `spots` will be changed: should this process die in one,
     /// the guest runs again, with all of them changed or none.
     ///
@@ -57,13 +63,24 @@ pub trait Guard {
     fn pause(&self) -> std::result::Result<Box<dyn Paused + '_>, Error>;
 }
 
+/// Whether a paused guest's memory may be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Writing {
+    /// It may.
+    Begins,
+    /// The guest has shut down: whoever saves it or moves it copies it now.
+    IsShutDown,
+    /// See [`Machine::is_recorded`].
+    IsRecorded,
+}
+
 /// A paused guest; unpauses when dropped.
 pub trait Paused {
     /// Registers of all virtual CPUs.
     fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, Error>;
-    /// Says that from now on the guest's memory is changed, which held until now what was to be replaced.
-    /// False, and it may not be, if the guest has shut down: whoever saves it or moves it copies it now.
-    fn writing(&self) -> std::result::Result<bool, Error>;
+    /// Says that from now on the guest's memory is changed, which held until now what was to be replaced; or why it may not
+    /// be.
+    fn writing(&self) -> std::result::Result<Writing, Error>;
     /// Time since the pause was asked for.
     fn elapsed(&self) -> Duration;
     /// Unpauses, and says how long the guest was paused. Whoever moves the guest as it runs knows then what was

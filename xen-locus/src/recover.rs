@@ -8,12 +8,13 @@ use std::fs::{self, File, TryLockError};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use locus_guest::addr::{Gva, Range};
 use locus_kernel::Kernel;
 use locus_xen::fault;
 use locus_xen::{Control, ForeignMemory, PauseStep, SharedPage};
 use serde::Serialize;
 
-use crate::apply::{self, Options};
+use crate::apply::{self, Options, Patience};
 use crate::arena::record::State;
 use crate::arena::{Arena, Resident};
 use crate::domain::Domain;
@@ -22,10 +23,12 @@ use crate::guard::finish_or_undo::{finish_or_undo, Counter as _, Outcome};
 use crate::guard::{self, Places, Task};
 use crate::machine::{self, Machine};
 use crate::operation::Operation;
-use crate::plan::{self, Plan, Stack};
+use crate::plan::conditions;
+use crate::plan::{self, Plan, Proposal, Stack};
 use crate::quiesce::{Watch, Watched};
 use crate::storage::journal::{Change, Intent, Journal};
-use crate::write::Write;
+use crate::target::kernel_locks;
+use crate::write::{Lock, Write};
 
 /// Longest wait for the guardian of a run that died.
 const GUARDIAN: Duration = Duration::from_secs(5);
@@ -348,10 +351,38 @@ fn roll_back(
     change: &Change,
     options: &Options,
 ) -> Result<()> {
+    let patience = Patience::new(options);
+    patience.keep_trying(|_| {
+        let plan = way_back(kernel, change)?;
+        apply::execute(machine, kernel, &plan, &patience).map(|_| ())
+    })
+}
+
+/// The plan that undoes `change`.
+fn way_back(kernel: &Kernel<'_>, change: &Change) -> Result<Plan> {
+    let unprobed = unprobed(change);
+    // An enabled kprobe changes bytes: it is the better reason.
+    conditions::check_unprobed(kernel, &change.patch, &unprobed)?;
     let space = kernel.space.fresh();
-    let mut writes = Vec::new();
+    let (mut links, mut redirects) = (Vec::new(), Vec::new());
+    for lock in [Lock::Modules, Lock::StaticKeys] {
+        if kernel.symbols.addr(lock.symbol()).is_some() {
+            links.push(kernel_locks::is_free(kernel, lock)?);
+        }
+    }
     for write in change.writes.iter().rev() {
         let found = space.read_vec(write.at, write.new.len())?;
+        if !write.changes() {
+            if found != write.expect {
+                return Err(Error::passing(format!(
+                    "what the change of {} relied on is not so any more: the bytes at {} are others (they tell whether a \
+                     module is there and live)",
+                    change.patch, write.at
+                )));
+            }
+            links.push(write.clone());
+            continue;
+        }
         let own = |((found, old), new): ((&u8, &u8), &u8)| found == old || found == new;
         if !found.iter().zip(&write.expect).zip(&write.new).all(own) {
             return Err(Error::uncertain(format!(
@@ -359,23 +390,58 @@ fn roll_back(
                 write.at
             )));
         }
-        writes.push(Write {
-            at: write.at,
+        redirects.push(Write {
             expect: found,
             new: write.expect.clone(),
+            ..write.clone()
         });
     }
     let watched = change.watched.iter().map(|w| Watched {
-        range: locus_guest::addr::Range::new(locus_guest::addr::Gva(w.start), w.len),
+        range: Range::new(Gva(w.start), w.len),
         name: w.name.clone(),
     });
-    let plan = Plan {
-        patch: change.patch.clone(),
-        writes,
-        watch: Watch::of(watched.collect()),
-        entry_only: None,
+    let proposal = Proposal {
+        patch: &change.patch,
+        unprobed,
+        links,
+        redirects,
+        ..Proposal::default()
     };
-    apply::execute(machine, kernel, &plan, options).map(|_| ())
+    Ok(Plan {
+        // As the journal has them.
+        watch: Watch::of(watched.collect()),
+        ..Plan::new(kernel, proposal)?
+    })
+}
+
+/// Where no kprobe may stand when `change` is undone: what it wrote, and the code that it is about. In front of what it wrote
+/// in a function only ftrace's nop is left.
+fn unprobed(change: &Change) -> Vec<Watched> {
+    let written: Vec<Range> = change
+        .writes
+        .iter()
+        .filter(|w| w.changes())
+        .map(|w| Range::new(w.at, w.new.len() as u64))
+        .collect();
+    let own = written.iter().map(|&range| Watched {
+        range,
+        name: change.patch.clone(),
+    });
+    let code = change.watched.iter().map(|w| {
+        let whole = Range::new(Gva(w.start), w.len);
+        let first = written
+            .iter()
+            .map(|r| r.start)
+            .find(|&at| whole.contains(at));
+        Watched {
+            range: Range {
+                start: first.unwrap_or(whole.start),
+                end: whole.end,
+            },
+            name: w.name.clone(),
+        }
+    });
+    code.chain(own).collect()
 }
 
 /// Removes the journal and the guards' files of the guest `uuid`, which is gone.

@@ -5,6 +5,7 @@ use locus_guest::space::Trail;
 use locus_guest::{MemoryMut, WindowMut};
 
 use crate::error::{Error, Result};
+use crate::machine::Writing;
 use crate::write::{Write, WRITE_MAX};
 
 /// A write and its pages.
@@ -58,41 +59,53 @@ pub(super) fn unmap_all(targets: &mut [Target<'_>]) {
 fn check_trail(trail: &Trail) -> Result<()> {
     match trail.holds()? {
         true => Ok(()),
-        false => Err(Error::try_again(
-            "the guest's page tables lead elsewhere than when the pages to be written were mapped (the \
-             guest remaps its own code?); nothing was changed",
+        false => Err(Error::passing(
+            "the guest's page tables lead elsewhere than when the pages to be written were mapped (the guest \
+             unloads a module, or remaps its own code?)",
         )),
     }
 }
 
-/// Checks that the guest's memory holds the bytes that are to be replaced, and that its page tables still lead there.
+/// Checks that the guest's memory holds the bytes that are to be replaced and those that conditions are about, and that its
+/// page tables still lead there.
+///
+/// # Errors
+/// [`Cause::Passing`](crate::error::Cause::Passing): the plan does not hold any more.
 pub(super) fn check_all(targets: &[Target<'_>], trail: &Trail) -> Result<()> {
     check_trail(trail)?;
     for target in targets {
         if !target.holds(&target.write.expect)? {
-            return Err(Error::try_again(format!(
-                "the bytes at {} changed since they were checked (the guest traces or patches \
-                 this function itself?); nothing was changed",
-                target.write.at
-            )));
+            return Err(Error::passing(target.write.broken()));
         }
     }
     Ok(())
+}
+
+/// The guest is moved as it runs.
+pub(super) fn is_recorded() -> Error {
+    Error::try_again(
+        "Xen runs this PV guest on shadows of its page tables: it is probably being moved to another host as it runs, and \
+         what is written to it now from outside would be missing there. Nothing was changed; try again when it has arrived",
+    )
 }
 
 /// Writes all targets or none. Calls `begin` after the checks and before the first write; it says whether to go on.
 pub(super) fn write_all(
     targets: &[Target<'_>],
     trail: &Trail,
-    begin: impl FnOnce() -> Result<bool>,
+    begin: impl FnOnce() -> Result<Writing>,
 ) -> Result<()> {
     check_all(targets, trail)?;
-    if !begin()? {
-        return Err(Error::try_again(
-            "the guest has shut down or is suspended (is it being saved or moved?); nothing was changed",
-        ));
+    match begin()? {
+        Writing::Begins => {}
+        Writing::IsRecorded => return Err(is_recorded()),
+        Writing::IsShutDown => {
+            return Err(Error::try_again(
+                "the guest has shut down or is suspended (is it being saved or moved?); nothing was changed",
+            ))
+        }
     }
-    let changed = || targets.iter().filter(|t| t.write.new != t.write.expect);
+    let changed = || targets.iter().filter(|t| t.write.changes());
     let written = changed().try_for_each(|t| t.put(&t.write.new));
     // What can't be read back is not known to be there.
     let is_there = |t: &Target<'_>, bytes: &[u8]| t.holds(bytes).unwrap_or(false);
@@ -124,6 +137,7 @@ mod tests {
 
     use super::*;
     use crate::error::ExitCode;
+    use crate::write::About;
     use locus_guest::addr::PAGE_LEN;
     use locus_guest::mock::MockMemory;
     use locus_guest::{self as guest, Window};
@@ -182,6 +196,7 @@ mod tests {
             at: Gva(0x1000),
             expect: OLD.to_vec(),
             new: NEW.to_vec(),
+            about: About::Text,
         };
         for &frame in &frames {
             memory.map_mut(&[frame]).unwrap().write(100, &OLD).unwrap();
@@ -211,7 +226,7 @@ mod tests {
                 }
             })
             .collect();
-        let result = write_all(&targets, &Trail::default(), || Ok(true));
+        let result = write_all(&targets, &Trail::default(), || Ok(Writing::Begins));
         let stands = [0, 1].map(|i| {
             let mut bytes = [0; 5];
             targets[i].window().unwrap().read(100, &mut bytes).unwrap();

@@ -4,6 +4,7 @@
 #![allow(clippy::cast_possible_truncation)] // small numbers
 
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -16,7 +17,7 @@ use locus_kernel::{Kernel, KernelCache, NoCache};
 use locus_payload::testelf::{Spec, R_64, VARS};
 use locus_payload::Payload;
 
-use super::{Guard, Machine, Paused};
+use super::{Guard, Machine, Paused, Writing};
 use crate::error::Result;
 use crate::guard::Spot;
 use crate::storage::journal::{Change, Intent};
@@ -56,6 +57,12 @@ pub(crate) struct Guest {
     pub(crate) ended: Cell<bool>,
     /// Pages of memory that it may be given yet.
     pub(crate) spare: Cell<u64>,
+    /// Whether it may be written in a pause.
+    pub(crate) writing: Cell<Writing>,
+    /// Xen records what it writes itself.
+    pub(crate) recorded: Cell<bool>,
+    /// What happens in the guest right before it is paused, the first time, the second time, and so on.
+    pub(crate) meanwhile: RefCell<VecDeque<Meanwhile>>,
     /// Calls: `begin`.
     pub(crate) trace: Trace,
     /// What a pause says of the time since it was asked for.
@@ -65,6 +72,8 @@ pub(crate) struct Guest {
     /// How many there were when the guardian was last told to let go.
     pub(crate) kept: Cell<Option<u32>>,
 }
+
+type Meanwhile = Box<dyn FnOnce(&Guest)>;
 
 impl Guest {
     pub(crate) fn new() -> Guest {
@@ -93,11 +102,41 @@ impl Guest {
             keeps_journal: Cell::new(false),
             ended: Cell::new(false),
             spare: Cell::new(240),
+            writing: Cell::new(Writing::Begins),
+            recorded: Cell::new(false),
+            meanwhile: RefCell::default(),
             trace: Trace::default(),
             pause_takes: Cell::default(),
             writable: Rc::default(),
             kept: Cell::default(),
         }
+    }
+
+    /// Does this before the next pause for which nothing is to be done yet.
+    pub(crate) fn meanwhile(&self, what: impl FnOnce(&Guest) + 'static) {
+        self.meanwhile.borrow_mut().push_back(Box::new(what));
+    }
+
+    /// Address of a variable of its kernel.
+    pub(crate) fn variable(&self, name: &str) -> u64 {
+        self.kernel().symbols.need(name).unwrap().0
+    }
+
+    /// Registers kprobe number `n`, which is below eight, at `at`. It is disabled: no byte there changes.
+    pub(crate) fn add_kprobe(&self, n: u64, at: u64) {
+        let list = self.variable("kprobe_table") + 8 * n;
+        let probe = self.variable("some_kprobes") + 64 * n;
+        let first: [u8; 8] = self.peek(list);
+        self.poke(probe, &first);
+        self.poke(probe + 40, &at.to_le_bytes());
+        self.poke(list, &probe.to_le_bytes());
+    }
+
+    /// Removes kprobe number `n`, the last one that was added to its list.
+    pub(crate) fn remove_kprobe(&self, n: u64) {
+        let list = self.variable("kprobe_table") + 8 * n;
+        let next: [u8; 8] = self.peek(self.variable("some_kprobes") + 64 * n);
+        self.poke(list, &next);
     }
 
     /// Removes the journal if it is known how the run ended.
@@ -237,6 +276,10 @@ impl Guard for Unguarded<'_> {
     }
 
     fn pause(&self) -> std::result::Result<Box<dyn Paused + '_>, guest::Error> {
+        let next = self.0.meanwhile.borrow_mut().pop_front();
+        if let Some(next) = next {
+            next(self.0);
+        }
         Ok(Box::new(Pause(self.0, Instant::now())))
     }
 }
@@ -248,8 +291,8 @@ impl Paused for Pause<'_> {
         Ok(self.0.world.vcpus.clone())
     }
 
-    fn writing(&self) -> std::result::Result<bool, guest::Error> {
-        Ok(true)
+    fn writing(&self) -> std::result::Result<Writing, guest::Error> {
+        Ok(self.0.writing.get())
     }
 
     fn elapsed(&self) -> Duration {
@@ -298,6 +341,10 @@ impl Machine for Guest {
         if !self.keeps_journal.get() {
             self.close();
         }
+    }
+
+    fn is_recorded(&self) -> Result<bool> {
+        Ok(self.recorded.get())
     }
 
     fn guard(&self, _: &[Spot]) -> Result<Box<dyn Guard + '_>> {

@@ -15,19 +15,20 @@ use locus_guest::addr::{Gva, Range, PAGE_SIZE};
 use locus_kernel::{tasks, Kernel};
 
 use self::gate::{Calls, Thread, FUNCTION, THREADS_MAX};
-use crate::apply::{self, Done, Options, Outcome, Report};
+use crate::apply::{self, Done, Options, Outcome, Patience, Report};
 use crate::arena::{self, Arena, Rights};
 use crate::blocker::{Blocker, Reason};
 use crate::error::{Class, Error, Result};
 use crate::machine::Machine;
 use crate::operation::Operation;
-use crate::plan::{self, Plan, Stack};
+use crate::plan::conditions::Entry;
+use crate::plan::{self, Plan, Proposal, Stack};
 use crate::quiesce::{Watch, Watched};
 use crate::storage::journal::Change;
 use crate::target::conflicts;
 use crate::target::redirect;
 use crate::target::symbols::Object;
-use crate::write::Write;
+use crate::write::{About, Write};
 use crate::x86::{self, JUMP};
 
 /// Longest wait for a timer interrupt in the guest. An idle guest has several every second.
@@ -77,7 +78,7 @@ pub fn nudge(
     if options.dry_run {
         return Ok(nudged(asleep, 0, Outcome::WouldNudge, Done::default()));
     }
-    machine.begin(&gate.change(kernel))?;
+    apply::begin(machine, &gate.change(kernel))?;
     let passed = gate.pass(machine, kernel, options);
     let is_uncertain = |e: &Error| e.class() == Class::Uncertain;
     if !passed.as_ref().is_err_and(is_uncertain) {
@@ -113,8 +114,20 @@ struct Gate {
     first: usize,
     code: Vec<u8>,
     data: Vec<u8>,
-    up: Plan,
-    down: Plan,
+    patch: String,
+    /// The function that leads through it.
+    handler: Entry,
+    /// The addresses of that function.
+    room: Range,
+    /// Its bytes before, and the redirect.
+    bytes: [[u8; JUMP]; 2],
+}
+
+/// What is done with a gate.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    Up,
+    Down,
 }
 
 impl Gate {
@@ -129,7 +142,8 @@ impl Gate {
                 layers.owner()
             )));
         }
-        let site = redirect::examine(kernel, Object::Kernel, FUNCTION, entry, None)?.site;
+        let function = redirect::examine(kernel, Object::Kernel, FUNCTION, entry, None)?;
+        let site = function.site;
         let code = kernel.space.read_vec(site.at, JUMP + 15)?;
         let len = gate::displaced(&code, site.at).map_err(|why| {
             Error::not_applicable(format!(
@@ -151,42 +165,93 @@ impl Gate {
         )?);
         let jump = x86::jump(site.at, at)
             .ok_or_else(|| Error::failed(format!("{at} is out of reach of {FUNCTION}")))?;
-        let watched = |start: Gva, len: u64, name: &str| Watched {
-            range: Range::new(start, len),
-            name: name.into(),
-        };
-        let own = watched(text, page.len() as u64, "the gate");
-        let write = Write {
-            at: site.at,
-            expect: site.old.to_vec(),
-            new: jump.to_vec(),
-        };
-        let plan = |write: Write, watch: Vec<Watched>| Plan {
-            patch: patch.to_owned(),
-            writes: vec![write],
-            watch: Watch::new(kernel, watch),
-            entry_only: None,
-        };
-        let back = Write {
-            at: write.at,
-            expect: write.new.clone(),
-            new: write.expect.clone(),
-        };
-        let redirect = || watched(site.at, JUMP as u64, FUNCTION);
         Ok(Gate {
             first,
             code: page,
             data: gate::data(threads)?,
-            up: plan(write, vec![redirect()]),
-            down: plan(back, vec![redirect(), own]),
+            patch: patch.to_owned(),
+            handler: Entry {
+                at: entry,
+                site: site.at,
+                name: FUNCTION.to_owned(),
+            },
+            room: function.range,
+            bytes: [site.old, jump],
+        })
+    }
+
+    /// The redirect of the handler, or the way back.
+    fn write(&self, turn: Turn) -> Write {
+        let [old, new] = self.bytes;
+        let (expect, new) = match turn {
+            Turn::Up => (old, new),
+            Turn::Down => (new, old),
+        };
+        Write {
+            at: self.handler.site,
+            expect: expect.to_vec(),
+            new: new.to_vec(),
+            about: About::Text,
+        }
+    }
+
+    /// Where no thread may be at that moment.
+    fn watched(&self, turn: Turn) -> Vec<Watched> {
+        let watched = |start: Gva, len: u64, name: &str| Watched {
+            range: Range::new(start, len),
+            name: name.into(),
+        };
+        let text = arena::page_address(self.first);
+        let redirect = watched(self.handler.site, JUMP as u64, FUNCTION);
+        match turn {
+            Turn::Up => vec![redirect],
+            Turn::Down => vec![redirect, watched(text, self.code.len() as u64, "the gate")],
+        }
+    }
+
+    fn plan(&self, kernel: &Kernel<'_>, turn: Turn) -> Result<Plan> {
+        let mut unprobed = self.watched(turn);
+        let start = self.handler.site;
+        unprobed.push(Watched {
+            range: Range { start, ..self.room },
+            name: FUNCTION.to_owned(),
+        });
+        let proposal = Proposal {
+            patch: &self.patch,
+            // The way back leaves the nop as it is.
+            untraced: match turn {
+                Turn::Up => vec![self.handler.clone()],
+                Turn::Down => Vec::new(),
+            },
+            unprobed,
+            redirects: vec![self.write(turn)],
+            watched: self.watched(turn),
+            ..Proposal::default()
+        };
+        Plan::new(kernel, proposal)
+    }
+
+    /// Makes the plan for this turn and carries it out.
+    fn turn(
+        &self,
+        machine: &dyn Machine,
+        kernel: &Kernel<'_>,
+        turn: Turn,
+        options: &Options,
+    ) -> Result<Done> {
+        let patience = Patience::new(options);
+        patience.keep_trying(|_| {
+            let plan = self.plan(kernel, turn)?;
+            apply::execute(machine, kernel, &plan, &patience)
         })
     }
 
     /// What the journal says while the gate is in place. `recover` takes the gate down by it.
     fn change(&self, kernel: &Kernel<'_>) -> Change {
-        let watched = self.down.watch.ranges().map(|(range, name)| (*range, name));
-        let (patch, writes) = (&self.up.patch, &self.up.writes);
-        Change::of(kernel, Operation::Nudge, patch, writes, watched)
+        let watched = Watch::new(kernel, self.watched(Turn::Down));
+        let watched = watched.ranges().map(|(range, name)| (*range, name));
+        let writes = [self.write(Turn::Up)];
+        Change::of(kernel, Operation::Nudge, &self.patch, &writes, watched)
     }
 
     /// Puts the gate in place, waits until a CPU has run through it, and takes it down. Returns how many threads were woken.
@@ -204,7 +269,7 @@ impl Gate {
         let window = machine
             .memory()
             .map(&arena.frames(Range::new(data, PAGE_SIZE))?)?;
-        let up = apply::execute(machine, kernel, &self.up, options)?;
+        let up = self.turn(machine, kernel, Turn::Up, options)?;
         let began = Instant::now();
         let mut woken = None;
         let mut seen = vec![0; self.data.len()];
@@ -220,7 +285,7 @@ impl Gate {
             interrupted: std::sync::Arc::default(),
             ..options.clone()
         };
-        let down = apply::execute(machine, kernel, &self.down, &patient).map_err(|error| {
+        let down = self.turn(machine, kernel, Turn::Down, &patient).map_err(|error| {
             Error::uncertain(format!(
                 "threads were woken through {FUNCTION}, which still leads through the arena: {error}. The \
                  guest can run with that; run `xen-locus recover`"
@@ -233,7 +298,7 @@ impl Gate {
         let woken = woken.ok_or_else(|| {
             Error::try_again(format!(
                 "{}: the guest handled no timer interrupt in {} s; no thread was woken, and nothing is changed",
-                self.up.patch,
+                self.patch,
                 TICK.as_secs()
             ))
         })?;

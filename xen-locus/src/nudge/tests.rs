@@ -67,3 +67,69 @@ fn a_handler_whose_first_instructions_can_not_be_moved_is_refused() {
     guest.poke(HANDLER + 5, &[0xeb, 0x10, 0x90, 0x90, 0x90, 0x90]);
     refused(&guest, "can't be entered");
 }
+
+/// A gate whose code is nowhere yet.
+fn gate(guest: &Guest) -> Gate {
+    let site = Gva(HANDLER + 5);
+    let old: [u8; JUMP] = guest.peek(site.0);
+    let jump = x86::jump(site, Gva(FUNCTIONS[A].1)).unwrap();
+    Gate {
+        first: 8,
+        code: vec![INT3; INTO],
+        data: Vec::new(),
+        patch: "one".into(),
+        handler: Entry {
+            at: Gva(HANDLER),
+            site,
+            name: FUNCTION.into(),
+        },
+        room: Range::new(Gva(HANDLER), 0x20),
+        bytes: [old, jump],
+    }
+}
+
+#[test]
+fn both_redirects_of_a_nudge_are_refused_where_a_kprobe_stands_and_while_one_comes() {
+    let guest = guest();
+    let gate = gate(&guest);
+    let site = gate.handler.site.0;
+    let turn = |turn| {
+        let options = crate::apply::mock::options(false);
+        gate.turn(&guest, &guest.kernel(), turn, &options)
+    };
+    for (which, after) in [(Turn::Up, gate.bytes[1]), (Turn::Down, gate.bytes[0])] {
+        let before: [u8; JUMP] = guest.peek(site);
+        let refused = |words: &str| {
+            let error = turn(which).unwrap_err();
+            assert_eq!(error.class(), Class::TryAgain, "{error}");
+            assert!(error.to_string().contains(words), "{error}");
+            assert_eq!(guest.peek::<JUMP>(site), before);
+        };
+        for at in [site, site + 6] {
+            guest.add_kprobe(4, at);
+            refused("a kprobe of the guest's own stands at");
+            guest.remove_kprobe(4);
+        }
+        guest.meanwhile(move |g| g.add_kprobe(4, site));
+        refused("added or removed a kprobe");
+        guest.remove_kprobe(4);
+        let lock = guest.variable("kprobe_mutex");
+        guest.meanwhile(move |g| g.poke(lock, &[8]));
+        refused("kprobe_mutex is held");
+        guest.poke(lock, &[0]);
+        turn(which).unwrap();
+        assert_eq!(guest.peek::<JUMP>(site), after);
+    }
+    // Up, the handler must not be traced. Down, that is no matter.
+    let nop: [u8; 5] = guest.peek(HANDLER);
+    guest.meanwhile(|g| g.poke(HANDLER, &[0xe8, 0, 0, 0, 0]));
+    let error = turn(Turn::Up).unwrap_err();
+    assert!(
+        error.to_string().contains("began or stopped to trace"),
+        "{error}"
+    );
+    guest.poke(HANDLER, &nop);
+    turn(Turn::Up).unwrap();
+    guest.poke(HANDLER, &[0xe8, 0, 0, 0, 0]);
+    turn(Turn::Down).unwrap();
+}

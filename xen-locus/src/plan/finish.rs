@@ -8,23 +8,20 @@ use super::lay_out::LaidOut;
 use super::place::{bytes_of, too_short, Placed};
 use super::preconditions::Fitted;
 use super::resolve::Resolved;
-use super::{stack, Plan, Prepared};
+use super::{conditions, stack, Plan, Prepared, Proposal};
 use crate::arena;
 use crate::arena::digests::{self, CodeDigests};
-use crate::arena::record::{Placement, Record};
+use crate::arena::record::{ModuleAt, Placement, Record};
 use crate::error::{Error, Result};
 use crate::link::fixups::KeyCount;
 use crate::link::image::Image;
 use crate::link::layout::ImageLayout;
 use crate::link::module::links::{self, ModuleLinks};
-use crate::quiesce::Watch;
-use crate::target::modules_present;
-use crate::write::Write;
 
 /// Completes the image by the links of its module entry and by the record, and makes the plan.
 ///
 /// # Errors
-/// [`Class::TryAgain`](crate::error::Class::TryAgain) while the guest loads or unloads a module or changes a static key.
+/// [`Cause::Passing`](crate::error::Cause::Passing) while the guest loads or unloads a module or changes a static key.
 /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): a function is out of reach, or the guest's lists are not
 /// as this tool knows them.
 pub fn finish(
@@ -45,7 +42,7 @@ pub fn finish(
     let entering = if entered {
         ModuleLinks::default()
     } else {
-        let uses: Vec<Gva> = resolved.depends.iter().map(|(_, at)| *at).collect();
+        let uses: Vec<Gva> = resolved.depends.iter().map(|m| m.at).collect();
         links::enter(fitted.kernel, &mut entry, &uses)?
     };
     image.put_module(&layout, &entry)?;
@@ -61,7 +58,7 @@ pub fn finish(
     };
     // Once the guest knows the entry, it writes its keys' changes into the payload itself.
     let keys = if entered { &[][..] } else { &image.keys };
-    let plan = plan(fitted, &record, entering, keys)?;
+    let plan = plan(fitted, &record, &resolved.depends, entering, keys)?;
     let superseded = fitted.stack.applied().iter().filter(|_| fitted.supersedes);
     let superseded = superseded.map(|&r| r.clone()).collect();
     Ok(Prepared {
@@ -125,39 +122,38 @@ fn put_record(image: &mut Image, place: Range<usize>, json: &[u8]) -> Result<()>
     Ok(())
 }
 
-/// The writes, in their order, and where no thread may be at that moment. `keys` are static keys whose counts the payload
-/// was linked for.
+/// The writes, in their order, and where no thread may be at that moment. `depends` are the modules that the payload needs,
+/// `keys` static keys whose counts it was linked for.
 fn plan(
     fitted: &Fitted<'_, '_>,
     record: &Record,
+    depends: &[ModuleAt],
     entering: ModuleLinks,
     keys: &[KeyCount],
 ) -> Result<Plan> {
     let (kernel, stack, supersedes) = (fitted.kernel, fitted.stack, fitted.supersedes);
-    // First of all: the modules must be there still.
-    let mut modules = record.objects.clone();
+    let functions = &record.functions;
+    let mut modules = depends.to_vec();
     if supersedes {
         let others = stack.applied().iter().flat_map(|r| &r.record.objects);
         modules.extend(others.cloned());
     }
-    let mut writes = modules_present::conditions(kernel, &modules)?;
-    writes.extend(keys.iter().map(|KeyCount { key, count }| Write {
-        at: *key,
-        expect: count.to_le_bytes().to_vec(),
-        new: count.to_le_bytes().to_vec(),
-    }));
-    writes.extend(entering.writes);
-    writes.extend(stack.writes(&record.functions, supersedes));
     let mut watched = entering.watched;
     let entry_only = (record.entry_only && !supersedes).then(|| {
-        let redirects = stack::redirects(&record.functions);
-        Watch::new(kernel, watched.iter().cloned().chain(redirects).collect())
+        let redirects = stack::redirects(functions);
+        watched.iter().cloned().chain(redirects).collect()
     });
-    watched.extend(stack.watched(&record.functions, supersedes));
-    Ok(Plan {
-        patch: record.name.clone(),
-        writes,
-        watch: Watch::new(kernel, watched),
+    watched.extend(stack.watched(functions, supersedes));
+    let proposal = Proposal {
+        patch: &record.name,
+        modules,
+        keys,
+        untraced: conditions::entries(functions).collect(),
+        unprobed: stack.unprobed(functions, supersedes),
+        links: entering.writes,
+        redirects: stack.writes(functions, supersedes),
+        watched,
         entry_only,
-    })
+    };
+    Plan::new(kernel, proposal)
 }

@@ -13,12 +13,11 @@
 //!
 //! [`stack`] knows which patches lie on which, [`interrupted`] what became of a change that a run left under way.
 
-use locus_guest::addr::Gva;
 use locus_kernel::Kernel;
 use locus_payload::Payload;
 
 use self::preconditions::Candidate;
-use crate::arena::record::Record;
+use crate::arena::record::{ModuleAt, Record};
 use crate::arena::{Arena, Resident};
 use crate::error::{Error, Result};
 use crate::link::image::Image;
@@ -26,8 +25,9 @@ use crate::link::layout::ImageLayout;
 use crate::quiesce::Watch;
 use crate::target::conflicts;
 use crate::target::modules_present;
-use crate::write::Write;
+use crate::write::{About, Write};
 
+pub mod conditions;
 mod finish;
 pub mod interrupted;
 mod lay_out;
@@ -36,6 +36,7 @@ mod preconditions;
 mod resolve;
 pub mod stack;
 
+pub use conditions::Proposal;
 pub use stack::{Layers, Mode, Stack};
 
 /// A change of the guest's text and data that takes effect as a whole.
@@ -77,9 +78,9 @@ pub struct Prepared {
     pub superseded: Vec<Resident>,
     /// The change of the guest's text and data.
     pub plan: Plan,
-    /// Modules whose functions it replaces or whose symbols it uses, payloads applied before among them: name and
-    /// address of the `struct module`. None of them may be unloaded while it is applied.
-    pub depends: Vec<(String, Gva)>,
+    /// Modules whose functions it replaces or whose symbols it uses, payloads applied before among them. None of them may
+    /// be unloaded while it is applied.
+    pub depends: Vec<ModuleAt>,
 }
 
 /// What [`prepare`] found.
@@ -150,7 +151,8 @@ pub fn prepare(
 ///
 /// # Errors
 /// [`Class::Failed`](crate::error::Class::Failed): another patch lies on it, a module that it changed is gone, or a redirect
-/// is not as it was written. [`Class::NotApplicable`](crate::error::Class::NotApplicable): a module of the guest would panic.
+/// is not as it was written. [`Class::TryAgain`](crate::error::Class::TryAgain): a condition of [`conditions`] does not hold.
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): a module of the guest would panic.
 pub fn undo(kernel: &Kernel<'_>, stack: &Stack<'_>, resident: &Resident) -> Result<Plan> {
     stack.check_on_top(kernel, resident)?;
     conflicts::check_unguarded(kernel)?;
@@ -160,22 +162,28 @@ pub fn undo(kernel: &Kernel<'_>, stack: &Stack<'_>, resident: &Resident) -> Resu
             "{why}: its redirects went with it, and nothing is written where they were"
         )));
     }
+    let unprobed = conditions::unprobed_of(record);
+    // It changes the first byte of a redirect while it is enabled: it is the better reason.
+    conditions::check_unprobed(kernel, &record.name, &unprobed)?;
     stack.check_holds(kernel, resident)?;
-    let mut writes = modules_present::conditions(kernel, &record.objects)?;
-    writes.extend(record.functions.iter().map(|f| Write {
+    let redirects = record.functions.iter().map(|f| Write {
         at: f.site,
         expect: f.new_bytes.to_vec(),
         new: f.old_bytes.to_vec(),
-    }));
-    Ok(Plan {
-        patch: record.name.clone(),
-        writes,
+        about: About::Text,
+    });
+    let entry_only = || stack::redirects(&record.functions).collect();
+    let proposal = Proposal {
+        patch: &record.name,
+        modules: record.objects.clone(),
+        unprobed,
+        redirects: redirects.collect(),
         // No thread may be in the payload's code: in a replacement, or in a function that only it calls.
-        watch: Watch::new(kernel, stack::code_of(record)),
-        entry_only: record
-            .entry_only
-            .then(|| Watch::new(kernel, stack::redirects(&record.functions).collect())),
-    })
+        watched: stack::code_of(record),
+        entry_only: record.entry_only.then(entry_only),
+        ..Proposal::default()
+    };
+    Plan::new(kernel, proposal)
 }
 
 #[cfg(test)]

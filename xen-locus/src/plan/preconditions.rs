@@ -9,15 +9,18 @@
 
 use std::ops::Deref;
 
+use locus_guest::addr::Range;
 use locus_kernel::Kernel;
 use locus_payload::Payload;
 
-use super::stack::{Mode, Stack};
+use super::conditions;
+use super::stack::{self, Mode, Stack};
 use crate::arena::Resident;
 use crate::error::{Error, Result};
 use crate::link::image;
 use crate::target::compat;
 use crate::target::conflicts;
+use crate::target::kprobes::Kprobes;
 use crate::target::modules_present;
 use crate::target::symbols::GuestSymbols;
 
@@ -96,7 +99,7 @@ impl<'a, 'm> Candidate<'a, 'm> {
 ///
 /// # Errors
 /// [`Class::Failed`](crate::error::Class::Failed): another payload of this name is applied; or this one, but a module that
-/// it changed is gone, or it would have to supersede itself.
+/// it changed is gone, its redirects are not as they were written, or it would have to supersede itself.
 pub fn applied_already(
     kernel: &Kernel<'_>,
     stack: &Stack<'_>,
@@ -129,7 +132,33 @@ pub fn applied_already(
             payload.name
         )));
     }
+    has_not_drifted(kernel, stack, same)?;
     Ok(Some((*same).clone()))
+}
+
+/// The redirects of `patch`, or of those that lie on it, are as they were written. Else it can't be said that it is applied.
+fn has_not_drifted(kernel: &Kernel<'_>, stack: &Stack<'_>, patch: &Resident) -> Result<()> {
+    let Some((owner, function)) = stack.displaced(kernel, patch)? else {
+        return Ok(());
+    };
+    let (name, site) = (&function.name, function.site);
+    let found = hex::encode(stack::bytes_at(kernel, site)?);
+    let expected = hex::encode(function.new_bytes);
+    let drifted = format!(
+        "payload {} was applied and has drifted: in {name} at {site} expected the redirect {expected} of {owner}, found \
+         {found}",
+        patch.record.name
+    );
+    let place = Range::new(site, function.new_bytes.len() as u64);
+    Err(match Kprobes::read(kernel)?.in_range(place) {
+        Some(at) => Error::try_again(format!(
+            "{drifted}; a kprobe of the guest's own stands at {at}: remove it in the guest and try again"
+        )),
+        None => Error::failed(format!(
+            "{drifted}; the guest or another tool changed it. Undo that where it was done, or reboot the guest and apply \
+             the payload again; `verify` shows all that differs"
+        )),
+    })
 }
 
 /// Its vermagic is the kernel's: release, and options that change the layout of modules.
@@ -193,6 +222,9 @@ fn superseded_patches_hold(candidate: &Candidate<'_, '_>) -> Result<()> {
                 "{why}: so that payload can't be superseded, because nothing is written where its redirects were"
             )));
         }
+        // It changes the first byte of a redirect while it is enabled: it is the better reason.
+        let unprobed = conditions::unprobed_of(&patch.record);
+        conditions::check_unprobed(candidate.kernel, &patch.record.name, &unprobed)?;
         candidate.stack.check_holds(candidate.kernel, patch)?;
     }
     Ok(())

@@ -1,6 +1,7 @@
 //! What a payload's names mean in this guest: the functions that it replaces, and the modules that it uses.
 
 use locus_guest::addr::Gva;
+use locus_kernel::modules::Module;
 
 use super::preconditions::Fitted;
 use super::stack::Layers;
@@ -17,9 +18,8 @@ pub struct Resolved {
     pub draft: Draft,
     /// How the kernel's functions return, where that can be seen.
     pub returns: Option<Returns>,
-    /// Modules whose functions it replaces or whose symbols it uses, payloads applied before among them: name and
-    /// address of the `struct module`.
-    pub depends: Vec<(String, Gva)>,
+    /// Modules whose functions it replaces or whose symbols it uses, payloads applied before among them.
+    pub depends: Vec<ModuleAt>,
 }
 
 /// Resolves the payload's names.
@@ -31,20 +31,14 @@ pub fn resolve(fitted: &Fitted<'_, '_>) -> Result<Resolved> {
     let payload = fitted.payload;
     let (functions, returns) = functions(fitted)?;
     // By now the modules of the functions are used, and no other.
-    let objects = fitted.objects.used()?.into_iter().map(|m| ModuleAt {
-        name: m.name.clone(),
-        at: m.addr,
-        base: m.base,
-    });
-    let objects = objects.collect();
+    let objects = used(fitted)?;
     fitted.objects.look_up(payload)?;
-    let depends = fitted.objects.used()?.into_iter();
-    let depends: Vec<(String, Gva)> = depends.map(|m| (m.name.clone(), m.addr)).collect();
+    let depends = used(fitted)?;
     let is_payload = |at: &Gva| {
         let mut applied = fitted.stack.applied().iter();
         applied.any(|r| r.record.module == *at)
     };
-    let uses = depends.iter().map(|(_, at)| *at).filter(is_payload);
+    let uses = depends.iter().map(|m| m.at).filter(is_payload);
     Ok(Resolved {
         draft: Draft {
             name: payload.name.clone(),
@@ -59,6 +53,17 @@ pub fn resolve(fitted: &Fitted<'_, '_>) -> Result<Resolved> {
         returns,
         depends,
     })
+}
+
+/// The modules that were used until now.
+fn used(fitted: &Fitted<'_, '_>) -> Result<Vec<ModuleAt>> {
+    let used = fitted.objects.used()?.into_iter();
+    let at = |m: &Module| ModuleAt {
+        name: m.name.clone(),
+        at: m.addr,
+        base: m.base,
+    };
+    Ok(used.map(at).collect())
 }
 
 /// The functions that the payload replaces, and how the first of them that shows it returns.

@@ -11,12 +11,13 @@ use locus_kernel::modules::ModuleReader;
 use locus_kernel::Kernel;
 use locus_payload::Payload;
 
+use super::conditions;
 use crate::arena::record::{Function, Record, State};
 use crate::arena::Resident;
 use crate::error::{Error, Result};
 use crate::quiesce::Watched;
 use crate::target::redirect::{self, InstalledRedirect};
-use crate::write::Write;
+use crate::write::{About, Write};
 use crate::x86::JUMP;
 
 /// What becomes of the patches that are applied already.
@@ -285,6 +286,7 @@ impl<'r> Stack<'r> {
             at: f.site,
             expect: f.found.to_vec(),
             new: f.new_bytes.to_vec(),
+            about: About::Text,
         });
         let given_back = self
             .given_back(functions)
@@ -293,6 +295,7 @@ impl<'r> Stack<'r> {
                 at: layers.top.1.site,
                 expect: layers.top.1.new_bytes.to_vec(),
                 new: layers.bottom.old_bytes.to_vec(),
+                about: About::Text,
             });
         own.chain(given_back).collect()
     }
@@ -347,6 +350,22 @@ fn users(kernel: &Kernel<'_>, patch: &Resident, patches: &[&Resident]) -> Result
         }
     }
     Ok(users)
+}
+
+impl Stack<'_> {
+    /// Where no kprobe may stand when these writes are made: in what is written, and in what stops or begins to run.
+    #[must_use]
+    pub fn unprobed(&self, functions: &[Function], supersedes: bool) -> Vec<Watched> {
+        let mut all = self.watched(functions, supersedes);
+        all.extend(conditions::behind_redirects(functions));
+        if supersedes {
+            for layers in self.given_back(functions) {
+                let bottom = std::slice::from_ref(layers.bottom);
+                all.extend(conditions::behind_redirects(bottom));
+            }
+        }
+        all
+    }
 }
 
 /// The bytes of the redirects of `functions`, each with the name of its function.

@@ -61,6 +61,13 @@ impl Watch {
         }
     }
 
+    /// The same ranges and `more`, which are watched as they are.
+    #[must_use]
+    pub fn with(&self, more: Vec<Watched>) -> Watch {
+        let own = self.sorted.iter().map(|(watched, _)| watched.clone());
+        Watch::of(own.chain(more).collect())
+    }
+
     /// Whether a thread could go on at `word` in a watched range: the range, and the offset in it in bytes.
     ///
     /// The first byte is no such place: a thread that is there, or has a pointer to there, enters the

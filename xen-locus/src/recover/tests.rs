@@ -172,6 +172,7 @@ fn a_gate_that_still_stands_is_taken_down_by_the_journal() {
             at: Gva(at),
             expect: old.to_vec(),
             new: jump.to_vec(),
+            about: Default::default(),
         }],
         watched: Vec::new(),
     };

@@ -75,7 +75,7 @@ pub struct Change {
     pub record: String,
     /// What is done with it.
     pub op: Operation,
-    /// What is written, in that order.
+    /// What is written, in that order, with words that must be as they were when it is undone ([`Write::lasts`]).
     pub writes: Vec<Write>,
     /// Code that no thread may be in meanwhile.
     pub watched: Vec<Range>,
@@ -120,7 +120,7 @@ impl Change {
             sha256: String::new(),
             record: String::new(),
             op,
-            writes: writes.to_vec(),
+            writes: writes.iter().filter(|w| w.lasts()).cloned().collect(),
             watched: watched.collect(),
         }
     }
@@ -326,6 +326,7 @@ mod tests {
                     at: Gva(0xffff_ffff_8100_0005),
                     expect: vec![1; 5],
                     new: vec![2; 5],
+                    about: Default::default(),
                 }],
                 watched: vec![Range {
                     start: 0xffff_ffff_8100_0000,
@@ -397,5 +398,30 @@ mod tests {
         let error = journal.begin(&intent()).unwrap_err();
         assert_eq!(error.exit_code(), ExitCode::Failed);
         assert!(error.to_string().contains("nothing was changed"), "{error}");
+    }
+
+    #[test]
+    fn what_is_looked_at_anew_when_a_change_is_undone_is_not_noted() {
+        use crate::machine::mock::Guest;
+        use crate::write::{About, Lock};
+        let guest = Guest::new();
+        let redirect = intent().change.writes.remove(0);
+        let about = |about| Write::condition(Gva(8), vec![0; 8], about);
+        let module = about(About::Module("ext4".into()));
+        let all = [
+            about(About::Lock(Lock::Kprobes)),
+            about(About::Kprobes),
+            module.clone(),
+            about(About::StaticKey),
+            about(About::ModuleLists),
+            redirect.clone(),
+        ];
+        let none = std::iter::empty();
+        let change = Change::of(&guest.kernel(), Operation::Apply, "fix", &all, none);
+        assert_eq!(change.writes, [module, redirect]);
+        // Journals of earlier versions have no tags.
+        let bytes = postcard::to_stdvec(&change.writes).unwrap();
+        let read: Vec<Write> = postcard::from_bytes(&bytes).unwrap();
+        assert!(read.iter().all(|w| w.about == About::Text && w.lasts()));
     }
 }

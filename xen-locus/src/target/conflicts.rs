@@ -12,6 +12,7 @@ use locus_kernel::modules::ModuleReader;
 use locus_kernel::{list, Kernel};
 
 use crate::error::{Error, Result};
+use crate::target::kprobes::Kprobes;
 
 /// Sections of the kernel's text whose functions can't be replaced: symbols at their start and end,
 /// and why.
@@ -37,8 +38,6 @@ const SECTIONS: [(&str, &str, &str); 4] = [
         "it is noinstr code, which runs while the kernel is entered or left and can't be traced",
     ),
 ];
-/// Lists of `kprobe_table` (`KPROBE_TABLE_SIZE`, kernel/kprobes.c).
-const KPROBE_LISTS: u64 = 64;
 /// Names, today's and a former one, of the module LKRG (Linux Kernel Runtime Guard, <https://lkrg.org>).
 const LKRG: [&str; 2] = ["lkrg", "p_lkrg"];
 /// Most elements of any of the lists looked at.
@@ -96,36 +95,9 @@ pub fn check_unguarded(kernel: &Kernel<'_>) -> Result<()> {
 /// The place of a kprobe of the guest's in `range`; none in a kernel without kprobes.
 ///
 /// # Errors
-/// The table of kprobes can't be read. [`Class::NotApplicable`](crate::error::Class::NotApplicable): it has no end, or
-/// the kernel's types don't say what is in it.
+/// As [`Kprobes::read`].
 pub fn kprobe(kernel: &Kernel<'_>, range: Range) -> Result<Option<Gva>> {
-    let Some(table) = kernel.symbols.addr("kprobe_table") else {
-        return Ok(None);
-    };
-    let btf = kernel.btf()?;
-    let link = btf.offset_of("kprobe", "hlist")?;
-    let addr = btf.offset_of("kprobe", "addr")?;
-    let space = &kernel.space;
-    let mut left = ELEMENTS_MAX;
-    for list in 0..KPROBE_LISTS {
-        // struct hlist_head and struct hlist_node begin with a pointer, which is null at the end.
-        let mut node = space.read_u64(table.plus(8 * list))?;
-        while node != 0 {
-            left = left.checked_sub(1).ok_or_else(|| {
-                Error::not_applicable(format!(
-                    "the guest's table of kprobes at {table} has no end within {ELEMENTS_MAX} kprobes, so it can't be \
-                     known where they are; expected fewer"
-                ))
-            })?;
-            let probe = Gva(node.wrapping_sub(link as u64));
-            let at = Gva(space.read_u64(probe.plus(addr as u64))?);
-            if range.contains(at) {
-                return Ok(Some(at));
-            }
-            node = space.read_u64(Gva(node))?;
-        }
-    }
-    Ok(None)
+    Ok(Kprobes::read(kernel)?.in_range(range))
 }
 
 /// What made a function's ftrace site call something.

@@ -12,7 +12,7 @@ use locus_kernel::Kernel;
 
 use crate::arena::record::{ModuleAt, Record};
 use crate::error::{Error, Result};
-use crate::write::Write;
+use crate::write::{About, Write};
 
 /// Why the functions that a payload replaced aren't there any more; `None` while they are.
 ///
@@ -45,7 +45,7 @@ pub fn gone(kernel: &Kernel<'_>, record: &Record) -> Result<Option<String>> {
 /// anything is written.
 ///
 /// # Errors
-/// [`Class::TryAgain`](crate::error::Class::TryAgain): one of `modules` is not in the guest's list at its place, or is not live.
+/// [`Cause::Passing`](crate::error::Cause::Passing): one of `modules` is not in the guest's list at its place, or is not live.
 /// It was there when the change was planned, so the guest loads or unloads it right now; the next attempt
 /// finds how that ended. Or the guest's modules can't be read.
 pub fn conditions(kernel: &Kernel<'_>, modules: &[ModuleAt]) -> Result<Vec<Write>> {
@@ -60,24 +60,21 @@ pub fn conditions(kernel: &Kernel<'_>, modules: &[ModuleAt]) -> Result<Vec<Write
             .iter()
             .find(|m| m.addr == wanted.at && m.base == wanted.base && m.name == wanted.name)
         else {
-            return Err(Error::try_again(format!(
-                "module {} was at {} in the guest, and is not there any more; nothing was changed",
+            return Err(Error::passing(format!(
+                "module {} was at {} in the guest, and is not there any more",
                 wanted.name, wanted.base
             )));
         };
         if module.state != ModuleState::Live {
-            return Err(Error::try_again(format!(
-                "module {} is {} in the guest right now, expected it to be live; nothing was changed",
+            return Err(Error::passing(format!(
+                "module {} is {} in the guest right now, expected it to be live",
                 wanted.name,
                 module.state.name().to_lowercase()
             )));
         }
         for (at, bytes) in reader.identity(module) {
-            let condition = Write {
-                at,
-                expect: bytes.clone(),
-                new: bytes,
-            };
+            let about = About::Module(wanted.name.clone());
+            let condition = Write::condition(at, bytes, about);
             // Several payloads may replace functions of one module.
             if !found.contains(&condition) {
                 found.push(condition);

@@ -272,8 +272,8 @@ impl<'k, 'm> GuestSymbols<'k, 'm> {
             )));
         };
         if found.module.state != ModuleState::Live {
-            return Err(Error::try_again(format!(
-                "module {name} is {} in the guest right now, expected it to be live; try again",
+            return Err(Error::passing(format!(
+                "module {name} is {} in the guest right now, expected it to be live",
                 found.module.state.name().to_lowercase()
             )));
         }
@@ -406,9 +406,8 @@ impl<'k, 'm> GuestSymbols<'k, 'm> {
                 self.uses(loaded);
                 Ok(Some(*at))
             }
-            (None, [(loaded, _)]) => Err(Error::try_again(format!(
-                "symbol {name} is exported by module {}, which is {} in the guest right now; try \
-                 again",
+            (None, [(loaded, _)]) => Err(Error::passing(format!(
+                "symbol {name} is exported by module {}, which is {} in the guest right now",
                 loaded.module.name,
                 loaded.module.state.name().to_lowercase()
             ))),

@@ -4,8 +4,8 @@ use locus_guest::addr::{Gva, PAGE_LEN};
 use locus_guest::GuestType;
 
 use super::types::{
-    self, COMM, CPU, ON_CPU, PID, SIGNAL, SP, STACK, START_TIME, STATE, TASKS, TASK_LEN, TGID,
-    THREAD_HEAD, THREAD_NODE,
+    self, COMM, CPU, INSN_PAGES, ON_CPU, PID, SIGNAL, SP, STACK, START_TIME, STATE, TASKS,
+    TASK_LEN, TGID, THREAD_HEAD, THREAD_NODE,
 };
 use super::{stack_at, DATA, IDLE, PATCHED, PERCPU, STACK_LEN};
 use crate::fixture::{Fixture, Tables};
@@ -145,8 +145,15 @@ impl Draft {
             let head = self.variable(list, &[0; 16]);
             self.link(head, &[]);
         }
-        for lock in ["module_mutex", "jump_label_mutex"] {
+        for lock in ["module_mutex", "jump_label_mutex", "kprobe_mutex"] {
             self.variable(lock, &[0; 32]);
+        }
+        self.variable("kprobe_table", &[0; 64 * 8]);
+        // Room for what a test adds to it.
+        self.variable("some_kprobes", &[0; 512]);
+        for cache in ["kprobe_insn_slots", "kprobe_optinsn_slots"] {
+            let cache = self.variable(cache, &[0; 32]);
+            self.link(cache.plus(INSN_PAGES as u64), &[]);
         }
         let bounds = [0, 0, 0, u64::MAX, 0].map(u64::to_le_bytes).concat();
         self.variable("mod_tree", &bounds);

@@ -31,6 +31,9 @@ pub const RESTART: usize = 176 + 8;
 /// Offset of `thread_head` in its `signal_struct`, in bytes.
 pub(super) const THREAD_HEAD: usize = 16;
 
+/// Offset of `pages` in `kprobe_insn_cache`, in bytes.
+pub(super) const INSN_PAGES: usize = 16;
+
 /// A member: its name, its type's name, its offset in bytes.
 type Member = (&'static str, &'static str, usize);
 
@@ -221,6 +224,26 @@ const MODULE_TYPES: &[Item] = &[
     ),
 ];
 
+/// What a reader of kprobes asks for. None is registered.
+const KPROBE_TYPES: &[Item] = &[
+    Structure("hlist_node", 16, &[("next", LONG, 0), ("pprev", LONG, 8)]),
+    Structure(
+        "kprobe",
+        64,
+        &[("hlist", "hlist_node", 0), ("addr", LONG, 40)],
+    ),
+    Structure(
+        "kprobe_insn_cache",
+        32,
+        &[("mutex", LONG, 0), ("pages", "list_head", INSN_PAGES)],
+    ),
+    Structure(
+        "kprobe_insn_page",
+        24,
+        &[("list", "list_head", 0), ("insns", LONG, 16)],
+    ),
+];
+
 /// What a walk of a stack asks for.
 const STACK_TYPES: &[Item] = &[
     Integer("short int", 2),
@@ -327,7 +350,7 @@ pub(super) fn blob() -> Vec<u8> {
         blob: Blob::new(),
         ids: BTreeMap::new(),
     };
-    for item in [TASK_TYPES, MODULE_TYPES, STACK_TYPES]
+    for item in [TASK_TYPES, MODULE_TYPES, KPROBE_TYPES, STACK_TYPES]
         .into_iter()
         .flatten()
     {

@@ -14,6 +14,7 @@ use crate::error::ExitCode;
 use crate::machine::mock::{entry_only, payload, Guest, A, B, C, COLD, FUNCTIONS};
 
 mod again;
+mod conditions;
 mod moving;
 
 #[test]

@@ -1,8 +1,10 @@
 //! The mock guest moves what is to be written elsewhere.
 
 use locus_guest::addr::Frame;
+use locus_guest::space::Trail;
 use locus_guest::space::{PTE_FRAME, PTE_PRESENT};
 
+use super::super::write::write_all;
 use super::*;
 use crate::arena::BASE;
 

@@ -9,6 +9,7 @@ use super::words::Words;
 use super::{BuiltModule, JUMP_LEN};
 use crate::error::{Error, Result};
 use crate::link::fixups::JumpLabel;
+use crate::write::About;
 
 /// Bits of `static_key.type`: the value at first, and that the rest is a list of `static_key_mod`.
 const TRUE: u64 = 1;
@@ -76,7 +77,9 @@ pub(super) fn link(
     let (next, entries, of) = (member("next")?, member("entries")?, member("mod")?);
     for &&KeyBranches { key, first, .. } in &foreign {
         // the count is in the first word: it must not have changed when the links are written
+        words.about = About::StaticKey;
         words.get(key)?;
+        words.about = About::ModuleLists;
         let word = words.get(key.plus(links))?;
         let list = word & !BITS;
         if word & LINKED != 0 && list == 0 {

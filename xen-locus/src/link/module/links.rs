@@ -11,7 +11,8 @@ use super::{keys, tree, BuiltModule};
 use crate::arena::record::MODULE;
 use crate::error::{Error, Result};
 use crate::quiesce::Watched;
-use crate::write::Write;
+use crate::target::kernel_locks;
+use crate::write::{About, Lock, Write};
 
 /// The functions that change the list of modules with `BUG` sites, which no lock protects
 /// (lib/bug.c). They call nothing, so a thread that is in them was interrupted there.
@@ -49,7 +50,7 @@ pub fn is_entered(kernel: &Kernel<'_>, module: Gva) -> Result<bool> {
 /// be unloaded while the payload is there.
 ///
 /// # Errors
-/// [`Class::TryAgain`](crate::error::Class::TryAgain) while the guest loads or unloads a module or changes a static key;
+/// [`Cause::Passing`](crate::error::Cause::Passing) while the guest loads or unloads a module or changes a static key;
 /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): its lists are not as this tool knows them.
 pub fn enter(kernel: &Kernel<'_>, built: &mut BuiltModule, uses: &[Gva]) -> Result<ModuleLinks> {
     let space = kernel.space.fresh();
@@ -82,6 +83,7 @@ fn mark(at: Gva) -> Write {
         at,
         expect: vec![0; 8],
         new: 1u64.to_le_bytes().to_vec(),
+        about: About::ModuleLists,
     }
 }
 
@@ -94,9 +96,9 @@ impl LinkWriter<'_, '_> {
     fn write_all(&self, words: &mut Words<'_, '_>, modules: &[Module], uses: &[Gva]) -> Result<()> {
         let module = self.built.place.module();
         let member = |path| self.offset("module", path).map(|o| module.plus(o));
-        self.unlocked(words, "module_mutex", "loads or unloads a module")?;
+        self.free(words, Lock::Modules)?;
         if !self.built.keys.is_empty() {
-            self.unlocked(words, "jump_label_mutex", "changes a static key")?;
+            self.free(words, Lock::StaticKeys)?;
         }
         let head = self.kernel.symbols.need("modules")?;
         hang_in(words, head, member("list")?)?;
@@ -114,14 +116,13 @@ impl LinkWriter<'_, '_> {
     }
 
     /// Notes that a mutex is free, to be found free again in the pause.
-    fn unlocked(&self, words: &mut Words<'_, '_>, mutex: &str, busy: &str) -> Result<()> {
-        let at = self.kernel.symbols.need(mutex)?;
-        let owner = at.plus(self.offset("mutex", "owner")?);
-        match words.get(owner)? {
+    fn free(&self, words: &mut Words<'_, '_>, lock: Lock) -> Result<()> {
+        words.about = About::Lock(lock);
+        let owner = words.get(kernel_locks::owner(self.kernel, lock)?);
+        words.about = About::ModuleLists;
+        match owner? {
             0 => Ok(()),
-            _ => Err(Error::try_again(format!(
-                "the guest {busy} right now ({mutex} is held); nothing was changed"
-            ))),
+            _ => Err(Error::passing(lock.held())),
         }
     }
 
@@ -170,8 +171,8 @@ impl LinkWriter<'_, '_> {
         let word = words.get(seq)?;
         let next = (word & u64::from(u32::MAX)).wrapping_add(2) & u64::from(u32::MAX);
         if word & 1 != 0 {
-            return Err(Error::try_again(
-                "the guest changes its tree of module addresses right now; nothing was changed",
+            return Err(Error::passing(
+                "the guest changes its tree of module addresses right now",
             ));
         }
         words.set(seq, word & !u64::from(u32::MAX) | next)?;
@@ -227,7 +228,7 @@ fn hang_in(words: &mut Words<'_, '_>, head: Gva, node: Gva) -> Result<()> {
     let first = Gva(words.get(head)?);
     let back = words.get(first.plus(8))?;
     if back != head.0 {
-        return Err(Error::try_again(format!(
+        return Err(Error::passing(format!(
             "the list at {head} is not whole: its first element {first} points back to {back:#x}; \
              the guest changes it right now"
         )));

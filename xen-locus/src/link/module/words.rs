@@ -8,7 +8,7 @@ use locus_guest::fetch;
 use locus_guest::space::Space;
 
 use crate::error::{Error, Result};
-use crate::write::Write;
+use crate::write::{About, Write};
 
 /// The guest's words, and those of our own image that is not there yet.
 #[derive(Debug)]
@@ -18,15 +18,18 @@ pub struct Words<'a, 'm> {
     bytes: &'a mut [u8],
     /// By address.
     seen: BTreeMap<u64, Word>,
+    /// What the words are that are read from now on.
+    pub about: About,
 }
 
 /// A word of the guest.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Word {
     /// The value that was read.
     old: u64,
     /// The value to be written; the same one for a word that must not change.
     new: u64,
+    about: About,
 }
 
 impl<'a, 'm> Words<'a, 'm> {
@@ -37,6 +40,7 @@ impl<'a, 'm> Words<'a, 'm> {
             own: Range::new(at, bytes.len() as u64),
             bytes,
             seen: BTreeMap::new(),
+            about: About::ModuleLists,
         }
     }
 
@@ -66,7 +70,13 @@ impl<'a, 'm> Words<'a, 'm> {
             return Ok(word.new);
         }
         let old = self.space.read_u64(at)?;
-        self.seen.insert(at.0, Word { old, new: old });
+        let about = self.about.clone();
+        let word = Word {
+            old,
+            new: old,
+            about,
+        };
+        self.seen.insert(at.0, word);
         Ok(old)
     }
 
@@ -92,10 +102,11 @@ impl<'a, 'm> Words<'a, 'm> {
     pub fn into_writes(self) -> Vec<Write> {
         self.seen
             .into_iter()
-            .map(|(at, Word { old, new })| Write {
+            .map(|(at, Word { old, new, about })| Write {
                 at: Gva(at),
                 expect: old.to_le_bytes().to_vec(),
                 new: new.to_le_bytes().to_vec(),
+                about,
             })
             .collect()
     }
