@@ -381,6 +381,16 @@ impl Comparison<'_, '_> {
         if layers.is_none() {
             return Ok(());
         }
+        if expected == Some(found) {
+            // It has a copy of the redirect, and is disabled.
+            if let Some(probe) = conflicts::kprobe(self.kernel, Range::new(at, JUMP as u64))? {
+                self.drift.push(Drift {
+                    found: format!("{}, a disabled kprobe at {probe}", hex::encode(found)),
+                    by: DriftCause::Kprobe,
+                    ..drift.clone()
+                });
+            }
+        }
         if let Some((found, by)) = self.entry(entry, head, &code)? {
             self.drift.push(Drift {
                 what: DriftKind::Entry,

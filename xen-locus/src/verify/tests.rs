@@ -228,3 +228,27 @@ fn records_are_held_against_the_audit_log() {
     let both = [("u", "one", &*placed), ("u", "two", "11"), ("v", "one", "")];
     assert_eq!(told(&both), (vec![], lost));
 }
+
+#[test]
+fn a_kprobe_on_a_redirect_is_named_even_while_it_is_disabled() {
+    let guest = Guest::new();
+    guest.applied(&payload("one", &[A]));
+    let site = FUNCTIONS[A].1 + 5;
+    guest.add_kprobe(1, FUNCTIONS[A].1);
+    guest.is_as_recorded();
+    guest.add_kprobe(2, site);
+    let drift = verify(&guest.kernel(), None).unwrap().drift;
+    let [one] = &drift[..] else {
+        panic!("{drift:?}");
+    };
+    assert_eq!(
+        (one.what, one.by, one.at),
+        (DriftKind::Redirect, DriftCause::Kprobe, Gva(site))
+    );
+    assert!(one.found.contains("a disabled kprobe at"), "{}", one.found);
+    // A function that is the kernel's own is the guest's to probe.
+    guest.remove_kprobe(2);
+    guest.revert("one").unwrap();
+    guest.add_kprobe(2, site);
+    guest.is_as_recorded();
+}

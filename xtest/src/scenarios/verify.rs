@@ -88,9 +88,9 @@ fn by_the_guest(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     trace("echo nop > current_tracer && echo > set_ftrace_filter")?;
     clean(ctx, guest)?;
 
-    trace(&format!(
-        "echo 'p:verify {FUNCTION}+5' > kprobe_events && echo 1 > events/kprobes/verify/enable"
-    ))?;
+    trace(&format!("echo 'p:verify {FUNCTION}+5' > kprobe_events"))?;
+    differs(ctx, guest, ("redirect", "kprobe", FUNCTION))?;
+    trace("echo 1 > events/kprobes/verify/enable")?;
     differs(ctx, guest, ("redirect", "kprobe", FUNCTION))?;
     trace("echo 0 > events/kprobes/verify/enable && echo > kprobe_events")?;
     clean(ctx, guest)?;
