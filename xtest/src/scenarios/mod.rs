@@ -9,6 +9,7 @@ mod history;
 mod hostile;
 mod kills;
 mod know;
+mod late;
 mod liar;
 mod life;
 mod loader;
@@ -89,6 +90,7 @@ fn short() -> Vec<Scenario> {
         history::SCENARIOS,
         verify::SCENARIOS,
         safety::SCENARIOS,
+        late::SCENARIOS,
     ]
     .concat()
 }
