@@ -67,6 +67,8 @@ const KPATCH_HOOK: [&str; 22] = [
 
 /// Most instructions that are looked at, each time they are. The hook of kpatch has less than a thousand.
 const MAX_STEPS: usize = 1 << 15;
+/// Most places of the payload's own variables that the hook of kpatch uses. It has a dozen.
+const MAX_USED: usize = 64;
 /// Most things that are named.
 const MAX_NAMED: usize = 32;
 /// Registers that a function of the kernel leaves as they are: rbx, rbp, r12 to r15.
@@ -405,8 +407,10 @@ impl<'p> Walk<'p> {
         let address_only = matches!(instruction.mnemonic(), Mnemonic::Lea | Mnemonic::Nop);
         let kinds = || (0..instruction.op_count()).map(|n| instruction.op_kind(n));
         let memory = !address_only && kinds().any(|kind| kind == OpKind::Memory);
-        if !is_plain(instruction) || instruction.has_rep_prefix() || instruction.has_repne_prefix()
-        {
+        // The hook of kpatch copies and clears structures.
+        let copies = self.is_kpatch() && copies_memory(instruction);
+        let repeats = instruction.has_rep_prefix() || instruction.has_repne_prefix();
+        if !copies && (repeats || !is_plain(instruction)) {
             self.name_code(at, &format!("does {:?}", instruction.mnemonic()));
         }
         if moves_stack(instruction) {
@@ -418,7 +422,7 @@ impl<'p> Walk<'p> {
         {
             match target {
                 Target::Other(symbol) => self.refer(symbol),
-                Target::Own(place) => self.own(place),
+                Target::Own(place) => self.own(at, place),
                 Target::Unknown => self.name_code(at, "has an address that is not understood"),
             }
         }
@@ -460,11 +464,15 @@ impl<'p> Walk<'p> {
         }
     }
 
-    /// Notes a variable of the payload that is used, or whose address is.
-    fn own(&mut self, place: Place) {
+    /// Notes a variable of the payload that is used by the instruction at `at`, or whose address is.
+    fn own(&mut self, at: Place, place: Place) {
         let data = |s: &Section| matches!(s.role, Role::Data | Role::Bss);
         if self.is_kpatch() && self.payload.section(place.0).is_some_and(data) {
             self.used.insert(place);
+            if self.used.len() > MAX_USED {
+                self.used.remove(&place);
+                self.name_code(at, "uses more variables than the hook of kpatch has");
+            }
         }
     }
 
@@ -578,6 +586,22 @@ fn is_plain(instruction: &Instruction) -> bool {
     );
     // setcc and cmovcc
     registers && (known || instruction.condition_code() != ConditionCode::None)
+}
+
+/// Whether an instruction copies or fills memory that registers give the address of.
+fn copies_memory(instruction: &Instruction) -> bool {
+    let known = matches!(
+        instruction.mnemonic(),
+        Mnemonic::Movsb
+            | Mnemonic::Movsd
+            | Mnemonic::Movsq
+            | Mnemonic::Movsw
+            | Mnemonic::Stosb
+            | Mnemonic::Stosd
+            | Mnemonic::Stosq
+            | Mnemonic::Stosw
+    );
+    known && instruction.is_string_instruction() && instruction.segment_prefix() == Register::None
 }
 
 /// Whether an instruction gives the stack another place than `push`, `pop` and room for variables do.

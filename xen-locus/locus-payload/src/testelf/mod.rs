@@ -14,7 +14,7 @@ mod spec;
 
 use object::elf;
 
-pub use spec::{Funcs, Spec, SpecPlaces, ENABLE};
+pub use spec::{Funcs, Spec, SpecPlaces, ENABLE, MODULE_SIZE};
 
 pub const R_64: u32 = elf::R_X86_64_64.0;
 pub const R_PC32: u32 = elf::R_X86_64_PC32.0;

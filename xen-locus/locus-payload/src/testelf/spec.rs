@@ -5,6 +5,9 @@ use super::{TestElf, ALLOC, CODE, R_32S, R_64, R_PC32, R_PLT32, VARS};
 /// Functions: old name and `old_sympos`.
 pub type Funcs<'a> = Vec<(&'a str, u64)>;
 
+/// Size of a `struct module` in bytes, as the guest of `locus_kernel::fixture_world` has it.
+pub const MODULE_SIZE: usize = 448;
+
 /// A livepatch module to build; the default is like that of Linux 6.1 with one function.
 pub struct Spec {
     /// Objects: name and functions (old name and sympos).
@@ -76,7 +79,7 @@ impl Spec {
         let text = elf.section(".text", CODE, &head);
         let strings = elf.section(".rodata.str1.1", ALLOC | 0x30, b"");
         elf.section(".modinfo", ALLOC, self.modinfo);
-        let this_module = elf.section(".gnu.linkonce.this_module", VARS, &[0; 896]);
+        let this_module = elf.section(".gnu.linkonce.this_module", VARS, &[0; MODULE_SIZE]);
         let homes = self.homes.map(|home| elf.find(home, VARS));
         elf.bss(64);
         elf.section(".return_sites", ALLOC, &[0; 4]);
@@ -94,7 +97,7 @@ impl Spec {
             "__this_module",
             u16::try_from(this_module).unwrap(),
             0,
-            896,
+            MODULE_SIZE as u64,
             1,
         );
         elf.reloc(homes[0], patch, R_64, module, 0);
@@ -149,7 +152,7 @@ impl Spec {
         let mut elf = TestElf::new();
         let text = elf.section(".text", CODE, &[0xc3; 16]);
         elf.section(".modinfo", ALLOC, Spec::default().modinfo);
-        elf.section(".gnu.linkonce.this_module", VARS, &[0; 896]);
+        elf.section(".gnu.linkonce.this_module", VARS, &[0; MODULE_SIZE]);
         // movb $1, 0x18(%rax); jmp klp_enable_patch
         let code = [0xc6, 0x40, 0x18, 0x01, 0xe9, 0, 0, 0, 0];
         let init = elf.section(".init.text", CODE, &code);

@@ -5,7 +5,6 @@ use crate::testelf::{
     Spec, SpecPlaces, TestElf, ALLOC, CODE, ENABLE, R_32S, R_64, R_PC32, R_PLT32, SHN_LIVEPATCH,
     VARS,
 };
-use crate::*;
 
 /// `movl $42, address(%rip)`; the address goes to offset 2, and its addend is 8 less.
 const SET: [u8; 10] = [0xc7, 0x05, 0, 0, 0, 0, 42, 0, 0, 0];
@@ -350,10 +349,10 @@ fn the_hook_of_kpatch_is_known_by_what_it_calls_and_uses() {
         subjects(elf)
     };
     assert!(with(&[], &|_, _| ()).is_empty());
-    // mov %rax,8(%rbx); mov %rax,8(%rsp); mov %gs:0x28,%rax
+    // rep movsl; mov %rax,8(%rbx); mov %rax,8(%rsp); mov %gs:0x28,%rax
     let fine = [
-        0x48, 0x89, 0x43, 0x08, 0x48, 0x89, 0x44, 0x24, 0x08, 0x65, 0x48, 0x8b, 0x04, 0x25, 0x28,
-        0, 0, 0,
+        0xf3, 0xa5, 0x48, 0x89, 0x43, 0x08, 0x48, 0x89, 0x44, 0x24, 0x08, 0x65, 0x48, 0x8b, 0x04,
+        0x25, 0x28, 0, 0, 0,
     ];
     assert!(with(&fine, &|_, _| ()).is_empty());
     let call = |name: &'static str| {

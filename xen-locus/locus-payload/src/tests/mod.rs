@@ -178,7 +178,7 @@ fn other_structures_with_an_owner_are_not_taken_for_a_patch() {
         "__this_module",
         u16::try_from(at.this_module).unwrap(),
         0,
-        896,
+        448,
         1,
     );
     let text = elf.section_symbol(at.text);
@@ -196,7 +196,7 @@ fn two_patches_are_ambiguous() {
     refused_if(
         |elf, at| {
             let this = u16::try_from(at.this_module).unwrap();
-            let module = elf.symbol("__this_module", this, 0, 896, 1);
+            let module = elf.symbol("__this_module", this, 0, 448, 1);
             let home = at.patch.0;
             let mut variable = |name: &str, size: usize| {
                 let place = elf.append(home, 32, size);

@@ -13,6 +13,7 @@ const PAYLOADS: &[(&str, &[&str])] = &[
     ("locus_callbacks", &["callback"]),
     ("locus_init_function", &["start_kernel", "__init"]),
     ("locus_init_code", &["init"]),
+    ("locus_init_work", &["locus_put", "module_init"]),
     ("locus_overflow", &["saved_command_line"]),
     ("locus_no_such_function", &["locus_no_such_function_show"]),
     ("locus_ambiguous", &["control_show", "2"]),
