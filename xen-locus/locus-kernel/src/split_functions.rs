@@ -15,6 +15,14 @@ pub fn is_part(part: &str, name: &str) -> bool {
     rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
+/// The names of functions of which the symbol `part` may name a part: those for which [`is_part`] is true.
+pub fn wholes(part: &str) -> impl Iterator<Item = &str> {
+    part.match_indices(SUFFIX).filter_map(move |(at, _)| {
+        let name = part.get(..at)?;
+        is_part(part, name).then_some(name)
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -28,5 +36,14 @@ mod tests {
             assert!(!is_part(other, "f"), "{other}");
         }
         assert!(is_part("f.isra.0.cold", "f.isra.0"));
+    }
+
+    #[test]
+    fn the_whole_of_a_part_is_known_by_its_name() {
+        let of = |part| wholes(part).collect::<Vec<_>>();
+        assert_eq!(of("f.cold"), ["f"]);
+        assert_eq!(of("f.isra.0.cold.12"), ["f.isra.0"]);
+        assert_eq!(of("f.cold.cold"), ["f", "f.cold"]);
+        assert!(of("f").is_empty() && of("f.coldest").is_empty());
     }
 }

@@ -1,7 +1,11 @@
 //! Parts of a payload's functions that the compiler put elsewhere because they seldom run.
 
+use std::collections::HashMap;
+
 use locus_kernel::split_functions;
 use locus_payload::{ElfSymbol, KlpFunc, Payload, SymSection};
+
+use crate::error::{Error, Result};
 
 /// A part of a new function: where it is in the payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,29 +18,76 @@ pub struct Part {
     pub size: u64,
 }
 
-/// The parts of a new function that are located elsewhere, found by each name that the function has.
-pub fn parts<'a>(payload: &'a Payload, func: &KlpFunc) -> impl Iterator<Item = Part> + 'a {
-    let place = |s: &ElfSymbol| match s.section {
-        SymSection::Section(section) => Some((section, s.value)),
+/// Most parts believed of one function. Compilers make one, or two.
+const PARTS_MAX: usize = 64;
+
+/// The parts of a payload's new functions that are located elsewhere, found by each name that a function has.
+#[derive(Debug)]
+pub struct SplitFunctions(HashMap<(usize, u64), Vec<Part>>);
+
+impl SplitFunctions {
+    /// Finds them, with one look at each symbol.
+    ///
+    /// # Errors
+    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): a function has more parts than any compiler makes.
+    pub fn of(payload: &Payload) -> Result<SplitFunctions> {
+        let funcs = payload.klp.objects.iter().flat_map(|object| &object.funcs);
+        let mut found: HashMap<_, Vec<Part>> = funcs.map(|f| (home(f), Vec::new())).collect();
+        let mut named: HashMap<&str, Vec<(usize, u64)>> = HashMap::new();
+        for symbol in &payload.symbols {
+            if let Some(at) = place(symbol).filter(|at| found.contains_key(at)) {
+                let homes = named.entry(&*symbol.name).or_default();
+                // A name may be that of several functions.
+                if !homes.contains(&at) {
+                    homes.push(at);
+                }
+            }
+        }
+        for symbol in payload.symbols.iter().filter(|s| s.size > 0) {
+            let Some((section, offset)) = place(symbol) else {
+                continue;
+            };
+            let part = Part {
+                section,
+                offset,
+                size: symbol.size,
+            };
+            let homes = split_functions::wholes(&symbol.name).filter_map(|name| named.get(name));
+            for home in homes.flatten() {
+                let parts = found.entry(*home).or_default();
+                if parts.last() != Some(&part) {
+                    parts.push(part);
+                }
+                if parts.len() > PARTS_MAX {
+                    return Err(Error::not_applicable(format!(
+                        "payload {}: the function {} is one of more than {PARTS_MAX} parts of a new \
+                         function; no compiler makes so many",
+                        payload.name, symbol.name
+                    )));
+                }
+            }
+        }
+        Ok(SplitFunctions(found))
+    }
+
+    /// Those of `func`, in the order of the payload's symbols.
+    #[must_use]
+    pub fn of_function(&self, func: &KlpFunc) -> &[Part] {
+        self.0.get(&home(func)).map_or(&[], Vec::as_slice)
+    }
+}
+
+/// Section and offset of a new function.
+fn home(func: &KlpFunc) -> (usize, u64) {
+    (func.new_section, func.new_offset)
+}
+
+/// Section and offset of a symbol that is defined in the payload.
+fn place(symbol: &ElfSymbol) -> Option<(usize, u64)> {
+    match symbol.section {
+        SymSection::Section(section) => Some((section, symbol.value)),
         _ => None,
-    };
-    let own = Some((func.new_section, func.new_offset));
-    let names = payload.symbols.iter().filter(move |s| place(s) == own);
-    let names: Vec<&str> = names.map(|s| &*s.name).collect();
-    let is_part = move |s: &&ElfSymbol| {
-        s.size > 0
-            && names
-                .iter()
-                .any(|name| split_functions::is_part(&s.name, name))
-    };
-    let parts = payload.symbols.iter().filter(is_part);
-    parts.filter_map(move |s| {
-        place(s).map(|(section, offset)| Part {
-            section,
-            offset,
-            size: s.size,
-        })
-    })
+    }
 }
 
 #[cfg(test)]
@@ -60,9 +111,33 @@ mod tests {
         elf.symbol("other.cold", section, 40, 4, 2);
         let payload = parse(&elf.build());
         let func = &payload.klp.objects[0].funcs[0];
-        let found = parts(&payload, func).map(|p| (p.section, p.offset, p.size));
+        let all = SplitFunctions::of(&payload).unwrap();
+        let found = all
+            .of_function(func)
+            .iter()
+            .map(|p| (p.section, p.offset, p.size));
         let mut sections = payload.sections.iter();
         let index = sections.position(|s| s.name == ".text.unlikely").unwrap();
         assert_eq!(found.collect::<Vec<_>>(), [(index, 16, 8), (index, 32, 4)]);
+    }
+
+    #[test]
+    fn a_function_of_more_parts_than_compilers_make_is_refused() {
+        let (mut elf, places) = Spec::default().elf();
+        let text = u16::try_from(places.text).unwrap();
+        for offset in 0..65 {
+            elf.symbol(
+                "new_0_cmdline_proc_show.cold",
+                text,
+                offset % 16,
+                1 + offset,
+                2,
+            );
+        }
+        let grown = elf.data(places.text).len() + 128;
+        elf.data(places.text).resize(grown, 0xc3);
+        let payload = Payload::parse("locus_test.ko", &elf.build()).unwrap();
+        let error = SplitFunctions::of(&payload).unwrap_err().to_string();
+        assert!(error.contains("more than 64 parts"), "{error}");
     }
 }

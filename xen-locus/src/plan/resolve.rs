@@ -7,7 +7,7 @@ use super::preconditions::Fitted;
 use super::stack::Layers;
 use crate::arena::record::{Draft, DraftFunction, ModuleAt};
 use crate::error::{Error, Result};
-use crate::link::split;
+use crate::link::split::SplitFunctions;
 use crate::target::redirect::{self, Returns};
 use crate::target::symbols::VMLINUX;
 
@@ -71,6 +71,7 @@ fn functions(fitted: &Fitted<'_, '_>) -> Result<(Vec<DraftFunction>, Option<Retu
     let payload = fitted.payload;
     let subject = format!("payload {}", payload.name);
     let no = |why: String| Error::not_applicable(format!("{subject}: {why}"));
+    let parts = SplitFunctions::of(payload)?;
     let mut functions: Vec<DraftFunction> = Vec::new();
     let mut returns = None;
     for object in &payload.klp.objects {
@@ -104,7 +105,7 @@ fn functions(fitted: &Fitted<'_, '_>) -> Result<(Vec<DraftFunction>, Option<Retu
                 old: function.range,
                 old_cold: function.cold,
                 new_size: func.new_size,
-                new_cold: split::parts(payload, func).map(|part| part.size).collect(),
+                new_cold: parts.of_function(func).iter().map(|p| p.size).collect(),
                 site: function.site.at,
                 found,
                 old_bytes: if fitted.supersedes { original } else { found },
