@@ -11,13 +11,13 @@ use locus_kernel::Kernel;
 use locus_payload::{Binding, ElfSymbol, Payload, Reloc, Role, Section, SymSection};
 
 use super::layout::{index, is_bug_table, is_table, rights_of, ImageLayout};
-use super::split;
+use super::split::SplitFunctions;
 use crate::arena::record::NewFunction;
 use crate::arena::Rights;
 use crate::error::{Error, Result};
 use crate::link::fixups::{self, FixupTable, FixupTables, JumpLabel, KeyCount, LinkedCode};
 use crate::link::module::{BuiltModule, ModuleDraft};
-use crate::link::reloc::{self, R_X86_64_NONE};
+use crate::link::reloc;
 use crate::target::redirect::Returns;
 use crate::target::symbols::GuestSymbols;
 use crate::x86;
@@ -133,13 +133,14 @@ pub fn link(
     let done = fixups::apply_fixups(kernel, &mut code, &tables, returns)?;
     linker.bytes = code.bytes;
     linker.bytes.truncate(layout.rights.len() * PAGE_LEN);
+    let parts = SplitFunctions::of(payload)?;
     let functions = payload
         .klp
         .objects
         .iter()
         .flat_map(|object| &object.funcs)
         .map(|func| {
-            let place = |section, offset| {
+            let place = |(section, offset)| {
                 let start = layout.offset(section).ok_or_else(|| {
                     linker.no(format!(
                         "the new {} is in no section that is placed",
@@ -148,10 +149,11 @@ pub fn link(
                 })?;
                 Ok::<_, Error>(base.plus(start).plus(offset))
             };
-            let cold = split::parts(payload, func).map(|part| place(part.section, part.offset));
+            let cold = parts.of_function(func).iter();
+            let cold = cold.map(|part| place((part.section, part.offset)));
             let cold = cold.collect::<Result<_>>()?;
             Ok(NewFunction {
-                at: place(func.new_section, func.new_offset)?,
+                at: place((func.new_section, func.new_offset))?,
                 cold,
             })
         })
@@ -249,10 +251,7 @@ impl Linker<'_, '_, '_> {
             if self.payload.klp.place == Some((section.index, reloc.offset)) {
                 continue;
             }
-            if symbol.name == "__fentry__" && self.fentry(section, reloc.offset)? {
-                continue;
-            }
-            if reloc.rtype == R_X86_64_NONE {
+            if symbol.name == "__fentry__" && section.flags.exec && self.fentry(section, reloc)? {
                 continue;
             }
             let target = self.address(symbol, section, reloc.offset)?;
@@ -262,8 +261,8 @@ impl Linker<'_, '_, '_> {
     }
 
     /// Turns a call of `__fentry__` into the nop the kernel's ftrace would make of it.
-    fn fentry(&mut self, section: &Section, offset: u64) -> Result<bool> {
-        let Some(at) = offset.checked_sub(1) else {
+    fn fentry(&mut self, section: &Section, reloc: &Reloc) -> Result<bool> {
+        let Some(at) = reloc.offset.checked_sub(1) else {
             return Ok(false);
         };
         let is_call = self.slice(section, at, 1)?.first() == Some(&0xe8);
@@ -401,7 +400,7 @@ impl Linker<'_, '_, '_> {
                 None => Err(self.no(format!("symbol {} is no .klp.sym", symbol.name))),
             },
             SymSection::Undefined => {
-                let found = self.objects.undefined(&symbol.name);
+                let found = self.objects.unresolved(symbol);
                 match found.map_err(|e| self.of(e))? {
                     Some(at) => Ok(at),
                     // As the kernel's loader has it (simplify_symbols, kernel/module/main.c).

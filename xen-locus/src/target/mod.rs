@@ -2,6 +2,7 @@
 //!
 //! - [`compat`]: whether the payload was built for this kernel;
 //! - [`symbols`], [`exports`]: functions and symbols, found as livepatch and the module loader find them;
+//! - [`rewritten`]: tables of places that the kernel rewrites while it runs;
 //! - [`redirect`]: where a function can be redirected;
 //! - [`conflicts`]: what else in the guest changes the same bytes: ftrace, kprobes, other livepatches;
 //! - [`kprobes`]: where the guest's kprobes stand, and what they run;
@@ -15,4 +16,5 @@ pub mod kernel_locks;
 pub mod kprobes;
 pub mod modules_present;
 pub mod redirect;
+pub mod rewritten;
 pub mod symbols;

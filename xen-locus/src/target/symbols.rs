@@ -8,23 +8,20 @@
 
 use std::cell::{OnceCell, RefCell};
 
-use locus_guest::addr::{Gva, Range};
-use locus_kernel::modules::{
-    Module, ModuleReader, ModuleState, ModuleSymbol, Rewritten, JUMP_LABEL, MODULES_MAX,
-};
+use locus_guest::addr::Gva;
+use locus_kernel::modules::{Module, ModuleReader, ModuleState, ModuleSymbol, Rewritten};
 use locus_kernel::split_functions;
 use locus_kernel::{self as kernel, Kernel};
-use locus_payload::Payload;
+use locus_payload::{Binding, ElfSymbol, Payload};
 
 use crate::arena;
 use crate::error::{Error, Result};
 use crate::target::conflicts;
 use crate::target::exports::Exports;
+use crate::target::rewritten::{lock_prefixes, rewritten, LOCK_PREFIX};
 
 /// A payload's name for the kernel itself, where it needs one.
 pub const VMLINUX: &str = "vmlinux";
-/// What the kernel rewrites when a guest of one CPU gets more.
-const LOCK_PREFIX: &str = "lock prefix";
 
 /// The symbols of the kernel and of its modules. Modules are read when they are first asked for.
 #[derive(Debug)]
@@ -133,66 +130,6 @@ impl Object<'_> {
             }
         }
     }
-}
-
-/// The lock prefixes of the module at `module`, or of the kernel if that is 0, which the kernel
-/// rewrites when a guest of one CPU gets more: `smp_alt_modules` of arch/x86/kernel/alternative.c.
-/// `None` if that can't be known.
-fn lock_prefixes(kernel: &Kernel<'_>, module: Gva) -> Result<Option<Vec<Rewritten>>> {
-    let (Some(head), Ok(btf)) = (kernel.symbols.addr("smp_alt_modules"), kernel.btf()) else {
-        return Ok(None);
-    };
-    let member = |name| btf.offset_of("smp_alt_module", name);
-    let (Ok(owner), Ok(locks), Ok(end), Ok(next)) = (
-        member("mod"),
-        member("locks"),
-        member("locks_end"),
-        member("next"),
-    ) else {
-        return Ok(None);
-    };
-    let space = &kernel.space;
-    let mut found = Vec::new();
-    for at in kernel::list(space, head, MODULES_MAX)? {
-        let word =
-            |offset: usize| space.read_u64(Gva(at.0.wrapping_sub(next as u64)).plus(offset as u64));
-        if Gva(word(owner)?) == module {
-            let start = Gva(word(locks)?);
-            found.push(Rewritten {
-                what: LOCK_PREFIX,
-                table: Range::new(start, word(end)?.saturating_sub(start.0)),
-                entry: 4,
-            });
-        }
-    }
-    Ok(Some(found))
-}
-
-/// Those of the kernel's image: names of their start and end, size of an entry.
-fn rewritten(kernel: &Kernel<'_>) -> Vec<Rewritten> {
-    [
-        (
-            JUMP_LABEL,
-            "__start___jump_table",
-            "__stop___jump_table",
-            16,
-        ),
-        (
-            "static call",
-            "__start_static_call_sites",
-            "__stop_static_call_sites",
-            8,
-        ),
-        (LOCK_PREFIX, "__smp_locks", "__smp_locks_end", 4),
-    ]
-    .into_iter()
-    .filter_map(|(what, start, stop, entry)| {
-        let start = kernel.symbols.addr(start)?;
-        let len = kernel.symbols.addr(stop)?.0.saturating_sub(start.0);
-        let table = Range::new(start, len);
-        Some(Rewritten { what, table, entry })
-    })
-    .collect()
 }
 
 impl<'k, 'm> GuestSymbols<'k, 'm> {
@@ -378,19 +315,10 @@ impl<'k, 'm> GuestSymbols<'k, 'm> {
             }
         }
         let own = of_kernel.first().copied();
-        // Without types nothing is known of modules.
-        let modules = self.kernel.symbols.addr("modules").is_some() && self.kernel.btf().is_ok();
-        if !modules || own.as_ref().is_some_and(exported) {
+        if !self.knows_modules() || own.as_ref().is_some_and(exported) {
             return own.map(|at| self.stays(name, at)).transpose();
         }
-        let mut found: Vec<(&Loaded, Gva)> = Vec::new();
-        for loaded in self.loaded()?.iter().filter(|l| !in_arena(l)) {
-            let exports = self.exports(loaded)?;
-            let first = exports.partition_point(|(n, _)| n.as_str() < name);
-            if let Some((_, at)) = exports.get(first).filter(|(n, _)| n == name) {
-                found.push((loaded, *at));
-            }
-        }
+        let found = self.exporting(name)?;
         if let (Some(at), Some((loaded, _))) = (own, found.first()) {
             let module = &loaded.module.name;
             return Err(Error::not_applicable(format!(
@@ -399,19 +327,75 @@ impl<'k, 'm> GuestSymbols<'k, 'm> {
                  .klp.sym.{VMLINUX}.{name},1 or .klp.sym.{module}.{name},0"
             )));
         }
-        match (own, found.as_slice()) {
-            (Some(at), _) => self.stays(name, at).map(Some),
-            (None, []) => self.of_payloads(name),
-            (None, [(loaded, at)]) if loaded.module.state == ModuleState::Live => {
+        match own {
+            Some(at) => self.stays(name, at).map(Some),
+            None => self.of_modules(name, &found),
+        }
+    }
+
+    /// As [`GuestSymbols::undefined`] for `symbol`, which a payload leaves undefined. A weak one is only what
+    /// is exported, or a global symbol of a payload: else it is 0, as the kernel's own loader has it
+    /// (`simplify_symbols` and `resolve_symbol`, kernel/module/main.c), whatever is called like that in one
+    /// file of the kernel. `None` if there is none.
+    ///
+    /// # Errors
+    /// As [`GuestSymbols::undefined`]; [`Class::NotApplicable`](crate::error::Class::NotApplicable) for a weak one that
+    /// the kernel has, if what it exports can't be known.
+    pub fn unresolved(&self, symbol: &ElfSymbol) -> Result<Option<Gva>> {
+        let name = symbol.name.as_str();
+        if symbol.binding != Binding::Weak {
+            return self.undefined(name);
+        }
+        let mut own = self.kernel.symbols.all(name).map(|s| s.addr).peekable();
+        if own.peek().is_some() {
+            let exports = self.exported().ok_or_else(|| {
+                Error::not_applicable(format!(
+                    "its weak symbol {name} is one of the kernel's, and what the guest's kernel exports \
+                     can't be read: build the payload without the weak symbol"
+                ))
+            })?;
+            if let Some(at) = own.find(|at| exports.has(*at)) {
+                return self.stays(name, at).map(Some);
+            }
+        }
+        if !self.knows_modules() {
+            return Ok(None);
+        }
+        self.of_modules(name, &self.exporting(name)?)
+    }
+
+    /// Without types nothing is known of modules.
+    fn knows_modules(&self) -> bool {
+        self.kernel.symbols.addr("modules").is_some() && self.kernel.btf().is_ok()
+    }
+
+    /// The modules that export `name`, without payloads, and where.
+    fn exporting(&self, name: &str) -> Result<Vec<(&Loaded, Gva)>> {
+        let mut found: Vec<(&Loaded, Gva)> = Vec::new();
+        for loaded in self.loaded()?.iter().filter(|l| !in_arena(l)) {
+            let exports = self.exports(loaded)?;
+            let first = exports.partition_point(|(n, _)| n.as_str() < name);
+            if let Some((_, at)) = exports.get(first).filter(|(n, _)| n == name) {
+                found.push((loaded, *at));
+            }
+        }
+        Ok(found)
+    }
+
+    /// The symbol `name` of the one module in `found`, else of a payload.
+    fn of_modules(&self, name: &str, found: &[(&Loaded, Gva)]) -> Result<Option<Gva>> {
+        match found {
+            [] => self.of_payloads(name),
+            [(loaded, at)] if loaded.module.state == ModuleState::Live => {
                 self.uses(loaded);
                 Ok(Some(*at))
             }
-            (None, [(loaded, _)]) => Err(Error::passing(format!(
+            [(loaded, _)] => Err(Error::passing(format!(
                 "symbol {name} is exported by module {}, which is {} in the guest right now",
                 loaded.module.name,
                 loaded.module.state.name().to_lowercase()
             ))),
-            (None, many) => {
+            many => {
                 let names: Vec<&str> = many.iter().map(|(l, _)| l.module.name.as_str()).collect();
                 Err(Error::not_applicable(format!(
                     "symbol {name} is exported by several modules: {}",
@@ -440,7 +424,7 @@ impl<'k, 'm> GuestSymbols<'k, 'm> {
     /// complete. A symbol that is not found is passed over: linking refuses it.
     ///
     /// # Errors
-    /// As [`GuestSymbols::reference`] and [`GuestSymbols::undefined`].
+    /// As [`GuestSymbols::reference`] and [`GuestSymbols::unresolved`].
     pub fn look_up(&self, payload: &Payload) -> Result<()> {
         let of_payload = |e: Error| e.context(format!("payload {}", payload.name));
         let needed = payload.needed_symbols().into_iter();
@@ -451,7 +435,7 @@ impl<'k, 'm> GuestSymbols<'k, 'm> {
                         .map_err(of_payload)?;
                 }
                 None => {
-                    self.undefined(&symbol.name).map_err(of_payload)?;
+                    self.unresolved(symbol).map_err(of_payload)?;
                 }
             }
         }

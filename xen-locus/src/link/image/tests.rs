@@ -16,6 +16,7 @@ const PERCPU: u64 = 0x1_f010;
 const BUGS: u64 = 0x40;
 
 fn section(index: usize, role: Role, data: &[u8], relocs: Vec<Reloc>) -> Section {
+    let exec = matches!(role, Role::Text | Role::InitText);
     Section {
         index,
         name: format!("s{index}"),
@@ -23,7 +24,7 @@ fn section(index: usize, role: Role, data: &[u8], relocs: Vec<Reloc>) -> Section
         flags: SectionFlags {
             alloc: true,
             write: false,
-            exec: false,
+            exec,
         },
         align: 16,
         size: data.len() as u64,
@@ -144,7 +145,6 @@ fn every_known_relocation_gets_the_value_the_abi_says() {
         (R_X86_64_32S, 2, 1, 4, own + 1),
         // `nowhere_weak` is 0, and so is the distance of nothing.
         (R_X86_64_64, 7, 0, 8, 0),
-        (0, 6, 0, 0, 0),
         // `incq %gs:cpu_counter`, absolute and relative.
         (R_X86_64_32S, 8, 0, 4, PERCPU),
         (
@@ -205,6 +205,14 @@ fn calls_of_fentry_become_nops_and_returns_follow_the_kernel() {
     assert_eq!(image[16..21], [0xc3, 0xcc, 0xcc, 0xcc, 0xcc]);
     let image = linked(&code, relocs(), None).unwrap();
     assert_eq!(image[16], 0xe9);
+    // Data that looks like a call is none.
+    let image = linked_with(&code, Vec::new(), None, |payload| {
+        payload.sections[2].data = [&[0xe8][..], &[0; 8]].concat();
+        payload.sections[2].size = 9;
+        payload.sections[2].relocs = vec![reloc(1, R_X86_64_64, 4, 0)];
+    });
+    let data = &image.unwrap()[2 * PAGE_LEN..][..9];
+    assert_eq!(data, [&[0xe8][..], &(OUTSIDE + 16).to_le_bytes()].concat());
 }
 
 #[test]

@@ -7,6 +7,8 @@ use crate::arena::digests::CodeDigests;
 use crate::error::ExitCode;
 use crate::target::redirect;
 
+mod undefined;
+
 /// Text of the sample's first module, which is live, and of its second, which is loading.
 const CODE: [u64; 2] = [0xffff_ffff_c100_0000, 0xffff_ffff_c101_0000];
 /// Offsets of `pub` and `own` in the text of each.
@@ -202,42 +204,6 @@ fn undefined_symbols_are_the_kernels_then_those_that_one_module_exports() {
         assert_eq!(exit, ExitCode::NotApplicable);
         assert!(said.contains("several modules: second, first"), "{said}");
     });
-}
-
-#[test]
-fn a_symbol_that_the_kernel_keeps_to_itself_and_a_module_exports_is_refused() {
-    // `pub` is exported by the first module, and `own` by none.
-    let asked = |exported: bool, name: &str| {
-        let mut fixture = fixture(Age::New);
-        let at = TEXT.0 + 0x1000;
-        fixture.function(at, "pub", &[0xc3]);
-        fixture.function(at + 16, "own", &[0xc3]);
-        let table = DATA + 2 * STEP + 0xf00;
-        fixture
-            .symbols
-            .push((table, 'd', "__start___ksymtab".into()));
-        fixture
-            .symbols
-            .push((table + 12, 'd', "__stop___ksymtab".into()));
-        let mut d = modules();
-        if exported {
-            d.set(table, &at.wrapping_sub(table).to_le_bytes()[..4]);
-        }
-        let memory = fixture.build();
-        memory.map_bytes(Gva(DATA), &d.0, true, false);
-        let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-        GuestSymbols::new(&kernel, Vec::new()).undefined(name)
-    };
-    let (exit, said) = refusal(asked(false, "pub"));
-    assert_eq!(exit, ExitCode::NotApplicable);
-    let both = format!("kernel at {}", Gva(TEXT.0 + 0x1000));
-    assert!(
-        said.contains(&both) && said.contains("module first exports"),
-        "{said}"
-    );
-    let kernels = Some(Gva(TEXT.0 + 0x1000));
-    assert_eq!(asked(true, "pub").unwrap(), kernels);
-    assert_eq!(asked(false, "own").unwrap(), Some(Gva(TEXT.0 + 0x1010)));
 }
 
 #[test]
