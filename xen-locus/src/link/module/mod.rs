@@ -16,6 +16,7 @@
 mod buffer;
 mod keys;
 pub mod links;
+mod orc_format;
 mod structure;
 mod symtab;
 mod table;
@@ -191,7 +192,6 @@ impl<'p> ModuleDraft<'p> {
         };
         let unwind = unwind(payload, kernel)?;
         let symbols = Symtab::of(payload)?;
-        table::check_own_module(payload, stride("module")?)?;
         // The table's bytes are in memory, so their number fits.
         let jumps = usize::try_from(jump_labels(payload)).unwrap_or(usize::MAX);
         let mut entry = ModuleDraft {
@@ -434,6 +434,8 @@ fn unwind(payload: &Payload, kernel: &Kernel<'_>) -> Result<Vec<UnwindRow>> {
         return Ok(Vec::new());
     }
     let table = orc::OrcTable::of(kernel)?;
+    let has_header = kernel.symbols.addr("__start_orc_header").is_some();
+    orc_format::check(payload, table.format(), has_header)?;
     let rows = table::rows(payload, &Role::OrcUnwind, table.row_len())?;
     if rows.len() != ips.len() {
         return Err(no(format!(

@@ -107,33 +107,6 @@ fn is_placed(payload: &Payload, reloc: &Reloc) -> bool {
     }
 }
 
-/// Code that looks at its own `struct module` must know it as the guest does: `size` bytes long.
-///
-/// # Errors
-/// [`Class::NotApplicable`](crate::error::Class::NotApplicable) when it doesn't.
-pub fn check_own_module(payload: &Payload, size: usize) -> Result<()> {
-    let own = payload.sections.iter().find(|s| s.role == Role::ThisModule);
-    let Some(own) = own.filter(|s| s.size != size as u64) else {
-        return Ok(());
-    };
-    let looks = |section: &Section, reloc: &Reloc| {
-        let symbol = payload.symbol(reloc.symbol).map(|s| s.section);
-        symbol == Some(SymSection::Section(own.index))
-            && payload.klp.place != Some((section.index, reloc.offset))
-    };
-    let placed = payload.sections.iter().filter(|s| s.role.is_placed());
-    for section in placed {
-        if let Some(reloc) = section.relocs.iter().find(|r| looks(section, r)) {
-            return Err(Error::not_applicable(format!(
-                "payload {}: {}+{:#x} refers to its struct module, which is {} bytes long in it and \
-                 {size} in the guest's kernel; build it against the guest's kernel",
-                payload.name, section.name, reloc.offset, own.size
-            )));
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
