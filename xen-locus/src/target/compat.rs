@@ -7,7 +7,7 @@
 
 use locus_kernel::btf::Btf;
 use locus_kernel::Kernel;
-use locus_payload::{Payload, SymSection};
+use locus_payload::{Payload, Role, SymSection};
 
 use crate::error::{Error, Result};
 use crate::target::exports::Exports;
@@ -29,13 +29,23 @@ const FIELDS: [(&str, &str, usize); 8] = [
 ];
 
 /// Compares the CRCs of `payload` with those of what the kernel exports: of `module_layout`, and of what the
-/// payload's code and data refer to. A name that has none on either side passes, as with the kernel's
-/// own loader (`check_version`, kernel/module/version.c).
+/// payload's code and data refer to. A kernel with CRCs must find that of `module_layout` in the payload: it
+/// loads no module without CRCs, unless it is told to (`check_version`, kernel/module/version.c). Any other
+/// name that has none on either side passes, as there.
 ///
 /// # Errors
-/// [`Class::NotApplicable`](crate::error::Class::NotApplicable) that names the first that differs, or the guest's memory can't be read.
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable) that names the first that differs or is missing, or the guest's memory
+/// can't be read.
 pub fn check_versions(kernel: &Kernel<'_>, exports: &Exports, payload: &Payload) -> Result<()> {
     let versions = payload.versions();
+    if !versions.contains_key(LAYOUT.as_bytes()) && exports.crc(kernel, LAYOUT)?.is_some() {
+        return Err(Error::not_applicable(format!(
+            "payload {} has no CRC of {LAYOUT} (section __versions), and the guest's kernel has one \
+             (CONFIG_MODVERSIONS): whether both have the same structures can't be told; build it against \
+             the guest's kernel ({}), with its Module.symvers",
+            payload.name, kernel.release
+        )));
+    }
     let needed = payload.needed_symbols();
     let needed = needed.iter().filter_map(|&index| payload.symbol(index));
     let needed = needed.filter(|s| s.section == SymSection::Undefined);
@@ -57,23 +67,36 @@ pub fn check_versions(kernel: &Kernel<'_>, exports: &Exports, payload: &Payload)
     Ok(())
 }
 
-/// Compares the layout of `payload` with the guest's types. A kernel built without livepatch has
+/// Compares the layout of `payload` with the guest's types: its `struct module`, and the structures of livepatch. A kernel built without livepatch has
 /// none of these, and nothing to disagree with.
 ///
 /// # Errors
 /// [`Class::NotApplicable`](crate::error::Class::NotApplicable) that names the first difference.
 pub fn check_layout(btf: &Btf, payload: &Payload) -> Result<()> {
     let klp = &payload.klp;
-    let Some((section, offset)) = klp.place else {
-        // Made by kpatch-build: what is read has a layout of its own.
-        return Ok(());
-    };
     let differs = |what: &str, ours: u64, theirs: usize| {
         Err(Error::not_applicable(format!(
             "payload {}: {what} is {ours} bytes in it and {theirs} in the guest's kernel; build it \
              against the guest's kernel",
             payload.name
         )))
+    };
+    // Later kernels' own loader asks the same of `.gnu.linkonce.this_module` (kernel/module/main.c).
+    let modules = payload
+        .sections
+        .iter()
+        .filter(|s| s.role == Role::ThisModule);
+    for own in modules {
+        match btf.size_of("module") {
+            Ok(size) if size as u64 != own.size => {
+                return differs("the size of struct module", own.size, size);
+            }
+            _ => {}
+        }
+    }
+    let Some((section, offset)) = klp.place else {
+        // Made by kpatch-build: what is read has a layout of its own.
+        return Ok(());
     };
     for (name, stride) in [
         ("klp_object", klp.object_stride),
@@ -123,7 +146,7 @@ mod tests {
     use locus_guest::budget::Budget;
     use locus_kernel::btf::blob::Blob;
     use locus_kernel::fixture::{renewed, vcpus, Fixture, KIND, TEXT};
-    use locus_payload::testelf::{Spec, ALLOC, R_PLT32};
+    use locus_payload::testelf::{Spec, ALLOC, MODULE_SIZE, R_PLT32};
 
     /// Where the guest's tables of exports stand.
     const EXPORTS: Gva = Gva(TEXT.0 + (8 << 20));
@@ -131,6 +154,12 @@ mod tests {
     /// What is said to a payload whose CRCs of `module_layout` and of `printk`, which it calls, are
     /// `ours`, by a guest whose tables hold `theirs`.
     fn answer(ours: [u64; 2], theirs: &[u32]) -> Result<()> {
+        let ours = ours.into_iter().zip([LAYOUT, "printk"]);
+        answer_to(&ours.collect::<Vec<_>>(), theirs)
+    }
+
+    /// The same, for a payload with these CRCs and names.
+    fn answer_to(ours: &[(u64, &str)], theirs: &[u32]) -> Result<()> {
         let mut types = Blob::with_integers();
         types.structure(
             "kernel_symbol",
@@ -172,13 +201,15 @@ mod tests {
         let at = elf.append(places.text, 16, 16);
         elf.reloc(places.text, at, R_PLT32, printk, -4);
         let mut versions = Vec::new();
-        for (crc, name) in ours.into_iter().zip([LAYOUT, "printk"]) {
+        for (crc, name) in ours {
             let start = versions.len();
             versions.extend(crc.to_le_bytes());
             versions.extend(name.as_bytes());
             versions.resize(start + 64, 0);
         }
-        elf.section("__versions", ALLOC, &versions);
+        if !versions.is_empty() {
+            elf.section("__versions", ALLOC, &versions);
+        }
         let payload = Payload::parse("test.ko", &elf.build()).unwrap();
         let exports = Exports::read(&kernel)?;
         assert!(exports.has(Gva(code)) && !exports.has(Gva(code + 1)));
@@ -210,6 +241,41 @@ mod tests {
         // Distances within the image; one CRC too few, or of another size.
         for theirs in [&[1, 2, 0xffff_fff0][..], &[1, 0xfeed_0001], &[0; 6], &[]] {
             assert!(answer([5, 6], theirs).is_ok(), "{theirs:x?}");
+        }
+    }
+
+    #[test]
+    fn a_payload_without_crcs_is_refused_where_the_kernel_has_them() {
+        let theirs = [1, 0x0bad_cafe, 0xfeed_0001];
+        for ours in [&[][..], &[(0x0bad_cafe, "printk")]] {
+            let error = answer_to(ours, &theirs).unwrap_err();
+            assert_eq!(error.exit_code(), ExitCode::NotApplicable);
+            assert!(
+                error.to_string().contains("no CRC of module_layout"),
+                "{error}"
+            );
+            // A kernel without CRCs asks for none.
+            assert!(answer_to(ours, &[]).is_ok());
+        }
+        // As with the kernel's loader.
+        assert!(answer_to(&[(0xfeed_0001, LAYOUT)], &theirs).is_ok());
+    }
+
+    #[test]
+    fn a_payload_must_have_the_guests_struct_module() {
+        let types = |size| {
+            let mut b = Blob::new();
+            let long = b.int("long", 8);
+            b.structure("module", size, &[("state", long, 0)]);
+            Btf::new(b.bytes()).unwrap()
+        };
+        for payload in [Spec::default().bytes(), Spec::kpatch().build()] {
+            let payload = Payload::parse("test.ko", &payload).unwrap();
+            assert!(check_layout(&types(MODULE_SIZE), &payload).is_ok());
+            let error = check_layout(&types(960), &payload).unwrap_err();
+            assert_eq!(error.exit_code(), ExitCode::NotApplicable);
+            let words = "the size of struct module is 448 bytes in it and 960";
+            assert!(error.to_string().contains(words), "{error}");
         }
     }
 
