@@ -6,7 +6,8 @@ use std::rc::Rc;
 
 use locus_guest::addr::{Frame, Gva, PAGE_LEN};
 use locus_guest::space::{Pin, Space};
-use locus_guest::{Vcpu, Window};
+use locus_guest::{GuestType, Vcpu, Window};
+use locus_kernel::cpu::Cpu as Processor;
 use locus_kernel::tasks::{Task, TaskLayout};
 use locus_kernel::Kernel;
 
@@ -35,6 +36,9 @@ pub struct GuestTasks<'k, 'm> {
     /// For each process, where the list of its threads begins.
     groups: Vec<Gva>,
     pub(super) cpus: Cpus,
+    /// The guest may run guests of its own. While it does, the registers of a vCPU are those of such a guest
+    /// (xen/arch/x86/hvm/svm/nestedsvm.c, vmx/vvmx.c).
+    pub(super) may_nest: bool,
     /// How often all tasks were scanned.
     pub(super) scans: u32,
     pub(super) unwinder: Unwinder<'k, 'm>,
@@ -62,6 +66,15 @@ pub(super) enum Added {
     Tasks(Vec<(Gva, bool)>),
     /// The whole list was read again. All that was known from scans of all tasks is void.
     All,
+}
+
+/// Whether the processor that the guest sees has VMX or SVM: Xen offers these only to a guest that may run guests of its
+/// own. False for a kernel that does not say what its processor has.
+fn may_nest(kernel: &Kernel<'_>) -> bool {
+    // X86_FEATURE_VMX, X86_FEATURE_SVM (arch/x86/include/asm/cpufeatures.h)
+    const BITS: [usize; 2] = [4 * 32 + 5, 6 * 32 + 2];
+    let cpu = Processor::read(kernel);
+    kernel.kind != GuestType::Pv && cpu.is_ok_and(|cpu| BITS.into_iter().any(|bit| cpu.has(bit)))
 }
 
 impl std::fmt::Debug for GuestTasks<'_, '_> {
@@ -98,6 +111,7 @@ impl<'k, 'm> GuestTasks<'k, 'm> {
             known: HashMap::new(),
             groups: Vec::new(),
             cpus: Cpus::new(kernel),
+            may_nest: may_nest(kernel),
             scans: 0,
             unwinder: Unwinder::default(),
             buffer: RefCell::default(),

@@ -118,7 +118,14 @@ impl<'s, 'k, 'm> StackScan<'s, 'k, 'm> {
         let current = tasks.current_of(vcpu);
         if vcpu.user {
             if let Some(known) = current {
-                running.add(known.task.addr, Live::Nothing);
+                // These may be registers of a guest of the guest, which chooses them; then the task is in the kernel.
+                running.add(
+                    known.task.addr,
+                    match tasks.may_nest {
+                        false => Live::Nothing,
+                        true => Live::From(known.task.stack.start),
+                    },
+                );
                 if vcpu.rax == RESTART_SYSCALL {
                     let hit = tasks.watch.hit(known.restart()?.wrapping_add(1));
                     self.report_restart(&known.task, hit.map(|(w, _)| w));
@@ -140,8 +147,13 @@ impl<'s, 'k, 'm> StackScan<'s, 'k, 'm> {
             owner = tasks.owner_of_stack(rsp);
         }
         if let Some(known) = owner {
-            match current.filter(|k| k.task.addr != known.task.addr) {
-                None => running.add(known.task.addr, Live::From(rsp)),
+            match current {
+                Some(current) if current.task.addr == known.task.addr && !tasks.may_nest => {
+                    running.add(known.task.addr, Live::From(rsp));
+                }
+                // The GS base is that of no CPU: these registers are not this kernel's, but those of a guest of the guest.
+                // Its stack pointer says nothing.
+                None => running.add(known.task.addr, Live::From(known.task.stack.start)),
                 // In the middle of a switch between two tasks. Or user mode chose the stack pointer, and the kernel did
                 // not exchange it yet.
                 Some(other) => [known, other].into_iter().for_each(|k| {
@@ -153,7 +165,13 @@ impl<'s, 'k, 'm> StackScan<'s, 'k, 'm> {
         match (own_stacks, current) {
             (Some((cpu, first)), Some(known)) => {
                 let from = self.own_stacks(known, cpu, (first, rsp))?;
-                running.add(known.task.addr, Live::From(from));
+                running.add(
+                    known.task.addr,
+                    match tasks.may_nest {
+                        false => Live::From(from),
+                        true => Live::From(known.task.stack.start),
+                    },
+                );
             }
             _ => {
                 // In the middle of a switch of stacks.

@@ -65,6 +65,45 @@ fn a_cpu_at_the_first_byte_is_in_the_way_and_a_pointer_to_there_is_not() {
 }
 
 #[test]
+fn registers_with_the_gs_base_of_no_cpu_hide_no_part_of_a_stack() {
+    with_guest(|guest, steps| {
+        // A guest of the guest chose a stack pointer above all that is live on the stack of a task that sleeps inside.
+        guest.enter(42, true);
+        steps.scan_off_cpu().unwrap();
+        let mut vcpus = guest.world.vcpus.clone();
+        let vcpu = vcpus.iter_mut().find(|v| v.user).unwrap();
+        (vcpu.user, vcpu.gs_base, vcpu.gs_other) = (false, Gva(0xffff_c000_0000_0000), Gva(0));
+        vcpu.rsp = Gva(guest.task(42).stack.end.0 - 8);
+        assert_eq!(blocked(steps.look(&vcpus, true, &|| false).unwrap()), [42]);
+    });
+}
+
+#[test]
+fn where_a_guest_can_run_guests_registers_hide_no_part_of_a_stack() {
+    with_guest(|guest, steps| {
+        guest.enter(42, false);
+        steps.scan_off_cpu().unwrap();
+        let running = guest.tasks.iter().find(|t| t.on_cpu && t.pid != 0).unwrap();
+        guest.poke(Gva(running.stack.end.0 - 0x180), &INSIDE.to_le_bytes());
+        let mut vcpus = guest.world.vcpus.clone();
+        let look = |steps: &Steps<'_, '_, '_>, vcpus: &[Vcpu]| {
+            blocked(steps.look(vcpus, true, &|| false).unwrap())
+        };
+        // In user mode nothing of its stack is live.
+        assert_eq!(look(steps, &vcpus), NOBODY);
+        steps.tasks.may_nest = true;
+        assert_eq!(look(steps, &vcpus), [running.pid]);
+        // In kernel mode, with a stack pointer that leaves out what is live.
+        let vcpu = vcpus.iter_mut().find(|v| v.user).unwrap();
+        (vcpu.user, vcpu.rsp) = (false, Gva(running.stack.end.0 - 8));
+        (vcpu.gs_base, vcpu.gs_other) = (Gva(PERCPU[1]), Gva(0));
+        assert_eq!(look(steps, &vcpus), [running.pid]);
+        steps.tasks.may_nest = false;
+        assert_eq!(look(steps, &vcpus), NOBODY);
+    });
+}
+
+#[test]
 fn a_task_whose_cpu_went_down_is_scanned() {
     with_guest(|guest, steps| {
         guest.enter(42, false);
