@@ -35,6 +35,9 @@ pub const KERNEL_MAP: Gva = Gva(0xffff_ffff_8000_0000);
 /// First guest virtual address behind those for the image. Modules begin here at the latest.
 pub const KERNEL_MAP_END: Gva = Gva(0xffff_ffff_c000_0000);
 
+/// Where Xen's own code is (`XEN_VIRT_START`, xen/arch/x86/include/asm/config.h).
+const XEN_TEXT: std::ops::Range<u64> = 0xffff_82d0_0000_0000..0xffff_82d1_0000_0000;
+
 /// Lowest address of the kernel's half of the address space.
 const KERNEL_HALF: u64 = 1 << 63;
 
@@ -82,10 +85,17 @@ pub fn locate<'m>(
     let up = in_long_mode(vcpus)?;
     let Some(entry) = up.iter().find_map(|v| v.entry) else {
         return Err(Error::NotReady(
-            "the guest's kernel has not set its entry point yet: it is still booting; try again"
+            "the guest's kernel has not set its entry point yet: it is still booting; try again (if that \
+             lasts, it may use FRED, with which a kernel sets none and is not supported)"
                 .into(),
         ));
     };
+    if XEN_TEXT.contains(&entry.0) {
+        return Err(Error::NotLinux(format!(
+            "the guest's kernel entry point is {entry}, which is code of Xen: this is a PV guest in a PV shim \
+             (pvshim=1), and its kernel runs inside of that other Xen, out of reach; start it as PV or PVH"
+        )));
+    }
     if entry < KERNEL_MAP || entry >= KERNEL_MAP_END {
         return Err(Error::NotLinux(format!(
             "the guest's kernel entry point is {entry}; a 64-bit Linux kernel has it between \

@@ -10,6 +10,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd as _;
 use std::ptr::{null_mut, NonNull};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::OnceLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use locus_guest::addr::PAGE_LEN;
@@ -67,7 +68,8 @@ struct Head {
     step: AtomicU32,
     others: AtomicU32,
     outcome: AtomicU32,
-    /// When the guardian checks the run again, in nanoseconds since 1970; 0 before the first wait.
+    /// When the guardian checks the run again, in nanoseconds by `CLOCK_MONOTONIC`, which all processes share; 0 before
+    /// the first wait.
     next_check: AtomicU64,
     /// Time that the guest had run when the run paused it, in nanoseconds, plus one; 0 if it is not known. Pages of earlier
     /// versions have 0.
@@ -268,7 +270,7 @@ impl SharedPage {
     #[must_use]
     pub fn next_check(&self) -> Option<Duration> {
         let at = Duration::from_nanos(self.head().next_check.load(Ordering::SeqCst));
-        at.checked_sub(now())
+        at.checked_sub(monotonic())
     }
 
     /// Releases the mutex, if this thread holds it. Dropping the page does so too.
@@ -284,18 +286,24 @@ impl SharedPage {
     /// # Errors
     /// The page has no valid mutex.
     pub fn wait(&self, limit: Duration) -> Result<Option<WaitOutcome>, Error> {
-        let until = now() + limit;
-        // Until the year 2554 it fits.
-        let nanos = u64::try_from(until.as_nanos()).unwrap_or(0);
+        let next = monotonic() + limit;
+        // For 584 years it fits.
+        let nanos = u64::try_from(next.as_nanos()).unwrap_or(0);
         self.head().next_check.store(nanos, Ordering::SeqCst);
-        let until = libc::timespec {
+        let at = |time: Duration| libc::timespec {
             // A wait for ever, if the clock is that wrong.
-            tv_sec: i64::try_from(until.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: until.subsec_nanos().into(),
+            tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: time.subsec_nanos().into(),
         };
-        // SAFETY: the mutex was initialised by the process that made the page, with the same library.
+        let (monotonic, realtime) = (at(next), at(realtime() + limit));
+        // SAFETY: the mutex was initialised by the process that made the page, with the same library. Both calls take it
+        // and a time.
         let rc = unsafe {
-            libc::pthread_mutex_timedlock(&raw mut (*self.head.as_ptr()).mutex, &raw const until)
+            let mutex = &raw mut (*self.head.as_ptr()).mutex;
+            match clocklock() {
+                Some(clocklock) => clocklock(mutex, libc::CLOCK_MONOTONIC, &raw const monotonic),
+                None => libc::pthread_mutex_timedlock(mutex, &raw const realtime),
+            }
         };
         self.held.set(matches!(rc, 0 | libc::EOWNERDEAD));
         match rc {
@@ -309,8 +317,40 @@ impl SharedPage {
     }
 }
 
-/// Time since 1970, by the clock of the mutex; 0 if the clock is before 1970.
-fn now() -> Duration {
+/// The prototype of `pthread_mutex_clocklock` (pthread.h).
+type ClockLock = unsafe extern "C" fn(
+    *mut libc::pthread_mutex_t,
+    libc::clockid_t,
+    *const libc::timespec,
+) -> libc::c_int;
+
+/// `pthread_mutex_clocklock`, which waits by a clock that nobody can set. `None` if the C library is older than glibc 2.30:
+/// there the wait is longer when dom0's clock is set back.
+fn clocklock() -> Option<ClockLock> {
+    static FOUND: OnceLock<Option<ClockLock>> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        // SAFETY: the name is a C string. A function of this name has this prototype.
+        unsafe {
+            let found = libc::dlsym(libc::RTLD_DEFAULT, c"pthread_mutex_clocklock".as_ptr());
+            std::mem::transmute::<*mut libc::c_void, Option<ClockLock>>(found)
+        }
+    })
+}
+
+/// Time by `CLOCK_MONOTONIC`.
+fn monotonic() -> Duration {
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: a place for the answer. This clock is always there.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    let part = u32::try_from(now.tv_nsec).unwrap_or(0);
+    Duration::new(u64::try_from(now.tv_sec).unwrap_or(0), part)
+}
+
+/// Time since 1970; 0 if the clock is before 1970.
+fn realtime() -> Duration {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     now.unwrap_or_default()
 }
@@ -401,6 +441,7 @@ mod tests {
             }
         };
         assert!(next.is_some_and(|n| n <= LIMIT), "{next:?}");
+        assert!(clocklock().is_some(), "this C library is older than 2.30");
         assert_eq!(waiting.join().unwrap(), None);
         assert_eq!(page.next_check(), None);
         page.release();

@@ -164,3 +164,15 @@ fn a_run_without_symbols_before_the_kernel_is_passed_over() {
     })
     .unwrap();
 }
+
+#[test]
+fn a_guest_in_a_pv_shim_is_told_by_name() {
+    let mut world = World::new(GuestType::Pvh);
+    let entry = Gva(0xffff_82d0_4020_1000);
+    world.vcpus.iter_mut().for_each(|v| v.entry = Some(entry));
+    let error = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap_err();
+    assert!(
+        matches!(&error, Error::NotLinux(why) if why.contains("pvshim=1")),
+        "{error}"
+    );
+}
