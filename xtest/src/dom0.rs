@@ -110,6 +110,18 @@ struct Pending {
     down: bool,
 }
 
+impl Pending {
+    /// An agent announces itself, and it is not the first: the one before has ended, and what it was asked is not known
+    /// to this one.
+    fn agent_is_new(&mut self) {
+        for (_, tx) in std::mem::take(&mut self.waiting) {
+            let message = "dom0's agent has ended and was started again".to_owned();
+            let kind = FailKind::Other;
+            let _ = tx.send((Reply::Failed { kind, message }, Vec::new()));
+        }
+    }
+}
+
 /// Sends the agent a request every second for as long as the link is in use, and ignores the answers.
 ///
 /// With SVM guests the emulated machine sometimes stops, Xen and dom0 included; once for 120 seconds. The
@@ -364,6 +376,10 @@ impl Link {
         while let Ok((Tagged { id, message }, body)) = proto::receive::<Reply>(&mut stream) {
             let more = matches!(message, Reply::Data { .. });
             let mut pending = locked(&self.pending);
+            if id == 0 && !pending.waiting.contains_key(&0) {
+                pending.agent_is_new();
+                continue;
+            }
             if let Some(tx) = pending.waiting.get(&id) {
                 let _ = tx.send((message, body));
             }
@@ -436,4 +452,39 @@ fn millis(d: Duration) -> u64 {
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_agent_was_asked_ends_when_another_announces_itself() {
+        let (ours, mut agent) = UnixStream::pair().unwrap();
+        let file = std::env::temp_dir().join(format!("xtest-agent-{}", std::process::id()));
+        let ready = |agent: &mut UnixStream| {
+            let message = Reply::Ready { uptime: 1.0 };
+            proto::send(agent, &Tagged { id: 0, message }, &[]).unwrap();
+        };
+        ready(&mut agent);
+        let dom0 = Dom0::connect(ours, &file, Duration::from_secs(30)).unwrap();
+        let asked = std::thread::spawn({
+            let dom0 = dom0.clone();
+            move || dom0.sh("sleep 9999")
+        });
+        // The request has arrived, and the agent dies and is started again.
+        while !matches!(
+            proto::receive::<Request>(&mut agent).unwrap().0.message,
+            Request::Run { .. }
+        ) {}
+        ready(&mut agent);
+        let said = asked.join().unwrap();
+        assert!(
+            matches!(&said, Err(Verdict::Error(why)) if why.contains("started again")),
+            "{said:?}"
+        );
+        dom0.end();
+        assert_eq!(dom0.sh("true").unwrap_err(), Verdict::from(Trouble::Late));
+        let _ = std::fs::remove_file(file);
+    }
 }

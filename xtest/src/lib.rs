@@ -19,7 +19,7 @@
 //! 5. `scenario`: what a test is, and the machine that it gets.
 //! 6. `scenarios`: the tests, a file per subject. Steps that several of them take are in `steps`.
 //! 7. `testbed`: everything ready to boot, and one booted machine.
-//! 8. What the command line starts: `runner`, `report`, `measure`, `demo`, `shell`.
+//! 8. What the command line starts: `queue` and `runner`, `report`, `measure`, `demo`, `shell`.
 
 #![forbid(unsafe_code)]
 
@@ -45,6 +45,7 @@ pub mod profile;
 pub mod proto;
 pub mod qemu;
 pub mod qemu_faults;
+pub mod queue;
 pub mod report;
 pub mod results;
 pub mod runner;
