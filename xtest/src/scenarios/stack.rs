@@ -113,8 +113,14 @@ fn stack(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     test.save_text("/tmp/text.before")?;
     in_order(&test)?;
     let pages = test.pages()?;
-    in_order(&test)?;
-    check_eq!(test.pages()?, pages, "arena pages after doing it all again");
+    for patch in [CMDLINE, TWO] {
+        test.does("apply", patch, "applied")?;
+    }
+    for patch in [TWO, CMDLINE] {
+        test.does("revert", patch, "reverted")?;
+    }
+    test.shows("", "", &[])?;
+    check_eq!(test.pages()?, pages, "arena pages after doing it again");
     superseded(&test)?;
     blocked(&test)?;
     through_xenstore(&test)?;

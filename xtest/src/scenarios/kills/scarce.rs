@@ -104,7 +104,7 @@ pub fn no_memory(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
             }
             *reasons.entry(format!("{rc:?} {}", why(last))).or_default() += 1;
             subject.recover(ctx, &mut tally)?;
-            limit += limit / 3;
+            limit += limit / 2;
         }
         subject.progresses()?;
         eprintln!("{name}: {action} takes {limit} KiB");
