@@ -26,7 +26,7 @@ const TOO_MANY_RAN_MAX: u32 = 8;
 const SCANS_MAX: u32 = 4;
 /// From this wait on the stacks of sleeping threads are unwound, because threads that leave by themselves have left by
 /// then; and no page of the guest stays mapped to be written during the wait.
-const WAIT_LONG: Duration = Duration::from_millis(64);
+pub(super) const WAIT_LONG: Duration = Duration::from_millis(64);
 
 /// Where no thread may be when `plan` is carried out.
 pub(super) fn watch_of<'p>(plan: &'p Plan, options: &Options) -> Result<&'p Watch> {

@@ -1,4 +1,4 @@
-//! [`CONDITIONS`]: what must be true when anything is written to the guest's text, whoever writes it: `apply`, `replace`,
+//! `CONDITIONS`: what must be true when anything is written to the guest's text, whoever writes it: `apply`, `replace`,
 //! `revert`, the way back that `recover` takes, and both redirects of a `nudge`. There is no other way to a [`Plan`].
 //!
 //! Each condition is looked at when the plan is made, and its error says what is in the way. What it saw becomes words that

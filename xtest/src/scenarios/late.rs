@@ -43,7 +43,7 @@ impl Meanwhile {
     fn begin(ctx: &Ctx, command: &str) -> Result<Meanwhile, Verdict> {
         ctx.dom0.ok(&format!(
             "rm -f /run/late.rc; (sh -c 'xen-locus {command} >/run/late.log 2>&1; echo $? >/run/late.rc.new; \
-             mv /run/late.rc.new /run/late.rc' >/dev/null 2>&1 &); sleep 3; [ ! -e /run/late.rc ]"
+             mv /run/late.rc.new /run/late.rc' </dev/null >/dev/null 2>&1 &); sleep 3; [ ! -e /run/late.rc ]"
         ))?;
         Ok(Meanwhile)
     }

@@ -2,11 +2,14 @@
 
 #![allow(clippy::cast_possible_truncation)] // small numbers
 
+use std::time::Duration;
+
 use locus_guest::addr::Gva;
 use locus_guest::{Memory as _, MemoryMut as _};
 use locus_kernel::modules::{self, ModuleReader};
 
 use super::mock::{kernel_residents, options};
+use super::moment::WAIT_LONG;
 use super::*;
 use crate::arena::record::ENTRIES_MAX;
 use crate::arena::Resident;
