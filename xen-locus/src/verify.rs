@@ -370,10 +370,11 @@ impl Comparison<'_, '_> {
             if let Some(probe) = conflicts::kprobe(self.kernel, place)? {
                 drift.found.push_str(&format!(", a kprobe at {probe}"));
                 drift.by = DriftCause::Kprobe;
+            } else if original(residents, function.site) == Some(found) {
+                // They may be a jump themselves.
+                drift.found.push_str(", the kernel's own");
             } else if let Some(to) = self.jump(at, found) {
                 drift.found.push_str(&format!(", a jump to {to}"));
-            } else if original(residents, function.site) == Some(found) {
-                drift.found.push_str(", the kernel's own");
             }
             self.drift.push(drift.clone());
         }

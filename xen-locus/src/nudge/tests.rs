@@ -3,7 +3,7 @@ use locus_payload::testelf::Spec;
 use locus_payload::Payload;
 
 use super::*;
-use crate::machine::mock::{Guest, A, FUNCTIONS};
+use crate::machine::mock::{payload, Guest, A, FUNCTIONS};
 
 /// Where the timer interrupt's handler is in the mock guest: between two other functions.
 const HANDLER: u64 = TEXT.0 + 0x1220;
@@ -45,6 +45,13 @@ fn a_kernel_without_the_functions_that_wake_is_refused_before_anything_is_writte
     // Its BTF describes no function at all.
     refused(&guest(), "find_task_by_pid_ns");
     refused(&Guest::new(), FUNCTION);
+}
+
+#[test]
+fn a_guest_that_lkrg_guards_is_left_alone() {
+    let guest = guest();
+    guest.applied(&payload("lkrg", &[A]));
+    refused(&guest, "LKRG");
 }
 
 #[test]

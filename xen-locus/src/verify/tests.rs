@@ -2,6 +2,8 @@
 
 use locus_guest::space::{PTE_NX, PTE_USER, PTE_WRITE};
 use locus_guest::MemoryMut as _;
+use locus_payload::testelf::Spec;
+use locus_payload::Payload;
 
 use super::*;
 use crate::arena;
@@ -89,6 +91,33 @@ fn told_bytes(guest: &Guest, n: usize) -> String {
     bytes[0] = 0x90;
     let bytes: Vec<String> = bytes.iter().map(|b| format!("{b:02x}")).collect();
     bytes.join(" ")
+}
+
+#[test]
+fn a_sealed_function_that_is_a_tail_call_is_patched_compared_and_put_back() {
+    const AT: u64 = FUNCTIONS[A].1 + 0x20;
+    for endbr in x86::ENDBRS {
+        let site = AT + 9;
+        let own = x86::jump(Gva(site), Gva(FUNCTIONS[C].1)).unwrap();
+        let code = [endbr.as_slice(), &x86::NOP5, &own].concat();
+        let guest = Guest::with(|fixture| fixture.function(AT, "tail", &code));
+        let spec = Spec {
+            objects: vec![(None, vec![("tail", 0)])],
+            ..Spec::default()
+        };
+        let mut payload = Payload::parse("one", &spec.bytes()).unwrap();
+        payload.name = "one".into();
+        guest.applied(&payload);
+        assert_ne!(guest.peek::<5>(site), own);
+        guest.is_as_recorded();
+        let told = guest.differs(site, &own);
+        assert!(told[0].3.ends_with(", the kernel's own"), "{told:?}");
+        let told = guest.differs(AT + 4, &[0xe8, 0, 0, 0, 0]);
+        assert_eq!(told[0].4, DriftCause::Ftrace, "{told:?}");
+        guest.revert("one").unwrap();
+        assert_eq!(guest.peek::<5>(site), own);
+        guest.is_as_recorded();
+    }
 }
 
 #[test]
