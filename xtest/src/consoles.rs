@@ -228,7 +228,8 @@ mod tests {
         assert!(found[0].contains("NULL pointer"), "{found:?}");
         // Within an expected report another one begins.
         let nested = WARN.replace("[  1.0]  <TASK>\n", OOPS);
-        assert_eq!(heads(&nested, &["locus_warn.c"], 0).len(), 2);
+        let found = heads(&nested, &["locus_warn.c"], 0);
+        assert!(found[0].contains("NULL pointer"), "{found:?}");
     }
 
     #[test]

