@@ -201,7 +201,7 @@ fn run(cli: Cli) -> Result<bool> {
     Ok(true)
 }
 
-/// Builds all payloads for the kernels of these releases, or of all, and prints their paths.
+/// Builds payloads for kernels of these releases of Debian, or of all, and prints their files.
 fn build_payloads(suites: &[String]) -> Result<()> {
     let paths = Paths::find()?;
     if let Some(name) = suites.iter().find(|&n| SUITES.iter().all(|s| s.name != n)) {

@@ -273,22 +273,9 @@ impl Bed<'_> {
                 return tried;
             }
         };
-        let (name, summary) = (scenario.name, scenario.summary);
-        eprintln!("xtest: {}: {name}: {summary}", profile.name);
-        running.ctx.dom0.note(&format!("=== {name}: {summary}"));
-        running.ctx.take_told();
-        let limit = usual.map(|seconds| late::limit(seconds, running.boot_time));
+        let name = scenario.name;
+        let (mut result, is_late) = watched(running, scenario, usual);
         let dom0 = running.ctx.dom0.clone();
-        let (outcome, late) = late::watched(&dom0, limit, || {
-            catch_unwind(AssertUnwindSafe(|| (scenario.run)(&mut running.ctx)))
-        });
-        let mut result =
-            outcome.unwrap_or_else(|_| Err(Verdict::Error("the scenario panicked".to_owned())));
-        let is_late = late.is_some();
-        if let (Some(doing), Some(limit)) = (late, limit) {
-            dom0.go_on();
-            result = Err(ended_late(limit, &doing));
-        }
         let down = dom0.is_down();
         // A crashed guest explains more than the command that could not reach it.
         let crashed = match &result {
@@ -340,12 +327,32 @@ impl Bed<'_> {
     }
 }
 
-/// The verdict on a scenario that was ended.
-fn ended_late(limit: Duration, doing: &str) -> Verdict {
-    Verdict::failure(format!(
-        "it took longer than {:.0} s, three times its usual time, and was ended; what dom0 was doing: {doing}",
-        limit.as_secs_f64()
-    ))
+/// Runs a scenario. Returns its result, and whether it took too long and was ended.
+fn watched(
+    running: &mut Machine,
+    scenario: &Scenario,
+    usual: Option<f64>,
+) -> (Result<(), Verdict>, bool) {
+    let (name, summary) = (scenario.name, scenario.summary);
+    eprintln!("xtest: {}: {name}: {summary}", scenario.profile.name);
+    let dom0 = running.ctx.dom0.clone();
+    dom0.note(&format!("=== {name}: {summary}"));
+    running.ctx.take_told();
+    let limit = usual.map(|seconds| late::limit(seconds, running.boot_time));
+    let (outcome, late) = late::watched(&dom0, limit, || {
+        catch_unwind(AssertUnwindSafe(|| (scenario.run)(&mut running.ctx)))
+    });
+    if let (Some(doing), Some(limit)) = (late, limit) {
+        dom0.go_on();
+        let why = format!(
+            "it took longer than {:.0} s, three times its usual time, and was ended; what dom0 was \
+             doing: {doing}",
+            limit.as_secs_f64()
+        );
+        return (Err(Verdict::failure(why)), true);
+    }
+    let panicked = |_| Err(Verdict::Error("the scenario panicked".to_owned()));
+    (outcome.unwrap_or_else(panicked), false)
 }
 
 /// The result of a scenario that must fail, with these words.
