@@ -10,14 +10,10 @@ use crate::limits;
 const TIMES: f64 = 3.0;
 /// Nothing is ended earlier than this, in seconds.
 const LEAST: f64 = 240.0;
-/// The seconds that dom0 takes to boot on the machine on which the usual times were taken.
-const USUAL_BOOT: f64 = 21.0;
 
-/// The time after which a scenario is ended, which usually takes so many seconds. A host on which dom0 took longer to
-/// boot takes longer for everything.
-pub fn limit(usual: f64, boot: Duration) -> Duration {
-    let slow = (boot.as_secs_f64() / USUAL_BOOT).max(1.0);
-    limits::scaled(Duration::from_secs_f64((TIMES * usual * slow).max(LEAST)))
+/// The time after which a scenario is ended, which usually takes so many seconds.
+pub fn limit(usual: f64) -> Duration {
+    limits::scaled(Duration::from_secs_f64((TIMES * usual).max(LEAST)))
 }
 
 /// What each process of the tools, and of what they wait for, is doing: state, signals, system call, place in the
@@ -89,10 +85,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_slow_host_has_longer() {
-        let usual = Duration::from_secs(20);
-        assert_eq!(limit(10.0, usual), Duration::from_secs(240));
-        assert_eq!(limit(200.0, usual), Duration::from_secs(600));
-        assert!(limit(200.0, usual * 4) > Duration::from_secs(2000));
+    fn a_scenario_has_three_times_its_usual_time() {
+        assert_eq!(limit(10.0), Duration::from_secs(240));
+        assert_eq!(limit(200.0), Duration::from_secs(600));
     }
 }

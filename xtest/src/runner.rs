@@ -338,7 +338,7 @@ fn watched(
     let dom0 = running.ctx.dom0.clone();
     dom0.note(&format!("=== {name}: {summary}"));
     running.ctx.take_told();
-    let limit = usual.map(|seconds| late::limit(seconds, running.boot_time));
+    let limit = usual.map(late::limit);
     let (outcome, late) = late::watched(&dom0, limit, || {
         catch_unwind(AssertUnwindSafe(|| (scenario.run)(&mut running.ctx)))
     });

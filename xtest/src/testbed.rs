@@ -78,6 +78,8 @@ impl Testbed {
         let dom0 = Dom0::connect(stream, &logs.join("transcript.log"), limit)
             .with_context(|| format!("dom0's console ends:\n{}", qemu.console_tail(30)))?;
         let payloads = self.paths.payloads(&self.root.release);
+        let boot_time = began.elapsed();
+        limits::booted_in(boot_time);
         let ctx = Ctx::new(
             dom0,
             self.root.release.clone(),
@@ -89,7 +91,7 @@ impl Testbed {
             consoles: Watched::new(qemu.console.clone()),
             qemu,
             logs,
-            boot_time: began.elapsed(),
+            boot_time,
         })
     }
 }
