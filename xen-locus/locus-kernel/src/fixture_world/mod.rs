@@ -178,6 +178,23 @@ impl World {
         self.memory.set_entry(table, slot, 0);
     }
 
+    /// Gives a root tables of its own on the way to `at`, as they are. Returns the last one, and the
+    /// number of the entry in it.
+    #[cfg(test)]
+    fn own_tables(&self, root: Frame, at: Gva) -> (Frame, usize) {
+        let mut own = root;
+        for level in (2..=4).rev() {
+            let (_, slot, entry) = self.slot_of(own, level, at);
+            let next = self.memory.frame();
+            self.copy_table(Frame((entry & PTE_FRAME) >> 12), next);
+            let entry = (next.0 << 12) | entry & !PTE_FRAME;
+            self.memory.set_entry(own, slot, entry);
+            own = next;
+        }
+        let (_, slot, _) = self.slot_of(own, 1, at);
+        (own, slot)
+    }
+
     fn copy_table(&self, from: Frame, to: Frame) {
         let mut bytes = vec![0; PAGE_LEN];
         let window = self.memory.map(&[from]).unwrap();

@@ -79,19 +79,19 @@ fn a_kernel_half_with_other_code_than_the_user_half_is_refused() {
 
 #[test]
 fn the_page_before_a_root_that_has_the_kernel_is_not_looked_at() {
-    // A root with an odd number, and before it a page that maps a kernel, but another one.
-    let other = World::new(GuestType::Pvh).with_isolation(Cloned::EntryCode);
-    let user_half = other.vcpus[0].root;
-    let mut world = other;
-    let before = Frame(user_half.0 - 1);
-    world.copy_table(before, user_half);
-    world.memory.fill(before, 0, &[0xff; PAGE_LEN]);
-    world.memory.map_page(TABLES, user_half, true, false);
+    // A root with an odd number. Before it is what leads to the same code, but elsewhere for `init_top_pgt`.
+    let mut world = World::new(GuestType::Pvh).with_isolation(Cloned::EntryCode);
+    let root = world.vcpus[0].root;
+    let before = Frame(root.0 - 1);
+    world.copy_table(before, root);
+    world.memory.map_page(TABLES, root, true, false);
+    let (table, slot) = world.own_tables(before, TABLES);
+    let forged = world.memory.frame();
+    world.memory.set_entry(table, slot, forged.0 << 12 | 3);
     is_found(&world, "odd");
     // Nor is the page before the root of a PV guest, which has no isolation.
-    world.kind = GuestType::Pv;
-    world.memory.fill(user_half, 0, &[0; PAGE_LEN]);
-    let error = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap_err();
+    let world = World::new(GuestType::Pvh).with_isolation(Cloned::EntryCode);
+    let error = Kernel::read(&world.memory, GuestType::Pv, &world.vcpus).unwrap_err();
     assert!(matches!(error, Error::NotLinux(_)), "{error}");
 }
 
