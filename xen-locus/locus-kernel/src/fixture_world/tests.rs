@@ -80,7 +80,7 @@ fn a_kernel_half_with_other_code_than_the_user_half_is_refused() {
 #[test]
 fn the_page_before_a_root_that_has_the_kernel_is_not_looked_at() {
     // A root with an odd number. Before it is what leads to the same code, but elsewhere for `init_top_pgt`.
-    let mut world = World::new(GuestType::Pvh).with_isolation(Cloned::EntryCode);
+    let world = World::new(GuestType::Pvh).with_isolation(Cloned::EntryCode);
     let root = world.vcpus[0].root;
     let before = Frame(root.0 - 1);
     world.copy_table(before, root);
