@@ -15,8 +15,8 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use iced_x86::{
-    ConditionCode, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory,
-    Mnemonic, OpAccess, OpKind, Register,
+    Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind,
+    Register,
 };
 use object::elf;
 
@@ -27,43 +27,13 @@ use super::summary::Concern;
 use super::symbol::{ElfSymbol, SymKind, SymSection};
 use super::Payload;
 
-/// Functions that the `module_init` of a livepatch calls to enable it, and to log that.
-const ENABLING: [&str; 7] = [
-    "__fentry__",
-    "__x86_return_thunk",
-    "klp_enable_patch",
-    "klp_register_patch",
-    "klp_unregister_patch",
-    "_printk",
-    "printk",
-];
+mod instruction;
+mod names;
+mod registers;
 
-/// What else the `module_init` of kpatch-build refers to: allocation as kernels since 4.x name it, lists,
-/// strings.
-const KPATCH_HOOK: [&str; 22] = [
-    "__kmalloc",
-    "__kmalloc_cache_noprof",
-    "__kmalloc_large_noprof",
-    "__kmalloc_noprof",
-    "__list_add_valid",
-    "__list_add_valid_or_report",
-    "__list_del_entry_valid",
-    "__list_del_entry_valid_or_report",
-    "__stack_chk_fail",
-    "kfree",
-    "kmalloc_caches",
-    "kmalloc_large",
-    "kmalloc_order",
-    "kmalloc_order_trace",
-    "kmalloc_trace",
-    "kmalloc_trace_noprof",
-    "kmem_cache_alloc",
-    "kmem_cache_alloc_noprof",
-    "kmem_cache_alloc_trace",
-    "memset",
-    "random_kmalloc_seed",
-    "strcmp",
-];
+use instruction::{copies_memory, is_plain, is_write, moves_stack};
+use names::{ENABLING, KPATCH_HOOK};
+use registers::{is_relative, known_after, Fields, Target};
 
 /// Most instructions that are looked at, each time they are. The hook of kpatch has less than a thousand.
 const MAX_STEPS: usize = 1 << 15;
@@ -98,24 +68,6 @@ pub(super) fn concerns(payload: &Payload) -> Vec<Concern> {
     named
         .map(|(subject, reason)| Concern { subject, reason })
         .collect()
-}
-
-/// Where a relocation in code leads.
-#[derive(Clone, Copy)]
-enum Target<'p> {
-    /// To a symbol of the kernel or of a module.
-    Other(&'p ElfSymbol),
-    /// Into the payload itself.
-    Own(Place),
-    /// Nobody knows.
-    Unknown,
-}
-
-/// What the relocations in an instruction lead to.
-#[derive(Default)]
-struct Fields<'p> {
-    displacement: Option<(Target<'p>, u32)>,
-    immediate: Option<(Target<'p>, u32)>,
 }
 
 struct Walk<'p> {
@@ -530,134 +482,5 @@ impl<'p> Walk<'p> {
                 self.name(name, REFERS);
             }
         }
-    }
-}
-
-/// Whether a relocation makes a distance from its place, and not an address.
-fn is_relative(rtype: u32) -> bool {
-    matches!(
-        elf::RelocationType(rtype),
-        elf::R_X86_64_PC32 | elf::R_X86_64_PLT32
-    )
-}
-
-fn is_write(access: OpAccess) -> bool {
-    matches!(
-        access,
-        OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
-    )
-}
-
-/// Whether an instruction only computes in registers, or moves words between them, memory and the stack.
-fn is_plain(instruction: &Instruction) -> bool {
-    let registers = (0..instruction.op_count())
-        .filter(|&n| instruction.op_kind(n) == OpKind::Register)
-        .all(|n| instruction.op_register(n).is_gpr());
-    let known = matches!(
-        instruction.mnemonic(),
-        Mnemonic::Add
-            | Mnemonic::And
-            | Mnemonic::Cdq
-            | Mnemonic::Cdqe
-            | Mnemonic::Cmp
-            | Mnemonic::Cqo
-            | Mnemonic::Dec
-            | Mnemonic::Endbr64
-            | Mnemonic::Imul
-            | Mnemonic::Inc
-            | Mnemonic::Lea
-            | Mnemonic::Mov
-            | Mnemonic::Movsx
-            | Mnemonic::Movsxd
-            | Mnemonic::Movzx
-            | Mnemonic::Mul
-            | Mnemonic::Neg
-            | Mnemonic::Nop
-            | Mnemonic::Not
-            | Mnemonic::Or
-            | Mnemonic::Pop
-            | Mnemonic::Push
-            | Mnemonic::Sar
-            | Mnemonic::Shl
-            | Mnemonic::Shr
-            | Mnemonic::Sub
-            | Mnemonic::Test
-            | Mnemonic::Xor
-    );
-    // setcc and cmovcc
-    registers && (known || instruction.condition_code() != ConditionCode::None)
-}
-
-/// Whether an instruction copies or fills memory that registers give the address of.
-fn copies_memory(instruction: &Instruction) -> bool {
-    let known = matches!(
-        instruction.mnemonic(),
-        Mnemonic::Movsb
-            | Mnemonic::Movsd
-            | Mnemonic::Movsq
-            | Mnemonic::Movsw
-            | Mnemonic::Stosb
-            | Mnemonic::Stosd
-            | Mnemonic::Stosq
-            | Mnemonic::Stosw
-    );
-    known && instruction.is_string_instruction() && instruction.segment_prefix() == Register::None
-}
-
-/// Whether an instruction gives the stack another place than `push`, `pop` and room for variables do.
-fn moves_stack(instruction: &Instruction) -> bool {
-    let reads = [Mnemonic::Push, Mnemonic::Test, Mnemonic::Cmp];
-    let makes_room = matches!(instruction.mnemonic(), Mnemonic::Add | Mnemonic::Sub)
-        && instruction.op1_kind() != OpKind::Register
-        && instruction.op1_kind() != OpKind::Memory;
-    instruction.op0_kind() == OpKind::Register
-        && instruction.op0_register().full_register() == Register::RSP
-        && !reads.contains(&instruction.mnemonic())
-        && !makes_room
-}
-
-/// The bit that stands for a general register; 0 for others.
-fn bit(register: Register) -> u16 {
-    let full = register.full_register();
-    if full.is_gpr64() {
-        1 << full.number()
-    } else {
-        0
-    }
-}
-
-/// The registers that surely hold the address `patch` behind an instruction; `known` are those before it.
-fn known_after(
-    instruction: &Instruction,
-    fields: &Fields<'_>,
-    known: u16,
-    patch: Option<Place>,
-) -> u16 {
-    let mut factory = InstructionInfoFactory::new();
-    let used = factory.info(instruction).used_registers().iter();
-    let written = used.filter(|r| is_write(r.access()));
-    let after = written.fold(known, |known, r| known & !bit(r.register()));
-    let register = instruction.op0_register();
-    if instruction.op0_kind() != OpKind::Register || !register.is_gpr64() {
-        return after;
-    }
-    let is_patch = |target: Target<'_>| matches!(target, Target::Own(at) if Some(at) == patch);
-    let holds = match instruction.mnemonic() {
-        Mnemonic::Mov if instruction.op1_kind() == OpKind::Register => {
-            known & bit(instruction.op1_register()) != 0 && instruction.op1_register().is_gpr64()
-        }
-        // An immediate of 32 bits is extended by its sign, as addresses of the kernel are.
-        Mnemonic::Mov => fields.immediate.is_some_and(|(target, rtype)| {
-            is_patch(target) && rtype != elf::R_X86_64_32.0 && !is_relative(rtype)
-        }),
-        Mnemonic::Lea if instruction.is_ip_rel_memory_operand() => fields
-            .displacement
-            .is_some_and(|(target, rtype)| is_patch(target) && is_relative(rtype)),
-        _ => false,
-    };
-    if holds {
-        after | bit(register)
-    } else {
-        after
     }
 }

@@ -32,8 +32,8 @@ fn as_by_an_earlier_build(guest: &Guest) {
 
 fn resident(guest: &Guest, name: &str) -> Resident {
     let residents = guest.residents().unwrap();
-    let named = residents.into_iter().filter(|r| r.record.name == name);
-    named.last().unwrap()
+    let mut named = residents.into_iter().filter(|r| r.record.name == name);
+    named.next_back().unwrap()
 }
 
 #[test]
