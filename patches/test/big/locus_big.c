@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * One mebibyte of variables: more than the pages that a PV guest has to spare.
+ * One mebibyte of variables: more than the pages that any guest has to spare.
  */
 #include <linux/sizes.h>
 

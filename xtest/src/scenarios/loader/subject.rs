@@ -14,7 +14,7 @@ use crate::{check, check_eq};
 const FILES: &str = "/proc/cmdline /proc/version /proc/sys/kernel/ostype";
 
 /// Pages of the arena that one behaviour may need.
-const ROOM: u64 = 60;
+const ROOM: u64 = 80;
 
 /// A guest, and the payloads for its kernel.
 #[derive(Debug)]
