@@ -17,6 +17,7 @@ mod many;
 mod mitigations;
 mod nudge;
 mod objects;
+mod parked;
 mod protocol;
 mod refuse;
 mod safety;
@@ -81,6 +82,7 @@ fn short() -> Vec<Scenario> {
         liar::SCENARIOS,
         hostile::SCENARIOS,
         objects::SCENARIOS,
+        parked::SCENARIOS,
         loader::SCENARIOS,
         know::SCENARIOS,
         sites::SCENARIOS,
