@@ -413,6 +413,8 @@ fn names_that_unpack_to_a_gibibyte_are_not_believed() {
             let memory = MockMemory::new();
             memory.map_bytes(TEXT, &vec![0xcc; (RODATA.0 - TEXT.0) as usize], false, true);
             memory.map_bytes(RODATA, &out, false, false);
+            let variables = RODATA.plus((out.len() as u64).next_multiple_of(4096));
+            memory.map_bytes(variables, &[0], true, false);
             memory
         },
     );
