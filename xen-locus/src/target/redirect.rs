@@ -212,15 +212,22 @@ fn check_bytes(code: &[u8], entry: Gva, offset: usize) -> std::result::Result<Op
     // Where it ends, if that is before the last of the bytes.
     let mut end = None;
     for i in Decoder::with_ip(64, body, first.0, DecoderOptions::NONE).iter() {
-        if covered >= JUMP {
+        // Behind a function's own jump out of it there is nothing, up to the next function.
+        if covered >= JUMP && leaves.is_none() {
             break;
         }
         let at = Gva(i.ip());
         if let Some(end) = end {
             if !matches!(i.mnemonic(), Mnemonic::Int3 | Mnemonic::Nop) {
-                return Err(format!(
-                    "no room for a redirect: its first instructions end at {end}, and other code follows at {at}"
-                ));
+                return Err(match leaves.filter(|_| covered >= JUMP) {
+                    Some(to) => format!(
+                        "it is already redirected by someone else: found a jump to {to} at {end}, out of the function, \
+                         and other code behind it at {at}; expected nothing behind such a jump, or none"
+                    ),
+                    None => format!(
+                        "no room for a redirect: its first instructions end at {end}, and other code follows at {at}"
+                    ),
+                });
             }
         } else if i.is_invalid() || i.mnemonic() == Mnemonic::Int3 {
             return Err(format!(

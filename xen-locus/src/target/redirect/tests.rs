@@ -114,6 +114,19 @@ fn a_tail_call_to_a_function_of_the_kernel_is_the_functions_own() {
 }
 
 #[test]
+fn a_jump_in_front_of_other_code_is_someone_elses_wherever_it_leads() {
+    let to = TEXT.plus(15 * 4096);
+    let filler = [0xcc, 0x0f, 0x1f, 0x00, 0xcc];
+    let code = [tail_call(&NOP5, to), filler.to_vec()].concat();
+    examined(&code).unwrap();
+    // What is left of a function over whose first bytes the jump was written.
+    let code = [tail_call(&NOP5, to), vec![0x5d, 0xc3]].concat();
+    let (exit, said) = refusal(&code);
+    assert_eq!(exit, ExitCode::NotApplicable, "{said}");
+    assert!(said.contains("redirected by someone else"), "{said}");
+}
+
+#[test]
 fn a_jump_to_where_no_function_begins_is_someone_elses() {
     let arena = arena::page_address(3);
     for (to, words) in [
