@@ -414,34 +414,17 @@ fn way_back(kernel: &Kernel<'_>, change: &Change) -> Result<Plan> {
     })
 }
 
-/// Where no kprobe may stand when `change` is undone: what it wrote, and the code that it is about. In front of what it wrote
-/// in a function only ftrace's nop is left.
+/// Where no kprobe may stand when `change` is undone: on what it wrote. All other code keeps its bytes, so a kprobe there
+/// is no reason to leave a guest between two states.
 fn unprobed(change: &Change) -> Vec<Watched> {
-    let written: Vec<Range> = change
-        .writes
-        .iter()
-        .filter(|w| w.changes())
-        .map(|w| Range::new(w.at, w.new.len() as u64))
-        .collect();
-    let own = written.iter().map(|&range| Watched {
-        range,
-        name: change.patch.clone(),
-    });
-    let code = change.watched.iter().map(|w| {
-        let whole = Range::new(Gva(w.start), w.len);
-        let first = written
-            .iter()
-            .map(|r| r.start)
-            .find(|&at| whole.contains(at));
-        Watched {
-            range: Range {
-                start: first.unwrap_or(whole.start),
-                end: whole.end,
-            },
-            name: w.name.clone(),
-        }
-    });
-    code.chain(own).collect()
+    let written = change.writes.iter().filter(|w| w.changes());
+    let range = |w: &Write| Range::new(w.at, w.new.len() as u64);
+    written
+        .map(|w| Watched {
+            range: range(w),
+            name: change.patch.clone(),
+        })
+        .collect()
 }
 
 /// Removes the journal and the guards' files of the guest `uuid`, which is gone.

@@ -211,11 +211,14 @@ impl Gate {
 
     fn plan(&self, kernel: &Kernel<'_>, turn: Turn) -> Result<Plan> {
         let mut unprobed = self.watched(turn);
-        let start = self.handler.site;
-        unprobed.push(Watched {
-            range: Range { start, ..self.room },
-            name: FUNCTION.to_owned(),
-        });
+        // On the way back the rest of the handler keeps its bytes.
+        if turn == Turn::Up {
+            let start = self.handler.site;
+            unprobed.push(Watched {
+                range: Range { start, ..self.room },
+                name: FUNCTION.to_owned(),
+            });
+        }
         let proposal = Proposal {
             patch: &self.patch,
             // The way back leaves the nop as it is.

@@ -112,7 +112,9 @@ fn both_redirects_of_a_nudge_are_refused_where_a_kprobe_stands_and_while_one_com
             assert!(error.to_string().contains(words), "{error}");
             assert_eq!(guest.peek::<JUMP>(site), before);
         };
-        for at in [site, site + 6] {
+        // On the way back the rest of the handler keeps its bytes.
+        let body = (which == Turn::Up).then_some(site + 6);
+        for at in std::iter::once(site).chain(body) {
             guest.add_kprobe(4, at);
             refused("a kprobe of the guest's own stands at");
             guest.remove_kprobe(4);
@@ -124,7 +126,11 @@ fn both_redirects_of_a_nudge_are_refused_where_a_kprobe_stands_and_while_one_com
         guest.meanwhile(move |g| g.poke(lock, &[8]));
         refused("kprobe_mutex is held");
         guest.poke(lock, &[0]);
+        if which == Turn::Down {
+            guest.add_kprobe(4, site + 6);
+        }
         turn(which).unwrap();
+        guest.remove_kprobe(4);
         assert_eq!(guest.peek::<JUMP>(site), after);
     }
     // Up, the handler must not be traced. Down, that is no matter.
