@@ -94,8 +94,9 @@ pub(crate) fn execute(
         }
         let mut verdict = scanned.into_verdict();
         if !verdict.is_sleepers() {
-            map_all(machine, &mut targets, &trail)?;
+            // The guardian may take a while, so it comes first.
             guard.hold()?;
+            map_all(machine, &mut targets, &trail)?;
             // Called before the pause too, because what is used for the first time is slow.
             check_all(&targets, &trail)?;
             let thorough = too_many_ran >= TOO_MANY_RAN_MAX;

@@ -2,7 +2,7 @@
 
 use locus_guest::addr::Frame;
 use locus_guest::space::Trail;
-use locus_guest::{MemoryMut, WindowMut};
+use locus_guest::{MemoryMut, Window, WindowMut};
 
 use crate::error::{Error, Result};
 use crate::machine::Writing;
@@ -13,14 +13,28 @@ pub(super) struct Target<'p> {
     pub(super) write: &'p Write,
     pub(super) frames: Vec<Frame>,
     /// The pages, while they are mapped ([`map_all`]).
-    pub(super) window: Option<Box<dyn WindowMut>>,
+    pub(super) window: Option<Mapped>,
     pub(super) offset: usize,
 }
 
+/// Mapped pages. Those of conditions are only read: what is mapped to be written can't become a page table of a PV guest,
+/// and the guest frees them as it likes.
+pub(super) enum Mapped {
+    Read(Box<dyn Window>),
+    Write(Box<dyn WindowMut>),
+}
+
+fn not_mapped() -> Error {
+    Error::failed("a page to be written is not mapped: this is a defect of xen-locus")
+}
+
 impl Target<'_> {
-    fn window(&self) -> Result<&dyn WindowMut> {
-        let window = self.window.as_deref();
-        window.ok_or_else(|| Error::failed("a page to be written is not mapped: this is a defect"))
+    fn window(&self) -> Result<&dyn Window> {
+        match &self.window {
+            Some(Mapped::Read(window)) => Ok(&**window),
+            Some(Mapped::Write(window)) => Ok(&**window),
+            None => Err(not_mapped()),
+        }
     }
 
     fn holds(&self, bytes: &[u8]) -> Result<bool> {
@@ -33,7 +47,10 @@ impl Target<'_> {
     }
 
     fn put(&self, bytes: &[u8]) -> Result<()> {
-        Ok(self.window()?.write(self.offset, bytes)?)
+        match &self.window {
+            Some(Mapped::Write(window)) => Ok(window.write(self.offset, bytes)?),
+            _ => Err(not_mapped()),
+        }
     }
 }
 
@@ -45,7 +62,10 @@ pub(super) fn map_all(
 ) -> Result<()> {
     check_trail(trail)?;
     for target in targets.iter_mut().filter(|t| t.window.is_none()) {
-        target.window = Some(memory.map_mut(&target.frames)?);
+        target.window = Some(match target.write.changes() {
+            true => Mapped::Write(memory.map_mut(&target.frames)?),
+            false => Mapped::Read(memory.map(&target.frames)?),
+        });
     }
     Ok(())
 }
@@ -109,7 +129,7 @@ pub(super) fn write_all(
     let written = changed().try_for_each(|t| t.put(&t.write.new));
     // What can't be read back is not known to be there.
     let is_there = |t: &Target<'_>, bytes: &[u8]| t.holds(bytes).unwrap_or(false);
-    if written.is_ok() && targets.iter().all(|t| is_there(t, &t.write.new)) {
+    if written.is_ok() && changed().all(|t| is_there(t, &t.write.new)) {
         return Ok(());
     }
     // The last one first: what was written first is put back last.
@@ -117,7 +137,7 @@ pub(super) fn write_all(
         // All are tried. What counts is what is there in the end.
         let _ = target.put(&target.write.expect);
     }
-    for target in targets {
+    for target in changed() {
         if !is_there(target, &target.write.expect) {
             return Err(Error::uncertain(format!(
                 "writing failed midway and the bytes at {} could not be put back; run `xen-locus \
@@ -221,7 +241,7 @@ mod tests {
                 Target {
                     write: &write,
                     frames: vec![frame],
-                    window: Some(window),
+                    window: Some(Mapped::Write(window)),
                     offset: 100,
                 }
             })

@@ -68,7 +68,7 @@ pub(crate) struct Guest {
     /// What a pause says of the time since it was asked for.
     pub(crate) pause_takes: Cell<Duration>,
     /// Windows to write that exist.
-    writable: Rc<Cell<u32>>,
+    pub(crate) writable: Rc<Cell<u32>>,
     /// How many there were when the guardian was last told to let go.
     pub(crate) kept: Cell<Option<u32>>,
 }

@@ -118,6 +118,15 @@ fn a_kprobe_that_is_registered_and_disabled_is_in_the_way_of_each_write_to_text(
 }
 
 #[test]
+fn only_what_is_written_is_mapped_to_be_written() {
+    let guest = patched();
+    guest.meanwhile(|g| assert_eq!(g.writable.get(), 2, "the redirects of A and B"));
+    reverts(&guest).unwrap();
+    assert!(guest.meanwhile.borrow().is_empty());
+    assert_eq!(guest.writable.get(), 0);
+}
+
+#[test]
 fn locks_of_the_guest_are_free_and_the_sentence_names_the_one_that_is_not() {
     for (what, action) in ACTIONS {
         let guest = patched();
