@@ -231,7 +231,10 @@ impl Gate {
             watched: self.watched(turn),
             ..Proposal::default()
         };
-        Plan::new(kernel, proposal)
+        match turn {
+            Turn::Up => Plan::unless_guarded(kernel, proposal),
+            Turn::Down => Plan::new(kernel, proposal),
+        }
     }
 
     /// Makes the plan for this turn and carries it out.

@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::link::fixups::KeyCount;
 use crate::quiesce::{Watch, Watched};
 use crate::target::kprobes::Kprobes;
-use crate::target::{modules_present, redirect};
+use crate::target::{conflicts, modules_present, redirect};
 use crate::write::{About, Write, WRITE_MAX};
 use crate::x86::JUMP;
 
@@ -73,6 +73,23 @@ const CONDITIONS: &[Condition] = &[
 ];
 
 impl Plan {
+    /// The same as [`Plan::new`], for a change that begins something: it is not made in a guest that panics when its code
+    /// changes, and no module may come or go until it is made, because it could be such a one. What takes back a change that
+    /// is half done does not ask for that.
+    ///
+    /// # Errors
+    /// As [`conflicts::check_unguarded`] and [`Plan::new`].
+    pub fn unless_guarded(kernel: &Kernel<'_>, mut proposal: Proposal<'_>) -> Result<Plan> {
+        if let Some(at) = kernel.symbols.addr("modules") {
+            // Read before the modules are: one that comes later changes it.
+            let head = kernel.space.fresh().read_vec(at, 8)?;
+            let condition = Write::condition(at, head, About::ModuleLists);
+            proposal.links.insert(0, condition);
+        }
+        conflicts::check_unguarded(kernel)?;
+        Plan::new(kernel, proposal)
+    }
+
     /// The plan for `proposal`, whose first writes are the conditions that hold now.
     ///
     /// # Errors

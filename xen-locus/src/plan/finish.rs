@@ -155,5 +155,5 @@ fn plan(
         watched,
         entry_only,
     };
-    Plan::new(kernel, proposal)
+    Plan::unless_guarded(kernel, proposal)
 }

@@ -23,7 +23,6 @@ use crate::error::{Error, Result};
 use crate::link::image::Image;
 use crate::link::layout::ImageLayout;
 use crate::quiesce::Watch;
-use crate::target::conflicts;
 use crate::target::modules_present;
 use crate::write::{About, Write};
 
@@ -155,7 +154,6 @@ pub fn prepare(
 /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): a module of the guest would panic.
 pub fn undo(kernel: &Kernel<'_>, stack: &Stack<'_>, resident: &Resident) -> Result<Plan> {
     stack.check_on_top(kernel, resident)?;
-    conflicts::check_unguarded(kernel)?;
     let record = &resident.record;
     if let Some(why) = modules_present::gone(kernel, record)? {
         return Err(Error::failed(format!(
@@ -183,7 +181,7 @@ pub fn undo(kernel: &Kernel<'_>, stack: &Stack<'_>, resident: &Resident) -> Resu
         entry_only: record.entry_only.then(entry_only),
         ..Proposal::default()
     };
-    Plan::new(kernel, proposal)
+    Plan::unless_guarded(kernel, proposal)
 }
 
 #[cfg(test)]

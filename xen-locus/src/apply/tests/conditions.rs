@@ -127,6 +127,18 @@ fn only_what_is_written_is_mapped_to_be_written() {
 }
 
 #[test]
+fn a_module_that_comes_during_the_wait_is_noticed_because_it_may_guard_the_code() {
+    for (what, action) in &ACTIONS[..3] {
+        let guest = patched();
+        let head = guest.variable("modules");
+        let first: [u8; 8] = guest.peek(head);
+        guest.meanwhile(move |g| g.poke(head, &head.to_le_bytes()));
+        let words = ["the guest loaded or unloaded a module"];
+        fails(what, *action, &guest, &words, |g| g.poke(head, &first));
+    }
+}
+
+#[test]
 fn locks_of_the_guest_are_free_and_the_sentence_names_the_one_that_is_not() {
     for (what, action) in ACTIONS {
         let guest = patched();
