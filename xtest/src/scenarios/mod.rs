@@ -51,9 +51,16 @@ const LEFT_OUT: &[&str] = &[
     "hostile-remap-pvh",
     "hostile-flip-pvh",
     "loader-pvh",
+    "kprobe-late-pvh",
+    "timer-pvh",
     // Shown for another kernel.
     "know-bullseye-pv",
+    "know-trixie-pv",
     "sites-trixie-pv",
+    // Kills and failures of calls: faults-pv and both-die-pv have some of each kind.
+    "record-turns-pv",
+    "no-pidfd-pv",
+    "no-memory-pv",
     // Kills at random moments: faults-pv kills at every 37th call, both-die-pv and signals-pv in the pause.
     "kills-pv",
     // `loader-pv` has most of it; `make bench` runs the tool that it is about.
