@@ -9,7 +9,7 @@
 //! be replaced are those expected, and the page tables still lead to them ([`crate::apply`]); the guest is neither suspended
 //! nor has it shut down, and Xen does not record what the guest writes while it does not see what we write
 //! ([`Paused::writing`](crate::machine::Paused::writing)); no thread is in code that a kprobe copied
-//! ([`kprobes::copies`]).
+//! ([`copies`](crate::target::kprobes::copies)).
 //!
 //! The guest's ftrace, BPF programs and livepatches own the nop at a function's entry, in front of the redirect. A payload is
 //! not put behind one that they use, because it would not run, or not as they expect. For the way back that is no matter: it
