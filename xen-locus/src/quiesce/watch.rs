@@ -39,9 +39,9 @@ impl Watch {
         Watch::of(ranges)
     }
 
-    /// The ranges, each with its name.
+    /// The ranges, each with its name. Of equal ranges the one that gives a hit its name comes first.
     pub fn ranges(&self) -> impl Iterator<Item = (&Range, &str)> {
-        self.sorted.iter().map(|(w, _)| (&w.range, &*w.name))
+        self.sorted.iter().rev().map(|(w, _)| (&w.range, &*w.name))
     }
 
     /// Watches just `ranges`, in the form in which [`Watch::ranges`] gives them.
@@ -64,7 +64,7 @@ impl Watch {
     /// The same ranges and `more`, which are watched as they are.
     #[must_use]
     pub fn with(&self, more: Vec<Watched>) -> Watch {
-        let own = self.sorted.iter().map(|(watched, _)| watched.clone());
+        let own = self.sorted.iter().rev().map(|(watched, _)| watched.clone());
         Watch::of(own.chain(more).collect())
     }
 

@@ -43,6 +43,14 @@ fn a_watched_range_is_hit_behind_its_first_byte_and_up_to_its_end() {
     assert_eq!(name(0x1028), Some(("c".into(), 0x18)));
     assert_eq!(name(0x1080), Some(("a".into(), 0x80)));
     assert_eq!(name(0x1101), None);
+    // A watch that is made of another one gives the same names.
+    let ranges = watch.ranges().map(|(range, name)| Watched {
+        range: *range,
+        name: name.into(),
+    });
+    for again in [watch.with(Vec::new()), Watch::of(ranges.collect())] {
+        assert_eq!(again.hit(0x1018).map(|(w, _)| &*w.name), Some("b"));
+    }
 }
 
 #[test]
