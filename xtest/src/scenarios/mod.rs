@@ -40,9 +40,9 @@ const LEFT_OUT: &[&str] = &[
     "hostile-arena-pv",
     "verify-pv",
     "know-bookworm-pv",
+    "sites-bookworm-pv",
     // Shown for PV.
     "bench-pvh",
-    "bench-hvm",
     "hostile-own-pvh",
     "objects-pvh",
     "stack-pvh",
@@ -53,16 +53,34 @@ const LEFT_OUT: &[&str] = &[
     "loader-pvh",
     "kprobe-late-pvh",
     "timer-pvh",
+    // Shown by `pti-hvm`.
+    "bench-hvm",
+    "apply-hvm",
+    "refuse-firmware-hvm",
+    // Shown by `pti-pvh`, `bigdata-pvh` and `sites-bookworm-pvh`.
+    "know-bookworm-pvh",
     // Shown for another kernel.
     "know-bullseye-pv",
     "know-trixie-pv",
     "sites-trixie-pv",
-    // Kills and failures of calls: faults-pv and both-die-pv have some of each kind.
+    // Kills and failures of calls: `faults-pv`, `both-die-pv` and `signals-pv` have some of each kind.
+    "kills-pv",
     "record-turns-pv",
     "no-pidfd-pv",
     "no-memory-pv",
-    // Kills at random moments: faults-pv kills at every 37th call, both-die-pv and signals-pv in the pause.
-    "kills-pv",
+    "faults-recover-pv",
+    "destroy-pv",
+    // Hostile guests: `hostile-flip-pv` and `hostile-store-pv`.
+    "liar-pv",
+    "hostile-own-pv",
+    "hostile-remap-pv",
+    "hostile-arena-pvh",
+    // Modules: `module-going-pv`, `sealed-trixie-pv`, `loader-pv`. Requests: `xenstore-requests`.
+    "objects-pv",
+    "xenstore-late-module",
+    "xenstore-updated",
+    // `must-fail-*` and `useless-tools` show that the bench notices.
+    "bench-hung-guest",
     // `loader-pv` has most of it; `make bench` runs the tool that it is about.
     "loader-own-pv",
     "pauses-pv",
