@@ -4,7 +4,6 @@
 //! A kernel that is built for IBT (Debian 13 and later) overwrites the `endbr64` of a function whose address nobody
 //! takes. On an older kernel these are functions like any other.
 
-use super::behaviour;
 use super::subject::Subject;
 use crate::guest::Kind;
 use crate::scenario::Ctx;
@@ -79,32 +78,6 @@ pub fn only_return(subject: &Subject<'_>) -> Result<(), Verdict> {
     Ok(())
 }
 
-/// A function of a module whose address nobody takes.
-pub fn module_sealed(subject: &Subject<'_>) -> Result<(), Verdict> {
-    const NAME: &str = "locus_module_sealed";
-    let guest = &subject.guest;
-    behaviour::load_modules(guest)?;
-    guest.ok(
-        "mkdir -p /tmp/ext4 && dd if=/dev/zero of=/tmp/ext4.img bs=1M count=4 && \
-         mke2fs -F /tmp/ext4.img && { [ -b /dev/loop0 ] || mknod /dev/loop0 b 7 0; } && losetup /dev/loop0 /tmp/ext4.img && \
-         mount -t ext4 /dev/loop0 /tmp/ext4 && touch /tmp/ext4/here",
-    )?;
-    subject.log.mark(subject.ctx, guest)?;
-    let shows = |patched: bool| -> Result<(), Verdict> {
-        let names = guest.ok("ls /tmp/ext4")?;
-        check_eq!(names.contains("here"), !patched, "/tmp/ext4 has {names:?}");
-        Ok(())
-    };
-    shows(false)?;
-    subject.apply(NAME)?;
-    shows(true)?;
-    subject.revert(NAME)?;
-    shows(false)?;
-    subject.log.nothing_new(subject.ctx, guest)?;
-    guest.ok("umount /tmp/ext4; losetup -d /dev/loop0; rm -r /tmp/ext4 /tmp/ext4.img")?;
-    subject.log.mark(subject.ctx, guest)
-}
-
 /// What the guest itself does with the sealed function: a shell command to begin it, words of the refusal, and a shell
 /// command to end it.
 const HELD: [(&str, &str, &str); 3] = [
@@ -168,7 +141,6 @@ pub fn run(ctx: &mut Ctx) -> Result<(), Verdict> {
     sealed(&subject)?;
     tail_call(&subject)?;
     only_return(&subject)?;
-    module_sealed(&subject)?;
     held(&subject)?;
     sealed(&subject)?;
     let name = subject.guest.name.clone();

@@ -139,7 +139,6 @@ const BEHAVIOURS: &[(&str, Behaviour)] = &[
     ("same names", behaviour::same_names),
     ("module function", behaviour::module_function),
     ("sealed function", heads::sealed),
-    ("sealed function of a module", heads::module_sealed),
     ("tail call", heads::tail_call),
     ("only a return", heads::only_return),
     ("300 functions", behaviour::many),
