@@ -199,7 +199,7 @@ pub fn stacks(subject: &Subject<'_>) -> Result<(), Verdict> {
 }
 
 /// Loads all modules that the guest has in its files, and that are not loaded.
-pub fn load_modules(guest: &Guest) -> Result<(), Verdict> {
+fn load_modules(guest: &Guest) -> Result<(), Verdict> {
     guest.ok(
         "while read m; do grep -q ^$(basename $m .ko | tr - _) /proc/modules || \
          insmod /lib/modules/$m || exit 1; done < /lib/modules/order",
