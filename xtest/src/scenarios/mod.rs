@@ -59,6 +59,8 @@ const LEFT_OUT: &[&str] = &[
     "refuse-firmware-hvm",
     // Shown by `pti-pvh`, `bigdata-pvh` and `sites-bookworm-pvh`.
     "know-bookworm-pvh",
+    // Downloads a kernel, and builds all payloads for it.
+    "sealed-trixie-pv",
     // Shown for another kernel.
     "know-bullseye-pv",
     "know-trixie-pv",
@@ -75,7 +77,7 @@ const LEFT_OUT: &[&str] = &[
     "hostile-own-pv",
     "hostile-remap-pv",
     "hostile-arena-pvh",
-    // Modules: `module-going-pv`, `sealed-trixie-pv`, `loader-pv`. Requests: `xenstore-requests`.
+    // Modules: `module-going-pv`, `loader-pv`. Requests: `xenstore-requests`.
     "objects-pv",
     "xenstore-late-module",
     "xenstore-updated",

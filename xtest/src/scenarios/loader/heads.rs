@@ -138,11 +138,11 @@ pub fn run(ctx: &mut Ctx) -> Result<(), Verdict> {
         .dom0
         .ok(&format!("locus-poke {} {function}", subject.guest.name))?;
     check!(head.starts_with(POISON), "{function} begins with {head}");
+    // The guest can't load a livepatch of a name that is parked.
+    held(&subject)?;
     sealed(&subject)?;
     tail_call(&subject)?;
     only_return(&subject)?;
-    held(&subject)?;
-    sealed(&subject)?;
     let name = subject.guest.name.clone();
     ctx.destroy_guest(&name)
 }
