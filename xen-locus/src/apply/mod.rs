@@ -44,11 +44,22 @@ pub fn apply(
 ) -> Result<Report> {
     kernel.check_runs()?;
     let patience = Patience::new(options);
-    let once = |kernel: &Kernel<'_>| apply_once(machine, kernel, payload, mode, &patience);
+    keep_trying(machine, kernel, &patience, |kernel| {
+        apply_once(machine, kernel, payload, mode, &patience)
+    })
+}
+
+/// Calls `attempt` with the guest's kernel as it was read; again with the kernel read anew, because what the guest changed
+/// may have been its page tables.
+fn keep_trying(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    patience: &Patience<'_>,
+    attempt: impl Fn(&Kernel<'_>) -> Result<Report>,
+) -> Result<Report> {
     patience.keep_trying(|first| match first {
-        true => once(kernel),
-        // What the guest changed may have been its page tables.
-        false => once(&machine::kernel_of(machine)?),
+        true => attempt(kernel),
+        false => attempt(&machine::kernel_of(machine)?),
     })
 }
 
@@ -107,10 +118,8 @@ pub fn revert(
     options: &Options,
 ) -> Result<Report> {
     let patience = Patience::new(options);
-    let once = |kernel: &Kernel<'_>| revert_once(machine, kernel, name, &patience);
-    patience.keep_trying(|first| match first {
-        true => once(kernel),
-        false => once(&machine::kernel_of(machine)?),
+    keep_trying(machine, kernel, &patience, |kernel| {
+        revert_once(machine, kernel, name, &patience)
     })
 }
 

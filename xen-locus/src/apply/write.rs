@@ -1,5 +1,8 @@
 //! The writes themselves, in the pause: all of them or none, and read back.
 
+use std::collections::HashMap;
+use std::rc::Rc;
+
 use locus_guest::addr::Frame;
 use locus_guest::space::Trail;
 use locus_guest::{MemoryMut, Window, WindowMut};
@@ -20,7 +23,7 @@ pub(super) struct Target<'p> {
 /// Mapped pages. Those of conditions are only read: what is mapped to be written can't become a page table of a PV guest,
 /// and the guest frees them as it likes.
 pub(super) enum Mapped {
-    Read(Box<dyn Window>),
+    Read(Rc<dyn Window>),
     Write(Box<dyn WindowMut>),
 }
 
@@ -61,10 +64,17 @@ pub(super) fn map_all(
     trail: &Trail,
 ) -> Result<()> {
     check_trail(trail)?;
+    // Conditions about one page are compared through one window.
+    let mut read: HashMap<Vec<Frame>, Rc<dyn Window>> = HashMap::new();
     for target in targets.iter_mut().filter(|t| t.window.is_none()) {
-        target.window = Some(match target.write.changes() {
-            true => Mapped::Write(memory.map_mut(&target.frames)?),
-            false => Mapped::Read(memory.map(&target.frames)?),
+        target.window = Some(if target.write.changes() {
+            Mapped::Write(memory.map_mut(&target.frames)?)
+        } else if let Some(window) = read.get(&target.frames) {
+            Mapped::Read(Rc::clone(window))
+        } else {
+            let window: Rc<dyn Window> = memory.map(&target.frames)?.into();
+            read.insert(target.frames.clone(), Rc::clone(&window));
+            Mapped::Read(window)
         });
     }
     Ok(())

@@ -39,8 +39,8 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Waits until the run ends, and maps and unmaps `places` as the run wishes. If the run is stopped (SIGSTOP) while the guest is paused, it is killed, because it may never
-/// continue.
+/// Waits until the run ends, and maps and unmaps `places` as the run wishes. If the run is stopped (SIGSTOP) while the guest
+/// is paused, it is killed, because it may never continue.
 fn wait(page: &SharedPage, worker: &Process, places: &mut Places<'_>) -> Result<WaitOutcome> {
     let mut held = false;
     loop {

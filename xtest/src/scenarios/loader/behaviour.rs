@@ -1,7 +1,7 @@
 //! Behaviours of payload code that is linked and registered.
 
 use super::subject::Subject;
-use crate::guest::{Guest, Kind};
+use crate::guest::Kind;
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -198,15 +198,6 @@ pub fn stacks(subject: &Subject<'_>) -> Result<(), Verdict> {
     subject.revert(NAME)
 }
 
-/// Loads all modules that the guest has in its files, and that are not loaded.
-fn load_modules(guest: &Guest) -> Result<(), Verdict> {
-    guest.ok(
-        "while read m; do grep -q ^$(basename $m .ko | tr - _) /proc/modules || \
-         insmod /lib/modules/$m || exit 1; done < /lib/modules/order",
-    )?;
-    Ok(())
-}
-
 /// A function of a module: refused while the module is not loaded, replaced afterwards.
 pub fn module_function(subject: &Subject<'_>) -> Result<(), Verdict> {
     const NAME: &str = "locus_module_function";
@@ -214,7 +205,10 @@ pub fn module_function(subject: &Subject<'_>) -> Result<(), Verdict> {
     let guest = &subject.guest;
     guest.ok("! grep -q ^ext4 /proc/modules || rmmod ext4")?;
     subject.refused(&subject.file(NAME), &["ext4", "not loaded"])?;
-    load_modules(guest)?;
+    guest.ok(
+        "while read m; do grep -q ^$(basename $m .ko | tr - _) /proc/modules || \
+         insmod /lib/modules/$m || exit 1; done < /lib/modules/order",
+    )?;
     subject.log.mark(subject.ctx, guest)?;
     check_eq!(subject.read(FEATURE)?, "supported");
     subject.apply(NAME)?;
