@@ -21,6 +21,7 @@ use crate::link::module::links;
 use crate::plan::{self, Stack};
 use crate::storage::audit::Line;
 use crate::target::conflicts::{self, Caller};
+use crate::target::kprobes::Kprobes;
 use crate::target::modules_present;
 use crate::target::redirect::{self, Head};
 use crate::x86::{JMP, JUMP};
@@ -94,6 +95,10 @@ pub fn compare_once(kernel: &Kernel<'_>, known: Option<HostRecords<'_>>) -> Resu
     let mut comparison = Comparison {
         kernel,
         space: kernel.space.fresh(),
+        kprobes: match residents.is_empty() {
+            true => Kprobes::default(),
+            false => Kprobes::read(kernel)?,
+        },
         drift: Vec::new(),
     };
     let mut outcome = VerifyReport {
@@ -138,6 +143,7 @@ struct Difference {
 struct Comparison<'a, 'm> {
     kernel: &'a Kernel<'m>,
     space: Space<'m>,
+    kprobes: Kprobes,
     drift: Vec<Drift>,
 }
 
@@ -247,7 +253,7 @@ impl Comparison<'_, '_> {
         for offset in record.code.changed(code) {
             let at = start.plus(offset as u64);
             let block = Range::new(at, BLOCK.min(len - offset) as u64);
-            let (found, by) = match conflicts::kprobe(self.kernel, block)? {
+            let (found, by) = match self.kprobes.in_range(block) {
                 Some(probe) => (format!("a kprobe at {probe}"), DriftCause::Kprobe),
                 None => ("other bytes".into(), DriftCause::Unknown),
             };
@@ -367,7 +373,7 @@ impl Comparison<'_, '_> {
         };
         if expected.is_some_and(|expected| expected != found) {
             let place = Range::new(at, JUMP as u64);
-            if let Some(probe) = conflicts::kprobe(self.kernel, place)? {
+            if let Some(probe) = self.kprobes.in_range(place) {
                 drift.found.push_str(&format!(", a kprobe at {probe}"));
                 drift.by = DriftCause::Kprobe;
             } else if original(residents, function.site) == Some(found) {
@@ -384,7 +390,7 @@ impl Comparison<'_, '_> {
         }
         if expected == Some(found) {
             // It has a copy of the redirect, and is disabled.
-            if let Some(probe) = conflicts::kprobe(self.kernel, Range::new(at, JUMP as u64))? {
+            if let Some(probe) = self.kprobes.in_range(Range::new(at, JUMP as u64)) {
                 self.drift.push(Drift {
                     found: format!("{}, a disabled kprobe at {probe}", hex::encode(found)),
                     by: DriftCause::Kprobe,
@@ -415,7 +421,7 @@ impl Comparison<'_, '_> {
                 DriftCause::Unknown,
             ),
             Err(Head::Unknown(bytes)) => {
-                match conflicts::kprobe(self.kernel, Range::new(entry, head as u64))? {
+                match self.kprobes.in_range(Range::new(entry, head as u64)) {
                     Some(probe) => (format!("a kprobe at {probe}"), DriftCause::Kprobe),
                     None => (bytes, DriftCause::Unknown),
                 }

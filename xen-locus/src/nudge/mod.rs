@@ -26,6 +26,7 @@ use crate::plan::{self, Plan, Proposal, Stack};
 use crate::quiesce::{Watch, Watched};
 use crate::storage::journal::Change;
 use crate::target::conflicts;
+use crate::target::kprobes::Kprobes;
 use crate::target::redirect;
 use crate::target::symbols::Object;
 use crate::write::{About, Write};
@@ -142,7 +143,14 @@ impl Gate {
                 layers.owner()
             )));
         }
-        let function = redirect::examine(kernel, Object::Kernel, FUNCTION, entry, None)?;
+        let function = redirect::examine(
+            kernel,
+            Object::Kernel,
+            FUNCTION,
+            entry,
+            None,
+            &Kprobes::read(kernel)?,
+        )?;
         let site = function.site;
         let code = kernel.space.read_vec(site.at, JUMP + 15)?;
         let len = gate::displaced(&code, site.at).map_err(|why| {

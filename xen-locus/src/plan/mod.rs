@@ -160,10 +160,6 @@ pub fn undo(kernel: &Kernel<'_>, stack: &Stack<'_>, resident: &Resident) -> Resu
             "{why}: its redirects went with it, and nothing is written where they were"
         )));
     }
-    let unprobed = conditions::unprobed_of(record);
-    // It changes the first byte of a redirect while it is enabled: it is the better reason.
-    conditions::check_unprobed(kernel, &record.name, &unprobed)?;
-    stack.check_holds(kernel, resident)?;
     let redirects = record.functions.iter().map(|f| Write {
         at: f.site,
         expect: f.new_bytes.to_vec(),
@@ -174,14 +170,17 @@ pub fn undo(kernel: &Kernel<'_>, stack: &Stack<'_>, resident: &Resident) -> Resu
     let proposal = Proposal {
         patch: &record.name,
         modules: record.objects.clone(),
-        unprobed,
+        unprobed: conditions::unprobed_of(record),
         redirects: redirects.collect(),
         // No thread may be in the payload's code: in a replacement, or in a function that only it calls.
         watched: stack::code_of(record),
         entry_only: record.entry_only.then(entry_only),
         ..Proposal::default()
     };
-    Plan::unless_guarded(kernel, proposal)
+    // A kprobe changes the first byte of a redirect while it is enabled, and is the better reason: so this comes last.
+    let plan = Plan::unless_guarded(kernel, proposal)?;
+    stack.check_holds(kernel, resident)?;
+    Ok(plan)
 }
 
 #[cfg(test)]

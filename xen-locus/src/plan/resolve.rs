@@ -8,6 +8,7 @@ use super::stack::Layers;
 use crate::arena::record::{Draft, DraftFunction, ModuleAt};
 use crate::error::{Error, Result};
 use crate::link::split::SplitFunctions;
+use crate::target::kprobes::Kprobes;
 use crate::target::redirect::{self, Returns};
 use crate::target::symbols::VMLINUX;
 
@@ -74,6 +75,7 @@ fn functions(fitted: &Fitted<'_, '_>) -> Result<(Vec<DraftFunction>, Option<Retu
     let parts = SplitFunctions::of(payload)?;
     let mut functions: Vec<DraftFunction> = Vec::new();
     let mut returns = None;
+    let kprobes = Kprobes::read(fitted.kernel)?;
     for object in &payload.klp.objects {
         let name = object.name.as_deref();
         let owner = fitted
@@ -95,6 +97,7 @@ fn functions(fitted: &Fitted<'_, '_>) -> Result<(Vec<DraftFunction>, Option<Retu
                 &func.old_name,
                 old,
                 installed.as_ref(),
+                &kprobes,
             )?;
             let original = function.site.old;
             let found = installed.map_or(original, |ours| ours.jump);

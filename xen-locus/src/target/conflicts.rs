@@ -7,12 +7,11 @@
 
 use std::fmt;
 
-use locus_guest::addr::{Gva, Range};
+use locus_guest::addr::Gva;
 use locus_kernel::modules::ModuleReader;
 use locus_kernel::{list, Kernel};
 
 use crate::error::{Error, Result};
-use crate::target::kprobes::Kprobes;
 
 /// Sections of the kernel's text whose functions can't be replaced: symbols at their start and end,
 /// and why.
@@ -90,14 +89,6 @@ pub fn check_unguarded(kernel: &Kernel<'_>) -> Result<()> {
          changed",
         found.name, found.name
     )))
-}
-
-/// The place of a kprobe of the guest's in `range`; none in a kernel without kprobes.
-///
-/// # Errors
-/// As [`Kprobes::read`].
-pub fn kprobe(kernel: &Kernel<'_>, range: Range) -> Result<Option<Gva>> {
-    Ok(Kprobes::read(kernel)?.in_range(range))
 }
 
 /// What made a function's ftrace site call something.
@@ -204,6 +195,7 @@ fn bpf_image(kernel: &Kernel<'_>, target: Gva) -> Result<Option<String>> {
 mod tests {
     use super::*;
     use crate::error::ExitCode;
+    use crate::target::kprobes::Kprobes;
     use crate::target::redirect;
     use crate::target::symbols::Object;
     use crate::x86::ENDBRS;
@@ -273,7 +265,10 @@ mod tests {
         let memory = fixture.build();
         memory.map_bytes(Gva(DATA), &data, true, false);
         let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-        match redirect::examine(&kernel, Object::Kernel, "victim", Gva(AT), None) {
+        let kprobes = Kprobes::read(&kernel);
+        match kprobes.and_then(|kprobes| {
+            redirect::examine(&kernel, Object::Kernel, "victim", Gva(AT), None, &kprobes)
+        }) {
             Ok(_) => (ExitCode::Done, String::new()),
             Err(error) => (error.exit_code(), error.to_string()),
         }
@@ -428,7 +423,7 @@ mod tests {
         fixture.symbols.push((DATA, 'd', "kprobe_table".to_owned()));
         let memory = fixture.build();
         let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-        let error = kprobe(&kernel, Range::new(Gva(AT), 16)).unwrap_err();
+        let error = Kprobes::read(&kernel).unwrap_err();
         assert_eq!(error.exit_code(), ExitCode::NotApplicable, "{error}");
     }
 }

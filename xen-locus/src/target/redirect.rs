@@ -12,6 +12,7 @@ use locus_kernel::Kernel;
 use crate::arena;
 use crate::error::{Error, Result};
 use crate::target::conflicts;
+use crate::target::kprobes::Kprobes;
 use crate::target::symbols::Object;
 use crate::x86::{ENDBRS, JUMP, NOPS5};
 
@@ -63,7 +64,7 @@ pub struct InstalledRedirect<'r> {
 }
 
 /// Reads and checks the function `name` at `entry`, which belongs to `owner`. `installed` is the redirect that an
-/// applied patch has in it. The site's `old` bytes are the kernel's own in either case.
+/// applied patch has in it. The site's `old` bytes are the kernel's own in either case. `kprobes` are the guest's.
 ///
 /// # Errors
 /// [`Class::NotApplicable`](crate::error::Class::NotApplicable) or, for what passes, [`Class::TryAgain`](crate::error::Class::TryAgain): it has no ftrace nop, no room,
@@ -75,6 +76,7 @@ pub fn examine(
     name: &str,
     entry: Gva,
     installed: Option<&InstalledRedirect<'_>>,
+    kprobes: &Kprobes,
 ) -> Result<ExaminedFunction> {
     let room = owner.room(kernel, entry);
     let no = |why: String| Error::not_applicable(format!("function {name} at {entry}: {why}"));
@@ -94,7 +96,7 @@ pub fn examine(
         )));
     }
     let mut code = kernel.space.read_vec(entry, length(room)?)?;
-    if let Some(at) = conflicts::kprobe(kernel, Range::new(entry, room))? {
+    if let Some(at) = kprobes.in_range(Range::new(entry, room)) {
         return Err(Error::try_again(format!(
             "function {name} at {entry}: a kprobe of the guest's own stands at {at}; remove it and \
              try again"

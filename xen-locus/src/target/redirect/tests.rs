@@ -19,7 +19,15 @@ fn examined_with(
     fixture.function(AT + code.len() as u64, "next", &[0xc3]);
     let memory = fixture.build();
     let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-    examine(&kernel, Object::Kernel, "victim", Gva(AT), installed)
+    let kprobes = Kprobes::read(&kernel)?;
+    examine(
+        &kernel,
+        Object::Kernel,
+        "victim",
+        Gva(AT),
+        installed,
+        &kprobes,
+    )
 }
 
 fn refusal(code: &[u8]) -> (ExitCode, String) {
@@ -208,7 +216,8 @@ fn with_jump_label(len: u64, from: u64, to: u64) -> Result<ExaminedFunction> {
     let memory = fixture.build();
     memory.map_bytes(Gva(TABLE), &entry, false, false);
     let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-    examine(&kernel, Object::Kernel, "victim", Gva(AT), None)
+    let kprobes = Kprobes::read(&kernel)?;
+    examine(&kernel, Object::Kernel, "victim", Gva(AT), None, &kprobes)
 }
 
 #[test]

@@ -5,6 +5,7 @@ use locus_kernel::modules::sample::{data, fixture, Age, Data, DATA, LEN, STEP};
 use super::*;
 use crate::arena::digests::CodeDigests;
 use crate::error::ExitCode;
+use crate::target::kprobes::Kprobes;
 use crate::target::redirect;
 
 mod undefined;
@@ -112,7 +113,8 @@ fn functions_of_modules_are_found_and_examined_in_their_own_module() {
             Gva(CODE[1] + OWN)
         );
         let owner = objects.object(Some("first")).unwrap();
-        let function = redirect::examine(kernel, owner, "own", at, None).unwrap();
+        let function =
+            redirect::examine(kernel, owner, "own", at, None, &Kprobes::default()).unwrap();
         assert_eq!(function.site.at, at.plus(5));
         // The next symbol's room ends with the memory of the module's text.
         assert_eq!(owner.room(kernel, Gva(CODE[0] + PUB)), OWN - PUB);
@@ -122,7 +124,14 @@ fn functions_of_modules_are_found_and_examined_in_their_own_module() {
         // Data of the module, and text of another.
         for (at, owner) in [(0xffff_ffff_c200_0000, "first"), (CODE[1] + OWN, "first")] {
             let owner = objects.object(Some(owner)).unwrap();
-            let (exit, said) = refusal(redirect::examine(kernel, owner, "own", Gva(at), None));
+            let (exit, said) = refusal(redirect::examine(
+                kernel,
+                owner,
+                "own",
+                Gva(at),
+                None,
+                &Kprobes::default(),
+            ));
             assert!(
                 exit == ExitCode::NotApplicable || exit == ExitCode::Failed,
                 "{said}"
@@ -220,8 +229,15 @@ fn places_that_the_kernel_rewrites_in_a_module_are_left_alone() {
         let found = with(&d, |kernel| {
             let objects = GuestSymbols::new(kernel, Vec::new());
             let owner = objects.object(Some("first")).unwrap();
-            redirect::examine(kernel, owner, "own", Gva(CODE[0] + OWN), None)
-                .map_err(|e| e.to_string())
+            redirect::examine(
+                kernel,
+                owner,
+                "own",
+                Gva(CODE[0] + OWN),
+                None,
+                &Kprobes::default(),
+            )
+            .map_err(|e| e.to_string())
         });
         match found {
             Ok(_) => assert!(!refused, "{to:#x}"),
@@ -249,11 +265,20 @@ fn places_that_the_kernel_rewrites_in_a_module_are_left_alone() {
             "own",
             Gva(CODE[0] + OWN),
             None,
+            &Kprobes::default(),
         ));
         assert_eq!(exit, ExitCode::NotApplicable);
         assert!(said.contains("lock prefix"), "{said}");
         let other = objects.object(Some("second")).unwrap();
-        assert!(redirect::examine(kernel, other, "own", Gva(CODE[1] + OWN), None).is_ok());
+        assert!(redirect::examine(
+            kernel,
+            other,
+            "own",
+            Gva(CODE[1] + OWN),
+            None,
+            &Kprobes::default()
+        )
+        .is_ok());
     });
 }
 
