@@ -306,6 +306,7 @@ impl Bed<'_> {
         if let Some(words) = told.must_fail.into_inner() {
             result = inverted(result, &words);
         }
+        let used_up = told.uses_up.get();
         tried.excused = look.excused;
         tried.started_again = told.started_again.get();
         tried.suites.extend(told.suites.into_inner());
@@ -321,6 +322,11 @@ impl Bed<'_> {
                     self.machine = None;
                 }
             }
+        }
+        if let Some(machine) = self.machine.take_if(|_| used_up) {
+            machine.collect_logs();
+            // This boot was not lost to a crash.
+            self.boots -= 1;
         }
         tried.result = result;
         tried

@@ -53,6 +53,8 @@ pub(crate) struct Told {
     pub(crate) expects: RefCell<Vec<String>>,
     /// The scenario must fail, with these words.
     pub(crate) must_fail: RefCell<Option<String>>,
+    /// No other scenario can run on this machine.
+    pub(crate) uses_up: Cell<bool>,
     /// Guests that were started again, because QEMU lost them.
     pub(crate) started_again: Cell<u32>,
     /// Releases of Debian whose kernels guests booted.
@@ -83,9 +85,22 @@ impl Ctx {
         self.told.expects.borrow_mut().push(words.to_owned());
     }
 
+    /// Says that the scenario leaves guests paused for longer than the tool ever does. To a guest's watchdog, time that
+    /// went on meanwhile looks like a CPU that was stuck, and RCU says the same: Xen does not set
+    /// `PVCLOCK_GUEST_STOPPED`.
+    pub fn expects_long_pauses(&self) {
+        self.expects("soft lockup");
+        self.expects("rcu: INFO:");
+    }
+
     /// Says that this scenario must fail, with these words: it shows that the bench notices something.
     pub fn must_fail(&self, words: &str) {
         *self.told.must_fail.borrow_mut() = Some(words.to_owned());
+    }
+
+    /// Says that the scenario leaves a machine on which nothing else can run. The next one gets a new boot.
+    pub fn uses_up_the_machine(&self) {
+        self.told.uses_up.set(true);
     }
 
     /// What the scenario has told since the last call.

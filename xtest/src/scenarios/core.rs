@@ -48,6 +48,7 @@ fn core(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     if patched {
         tool::apply(ctx, name, PAIR)?;
     }
+    ctx.expects_long_pauses();
     ctx.dom0.ok(&format!("xl pause {name}"))?;
     let result = compare(ctx, name, if patched { "patched" } else { "ready" });
     ctx.dom0

@@ -11,8 +11,7 @@ use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
-/// Scenarios that are short enough for a usual run. The last one ends xenstored, so it must
-/// stay the last of its profile.
+/// Scenarios that are short enough for a usual run. The last one ends xenstored: what follows it needs another boot.
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "signals-pv",
@@ -170,6 +169,7 @@ fn environment(ctx: &mut Ctx) -> Result<(), Verdict> {
     );
 
     ctx.destroy_all()?;
+    ctx.uses_up_the_machine();
     ctx.dom0
         .ok("kill $(pidof xenstored); sleep 1; rm -f /run/xenstored/socket")?;
     let out = ctx

@@ -92,6 +92,7 @@ fn stacks(ctx: &mut Ctx, suite: &'static Suite, kind: Kind) -> Result<(), Verdic
 /// guests takes ten minutes.
 fn saved(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let mut unreliable = Vec::new();
+    ctx.expects_long_pauses();
     for _ in 0..CORES {
         ctx.dom0.ok(&format!(
             "xl pause {0}; xl dump-core {0} /tmp/stacks.core >&2; xl unpause {0}",

@@ -119,6 +119,7 @@ fn guest_works(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
 
 fn hung_guest(ctx: &mut Ctx) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new("hung", Kind::Pv).vcpus(1))?;
+    ctx.expects_long_pauses();
     ctx.dom0.ok("xl pause hung")?;
     let silence = Duration::from_secs(8);
     let began = Instant::now();

@@ -64,6 +64,7 @@ pub fn both_die(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
 fn both_killed(ctx: &Ctx, subject: &Subject, place: &str) -> Result<(), Verdict> {
     const TRIES: u32 = 8;
     let name = &subject.guest.name;
+    ctx.expects_long_pauses();
     let mut said = String::new();
     ctx.dom0
         .put("/tmp/both-die.sh", 0o755, BOTH_DIE.as_bytes())?;
