@@ -23,13 +23,13 @@ pub const SCENARIOS: &[Scenario] = &[
         name: "pti-pvh",
         summary: "a PVH guest with page-table isolation is read and patched, idle and with all vCPUs in user mode",
         profile: &PVH,
-        run: |ctx| isolation(ctx, Kind::Pvh, 10, 5),
+        run: |ctx| isolation(ctx, Kind::Pvh, 3, 2),
     },
     Scenario {
         name: "pti-hvm",
         summary: "an HVM guest with page-table isolation is read and patched, idle and with all vCPUs in user mode",
         profile: &HVM,
-        run: |ctx| isolation(ctx, Kind::Hvm, 10, 5),
+        run: |ctx| isolation(ctx, Kind::Hvm, 3, 2),
     },
 ];
 

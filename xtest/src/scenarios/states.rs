@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::steps::guest_log::Log;
 use super::steps::tool;
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::profile::{PV, PVH};
+use crate::profile::{PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
@@ -17,7 +17,7 @@ use crate::{check, check_eq};
 pub const SCENARIOS: &[Scenario] = &[Scenario {
     name: "states-pv",
     summary: "in a PV guest no thread inside a function is missed, whatever its state",
-    profile: &PV,
+    profile: &PV1,
     run: |ctx| states(ctx, Kind::Pv),
 }];
 

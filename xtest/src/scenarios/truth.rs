@@ -78,7 +78,6 @@ enum Which {
 const QUICK: &[&str] = &[
     "arena-is-kernel-only-pv",
     "blocked-pv",
-    "core-pv",
     "drain-pv",
     "history-pv",
     "nudge-pv",
