@@ -19,7 +19,7 @@ use crate::arena::record::State;
 use crate::arena::{Arena, Resident};
 use crate::domain::Domain;
 use crate::error::{Class, Error, Result};
-use crate::guard::finish_or_undo::{finish_or_undo, Counter as _, Outcome};
+use crate::guard::finish_or_undo::{finish_or_undo, Counter as _, Outcome, Since};
 use crate::guard::{self, Places, Task};
 use crate::machine::{self, Machine};
 use crate::operation::Operation;
@@ -227,7 +227,13 @@ fn as_guardian(control: &Control, task: &Task, page: &SharedPage) -> Result<Outc
     }
     let foreign = ForeignMemory::open(task.domain())?;
     let places = Places::map(&foreign, &task.spots)?;
-    Ok(finish_or_undo(page, &counter, found.uuid, &places))
+    Ok(finish_or_undo(
+        page,
+        &counter,
+        found.uuid,
+        &places,
+        Since::Earlier,
+    ))
 }
 
 /// Finds out from the guest's memory what became of `intent`, and writes that to the arena's directory.

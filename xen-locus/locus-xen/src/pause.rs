@@ -197,6 +197,8 @@ impl<'c> Pause<'c> {
                 page.set_paused_by_others(others);
             }
             page.set_cpu_time_ns(calls.cpu_time_ns());
+        } else if let Ok(Some(state)) = calls.control.pause_state(calls.info.id) {
+            page.set_cpu_time_ns(Some(state.cpu_time_ns));
         }
         page.set_step(PauseStep::Paused);
         Ok(pause)

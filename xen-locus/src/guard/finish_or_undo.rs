@@ -25,8 +25,8 @@ pub enum Outcome {
     Undone = 3,
     /// The old bytes could not be put back; the guest runs.
     Torn = 4,
-    /// The run died while it took or released a pause, and others had paused the guest too. It can't be known whether the
-    /// run's own pause is among them, so all are left as they are.
+    /// The run died while it took or released a pause, and others paused the guest too, or had time to. It can't be known
+    /// whether the run's own pause is among them, so all are left as they are.
     PausedByOthers = 5,
     /// The domain is gone.
     Gone = 6,
@@ -64,8 +64,8 @@ impl std::fmt::Display for Outcome {
             Outcome::Undone => "what had been written is undone; the guest runs without the change",
             Outcome::Torn => "what had been written could not be undone; the guest runs",
             Outcome::PausedByOthers => {
-                "another tool has paused the guest too, and it can't be known whether one more pause is left \
-                 of the run that died: if the guest stays paused when it should run, `xl unpause` it"
+                "the guest is paused, and it can't be known whether by the run that died or only by another \
+                 tool: if it stays paused when it should run, `xl unpause` it"
             }
             Outcome::Gone => "the guest is gone",
             Outcome::Stuck => "the guest could not be unpaused: `xl unpause` it",
@@ -101,12 +101,22 @@ impl Counter for (&Control, DomId) {
     }
 }
 
+/// When a run that died is cleaned up after.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Since {
+    /// Its guardian saw it die.
+    Now,
+    /// Its guardian died too, and any time has passed: somebody may have paused the guest meanwhile.
+    Earlier,
+}
+
 /// Does what the run that left `page` can't do any more, on the domain with this UUID.
 pub fn finish_or_undo(
     page: &SharedPage,
     counter: &dyn Counter,
     uuid: [u8; 16],
     places: &Places<'_>,
+    since: Since,
 ) -> Outcome {
     // No run writes another number than that of a step.
     let step = page.step().unwrap_or(PauseStep::Idle);
@@ -120,12 +130,13 @@ pub fn finish_or_undo(
         None => return Outcome::Stuck,
     };
     // If it has run since the run's pause, somebody took that pause away. Another one may be there now.
-    let has_run = page
-        .cpu_time_ns()
-        .is_some_and(|then| then != state.cpu_time_ns);
+    let then = page.cpu_time_ns();
+    let has_run = then.is_some_and(|then| then != state.cpu_time_ns);
     let held = state.paused && !has_run;
     let in_call = matches!(step, PauseStep::Pausing | PauseStep::Unpausing);
-    if held && in_call && page.paused_by_others() {
+    // Without that time nothing shows that a pause of today is the run's.
+    let others = page.paused_by_others() || since == Since::Earlier && then.is_none();
+    if held && in_call && others {
         page.set_step(PauseStep::Idle);
         return Outcome::PausedByOthers;
     }

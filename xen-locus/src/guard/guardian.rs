@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use locus_xen::{self as xen, Control, ForeignMemory, PauseStep, Process, SharedPage, WaitOutcome};
 
-use super::finish_or_undo::{finish_or_undo, Counter as _, Outcome};
+use super::finish_or_undo::{finish_or_undo, Counter as _, Outcome, Since};
 use super::{Places, Task};
 use crate::error::{Error, Result};
 use crate::say;
@@ -92,7 +92,7 @@ fn watch() -> Result<()> {
     if wait(&page, &worker, &mut places)? == WaitOutcome::Released {
         return Ok(());
     }
-    let outcome = finish_or_undo(&page, &counter, domain.uuid, &places);
+    let outcome = finish_or_undo(&page, &counter, domain.uuid, &places, Since::Now);
     page.set_outcome(outcome as u32);
     // From here on nothing is urgent any more. stderr may be closed.
     say::warn(format_args!(
