@@ -80,7 +80,11 @@ impl KernelCache for Cache {
         let mut folder = DirBuilder::new();
         folder.recursive(true).mode(0o700).create(&self.dir)?;
         for old in names(&self.dir).into_iter().skip(FILES_MAX - 1) {
-            fs::remove_file(self.dir.join(old))?;
+            match fs::remove_file(self.dir.join(old)) {
+                // Another process was faster.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                removed => removed?,
+            }
         }
         let name = format!("{}.{}", self.uuid, hex::encode(&kernel.build_id));
         let target = Target {
@@ -98,17 +102,30 @@ impl KernelCache for Cache {
     }
 }
 
-/// Names of the files in `dir`, the newest first.
+/// Names of the cache's own files in `dir`, the newest first. The folder is the user's choice, so there may be others.
 fn names(dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     let mut found: Vec<(SystemTime, String)> = entries
         .filter_map(|e| {
-            let changed = e.metadata().ok()?.modified().ok()?;
-            Some((changed, e.file_name().into_string().ok()?))
+            let name = e.file_name().into_string().ok()?;
+            // Of a symbolic link this is about the link.
+            let meta = e.metadata().ok()?;
+            (meta.is_file() && is_own(&name)).then_some((meta.modified().ok()?, name))
         })
         .collect();
     found.sort();
     found.into_iter().rev().map(|(_, name)| name).collect()
+}
+
+/// Whether a file of this name is made by the cache: `UUID.BUILD-ID`, or `.UUID.BUILD-ID.PID` while it is written.
+fn is_own(name: &str) -> bool {
+    let parts: Vec<&str> = name.split('.').collect();
+    let (uuid, build_id) = match *parts.as_slice() {
+        [uuid, build_id] => (uuid, build_id),
+        ["", uuid, build_id, pid] if pid.parse::<u32>().is_ok() => (uuid, build_id),
+        _ => return false,
+    };
+    uuid::is_unique(uuid) && hex::decode(build_id).is_ok_and(|bytes| !bytes.is_empty())
 }
 
 /// The content of a file for `kept`.
@@ -243,6 +260,43 @@ mod tests {
         assert_eq!(marker(fixture(1, "second"), &other), "second");
         let nobody = Cache::new(&folder.0, "00000000-0000-0000-0000-000000000000");
         assert!(!nobody.is_wanted());
+    }
+
+    #[test]
+    fn the_oldest_files_of_the_cache_go_and_no_other_file() {
+        let folder = Folder::new("others");
+        fs::create_dir_all(&folder.0).unwrap();
+        fs::set_permissions(&folder.0, fs::Permissions::from_mode(0o700)).unwrap();
+        let others = [
+            "notes.txt",
+            "disk.img",
+            ".profile",
+            "0c0a8f2e.00ff",
+            &format!("{UUID}.key"),
+            &format!("{UUID}.00ff.gz"),
+            &format!(".{UUID}.00ff.swp"),
+        ]
+        .map(str::to_owned);
+        let many = (0..2 * FILES_MAX).map(|n| format!("file-{n}"));
+        let others: Vec<String> = others.into_iter().chain(many).collect();
+        for name in &others {
+            fs::write(folder.0.join(name), "somebody's").unwrap();
+        }
+        std::os::unix::fs::symlink("notes.txt", folder.0.join(format!("{UUID}.11"))).unwrap();
+        fs::create_dir(folder.0.join(format!("{UUID}.22"))).unwrap();
+        for n in 0..FILES_MAX + 9 {
+            fs::write(folder.0.join(format!("{UUID}.{n:04x}")), "old").unwrap();
+        }
+        fs::write(folder.0.join(format!(".{UUID}.00ff.77")), "left").unwrap();
+        let cache = Cache::new(&folder.0, UUID);
+        assert_eq!(marker(fixture(1, "first"), &cache), "first");
+        assert_eq!(names(&folder.0).len(), FILES_MAX);
+        assert_eq!(cache.load().count(), 1, "the new one is there");
+        for name in others.iter().map(String::as_str) {
+            assert!(folder.0.join(name).exists(), "{name}");
+        }
+        assert!(folder.0.join(format!("{UUID}.11")).is_symlink());
+        assert!(folder.0.join(format!("{UUID}.22")).is_dir());
     }
 
     #[test]
