@@ -66,3 +66,31 @@ fn show_needs_no_xen_and_refuses_what_is_no_payload() {
         Some(1)
     );
 }
+
+/// A stdout that can't be written.
+fn full() -> std::fs::File {
+    std::fs::File::options()
+        .write(true)
+        .open("/dev/full")
+        .unwrap()
+}
+
+#[test]
+fn what_could_not_be_printed_is_told() {
+    for args in [&["--help"][..], &["apply", "--help"], &["--version"]] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xen-locus"));
+        let out = command.args(args).stdout(full()).output().unwrap();
+        assert_eq!(out.status.code(), Some(1), "{args:?}");
+        let text = said(&out.stderr);
+        assert!(
+            text.starts_with("xen-locus: stdout can't be written: No space left"),
+            "{args:?}: {text}"
+        );
+        // A reader that has gone misses nothing.
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let out = command.stdout(writer).output().unwrap();
+        assert_eq!(out.status.code(), Some(0), "{args:?}");
+        assert_eq!(said(&out.stderr), "", "{args:?}");
+    }
+}

@@ -91,24 +91,52 @@ pub fn main() -> std::process::ExitCode {
         return guardian::main();
     }
     let code = match Cli::try_parse() {
-        Ok(args) => run(&args).unwrap_or_else(|e| {
-            // The library's errors say all in one sentence; others have a chain of causes.
-            match e.downcast_ref::<Error>() {
-                Some(known) => say::warn(known),
-                None => say::warn(format_args!("{e:#}")),
-            }
-            exit_code(&e)
-        }),
+        Ok(args) => {
+            let code = run(&args).unwrap_or_else(|e| {
+                // The library's errors say all in one sentence; others have a chain of causes.
+                match e.downcast_ref::<Error>() {
+                    Some(known) => say::warn(known),
+                    None => say::warn(format_args!("{e:#}")),
+                }
+                exit_code(&e)
+            });
+            shown(code, changes(&args.command) && !args.dry_run)
+        }
         Err(e) => {
-            // A closed stdout or stderr leaves nobody to tell.
-            let _ = e.print();
+            let printed = e.print();
             match e.kind() {
-                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::Done,
+                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+                    out::note(printed);
+                    shown(ExitCode::Done, false)
+                }
+                // It goes to stderr. If that is closed, there is nobody to tell.
                 _ => ExitCode::Usage,
             }
         }
     };
     std::process::ExitCode::from(code as u8)
+}
+
+/// The exit code when all was printed: success is none if what the user asked for could not be written to stdout. If the
+/// command has `changed` guests, its exit code is about these, and stays.
+fn shown(code: ExitCode, changed: bool) -> ExitCode {
+    let Some(why) = out::lost() else {
+        return code;
+    };
+    if changed {
+        say::warn(format_args!(
+            "stdout can't be written: {why}: the report is lost; the exit code says what was done"
+        ));
+        return code;
+    }
+    say::warn(format_args!(
+        "stdout can't be written: {why}: what was to be shown is not complete; repeat the command with another stdout"
+    ));
+    if code == ExitCode::Done {
+        ExitCode::Failed
+    } else {
+        code
+    }
 }
 
 /// Runs a command and says how it ended.
@@ -130,15 +158,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         began,
         interrupted,
     };
-    let changes = matches!(
-        cli.command,
-        Command::Apply(_)
-            | Command::Replace(_)
-            | Command::Revert(_)
-            | Command::Nudge(_)
-            | Command::Recover(_)
-    );
-    if session.dry_run && !changes {
+    if session.dry_run && !changes(&cli.command) {
         session.say(1, "--dry-run: this command changes nothing anyway");
     }
     match &cli.command {
@@ -169,6 +189,18 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
             },
         ),
     }
+}
+
+/// Whether a command may change a guest.
+fn changes(command: &Command) -> bool {
+    matches!(
+        command,
+        Command::Apply(_)
+            | Command::Replace(_)
+            | Command::Revert(_)
+            | Command::Nudge(_)
+            | Command::Recover(_)
+    )
 }
 
 /// The exit code of an error.

@@ -2,26 +2,43 @@
 
 use std::fmt::Display;
 use std::io::{self, Write as _};
+use std::sync::OnceLock;
 
 use serde_json::{json, Value};
 
 use crate::blocker::Blocker;
 use crate::error::Error;
 
-/// Writes a line to stdout. A closed stdout is ignored: the action was done all the same.
+/// Why stdout could not be written, the first time. The command goes on: a guest may have been changed.
+static LOST: OnceLock<io::Error> = OnceLock::new();
+
+/// Writes a line to stdout.
 pub fn line(text: &str) {
-    let _ = writeln!(io::stdout(), "{text}");
+    bytes(format!("{text}\n").as_bytes());
 }
 
 /// Writes text to stdout as it is.
 pub fn text(text: &str) {
-    let _ = io::stdout().write_all(text.as_bytes());
+    bytes(text.as_bytes());
 }
 
-/// Writes bytes to stdout as they are.
+/// Writes bytes to stdout as they are. [`lost`] says whether that failed.
 pub fn bytes(bytes: &[u8]) {
     let mut stdout = io::stdout();
-    let _ = stdout.write_all(bytes).and_then(|()| stdout.flush());
+    note(stdout.write_all(bytes).and_then(|()| stdout.flush()));
+}
+
+/// Notes how a write to stdout ended.
+pub fn note(written: io::Result<()>) {
+    if let Err(error) = written {
+        let _ = LOST.set(error);
+    }
+}
+
+/// Why something is missing on stdout, if so. A reader that has closed its end wanted no more: nothing is missing.
+pub fn lost() -> Option<&'static io::Error> {
+    let lost = LOST.get();
+    lost.filter(|error| error.kind() != io::ErrorKind::BrokenPipe)
 }
 
 /// Writes an object to stdout, with `"schema": 1` in it.
