@@ -2,12 +2,14 @@
 //!
 //! That nobody can hear one, for stderr is closed or on a full disk, is no reason to end: a guest may have been changed.
 
-use std::fmt::Display;
+use std::borrow::Cow;
+use std::fmt::{Display, Write as _};
 use std::io::{self, Write as _};
 
-/// Says text as it is.
+/// Says text, [`printable`].
 pub fn text(what: impl Display) {
-    let _ = write!(io::stderr().lock(), "{what}");
+    let text = what.to_string();
+    let _ = io::stderr().lock().write_all(printable(&text).as_bytes());
 }
 
 /// Says a line.
@@ -18,4 +20,48 @@ pub fn line(what: impl Display) {
 /// Says a line that has this program's name before it.
 pub fn warn(what: impl Display) {
     line(format_args!("xen-locus: {what}"));
+}
+
+/// Text that a terminal only shows: a guest may have put characters into it that move the cursor or turn the order of
+/// letters. Instead of each stands its number, as JSON writes it.
+#[must_use]
+pub fn printable(text: &str) -> Cow<'_, str> {
+    if !text.contains(commands) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        if commands(c) {
+            let _ = write!(shown, "\\u{:04x}", u32::from(c));
+        } else {
+            shown.push(c);
+        }
+    }
+    Cow::Owned(shown)
+}
+
+/// Whether a terminal may take this for a command.
+fn commands(c: char) -> bool {
+    let turns = matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    turns || c.is_control() && c != '\n' && c != '\t'
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_terminal_would_obey_is_shown_as_a_number() {
+        assert_eq!(printable("web: one\ttwo\n\u{e4}"), "web: one\ttwo\n\u{e4}");
+        assert_eq!(
+            printable("a\x1b[2Jb\r\u{7f}\u{9b}\u{202e}"),
+            "a\\u001b[2Jb\\u000d\\u007f\\u009b\\u202e"
+        );
+        // It stays JSON with the same meaning.
+        let name = "x\u{9b}31m\u{202e}";
+        let json = serde_json::to_string(name).unwrap();
+        let shown = printable(&json);
+        assert!(shown.is_ascii(), "{shown}");
+        assert_eq!(serde_json::from_str::<String>(&shown).unwrap(), name);
+    }
 }

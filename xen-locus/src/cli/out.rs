@@ -8,18 +8,19 @@ use serde_json::{json, Value};
 
 use crate::blocker::Blocker;
 use crate::error::Error;
+use crate::say::printable;
 
 /// Why stdout could not be written, the first time. The command goes on: a guest may have been changed.
 static LOST: OnceLock<io::Error> = OnceLock::new();
 
-/// Writes a line to stdout.
+/// Writes a line to stdout, [`printable`].
 pub fn line(text: &str) {
-    bytes(format!("{text}\n").as_bytes());
+    self::text(&format!("{text}\n"));
 }
 
-/// Writes text to stdout as it is.
+/// Writes text to stdout, [`printable`].
 pub fn text(text: &str) {
-    bytes(text.as_bytes());
+    bytes(printable(text).as_bytes());
 }
 
 /// Writes bytes to stdout as they are. [`lost`] says whether that failed.
