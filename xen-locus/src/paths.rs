@@ -1,5 +1,12 @@
 //! Files and folders of this tool in dom0. `xtest` and the manuals name them too.
 
+use std::fs::{self, DirBuilder, File, Permissions};
+use std::io;
+use std::os::unix::fs::{
+    DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+};
+use std::path::Path;
+
 /// Folder of what is void after a reboot of dom0, because the guests are gone then: locks of guests, `UUID.lock`.
 pub const RUN: &str = "/run/xen-locus";
 /// Lock of the daemon: there is one daemon at a time.
@@ -16,3 +23,63 @@ pub const AUDIT_HEAD: &str = "/var/lib/xen-locus/audit-head.json";
 pub const PAYLOADS: &str = "/var/lib/xen-locus/payloads";
 /// Folder of the cache of guests' kernels, unless a command is told another.
 pub const CACHE: &str = "/var/cache/xen-locus";
+
+/// Opens the file of a lock, in a folder that no other user can enter. Both are made if they are missing. Who can open such a
+/// file can hold the lock, and nobody else would be served.
+///
+/// # Errors
+/// The folder or the file is a link, or another user's; or it can't be made.
+pub fn open_lock(path: &Path) -> io::Result<File> {
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)?;
+    let found = fs::symlink_metadata(folder)?;
+    if !found.is_dir() || found.uid() != fs::metadata("/proc/self")?.uid() {
+        return Err(io::Error::other(format!(
+            "{} is not a folder of this user",
+            folder.display()
+        )));
+    }
+    // An earlier version let all users in.
+    if found.mode() & 0o077 != 0 {
+        fs::set_permissions(folder, Permissions::from_mode(0o700))?;
+    }
+    File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_other_user_can_open_a_lock() {
+        let base = std::env::temp_dir().join(format!("xen-locus-locks-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&base);
+        let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
+        let new = base.join("new/a.lock");
+        open_lock(&new).unwrap();
+        assert_eq!((mode(&base.join("new")), mode(&new)), (0o700, 0o600));
+        // As an earlier version left it.
+        let old = base.join("old/a.lock");
+        fs::create_dir(base.join("old")).unwrap();
+        fs::set_permissions(base.join("old"), Permissions::from_mode(0o755)).unwrap();
+        fs::write(&old, "kept").unwrap();
+        open_lock(&old).unwrap();
+        assert_eq!(mode(&base.join("old")), 0o700);
+        assert_eq!(fs::read(&old).unwrap(), b"kept");
+        // No link is followed, and no folder that is one.
+        std::os::unix::fs::symlink(&old, base.join("new/b.lock")).unwrap();
+        assert!(open_lock(&base.join("new/b.lock")).is_err());
+        std::os::unix::fs::symlink("old", base.join("link")).unwrap();
+        assert!(open_lock(&base.join("link/a.lock")).is_err());
+        fs::remove_dir_all(&base).unwrap();
+    }
+}

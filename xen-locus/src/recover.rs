@@ -26,6 +26,7 @@ use crate::operation::Operation;
 use crate::plan::conditions;
 use crate::plan::{self, Plan, Proposal, Stack};
 use crate::quiesce::{Watch, Watched};
+use crate::say;
 use crate::storage::journal::{Change, Intent, Journal};
 use crate::target::kernel_locks;
 use crate::write::{Lock, Write};
@@ -208,6 +209,13 @@ fn of_dead(control: &Control, path: &Path) -> Result<Option<Outcome>> {
         Some(PauseStep::Idle) => Outcome::of(page.outcome()).unwrap_or(Outcome::Running),
         _ => as_guardian(control, &task, &page)?,
     };
+    if outcome == Outcome::PausedByOthers {
+        // Said before the file goes, and whatever fails later: the guest may stay paused.
+        say::warn(format_args!(
+            "process {} died at work on domain {}: {outcome}",
+            task.pid, task.domid
+        ));
+    }
     // Of a guest that is still paused the file is needed again.
     if outcome != Outcome::Stuck {
         fs::remove_file(path).map_err(odd)?;

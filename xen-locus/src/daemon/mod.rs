@@ -10,8 +10,8 @@ mod request;
 mod requests;
 mod server;
 
-use std::fs::{self, File, TryLockError};
-use std::path::PathBuf;
+use std::fs::{File, TryLockError};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context as _};
@@ -24,7 +24,7 @@ use crate::error::{Error, ExitCode};
 use crate::ops::host::Host;
 use crate::ops::{operator, recover_all};
 use crate::paths::{self, DAEMON_LOCK};
-use crate::recover::Finding;
+use crate::recover::{Finding, Report};
 use crate::say;
 use crate::storage::xenstore::{Nodes as _, ROOT};
 use publisher::Publisher;
@@ -72,8 +72,8 @@ pub fn run(host: &Host, settings: &Settings) -> anyhow::Result<ExitCode> {
 }
 
 fn only_one() -> anyhow::Result<File> {
-    fs::create_dir_all(paths::RUN).with_context(|| format!("cannot make {}", paths::RUN))?;
-    let file = File::create(DAEMON_LOCK).with_context(|| format!("cannot make {DAEMON_LOCK}"))?;
+    let file = paths::open_lock(Path::new(DAEMON_LOCK))
+        .with_context(|| format!("cannot make {DAEMON_LOCK}"))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => bail!(Error::try_again(format!(
@@ -99,7 +99,9 @@ async fn serve(host: &Host, settings: &Settings) -> anyhow::Result<()> {
     let mut known = Requests::new(&server);
     // Runs that died while no daemon ran, or with the daemon before this one.
     for found in recover_all::all(host, &operator::user(), &settings.options, true)? {
-        if !matches!(&found.result, Ok(report) if report.result == Finding::NothingToDo) {
+        let nothing =
+            |report: &Report| report.result == Finding::NothingToDo && report.detail.is_empty();
+        if !found.result.as_ref().is_ok_and(nothing) {
             settings.say(0, format!("recover: {}", found.line()));
         }
     }

@@ -27,10 +27,9 @@ pub(super) fn take(uuid: &str, options: &Options) -> Result<File> {
     let failed =
         |e: std::io::Error| Error::failed(format!("cannot take the lock {}: {e}", path.display()));
     fault::point("lock").map_err(failed)?;
-    fs::create_dir_all(paths::RUN).map_err(failed)?;
     loop {
         options.check_interrupted()?;
-        let file = File::create(&path).map_err(failed)?;
+        let file = paths::open_lock(&path).map_err(failed)?;
         match file.try_lock() {
             Ok(()) if is_at(&file, &path) => return Ok(file),
             // It was removed meanwhile, and another file may have its name.
