@@ -285,13 +285,20 @@ mod tests {
         std::os::unix::fs::symlink("notes.txt", folder.0.join(format!("{UUID}.11"))).unwrap();
         fs::create_dir(folder.0.join(format!("{UUID}.22"))).unwrap();
         for n in 0..FILES_MAX + 9 {
-            fs::write(folder.0.join(format!("{UUID}.{n:04x}")), "old").unwrap();
+            let path = folder.0.join(format!("{UUID}.{n:04x}"));
+            fs::write(&path, "old").unwrap();
+            let made = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1000 + n as u64);
+            let file = fs::File::options().write(true).open(&path).unwrap();
+            file.set_modified(made).unwrap();
         }
         fs::write(folder.0.join(format!(".{UUID}.00ff.77")), "left").unwrap();
         let cache = Cache::new(&folder.0, UUID);
         assert_eq!(marker(fixture(1, "first"), &cache), "first");
         assert_eq!(names(&folder.0).len(), FILES_MAX);
         assert_eq!(cache.load().count(), 1, "the new one is there");
+        assert!(!folder.0.join(format!("{UUID}.0000")).exists(), "oldest");
+        let last = format!("{UUID}.{:04x}", FILES_MAX + 8);
+        assert!(folder.0.join(last).exists(), "the newest of the old ones");
         for name in others.iter().map(String::as_str) {
             assert!(folder.0.join(name).exists(), "{name}");
         }
