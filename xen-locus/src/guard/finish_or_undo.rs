@@ -134,9 +134,12 @@ pub fn finish_or_undo(
     let has_run = then.is_some_and(|then| then != state.cpu_time_ns);
     let held = state.paused && !has_run;
     let in_call = matches!(step, PauseStep::Pausing | PauseStep::Unpausing);
-    // Without that time nothing shows that a pause of today is the run's.
+    // For a run that died while it took its pause or gave it back, only that time shows whose a later pause is. (That the
+    // guest was let run without running at all, and was paused again, would not be seen.)
     let others = page.paused_by_others() || since == Since::Earlier && then.is_none();
     if held && in_call && others {
+        // So that this is said, even if this process dies too.
+        page.set_outcome(Outcome::PausedByOthers as u32);
         page.set_step(PauseStep::Idle);
         return Outcome::PausedByOthers;
     }
