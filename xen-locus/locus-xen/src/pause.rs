@@ -197,8 +197,6 @@ impl<'c> Pause<'c> {
                 page.set_paused_by_others(others);
             }
             page.set_cpu_time_ns(calls.cpu_time_ns());
-        } else if let Ok(Some(state)) = calls.control.pause_state(calls.info.id) {
-            page.set_cpu_time_ns(Some(state.cpu_time_ns));
         }
         page.set_step(PauseStep::Paused);
         Ok(pause)
@@ -226,6 +224,7 @@ impl<'c> Pause<'c> {
             CallMethod::Multicall(calls) => !calls.is_shut_down()?,
             CallMethod::OneByOne { .. } => {
                 let state = self.calls.control.pause_state(self.calls.info.id)?;
+                self.page.set_cpu_time_ns(state.map(|s| s.cpu_time_ns));
                 state.is_some_and(|s| !s.shutdown)
             }
         };
