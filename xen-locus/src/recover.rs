@@ -26,7 +26,6 @@ use crate::operation::Operation;
 use crate::plan::conditions;
 use crate::plan::{self, Plan, Proposal, Stack};
 use crate::quiesce::{Watch, Watched};
-use crate::say;
 use crate::storage::journal::{Change, Intent, Journal};
 use crate::target::kernel_locks;
 use crate::write::{Lock, Write};
@@ -93,6 +92,12 @@ pub struct Report {
 }
 
 impl Report {
+    /// Whether no run left anything. Beside runs that only look, nothing need be said.
+    #[must_use]
+    pub fn is_nothing(&self) -> bool {
+        self.result == Finding::NothingToDo && self.detail.is_empty()
+    }
+
     fn new(result: Finding, intent: Option<&Intent>, detail: String) -> Report {
         Report {
             result,
@@ -211,10 +216,7 @@ fn of_dead(control: &Control, path: &Path) -> Result<Option<Outcome>> {
     };
     if outcome == Outcome::PausedByOthers {
         // Said before the file goes, and whatever fails later: the guest may stay paused.
-        say::warn(format_args!(
-            "process {} died at work on domain {}: {outcome}",
-            task.pid, task.domid
-        ));
+        task.say(outcome);
     }
     // Of a guest that is still paused the file is needed again.
     if outcome != Outcome::Stuck {

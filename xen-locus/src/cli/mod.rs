@@ -132,11 +132,7 @@ fn shown(code: ExitCode, changed: bool) -> ExitCode {
     say::warn(format_args!(
         "stdout can't be written: {why}: what was to be shown is not complete; repeat the command with another stdout"
     ));
-    if code == ExitCode::Done {
-        ExitCode::Failed
-    } else {
-        code
-    }
+    code.max(ExitCode::Failed)
 }
 
 /// Runs a command and says how it ended.

@@ -24,7 +24,7 @@ use crate::error::{Error, ExitCode};
 use crate::ops::host::Host;
 use crate::ops::{operator, recover_all};
 use crate::paths::{self, DAEMON_LOCK};
-use crate::recover::{Finding, Report};
+use crate::recover::Report;
 use crate::say;
 use crate::storage::xenstore::{Nodes as _, ROOT};
 use publisher::Publisher;
@@ -99,9 +99,7 @@ async fn serve(host: &Host, settings: &Settings) -> anyhow::Result<()> {
     let mut known = Requests::new(&server);
     // Runs that died while no daemon ran, or with the daemon before this one.
     for found in recover_all::all(host, &operator::user(), &settings.options, true)? {
-        let nothing =
-            |report: &Report| report.result == Finding::NothingToDo && report.detail.is_empty();
-        if !found.result.as_ref().is_ok_and(nothing) {
+        if !found.result.as_ref().is_ok_and(Report::is_nothing) {
             settings.say(0, format!("recover: {}", found.line()));
         }
     }

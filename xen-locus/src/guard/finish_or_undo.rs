@@ -138,10 +138,7 @@ pub fn finish_or_undo(
     // guest was let run without running at all, and was paused again, would not be seen.)
     let others = page.paused_by_others() || since == Since::Earlier && then.is_none();
     if held && in_call && others {
-        // So that this is said, even if this process dies too.
-        page.set_outcome(Outcome::PausedByOthers as u32);
-        page.set_step(PauseStep::Idle);
-        return Outcome::PausedByOthers;
+        return end(page, Outcome::PausedByOthers);
     }
     let outcome = match step {
         PauseStep::Writing => {
@@ -158,6 +155,12 @@ pub fn finish_or_undo(
             return Outcome::Stuck;
         }
     }
+    end(page, outcome)
+}
+
+/// Nothing is left to do. The outcome is noted first: if this process dies before it says it, `recover` does.
+fn end(page: &SharedPage, outcome: Outcome) -> Outcome {
+    page.set_outcome(outcome as u32);
     page.set_step(PauseStep::Idle);
     outcome
 }

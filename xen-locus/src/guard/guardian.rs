@@ -11,7 +11,6 @@ use locus_xen::{self as xen, Control, ForeignMemory, PauseStep, Process, SharedP
 use super::finish_or_undo::{finish_or_undo, Counter as _, Outcome, Since};
 use super::{Places, Task};
 use crate::error::{Error, Result};
-use crate::say;
 
 /// Name of the process.
 pub const NAME: &str = "xen-locus-guardian";
@@ -93,12 +92,8 @@ fn watch() -> Result<()> {
         return Ok(());
     }
     let outcome = finish_or_undo(&page, &counter, domain.uuid, &places, Since::Now);
-    page.set_outcome(outcome as u32);
-    // From here on nothing is urgent any more. stderr may be closed.
-    say::warn(format_args!(
-        "process {} died at work on domain {}: {outcome}",
-        task.pid, task.domid
-    ));
+    // From here on nothing is urgent any more.
+    task.say(outcome);
     if outcome == Outcome::Running && task.spots.is_empty() {
         // `recover` would have nothing to report.
         let _ = std::fs::remove_file(task.path());

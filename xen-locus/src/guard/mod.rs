@@ -24,6 +24,8 @@ use locus_xen::uuid;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::say;
+use finish_or_undo::Outcome;
 
 /// The folder of the guards' files. A reboot of dom0 empties it, and ends the guests.
 pub const DIR: &str = crate::paths::GUARDIANS;
@@ -102,6 +104,14 @@ impl Task {
     #[must_use]
     pub fn path(&self) -> PathBuf {
         Path::new(DIR).join(format!("{}.{}", self.uuid, self.pid))
+    }
+
+    /// Says what became of it after its process died.
+    pub(crate) fn say(&self, outcome: Outcome) {
+        say::warn(format_args!(
+            "process {} died at work on domain {}: {outcome}",
+            self.pid, self.domid
+        ));
     }
 
     fn write(&self, file: &File) -> std::io::Result<()> {

@@ -117,7 +117,7 @@ impl Operator<'_> {
         }
         let found = self.recover(guest, options)?;
         // Otherwise there was only the file of a run that looks at the guest right now.
-        if found.result != Finding::NothingToDo || !found.detail.is_empty() {
+        if !found.is_nothing() {
             say::warn(format_args!(
                 "{}: what an earlier run left: {found}",
                 guest.label()
