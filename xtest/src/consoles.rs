@@ -37,7 +37,7 @@ const XEN: &[&str] = &[
 const INSIDE: &[&str] = &["Call Trace:", "---[ end trace"];
 /// Words of a report of RCU or of the watchdog that a CPU was not heard of. A machine that stood still makes guests
 /// report that, with nothing wrong in them.
-const STALL: &[&str] = &["rcu: INFO:", "soft lockup"];
+pub const STALL: &[&str] = &["rcu: INFO:", "soft lockup"];
 /// Words of lines that continue a report of a stall after a stack: the stack of another CPU follows.
 const STALL_GOES_ON: &[&str] = &[
     "NMI backtrace for cpu",

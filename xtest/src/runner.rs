@@ -295,7 +295,9 @@ impl Bed<'_> {
         let told = running.ctx.take_told();
         let expected = told.expects.into_inner();
         let expected: Vec<&str> = expected.iter().map(String::as_str).collect();
-        let look = running.consoles.look(&dom0, &expected);
+        let look = running
+            .consoles
+            .look(&dom0, &expected, told.long_pauses.get());
         if !look.wrong.is_empty() {
             let also = match &result {
                 Err(verdict) => format!("{verdict}\n"),
@@ -306,7 +308,6 @@ impl Bed<'_> {
         if let Some(words) = told.must_fail.into_inner() {
             result = inverted(result, &words);
         }
-        let used_up = told.uses_up.get();
         tried.excused = look.excused;
         tried.started_again = told.started_again.get();
         tried.suites.extend(told.suites.into_inner());
@@ -323,7 +324,7 @@ impl Bed<'_> {
                 }
             }
         }
-        if let Some(machine) = self.machine.take_if(|_| used_up) {
+        if let Some(machine) = self.machine.take_if(|_| told.uses_up.get()) {
             machine.collect_logs();
             // This boot was not lost to a crash.
             self.boots -= 1;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::consoles::{judge, read, Judged};
+use crate::consoles::{judge, read, Judged, STALL};
 use crate::dom0::Dom0;
 use crate::verdict::Verdict;
 
@@ -15,6 +15,18 @@ pub const LOST: &str = "xtest: this start does not count";
 
 /// The most lines that are shown of one report.
 const SHOWN: usize = 12;
+
+/// The name of the console that is no guest's.
+const XEN_AND_DOM0: &str = "Xen and dom0";
+
+/// The words that are expected on this console.
+fn expected_of<'w>(console: &str, expected: &[&'w str], long_pauses: bool) -> Vec<&'w str> {
+    let mut words = expected.to_vec();
+    if long_pauses && console != XEN_AND_DOM0 {
+        words.extend(STALL);
+    }
+    words
+}
 
 /// How far the consoles were read.
 #[derive(Debug)]
@@ -50,8 +62,9 @@ impl Watched {
         (String::from_utf8_lossy(new).into_owned(), bytes.len())
     }
 
-    /// Looks at what all consoles say since the last look. Lines with one of `expected` in them are expected.
-    pub fn look(&mut self, dom0: &Dom0, expected: &[&str]) -> Look {
+    /// Looks at what all consoles say since the last look. Lines with one of `expected` in them are expected; after long
+    /// pauses a guest may also report that a CPU was stuck.
+    pub fn look(&mut self, dom0: &Dom0, expected: &[&str], long_pauses: bool) -> Look {
         let mut texts = BTreeMap::new();
         // The agent writes a guest's last words a moment after they were said.
         std::thread::sleep(Duration::from_millis(100));
@@ -69,9 +82,10 @@ impl Watched {
         let (xen, end) = self.peek_xen();
         self.xen_at = end;
         let stops = read(&xen).stops;
-        texts.insert("Xen and dom0".to_owned(), xen);
+        texts.insert(XEN_AND_DOM0.to_owned(), xen);
         let mut look = Look::default();
         for (name, text) in &texts {
+            let expected = &expected_of(name, expected, long_pauses);
             let judged = judge(read(&counting(text)).reports, expected, stops);
             look.excused += judged.excused;
             look.wrong += &said(name, &judged);
@@ -148,6 +162,14 @@ fn said(name: &str, judged: &Judged) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_long_pause_excuses_a_guest_and_not_dom0() {
+        let (guest, dom0) = ("guest-pv.log", XEN_AND_DOM0);
+        assert!(expected_of(guest, &["x"], true).contains(&STALL[0]));
+        assert_eq!(expected_of(dom0, &["x"], true), ["x"]);
+        assert_eq!(expected_of(guest, &["x"], false), ["x"]);
+    }
 
     #[test]
     fn a_start_that_does_not_count_takes_its_lines_with_it() {
