@@ -29,7 +29,7 @@ use finish_or_undo::Outcome;
 
 /// The folder of the guards' files. A reboot of dom0 empties it, and ends the guests.
 pub const DIR: &str = crate::paths::GUARDIANS;
-/// Longest task that is read from such a file, in bytes.
+/// Longest task that is written to such a file or read from it, in bytes.
 const TASK_MAX: u64 = 16 << 20;
 
 /// Bytes of one frame that a run may change.
@@ -116,6 +116,13 @@ impl Task {
 
     fn write(&self, file: &File) -> std::io::Result<()> {
         let bytes = postcard::to_stdvec(self).map_err(|e| std::io::Error::other(e.to_string()))?;
+        // What the guardian and `recover` could not read must not be begun.
+        let len = bytes.len() as u64;
+        if len > TASK_MAX {
+            return Err(std::io::Error::other(format!(
+                "the change takes {len} bytes to describe, and {TASK_MAX} are the most"
+            )));
+        }
         let blank = [0; PAGE_LEN];
         file.write_all_at(&blank, 0)
             .and_then(|()| file.write_all_at(&bytes, PAGE_LEN as u64))
@@ -259,6 +266,37 @@ mod tests {
         );
         assert_eq!((spots[1].frame, spots[1].offset), (3, 0));
         assert_eq!(spots[1].old, [3, 4, 5]);
+    }
+
+    #[test]
+    fn what_a_guardian_could_not_read_is_not_written() {
+        let path = std::env::temp_dir().join(format!("locus-task-{}", std::process::id()));
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&path)
+            .unwrap();
+        let spot = Spot {
+            frame: 1,
+            offset: 0,
+            old: vec![1; PAGE_LEN],
+            new: vec![2; PAGE_LEN],
+        };
+        let of = |count| Task {
+            domid: 1,
+            uuid: "00000000-0000-0000-0000-000000000001".into(),
+            pid: 1,
+            spots: vec![spot.clone(); count],
+        };
+        let most = usize::try_from(TASK_MAX).unwrap() / (2 * PAGE_LEN);
+        let error = of(most).write(&file).unwrap_err().to_string();
+        assert!(error.contains("are the most"), "{error}");
+        assert_eq!(file.metadata().unwrap().len(), 0);
+        of(most - 2).write(&file).unwrap();
+        assert_eq!(Task::read(&file).unwrap(), of(most - 2));
+        fs::remove_file(path).unwrap();
     }
 
     #[test]

@@ -31,7 +31,7 @@ const MAGIC: &[u8; 16] = b"XEN-LOCUS-JRNL3\n";
 /// Name of the first fault point of a run that matters to the guest.
 const FIRST_FAULT: &str = "journal";
 const HEAD: usize = MAGIC.len() + 32;
-/// Longest journal read, in bytes.
+/// Longest journal that is written or read, in bytes.
 const LEN_MAX: u64 = 32 << 20;
 
 /// A range of guest code that no thread may be in while the change is made or undone.
@@ -172,6 +172,13 @@ impl Journal {
         };
         let content =
             postcard::to_stdvec(intent).map_err(|e| failed(io::Error::other(e.to_string())))?;
+        let len = (HEAD + content.len()) as u64;
+        if len > LEN_MAX {
+            let why = format!(
+                "it would have {len} bytes, and {LEN_MAX} are the most that is read of one"
+            );
+            return Err(failed(io::Error::other(why)));
+        }
         self.write(&content).map_err(failed)
     }
 
@@ -398,6 +405,24 @@ mod tests {
         let error = journal.begin(&intent()).unwrap_err();
         assert_eq!(error.exit_code(), ExitCode::Failed);
         assert!(error.to_string().contains("nothing was changed"), "{error}");
+    }
+
+    #[test]
+    fn a_change_whose_journal_could_not_be_read_is_not_begun() {
+        let journal = journal("long");
+        let of = |len: u64| {
+            let mut intent = intent();
+            let bytes = vec![7; usize::try_from(len).unwrap() / 2];
+            (intent.change.writes[0].expect, intent.change.writes[0].new) = (bytes.clone(), bytes);
+            intent
+        };
+        let error = journal.begin(&of(LEN_MAX)).unwrap_err().to_string();
+        assert!(error.contains("nothing was changed"), "{error}");
+        assert!(!journal.exists());
+        // What is a little shorter is written, and read again.
+        let fits = of(LEN_MAX - 4096);
+        journal.begin(&fits).unwrap();
+        assert_eq!(journal.read().unwrap(), Some(fits));
     }
 
     #[test]
