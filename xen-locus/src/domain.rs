@@ -1,5 +1,7 @@
 //! A domain on the Xen this process runs on: found by name or id, read and changed through the crate `locus-xen`.
 
+mod own_uuid;
+
 use std::cell::{Cell, OnceCell};
 
 use locus_guest::addr::{DomId, Frame, Gfn, Mfn};
@@ -24,10 +26,11 @@ use crate::storage::xenstore::Store;
 #[derive(Debug)]
 pub struct Domain<'c> {
     control: &'c Control,
+    store: &'c Store,
     foreign: ForeignMemory,
     /// What Xen said of it when it was looked up.
     pub info: DomainInfo,
-    /// Its name, from XenStore; empty while it has none.
+    /// Its name, from XenStore; empty if it has none, or one that is not UTF-8.
     pub name: String,
     /// Where what is read of its kernel may be kept; nowhere unless set.
     pub cache: Cache,
@@ -41,19 +44,16 @@ impl<'c> Domain<'c> {
     /// Finds a domain by what a person typed: all digits is an id, anything else a name (as `xl`).
     ///
     /// # Errors
-    /// No such domain; dom0; a domain that is dying or has shut down.
-    pub fn find(control: &'c Control, store: &Store, wanted: &str) -> Result<Domain<'c>> {
+    /// No such domain, or several with this name; dom0; a domain that is dying or has shut down.
+    pub fn find(control: &'c Control, store: &'c Store, wanted: &str) -> Result<Domain<'c>> {
         let domain = if wanted.bytes().all(|b| b.is_ascii_digit()) && !wanted.is_empty() {
             let id = wanted.parse().map(DomId).map_err(|_| no_such(wanted))?;
             let info = control.domain(id)?.ok_or_else(|| no_such(wanted))?;
             Domain::of(control, store, info)?
         } else {
-            let info = control
-                .domains(DomId(0))?
-                .into_iter()
-                .find(|info| store.domain_name(info.id).as_deref() == Some(wanted))
-                .ok_or_else(|| no_such(wanted))?;
-            Domain::of(control, store, info)?
+            let mut all = control.domains(DomId(0))?;
+            all.retain(|info| store.domain_name(info.id).as_deref() == Some(wanted));
+            Domain::of(control, store, the_one(wanted, all)?)?
         };
         if domain.info.id == DomId(0) {
             return Err(Error::failed(
@@ -74,7 +74,7 @@ impl<'c> Domain<'c> {
     ///
     /// # Errors
     /// No way to its memory.
-    pub fn of(control: &'c Control, store: &Store, info: DomainInfo) -> Result<Domain<'c>> {
+    pub fn of(control: &'c Control, store: &'c Store, info: DomainInfo) -> Result<Domain<'c>> {
         let foreign = ForeignMemory::open(info.id)?;
         let name = store.domain_name(info.id).unwrap_or_default();
         let journal = Journal::new(&info.uuid);
@@ -83,6 +83,7 @@ impl<'c> Domain<'c> {
             ended: Cell::new(false),
             on_demand: OnceCell::new(),
             control,
+            store,
             foreign,
             info,
             name,
@@ -96,10 +97,24 @@ impl<'c> Domain<'c> {
         self.control
     }
 
-    /// Name and id as a person reads them: `web1 (3)`.
+    /// Name and id as a person reads them: `web1 (3)`, or `- (3)` without a name.
     #[must_use]
     pub fn label(&self) -> String {
-        format!("{} ({})", self.name, self.info.id)
+        label(&self.name, self.info.id)
+    }
+
+    /// Checks that what is noted by this domain's UUID can't be another domain's, as Xen lists them now.
+    ///
+    /// # Errors
+    /// It may be ([`own_uuid::check`]). Or domains can't be listed.
+    pub fn check_uuid(&self) -> Result<()> {
+        let has_run = |id| {
+            let state = self.control.pause_state(id)?;
+            Ok(state.is_some_and(|s| s.cpu_time_ns != 0))
+        };
+        let name = |id| self.store.domain_name(id).unwrap_or_default();
+        let all = self.control.domains(DomId(0))?;
+        own_uuid::check(&self.info, &all, has_run, |id| label(&name(id), id))
     }
 
     /// What a guardian of this process must know that watches changes of `spots`.
@@ -135,6 +150,32 @@ impl<'c> Domain<'c> {
             say::warn(format_args!("{}: {error}", self.label()));
         }
     }
+}
+
+/// Name and id of a domain, for messages.
+#[must_use]
+pub fn label(name: &str, id: DomId) -> String {
+    match name {
+        "" => format!("- ({id})"),
+        name => format!("{name} ({id})"),
+    }
+}
+
+/// The only domain in `named`, which have the name `wanted`; those that are going away count only if there is no other.
+fn the_one(wanted: &str, mut named: Vec<DomainInfo>) -> Result<DomainInfo> {
+    if named.iter().any(|info| !info.dying) {
+        named.retain(|info| !info.dying);
+    }
+    let last = named.pop().ok_or_else(|| no_such(wanted))?;
+    if named.is_empty() {
+        return Ok(last);
+    }
+    let others: Vec<String> = named.iter().map(|info| info.id.to_string()).collect();
+    Err(Error::failed(format!(
+        "domains {} and {} have the same name, {wanted:?}: give the id of the one that is meant",
+        others.join(", "),
+        last.id
+    )))
 }
 
 fn no_such(wanted: &str) -> Error {
@@ -321,5 +362,46 @@ impl Paused for Pause<'_> {
             ));
         }
         Ok(ended.duration)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn domain(id: u16, dying: bool) -> DomainInfo {
+        DomainInfo {
+            id: DomId(id),
+            uuid: String::new(),
+            kind: GuestType::Pvh,
+            dying,
+            shutdown: false,
+            paused: false,
+            vcpus: 1,
+            pages: 1,
+            max_pages: 1,
+            shared_pages: 0,
+            paged_pages: 0,
+            hap: true,
+        }
+    }
+
+    #[test]
+    fn of_two_domains_with_one_name_none_is_taken() {
+        let the_one = |all: &[DomainInfo]| the_one("web", all.to_vec());
+        let error = the_one(&[domain(3, false), domain(5, false)]).unwrap_err();
+        assert!(error.to_string().contains("domains 3 and 5"), "{error}");
+        assert_eq!(the_one(&[domain(3, false)]).unwrap().id, DomId(3));
+        // One that is being destroyed is not meant, unless it is the only one.
+        let made_again = [domain(3, true), domain(5, false)];
+        assert_eq!(the_one(&made_again).unwrap().id, DomId(5));
+        assert_eq!(the_one(&[domain(3, true)]).unwrap().id, DomId(3));
+        assert!(the_one(&[]).is_err());
+    }
+
+    #[test]
+    fn a_domain_without_a_name_is_shown_by_its_id() {
+        assert_eq!(label("web1", DomId(3)), "web1 (3)");
+        assert_eq!(label("", DomId(3)), "- (3)");
     }
 }

@@ -8,7 +8,7 @@ use std::fs::{self, File, TryLockError};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use locus_guest::addr::{Gva, Range};
+use locus_guest::addr::{DomId, Gva, Range};
 use locus_kernel::Kernel;
 use locus_xen::fault;
 use locus_xen::{Control, ForeignMemory, PauseStep, SharedPage};
@@ -137,7 +137,8 @@ pub fn is_due(uuid: &str) -> Result<bool> {
 /// journal: what that said is done, or void because the guest rebooted.
 ///
 /// # Errors
-/// [`Class::Uncertain`]: the guest can't be brought to a known state. Or the guest or the files can't be read.
+/// [`Class::Uncertain`]: the guest can't be brought to a known state. [`Class::NotApplicable`]: another domain has the same
+/// UUID, and the journal may be about that one. Or the guest or the files can't be read.
 pub fn recover(domain: &Domain<'_>, options: &Options) -> Result<Report> {
     let begun = fault::point("recover");
     begun.map_err(|e| Error::failed(format!("{}: {e}", domain.label())))?;
@@ -145,7 +146,7 @@ pub fn recover(domain: &Domain<'_>, options: &Options) -> Result<Report> {
     let uuid = &domain.info.uuid;
     let mut said = Vec::new();
     for path in guard::files(Some(uuid))? {
-        if let Some(outcome) = of_dead(domain.control(), &path)? {
+        if let Some(outcome) = of_dead(domain.control(), &path, Some(domain.info.id))? {
             match outcome {
                 Outcome::Running => {}
                 Outcome::Stuck => {
@@ -158,15 +159,18 @@ pub fn recover(domain: &Domain<'_>, options: &Options) -> Result<Report> {
             }
         }
     }
-    let kernel = machine::kernel_of(domain)?;
-    let journal = Journal::new(uuid);
-    let intent = match journal.read() {
+    let intent = Journal::new(uuid).read();
+    if !is_surely_of(&intent, domain.info.id) {
+        domain.check_uuid()?;
+    }
+    let intent = match intent {
         Ok(intent) => intent,
         Err(error) => {
             said.push(error.to_string());
             None
         }
     };
+    let kernel = machine::kernel_of(domain)?;
     let mut report = of_guest(domain, &kernel, intent.as_ref(), options)?;
     said.push(std::mem::take(&mut report.detail));
     said.retain(|s| !s.is_empty());
@@ -174,12 +178,22 @@ pub fn recover(domain: &Domain<'_>, options: &Options) -> Result<Report> {
     Ok(report)
 }
 
+/// Whether what was read of a journal is about the domain `id`, whatever other domains have its UUID. A journal that names
+/// another domain may still be about this one: a guest that is restored or migrated gets another id.
+fn is_surely_of(read: &Result<Option<Intent>>, id: DomId) -> bool {
+    match read {
+        Ok(None) => true,
+        Ok(Some(intent)) => intent.domid == id.0,
+        Err(_) => false,
+    }
+}
+
 /// Finishes or undoes what the guardian's file at `path` tells of, and removes the file. `None` if the run is alive or ended
-/// normally.
+/// normally; or if it worked on another domain than `own` that runs and has the same UUID: that one is to be recovered.
 ///
 /// # Errors
 /// [`Class::TryAgain`]: its guardian does not end. [`Class::Failed`]: the file can't be read, or memory can't be mapped.
-fn of_dead(control: &Control, path: &Path) -> Result<Option<Outcome>> {
+fn of_dead(control: &Control, path: &Path, own: Option<DomId>) -> Result<Option<Outcome>> {
     let began = Instant::now();
     let odd = |e: std::io::Error| Error::failed(format!("cannot use {}: {e}", path.display()));
     let file = match File::options().read(true).write(true).open(path) {
@@ -188,6 +202,12 @@ fn of_dead(control: &Control, path: &Path) -> Result<Option<Outcome>> {
         Err(e) => return Err(odd(e)),
     };
     let task = Task::read(&file)?;
+    if own.is_some_and(|own| own != task.domain()) {
+        let other = control.domain(task.domain())?;
+        if other.is_some_and(|d| d.uuid == task.uuid && !d.dying && !d.shutdown) {
+            return Ok(None);
+        }
+    }
     loop {
         match file.try_lock() {
             Ok(()) => break,
@@ -449,7 +469,7 @@ fn unprobed(change: &Change) -> Vec<Watched> {
 /// [`Class::Failed`]: they can't be removed.
 pub fn forget(control: &Control, uuid: &str) -> Result<Report> {
     for path in guard::files(Some(uuid))? {
-        of_dead(control, &path)?;
+        of_dead(control, &path, None)?;
     }
     let journal = Journal::new(uuid);
     // If it can't be read, the guest is gone all the same.

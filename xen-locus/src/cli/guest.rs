@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::args::DomainOrCore;
 use super::Session;
-use crate::domain::Domain;
+use crate::domain::{self, Domain};
 use crate::error::{Error, ExitCode, Result};
 use crate::machine;
 use crate::say;
@@ -68,7 +68,7 @@ impl Guest {
     pub fn label(&self) -> String {
         match (&self.core, self.domid) {
             (Some(path), _) => path.display().to_string(),
-            (None, Some(id)) => format!("{} ({id})", self.name),
+            (None, Some(id)) => domain::label(&self.name, id),
             (None, None) => self.name.clone(),
         }
     }

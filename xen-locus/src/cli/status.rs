@@ -47,7 +47,7 @@ pub fn run(
     let statuses = match (core, wanted) {
         (Some(path), _) => vec![guest::with_core(path, |guest, kernel, core| {
             let inside = |watch: &Watch| quiesce::inside(kernel, core.vcpus(), watch);
-            GuestStatus::read(guest.clone(), kernel, inside)
+            GuestStatus::read(guest.clone(), kernel, None, inside)
         })?],
         (None, Some(wanted)) => vec![status(&session.host()?.guest(wanted)?)?],
         (None, None) => {
@@ -78,7 +78,9 @@ pub fn run(
 fn status(domain: &Domain<'_>) -> Result<GuestStatus> {
     let kernel = machine::kernel_of(domain)?;
     let inside = |watch: &Watch| apply::blocking(domain, &kernel, watch, &Options::default());
-    GuestStatus::read(Guest::of(domain), &kernel, inside)
+    let known = ops::known_to_log(domain.check_uuid(), &domain.label());
+    let uuid = known.then_some(&*domain.info.uuid);
+    GuestStatus::read(Guest::of(domain), &kernel, uuid, inside)
 }
 
 /// All guests that can be read, and the exit code for those that can't.
@@ -148,13 +150,15 @@ fn shown(replaced: &Replaced) -> String {
 }
 
 impl GuestStatus {
+    /// The status of a guest that the audit log knows by `uuid`, if it knows it.
     fn read(
         guest: Guest,
         kernel: &Kernel<'_>,
+        uuid: Option<&str>,
         inside: impl Fn(&Watch) -> Result<Vec<Blocker>>,
     ) -> Result<GuestStatus> {
         let mut patches = Vec::new();
-        for patch in ops::patches(kernel, guest.uuid.as_deref())? {
+        for patch in ops::patches(kernel, uuid)? {
             let draining = match &patch.old_versions {
                 Some(watch) => inside(watch)?,
                 None => Vec::new(),

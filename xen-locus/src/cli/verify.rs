@@ -36,7 +36,7 @@ pub fn run(
             let domain = host.guest(wanted)?;
             let history = log()?;
             let known = known(&history, &domain);
-            let outcome = verify(&machine::kernel_of(&domain)?, Some(known))?;
+            let outcome = verify(&machine::kernel_of(&domain)?, known)?;
             all.push((Guest::of(&domain), outcome));
         }
         (None, None) => {
@@ -52,7 +52,7 @@ pub fn run(
                         continue;
                     }
                 };
-                match verify(&kernel, Some(known(&history, &domain))) {
+                match verify(&kernel, known(&history, &domain)) {
                     Ok(outcome) => all.push((guest, outcome)),
                     Err(error) => {
                         say::warn(format_args!("{}: {error}", guest.label()));
@@ -90,11 +90,19 @@ fn log() -> anyhow::Result<History> {
     Ok(history)
 }
 
-fn known<'a>(history: &'a History, domain: &'a Domain<'_>) -> HostRecords<'a> {
-    HostRecords {
+/// What the log says of the guest. Nothing, and that is said, if it may say it of another one.
+fn known<'a>(history: &'a History, domain: &'a Domain<'_>) -> Option<HostRecords<'a>> {
+    if let Err(error) = domain.check_uuid() {
+        say::warn(format_args!(
+            "{}: its records are not compared with the audit log: {error}",
+            domain.label()
+        ));
+        return None;
+    }
+    Some(HostRecords {
         log: &history.lines,
         uuid: &domain.info.uuid,
-    }
+    })
 }
 
 fn object(guest: &Guest, outcome: &VerifyReport) -> Value {

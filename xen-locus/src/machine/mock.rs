@@ -55,6 +55,8 @@ pub(crate) struct Guest {
     pub(crate) keeps_journal: Cell<bool>,
     /// It is known how the run ended.
     pub(crate) ended: Cell<bool>,
+    /// Another domain has its UUID.
+    pub(crate) shares_uuid: Cell<bool>,
     /// Pages of memory that it may be given yet.
     pub(crate) spare: Cell<u64>,
     /// Whether it may be written in a pause.
@@ -101,6 +103,7 @@ impl Guest {
             intent: RefCell::default(),
             keeps_journal: Cell::new(false),
             ended: Cell::new(false),
+            shares_uuid: Cell::new(false),
             spare: Cell::new(240),
             writing: Cell::new(Writing::Begins),
             recorded: Cell::new(false),

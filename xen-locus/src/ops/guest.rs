@@ -23,6 +23,11 @@ pub trait Guest: Machine {
     fn uuid(&self) -> &str;
     /// Its name and id, for messages.
     fn label(&self) -> String;
+    /// Checks that what is noted by its UUID can't be another guest's.
+    ///
+    /// # Errors
+    /// It may be. Such a guest is not changed, and what the audit log says of its UUID is not said of it.
+    fn check_uuid(&self) -> Result<()>;
     /// Takes its lock.
     ///
     /// # Errors
@@ -67,6 +72,10 @@ impl Guest for Domain<'_> {
 
     fn label(&self) -> String {
         Domain::label(self)
+    }
+
+    fn check_uuid(&self) -> Result<()> {
+        Domain::check_uuid(self)
     }
 
     fn lock(&self, options: &Options) -> Result<File> {

@@ -61,7 +61,9 @@ impl Host {
     }
 
     fn with_cache<'h>(&self, mut domain: Domain<'h>) -> Domain<'h> {
-        if let Some(dir) = &self.cache {
+        // What a guest put there must not mislead about another one.
+        let known = |_: &&PathBuf| domain.check_uuid().is_ok();
+        if let Some(dir) = self.cache.as_ref().filter(known) {
             domain.cache = Cache::new(dir, &domain.info.uuid);
         }
         domain

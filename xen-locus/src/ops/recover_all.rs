@@ -5,7 +5,7 @@ use locus_guest::addr::DomId;
 use super::host::Host;
 use super::Operator;
 use crate::apply::Options;
-use crate::domain::Domain;
+use crate::domain::{self, Domain};
 use crate::error::Result;
 use crate::guard;
 use crate::recover::Report;
@@ -29,7 +29,7 @@ impl Recovered {
     #[must_use]
     pub fn line(&self) -> String {
         let whom = match self.domid {
-            Some(id) => format!("{} ({id})", self.name),
+            Some(id) => domain::label(&self.name, id),
             None => self.uuid.clone(),
         };
         match &self.result {

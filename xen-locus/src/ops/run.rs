@@ -1,7 +1,7 @@
 //! The order of every operation on a guest:
 //!
 //! 1. The audit log is opened: what can't be recorded does not begin.
-//! 2. The guest is locked.
+//! 2. The guest is locked. If its UUID may be another domain's too, it is not changed.
 //! 3. What an interrupted run left is settled and recorded, and its journal is removed.
 //! 4. The operation is carried out; it writes its journal before it changes the guest.
 //! 5. The guest's status is published. The guest is changed by then, so an error here is only said.
@@ -77,7 +77,7 @@ impl Operator<'_> {
         done
     }
 
-    /// Steps 3 to 5: settles what an interrupted run left, carries out `act` and publishes the guest's status. The
+    /// Steps 3 to 5, for a guest with a UUID of its own: settles what an interrupted run left, carries out `act` and publishes the guest's status. The
     /// caller has the guest's lock.
     pub(super) fn change<G: Guest, R>(
         &self,
@@ -86,6 +86,7 @@ impl Operator<'_> {
         act: impl FnOnce(&Kernel<'_>, &Options) -> Result<R>,
     ) -> Result<R> {
         let change = || {
+            guest.check_uuid()?;
             self.settle_interrupted(guest, options)?;
             let kernel = machine::kernel_of(guest)?;
             let done = act(&kernel, options)?;

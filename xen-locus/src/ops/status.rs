@@ -117,12 +117,24 @@ pub struct Status {
 /// # Errors
 /// Its arena can't be read.
 pub(super) fn read<G: Guest>(guest: &G, kernel: &Kernel<'_>, log: &dyn Log) -> Result<Status> {
+    let known = known_to_log(guest.check_uuid(), &guest.label());
     Ok(Status {
         domid: guest.domid(),
         uuid: guest.uuid().to_owned(),
         kernel: kernel.release.clone(),
-        patches: patches_by(kernel, log, Some(guest.uuid()))?,
+        patches: patches_by(kernel, log, known.then(|| guest.uuid()))?,
     })
+}
+
+/// Whether the audit log speaks of the guest `label`, by what came of the check of its UUID. If not, that is said: what it
+/// lost in a reboot can't be told then.
+pub fn known_to_log(checked: Result<()>, label: &str) -> bool {
+    if let Err(error) = &checked {
+        say::warn(format_args!(
+            "{label}: it can't be told which patches the guest lost in a reboot: {error}"
+        ));
+    }
+    checked.is_ok()
 }
 
 /// The patches in a guest's memory, in the order they were applied. Before them come those that the guest `uuid` lost,

@@ -44,6 +44,13 @@ impl Guest for MockGuest {
         "mock (3)".into()
     }
 
+    fn check_uuid(&self) -> Result<()> {
+        match self.shares_uuid.get() {
+            true => Err(Error::not_applicable("domains 3 and 5 have the same UUID")),
+            false => Ok(()),
+        }
+    }
+
     fn lock(&self, _: &Options) -> Result<Lock> {
         self.trace.call("lock")?;
         Ok(Lock(self.trace.clone()))
@@ -425,4 +432,41 @@ fn a_patch_that_was_lost_in_a_reboot_is_shown_until_it_is_reverted() {
         nothing_to_do("one").result
     );
     assert_eq!(states(), []);
+}
+
+#[test]
+fn a_guest_whose_uuid_another_domain_has_is_not_changed_and_nothing_of_the_log_is_said_of_it() {
+    let host = Host::interrupted();
+    host.apply("two", false).unwrap();
+    // Its twin has none of these patches.
+    let twin = Host {
+        log: host.log,
+        ..Host::new()
+    };
+    let lost = |twin: &Host| {
+        look(&twin.store, &twin.log, &twin.guest)
+            .unwrap()
+            .patches
+            .len()
+    };
+    assert_eq!(lost(&twin), 2);
+    twin.guest.shares_uuid.set(true);
+    assert_eq!(lost(&twin), 0);
+    assert_eq!(twin.published(), [""; 0]);
+    let refused = [
+        twin.apply("one", false).unwrap_err(),
+        twin.apply("one", true).unwrap_err(),
+        twin.revert("one").unwrap_err(),
+        revert_all(&twin.operator(), &twin.guest, &options(false)).unwrap_err(),
+    ];
+    for error in refused {
+        assert!(error.to_string().contains("domains 3 and 5"), "{error}");
+    }
+    assert_eq!(twin.in_guest(), [""; 0]);
+    // Nor is a journal believed that may be the other's.
+    let other = Host::interrupted();
+    other.guest.shares_uuid.set(true);
+    other.apply("two", false).unwrap_err();
+    assert!(!other.trace.take().contains(&"recover"));
+    assert!(other.has_journal());
 }

@@ -229,3 +229,19 @@ fn a_payload_that_is_applied_again_elsewhere_and_ended_at_any_write_leaves_recor
         }
     }
 }
+
+#[test]
+fn a_journal_is_surely_of_the_domain_that_it_names() {
+    let guest = Guest::new();
+    guest.keeps_journal.set(true);
+    guest.applied(&payload("fix", &[A]));
+    let intent = guest.intent.take();
+    assert_eq!(intent.as_ref().map(|i| i.domid), Some(1));
+    let read = Ok(intent);
+    assert!(is_surely_of(&read, DomId(1)) && !is_surely_of(&read, DomId(5)));
+    assert!(is_surely_of(&Ok(None), DomId(5)));
+    assert!(!is_surely_of(
+        &Err(Error::uncertain("it is cut off")),
+        DomId(1)
+    ));
+}
