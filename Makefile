@@ -73,6 +73,7 @@ install: build
 	install -d $(DESTDIR)$(PREFIX)/share/man/man8
 	target/release/locus-man $(DESTDIR)$(PREFIX)/share/man/man8
 	install -D -m 644 deploy/xen-locus-xenstore.7 $(DESTDIR)$(PREFIX)/share/man/man7/xen-locus-xenstore.7
+	install -D -m 644 deploy/xen-locus.logrotate $(DESTDIR)/etc/logrotate.d/xen-locus
 	install -d -m 755 $(DESTDIR)/var/lib/xen-locus/payloads
 
 clean:

@@ -19,6 +19,10 @@ pub const JOURNALS: &str = "/var/lib/xen-locus/journal";
 pub const AUDIT_LOG: &str = "/var/log/xen-locus/audit.jsonl";
 /// Number and hash of the audit log's last line.
 pub const AUDIT_HEAD: &str = "/var/lib/xen-locus/audit-head.json";
+/// Lock of the audit log and of what belongs to it.
+pub const AUDIT_LOCK: &str = "/run/xen-locus/audit.lock";
+/// Folder of what is in force in each guest by the audit log, one file for each guest, `UUID`.
+pub const IN_FORCE: &str = "/var/lib/xen-locus/in-force";
 /// Folder of the payloads that requests to the daemon name, unless it is told another.
 pub const PAYLOADS: &str = "/var/lib/xen-locus/payloads";
 /// Folder of the cache of guests' kernels, unless a command is told another.

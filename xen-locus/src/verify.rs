@@ -19,6 +19,7 @@ use crate::arena::{page_address, Arena, Resident, Rights};
 use crate::error::Result;
 use crate::link::module::links;
 use crate::plan::{self, Stack};
+use crate::storage::audit::in_force::InForce;
 use crate::storage::audit::Line;
 use crate::target::conflicts::{self, Caller};
 use crate::target::kprobes::Kprobes;
@@ -56,12 +57,14 @@ pub struct VerifyReport {
 }
 
 /// The records that this host has of a guest outside the guest.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct HostRecords<'a> {
     /// The audit log.
     pub log: &'a [Line],
     /// The guest's UUID.
     pub uuid: &'a str,
+    /// What is in force in the guest by the audit log; of use if that has no line of it because it was rotated.
+    pub in_force: Vec<InForce>,
 }
 
 /// Compares a guest with the records of its patches, which are in its own memory, and those records with the ones
@@ -70,7 +73,7 @@ pub struct HostRecords<'a> {
 /// # Errors
 /// The arena's directory or a record was changed, so there is nothing to compare with; the guest can't
 /// be read; a run that was ended midway left it uncertain.
-pub fn verify(kernel: &Kernel<'_>, known: Option<HostRecords<'_>>) -> Result<VerifyReport> {
+pub fn verify(kernel: &Kernel<'_>, known: Option<&HostRecords<'_>>) -> Result<VerifyReport> {
     let mut seen = compare_once(kernel, known)?;
     for _ in 1..PASSES {
         if seen.drift.is_empty() {
@@ -88,7 +91,7 @@ pub fn verify(kernel: &Kernel<'_>, known: Option<HostRecords<'_>>) -> Result<Ver
 ///
 /// # Errors
 /// As [`verify`].
-pub fn compare_once(kernel: &Kernel<'_>, known: Option<HostRecords<'_>>) -> Result<VerifyReport> {
+pub fn compare_once(kernel: &Kernel<'_>, known: Option<&HostRecords<'_>>) -> Result<VerifyReport> {
     let arena = Arena::read(kernel)?;
     let residents = plan::residents(kernel, &arena)?;
     let stack = Stack::new(&residents);
@@ -167,11 +170,11 @@ impl Comparison<'_, '_> {
         &mut self,
         all: &[Resident],
         applied: &[&Resident],
-        known: HostRecords<'_>,
+        known: &HostRecords<'_>,
     ) -> Vec<String> {
         let mut lines = known.log.iter().rev();
         let last = lines.find(|line| line.action.uuid == known.uuid);
-        let in_force = last.map_or(&[][..], |line| &line.in_force);
+        let in_force = last.map_or(&known.in_force, |line| &line.in_force);
         let mut unconfirmed = Vec::new();
         for patch in applied {
             let found = hex::encode(patch.slot.record_sha256);

@@ -34,6 +34,7 @@ pub fn run(session: &Session, args: &History) -> anyhow::Result<ExitCode> {
             "actions": lines,
             "intact": history.faults.is_empty(),
             "faults": history.faults,
+            "notes": history.notes,
         })),
         Output::Table if lines.is_empty() => out::line("no actions are recorded"),
         Output::Table => {
@@ -44,8 +45,8 @@ pub fn run(session: &Session, args: &History) -> anyhow::Result<ExitCode> {
             out::table(heads, &rows);
         }
     }
-    for fault in &history.faults {
-        say::warn(format_args!("{}: {fault}", audit.path().display()));
+    for said in history.notes.iter().chain(&history.faults) {
+        say::warn(format_args!("{}: {said}", audit.path().display()));
     }
     Ok(if history.faults.is_empty() {
         ExitCode::Done

@@ -9,7 +9,7 @@ use super::args::Output;
 use super::guest::{self, Guest};
 use super::{out, Session};
 use crate::domain::Domain;
-use crate::error::ExitCode;
+use crate::error::{ExitCode, Result};
 use crate::machine;
 use crate::say;
 use crate::storage::audit::{Audit, History};
@@ -35,8 +35,8 @@ pub fn run(
             let host = session.host()?;
             let domain = host.guest(wanted)?;
             let history = log()?;
-            let known = known(&history, &domain);
-            let outcome = verify(&machine::kernel_of(&domain)?, known)?;
+            let known = known(&history, &domain)?;
+            let outcome = verify(&machine::kernel_of(&domain)?, known.as_ref())?;
             all.push((Guest::of(&domain), outcome));
         }
         (None, None) => {
@@ -52,7 +52,8 @@ pub fn run(
                         continue;
                     }
                 };
-                match verify(&kernel, known(&history, &domain)) {
+                let known = known(&history, &domain)?;
+                match verify(&kernel, known.as_ref()) {
                     Ok(outcome) => all.push((guest, outcome)),
                     Err(error) => {
                         say::warn(format_args!("{}: {error}", guest.label()));
@@ -91,18 +92,19 @@ fn log() -> anyhow::Result<History> {
 }
 
 /// What the log says of the guest. Nothing, and that is said, if it may say it of another one.
-fn known<'a>(history: &'a History, domain: &'a Domain<'_>) -> Option<HostRecords<'a>> {
+fn known<'a>(history: &'a History, domain: &'a Domain<'_>) -> Result<Option<HostRecords<'a>>> {
     if let Err(error) = domain.check_uuid() {
         say::warn(format_args!(
             "{}: its records are not compared with the audit log: {error}",
             domain.label()
         ));
-        return None;
+        return Ok(None);
     }
-    Some(HostRecords {
+    Ok(Some(HostRecords {
         log: &history.lines,
         uuid: &domain.info.uuid,
-    })
+        in_force: Audit::system().in_force(&domain.info.uuid)?,
+    }))
 }
 
 fn object(guest: &Guest, outcome: &VerifyReport) -> Value {

@@ -1,16 +1,27 @@
 //! The audit log: one line of JSON for every action on a guest, done or failed.
 //!
 //! Each line has the hash of the line before it and ends with its own hash, the SHA-256 of all that is before that
-//! member. A line that is changed or removed in the middle thus breaks the chain after it. Number and hash of the
-//! last line are also stored in another file, so that lines missing at the end are noticed. Root in dom0 can rewrite
-//! all of it; no other user can change it unnoticed.
+//! member. A line that is changed or removed in the middle thus breaks the chain after it. Each line also has the number of
+//! the first line of its file, so that lines missing at the front are noticed. Number and hash of the last line are also
+//! stored in another file, so that lines missing at the end are noticed. Root in dom0 can rewrite all of it; no other user
+//! can change it unnoticed.
+//!
+//! - [`history`]: reads all lines and checks the chain;
+//! - `writer`: appends a line;
+//! - `rotation`: whether a log that is empty was rotated;
+//! - [`in_force`]: which patches are in force in a guest after a line;
+//! - `kept`: the same in a file for each guest, which outlasts the rotation of the log.
 
+pub mod history;
 pub mod in_force;
+mod kept;
+mod rotation;
+mod writer;
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt};
+use std::io::{self, BufRead, BufReader, Read as _};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use locus_xen::fault;
@@ -18,15 +29,14 @@ use memchr::{memchr, memmem};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::durable::{self, Step, Target};
 use crate::error::{Error, Result};
-use crate::paths::{AUDIT_HEAD, AUDIT_LOG};
+use crate::paths::{self, AUDIT_HEAD, AUDIT_LOCK, AUDIT_LOG};
+pub use history::History;
 use in_force::InForce;
+pub use writer::Writer;
 
-/// Longest line, in bytes.
+/// Longest line, in bytes, with its line break.
 const LINE_MAX: u64 = 64 << 10;
-/// Longest message in one.
-const MESSAGE_MAX: usize = 4096;
 /// Bytes read at once in the search for a guest's last line: several lines.
 const BLOCK: usize = 256 << 10;
 /// What is before a line's own hash.
@@ -88,6 +98,13 @@ pub struct Line {
     pub schema: u32,
     /// Its number, from 1.
     pub seq: u64,
+    /// Number of the first line of its file; 0 in a line that an earlier version wrote.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub first: u64,
+    /// In the first line of a file that is not the first file: why it begins there, [`ROTATED`] or [`LOST`]. A string, as
+    /// [`Action::op`] is.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub begins: String,
     /// What was done.
     #[serde(flatten)]
     pub action: Action,
@@ -99,45 +116,90 @@ pub struct Line {
     pub prev: String,
 }
 
-/// The last line.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Head {
-    seq: u64,
-    hash: String,
+/// [`Line::begins`]: the log was rotated, so the lines before are in another file.
+pub const ROTATED: &str = "rotated";
+/// [`Line::begins`]: the log was emptied or removed, so the lines before are lost.
+pub const LOST: &str = "lost";
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde passes a reference"
+)]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
-/// The content of a log.
-#[derive(Debug, Default)]
-pub struct History {
-    /// Its lines, including those after a fault.
-    pub lines: Vec<Line>,
-    /// Signs that it was changed; empty if there are none.
-    pub faults: Vec<String>,
+/// What is known of the last line that was recorded.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Head {
+    /// Its number; 0 before the first line.
+    seq: u64,
+    /// Its hash.
+    hash: String,
+    /// Number of the first line of its file. It also says that what is in force is kept for each guest ([`kept`]), except
+    /// perhaps for the guest of the last line. 0 if an earlier version wrote this: neither is known.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    first: u64,
+}
+
+impl Head {
+    /// Of no line.
+    fn none() -> Head {
+        Head {
+            seq: 0,
+            hash: NONE.to_owned(),
+            first: 0,
+        }
+    }
 }
 
 /// An audit log.
 #[derive(Clone, Debug)]
 pub struct Audit {
     log: PathBuf,
-    head: Option<PathBuf>,
+    beside: Option<Beside>,
+    /// So many steps are left until the run is ended.
+    #[cfg(test)]
+    left: std::cell::Cell<u32>,
+}
+
+/// What belongs to a log that is written.
+#[derive(Clone, Debug)]
+struct Beside {
+    /// The file with [`Head`].
+    head: PathBuf,
+    /// The folder with what is in force in each guest ([`kept`]).
+    kept: PathBuf,
+    /// The lock of all these files. The log itself is none, because another file may get its name.
+    lock: PathBuf,
 }
 
 impl Audit {
     /// The log of this host.
     #[must_use]
     pub fn system() -> Audit {
-        Audit {
-            log: AUDIT_LOG.into(),
-            head: Some(AUDIT_HEAD.into()),
-        }
+        Audit::new(
+            AUDIT_LOG.as_ref(),
+            Some(Beside {
+                head: AUDIT_HEAD.into(),
+                kept: paths::IN_FORCE.into(),
+                lock: AUDIT_LOCK.into(),
+            }),
+        )
     }
 
-    /// A copy of a log, without the file that has number and hash of its last line.
+    /// A copy of a log, without the other files that belong to it.
     #[must_use]
     pub fn copy(log: &Path) -> Audit {
+        Audit::new(log, None)
+    }
+
+    fn new(log: &Path, beside: Option<Beside>) -> Audit {
         Audit {
             log: log.to_owned(),
-            head: None,
+            beside,
+            #[cfg(test)]
+            left: std::cell::Cell::new(u32::MAX),
         }
     }
 
@@ -154,55 +216,99 @@ impl Audit {
         ))
     }
 
+    /// A step of a run that writes: a fault point. A test can end the run there.
+    fn step(&self, name: &str) -> io::Result<()> {
+        #[cfg(test)]
+        match self.left.get().checked_sub(1) {
+            Some(left) => self.left.set(left),
+            None => return Err(io::Error::other(format!("ended at {name}"))),
+        }
+        fault::point(name)
+    }
+
     /// Opens the log for writing. An action that can't be recorded must not begin.
     ///
     /// # Errors
     /// [`Class::Failed`](crate::error::Class::Failed).
     pub fn open(&self) -> Result<Writer<'_>> {
         let open = || {
-            fault::point("audit: open")?;
-            for path in self.head.iter().chain([&self.log]) {
+            self.step("audit: open")?;
+            let beside = self.beside.as_ref().ok_or_else(|| {
+                io::Error::new(io::ErrorKind::Unsupported, "a copy of a log is not written")
+            })?;
+            for path in [&beside.head, &self.log] {
                 if let Some(folder) = path.parent() {
                     fs::create_dir_all(folder)?;
                 }
             }
             self.read_head()?;
-            let mut options = OpenOptions::new();
-            options.read(true).append(true).create(true).mode(0o600);
-            options.open(&self.log)
+            let lock = paths::open_lock(&beside.lock)?;
+            Ok(Writer::new(self, beside, lock, self.open_log()?))
         };
-        match open() {
-            Ok(file) => Ok(Writer { audit: self, file }),
-            Err(error) => Err(self.failed("cannot open", &error)),
-        }
+        open().map_err(|error| self.failed("cannot open", &error))
+    }
+
+    fn open_log(&self) -> io::Result<File> {
+        let mut options = OpenOptions::new();
+        options.read(true).append(true).create(true).mode(0o600);
+        options.open(&self.log)
     }
 
     fn read_head(&self) -> io::Result<Option<Head>> {
-        let Some(head) = &self.head else {
+        let Some(beside) = &self.beside else {
             return Ok(None);
         };
-        match fs::read(head) {
+        match fs::read(&beside.head) {
             Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes)?)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// The patches that are in force in the guest `uuid`, in the order they were applied; none for a guest without a
-    /// line. The time does not depend on the lines before the guest's last one. The chain is not checked:
-    /// [`Audit::history`] does that.
-    ///
-    /// # Errors
-    /// [`Class::Failed`](crate::error::Class::Failed) when the log can't be read.
-    pub fn in_force(&self, uuid: &str) -> Result<Vec<InForce>> {
-        let read = match File::open(&self.log) {
-            Ok(file) => file
-                .lock_shared()
-                .and_then(|()| last_in_force(&file, uuid, BLOCK)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+    /// Opens the log for reading. `None` if it isn't there. Nothing is written to it or beside it as long as both files
+    /// that are returned are open.
+    fn open_to_read(&self) -> io::Result<(Option<File>, Option<File>)> {
+        let open = |path: &Path| match File::open(path) {
+            Ok(file) => file.lock_shared().map(|()| Some(file)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         };
-        read.map_err(|error| self.failed("cannot read", &error))
+        let lock = match &self.beside {
+            // Where no run ever made it, no run writes.
+            Some(beside) => open(&beside.lock)?,
+            None => None,
+        };
+        Ok((open(&self.log)?, lock))
+    }
+
+    /// The patches that are in force in the guest `uuid`, in the order they were applied; none for a guest without a
+    /// line. That the log was rotated changes nothing. The chain is not checked: [`Audit::history`] does that.
+    ///
+    /// # Errors
+    /// [`Class::Failed`](crate::error::Class::Failed) when the log, or what is kept of it, can't be read.
+    pub fn in_force(&self, uuid: &str) -> Result<Vec<InForce>> {
+        let read = || {
+            let (log, _lock) = self.open_to_read()?;
+            let kept = match &self.beside {
+                Some(beside) => kept::read(&beside.kept, uuid)?.unwrap_or_default(),
+                None => kept::Kept::default(),
+            };
+            // A head that can't be read tells nothing.
+            let head = self.read_head().ok().flatten();
+            let line = match (&head, &log) {
+                (Some(head), _) if head.first != 0 => {
+                    let last = rotation::last(&self.log, log.as_ref(), head)?;
+                    last.filter(|line| line.action.uuid == uuid)
+                }
+                (_, Some(log)) => last_of(log, uuid, BLOCK)?,
+                (_, None) => None,
+            };
+            Ok(match line {
+                Some(line) if line.seq > kept.seq => line.in_force,
+                _ => kept.in_force,
+            })
+        };
+        read().map_err(|error| self.failed("cannot read", &error))
     }
 
     /// Reads the log and checks its chain. A log that isn't there is an empty one.
@@ -210,73 +316,46 @@ impl Audit {
     /// # Errors
     /// [`Class::Failed`](crate::error::Class::Failed) when it can't be read.
     pub fn history(&self) -> Result<History> {
-        let failed = |error: io::Error| self.failed("cannot read", &error);
-        let mut history = History::default();
-        let mut last = match File::open(&self.log) {
-            Ok(file) => {
-                file.lock_shared().map_err(failed)?;
-                history.read(BufReader::new(file)).map_err(failed)?
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-            Err(error) => return Err(failed(error)),
-        };
-        // A run that died between the two files left the line before the last in the head.
-        last.reverse();
-        match self.read_head() {
-            Ok(None) if self.head.is_none() || last.is_empty() => {}
-            Ok(None) => history.faults.push(format!(
-                "{AUDIT_HEAD} is not there: whether lines are missing at the end can't be told"
-            )),
-            Ok(Some(head)) if last.iter().take(2).any(|line| *line == head) => {}
-            Ok(Some(head)) => history.faults.push(format!(
-                "the last line should be entry {} with hash {}, and is not there",
-                head.seq, head.hash
-            )),
-            Err(error) => history.faults.push(format!("{AUDIT_HEAD}: {error}")),
-        }
-        Ok(history)
-    }
-}
-
-impl History {
-    /// Reads all lines; returns number and hash of each.
-    fn read(&mut self, mut from: impl BufRead) -> io::Result<Vec<Head>> {
-        let mut heads: Vec<Head> = Vec::new();
-        for number in 1u64.. {
-            let mut text = Vec::new();
-            if from.by_ref().take(LINE_MAX).read_until(b'\n', &mut text)? == 0 {
-                break;
-            }
-            let Some((line, hash)) = parse(&text) else {
-                self.faults.push(format!("line {number} is no entry"));
-                continue;
+        let read = || {
+            let (log, _lock) = self.open_to_read()?;
+            let mut history = History::default();
+            let ends = match log {
+                Some(log) => history.read(BufReader::new(log))?,
+                None => Vec::new(),
             };
-            if hash.is_none() {
-                self.faults.push(format!(
-                    "line {number} (entry {}) is not what was written: its hash differs",
-                    line.seq
-                ));
+            match self.read_head() {
+                Ok(None) if self.beside.is_none() || ends.is_empty() => {}
+                Ok(None) => history.faults.push(format!(
+                    "{AUDIT_HEAD} is not there: whether lines are missing at the end can't be told"
+                )),
+                Ok(Some(head)) => history.check_end(&ends, &head, &self.log),
+                Err(error) => history.faults.push(format!("{AUDIT_HEAD}: {error}")),
             }
-            if let Some(before) = heads.last() {
-                if line.prev != before.hash || line.seq != before.seq.wrapping_add(1) {
-                    self.faults.push(format!(
-                        "line {number} (entry {}) does not follow the one before it (entry {})",
-                        line.seq, before.seq
-                    ));
-                }
-            }
-            heads.push(Head {
-                seq: line.seq,
-                hash: hash.unwrap_or_default(),
-            });
-            self.lines.push(line);
-        }
-        Ok(heads)
+            Ok(history)
+        };
+        read().map_err(|error| self.failed("cannot read", &error))
     }
 }
 
 fn digest(text: &str) -> String {
     hex::encode(Sha256::digest(text.as_bytes()))
+}
+
+/// Calls `each` with the lines of a log: the number of a line in the file, from 1, and the line and its hash as [`parse`]
+/// finds them.
+fn for_each_line(
+    mut from: impl BufRead,
+    mut each: impl FnMut(u64, Option<(Line, Option<String>)>) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut text = Vec::new();
+    for number in 1u64.. {
+        text.clear();
+        if from.by_ref().take(LINE_MAX).read_until(b'\n', &mut text)? == 0 {
+            break;
+        }
+        each(number, parse(&text))?;
+    }
+    Ok(())
 }
 
 /// A line, and its hash if it is right.
@@ -288,8 +367,8 @@ fn parse(text: &[u8]) -> Option<(Line, Option<String>)> {
     Some((line, (digest(hashed) == own).then(|| own.to_owned())))
 }
 
-/// What is in force by the last line about the guest `uuid`. Searches from the end, `block` bytes at a time.
-fn last_in_force(file: &File, uuid: &str, block: usize) -> io::Result<Vec<InForce>> {
+/// The last line about the guest `uuid`. Searches from the end, `block` bytes at a time.
+fn last_of(file: &File, uuid: &str, block: usize) -> io::Result<Option<Line>> {
     // A quote within a string has a backslash before it, so only the member is found.
     let member = format!("\"uuid\":{}", serde_json::to_string(uuid)?);
     let member = memmem::Finder::new(&member);
@@ -311,15 +390,15 @@ fn last_in_force(file: &File, uuid: &str, block: usize) -> io::Result<Vec<InForc
             member.find(text)?;
             parse(text).map(|(line, _)| line)
         });
-        if let Some(line) = found {
-            return Ok(line.in_force);
+        if found.is_some() {
+            return Ok(found);
         }
         rest = bytes;
         // A longer line is no entry.
         rest.truncate(BLOCK);
         end = start;
     }
-    Ok(Vec::new())
+    Ok(None)
 }
 
 /// A log of actions, as an operation on a guest needs it.
@@ -352,113 +431,6 @@ impl Log for Audit {
 
     fn in_force(&self, uuid: &str) -> Result<Vec<InForce>> {
         Audit::in_force(self, uuid)
-    }
-}
-
-impl Append for Writer<'_> {
-    fn append(&mut self, action: Action) -> Result<()> {
-        Writer::append(self, action)
-    }
-}
-
-/// A log that is open.
-#[derive(Debug)]
-pub struct Writer<'a> {
-    audit: &'a Audit,
-    file: File,
-}
-
-impl Writer<'_> {
-    /// Appends a line; it is on disk when this returns.
-    ///
-    /// # Errors
-    /// [`Class::Failed`](crate::error::Class::Failed): the log is as it was before.
-    pub fn append(&mut self, action: Action) -> Result<()> {
-        let appended = self.file.lock().and_then(|()| {
-            let done = self.append_locked(action);
-            self.file.unlock().and(done)
-        });
-        appended.map_err(|error| self.audit.failed("cannot write", &error))
-    }
-
-    fn append_locked(&mut self, mut action: Action) -> io::Result<()> {
-        let end = action.message.floor_char_boundary(MESSAGE_MAX);
-        action.message.truncate(end);
-        fault::point("audit: append")?;
-        let before = self.last()?;
-        let in_force = last_in_force(&self.file, &action.uuid, BLOCK)?;
-        let line = Line {
-            schema: 1,
-            seq: before.seq.wrapping_add(1),
-            in_force: in_force::after(in_force, &action),
-            action,
-            prev: before.hash,
-        };
-        let text = serde_json::to_string(&line)?;
-        let hashed = text.strip_suffix('}').unwrap_or(&text);
-        let head = Head {
-            seq: line.seq,
-            hash: digest(hashed),
-        };
-        let len = self.file.metadata()?.len();
-        let written = self.write(&format!("{hashed}{OWN}{}\"}}\n", head.hash), &head);
-        if written.is_err() {
-            // Nothing stays of a line that is not recorded. If it can't be removed, `history` reports a fault.
-            let _ = self.file.set_len(len);
-        }
-        written
-    }
-
-    /// Writes a line, and then its number and hash to the other file.
-    fn write(&mut self, text: &str, head: &Head) -> io::Result<()> {
-        self.file.write_all(text.as_bytes())?;
-        fault::point("audit: sync")?;
-        self.file.sync_data()?;
-        let Some(at) = &self.audit.head else {
-            return Ok(());
-        };
-        let target = Target {
-            path: at,
-            new: &at.with_extension("new"),
-            mode: 0o644,
-            synced: true,
-        };
-        durable::replace(&target, &[&serde_json::to_vec(head)?], |step| match step {
-            Step::Rename => fault::point("audit: rename"),
-            _ => Ok(()),
-        })?;
-        // An error here must not undo the line, because the head has it already. After a power failure the head may
-        // then be some lines behind.
-        let _ = at.parent().map(durable::sync_folder);
-        Ok(())
-    }
-
-    /// Number and hash of the last line: of this log, or of the log that was rotated away. A line that was cut short
-    /// gets its line break, and stays as a fault.
-    fn last(&mut self) -> io::Result<Head> {
-        let head = self.audit.read_head()?.unwrap_or(Head {
-            seq: 0,
-            hash: NONE.to_owned(),
-        });
-        let len = self.file.metadata()?.len();
-        self.file
-            .seek(SeekFrom::Start(len.saturating_sub(LINE_MAX)))?;
-        let mut tail = Vec::new();
-        self.file.read_to_end(&mut tail)?;
-        if tail.last().is_some_and(|&byte| byte != b'\n') {
-            self.file.write_all(b"\n")?;
-            tail.push(b'\n');
-        }
-        let lines = tail.split_inclusive(|&byte| byte == b'\n');
-        let last = lines.rev().find_map(parse);
-        // A run that died between the two files left one line more than the head has.
-        Ok(match last {
-            Some((line, Some(hash))) if line.seq >= head.seq => Head {
-                seq: line.seq,
-                hash,
-            },
-            _ => head,
-        })
     }
 }
 

@@ -228,6 +228,8 @@ fn records_are_held_against_the_audit_log() {
             Line {
                 schema: 1,
                 seq: 1,
+                first: 1,
+                begins: String::new(),
                 in_force: own.clone(),
                 action,
                 prev: String::new(),
@@ -239,8 +241,9 @@ fn records_are_held_against_the_audit_log() {
         let known = HostRecords {
             log: &log(applied),
             uuid: "u",
+            in_force: Vec::new(),
         };
-        let outcome = verify(&guest.kernel(), Some(known)).unwrap();
+        let outcome = verify(&guest.kernel(), Some(&known)).unwrap();
         let drift = outcome.drift.into_iter().map(|d| (d.patch, d.what));
         (outcome.unconfirmed, drift.collect::<Vec<_>>())
     };

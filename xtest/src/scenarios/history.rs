@@ -81,6 +81,17 @@ fn history(ctx: &mut Ctx) -> Result<(), Verdict> {
     ctx.dom0
         .ok(&format!("cp -a /tmp/audit-copy {LOG}; xen-locus history"))?;
 
+    ctx.dom0.ok(&format!("sed '1d' /tmp/audit-copy > {LOG}"))?;
+    let out = ctx.dom0.sh("xen-locus history")?;
+    check!(
+        out.rc == 1 && out.err_text().contains("cut at its front"),
+        "{}",
+        out.text()
+    );
+    ctx.dom0
+        .ok(&format!("cp -a /tmp/audit-copy {LOG}; xen-locus history"))?;
+    rotated(ctx, name)?;
+
     // If nothing can be recorded, nothing is done.
     ctx.dom0
         .ok(&format!("mv {LOG} /tmp/audit-copy && mkdir {LOG}"))?;
@@ -92,4 +103,39 @@ fn history(ctx: &mut Ctx) -> Result<(), Verdict> {
     check_eq!(out.rc, 1, "{}", out.err_text());
     check!(out.err_text().contains("audit log"), "{}", out.err_text());
     patches::cmdline_is_untouched(&guest)
+}
+
+/// The log is rotated while a run has it open, and then emptied. What the guest had is known in both cases.
+fn rotated(ctx: &Ctx, name: &str) -> Result<(), Verdict> {
+    let step = |program: &str| format!("{program} apply {name} {CMDLINE_FILE}");
+    // The run is stopped when it is about to record what it did.
+    let out = ctx.dom0.sh(&format!(
+        "XEN_LOCUS_FAULT='1:stop:audit: append' {} >/dev/null 2>&1 & pid=$!
+         until grep -q ') [TZ]' /proc/$pid/stat; do usleep 20000; done
+         mv {LOG} {LOG}.1; kill -CONT $pid; wait $pid",
+        step("xen-locus-faults")
+    ))?;
+    check_eq!(out.rc, 0, "{}", out.text());
+    let history = ctx.json("xen-locus -o json history")?;
+    check_eq!(history["intact"], true, "{history}");
+    check_eq!(history["actions"].as_array().map(Vec::len), Some(1));
+    check_eq!(history["actions"][0]["begins"], "rotated", "{history}");
+    ctx.dom0.ok(&format!(": >{LOG}; xen-locus status {name}"))?;
+    let out = ctx.dom0.sh("xen-locus history")?;
+    check!(
+        out.rc == 1 && out.err_text().contains("emptied or removed"),
+        "{}",
+        out.text()
+    );
+    tool::revert_all(ctx, name)?;
+    let out = ctx.dom0.sh("xen-locus -o json history")?;
+    check_eq!(out.rc, 1, "{}", out.text());
+    check_eq!(out.json()?["actions"][0]["begins"], "lost");
+    check_eq!(out.json()?["actions"][0]["in_force"], serde_json::json!([]));
+    // Rotated once more it is intact, for the scenarios after this one.
+    ctx.dom0.ok(&format!("mv {LOG} {LOG}.2"))?;
+    tool::apply(ctx, name, CMDLINE)?;
+    tool::revert_all(ctx, name)?;
+    ctx.dom0.ok("xen-locus history")?;
+    Ok(())
 }

@@ -137,14 +137,18 @@ fn by_others(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     clean(ctx, guest)
 }
 
-/// The record itself is compared with the audit log. Without the log it is not confirmed. A record that the log does
-/// not have is a difference.
+/// The record itself is compared with the audit log. When that is rotated, what is kept of it confirms the record; without
+/// either it is not confirmed. A record that the log does not have is a difference.
 fn by_the_log(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let verify = format!("xen-locus -o json verify {}", guest.name);
     let unconfirmed = |said: &Value| said["unconfirmed"].as_array().cloned().unwrap_or_default();
     check_eq!(unconfirmed(&ctx.json(&verify)?).len(), 0);
     let log = "/var/log/xen-locus/audit.jsonl";
+    let kept = "/var/lib/xen-locus/in-force";
     ctx.dom0.ok(&format!("mv {log} {log}.away"))?;
+    let said = ctx.json(&verify)?;
+    check_eq!(unconfirmed(&said).len(), 0, "{said}");
+    ctx.dom0.ok(&format!("mv {kept} {kept}.away"))?;
     let said = ctx.json(&verify)?;
     check_eq!(unconfirmed(&said), [CMDLINE], "{said}");
     check_eq!(said["result"], "clean", "{said}");
@@ -159,7 +163,8 @@ fn by_the_log(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
         one["expected"].as_str().is_some_and(|e| e.contains("----")),
         "{one}"
     );
-    ctx.dom0.ok(&format!("mv {log}.away {log}"))?;
+    ctx.dom0
+        .ok(&format!("mv {log}.away {log} && mv {kept}.away {kept}"))?;
     clean(ctx, guest)
 }
 

@@ -1,13 +1,24 @@
+mod rotated;
+
+use std::io::Write as _;
+
 use super::*;
 
 /// A log in a folder of its own.
 fn log(name: &str) -> Audit {
     let folder = std::env::temp_dir().join(format!("locus-audit-{name}-{}", std::process::id()));
     let _ = fs::remove_dir_all(&folder);
-    Audit {
-        log: folder.join("log/audit.jsonl"),
-        head: Some(folder.join("lib/head.json")),
-    }
+    let beside = Beside {
+        head: folder.join("lib/head.json"),
+        kept: folder.join("lib/in-force"),
+        lock: folder.join("run/audit.lock"),
+    };
+    Audit::new(&folder.join("log/audit.jsonl"), Some(beside))
+}
+
+/// The file with the end of the log.
+fn head(audit: &Audit) -> &Path {
+    &audit.beside.as_ref().unwrap().head
 }
 
 fn add(audit: &Audit, patch: &str) {
@@ -53,11 +64,7 @@ fn lines_follow_each_other_and_are_read_back() {
         .collect();
     assert_eq!(seen, [(1, "one"), (2, "two")]);
     assert_eq!(history.lines[0].prev, NONE);
-    // It was put away: the next line goes on from the last one.
-    fs::remove_file(&audit.log).unwrap();
-    add(&audit, "three");
-    let history = audit.history().unwrap();
-    assert_eq!((history.lines[0].seq, history.faults), (3, Vec::new()));
+    assert_eq!(history.notes, [""; 0]);
 }
 
 #[test]
@@ -73,6 +80,9 @@ fn every_change_of_the_log_is_noticed() {
     one(changed("removed", |l| drop(l.remove(1))), "does not follow");
     one(changed("cut", |l| l.truncate(2)), "should be entry 3");
     one(changed("emptied", Vec::clear), "should be entry 3");
+    let front = "began with entry 1 and now begins with entry";
+    one(changed("front", |l| drop(l.remove(0))), front);
+    one(changed("front-two", |l| drop(l.drain(..2))), front);
     one(changed("swapped", |l| l.swap(0, 1)), "does not follow");
     one(
         changed("garbage", |l| l.insert(1, "{}".into())),
@@ -95,10 +105,10 @@ fn every_change_of_the_log_is_noticed() {
 fn a_run_that_ended_while_it_wrote_breaks_nothing_that_comes_after() {
     let audit = log("torn");
     add(&audit, "one");
-    let head = fs::read(audit.head.as_ref().unwrap()).unwrap();
+    let known = fs::read(head(&audit)).unwrap();
     add(&audit, "two");
     // Between the two files.
-    fs::write(audit.head.as_ref().unwrap(), head).unwrap();
+    fs::write(head(&audit), known).unwrap();
     assert_eq!(faults(&audit), Vec::<String>::new());
     add(&audit, "three");
     assert_eq!(faults(&audit), Vec::<String>::new());
@@ -117,7 +127,7 @@ fn of_a_line_that_could_not_be_recorded_nothing_stays() {
     add(&audit, "one");
     let before = fs::read(&audit.log).unwrap();
     // Where the last line is known from can't be written.
-    let blocked = audit.head.as_ref().unwrap().with_extension("new");
+    let blocked = head(&audit).with_extension("new");
     fs::create_dir(&blocked).unwrap();
     let mut writer = audit.open().unwrap();
     let error = writer.append(Action::default()).unwrap_err();
@@ -156,7 +166,13 @@ fn what_is_in_force_in_a_guest_is_told_by_its_last_line_wherever_that_is() {
     let file = File::open(&audit.log).unwrap();
     let len = usize::try_from(file.metadata().unwrap().len()).unwrap();
     for block in 1..=len + 1 {
-        let of = |uuid| names(last_in_force(&file, uuid, block).unwrap());
+        let of = |uuid| {
+            names(
+                last_of(&file, uuid, block)
+                    .unwrap()
+                    .map_or(vec![], |l| l.in_force),
+            )
+        };
         assert_eq!(of("a"), ["one", "three"], "{block} bytes at once");
         assert_eq!(of("b"), ["two", "four", "five"], "{block} bytes at once");
         assert_eq!(of("c"), [""; 0], "{block} bytes at once");
@@ -164,7 +180,8 @@ fn what_is_in_force_in_a_guest_is_told_by_its_last_line_wherever_that_is() {
     // By the first line that can be read.
     let text = fs::read_to_string(&audit.log).unwrap();
     fs::write(&audit.log, text.replace("three", "\0")).unwrap();
-    assert_eq!(names(last_in_force(&file, "a", 100).unwrap()), ["one"]);
+    let found = last_of(&file, "a", 100).unwrap().unwrap();
+    assert_eq!(names(found.in_force), ["one"]);
 }
 
 #[test]
@@ -176,7 +193,7 @@ fn what_can_not_be_recorded_is_refused_before_it_is_begun() {
     assert!(error.to_string().contains("audit.jsonl"), "{error}");
     let audit = log("refused-head");
     add(&audit, "one");
-    fs::write(audit.head.as_ref().unwrap(), "{").unwrap();
+    fs::write(head(&audit), "{").unwrap();
     let error = audit.open().unwrap_err();
     assert_eq!(error.exit_code() as u8, 1, "{error}");
 }

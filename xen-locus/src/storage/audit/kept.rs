@@ -1,0 +1,93 @@
+//! What is in force in each guest after its last line: one file for each guest in which something is, `UUID`.
+//!
+//! These files are written after the line and after the head. If a run dies in between, the file of one guest is older than
+//! the last line, which has the same list. So the reader takes what is newer of the two, and the next run that writes brings
+//! the file up to date before it does anything else.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::InForce;
+use crate::storage::durable::{self, Target};
+
+/// Version of [`Kept`].
+const SCHEMA: u32 = 1;
+
+/// What is in force in a guest.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(super) struct Kept {
+    schema: u32,
+    /// Number of the line.
+    pub(super) seq: u64,
+    /// In the order they were applied.
+    pub(super) in_force: Vec<InForce>,
+}
+
+/// The file of the guest `uuid`; `None` if that is no name of a file.
+fn path(folder: &Path, uuid: &str) -> Option<PathBuf> {
+    let is_name = !uuid.is_empty() && uuid.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+    is_name.then(|| folder.join(uuid))
+}
+
+/// What is kept of the guest `uuid`, if anything.
+///
+/// # Errors
+/// It can't be read, or is of a later version.
+pub(super) fn read(folder: &Path, uuid: &str) -> io::Result<Option<Kept>> {
+    let Some(path) = path(folder, uuid) else {
+        return Ok(None);
+    };
+    let odd = |why: String| io::Error::other(format!("{}: {why}", path.display()));
+    let bytes = match fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(odd(error.to_string())),
+    };
+    let kept: Kept = serde_json::from_slice(&bytes).map_err(|error| odd(error.to_string()))?;
+    if kept.schema != SCHEMA {
+        return Err(odd(format!(
+            "it is of version {}, and this xen-locus knows {SCHEMA}: a later one wrote it",
+            kept.schema
+        )));
+    }
+    Ok(Some(kept))
+}
+
+/// Keeps what is in force in the guest `uuid` after line `seq`, unless something newer is kept.
+///
+/// # Errors
+/// It can't be written: what was kept before stays.
+pub(super) fn update(folder: &Path, uuid: &str, seq: u64, in_force: &[InForce]) -> io::Result<()> {
+    let Some(path) = path(folder, uuid) else {
+        return Ok(());
+    };
+    let old = read(folder, uuid)?;
+    if old.as_ref().is_some_and(|old| old.seq >= seq) || (old.is_none() && in_force.is_empty()) {
+        return Ok(());
+    }
+    if in_force.is_empty() {
+        fs::remove_file(&path)?;
+        return durable::sync_folder(folder);
+    }
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)?;
+    let kept = Kept {
+        schema: SCHEMA,
+        seq,
+        in_force: in_force.to_vec(),
+    };
+    let target = Target {
+        path: &path,
+        new: &path.with_extension("new"),
+        mode: 0o600,
+        synced: true,
+    };
+    durable::replace(&target, &[&serde_json::to_vec(&kept)?], |_| Ok(()))?;
+    durable::sync_folder(folder)
+}
