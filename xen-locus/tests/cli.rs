@@ -37,6 +37,36 @@ fn without_xen_a_command_that_needs_it_says_so_in_one_sentence() {
 }
 
 #[test]
+fn a_domain_whose_name_begins_with_a_dash_is_given_after_two_dashes() {
+    for args in [
+        &["apply", "--", "-web", "x.ko"][..],
+        &["replace", "--", "-web", "x.ko"],
+        &["revert", "--", "-web", "fix"],
+        &["revert", "--all", "--", "-web"],
+        &["check", "--", "-web", "x.ko"],
+        &["check", "--core", "c", "--", "-x.ko"],
+        &["blocking", "--", "-web", "fix"],
+        &["nudge", "--", "-web", "fix"],
+        &["info", "--tasks", "--", "-web"],
+        &["status", "--", "-web"],
+        &["verify", "--", "-web"],
+        &["recover", "--", "-web"],
+    ] {
+        // There is no such file, or no Xen.
+        let out = xen_locus(args);
+        assert!(
+            matches!(out.status.code(), Some(1 | 3)),
+            "{args:?}: {}",
+            said(&out.stderr)
+        );
+    }
+    assert_eq!(
+        xen_locus(&["check", "-web", "x.ko"]).status.code(),
+        Some(64)
+    );
+}
+
+#[test]
 fn wrong_usage_has_an_exit_code_of_its_own() {
     for args in [
         &[][..],

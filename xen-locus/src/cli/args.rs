@@ -1,5 +1,6 @@
 //! The types of the command line. They are alone in one file, because manual pages are made from them too.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -177,25 +178,27 @@ pub struct DomainOrCore {
 
 /// Arguments of `check`.
 #[derive(Debug, Args)]
-#[command(allow_missing_positional = true)]
 pub struct Check {
-    /// The guest
-    #[command(flatten)]
-    pub guest: DomainOrCore,
-    /// Payload: a livepatch module
-    pub file: PathBuf,
+    /// The guest by name or id, unless a core is read; then the payload, a livepatch module
+    // One argument: of two, clap takes a word behind `--` for the last one, whatever comes after it.
+    #[arg(required = true, num_args = 1..=2, value_name = "DOMAIN|FILE")]
+    pub words: Vec<OsString>,
+    /// Read a saved core (`xl dump-core`) instead of a domain; needs no Xen
+    #[arg(long, value_name = "CORE")]
+    pub core: Option<PathBuf>,
 }
 
 /// Arguments of `blocking`.
 #[derive(Debug, Args)]
-#[command(allow_missing_positional = true)]
 pub struct Blocking {
-    /// The guest
-    #[command(flatten)]
-    pub guest: DomainOrCore,
-    /// Payload (its path has a folder, or its name ends in .ko), or the name of an applied patch
-    #[arg(value_name = "FILE|PATCH")]
-    pub what: String,
+    /// The guest by name or id, unless a core is read; then a payload (its path has a folder, or its name ends in .ko), or
+    /// the name of an applied patch
+    // As for `check`.
+    #[arg(required = true, num_args = 1..=2, value_name = "DOMAIN|FILE|PATCH")]
+    pub words: Vec<OsString>,
+    /// Read a saved core (`xl dump-core`) instead of a domain; needs no Xen
+    #[arg(long, value_name = "CORE")]
+    pub core: Option<PathBuf>,
 }
 
 /// Arguments of `nudge`.
@@ -367,12 +370,11 @@ mod tests {
 
     #[test]
     fn a_core_takes_the_place_of_the_domain() {
-        let check = |words: &[&str]| match Cli::try_parse_from(words).map(|cli| cli.command) {
-            Ok(Command::Check(check)) => Some((
-                check.guest.domain,
-                check.guest.core.is_some(),
-                check.file.display().to_string(),
-            )),
+        let check = |words: &[&str]| match Cli::try_parse_from(words).ok()?.command {
+            Command::Check(Check { words, core }) => {
+                let (guest, file) = DomainOrCore::and_last(&words, core).ok()?;
+                Some((guest.domain, guest.core.is_some(), file.into_string().ok()?))
+            }
             _ => None,
         };
         let file = "x.ko".to_owned();

@@ -7,7 +7,7 @@ use locus_kernel::Kernel;
 use locus_payload::Payload;
 use serde_json::json;
 
-use super::args::{self, Output};
+use super::args::{self, DomainOrCore, Output};
 use super::guest::{self, Guest};
 use super::info::stacks::{self, RenderedStack};
 use super::{out, Session};
@@ -102,8 +102,9 @@ impl Blocking {
 /// # Errors
 /// The guest can't be read, or the payload or patch is not for it.
 pub fn run(session: &Session, args: &args::Blocking) -> anyhow::Result<ExitCode> {
-    let asked = PayloadOrPatch::of(&args.what)?;
-    if let Some(path) = &args.guest.core {
+    let (named, what) = DomainOrCore::and_last(&args.words, args.core.clone())?;
+    let asked = PayloadOrPatch::of(&what.to_string_lossy())?;
+    if let Some(path) = &named.core {
         let (guest, found) = guest::with_core(path, |guest, kernel, core| {
             let blockers = match asked.watch(kernel)? {
                 Some(watch) => Some(quiesce::inside(kernel, core.vcpus(), &watch)?),
@@ -115,7 +116,7 @@ pub fn run(session: &Session, args: &args::Blocking) -> anyhow::Result<ExitCode>
         return Ok(print(session, &guest, &asked, found));
     }
     let host = session.host()?;
-    let domain = host.guest(args.guest.domain()?)?;
+    let domain = host.guest(named.domain()?)?;
     let kernel = machine::kernel_of(&domain)?;
     let options = Options {
         interrupted: std::sync::Arc::clone(&session.interrupted),

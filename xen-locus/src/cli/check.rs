@@ -7,7 +7,7 @@ use locus_kernel::Kernel;
 use locus_payload::Payload;
 use serde_json::{json, Value};
 
-use super::args::{Check, Output, TimeLimits};
+use super::args::{Check, DomainOrCore, Output, TimeLimits};
 use super::guest::{self, Guest};
 use super::{apply, out, report, Session};
 use crate::apply::{Options, Report};
@@ -29,8 +29,9 @@ const NOT_CHECKED: [&str; 2] = [
 /// # Errors
 /// The payload can't be read. Why it is not applicable is printed, not returned.
 pub fn run(session: &Session, args: &Check) -> anyhow::Result<ExitCode> {
-    let payload = Payload::read(&args.file).map_err(Error::from)?;
-    if let Some(path) = &args.guest.core {
+    let (guest, file) = DomainOrCore::and_last(&args.words, args.core.clone())?;
+    let payload = Payload::read(Path::new(&file)).map_err(Error::from)?;
+    if let Some(path) = &guest.core {
         return Ok(on_core(session, path, &payload));
     }
     let limits = TimeLimits {
@@ -42,7 +43,7 @@ pub fn run(session: &Session, args: &Check) -> anyhow::Result<ExitCode> {
         ..session.options(&limits)
     };
     let host = session.host()?;
-    let wanted = args.guest.domain()?;
+    let wanted = guest.domain()?;
     let result = apply::apply_to(session, &host, wanted, &payload, Mode::Apply, &options);
     Ok(report::print(session, "Checking", vec![result]))
 }

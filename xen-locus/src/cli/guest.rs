@@ -1,5 +1,6 @@
 //! The guest that a command is about: a live domain or a saved core.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use locus_guest::addr::DomId;
@@ -136,6 +137,30 @@ pub fn with_core<T>(
 }
 
 impl DomainOrCore {
+    /// The guest and the last of `words`, which begin with a domain unless a core is read.
+    ///
+    /// # Errors
+    /// There are too few or too many.
+    pub fn and_last(words: &[OsString], core: Option<PathBuf>) -> Result<(DomainOrCore, OsString)> {
+        let (domain, last) = match (words, &core) {
+            ([last], Some(_)) => (None, last),
+            ([domain, last], None) => (Some(domain), last),
+            (_, Some(_)) => return Err(Error::usage("--core and a domain exclude each other")),
+            (_, None) => {
+                return Err(Error::usage(
+                    "give a domain, or --core FILE, and then what it is about",
+                ))
+            }
+        };
+        let as_text = |domain: &OsString| {
+            domain.to_str().map(str::to_owned).ok_or_else(|| {
+                Error::usage("the name of the domain is not UTF-8: give its id instead")
+            })
+        };
+        let domain = domain.map(as_text).transpose()?;
+        Ok((DomainOrCore { domain, core }, last.clone()))
+    }
+
     /// The domain that is named.
     ///
     /// # Errors
