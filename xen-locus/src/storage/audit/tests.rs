@@ -30,6 +30,29 @@ fn add(audit: &Audit, patch: &str) {
     audit.open().unwrap().append(action).unwrap();
 }
 
+#[test]
+fn nothing_in_the_log_ends_a_line_or_commands_a_terminal() {
+    let audit = log("printable");
+    let odd = "web\n{\"seq\":9}\t\r\x1b[2J\u{7f}\u{9b}2J\u{202e}\u{e4}";
+    let action = Action {
+        domain: odd.into(),
+        message: odd.into(),
+        ..Action::default()
+    };
+    audit.open().unwrap().append(action).unwrap();
+    let text = fs::read_to_string(&audit.log).unwrap();
+    assert_eq!(text.lines().count(), 1);
+    assert!(!text.trim_end().contains(char::is_control), "{text:?}");
+    assert!(!text.contains('\u{202e}'), "{text:?}");
+    // It means the same.
+    let history = audit.history().unwrap();
+    assert_eq!(
+        (&*history.lines[0].action.message, history.faults),
+        (odd, vec![])
+    );
+    assert_eq!(history.lines[0].action.domain, odd);
+}
+
 fn faults(audit: &Audit) -> Vec<String> {
     audit.history().unwrap().faults
 }

@@ -245,7 +245,8 @@ impl<'a> Writer<'a> {
 /// free texts are cut.
 fn fitting(line: &mut Line) -> io::Result<String> {
     loop {
-        let text = serde_json::to_string(line)?;
+        // JSON leaves some of the characters that a terminal obeys as they are.
+        let text = say::printable(&serde_json::to_string(line)?).into_owned();
         if (text.len() + TAIL) as u64 <= LINE_MAX {
             return Ok(text);
         }
