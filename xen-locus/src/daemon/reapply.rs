@@ -33,7 +33,7 @@ pub(super) fn reapply(server: &Server<'_>, domain: &Domain<'_>, status: &Status)
                 continue;
             }
         };
-        let is_later = |p: &&Patch| !is_lost(p) && p.applied_at > patch.applied_at;
+        let is_later = |p: &&Patch| !is_lost(p) && p.is_after(patch);
         let mut later = status.patches.iter().filter(is_later);
         if let Some(later) = later.find(|p| meets(&payload, &functions_of_patch(p))) {
             let why =

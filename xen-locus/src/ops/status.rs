@@ -13,6 +13,7 @@ use crate::error::Result;
 use crate::plan::{self, Stack};
 use crate::quiesce::Watch;
 use crate::say;
+use crate::storage::audit::in_force::InForce;
 use crate::storage::audit::{Audit, Log};
 use crate::target::modules_present;
 
@@ -81,6 +82,8 @@ pub struct Patch {
     pub sha256: String,
     /// When it was applied, in seconds since 1970.
     pub applied_at: u64,
+    /// Its place among the patches in force by the audit log, in the order they were applied; `None` if it is not there.
+    pub place: Option<usize>,
     /// The CVEs that it mends, by its own account.
     pub cves: Vec<String>,
     /// The functions that it replaces.
@@ -88,6 +91,18 @@ pub struct Patch {
     /// Code in which threads may still be that entered its functions before it was applied; `None` if the payload
     /// doesn't allow that.
     pub old_versions: Option<Watch>,
+}
+
+impl Patch {
+    /// Whether it was applied after `other`, or may have been. The clock of the host may have been set back in between, so it
+    /// is asked only about patches that the log does not have.
+    #[must_use]
+    pub fn is_after(&self, other: &Patch) -> bool {
+        match (self.place, other.place) {
+            (Some(own), Some(other)) => own > other,
+            _ => self.applied_at >= other.applied_at,
+        }
+    }
 }
 
 /// A function that a patch replaces.
@@ -155,7 +170,9 @@ pub(super) fn patches_by(
     let residents = plan::residents(kernel, &Arena::read(kernel)?)?;
     let stack = Stack::new(&residents);
     let has = |sha256: &str| residents.iter().any(|r| r.record.sha256 == sha256);
-    let mut patches = uuid.map_or_else(Vec::new, |uuid| lost(log, uuid, has));
+    let in_force = uuid.map_or_else(Vec::new, |uuid| by_log(log, uuid));
+    let place = |sha256: &str| in_force.iter().rposition(|p| p.sha256 == sha256);
+    let mut patches = lost(&in_force, has);
     for resident in stack.applied() {
         let record = &resident.record;
         let functions = record.functions.iter().map(|f| Replaced {
@@ -174,6 +191,7 @@ pub(super) fn patches_by(
             },
             sha256: record.sha256.clone(),
             applied_at: resident.slot.applied_at,
+            place: place(&record.sha256),
             cves: record.cves.clone(),
             functions: functions.collect(),
             old_versions: plan::old_versions(kernel, &stack, resident),
@@ -182,32 +200,59 @@ pub(super) fn patches_by(
     Ok(patches)
 }
 
-/// The patches that the guest `uuid` lost: in force by the log, and not in its memory. If the log can't be read, that
-/// is said, because it is no reason to hide the other patches.
-fn lost(log: &dyn Log, uuid: &str, is_there: impl Fn(&str) -> bool) -> Vec<Patch> {
-    let mut lost = log.in_force(uuid).unwrap_or_else(|error| {
+/// The patches in force in the guest `uuid` by the log. If the log can't be read, that is said, because it is no reason to
+/// hide the patches in the guest's memory.
+fn by_log(log: &dyn Log, uuid: &str) -> Vec<InForce> {
+    log.in_force(uuid).unwrap_or_else(|error| {
         say::warn(format_args!(
             "it can't be told which patches the guest lost in a reboot: {error}"
         ));
         Vec::new()
-    });
-    lost.retain(|p| !is_there(&p.sha256));
-    lost.into_iter()
-        .map(|lost| Patch {
-            name: lost.name,
-            state: PatchState::Gone(GoneReason::GuestRebooted),
-            sha256: lost.sha256,
-            applied_at: lost.applied_at,
-            cves: Vec::new(),
-            functions: Vec::new(),
-            old_versions: None,
-        })
-        .collect()
+    })
+}
+
+/// The patches that a guest lost: `in_force` by the log, and not in its memory.
+fn lost(in_force: &[InForce], is_there: impl Fn(&str) -> bool) -> Vec<Patch> {
+    let lost = (0..).zip(in_force).filter(|(_, p)| !is_there(&p.sha256));
+    lost.map(|(place, lost)| Patch {
+        name: lost.name.clone(),
+        state: PatchState::Gone(GoneReason::GuestRebooted),
+        sha256: lost.sha256.clone(),
+        applied_at: lost.applied_at,
+        place: Some(place),
+        cves: Vec::new(),
+        functions: Vec::new(),
+        old_versions: None,
+    })
+    .collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_log_says_which_patch_came_last_and_where_it_does_not_the_clock_is_asked() {
+        let patch = |applied_at, place| {
+            let in_force = InForce {
+                name: "fix".into(),
+                sha256: "00".into(),
+                applied_at,
+                record: String::new(),
+            };
+            let mut patch = lost(&[in_force], |_| false).remove(0);
+            patch.place = place;
+            patch
+        };
+        // The clock was set back between them, or both are of one second.
+        for (first, second) in [(900, 100), (500, 500), (100, 900)] {
+            let (first, second) = (patch(first, Some(0)), patch(second, Some(1)));
+            assert!(second.is_after(&first) && !first.is_after(&second));
+        }
+        let unknown = patch(500, None);
+        assert!(unknown.is_after(&patch(500, Some(0))) && unknown.is_after(&patch(499, None)));
+        assert!(!unknown.is_after(&patch(501, Some(0))));
+    }
 
     #[test]
     fn words_are_those_of_json_and_xenstore() {

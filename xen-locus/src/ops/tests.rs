@@ -415,6 +415,11 @@ fn a_patch_that_was_lost_in_a_reboot_is_shown_until_it_is_reverted() {
     };
     let lost = PatchState::Gone(GoneReason::GuestRebooted);
     assert_eq!(states(), [("one".into(), lost)]);
+    let places = |host: &Host| -> Vec<Option<usize>> {
+        let status = look(&host.store, &host.log, &host.guest).unwrap();
+        status.patches.iter().map(|p| p.place).collect()
+    };
+    assert_eq!(places(&host), [Some(0)]);
     let state = host
         .store
         .value(&format!("{ROOT}/domain/3/patch/one/state"));
