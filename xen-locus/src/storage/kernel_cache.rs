@@ -12,7 +12,7 @@ use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Read as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use locus_guest::fetch;
 use locus_kernel::{CachedKernel, KernelCache};
@@ -28,6 +28,9 @@ const HEAD: usize = 12;
 const FILE_MAX: u64 = 64 << 20;
 /// Most files in the folder; the oldest are removed first.
 const FILES_MAX: usize = 64;
+/// How long a file stays at least. Where there are more guests than files, each guest would else take the place of another
+/// one, and none would find its own.
+const STAYS: Duration = Duration::from_secs(3600);
 
 /// The cache of one guest's kernels.
 #[derive(Clone, Debug, Default)]
@@ -79,14 +82,22 @@ impl KernelCache for Cache {
         fault::point("cache: store")?;
         let mut folder = DirBuilder::new();
         folder.recursive(true).mode(0o700).create(&self.dir)?;
-        for old in names(&self.dir).into_iter().skip(FILES_MAX - 1) {
+        let name = format!("{}.{}", self.uuid, hex::encode(&kernel.build_id));
+        let mut files = files(&self.dir);
+        // It is replaced.
+        files.retain(|(_, other)| *other != name);
+        let room = files.get(FILES_MAX - 1..).unwrap_or_default();
+        let is_new = |made: &SystemTime| made.elapsed().is_ok_and(|age| age < STAYS);
+        if room.iter().any(|(made, _)| is_new(made)) {
+            return Ok(());
+        }
+        for (_, old) in room {
             match fs::remove_file(self.dir.join(old)) {
                 // Another process was faster.
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {}
                 removed => removed?,
             }
         }
-        let name = format!("{}.{}", self.uuid, hex::encode(&kernel.build_id));
         let target = Target {
             path: &self.dir.join(&name),
             // Several processes may store the same kernel at once.
@@ -102,8 +113,14 @@ impl KernelCache for Cache {
     }
 }
 
-/// Names of the cache's own files in `dir`, the newest first. The folder is the user's choice, so there may be others.
+/// Names of the cache's own files in `dir`, the newest first.
 fn names(dir: &Path) -> Vec<String> {
+    files(dir).into_iter().map(|(_, name)| name).collect()
+}
+
+/// The cache's own files in `dir`: when each was made, and its name; the newest first. The folder is the user's choice, so
+/// there may be others.
+fn files(dir: &Path) -> Vec<(SystemTime, String)> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     let mut found: Vec<(SystemTime, String)> = entries
         .filter_map(|e| {
@@ -114,7 +131,8 @@ fn names(dir: &Path) -> Vec<String> {
         })
         .collect();
     found.sort();
-    found.into_iter().rev().map(|(_, name)| name).collect()
+    found.reverse();
+    found
 }
 
 /// Whether a file of this name is made by the cache: `UUID.BUILD-ID`, or `.UUID.BUILD-ID.PID` while it is written.
@@ -304,6 +322,34 @@ mod tests {
         }
         assert!(folder.0.join(format!("{UUID}.11")).is_symlink());
         assert!(folder.0.join(format!("{UUID}.22")).is_dir());
+    }
+
+    #[test]
+    fn more_guests_than_files_do_not_take_each_others_place() {
+        let folder = Folder::new("many");
+        fs::create_dir_all(&folder.0).unwrap();
+        fs::set_permissions(&folder.0, fs::Permissions::from_mode(0o700)).unwrap();
+        for n in 0..FILES_MAX {
+            fs::write(folder.0.join(format!("{UUID}.{n:04x}")), "new").unwrap();
+        }
+        let before = names(&folder.0);
+        let other = Cache::new(&folder.0, &UUID.replace('0', "1"));
+        assert_eq!(marker(fixture(1, "first"), &other), "first");
+        assert_eq!(names(&folder.0), before);
+        // A guest that has a file replaces that one.
+        let own = folder.0.join(format!("{UUID}.{}", hex::encode([1; 20])));
+        fs::rename(folder.0.join(format!("{UUID}.0000")), &own).unwrap();
+        assert_eq!(
+            marker(fixture(1, "first"), &Cache::new(&folder.0, UUID)),
+            "first"
+        );
+        assert!(fs::metadata(&own).unwrap().len() > 3);
+        assert_eq!(names(&folder.0).len(), FILES_MAX);
+        // One that is old makes room.
+        let file = fs::File::options().write(true).open(&own).unwrap();
+        file.set_modified(SystemTime::now() - 2 * STAYS).unwrap();
+        assert_eq!(marker(fixture(1, "first"), &other), "first");
+        assert!(!own.exists() && names(&folder.0).len() == FILES_MAX);
     }
 
     #[test]
