@@ -49,6 +49,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use object::elf::{FileHeader64, NT_GNU_BUILD_ID};
@@ -199,14 +200,18 @@ fn load(path: &Path) -> error::Result<Vec<u8>> {
         path: path.to_owned(),
         source,
     };
-    // Checked before opening, because to open a pipe would wait for its other end.
-    let metadata = std::fs::metadata(path).map_err(io)?;
+    // Of a pipe, an ordinary open would wait for its other end.
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(io)?;
+    let metadata = file.metadata().map_err(io)?;
     if !metadata.is_file() {
         return Err(PayloadErrorKind::NotAFile);
     }
     error::limit("the file", metadata.len(), MAX_FILE)?;
     let mut bytes = Vec::new();
-    let file = File::open(path).map_err(io)?;
     let read = file
         .take(MAX_FILE.saturating_add(1))
         .read_to_end(&mut bytes)

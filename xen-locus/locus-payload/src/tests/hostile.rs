@@ -257,3 +257,17 @@ fn a_payload_is_read_from_a_file_and_named_in_errors() {
     let error = Payload::read(Path::new("/")).unwrap_err().to_string();
     assert!(error.contains("not a regular file"), "{error}");
 }
+
+#[test]
+fn a_pipe_is_no_payload_and_nobody_waits_for_it() {
+    let path = std::env::temp_dir().join(format!("locus-pipe-{}", std::process::id()));
+    let _ = std::fs::remove_file(&path);
+    let made = std::process::Command::new("mkfifo").arg(&path).status();
+    assert!(made.unwrap().success());
+    let refused = [path.as_path(), "/dev/null".as_ref(), "/".as_ref()].map(|path| {
+        let error = Payload::read(path).unwrap_err();
+        matches!(error.kind, PayloadErrorKind::NotAFile)
+    });
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!(refused, [true; 3]);
+}
