@@ -59,6 +59,25 @@ pub fn open_lock(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
+/// Checks that only this user can have written the file or folder at `path`. A link is followed.
+///
+/// # Errors
+/// Another user could write it; or it can't be looked at.
+pub fn check_own(path: &Path) -> io::Result<()> {
+    let found = fs::metadata(path)?;
+    let own = fs::metadata("/proc/self")?.uid();
+    if found.uid() == own && found.mode() & 0o022 == 0 {
+        return Ok(());
+    }
+    Err(io::Error::other(format!(
+        "{} belongs to uid {} with mode {:04o}, so another user may have written it: it must belong to uid {own}, and only \
+         its owner may write it",
+        path.display(),
+        found.uid(),
+        found.mode() & 0o7777
+    )))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -84,6 +103,24 @@ mod tests {
         assert!(open_lock(&base.join("new/b.lock")).is_err());
         std::os::unix::fs::symlink("old", base.join("link")).unwrap();
         assert!(open_lock(&base.join("link/a.lock")).is_err());
+        fs::remove_dir_all(&base).unwrap();
+    }
+
+    #[test]
+    fn what_another_user_could_have_written_is_told() {
+        let base = std::env::temp_dir().join(format!("xen-locus-own-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&base);
+        fs::create_dir_all(&base).unwrap();
+        let file = base.join("fix.ko");
+        fs::write(&file, "").unwrap();
+        for (mode, is_own) in [(0o644, true), (0o600, true), (0o664, false), (0o646, false)] {
+            for path in [&base, &file] {
+                fs::set_permissions(path, Permissions::from_mode(mode | 0o100)).unwrap();
+                let checked = check_own(path);
+                assert_eq!(checked.is_ok(), is_own, "{mode:o}: {checked:?}");
+            }
+        }
+        assert!(check_own(&base.join("none")).is_err());
         fs::remove_dir_all(&base).unwrap();
     }
 }

@@ -1,5 +1,6 @@
 //! Serves requests: the steps of the protocol, and the operations on the guests of this host.
 
+use std::io;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ use crate::error::{Error, ExitCode, Result};
 use crate::operation::Operation;
 use crate::ops;
 use crate::ops::host::Host;
+use crate::paths;
 use crate::plan::Mode;
 use crate::storage::xenstore::{Nodes, ROOT};
 
@@ -175,9 +177,19 @@ impl Server<'_> {
         ops::apply(&operator, &domain, &payload, mode, &options)
     }
 
-    /// Reads the payload of this name. If a SHA-256 is given, its file must have it.
+    /// Reads the payload of this name, which only this user can have put there. If a SHA-256 is given, its file must have it.
     pub(super) fn named(&self, name: &str, sha256: Option<&str>) -> Result<Payload> {
-        let payload = Payload::read(&self.settings.payloads.join(format!("{name}.ko")))?;
+        let path = self.settings.payloads.join(format!("{name}.ko"));
+        for place in [&self.settings.payloads, &path] {
+            match paths::check_own(place) {
+                // That is said below.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                checked => checked.map_err(|error| {
+                    Error::failed(format!("payload {name} is not applied: {error}"))
+                })?,
+            }
+        }
+        let payload = Payload::read(&path)?;
         if payload.name != name {
             return Err(Error::failed(format!(
                 "the payload in {name}.ko calls itself {}; name the file after it",
