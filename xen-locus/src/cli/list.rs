@@ -97,7 +97,13 @@ fn row(domain: &Domain<'_>) -> Row {
         return no("it has shut down");
     }
     match machine::kernel_of(domain) {
-        Ok(kernel) => row_of_kernel(Guest::of(domain), &kernel),
+        Ok(kernel) => {
+            let mut row = row_of_kernel(Guest::of(domain), &kernel);
+            if let Err(error) = domain.check_uuid() {
+                (row.status, row.reason) = ("unsupported", error.to_string());
+            }
+            row
+        }
         Err(error) => no(&error.to_string()),
     }
 }

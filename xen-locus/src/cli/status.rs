@@ -78,7 +78,7 @@ pub fn run(
 fn status(domain: &Domain<'_>) -> Result<GuestStatus> {
     let kernel = machine::kernel_of(domain)?;
     let inside = |watch: &Watch| apply::blocking(domain, &kernel, watch, &Options::default());
-    let known = ops::known_to_log(domain.check_uuid(), &domain.label());
+    let known = ops::is_known_to_log(domain.check_uuid(), &domain.label())?;
     let uuid = known.then_some(&*domain.info.uuid);
     GuestStatus::read(Guest::of(domain), &kernel, uuid, inside)
 }

@@ -22,4 +22,4 @@ pub use actions::{apply, forget, nudge, recover, revert, revert_all};
 pub use lock::sweep;
 pub use publish::{look, publish};
 pub use run::Operator;
-pub use status::{known_to_log, patches, GoneReason, Patch, PatchState, Replaced, Status};
+pub use status::{is_known_to_log, patches, GoneReason, Patch, PatchState, Replaced, Status};

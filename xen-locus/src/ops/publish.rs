@@ -14,7 +14,8 @@ use crate::storage::xenstore::{Nodes, ROOT};
 ///
 /// # Errors
 /// Its kernel or arena can't be read; as [`publish`]; [`Class::TryAgain`](crate::error::Class::TryAgain) when another
-/// run holds the guest's lock: that run publishes the status itself.
+/// run holds the guest's lock: that run publishes the status itself. If the log may speak of another guest too, the status
+/// is published without what it says, and that is the error: it is to be tried again.
 pub fn look<G: Guest>(store: &dyn Nodes, log: &dyn Log, guest: &G) -> Result<Status> {
     let at_once = Options {
         timeout: Duration::ZERO,
@@ -23,6 +24,7 @@ pub fn look<G: Guest>(store: &dyn Nodes, log: &dyn Log, guest: &G) -> Result<Sta
     let _lock = guest.lock(&at_once)?;
     let status = status::read(guest, &machine::kernel_of(guest)?, log)?;
     publish(store, &status)?;
+    guest.check_uuid()?;
     Ok(status)
 }
 

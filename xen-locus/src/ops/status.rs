@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::guest::Guest;
 use crate::arena::record::Function;
 use crate::arena::Arena;
-use crate::error::Result;
+use crate::error::{Class, Result};
 use crate::plan::{self, Stack};
 use crate::quiesce::Watch;
 use crate::say;
@@ -132,7 +132,7 @@ pub struct Status {
 /// # Errors
 /// Its arena can't be read.
 pub(super) fn read<G: Guest>(guest: &G, kernel: &Kernel<'_>, log: &dyn Log) -> Result<Status> {
-    let known = known_to_log(guest.check_uuid(), &guest.label());
+    let known = is_known_to_log(guest.check_uuid(), &guest.label())?;
     Ok(Status {
         domid: guest.domid(),
         uuid: guest.uuid().to_owned(),
@@ -141,15 +141,22 @@ pub(super) fn read<G: Guest>(guest: &G, kernel: &Kernel<'_>, log: &dyn Log) -> R
     })
 }
 
-/// Whether the audit log speaks of the guest `label`, by what came of the check of its UUID. If not, that is said: what it
-/// lost in a reboot can't be told then.
-pub fn known_to_log(checked: Result<()>, label: &str) -> bool {
-    if let Err(error) = &checked {
-        say::warn(format_args!(
-            "{label}: it can't be told which patches the guest lost in a reboot: {error}"
-        ));
+/// Whether the audit log speaks of the guest `label` and of no other, by what came of the check of its UUID. If not, that is
+/// said: what the guest lost in a reboot can't be told then.
+///
+/// # Errors
+/// It can't be told now.
+pub fn is_known_to_log(checked: Result<()>, label: &str) -> Result<bool> {
+    match checked {
+        Ok(()) => Ok(true),
+        Err(error) if error.class() == Class::NotApplicable => {
+            say::warn(format_args!(
+                "{label}: it can't be told which patches the guest lost in a reboot: {error}"
+            ));
+            Ok(false)
+        }
+        Err(error) => Err(error),
     }
-    checked.is_ok()
 }
 
 /// The patches in a guest's memory, in the order they were applied. Before them come those that the guest `uuid` lost,

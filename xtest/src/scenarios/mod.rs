@@ -29,6 +29,7 @@ mod steps;
 mod store;
 mod testbed;
 mod truth;
+mod twins;
 mod verify;
 
 use crate::scenario::Scenario;
@@ -148,6 +149,7 @@ pub fn all() -> Vec<Scenario> {
         hostile::MATRIX,
         many::MATRIX,
         truth::MATRIX,
+        twins::MATRIX,
         mitigations::MATRIX,
         nudge::MATRIX,
         &life::matrix()[..],
