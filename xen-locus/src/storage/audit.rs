@@ -151,6 +151,15 @@ impl Head {
             first: 0,
         }
     }
+
+    /// Of the line before `line`.
+    fn before(line: &Line) -> Head {
+        Head {
+            seq: line.seq.wrapping_sub(1),
+            hash: line.prev.clone(),
+            first: 0,
+        }
+    }
 }
 
 /// An audit log.

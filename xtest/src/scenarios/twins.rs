@@ -54,8 +54,9 @@ fn twins(ctx: &mut Ctx) -> Result<(), Verdict> {
     // The same name, and one that is no text, and one that looks like an option.
     let rename = |name: &str| {
         let node = format!("/local/domain/{}/name", two.domid);
-        ctx.dom0
-            .ok(&format!("xenstore-write -- {node} \"$(printf -- '{name}')\""))
+        ctx.dom0.ok(&format!(
+            "xenstore-write -- {node} \"$(printf -- '{name}')\""
+        ))
     };
     rename(&one.name)?;
     let out = ctx.dom0.sh(&format!("xen-locus info {}", one.name))?;

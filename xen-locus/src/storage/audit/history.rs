@@ -1,9 +1,11 @@
 //! Reads a log and checks that nothing was changed in it or taken out of it.
 
-use std::io::{self, BufRead};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader};
 use std::path::Path;
 
-use super::{for_each_line, rotation, Head, Line, LOST, NONE, ROTATED};
+use super::{for_each_line, rotation, Audit, Head, Line, LOST, NONE, ROTATED};
+use crate::error::Result;
 
 /// The content of a log.
 #[derive(Debug, Default)]
@@ -113,5 +115,60 @@ impl History {
                 head.seq, head.hash
             )),
         }
+    }
+}
+
+impl Audit {
+    /// The number of the last entry; 0 if there is none.
+    ///
+    /// # Errors
+    /// [`Class::Failed`](crate::error::Class::Failed) when the log can't be read.
+    pub fn last_entry(&self) -> Result<u64> {
+        let read = || {
+            let (log, _lock) = self.open_to_read()?;
+            let head = self.read_head()?.unwrap_or_else(Head::none);
+            let last = rotation::last(&self.log, log.as_ref(), &head)?;
+            Ok(last.map_or(head.seq, |line| line.seq.max(head.seq)))
+        };
+        read().map_err(|error| self.failed("cannot read", &error))
+    }
+
+    /// The lines after the entry with this number, also those in files to which the log was rotated since. `None` if the log
+    /// and these files do not go back that far.
+    ///
+    /// # Errors
+    /// [`Class::Failed`](crate::error::Class::Failed) when the log can't be read.
+    pub fn lines_since(&self, entry: u64) -> Result<Option<Vec<Line>>> {
+        let read = || {
+            let (log, _lock) = self.open_to_read()?;
+            let lines_in = |file: File| {
+                let mut history = History::default();
+                history.read(BufReader::new(file)).map(|_| history.lines)
+            };
+            let mut lines = log.map_or_else(|| Ok(Vec::new()), lines_in)?;
+            // The line with which the file before these lines ends.
+            let mut end = match lines.first() {
+                Some(first) => Head::before(first),
+                None => {
+                    let head = self.read_head()?.unwrap_or_else(Head::none);
+                    rotation::find(&self.log, &head).map_or(head, |found| found.end())
+                }
+            };
+            while end.seq > entry {
+                let Some(found) = rotation::find_end(&self.log, &end) else {
+                    return Ok(None);
+                };
+                let mut earlier = lines_in(File::open(found.path)?)?;
+                end = match earlier.first().map(Head::before) {
+                    Some(before) if before.seq < end.seq => before,
+                    _ => return Ok(None),
+                };
+                earlier.extend(lines);
+                lines = earlier;
+            }
+            lines.retain(|line| line.seq > entry);
+            Ok(Some(lines))
+        };
+        read().map_err(|error| self.failed("cannot read", &error))
     }
 }

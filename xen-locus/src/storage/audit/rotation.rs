@@ -17,32 +17,50 @@ pub(super) struct Rotated {
     pub(super) hash: String,
 }
 
+impl Rotated {
+    /// Number and hash of its last line.
+    pub(super) fn end(&self) -> Head {
+        Head {
+            seq: self.line.seq,
+            hash: self.hash.clone(),
+            first: 0,
+        }
+    }
+}
+
 /// The file to which `log` was rotated, if `head` is of its last line. After a run that died between the two it may be of
 /// the line before.
 pub(super) fn find(log: &Path, head: &Head) -> Option<Rotated> {
+    let follows = |found: &Rotated| {
+        found.line.seq == head.seq.wrapping_add(1) && found.line.prev == head.hash
+    };
+    // A file that begins and ends with the line after the head may be beside the one that ends with the head.
+    search(log, follows).or_else(|| find_end(log, head))
+}
+
+/// The file to which `log` was rotated that ends with the line of `head`.
+pub(super) fn find_end(log: &Path, head: &Head) -> Option<Rotated> {
+    let is_end = |found: &Rotated| found.line.seq == head.seq && found.hash == head.hash;
+    search(log, is_end)
+}
+
+/// A file to which `log` may have been rotated, and which `fits`.
+fn search(log: &Path, fits: impl Fn(&Rotated) -> bool) -> Option<Rotated> {
     let name = log.file_name()?.to_str()?;
-    let mut found: Option<Rotated> = None;
-    for entry in fs::read_dir(log.parent()?).ok()?.flatten() {
+    let entries = fs::read_dir(log.parent()?).ok()?.flatten();
+    let others = entries.filter(|entry| {
         let other = entry.file_name();
-        let begins = other.to_str().and_then(|other| other.strip_prefix(name));
+        let rest = other.to_str().and_then(|other| other.strip_prefix(name));
         let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
-        if !is_file || !begins.is_some_and(|rest| rest.starts_with(['.', '-'])) {
-            continue;
-        }
+        is_file && rest.is_some_and(|rest| rest.starts_with(['.', '-']))
+    });
+    let mut rotated = others.filter_map(|entry| {
         let path = entry.path();
-        let last = File::open(&path).and_then(|file| last_in(&file));
-        let Ok(Some((line, Some(hash)))) = last else {
-            continue;
-        };
-        let is_head = line.seq == head.seq && hash == head.hash;
-        let follows = line.seq == head.seq.wrapping_add(1) && line.prev == head.hash;
-        // A file that begins and ends with the line after the head may be beside the one that ends with the head.
-        let is_later = found.as_ref().is_none_or(|f| line.seq > f.line.seq);
-        if (is_head || follows) && is_later {
-            found = Some(Rotated { path, line, hash });
-        }
-    }
-    found
+        let (line, hash) = File::open(&path).and_then(|file| last_in(&file)).ok()??;
+        let hash = hash?;
+        Some(Rotated { path, line, hash })
+    });
+    rotated.find(fits)
 }
 
 /// The last line that was recorded, if it is found: in the open `file` of `log`, or where that was rotated.

@@ -316,3 +316,45 @@ fn a_first_line_that_was_cut_short_is_told_and_nothing_else_is_lost() {
         assert_eq!(names(&audit, "a"), ["one"], "cut to {cut}");
     }
 }
+
+#[test]
+fn the_lines_since_an_entry_are_told_over_rotations_or_not_at_all() {
+    let audit = log("since");
+    let since = |entry| {
+        let lines = audit.lines_since(entry).unwrap();
+        lines.map(|all| all.iter().map(|l| &*l.action.patch).collect::<String>())
+    };
+    assert_eq!(
+        (audit.last_entry().unwrap(), since(0).as_deref()),
+        (0, Some(""))
+    );
+    let mut old = Vec::new();
+    for (rotated, patch) in [("", "a"), ("", "b"), (".1", "c"), (".2", "d"), ("", "e")] {
+        if !rotated.is_empty() {
+            old.push(rotate(&audit, rotated).log);
+        }
+        add(&audit, patch);
+    }
+    let told = |last| {
+        assert_eq!(audit.last_entry().unwrap(), last);
+        for (entry, expected) in [
+            (0, "abcde"),
+            (1, "bcde"),
+            (2, "cde"),
+            (4, "e"),
+            (5, ""),
+            (9, ""),
+        ] {
+            assert_eq!(since(entry).as_deref(), Some(expected), "since {entry}");
+        }
+    };
+    told(5);
+    // Nothing was recorded since.
+    rotate(&audit, ".3");
+    told(5);
+    fs::remove_file(&old[0]).unwrap();
+    assert_eq!((since(2).as_deref(), since(1)), (Some("cde"), None));
+    fs::remove_file(audit.log.with_file_name("audit.jsonl.3")).unwrap();
+    assert_eq!((since(4), since(5).as_deref()), (None, Some("")));
+    assert_eq!(audit.last_entry().unwrap(), 5);
+}
