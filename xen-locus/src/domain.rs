@@ -106,7 +106,9 @@ impl<'c> Domain<'c> {
     /// Checks that what is noted by this domain's UUID can't be another domain's, as Xen lists them now.
     ///
     /// # Errors
-    /// It may be ([`own_uuid::check`]). Or domains can't be listed.
+    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): it may be.
+    /// [`Class::TryAgain`](crate::error::Class::TryAgain): this domain never ran, and another one with its UUID did. Or domains
+    /// can't be listed.
     pub fn check_uuid(&self) -> Result<()> {
         let has_run = |id| {
             let state = self.control.pause_state(id)?;
