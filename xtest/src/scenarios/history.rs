@@ -107,13 +107,11 @@ fn history(ctx: &mut Ctx) -> Result<(), Verdict> {
 
 /// The log is rotated while a run has it open, and then emptied. What the guest had is known in both cases.
 fn rotated(ctx: &Ctx, name: &str) -> Result<(), Verdict> {
-    let step = |program: &str| format!("{program} apply {name} {CMDLINE_FILE}");
     // The run is stopped when it is about to record what it did.
     let out = ctx.dom0.sh(&format!(
-        "XEN_LOCUS_FAULT='1:stop:audit: append' {} >/dev/null 2>&1 & pid=$!
-         until grep -q ') [TZ]' /proc/$pid/stat; do usleep 20000; done
-         mv {LOG} {LOG}.1; kill -CONT $pid; wait $pid",
-        step("xen-locus-faults")
+        "XEN_LOCUS_FAULT='1:stop:audit: append' xen-locus-faults apply {name} {CMDLINE_FILE} >/dev/null 2>&1 & pid=$!
+         until grep -q ') [TZ]' /proc/$pid/stat || ! [ -e /proc/$pid ]; do usleep 20000; done
+         mv {LOG} {LOG}.1; kill -CONT $pid; wait $pid"
     ))?;
     check_eq!(out.rc, 0, "{}", out.text());
     let history = ctx.json("xen-locus -o json history")?;

@@ -137,15 +137,17 @@ fn by_others(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     clean(ctx, guest)
 }
 
-/// The record itself is compared with the audit log. When that is rotated, what is kept of it confirms the record; without
+/// The record itself is compared with the audit log. If that is gone, what is kept of it confirms the record; without
 /// either it is not confirmed. A record that the log does not have is a difference.
 fn by_the_log(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let verify = format!("xen-locus -o json verify {}", guest.name);
     let unconfirmed = |said: &Value| said["unconfirmed"].as_array().cloned().unwrap_or_default();
     check_eq!(unconfirmed(&ctx.json(&verify)?).len(), 0);
     let log = "/var/log/xen-locus/audit.jsonl";
+    // Not a name that a rotated log may have.
+    let away = "/var/log/xen-locus/away.jsonl";
     let kept = "/var/lib/xen-locus/in-force";
-    ctx.dom0.ok(&format!("mv {log} {log}.away"))?;
+    ctx.dom0.ok(&format!("mv {log} {away}"))?;
     let said = ctx.json(&verify)?;
     check_eq!(unconfirmed(&said).len(), 0, "{said}");
     ctx.dom0.ok(&format!("mv {kept} {kept}.away"))?;
@@ -153,7 +155,7 @@ fn by_the_log(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     check_eq!(unconfirmed(&said), [CMDLINE], "{said}");
     check_eq!(said["result"], "clean", "{said}");
     ctx.dom0.ok(&format!(
-        "sed 's/\"record\":\"..../\"record\":\"----/g' {log}.away > {log}"
+        "sed 's/\"record\":\"..../\"record\":\"----/g' {away} > {log}"
     ))?;
     let all = drift(ctx, guest, 1)?;
     check!(all.len() == 1, "{all:?}");
@@ -164,7 +166,7 @@ fn by_the_log(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
         "{one}"
     );
     ctx.dom0
-        .ok(&format!("mv {log}.away {log} && mv {kept}.away {kept}"))?;
+        .ok(&format!("mv {away} {log} && mv {kept}.away {kept}"))?;
     clean(ctx, guest)
 }
 
