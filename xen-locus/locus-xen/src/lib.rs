@@ -1,7 +1,7 @@
 //! All calls into Xen and the kernel that need `unsafe`: domains, foreign memory, hypercalls, the pause of a guest.
 //!
 //! `libxenctrl` has another soname in each Xen release, so the library of the *running* hypervisor is loaded at run
-//! time. The stable libraries (`libxenforeignmemory`, `libxencall`) are loaded the same way, so that one program
+//! time. The stable libraries (`libxenforeignmemory`, `libxencall`, `libxenstore`) are loaded the same way, so that one program
 //! starts anywhere and can say what is missing. Types and constants come from `xenctrl-sys`.
 #![deny(clippy::print_stderr)]
 
@@ -21,6 +21,7 @@ mod process_memory;
 mod registers;
 mod shared_page;
 pub mod uuid;
+mod xenstore_list;
 
 pub use control::Control;
 pub use domain_info::{DomainInfo, PauseState};
@@ -33,6 +34,7 @@ pub use process_memory::{
     keep_freed_memory, lock_memory, set_guest_may_be_changed, with_memory_locked, ExitingAllocator,
 };
 pub use shared_page::{PauseStep, SharedPage, WaitOutcome};
+pub use xenstore_list::XenstoreList;
 
 use std::fs;
 use std::sync::Arc;

@@ -6,8 +6,8 @@
 //! - `libxenctrl`: when this crate is compiled, with the declarations that bindgen made of `xenctrl.h` for
 //!   `xenctrl-sys`. The declarations are compared in constants, which no code refers to, so the program does not
 //!   link with `libxenctrl`.
-//! - `libxenforeignmemory`, `libxencall`: `xenctrl-sys` has no declarations of them, because `xenctrl.h` does not
-//!   include `xenforeignmemory.h` and `xencall.h`. The tests of this file compare them, with the C compiler.
+//! - `libxenforeignmemory`, `libxencall`, `libxenstore`: `xenctrl-sys` has no declarations of them, because `xenctrl.h`
+//!   does not include their headers. The tests of this file compare them, with the C compiler.
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
@@ -102,7 +102,7 @@ mod tests {
     use std::io::Write as _;
     use std::process::{Command, Stdio};
 
-    use crate::{foreign_memory, hypercall};
+    use crate::{foreign_memory, hypercall, xenstore_list};
 
     /// The C type of a Rust type, as `type_name` writes it. Only what the prototypes use.
     fn c_type(rust: &str) -> String {
@@ -117,8 +117,12 @@ mod tests {
             "i32" => "int",
             "u32" => "unsigned int",
             "u64" => "uint64_t",
+            "i8" => "char",
+            "bool" => "bool",
             "usize" => "size_t",
             "xentoollog_logger" => "struct xentoollog_logger",
+            "xs_handle" => "struct xs_handle",
+            "xs_permissions" => "struct xs_permissions",
             handle @ ("xencall_handle" | "xenforeignmemory_handle") => handle,
             other => panic!("no C type for {other}"),
         }
@@ -166,6 +170,7 @@ mod tests {
                 "xenforeignmemory.h",
                 foreign_memory::Functions::prototypes(),
             ),
+            ("xenstore.h", xenstore_list::Functions::prototypes()),
         ] {
             let assertions: String = prototypes.iter().map(|(n, p)| assertion(n, p)).collect();
             assert_eq!(compile(header, &assertions), Ok(()));
