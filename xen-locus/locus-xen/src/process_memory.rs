@@ -31,6 +31,8 @@ pub fn keep_freed_memory() {
         (libc::M_MMAP_THRESHOLD, 32 << 20),
         (libc::M_TRIM_THRESHOLD, 1 << 30),
         (libc::M_TOP_PAD, 16 << 20),
+        // Other threads do not get such pieces of their own.
+        (libc::M_ARENA_MAX, 1),
     ] {
         // SAFETY: the call takes plain numbers and ignores options that it does not know.
         unsafe { libc::mallopt(option, value) };

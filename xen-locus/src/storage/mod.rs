@@ -8,6 +8,8 @@
 
 pub mod audit;
 pub mod durable;
+#[cfg(test)]
+pub(crate) mod fake_xenstored;
 pub mod journal;
 pub mod kernel_cache;
 #[cfg(test)]

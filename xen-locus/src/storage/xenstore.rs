@@ -1,15 +1,19 @@
-//! XenStore, through `xenstore-rs`: names of domains, and what this tool publishes.
+//! XenStore: names of domains, and what this tool publishes. Through `xenstore-rs`, and through `libxenstore` what that lacks.
 //!
 //! Each node has one writer, and the node that commits a step is written last, so no transaction is needed
 //! (xen-locus-xenstore(7)).
 
+use std::cell::Cell;
 use std::fmt;
 use std::io;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
+use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use locus_guest::addr::DomId;
-use locus_xen::fault;
+use locus_xen::{fault, XenstoreList};
 use xenstore_rs::unix::XsUnix;
 use xenstore_rs::Xs;
 
@@ -18,12 +22,49 @@ use crate::error::{Error, Result};
 /// Path of this tool's nodes.
 pub const ROOT: &str = "/tool/xen-locus";
 
-/// How long xenstored may take for its first answer.
+/// How long xenstored may take for an answer.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Most bytes of a message (`XENSTORE_PAYLOAD_MAX`, xen/include/public/io/xs_wire.h).
+const MESSAGE_MAX: usize = 4096;
+/// Stack of the thread that talks to xenstored. It is locked in memory.
+const STACK: usize = 256 << 10;
+/// How `xenstore-rs` begins the text of an error that xenstored answered. All other errors are the connection's.
+const ANSWERED: &str = "XS interface error ";
 
-/// A connection to xenstored.
+/// What xenstored is asked for.
+#[derive(Debug)]
+enum Call {
+    Read(String),
+    List(String),
+    Write(String, String),
+    Remove(String),
+    SetPrivate(String),
+}
+
+impl Call {
+    fn len(&self) -> usize {
+        match self {
+            Call::Read(path) | Call::List(path) | Call::Remove(path) | Call::SetPrivate(path) => {
+                path.len() + 1
+            }
+            Call::Write(path, value) => path.len() + 1 + value.len(),
+        }
+    }
+}
+
+/// The names of a list, or the one value that was read.
+type Answer = io::Result<Vec<String>>;
+
+/// A connection to xenstored. If xenstored ends and is started again, the next call connects again.
+///
+/// A thread of its own talks to xenstored, because a xenstored that is stopped, or that is not there while the kernel's device
+/// is, never answers. So no call takes longer than some seconds, whoever waits for a guest's lock meanwhile.
 pub struct Store {
-    xs: XsUnix,
+    calls: Sender<Call>,
+    answers: Receiver<Answer>,
+    /// The answer to an earlier call is still to come.
+    is_late: Cell<bool>,
+    connections: Arc<AtomicU32>,
 }
 
 impl fmt::Debug for Store {
@@ -33,34 +74,184 @@ impl fmt::Debug for Store {
 }
 
 impl Store {
-    /// Connects, and waits for a first answer: without xenstored the kernel's device accepts requests and never
-    /// answers them.
+    /// Connects, and waits for a first answer.
     ///
     /// # Errors
     /// No xenstored answers.
     pub fn open() -> Result<Store> {
-        let none = |why: &str| {
+        let none = |why: io::Error| {
             Error::failed(format!(
                 "no xenstored answers ({why}): is it running? (systemctl status xenstored, or xen where an init script starts it)"
             ))
         };
-        let (sender, receiver) = mpsc::channel();
-        std::thread::spawn(move || {
-            let store = XsUnix::new().and_then(|xs| xs.directory("/").map(|_| xs));
-            // If the answer comes too late, the receiver is gone.
-            let _ = sender.send(store);
-        });
-        match receiver.recv_timeout(PATIENCE) {
-            Ok(Ok(xs)) => Ok(Store { xs }),
-            Ok(Err(e)) => Err(none(&e.to_string())),
-            Err(_) => Err(none(&format!("waited {} s", PATIENCE.as_secs()))),
+        let (calls, to_do) = mpsc::channel();
+        let (done, answers) = mpsc::channel();
+        let connections = Arc::new(AtomicU32::new(0));
+        let counter = Arc::clone(&connections);
+        thread::Builder::new()
+            .stack_size(STACK)
+            .spawn(move || {
+                let mut talker = Talker {
+                    xs: None,
+                    list: None,
+                    connections: counter,
+                };
+                // Ends when the store is dropped.
+                while let Ok(call) = to_do.recv() {
+                    if done.send(talker.talk(&call)).is_err() {
+                        break;
+                    }
+                }
+            })
+            .map_err(none)?;
+        let store = Store {
+            calls,
+            answers,
+            is_late: Cell::new(false),
+            connections,
+        };
+        match store.call(Call::Read("/".into())) {
+            Err(e) if !is_missing(&e) => Err(none(e)),
+            _ => Ok(store),
         }
+    }
+
+    /// How often it was connected to a xenstored. Watches are gone when that changes, and nodes may be.
+    #[must_use]
+    pub fn connections(&self) -> u32 {
+        self.connections.load(Ordering::SeqCst)
+    }
+
+    /// Lets only the control domain read and write a node, and the nodes that are made below it from now on.
+    ///
+    /// # Errors
+    /// There is no such node, xenstored failed, or `libxenstore` is missing.
+    pub fn set_private(&self, path: &str) -> Result<()> {
+        self.call(Call::SetPrivate(path.to_owned()))
+            .map(|_| ())
+            .map_err(|e| failed("setting permissions of", path, &e))
     }
 
     /// The name of a domain, if it has one.
     #[must_use]
     pub fn domain_name(&self, id: DomId) -> Option<String> {
         Nodes::domain_name(self, id)
+    }
+
+    fn call(&self, call: Call) -> Answer {
+        let silent = |how: &str| Err(io::Error::new(io::ErrorKind::TimedOut, how));
+        if call.len() > MESSAGE_MAX {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("longer than the {MESSAGE_MAX} bytes of a message"),
+            ));
+        }
+        if self.is_late.get() {
+            match self.answers.try_recv() {
+                // It is nobody's any more.
+                Ok(_) => self.is_late.set(false),
+                Err(TryRecvError::Empty) => return silent("it has not answered for some time"),
+                Err(TryRecvError::Disconnected) => return silent("its thread has ended"),
+            }
+        }
+        if self.calls.send(call).is_err() {
+            return silent("its thread has ended");
+        }
+        match self.answers.recv_timeout(PATIENCE) {
+            Ok(answer) => answer,
+            Err(RecvTimeoutError::Timeout) => {
+                self.is_late.set(true);
+                silent(&format!("waited {} s", PATIENCE.as_secs()))
+            }
+            Err(RecvTimeoutError::Disconnected) => silent("its thread has ended"),
+        }
+    }
+}
+
+/// Whether xenstored answered that there is no such node. That there is no xenstored is another thing.
+fn is_missing(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound && !is_broken(error)
+}
+
+/// The thread's side of a [`Store`].
+struct Talker {
+    xs: Option<XsUnix>,
+    /// Opened when it is first needed.
+    list: Option<XenstoreList>,
+    connections: Arc<AtomicU32>,
+}
+
+impl Talker {
+    /// Asks xenstored. If the connection broke, it is made anew, and the same is asked once more: each call may be made twice.
+    fn talk(&mut self, call: &Call) -> Answer {
+        let had = self.xs.is_some();
+        let first = self.ask(call);
+        match first {
+            Err(e) if is_broken(&e) => {
+                self.xs = None;
+                self.list = None;
+                match had {
+                    true => self.talk(call),
+                    false => Err(e),
+                }
+            }
+            other => other,
+        }
+    }
+
+    fn ask(&mut self, call: &Call) -> Answer {
+        let xs = match &self.xs {
+            Some(xs) => xs,
+            None => {
+                let xs = self.xs.insert(XsUnix::new()?);
+                self.connections.fetch_add(1, Ordering::SeqCst);
+                xs
+            }
+        };
+        let nothing = |()| Vec::new();
+        match call {
+            Call::Read(path) => xs.read(path).map(|value| vec![value.into()]),
+            Call::Write(path, value) => xs.write(path, value).map(nothing),
+            Call::Remove(path) => xs.rm(path).map(nothing),
+            Call::List(path) => match xs.directory(path) {
+                Err(e) if is_too_long(&e) => self.list()?.names(path).map_err(of_library),
+                names => names.map(|names| names.into_iter().map(String::from).collect()),
+            },
+            Call::SetPrivate(path) => self
+                .list()?
+                .set_private(path)
+                .map(nothing)
+                .map_err(of_library),
+        }
+    }
+
+    fn list(&mut self) -> io::Result<&XenstoreList> {
+        match &mut self.list {
+            Some(list) => Ok(list),
+            none => {
+                let opened = XenstoreList::open();
+                let opened = opened.map_err(|e| io::Error::other(format!("{ANSWERED}{e}")))?;
+                Ok(none.insert(opened))
+            }
+        }
+    }
+}
+
+/// Whether xenstored gave no answer, so that the connection can't be used any more.
+fn is_broken(error: &io::Error) -> bool {
+    !error.to_string().starts_with(ANSWERED)
+}
+
+/// Whether the list is too long for one message.
+fn is_too_long(error: &io::Error) -> bool {
+    error.to_string() == format!("{ANSWERED}E2BIG")
+}
+
+/// An error of `libxenstore`, which gives the number of what xenstored answered too. These numbers are only the connection's.
+fn of_library(error: io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(libc::EBADF | libc::EPIPE | libc::EIO | libc::ECONNRESET) | None => error,
+        _ => io::Error::new(error.kind(), format!("{ANSWERED}{error}")),
     }
 }
 
@@ -96,39 +287,125 @@ pub trait Nodes: fmt::Debug {
 
 impl Nodes for Store {
     fn read(&self, path: &str) -> Result<Option<String>> {
-        match fault::point("xs_read").and_then(|()| self.xs.read(path)) {
-            Ok(value) => Ok(Some(value.into())),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        match fault::point("xs_read").and_then(|()| self.call(Call::Read(path.to_owned()))) {
+            Ok(value) => Ok(Some(value.into_iter().next().unwrap_or_default())),
+            Err(e) if is_missing(&e) => Ok(None),
             Err(e) => Err(failed("reading", path, &e)),
         }
     }
 
     fn children(&self, path: &str) -> Result<Vec<String>> {
-        match fault::point("xs_directory").and_then(|()| self.xs.directory(path)) {
-            Ok(names) => Ok(names
-                .into_iter()
-                .map(String::from)
-                .filter(|n| !n.is_empty())
-                .collect()),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        match fault::point("xs_directory").and_then(|()| self.call(Call::List(path.to_owned()))) {
+            Ok(mut names) => {
+                names.retain(|name| !name.is_empty());
+                Ok(names)
+            }
+            Err(e) if is_missing(&e) => Ok(Vec::new()),
             Err(e) => Err(failed("listing", path, &e)),
         }
     }
 
     fn write(&self, path: &str, value: &str) -> Result<()> {
         fault::point("xs_write")
-            .and_then(|()| self.xs.write(path, value))
+            .and_then(|()| self.call(Call::Write(path.to_owned(), value.to_owned())))
+            .map(|_| ())
             .map_err(|e| failed("writing", path, &e))
     }
 
     fn remove(&self, path: &str) -> Result<()> {
-        match fault::point("xs_rm").and_then(|()| self.xs.rm(path)) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("removing", path, &e)),
+        match fault::point("xs_rm").and_then(|()| self.call(Call::Remove(path.to_owned()))) {
+            Err(e) if !is_missing(&e) => Err(failed("removing", path, &e)),
             _ => Ok(()),
         }
     }
 }
 
+/// The start of a path is enough to know it.
+const SHOWN: usize = 200;
+
 fn failed(doing: &str, path: &str, e: &io::Error) -> Error {
-    Error::failed(format!("{doing} {path} in XenStore failed: {e}"))
+    let shown = path.get(..path.floor_char_boundary(SHOWN)).unwrap_or(path);
+    let rest = if shown.len() < path.len() { "…" } else { "" };
+    Error::failed(format!("{doing} {shown}{rest} in XenStore failed: {e}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::fake_xenstored::Xenstored;
+
+    #[test]
+    fn a_list_of_any_length_is_read() {
+        let xenstored = Xenstored::start();
+        let store = Store::open().unwrap();
+        for count in [0, 1, 100, 1500, 12_000] {
+            let path = format!("{ROOT}/{count}");
+            store.write(&path, "").unwrap();
+            let mut names: Vec<String> = (0..count).map(|n| format!("{:05}", 10_000 + n)).collect();
+            xenstored.put_all(names.iter().map(|name| format!("{path}/{name}")));
+            let mut found = store.children(&path).unwrap();
+            found.sort();
+            names.sort();
+            assert_eq!(found, names);
+        }
+        assert_eq!(store.children("/none").unwrap(), [""; 0]);
+    }
+
+    #[test]
+    fn only_the_control_domain_may_use_what_is_private() {
+        let xenstored = Xenstored::start();
+        let store = Store::open().unwrap();
+        store.write(ROOT, "").unwrap();
+        store.set_private(ROOT).unwrap();
+        assert_eq!(xenstored.permissions(ROOT).as_deref(), Some("n0"));
+        assert!(store.set_private("/none").is_err());
+        assert_eq!(store.connections(), 1);
+    }
+
+    #[test]
+    fn a_xenstored_that_is_started_again_is_found_again() {
+        let mut xenstored = Xenstored::start();
+        let store = Store::open().unwrap();
+        store.write("/a", "1").unwrap();
+        xenstored.end();
+        assert!(store.read("/a").is_err());
+        assert!(store.children("/").is_err());
+        xenstored.begin();
+        assert_eq!(store.read("/a").unwrap(), None);
+        store.write("/a", "2").unwrap();
+        assert_eq!(store.read("/a").unwrap().as_deref(), Some("2"));
+        assert_eq!(store.connections(), 2);
+    }
+
+    #[test]
+    fn a_xenstored_that_does_not_answer_holds_nobody_up_for_long() {
+        let xenstored = Xenstored::start();
+        let store = Store::open().unwrap();
+        store.write("/a", "1").unwrap();
+        xenstored.stop(true);
+        let began = std::time::Instant::now();
+        assert!(store.read("/a").is_err());
+        for _ in 0..100 {
+            let said = store.write("/a", "2").unwrap_err().to_string();
+            assert!(said.contains("not answered"), "{said}");
+        }
+        assert!(began.elapsed() < PATIENCE * 2);
+        xenstored.stop(false);
+        // The late answer is not taken for that of the next call.
+        while store.write("/b", "3").is_err() {}
+        assert_eq!(store.read("/b").unwrap().as_deref(), Some("3"));
+        assert_eq!(store.connections(), 1);
+    }
+
+    #[test]
+    fn what_fits_no_message_is_not_sent() {
+        let _xenstored = Xenstored::start();
+        let store = Store::open().unwrap();
+        let long = "x".repeat(MESSAGE_MAX);
+        let said = store.write("/a", &long).unwrap_err().to_string();
+        assert!(said.contains("4096 bytes"), "{said}");
+        let said = store.read(&format!("/{long}")).unwrap_err().to_string();
+        assert!(said.len() < 400, "{said}");
+        assert_eq!(store.connections(), 1);
+    }
 }
