@@ -9,9 +9,11 @@
 //! - [`history`]: reads all lines and checks the chain;
 //! - `writer`: appends a line;
 //! - `rotation`: whether a log that is empty was rotated;
+//! - [`entries`]: what came of a run, by the entries since it began;
 //! - [`in_force`]: which patches are in force in a guest after a line;
 //! - `kept`: the same in a file for each guest, which outlasts the rotation of the log.
 
+pub mod entries;
 pub mod history;
 pub mod in_force;
 mod kept;

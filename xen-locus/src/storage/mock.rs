@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
+use super::audit::entries::Entries;
 use super::audit::in_force::{self, InForce};
 use super::audit::{Action, Append, Log};
 use super::xenstore::Nodes;
@@ -68,6 +69,18 @@ impl Log for MockLog {
         let lines = self.lines.borrow();
         let own = lines.iter().filter(|l| l.uuid == uuid);
         Ok(own.fold(Vec::new(), in_force::after))
+    }
+}
+
+impl Entries for MockLog {
+    fn last_entry(&self) -> Result<u64> {
+        Ok(self.lines.borrow().len() as u64)
+    }
+
+    fn since(&self, entry: u64) -> Result<Option<Vec<Action>>> {
+        let lines = self.lines.borrow();
+        let entry = usize::try_from(entry).unwrap_or(usize::MAX);
+        Ok(lines.get(entry..).map(<[Action]>::to_vec))
     }
 }
 

@@ -1,0 +1,176 @@
+//! Entries of the log since a moment: what became of a run that could not say so itself.
+
+use super::{rotation, Action, Audit, Head};
+use crate::error::{Error, Result};
+
+/// The entries of a log, by number.
+pub trait Entries {
+    /// The number of the last entry; 0 if there is none.
+    ///
+    /// # Errors
+    /// It can't be told.
+    fn last_entry(&self) -> Result<u64>;
+
+    /// The actions after the entry with this number; `None` if the log does not go back that far.
+    ///
+    /// # Errors
+    /// The log can't be read.
+    fn since(&self, entry: u64) -> Result<Option<Vec<Action>>>;
+}
+
+impl Entries for Audit {
+    fn last_entry(&self) -> Result<u64> {
+        let read = || {
+            let (log, _lock) = self.open_to_read()?;
+            let head = self.read_head()?.unwrap_or_else(Head::none);
+            // A run that died between the two files left one line more than the head has.
+            let last = rotation::last(&self.log, log.as_ref(), &head)?;
+            Ok(head.seq.max(last.map_or(0, |line| line.seq)))
+        };
+        read().map_err(|error| self.failed("cannot read", &error))
+    }
+
+    fn since(&self, entry: u64) -> Result<Option<Vec<Action>>> {
+        let mut lines = self.history()?.lines;
+        lines.retain(|line| line.seq > entry);
+        // Numbers grow by one.
+        let first = lines
+            .first()
+            .map_or_else(|| self.last_entry().map(|n| n + 1), |line| Ok(line.seq));
+        let is_whole = first? <= entry.saturating_add(1);
+        Ok(is_whole.then(|| lines.into_iter().map(|line| line.action).collect()))
+    }
+}
+
+/// What became of the operation `op` on `patch` that `who` asked for, by the actions after it was begun: exit code and
+/// sentence. `None` if nothing came of it: it was not begun, or undone. `uuid` is the guest's, if that is known.
+///
+/// # Errors
+/// [`Class::Uncertain`](crate::error::Class::Uncertain): it was left half done.
+pub fn outcome(
+    actions: &[Action],
+    who: &str,
+    op: &str,
+    patch: &str,
+    uuid: Option<&str>,
+) -> Result<Option<(u8, String)>> {
+    let settles = "recover";
+    let journaled = if op == "replace" { "apply" } else { op };
+    let is_ours = |a: &&Action| {
+        let settled = a.op == settles && (a.of == op || a.of == journaled) && a.patch == patch;
+        a.who == who && a.op != settles || settled && uuid.is_none_or(|uuid| a.uuid == uuid)
+    };
+    let Some(last) = actions.iter().rfind(is_ours) else {
+        return Ok(None);
+    };
+    let late = "the audit log says so: who did it ended before it could answer";
+    if last.op != settles {
+        let said = match last.message.is_empty() {
+            true => format!("{patch}: {} ({late})", last.result),
+            false => format!("{} ({late})", last.message),
+        };
+        return Ok(Some((last.exit, said)));
+    }
+    match last.result.as_str() {
+        "finished" => Ok(Some((0, format!("{patch}: {op} is done ({late}, and recover found it finished)")))),
+        "undone" | "gone" => Ok(None),
+        _ => Err(Error::uncertain(format!(
+            "{patch}: {op} was interrupted, and what it left could not be settled: {}; see `xen-locus status`",
+            last.message
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Beside;
+    use super::*;
+    use crate::error::ExitCode;
+
+    const WHO: &str = "XenStore request fix";
+
+    fn line(who: &str, op: &str, of: &str, result: &str) -> Action {
+        Action {
+            who: who.into(),
+            op: op.into(),
+            of: of.into(),
+            patch: "one".into(),
+            uuid: "a guest".into(),
+            result: result.into(),
+            ..Action::default()
+        }
+    }
+
+    fn of(actions: &[Action], op: &str) -> Result<Option<u8>> {
+        let found = outcome(actions, WHO, op, "one", Some("a guest"))?;
+        Ok(found.map(|(code, _)| code))
+    }
+
+    #[test]
+    fn what_a_log_says_since_an_entry_is_whole_or_is_not_told() {
+        let folder = std::env::temp_dir().join(format!("locus-entries-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&folder);
+        let beside = Beside {
+            head: folder.join("head.json"),
+            kept: folder.join("in-force"),
+            lock: folder.join("run/audit.lock"),
+        };
+        let audit = Audit::new(&folder.join("audit.jsonl"), Some(beside));
+        assert_eq!(audit.last_entry().unwrap(), 0);
+        assert_eq!(audit.since(0).unwrap(), Some(Vec::new()));
+        for who in ["a", "b", "c"] {
+            audit
+                .open()
+                .unwrap()
+                .append(line(who, "apply", "", ""))
+                .unwrap();
+        }
+        assert_eq!(audit.last_entry().unwrap(), 3);
+        let since = |entry| {
+            let actions = audit.since(entry).unwrap();
+            actions.map(|all| all.into_iter().map(|a| a.who).collect::<String>())
+        };
+        assert_eq!(since(0).as_deref(), Some("abc"));
+        assert_eq!(since(2).as_deref(), Some("c"));
+        assert_eq!(since(3).as_deref(), Some(""));
+        // Put away.
+        std::fs::remove_file(&audit.log).unwrap();
+        assert_eq!(since(3).as_deref(), Some(""));
+        assert_eq!(since(2), None);
+        audit
+            .open()
+            .unwrap()
+            .append(line("d", "apply", "", ""))
+            .unwrap();
+        assert_eq!(since(3).as_deref(), Some("d"));
+        assert_eq!(since(1), None);
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn a_run_that_ended_is_known_by_its_own_line_or_by_that_of_recover() {
+        let own = line(WHO, "apply", "", "applied");
+        let other = line("uid 0", "revert", "", "reverted");
+        let settled = |result| line("uid 0", "recover", "apply", result);
+        assert_eq!(of(&[], "apply").unwrap(), None);
+        assert_eq!(of(std::slice::from_ref(&other), "apply").unwrap(), None);
+        // Whatever came after it.
+        assert_eq!(of(&[own.clone(), other.clone()], "apply").unwrap(), Some(0));
+        let failed = Action { exit: 2, ..own };
+        assert_eq!(of(&[failed], "apply").unwrap(), Some(2));
+        assert_eq!(of(&[settled("finished"), other], "apply").unwrap(), Some(0));
+        assert_eq!(of(&[settled("finished")], "replace").unwrap(), Some(0));
+        assert_eq!(of(&[settled("finished")], "revert").unwrap(), None);
+        assert_eq!(of(&[settled("undone")], "apply").unwrap(), None);
+        let said = of(&[settled("uncertain")], "apply").unwrap_err();
+        assert_eq!(said.exit_code(), ExitCode::Uncertain);
+        let elsewhere = Action {
+            uuid: "another".into(),
+            ..settled("finished")
+        };
+        assert_eq!(of(&[elsewhere], "apply").unwrap(), None);
+        // What the request itself settled is not what it asks for.
+        let by_us = line(WHO, "recover", "revert", "finished");
+        assert_eq!(of(&[by_us], "apply").unwrap(), None);
+    }
+}
