@@ -76,8 +76,16 @@ pub fn all(host: &Host, who: &str, options: &Options, only_noted: bool) -> Resul
         if !running || (only_noted && !known) {
             continue;
         }
-        let domain = host.domain(info)?;
-        let one = one(&host.operator(who.to_owned()), &domain, options);
+        let one = match host.domain(info.clone()) {
+            Ok(domain) => one(&host.operator(who.to_owned()), &domain, options),
+            // It may be going away. The others are not to wait for it.
+            Err(error) => Recovered {
+                domid: Some(info.id),
+                name: host.store.domain_name(info.id).unwrap_or_default(),
+                uuid: uuid.clone(),
+                result: Err(error),
+            },
+        };
         if known || one.result.is_ok() {
             found.push(one);
         }
