@@ -92,6 +92,15 @@ impl Process {
     /// Sends it SIGKILL. If [`Process::is_by_number`], the caller makes sure right before that it has not ended: else
     /// another process may have its number.
     pub fn kill(&self) {
+        self.signal(libc::SIGKILL);
+    }
+
+    /// Sends it SIGTERM, as [`Process::kill`] sends SIGKILL.
+    pub fn ask_to_end(&self) {
+        self.signal(libc::SIGTERM);
+    }
+
+    fn signal(&self, signal: libc::c_int) {
         // SAFETY: the calls take plain numbers and no information about the signal.
         unsafe {
             match &self.fd {
@@ -99,13 +108,13 @@ impl Process {
                     libc::syscall(
                         libc::SYS_pidfd_send_signal,
                         fd.as_raw_fd(),
-                        libc::SIGKILL,
+                        signal,
                         std::ptr::null::<libc::siginfo_t>(),
                         0,
                     );
                 }
                 None => {
-                    libc::kill(self.pid, libc::SIGKILL);
+                    libc::kill(self.pid, signal);
                 }
             }
         }

@@ -54,20 +54,10 @@ pub fn lock_memory() -> Result<(), Error> {
     Err(Error::last("locking this process in memory (mlockall)"))
 }
 
-/// Runs `work` with all memory locked, then unlocks it and gives freed memory back to the kernel. For a process that is
-/// idle for days between two pieces of work.
-pub fn with_memory_locked<T>(work: impl FnOnce() -> T) -> T {
-    // If locking is not allowed, work and pauses take longer.
-    let _ = lock_memory();
-    let done = work();
+/// Undoes [`lock_memory`]: for a process that is idle for days, and works on no guest itself.
+pub fn unlock_memory() {
     // SAFETY: the call changes no memory's contents and takes no pointer.
     unsafe { libc::munlockall() };
-    #[cfg(target_env = "gnu")]
-    // SAFETY: the call takes a plain number, and gives back only what is free.
-    unsafe {
-        libc::malloc_trim(0)
-    };
-    done
 }
 
 /// The system's allocator, except that a process which gets no memory is ended.

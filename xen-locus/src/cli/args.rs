@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use super::manual;
+use crate::daemon::work::Work;
 use crate::paths;
 
 const VERSION: &str = if cfg!(feature = "faults") {
@@ -341,6 +342,9 @@ pub struct Daemon {
     /// Limits of time for each request
     #[command(flatten)]
     pub limits: TimeLimits,
+    /// What this process does for the daemon that started it
+    #[arg(long, hide = true)]
+    pub work: Option<Work>,
 }
 
 /// Parses a time with its unit: `30s`, `500ms`, `200us`, `2m`.

@@ -175,15 +175,18 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         }
         Command::History(args) => history::run(&session, args),
         Command::Recover(args) => recover::run(&session, &session.host()?, args),
-        Command::Daemon(args) => daemon::run(
-            &session.host()?,
-            &Settings {
+        Command::Daemon(args) => {
+            let settings = Settings {
                 payloads: args.payloads.clone(),
                 reapply: args.reapply,
                 options: session.options(&args.limits),
                 verbose: session.verbose,
-            },
-        ),
+            };
+            match &args.work {
+                None => daemon::run(&session.host()?, &settings),
+                Some(work) => Ok(daemon::do_work(|| session.host(), &settings, work)),
+            }
+        }
     }
 }
 

@@ -1,38 +1,50 @@
 //! `xen-locus daemon`: serves requests made through XenStore, and publishes every guest's status.
 //!
-//! One thread. It waits for watches of XenStore, and carries out one request before it looks at the next, so no two
-//! requests run at once. Protocol: xen-locus-xenstore(7).
+//! The daemon itself waits, decides what comes next ([`queue`]), and starts a worker for it: a process of its own
+//! ([`mod@work`]). It maps no guest's memory and waits for no guest. Nothing that is wrong with one guest, one node or one worker
+//! ends it. Protocol: xen-locus-xenstore(7).
 
 mod backoff;
+mod notify;
 mod publisher;
+mod queue;
 mod reapply;
 mod request;
 mod requests;
 mod server;
+mod turns;
+pub mod work;
 
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context as _};
-use futures::StreamExt as _;
+use futures::{Stream, StreamExt as _};
+use locus_guest::addr::DomId;
+use locus_xen::DomainInfo;
 use xenstore_rs::tokio::XsTokio;
 use xenstore_rs::AsyncWatch as _;
 
 use crate::apply::Options;
-use crate::error::{Error, ExitCode};
+use crate::error::{Error, ExitCode, Result};
 use crate::ops::host::Host;
 use crate::ops::{operator, recover_all};
 use crate::paths::{self, DAEMON_LOCK};
 use crate::recover::Report;
 use crate::say;
-use crate::storage::xenstore::{Nodes as _, ROOT};
-use publisher::Publisher;
-use requests::{Requests, Serve as _};
-use server::Server;
+use crate::storage::xenstore::{Nodes, ROOT};
+use server::{Served, Server};
+use turns::{Daemon, Hands};
+use work::{End, Work, Worker};
 
-/// Time between two looks at guests that are not published yet, and at signals.
+/// Time between two looks at guests and at xenstored.
 const TICK: Duration = Duration::from_millis(500);
+/// Time between two looks at workers.
+const WORKER_TICK: Duration = Duration::from_millis(10);
+/// Longest wait for xenstored to accept a watch.
+const WATCH: Duration = Duration::from_secs(5);
 
 /// Settings of the daemon.
 #[derive(Clone, Debug)]
@@ -59,16 +71,19 @@ impl Settings {
 /// Runs until asked to stop.
 ///
 /// # Errors
-/// Another daemon runs; xenstored went away.
+/// Another daemon runs; there is no event loop.
 pub fn run(host: &Host, settings: &Settings) -> anyhow::Result<ExitCode> {
     let _lock = only_one()?;
+    // Workers lock their own memory.
+    locus_xen::unlock_memory();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("cannot start the event loop")?;
-    let served = runtime.block_on(serve(host, settings));
-    host.store.write(&format!("{ROOT}/state"), "stopped")?;
-    served.map(|()| ExitCode::Done)
+    runtime.block_on(serve(host, settings));
+    // If xenstored is away, nobody reads it.
+    let _ = host.store.write(&format!("{ROOT}/state"), "stopped");
+    Ok(ExitCode::Done)
 }
 
 fn only_one() -> anyhow::Result<File> {
@@ -83,53 +98,170 @@ fn only_one() -> anyhow::Result<File> {
     }
 }
 
-async fn serve(host: &Host, settings: &Settings) -> anyhow::Result<()> {
-    let xs = XsTokio::new().await.context("cannot reach xenstored")?;
+/// The daemon's hands on this host.
+struct OfHost<'s> {
+    host: &'s Host,
+    settings: &'s Settings,
+}
+
+impl Hands for OfHost<'_> {
+    type Worker = Worker;
+
+    fn store(&self) -> &dyn Nodes {
+        &self.host.store
+    }
+
+    fn connections(&self) -> u32 {
+        self.host.store.connections()
+    }
+
+    fn domains(&self) -> Result<Vec<DomainInfo>> {
+        Ok(self.host.control.domains(DomId(1))?)
+    }
+
+    fn start(&self, work: &Work) -> std::io::Result<Worker> {
+        Worker::start(work)
+    }
+
+    fn end(&self, worker: &mut Worker) -> Option<End> {
+        worker.end()
+    }
+
+    fn ask_to_end(&self, worker: &Worker) {
+        worker.ask_to_end();
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.settings.options.interrupted.load(Ordering::SeqCst)
+    }
+
+    fn say(&self, level: u8, what: String) {
+        self.settings.say(level, what);
+    }
+
+    fn protect(&self) -> Result<()> {
+        self.host.store.set_private(ROOT)
+    }
+}
+
+async fn serve(host: &Host, settings: &Settings) {
+    let hands = OfHost { host, settings };
+    let mut daemon = Daemon::new(&hands, Instant::now());
     let requests = format!("{ROOT}/request");
-    let mut submitted = xs
-        .watch(&requests)
-        .await
-        .context("cannot watch for requests")?;
-    let store = &host.store;
-    store.write(&format!("{ROOT}/version"), env!("CARGO_PKG_VERSION"))?;
-    store.write(&format!("{ROOT}/pid"), &std::process::id().to_string())?;
-    store.write(&format!("{ROOT}/state"), "running")?;
-    settings.say(0, format!("xen-locus daemon: serving {requests}"));
-    let server = Server { host, settings };
-    let mut known = Requests::new(&server);
-    // Runs that died while no daemon ran, or with the daemon before this one.
-    for found in recover_all::all(host, &operator::user(), &settings.options, true)? {
-        if !found.result.as_ref().is_ok_and(Report::is_nothing) {
-            settings.say(0, format!("recover: {}", found.line()));
+    let mut watch: Option<Box<dyn Stream<Item = Box<str>> + Unpin>> = None;
+    loop {
+        daemon.turn(Instant::now());
+        if daemon.has_ended() {
+            return;
         }
-    }
-    // Requests made while no daemon ran.
-    match store.children(&requests) {
-        Ok(ids) => ids.into_iter().try_for_each(|id| known.serve(id))?,
-        // There may be more of them than xenstored can list.
-        Err(error) => settings.say(
-            0,
-            format!("requests made before are not served, remove some and start again: {error}"),
-        ),
-    }
-    let mut publisher = Publisher::new();
-    let mut tick = tokio::time::interval(TICK);
-    while !server.is_stopping() {
-        tokio::select! {
-            path = submitted.next() => {
-                let Some(path) = path else { bail!("xenstored went away") };
-                let id = path.strip_prefix(&*requests).and_then(|rest| {
-                    rest.strip_prefix('/')?.strip_suffix("/submit")
-                });
-                if let Some(id) = id {
-                    known.serve(id.to_owned())?;
+        if daemon.needs_watch() {
+            watch = None;
+            // If it does not answer, the next turn is in a moment.
+            if let Ok(Ok(new)) = tokio::time::timeout(WATCH, watch_of(&requests)).await {
+                watch = Some(new);
+                if daemon.is_watching(Instant::now()) {
+                    settings.say(0, format!("xen-locus daemon: serving {requests}"));
+                    if let Err(error) = notify::ready() {
+                        settings.say(0, format!("the service manager can't be told: {error}"));
+                    }
                 }
             }
-            _ = tick.tick() => {
-                publisher.look(&server, Instant::now())?;
-                known.serve_due(Instant::now())?;
-            }
+        }
+        let wait = match daemon.has_workers() {
+            true => WORKER_TICK,
+            false => TICK,
+        };
+        let Some(stream) = &mut watch else {
+            tokio::time::sleep(wait).await;
+            continue;
+        };
+        tokio::select! {
+            path = stream.next() => match path {
+                Some(path) => {
+                    let id = path.strip_prefix(&*requests).and_then(|rest| {
+                        rest.strip_prefix('/')?.strip_suffix("/submit")
+                    });
+                    if let Some(id) = id {
+                        daemon.is_submitted(id, Instant::now());
+                    }
+                }
+                None => daemon.has_lost_watch(),
+            },
+            () = tokio::time::sleep(wait) => {}
+        }
+    }
+}
+
+/// The paths of nodes that are written at or below `path`.
+async fn watch_of(path: &str) -> std::io::Result<Box<dyn Stream<Item = Box<str>> + Unpin>> {
+    let xs = XsTokio::new().await?;
+    let events = xs.watch(path).await?;
+    Ok(Box::new(events))
+}
+
+/// Does one piece of work, as a worker of the daemon.
+pub fn do_work(open: impl FnOnce() -> Result<Host>, settings: &Settings, work: &Work) -> ExitCode {
+    work::be_the_victim();
+    let done = open().and_then(|host| {
+        let server = Server {
+            host: &host,
+            settings,
+        };
+        match work {
+            Work::Recover => recover(&server),
+            Work::Publish(id, uuid) => match host.control.domain(*id)? {
+                Some(info) if info.uuid == *uuid => server.publish(info),
+                // The daemon sees that too.
+                _ => Err(Error::try_again("it is gone")),
+            },
+            Work::Request(id) => match server.serve(id)? {
+                Served::None | Served::Answered => Ok(()),
+                Served::Waits => return Ok(ExitCode::TryAgain),
+            },
+        }
+        .map(|()| ExitCode::Done)
+    });
+    done.unwrap_or_else(|error| {
+        let level = u8::from(matches!(work, Work::Publish(..)));
+        settings.say(
+            level,
+            format!("{} is to be done again later: {error}", work.about()),
+        );
+        ExitCode::TryAgain
+    })
+}
+
+/// Settles the runs that died while no daemon ran, or with the daemon before this one.
+fn recover(server: &Server<'_>) -> Result<()> {
+    let options = &server.settings.options;
+    for found in recover_all::all(server.host, &operator::user(), options, true)? {
+        if !found.result.as_ref().is_ok_and(Report::is_nothing) {
+            server.settings.say(0, format!("recover: {}", found.line()));
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::fake_xenstored::Xenstored;
+    use crate::storage::xenstore::Store;
+
+    #[test]
+    fn what_is_written_below_a_watched_node_is_noticed() {
+        let _xenstored = Xenstored::start();
+        let store = Store::open().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let mut events = watch_of("/a").await.unwrap();
+            assert_eq!(events.next().await.as_deref(), Some("/a"));
+            store.write("/b/submit", "1").unwrap();
+            store.write("/a/x/submit", "1").unwrap();
+            assert_eq!(events.next().await.as_deref(), Some("/a/x/submit"));
+        });
+    }
 }

@@ -1,5 +1,7 @@
 //! Applies again the patches that a guest lost in a reboot.
 
+use std::time::Duration;
+
 use locus_payload::Payload;
 
 use super::server::Server;
@@ -9,12 +11,15 @@ use crate::ops::{self, Operator, Patch, Status};
 use crate::plan::Mode;
 use crate::target::symbols::VMLINUX;
 
+/// Longest time for one patch. Nobody waits for it, and it comes again later.
+const TIMEOUT: Duration = Duration::from_secs(2);
+
 /// Applies all patches that are lost by `status`, in the order in which they were applied. A patch is left out, and
 /// that is said, if it can't be applied to this guest or would cover a patch that was applied after it.
 ///
 /// # Errors
 /// [`Class::TryAgain`](crate::error::Class::TryAgain), or a module is not loaded: the guest is not ready yet for one of
-/// them, nor for later ones that replace the same functions.
+/// them, nor for later ones that replace the same functions. Or this worker is asked to stop.
 pub(super) fn reapply(server: &Server<'_>, domain: &Domain<'_>, status: &Status) -> Result<()> {
     let say = |patch: &Patch, what: String| {
         let whom = domain.label();
@@ -23,9 +28,14 @@ pub(super) fn reapply(server: &Server<'_>, domain: &Domain<'_>, status: &Status)
             .say(0, format!("{whom}: {}{what}", patch.name));
     };
     let is_lost = |p: &&Patch| p.state.is_lost();
+    let mut options = server.settings.options.clone();
+    options.timeout = options.timeout.min(TIMEOUT);
     let mut early = None;
     let mut waiting: Vec<Payload> = Vec::new();
     for patch in status.patches.iter().filter(is_lost) {
+        if server.is_stopping() {
+            return Err(Error::try_again("interrupted"));
+        }
         let payload = match server.named(&patch.name, Some(&patch.sha256)) {
             Ok(payload) => payload,
             Err(error) => {
@@ -49,13 +59,7 @@ pub(super) fn reapply(server: &Server<'_>, domain: &Domain<'_>, status: &Status)
             retries_after: is_early,
             ..server.host.operator("daemon --reapply".into())
         };
-        match ops::apply(
-            &operator,
-            domain,
-            &payload,
-            Mode::Apply,
-            &server.settings.options,
-        ) {
+        match ops::apply(&operator, domain, &payload, Mode::Apply, &options) {
             Ok(report) => say(patch, format!(": {report}")),
             Err(error) if is_early(&error) => {
                 say(patch, format!(" is not applied again yet: {error}"));

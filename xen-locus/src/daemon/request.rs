@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::operation::Operation;
+use crate::storage::xenstore::{self, ROOT};
 
 /// Longest value of a request's node that is accepted, in bytes.
 const VALUE_MAX: usize = 256;
@@ -22,6 +23,100 @@ pub(super) struct Request {
     pub(super) sha256: Option<String>,
     /// Until when it may wait for a module, in seconds since 1970.
     pub(super) deadline: Option<u64>,
+}
+
+/// Longest message of an answer.
+const MESSAGE_MAX: usize = 1024;
+
+/// Whether a request is one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum IsSubmitted {
+    /// It is not there, or not whole yet.
+    No,
+    /// It waits for an answer.
+    Yes,
+    /// It has its answer.
+    Answered,
+}
+
+/// The nodes of the request `id`.
+#[derive(Debug)]
+pub(super) struct Nodes<'s> {
+    pub(super) store: &'s dyn xenstore::Nodes,
+    pub(super) id: &'s str,
+}
+
+impl Nodes<'_> {
+    fn path(&self, name: &str) -> String {
+        format!("{ROOT}/request/{}/{name}", self.id)
+    }
+
+    pub(super) fn read(&self, name: &str) -> Result<Option<String>> {
+        self.store.read(&self.path(name))
+    }
+
+    pub(super) fn write(&self, name: &str, value: &str) -> Result<()> {
+        self.store.write(&self.path(name), value)
+    }
+
+    pub(super) fn remove(&self) -> Result<()> {
+        self.store.remove(&format!("{ROOT}/request/{}", self.id))
+    }
+
+    pub(super) fn is_submitted(&self) -> Result<IsSubmitted> {
+        if self.read("submit")?.is_none_or(|v| v.trim() != "1") {
+            return Ok(IsSubmitted::No);
+        }
+        Ok(match self.read("state")?.as_deref() {
+            Some("done") => IsSubmitted::Answered,
+            _ => IsSubmitted::Yes,
+        })
+    }
+
+    /// Whose request it is: the UUID if one is given, else what stands for the domain.
+    pub(super) fn guest(&self) -> Result<String> {
+        let node = |name| -> Result<Option<String>> {
+            let value = self.read(name)?.map(|v| bare(v.trim()));
+            Ok(value.filter(|v| !v.is_empty() && v.len() <= VALUE_MAX))
+        };
+        Ok(match node("uuid")? {
+            Some(uuid) => uuid,
+            None => node("domain")?.unwrap_or_default(),
+        })
+    }
+
+    /// Writes the message, cut to the length that is kept.
+    pub(super) fn say(&self, message: &str) -> Result<()> {
+        self.write("message", cut(message))
+    }
+
+    /// Writes the answer, the node that commits it last; nothing if the requester has removed the request.
+    pub(super) fn answer(&self, code: u8, message: &str) -> Result<()> {
+        if self.is_submitted()? == IsSubmitted::No {
+            return Ok(());
+        }
+        self.write("rc", &code.to_string())?;
+        self.say(message)?;
+        self.write("state", "done")?;
+        // If it was removed right now, nobody removes what was written since.
+        match self.is_submitted()? == IsSubmitted::No && self.read("op")?.is_none() {
+            true => self.remove(),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Cuts a message to the length that is kept.
+fn cut(message: &str) -> &str {
+    let end = message.floor_char_boundary(MESSAGE_MAX);
+    message.get(..end).unwrap_or(message)
+}
+
+/// A UUID as the toolstack writes it (`/vm/UUID`), or alone.
+fn bare(uuid: &str) -> String {
+    uuid.strip_prefix("/vm/")
+        .unwrap_or(uuid)
+        .to_ascii_lowercase()
 }
 
 /// Whether `name` may be part of a path of the protocol.
@@ -55,9 +150,7 @@ impl Request {
             }
         };
         let domain = node("domain")?.ok_or_else(|| bad("no domain is given".into()))?;
-        // As the toolstack writes it (`/vm/UUID`), or the UUID alone.
-        let bare = |u: String| u.strip_prefix("/vm/").unwrap_or(&u).to_ascii_lowercase();
-        let uuid = node("uuid")?.map(bare);
+        let uuid = node("uuid")?.map(|uuid| bare(&uuid));
         if uuid.is_none() && domain.bytes().all(|b| b.is_ascii_digit()) {
             return Err(bad(format!(
                 "domain is the id {domain} and no uuid is given; ids are reused, so write the uuid \
@@ -156,5 +249,10 @@ mod tests {
         }
         let long = "x".repeat(VALUE_MAX + 1);
         assert!(parse(&[("op", &long)]).is_err());
+    }
+
+    #[test]
+    fn an_answer_fits_a_node() {
+        assert_eq!(cut(&"\u{20ac}".repeat(1000)).len(), 1023);
     }
 }

@@ -1,182 +1,188 @@
-//! The requests that the daemon knows: those that wait, and those that are answered.
+//! The requests that the daemon knows: those that are queued, those that wait, and those that are answered.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::backoff::Backoff;
+use super::queue::{Job, Queue};
+use super::request::{is_name, IsSubmitted, Nodes as RequestNodes, NAME_MAX};
+use super::work::{End, Work};
 use super::TICK;
-use crate::error::Result;
+use crate::error::{ExitCode, Result};
+use crate::storage::xenstore::Nodes;
 
-/// Longest wait between two tries of a request whose module is not loaded yet.
-const MODULE_WAIT_MAX: Duration = Duration::from_secs(8);
-/// Most answered requests that stay until the requester removes them. With the longest names they leave room in the
-/// 4 KiB that XenStore lists of a folder.
-const ANSWERED_MAX: usize = 48;
-
-/// What became of a request for now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Served {
-    /// It is no request, or was removed.
-    None,
-    /// It is answered.
-    Answered,
-    /// It is to be tried again: a module that it changes is not loaded, and its deadline is not reached; or this daemon
-    /// is asked to stop, and the next one carries it out.
-    Waits,
-}
-
-/// Carries out requests.
-pub(super) trait Serve {
-    /// Whether this daemon is asked to stop.
-    fn is_stopping(&self) -> bool;
-    /// Serves request `id`, if it is submitted and not answered yet.
-    fn serve(&self, id: &str) -> Result<Served>;
-    /// Removes request `id`, unless it was submitted again.
-    fn clear(&self, id: &str) -> Result<()>;
-}
+/// Longest wait between two tries of a request, whose module is not loaded yet or that could not be read.
+const WAIT_MAX: Duration = Duration::from_secs(8);
+/// Most answered requests that stay until the requester removes them.
+const ANSWERED_MAX: usize = 1024;
+/// Most workers that end in the middle of one request.
+const DEATHS_MAX: u32 = 3;
 
 /// The requests that are known.
-pub(super) struct Requests<'s, S> {
-    server: &'s S,
-    /// Requests that are to be tried again.
+pub(super) struct Requests {
+    /// In the queue, or a worker has them.
+    queued: HashSet<String>,
+    /// To be looked at again.
     waiting: Backoff<String>,
     /// The last answered requests, the oldest first.
     answered: VecDeque<String>,
+    /// How many workers ended in the middle of a request.
+    deaths: HashMap<String, u32>,
 }
 
-impl<'s, S: Serve> Requests<'s, S> {
-    pub(super) fn new(server: &'s S) -> Requests<'s, S> {
+impl Requests {
+    pub(super) fn new() -> Requests {
         Requests {
-            server,
-            waiting: Backoff::new(TICK, MODULE_WAIT_MAX),
+            queued: HashSet::new(),
+            waiting: Backoff::new(TICK, WAIT_MAX),
             answered: VecDeque::new(),
+            deaths: HashMap::new(),
         }
     }
 
-    /// Serves the requests whose wait is over.
-    ///
-    /// # Errors
-    /// XenStore failed.
-    pub(super) fn serve_due(&mut self, now: Instant) -> Result<()> {
-        let due = self.waiting.due(now);
-        due.into_iter().try_for_each(|id| self.serve(id))
+    /// Looks at the requests whose wait is over.
+    pub(super) fn look_due(
+        &mut self,
+        store: &dyn Nodes,
+        queue: &mut Queue,
+        now: Instant,
+        say: &dyn Fn(String),
+    ) {
+        for id in self.waiting.due(now) {
+            self.look(store, queue, &id, now, say);
+        }
     }
 
-    /// Serves request `id`, unless this daemon is asked to stop: the next daemon finds the request.
-    ///
-    /// # Errors
-    /// XenStore failed.
-    pub(super) fn serve(&mut self, id: String) -> Result<()> {
-        if self.server.is_stopping() {
-            return Ok(());
+    /// Looks at request `id`: if it is submitted and not answered, it comes into the queue. Whatever is wrong with it is
+    /// no other request's affair.
+    pub(super) fn look(
+        &mut self,
+        store: &dyn Nodes,
+        queue: &mut Queue,
+        id: &str,
+        now: Instant,
+        say: &dyn Fn(String),
+    ) {
+        if self.queued.contains(id) || id.contains('/') {
+            return;
         }
-        match self.server.serve(&id)? {
-            Served::None => self.waiting.forget(&id),
-            Served::Waits => self.waiting.put_off(id, Instant::now()),
-            Served::Answered => {
-                self.waiting.forget(&id);
-                self.answered.retain(|known| *known != id);
-                self.answered.push_back(id);
-                if self.answered.len() > ANSWERED_MAX {
-                    let oldest = self.answered.pop_front();
-                    oldest.map_or(Ok(()), |id| self.server.clear(&id))?;
+        match self.try_look(store, queue, id) {
+            Ok(()) => self.waiting.forget(&id.to_owned()),
+            Err(error) => {
+                say(format!("request {}: {error}", shown(id)));
+                match is_name(id) {
+                    true => self.waiting.put_off(id.to_owned(), now),
+                    // It can't be answered, and will not be a better one.
+                    false => self.waiting.forget(&id.to_owned()),
                 }
             }
         }
+    }
+
+    fn try_look(&mut self, store: &dyn Nodes, queue: &mut Queue, id: &str) -> Result<()> {
+        let nodes = RequestNodes { store, id };
+        match nodes.is_submitted()? {
+            IsSubmitted::No => return Ok(()),
+            IsSubmitted::Answered => {
+                self.remember(store, id);
+                return Ok(());
+            }
+            IsSubmitted::Yes => {}
+        }
+        if !is_name(id) {
+            let why = format!(
+                "malformed request: its ID is {}; expected at most {NAME_MAX} letters, digits, _ and -",
+                shown(id)
+            );
+            nodes.answer(ExitCode::Usage as u8, &why)?;
+            self.remember(store, id);
+            return Ok(());
+        }
+        let guest = nodes.guest()?;
+        // A worker has begun it otherwise, and ended: the next one must know.
+        if nodes.read("state")?.as_deref() != Some("running") {
+            nodes.write("state", "queued")?;
+        }
+        self.queued.insert(id.to_owned());
+        queue.push(Job {
+            work: Work::Request(id.to_owned()),
+            guest,
+            is_background: false,
+        });
         Ok(())
+    }
+
+    /// The worker that had request `id` has ended.
+    pub(super) fn ended(
+        &mut self,
+        store: &dyn Nodes,
+        id: &str,
+        end: &End,
+        now: Instant,
+        say: &dyn Fn(String),
+    ) {
+        self.queued.remove(id);
+        let End::Died(how) = end else {
+            self.deaths.remove(id);
+            let nodes = RequestNodes { store, id };
+            match (end, nodes.is_submitted()) {
+                (End::Done, Ok(IsSubmitted::Answered)) => self.remember(store, id),
+                (End::Done, Ok(IsSubmitted::No)) => {}
+                // Or its requester made a new one with this ID, before it was known that the old one is answered.
+                _ => self.waiting.put_off(id.to_owned(), now),
+            }
+            return;
+        };
+        let deaths = self.deaths.entry(id.to_owned()).or_default();
+        *deaths += 1;
+        say(format!("request {id}: its worker ended: {how}"));
+        if *deaths < DEATHS_MAX {
+            self.waiting.put_off(id.to_owned(), now);
+            return;
+        }
+        self.deaths.remove(id);
+        let why = format!(
+            "{DEATHS_MAX} workers ended while they carried it out, the last one by {how}: run `xen-locus recover`, and see `xen-locus \
+             status`"
+        );
+        let nodes = RequestNodes { store, id };
+        if let Err(error) = nodes.answer(ExitCode::Uncertain as u8, &why) {
+            say(format!("request {id}: {error}"));
+        }
+        self.remember(store, id);
+    }
+
+    /// All requests are to be looked at anew: xenstored was started again.
+    pub(super) fn forget_waiting(&mut self) {
+        self.waiting.retain(|_| false);
+        self.answered.clear();
+    }
+
+    /// Request `id` is answered. Of many, the oldest is removed, unless it was submitted again.
+    fn remember(&mut self, store: &dyn Nodes, id: &str) {
+        self.answered.retain(|known| known != id);
+        self.answered.push_back(id.to_owned());
+        if self.answered.len() <= ANSWERED_MAX {
+            return;
+        }
+        if let Some(id) = self.answered.pop_front() {
+            let nodes = RequestNodes { store, id: &id };
+            if let Ok(IsSubmitted::Answered) = nodes.is_submitted() {
+                // If it stays, the requester can still remove it.
+                let _ = nodes.remove();
+            }
+        }
+    }
+}
+
+/// An ID as it is said: root in the control domain may have made one of any length.
+fn shown(id: &str) -> String {
+    let text: String = id.chars().take(NAME_MAX).collect();
+    match text.len() < id.len() {
+        true => format!("{text:?}… ({} bytes)", id.len()),
+        false => format!("{text:?}"),
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::cell::{Cell, RefCell};
-
-    use super::*;
-
-    struct Mock {
-        stops: Cell<bool>,
-        gives: Cell<Served>,
-        calls: RefCell<Vec<String>>,
-    }
-
-    impl Mock {
-        fn gives(served: Served) -> Mock {
-            Mock {
-                stops: Cell::new(false),
-                gives: Cell::new(served),
-                calls: RefCell::default(),
-            }
-        }
-    }
-
-    impl Serve for Mock {
-        fn is_stopping(&self) -> bool {
-            self.stops.get()
-        }
-
-        fn serve(&self, id: &str) -> Result<Served> {
-            self.calls.borrow_mut().push(format!("serve {id}"));
-            Ok(self.gives.get())
-        }
-
-        fn clear(&self, id: &str) -> Result<()> {
-            self.calls.borrow_mut().push(format!("clear {id}"));
-            Ok(())
-        }
-    }
-
-    #[test]
-    fn a_request_that_waits_is_served_again_when_it_is_due_until_it_is_answered() {
-        let server = Mock::gives(Served::Waits);
-        let mut requests = Requests::new(&server);
-        let before = Instant::now();
-        requests.serve("a".into()).unwrap();
-        requests.serve_due(before).unwrap();
-        assert_eq!(server.calls.take(), ["serve a"]);
-        let later = Instant::now() + TICK;
-        server.gives.set(Served::Answered);
-        requests.serve_due(later).unwrap();
-        requests.serve_due(later + MODULE_WAIT_MAX).unwrap();
-        assert_eq!(server.calls.take(), ["serve a"]);
-        assert_eq!(requests.answered, ["a"]);
-    }
-
-    #[test]
-    fn a_request_that_was_removed_while_it_waited_is_forgotten() {
-        let server = Mock::gives(Served::Waits);
-        let mut requests = Requests::new(&server);
-        requests.serve("a".into()).unwrap();
-        server.gives.set(Served::None);
-        let mut later = Instant::now() + TICK;
-        requests.serve_due(later).unwrap();
-        later += MODULE_WAIT_MAX;
-        requests.serve_due(later).unwrap();
-        assert_eq!(server.calls.take(), ["serve a", "serve a"]);
-        assert!(requests.answered.is_empty());
-    }
-
-    #[test]
-    fn a_daemon_that_is_asked_to_stop_serves_nothing() {
-        let server = Mock::gives(Served::Waits);
-        let mut requests = Requests::new(&server);
-        requests.serve("a".into()).unwrap();
-        server.stops.set(true);
-        requests.serve("b".into()).unwrap();
-        requests.serve_due(Instant::now() + TICK).unwrap();
-        assert_eq!(server.calls.take(), ["serve a"]);
-    }
-
-    #[test]
-    fn of_many_answered_requests_the_oldest_is_removed_and_one_answered_again_is_the_newest() {
-        let server = Mock::gives(Served::Answered);
-        let mut requests = Requests::new(&server);
-        for id in 0..ANSWERED_MAX {
-            requests.serve(id.to_string()).unwrap();
-        }
-        requests.serve("0".into()).unwrap();
-        assert!(!server.calls.take().iter().any(|c| c.starts_with("clear")));
-        requests.serve("one more".into()).unwrap();
-        assert_eq!(server.calls.take(), ["serve one more", "clear 1"]);
-        assert_eq!(requests.answered.len(), ANSWERED_MAX);
-    }
-}
+mod tests;

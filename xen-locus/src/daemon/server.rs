@@ -1,153 +1,234 @@
-//! Serves requests: the steps of the protocol, and the operations on the guests of this host.
+//! The worker's side: serves a request by the steps of the protocol, or publishes a guest.
+//!
+//! A request is carried out once, whenever its worker is killed. Before it is begun, the number of the audit log's last entry is
+//! written to it, and then its state, `running`. Who finds a request in this state, under the lock of its guest's requests, settles
+//! what the worker before left, and reads in the log what came of it: a line of the request's own, or one of `recover`. The
+//! answer is made of that line. If there is none, or the change was undone, the request is begun.
 
+use std::fs::File;
 use std::io;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use locus_guest::addr::DomId;
 use locus_payload::Payload;
-use locus_xen::{self as xen, DomainInfo};
+use locus_xen::DomainInfo;
 
-use super::publisher::{Guests, Mark};
+use super::publisher::Mark;
 use super::reapply;
-use super::request::{is_name, Request, NAME_MAX};
-use super::requests::{Serve, Served};
+use super::request::{IsSubmitted, Nodes as RequestNodes, Request};
 use super::Settings;
 use crate::apply::Report;
 use crate::arena::now;
-use crate::error::{Error, ExitCode, Result};
+use crate::error::{Class, Error, ExitCode, Result};
 use crate::operation::Operation;
 use crate::ops;
 use crate::ops::host::Host;
 use crate::paths;
 use crate::plan::Mode;
-use crate::storage::xenstore::{Nodes, ROOT};
+use crate::storage::audit::entries::{self, Entries};
+use crate::storage::xenstore::Nodes;
 
-/// Serves requests on the guests of a host.
+/// What became of a request for now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Served {
+    /// It is no request, or was removed.
+    None,
+    /// It is answered.
+    Answered,
+    /// It is to be tried again: a module that it changes is not loaded, and its deadline is not reached; this worker is asked
+    /// to stop; or an earlier worker has not ended yet, or left what can't be settled yet.
+    Waits,
+}
+
+/// What serving a request needs of the host.
+trait Hands {
+    /// Held while requests of the guest are served.
+    type Lock;
+    /// Whether this worker is asked to stop.
+    fn is_stopping(&self) -> bool;
+    /// Locks the requests of the request's guest. If a worker before this one has begun the request, what that left is settled.
+    /// `None` if there is no such guest; else with the lock the guest's UUID.
+    fn claim(&self, request: &Request, was_begun: bool) -> Result<Option<(Self::Lock, String)>>;
+    /// Carries the request out.
+    fn carry_out(&self, request: &Request) -> Result<Report>;
+}
+
+/// Works on the guests of a host.
 pub(super) struct Server<'s> {
     pub(super) host: &'s Host,
     pub(super) settings: &'s Settings,
 }
 
-impl Serve for Server<'_> {
-    fn is_stopping(&self) -> bool {
+impl Server<'_> {
+    pub(super) fn is_stopping(&self) -> bool {
         self.settings.options.interrupted.load(Ordering::SeqCst)
     }
 
-    fn serve(&self, id: &str) -> Result<Served> {
-        let carry_out = |request: &Request| self.carry_out(id, request);
-        let serve = || serve_one(&self.host.store, id, || self.is_stopping(), carry_out);
-        let (served, answer) = xen::with_memory_locked(serve)?;
-        if let Some(answer) = answer {
-            self.settings.say(0, format!("request {id}: {answer}"));
+    /// Serves request `id`, if it is submitted and not answered yet.
+    ///
+    /// # Errors
+    /// XenStore failed. Other errors are answers.
+    pub(super) fn serve(&self, id: &str) -> Result<Served> {
+        let hands = Of { server: self, id };
+        let (served, said) = serve_one(&self.host.store, &self.host.audit, id, &hands)?;
+        if let Some(said) = said {
+            self.settings.say(0, format!("request {id}: {said}"));
         }
         Ok(served)
     }
 
-    fn clear(&self, id: &str) -> Result<()> {
-        match is_done(&self.host.store, id)? {
-            true => self.host.store.remove(&format!("{ROOT}/request/{id}")),
+    /// Reads the status of a guest and publishes it. With `--reapply`, applies what it lost.
+    ///
+    /// # Errors
+    /// It can't be read; XenStore failed; something is to be applied later.
+    pub(super) fn publish(&self, info: DomainInfo) -> Result<()> {
+        let host = self.host;
+        let domain = host.domain(info)?;
+        // Before the look: a guest that is made again after this is looked at again.
+        Mark::of(&host.store, domain.info.id).set()?;
+        let status = ops::look(&host.store, &host.audit, &domain)?;
+        match self.settings.reapply {
+            true => reapply::reapply(self, &domain, &status),
             false => Ok(()),
         }
     }
 }
 
-impl Guests for Server<'_> {
-    fn store(&self) -> &dyn Nodes {
-        &self.host.store
-    }
-
-    fn domains(&self) -> Result<Vec<DomainInfo>> {
-        Ok(self.host.control.domains(DomId(1))?)
-    }
-
-    fn publish(&self, info: DomainInfo) -> Result<()> {
-        xen::with_memory_locked(|| {
-            let host = self.host;
-            let domain = host.domain(info)?;
-            // Before the look: a guest that is made again after this is looked at again.
-            Mark::of(&host.store, domain.info.id).set()?;
-            let status = ops::look(&host.store, &host.audit, &domain)?;
-            match self.settings.reapply {
-                true => reapply::reapply(self, &domain, &status),
-                false => Ok(()),
-            }
-        })
-    }
-
-    fn tell(&self, what: String) {
-        self.settings.say(1, what);
-    }
-}
-
-/// Serves request `id`, if it is submitted and not answered yet: reads it, carries it out and answers it. With what
-/// became of it comes the answer, if there is one.
-///
-/// # Errors
-/// XenStore failed. Other errors are answers.
+/// Serves a request. With what became of it comes a sentence for the administrator, if there is one.
 fn serve_one(
     store: &dyn Nodes,
+    log: &dyn Entries,
     id: &str,
-    is_stopping: impl Fn() -> bool,
-    carry_out: impl FnOnce(&Request) -> Result<Report>,
+    hands: &impl Hands,
 ) -> Result<(Served, Option<String>)> {
-    if id.contains('/') {
-        return Ok((Served::None, None));
+    let nodes = RequestNodes { store, id };
+    match nodes.is_submitted()? {
+        IsSubmitted::No => return Ok((Served::None, None)),
+        IsSubmitted::Answered => return Ok((Served::Answered, None)),
+        IsSubmitted::Yes => {}
     }
-    let base = format!("{ROOT}/request/{id}");
-    let write = |name: &str, value: &str| store.write(&format!("{base}/{name}"), value);
-    let read = |name: &str| store.read(&format!("{base}/{name}"));
-    let is_submitted = || Ok::<_, Error>(read("submit")?.is_some_and(|v| v.trim() == "1"));
-    if !is_submitted()? {
-        return Ok((Served::None, None));
-    }
-    if is_done(store, id)? {
-        return Ok((Served::Answered, None));
-    }
-    write("state", "queued")?;
-    let request = match is_name(id) {
-        true => Request::parse(read),
-        false => Err(Error::usage(format!(
-            "malformed request: its ID is {id}; expected at most {NAME_MAX} letters, digits, _ and -"
-        ))),
-    };
-    let (code, message) = match request {
-        Err(error) => (error.exit_code(), error.to_string()),
-        Ok(request) => {
-            write("state", "running")?;
-            match carry_out(&request) {
-                Ok(report) => (ExitCode::Done, format!("{}: {report}", report.patch)),
-                // This ends, because the deadline is checked before each try.
-                Err(error) if is_stopping() || request.waits_after(&error) => {
-                    if is_submitted()? {
-                        write("message", &one_line(&error))?;
-                        write("state", "queued")?;
-                    }
-                    return Ok((Served::Waits, None));
-                }
-                Err(error) => (error.exit_code(), one_line(&error)),
+    let waits = |error: &Error, state: Option<&str>| {
+        // The requester may have removed the request meanwhile: then it must not be made again.
+        if nodes.is_submitted()? != IsSubmitted::No {
+            nodes.say(&one_line(error))?;
+            if let Some(state) = state {
+                nodes.write("state", state)?;
             }
         }
+        Ok((Served::Waits, Some(format!("waits: {error}"))))
     };
-    // The requester may have removed the request meanwhile: then it must not be made again.
-    if is_submitted()? {
-        write("rc", &(code as u8).to_string())?;
-        write("message", &message)?;
-        write("state", "done")?;
+    let answer = |code: u8, message: &str| {
+        nodes.answer(code, message)?;
+        Ok((Served::Answered, Some(format!("rc {code}: {message}"))))
+    };
+    let fails = |error: &Error| answer(error.exit_code() as u8, &one_line(error));
+    let request = match Request::parse(|name| nodes.read(name)) {
+        Ok(request) => request,
+        Err(error) if error.class() == Class::Usage => return fails(&error),
+        // XenStore failed: that is no fault of the request.
+        Err(error) => return Err(error),
+    };
+    let was_begun = nodes.read("state")?.as_deref() == Some("running");
+    let claimed = match hands.claim(&request, was_begun) {
+        Ok(claimed) => claimed,
+        // Nothing is known yet, so its state stays what it is.
+        Err(error) => return waits(&error, None),
+    };
+    if was_begun {
+        let uuid = claimed.as_ref().map(|(_, uuid)| uuid.as_str());
+        match earlier(log, &nodes, &request, uuid) {
+            Ok(None) => {}
+            Ok(Some((code, message))) => return answer(code, &message),
+            Err(error) => return fails(&error),
+        }
+    } else {
+        match log.last_entry() {
+            Ok(entry) => nodes.write("entry", &entry.to_string())?,
+            Err(error) => return fails(&error),
+        }
+        nodes.write("state", "running")?;
     }
-    let answer = format!("rc {}: {message}", code as u8);
-    Ok((Served::Answered, Some(answer)))
+    match hands.carry_out(&request) {
+        Ok(report) => answer(ExitCode::Done as u8, &format!("{}: {report}", report.patch)),
+        // This ends, because the deadline is checked before each try.
+        Err(error) if request.waits_after(&error) => waits(&error, Some("queued")),
+        // What is not as it was before is an answer.
+        Err(error)
+            if hands.is_stopping() && matches!(error.class(), Class::Failed | Class::TryAgain) =>
+        {
+            waits(&error, Some("queued"))
+        }
+        Err(error) => fails(&error),
+    }
 }
 
-/// Whether request `id` is answered.
-fn is_done(store: &dyn Nodes, id: &str) -> Result<bool> {
-    let state = store.read(&format!("{ROOT}/request/{id}/state"))?;
-    Ok(state.as_deref() == Some("done"))
+/// Exit code and message of a request that was begun before, if it was carried out.
+///
+/// # Errors
+/// [`Class::Uncertain`]: it can't be told.
+fn earlier(
+    log: &dyn Entries,
+    nodes: &RequestNodes<'_>,
+    request: &Request,
+    uuid: Option<&str>,
+) -> Result<Option<(u8, String)>> {
+    let unknown = |why: &str| {
+        Error::uncertain(format!(
+            "this request was begun before, and {why}, so it can't be told whether it was carried out: see `xen-locus status` \
+             and `xen-locus history`, and make another request if it is still needed"
+        ))
+    };
+    let entry = nodes.read("entry")?;
+    let entry = entry.and_then(|text| text.trim().parse().ok());
+    let entry = entry.ok_or_else(|| unknown("by a daemon of an earlier version"))?;
+    let actions = log.since(entry)?;
+    let actions =
+        actions.ok_or_else(|| unknown("the audit log does not go back to that moment"))?;
+    let op = request.op.name();
+    entries::outcome(&actions, &operator(nodes.id), op, &request.patch, uuid)
+}
+
+/// Who carries out the request `id`, for the audit log.
+fn operator(id: &str) -> String {
+    format!("XenStore request {id}")
+}
+
+/// The hands of a worker for request `id`.
+struct Of<'s> {
+    server: &'s Server<'s>,
+    id: &'s str,
+}
+
+impl Hands for Of<'_> {
+    type Lock = File;
+
+    fn is_stopping(&self) -> bool {
+        self.server.is_stopping()
+    }
+
+    fn claim(&self, request: &Request, was_begun: bool) -> Result<Option<(File, String)>> {
+        let host = self.server.host;
+        // Carrying it out says why.
+        let Ok(domain) = host.guest(&request.domain) else {
+            return Ok(None);
+        };
+        let uuid = domain.info.uuid.clone();
+        let options = &self.server.settings.options;
+        let lock = ops::take_for_requests(&uuid, options)?;
+        if was_begun {
+            ops::recover(&host.operator(operator(self.id)), &domain, options)?;
+        }
+        Ok(Some((lock, uuid)))
+    }
+
+    fn carry_out(&self, request: &Request) -> Result<Report> {
+        self.server.carry_out(self.id, request)
+    }
 }
 
 impl Server<'_> {
     fn carry_out(&self, id: &str, request: &Request) -> Result<Report> {
-        let mut operator = self.host.operator(format!("XenStore request {id}"));
+        let mut operator = self.host.operator(operator(id));
         let mut options = self.settings.options.clone();
         if let Some(deadline) = request.deadline {
             let left = deadline
@@ -217,129 +298,8 @@ fn one_line(error: &Error) -> String {
             ));
         }
     }
-    cut(text)
-}
-
-/// Cuts a text to the length of a node.
-fn cut(mut text: String) -> String {
-    text.truncate(text.floor_char_boundary(1024));
     text
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::apply;
-    use crate::storage::mock::MockStore;
-
-    /// A store with a request, which has these nodes too.
-    fn store(more: &[(&str, &str)]) -> MockStore {
-        let store = MockStore::default();
-        let request = [
-            ("op", "revert"),
-            ("domain", "web"),
-            ("patch", "fix"),
-            ("submit", "1"),
-        ];
-        for (name, value) in request.iter().chain(more) {
-            store.put(&format!("{ROOT}/request/r/{name}"), value);
-        }
-        store
-    }
-
-    fn node(store: &MockStore, name: &str) -> String {
-        let value = store.value(&format!("{ROOT}/request/r/{name}"));
-        value.unwrap_or_default()
-    }
-
-    fn serve(
-        store: &MockStore,
-        is_stopping: bool,
-        carry_out: impl FnOnce(&Request) -> Result<Report>,
-    ) -> Served {
-        serve_one(store, "r", || is_stopping, carry_out).unwrap().0
-    }
-
-    #[test]
-    fn a_request_is_queued_then_running_then_done_and_its_state_is_written_last() {
-        let store = store(&[]);
-        let served = serve(&store, false, |request| {
-            assert_eq!(request.op, Operation::Revert);
-            assert_eq!(node(&store, "state"), "running");
-            assert_eq!(node(&store, "rc"), "");
-            Ok(apply::nothing_to_do("fix"))
-        });
-        assert_eq!(served, Served::Answered);
-        assert_eq!(
-            (&*node(&store, "state"), &*node(&store, "rc")),
-            ("done", "0")
-        );
-        // It is answered once.
-        let never = |_: &Request| -> Result<Report> { panic!("carried out again") };
-        assert_eq!(serve(&store, false, never), Served::Answered);
-    }
-
-    #[test]
-    fn a_malformed_request_is_answered_and_not_carried_out() {
-        let store = store(&[("op", "destroy")]);
-        let never = |_: &Request| -> Result<Report> { panic!("carried out") };
-        assert_eq!(serve(&store, false, never), Served::Answered);
-        assert_eq!(node(&store, "rc"), (ExitCode::Usage as u8).to_string());
-    }
-
-    #[test]
-    fn a_request_with_a_deadline_waits_for_a_module_and_for_nothing_else() {
-        let not_loaded = |_: &Request| Err(Error::not_loaded("ext4 is not loaded"));
-        let failed = |_: &Request| Err(Error::failed("no"));
-        let deadline = [("deadline", "12")];
-        for (more, waits) in [(&deadline[..], true), (&[], false)] {
-            let store = store(more);
-            let served = serve(&store, false, not_loaded);
-            assert_eq!(served == Served::Waits, waits);
-            assert_eq!(node(&store, "message"), "ext4 is not loaded");
-            let state = if waits { "queued" } else { "done" };
-            assert_eq!(node(&store, "state"), state);
-        }
-        assert_eq!(serve(&store(&deadline), false, failed), Served::Answered);
-    }
-
-    #[test]
-    fn what_fails_while_the_daemon_is_asked_to_stop_is_left_to_the_next_one() {
-        let store = store(&[]);
-        let served = serve(&store, true, |_| Err(Error::failed("interrupted")));
-        assert_eq!(served, Served::Waits);
-        assert_eq!(
-            (&*node(&store, "state"), &*node(&store, "rc")),
-            ("queued", "")
-        );
-    }
-
-    #[test]
-    fn a_request_that_is_removed_while_it_runs_is_not_made_again() {
-        for result in [Ok(()), Err("it is gone")] {
-            let store = store(&[]);
-            serve(&store, false, |_| {
-                store.remove(&format!("{ROOT}/request/r")).unwrap();
-                result
-                    .map_err(Error::failed)
-                    .map(|()| apply::nothing_to_do("fix"))
-            });
-            assert!(store.nodes.borrow().is_empty(), "{result:?}");
-        }
-    }
-
-    #[test]
-    fn what_is_not_submitted_is_no_request() {
-        let never = |_: &Request| -> Result<Report> { panic!("carried out") };
-        assert_eq!(
-            serve(&store(&[("submit", "0")]), false, never),
-            Served::None
-        );
-        assert_eq!(serve(&MockStore::default(), false, never), Served::None);
-    }
-
-    #[test]
-    fn an_answer_fits_a_node() {
-        assert_eq!(cut("\u{20ac}".repeat(1000)).len(), 1023);
-    }
-}
+mod tests;

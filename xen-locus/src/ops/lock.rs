@@ -15,6 +15,8 @@ use crate::paths;
 
 /// Time between two tries.
 const RETRY: Duration = Duration::from_millis(50);
+/// Behind the UUID in the name of the lock that [`take_for_requests`] takes.
+const REQUESTS: &str = ".requests";
 
 /// Takes the lock of the guest `uuid`. The guest is locked while the file is open.
 ///
@@ -22,8 +24,21 @@ const RETRY: Duration = Duration::from_millis(50);
 /// [`Class::TryAgain`](crate::error::Class::TryAgain) when another run still holds it after `options.timeout`;
 /// [`Class::Failed`](crate::error::Class::Failed) when there can be no such file.
 pub(super) fn take(uuid: &str, options: &Options) -> Result<File> {
+    take_named(&format!("{uuid}.lock"), options)
+}
+
+/// As [`take`], the lock of the one worker of a daemon that serves requests for the guest `uuid`. It may be a worker of a daemon
+/// that was killed: then it still carries out its request.
+///
+/// # Errors
+/// As [`take`].
+pub fn take_for_requests(uuid: &str, options: &Options) -> Result<File> {
+    take_named(&format!("{uuid}{REQUESTS}.lock"), options)
+}
+
+fn take_named(name: &str, options: &Options) -> Result<File> {
     let began = Instant::now();
-    let path = Path::new(paths::RUN).join(format!("{uuid}.lock"));
+    let path = Path::new(paths::RUN).join(name);
     let failed =
         |e: std::io::Error| Error::failed(format!("cannot take the lock {}: {e}", path.display()));
     fault::point("lock").map_err(failed)?;
@@ -57,6 +72,7 @@ pub fn sweep(domains: &[DomainInfo]) {
     for entry in fs::read_dir(paths::RUN).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let uuid = name.to_str().and_then(|n| n.strip_suffix(".lock"));
+        let uuid = uuid.map(|n| n.strip_suffix(REQUESTS).unwrap_or(n));
         // The daemon's own lock is in this folder too.
         let is_gone = |uuid: &str| uuid::is_text(uuid) && domains.iter().all(|d| d.uuid != uuid);
         if !uuid.is_some_and(is_gone) {

@@ -19,7 +19,7 @@ mod status;
 mod tests;
 
 pub use actions::{apply, forget, nudge, recover, revert, revert_all};
-pub use lock::sweep;
+pub use lock::{sweep, take_for_requests};
 pub use publish::{look, publish};
 pub use run::Operator;
 pub use status::{is_known_to_log, patches, GoneReason, Patch, PatchState, Replaced, Status};

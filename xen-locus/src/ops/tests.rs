@@ -109,7 +109,7 @@ impl Host {
             },
             store: MockStore {
                 trace: trace.clone(),
-                nodes: RefCell::default(),
+                ..MockStore::default()
             },
             trace,
         }

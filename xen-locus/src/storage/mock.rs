@@ -97,9 +97,16 @@ impl Append for &MockLog {
 pub(crate) struct MockStore {
     pub(crate) trace: Trace,
     pub(crate) nodes: RefCell<BTreeMap<String, String>>,
+    /// How many more writes succeed, plus one; 0 if all do.
+    pub(crate) writes_left: Cell<usize>,
 }
 
 impl MockStore {
+    /// After `after` more writes, each one fails; never for `usize::MAX`.
+    pub(crate) fn fail_write(&self, after: usize) {
+        self.writes_left.set(after.wrapping_add(1));
+    }
+
     pub(crate) fn value(&self, path: &str) -> Option<String> {
         self.nodes.borrow().get(path).cloned()
     }
@@ -140,6 +147,11 @@ impl Nodes for MockStore {
 
     fn write(&self, path: &str, value: &str) -> Result<()> {
         self.trace.call("write")?;
+        match self.writes_left.get() {
+            0 => {}
+            1 => return Err(Error::failed("no more writes")),
+            left => self.writes_left.set(left - 1),
+        }
         self.put(path, value);
         Ok(())
     }

@@ -1,0 +1,221 @@
+//! Which work comes next: one queue for each guest, in rounds.
+//!
+//! Guests take turns, so a guest with many requests holds up no other. A guest whose last work took long, or has to be done
+//! again, is slow. Slow guests come after the others, and only some workers work for them, so that others never wait for them.
+//! What nobody asked for, publishing and applying again, is done when no request can be begun, by some of the workers.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::time::{Duration, Instant};
+
+use super::work::{End, Work};
+
+/// Most workers at once for guests that are not slow.
+const QUICK: usize = 3;
+/// Most workers that are begun for slow guests.
+const SLOW: usize = 2;
+/// Work that takes longer makes a guest slow.
+const LONG: Duration = Duration::from_secs(3);
+
+/// Work for one guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Job {
+    pub(super) work: Work,
+    /// UUID of the guest, or its name. At most one job of a guest runs at a time.
+    pub(super) guest: String,
+    /// Nobody asked for it.
+    pub(super) is_background: bool,
+}
+
+/// Queues of guests, and the order of their next turns.
+#[derive(Debug, Default)]
+struct Rounds {
+    turns: VecDeque<String>,
+    jobs: HashMap<String, VecDeque<Job>>,
+}
+
+impl Rounds {
+    fn push(&mut self, job: Job) {
+        let queue = self.jobs.entry(job.guest.clone()).or_default();
+        if queue.is_empty() {
+            self.turns.push_back(job.guest.clone());
+        }
+        queue.push_back(job);
+    }
+
+    /// The first job of the first guest that `may` have its turn. That guest goes to the end of the round.
+    fn take(&mut self, may: impl Fn(&str) -> bool) -> Option<Job> {
+        let at = self.turns.iter().position(|guest| may(guest))?;
+        let guest = self.turns.remove(at)?;
+        let queue = self.jobs.get_mut(&guest)?;
+        let job = queue.pop_front();
+        match queue.is_empty() {
+            true => drop(self.jobs.remove(&guest)),
+            false => self.turns.push_back(guest),
+        }
+        job
+    }
+}
+
+/// All work that waits, and what runs.
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    asked: Rounds,
+    background: Rounds,
+    /// Jobs that run, and when they began.
+    running: Vec<(Job, Instant)>,
+    slow: HashSet<String>,
+}
+
+impl Queue {
+    pub(super) fn push(&mut self, job: Job) {
+        match job.is_background {
+            true => self.background.push(job),
+            false => self.asked.push(job),
+        }
+    }
+
+    /// The job that is to be begun now, if there is one. It counts as running until [`Queue::ended`].
+    pub(super) fn next(&mut self, now: Instant) -> Option<Job> {
+        let job = self.take(now, false).or_else(|| self.take(now, true))?;
+        self.running.push((job.clone(), now));
+        Some(job)
+    }
+
+    fn take(&mut self, now: Instant, background: bool) -> Option<Job> {
+        let is_slow = |(job, began): &&(Job, Instant)| {
+            self.slow.contains(&job.guest) || now.duration_since(*began) > LONG
+        };
+        let of_kind = |(job, _): &&(Job, Instant)| !background || job.is_background;
+        let running = self.running.iter().filter(of_kind);
+        let slow = running.clone().filter(is_slow).count();
+        let quick = running.count() - slow;
+        // Background work has one worker fewer of each kind.
+        let less = usize::from(background);
+        let all = QUICK + SLOW;
+        let may_begin = quick < QUICK - less && self.running.len() < all;
+        let slow_may_begin = slow < SLOW - less && self.running.len() < all;
+        let is_free = |guest: &str| self.running.iter().all(|(job, _)| job.guest != guest);
+        let known = &self.slow;
+        let from = match background {
+            true => &mut self.background,
+            false => &mut self.asked,
+        };
+        let first = from.take(|guest| may_begin && is_free(guest) && !known.contains(guest));
+        first.or_else(|| from.take(|g| slow_may_begin && is_free(g) && known.contains(g)))
+    }
+
+    /// A job has ended.
+    pub(super) fn ended(&mut self, job: &Job, end: &End, now: Instant) {
+        let began = self.running.iter().find(|(running, _)| running == job);
+        let took = began.map_or(Duration::ZERO, |(_, began)| now.duration_since(*began));
+        self.running.retain(|(running, _)| running != job);
+        match took > LONG || *end != End::Done {
+            true => drop(self.slow.insert(job.guest.clone())),
+            false => drop(self.slow.remove(&job.guest)),
+        }
+    }
+
+    /// Forgets how slow the guests are of which `keep` is false: they are gone.
+    pub(super) fn retain_slow(&mut self, keep: impl Fn(&str) -> bool) {
+        self.slow.retain(|guest| keep(guest));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(guest: &str, id: &str) -> Job {
+        Job {
+            work: Work::Request(id.into()),
+            guest: guest.into(),
+            is_background: false,
+        }
+    }
+
+    fn background(guest: &str) -> Job {
+        Job {
+            is_background: true,
+            ..request(guest, "publish")
+        }
+    }
+
+    /// Begins all that may be begun; names of the guests.
+    fn begin(queue: &mut Queue, now: Instant) -> Vec<String> {
+        std::iter::from_fn(|| queue.next(now))
+            .map(|job| job.guest)
+            .collect()
+    }
+
+    #[test]
+    fn guests_take_turns_and_each_has_one_job_at_a_time_in_its_own_order() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        for n in 0..100 {
+            queue.push(request("a", &n.to_string()));
+        }
+        queue.push(request("b", "b"));
+        assert_eq!(begin(&mut queue, now), ["a", "b"]);
+        queue.ended(&request("a", "0"), &End::Done, now);
+        queue.push(request("c", "c"));
+        assert_eq!(queue.next(now), Some(request("a", "1")));
+        assert_eq!(queue.next(now), Some(request("c", "c")));
+        assert_eq!(queue.next(now), None);
+    }
+
+    #[test]
+    fn a_request_comes_before_what_nobody_asked_for() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        for n in 0..9 {
+            queue.push(background(&format!("p{n}")));
+        }
+        // Not by all workers: a request finds one.
+        assert_eq!(begin(&mut queue, now), ["p0", "p1"]);
+        queue.push(request("a", "a"));
+        assert_eq!(begin(&mut queue, now), ["a"]);
+    }
+
+    #[test]
+    fn calm_guests_wait_for_no_stubborn_one() {
+        let (mut queue, mut now) = (Queue::default(), Instant::now());
+        let stubborn = ["s1", "s2", "s3"];
+        for s in stubborn {
+            queue.push(request(s, s));
+            queue.push(request(s, "again"));
+        }
+        // Nobody knows them yet.
+        assert_eq!(begin(&mut queue, now), stubborn);
+        for n in 0..40 {
+            queue.push(request(&format!("c{n}"), "c"));
+        }
+        assert_eq!(begin(&mut queue, now), [""; 0]);
+        now += LONG * 2;
+        assert_eq!(begin(&mut queue, now), ["c0", "c1"]);
+        for s in stubborn {
+            queue.ended(&request(s, s), &End::Done, now);
+        }
+        // They are known now.
+        assert_eq!(begin(&mut queue, now), ["c2", "s1", "s2"]);
+        for n in 0..37 {
+            queue.ended(&request(&format!("c{n}"), "c"), &End::Done, now);
+            assert_eq!(begin(&mut queue, now), [format!("c{}", n + 3)]);
+        }
+        queue.ended(&request("s1", "again"), &End::Done, now);
+        // It was quick, so it is not slow any more; s3 still is.
+        assert_eq!(begin(&mut queue, now), ["s3"]);
+        assert!(!queue.slow.contains("s1") && queue.slow.contains("s3"));
+    }
+
+    #[test]
+    fn what_has_to_be_done_again_counts_as_slow() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        for end in [End::Later, End::Died("signal 9".into()), End::Done] {
+            queue.push(background("a"));
+            let job = queue.next(now).unwrap();
+            queue.ended(&job, &end, now);
+            assert_eq!(queue.slow.contains("a"), end != End::Done);
+        }
+        queue.slow.insert("gone".into());
+        queue.retain_slow(|guest| guest != "gone");
+        assert!(queue.slow.is_empty());
+    }
+}

@@ -1,0 +1,256 @@
+//! One request, on mocks: what is answered, and that it is carried out once.
+
+use std::cell::{Cell, RefCell};
+
+use super::*;
+use crate::apply;
+use crate::storage::audit::Action;
+use crate::storage::mock::{MockLog, MockStore};
+use crate::storage::xenstore::ROOT;
+
+const UUID: &str = "a guest";
+
+/// A host with a request. Carrying it out changes the guest, which a line of the log records.
+struct Mock {
+    store: MockStore,
+    log: MockLog,
+    is_stopping: bool,
+    /// How often the guest was changed.
+    changes: Cell<u32>,
+    /// What carrying it out gives; nothing to do unless set.
+    gives: RefCell<Option<Error>>,
+    /// What settling gives.
+    claim: RefCell<Option<Error>>,
+    /// What a worker that was killed in the change left for `recover`: whether it is in force.
+    left: Cell<Option<bool>>,
+    /// Called while the request runs.
+    meanwhile: fn(&Mock),
+}
+
+fn action(who: &str, op: &str, result: &str) -> Action {
+    Action {
+        who: who.into(),
+        op: op.into(),
+        patch: "fix".into(),
+        uuid: UUID.into(),
+        result: result.into(),
+        ..Action::default()
+    }
+}
+
+impl Mock {
+    fn new(more: &[(&str, &str)]) -> Mock {
+        let store = MockStore::default();
+        let request = [
+            ("op", "revert"),
+            ("domain", "web"),
+            ("patch", "fix"),
+            ("submit", "1"),
+        ];
+        for (name, value) in request.iter().chain(more) {
+            store.put(&format!("{ROOT}/request/r/{name}"), value);
+        }
+        Mock {
+            store,
+            log: MockLog::default(),
+            is_stopping: false,
+            changes: Cell::new(0),
+            gives: RefCell::default(),
+            claim: RefCell::default(),
+            left: Cell::new(None),
+            meanwhile: |_| {},
+        }
+    }
+
+    fn node(&self, name: &str) -> String {
+        let value = self.store.value(&format!("{ROOT}/request/r/{name}"));
+        value.unwrap_or_default()
+    }
+
+    fn serve(&self) -> Served {
+        serve_one(&self.store, &self.log, "r", self).unwrap().0
+    }
+
+    /// State and exit code.
+    fn answer(&self) -> (String, String) {
+        (self.node("state"), self.node("rc"))
+    }
+
+    fn record(&self, action: Action) {
+        self.log.lines.borrow_mut().push(action);
+    }
+}
+
+impl Hands for Mock {
+    type Lock = ();
+
+    fn is_stopping(&self) -> bool {
+        self.is_stopping
+    }
+
+    fn claim(&self, _: &Request, was_begun: bool) -> Result<Option<((), String)>> {
+        if let Some(error) = self.claim.take() {
+            return Err(error);
+        }
+        if let (true, Some(in_force)) = (was_begun, self.left.take()) {
+            self.record(Action {
+                of: "revert".into(),
+                ..action(
+                    "uid 0",
+                    "recover",
+                    if in_force { "finished" } else { "undone" },
+                )
+            });
+        }
+        Ok(Some(((), UUID.into())))
+    }
+
+    fn carry_out(&self, request: &Request) -> Result<Report> {
+        assert_eq!(request.op, Operation::Revert);
+        assert_eq!(self.answer(), ("running".into(), String::new()));
+        (self.meanwhile)(self);
+        if let Some(error) = self.gives.take() {
+            return Err(error);
+        }
+        self.changes.set(self.changes.get() + 1);
+        self.record(action("XenStore request r", "revert", "reverted"));
+        Ok(apply::nothing_to_do("fix"))
+    }
+}
+
+#[test]
+fn a_request_is_running_then_done_and_its_state_is_written_last() {
+    let mock = Mock::new(&[]);
+    assert_eq!(mock.serve(), Served::Answered);
+    assert_eq!(mock.answer(), ("done".into(), "0".into()));
+    // It is answered once.
+    assert_eq!(mock.serve(), Served::Answered);
+    assert_eq!(mock.changes.get(), 1);
+}
+
+#[test]
+fn a_malformed_request_is_answered_and_not_carried_out() {
+    let mock = Mock::new(&[("op", "destroy")]);
+    assert_eq!(mock.serve(), Served::Answered);
+    assert_eq!(
+        mock.answer(),
+        ("done".into(), (ExitCode::Usage as u8).to_string())
+    );
+    assert_eq!(mock.changes.get(), 0);
+}
+
+#[test]
+fn a_request_with_a_deadline_waits_for_a_module_and_for_nothing_else() {
+    let deadline = [("deadline", "12")];
+    for (more, waits) in [(&deadline[..], true), (&[], false)] {
+        let mock = Mock::new(more);
+        *mock.gives.borrow_mut() = Some(Error::not_loaded("ext4 is not loaded"));
+        assert_eq!(mock.serve() == Served::Waits, waits);
+        assert_eq!(mock.node("message"), "ext4 is not loaded");
+        assert_eq!(mock.node("state"), if waits { "queued" } else { "done" });
+    }
+    let mock = Mock::new(&deadline);
+    *mock.gives.borrow_mut() = Some(Error::failed("no"));
+    assert_eq!(mock.serve(), Served::Answered);
+}
+
+#[test]
+fn what_changed_nothing_while_the_worker_is_asked_to_stop_is_left_to_the_next_one() {
+    for (error, waits) in [
+        (Error::failed("interrupted"), true),
+        (Error::try_again("blocked"), true),
+        (Error::rolled_back("it was changed for a moment"), false),
+        (Error::uncertain("it may be changed"), false),
+    ] {
+        let mut mock = Mock::new(&[]);
+        mock.is_stopping = true;
+        *mock.gives.borrow_mut() = Some(error);
+        assert_eq!(mock.serve() == Served::Waits, waits);
+        assert_eq!(mock.node("state"), if waits { "queued" } else { "done" });
+        assert_eq!(mock.node("rc").is_empty(), waits);
+    }
+}
+
+#[test]
+fn a_request_that_is_removed_while_it_runs_is_not_made_again() {
+    for fails in [false, true] {
+        let mut mock = Mock::new(&[]);
+        mock.meanwhile = |mock| mock.store.remove(&format!("{ROOT}/request/r")).unwrap();
+        *mock.gives.borrow_mut() = fails.then(|| Error::failed("it is gone"));
+        mock.serve();
+        assert!(mock.store.nodes.borrow().is_empty(), "{fails}");
+    }
+}
+
+#[test]
+fn what_is_not_submitted_is_no_request() {
+    let mock = Mock::new(&[("submit", "0")]);
+    assert_eq!(mock.serve(), Served::None);
+    mock.store.remove(&format!("{ROOT}/request/r")).unwrap();
+    assert_eq!(mock.serve(), Served::None);
+    assert_eq!(mock.changes.get(), 0);
+}
+
+/// The worker is killed at each of its writes to XenStore, and another one serves the request.
+#[test]
+fn a_request_is_carried_out_once_whenever_its_worker_is_killed() {
+    for killed_at in 0.. {
+        let mock = Mock::new(&[]);
+        mock.store.fail_write(killed_at);
+        let died = serve_one(&mock.store, &mock.log, "r", &mock).is_err();
+        mock.store.fail_write(usize::MAX);
+        assert_eq!(mock.serve(), Served::Answered);
+        assert_eq!(mock.answer(), ("done".into(), "0".into()), "{killed_at}");
+        assert_eq!(mock.changes.get(), 1, "{killed_at}");
+        if !died {
+            assert_eq!(killed_at, 5);
+            return;
+        }
+    }
+}
+
+#[test]
+fn a_request_whose_worker_was_killed_in_the_change_is_answered_by_what_recover_found() {
+    for in_force in [true, false] {
+        let mock = Mock::new(&[("state", "running"), ("entry", "0")]);
+        mock.left.set(Some(in_force));
+        assert_eq!(mock.serve(), Served::Answered);
+        assert_eq!(mock.answer(), ("done".into(), "0".into()));
+        assert_eq!(mock.changes.get(), u32::from(!in_force));
+    }
+}
+
+#[test]
+fn a_request_that_was_begun_waits_until_that_is_settled() {
+    let mock = Mock::new(&[("state", "running"), ("entry", "0")]);
+    *mock.claim.borrow_mut() = Some(Error::try_again("another worker has it"));
+    assert_eq!(mock.serve(), Served::Waits);
+    assert_eq!(mock.node("state"), "running");
+    assert_eq!(mock.changes.get(), 0);
+    assert_eq!(mock.serve(), Served::Answered);
+    assert_eq!(mock.changes.get(), 1);
+}
+
+#[test]
+fn an_earlier_request_with_the_same_id_is_another_one() {
+    let mock = Mock::new(&[]);
+    mock.record(action("XenStore request r", "revert", "reverted"));
+    mock.store
+        .put(&format!("{ROOT}/request/r/state"), "running");
+    mock.store.put(&format!("{ROOT}/request/r/entry"), "1");
+    assert_eq!(mock.serve(), Served::Answered);
+    assert_eq!(mock.changes.get(), 1);
+}
+
+#[test]
+fn what_can_not_be_told_is_called_uncertain() {
+    for more in [
+        &[("state", "running")][..],
+        &[("state", "running"), ("entry", "7")],
+    ] {
+        let mock = Mock::new(more);
+        assert_eq!(mock.serve(), Served::Answered);
+        assert_eq!(mock.answer(), ("done".into(), "6".into()));
+        assert_eq!(mock.changes.get(), 0);
+    }
+}

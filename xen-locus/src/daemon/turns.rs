@@ -1,0 +1,272 @@
+//! What the daemon does in each turn: looks at xenstored, at guests, at requests and at workers, and starts workers.
+
+use std::time::Instant;
+
+use locus_xen::DomainInfo;
+
+use super::publisher::Publisher;
+use super::queue::{Job, Queue};
+use super::requests::Requests;
+use super::work::{End, Work};
+use super::TICK;
+use crate::error::Result;
+use crate::storage::xenstore::{Nodes, ROOT};
+
+/// What the daemon needs of its host.
+pub(super) trait Hands {
+    /// A process that does one piece of work.
+    type Worker;
+    /// XenStore.
+    fn store(&self) -> &dyn Nodes;
+    /// How often a connection to xenstored was made.
+    fn connections(&self) -> u32;
+    /// All domains except the control domain.
+    fn domains(&self) -> Result<Vec<DomainInfo>>;
+    /// Starts a worker.
+    fn start(&self, work: &Work) -> std::io::Result<Self::Worker>;
+    /// How a worker ended, if it has ended.
+    fn end(&self, worker: &mut Self::Worker) -> Option<End>;
+    /// Asks a worker to end.
+    fn ask_to_end(&self, worker: &Self::Worker);
+    /// Whether the daemon is asked to stop.
+    fn is_stopping(&self) -> bool;
+    /// Tells the administrator something, if they want this level of detail.
+    fn say(&self, level: u8, what: String);
+    /// Lets only the control domain use the tool's nodes.
+    fn protect(&self) -> Result<()>;
+}
+
+/// The daemon, between two turns.
+pub(super) struct Daemon<'h, H: Hands> {
+    hands: &'h H,
+    queue: Queue,
+    requests: Requests,
+    publisher: Publisher,
+    workers: Vec<(Job, H::Worker)>,
+    next_look: Instant,
+    /// The connection by whose xenstored requests are watched; `None` if they are not.
+    watched: Option<u32>,
+    /// xenstored does not answer, and that was said.
+    is_silent: bool,
+    /// Xen does not list the domains, and that was said.
+    is_blind: bool,
+    /// Workers were asked to end.
+    is_ending: bool,
+}
+
+impl<'h, H: Hands> Daemon<'h, H> {
+    pub(super) fn new(hands: &'h H, now: Instant) -> Daemon<'h, H> {
+        let mut queue = Queue::default();
+        queue.push(Job {
+            work: Work::Recover,
+            guest: String::new(),
+            is_background: false,
+        });
+        Daemon {
+            hands,
+            queue,
+            requests: Requests::new(),
+            publisher: Publisher::new(),
+            workers: Vec::new(),
+            next_look: now,
+            watched: None,
+            is_silent: false,
+            is_blind: false,
+            is_ending: false,
+        }
+    }
+
+    /// One turn. It waits for nothing but xenstored, and for that not long.
+    pub(super) fn turn(&mut self, now: Instant) {
+        self.collect(now);
+        if self.hands.is_stopping() {
+            if !self.is_ending {
+                self.workers
+                    .iter()
+                    .for_each(|(_, worker)| self.hands.ask_to_end(worker));
+            }
+            self.is_ending = true;
+            return;
+        }
+        if now >= self.next_look {
+            self.look(now);
+            self.next_look = now + TICK;
+        }
+        // A worker can't begin without xenstored.
+        if !self.is_silent && self.watched.is_some() {
+            self.start(now);
+        }
+    }
+
+    /// Whether all is ended that was to end.
+    pub(super) fn has_ended(&self) -> bool {
+        self.is_ending && self.workers.is_empty()
+    }
+
+    pub(super) fn has_workers(&self) -> bool {
+        !self.workers.is_empty()
+    }
+
+    /// Whether requests are to be watched anew.
+    pub(super) fn needs_watch(&self) -> bool {
+        self.watched.is_none() && !self.is_silent && !self.is_ending
+    }
+
+    pub(super) fn has_lost_watch(&mut self) {
+        self.watched = None;
+    }
+
+    /// Requests are watched from now on. Says that the daemon is there, and looks at all requests that were made before. False if
+    /// xenstored does not take part.
+    pub(super) fn is_watching(&mut self, now: Instant) -> bool {
+        let (hands, connections) = (self.hands, self.hands.connections());
+        let store = hands.store();
+        self.publisher.forget();
+        self.requests.forget_waiting();
+        let announce = || {
+            let requests = format!("{ROOT}/request");
+            store.write(&format!("{ROOT}/version"), env!("CARGO_PKG_VERSION"))?;
+            store.write(&format!("{ROOT}/pid"), &std::process::id().to_string())?;
+            if let Err(error) = hands.protect() {
+                hands.say(0, format!("who may use {ROOT} is left as it is: {error}"));
+            }
+            store.write(&format!("{ROOT}/state"), "running")?;
+            store.children(&requests)
+        };
+        match announce() {
+            Ok(ids) => {
+                self.watched = Some(connections);
+                ids.iter().for_each(|id| self.is_submitted(id, now));
+                true
+            }
+            Err(error) => {
+                hands.say(0, format!("requests are not served yet: {error}"));
+                false
+            }
+        }
+    }
+
+    /// Request `id` may have been submitted.
+    pub(super) fn is_submitted(&mut self, id: &str, now: Instant) {
+        let hands = self.hands;
+        let say = |what| hands.say(0, what);
+        self.requests
+            .look(hands.store(), &mut self.queue, id, now, &say);
+    }
+
+    /// Looks at xenstored, and if it is there at guests, and at requests whose wait is over.
+    fn look(&mut self, now: Instant) {
+        let hands = self.hands;
+        match hands.store().read(&format!("{ROOT}/pid")) {
+            Err(error) => {
+                if !self.is_silent {
+                    hands.say(
+                        0,
+                        format!("nothing is done until xenstored answers: {error}"),
+                    );
+                }
+                self.is_silent = true;
+                return;
+            }
+            // If it is another's, or gone, xenstored lost what it knew.
+            Ok(pid) => {
+                let is_ours = pid.as_deref() == Some(&*std::process::id().to_string());
+                if self.watched.is_some() && (!is_ours || self.watched != Some(hands.connections()))
+                {
+                    hands.say(0, "xenstored was started again".into());
+                    self.watched = None;
+                }
+            }
+        }
+        if self.is_silent {
+            hands.say(0, "xenstored answers again".into());
+            self.is_silent = false;
+        }
+        let detail = |what| hands.say(1, what);
+        match hands.domains() {
+            Ok(domains) => {
+                self.is_blind = false;
+                let is_there = |guest: &str| domains.iter().any(|d| d.uuid == guest);
+                self.queue.retain_slow(is_there);
+                self.publisher
+                    .look(hands.store(), domains, &mut self.queue, now, &detail);
+            }
+            Err(error) => {
+                if !self.is_blind {
+                    hands.say(
+                        0,
+                        format!("guests are not looked at until Xen lists them: {error}"),
+                    );
+                }
+                self.is_blind = true;
+            }
+        }
+        let say = |what| hands.say(0, what);
+        self.requests
+            .look_due(hands.store(), &mut self.queue, now, &say);
+    }
+
+    /// Looks which workers have ended.
+    fn collect(&mut self, now: Instant) {
+        let hands = self.hands;
+        let mut ended = Vec::new();
+        self.workers
+            .retain_mut(|(job, worker)| match hands.end(worker) {
+                Some(end) => {
+                    ended.push((job.clone(), end));
+                    false
+                }
+                None => true,
+            });
+        for (job, end) in ended {
+            self.has_done(&job, &end, now);
+        }
+    }
+
+    fn has_done(&mut self, job: &Job, end: &End, now: Instant) {
+        let hands = self.hands;
+        self.queue.ended(job, end, now);
+        match &job.work {
+            Work::Recover => {
+                if *end != End::Done {
+                    hands.say(0, format!("recover: the worker did not end as it should ({end:?}); each change of a guest recovers first"));
+                }
+            }
+            Work::Publish(id, uuid) => {
+                if let End::Died(how) = end {
+                    hands.say(
+                        0,
+                        format!("domain {id} is looked at again later: its worker ended: {how}"),
+                    );
+                }
+                self.publisher.ended(*id, uuid, end, now);
+            }
+            Work::Request(id) => {
+                let say = |what| hands.say(0, what);
+                self.requests.ended(hands.store(), id, end, now, &say);
+            }
+        }
+    }
+
+    fn start(&mut self, now: Instant) {
+        while let Some(job) = self.queue.next(now) {
+            match self.hands.start(&job.work) {
+                Ok(worker) => self.workers.push((job, worker)),
+                Err(error) => {
+                    let about = job.work.about();
+                    self.hands.say(
+                        0,
+                        format!(
+                            "{about} is to be done again later: no worker can be started: {error}"
+                        ),
+                    );
+                    self.has_done(&job, &End::Later, now);
+                    return;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

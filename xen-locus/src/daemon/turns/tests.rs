@@ -1,0 +1,236 @@
+//! The daemon on a xenstored that speaks the real protocol; workers end at once.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::time::Duration;
+
+use super::*;
+use crate::daemon::publisher::tests::domain;
+use crate::daemon::publisher::Mark;
+use crate::daemon::request::Nodes as RequestNodes;
+use crate::storage::fake_xenstored::Xenstored;
+use crate::storage::xenstore::Store;
+
+struct Host {
+    store: Store,
+    domains: RefCell<Vec<DomainInfo>>,
+    /// How often each piece of work was done.
+    done: RefCell<HashMap<Work, u32>>,
+    /// Workers do not end.
+    stays: Cell<bool>,
+    asked_to_end: Cell<u32>,
+    is_stopping: Cell<bool>,
+    said: RefCell<Vec<String>>,
+}
+
+impl Host {
+    fn with(guests: u16) -> Host {
+        let host = Host {
+            store: Store::open().unwrap(),
+            domains: RefCell::new((1..=guests).map(domain).collect()),
+            done: RefCell::default(),
+            stays: Cell::new(false),
+            asked_to_end: Cell::new(0),
+            is_stopping: Cell::new(false),
+            said: RefCell::default(),
+        };
+        host.make_domains();
+        host
+    }
+
+    /// What the toolstack writes.
+    fn make_domains(&self) {
+        for info in self.domains.borrow().iter() {
+            let node = format!("/local/domain/{}/name", info.id);
+            self.store.write(&node, "guest").unwrap();
+        }
+    }
+
+    fn submit(&self, id: &str, guest: &str) {
+        for (name, value) in [("op", "apply"), ("domain", guest), ("submit", "1")] {
+            let node = format!("{ROOT}/request/{id}/{name}");
+            self.store.write(&node, value).unwrap();
+        }
+    }
+
+    fn requests_done(&self) -> Vec<u32> {
+        let done = self.done.borrow();
+        let requests = done
+            .iter()
+            .filter(|(work, _)| matches!(work, Work::Request(_)));
+        requests.map(|(_, times)| *times).collect()
+    }
+}
+
+impl Hands for Host {
+    type Worker = Work;
+
+    fn store(&self) -> &dyn Nodes {
+        &self.store
+    }
+
+    fn connections(&self) -> u32 {
+        self.store.connections()
+    }
+
+    fn domains(&self) -> Result<Vec<DomainInfo>> {
+        Ok(self.domains.borrow().clone())
+    }
+
+    fn start(&self, work: &Work) -> std::io::Result<Work> {
+        Ok(work.clone())
+    }
+
+    fn end(&self, work: &mut Work) -> Option<End> {
+        if self.stays.get() {
+            return None;
+        }
+        let done = match work {
+            Work::Recover => Ok(()),
+            Work::Publish(id, uuid) => Mark::of(&self.store, *id)
+                .set()
+                .and_then(|()| self.store.write(&format!("{ROOT}/domain/{id}/uuid"), uuid)),
+            Work::Request(id) => RequestNodes {
+                store: &self.store,
+                id,
+            }
+            .answer(0, "done"),
+        };
+        if done.is_err() {
+            return Some(End::Later);
+        }
+        *self.done.borrow_mut().entry(work.clone()).or_default() += 1;
+        Some(End::Done)
+    }
+
+    fn ask_to_end(&self, _: &Work) {
+        self.asked_to_end.set(self.asked_to_end.get() + 1);
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.is_stopping.get()
+    }
+
+    fn say(&self, level: u8, what: String) {
+        if level == 0 {
+            self.said.borrow_mut().push(what);
+        }
+    }
+
+    fn protect(&self) -> Result<()> {
+        self.store.set_private(ROOT)
+    }
+}
+
+/// Turns, `times` or until there is nothing to do; the time after it.
+fn turn(daemon: &mut Daemon<'_, Host>, mut now: Instant, times: u32) -> Instant {
+    for _ in 0..times {
+        daemon.turn(now);
+        if daemon.needs_watch() {
+            daemon.is_watching(now);
+        }
+        now += Duration::from_millis(100);
+    }
+    now
+}
+
+#[test]
+fn many_guests_and_requests_and_nodes_of_any_name_are_served_once_each() {
+    let xenstored = Xenstored::start();
+    let host = Host::with(1500);
+    // A daemon before this one published guests that are gone.
+    let gone = 20_000..21_500;
+    xenstored.put_all(gone.map(|id| format!("{ROOT}/domain/{id}")));
+    for n in 0..1000 {
+        host.submit(
+            &format!("a-long-name-of-a-request-{n}"),
+            &format!("guest-{}", n % 40),
+        );
+    }
+    for length in [65, 1024, 2000, 3000] {
+        host.submit(&"x".repeat(length), "web");
+    }
+    let now = Instant::now();
+    let mut daemon = Daemon::new(&host, now);
+    turn(&mut daemon, now, 1200);
+    assert_eq!(host.requests_done(), [1; 1000]);
+    let published = host.store.children(&format!("{ROOT}/domain")).unwrap();
+    assert_eq!(published.len(), 1500);
+    assert!(host.done.borrow().values().all(|times| *times == 1));
+    let answer = |id: &str| host.store.read(&format!("{ROOT}/request/{id}/rc")).unwrap();
+    assert_eq!(answer("a-long-name-of-a-request-0").as_deref(), Some("0"));
+    assert_eq!(answer(&"x".repeat(3000)).as_deref(), Some("64"));
+    assert_eq!(xenstored.permissions(ROOT).as_deref(), Some("n0"));
+}
+
+#[test]
+fn a_xenstored_that_is_started_again_is_served_again() {
+    let mut xenstored = Xenstored::start();
+    let host = Host::with(3);
+    let now = Instant::now();
+    let mut daemon = Daemon::new(&host, now);
+    let now = turn(&mut daemon, now, 20);
+    xenstored.end();
+    let now = turn(&mut daemon, now, 600);
+    let away = "nothing is done until xenstored answers";
+    let said = |words: &str| {
+        host.said
+            .borrow()
+            .iter()
+            .filter(|said| said.contains(words))
+            .count()
+    };
+    assert_eq!(said(away), 1);
+    xenstored.begin();
+    host.make_domains();
+    host.submit("a", "web");
+    turn(&mut daemon, now, 60);
+    assert_eq!(said("xenstored answers again"), 1);
+    assert_eq!(host.requests_done(), [1]);
+    let published = host.store.children(&format!("{ROOT}/domain")).unwrap();
+    assert_eq!(published, ["1", "2", "3"]);
+    let state = host.store.read(&format!("{ROOT}/state")).unwrap();
+    assert_eq!(state.as_deref(), Some("running"));
+}
+
+#[test]
+fn a_xenstored_that_is_stopped_is_waited_for() {
+    let xenstored = Xenstored::start();
+    let host = Host::with(3);
+    let now = Instant::now();
+    let mut daemon = Daemon::new(&host, now);
+    let now = turn(&mut daemon, now, 20);
+    xenstored.stop(true);
+    let began = Instant::now();
+    let now = turn(&mut daemon, now, 600);
+    assert!(began.elapsed() < Duration::from_secs(10));
+    xenstored.stop(false);
+    while host.store.read("/").is_err() {}
+    host.submit("a", "web");
+    daemon.is_submitted("a", now);
+    turn(&mut daemon, now, 20);
+    assert_eq!(host.requests_done(), [1]);
+    // Nothing was published or listed anew.
+    assert!(host.done.borrow().values().all(|times| *times == 1));
+}
+
+#[test]
+fn a_daemon_that_is_asked_to_stop_begins_nothing_and_waits_for_its_workers() {
+    let _xenstored = Xenstored::start();
+    let host = Host::with(1);
+    host.stays.set(true);
+    let now = Instant::now();
+    let mut daemon = Daemon::new(&host, now);
+    let now = turn(&mut daemon, now, 10);
+    assert!(daemon.has_workers());
+    host.is_stopping.set(true);
+    host.submit("a", "web");
+    daemon.is_submitted("a", now);
+    let now = turn(&mut daemon, now, 10);
+    assert_eq!(host.asked_to_end.get(), 2);
+    assert!(!daemon.has_ended());
+    host.stays.set(false);
+    turn(&mut daemon, now, 2);
+    assert!(daemon.has_ended());
+    assert!(host.requests_done().is_empty());
+}

@@ -1,0 +1,152 @@
+//! What a worker of the daemon does: a process of its own, for one piece of work.
+//!
+//! Work on guests is done by processes, and not by threads of the daemon. A guest that makes its worker use up all memory, or
+//! wait, or end, does so to that process alone. A worker is what a command is: one run, with its own guardian, locks and handles
+//! of Xen. So all that is shown of a command that is killed holds for a worker.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::process::{Child, Command, Stdio};
+use std::str::FromStr;
+
+use locus_guest::addr::DomId;
+use locus_xen::{uuid, Process};
+
+use super::request::is_name;
+use crate::error::ExitCode;
+
+/// The option by which the daemon tells a worker what to do.
+pub const OPTION: &str = "--work";
+
+/// A piece of work.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Work {
+    /// Settles what interrupted runs left on all guests.
+    Recover,
+    /// Publishes a guest, and applies again what it lost.
+    Publish(DomId, String),
+    /// Serves the request with this ID.
+    Request(String),
+}
+
+impl fmt::Display for Work {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Work::Recover => f.write_str("recover"),
+            Work::Publish(id, uuid) => write!(f, "publish/{id}/{uuid}"),
+            Work::Request(id) => write!(f, "request/{id}"),
+        }
+    }
+}
+
+impl FromStr for Work {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Work, String> {
+        let parts: Vec<&str> = text.split('/').collect();
+        match parts[..] {
+            ["recover"] => Ok(Work::Recover),
+            ["publish", id, guest] if uuid::is_text(guest) => match id.parse() {
+                Ok(id) => Ok(Work::Publish(DomId(id), guest.to_owned())),
+                Err(_) => Err(format!("{id:?} is no domain id")),
+            },
+            ["request", id] if is_name(id) => Ok(Work::Request(id.to_owned())),
+            _ => Err("this option is for the daemon itself".into()),
+        }
+    }
+}
+
+impl Work {
+    /// What it is about, for a sentence.
+    pub(super) fn about(&self) -> String {
+        match self {
+            Work::Recover => "recovering all guests".into(),
+            Work::Publish(id, _) => format!("publishing domain {id}"),
+            Work::Request(id) => format!("request {id}"),
+        }
+    }
+}
+
+/// How a worker ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// The work is done.
+    Done,
+    /// It is to be done again later. The worker has said why.
+    Later,
+    /// The worker ended in the middle of it.
+    Died(String),
+}
+
+/// A worker that runs.
+#[derive(Debug)]
+pub(super) struct Worker {
+    child: Child,
+}
+
+impl Worker {
+    /// Starts a worker, with the options that this process has.
+    ///
+    /// # Errors
+    /// No process can be started.
+    pub(super) fn start(work: &Work) -> io::Result<Worker> {
+        let child = Command::new("/proc/self/exe")
+            .arg0("xen-locus")
+            .args(std::env::args_os().skip(1))
+            .arg(format!("{OPTION}={work}"))
+            .stdin(Stdio::null())
+            .spawn()?;
+        Ok(Worker { child })
+    }
+
+    /// How it ended, if it has ended.
+    pub(super) fn end(&mut self) -> Option<End> {
+        let status = match self.child.try_wait() {
+            Ok(status) => status?,
+            Err(error) => return Some(End::Died(error.to_string())),
+        };
+        const LATER: i32 = ExitCode::TryAgain as i32;
+        Some(match (status.code(), status.signal()) {
+            (Some(0), _) => End::Done,
+            (Some(LATER), _) => End::Later,
+            (Some(code), _) => End::Died(format!("exit code {code}")),
+            (None, signal) => End::Died(format!("signal {}", signal.unwrap_or(0))),
+        })
+    }
+
+    /// Asks it to end, which it does between two attempts.
+    pub(super) fn ask_to_end(&self) {
+        if let Ok(process) = Process::open(self.child.id()) {
+            process.ask_to_end();
+        }
+    }
+}
+
+/// Makes this process, a worker, a better victim than the daemon when memory runs out. Its guardian is none
+/// ([`locus_xen::detach`]).
+pub(super) fn be_the_victim() {
+    // If the kernel does not allow it, nothing changes.
+    let _ = fs::write("/proc/self/oom_score_adj", "0");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_reads_what_the_daemon_wrote() {
+        let uuid = "00000000-0000-0000-0000-000000000001".to_owned();
+        for work in [
+            Work::Recover,
+            Work::Publish(DomId(7), uuid),
+            Work::Request("fix_1-a".into()),
+        ] {
+            assert_eq!(work.to_string().parse(), Ok(work));
+        }
+        for wrong in ["", "request/", "request/a/b", "publish/1/x", "publish/x"] {
+            assert!(wrong.parse::<Work>().is_err(), "{wrong}");
+        }
+    }
+}
