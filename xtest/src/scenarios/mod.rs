@@ -5,6 +5,7 @@
 
 mod apply;
 mod core;
+mod ended;
 mod history;
 mod hostile;
 mod kills;
@@ -140,6 +141,7 @@ pub fn all() -> Vec<Scenario> {
         know::MATRIX,
         stacks::MATRIX,
         store::MATRIX,
+        ended::MATRIX,
         core::MATRIX,
         sites::MATRIX,
         loader::MATRIX,

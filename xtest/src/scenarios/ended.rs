@@ -1,0 +1,167 @@
+//! The daemon is killed while it serves requests, and xenstored is stopped: each request is answered once, and no guest waits.
+
+use std::time::Duration;
+
+use super::steps::patches::CMDLINE;
+use super::steps::{daemon, tool, wait};
+use crate::guest::{Guest, GuestSpec, Kind};
+use crate::profile::PV1;
+use crate::scenario::{Ctx, Scenario};
+use crate::verdict::Verdict;
+use crate::{check, check_eq};
+
+/// Scenarios that take too long for a usual run.
+pub const MATRIX: &[Scenario] = &[
+    Scenario {
+        name: "xenstore-killed",
+        summary: "the daemon and two workers of it are killed at each call: each request is carried out and answered once",
+        profile: &PV1,
+        run: killed,
+    },
+    Scenario {
+        name: "xenstore-stopped",
+        summary: "xenstored is stopped for 30 s: commands end, guests run, and the daemon goes on by itself",
+        profile: &PV1,
+        run: stopped,
+    },
+];
+
+/// What the daemon says.
+const LOG: &str = "/var/log/daemon.log";
+/// Calls between two places at which workers are killed.
+const STEP: usize = 5;
+
+/// Submits the request ID to apply or revert the patch on the domain NAME.
+fn submit(ctx: &Ctx, id: &str, op: &str, name: &str) -> Result<(), Verdict> {
+    let at = format!("{}/{id}", daemon::REQUESTS);
+    ctx.dom0.ok(&format!(
+        "xenstore-write {at}/op {op} {at}/domain {name} {at}/patch {CMDLINE} {at}/submit 1"
+    ))?;
+    Ok(())
+}
+
+/// Waits for the answer, which must be 0.
+fn answered(ctx: &Ctx, id: &str) -> Result<(), Verdict> {
+    let at = format!("{}/{id}", daemon::REQUESTS);
+    let said = wait::until(Duration::from_secs(120), || {
+        let said = ctx.dom0.ok(&format!(
+            "xenstore-read {at}/state {at}/rc {at}/message 2>/dev/null; true"
+        ))?;
+        Ok(match said.starts_with("done") {
+            true => Ok(said),
+            false => Err(format!("{id} is not answered: {said:?}")),
+        })
+    })?;
+    check_eq!(said.lines().nth(1), Some("0"), "{id}: {said}");
+    Ok(())
+}
+
+/// How often the actions of the guest after the first `before` say that the request, or a run that was settled, came into force.
+fn times(ctx: &Ctx, name: &str, before: usize) -> Result<usize, Verdict> {
+    let actions = tool::actions(ctx, name)?;
+    let new = actions.get(before..).unwrap_or_default();
+    let in_force = new.iter().filter(|a| {
+        let result = a["result"].as_str().unwrap_or_default();
+        ["applied", "reverted", "finished"].contains(&result)
+    });
+    Ok(in_force.count())
+}
+
+fn killed(ctx: &mut Ctx) -> Result<(), Verdict> {
+    let names = ["one", "two"];
+    let guests: Vec<Guest> = names
+        .iter()
+        .map(|name| ctx.ensure_guest(GuestSpec::new(name, Kind::Pv)))
+        .collect::<Result<_, _>>()?;
+    for guest in &guests {
+        guest.start_workload()?;
+    }
+    let mut hits = 0;
+    for (round, nth) in (1..).step_by(STEP).enumerate() {
+        let op = if round % 2 == 0 { "apply" } else { "revert" };
+        ctx.dom0.ok(&format!("rm -f {LOG}"))?;
+        daemon::start_as(
+            ctx,
+            &format!("env XEN_LOCUS_FAULT={nth}:kill:journal xen-locus-faults daemon"),
+            LOG,
+        )?;
+        let mut before = Vec::new();
+        let mut rounds = Vec::new();
+        for (name, guest) in names.iter().zip(&guests) {
+            before.push(tool::actions(ctx, name)?.len());
+            rounds.push(guest.rounds()?);
+        }
+        for name in names {
+            submit(ctx, &format!("{op}-{name}-{nth}"), op, name)?;
+        }
+        // Both are killed, or both have no such place. Then the daemon is killed too, before it starts other workers, or while
+        // these begin.
+        let said = ctx.dom0.ok(&format!(
+            "for i in $(seq 600); do \
+             [ $(grep -c 'fault: kill' {LOG}) -ge 2 ] && break; \
+             [ $(grep -c '^request.* rc ' {LOG}) -ge 2 ] && break; usleep 50000; done; \
+             kill -KILL $(cat /run/daemon.pid); cat {LOG}"
+        ))?;
+        let hit = said.contains("fault: kill");
+        daemon::start(ctx)?;
+        for ((name, guest), (before, rounds)) in names
+            .iter()
+            .zip(&guests)
+            .zip(before.into_iter().zip(rounds))
+        {
+            answered(ctx, &format!("{op}-{name}-{nth}"))?;
+            check_eq!(
+                times(ctx, name, before)?,
+                1,
+                "{op} of {name}, place {nth}: {said}"
+            );
+            let patches = tool::listed(ctx, name)?;
+            check_eq!(
+                patches.len(),
+                usize::from(op == "apply"),
+                "{name}: {patches:?}"
+            );
+            guest.went_on(rounds)?;
+        }
+        daemon::stop(ctx)?;
+        hits += usize::from(hit);
+        if !hit && op == "revert" {
+            break;
+        }
+    }
+    eprintln!("xenstore-killed: two workers and the daemon were killed at {hits} places");
+    check!(hits > 8, "{hits} such places only: it shows nothing");
+    ctx.destroy_all()
+}
+
+fn stopped(ctx: &mut Ctx) -> Result<(), Verdict> {
+    let guest = ctx.ensure_guest(GuestSpec::new("stopped", Kind::Pv))?;
+    guest.start_workload()?;
+    daemon::start(ctx)?;
+    let ask = |request: &str| daemon::ask(ctx, &format!("{request} patch={CMDLINE}"), "0", "");
+    ask("before op=apply domain=stopped")?;
+    let rounds = guest.rounds()?;
+    ctx.dom0.ok("kill -STOP $(pidof xenstored)")?;
+    let limit = Duration::from_secs(25);
+    let revert = format!("xen-locus revert stopped {CMDLINE}");
+    let out = ctx.dom0.sh_timeout(&revert, limit);
+    // Whatever became of that, xenstored is to go on.
+    let rest = ctx.dom0.sh("sleep 30");
+    let went_on = guest.went_on(rounds);
+    ctx.dom0.ok("kill -CONT $(pidof xenstored)")?;
+    let (out, _) = (out?, rest?);
+    went_on?;
+    check_eq!(out.rc, 1, "{}", out.err_text());
+    check!(out.err_text().contains("xenstored"), "{}", out.err_text());
+    ask("after op=revert domain=stopped")?;
+    let said = ctx.dom0.ok(&format!("cat {LOG}"))?;
+    for words in ["until xenstored answers", "xenstored answers again"] {
+        check!(
+            said.contains(words),
+            "the daemon does not say {words:?}: {said}"
+        );
+    }
+    daemon::stop(ctx)?;
+    tool::no_patches(ctx, "stopped")?;
+    ctx.destroy_guest("stopped")
+}
