@@ -51,8 +51,13 @@ impl<'c> Domain<'c> {
             let info = control.domain(id)?.ok_or_else(|| no_such(wanted))?;
             Domain::of(control, store, info)?
         } else {
-            let mut all = control.domains(DomId(0))?;
-            all.retain(|info| store.domain_name(info.id).as_deref() == Some(wanted));
+            let mut all = Vec::new();
+            for info in control.domains(DomId(0))? {
+                // Without an answer it can't be said that there is none.
+                if store.try_domain_name(info.id)?.as_deref() == Some(wanted) {
+                    all.push(info);
+                }
+            }
             Domain::of(control, store, the_one(wanted, all)?)?
         };
         if domain.info.id == DomId(0) {

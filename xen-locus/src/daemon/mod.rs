@@ -30,7 +30,7 @@ use xenstore_rs::AsyncWatch as _;
 use crate::apply::Options;
 use crate::error::{Error, ExitCode, Result};
 use crate::ops::host::Host;
-use crate::ops::{operator, recover_all};
+use crate::ops::{self, operator, recover_all};
 use crate::paths::{self, DAEMON_LOCK};
 use crate::recover::Report;
 use crate::say;
@@ -137,6 +137,10 @@ impl Hands for OfHost<'_> {
 
     fn say(&self, level: u8, what: String) {
         self.settings.say(level, what);
+    }
+
+    fn sweep(&self, domains: &[DomainInfo]) {
+        ops::sweep(domains);
     }
 
     fn protect(&self) -> Result<()> {

@@ -80,6 +80,12 @@ impl Publisher {
         self.is_listed = false;
     }
 
+    /// Whether a guest that was published is not among `domains` any more.
+    pub(super) fn are_gone(&self, domains: &[DomainInfo]) -> bool {
+        let there: HashSet<DomId> = domains.iter().map(|d| d.id).collect();
+        self.published.keys().any(|id| !there.contains(id))
+    }
+
     /// Looks once at all guests: those that are to be published come into the queue. What is wrong with one guest or node keeps
     /// no other from being looked at.
     pub(super) fn look(

@@ -7,6 +7,8 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
+use locus_xen::uuid;
+
 use super::work::{End, Work};
 
 /// Most workers at once for guests that are not slow.
@@ -115,9 +117,11 @@ impl Queue {
         }
     }
 
-    /// Forgets how slow the guests are of which `keep` is false: they are gone.
-    pub(super) fn retain_slow(&mut self, keep: impl Fn(&str) -> bool) {
-        self.slow.retain(|guest| keep(guest));
+    /// Forgets how slow the guests are whose UUIDs are not among those that are `there`. Names stay: there are as many as
+    /// requests have given.
+    pub(super) fn retain_slow(&mut self, there: &HashSet<&str>) {
+        self.slow
+            .retain(|guest| !uuid::is_text(guest) || there.contains(&**guest));
     }
 }
 
@@ -214,8 +218,10 @@ mod tests {
             queue.ended(&job, &end, now);
             assert_eq!(queue.slow.contains("a"), end != End::Done);
         }
-        queue.slow.insert("gone".into());
-        queue.retain_slow(|guest| guest != "gone");
-        assert!(queue.slow.is_empty());
+        let uuid = |n: u8| format!("00000000-0000-0000-0000-00000000000{n}");
+        let (there, gone) = (uuid(1), uuid(2));
+        queue.slow = HashSet::from([there.clone(), gone.clone(), "web".into()]);
+        queue.retain_slow(&HashSet::from([&*there]));
+        assert_eq!(queue.slow, HashSet::from([there, "web".into()]));
     }
 }

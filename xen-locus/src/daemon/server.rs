@@ -135,7 +135,8 @@ fn serve_one(
         Err(error) => return waits(&error, None),
     };
     if was_begun {
-        let uuid = claimed.as_ref().map(|(_, uuid)| uuid.as_str());
+        let uuid = claimed.as_ref().map(|(_, uuid)| uuid);
+        let uuid = uuid.or(request.uuid.as_ref()).map(String::as_str);
         match earlier(log, &nodes, &request, uuid) {
             Ok(None) => {}
             Ok(Some((code, message))) => return answer(code, &message),

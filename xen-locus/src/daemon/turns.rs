@@ -32,6 +32,8 @@ pub(super) trait Hands {
     fn is_stopping(&self) -> bool;
     /// Tells the administrator something, if they want this level of detail.
     fn say(&self, level: u8, what: String);
+    /// Removes what this host keeps of guests that are not among `domains`.
+    fn sweep(&self, domains: &[DomainInfo]);
     /// Lets only the control domain use the tool's nodes.
     fn protect(&self) -> Result<()>;
 }
@@ -186,8 +188,11 @@ impl<'h, H: Hands> Daemon<'h, H> {
         match hands.domains() {
             Ok(domains) => {
                 self.is_blind = false;
-                let is_there = |guest: &str| domains.iter().any(|d| d.uuid == guest);
-                self.queue.retain_slow(is_there);
+                let there = domains.iter().map(|d| &*d.uuid).collect();
+                self.queue.retain_slow(&there);
+                if self.publisher.are_gone(&domains) {
+                    hands.sweep(&domains);
+                }
                 self.publisher
                     .look(hands.store(), domains, &mut self.queue, now, &detail);
             }

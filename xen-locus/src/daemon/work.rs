@@ -149,4 +149,24 @@ mod tests {
             assert!(wrong.parse::<Work>().is_err(), "{wrong}");
         }
     }
+
+    #[test]
+    fn the_daemon_sees_how_a_worker_ended_and_can_ask_it_to() {
+        let worker = |script: &str| Worker {
+            child: Command::new("sh").args(["-c", script]).spawn().unwrap(),
+        };
+        let end = |mut worker: Worker| loop {
+            match worker.end() {
+                Some(end) => break end,
+                None => std::thread::sleep(std::time::Duration::from_millis(5)),
+            }
+        };
+        assert_eq!(end(worker("exit 0")), End::Done);
+        assert_eq!(end(worker("exit 2")), End::Later);
+        assert_eq!(end(worker("exit 1")), End::Died("exit code 1".into()));
+        assert_eq!(end(worker("kill -9 $$")), End::Died("signal 9".into()));
+        let long = worker("exec sleep 60");
+        long.ask_to_end();
+        assert_eq!(end(long), End::Died("signal 15".into()));
+    }
 }

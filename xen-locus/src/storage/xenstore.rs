@@ -132,10 +132,18 @@ impl Store {
             .map_err(|e| failed("setting permissions of", path, &e))
     }
 
-    /// The name of a domain, if it has one.
+    /// The name of a domain, if it has one and xenstored gives it.
     #[must_use]
     pub fn domain_name(&self, id: DomId) -> Option<String> {
         Nodes::domain_name(self, id)
+    }
+
+    /// The same, for who decides by it.
+    ///
+    /// # Errors
+    /// xenstored failed.
+    pub fn try_domain_name(&self, id: DomId) -> Result<Option<String>> {
+        self.read(&format!("/local/domain/{id}/name"))
     }
 
     fn call(&self, call: Call) -> Answer {

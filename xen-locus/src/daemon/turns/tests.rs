@@ -19,6 +19,8 @@ struct Host {
     /// Workers do not end.
     stays: Cell<bool>,
     asked_to_end: Cell<u32>,
+    /// How many guests were left when what others had was removed.
+    swept: Cell<usize>,
     is_stopping: Cell<bool>,
     said: RefCell<Vec<String>>,
 }
@@ -31,6 +33,7 @@ impl Host {
             done: RefCell::default(),
             stays: Cell::new(false),
             asked_to_end: Cell::new(0),
+            swept: Cell::new(0),
             is_stopping: Cell::new(false),
             said: RefCell::default(),
         };
@@ -117,6 +120,10 @@ impl Hands for Host {
         }
     }
 
+    fn sweep(&self, domains: &[DomainInfo]) {
+        self.swept.set(domains.len());
+    }
+
     fn protect(&self) -> Result<()> {
         self.store.set_private(ROOT)
     }
@@ -161,6 +168,21 @@ fn many_guests_and_requests_and_nodes_of_any_name_are_served_once_each() {
     assert_eq!(answer("a-long-name-of-a-request-0").as_deref(), Some("0"));
     assert_eq!(answer(&"x".repeat(3000)).as_deref(), Some("64"));
     assert_eq!(xenstored.permissions(ROOT).as_deref(), Some("n0"));
+}
+
+#[test]
+fn what_a_guest_had_is_removed_when_it_is_gone() {
+    let _xenstored = Xenstored::start();
+    let host = Host::with(3);
+    let now = Instant::now();
+    let mut daemon = Daemon::new(&host, now);
+    let now = turn(&mut daemon, now, 20);
+    assert_eq!(host.swept.get(), 0);
+    host.domains.borrow_mut().remove(1);
+    turn(&mut daemon, now, 20);
+    assert_eq!(host.swept.get(), 2);
+    let published = host.store.children(&format!("{ROOT}/domain")).unwrap();
+    assert_eq!(published, ["1", "3"]);
 }
 
 #[test]

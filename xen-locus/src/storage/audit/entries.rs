@@ -2,6 +2,7 @@
 
 use super::{rotation, Action, Audit, Head};
 use crate::error::{Error, Result};
+use crate::operation::Operation;
 
 /// The entries of a log, by number.
 pub trait Entries {
@@ -54,30 +55,34 @@ pub fn outcome(
     patch: &str,
     uuid: Option<&str>,
 ) -> Result<Option<(u8, String)>> {
-    let settles = "recover";
-    let journaled = if op == "replace" { "apply" } else { op };
-    let is_ours = |a: &&Action| {
-        let settled = a.op == settles && (a.of == op || a.of == journaled) && a.patch == patch;
-        a.who == who && a.op != settles || settled && uuid.is_none_or(|uuid| a.uuid == uuid)
-    };
-    let Some(last) = actions.iter().rfind(is_ours) else {
-        return Ok(None);
-    };
-    let late = "the audit log says so: who did it ended before it could answer";
-    if last.op != settles {
-        let said = match last.message.is_empty() {
-            true => format!("{patch}: {} ({late})", last.result),
-            false => format!("{} ({late})", last.message),
+    const LATE: &str = "the audit log says so: who did it ended before it could answer";
+    let is_settling = |a: &Action| a.op == Operation::Recover.name();
+    let own = actions.iter().rfind(|a| a.who == who && !is_settling(a));
+    if let Some(own) = own {
+        let said = match own.message.is_empty() {
+            true => format!("{patch}: {} ({LATE})", own.result),
+            false => format!("{} ({LATE})", own.message),
         };
-        return Ok(Some((last.exit, said)));
+        return Ok(Some((own.exit, said)));
     }
-    match last.result.as_str() {
-        "finished" => Ok(Some((0, format!("{patch}: {op} is done ({late}, and recover found it finished)")))),
-        "undone" | "gone" => Ok(None),
-        _ => Err(Error::uncertain(format!(
+    // So it is in the journal.
+    let journaled = match op == Operation::Replace.name() {
+        true => Operation::Apply.name(),
+        false => op,
+    };
+    let mut settled = actions.iter().filter(|a| {
+        is_settling(a) && a.of == journaled && a.patch == patch && uuid == Some(&*a.uuid)
+    });
+    if settled.clone().any(|a| a.result == "finished") {
+        let said = format!("{patch}: {op} is done ({LATE}, and recover found the change in force)");
+        return Ok(Some((0, said)));
+    }
+    match settled.find(|a| a.result != "undone" && a.result != "gone") {
+        Some(a) => Err(Error::uncertain(format!(
             "{patch}: {op} was interrupted, and what it left could not be settled: {}; see `xen-locus status`",
-            last.message
+            a.message
         ))),
+        None => Ok(None),
     }
 }
 
@@ -169,6 +174,13 @@ mod tests {
             ..settled("finished")
         };
         assert_eq!(of(&[elsewhere], "apply").unwrap(), None);
+        // Whatever another run left before or after it.
+        for results in [["undone", "finished"], ["finished", "undone"]] {
+            assert_eq!(of(&results.map(settled), "apply").unwrap(), Some(0));
+        }
+        // Of a guest that is gone, only its own line is known.
+        let unknown = outcome(&[settled("finished")], WHO, "apply", "one", None);
+        assert_eq!(unknown.unwrap(), None);
         // What the request itself settled is not what it asks for.
         let by_us = line(WHO, "recover", "revert", "finished");
         assert_eq!(of(&[by_us], "apply").unwrap(), None);
