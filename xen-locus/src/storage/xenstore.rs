@@ -383,6 +383,11 @@ mod tests {
         store.write("/a", "2").unwrap();
         assert_eq!(store.read("/a").unwrap().as_deref(), Some("2"));
         assert_eq!(store.connections(), 2);
+        // Nobody asked meanwhile.
+        xenstored.end();
+        xenstored.begin();
+        assert_eq!(store.read("/a").unwrap(), None);
+        assert_eq!(store.connections(), 3);
     }
 
     #[test]

@@ -157,6 +157,7 @@ fn an_id_of_any_length_is_answered_or_left_alone() {
     host.submit(&"y".repeat(2000));
     host.store.trace.fail("");
     // It is not tried again.
+    assert!(host.requests.waiting.due(host.now + WAIT_MAX).is_empty());
     assert_eq!(host.next(WAIT_MAX), None);
     host.submit("good");
     assert_eq!(host.next(WAIT_MAX).as_deref(), Some("good"));
