@@ -3,14 +3,16 @@
 //! Each node has one writer, and the node that commits a step is written last, so no transaction is needed
 //! (xen-locus-xenstore(7)).
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use locus_guest::addr::DomId;
 use locus_xen::{fault, XenstoreList};
@@ -24,6 +26,10 @@ pub const ROOT: &str = "/tool/xen-locus";
 
 /// How long xenstored may take for an answer.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long an answer that is late is waited for at first.
+const GIVE_UP: Duration = Duration::from_secs(60);
+/// xenstored's socket, if the environment names no other.
+const SOCKET: &str = "/run/xenstored/socket";
 /// Most bytes of a message (`XENSTORE_PAYLOAD_MAX`, xen/include/public/io/xs_wire.h).
 const MESSAGE_MAX: usize = 4096;
 /// Stack of the thread that talks to xenstored. It is locked in memory.
@@ -60,11 +66,37 @@ type Answer = io::Result<Vec<String>>;
 /// A thread of its own talks to xenstored, because a xenstored that is stopped, or that is not there while the kernel's device
 /// is, never answers. So no call takes longer than some seconds, whoever waits for a guest's lock meanwhile.
 pub struct Store {
+    line: RefCell<Line>,
+    /// Since when the answer to an earlier call is still to come.
+    late_since: Cell<Option<Instant>>,
+    /// How long such an answer is waited for, until another thread connects anew.
+    give_up: Cell<Duration>,
+    connections: Arc<AtomicU32>,
+}
+
+/// A thread that talks to xenstored.
+struct Line {
     calls: Sender<Call>,
     answers: Receiver<Answer>,
-    /// The answer to an earlier call is still to come.
-    is_late: Cell<bool>,
-    connections: Arc<AtomicU32>,
+}
+
+impl Line {
+    /// Starts the thread. It ends when this value is dropped, and it has its last answer.
+    fn open(connections: &Arc<AtomicU32>) -> io::Result<Line> {
+        let (calls, to_do) = mpsc::channel();
+        let (done, answers) = mpsc::channel();
+        let connections = Arc::clone(connections);
+        let talk = move || {
+            let mut talker = Talker::new(connections);
+            while let Ok(call) = to_do.recv() {
+                if done.send(talker.talk(&call)).is_err() {
+                    break;
+                }
+            }
+        };
+        thread::Builder::new().stack_size(STACK).spawn(talk)?;
+        Ok(Line { calls, answers })
+    }
 }
 
 impl fmt::Debug for Store {
@@ -84,30 +116,11 @@ impl Store {
                 "no xenstored answers ({why}): is it running? (systemctl status xenstored, or xen where an init script starts it)"
             ))
         };
-        let (calls, to_do) = mpsc::channel();
-        let (done, answers) = mpsc::channel();
         let connections = Arc::new(AtomicU32::new(0));
-        let counter = Arc::clone(&connections);
-        thread::Builder::new()
-            .stack_size(STACK)
-            .spawn(move || {
-                let mut talker = Talker {
-                    xs: None,
-                    list: None,
-                    connections: counter,
-                };
-                // Ends when the store is dropped.
-                while let Ok(call) = to_do.recv() {
-                    if done.send(talker.talk(&call)).is_err() {
-                        break;
-                    }
-                }
-            })
-            .map_err(none)?;
         let store = Store {
-            calls,
-            answers,
-            is_late: Cell::new(false),
+            line: RefCell::new(Line::open(&connections).map_err(none)?),
+            late_since: Cell::new(None),
+            give_up: Cell::new(GIVE_UP),
             connections,
         };
         match store.call(Call::Read("/".into())) {
@@ -154,24 +167,38 @@ impl Store {
                 format!("longer than the {MESSAGE_MAX} bytes of a message"),
             ));
         }
-        if self.is_late.get() {
-            match self.answers.try_recv() {
+        if let Some(since) = self.late_since.get() {
+            let late = self.line.borrow().answers.try_recv();
+            match late {
                 // It is nobody's any more.
-                Ok(_) => self.is_late.set(false),
-                Err(TryRecvError::Empty) => return silent("it has not answered for some time"),
-                Err(TryRecvError::Disconnected) => return silent("its thread has ended"),
+                Ok(_) => {}
+                Err(_) if since.elapsed() < self.give_up.get() => {
+                    return silent("it has not answered for some time")
+                }
+                // The thread may wait for ever, so another one tries. The more there are, the longer this takes.
+                Err(_) => {
+                    *self.line.borrow_mut() = Line::open(&self.connections)?;
+                    self.give_up.set(self.give_up.get() * 2);
+                }
             }
+            self.late_since.set(None);
         }
-        if self.calls.send(call).is_err() {
-            return silent("its thread has ended");
-        }
-        match self.answers.recv_timeout(PATIENCE) {
-            Ok(answer) => answer,
-            Err(RecvTimeoutError::Timeout) => {
-                self.is_late.set(true);
+        let line = self.line.borrow();
+        // If the thread has ended, there is no answer either.
+        let answer = line
+            .calls
+            .send(call)
+            .map_err(|_| RecvTimeoutError::Disconnected)
+            .and_then(|()| line.answers.recv_timeout(PATIENCE));
+        match answer {
+            Ok(answer) => {
+                self.give_up.set(GIVE_UP);
+                answer
+            }
+            Err(_) => {
+                self.late_since.set(Some(Instant::now()));
                 silent(&format!("waited {} s", PATIENCE.as_secs()))
             }
-            Err(RecvTimeoutError::Disconnected) => silent("its thread has ended"),
         }
     }
 }
@@ -186,10 +213,32 @@ struct Talker {
     xs: Option<XsUnix>,
     /// Opened when it is first needed.
     list: Option<XenstoreList>,
+    /// xenstored has a socket. If that is not there any more, the kernel's device is no way to it.
+    has_socket: bool,
     connections: Arc<AtomicU32>,
 }
 
 impl Talker {
+    fn new(connections: Arc<AtomicU32>) -> Talker {
+        Talker {
+            xs: None,
+            list: None,
+            has_socket: socket().exists(),
+            connections,
+        }
+    }
+
+    /// Connects. Without a socket `xenstore-rs` takes the kernel's device, which takes requests and answers none while
+    /// xenstored is away.
+    fn connect(&self) -> io::Result<XsUnix> {
+        if self.has_socket {
+            UnixStream::connect(socket())?;
+        }
+        let xs = XsUnix::new()?;
+        self.connections.fetch_add(1, Ordering::SeqCst);
+        Ok(xs)
+    }
+
     /// Asks xenstored. If the connection broke, it is made anew, and the same is asked once more: each call may be made twice.
     fn talk(&mut self, call: &Call) -> Answer {
         let had = self.xs.is_some();
@@ -211,9 +260,8 @@ impl Talker {
         let xs = match &self.xs {
             Some(xs) => xs,
             None => {
-                let xs = self.xs.insert(XsUnix::new()?);
-                self.connections.fetch_add(1, Ordering::SeqCst);
-                xs
+                let xs = self.connect()?;
+                self.xs.insert(xs)
             }
         };
         let nothing = |()| Vec::new();
@@ -243,6 +291,12 @@ impl Talker {
             }
         }
     }
+}
+
+/// xenstored's socket, as `xenstore-rs` and `libxenstore` find it.
+fn socket() -> PathBuf {
+    let path = std::env::var_os("XENSTORED_PATH");
+    path.map_or_else(|| SOCKET.into(), PathBuf::from)
 }
 
 /// Whether xenstored gave no answer, so that the connection can't be used any more.
@@ -408,6 +462,20 @@ mod tests {
         while store.write("/b", "3").is_err() {}
         assert_eq!(store.read("/b").unwrap().as_deref(), Some("3"));
         assert_eq!(store.connections(), 1);
+    }
+
+    #[test]
+    fn a_connection_that_is_never_answered_is_given_up() {
+        let mut xenstored = Xenstored::start();
+        let store = Store::open().unwrap();
+        xenstored.stop(true);
+        assert!(store.read("/a").is_err());
+        // Another one is there now, and the old connections stay open.
+        xenstored.begin();
+        assert!(store.read("/a").is_err());
+        store.give_up.set(Duration::ZERO);
+        assert_eq!(store.read("/a").unwrap(), None);
+        assert_eq!(store.connections(), 2);
     }
 
     #[test]
