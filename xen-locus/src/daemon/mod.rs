@@ -1,6 +1,6 @@
 //! `xen-locus daemon`: serves requests made through XenStore, and publishes every guest's status.
 //!
-//! The daemon itself waits, decides what comes next ([`queue`]), and starts a worker for it: a process of its own
+//! The daemon itself waits, decides what comes next (`queue.rs`), and starts a worker for it: a process of its own
 //! ([`mod@work`]). It maps no guest's memory and waits for no guest. Nothing that is wrong with one guest, one node or one worker
 //! ends it. Protocol: xen-locus-xenstore(7).
 

@@ -27,11 +27,12 @@ pub(super) fn take(uuid: &str, options: &Options) -> Result<File> {
     take_named(&format!("{uuid}.lock"), options)
 }
 
-/// As [`take`], the lock of the one worker of a daemon that serves requests for the guest `uuid`. It may be a worker of a daemon
-/// that was killed: then it still carries out its request.
+/// Takes the lock of the one worker of a daemon that serves requests for the guest `uuid`. Who holds it may be a worker of a
+/// daemon that was killed, which still carries out its request.
 ///
 /// # Errors
-/// As [`take`].
+/// [`Class::TryAgain`](crate::error::Class::TryAgain) when another worker still holds it after `options.timeout`;
+/// [`Class::Failed`](crate::error::Class::Failed) when there can be no such file.
 pub fn take_for_requests(uuid: &str, options: &Options) -> Result<File> {
     take_named(&format!("{uuid}{REQUESTS}.lock"), options)
 }
