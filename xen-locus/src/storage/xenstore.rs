@@ -388,7 +388,9 @@ const SHOWN: usize = 200;
 fn failed(doing: &str, path: &str, e: &io::Error) -> Error {
     let shown = path.get(..path.floor_char_boundary(SHOWN)).unwrap_or(path);
     let rest = if shown.len() < path.len() { "…" } else { "" };
-    Error::failed(format!("{doing} {shown}{rest} in XenStore failed: {e}"))
+    let why = e.to_string();
+    let why = why.strip_prefix(ANSWERED).unwrap_or(&why);
+    Error::failed(format!("{doing} {shown}{rest} in XenStore failed: {why}"))
 }
 
 #[cfg(test)]
