@@ -1,7 +1,9 @@
 //! Which work comes next: one queue for each guest, in rounds.
 //!
-//! Guests take turns, so a guest with many requests holds up no other. A guest whose last work took long, or has to be done
-//! again, is slow. Slow guests come after the others, and only some workers work for them, so that others never wait for them.
+//! Guests take turns, so a guest with many requests holds up no other. A guest whose last work took long, or ended its worker,
+//! is slow. One that was soon found not to be ready is not: there may be many that never are. Slow guests come after the
+//! others, and only some workers work for them, so that others never wait for them.
+//!
 //! What nobody asked for, publishing and applying again, is done when no request can be begun, by some of the workers.
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -113,7 +115,7 @@ impl Queue {
         let began = self.running.iter().find(|(running, _)| running == job);
         let took = began.map_or(Duration::ZERO, |(_, began)| now.duration_since(*began));
         self.running.retain(|(running, _)| running != job);
-        match took > LONG || *end != End::Done {
+        match took > LONG || matches!(end, End::Died(_)) {
             true => drop(self.slow.insert(job.guest.clone())),
             false => drop(self.slow.remove(&job.guest)),
         }
@@ -255,13 +257,21 @@ mod tests {
     }
 
     #[test]
-    fn what_has_to_be_done_again_counts_as_slow() {
-        let (mut queue, now) = (Queue::default(), Instant::now());
-        for end in [End::Later, End::Died("signal 9".into()), End::Done] {
+    fn what_took_long_or_ended_its_worker_is_slow_until_it_is_quick() {
+        let (mut queue, mut now) = (Queue::default(), Instant::now());
+        for (end, took, slow) in [
+            (End::Later, Duration::ZERO, false),
+            (End::Later, LONG * 2, true),
+            (End::Later, Duration::ZERO, false),
+            (End::Died("signal 9".into()), Duration::ZERO, true),
+            (End::Done, Duration::ZERO, false),
+            (End::Done, LONG * 2, true),
+        ] {
             queue.push(background("a"));
             let job = queue.next(now).unwrap();
+            now += took;
             queue.ended(&job, &end, now);
-            assert_eq!(queue.slow.contains("a"), end != End::Done);
+            assert_eq!(queue.slow.contains("a"), slow, "{end:?} {took:?}");
         }
         let uuid = |n: u8| format!("00000000-0000-0000-0000-00000000000{n}");
         let (there, gone) = (uuid(1), uuid(2));
