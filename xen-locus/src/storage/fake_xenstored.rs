@@ -114,6 +114,12 @@ impl Xenstored {
         self.shared.state().nodes.extend(nodes);
     }
 
+    /// Makes a node.
+    pub(crate) fn put(&self, path: &str, value: &[u8]) {
+        let mut state = self.shared.state();
+        state.nodes.insert(path.to_owned(), value.to_vec());
+    }
+
     /// The permissions that were set.
     pub(crate) fn permissions(&self, path: &str) -> Option<String> {
         self.shared.state().permissions.get(path).cloned()

@@ -151,12 +151,17 @@ impl Store {
         Nodes::domain_name(self, id)
     }
 
-    /// The same, for who decides by it.
+    /// The same, for who decides by it; `None` also for a name that is not UTF-8.
     ///
     /// # Errors
     /// xenstored failed.
     pub fn try_domain_name(&self, id: DomId) -> Result<Option<String>> {
-        self.read(&format!("/local/domain/{id}/name"))
+        let path = format!("/local/domain/{id}/name");
+        match fault::point("xs_read").and_then(|()| self.call(Call::Read(path.clone()))) {
+            Ok(value) => Ok(value.into_iter().next()),
+            Err(e) if is_missing(&e) || is_not_text(&e) => Ok(None),
+            Err(e) => Err(failed("reading", &path, &e)),
+        }
     }
 
     fn call(&self, call: Call) -> Answer {
@@ -270,7 +275,9 @@ impl Talker {
             Call::Write(path, value) => xs.write(path, value).map(nothing),
             Call::Remove(path) => xs.rm(path).map(nothing),
             Call::List(path) => match xs.directory(path) {
-                Err(e) if is_too_long(&e) => self.list()?.names(path).map_err(of_library),
+                Err(e) if is_too_long(&e) || is_not_text(&e) => {
+                    self.list()?.names(path).map_err(of_library)
+                }
                 names => names.map(|names| names.into_iter().map(String::from).collect()),
             },
             Call::SetPrivate(path) => self
@@ -301,7 +308,13 @@ fn socket() -> PathBuf {
 
 /// Whether xenstored gave no answer, so that the connection can't be used any more.
 fn is_broken(error: &io::Error) -> bool {
-    !error.to_string().starts_with(ANSWERED)
+    !error.to_string().starts_with(ANSWERED) && !is_not_text(error)
+}
+
+/// Whether xenstored answered with what is not UTF-8.
+fn is_not_text(error: &io::Error) -> bool {
+    let cause = error.get_ref();
+    cause.is_some_and(|cause| cause.is::<std::str::Utf8Error>())
 }
 
 /// Whether the list is too long for one message.
@@ -478,6 +491,17 @@ mod tests {
         store.give_up.set(Duration::ZERO);
         assert_eq!(store.read("/a").unwrap(), None);
         assert_eq!(store.connections(), 2);
+    }
+
+    #[test]
+    fn a_name_that_is_no_text_breaks_no_connection() {
+        let xenstored = Xenstored::start();
+        let store = Store::open().unwrap();
+        xenstored.put("/local/domain/1/name", b"w\xffb");
+        assert_eq!(store.try_domain_name(DomId(1)).unwrap(), None);
+        assert_eq!(store.try_domain_name(DomId(2)).unwrap(), None);
+        assert!(store.read("/local/domain/1/name").is_err());
+        assert_eq!(store.connections(), 1);
     }
 
     #[test]
