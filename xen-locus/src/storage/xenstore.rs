@@ -3,23 +3,21 @@
 //! Each node has one writer, and the node that commits a step is written last, so no transaction is needed
 //! (xen-locus-xenstore(7)).
 
+mod talker;
+
 use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::io;
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use locus_guest::addr::DomId;
-use locus_xen::{fault, XenstoreList};
-use xenstore_rs::unix::XsUnix;
-use xenstore_rs::Xs;
+use locus_xen::fault;
 
 use crate::error::{Error, Result};
+use talker::{is_missing, is_not_text, Answer, Call, Line, ANSWERED};
 
 /// Path of this tool's nodes.
 pub const ROOT: &str = "/tool/xen-locus";
@@ -28,38 +26,8 @@ pub const ROOT: &str = "/tool/xen-locus";
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long an answer that is late is waited for at first.
 const GIVE_UP: Duration = Duration::from_secs(60);
-/// xenstored's socket, if the environment names no other.
-const SOCKET: &str = "/run/xenstored/socket";
 /// Most bytes of a message (`XENSTORE_PAYLOAD_MAX`, xen/include/public/io/xs_wire.h).
 const MESSAGE_MAX: usize = 4096;
-/// Stack of the thread that talks to xenstored. It is locked in memory.
-const STACK: usize = 256 << 10;
-/// How `xenstore-rs` begins the text of an error that xenstored answered. All other errors are the connection's.
-const ANSWERED: &str = "XS interface error ";
-
-/// What xenstored is asked for.
-#[derive(Debug)]
-enum Call {
-    Read(String),
-    List(String),
-    Write(String, String),
-    Remove(String),
-    SetPrivate(String),
-}
-
-impl Call {
-    fn len(&self) -> usize {
-        match self {
-            Call::Read(path) | Call::List(path) | Call::Remove(path) | Call::SetPrivate(path) => {
-                path.len() + 1
-            }
-            Call::Write(path, value) => path.len() + 1 + value.len(),
-        }
-    }
-}
-
-/// The names of a list, or the one value that was read.
-type Answer = io::Result<Vec<String>>;
 
 /// A connection to xenstored. If xenstored ends and is started again, the next call connects again.
 ///
@@ -72,31 +40,6 @@ pub struct Store {
     /// How long such an answer is waited for, until another thread connects anew.
     give_up: Cell<Duration>,
     connections: Arc<AtomicU32>,
-}
-
-/// A thread that talks to xenstored.
-struct Line {
-    calls: Sender<Call>,
-    answers: Receiver<Answer>,
-}
-
-impl Line {
-    /// Starts the thread. It ends when this value is dropped, and it has its last answer.
-    fn open(connections: &Arc<AtomicU32>) -> io::Result<Line> {
-        let (calls, to_do) = mpsc::channel();
-        let (done, answers) = mpsc::channel();
-        let connections = Arc::clone(connections);
-        let talk = move || {
-            let mut talker = Talker::new(connections);
-            while let Ok(call) = to_do.recv() {
-                if done.send(talker.talk(&call)).is_err() {
-                    break;
-                }
-            }
-        };
-        thread::Builder::new().stack_size(STACK).spawn(talk)?;
-        Ok(Line { calls, answers })
-    }
 }
 
 impl fmt::Debug for Store {
@@ -205,128 +148,6 @@ impl Store {
                 silent(&format!("waited {} s", PATIENCE.as_secs()))
             }
         }
-    }
-}
-
-/// Whether xenstored answered that there is no such node. That there is no xenstored is another thing.
-fn is_missing(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::NotFound && !is_broken(error)
-}
-
-/// The thread's side of a [`Store`].
-struct Talker {
-    xs: Option<XsUnix>,
-    /// Opened when it is first needed.
-    list: Option<XenstoreList>,
-    /// xenstored has a socket. If that is not there any more, the kernel's device is no way to it.
-    has_socket: bool,
-    connections: Arc<AtomicU32>,
-}
-
-impl Talker {
-    fn new(connections: Arc<AtomicU32>) -> Talker {
-        Talker {
-            xs: None,
-            list: None,
-            has_socket: socket().exists(),
-            connections,
-        }
-    }
-
-    /// Connects. Without a socket `xenstore-rs` takes the kernel's device, which takes requests and answers none while
-    /// xenstored is away.
-    fn connect(&self) -> io::Result<XsUnix> {
-        if self.has_socket {
-            UnixStream::connect(socket())?;
-        }
-        let xs = XsUnix::new()?;
-        self.connections.fetch_add(1, Ordering::SeqCst);
-        Ok(xs)
-    }
-
-    /// Asks xenstored. If the connection broke, it is made anew, and the same is asked once more: each call may be made twice.
-    fn talk(&mut self, call: &Call) -> Answer {
-        let had = self.xs.is_some();
-        let first = self.ask(call);
-        match first {
-            Err(e) if is_broken(&e) => {
-                self.xs = None;
-                self.list = None;
-                match had {
-                    true => self.talk(call),
-                    false => Err(e),
-                }
-            }
-            other => other,
-        }
-    }
-
-    fn ask(&mut self, call: &Call) -> Answer {
-        let xs = match &self.xs {
-            Some(xs) => xs,
-            None => {
-                let xs = self.connect()?;
-                self.xs.insert(xs)
-            }
-        };
-        let nothing = |()| Vec::new();
-        match call {
-            Call::Read(path) => xs.read(path).map(|value| vec![value.into()]),
-            Call::Write(path, value) => xs.write(path, value).map(nothing),
-            Call::Remove(path) => xs.rm(path).map(nothing),
-            Call::List(path) => match xs.directory(path) {
-                Err(e) if is_too_long(&e) || is_not_text(&e) => {
-                    self.list()?.names(path).map_err(of_library)
-                }
-                names => names.map(|names| names.into_iter().map(String::from).collect()),
-            },
-            Call::SetPrivate(path) => self
-                .list()?
-                .set_private(path)
-                .map(nothing)
-                .map_err(of_library),
-        }
-    }
-
-    fn list(&mut self) -> io::Result<&XenstoreList> {
-        match &mut self.list {
-            Some(list) => Ok(list),
-            none => {
-                let opened = XenstoreList::open();
-                let opened = opened.map_err(|e| io::Error::other(format!("{ANSWERED}{e}")))?;
-                Ok(none.insert(opened))
-            }
-        }
-    }
-}
-
-/// xenstored's socket, as `xenstore-rs` and `libxenstore` find it.
-fn socket() -> PathBuf {
-    let path = std::env::var_os("XENSTORED_PATH");
-    path.map_or_else(|| SOCKET.into(), PathBuf::from)
-}
-
-/// Whether xenstored gave no answer, so that the connection can't be used any more.
-fn is_broken(error: &io::Error) -> bool {
-    !error.to_string().starts_with(ANSWERED) && !is_not_text(error)
-}
-
-/// Whether xenstored answered with what is not UTF-8.
-fn is_not_text(error: &io::Error) -> bool {
-    let cause = error.get_ref();
-    cause.is_some_and(|cause| cause.is::<std::str::Utf8Error>())
-}
-
-/// Whether the list is too long for one message.
-fn is_too_long(error: &io::Error) -> bool {
-    error.to_string() == format!("{ANSWERED}E2BIG")
-}
-
-/// An error of `libxenstore`, which gives the number of what xenstored answered too. These numbers are only the connection's.
-fn of_library(error: io::Error) -> io::Error {
-    match error.raw_os_error() {
-        Some(libc::EBADF | libc::EPIPE | libc::EIO | libc::ECONNRESET) | None => error,
-        _ => io::Error::new(error.kind(), format!("{ANSWERED}{error}")),
     }
 }
 
