@@ -49,14 +49,17 @@ impl<'s> Mark<'s> {
     }
 }
 
+/// A guest: two may have the same UUID, and an id may have another guest later.
+type Known = (DomId, String);
+
 /// What is known of the guests between two looks.
 pub(super) struct Publisher {
-    /// UUIDs of guests that could not be read.
-    waiting: Backoff<String>,
+    /// Guests that could not be read.
+    waiting: Backoff<Known>,
     /// Guests that are published: their UUIDs, by domain id.
     published: BTreeMap<DomId, String>,
-    /// UUIDs of guests that are in the queue, or that a worker has.
-    queued: HashSet<String>,
+    /// Guests that are in the queue, or that a worker has.
+    queued: HashSet<Known>,
     /// Where the next look begins to read marks.
     next_mark: DomId,
     /// What is in XenStore was listed once.
@@ -100,22 +103,23 @@ impl Publisher {
         self.look_at_marks(store, say);
         for info in domains {
             let DomainInfo { id, uuid, .. } = info;
-            let is_early = self.waiting.is_early(&uuid, now);
-            let is_published = self.published.get(&id) == Some(&uuid);
-            let is_known = is_early || is_published || self.queued.contains(&uuid);
+            let guest: Known = (id, uuid);
+            let is_early = self.waiting.is_early(&guest, now);
+            let is_published = self.published.get(&id) == Some(&guest.1);
+            let is_known = is_early || is_published || self.queued.contains(&guest);
             if info.dying || info.shutdown || is_known {
                 continue;
             }
             // The toolstack is at work on it, and its kernel does not run yet.
             if info.paused {
-                self.waiting.forget(&uuid);
-                self.waiting.put_off(uuid, now);
+                self.waiting.forget(&guest);
+                self.waiting.put_off(guest, now);
                 continue;
             }
-            self.queued.insert(uuid.clone());
+            self.queued.insert(guest.clone());
             queue.push(Job {
-                work: Work::Publish(id, uuid.clone()),
-                guest: uuid,
+                work: Work::Publish(id, guest.1.clone()),
+                guest: guest.1,
                 is_background: true,
             });
         }
@@ -123,13 +127,14 @@ impl Publisher {
 
     /// The worker that had a guest has ended.
     pub(super) fn ended(&mut self, id: DomId, uuid: &str, end: &End, now: Instant) {
-        self.queued.remove(uuid);
+        let guest: Known = (id, uuid.to_owned());
+        self.queued.remove(&guest);
         match end {
             End::Done => {
-                self.waiting.forget(&uuid.to_owned());
-                self.published.insert(id, uuid.to_owned());
+                self.waiting.forget(&guest);
+                self.published.insert(id, guest.1);
             }
-            End::Later | End::Died(_) => self.waiting.put_off(uuid.to_owned(), now),
+            End::Later | End::Died(_) => self.waiting.put_off(guest, now),
         }
     }
 
@@ -164,8 +169,8 @@ impl Publisher {
                 self.is_listed = false;
             }
         }
-        let uuids: HashSet<&String> = domains.iter().map(|d| &d.uuid).collect();
-        self.waiting.retain(|uuid| uuids.contains(uuid));
+        let all: HashSet<(DomId, &String)> = domains.iter().map(|d| (d.id, &d.uuid)).collect();
+        self.waiting.retain(|(id, uuid)| all.contains(&(*id, uuid)));
     }
 
     /// Looks whether published guests were made again: some of them in each look, because there may be many.

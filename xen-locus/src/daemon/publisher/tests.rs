@@ -96,6 +96,15 @@ fn a_guest_that_can_not_be_read_is_tried_again_later() {
 }
 
 #[test]
+fn each_of_two_guests_with_one_uuid_is_looked_at() {
+    let mut host = Host::with(&[domain(1), domain(2)]);
+    host.domains[1].uuid = host.domains[0].uuid.clone();
+    let now = Instant::now();
+    assert_eq!(host.look(now, &End::Later), [1, 2]);
+    assert_eq!(host.look(now + TICK * 2, &End::Done), [1, 2]);
+}
+
+#[test]
 fn a_guest_that_does_not_run_is_left_alone_until_it_does() {
     let mut host = Host::with(&[domain(1)]);
     let now = Instant::now();
