@@ -224,6 +224,27 @@ struct Tried {
     suites: Vec<&'static str>,
 }
 
+/// What becomes of a machine after a scenario.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    /// The next scenario runs on it.
+    Stays,
+    /// The scenario said so. The boot does not count, however it ended.
+    UsedUp,
+    /// It is of no use any more. Only so many boots may end like that.
+    Lost,
+}
+
+impl Fate {
+    fn of(uses_up: bool, lost: bool) -> Self {
+        match (uses_up, lost) {
+            (true, _) => Self::UsedUp,
+            (false, true) => Self::Lost,
+            (false, false) => Self::Stays,
+        }
+    }
+}
+
 /// A machine, booted when it is needed.
 struct Bed<'a> {
     testbed: &'a Testbed,
@@ -291,26 +312,22 @@ impl Bed<'_> {
             let text = format!("{said}\ncrashed: {}", crashed.join("; "));
             result = Err(Verdict::Crash(text));
         }
-        let new = running.consoles.peek_xen().0;
-        let told = running.ctx.take_told();
-        let expected = told.expects.into_inner();
-        let expected: Vec<&str> = expected.iter().map(String::as_str).collect();
-        let look = running
-            .consoles
-            .look(&dom0, &expected, told.long_pauses.get());
-        if !look.wrong.is_empty() {
+        let new = running.ctx.xen_said();
+        let (told, wrong) = running.ctx.end(result.is_ok());
+        if !wrong.is_empty() {
             let also = match &result {
                 Err(verdict) => format!("{verdict}\n"),
                 Ok(()) => String::new(),
             };
-            result = Err(Verdict::Failure(format!("{also}{}", look.wrong.trim_end())));
+            result = Err(Verdict::Failure(format!("{also}{}", wrong.trim_end())));
         }
         if let Some(words) = told.must_fail.into_inner() {
             result = inverted(result, &words);
         }
-        tried.excused = look.excused;
+        tried.excused = told.excused.get();
         tried.started_again = told.started_again.get();
         tried.suites.extend(told.suites.into_inner());
+        let mut fate = Fate::of(told.uses_up.get(), down || is_late);
         if let Err(verdict) = &mut result {
             if !matches!(verdict, Verdict::Skip(_)) {
                 dom0.note(&format!("=== {name}: {verdict}"));
@@ -319,15 +336,19 @@ impl Bed<'_> {
                 tried.emulator = emulator && qemu_faults::triple_fault_in_xen(&new)
                     || qemu_faults::equal_gs_bases_in(&running.logs, &crashed);
                 append(verdict, &report(running));
-                if down || is_late || !running.qemu.runs() || running.ctx.destroy_all().is_err() {
-                    self.machine = None;
+                if fate == Fate::Stays
+                    && (!running.qemu.runs() || running.ctx.destroy_all().is_err())
+                {
+                    fate = Fate::Lost;
                 }
             }
         }
-        if let Some(machine) = self.machine.take_if(|_| told.uses_up.get()) {
-            machine.collect_logs();
-            // This boot was not lost to a crash.
+        if fate == Fate::UsedUp {
+            running.collect_logs();
             self.boots -= 1;
+        }
+        if fate != Fate::Stays {
+            self.machine = None;
         }
         tried.result = result;
         tried
@@ -344,7 +365,7 @@ fn watched(
     eprintln!("xtest: {}: {name}: {summary}", scenario.profile.name);
     let dom0 = running.ctx.dom0.clone();
     dom0.note(&format!("=== {name}: {summary}"));
-    running.ctx.take_told();
+    running.ctx.begin();
     let limit = usual.map(late::limit);
     let (outcome, late) = late::watched(&dom0, limit, || {
         catch_unwind(AssertUnwindSafe(|| (scenario.run)(&mut running.ctx)))
@@ -416,6 +437,14 @@ pub fn end_on_signals() -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_machine_that_a_scenario_uses_up_is_not_lost_however_it_ends() {
+        assert_eq!(Fate::of(true, false), Fate::UsedUp);
+        assert_eq!(Fate::of(true, true), Fate::UsedUp);
+        assert_eq!(Fate::of(false, true), Fate::Lost);
+        assert_eq!(Fate::of(false, false), Fate::Stays);
+    }
 
     #[test]
     fn a_scenario_that_must_fail_fails_when_it_passes() {

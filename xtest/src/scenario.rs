@@ -12,11 +12,13 @@ use crate::kernels::Kernels;
 use crate::profile::Profile;
 use crate::suites::BOOKWORM;
 use crate::verdict::Verdict;
-use crate::watched::LOST;
+use crate::watched::{Look, Watched, LOST};
 
 /// How often the start of a PVH or HVM guest is tried. QEMU's SVM emulation loses some guests while they boot,
 /// before xen-locus has touched them.
 const STARTS: u32 = 3;
+/// After the end of a long pause, the time in which a guest has reported that its CPUs were stuck.
+const REPORTED: Duration = Duration::from_secs(3);
 
 /// A test of the suite.
 #[derive(Debug, Clone, Copy)]
@@ -43,6 +45,8 @@ pub struct Ctx {
     /// Guest kernels of other releases of Debian.
     pub kernels: Arc<Kernels>,
     guests: BTreeMap<String, (GuestSpec, Guest)>,
+    /// How far the machine's consoles were read.
+    consoles: Watched,
     told: Told,
 }
 
@@ -59,8 +63,21 @@ pub(crate) struct Told {
     pub(crate) uses_up: Cell<bool>,
     /// Guests that were started again, because QEMU lost them.
     pub(crate) started_again: Cell<u32>,
+    /// Stalls of guests that the machine caused.
+    pub(crate) excused: Cell<usize>,
     /// Releases of Debian whose kernels guests booted.
     pub(crate) suites: RefCell<BTreeSet<&'static str>>,
+}
+
+impl Told {
+    /// Adds what one scenario within another told and what counts for the whole. What it expects of consoles does not.
+    fn count(&mut self, inner: Self) {
+        self.uses_up.set(self.uses_up.get() || inner.uses_up.get());
+        let again = &self.started_again;
+        again.set(again.get() + inner.started_again.get());
+        self.excused.set(self.excused.get() + inner.excused.get());
+        self.suites.get_mut().extend(inner.suites.into_inner());
+    }
 }
 
 impl Ctx {
@@ -70,6 +87,7 @@ impl Ctx {
         release: String,
         payloads: PathBuf,
         kernels: Arc<Kernels>,
+        consoles: Watched,
     ) -> Self {
         Self {
             dom0,
@@ -77,6 +95,7 @@ impl Ctx {
             payloads,
             kernels,
             guests: BTreeMap::new(),
+            consoles,
             told: Told::default(),
         }
     }
@@ -104,9 +123,49 @@ impl Ctx {
         self.told.uses_up.set(true);
     }
 
-    /// What the scenario has told since the last call.
-    pub(crate) fn take_told(&mut self) -> Told {
-        std::mem::take(&mut self.told)
+    /// A scenario begins: it has told nothing yet.
+    pub(crate) fn begin(&mut self) {
+        self.told = Told::default();
+    }
+
+    /// A scenario has ended: looks at all consoles, and judges them by what it told. Returns that, and what is wrong in
+    /// words; empty if nothing is.
+    pub(crate) fn end(&mut self, ended_well: bool) -> (Told, String) {
+        let told = std::mem::take(&mut self.told);
+        let long_pauses = told.long_pauses.get();
+        if long_pauses && !ended_well {
+            // Otherwise the next scenario would be blamed.
+            std::thread::sleep(REPORTED);
+        }
+        let expected = told.expects.take();
+        let expected: Vec<&str> = expected.iter().map(String::as_str).collect();
+        let Look { wrong, excused } = self.consoles.look(&self.dom0, &expected, long_pauses);
+        told.excused.set(told.excused.get() + excused);
+        (told, wrong)
+    }
+
+    /// Runs a scenario within this one, which expects nothing of the consoles itself. What the inner one expects is
+    /// excused there alone. Returns its result.
+    ///
+    /// # Errors
+    ///
+    /// [`Verdict::Failure`] if a console says that something is broken.
+    pub(crate) fn within(&mut self, scenario: &Scenario) -> Result<Result<(), Verdict>, Verdict> {
+        let own = std::mem::take(&mut self.told);
+        let result = (scenario.run)(self);
+        let (inner, wrong) = self.end(result.is_ok());
+        self.told = own;
+        self.told.count(inner);
+        if wrong.is_empty() {
+            return Ok(result);
+        }
+        let name = scenario.name;
+        Err(Verdict::Failure(format!("{name}: {}", wrong.trim_end())))
+    }
+
+    /// The text of Xen's and dom0's console since the last look.
+    pub(crate) fn xen_said(&self) -> String {
+        self.consoles.peek_xen().0
     }
 
     /// Returns a running guest that responds. A guest of an earlier scenario is used if its specification is equal.
@@ -256,5 +315,25 @@ impl Ctx {
             .filter(|l| l.split_whitespace().nth(4).is_some_and(dead))
             .map(|l| l.split_whitespace().collect::<Vec<_>>().join(" "))
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_inner_scenario_expects_is_not_expected_of_the_next() {
+        let mut told = Told::default();
+        let inner = Told::default();
+        inner.expects.borrow_mut().push("BUG:".to_owned());
+        inner.long_pauses.set(true);
+        inner.started_again.set(2);
+        inner.excused.set(1);
+        inner.suites.borrow_mut().insert("trixie");
+        told.count(inner);
+        assert_eq!((told.started_again.get(), told.excused.get()), (2, 1));
+        assert!(told.suites.borrow().contains("trixie"));
+        assert!(told.expects.borrow().is_empty() && !told.long_pauses.get());
     }
 }

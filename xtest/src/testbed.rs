@@ -85,10 +85,10 @@ impl Testbed {
             self.root.release.clone(),
             payloads,
             Arc::clone(&self.kernels),
+            Watched::new(qemu.console.clone()),
         );
         Ok(Machine {
             ctx,
-            consoles: Watched::new(qemu.console.clone()),
             qemu,
             logs,
             boot_time,
@@ -101,8 +101,6 @@ impl Testbed {
 pub struct Machine {
     /// The context of scenarios.
     pub ctx: Ctx,
-    /// How far its consoles were read.
-    pub consoles: Watched,
     /// The emulator.
     pub qemu: Qemu,
     /// The folder of its logs.

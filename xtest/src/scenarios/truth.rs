@@ -118,9 +118,9 @@ fn useless(ctx: &mut Ctx, which: Which) -> Result<(), Verdict> {
             ctx.dom0
                 .note(&format!("--- {}, with {what}", scenario.name));
             instead_of_the_tool(ctx, script)?;
-            let result = (scenario.run)(ctx);
+            let result = ctx.within(scenario);
             put_back(ctx)?;
-            match result {
+            match result? {
                 Ok(()) | Err(Verdict::Skip(_)) => {
                     passed.push(format!("{} with {what}", scenario.name));
                 }
