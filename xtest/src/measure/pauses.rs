@@ -149,6 +149,17 @@ fn of(point: Point, documents: &[Value], threads_found: u64) -> Measured {
     }
 }
 
+/// What a point came to if all floors and all pauses were this long.
+#[cfg(test)]
+pub fn measured(point: Point, floor_us: u64, pause_us: u64) -> Measured {
+    let applied = serde_json::json!({
+        "contexts_us": [floor_us],
+        "empty_us": [1],
+        "changes": [{"result": "applied", "pause_us": pause_us, "attempts": 1, "total_ms": 1}],
+    });
+    of(point, &[applied], point.threads.into())
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::points::BASE;

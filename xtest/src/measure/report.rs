@@ -9,6 +9,7 @@ use super::pauses::Measured;
 use super::points::{Point, BASE};
 use super::stats::{ratio, Samples};
 use super::wanted::Clock;
+use crate::guest::{Kind, Mitigations};
 
 /// All results of a run.
 #[derive(Debug, Serialize)]
@@ -87,7 +88,14 @@ impl OfGuests {
             at_least: false,
         };
         let calls = self.calls.as_ref();
-        let targets = vec![
+        let mitigated = |what, mitigations| {
+            let line = self.at(Point {
+                mitigations,
+                ..BASE
+            });
+            most(what, line.map(Measured::median_ratio), 1.5)
+        };
+        let mut targets = vec![
             most(
                 "base: median pause, in floors",
                 base.map(Measured::median_ratio),
@@ -103,6 +111,10 @@ impl OfGuests {
                 base.map(|m| ratio(m.pause_us.p99, m.floor_us.p99)),
                 3.0,
             ),
+            mitigated(
+                "default mitigations: median pause, in floors",
+                Mitigations::Default,
+            ),
             most("median with 8000 threads, in medians with 50", growth, 2.0),
             most(
                 "what a redirect adds to a call, in what the livepatch adds",
@@ -116,6 +128,14 @@ impl OfGuests {
                 at_least: true,
             },
         ];
+        if self.kind != Kind::Pv.name() {
+            // Kernels of PV guests have none.
+            let isolation = mitigated(
+                "page-table isolation: median pause, in floors",
+                Mitigations::Isolation,
+            );
+            targets.insert(4, isolation);
+        }
         self.targets = targets;
     }
 }
@@ -277,4 +297,43 @@ fn line(f: &mut fmt::Formatter<'_>, what: &str, s: &Samples) -> fmt::Result {
         ..
     } = s;
     writeln!(f, "{what:<34} {count:>5} {p50:>8} {p99:>8} {max:>8}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::pauses::measured;
+    use super::*;
+
+    fn judged(kind: Kind, pause: u64) -> Vec<Target> {
+        let isolation = Point {
+            mitigations: Mitigations::Isolation,
+            ..BASE
+        };
+        let mut found = OfGuests {
+            kind: kind.name(),
+            points: vec![measured(BASE, 100, 100), measured(isolation, 100, pause)],
+            livepatch: None,
+            calls: None,
+            targets: Vec::new(),
+            missing: Vec::new(),
+        };
+        found.judge();
+        found.targets
+    }
+
+    #[test]
+    fn isolation_has_a_limit_where_there_is_isolation() {
+        let of = |targets: &[Target], start: &str| {
+            let found = targets.iter().find(|t| t.what.starts_with(start));
+            found.map(Target::holds)
+        };
+        for (pause, holds) in [(150, true), (151, false)] {
+            let targets = judged(Kind::Pvh, pause);
+            assert_eq!(of(&targets, "page-table isolation"), Some(Some(holds)));
+            assert_eq!(of(&targets, "base: median"), Some(Some(true)));
+            // That line was not measured.
+            assert_eq!(of(&targets, "default mitigations"), Some(None));
+        }
+        assert_eq!(of(&judged(Kind::Pv, 1), "page-table isolation"), None);
+    }
 }
