@@ -34,7 +34,7 @@ pub const SCENARIOS: &[Scenario] = &[
 ];
 
 /// What is said of a kprobe that stands in the way.
-const KPROBE: &str = "a kprobe of the guest's own stands at";
+pub(super) const KPROBE: &str = "a kprobe of the guest's own stands at";
 
 /// A command of xen-locus that runs in dom0 meanwhile.
 struct Meanwhile;

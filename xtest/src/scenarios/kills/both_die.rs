@@ -27,15 +27,15 @@ xl list "$2" | awk 'NR == 2 {print "state " $5}'
 "#;
 
 pub fn both_die(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
-    let subject = Subject::new(ctx, kind)?;
-    let name = &subject.guest.name;
+    let mut subject = Subject::new(ctx, kind)?;
+    let name = &subject.guest.name.clone();
     // In the middle of a write; and after all writes, if that pause was the one that made the change.
     for (place, results) in [
         ("3:stop:mark writing", &["undone"][..]),
         ("1:stop:mark unpausing", &["finished", "undone"]),
     ] {
         for by_itself in [false, true] {
-            both_killed(ctx, &subject, place)?;
+            both_killed(ctx, &mut subject, place)?;
             if by_itself {
                 let out = ctx
                     .dom0
@@ -55,21 +55,21 @@ pub fn both_die(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
             }
         }
     }
-    subject.prepare(ctx, None)?;
+    subject.clear(ctx)?;
     nothing_left(ctx)
 }
 
 /// Kills both while the guest is paused. If the guardian is quicker than the script that is to stop it, this
 /// shows nothing and is tried again.
-fn both_killed(ctx: &Ctx, subject: &Subject, place: &str) -> Result<(), Verdict> {
+fn both_killed(ctx: &Ctx, subject: &mut Subject, place: &str) -> Result<(), Verdict> {
     const TRIES: u32 = 8;
-    let name = &subject.guest.name;
+    let name = subject.guest.name.clone();
     ctx.expects_long_pauses();
     let mut said = String::new();
     ctx.dom0
         .put("/tmp/both-die.sh", 0o755, BOTH_DIE.as_bytes())?;
     for _ in 0..TRIES {
-        subject.prepare(ctx, None)?;
+        subject.clear(ctx)?;
         said = ctx
             .dom0
             .ok(&format!("sh /tmp/both-die.sh '{place}' {name}"))?;
@@ -95,7 +95,7 @@ pub fn recover_dies(ctx: &mut Ctx, kind: Kind, step: u32) -> Result<(), Verdict>
     let mut tally = Tally::default();
     let mut nth = 1;
     loop {
-        both_killed(ctx, &subject, "3:stop:mark writing")?;
+        both_killed(ctx, &mut subject, "3:stop:mark writing")?;
         let hit = tool::killed_at(ctx, nth, "recover", &format!("recover {name}"))?;
         tally.kills += u32::from(hit);
         ctx.dom0.ok(&format!("xen-locus recover {name}"))?;
@@ -111,7 +111,7 @@ pub fn recover_dies(ctx: &mut Ctx, kind: Kind, step: u32) -> Result<(), Verdict>
         }
         nth += step;
     }
-    subject.prepare(ctx, None)?;
+    subject.clear(ctx)?;
     nothing_left(ctx)?;
     eprintln!(
         "{name}: recover, killed at place 1 to {nth}: {} kills",

@@ -1,6 +1,7 @@
 //! The tool is killed at any moment. The guest runs on, and is wholly old or wholly new.
 
 mod actions;
+mod around;
 mod both_die;
 mod injected;
 mod random;
@@ -9,11 +10,13 @@ mod subject;
 
 use crate::guest::Kind;
 use crate::profile::{PV, PV1, PV4, PVH};
-use crate::scenario::Scenario;
+use crate::scenario::{Ctx, Scenario};
 use crate::scenarios::steps::beside::with_xl;
-use actions::{ACTIONS, APPLY, REPLACE, REVERT};
+use crate::verdict::Verdict;
+use actions::{Action, ACTIONS, APPLY, REPLACE, REVERT};
+use around::Around;
 use both_die::{both_die, recover_dies};
-use injected::{injected, injected_with};
+use injected::{injected, injected_with, Injection};
 use random::random;
 use scarce::{no_journal, no_memory};
 
@@ -43,7 +46,7 @@ pub const SCENARIOS: &[Scenario] = &[
         summary: "where the kernel has no handles of processes, a run that is stopped in its pause is killed all \
                   the same",
         profile: &PV,
-        run: |ctx| injected_with(ctx, Kind::Pv, "XEN_LOCUS_NO_PIDFD=1", "stop", 29, &[APPLY]),
+        run: no_pidfd,
     },
     Scenario {
         name: "faults-recover-pv",
@@ -105,6 +108,66 @@ pub const MATRIX: &[Scenario] = &[
         run: |ctx| injected(ctx, Kind::Pv, "fail", 1, &ACTIONS),
     },
     Scenario {
+        name: "fails-all-pvh",
+        summary: "each of its calls on a PVH guest fails once: exit code and guest agree",
+        profile: &PVH,
+        run: |ctx| injected(ctx, Kind::Pvh, "fail", 1, &ACTIONS),
+    },
+    Scenario {
+        name: "no-memory-pvh",
+        summary: "with too little memory for a PVH guest, it says so, and the guest is old or new",
+        profile: &PVH,
+        run: |ctx| no_memory(ctx, Kind::Pvh),
+    },
+    Scenario {
+        name: "layers-apply-pv",
+        summary: "apply, two times of four on another layer than before, is killed at each of its calls",
+        profile: &PV,
+        run: |ctx| killed_amid(ctx, Kind::Pv, Around::Layers, APPLY),
+    },
+    Scenario {
+        name: "layers-revert-pv",
+        summary: "revert, two times of four between two other patches, is killed at each of its calls",
+        profile: &PV,
+        run: |ctx| killed_amid(ctx, Kind::Pv, Around::Layers, REVERT),
+    },
+    Scenario {
+        name: "layers-replace-pv",
+        summary: "replace, two times of four of two patches, is killed at each of its calls",
+        profile: &PV,
+        run: |ctx| killed_amid(ctx, Kind::Pv, Around::Layers, REPLACE),
+    },
+    Scenario {
+        name: "probes-apply-pv",
+        summary: "apply is killed at each of its calls, and kprobes are registered before recover",
+        profile: &PV,
+        run: |ctx| killed_amid(ctx, Kind::Pv, Around::Probes, APPLY),
+    },
+    Scenario {
+        name: "probes-revert-pv",
+        summary: "revert is killed at each of its calls, and kprobes are registered before recover",
+        profile: &PV,
+        run: |ctx| killed_amid(ctx, Kind::Pv, Around::Probes, REVERT),
+    },
+    Scenario {
+        name: "probes-apply-pvh",
+        summary: "apply to a PVH guest is killed at each of its calls, and kprobes are registered before recover",
+        profile: &PVH,
+        run: |ctx| killed_amid(ctx, Kind::Pvh, Around::Probes, APPLY),
+    },
+    Scenario {
+        name: "last-room-pv",
+        summary: "a payload that has the last room of a PV guest is killed at each call of apply",
+        profile: &PV,
+        run: |ctx| killed_amid(ctx, Kind::Pv, Around::LastRoom, APPLY),
+    },
+    Scenario {
+        name: "last-room-pvh",
+        summary: "a payload that has the last room of a PVH guest is killed at each call of apply",
+        profile: &PVH,
+        run: |ctx| killed_amid(ctx, Kind::Pvh, Around::LastRoom, APPLY),
+    },
+    Scenario {
         name: "stops-pv",
         summary: "stopped at every 7th of its calls after the journal, it is killed if it holds the guest",
         profile: &PV,
@@ -141,3 +204,24 @@ pub const MATRIX: &[Scenario] = &[
         run: |ctx| with_xl(ctx, |ctx| both_die(ctx, Kind::Pv)),
     },
 ];
+
+/// Kills an action at each of its calls while something stands around it.
+fn killed_amid(ctx: &mut Ctx, kind: Kind, around: Around, action: Action) -> Result<(), Verdict> {
+    let injection = Injection {
+        what: "kill",
+        step: 1,
+        around,
+        variable: "",
+    };
+    injected_with(ctx, kind, injection, &[action])
+}
+
+fn no_pidfd(ctx: &mut Ctx) -> Result<(), Verdict> {
+    let injection = Injection {
+        what: "stop",
+        step: 29,
+        around: Around::Nothing,
+        variable: "XEN_LOCUS_NO_PIDFD=1",
+    };
+    injected_with(ctx, Kind::Pv, injection, &[APPLY])
+}

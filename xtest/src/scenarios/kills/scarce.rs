@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::actions::{Action, ACTIONS};
+use super::actions::ACTIONS;
 use super::subject::{nothing_left, Subject, Tally};
 use crate::guest::Kind;
 use crate::scenario::Ctx;
@@ -12,9 +12,9 @@ use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
 pub fn no_journal(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
-    let subject = Subject::new(ctx, kind)?;
-    subject.prepare(ctx, None)?;
-    let name = &subject.guest.name;
+    let mut subject = Subject::new(ctx, kind)?;
+    subject.clear(ctx)?;
+    let name = &subject.guest.name.clone();
     let apply = format!("xen-locus apply {name} /payloads/{PAIR}.ko");
     for (place, options) in [
         ("/var/lib/xen-locus/journal", "ro"),
@@ -36,9 +36,9 @@ pub fn no_journal(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     }
     ctx.dom0.ok(&apply)?;
     check!(subject.is_new()?, "it is not applied");
-    subject.prepare(ctx, None)?;
+    subject.clear(ctx)?;
     unrecorded(ctx, &subject, &apply)?;
-    subject.prepare(ctx, None)?;
+    subject.clear(ctx)?;
     nothing_left(ctx)
 }
 
@@ -76,21 +76,18 @@ pub fn no_memory(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let mut reasons = BTreeMap::<String, u32>::new();
     for action in ACTIONS {
         let command = action.command(&name);
-        let Action {
-            name: action,
-            before,
-        } = action;
+        let verb = action.name;
         // KiB of address space. With less, the libraries can't be loaded.
         let mut limit = 12_000;
         loop {
-            check!(limit < 4 << 20, "{action} takes more than 4 GiB");
-            subject.prepare(ctx, before)?;
+            check!(limit < 4 << 20, "{verb} takes more than 4 GiB");
+            subject.prepare(ctx, action)?;
             let was = subject.is_new()?;
             let cmd = format!("sh -c 'ulimit -v {limit}; exec xen-locus --no-cache {command}'");
             let done = subject.kill(ctx, "", &cmd, &mut tally)?;
             let rc = done["rc"].as_i64();
             let said = done["stderr"].as_str().unwrap_or_default();
-            let what = format!("{action} with {limit} KiB: {done}");
+            let what = format!("{verb} with {limit} KiB: {done}");
             let last = said.lines().last().unwrap_or_default();
             check!(
                 rc == Some(0) || last.starts_with("xen-locus: "),
@@ -107,9 +104,9 @@ pub fn no_memory(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
             limit += limit / 2;
         }
         subject.progresses()?;
-        eprintln!("{name}: {action} takes {limit} KiB");
+        eprintln!("{name}: {verb} takes {limit} KiB");
     }
-    subject.prepare(ctx, None)?;
+    subject.clear(ctx)?;
     nothing_left(ctx)?;
     check!(
         reasons.keys().any(|s| s.contains("out of memory")),

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::actions::{APPLY, REVERT};
+use super::actions::{Action, APPLY, REVERT};
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::scenario::Ctx;
-use crate::scenarios::steps::patches::{self, CMDLINE, PAIR};
+use crate::scenarios::steps::patches::{self, words_of, PAIR, TWO, WORDS};
 use crate::scenarios::steps::tool;
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
@@ -46,6 +46,8 @@ pub struct Subject {
     pub guest: Guest,
     /// The check script in the guest of the payload [`PAIR`].
     check: String,
+    /// The patches that are in force while [`PAIR`] is not, and while it is, the undermost first.
+    stacks: [Vec<&'static str>; 2],
     /// Rounds of its workload, at the last look.
     rounds: u64,
 }
@@ -60,6 +62,7 @@ impl Subject {
         Ok(Subject {
             guest,
             check,
+            stacks: [Vec::new(), vec![PAIR]],
             rounds,
         })
     }
@@ -67,14 +70,23 @@ impl Subject {
     /// Whether [`PAIR`] is in force, by what the guest's files in `/proc` show. A mixture is a failure.
     pub fn is_new(&self) -> Result<bool, Verdict> {
         let check = &self.check;
-        let cmd = format!("sh {check} after && exit 10; sh {check} before && exit 11");
-        let out = self.guest.sh(&cmd)?;
+        let out = self.guest.sh(&format!(
+            "{WORDS}; sh {check} after >&2 && exit 10; sh {check} before >&2 && exit 11; exit 12"
+        ))?;
+        let [old, new] = self.stacks.each_ref().map(|patches| {
+            let words = patches::printed(words_of(patches));
+            out.text() == words
+        });
+        // Another patch below shows a word in a file that the script looks at.
+        let other_word = self.stacks[0].contains(&TWO);
         match out.rc {
-            10 => Ok(true),
-            11 => Ok(false),
+            10 if new => Ok(true),
+            11 if old => Ok(false),
+            12 if old && other_word => Ok(false),
             _ => Err(Verdict::failure(format!(
-                "the guest is neither old nor new: {}",
-                out.text()
+                "the guest is neither old nor new: {} {}",
+                out.text(),
+                out.err_text()
             ))),
         }
     }
@@ -82,11 +94,16 @@ impl Subject {
     /// Whether [`PAIR`] is in force, by `status`.
     pub fn status(&self, ctx: &Ctx) -> Result<bool, Verdict> {
         let status = tool::status(ctx, &self.guest.name)?;
-        match tool::patches_of(&status)? {
-            [] => Ok(false),
-            [one] if one["name"] == CMDLINE => Ok(false),
-            [one] if one["name"] == PAIR && one["state"] == "applied" => Ok(true),
-            _ => Err(Verdict::failure(format!("status says {status}"))),
+        let listed = tool::patches_of(&status)?;
+        let names: Vec<&str> = listed.iter().filter_map(|p| p["name"].as_str()).collect();
+        let sound = listed.iter().all(|p| p["state"] == "applied");
+        let [old, new] = &self.stacks;
+        match (sound, names == *old, names == *new) {
+            (true, true, _) => Ok(false),
+            (true, _, true) => Ok(true),
+            _ => Err(Verdict::failure(format!(
+                "status says {status}, expected {old:?} or {new:?}"
+            ))),
         }
     }
 
@@ -148,17 +165,34 @@ impl Subject {
         Ok(format!("xen-locus {}", action.command(name)))
     }
 
-    /// Makes `patch`, and nothing else, be in force.
-    pub fn prepare(&self, ctx: &Ctx, patch: Option<&str>) -> Result<(), Verdict> {
+    /// Makes what stands before the action, and nothing else, be in force.
+    pub fn prepare(&mut self, ctx: &Ctx, action: Action) -> Result<(), Verdict> {
+        let mut stacks = [action.before.to_vec(), action.after()];
+        if action.before.contains(&PAIR) {
+            stacks.reverse();
+        }
+        self.make(ctx, action.before)?;
+        self.stacks = stacks;
+        Ok(())
+    }
+
+    /// Reverts all.
+    pub fn clear(&mut self, ctx: &Ctx) -> Result<(), Verdict> {
+        self.make(ctx, &[])?;
+        self.stacks = [Vec::new(), vec![PAIR]];
+        Ok(())
+    }
+
+    fn make(&self, ctx: &Ctx, patches: &[&str]) -> Result<(), Verdict> {
         let name = &self.guest.name;
         let there = tool::listed(ctx, name)?;
-        if patch.is_some_and(|patch| there == [patch]) {
+        if there == patches {
             return Ok(());
         }
         if !there.is_empty() {
             tool::revert_all(ctx, name)?;
         }
-        if let Some(patch) = patch {
+        for patch in patches {
             tool::apply(ctx, name, patch)?;
         }
         Ok(())

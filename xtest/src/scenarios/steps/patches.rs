@@ -81,12 +81,52 @@ pub fn cmdline_is_untouched(guest: &Guest) -> Result<(), Verdict> {
     Ok(())
 }
 
+/// A command for the guest that prints the words in `/proc/cmdline`, `/proc/version` and `/proc/loadavg`, each with a dot
+/// behind it.
+pub const WORDS: &str = "for f in cmdline version loadavg; do \
+     echo $(tr ' ' '\\n' </proc/$f | sed -n 's/^locus=//p').; done";
+
+/// What [`WORDS`] prints for these words. An empty one means the kernel's own text.
+pub fn printed(words: [&str; 3]) -> String {
+    words.map(|word| format!("{word}.")).join("\n")
+}
+
 /// Checks the words in `/proc/cmdline`, `/proc/version` and `/proc/loadavg`, in this order; an empty
 /// one means the kernel's own text.
 pub fn check_words(guest: &Guest, words: [&str; 3]) -> Result<(), Verdict> {
-    let seen = guest.ok("for f in cmdline version loadavg; do \
-         echo $(tr ' ' '\\n' </proc/$f | sed -n 's/^locus=//p').; done")?;
-    let expected = words.map(|word| format!("{word}.")).join("\n");
-    check_eq!(seen, expected, "what the guest shows");
+    check_eq!(guest.ok(WORDS)?, printed(words), "what the guest shows");
     Ok(())
+}
+
+/// The words that a guest shows while these patches are in force, the undermost first.
+pub fn words_of(patches: &[&str]) -> [&'static str; 3] {
+    let mut shown = [""; 3];
+    for patch in patches {
+        let words = match *patch {
+            CMDLINE => ["live", "", ""],
+            PAIR => ["", "live", "live"],
+            TWO => ["two", "two", ""],
+            THREE => ["three", "", ""],
+            _ => ["", "", ""],
+        };
+        for (shown, word) in shown.iter_mut().zip(words) {
+            if !word.is_empty() {
+                *shown = word;
+            }
+        }
+    }
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_uppermost_patch_of_a_function_shows() {
+        assert_eq!(words_of(&[]), ["", "", ""]);
+        assert_eq!(words_of(&[TWO, PAIR, THREE]), ["three", "live", "live"]);
+        assert_eq!(words_of(&[TWO, THREE]), ["three", "two", ""]);
+        assert_eq!(printed(["", "two", ""]), ".\ntwo.\n.");
+    }
 }
