@@ -5,6 +5,9 @@
 pub struct Profile {
     /// Its name on the command line, and the name of its folder of logs.
     pub name: &'static str,
+    /// QEMU's `-cpu`. What QEMU can't emulate of a model is missing from it. None has SMAP: on QEMU 7.2 with it, Xen can't
+    /// deliver an exception to dom0 (`create_bounce_frame` faults), and dom0 does not boot.
+    pub cpu: &'static str,
     /// QEMU's `thread=`. Its SVM emulation loses guests with `multi`, so only PV may use that.
     pub thread: &'static str,
     /// Whether the device model and firmware for HVM guests are in the image.
@@ -26,9 +29,13 @@ pub struct Profile {
     pub dom0_args: &'static str,
 }
 
+/// qemu64, with the features that Xen needs for hardware assisted paging on emulated SVM.
+const QEMU64: &str = "qemu64,+svm,+npt,+nx,+lm,+pdpe1gb,+fsgsbase,+smep,+rdrand,+invtsc";
+
 /// PV guests, on two physical CPUs that run in parallel.
 pub const PV: Profile = Profile {
     name: "pv",
+    cpu: QEMU64,
     thread: "multi",
     hvm: false,
     counted: false,
@@ -82,5 +89,55 @@ pub const HVM: Profile = Profile {
     ..PVH
 };
 
+/// PV guests, on an Intel processor of before 2018, with all faults that were found since. Xen isolates page tables of
+/// PV guests there.
+pub const HASWELL: Profile = Profile {
+    name: "haswell",
+    cpu: "Haswell-noTSX",
+    ..PV1
+};
+
+/// PV guests, on an Intel processor of 2019, whose indirect branches in the lower half of a cache line can be misled
+/// (ITS).
+pub const CASCADELAKE: Profile = Profile {
+    name: "cascadelake",
+    cpu: "Cascadelake-Server-v1,-smap",
+    ..PV1
+};
+
+/// PV guests, on an old Intel processor. It is given random numbers: without them a kernel changes a jump label when it has
+/// gathered enough, minutes after its boot.
+pub const NEHALEM: Profile = Profile {
+    name: "nehalem",
+    cpu: "Nehalem,+rdrand",
+    ..PV1
+};
+
+/// PVH guests, on an AMD processor of family 17h, whose returns can be misled (Retbleed, SRSO).
+pub const EPYC: Profile = Profile {
+    name: "epyc",
+    cpu: "EPYC-v1,+svm,+npt,-smap",
+    ..PVH
+};
+
+/// PVH guests, on an AMD processor of family 19h.
+pub const MILAN: Profile = Profile {
+    name: "milan",
+    cpu: "EPYC-Milan-v1,+svm,+npt,-smap",
+    ..PVH
+};
+
 /// All profiles, in the order in which they run.
-pub const PROFILES: &[&Profile] = &[&PV, &PV4, &CROWD, &PV1, &PVH, &HVM];
+pub const PROFILES: &[&Profile] = &[
+    &PV,
+    &PV4,
+    &CROWD,
+    &PV1,
+    &PVH,
+    &HVM,
+    &NEHALEM,
+    &HASWELL,
+    &CASCADELAKE,
+    &EPYC,
+    &MILAN,
+];

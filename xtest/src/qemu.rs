@@ -13,9 +13,6 @@ use anyhow::{bail, Context, Result};
 use crate::image::Images;
 use crate::profile::Profile;
 
-/// qemu64, with the features that Xen needs for hardware assisted paging on emulated SVM.
-const CPU: &str = "qemu64,+svm,+npt,+nx,+lm,+pdpe1gb,+fsgsbase,+smep,+rdrand,+invtsc";
-
 /// Machines so far.
 static MACHINES: AtomicU32 = AtomicU32::new(0);
 
@@ -143,7 +140,7 @@ fn arguments(
     let initrd = initrd.display().to_string().replace(',', ",,");
     let pairs = [
         ("-accel", format!("tcg,thread={}", profile.thread)),
-        ("-cpu", CPU.to_owned()),
+        ("-cpu", profile.cpu.to_owned()),
         ("-smp", profile.cpus.to_string()),
         ("-m", profile.memory.to_string()),
         ("-display", "none".to_owned()),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::steps::guest_log::Log;
 use super::steps::patches::{check, cmdline_is_untouched, file, put_check, DRAIN, PAIR};
-use super::steps::tool;
+use super::steps::tool::{self, Text};
 use crate::check_eq;
 use crate::guest::{Guest, GuestSpec, Kind, Mitigations};
 use crate::profile::{HVM, PV1, PVH};
@@ -79,9 +79,14 @@ fn isolation(ctx: &mut Ctx, kind: Kind, reads: u32, cycles: u32) -> Result<(), V
 }
 
 /// `info` works `reads` times, and a patch is applied, verified and reverted, then `cycles` times more.
-fn read_and_patch(ctx: &Ctx, guest: &Guest, reads: u32, cycles: u32) -> Result<(), Verdict> {
+pub(super) fn read_and_patch(
+    ctx: &Ctx,
+    guest: &Guest,
+    reads: u32,
+    cycles: u32,
+) -> Result<(), Verdict> {
     let name = &guest.name;
-    let untouched = tool::text_digest(ctx, name)?;
+    let untouched = Text::save(ctx, name)?;
     // Without a cache, so that it finds the symbols each time.
     in_time(
         ctx,
@@ -104,8 +109,7 @@ fn read_and_patch(ctx: &Ctx, guest: &Guest, reads: u32, cycles: u32) -> Result<(
         ),
     )?;
     check(guest, PAIR, "before")?;
-    check_eq!(tool::text_digest(ctx, name)?, untouched);
-    Ok(())
+    untouched.is_unchanged(ctx, guest)
 }
 
 fn in_time(ctx: &Ctx, cmd: &str) -> Result<(), Verdict> {

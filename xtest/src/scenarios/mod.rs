@@ -16,6 +16,7 @@ mod life;
 mod loader;
 mod many;
 mod mitigations;
+mod models;
 mod nudge;
 mod objects;
 mod parked;
@@ -153,6 +154,7 @@ pub fn all() -> Vec<Scenario> {
         truth::MATRIX,
         twins::MATRIX,
         mitigations::MATRIX,
+        models::MATRIX,
         nudge::MATRIX,
         &life::matrix()[..],
         &short()[..],

@@ -49,18 +49,23 @@ fn sites(ctx: &mut Ctx, suite: &'static Suite, kind: Kind) -> Result<(), Verdict
         ctx.dom0
             .put(&file, 0o644, &std::fs::read(&kernel.vmlinux)?)?;
     }
+    compare(ctx, &guest, &file)?;
+    if *suite == BOOKWORM {
+        return alternative(ctx, &guest);
+    }
+    ctx.dom0.ok(&format!("rm -f {file}"))?;
+    ctx.destroy_guest(&guest.name)
+}
+
+/// Compares all places of a guest's kernel, which was made of this file.
+pub(super) fn compare(ctx: &Ctx, guest: &Guest, file: &str) -> Result<(), Verdict> {
     let out = ctx.dom0.sh_timeout(
         &format!("locus-sites {} {file}", guest.name),
         Duration::from_secs(600),
     )?;
     ctx.dom0.note(&out.text());
     check_eq!(out.rc, 0, "{}\n{}", out.text(), out.err_text());
-    compared(&out.text())?;
-    if *suite == BOOKWORM {
-        return alternative(ctx, &guest);
-    }
-    ctx.dom0.ok(&format!("rm -f {file}"))?;
-    ctx.destroy_guest(&guest.name)
+    compared(&out.text())
 }
 
 /// Tables that each kernel here has, and the fewest of their places that must have been compared. The kernel with the
@@ -89,7 +94,7 @@ fn compared(said: &str) -> Result<(), Verdict> {
 }
 
 /// A payload with an alternative in its code is applied and reverted.
-fn alternative(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+pub(super) fn alternative(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     const PATCH: &str = "locus_altinst";
     let name = &guest.name;
     tool::apply(ctx, name, PATCH)?;

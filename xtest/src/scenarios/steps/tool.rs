@@ -160,6 +160,52 @@ pub fn text_digest(ctx: &Ctx, guest: &str) -> Result<String, Verdict> {
     Ok(said)
 }
 
+/// The text of a guest's kernel as it was once, in a file of dom0.
+pub struct Text {
+    file: String,
+}
+
+impl Text {
+    /// Saves the text.
+    pub fn save(ctx: &Ctx, guest: &str) -> Result<Self, Verdict> {
+        let file = format!("/tmp/text-{guest}");
+        let size = ctx.dom0.ok(&format!(
+            "xen-locus info {guest} --raw text >{file} && wc -c <{file}"
+        ))?;
+        let bytes = size.trim().parse::<u64>().unwrap_or(0);
+        check!(bytes > KERNEL_TEXT, "the text of {guest}: {size} bytes");
+        Ok(Self { file })
+    }
+
+    /// Checks that the text is what it was, byte for byte. Otherwise the failure names the first function that is not.
+    pub fn is_unchanged(self, ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+        let (name, file) = (&guest.name, self.file);
+        let differs = ctx.dom0.ok(&format!(
+            "xen-locus info {name} --raw text >{file}.now; cmp -l {file} {file}.now 2>&1 | head -n 8; \
+             rm -f {file} {file}.now"
+        ))?;
+        if differs.is_empty() {
+            return Ok(());
+        }
+        let info = info(ctx, name, "")?;
+        let base = info["text_base"].as_str().and_then(|text| {
+            let digits = text.strip_prefix("0x")?;
+            u64::from_str_radix(digits, 16).ok()
+        });
+        // cmp counts from 1.
+        let first = differs.split_whitespace().next();
+        let first = first.and_then(|n| n.parse::<u64>().ok()?.checked_sub(1));
+        let place = base.zip(first).map_or(0, |(base, at)| base + at);
+        let symbol = guest.sh(&format!(
+            "sort /proc/kallsyms | awk -v at={place:016x} '$1 > at {{exit}} {{line = $0}} END {{print line}}'"
+        ))?;
+        Err(Verdict::failure(format!(
+            "the text of {name} is not what it was, first at {place:#x} ({}): place, byte before, byte now:\n{differs}",
+            symbol.text()
+        )))
+    }
+}
+
 /// No kernel here has less text, in bytes.
 const KERNEL_TEXT: u64 = 8_000_000;
 
