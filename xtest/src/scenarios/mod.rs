@@ -155,6 +155,7 @@ pub fn all() -> Vec<Scenario> {
         twins::MATRIX,
         mitigations::MATRIX,
         models::MATRIX,
+        refuse::MATRIX,
         nudge::MATRIX,
         &life::matrix()[..],
         &short()[..],

@@ -6,7 +6,7 @@ use std::process::Command;
 use super::steps::patches::{cmdline_is_untouched, CMDLINE, CMDLINE_FILE};
 use super::steps::tool::{self, refused};
 use crate::guest::{Guest, GuestSpec, Kind};
-use crate::profile::{HVM, PV1};
+use crate::profile::{HVM, PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
@@ -39,6 +39,14 @@ pub const SCENARIOS: &[Scenario] = &[
         run: firmware,
     },
 ];
+
+/// Scenarios that a usual run has no time for: a unit test has the refusal.
+pub const MATRIX: &[Scenario] = &[Scenario {
+    name: "refuse-shadow-pvh",
+    summary: "a PVH guest without nested paging (hap=0) is refused, or Xen itself starts none",
+    profile: &PVH,
+    run: shadow,
+}];
 
 fn payloads(ctx: &mut Ctx) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new("pv", Kind::Pv))?;
@@ -109,6 +117,32 @@ fn payloads(ctx: &mut Ctx) -> Result<(), Verdict> {
 fn untouched(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     tool::no_patches(ctx, &guest.name)?;
     cmdline_is_untouched(guest)
+}
+
+/// Debian's Xen is built without shadow paging, and `xl` starts no such guest there.
+fn shadow(ctx: &mut Ctx) -> Result<(), Verdict> {
+    const NAME: &str = "shadow-pvh";
+    let spec = GuestSpec::new(NAME, Kind::Pvh).config("hap=0");
+    let able = ctx.dom0.ok("xl info | grep '^virt_caps'")?;
+    if !able.split_whitespace().any(|word| word == "shadow") {
+        let config = format!("/etc/xen/{NAME}.cfg");
+        ctx.dom0.put(&config, 0o644, spec.to_config().as_bytes())?;
+        let out = ctx.dom0.sh(&format!("xl create -q {config}"))?;
+        ctx.dom0.note(&format!("{able}\n{}", out.err_text()));
+        check!(out.rc != 0, "a guest runs without nested paging, on {able}");
+        return ctx.destroy_guest(NAME);
+    }
+    let guest = ctx.ensure_guest(spec)?;
+    for command in [
+        format!("info {NAME}"),
+        format!("status {NAME}"),
+        format!("check {NAME} {CMDLINE_FILE}"),
+        format!("apply {NAME} {CMDLINE_FILE}"),
+    ] {
+        refused(ctx, &format!("xen-locus {command}"), 3, "shadow paging")?;
+    }
+    cmdline_is_untouched(&guest)?;
+    ctx.destroy_guest(NAME)
 }
 
 fn domains(ctx: &mut Ctx) -> Result<(), Verdict> {
