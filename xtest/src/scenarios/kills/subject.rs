@@ -71,7 +71,8 @@ impl Subject {
     pub fn is_new(&self) -> Result<bool, Verdict> {
         let check = &self.check;
         let out = self.guest.sh(&format!(
-            "{WORDS}; sh {check} after >&2 && exit 10; sh {check} before >&2 && exit 11; exit 12"
+            "w=$({WORDS}); echo \"$w\"; case \"$w\" in *live.) sh {check} after >&2 && exit 10;; \
+             *) sh {check} before >&2 && exit 11;; esac; exit 12"
         ))?;
         let [old, new] = self.stacks.each_ref().map(|patches| {
             let words = patches::printed(words_of(patches));
