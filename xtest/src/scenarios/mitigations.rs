@@ -109,7 +109,7 @@ pub(super) fn read_and_patch(
         ),
     )?;
     check(guest, PAIR, "before")?;
-    untouched.is_unchanged(ctx, guest)
+    untouched.check_unchanged(ctx, guest)
 }
 
 fn in_time(ctx: &Ctx, cmd: &str) -> Result<(), Verdict> {

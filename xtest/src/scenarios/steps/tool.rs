@@ -178,7 +178,7 @@ impl Text {
     }
 
     /// Checks that the text is what it was, byte for byte. Otherwise the failure names the first function that is not.
-    pub fn is_unchanged(self, ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+    pub fn check_unchanged(self, ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
         let (name, file) = (&guest.name, self.file);
         let differs = ctx.dom0.ok(&format!(
             "xen-locus info {name} --raw text >{file}.now; cmp -l {file} {file}.now 2>&1 | head -n 8; \
