@@ -267,6 +267,14 @@ impl PagesMut for Domain<'_> {
         self.written(&[table])
     }
 
+    fn pages(&self) -> std::result::Result<u64, guest::Error> {
+        Ok(self.info_now()?.pages)
+    }
+
+    fn has_pages_on_demand(&self) -> std::result::Result<bool, guest::Error> {
+        Ok(self.control.has_pages_on_demand(&self.info_now()?))
+    }
+
     fn spare(&self) -> std::result::Result<u64, guest::Error> {
         let info = self.info_now()?;
         Ok(info.max_pages.saturating_sub(info.pages))

@@ -130,7 +130,9 @@ impl Error {
         }
     }
 
-    fn said(class: Class, what: impl Into<String>) -> Error {
+    /// Of this class.
+    #[must_use]
+    pub fn said(class: Class, what: impl Into<String>) -> Error {
         Error::new(class, Cause::Said(what.into()))
     }
 

@@ -29,6 +29,7 @@ pub mod ops;
 pub mod paths;
 pub mod plan;
 pub mod quiesce;
+pub mod reclaim;
 pub mod recover;
 pub mod say;
 pub mod storage;

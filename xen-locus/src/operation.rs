@@ -21,15 +21,18 @@ pub enum Operation {
     Replace,
     /// Settles what an interrupted run left.
     Recover,
+    /// Gives back the memory of a payload that is parked.
+    Reclaim,
 }
 
 impl Operation {
-    const ALL: [Operation; 5] = [
+    const ALL: [Operation; 6] = [
         Operation::Apply,
         Operation::Revert,
         Operation::Nudge,
         Operation::Replace,
         Operation::Recover,
+        Operation::Reclaim,
     ];
 
     /// The word for it in every text format.
@@ -41,6 +44,7 @@ impl Operation {
             Operation::Nudge => "nudge",
             Operation::Replace => "replace",
             Operation::Recover => "recover",
+            Operation::Reclaim => "reclaim",
         }
     }
 
@@ -55,7 +59,7 @@ impl Operation {
     pub fn is_journaled(self) -> bool {
         matches!(
             self,
-            Operation::Apply | Operation::Revert | Operation::Nudge
+            Operation::Apply | Operation::Revert | Operation::Nudge | Operation::Reclaim
         )
     }
 }
@@ -79,6 +83,6 @@ mod tests {
             assert_eq!(postcard::to_stdvec(&operation).unwrap(), [number]);
         }
         let journaled = Operation::ALL.map(Operation::is_journaled);
-        assert_eq!(journaled, [true, true, true, false, false]);
+        assert_eq!(journaled, [true, true, true, false, false, true]);
     }
 }

@@ -30,6 +30,8 @@ use crate::storage::journal::{Change, Intent, Journal};
 use crate::target::kernel_locks;
 use crate::write::{Lock, Write};
 
+mod reclaiming;
+
 /// Longest wait for the guardian of a run that died.
 const GUARDIAN: Duration = Duration::from_secs(5);
 
@@ -286,6 +288,9 @@ pub(crate) fn of_guest(
     if let Some(intent) = intent.filter(|i| i.change.op == Operation::Nudge) {
         roll_back(machine, kernel, &intent.change, options)?;
         return Ok(Report::new(Finding::Undone, Some(intent), String::new()));
+    }
+    if let Some(intent) = intent.filter(|i| i.change.op == Operation::Reclaim) {
+        return reclaiming::settle(machine, kernel, intent, options);
     }
     let mut arena = Arena::read(kernel)?;
     let detail = take_back_torn(machine, kernel, &arena, intent, options)?;

@@ -17,7 +17,7 @@ use crate::arena::digests::{self, BLOCK};
 use crate::arena::record::{Function, State};
 use crate::arena::{page_address, Arena, Resident, Rights};
 use crate::error::Result;
-use crate::link::module::links;
+use crate::link::module::links::{self, Known};
 use crate::plan::{self, Stack};
 use crate::storage::audit::in_force::InForce;
 use crate::storage::audit::Line;
@@ -322,7 +322,7 @@ impl Comparison<'_, '_> {
             found,
             by: DriftCause::Unknown,
         };
-        if applied && !links::is_entered(self.kernel, module)? {
+        if applied && links::known(self.kernel, module)? != Known::Linked {
             let absent = difference("one of the guest's modules", "not among them".into());
             self.note(patch, absent);
         }

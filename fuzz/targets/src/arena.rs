@@ -7,7 +7,7 @@ use locus_kernel::Kernel;
 use sha2::{Digest, Sha256};
 use xen_locus::arena::digests::CodeDigests;
 use xen_locus::arena::record::{Directory, Function, Record, Slot, State, SCHEMA};
-use xen_locus::arena::{page_address, Arena, Rights, BASE};
+use xen_locus::arena::{page_address, Arena, BASE};
 use xen_locus::plan::{self, Stack};
 use xen_locus::verify;
 
@@ -165,7 +165,7 @@ pub fn arena(data: &[u8]) {
         return;
     };
     let _ = arena.room(KIND);
-    let _ = arena.find_room(KIND, &[Rights::Text, Rights::RoData]);
+    let _ = arena.find_room(KIND, 2);
     let _ = verify::compare_once(&kernel, None);
     let residents = plan::residents(&kernel, &arena).unwrap_or_default();
     let stack = Stack::new(&residents);

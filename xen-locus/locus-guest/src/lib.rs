@@ -237,6 +237,16 @@ pub trait PagesMut: MemoryMut {
     /// # Errors
     /// The back end refuses the entry, or can't reach the table.
     fn write_entry(&self, table: Frame, slot: usize, entry: u64) -> Result<(), Error>;
+    /// How many pages of memory it has.
+    ///
+    /// # Errors
+    /// The back end can't tell.
+    fn pages(&self) -> Result<u64, Error>;
+    /// Whether some of its memory is populated when it is first used, or by a mapping.
+    ///
+    /// # Errors
+    /// The back end can't tell.
+    fn has_pages_on_demand(&self) -> Result<bool, Error>;
     /// How many pages of memory it may be given, beyond those that it has.
     ///
     /// # Errors

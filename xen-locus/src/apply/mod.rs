@@ -51,12 +51,15 @@ pub fn apply(
 
 /// Calls `attempt` with the guest's kernel as it was read; again with the kernel read anew, because what the guest changed
 /// may have been its page tables.
-fn keep_trying(
+///
+/// # Errors
+/// As [`Patience::keep_trying`].
+pub(crate) fn keep_trying<T>(
     machine: &dyn Machine,
     kernel: &Kernel<'_>,
     patience: &Patience<'_>,
-    attempt: impl Fn(&Kernel<'_>) -> Result<Report>,
-) -> Result<Report> {
+    attempt: impl Fn(&Kernel<'_>) -> Result<T>,
+) -> Result<T> {
     patience.keep_trying(|first| match first {
         true => attempt(kernel),
         false => attempt(&machine::kernel_of(machine)?),

@@ -32,6 +32,10 @@ pub enum Outcome {
     Nudged,
     /// They could be woken; a dry run.
     WouldNudge,
+    /// The memory of the payload is given back.
+    Reclaimed,
+    /// It could be given back, unless something leads into it; a dry run.
+    WouldReclaim,
 }
 
 impl Outcome {
@@ -46,6 +50,8 @@ impl Outcome {
             Outcome::WouldRevert => "would-revert",
             Outcome::Nudged => "nudged",
             Outcome::WouldNudge => "would-nudge",
+            Outcome::Reclaimed => "reclaimed",
+            Outcome::WouldReclaim => "would-reclaim",
         }
     }
 }
@@ -98,9 +104,13 @@ impl fmt::Display for Report {
         match self.result {
             Outcome::Applied => done(f, "applied"),
             Outcome::Reverted => done(f, "reverted"),
+            Outcome::Reclaimed => write!(f, "reclaimed (paused {} us)", self.pause_us),
             Outcome::Already => f.write_str("no action needed: already so"),
             Outcome::Nudged => write!(f, "nudged (paused {} us)", self.pause_us),
-            Outcome::WouldApply | Outcome::WouldRevert | Outcome::WouldNudge => {
+            Outcome::WouldApply
+            | Outcome::WouldRevert
+            | Outcome::WouldNudge
+            | Outcome::WouldReclaim => {
                 write!(f, "possible ({functions}); nothing was changed")
             }
         }

@@ -15,7 +15,7 @@ use locus_guest::addr::{Frame, Gva, Range, PAGE_LEN, PAGE_SIZE};
 use locus_guest::{fetch, GuestType, PagesMut};
 use locus_kernel::Kernel;
 
-use self::memory::{capacity, LowPages, PV_PAGES};
+use self::memory::{LowPages, PV_PAGES};
 use self::record::{Directory, Record, Slot};
 use crate::error::{Error, Result};
 
@@ -24,10 +24,12 @@ mod memory;
 mod pv_pages;
 pub mod record;
 mod rights;
+mod room;
 #[cfg(test)]
 mod tests;
 
 pub use rights::{EntryDifference, Rights};
+pub use room::Usage;
 
 /// First address of the arena.
 pub const BASE: Gva = Gva(0xffff_ffff_ff60_1000);
@@ -57,6 +59,12 @@ pub struct Resident {
     pub slot: Slot,
     /// Its record.
     pub record: Record,
+}
+
+/// All addresses of the arena.
+#[must_use]
+pub fn addresses() -> Range {
+    Range::new(BASE, PAGES as u64 * PAGE_SIZE)
 }
 
 /// Address of arena page `page`.
@@ -242,16 +250,9 @@ impl Arena {
             .collect()
     }
 
-    /// How many pages payloads can have in a guest of this type, and how many they use.
-    #[must_use]
-    pub fn room(&self, kind: GuestType) -> (usize, usize) {
-        let used = self
-            .directory
-            .slots
-            .iter()
-            .map(|s| usize::from(s.pages))
-            .sum();
-        (capacity(kind) - 1, used)
+    /// The frames of all its pages.
+    pub fn own_frames(&self) -> impl Iterator<Item = Frame> + '_ {
+        (0..self.entries.len()).filter_map(|page| self.frame(page))
     }
 
     /// All payloads in the arena, with their records.
@@ -296,61 +297,7 @@ impl Arena {
         Ok(kernel.space.map(&self.frames(range)?)?)
     }
 
-    /// The first run of pages for `rights`, one element a page. None of them belongs to a payload, and each is empty
-    /// or was left behind with the same rights by a run that was ended early.
-    ///
-    /// # Errors
-    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): there are too few pages in one run, or the
-    /// directory is full.
-    pub fn find_room(&self, kind: GuestType, rights: &[Rights]) -> Result<usize> {
-        if self.directory.slots.len() >= record::ENTRIES_MAX {
-            return Err(full());
-        }
-        let capacity = capacity(kind);
-        let owned = |page: usize| {
-            self.directory
-                .slots
-                .iter()
-                .any(|slot| pages_of(slot).contains(&page))
-        };
-        let fits = |page: usize, want: Rights| {
-            let entry = self.entry(page);
-            !owned(page) && (rights::frame_of(entry).is_none() || Rights::of(entry) == Some(want))
-        };
-        (1..capacity.saturating_sub(rights.len().saturating_sub(1)))
-            .find(|&first| {
-                rights
-                    .iter()
-                    .enumerate()
-                    .all(|(i, &want)| fits(first + i, want))
-            })
-            .ok_or_else(|| {
-                let (room, used) = self.room(kind);
-                Error::not_applicable(format!(
-                    "the payload needs {} arena pages in one run; this {kind} guest has {room}, of \
-                     which payloads, parked ones included, use {used}",
-                    rights.len()
-                ))
-            })
-    }
-
-    /// Refuses `count` pages from number `first` on, and a directory, if the guest can't be given the memory that they
-    /// need.
-    ///
-    /// # Errors
-    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable); or the back end can't tell.
-    pub fn check_memory(
-        &self,
-        guest: &dyn PagesMut,
-        kind: GuestType,
-        (first, count): (usize, usize),
-    ) -> Result<()> {
-        let pages = std::iter::once(0).chain(first..first.saturating_add(count));
-        let missing = pages.filter(|&page| self.frame(page).is_none());
-        memory::check_spare(guest, kind, missing.count())
-    }
-
-    /// Maps pages from number `first` on, with the given rights. Pages that are mapped already stay as they are.
+    /// Maps pages from number `first` on, with the given rights. Those that are mapped already keep their memory.
     ///
     /// # Errors
     /// There is no memory for them, the guest changed an entry since the arena was read, or Xen refuses an entry.
@@ -366,18 +313,23 @@ impl Arena {
             // A run may end between any two entries, and only the directory shows that the others are the arena's.
             self.add(guest, kernel, 0, &[Rights::RoData])?;
         }
-        let missing: Vec<(usize, Rights)> = rights
-            .iter()
-            .enumerate()
-            .map(|(i, &r)| (first + i, r))
-            .filter(|&(page, _)| self.frame(page).is_none())
+        let wanted = rights.iter().enumerate().map(|(i, &r)| (first + i, r));
+        let wanted: Vec<(usize, Rights)> = wanted
+            .filter(|&(page, rights)| Rights::of_page(self.entry(page)) != Some(rights))
             .collect();
-        let pages: Vec<usize> = missing.iter().map(|&(page, _)| page).collect();
-        let taken = (0..self.entries.len()).filter_map(|page| self.frame(page));
-        let frames = memory::frames_for(guest, kernel, &pages, &taken.collect())?;
-        self.check_still(guest, &missing)?;
-        for (&(page, wanted), &frame) in missing.iter().zip(&frames) {
-            let entry = rights::entry_for(frame, wanted);
+        let missing = wanted.iter().map(|&(page, _)| page);
+        let missing: Vec<usize> = missing.filter(|&page| self.frame(page).is_none()).collect();
+        let taken = self.own_frames().collect();
+        let fresh = memory::frames_for(guest, kernel, &missing, &taken)?;
+        self.check_still(guest, &wanted)?;
+        let mut fresh = fresh.into_iter();
+        for &(page, rights) in &wanted {
+            let Some(frame) = self.frame(page).or_else(|| fresh.next()) else {
+                break;
+            };
+            // Rights that grow need no flush: a CPU that knows the old ones looks again when they are not enough
+            // (arch/x86/mm/fault.c: `spurious_kernel_fault`).
+            let entry = rights::entry_for(frame, rights);
             guest.write_entry(self.table, page + 1, entry)?;
             if let Some(known) = self.entries.get_mut(page) {
                 *known = entry;
@@ -440,7 +392,8 @@ impl Arena {
 
 fn full() -> Error {
     Error::not_applicable(format!(
-        "the arena's directory is full: {} payloads, parked ones included",
+        "the arena's directory is full: {} payloads, parked ones included; `xen-locus reclaim` makes room where some \
+         are parked",
         record::ENTRIES_MAX
     ))
 }

@@ -32,6 +32,11 @@ impl Rights {
         }
     }
 
+    /// The rights of the page that `entry` leads to, if there is one.
+    pub(super) fn of_page(entry: u64) -> Option<Rights> {
+        frame_of(entry).and_then(|_| Rights::of(entry))
+    }
+
     /// The rights of `entry`; `None` for one that allows both writing and execution, as no page of the arena does.
     pub(super) fn of(entry: u64) -> Option<Rights> {
         match (entry & PTE_NX != 0, entry & PTE_WRITE != 0) {

@@ -170,6 +170,14 @@ impl PagesMut for Guest {
         Ok(())
     }
 
+    fn pages(&self) -> Outcome<u64> {
+        Ok(1 << 16)
+    }
+
+    fn has_pages_on_demand(&self) -> Outcome<bool> {
+        Ok(false)
+    }
+
     fn spare(&self) -> Outcome<u64> {
         Ok(self.spare.get())
     }
@@ -239,104 +247,6 @@ fn added_pages_have_their_rights_and_hold_what_is_written() {
         let after = again.frames(Range::new(BASE, 4 * PAGE_SIZE)).unwrap();
         assert_eq!(frames, after);
     }
-}
-
-#[test]
-fn frames_that_have_memory_are_not_taken() {
-    let guest = Guest::new(GuestType::Pvh);
-    guest.world.memory.add(Frame(0xfe700));
-    guest.world.memory.add(Frame(0xfe702));
-    let mut arena = guest.arena().unwrap();
-    guest.add(&mut arena, 0, &[Rights::RoData; 3]).unwrap();
-    assert_eq!(*guest.populated.borrow(), [0xfe701, 0xfe703, 0xfe704]);
-}
-
-#[test]
-fn a_frame_that_cant_be_looked_at_is_not_taken_for_one_without_memory() {
-    let guest = Guest::new(GuestType::Pvh);
-    guest.unmappable.set(Some(0xfe703));
-    let mut arena = guest.arena().unwrap();
-    let added = guest.add(&mut arena, 0, &[Rights::RoData; 3]);
-    refused(added, Class::Failed, "0xfe703");
-    assert_eq!(*guest.populated.borrow(), [0; 0]);
-    assert_eq!(guest.entry(0), 0);
-}
-
-#[test]
-fn the_arenas_own_frames_are_not_asked_for() {
-    let guest = Guest::new(GuestType::Pvh);
-    let mut arena = guest.arena().unwrap();
-    guest.add(&mut arena, 0, &[Rights::RoData; 3]).unwrap();
-    guest.asked.borrow_mut().clear();
-    // A page of it that could not be mapped any more would be replaced by an empty one.
-    guest.unmappable.set(Some(0xfe701));
-    let mut arena = guest.arena().unwrap();
-    guest.add(&mut arena, 3, &ALL).unwrap();
-    assert!(guest
-        .asked
-        .borrow()
-        .iter()
-        .all(|f| !(0xfe700..0xfe703).contains(f)));
-    assert_eq!(guest.populated.borrow()[3..], [0xfe703, 0xfe704, 0xfe705]);
-}
-
-#[test]
-fn an_arena_at_the_frames_of_earlier_builds_is_read_and_goes_on_in_the_first_window() {
-    let guest = Guest::new(GuestType::Pvh);
-    for (page, frame) in [(0, 0xfef00), (1, 0xfef01), (2, 0xfe000)] {
-        guest.world.memory.add(Frame(frame));
-        guest.set_entry(page, rights::entry_for(Frame(frame), Rights::RoData));
-    }
-    let mut arena = guest.arena().unwrap();
-    guest.add(&mut arena, 3, &ALL).unwrap();
-    assert_eq!(*guest.populated.borrow(), [0xfe700, 0xfe701, 0xfe702]);
-    assert!(guest.arena().is_ok());
-}
-
-#[test]
-fn more_memory_than_a_restored_guest_gets_is_not_taken() {
-    let guest = Guest::new(GuestType::Pvh);
-    let mut arena = guest.arena().unwrap();
-    guest.spare.set(3);
-    let words = "needs 4 more pages of memory, and this pvh guest may be given 3";
-    let all = (1, 3);
-    refused(
-        arena.check_memory(&guest, GuestType::Pvh, all),
-        Class::NotApplicable,
-        words,
-    );
-    arena.check_memory(&guest, GuestType::Pv, all).unwrap();
-    arena.check_memory(&guest, GuestType::Pvh, (1, 2)).unwrap();
-    guest.add(&mut arena, 1, &ALL[..1]).unwrap();
-    guest.spare.set(1);
-    let words = "needs 2 more pages of memory, and this pvh guest may be given 1";
-    refused(guest.add(&mut arena, 1, &ALL), Class::NotApplicable, words);
-    assert_eq!(guest.populated.borrow().len(), 2);
-    // What is there already is not counted.
-    arena.check_memory(&guest, GuestType::Pvh, (1, 2)).unwrap();
-}
-
-#[test]
-fn frames_that_the_memory_map_calls_ram_are_refused() {
-    for (kind, start) in [(GuestType::Pvh, 0xfe70_1000), (GuestType::Pv, 0xa_1000)] {
-        let guest = Guest::with(kind, &[(start, 0x1000)], false);
-        let mut arena = guest.arena().unwrap();
-        let added = guest.add(&mut arena, 0, &[Rights::RoData]);
-        refused(added, Class::NotApplicable, "usable RAM");
-        assert_eq!(guest.entry(0), 0);
-    }
-}
-
-#[test]
-fn a_low_page_that_the_guest_uses_is_left_alone() {
-    let guest = Guest::new(GuestType::Pv);
-    let mut arena = guest.arena().unwrap();
-    guest.add(&mut arena, 0, &[Rights::RoData]).unwrap();
-    let frame = guest.kernel().space.walk(LOW.plus(2 * PAGE_SIZE));
-    guest.world.memory.fill(frame.unwrap().frame, 100, b"mine");
-    let added = guest.add(&mut arena, 1, &ALL);
-    refused(added, Class::NotApplicable, "page frame 0xa2");
-    assert_eq!((1..4).map(|page| guest.entry(page)).sum::<u64>(), 0);
 }
 
 #[test]

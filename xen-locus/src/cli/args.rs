@@ -1,3 +1,4 @@
+// Over 500 lines because the manual pages are made from it, and one file shows the whole command line.
 //! The types of the command line. They are alone in one file, because manual pages are made from them too.
 
 use std::ffi::OsString;
@@ -130,6 +131,10 @@ pub enum Command {
     #[command(long_about = manual::long_about(manual::NUDGE))]
     #[command(after_long_help = manual::after_help(manual::NUDGE))]
     Nudge(Nudge),
+    /// Give back the memory of payloads that were reverted
+    #[command(long_about = manual::long_about(manual::RECLAIM))]
+    #[command(after_long_help = manual::after_help(manual::RECLAIM))]
+    Reclaim(Reclaim),
     /// Show the patches of one guest or of all guests
     #[command(long_about = manual::long_about(manual::STATUS))]
     #[command(after_long_help = manual::after_help(manual::STATUS))]
@@ -210,6 +215,18 @@ pub struct Nudge {
     /// Payload (its path has a folder, or its name ends in .ko), or the name of an applied patch
     #[arg(value_name = "FILE|PATCH")]
     pub what: String,
+    /// Limits of time
+    #[command(flatten)]
+    pub limits: TimeLimits,
+}
+
+/// Arguments of `reclaim`.
+#[derive(Debug, Args)]
+pub struct Reclaim {
+    /// Name or id
+    pub domain: String,
+    /// Name of the payload; all that are parked if not given
+    pub patch: Option<String>,
     /// Limits of time
     #[command(flatten)]
     pub limits: TimeLimits,

@@ -14,6 +14,8 @@ use crate::apply::{Options, Report};
 use crate::arena::Arena;
 use crate::blocker::Blocker;
 use crate::error::{Error, ExitCode, Result};
+use crate::machine;
+use crate::ops::host::Host;
 use crate::plan::{self, Mode, Readiness};
 use crate::quiesce;
 use crate::say;
@@ -44,8 +46,25 @@ pub fn run(session: &Session, args: &Check) -> anyhow::Result<ExitCode> {
     };
     let host = session.host()?;
     let wanted = guest.domain()?;
+    warn_of_little_room(&host, wanted);
     let result = apply::apply_to(session, &host, wanted, &payload, Mode::Apply, &options);
     Ok(report::print(session, "Checking", vec![result]))
+}
+
+/// Says it before a guest has no room any more. What can't be read is reported by the check itself.
+fn warn_of_little_room(host: &Host, wanted: &str) {
+    let Ok(domain) = host.guest(wanted) else {
+        return;
+    };
+    let arena = machine::kernel_of(&domain)
+        .map_err(Error::from)
+        .and_then(|kernel| Ok((Arena::read(&kernel)?, kernel.kind)));
+    let Ok((arena, kind)) = arena else {
+        return;
+    };
+    if let Some(warning) = arena.little_room(kind) {
+        say::warn(format_args!("{}: {warning}", domain.label()));
+    }
 }
 
 /// What a check on a saved core found.

@@ -23,6 +23,8 @@ pub const INFO: &str = include_str!("manual/info.md");
 pub const LIST: &str = include_str!("manual/list.md");
 /// The manual of `nudge`.
 pub const NUDGE: &str = include_str!("manual/nudge.md");
+/// The manual of `reclaim`.
+pub const RECLAIM: &str = include_str!("manual/reclaim.md");
 /// The manual of `recover`.
 pub const RECOVER: &str = include_str!("manual/recover.md");
 /// The manual of `replace`.
@@ -49,6 +51,7 @@ pub fn of(name: &str) -> Option<&'static str> {
         "info" => INFO,
         "list" => LIST,
         "nudge" => NUDGE,
+        "reclaim" => RECLAIM,
         "recover" => RECOVER,
         "replace" => REPLACE,
         "revert" => REVERT,

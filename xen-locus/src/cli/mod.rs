@@ -13,6 +13,7 @@ pub mod list;
 pub mod manual;
 pub mod nudge;
 pub mod out;
+pub mod reclaim;
 pub mod recover;
 mod report;
 pub mod revert;
@@ -167,6 +168,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Revert(args) => revert::run(&session, &session.host()?, args),
         Command::Blocking(args) => blocking::run(&session, args),
         Command::Nudge(args) => nudge::run(&session, &session.host()?, args),
+        Command::Reclaim(args) => reclaim::run(&session, &session.host()?, args),
         Command::Status { domain, core } => {
             status::run(&session, domain.as_deref(), core.as_deref())
         }
@@ -198,6 +200,7 @@ fn changes(command: &Command) -> bool {
             | Command::Replace(_)
             | Command::Revert(_)
             | Command::Nudge(_)
+            | Command::Reclaim(_)
             | Command::Recover(_)
     )
 }

@@ -11,6 +11,7 @@ use super::args::Output;
 use super::guest::{self, Guest};
 use super::{out, Session};
 use crate::apply::{self, Options};
+use crate::arena::{Arena, Usage};
 use crate::blocker::Blocker;
 use crate::domain::Domain;
 use crate::error::{ExitCode, Result};
@@ -23,6 +24,8 @@ use crate::quiesce::{self, Watch};
 struct GuestStatus {
     guest: Guest,
     kernel: String,
+    /// How full the arena is; `None` if that can't be read.
+    arena: Option<Usage>,
     patches: Vec<PatchStatus>,
 }
 
@@ -165,9 +168,11 @@ impl GuestStatus {
             };
             patches.push(PatchStatus { patch, draining });
         }
+        let arena = Arena::read(kernel).ok();
         Ok(GuestStatus {
             guest,
             kernel: kernel.release.clone(),
+            arena: arena.map(|arena| arena.usage(kernel.kind)),
             patches,
         })
     }
@@ -210,6 +215,7 @@ impl GuestStatus {
         self.guest.object(json!({
             "uuid": self.guest.uuid,
             "kernel": self.kernel,
+            "arena": self.arena,
             "patches": patches,
         }))
     }

@@ -39,6 +39,13 @@ pub(crate) fn code(n: u8) -> [u8; 11] {
     [0x0f, 0x1f, 0x44, 0, 0, 0xb8, n, 0, 0, 0, 0xc3]
 }
 
+/// Where the kernel sees all memory.
+const DIRECT_MAP: u64 = 0xffff_8880_0000_0000;
+/// Where it sees the RAM of its memory map.
+pub(crate) const RAM: Gva = Gva(DIRECT_MAP + (1 << 20));
+/// Its length, in bytes.
+pub(crate) const RAM_LEN: u64 = 3 << 12;
+
 /// Number of the first function in [`FUNCTIONS`], of the second, and of the third.
 pub(crate) const A: usize = 0;
 pub(crate) const B: usize = 1;
@@ -57,6 +64,8 @@ pub(crate) struct Guest {
     pub(crate) ended: Cell<bool>,
     /// Another domain has its UUID.
     pub(crate) shares_uuid: Cell<bool>,
+    /// Some of its memory is populated on demand.
+    pub(crate) on_demand: Cell<bool>,
     /// Pages of memory that it may be given yet.
     pub(crate) spare: Cell<u64>,
     /// Whether it may be written in a pause.
@@ -90,13 +99,28 @@ impl Guest {
                 fixture.function(at, name, &code(n as u8));
             }
             fixture.function(COLD.0, "a_show.cold", &COLD.1);
-            let at = E820.0;
-            fixture.symbols.push((at, 'D', "e820_table".to_owned()));
+            let variables = [
+                (0, "e820_table"),
+                (0x100, "page_offset_base"),
+                (0x108, "max_pfn"),
+            ];
+            for (offset, name) in variables {
+                let at = E820.0 + offset;
+                fixture.symbols.push((at, 'D', name.to_owned()));
+            }
             more(fixture);
         });
-        // A pointer to an empty map.
-        let words = [E820.0 + 8, 0].map(u64::to_le_bytes).concat();
+        // A pointer to a map with some pages of RAM, which the kernel sees at `RAM`.
+        let mut words = (E820.0 + 8).to_le_bytes().to_vec();
+        words.extend(1u32.to_le_bytes());
+        words.extend([RAM.0 - DIRECT_MAP, RAM_LEN].map(u64::to_le_bytes).concat());
+        words.extend(1u32.to_le_bytes());
+        words.resize(0x100, 0);
+        words.extend(DIRECT_MAP.to_le_bytes());
+        words.extend(((RAM.0 + RAM_LEN - DIRECT_MAP) >> 12).to_le_bytes());
         world.memory.map_bytes(E820, &words, true, false);
+        let ram = vec![0; RAM_LEN as usize];
+        world.memory.map_bytes(RAM, &ram, true, false);
         Guest {
             world,
             left: Rc::new(Cell::new(u32::MAX)),
@@ -104,6 +128,7 @@ impl Guest {
             keeps_journal: Cell::new(false),
             ended: Cell::new(false),
             shares_uuid: Cell::new(false),
+            on_demand: Cell::new(false),
             spare: Cell::new(240),
             writing: Cell::new(Writing::Begins),
             recorded: Cell::new(false),
@@ -365,6 +390,14 @@ impl PagesMut for Guest {
         spend(&self.left)?;
         self.world.memory.set_entry(table, slot, entry);
         Ok(())
+    }
+
+    fn pages(&self) -> std::result::Result<u64, guest::Error> {
+        Ok(1 << 16)
+    }
+
+    fn has_pages_on_demand(&self) -> std::result::Result<bool, guest::Error> {
+        Ok(self.on_demand.get())
     }
 
     fn spare(&self) -> std::result::Result<u64, guest::Error> {

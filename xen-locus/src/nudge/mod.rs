@@ -160,7 +160,7 @@ impl Gate {
         })?;
         let cut = || Error::failed(format!("the code of {FUNCTION} is cut short"));
         let displaced = code.get(..len).ok_or_else(cut)?;
-        let first = arena.find_room(kernel.kind, &[Rights::Text, Rights::Data])?;
+        let first = arena.find_room(kernel.kind, 2)?;
         let (text, data) = (arena::page_address(first), arena::page_address(first + 1));
         let at = text.plus(INTO as u64);
         let mut page = vec![INT3; INTO];

@@ -17,6 +17,7 @@ use crate::nudge::{self, Nudged};
 use crate::operation::Operation;
 use crate::plan::Mode;
 use crate::quiesce::Watch;
+use crate::reclaim;
 use crate::recover::{self, Finding};
 
 /// Applies a payload, on top of the patches that are there or in their place.
@@ -82,6 +83,42 @@ pub fn revert<G: Guest>(
             Some(lost) if lost.state.is_lost() => Ok(apply::nothing_to_do(patch)),
             _ => apply::revert(guest, kernel, patch, options),
         }
+    })
+}
+
+/// Gives back the memory of the parked payloads with these names, or of all if there is no name. Returns the result of
+/// each.
+///
+/// # Errors
+/// As [`reclaim::reclaim`]; [`Class::TryAgain`](crate::error::Class::TryAgain) when another run holds the guest's lock.
+pub fn reclaim<G: Guest>(
+    operator: &Operator<'_>,
+    guest: &G,
+    names: &[String],
+    options: &Options,
+) -> Result<Vec<(String, Result<Report>)>> {
+    let began = Instant::now();
+    let mut log = operator.audit.open()?;
+    let _lock = guest.lock(options)?;
+    operator.change(guest, options, |kernel, options| {
+        let names = match names {
+            [] => reclaim::parked(kernel)?,
+            names => names.to_vec(),
+        };
+        let mut results = Vec::new();
+        reclaim::reclaim(guest, kernel, &names, options, |patch, result| {
+            let result = result.map(|report| timed(report, began));
+            let asked = Asked {
+                operation: Operation::Reclaim,
+                patch,
+                sha256: String::new(),
+            };
+            if !options.dry_run {
+                operator.record(&mut *log, guest, &asked, &result);
+            }
+            results.push((patch.to_owned(), result));
+        })?;
+        Ok(results)
     })
 }
 

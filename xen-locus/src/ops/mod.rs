@@ -1,7 +1,7 @@
 //! Operations on guests, for commands and the daemon: under the guest's lock, recorded and published.
 //!
 //! - `run`: the order of every operation (log, lock, recover, act, publish, line, journal);
-//! - `actions`: apply, revert, nudge, recover, each by that order;
+//! - `actions`: apply, revert, nudge, reclaim, recover, each by that order;
 //! - `lock`, `publish`, `status`: the steps that have a subject of their own;
 //! - [`recover_all`]: interrupted runs of all guests;
 //! - [`host`], [`operator`]: the host that they work on, and the person behind a command.
@@ -18,7 +18,7 @@ mod status;
 #[cfg(test)]
 mod tests;
 
-pub use actions::{apply, forget, nudge, recover, revert, revert_all};
+pub use actions::{apply, forget, nudge, reclaim, recover, revert, revert_all};
 pub use lock::{sweep, take_for_requests};
 pub use publish::{look, publish};
 pub use run::Operator;

@@ -44,7 +44,7 @@ impl<'r> Interrupted<'r> {
 
     /// Whether it took place.
     fn took_place(&self, kernel: &Kernel<'_>) -> Result<bool> {
-        links::is_entered(kernel, self.patch.record.module)?;
+        links::known(kernel, self.patch.record.module)?;
         let (mut all_old, mut all_new) = (true, true);
         for write in &self.writes {
             let found = bytes_at(kernel, write.at)?;

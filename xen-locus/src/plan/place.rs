@@ -14,7 +14,7 @@ use crate::arena::{self, Arena, Resident};
 use crate::error::{Error, Result};
 use crate::link::image::{self, Image};
 use crate::link::layout::ImageLayout;
-use crate::link::module::links;
+use crate::link::module::links::{self, Known};
 use crate::link::module::{BuiltModule, PayloadAddresses};
 
 /// A payload linked for its place.
@@ -56,24 +56,26 @@ pub fn place(
     for old in parked {
         let first = usize::from(old.slot.first);
         let (image, entry) = link(fitted, resolved, laid_out, first)?;
-        let entered = links::is_entered(fitted.kernel, old.record.module)?;
-        // What the guest does not know it can't be using: that may be replaced by other bytes.
-        let record_place = match entered {
-            false => Some(record_place.clone()),
-            true => next_place(fitted.kernel, layout, old, (&image, &entry.place))?,
+        let known = links::known(fitted.kernel, old.record.module)?;
+        let record_place = match known {
+            // What the guest never knew it can't be using: that may be replaced by other bytes.
+            Known::Never => Some(record_place.clone()),
+            Known::Linked => next_place(fitted.kernel, layout, old, (&image, &entry.place))?,
+            // It is about to be reclaimed.
+            Known::Unlinked => None,
         };
         if let Some(record_place) = record_place {
             return Ok(Placed {
                 first,
                 parked: Some(old.index),
-                entered,
+                entered: known == Known::Linked,
                 record_place,
                 image,
                 entry,
             });
         }
     }
-    let first = arena.find_room(fitted.kernel.kind, &layout.rights)?;
+    let first = arena.find_room(fitted.kernel.kind, layout.rights.len())?;
     let (image, entry) = link(fitted, resolved, laid_out, first)?;
     Ok(Placed {
         first,

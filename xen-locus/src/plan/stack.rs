@@ -15,6 +15,7 @@ use super::conditions;
 use crate::arena::record::{Function, Record, State};
 use crate::arena::Resident;
 use crate::error::{Error, Result};
+use crate::link::module::links::{self, Known};
 use crate::quiesce::Watched;
 use crate::target::redirect::{self, InstalledRedirect};
 use crate::write::{About, Write};
@@ -329,7 +330,14 @@ impl<'r> Stack<'r> {
 
 /// Numbers of those of `patches` that use symbols of `patch`, by their records. A record of an earlier build does not say
 /// it. For those the guest's own list of who uses the module counts.
-fn users(kernel: &Kernel<'_>, patch: &Resident, patches: &[&Resident]) -> Result<HashSet<usize>> {
+///
+/// # Errors
+/// The guest's modules can't be read.
+pub fn users(
+    kernel: &Kernel<'_>,
+    patch: &Resident,
+    patches: &[&Resident],
+) -> Result<HashSet<usize>> {
     let module = patch.record.module;
     let others = || patches.iter().filter(|r| r.index != patch.index);
     let mut users = HashSet::new();
@@ -344,7 +352,9 @@ fn users(kernel: &Kernel<'_>, patch: &Resident, patches: &[&Resident]) -> Result
         let used_by = modules.iter().filter(|m| m.addr == module);
         let used_by: Vec<&String> = used_by.flat_map(|m| &m.used_by).collect();
         for other in others().filter(|r| r.record.uses.is_none()) {
-            if used_by.contains(&&other.record.name) {
+            // One that was taken out of the list does not say any more whom it uses.
+            let is_out = links::known(kernel, other.record.module)? == Known::Unlinked;
+            if is_out || used_by.contains(&&other.record.name) {
                 users.insert(other.index);
             }
         }
@@ -421,7 +431,7 @@ pub fn code_of(record: &Record) -> Vec<Watched> {
 }
 
 /// The bytes at a redirect.
-pub(super) fn bytes_at(kernel: &Kernel<'_>, site: Gva) -> Result<[u8; JUMP]> {
+pub(crate) fn bytes_at(kernel: &Kernel<'_>, site: Gva) -> Result<[u8; JUMP]> {
     let mut bytes = [0; JUMP];
     kernel.space.read(site, &mut bytes)?;
     Ok(bytes)

@@ -125,6 +125,12 @@ impl<'m> Space<'m> {
         Space::within(self.mem, self.root, self.levels, self.budget.clone())
     }
 
+    /// As [`Space::fresh`], with a budget of its own.
+    #[must_use]
+    pub fn fresh_within(&self, budget: Budget) -> Space<'m> {
+        Space::within(self.mem, self.root, self.levels, budget)
+    }
+
     /// As [`Space::fresh`], for many small objects that lie side by side. One call maps each page
     /// together with its neighbours, and the space remembers which address led to which page. So it
     /// must not be used for memory that the guest may remap.

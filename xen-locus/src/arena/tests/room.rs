@@ -1,6 +1,104 @@
-//! Which pages a payload gets, and what does not fit.
+//! The memory that an arena gets, and the room in it.
 
 use super::*;
+
+#[test]
+fn frames_that_have_memory_are_not_taken() {
+    let guest = Guest::new(GuestType::Pvh);
+    guest.world.memory.add(Frame(0xfe700));
+    guest.world.memory.add(Frame(0xfe702));
+    let mut arena = guest.arena().unwrap();
+    guest.add(&mut arena, 0, &[Rights::RoData; 3]).unwrap();
+    assert_eq!(*guest.populated.borrow(), [0xfe701, 0xfe703, 0xfe704]);
+}
+
+#[test]
+fn a_frame_that_cant_be_looked_at_is_not_taken_for_one_without_memory() {
+    let guest = Guest::new(GuestType::Pvh);
+    guest.unmappable.set(Some(0xfe703));
+    let mut arena = guest.arena().unwrap();
+    let added = guest.add(&mut arena, 0, &[Rights::RoData; 3]);
+    refused(added, Class::Failed, "0xfe703");
+    assert_eq!(*guest.populated.borrow(), [0; 0]);
+    assert_eq!(guest.entry(0), 0);
+}
+
+#[test]
+fn the_arenas_own_frames_are_not_asked_for() {
+    let guest = Guest::new(GuestType::Pvh);
+    let mut arena = guest.arena().unwrap();
+    guest.add(&mut arena, 0, &[Rights::RoData; 3]).unwrap();
+    guest.asked.borrow_mut().clear();
+    // A page of it that could not be mapped any more would be replaced by an empty one.
+    guest.unmappable.set(Some(0xfe701));
+    let mut arena = guest.arena().unwrap();
+    guest.add(&mut arena, 3, &ALL).unwrap();
+    assert!(guest
+        .asked
+        .borrow()
+        .iter()
+        .all(|f| !(0xfe700..0xfe703).contains(f)));
+    assert_eq!(guest.populated.borrow()[3..], [0xfe703, 0xfe704, 0xfe705]);
+}
+
+#[test]
+fn an_arena_at_the_frames_of_earlier_builds_is_read_and_goes_on_in_the_first_window() {
+    let guest = Guest::new(GuestType::Pvh);
+    for (page, frame) in [(0, 0xfef00), (1, 0xfef01), (2, 0xfe000)] {
+        guest.world.memory.add(Frame(frame));
+        guest.set_entry(page, rights::entry_for(Frame(frame), Rights::RoData));
+    }
+    let mut arena = guest.arena().unwrap();
+    guest.add(&mut arena, 3, &ALL).unwrap();
+    assert_eq!(*guest.populated.borrow(), [0xfe700, 0xfe701, 0xfe702]);
+    assert!(guest.arena().is_ok());
+}
+
+#[test]
+fn more_memory_than_a_restored_guest_gets_is_not_taken() {
+    let guest = Guest::new(GuestType::Pvh);
+    let mut arena = guest.arena().unwrap();
+    guest.spare.set(3);
+    let words = "needs 4 more pages of memory, and this pvh guest may be given 3";
+    let all = (1, 3);
+    refused(
+        arena.check_memory(&guest, GuestType::Pvh, all),
+        Class::NotApplicable,
+        words,
+    );
+    arena.check_memory(&guest, GuestType::Pv, all).unwrap();
+    arena.check_memory(&guest, GuestType::Pvh, (1, 2)).unwrap();
+    guest.add(&mut arena, 1, &ALL[..1]).unwrap();
+    guest.spare.set(1);
+    let words = "needs 2 more pages of memory, and this pvh guest may be given 1";
+    refused(guest.add(&mut arena, 1, &ALL), Class::NotApplicable, words);
+    assert_eq!(guest.populated.borrow().len(), 2);
+    // What is there already is not counted.
+    arena.check_memory(&guest, GuestType::Pvh, (1, 2)).unwrap();
+}
+
+#[test]
+fn frames_that_the_memory_map_calls_ram_are_refused() {
+    for (kind, start) in [(GuestType::Pvh, 0xfe70_1000), (GuestType::Pv, 0xa_1000)] {
+        let guest = Guest::with(kind, &[(start, 0x1000)], false);
+        let mut arena = guest.arena().unwrap();
+        let added = guest.add(&mut arena, 0, &[Rights::RoData]);
+        refused(added, Class::NotApplicable, "usable RAM");
+        assert_eq!(guest.entry(0), 0);
+    }
+}
+
+#[test]
+fn a_low_page_that_the_guest_uses_is_left_alone() {
+    let guest = Guest::new(GuestType::Pv);
+    let mut arena = guest.arena().unwrap();
+    guest.add(&mut arena, 0, &[Rights::RoData]).unwrap();
+    let frame = guest.kernel().space.walk(LOW.plus(2 * PAGE_SIZE));
+    guest.world.memory.fill(frame.unwrap().frame, 100, b"mine");
+    let added = guest.add(&mut arena, 1, &ALL);
+    refused(added, Class::NotApplicable, "page frame 0xa2");
+    assert_eq!((1..4).map(|page| guest.entry(page)).sum::<u64>(), 0);
+}
 
 #[test]
 fn room_is_the_first_run_that_is_free_or_was_left_behind() {
@@ -9,28 +107,52 @@ fn room_is_the_first_run_that_is_free_or_was_left_behind() {
     guest.add(&mut arena, 1, &ALL).unwrap();
     let kernel = guest.kernel();
     arena.commit(&guest, &kernel, vec![slot(1, 3)]).unwrap();
-    let find = |arena: &Arena, rights: &[Rights]| arena.find_room(GuestType::Pvh, rights);
-    assert_eq!(find(&arena, &ALL).unwrap(), 4);
-    // Left behind by a run that was ended: taken again for the same rights, passed over for others.
+    let find = |arena: &Arena, count| arena.find_room(GuestType::Pvh, count);
+    assert_eq!(find(&arena, 3).unwrap(), 4);
+    // Left behind by a run that was ended: taken again, and with other rights.
     guest.add(&mut arena, 4, &ALL).unwrap();
-    assert_eq!(find(&arena, &ALL).unwrap(), 4);
-    assert_eq!(find(&arena, &[Rights::Data]).unwrap(), 6);
-    assert_eq!(find(&arena, &[Rights::Data, Rights::Text]).unwrap(), 6);
+    let frames = arena
+        .frames(Range::new(page_address(4), 3 * PAGE_SIZE))
+        .unwrap();
+    assert_eq!(find(&arena, 3).unwrap(), 4);
+    let turned = [Rights::Data, Rights::Text, Rights::RoData];
+    guest.add(&mut arena, 4, &turned).unwrap();
+    let mut read = guest.arena().unwrap();
+    for (page, rights) in (4..).zip(turned) {
+        assert_eq!(read.compare(GuestType::Pvh, page, rights), None);
+    }
+    let after = read
+        .frames(Range::new(page_address(4), 3 * PAGE_SIZE))
+        .unwrap();
+    assert_eq!(frames, after);
     // To the last page and no further.
-    assert_eq!(find(&arena, &[Rights::Data; 234]).unwrap(), 6);
+    assert_eq!(find(&read, 236).unwrap(), 4);
     refused(
-        find(&arena, &[Rights::Data; 235]),
+        find(&read, 237),
         Class::NotApplicable,
         "this pvh guest has 239, of which payloads, parked ones included, use 3",
     );
-    let pv = arena.find_room(GuestType::Pv, &[Rights::Data; 91]);
+    let pv = read.find_room(GuestType::Pv, 93);
     refused(pv, Class::NotApplicable, "pv guest has 95");
-    arena.directory.slots = vec![slot(1, 1); record::ENTRIES_MAX];
-    refused(
-        find(&arena, &ALL),
-        Class::NotApplicable,
-        "directory is full",
+    assert_eq!(read.little_room(GuestType::Pv), None);
+    read.directory.slots = vec![slot(1, 77)];
+    let said = read.little_room(GuestType::Pv).unwrap();
+    assert!(
+        said.contains("use 77 of 95 pages") && !said.contains("reclaim"),
+        "{said}"
     );
+    read.directory.slots = vec![slot(1, 0); 25];
+    let said = read.little_room(GuestType::Pvh).unwrap();
+    assert!(said.contains("there are 25 of at most 31"), "{said}");
+    read.directory.slots = vec![slot(1, 3)];
+    read.directory.slots[0].state = State::Parked;
+    refused(
+        find(&read, 237),
+        Class::NotApplicable,
+        "3 of the pages are of reverted payloads: `xen-locus reclaim`",
+    );
+    arena.directory.slots = vec![slot(1, 1); record::ENTRIES_MAX];
+    refused(find(&arena, 3), Class::NotApplicable, "directory is full");
     let slots = vec![slot(1, 1); record::ENTRIES_MAX + 1];
     let full = arena.commit(&guest, &kernel, slots);
     refused(full, Class::NotApplicable, "directory is full");

@@ -9,7 +9,7 @@ use serde_json::{json, Map, Value};
 use super::super::args::Output;
 use super::super::guest::Guest;
 use super::super::{out, Session};
-use crate::arena::{self, Arena};
+use crate::arena::{self, Arena, Usage};
 use crate::error::Error;
 
 /// What is shown of a kernel.
@@ -27,8 +27,8 @@ struct Summary {
     vmcoreinfo: Option<VmcoreInfo>,
     /// Lines of VMCOREINFO that were compared and agree.
     agreed: usize,
-    /// Pages that the arena has room for, and pages in use; or why that is not known.
-    arena: Result<(usize, usize), String>,
+    /// How full the arena is, or why that is not known.
+    arena: Result<Usage, String>,
 }
 
 /// Shows it.
@@ -56,7 +56,7 @@ impl Summary {
         let kaslr = vmcoreinfo.as_ref().and_then(VmcoreInfo::kernel_offset);
         let build_id = kernel.build_id.as_deref().map(hex::encode);
         let arena = match Arena::read(kernel) {
-            Ok(arena) => Ok(arena.room(kernel.kind)),
+            Ok(arena) => Ok(arena.usage(kernel.kind)),
             // `xl dump-core` leaves out the highest frames of some guests.
             Err(error) if guest.core.is_some() => Err(error.to_string()),
             Err(error) => return Err(error),
@@ -106,10 +106,12 @@ impl Summary {
                     .map(|(key, value)| (key.to_owned(), value.into()))
                     .collect::<Map<String, Value>>()
             }),
-            "arena": self.arena.as_ref().ok().map(|(room, used)| json!({
+            "arena": self.arena.as_ref().ok().map(|usage| json!({
                 "base": out::address(arena::BASE.0),
-                "pages": room,
-                "used": used,
+                "pages": usage.pages,
+                "used": usage.used,
+                "parked": usage.parked,
+                "free": usage.free,
             })),
         }))
     }
@@ -152,9 +154,13 @@ impl Summary {
     fn arena_value(&self) -> String {
         match &self.arena {
             Err(why) => format!("not known: {why}"),
-            Ok((room, used)) => {
-                let pages = out::count(*room, "page", "pages");
-                format!("{pages} at {}, {used} in use", arena::BASE)
+            Ok(usage) => {
+                let pages = out::count(usage.pages, "page", "pages");
+                let parked = match usage.parked {
+                    0 => String::new(),
+                    parked => format!(", {parked} of them by reverted payloads"),
+                };
+                format!("{pages} at {}, {} in use{parked}", arena::BASE, usage.used)
             }
         }
     }

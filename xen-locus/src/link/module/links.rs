@@ -17,28 +17,53 @@ use crate::write::{About, Lock, Write};
 /// The functions that change the list of modules with `BUG` sites, which no lock protects
 /// (lib/bug.c). They call nothing, so a thread that is in them was interrupted there.
 const UNLOCKED: [&str; 2] = ["module_bug_finalize", "module_bug_cleanup"];
+/// Most users of a module that are looked through.
+const USERS_MAX: usize = 4096;
+/// Most kinds of memory that a module is believed to have.
+const KINDS_MAX: u64 = 64;
 
 /// The links of a payload, and the code that no thread may be in when they are written.
 #[derive(Clone, Debug, Default)]
 pub struct ModuleLinks {
     /// The links, and the words that must not have changed. The first and the last write are the marks that
-    /// [`is_entered`] reads.
+    /// [`known`] reads.
     pub writes: Vec<Write>,
     /// The functions that change the same lists without a lock.
     pub watched: Vec<Watched>,
 }
 
-/// Whether the guest knows the `struct module` at `module`, which a payload has in the arena. Two words before it
-/// tell: one is written before all links to it, the other after them.
+/// Who may use a payload that is taken out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Users {
+    /// Nobody.
+    None,
+    /// Whoever does, because they go first.
+    Go,
+}
+
+/// What the guest knows of a payload's `struct module`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Known {
+    /// It never knew it.
+    Never,
+    /// It is among the guest's modules.
+    Linked,
+    /// It was among them, and was taken out to be reclaimed. Something may still lead to it.
+    Unlinked,
+}
+
+/// What the guest knows of the `struct module` at `module`, which a payload has in the arena. Two words before it
+/// tell: one is written before all links to it change, the other after them.
 ///
 /// # Errors
 /// [`Class::Uncertain`](crate::error::Class::Uncertain) when only one of them is: an earlier run was ended in between.
-pub fn is_entered(kernel: &Kernel<'_>, module: Gva) -> Result<bool> {
+pub fn known(kernel: &Kernel<'_>, module: Gva) -> Result<Known> {
     let begun = Gva(module.0.wrapping_sub(MODULE));
     let space = kernel.space.fresh();
     match (space.read_u64(begun)?, space.read_u64(begun.plus(8))?) {
-        (0, 0) => Ok(false),
-        (1, 1) => Ok(true),
+        (0, 0) => Ok(Known::Never),
+        (1, 1) => Ok(Known::Linked),
+        (2, 2) => Ok(Known::Unlinked),
         _ => Err(Error::uncertain(format!(
             "the payload whose struct module is at {module} is neither wholly among the guest's \
              modules nor wholly absent: an earlier run was ended in between, or the guest changed it"
@@ -58,12 +83,16 @@ pub fn enter(kernel: &Kernel<'_>, built: &mut BuiltModule, uses: &[Gva]) -> Resu
     let mut rw = std::mem::take(&mut built.rw);
     let mut words = Words::new(&space, built.place.rw, &mut rw);
     let done = LinkWriter { kernel, built }.write_all(&mut words, &modules, uses);
-    let mut writes = vec![mark(built.place.rw)];
-    writes.extend(words.into_writes());
-    writes.push(mark(built.place.rw.plus(8)));
+    let writes = marked(built.place.rw, 0, words);
     built.rw = rw;
     done?;
-    let watched = UNLOCKED
+    let watched = unlocked_code(kernel);
+    Ok(ModuleLinks { writes, watched })
+}
+
+/// The functions that change the guest's lists without a lock.
+fn unlocked_code(kernel: &Kernel<'_>) -> Vec<Watched> {
+    UNLOCKED
         .iter()
         .filter_map(|name| {
             let at = kernel.symbols.addr(name)?;
@@ -73,18 +102,238 @@ pub fn enter(kernel: &Kernel<'_>, built: &mut BuiltModule, uses: &[Gva]) -> Resu
                 name: (*name).to_owned(),
             })
         })
-        .collect();
-    Ok(ModuleLinks { writes, watched })
+        .collect()
 }
 
-/// Sets a word of ours from 0 to 1.
-fn mark(at: Gva) -> Write {
-    Write {
+/// The writes of `words` between those of the marks at `at`, which become one more than `from`.
+fn marked(at: Gva, from: u64, words: Words<'_, '_>) -> Vec<Write> {
+    let mark = |at| Write {
         at,
-        expect: vec![0; 8],
-        new: 1u64.to_le_bytes().to_vec(),
+        expect: from.to_le_bytes().to_vec(),
+        new: (from + 1).to_le_bytes().to_vec(),
         about: About::ModuleLists,
+    };
+    let mut writes = vec![mark(at)];
+    writes.extend(words.into_writes());
+    writes.push(mark(at.plus(8)));
+    writes
+}
+
+/// Works out the writes that take the payload whose `struct module` is at `module` out of the guest's lists. Its pages
+/// are `own`. Its own words stay as they are, for those who look through a list at that moment.
+///
+/// # Errors
+/// As [`enter`]. [`Class::Failed`](crate::error::Class::Failed): a module or another payload uses it, or a static key
+/// leads through it to one that came later.
+pub fn leave(kernel: &Kernel<'_>, module: Gva, own: Range, users: Users) -> Result<ModuleLinks> {
+    let space = kernel.space.fresh();
+    let modules = ModuleReader::new(kernel)?.all()?;
+    let mut none = [];
+    let mut words = Words::new(&space, Gva(0), &mut none);
+    let unlinker = Unlinker {
+        kernel,
+        module,
+        own,
+        users,
+    };
+    if users == Users::None {
+        unlinker.check_unused(&mut words, &modules)?;
     }
+    unlinker.write_all(&mut words, &modules)?;
+    let marks = Gva(module.0.wrapping_sub(MODULE));
+    Ok(ModuleLinks {
+        writes: marked(marks, 1, words),
+        watched: unlocked_code(kernel),
+    })
+}
+
+struct Unlinker<'a, 'm> {
+    kernel: &'a Kernel<'m>,
+    module: Gva,
+    own: Range,
+    users: Users,
+}
+
+impl Unlinker<'_, '_> {
+    fn write_all(&self, words: &mut Words<'_, '_>, modules: &[Module]) -> Result<()> {
+        let member =
+            |path| Ok::<Gva, Error>(self.module.plus(offset(self.kernel, "module", path)?));
+        free(self.kernel, words, Lock::Modules)?;
+        free(self.kernel, words, Lock::StaticKeys)?;
+        take_out(words, member("list")?)?;
+        take_out(words, member("bug_list")?)?;
+        self.tree(words)?;
+        self.uses(words, modules)?;
+        keys::unlink(self.kernel, (self.module, self.own), self.users, words)
+    }
+
+    fn tree(&self, words: &mut Words<'_, '_>) -> Result<()> {
+        let tree = LatchTree::of(self.kernel)?;
+        for node in tree.nodes_of(words, self.module, self.own)? {
+            for (root, nth) in tree.copies {
+                tree::erase(words, tree.shape, root, node.plus(nth))?;
+            }
+        }
+        tree.step(words)
+    }
+
+    /// Takes out of each module's list of users what says that the payload uses it. That it uses itself goes with it.
+    fn uses(&self, words: &mut Words<'_, '_>, modules: &[Module]) -> Result<()> {
+        for module in modules.iter().filter(|m| m.addr != self.module) {
+            for node in self.users_of(words, module)? {
+                if self.own.contains(node) {
+                    take_out(words, node)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses a payload that others use.
+    fn check_unused(&self, words: &mut Words<'_, '_>, modules: &[Module]) -> Result<()> {
+        let link = offset(self.kernel, "module_use", "source_list")?;
+        let source = offset(self.kernel, "module_use", "source")?;
+        for module in modules.iter().filter(|m| m.addr == self.module) {
+            let users = self.users_of(words, module)?.into_iter();
+            if let Some(node) = users.into_iter().find(|node| !self.own.contains(*node)) {
+                let user = Gva(words.get(Gva(node.0.wrapping_sub(link)).plus(source))?);
+                let name = modules.iter().find(|m| m.addr == user);
+                return Err(Error::failed(format!(
+                    "{} uses it: unload or reclaim that first",
+                    name.map_or("another module", |m| &m.name)
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// The elements of the list of users of `module`.
+    fn users_of(&self, words: &mut Words<'_, '_>, module: &Module) -> Result<Vec<Gva>> {
+        let head = module
+            .addr
+            .plus(offset(self.kernel, "module", "source_list")?);
+        let mut users = Vec::new();
+        let mut node = Gva(words.get(head)?);
+        while node != head {
+            if users.len() >= USERS_MAX {
+                return Err(Error::not_applicable(format!(
+                    "the list of what uses module {} has no end",
+                    module.name
+                )));
+            }
+            users.push(node);
+            node = Gva(words.get(node)?);
+        }
+        Ok(users)
+    }
+}
+
+fn offset(kernel: &Kernel<'_>, ty: &str, path: &str) -> Result<u64> {
+    Ok(kernel.btf()?.offset_of(ty, path)? as u64)
+}
+
+/// Notes that a mutex is free, to be found free again in the pause.
+fn free(kernel: &Kernel<'_>, words: &mut Words<'_, '_>, lock: Lock) -> Result<()> {
+    words.about = About::Lock(lock);
+    let owner = words.get(kernel_locks::owner(kernel, lock)?);
+    words.about = About::ModuleLists;
+    match owner? {
+        0 => Ok(()),
+        _ => Err(Error::passing(lock.held())),
+    }
+}
+
+/// The two copies of the tree by which the kernel finds the module of an address: lookups use one copy while the other
+/// changes (kernel/module/tree_lookup.c, include/linux/rbtree_latch.h).
+struct LatchTree {
+    /// Root pointer of each copy, and how far its node is behind the first one of a `latch_tree_node`.
+    copies: [(Gva, u64); 2],
+    shape: tree::Shape,
+    seq: Gva,
+    /// Offset of `base` in what holds a node, and of the node.
+    base: u64,
+    inner: u64,
+    /// Offsets in `struct module` of what may hold a node.
+    holders: Vec<u64>,
+    /// Where the bounds of all addresses are, the lowest and the highest.
+    bounds: [Gva; 2],
+}
+
+impl LatchTree {
+    fn of(kernel: &Kernel<'_>) -> Result<LatchTree> {
+        let btf = kernel.btf()?;
+        let tree = kernel.symbols.need("mod_tree")?;
+        let root = |path| offset(kernel, "mod_tree_root", path).map(|o| tree.plus(o));
+        let node = |path| offset(kernel, "rb_node", path);
+        let shape = tree::Shape {
+            parent: node("__rb_parent_color")?,
+            left: node("rb_left")?,
+            right: node("rb_right")?,
+        };
+        let (holder, holders) = match btf.has("module", "mem") {
+            true => {
+                let first = offset(kernel, "module", "mem")?;
+                let stride = btf.size_of("module_memory")? as u64;
+                let kinds = btf.enum_value("mod_mem_type", "MOD_MEM_NUM_TYPES");
+                let kinds = kinds.and_then(|n| u64::try_from(n).ok()).unwrap_or(0);
+                let all = (0..kinds.min(KINDS_MAX)).map(|n| first + n * stride);
+                ("module_memory", all.collect())
+            }
+            false => (
+                "module_layout",
+                vec![offset(kernel, "module", "core_layout")?],
+            ),
+        };
+        let top = root("root.tree")?;
+        Ok(LatchTree {
+            copies: [
+                (top, 0),
+                (
+                    top.plus(btf.size_of("rb_root")? as u64),
+                    btf.size_of("rb_node")? as u64,
+                ),
+            ],
+            shape,
+            seq: root("root.seq")?,
+            base: offset(kernel, holder, "base")?,
+            inner: offset(kernel, holder, "mtn.node")?,
+            holders,
+            bounds: [root("addr_min")?, root("addr_max")?],
+        })
+    }
+
+    /// The nodes by which the payload with the `struct module` at `module` is in the tree.
+    fn nodes_of(&self, words: &mut Words<'_, '_>, module: Gva, own: Range) -> Result<Vec<Gva>> {
+        let mut nodes = Vec::new();
+        for holder in &self.holders {
+            let at = module.plus(*holder);
+            if own.contains(Gva(words.get(at.plus(self.base))?)) {
+                nodes.push(at.plus(self.inner));
+            }
+        }
+        Ok(nodes)
+    }
+
+    /// Makes a lookup that was interrupted on its way down begin again.
+    fn step(&self, words: &mut Words<'_, '_>) -> Result<()> {
+        let word = words.get(self.seq)?;
+        let next = (word & u64::from(u32::MAX)).wrapping_add(2) & u64::from(u32::MAX);
+        if word & 1 != 0 {
+            return Err(Error::passing(
+                "the guest changes its tree of module addresses right now",
+            ));
+        }
+        words.set(self.seq, word & !u64::from(u32::MAX) | next)
+    }
+}
+
+/// Where the bounds of all module addresses are, the lowest and the highest. They may equal an address of a payload that is
+/// not there any more.
+///
+/// # Errors
+/// The kernel has no such tree.
+pub fn address_bounds(kernel: &Kernel<'_>) -> Result<[Gva; 2]> {
+    Ok(LatchTree::of(kernel)?.bounds)
 }
 
 struct LinkWriter<'a, 'm> {
@@ -96,9 +345,9 @@ impl LinkWriter<'_, '_> {
     fn write_all(&self, words: &mut Words<'_, '_>, modules: &[Module], uses: &[Gva]) -> Result<()> {
         let module = self.built.place.module();
         let member = |path| self.offset("module", path).map(|o| module.plus(o));
-        self.free(words, Lock::Modules)?;
+        free(self.kernel, words, Lock::Modules)?;
         if !self.built.keys.is_empty() {
-            self.free(words, Lock::StaticKeys)?;
+            free(self.kernel, words, Lock::StaticKeys)?;
         }
         let head = self.kernel.symbols.need("modules")?;
         hang_in(words, head, member("list")?)?;
@@ -112,72 +361,28 @@ impl LinkWriter<'_, '_> {
     }
 
     fn offset(&self, ty: &str, path: &str) -> Result<u64> {
-        Ok(self.kernel.btf()?.offset_of(ty, path)? as u64)
+        offset(self.kernel, ty, path)
     }
 
-    /// Notes that a mutex is free, to be found free again in the pause.
-    fn free(&self, words: &mut Words<'_, '_>, lock: Lock) -> Result<()> {
-        words.about = About::Lock(lock);
-        let owner = words.get(kernel_locks::owner(self.kernel, lock)?);
-        words.about = About::ModuleLists;
-        match owner? {
-            0 => Ok(()),
-            _ => Err(Error::passing(lock.held())),
-        }
-    }
-
-    /// Inserts the payload's nodes into both copies of the tree by which the kernel finds the module of an
-    /// address: lookups use one copy while the other changes (kernel/module/tree_lookup.c,
-    /// include/linux/rbtree_latch.h).
+    /// Inserts the payload's nodes into both copies of the tree of module addresses.
     fn tree(&self, words: &mut Words<'_, '_>) -> Result<()> {
-        let btf = self.kernel.btf()?;
-        let tree = self.kernel.symbols.need("mod_tree")?;
-        let root = |path| self.offset("mod_tree_root", path).map(|o| tree.plus(o));
-        let node = |path| self.offset("rb_node", path);
-        let shape = tree::Shape {
-            parent: node("__rb_parent_color")?,
-            left: node("rb_left")?,
-            right: node("rb_right")?,
-        };
-        let holder = if btf.has("module", "mem") {
-            "module_memory"
-        } else {
-            "module_layout"
-        };
-        let base = self.offset(holder, "base")?;
-        let inner = self.offset(holder, "mtn.node")?;
-        let copies = [
-            (root("root.tree")?, 0),
-            (
-                root("root.tree")?.plus(btf.size_of("rb_root")? as u64),
-                btf.size_of("rb_node")? as u64,
-            ),
-        ];
+        let tree = LatchTree::of(self.kernel)?;
         for node in &self.built.tree {
-            for (top, nth) in copies {
+            for (root, nth) in tree.copies {
                 let key_of = |words: &mut Words<'_, '_>, node: Gva| {
-                    let holder = node.0.wrapping_sub(nth).wrapping_sub(inner);
-                    words.get(Gva(holder).plus(base))
+                    let holder = node.0.wrapping_sub(nth).wrapping_sub(tree.inner);
+                    words.get(Gva(holder).plus(tree.base))
                 };
                 let copy = TreeNode {
                     at: node.at.plus(nth),
                     key: node.key,
                 };
-                tree::insert(words, shape, top, copy, key_of)?;
+                tree::insert(words, tree.shape, root, copy, key_of)?;
             }
         }
-        // a lookup that was interrupted on its way down begins again
-        let seq = root("root.seq")?;
-        let word = words.get(seq)?;
-        let next = (word & u64::from(u32::MAX)).wrapping_add(2) & u64::from(u32::MAX);
-        if word & 1 != 0 {
-            return Err(Error::passing(
-                "the guest changes its tree of module addresses right now",
-            ));
-        }
-        words.set(seq, word & !u64::from(u32::MAX) | next)?;
+        tree.step(words)?;
         let place = &self.built.place;
-        let (min, max) = (root("addr_min")?, root("addr_max")?);
+        let [min, max] = tree.bounds;
         if words.get(min)? > place.text.start.0 {
             words.set(min, place.text.start.0)?;
         }
@@ -237,4 +442,17 @@ fn hang_in(words: &mut Words<'_, '_>, head: Gva, node: Gva) -> Result<()> {
     words.set(node.plus(8), head.0)?;
     words.set(first.plus(8), node.0)?;
     words.set(head, node.0)
+}
+
+/// Takes `node` out of its list (`list_del_rcu`). Its own words stay.
+fn take_out(words: &mut Words<'_, '_>, node: Gva) -> Result<()> {
+    let (next, back) = (Gva(words.get(node)?), Gva(words.get(node.plus(8))?));
+    if words.get(back)? != node.0 || words.get(next.plus(8))? != node.0 {
+        return Err(Error::passing(format!(
+            "the list with the element {node} is not whole: its neighbours {back} and {next} don't lead to it; the guest \
+             changes it right now"
+        )));
+    }
+    words.set(back, next.0)?;
+    words.set(next.plus(8), back.0)
 }

@@ -3,7 +3,7 @@ use locus_kernel::fixture::{vcpus, Fixture, KIND};
 use locus_kernel::Kernel;
 
 use super::structure::TreeNode;
-use super::tree::{insert, Shape};
+use super::tree::{erase, insert, Shape};
 use super::words::Words;
 use crate::error::Result;
 
@@ -71,6 +71,44 @@ fn a_tree_stays_sorted_and_balanced_whatever_is_inserted() {
             assert!(keys.is_sorted());
         }
         assert!(words.into_writes().is_empty(), "all nodes are our own");
+    }
+}
+
+#[test]
+fn a_tree_stays_sorted_and_balanced_whatever_is_taken_out() {
+    let memory = Fixture::new().build();
+    let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
+    type Order = fn(u64) -> u64;
+    let orders: [Order; 4] = [
+        |i| i,
+        |i| 210 - i,
+        |i| i * 79 % 211,
+        |i| (i * 101 + 7) % 211,
+    ];
+    for order in orders {
+        let mut bytes = vec![0; 64 + 211 * 32];
+        let mut words = Words::new(&kernel.space, AT, &mut bytes);
+        for i in 0..211 {
+            words.set(node(i).plus(24), i * 83 % 211).unwrap();
+            let new = TreeNode {
+                at: node(i),
+                key: Gva(i * 83 % 211),
+            };
+            insert(&mut words, SHAPE, AT, new, key_of).unwrap();
+        }
+        for i in 0..211 {
+            let gone = node(order(i));
+            let own = [0, 8, 16].map(|at| words.get(gone.plus(at)).unwrap());
+            erase(&mut words, SHAPE, AT, gone).unwrap();
+            // Who stands on it goes on from there.
+            assert_eq!(own, [0, 8, 16].map(|at| words.get(gone.plus(at)).unwrap()));
+            let root = Gva(words.get(AT).unwrap());
+            let mut keys = Vec::new();
+            black_height(&mut words, root, Gva(0), &mut keys);
+            assert_eq!(keys.len() as u64, 210 - i);
+            assert!(keys.is_sorted());
+            assert!(!keys.contains(&(order(i) * 83 % 211)));
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Inserts a node into a red-black tree of the kernel (lib/rbtree.c, include/linux/rbtree_types.h).
+//! Inserts a node into a red-black tree of the kernel, and takes one out (lib/rbtree.c, include/linux/rbtree_types.h).
 //!
 //! A node begins with `__rb_parent_color`: the address of its parent, and in bit 0 its colour, 1 for
 //! black. The root's parent is 0.
@@ -88,6 +88,15 @@ pub fn insert(
     words.set(link, node.0)?;
     let mut tree = Tree { words, shape, root };
     tree.balance(node)
+}
+
+/// Takes `node` out of the tree whose root pointer is at `root`. The node's own words stay: a lookup that stands on it
+/// goes on from there.
+///
+/// # Errors
+/// As [`insert`]; or the node is not in the tree.
+pub fn erase(words: &mut Words<'_, '_>, shape: Shape, root: Gva, node: Gva) -> Result<()> {
+    Tree { words, shape, root }.erase(node)
 }
 
 impl Tree<'_, '_, '_> {
@@ -192,5 +201,123 @@ impl Tree<'_, '_, '_> {
             return self.rotate(grand, side.other());
         }
         Err(odd("it has a loop"))
+    }
+
+    /// Hangs `other`, which may be none, where `node` hangs. Returns its parent, and the side of it.
+    fn replace(&mut self, node: Gva, other: Gva) -> Result<(Gva, Side)> {
+        let parent = self.parent(node)?;
+        let mut side = Side::Left;
+        if parent == Gva(0) {
+            if Gva(self.words.get(self.root)?) != node {
+                return Err(odd("a node without a parent is not its root"));
+            }
+            self.words.set(self.root, other.0)?;
+        } else {
+            side = self.side(parent, node)?;
+            let at = parent.plus(self.at(side));
+            self.words.set(at, other.0)?;
+        }
+        if other != Gva(0) {
+            self.set_parent(other, parent)?;
+        }
+        Ok((parent, side))
+    }
+
+    fn erase(&mut self, node: Gva) -> Result<()> {
+        let left = self.child(node, Side::Left)?;
+        let right = self.child(node, Side::Right)?;
+        if left == Gva(0) || right == Gva(0) {
+            let child = Gva(left.0 | right.0);
+            let is_red = self.is_red(node)?;
+            let (parent, side) = self.replace(node, child)?;
+            return self.mend((child, parent, side), is_red);
+        }
+        // The next node in order has no left child. It takes the place and the colour of the one that goes.
+        let mut next = right;
+        let mut depth = 0;
+        loop {
+            let lower = self.child(next, Side::Left)?;
+            if lower == Gva(0) {
+                break;
+            }
+            depth += 1;
+            if depth > DEPTH_MAX {
+                return Err(odd("it has a loop"));
+            }
+            next = lower;
+        }
+        let is_red = self.is_red(next)?;
+        let child = self.child(next, Side::Right)?;
+        let mut below = (next, Side::Right);
+        if next != right {
+            below = self.replace(next, child)?;
+            let at = next.plus(self.shape.right);
+            self.words.set(at, right.0)?;
+            self.set_parent(right, next)?;
+        }
+        let color = self.words.get(node.plus(self.shape.parent))? & BLACK;
+        self.replace(node, next)?;
+        self.paint(next, color)?;
+        let at = next.plus(self.shape.left);
+        self.words.set(at, left.0)?;
+        self.set_parent(left, next)?;
+        let (parent, side) = below;
+        self.mend((child, parent, side), is_red)
+    }
+
+    /// Restores the rules after a node went whose place, on `side` of `parent`, `node` has now, which may be none.
+    fn mend(&mut self, place: (Gva, Gva, Side), is_red: bool) -> Result<()> {
+        let (mut node, mut parent, mut side) = place;
+        if is_red {
+            return Ok(());
+        }
+        for _ in 0..=DEPTH_MAX {
+            if parent == Gva(0) || self.is_red(node)? {
+                return match node {
+                    Gva(0) => Ok(()),
+                    node => self.paint(node, BLACK),
+                };
+            }
+            let far = side.other();
+            let mut sibling = self.present(parent, far)?;
+            if self.is_red(sibling)? {
+                self.paint(sibling, BLACK)?;
+                self.paint(parent, 0)?;
+                self.rotate(parent, side)?;
+                sibling = self.present(parent, far)?;
+            }
+            let (near_one, far_one) = (self.child(sibling, side)?, self.child(sibling, far)?);
+            let (near_is_red, far_is_red) = (self.is_red(near_one)?, self.is_red(far_one)?);
+            if !near_is_red && !far_is_red {
+                self.paint(sibling, 0)?;
+                node = parent;
+                parent = self.parent(node)?;
+                if parent != Gva(0) {
+                    side = self.side(parent, node)?;
+                }
+                continue;
+            }
+            if !far_is_red {
+                self.paint(near_one, BLACK)?;
+                self.paint(sibling, 0)?;
+                self.rotate(sibling, far)?;
+                sibling = self.present(parent, far)?;
+            }
+            let color = self.words.get(parent.plus(self.shape.parent))? & BLACK;
+            self.paint(sibling, color)?;
+            self.paint(parent, BLACK)?;
+            let outer = self.present(sibling, far)?;
+            self.paint(outer, BLACK)?;
+            return self.rotate(parent, side);
+        }
+        Err(odd("it has a loop"))
+    }
+
+    /// The child of `node` on `side`, which must be there.
+    fn present(&mut self, node: Gva, side: Side) -> Result<Gva> {
+        match self.child(node, side)? {
+            Gva(0) => Err(odd("a node that must be there is not")),
+            child => Ok(child),
+        }
     }
 }

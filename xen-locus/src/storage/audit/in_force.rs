@@ -34,11 +34,16 @@ pub fn after(before: Vec<InForce>, action: &Action) -> Vec<InForce> {
     let (operation, done) = match Operation::named(&action.op) {
         Some(Operation::Recover) => {
             let interrupted = Operation::named(&action.of);
+            if interrupted == Some(Operation::Reclaim) {
+                return in_force;
+            }
             (
                 interrupted,
                 action.result == "finished" && interrupted.is_some(),
             )
         }
+        // It is about a patch that is not in force.
+        Some(Operation::Reclaim) => return in_force,
         operation => (operation, matches!(&*action.result, "applied" | "reverted")),
     };
     // To revert a patch that was lost means that it is not wanted any more.
@@ -105,11 +110,13 @@ mod tests {
             ("apply", "a", "applied", &[]),
             ("apply", "b", "blocked", &[]),
             ("nudge", "a", "woken", &[]),
+            ("reclaim", "b", "reclaimed", &[]),
+            ("recover-reclaim", "b", "finished", &[]),
             ("apply", "c", "applied", &[]),
         ];
         assert_eq!(names(lines), ["a", "c"]);
         let last = log(lines).pop().unwrap();
-        assert_eq!((last.applied_at, &*last.sha256), (3, "sha of c"));
+        assert_eq!((last.applied_at, &*last.sha256), (5, "sha of c"));
     }
 
     #[test]

@@ -1,0 +1,108 @@
+//! The kernel stacks of a guest, and what is live of them.
+
+use std::collections::HashSet;
+
+use locus_guest::addr::{Frame, Gva, Range};
+use locus_guest::space::Space;
+use locus_kernel::tasks::{self, TaskLayout};
+use locus_kernel::unwind::stack;
+use locus_kernel::Kernel;
+
+use super::readers::all_tasks;
+use crate::error::Result;
+use crate::machine::Machine;
+
+/// Most stacks of threads that ended that a CPU keeps (kernel/fork.c: `NR_CACHED_STACKS` is 2).
+const CACHED_MAX: u64 = 16;
+
+/// All stacks at one moment of a running guest.
+pub(super) struct Stacks {
+    /// The frames that they are in.
+    pub(super) frames: HashSet<Frame>,
+    /// The live part of each, and the name of its thread.
+    pub(super) live: Vec<(Range, String)>,
+}
+
+impl Stacks {
+    /// # Errors
+    /// The tasks can't be listed.
+    pub(super) fn find(machine: &dyn Machine, kernel: &Kernel<'_>) -> Result<Stacks> {
+        let space = kernel.space.fresh();
+        let layout = TaskLayout::of(kernel)?;
+        let vcpus = machine.vcpus()?;
+        let mut all = Vec::new();
+        let mut live = Vec::new();
+        let kernel_sp: Vec<Gva> = vcpus
+            .iter()
+            .filter(|v| v.online && !v.user)
+            .map(|v| v.rsp)
+            .collect();
+        for base in tasks::percpu_bases(kernel, &space)? {
+            let own = stack::of_cpu(kernel, &space, base)?.into_iter();
+            for (_, range) in own {
+                all.push(range);
+                let on = kernel_sp.iter().find(|sp| range.contains(**sp));
+                live.extend(on.map(|sp| (live_part(range, *sp), "an interrupt".to_owned())));
+            }
+            let kept = cached(kernel, &space, base).into_iter();
+            all.extend(kept.map(|start| Range::new(start, layout.stack_size)));
+        }
+        let tasks = all_tasks(kernel)?;
+        let is_on = |range: Range| kernel_sp.iter().find(|sp| range.contains(**sp));
+        // A CPU that is on none of their stacks is in an interrupt or on its way: its task's stack may be live wholly.
+        // One in user mode has none that is live.
+        let on_tasks = kernel_sp
+            .iter()
+            .filter(|sp| tasks.iter().any(|t| t.stack.contains(**sp)));
+        let others = kernel_sp.len() != on_tasks.count();
+        for task in tasks {
+            let range = task.stack;
+            if range.start == Gva(0) {
+                continue;
+            }
+            all.push(range);
+            let sp = match is_on(range) {
+                Some(sp) => *sp,
+                None if !task.on_cpu => task.sp,
+                None if others => range.start,
+                None => continue,
+            };
+            live.push((live_part(range, sp), task.comm));
+        }
+        let mut frames = HashSet::new();
+        for range in all {
+            // One whose thread ended may be gone.
+            frames.extend(space.frames(range.start, range.len()).unwrap_or_default());
+        }
+        Ok(Stacks { frames, live })
+    }
+}
+
+/// What is live of a stack whose pointer is `sp`; all of it if that is elsewhere.
+fn live_part(range: Range, sp: Gva) -> Range {
+    let start = match range.contains(sp) {
+        true => Gva(sp.0 & !7),
+        false => range.start,
+    };
+    Range {
+        start,
+        end: range.end,
+    }
+}
+
+/// Stacks of threads that ended, which this CPU keeps for others (kernel/fork.c: `cached_stacks`).
+fn cached(kernel: &Kernel<'_>, space: &Space<'_>, base: u64) -> HashSet<Gva> {
+    let find = || {
+        let symbol = kernel.symbols.addr("cached_stacks")?;
+        let room = kernel.symbols.room(symbol)? / 8;
+        let start = kernel.btf().ok()?.offset_of("vm_struct", "addr").ok()?;
+        let pointers = (0..room.min(CACHED_MAX)).filter_map(|n| {
+            let at = tasks::percpu(symbol, base).plus(8 * n);
+            let area = Gva(space.read_u64(at).ok()?);
+            let start = space.read_u64(area.plus(start as u64)).ok()?;
+            (start != 0).then_some(Gva(start))
+        });
+        Some(pointers.collect())
+    };
+    find().unwrap_or_default()
+}

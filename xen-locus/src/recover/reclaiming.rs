@@ -1,0 +1,46 @@
+//! How a run ended that gave back the memory of a parked payload.
+
+use locus_kernel::Kernel;
+
+use super::{roll_back, Finding, Report};
+use crate::apply::Options;
+use crate::arena::record::State;
+use crate::arena::{Arena, Resident};
+use crate::error::{Class, Error, Result};
+use crate::link::module::links::{self, Known};
+use crate::machine::Machine;
+use crate::storage::journal::Intent;
+
+/// Finds out what became of a run that gave back the memory of a parked payload. What it had taken out of the guest's
+/// lists in part is put back; what it had taken out stays so.
+pub(super) fn settle(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    intent: &Intent,
+    options: &Options,
+) -> Result<Report> {
+    let change = &intent.change;
+    let all = Arena::read(kernel)?.residents(kernel)?;
+    let is_meant = |r: &&Resident| {
+        hex::encode(r.slot.record_sha256) == change.record && r.slot.state == State::Parked
+    };
+    let mut parked = all.iter().filter(is_meant);
+    let known = parked.try_fold(Vec::new(), |mut known, r| {
+        known.push(links::known(kernel, r.record.module)?);
+        Ok::<_, Error>(known)
+    });
+    let report = |result, detail: &str| Report::new(result, Some(intent), detail.to_owned());
+    match known {
+        Ok(known) if known.is_empty() => Ok(report(Finding::Finished, "")),
+        Ok(known) if known.contains(&Known::Unlinked) => Ok(report(
+            Finding::Undone,
+            "it is out of the guest's lists, and its memory is not given back yet: reclaim it again",
+        )),
+        Ok(_) => Ok(report(Finding::Undone, "")),
+        Err(error) if error.class() == Class::Uncertain => {
+            roll_back(machine, kernel, change, options)?;
+            Ok(report(Finding::Undone, ""))
+        }
+        Err(error) => Err(error),
+    }
+}
