@@ -19,7 +19,7 @@ static DEFINE_TIMER(locus_timer, locus_fire);
 
 static int locus_timer_show(struct seq_file *m, void *v)
 {
-	mod_timer(&locus_timer, jiffies + 15 * HZ);
+	mod_timer(&locus_timer, jiffies + 40 * HZ);
 	seq_printf(m, "fired=%u\n", READ_ONCE(locus_fired));
 	return 0;
 }

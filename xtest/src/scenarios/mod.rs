@@ -156,6 +156,7 @@ pub fn all() -> Vec<Scenario> {
         mitigations::MATRIX,
         models::MATRIX,
         refuse::MATRIX,
+        parked::MATRIX,
         nudge::MATRIX,
         &life::matrix()[..],
         &short()[..],

@@ -1,11 +1,12 @@
-//! Payloads that were in force before: they are applied again, used again, and don't outgrow what a guest can carry.
+//! Payloads that were in force before: they are applied again, used again, reclaimed, and don't outgrow what a guest can
+//! carry.
 
 use std::thread;
 use std::time::Duration;
 
 use super::steps::patches::{self, CMDLINE, THREE};
 use super::steps::tool;
-use crate::guest::{GuestSpec, Kind};
+use crate::guest::{Guest, GuestSpec, Kind};
 use crate::profile::{PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
 use crate::verdict::Verdict;
@@ -15,13 +16,13 @@ use crate::{check, check_eq};
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "timer-pv",
-        summary: "a payload of a PV guest whose timer is pending is applied again, and the timer runs out",
+        summary: "a payload of a PV guest whose timer is pending is applied again, and is reclaimed when it ran out",
         profile: &PV1,
         run: |ctx| timer(ctx, Kind::Pv),
     },
     Scenario {
         name: "timer-pvh",
-        summary: "a payload of a PVH guest whose timer is pending is applied again, and the timer runs out",
+        summary: "a payload of a PVH guest whose timer is pending is applied again, and is reclaimed when it ran out",
         profile: &PVH,
         run: |ctx| timer(ctx, Kind::Pvh),
     },
@@ -39,10 +40,28 @@ pub const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// Starts a timer of 15 s at each read of `/proc/cmdline`.
+/// Scenarios that take too long for a usual run.
+pub const MATRIX: &[Scenario] = &[
+    Scenario {
+        name: "many-payloads-pv",
+        summary:
+            "200 payloads come and go in the life of a PV guest, reclaimed only when check warns",
+        profile: &PV1,
+        run: |ctx| many_payloads(ctx, Kind::Pv),
+    },
+    Scenario {
+        name: "many-payloads-pvh",
+        summary:
+            "200 payloads come and go in the life of a PVH guest, reclaimed only when check warns",
+        profile: &PVH,
+        run: |ctx| many_payloads(ctx, Kind::Pvh),
+    },
+];
+
+/// Starts a timer of 40 s at each read of `/proc/cmdline`.
 const TIMER: &str = "locus_timer";
 /// Longer than that.
-const RAN_OUT: Duration = Duration::from_secs(20);
+const RAN_OUT: Duration = Duration::from_secs(45);
 /// The file that a guest is saved to.
 const SAVED: &str = "/tmp/saved";
 
@@ -51,7 +70,7 @@ fn timer(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let guest = ctx.ensure_guest(GuestSpec::new(&name, kind).memory(112))?;
     let read = || guest.ok("cat /proc/cmdline");
     tool::apply(ctx, &name, TIMER)?;
-    for fired in 0..3 {
+    for fired in 0..2 {
         let line = format!("fired={fired}");
         check_eq!(read()?, line, "the timer is started again");
         // The kernel's timers lead into it while it is applied again.
@@ -59,10 +78,35 @@ fn timer(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         tool::apply(ctx, &name, TIMER)?;
         thread::sleep(RAN_OUT);
     }
-    check_eq!(read()?, "fired=3");
+    check_eq!(read()?, "fired=2");
     tool::revert(ctx, &name, TIMER)?;
+    let reclaim = format!("xen-locus reclaim {name} {TIMER}");
+    tool::refused(ctx, &reclaim, 2, "leads into it")?;
+    thread::sleep(RAN_OUT);
+    reclaimed(ctx, &name)?;
     ctx.dom0.ok(&format!("xen-locus verify {name}"))?;
+    tool::apply(ctx, &name, TIMER)?;
+    check_eq!(read()?, "fired=0", "in a payload of its own");
+    tool::revert(ctx, &name, TIMER)?;
     ctx.destroy_guest(&name)
+}
+
+/// Reclaims all that is parked. What is found in the way may go by itself, so there are some attempts.
+fn reclaimed(ctx: &Ctx, guest: &str) -> Result<(), Verdict> {
+    let mut said = String::new();
+    for _ in 0..5 {
+        let limit = Duration::from_secs(1200);
+        let out = ctx
+            .dom0
+            .sh_timeout(&format!("xen-locus reclaim {guest}"), limit)?;
+        if out.rc == 0 {
+            return Ok(());
+        }
+        said = out.err_text();
+        check_eq!(out.rc, 2, "reclaim: {said}");
+        thread::sleep(Duration::from_secs(2));
+    }
+    Err(Verdict::failure(format!("reclaim never succeeds: {said}")))
 }
 
 fn bigdata(ctx: &mut Ctx) -> Result<(), Verdict> {
@@ -133,4 +177,92 @@ fn record_turns(ctx: &mut Ctx) -> Result<(), Verdict> {
     tool::revert_all(ctx, name)?;
     patches::cmdline_is_untouched(&guest)?;
     ctx.destroy_guest(name)
+}
+
+/// Payloads in one life of a guest.
+const MANY: u32 = 200;
+
+fn many_payloads(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
+    let name = format!("many-{}", kind.name());
+    let spec = GuestSpec::new(&name, kind).memory(112);
+    let mut guest = ctx.ensure_guest(spec.clone())?;
+    let used = |ctx: &Ctx| -> Result<u64, Verdict> {
+        let info = tool::info(ctx, &name, "")?;
+        info["arena"]["used"]
+            .as_u64()
+            .ok_or_else(|| Verdict::failure(format!("no arena: {info}")))
+    };
+    let (mut most, mut warnings, mut killed) = (0, 0, false);
+    for n in 0..MANY {
+        let file = another(ctx, n)?;
+        let check = ctx.dom0.sh(&format!("xen-locus check {name} {file}"))?;
+        let said = check.err_text();
+        check_eq!(check.rc, 0, "payload {n}: {said}");
+        if said.contains("xen-locus reclaim") {
+            warnings += 1;
+            if !killed {
+                killed_while_reclaiming(ctx, &name)?;
+                killed = true;
+            }
+            reclaimed(ctx, &name)?;
+            check_eq!(used(ctx)?, 0, "pages in use after reclaim");
+        }
+        ctx.dom0.ok(&format!("xen-locus apply {name} {file}"))?;
+        check!(patches::cmdline_is_live(&guest)?, "payload {n} is not live");
+        tool::revert(ctx, &name, CMDLINE)?;
+        patches::cmdline_is_untouched(&guest)?;
+        most = most.max(used(ctx)?);
+    }
+    let said = format!("{name}: {warnings} warnings, at most {most} pages in use");
+    ctx.dom0.note(&said);
+    eprintln!("xtest: {said}");
+    check!(warnings > 2, "{said}");
+    saved(ctx, &spec, &mut guest)?;
+    ctx.dom0
+        .ok(&format!("xen-locus apply {name} {}", another(ctx, MANY)?))?;
+    check!(patches::cmdline_is_live(&guest)?, "not live after restore");
+    ctx.dom0.ok(&format!("xen-locus verify {name}"))?;
+    tool::revert_all(ctx, &name)?;
+    ctx.destroy_guest(&name)
+}
+
+/// A payload of its own, by its digest: the same module with other bytes behind it.
+fn another(ctx: &Ctx, n: u32) -> Result<String, Verdict> {
+    let file = "/tmp/another.ko";
+    let made = format!(
+        "cat {} >{file} && echo {n} >>{file}",
+        patches::file(CMDLINE)
+    );
+    ctx.dom0.ok(&made)?;
+    Ok(file.to_owned())
+}
+
+/// Kills `reclaim` at each of its calls: the payload is parked or gone, and nothing else changed.
+fn killed_while_reclaiming(ctx: &Ctx, name: &str) -> Result<(), Verdict> {
+    let command = format!("reclaim {name} {CMDLINE}");
+    let mut nth = 1;
+    // After some hundred calls it only reads memory.
+    while nth < 400 {
+        let out = ctx.dom0.sh_timeout(
+            &format!("XEN_LOCUS_FAULT={nth}:kill:journal xen-locus-faults {command}"),
+            Duration::from_secs(1200),
+        )?;
+        if !out.err_text().contains("xen-locus: fault: ") {
+            break;
+        }
+        ctx.dom0.ok(&format!("xen-locus recover {name}"))?;
+        ctx.dom0.ok(&format!("xen-locus verify {name}"))?;
+        nth += 7;
+    }
+    Ok(())
+}
+
+/// Saves and restores the guest.
+fn saved(ctx: &mut Ctx, spec: &GuestSpec, guest: &mut Guest) -> Result<(), Verdict> {
+    let name = guest.name.clone();
+    ctx.dom0.ok(&format!("xl save {name} {SAVED} >/dev/null"))?;
+    ctx.dom0
+        .ok(&format!("xl restore {SAVED} >/dev/null && rm {SAVED}"))?;
+    *guest = ctx.adopt_guest(spec.clone())?;
+    Ok(())
 }
