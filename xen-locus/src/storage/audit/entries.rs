@@ -1,6 +1,6 @@
 //! Entries of the log since a moment: what became of a run that could not say so itself.
 
-use super::{rotation, Action, Audit, Head};
+use super::{Action, Audit};
 use crate::error::{Error, Result};
 use crate::operation::Operation;
 
@@ -21,25 +21,12 @@ pub trait Entries {
 
 impl Entries for Audit {
     fn last_entry(&self) -> Result<u64> {
-        let read = || {
-            let (log, _lock) = self.open_to_read()?;
-            let head = self.read_head()?.unwrap_or_else(Head::none);
-            // A run that died between the two files left one line more than the head has.
-            let last = rotation::last(&self.log, log.as_ref(), &head)?;
-            Ok(head.seq.max(last.map_or(0, |line| line.seq)))
-        };
-        read().map_err(|error| self.failed("cannot read", &error))
+        Audit::last_entry(self)
     }
 
     fn since(&self, entry: u64) -> Result<Option<Vec<Action>>> {
-        let mut lines = self.history()?.lines;
-        lines.retain(|line| line.seq > entry);
-        // Numbers grow by one.
-        let first = lines
-            .first()
-            .map_or_else(|| self.last_entry().map(|n| n + 1), |line| Ok(line.seq));
-        let is_whole = first? <= entry.saturating_add(1);
-        Ok(is_whole.then(|| lines.into_iter().map(|line| line.action).collect()))
+        let lines = self.lines_since(entry)?;
+        Ok(lines.map(|all| all.into_iter().map(|line| line.action).collect()))
     }
 }
 
