@@ -14,7 +14,7 @@ use locus_guest::space::Space;
 use locus_kernel::Kernel;
 
 use crate::arena::digests::{self, BLOCK};
-use crate::arena::record::{Function, State};
+use crate::arena::record::{Function, State, HEAD_MAX};
 use crate::arena::{page_address, Arena, Resident, Rights};
 use crate::error::Result;
 use crate::link::module::links::{self, Known};
@@ -33,8 +33,6 @@ pub use drift::{Drift, DriftCause, DriftKind};
 
 /// Most passes over a guest; there is another one only while the last one shows differences.
 const PASSES: u32 = 3;
-/// A redirect is at most so many bytes behind the entry of its function.
-const HEAD_MAX: u64 = 64;
 /// Time between two passes: the kernel changes its code in less (`text_poke_bp`).
 const BETWEEN: Duration = Duration::from_millis(50);
 

@@ -6,6 +6,9 @@
 /// What GCC appends to the function's name to name the part.
 pub const SUFFIX: &str = ".cold";
 
+/// Most parts believed of one function. Compilers make one, or two.
+pub const PARTS_MAX: usize = 64;
+
 /// Whether the symbol `part` names a part of the function `name`: `NAME.cold`, or `NAME.cold.N` as
 /// GCC 8 has it.
 #[must_use]

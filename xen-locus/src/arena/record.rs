@@ -12,15 +12,16 @@
 
 use locus_guest::addr::Gva;
 use locus_guest::fetch;
-use locus_payload::is_module_name;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::arena::digests::CodeDigests;
 use crate::error::Error;
 
+mod check;
 mod draft;
 
+pub use check::HEAD_MAX;
 pub use draft::{Draft, DraftFunction, NewFunction, Placement};
 
 /// First bytes of each copy of the directory.
@@ -318,24 +319,9 @@ impl Record {
             )));
         }
         let record: Record = serde_json::from_slice(bytes).map_err(|e| bad(e.to_string()))?;
-        record.check_words().map_err(bad)?;
+        let changed = |why| bad(format!("{why}; the guest's memory was changed"));
+        record.check().map_err(changed)?;
         Ok(record)
-    }
-
-    /// What is shown to people and becomes part of paths in XenStore must be what a payload can have.
-    fn check_words(&self) -> Result<(), String> {
-        if !is_module_name(&self.name) {
-            return Err(format!("its name is {:?}, which no module has", self.name));
-        }
-        let functions = self.functions.iter().flat_map(|f| [&f.name, &f.object]);
-        let words = functions
-            .chain([&self.sha256])
-            .chain(&self.cves)
-            .chain(self.objects.iter().map(|m| &m.name));
-        match words.into_iter().find(|w| w.contains(char::is_control)) {
-            Some(odd) => Err(format!("it has control characters: {odd:?}")),
-            None => Ok(()),
-        }
     }
 }
 

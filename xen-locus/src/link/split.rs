@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use locus_kernel::split_functions;
+use locus_kernel::split_functions::{self, PARTS_MAX};
 use locus_payload::{ElfSymbol, KlpFunc, Payload, SymSection};
 
 use crate::error::{Error, Result};
@@ -17,9 +17,6 @@ pub struct Part {
     /// Size in bytes.
     pub size: u64,
 }
-
-/// Most parts believed of one function. Compilers make one, or two.
-const PARTS_MAX: usize = 64;
 
 /// The parts of a payload's new functions that are located elsewhere, found by each name that a function has.
 #[derive(Debug)]

@@ -114,14 +114,14 @@ impl Draft {
     ///
     /// # Errors
     /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): a new function is out of reach of a jump from the
-    /// old one. [`Class::Failed`](crate::error::Class::Failed): `placed` is not of this payload.
+    /// old one, or the record is one that would not be read. [`Class::Failed`](crate::error::Class::Failed): `placed` is not of this payload.
     pub fn complete(&self, placed: Placement<'_>) -> Result<Record> {
         if placed.functions.len() != self.functions.len() {
             return Err(not_of_payload(self.functions.len(), placed.functions.len()));
         }
         let functions = self.functions.iter().zip(placed.functions);
         let functions = functions.map(|(function, new)| function.complete(new.at, &new.cold));
-        Ok(Record {
+        let record = Record {
             functions: functions.collect::<Result<_>>()?,
             text: placed.text,
             code: placed.code,
@@ -130,7 +130,15 @@ impl Draft {
             module: placed.module,
             record_room: Some(placed.record_room),
             ..self.head()
-        })
+        };
+        let unreadable = |why| {
+            Error::not_applicable(format!(
+                "payload {}: its record would not be believed: {why}",
+                self.name
+            ))
+        };
+        record.check().map_err(unreadable)?;
+        Ok(record)
     }
 
     /// What does not depend on the place; the rest is empty.
@@ -204,19 +212,22 @@ fn not_of_payload(expected: usize, found: usize) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use locus_kernel::split_functions::PARTS_MAX;
+
     use super::*;
 
     const SITE: Gva = Gva(0xffff_ffff_8100_0005);
 
     fn function(name: &str, cold: usize) -> DraftFunction {
+        let site = SITE.plus(0x40 * u64::from(name.as_bytes()[0]));
         DraftFunction {
             name: name.into(),
             object: "vmlinux".into(),
-            old: Range::new(Gva(SITE.0 - 5), 0x40),
+            old: Range::new(Gva(site.0 - 5), 0x40),
             old_cold: vec![Range::new(SITE.plus(0x1000), 7); cold],
             new_size: 11,
             new_cold: vec![9; cold],
-            site: SITE,
+            site,
             found: [0; JUMP],
             old_bytes: [1; JUMP],
         }
@@ -276,7 +287,7 @@ mod tests {
             assert!(record.encode().unwrap().len() <= draft.room(600, 0).unwrap());
             for (function, draft) in record.functions.iter().zip(&draft.functions) {
                 assert_eq!(function.new, at);
-                assert_eq!(Some(function.new_bytes), x86::jump(SITE, at));
+                assert_eq!(Some(function.new_bytes), x86::jump(function.site, at));
                 let cold = vec![(at.plus(64), 9); draft.new_cold.len()];
                 assert_eq!(function.new_cold, cold);
             }
@@ -284,12 +295,23 @@ mod tests {
     }
 
     #[test]
-    fn a_function_out_of_reach_and_another_payloads_places_are_refused() {
+    fn what_can_t_be_placed_or_would_not_be_read_is_refused() {
         let [plain, _] = drafts();
         let new = |at, cold| [NewFunction { at, cold }];
         let far = new(Gva(0xffff_8880_0000_0000), Vec::new());
         let error = plain.complete(placement(&far)).unwrap_err();
         assert!(error.to_string().contains("out of reach"), "{error}");
+        let many = Draft {
+            functions: vec![function("a_show", PARTS_MAX + 1)],
+            ..plain.clone()
+        };
+        let near = Gva(0xffff_ffff_ff60_2000);
+        let placed = new(near, vec![near; PARTS_MAX + 1]);
+        let error = many.complete(placement(&placed)).unwrap_err().to_string();
+        assert!(
+            error.contains("payload one: ") && error.contains("at most 64 parts"),
+            "{error}"
+        );
         let part = new(SITE, vec![SITE]);
         for functions in [&[][..], &part] {
             plain.complete(placement(functions)).unwrap_err();
