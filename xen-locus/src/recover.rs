@@ -439,7 +439,7 @@ fn way_back(kernel: &Kernel<'_>, change: &Change) -> Result<Plan> {
     }
     let watched = change.watched.iter().map(|w| Watched {
         range: Range::new(Gva(w.start), w.len),
-        name: w.name.clone(),
+        name: w.name.as_str().into(),
     });
     let proposal = Proposal {
         patch: &change.patch,
@@ -463,7 +463,7 @@ fn unprobed(change: &Change) -> Vec<Watched> {
     written
         .map(|w| Watched {
             range: range(w),
-            name: change.patch.clone(),
+            name: change.patch.as_str().into(),
         })
         .collect()
 }

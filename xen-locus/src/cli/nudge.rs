@@ -20,8 +20,10 @@ fn watch(asked: &PayloadOrPatch, kernel: &Kernel<'_>) -> Result<Option<Watch>> {
         let residents = plan::residents(kernel, &Arena::read(kernel)?)?;
         let stack = Stack::new(&residents);
         let named = stack.named(&residents, name)?;
-        if let Some(old) = named.and_then(|r| plan::old_versions(kernel, &stack, r)) {
-            return Ok(Some(old));
+        if let Some(resident) = named {
+            if let Some(old) = plan::old_versions(kernel, &stack, resident)? {
+                return Ok(Some(old));
+            }
         }
     }
     asked.watch(kernel)

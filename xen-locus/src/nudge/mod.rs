@@ -79,7 +79,7 @@ pub fn nudge(
     if options.dry_run {
         return Ok(nudged(asleep, 0, Outcome::WouldNudge, Done::default()));
     }
-    apply::begin(machine, &gate.change(kernel))?;
+    apply::begin(machine, &gate.change(kernel)?)?;
     let passed = gate.pass(machine, kernel, options);
     let is_uncertain = |e: &Error| e.class() == Class::Uncertain;
     if !passed.as_ref().is_err_and(is_uncertain) {
@@ -181,7 +181,7 @@ impl Gate {
             handler: Entry {
                 at: entry,
                 site: site.at,
-                name: FUNCTION.to_owned(),
+                name: FUNCTION.into(),
             },
             room: function.range,
             bytes: [site.old, jump],
@@ -224,7 +224,7 @@ impl Gate {
             let start = self.handler.site;
             unprobed.push(Watched {
                 range: Range { start, ..self.room },
-                name: FUNCTION.to_owned(),
+                name: FUNCTION.into(),
             });
         }
         let proposal = Proposal {
@@ -261,11 +261,17 @@ impl Gate {
     }
 
     /// What the journal says while the gate is in place. `recover` takes the gate down by it.
-    fn change(&self, kernel: &Kernel<'_>) -> Change {
-        let watched = Watch::new(kernel, self.watched(Turn::Down));
+    fn change(&self, kernel: &Kernel<'_>) -> Result<Change> {
+        let watched = Watch::new(kernel, self.watched(Turn::Down))?;
         let watched = watched.ranges().map(|(range, name)| (*range, name));
         let writes = [self.write(Turn::Up)];
-        Change::of(kernel, Operation::Nudge, &self.patch, &writes, watched)
+        Ok(Change::of(
+            kernel,
+            Operation::Nudge,
+            &self.patch,
+            &writes,
+            watched,
+        ))
     }
 
     /// Puts the gate in place, waits until a CPU has run through it, and takes it down. Returns how many threads were woken.

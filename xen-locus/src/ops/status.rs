@@ -201,7 +201,7 @@ pub(super) fn patches_by(
             place: place(&record.sha256),
             cves: record.cves.clone(),
             functions: functions.collect(),
-            old_versions: plan::old_versions(kernel, &stack, resident),
+            old_versions: plan::old_versions(kernel, &stack, resident)?,
         });
     }
     Ok(patches)

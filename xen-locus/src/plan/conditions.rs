@@ -15,6 +15,8 @@
 //! not put behind one that they use, because it would not run, or not as they expect. For the way back that is no matter: it
 //! leaves the nop as it is, and who is attached there sees the function as before.
 
+use std::sync::Arc;
+
 use locus_guest::addr::{Gva, Range};
 use locus_kernel::Kernel;
 
@@ -104,8 +106,11 @@ impl Plan {
         Ok(Plan {
             patch: proposal.patch.to_owned(),
             writes,
-            watch: Watch::new(kernel, proposal.watched),
-            entry_only: proposal.entry_only.map(|ranges| Watch::new(kernel, ranges)),
+            watch: Watch::new(kernel, proposal.watched)?,
+            entry_only: proposal
+                .entry_only
+                .map(|ranges| Watch::new(kernel, ranges))
+                .transpose()?,
         })
     }
 }
@@ -173,9 +178,10 @@ pub fn behind_redirects(functions: &[Function]) -> impl Iterator<Item = Watched>
         let end = f.old.plus(f.old_size).max(f.site.plus(JUMP as u64));
         let body = std::iter::once((f.site, end.0 - f.site.0));
         let parts = body.chain(f.old_cold.iter().copied());
-        parts.map(|(at, len)| Watched {
+        let name: Arc<str> = f.name.as_str().into();
+        parts.map(move |(at, len)| Watched {
             range: Range::new(at, len),
-            name: f.name.clone(),
+            name: Arc::clone(&name),
         })
     })
 }

@@ -117,10 +117,18 @@ pub fn resolve_interrupted(kernel: &Kernel<'_>, arena: &mut Arena) -> Result<Vec
 
 /// Where threads may still be that entered functions of `resident`, one of those in `stack`, before it was applied. `None`
 /// unless its payload says that they may.
-#[must_use]
-pub fn old_versions(kernel: &Kernel<'_>, stack: &Stack<'_>, resident: &Resident) -> Option<Watch> {
-    let entry_only = resident.record.entry_only;
-    entry_only.then(|| Watch::new(kernel, stack.below(resident)))
+///
+/// # Errors
+/// The guest's budget is spent.
+pub fn old_versions(
+    kernel: &Kernel<'_>,
+    stack: &Stack<'_>,
+    resident: &Resident,
+) -> Result<Option<Watch>> {
+    if !resident.record.entry_only {
+        return Ok(None);
+    }
+    Watch::new(kernel, stack.below(&[resident])).map(Some)
 }
 
 /// Checks everything and links the payload for this guest. Writes nothing.

@@ -5,6 +5,7 @@
 //! back the functions that it does not replace.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use locus_guest::addr::{Gva, Range};
 use locus_kernel::modules::ModuleReader;
@@ -244,26 +245,39 @@ impl<'r> Stack<'r> {
         }
     }
 
-    /// The versions below `patch` of its functions. Threads may be there that entered them before it was applied.
+    /// The versions below `patches` of their functions. Threads may be there that entered them before these were applied.
     #[must_use]
-    pub fn below(&self, patch: &Resident) -> Vec<Watched> {
-        let earlier = self.applied.iter().take_while(|r| r.index != patch.index);
-        let earlier: Vec<&Function> = earlier.flat_map(|r| &r.record.functions).collect();
+    pub fn below(&self, patches: &[&Resident]) -> Vec<Watched> {
+        let position = |patch: &Resident| self.applied.iter().position(|r| r.index == patch.index);
+        // By the address of the old function: which applied patches are below.
+        let mut levels: HashMap<Gva, usize> = HashMap::new();
         let mut below = Vec::new();
-        for function in &patch.record.functions {
-            below.extend(old_version(function));
-            let versions = earlier.iter().filter(|f| f.old == function.old);
-            below.extend(versions.flat_map(|f| new_version(f)));
+        for patch in patches {
+            let own = position(patch).unwrap_or(self.applied.len());
+            for function in &patch.record.functions {
+                let level = levels.entry(function.old).or_default();
+                *level = own.max(*level);
+                below.extend(old_version(function));
+            }
         }
-        below.extend(self.left(&patch.record.functions));
+        // Each function is looked at once, because there may be many.
+        for (own, patch) in self.applied.iter().enumerate() {
+            let functions = patch.record.functions.iter();
+            let is_below = |f: &&Function| levels.get(&f.old).is_some_and(|&level| own < level);
+            below.extend(functions.filter(is_below).flat_map(new_version));
+        }
+        below.extend(self.left(|old| levels.contains_key(&old)));
         below
     }
 
-    /// The versions of `functions` that were reverted, perhaps while threads were in them.
-    fn left<'s>(&'s self, functions: &'s [Function]) -> impl Iterator<Item = Watched> + 's {
+    /// The versions of functions that were reverted, perhaps while threads were in them: those whose old function's address
+    /// `is_asked`.
+    fn left<'s>(
+        &'s self,
+        is_asked: impl Fn(Gva) -> bool + 's,
+    ) -> impl Iterator<Item = Watched> + 's {
         let all = self.left.iter().flat_map(|r| &r.record.functions);
-        all.filter(|f| functions.iter().any(|own| own.old == f.old))
-            .flat_map(new_version)
+        all.filter(move |f| is_asked(f.old)).flat_map(new_version)
     }
 
     /// The functions that a patch which replaces `kept` gives back when it supersedes all.
@@ -304,15 +318,15 @@ impl<'r> Stack<'r> {
     /// Where no thread may be when these writes are made.
     #[must_use]
     pub fn watched(&self, functions: &[Function], supersedes: bool) -> Vec<Watched> {
-        let mut all = Vec::new();
+        let asked: HashSet<Gva> = functions.iter().map(|f| f.old).collect();
         // Some patches let threads go on in what they replaced. Threads may still be there.
-        for patch in self.applied.iter().filter(|r| r.record.entry_only) {
-            let mut shared = patch.record.functions.iter();
-            if supersedes || shared.any(|f| functions.iter().any(|own| own.old == f.old)) {
-                all.extend(self.below(patch));
-            }
-        }
-        all.extend(self.left(functions));
+        let shares = |r: &&&Resident| {
+            let mut own = r.record.functions.iter();
+            r.record.entry_only && (supersedes || own.any(|f| asked.contains(&f.old)))
+        };
+        let draining: Vec<&Resident> = self.applied.iter().filter(shares).copied().collect();
+        let mut all = self.below(&draining);
+        all.extend(self.left(|old| asked.contains(&old)));
         for function in functions {
             match self.layers(function.old) {
                 Some(layers) => all.extend(layers.watched()),
@@ -380,7 +394,7 @@ impl Stack<'_> {
 
 /// The bytes of the redirects of `functions`, each with the name of its function.
 pub fn redirects(functions: &[Function]) -> impl Iterator<Item = Watched> + '_ {
-    let redirect = |f: &Function| watched((f.site, JUMP as u64), f.name.clone());
+    let redirect = |f: &Function| watched((f.site, JUMP as u64), f.name.as_str().into());
     functions.iter().map(redirect)
 }
 
@@ -408,13 +422,15 @@ fn version<'f>(
     cold: &'f [(Gva, u64)],
     name: &'f str,
 ) -> impl Iterator<Item = Watched> + 'f {
-    let cold = cold
-        .iter()
-        .map(move |&part| watched(part, format!("{name}.cold")));
-    std::iter::once(watched(whole, name.to_owned())).chain(cold)
+    let part: Arc<str> = match cold {
+        [] => "".into(),
+        _ => format!("{name}.cold").into(),
+    };
+    let cold = cold.iter().map(move |&at| watched(at, Arc::clone(&part)));
+    std::iter::once(watched(whole, name.into())).chain(cold)
 }
 
-fn watched((at, len): (Gva, u64), name: String) -> Watched {
+fn watched((at, len): (Gva, u64), name: Arc<str>) -> Watched {
     Watched {
         range: Range::new(at, len),
         name,
@@ -426,7 +442,7 @@ fn watched((at, len): (Gva, u64), name: String) -> Watched {
 pub fn code_of(record: &Record) -> Vec<Watched> {
     let replacements = record.functions.iter().flat_map(new_version);
     replacements
-        .chain([watched(record.text, record.name.clone())])
+        .chain([watched(record.text, record.name.as_str().into())])
         .collect()
 }
 

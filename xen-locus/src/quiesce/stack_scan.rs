@@ -23,6 +23,8 @@ const RESTART_SYSCALL: u64 = 219;
 
 /// Most blockers that are named. So a guest whose stacks are full of hits can't keep the tool busy.
 const BLOCKERS_MAX: usize = 1 << 14;
+/// Most of them for one thread id: each hit is compared with those found before.
+const OF_THREAD_MAX: usize = 64;
 
 /// The live part of a task's stack, when the task is on a CPU.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -99,7 +101,8 @@ impl<'s, 'k, 'm> StackScan<'s, 'k, 'm> {
         let pid = task.map_or(0, |t| t.pid);
         let of_thread = self.found.entry(pid).or_default();
         // One line for a task and function says enough.
-        if self.count < BLOCKERS_MAX && !of_thread.iter().any(|b| b.function == name) {
+        let room = self.count < BLOCKERS_MAX && of_thread.len() < OF_THREAD_MAX;
+        if room && !of_thread.iter().any(|b| b.function == name) {
             self.count += 1;
             of_thread.push(Blocker {
                 pid,

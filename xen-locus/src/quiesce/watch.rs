@@ -1,70 +1,92 @@
 //! The ranges of code in which no thread may be, and whether a word is an address in one of them.
+//!
+//! Where the ranges are comes from the guest's own records. So a look-up costs the same however they lie over each other,
+//! and what each of them costs is taken from the guest's budget.
+
+use std::sync::Arc;
 
 use locus_guest::addr::{Gva, Range};
 use locus_guest::fetch;
 use locus_kernel::{unwind, Kernel};
+
+use crate::error::Result;
 
 /// A range of the guest's code in which no thread may be.
 #[derive(Clone, Debug)]
 pub struct Watched {
     /// From its first byte to its end (guest virtual addresses).
     pub range: Range,
-    /// The name that messages use, mostly that of a function.
-    pub name: String,
+    /// The name that messages use, mostly that of a function. The parts of one function share it.
+    pub name: Arc<str>,
 }
 
 /// All ranges in which no thread may be.
 #[derive(Clone, Debug, Default)]
 pub struct Watch {
-    /// Sorted by start. Beside each range is the highest end of all ranges up to it.
-    sorted: Vec<(Watched, u64)>,
+    /// Sorted by start. Of ranges with the same start the innermost is the last.
+    sorted: Vec<Watched>,
+    /// The words that are hits, sorted. No word is in two of them.
+    spans: Vec<Span>,
 }
+
+/// Words that are hits in the same range.
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    first: u64,
+    last: u64,
+    /// The number of the range in [`Watch::sorted`].
+    range: usize,
+}
+
+/// Units of the guest's budget for one range: it is kept, sorted and copied a few times.
+const UNITS: u64 = 4;
 
 impl Watch {
     /// Watches `ranges` and the trampolines behind which kretprobes and the function-graph tracer
     /// hide return addresses. A thread that will return to a trampoline can't be judged, because its
     /// real return address is not on its stack.
-    #[must_use]
-    pub fn new(kernel: &Kernel<'_>, mut ranges: Vec<Watched>) -> Watch {
+    ///
+    /// # Errors
+    /// The guest's budget is spent.
+    pub fn new(kernel: &Kernel<'_>, mut ranges: Vec<Watched>) -> Result<Watch> {
         let space = kernel.space.fresh();
+        space.budget().spend(UNITS * ranges.len() as u64)?;
         for Watched { range, .. } in &mut ranges {
             // The byte behind the range begins the next function, and the address of that may well be on a stack.
             if range.len() > 0 && !unwind::ends_call(&space, range.end) {
                 range.end = Gva(range.end.0 - 1);
             }
         }
+        // Code that could not be read for want of budget counts as no call. So what is found is worth nothing then.
+        space.budget().check()?;
         ranges.extend(
             unwind::hiding(kernel).map(|(name, range)| trampoline(range.start, range.len(), name)),
         );
-        Watch::of(ranges)
+        Ok(Watch::of(ranges))
     }
 
     /// The ranges, each with its name. Of equal ranges the one that gives a hit its name comes first.
     pub fn ranges(&self) -> impl Iterator<Item = (&Range, &str)> {
-        self.sorted.iter().rev().map(|(w, _)| (&w.range, &*w.name))
+        self.sorted.iter().rev().map(|w| (&w.range, &*w.name))
     }
 
     /// Watches just `ranges`, in the form in which [`Watch::ranges`] gives them.
     #[must_use]
     pub fn of(mut ranges: Vec<Watched>) -> Watch {
-        // `hit` reports the last range that fits. So of ranges with the same start the innermost comes last, and of
-        // equal ranges the one that the caller named first.
+        // The last range that fits counts. So of ranges with the same start the innermost comes last, and of equal ranges the
+        // one that the caller named first.
         ranges.reverse();
         ranges.sort_by_key(|w| (w.range.start, std::cmp::Reverse(w.range.end)));
-        let mut highest = 0;
-        let with_highest = |watched: Watched| {
-            highest = watched.range.end.0.max(highest);
-            (watched, highest)
-        };
         Watch {
-            sorted: ranges.into_iter().map(with_highest).collect(),
+            spans: spans(&ranges),
+            sorted: ranges,
         }
     }
 
     /// The same ranges and `more`, which are watched as they are.
     #[must_use]
     pub fn with(&self, more: Vec<Watched>) -> Watch {
-        let own = self.sorted.iter().rev().map(|(watched, _)| watched.clone());
+        let own = self.sorted.iter().rev().cloned();
         Watch::of(own.chain(more).collect())
     }
 
@@ -78,14 +100,10 @@ impl Watch {
         if locus_xen::fault::is_blind() {
             return None;
         }
-        let below = self.sorted.partition_point(|(w, _)| w.range.start.0 < word);
-        self.sorted
-            .get(..below)?
-            .iter()
-            .rev()
-            .take_while(|(_, highest)| word <= *highest)
-            .find(|(w, _)| word <= w.range.end.0)
-            .map(|(w, _)| (w, word - w.range.start.0))
+        let at = self.spans.partition_point(|span| span.last < word);
+        let span = self.spans.get(at).filter(|span| span.first <= word)?;
+        let watched = self.sorted.get(span.range)?;
+        Some((watched, word.checked_sub(watched.range.start.0)?))
     }
 
     /// As [`Watch::hit`], for the address `rip` of the instruction that a CPU is at. There the first byte counts too. The
@@ -104,16 +122,50 @@ impl Watch {
     /// The hits among the 64-bit words of `stack`.
     pub(super) fn hits<'w>(&'w self, stack: &'w [u8]) -> impl Iterator<Item = (&'w Watched, u64)> {
         // Most words are far from all ranges. Two comparisons show that.
-        let first = self
-            .sorted
-            .first()
-            .map_or(u64::MAX, |(w, _)| w.range.start.0);
-        let last = self.sorted.last().map_or(0, |&(_, highest)| highest);
+        let first = self.spans.first().map_or(u64::MAX, |span| span.first);
+        let last = self.spans.last().map_or(0, |span| span.last);
         let words = stack.chunks_exact(8).filter_map(|w| fetch::u64(w, 0));
         words
-            .filter(move |&word| first < word && word <= last)
+            .filter(move |&word| first <= word && word <= last)
             .filter_map(|word| self.hit(word))
     }
+}
+
+/// The words that are hits in `ranges`, which are in the order of [`Watch::sorted`]. Each range is opened and closed once.
+fn spans(ranges: &[Watched]) -> Vec<Span> {
+    let mut found: Vec<Span> = Vec::with_capacity(ranges.len());
+    // Ranges that began and may not have ended yet, the one that counts last.
+    let mut open: Vec<usize> = Vec::new();
+    // All words before this one are done; none are left after the highest.
+    let mut next = Some(0);
+    let mut close = |open: &mut Vec<usize>, next: &mut Option<u64>, last: u64| {
+        while let (Some(&range), Some(first)) = (open.last(), *next) {
+            let end = ranges.get(range).map_or(0, |w| w.range.end.0);
+            if end >= first {
+                let last = end.min(last);
+                if last < first {
+                    return;
+                }
+                found.push(Span { first, last, range });
+                *next = last.checked_add(1);
+            }
+            if end > last {
+                return;
+            }
+            open.pop();
+        }
+    };
+    for (i, Watched { range, .. }) in ranges.iter().enumerate() {
+        // The first byte is no hit.
+        let Some(first) = range.start.0.checked_add(1).filter(|_| range.len() > 0) else {
+            continue;
+        };
+        close(&mut open, &mut next, range.start.0);
+        next = next.map(|next| next.max(first));
+        open.push(i);
+    }
+    close(&mut open, &mut next, u64::MAX);
+    found
 }
 
 /// The range to watch for a trampoline at `at`. A hidden return address is replaced by the address of

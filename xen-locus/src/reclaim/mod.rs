@@ -156,11 +156,11 @@ fn pages_of(resident: &Resident) -> Range {
 
 /// All code of a payload, for a look at threads. A range's first byte does not count as inside there, and a thread may be
 /// about to run the first one.
-fn code_of(resident: &Resident, name: String) -> Watched {
+fn code_of(resident: &Resident, name: &str) -> Watched {
     let (start, len) = resident.record.text;
     Watched {
         range: Range::new(Gva(start.0.wrapping_sub(1)), len.saturating_add(1)),
-        name,
+        name: name.into(),
     }
 }
 
@@ -285,7 +285,7 @@ impl Reclaiming<'_, '_> {
         let record = &resident.record;
         let links = links::leave(kernel, record.module, pages_of(resident), users)?;
         let mut watched = links.watched;
-        watched.push(code_of(resident, record.name.clone()));
+        watched.push(code_of(resident, &record.name));
         let proposal = Proposal {
             patch: &record.name,
             unprobed: stack::code_of(record),
@@ -326,8 +326,8 @@ impl Reclaiming<'_, '_> {
         if going.is_empty() {
             return Ok(());
         }
-        let watched = going.iter().map(|(n, r)| code_of(r, n.to_string()));
-        let watch = Watch::new(self.kernel, watched.collect());
+        let watched = going.iter().map(|(n, r)| code_of(r, &n.to_string()));
+        let watch = Watch::new(self.kernel, watched.collect())?;
         let limits = Options {
             timeout: self.options.timeout.max(LOOK),
             ..self.options.clone()

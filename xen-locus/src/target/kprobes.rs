@@ -38,7 +38,7 @@ const REGISTERS: &str = "register_kprobe";
 /// The kprobes of a guest, registered and disabled ones, at one moment.
 #[derive(Debug, Default)]
 pub struct Kprobes {
-    /// Their addresses.
+    /// Their addresses, sorted.
     places: Vec<Gva>,
     /// Words from which a change of them would be seen.
     words: Vec<Write>,
@@ -85,6 +85,7 @@ impl Kprobes {
         for head in heads.chunks_exact(8) {
             found.chain(space, word(head), layout)?;
         }
+        found.places.sort_unstable();
         Ok(found)
     }
 
@@ -112,10 +113,12 @@ impl Kprobes {
         Ok(())
     }
 
-    /// The place of one of them in `range`.
+    /// The place of the first of them in `range`.
     #[must_use]
     pub fn in_range(&self, range: Range) -> Option<Gva> {
-        self.places.iter().copied().find(|&at| range.contains(at))
+        let first = self.places.partition_point(|&at| at < range.start);
+        let first = self.places.get(first).copied();
+        first.filter(|&at| range.contains(at))
     }
 
     /// Conditions that hold as long as the kprobes are these, and that nobody is about to change them. The last ones are
@@ -160,14 +163,14 @@ pub fn copies(kernel: &Kernel<'_>) -> Result<Vec<Watched>> {
             let start = Gva(at.0.saturating_sub(1));
             found.push(Watched {
                 range: Range::new(start, PAGE_SIZE.saturating_add(1)),
-                name: format!("{name} (code that a kprobe copied)"),
+                name: format!("{name} (code that a kprobe copied)").into(),
             });
         }
     }
     if let Some(at) = kernel.symbols.addr(REGISTERS) {
         found.push(Watched {
             range: Range::new(at, kernel.symbols.room(at).unwrap_or_default()),
-            name: REGISTERS.to_owned(),
+            name: REGISTERS.into(),
         });
     }
     Ok(found)

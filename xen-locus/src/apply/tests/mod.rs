@@ -296,7 +296,8 @@ fn where_both_versions_may_run_only_the_bytes_of_the_redirect_must_be_free() {
     let drains = || {
         let residents = guest.residents().unwrap();
         let stack = Stack::new(&residents);
-        let watch = plan::old_versions(&kernel, &stack, stack.applied()[0]).unwrap();
+        let watch = plan::old_versions(&kernel, &stack, stack.applied()[0]);
+        let watch = watch.unwrap().unwrap();
         let blockers = crate::quiesce::inside(&kernel, &guest.world.vcpus, &watch).unwrap();
         blockers.len()
     };

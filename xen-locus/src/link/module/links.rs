@@ -99,7 +99,7 @@ fn unlocked_code(kernel: &Kernel<'_>) -> Vec<Watched> {
             let len = kernel.symbols.room(at)?;
             Some(Watched {
                 range: Range::new(at, len),
-                name: (*name).to_owned(),
+                name: (*name).into(),
             })
         })
         .collect()

@@ -86,20 +86,87 @@ fn one_past_the_end_is_a_hit_only_behind_a_call() {
     let range = Range::new(PATCHED, 0x10);
     let frame = kernel.space.walk(PATCHED).unwrap().frame;
     let watch = || {
-        Watch::new(
-            &kernel,
-            vec![Watched {
-                range,
-                name: "patched".into(),
-            }],
-        )
+        let patched = Watched {
+            range,
+            name: "patched".into(),
+        };
+        Watch::new(&kernel, vec![patched])
     };
-    assert!(watch().hit(range.end.0 - 1).is_some());
-    assert!(watch().hit(range.end.0).is_none());
+    assert!(watch().unwrap().hit(range.end.0 - 1).is_some());
+    assert!(watch().unwrap().hit(range.end.0).is_none());
     let call = [0xe8, 1, 2, 3, 4];
     world
         .memory
         .fill(frame, PATCHED.offset() + 0x10 - call.len(), &call);
-    assert!(watch().hit(range.end.0).is_some());
-    assert!(watch().hit(range.end.0 + 1).is_none());
+    assert!(watch().unwrap().hit(range.end.0).is_some());
+    assert!(watch().unwrap().hit(range.end.0 + 1).is_none());
+}
+
+#[test]
+fn without_budget_no_watch_is_made() {
+    let world = World::new(GuestType::Pvh);
+    let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
+    let range = || Watched {
+        range: Range::new(PATCHED, 0x10),
+        name: "patched".into(),
+    };
+    let budget = kernel.space.budget();
+    let make = |left: u64, count: usize| {
+        budget.refill();
+        budget.spend(budget.limit() - left).unwrap();
+        Watch::new(&kernel, (0..count).map(|_| range()).collect()).map(|_| ())
+    };
+    make(1 << 20, 1000).unwrap();
+    // Not enough for so many, or for reading the code behind the last of them.
+    for left in [0, 3999, 4000, 4200] {
+        let error = make(left, 1000).unwrap_err();
+        assert!(error.to_string().contains("given up"), "{left}: {error}");
+    }
+}
+
+/// What [`Watch::hit`] is to find: the last range in the order of the watch that has the word behind its first byte.
+fn slow_hit(watch: &Watch, word: u64) -> Option<(Range, &str)> {
+    let has = |w: &&Watched| w.range.start.0 < word && word <= w.range.end.0;
+    let found = watch.sorted.iter().rev().find(has)?;
+    Some((found.range, &found.name))
+}
+
+#[test]
+fn ranges_may_lie_over_each_other_in_any_way() {
+    // Numbers without order: a xorshift generator.
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut below = |max: u64| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state % max
+    };
+    for round in 0..300 {
+        let base = [0, u64::MAX - 40][round % 2];
+        let ranges = (0..below(12)).map(|n| Watched {
+            range: Range::new(Gva(base + below(40)), below(20)),
+            name: n.to_string().into(),
+        });
+        let watch = Watch::of(ranges.collect());
+        for word in (0..70).map(|n| base.saturating_add(n)) {
+            let hit = watch.hit(word).map(|(w, _)| (w.range, &*w.name));
+            assert_eq!(hit, slow_hit(&watch, word), "{word:#x} in {watch:?}");
+        }
+    }
+}
+
+#[test]
+fn a_look_up_costs_the_same_however_many_ranges_lie_below_it() {
+    let range = |start, len| Watched {
+        range: Range::new(Gva(start), len),
+        name: "".into(),
+    };
+    let small = (0..200_000).map(|n| range(0x1000 + 16 * n, 8));
+    let watch = Watch::of(small.chain([range(0, 1 << 40)]).collect());
+    let began = std::time::Instant::now();
+    for word in 0..200_000 {
+        assert!(watch.hit((1 << 30) + word).is_some());
+    }
+    // To go through all of them each time takes a minute.
+    assert!(began.elapsed().as_secs() < 20, "{:?}", began.elapsed());
 }
