@@ -5,6 +5,7 @@ use locus_guest::mock::{MockMemory, ROOT};
 use locus_guest::space::Space;
 use locus_kernel::fixture::{kallsyms, Tables, ENTRY, RODATA, TEXT};
 use locus_kernel::kallsyms::{read, Anchors, SecondAnchor};
+use locus_kernel::split_functions::PARTS_MAX;
 
 /// Most bytes of an input that are used, because the time of the search grows with them.
 const LONGEST: usize = 256 << 10;
@@ -25,6 +26,12 @@ pub fn run(data: &[u8]) {
         for symbol in symbols.iter() {
             assert!(symbols.addr(&symbol.name).is_some());
             let _ = symbols.covering(symbol.addr);
+            // As it is paid for when a guest's function is examined.
+            if space.budget().spend(symbols.cold_cost()).is_ok() {
+                if let Ok(parts) = symbols.cold(symbol.addr) {
+                    assert!(parts.len() <= PARTS_MAX);
+                }
+            }
         }
         let _ = symbols.room(ENTRY);
     }
@@ -37,6 +44,9 @@ pub fn seeds() -> Vec<Vec<u8>> {
         (ENTRY.0, 'T', "entry".to_owned()),
         (TEXT.0 + 0x180, 't', "a_long_name_".repeat(12)),
     ];
+    // Many names of one function, and many parts of it.
+    symbols.extend((0..40).map(|i| (TEXT.0 + 0x1a0, 't', format!("f{}", i % 20))));
+    symbols.extend((0..40).map(|i| (TEXT.0 + 0x1a0 + i, 't', format!("f{}.cold", i % 20))));
     symbols.extend((0..1030).map(|i| (TEXT.0 + 0x200 + i, 't', format!("s{}", i % 256))));
     [
         Tables::Old,

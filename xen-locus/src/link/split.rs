@@ -49,8 +49,8 @@ impl SplitFunctions {
                 offset,
                 size: symbol.size,
             };
-            let homes = split_functions::wholes(&symbol.name).filter_map(|name| named.get(name));
-            for home in homes.flatten() {
+            let homes = split_functions::whole(&symbol.name).and_then(|name| named.get(name));
+            for home in homes.into_iter().flatten() {
                 let parts = found.entry(*home).or_default();
                 if parts.last() != Some(&part) {
                     parts.push(part);

@@ -137,7 +137,8 @@ pub fn examine(
         }
     }
     let mut cold = Vec::new();
-    for part in owner.cold(kernel, entry) {
+    let parts = owner.cold(kernel, entry);
+    for part in parts.map_err(|e| e.context(format!("function {name}")))? {
         let len = owner.room(kernel, part);
         if len > FUNCTION_MAX {
             return Err(no(format!(

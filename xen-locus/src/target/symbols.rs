@@ -10,7 +10,7 @@ use std::cell::{OnceCell, RefCell};
 
 use locus_guest::addr::Gva;
 use locus_kernel::modules::{Module, ModuleReader, ModuleState, ModuleSymbol, Rewritten};
-use locus_kernel::split_functions;
+use locus_kernel::split_functions::OneFunction;
 use locus_kernel::{self as kernel, Kernel};
 use locus_payload::{Binding, ElfSymbol, Payload};
 
@@ -19,6 +19,9 @@ use crate::error::{Error, Result};
 use crate::target::conflicts;
 use crate::target::exports::Exports;
 use crate::target::rewritten::{lock_prefixes, rewritten, LOCK_PREFIX};
+
+/// Symbols of a module whose names can be looked at for one unit of the guest's budget.
+const PER_UNIT: u64 = 4;
 
 /// A payload's name for the kernel itself, where it needs one.
 pub const VMLINUX: &str = "vmlinux";
@@ -73,20 +76,29 @@ impl Object<'_> {
     }
 
     /// Addresses of the parts of the function at `entry` that the compiler put elsewhere, by any of its names: see
-    /// [`split_functions`]. Parts of another function of the same name may be among them.
-    #[must_use]
-    pub fn cold(&self, kernel: &Kernel<'_>, entry: Gva) -> Vec<Gva> {
+    /// [`split_functions`](locus_kernel::split_functions). Parts of another function of the same name may be among them.
+    ///
+    /// # Errors
+    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): there are more names or parts than a function can have.
+    /// Or the guest's budget is spent.
+    pub fn cold(&self, kernel: &Kernel<'_>, entry: Gva) -> Result<Vec<Gva>> {
+        let cost = match self {
+            Object::Kernel => kernel.symbols.cold_cost(),
+            Object::Module(_, symbols) => symbols.len() as u64 / PER_UNIT,
+        };
+        kernel.space.budget().spend(cost)?;
         match self {
-            Object::Kernel => kernel.symbols.cold(entry),
+            Object::Kernel => kernel.symbols.cold(entry).map_err(not_applicable),
             Object::Module(_, symbols) => {
-                let names = symbols.iter().filter(|s| s.addr == entry);
-                let names: Vec<&str> = names.map(|s| &*s.name).collect();
-                let cold = symbols.iter().filter(|s| {
-                    names
-                        .iter()
-                        .any(|name| split_functions::is_part(&s.name, name))
-                });
-                cold.map(|s| s.addr).collect()
+                let mut function = OneFunction::new(entry);
+                for symbol in symbols.iter().filter(|s| s.addr == entry) {
+                    function.named(&symbol.name).map_err(not_applicable)?;
+                }
+                for symbol in *symbols {
+                    let found = function.part(&symbol.name, symbol.addr);
+                    found.map_err(not_applicable)?;
+                }
+                Ok(function.parts.into_iter().collect())
             }
         }
     }

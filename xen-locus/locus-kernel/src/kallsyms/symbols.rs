@@ -1,6 +1,6 @@
 //! The symbol table, read: names and addresses, and questions to it.
 
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 
 use locus_guest::addr::Gva;
 use serde::{Deserialize, Serialize};
@@ -10,7 +10,8 @@ use super::names::NamesTable;
 use super::tokens::TokenTable;
 use super::{Anchors, SecondAnchor};
 use crate::locate::KERNEL_MAP;
-use crate::{split_functions, Error};
+use crate::split_functions::{self, OneFunction};
+use crate::Error;
 
 /// A symbol of the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,7 +42,16 @@ pub struct Symbols {
     addrs: Vec<u64>,
     #[serde(skip)]
     by_addr: OnceCell<Vec<u32>>,
+    #[serde(skip)]
+    parts: OnceCell<Vec<u32>>,
+    /// How often all addresses were looked at for the sake of one.
+    #[serde(skip)]
+    passes: Cell<u32>,
 }
+
+/// Most passes over all addresses before they are sorted. To look at all of them takes less than to sort them, but each
+/// function and each part of one needs a pass.
+const PASSES_MAX: u32 = 16;
 
 /// Stores words as eight bytes each. Kernel addresses have their upper bits set, so postcard's
 /// variable length would take more bytes, and time for each.
@@ -69,6 +79,8 @@ impl Symbols {
             names: CompressedNames::new(tokens.tokens.clone(), bytes, names.count, names.long)?,
             addrs: Vec::with_capacity(names.count),
             by_addr: OnceCell::new(),
+            parts: OnceCell::new(),
+            passes: Cell::new(0),
         })
     }
 
@@ -129,26 +141,43 @@ impl Symbols {
     }
 
     /// Guest virtual addresses of the parts that the compiler split off the function at `entry`, by
-    /// any of the function's names ([`split_functions`]).
-    #[must_use]
-    pub fn cold(&self, entry: Gva) -> Vec<Gva> {
+    /// any of the function's names ([`split_functions`]), rising. Each part that a guest's table has
+    /// is looked at once.
+    ///
+    /// # Errors
+    /// [`Error::Odd`] if there are more names or parts than a function can have.
+    pub fn cold(&self, entry: Gva) -> Result<Vec<Gva>, Error> {
         let names = (0..).zip(&self.addrs).filter(|(_, &at)| at == entry.0);
-        let names: Vec<String> = names.map(|(i, _)| self.names.name(i)).collect();
-        let mut parts = Vec::new();
-        for name in &names {
-            let name = format!("{name}{}", split_functions::SUFFIX);
-            parts.extend(self.all(&name).map(|s| s.addr));
+        let mut of_entry = OneFunction::new(entry);
+        for (i, _) in names {
+            of_entry.named(&self.names.name(i))?;
         }
-        // A compiler numbers all parts or none.
-        if parts.is_empty() && self.ending(split_functions::SUFFIX).next().is_none() {
-            let is_part = |s: &Symbol| {
-                names
-                    .iter()
-                    .any(|name| split_functions::is_part(&s.name, name))
-            };
-            parts.extend(self.iter().filter(is_part).map(|s| s.addr));
+        for &i in self.parts() {
+            if let Some(at) = self.at(i) {
+                of_entry.part(&self.names.name(i), at)?;
+            }
         }
-        parts
+        Ok(of_entry.parts.into_iter().collect())
+    }
+
+    /// What [`Symbols::cold`] costs for one function, in units of a guest's budget.
+    #[must_use]
+    pub fn cold_cost(&self) -> u64 {
+        (self.parts().len() + self.addrs.len() / 64) as u64
+    }
+
+    /// The numbers of all symbols that name parts of functions, in the table's order.
+    fn parts(&self) -> &[u32] {
+        self.parts.get_or_init(|| {
+            let parts: Vec<u32> = self.names.ending(split_functions::SUFFIX).collect();
+            // A compiler numbers all parts or none.
+            if !parts.is_empty() {
+                return parts;
+            }
+            let numbers = (0..).zip(&self.addrs).map(|(i, _)| i);
+            let is_part = |&i: &u32| split_functions::whole(&self.names.name(i)).is_some();
+            numbers.filter(is_part).collect()
+        })
     }
 
     /// Guest virtual address of the only or first symbol called `name`.
@@ -170,13 +199,13 @@ impl Symbols {
     /// the most that a function there can have. `None` behind the last symbol.
     #[must_use]
     pub fn room(&self, at: Gva) -> Option<u64> {
-        let behind = match self.by_addr.get() {
-            Some(order) => {
-                let next = order.partition_point(|&i| self.at(i) <= Some(at));
-                self.at(*order.get(next)?)?.0
-            }
-            // To look at all of them takes less than to sort them.
-            None => *self.addrs.iter().filter(|&&addr| addr > at.0).min()?,
+        let behind = if self.by_addr.get().is_none() && self.passes.get() < PASSES_MAX {
+            self.passes.set(self.passes.get() + 1);
+            *self.addrs.iter().filter(|&&addr| addr > at.0).min()?
+        } else {
+            let order = self.by_addr();
+            let next = order.partition_point(|&i| self.at(i) <= Some(at));
+            self.at(*order.get(next)?)?.0
         };
         Some(behind - at.0)
     }

@@ -156,3 +156,79 @@ fn symbols_move_with_the_text_and_per_cpu_offsets_stay() {
         Some(("first".into(), 0))
     );
 }
+
+/// The addresses that [`Symbols::cold`] finds for the function at `entry` if a guest has also these symbols.
+fn cold(more: impl IntoIterator<Item = (u64, String)>, entry: u64) -> Result<Vec<u64>, Error> {
+    let mut fixture = Fixture::new();
+    let more = more.into_iter().map(|(at, name)| (TEXT.0 + at, 't', name));
+    fixture.symbols.extend(more);
+    let memory = fixture.build();
+    let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
+    let found = kernel.symbols.cold(TEXT.plus(entry))?;
+    Ok(found.into_iter().map(|at| at.0 - TEXT.0).collect())
+}
+
+#[test]
+fn parts_of_a_function_are_found_by_each_of_its_names() {
+    let named = |all: &[(u64, &str)]| -> Vec<(u64, String)> {
+        all.iter().map(|&(at, name)| (at, name.into())).collect()
+    };
+    let symbols = named(&[
+        (0x1200, "f"),
+        (0x1200, "g"),
+        (0x1300, "ff"),
+        (0x1480, "g.cold"),
+        (0x1400, "f.cold"),
+        (0x1400, "g.cold"),
+        (0x1500, "ff.cold"),
+        (0x1600, "f.isra.0.cold"),
+        // Where a compiler does not number them, this is none.
+        (0x1700, "f.cold.7"),
+    ]);
+    assert_eq!(cold(symbols.clone(), 0x1200).unwrap(), [0x1400, 0x1480]);
+    assert_eq!(cold(symbols.clone(), 0x1300).unwrap(), [0x1500]);
+    assert_eq!(cold(symbols, 0x1400).unwrap(), [0; 0]);
+    let numbered = named(&[
+        (0x1200, "f"),
+        (0x1300, "ff"),
+        (0x1400, "f.cold.7"),
+        (0x1500, "ff.cold.8"),
+    ]);
+    assert_eq!(cold(numbered, 0x1200).unwrap(), [0x1400]);
+}
+
+#[test]
+fn names_that_a_guest_forged_do_not_multiply() {
+    // As many pairs as would take gigabytes.
+    let names = |n: u64| (0x1200, format!("f{}", n % 16));
+    let parts = |n: u64| (0x1300 + n % 64, format!("f{}.cold", n % 16));
+    let forged = (0..50_000).map(names).chain((0..50_000).map(parts));
+    let expected: Vec<u64> = (0x1300..0x1340).collect();
+    assert_eq!(cold(forged, 0x1200).unwrap(), expected);
+    // Numbered, all at one address.
+    let forged = (0..50_000).map(|n| (0x1200, format!("f{}.cold.{n}", n % 16)));
+    assert!(cold(forged, 0x1200).is_err());
+    for (count, is_much) in [(256, false), (257, true)] {
+        let found = cold((0..count).map(|n| (0x1200, format!("f{n}"))), 0x1200);
+        assert_eq!(found.is_err(), is_much, "{count} names");
+    }
+    for (count, is_much) in [(64, false), (65, true)] {
+        let parts = (0..count).map(|n| (0x1300 + n, "f.cold".to_owned()));
+        let found = cold(parts.chain([(0x1200, "f".to_owned())]), 0x1200);
+        assert_eq!(found.is_err(), is_much, "{count} parts");
+        if let Err(error) = found {
+            assert!(error.to_string().contains("at most 64"), "{error}");
+        }
+    }
+}
+
+#[test]
+fn the_next_symbol_is_the_same_however_often_it_is_asked_for() {
+    let kernel = Fixture::new().build();
+    let kernel = Kernel::read(&kernel, KIND, &vcpus()).unwrap();
+    let room = kernel.symbols.room(ENTRY);
+    assert!(room.is_some());
+    for _ in 0..40 {
+        assert_eq!(kernel.symbols.room(ENTRY), room);
+    }
+}

@@ -8,6 +8,7 @@ use crate::error::ExitCode;
 use crate::target::kprobes::Kprobes;
 use crate::target::redirect;
 
+mod forged;
 mod undefined;
 
 /// Text of the sample's first module, which is live, and of its second, which is loading.
