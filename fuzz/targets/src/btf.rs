@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 
+use locus_guest::budget::Budget;
 use locus_kernel::btf::blob::{sample, Blob};
 use locus_kernel::btf::{Btf, TypeKind};
 
@@ -54,7 +55,7 @@ pub fn text(data: &[u8]) {
         .collect();
     for btf in both(data) {
         for name in &names {
-            for described in btf.describe(name) {
+            for described in btf.describe(name, &Budget::default()).unwrap_or_default() {
                 let odd = |c: char| c.is_control() && c != '\n' && c != '\t';
                 assert!(!described.text.contains(odd), "{:?}", described.text);
             }

@@ -56,7 +56,7 @@ pub fn modules(kernel: &Kernel<'_>) {
             plain(&symbol.name);
         }
         if let Some(btf) = reader.btf(module)? {
-            let _ = btf.describe("only_here");
+            let _ = btf.describe("only_here", kernel.space.budget());
         }
         Ok(())
     });

@@ -14,7 +14,7 @@ use locus_kernel::Kernel;
 pub fn show(path: &Path, name: &str) -> Result<String, Box<dyn Error>> {
     let core = Core::open(path)?;
     let kernel = Kernel::of_saved(&core, core.kind(), core.vcpus())?;
-    let found = kernel.btf()?.describe(name);
+    let found = kernel.btf()?.describe(name, kernel.space.budget())?;
     if found.is_empty() {
         return Err(format!("Linux {} has no type {name}", kernel.release).into());
     }

@@ -1,7 +1,12 @@
 //! Types as C text, with offset and size in bytes beside every member.
+//!
+//! A guest chooses how many types have one name, how many members each has, and how long the text of each member is. So the
+//! text is paid for from the guest's budget.
+
+use locus_guest::budget::Budget;
 
 use super::member::{enumerator, member, Member};
-use super::{Btf, Steps, TypeKind, TypeRecord, CHAIN};
+use super::{Btf, Error, Steps, TypeKind, TypeRecord, CHAIN};
 
 /// Deepest nesting of structures and of prototypes written out.
 const DEPTH: usize = 12;
@@ -13,6 +18,8 @@ const LINE_MAX: usize = 4096;
 const NAMESAKES: usize = 64;
 /// Column of the offsets.
 const COLUMN: usize = 48;
+/// Units of the guest's budget for one step. A byte of text costs one more: it is copied a few times.
+const STEP_UNITS: u64 = 16;
 
 /// A type in a form to show. Names are without control characters.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,6 +57,7 @@ pub struct DescribedMember {
 struct Writer<'a> {
     btf: &'a Btf,
     steps: Steps,
+    budget: &'a Budget,
     out: String,
     parts: Vec<DescribedMember>,
 }
@@ -67,9 +75,11 @@ struct Declared {
 impl Btf {
     /// All types that `wanted` names: `struct foo`, `union foo`, `enum foo`, or a bare name, which
     /// also finds typedefs, functions, variables and basic types. At most 64; none if there is no
-    /// such type.
-    #[must_use]
-    pub fn describe(&self, wanted: &str) -> Vec<Described> {
+    /// such type. `budget` is that of the guest.
+    ///
+    /// # Errors
+    /// [`Error::Memory`]: the budget is spent.
+    pub fn describe(&self, wanted: &str, budget: &Budget) -> Result<Vec<Described>, Error> {
         use TypeKind::*;
         let (kinds, name): (&[TypeKind], &str) = match wanted.trim().split_once(' ') {
             Some(("struct", name)) => (&[Struct], name),
@@ -84,14 +94,20 @@ impl Btf {
             .filter_map(|id| Some((id, self.record(id)?)))
             .filter(|(_, r)| kinds.contains(&r.kind))
             .take(NAMESAKES)
-            .map(|(id, r)| self.describe_one(id, &r))
+            .map(|(id, r)| self.describe_one(id, &r, budget))
             .collect()
     }
 
-    fn describe_one(&self, id: u32, r: &TypeRecord<'_>) -> Described {
+    fn describe_one(
+        &self,
+        id: u32,
+        r: &TypeRecord<'_>,
+        budget: &Budget,
+    ) -> Result<Described, Error> {
         let mut w = Writer {
             btf: self,
             steps: Steps::new(STEPS),
+            budget,
             out: String::new(),
             parts: Vec::new(),
         };
@@ -111,6 +127,9 @@ impl Btf {
                 ("type", Some(()))
             }
         };
+        w.pay(w.out.len());
+        // What is cut short for want of budget is not shown as if it were the type.
+        budget.check()?;
         w.out.push(';');
         if done.is_none() {
             w.out
@@ -124,14 +143,14 @@ impl Btf {
             w.out.push_str(&format!(" /* size: {size} */"));
         }
         w.out.push('\n');
-        Described {
+        Ok(Described {
             kind,
             name,
             id,
             size,
             text: w.out,
             members: w.parts,
-        }
+        })
     }
 
     /// Takes apart the declaration of `name` with type `id`.
@@ -263,6 +282,11 @@ fn keyword(r: &TypeRecord<'_>) -> &'static str {
 }
 
 impl Writer<'_> {
+    /// Takes the units for a step in which `bytes` of text were written; `None` when they are spent.
+    fn pay(&self, bytes: usize) -> Option<()> {
+        self.budget.spend(STEP_UNITS + bytes as u64).ok()
+    }
+
     /// Writes the declaration of `name`; an anonymous structure or enum is written out.
     fn declare(&mut self, id: u32, name: &str, start: u64, depth: usize) -> Option<()> {
         let d = self.btf.declared(id, name, depth, &self.steps)?;
@@ -300,6 +324,7 @@ impl Writer<'_> {
                 self.steps.take()?;
                 let (name, value) = enumerator(r, i)?;
                 let name = self.btf.name(name);
+                self.pay(name.len())?;
                 self.out.push_str(&format!("{indent}{name} = {value},\n"));
             }
         } else {
@@ -372,6 +397,7 @@ impl Writer<'_> {
             true => self.btf.line(m.type_id, &name, depth, &self.steps)?,
             false => written.trim_end_matches(';').to_owned(),
         };
+        self.pay(written.len() + part.declaration.len())?;
         let pad = " ".repeat(COLUMN.saturating_sub(width).max(1));
         let offset = match part.bits {
             Some((bit, _)) => format!("{:5}:{bit:2}", part.offset),
@@ -397,92 +423,4 @@ fn open(kind: TypeKind) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::blob::{sample, Blob};
-    use super::*;
-
-    fn text(btf: &Btf, wanted: &str) -> String {
-        btf.describe(wanted).into_iter().map(|d| d.text).collect()
-    }
-
-    /// Without the spaces that only align.
-    fn tight(text: &str) -> String {
-        let words: Vec<&str> = text.split_whitespace().collect();
-        words.join(" ")
-    }
-
-    #[test]
-    fn a_structure_is_shown_with_offsets_sizes_bit_fields_and_holes() {
-        let btf = Btf::new(sample().bytes()).unwrap();
-        assert_eq!(
-            tight(&text(&btf, "struct outer")),
-            "struct outer { int a; /* 0 4 */ /* hole of 4 bytes */ union { long b; /* 8 8 */ \
-             struct inner c; /* 8 8 */ }; /* 8 8 */ int d:3; /* 16: 0 4 */ int e:5; /* 16: 3 4 */ \
-             u8 f[7]; /* 17 7 */ }; /* size: 24 */"
-        );
-        let shown = btf.describe("outer");
-        let names: Vec<&str> = shown[0].members.iter().map(|m| m.name.as_str()).collect();
-        assert_eq!(names, ["a", "b", "c", "d", "e", "f"]);
-        assert_eq!(shown[0].members[4].bits, Some((3, 5)));
-        assert_eq!(shown[0].members[2].offset, 8);
-        assert!(text(&btf, "union outer").is_empty());
-    }
-
-    #[test]
-    fn functions_and_pointers_to_them_are_shown_as_prototypes() {
-        let btf = Btf::new(sample().bytes()).unwrap();
-        let list = "(struct outer *o, const struct outer *from, unsigned char __user *buf, ...)";
-        assert_eq!(
-            text(&btf, "copy_outer"),
-            format!("long copy_outer{list};\n")
-        );
-        assert_eq!(
-            text(&btf, "copy_fn"),
-            format!("typedef long (*copy_fn){list}; /* size: 8 */\n")
-        );
-    }
-
-    #[test]
-    fn enums_show_their_values() {
-        let btf = Btf::new(sample().bytes()).unwrap();
-        assert_eq!(
-            text(&btf, "enum state"),
-            "enum state {\n\tLIVE = 0,\n\tGOING = 2,\n\tBAD = -1,\n}; /* size: 4 */\n"
-        );
-        assert!(text(&btf, "wide").contains("HUGE = 4294967301"));
-    }
-
-    #[test]
-    fn arrays_of_pointers_and_pointers_to_arrays_are_told_apart() {
-        let mut b = Blob::new();
-        let int = b.int("int", 4);
-        let pointer = b.refer("", TypeKind::Ptr, int);
-        let constant = b.refer("", TypeKind::Const, pointer);
-        let many = b.array(constant, 4);
-        let row = b.array(int, 3);
-        let to_row = b.refer("", TypeKind::Ptr, row);
-        let nameless = b.composite(TypeKind::Struct, "", 4, &[("x", int, 0)]);
-        let rows = b.array(nameless, 2);
-        let members = [
-            ("many", many, 0),
-            ("to_row", to_row, 256),
-            ("two", rows, 320),
-        ];
-        b.composite(TypeKind::Struct, "s", 48, &members);
-        let btf = Btf::new(b.bytes()).unwrap();
-        assert_eq!(
-            tight(&text(&btf, "s")),
-            "struct s { int *const many[4]; /* 0 32 */ int (*to_row)[3]; /* 32 8 */ \
-             struct { int x; /* 40 4 */ } two[2]; /* 40 8 */ }; /* size: 48 */"
-        );
-    }
-
-    #[test]
-    fn names_cannot_command_a_terminal() {
-        let mut b = Blob::new();
-        let int = b.int("int", 4);
-        b.composite(TypeKind::Struct, "s", 4, &[("\x1b[2J", int, 0)]);
-        let btf = Btf::new(b.bytes()).unwrap();
-        assert!(text(&btf, "s").contains("int ?[2J;"));
-    }
-}
+mod tests;

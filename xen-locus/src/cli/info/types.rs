@@ -13,7 +13,7 @@ use crate::error::Error;
 /// Shows all types called `wanted`: the kernel's, or if it has none those of its modules.
 ///
 /// # Errors
-/// The types can't be read, or none is called so.
+/// The types can't be read, none is called so, or their text costs more than the guest's budget.
 pub fn show(
     session: &Session,
     guest: &Guest,
@@ -42,13 +42,14 @@ pub fn show(
 }
 
 fn find(kernel: &Kernel<'_>, wanted: &str) -> Result<Vec<(Option<String>, Described)>, Error> {
-    let own = kernel.btf()?.describe(wanted);
+    let budget = kernel.space.budget();
+    let own = kernel.btf()?.describe(wanted, budget)?;
     if !own.is_empty() {
         return Ok(own.into_iter().map(|d| (None, d)).collect());
     }
     let of_modules = ModuleReader::new(kernel)?.each(|reader, module| {
-        let found = reader.btf(module)?.map(|btf| btf.describe(wanted));
-        let found = found.unwrap_or_default();
+        let found = reader.btf(module)?.map(|btf| btf.describe(wanted, budget));
+        let found = found.transpose()?.unwrap_or_default();
         let named = found.into_iter().map(|d| (Some(module.name.clone()), d));
         Ok(named.collect::<Vec<_>>())
     })?;
