@@ -299,10 +299,14 @@ impl<'m> Kernel<'m> {
     /// at its end.
     ///
     /// # Errors
-    /// [`Error::Missing`] for a kernel without modules, [`Error::Memory`].
+    /// [`Error::Missing`] for a kernel without modules, [`Error::Odd`] if it has control characters, [`Error::Memory`].
     pub fn vermagic(&self) -> Result<String, Error> {
         let text = self.space.read_cstr(self.symbols.need("vermagic")?, 256)?;
-        Ok(text.trim_end().to_owned())
+        let text = text.trim_end();
+        if text.contains(char::is_control) {
+            return Err(Error::Odd(format!("vermagic reads {text:?}")));
+        }
+        Ok(text.to_owned())
     }
 
     /// Guest virtual address of the symbol `name`. `sympos` chooses among several as livepatch
@@ -311,9 +315,14 @@ impl<'m> Kernel<'m> {
     ///
     /// # Errors
     /// [`Error::Missing`] if there is no such symbol, or none of that number; [`Error::Odd`] if
-    /// there are several and `sympos` is 0.
+    /// there are several and `sympos` is 0; [`Error::Memory`] if there are more than the guest's budget pays for.
     pub fn function(&self, name: &str, sympos: u64) -> Result<Gva, Error> {
-        let found: Vec<Gva> = self.symbols.all(name).map(|s| s.addr).collect();
+        let mut found: Vec<Gva> = Vec::new();
+        for symbol in self.symbols.all(name) {
+            // A guest may have a million of one name.
+            self.space.budget().spend(1)?;
+            found.push(symbol.addr);
+        }
         // A number that is too large for this machine is the number of no symbol either.
         let wanted = usize::try_from(sympos).unwrap_or(usize::MAX);
         match (found.as_slice(), wanted) {

@@ -53,7 +53,7 @@ impl TryFrom<StoredNames> for CompressedNames {
 impl CompressedNames {
     /// The first `count` names in `bytes`; `long` is as in [`NamesTable`](super::names::NamesTable).
     ///
-    /// Nothing if they are not well-formed: 256 tokens of ASCII characters; each name has a type
+    /// Nothing if they are not well-formed: 256 tokens of printable ASCII without spaces; each name has a type
     /// character and at most [`NAME_MAX`] characters, all of them together at most [`TEXT_MAX`].
     pub(super) fn new(
         tokens: Vec<String>,
@@ -209,7 +209,8 @@ struct TokenHashes {
 }
 
 impl TokenHashes {
-    /// Nothing if there are not 256 tokens of ASCII characters.
+    /// Nothing if there are not 256 tokens of printable ASCII without spaces: no symbol has others, and a name goes to
+    /// terminals and logs.
     fn of(tokens: &[String]) -> Option<TokenHashes> {
         let mut hashes = TokenHashes {
             steps: [HashStep { times: 1, plus: 0 }; 256],
@@ -220,7 +221,7 @@ impl TokenHashes {
         let mut places = steps.zip(&mut hashes.lens);
         for token in tokens {
             let ((step, first), len) = places.next()?;
-            if !token.is_ascii() {
+            if !token.bytes().all(|b| b.is_ascii_graphic()) {
                 return None;
             }
             *step = HashStep::of(token.as_bytes());
@@ -333,9 +334,12 @@ mod tests {
             CompressedNames::new(tokens(), vec![1, b'd', 2, b'd'], 2, false).is_none(),
             "cut short"
         );
-        let mut odd = tokens();
-        odd[7] = "é".into();
-        assert!(CompressedNames::new(odd, vec![], 0, false).is_none());
+        for bad in ["é", " ", "a b", "\n", "\t", "\x1b[2J", "\x7f"] {
+            let mut odd = tokens();
+            odd[7] = bad.into();
+            let read = CompressedNames::new(odd, vec![], 0, false);
+            assert!(read.is_none(), "{bad:?}");
+        }
         assert!(CompressedNames::new(tokens()[..255].to_vec(), vec![], 0, false).is_none());
     }
 

@@ -24,7 +24,7 @@ const STRINGS_MAX: u64 = 32 << 20;
 /// A symbol of a module.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModuleSymbol {
-    /// Its name, with control characters replaced.
+    /// Its name, of printable ASCII; each other character is replaced by `?`.
     pub name: String,
     /// Its type as `/proc/kallsyms` prints it: upper case if the module exports it.
     pub kind: char,
@@ -64,10 +64,12 @@ impl ModuleReader<'_, '_> {
             };
             // A name behind the end of the strings is empty, and passed over.
             let name = strings.get(name as usize..).unwrap_or_default();
-            let name = super::text(name, layout.name_len - 1);
+            let name = symbol_name(name, layout.name_len - 1);
             if name.is_empty() {
                 continue;
             }
+            // Many names may begin in one long string.
+            self.spend(name.len() as u64)?;
             let key = (value, name);
             let kind = if exports.contains(&key) {
                 kind.to_ascii_uppercase()
@@ -153,10 +155,15 @@ impl ModuleReader<'_, '_> {
             };
             self.spend(layout.name_len as u64)?;
             let name = self.space.read_cstr(Gva(name), 2 * layout.name_len)?;
-            found.insert((value, super::text(name.as_bytes(), layout.name_len - 1)));
+            found.insert((value, symbol_name(name.as_bytes(), layout.name_len - 1)));
         }
         Ok(found)
     }
+}
+
+/// The name in the first `most` bytes. Those of symbols are printable ASCII.
+fn symbol_name(bytes: &[u8], most: usize) -> String {
+    super::text(bytes, most).replace(|c: char| !c.is_ascii_graphic(), "?")
 }
 
 fn believable(module: &Module, what: &str, count: u64, most: u64) -> Result<(), Error> {
