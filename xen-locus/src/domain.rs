@@ -159,12 +159,12 @@ impl<'c> Domain<'c> {
     }
 }
 
-/// Name and id of a domain, for messages.
+/// Name and id of a domain, for messages. Whoever makes a domain chooses its name, so it is one line.
 #[must_use]
 pub fn label(name: &str, id: DomId) -> String {
     match name {
         "" => format!("- ({id})"),
-        name => format!("{name} ({id})"),
+        name => format!("{} ({id})", say::one_line(name)),
     }
 }
 

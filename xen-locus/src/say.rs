@@ -26,18 +26,35 @@ pub fn warn(what: impl Display) {
 /// letters. Instead of each stands its number, as JSON writes it.
 #[must_use]
 pub fn printable(text: &str) -> Cow<'_, str> {
-    if !text.contains(commands) {
+    shown(text, commands)
+}
+
+/// The same for text that is one line of a message, one cell of a table or one node of XenStore: it has no line breaks and
+/// no tabs either. So a name can't be taken for a line or a column that it is not.
+#[must_use]
+pub fn one_line(text: &str) -> Cow<'_, str> {
+    shown(text, breaks)
+}
+
+/// `text` with the numbers of those characters that are `odd` in their place.
+fn shown(text: &str, odd: fn(char) -> bool) -> Cow<'_, str> {
+    if !text.contains(odd) {
         return Cow::Borrowed(text);
     }
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
-        if commands(c) {
+        if odd(c) {
             let _ = write!(shown, "\\u{:04x}", u32::from(c));
         } else {
             shown.push(c);
         }
     }
     Cow::Owned(shown)
+}
+
+/// Whether it ends a line or a column, or is a command.
+fn breaks(c: char) -> bool {
+    commands(c) || matches!(c, '\n' | '\t' | '\u{2028}' | '\u{2029}')
 }
 
 /// Whether a terminal may take this for a command.
@@ -56,6 +73,11 @@ mod tests {
         assert_eq!(
             printable("a\x1b[2Jb\r\u{7f}\u{9b}\u{202e}"),
             "a\\u001b[2Jb\\u000d\\u007f\\u009b\\u202e"
+        );
+        assert_eq!(one_line("web \u{e4}"), "web \u{e4}");
+        assert_eq!(
+            one_line("a\x1b\n2  web2\tb\r\u{2028}\u{85}"),
+            "a\\u001b\\u000a2  web2\\u0009b\\u000d\\u2028\\u0085"
         );
         // It stays JSON with the same meaning.
         let name = "x\u{9b}31m\u{202e}";

@@ -68,9 +68,9 @@ impl Guest {
     #[must_use]
     pub fn label(&self) -> String {
         match (&self.core, self.domid) {
-            (Some(path), _) => path.display().to_string(),
+            (Some(path), _) => say::one_line(&path.to_string_lossy()).into_owned(),
             (None, Some(id)) => domain::label(&self.name, id),
-            (None, None) => self.name.clone(),
+            (None, None) => say::one_line(&self.name).into_owned(),
         }
     }
 
@@ -187,4 +187,30 @@ pub(super) fn unread(session: &Session, guest: &Guest, error: &Error) -> ExitCod
         guest.label()
     ));
     error.exit_code()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_can_t_be_taken_for_another_line() {
+        let guest = Guest {
+            domid: Some(DomId(3)),
+            name: "web\n7\tdb".into(),
+            uuid: None,
+            vcpus: 1,
+            core: None,
+            registers: Vec::new(),
+        };
+        assert_eq!(guest.label(), "web\\u000a7\\u0009db (3)");
+        // A program gets the name as it is.
+        assert_eq!(guest.object(serde_json::json!({}))["name"], "web\n7\tdb");
+        let saved = Guest {
+            domid: None,
+            core: Some("a\nb".into()),
+            ..guest
+        };
+        assert_eq!(saved.label(), "a\\u000ab");
+    }
 }

@@ -8,7 +8,7 @@ use serde_json::{json, Value};
 
 use crate::blocker::Blocker;
 use crate::error::Error;
-use crate::say::printable;
+use crate::say::{one_line, printable};
 
 /// Why stdout could not be written, the first time. The command goes on: a guest may have been changed.
 static LOST: OnceLock<io::Error> = OnceLock::new();
@@ -50,26 +50,32 @@ pub fn object(mut value: Value) {
     line(&serde_json::to_string_pretty(&value).unwrap_or_default());
 }
 
-/// Writes rows under a heading, each column as wide as its widest cell.
+/// Widest column, in characters. A longer cell moves the rest of its row: else one long cell would lengthen all rows, and a
+/// guest may have many of both.
+const WIDTH_MAX: usize = 120;
+
+/// Writes rows under a heading, each column as wide as its widest cell. A cell is [`one_line`], whatever is in it.
 pub fn table<const N: usize>(heading: [&str; N], rows: &[[String; N]]) {
+    aligned(heading, rows, line);
+}
+
+/// The lines of such a table.
+fn aligned<const N: usize>(heading: [&str; N], rows: &[[String; N]], mut show: impl FnMut(&str)) {
+    let cells = |row: &'_ [String; N]| row.each_ref().map(|cell| one_line(cell).into_owned());
     let mut widths = heading.map(str::len);
     for row in rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(cell.chars().count());
+        for (width, cell) in widths.iter_mut().zip(&cells(row)) {
+            *width = (*width).max(cell.chars().count()).min(WIDTH_MAX);
         }
     }
-    let show = |cells: &[&str]| {
-        let padded: Vec<String> = cells
-            .iter()
-            .zip(widths)
-            .map(|(cell, width)| format!("{cell:<width$}"))
-            .collect();
-        line(padded.join("  ").trim_end());
+    let mut padded = |cells: &[String]| {
+        let cells = cells.iter().zip(widths);
+        let cells = cells.map(|(cell, width)| format!("{cell:<width$}"));
+        show(cells.collect::<Vec<_>>().join("  ").trim_end());
     };
-    show(&heading);
+    padded(&heading.map(str::to_owned));
     for row in rows {
-        let cells: Vec<&str> = row.iter().map(String::as_str).collect();
-        show(&cells);
+        padded(&cells(row));
     }
 }
 
@@ -94,9 +100,9 @@ pub fn blockers(all: &[Blocker]) -> String {
         text.push_str(&format!(
             "  {:>7}  {:<16} {:<17} {}+{:#x}\n",
             b.pid,
-            b.comm,
+            one_line(&b.comm),
             b.reason.to_string(),
-            b.function,
+            one_line(&b.function),
             b.offset
         ));
     }
@@ -116,7 +122,38 @@ pub fn failure(error: &Error) -> Value {
 
 #[cfg(test)]
 mod tests {
-    use super::count;
+    use super::*;
+    use crate::blocker::Reason;
+
+    #[test]
+    fn a_cell_is_one_line_of_one_column() {
+        let rows = [
+            ["web\n9\tdb".into(), "ready".into()],
+            ["x".repeat(WIDTH_MAX + 5), "ready".into()],
+            ["short".into(), "ready".into()],
+        ];
+        let mut lines = Vec::new();
+        aligned(["Name", "Status"], &rows, |line| {
+            lines.push(line.to_owned())
+        });
+        assert_eq!(lines.len(), 4);
+        assert!(
+            lines[1].starts_with("web\\u000a9\\u0009db  "),
+            "{}",
+            lines[1]
+        );
+        assert_eq!(lines[2], format!("{}  ready", "x".repeat(WIDTH_MAX + 5)));
+        // A long cell does not lengthen the others.
+        assert_eq!(lines[3].len(), WIDTH_MAX + 2 + "ready".len());
+        let blocker = Blocker {
+            pid: 7,
+            comm: "a\n  8 b".into(),
+            reason: Reason::Running,
+            function: "f\tg".into(),
+            offset: 1,
+        };
+        assert_eq!(blockers(&[blocker]).lines().count(), 2);
+    }
 
     #[test]
     fn one_is_singular() {

@@ -17,6 +17,7 @@ use locus_guest::addr::DomId;
 use locus_xen::fault;
 
 use crate::error::{Error, Result};
+use crate::say;
 use talker::{is_missing, is_not_text, Answer, Call, Line, ANSWERED};
 
 /// Path of this tool's nodes.
@@ -163,7 +164,7 @@ pub trait Nodes: fmt::Debug {
     /// # Errors
     /// xenstored failed.
     fn children(&self, path: &str) -> Result<Vec<String>>;
-    /// Writes a node, with the nodes above it as needed.
+    /// Writes a node, with the nodes above it as needed. The value becomes one line: programs show it to people.
     ///
     /// # Errors
     /// xenstored failed.
@@ -202,8 +203,9 @@ impl Nodes for Store {
     }
 
     fn write(&self, path: &str, value: &str) -> Result<()> {
+        let line = say::one_line(value).into_owned();
         fault::point("xs_write")
-            .and_then(|()| self.call(Call::Write(path.to_owned(), value.to_owned())))
+            .and_then(|()| self.call(Call::Write(path.to_owned(), line)))
             .map(|_| ())
             .map_err(|e| failed("writing", path, &e))
     }
