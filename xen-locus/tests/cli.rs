@@ -36,6 +36,58 @@ fn without_xen_a_command_that_needs_it_says_so_in_one_sentence() {
     }
 }
 
+/// A command that waits for a file's other end.
+#[test]
+fn a_command_that_only_reads_has_a_limit_of_memory_and_ends_at_the_first_signal() {
+    use std::os::unix::process::ExitStatusExt as _;
+    let folder = std::env::temp_dir().join(format!("locus-cli-waits-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let pipe = folder.join("core");
+    let _ = std::fs::remove_file(&pipe);
+    let made = Command::new("mkfifo").arg(&pipe).status().unwrap();
+    assert!(made.success());
+    let mut child = Command::new(env!("CARGO_BIN_EXE_xen-locus"))
+        .args(["info", "--core", pipe.to_str().unwrap()])
+        .spawn()
+        .unwrap();
+    let proc = format!("/proc/{}", child.id());
+    let read = |what: &str| std::fs::read_to_string(format!("{proc}/{what}")).unwrap_or_default();
+    let began = std::time::Instant::now();
+    let patience = std::time::Duration::from_secs(60);
+    let is_limited = || {
+        let limits = read("limits");
+        let limit = limits.lines().find(|l| l.starts_with("Max data size"));
+        limit.is_some_and(|l| l.split_whitespace().nth(3) == Some("1073741824"))
+    };
+    while !is_limited() {
+        assert!(began.elapsed() < patience, "{}", read("limits"));
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    // What it does about signals comes soon after that.
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    let killed = Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status();
+    assert!(killed.unwrap().success());
+    let ended = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break Some(status);
+        }
+        if began.elapsed() > patience {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            break None;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    };
+    std::fs::remove_dir_all(&folder).unwrap();
+    assert_eq!(
+        ended.and_then(|status| status.signal()),
+        Some(2),
+        "{ended:?}"
+    );
+}
+
 #[test]
 fn a_domain_whose_name_begins_with_a_dash_is_given_after_two_dashes() {
     for args in [

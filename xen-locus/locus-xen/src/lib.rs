@@ -31,7 +31,8 @@ pub use layout::XenVersion;
 pub use pause::{Pause, PauseCalls, PauseEnd};
 pub use process::{detach, set_realtime_priority, Process};
 pub use process_memory::{
-    keep_freed_memory, lock_memory, set_guest_may_be_changed, unlock_memory, ExitingAllocator,
+    keep_freed_memory, limit_memory, lock_memory, set_guest_may_be_changed, unlock_memory,
+    ExitingAllocator,
 };
 pub use shared_page::{PauseStep, SharedPage, WaitOutcome};
 pub use xenstore_list::XenstoreList;

@@ -39,6 +39,36 @@ pub fn keep_freed_memory() {
     }
 }
 
+/// Lets this process, and those that it starts, take at most `bytes` of memory of its own (`RLIMIT_DATA`, setrlimit(2)).
+/// Memory of guests that is mapped does not count. A lower limit stays.
+///
+/// Then a mistake in what reading a guest may cost ends this process, by [`ExitingAllocator`], and does not take the memory of
+/// the control domain.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn limit_memory(bytes: u64) -> Result<(), Error> {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the call fills the structure, which is its own.
+    if unsafe { libc::getrlimit(libc::RLIMIT_DATA, &raw mut limit) } != 0 {
+        return Err(Error::last("reading the limit of memory (getrlimit)"));
+    }
+    if limit.rlim_cur <= bytes {
+        return Ok(());
+    }
+    limit.rlim_cur = bytes;
+    // SAFETY: the call reads the structure.
+    if unsafe { libc::setrlimit(libc::RLIMIT_DATA, &raw const limit) } != 0 {
+        return Err(Error::last(
+            "limiting the memory of this process (setrlimit)",
+        ));
+    }
+    Ok(())
+}
+
 /// Locks all memory of this process from now on: code, data and what it will allocate (mlockall(2)).
 ///
 /// Otherwise the first use of a page in a pause waits for the kernel, or for a disk to swap it in. Outside of a pause,

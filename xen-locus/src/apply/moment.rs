@@ -172,7 +172,8 @@ fn gave_up(plan: &Plan, verdict: Verdict, patience: &Patience<'_>, pause: Durati
 /// The threads that are in the way of a change: in one of the ranges of `watch`, at one moment for which the guest is paused.
 ///
 /// # Errors
-/// [`Class::TryAgain`](crate::error::Class::TryAgain): no look succeeded within the time allowed, or memory can't be read.
+/// [`Class::TryAgain`](crate::error::Class::TryAgain): no look succeeded within the time allowed. It was interrupted, or memory
+/// can't be read.
 pub fn blocking(
     machine: &dyn Machine,
     kernel: &Kernel<'_>,
@@ -193,6 +194,7 @@ pub fn blocking(
         // Else a guest that can't be looked at would be paused all the time.
         wait.pass();
     }
+    options.check_interrupted()?;
     Err(Error::try_again(format!(
         "the guest's tasks could not be looked at in {} ms with pauses of at most {} ms: it starts \
          new ones all the time, or has too many; nothing was changed",

@@ -39,6 +39,9 @@ use crate::plan::Mode;
 use crate::say;
 use args::{Cli, Command, Output, TimeLimits};
 
+/// Most memory of this process and of its guardian each, in bytes: ten times what a command takes for an honest guest.
+const MEMORY_MAX: u64 = 1 << 30;
+
 /// What all commands share.
 #[derive(Debug)]
 pub struct Session {
@@ -83,6 +86,15 @@ impl Session {
             interrupted: Arc::clone(&self.interrupted),
         }
     }
+
+    /// The library's options for a command without time limits of its own.
+    #[must_use]
+    pub fn unhurried(&self) -> Options {
+        Options {
+            interrupted: Arc::clone(&self.interrupted),
+            ..Options::default()
+        }
+    }
 }
 
 /// The program: parses, runs, and turns the outcome into an exit code.
@@ -90,6 +102,9 @@ impl Session {
 pub fn main() -> std::process::ExitCode {
     if guardian::is_meant() {
         return guardian::main();
+    }
+    if let Err(error) = locus_xen::limit_memory(MEMORY_MAX) {
+        say::warn(format_args!("{error}; it has no limit"));
     }
     let code = match Cli::try_parse() {
         Ok(args) => {
@@ -143,7 +158,8 @@ fn shown(code: ExitCode, changed: bool) -> ExitCode {
 pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     let began = Instant::now();
     let interrupted = Arc::new(AtomicBool::new(false));
-    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+    let stops = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
+    for signal in stops.into_iter().filter(|_| ends_itself(&cli.command)) {
         signal_hook::flag::register(signal, Arc::clone(&interrupted))
             .context("cannot install a signal handler")?;
     }
@@ -190,6 +206,16 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
             }
         }
     }
+}
+
+/// Whether a command that is asked to stop ends what it has begun: it pauses or changes guests, or serves others. Any other
+/// one ends at once, as the signal has it: it may be in the middle of reading a guest that takes long to be read.
+fn ends_itself(command: &Command) -> bool {
+    changes(command)
+        || matches!(
+            command,
+            Command::Status { .. } | Command::Blocking(_) | Command::Daemon(_)
+        )
 }
 
 /// Whether a command may change a guest.

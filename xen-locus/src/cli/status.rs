@@ -2,6 +2,8 @@
 
 use std::collections::HashSet;
 use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use locus_guest::addr::DomId;
 use locus_kernel::Kernel;
@@ -52,7 +54,7 @@ pub fn run(
             let inside = |watch: &Watch| quiesce::inside(kernel, core.vcpus(), watch);
             GuestStatus::read(guest.clone(), kernel, None, inside)
         })?],
-        (None, Some(wanted)) => vec![status(&session.host()?.guest(wanted)?)?],
+        (None, Some(wanted)) => vec![status(session, &session.host()?.guest(wanted)?)?],
         (None, None) => {
             let (all, worst) = all(session, &session.host()?)?;
             code = worst;
@@ -78,9 +80,18 @@ pub fn run(
     Ok(code)
 }
 
-fn status(domain: &Domain<'_>) -> Result<GuestStatus> {
+/// The guest's patches. All that drain are looked at within the time of one action: a guest says how many do.
+fn status(session: &Session, domain: &Domain<'_>) -> Result<GuestStatus> {
     let kernel = machine::kernel_of(domain)?;
-    let inside = |watch: &Watch| apply::blocking(domain, &kernel, watch, &Options::default());
+    let began = Instant::now();
+    let inside = |watch: &Watch| {
+        let all = session.unhurried();
+        let options = Options {
+            timeout: all.timeout.saturating_sub(began.elapsed()),
+            ..all
+        };
+        apply::blocking(domain, &kernel, watch, &options)
+    };
     let known = ops::is_known_to_log(domain.check_uuid(), &domain.label())?;
     let uuid = known.then_some(&*domain.info.uuid);
     GuestStatus::read(Guest::of(domain), &kernel, uuid, inside)
@@ -91,8 +102,11 @@ fn all(session: &Session, host: &Host) -> Result<(Vec<GuestStatus>, ExitCode)> {
     let mut found = Vec::new();
     let mut worst = ExitCode::Done;
     for info in host.control.domains(DomId(1))? {
+        session.unhurried().check_interrupted()?;
         let domain = host.domain(info)?;
-        match status(&domain) {
+        match status(session, &domain) {
+            // That was the last guest.
+            Err(error) if session.interrupted.load(Ordering::SeqCst) => return Err(error),
             Ok(status) => found.push(status),
             Err(error) => {
                 let code = guest::unread(session, &Guest::of(&domain), &error);
