@@ -1,5 +1,6 @@
 #![doc = include_str!("manual/blocking.md")]
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use locus_guest::Vcpu;
@@ -9,9 +10,9 @@ use serde_json::json;
 
 use super::args::{self, DomainOrCore, Output};
 use super::guest::{self, Guest};
-use super::info::stacks::{self, RenderedStack};
+use super::info::stacks::{self, RenderedStacks};
 use super::{out, Session};
-use crate::apply::{self, Options};
+use crate::apply;
 use crate::arena::Arena;
 use crate::blocker::Blocker;
 use crate::error::{ExitCode, Result};
@@ -77,7 +78,7 @@ struct Blocking {
     /// `None` if there is nothing to do.
     blockers: Option<Vec<Blocker>>,
     /// Their stacks, if they are asked for.
-    stacks: Vec<RenderedStack>,
+    stacks: Option<RenderedStacks>,
 }
 
 impl Blocking {
@@ -88,10 +89,12 @@ impl Blocking {
         blockers: Option<Vec<Blocker>>,
     ) -> Result<Blocking> {
         let all = blockers.as_deref().unwrap_or_default();
+        let wanted: HashSet<u32> = all.iter().map(|b| b.pid).collect();
         let stacks = if session.verbose == 0 || all.is_empty() {
-            Vec::new()
+            None
         } else {
-            stacks::of(kernel, registers, |pid| all.iter().any(|b| b.pid == pid))?
+            let of = |pid| wanted.contains(&pid);
+            Some(stacks::of(session.output, kernel, registers, of)?)
         };
         Ok(Blocking { blockers, stacks })
     }
@@ -118,10 +121,7 @@ pub fn run(session: &Session, args: &args::Blocking) -> anyhow::Result<ExitCode>
     let host = session.host()?;
     let domain = host.guest(named.domain()?)?;
     let kernel = machine::kernel_of(&domain)?;
-    let options = Options {
-        interrupted: std::sync::Arc::clone(&session.interrupted),
-        ..Options::default()
-    };
+    let options = session.unhurried();
     let blockers = match asked.watch(&kernel)? {
         Some(watch) => Some(apply::blocking(&domain, &kernel, &watch, &options)?),
         None => None,
@@ -139,9 +139,12 @@ fn print(session: &Session, guest: &Guest, asked: &PayloadOrPatch, found: Blocki
         (Output::Json, blockers) => {
             let mut object = json!({ "patch": name, "blockers": blockers.unwrap_or_default() });
             if session.verbose > 0 {
-                let stacks = found.stacks.into_iter().map(|one| one.value);
+                let stacks = match found.stacks {
+                    Some(RenderedStacks::Objects(all)) => all,
+                    _ => Vec::new(),
+                };
                 if let Some(map) = object.as_object_mut() {
-                    map.insert("stack_list".into(), stacks.collect());
+                    map.insert("stack_list".into(), stacks.into());
                 }
             }
             out::object(guest.object(object));
@@ -157,8 +160,10 @@ fn print(session: &Session, guest: &Guest, asked: &PayloadOrPatch, found: Blocki
         (Output::Table, Some(all)) => {
             out::line(&format!("{label}: in the way of {verb} {name}:"));
             out::text(&out::blockers(&all));
-            for one in &found.stacks {
-                out::text(&format!("\n{}", one.text));
+            if let Some(RenderedStacks::Text(stacks)) = &found.stacks {
+                for one in stacks {
+                    out::text(&format!("\n{one}"));
+                }
             }
         }
     }

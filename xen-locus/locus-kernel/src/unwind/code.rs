@@ -142,6 +142,11 @@ impl<'k, 'm> CodeMap<'k, 'm> {
         Ok(())
     }
 
+    /// What one frame costs, in units of the guest's budget: each module is asked whether the frame is in it.
+    pub fn frame_units(&self) -> u64 {
+        2 + self.modules.len() as u64 / 32
+    }
+
     /// The row that applies at `ip`. Code of a module has none if the module's table can't be read,
     /// or if the tables of other modules have used up the room.
     pub fn row(&self, ip: Gva) -> Option<OrcRow> {

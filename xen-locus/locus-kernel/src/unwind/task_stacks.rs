@@ -71,9 +71,13 @@ struct RunState {
 
 impl TaskStackReader<'_, '_, '_> {
     fn task(&self, space: &Space<'_>, task: Task) -> Result<TaskStack, Error> {
+        let walk = self.walk(space, &task)?;
+        // A guest may have many tasks with many frames each, all in the same memory.
+        let units = self.walker.code.frame_units() * walk.frames.len() as u64;
+        space.budget().spend(units)?;
         Ok(TaskStack {
             detail: self.details.read(space, task.addr)?,
-            walk: self.walk(space, &task)?,
+            walk,
             task,
         })
     }

@@ -12,32 +12,53 @@ use crate::cli::guest::Guest;
 use crate::cli::{out, Session};
 use crate::error::Result;
 
-/// A task's stack, for people and for programs.
+/// Units of the guest's budget for one frame that is shown: as text, and as an object, which takes far more memory. A guest
+/// chooses how many frames there are, and how long the names in them.
+const FRAME_UNITS: [u64; 2] = [4, 24];
+
+/// The stacks of tasks, for people or for programs.
 #[derive(Debug)]
-pub struct RenderedStack {
+pub enum RenderedStacks {
     /// Lines.
-    pub text: String,
-    /// An object.
-    pub value: Value,
+    Text(Vec<String>),
+    /// Objects.
+    Objects(Vec<Value>),
 }
 
 /// The stacks of the tasks whose id is `wanted`, each as it was at one moment of the running guest.
 /// What a CPU is at is known of a core only.
 ///
 /// # Errors
-/// The kernel has no ORC data, or its tasks can't be read.
+/// The kernel has no ORC data, or its tasks can't be read. Or there are more frames than the guest's budget pays for.
 pub fn of(
+    output: Output,
     kernel: &Kernel<'_>,
     registers: &[Vcpu],
     wanted: impl Fn(u32) -> bool,
-) -> Result<Vec<RenderedStack>> {
+) -> Result<RenderedStacks> {
     let names = FrameNames::read(kernel)?;
     let all = task_stacks::walk(kernel, registers, wanted)?;
-    let shown = |one: &TaskStack| RenderedStack {
-        text: text(one, &names),
-        value: object(one, &names),
+    let pay = |one: &TaskStack, units: u64| {
+        let frames = one.walk.frames.len() as u64;
+        kernel.space.budget().spend(units * frames)
     };
-    Ok(all.iter().map(shown).collect())
+    let [as_text, as_object] = FRAME_UNITS;
+    Ok(match output {
+        Output::Table => {
+            let shown = all.iter().map(|one| {
+                pay(one, as_text)?;
+                Ok(text(one, &names))
+            });
+            RenderedStacks::Text(shown.collect::<Result<_>>()?)
+        }
+        Output::Json => {
+            let shown = all.iter().map(|one| {
+                pay(one, as_object)?;
+                Ok(object(one, &names))
+            });
+            RenderedStacks::Objects(shown.collect::<Result<_>>()?)
+        }
+    })
 }
 
 /// Shows all stacks.
@@ -45,13 +66,9 @@ pub fn of(
 /// # Errors
 /// As [`of`].
 pub fn show(session: &Session, guest: &Guest, kernel: &Kernel<'_>) -> Result<()> {
-    let all = of(kernel, &guest.registers, |_| true)?;
-    match session.output {
-        Output::Json => {
-            let all: Vec<Value> = all.into_iter().map(|one| one.value).collect();
-            out::object(guest.object(json!({ "stack_list": all })));
-        }
-        Output::Table => all.iter().for_each(|one| out::text(&one.text)),
+    match of(session.output, kernel, &guest.registers, |_| true)? {
+        RenderedStacks::Objects(all) => out::object(guest.object(json!({ "stack_list": all }))),
+        RenderedStacks::Text(all) => all.iter().for_each(|one| out::text(one)),
     }
     Ok(())
 }
