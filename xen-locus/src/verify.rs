@@ -5,7 +5,7 @@
 //! It only reads and mends nothing. The guest may change things while it is read, for example when it switches a
 //! static key. So only a difference that is seen in two passes counts.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::thread;
 use std::time::Duration;
 
@@ -107,6 +107,7 @@ pub fn compare_once(kernel: &Kernel<'_>, known: Option<&HostRecords<'_>>) -> Res
         parked: residents.len() - stack.applied().len(),
         ..VerifyReport::default()
     };
+    let originals = Originals::of(&residents);
     let mut sites = HashSet::new();
     // The newest first: of a function that several patches replaced, the newest record counts.
     for patch in residents.iter().rev() {
@@ -120,7 +121,7 @@ pub fn compare_once(kernel: &Kernel<'_>, known: Option<&HostRecords<'_>>) -> Res
         for function in &patch.record.functions {
             if sites.insert(function.site) {
                 outcome.redirects += 1;
-                comparison.redirect(&residents, &stack, patch, function)?;
+                comparison.redirect(&originals, &stack, patch, function)?;
             }
         }
     }
@@ -337,7 +338,7 @@ impl Comparison<'_, '_> {
     /// before it.
     fn redirect(
         &mut self,
-        residents: &[Resident],
+        originals: &Originals<'_>,
         stack: &Stack<'_>,
         patch: &Resident,
         function: &Function,
@@ -348,10 +349,7 @@ impl Comparison<'_, '_> {
                 let installed = layers.installed();
                 (installed.patch.to_owned(), Some(installed.jump))
             }
-            None => (
-                patch.record.name.clone(),
-                original(residents, function.site),
-            ),
+            None => (patch.record.name.clone(), originals.at(function.site)),
         };
         let (entry, at) = (function.old, function.site);
         // A redirect is a few bytes behind the entry; a record that says otherwise was changed in the guest.
@@ -377,7 +375,7 @@ impl Comparison<'_, '_> {
             if let Some(probe) = self.kprobes.in_range(place) {
                 drift.found.push_str(&format!(", a kprobe at {probe}"));
                 drift.by = DriftCause::Kprobe;
-            } else if original(residents, function.site) == Some(found) {
+            } else if originals.at(function.site) == Some(found) {
                 // They may be a jump themselves.
                 drift.found.push_str(", the kernel's own");
             } else if let Some(to) = self.jump(at, found) {
@@ -453,20 +451,29 @@ impl Comparison<'_, '_> {
     }
 }
 
-/// The bytes that the kernel itself has at `site`, by the records of the patches that replaced the function: the bytes
-/// that they put back, except redirects of each other. `None` if the records disagree.
-fn original(residents: &[Resident], site: Gva) -> Option<[u8; JUMP]> {
-    let all = || {
-        residents
+/// The functions of all records, by the place of their redirect.
+struct Originals<'r>(HashMap<Gva, Vec<&'r Function>>);
+
+impl<'r> Originals<'r> {
+    fn of(residents: &'r [Resident]) -> Originals<'r> {
+        let mut by_site: HashMap<Gva, Vec<&Function>> = HashMap::new();
+        for function in residents.iter().flat_map(|r| &r.record.functions) {
+            by_site.entry(function.site).or_default().push(function);
+        }
+        Originals(by_site)
+    }
+
+    /// The bytes that the kernel itself has at `site`, by the records of the patches that replaced the function: the bytes
+    /// that they put back, except redirects of each other. `None` if the records disagree.
+    fn at(&self, site: Gva) -> Option<[u8; JUMP]> {
+        let all = self.0.get(&site)?;
+        let mut found = all
             .iter()
-            .flat_map(|r| &r.record.functions)
-            .filter(|f| f.site == site)
-    };
-    let mut found = all()
-        .map(|f| f.old_bytes)
-        .filter(|old| all().all(|f| f.new_bytes != *old));
-    let first = found.next()?;
-    found.all(|other| other == first).then_some(first)
+            .map(|f| f.old_bytes)
+            .filter(|old| all.iter().all(|f| f.new_bytes != *old));
+        let first = found.next()?;
+        found.all(|other| other == first).then_some(first)
+    }
 }
 
 #[cfg(test)]

@@ -7,7 +7,10 @@
 //! A module that is on its way out is not gone yet: its text and the redirects in it are still there, and
 //! [`gone`] does not report it. But nothing is written into it either: [`conditions`] is an error then.
 
-use locus_kernel::modules::{ModuleReader, ModuleState};
+use std::collections::{HashMap, HashSet};
+
+use locus_guest::addr::Gva;
+use locus_kernel::modules::{Module, ModuleReader, ModuleState};
 use locus_kernel::Kernel;
 
 use crate::arena::record::{ModuleAt, Record};
@@ -23,8 +26,10 @@ pub fn gone(kernel: &Kernel<'_>, record: &Record) -> Result<Option<String>> {
         return Ok(None);
     }
     let all = ModuleReader::new(kernel)?.all()?;
+    // The first of a name counts. There may be many of both.
+    let by_name: HashMap<&str, &Module> = all.iter().rev().map(|m| (&*m.name, m)).collect();
     Ok(record.objects.iter().find_map(|was| {
-        let Some(is) = all.iter().find(|m| m.name == was.name) else {
+        let Some(is) = by_name.get(&*was.name) else {
             return Some(format!(
                 "module {}, some of whose functions payload {} replaced, is not loaded any more",
                 was.name, record.name
@@ -54,12 +59,12 @@ pub fn conditions(kernel: &Kernel<'_>, modules: &[ModuleAt]) -> Result<Vec<Write
     }
     let mut reader = ModuleReader::new(kernel)?;
     let all = reader.all()?;
+    let by_addr: HashMap<Gva, &Module> = all.iter().rev().map(|m| (m.addr, m)).collect();
     let mut found = Vec::new();
+    let mut seen = HashSet::new();
     for wanted in modules {
-        let Some(module) = all
-            .iter()
-            .find(|m| m.addr == wanted.at && m.base == wanted.base && m.name == wanted.name)
-        else {
+        let module = by_addr.get(&wanted.at);
+        let Some(module) = module.filter(|m| m.base == wanted.base && m.name == wanted.name) else {
             return Err(Error::passing(format!(
                 "module {} was at {} in the guest, and is not there any more",
                 wanted.name, wanted.base
@@ -72,13 +77,13 @@ pub fn conditions(kernel: &Kernel<'_>, modules: &[ModuleAt]) -> Result<Vec<Write
                 module.state.name().to_lowercase()
             )));
         }
+        // Several payloads may replace functions of one module.
+        if !seen.insert(wanted.at) {
+            continue;
+        }
         for (at, bytes) in reader.identity(module) {
             let about = About::Module(wanted.name.clone());
-            let condition = Write::condition(at, bytes, about);
-            // Several payloads may replace functions of one module.
-            if !found.contains(&condition) {
-                found.push(condition);
-            }
+            found.push(Write::condition(at, bytes, about));
         }
     }
     Ok(found)
@@ -86,7 +91,6 @@ pub fn conditions(kernel: &Kernel<'_>, modules: &[ModuleAt]) -> Result<Vec<Write
 
 #[cfg(test)]
 mod tests {
-    use locus_guest::addr::Gva;
     use locus_kernel::fixture::{vcpus, KIND};
     use locus_kernel::modules::sample::{data, guest, Age, Data, DATA, STEP};
 

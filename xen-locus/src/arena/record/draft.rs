@@ -7,7 +7,7 @@
 
 use locus_guest::addr::{Gva, Range};
 
-use super::{Function, ModuleAt, Record, SCHEMA};
+use super::{Function, ModuleAt, Record, RECORD_MAX, SCHEMA};
 use crate::arena::digests::{self, CodeDigests};
 use crate::error::{Error, Result};
 use crate::x86::{self, JUMP};
@@ -94,6 +94,7 @@ impl Draft {
     /// The room that one record can need, in bytes, for code of `text_len` bytes with at most `labels` jump labels.
     ///
     /// # Errors
+    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): it would be longer than a record that is read.
     /// [`Class::Failed`](crate::error::Class::Failed): the record can't be encoded.
     pub fn room(&self, text_len: u64, labels: u64) -> Result<usize> {
         let longest = Record {
@@ -107,7 +108,15 @@ impl Draft {
             uses: Some(vec![LONGEST; self.uses.len()]),
             ..self.head()
         };
-        Ok(longest.encode()?.len())
+        let len = longest.encode()?.len();
+        if len > RECORD_MAX {
+            return Err(Error::not_applicable(format!(
+                "payload {}: what has to be recorded of it may take {len} bytes; expected at most {RECORD_MAX}: make several \
+                 payloads of it",
+                self.name
+            )));
+        }
+        Ok(len)
     }
 
     /// The record of the payload at its place.
@@ -312,6 +321,9 @@ mod tests {
             error.contains("payload one: ") && error.contains("at most 64 parts"),
             "{error}"
         );
+        plain.room(600, 10_000).unwrap();
+        let error = plain.room(600, 30_000).unwrap_err().to_string();
+        assert!(error.contains("expected at most 1048576"), "{error}");
         let part = new(SITE, vec![SITE]);
         for functions in [&[][..], &part] {
             plain.complete(placement(functions)).unwrap_err();
