@@ -1,15 +1,17 @@
 //! The arena: its directory and records, in pages that the guest can change.
 
 use locus_guest::addr::{Frame, Gva, PAGE_LEN};
+use locus_guest::mock::{MockMemory, ROOT};
 use locus_guest::space::{Space, PTE_FRAME, PTE_NX, PTE_PRESENT};
 use locus_kernel::fixture::{KIND, TEXT};
+use locus_kernel::split_functions::PARTS_MAX;
 use locus_kernel::Kernel;
 use sha2::{Digest, Sha256};
 use xen_locus::arena::digests::CodeDigests;
-use xen_locus::arena::record::{Directory, Function, Record, Slot, State, SCHEMA};
+use xen_locus::arena::record::{Directory, Function, Record, Slot, State, MODULE, SCHEMA};
 use xen_locus::arena::{page_address, Arena, BASE};
 use xen_locus::plan::{self, Stack};
-use xen_locus::verify;
+use xen_locus::{ops, verify};
 
 use super::{guest, stage};
 
@@ -97,9 +99,16 @@ pub fn record_seeds() -> Vec<Vec<u8>> {
 }
 
 /// Frames of the arena in these tests.
-const FRAMES: std::ops::Range<u64> = 0xfef00..0xfef00 + PAGES as u64;
-/// Number of those frames.
-const PAGES: usize = 7;
+const FRAMES: std::ops::Range<u64> = 0xfe000..0xfe000 + PAGES as u64;
+/// Number of those frames: as many as a PV guest's arena has, and as an input can have.
+const PAGES: usize = 96;
+
+/// Maps what is in front of the arena, and returns the arena's page table.
+fn table_in(memory: &MockMemory) -> Frame {
+    memory.map_page(Gva(BASE.0 - PAGE_LEN as u64), memory.frame(), false, false);
+    let (table, _, _) = Space::new(memory, ROOT, 4).entry_slot(BASE, 1).unwrap();
+    table
+}
 
 /// A guest whose arena is the input.
 struct ArenaStage {
@@ -112,11 +121,8 @@ impl ArenaStage {
     fn new() -> ArenaStage {
         let guest = guest::stage();
         let memory = guest.memory;
-        memory.map_page(Gva(BASE.0 - PAGE_LEN as u64), memory.frame(), false, false);
-        let space = Space::new(memory, locus_guest::mock::ROOT, 4);
-        let (table, _, _) = space.entry_slot(BASE, 1).unwrap();
         ArenaStage {
-            table,
+            table: table_in(memory),
             frames: FRAMES
                 .map(Frame)
                 .inspect(|&frame| memory.add(frame))
@@ -130,22 +136,29 @@ impl ArenaStage {
         let memory = self.guest.memory;
         let mut pages = data.chunks_exact(PAGE_LEN);
         let table = pages.next().unwrap_or(&[0; PAGE_LEN]);
-        let count = pages.len().min(PAGES) as u64;
-        for (&frame, page) in self.frames.iter().zip(pages) {
-            memory.fill(frame, 0, &whole(page));
+        let mut pages: Vec<Vec<u8>> = pages.take(PAGES).map(whole).collect();
+        let words = table.chunks_exact(8);
+        let words: Vec<u64> = words
+            .map(|word| u64::from_le_bytes(word.try_into().unwrap()))
+            .collect();
+        let count = pages.len();
+        // The number of the page that the entry of a slot leads to.
+        let number = |slot: usize| {
+            let word = words.get(slot).filter(|&&word| word != 0)?;
+            let number = ((word & PTE_FRAME) >> 12) as usize % (count + 1);
+            (number < count).then_some(number)
+        };
+        seal(&mut pages, |page| number(page + 1));
+        for (&frame, page) in self.frames.iter().zip(&pages) {
+            memory.fill(frame, 0, page);
         }
-        for (slot, word) in table.chunks_exact(8).enumerate() {
-            let word = u64::from_le_bytes(word.try_into().unwrap());
-            if word == 0 {
-                memory.set_entry(self.table, slot, 0);
-                continue;
-            }
-            let number = ((word & PTE_FRAME) >> 12) % (count + 1);
-            let frame = match self.frames.get(number as usize) {
-                Some(frame) if number < count => frame.0,
-                _ => PTE_FRAME >> 12,
+        for (slot, &word) in words.iter().enumerate() {
+            let frame = match number(slot) {
+                Some(number) => self.frames[number].0,
+                None => PTE_FRAME >> 12,
             };
-            memory.set_entry(self.table, slot, word & !PTE_FRAME | frame << 12);
+            let entry = word & !PTE_FRAME | frame << 12;
+            memory.set_entry(self.table, slot, if word == 0 { 0 } else { entry });
         }
         self.guest.kernel(&guest::variables())
     }
@@ -172,6 +185,93 @@ pub fn arena(data: &[u8]) {
     for resident in stack.applied() {
         let _ = stack.displaced(&kernel, resident);
         let _ = plan::undo(&kernel, &stack, resident);
+        let _ = stack.watched(&resident.record.functions, true);
+    }
+    let _ = ops::patches(&kernel, None);
+}
+
+/// Makes the digests of the records in `pages` right, in the directory that counts. `number` says which of the pages is a
+/// page of the arena.
+fn seal(pages: &mut [Vec<u8>], number: impl Fn(usize) -> Option<usize>) {
+    let Some(first) = number(0) else { return };
+    let Some(mut directory) = Directory::decode(&pages[first]) else {
+        return;
+    };
+    for slot in &mut directory.slots {
+        let own = usize::from(slot.first)..usize::from(slot.first) + usize::from(slot.pages);
+        let bytes: Vec<u8> = own
+            .filter_map(&number)
+            .flat_map(|page| pages[page].clone())
+            .collect();
+        let record = bytes.get(slot.record_offset as usize..);
+        if let Some(record) = record.and_then(|r| r.get(..slot.record_len as usize)) {
+            slot.record_sha256 = Sha256::digest(record).into();
+        }
+    }
+    let (at, copy) = directory.encode();
+    pages[first][at..at + copy.len()].copy_from_slice(&copy);
+}
+
+/// Pages of an arena with `count` payloads of `pages` pages each. All are applied, let threads go on in what they replace, and
+/// replace the same functions, of as many parts as are believed.
+fn full(count: usize, pages: usize) -> Vec<Vec<u8>> {
+    let parts = vec![(Gva(1), 1); PARTS_MAX];
+    let (mut arena, mut slots) = (vec![Vec::new()], Vec::new());
+    for payload in 0..count {
+        let first = 1 + payload * pages;
+        let mut record = sample_record();
+        record.name = format!("p{payload}");
+        record.entry_only = true;
+        record.module = page_address(first).plus(MODULE);
+        let function = Function {
+            old_cold: parts.clone(),
+            new_cold: parts.clone(),
+            ..record.functions.remove(0)
+        };
+        let mut json = serde_json::to_vec(&record).unwrap();
+        for n in 0.. {
+            let at = TEXT.plus(0x100 + n);
+            record.functions.push(Function {
+                old: at,
+                site: at.plus(5),
+                ..function.clone()
+            });
+            let longer = serde_json::to_vec(&record).unwrap();
+            if longer.len() > pages * PAGE_LEN {
+                break;
+            }
+            json = longer;
+        }
+        slots.push(Slot {
+            first: first as u16,
+            pages: pages as u16,
+            record_offset: 0,
+            ..sample_slot(&json, State::Applied)
+        });
+        json.resize(pages * PAGE_LEN, 0);
+        arena.extend(json.chunks(PAGE_LEN).map(<[u8]>::to_vec));
+    }
+    arena[0] = page_of(&Directory {
+        generation: 2,
+        slots,
+    });
+    arena
+}
+
+/// The word in an input's page table for its page of this number.
+fn entry(page: usize) -> u64 {
+    (page as u64) << 12 | PTE_PRESENT | PTE_NX
+}
+
+/// Puts these pages of an arena into a guest.
+#[cfg(test)]
+pub(super) fn put_full(memory: &MockMemory, count: usize, pages: usize) {
+    let table = table_in(memory);
+    for (n, page) in full(count, pages).iter().enumerate() {
+        let frame = Frame(FRAMES.start + n as u64);
+        memory.add(frame);
+        memory.fill(frame, 0, page);
+        memory.set_entry(table, n + 1, entry(frame.0 as usize));
     }
 }
 
@@ -187,14 +287,25 @@ fn whole(page: &[u8]) -> Vec<u8> {
     page
 }
 
-/// Arenas with one payload, which is applied or being applied.
+/// Arenas with one payload, which is applied or being applied, and one with payloads on each other.
 pub fn arena_seeds() -> Vec<Vec<u8>> {
+    let pages = full(3, 2);
+    let mut layers: Vec<u64> = vec![0; 512];
+    (0..pages.len()).for_each(|page| layers[page + 1] = entry(page));
+    let mut layers: Vec<u8> = layers.iter().flat_map(|w| w.to_le_bytes()).collect();
+    layers.extend(pages.concat());
+    let mut seeds = vec![layers];
+    seeds.extend(one_payload());
+    seeds
+}
+
+fn one_payload() -> Vec<Vec<u8>> {
     let record = serde_json::to_vec(&sample_record()).unwrap();
     [State::Applied, State::Applying]
         .map(|state| {
             let mut table = vec![0u64; 512];
             for page in 0..3 {
-                table[page + 1] = (page as u64) << 12 | PTE_PRESENT | PTE_NX;
+                table[page + 1] = entry(page);
             }
             let mut data: Vec<u8> = table.iter().flat_map(|w| w.to_le_bytes()).collect();
             data.extend(page_of(&Directory {
@@ -217,11 +328,27 @@ mod tests {
     #[test]
     fn the_arena_of_the_seeds_shows_its_payload() {
         let stage = ArenaStage::new();
-        for seed in arena_seeds() {
+        for seed in one_payload() {
             let kernel = stage.kernel(&seed).unwrap();
             let arena = Arena::read(&kernel).unwrap();
             let residents = plan::residents(&kernel, &arena).unwrap();
             assert_eq!(residents[0].record, sample_record());
         }
+        let kernel = stage.kernel(&arena_seeds()[0]).unwrap();
+        let arena = Arena::read(&kernel).unwrap();
+        let residents = plan::residents(&kernel, &arena).unwrap();
+        assert_eq!(residents.len(), 3);
+        assert!(residents[2].record.functions.len() > 4);
+    }
+
+    #[test]
+    fn a_changed_record_is_read_with_its_digest() {
+        let stage = ArenaStage::new();
+        let mut seed = arena_seeds().remove(0);
+        let at = seed.windows(4).position(|w| w == b"\"p1\"").unwrap();
+        seed[at + 2] = b'7';
+        let kernel = stage.kernel(&seed).unwrap();
+        let residents = plan::residents(&kernel, &Arena::read(&kernel).unwrap()).unwrap();
+        assert_eq!(residents[1].record.name, "p7");
     }
 }

@@ -13,8 +13,9 @@ use locus_kernel::tasks::TaskLayout;
 use locus_kernel::Kernel;
 use xen_locus::arena::Arena;
 use xen_locus::error::{Cause, Class};
-use xen_locus::plan;
+use xen_locus::ops;
 
+use super::arena;
 use super::guest::{self, DATA, HEAD_AT, MODULES, SIGNAL_AT, TASKS_AT};
 use super::mutate::{cpu_time, patience};
 
@@ -85,7 +86,7 @@ fn look(memory: &dyn Memory) -> Result<(), String> {
         .map_err(|e| e.to_string())?;
     kernel.module_count().map_err(|e| e.to_string())?;
     match Arena::read(&kernel) {
-        Ok(arena) => plan::residents(&kernel, &arena).map(|_| ()),
+        Ok(_) => ops::patches(&kernel, None).map(|_| ()),
         // The guest has no place for an arena, which is no lie.
         Err(e)
             if matches!(
@@ -455,6 +456,31 @@ fn memory_that_never_reads_the_same_is_refused_or_read() {
         }
         assert!(memory.words.get() > 512, "nothing was read");
     }
+}
+
+/// The small guest with `count` payloads of `pages` arena pages each, all on the same functions.
+fn with_payloads(count: usize, pages: usize) -> MockMemory {
+    let memory = with(&[]);
+    arena::put_full(&memory, count, pages);
+    memory
+}
+
+#[test]
+fn payloads_on_each_other_are_read() {
+    refused("payloads_on_each_other_are_read", "", 0, || {
+        with_payloads(3, 2)
+    });
+}
+
+#[test]
+fn an_arena_full_of_payloads_on_each_other_is_given_up() {
+    // Two million ranges to watch.
+    refused(
+        "an_arena_full_of_payloads_on_each_other_is_given_up",
+        "given up",
+        0,
+        || with_payloads(31, 16),
+    );
 }
 
 #[test]
