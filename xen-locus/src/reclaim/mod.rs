@@ -1,11 +1,11 @@
 //! Gives back the memory of payloads that are parked.
 //!
 //! A parked payload is a module of the guest, and something may still lead into it: a thread, a timer, a list. So its
-//! pages are given back in steps, and each payload that something is found for stays as it is ([`candidates`]).
+//! pages are given back in steps, and each payload that something is found for stays as it is (`candidates`).
 //!
 //! 1. While it still is a module: twice, first downwards and then upwards, every CPU is seen outside of the kernel, and
-//!    every task outside of a section in which it may use what it found in the guest's lists ([`readers`]); then all
-//!    memory is looked through for a word that leads into it ([`search`]), except those by which the guest knows it as a
+//!    every task outside of a section in which it may use what it found in the guest's lists (`readers`); then all
+//!    memory is looked through for a word that leads into it (`search`), except those by which the guest knows it as a
 //!    module. Who still uses it needs it whole: its exception table, its `BUG` sites. A word that moves once is missed by one
 //!    of the two. One that moves all the time takes a thread, a timer or a work item, each of which stands still for a while.
 //! 2. In a pause in which no thread is in its code, it is taken out of the guest's lists ([`links::leave`]), as a plan
@@ -214,6 +214,9 @@ impl Reclaiming<'_, '_> {
             }
             targets.retain(|(n, _)| candidates.going().iter().any(|(going, _)| going == n));
             let (numbers, targets): (Vec<usize>, Vec<Target>) = targets.into_iter().unzip();
+            if targets.is_empty() {
+                return Ok(());
+            }
             let arena = Arena::read(kernel)?;
             let search = Search::new(machine, kernel, self.options, &arena, targets)?;
             for (n, by) in numbers.into_iter().zip(search.run(direction)?) {
@@ -293,7 +296,7 @@ impl Reclaiming<'_, '_> {
             watched,
             ..Proposal::default()
         };
-        Plan::unless_guarded(kernel, proposal)
+        Plan::to_begin(kernel, proposal)
     }
 
     /// Does `what` between the two notes in the journal.

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use locus_guest::addr::{Frame, Gva, Range};
 use locus_guest::space::Space;
+use locus_guest::Vcpu;
 use locus_kernel::tasks::{self, TaskLayout};
 use locus_kernel::unwind::stack;
 use locus_kernel::Kernel;
@@ -32,11 +33,8 @@ impl Stacks {
         let vcpus = machine.vcpus()?;
         let mut all = Vec::new();
         let mut live = Vec::new();
-        let kernel_sp: Vec<Gva> = vcpus
-            .iter()
-            .filter(|v| v.online && !v.user)
-            .map(|v| v.rsp)
-            .collect();
+        let in_kernel = |v: &&Vcpu| v.online && !v.user;
+        let kernel_sp: Vec<Gva> = vcpus.iter().filter(in_kernel).map(|v| v.rsp).collect();
         for base in tasks::percpu_bases(kernel, &space)? {
             let own = stack::of_cpu(kernel, &space, base)?.into_iter();
             for (_, range) in own {
@@ -48,13 +46,15 @@ impl Stacks {
             all.extend(kept.map(|start| Range::new(start, layout.stack_size)));
         }
         let tasks = all_tasks(kernel)?;
+        let now = machine.vcpus()?;
         let is_on = |range: Range| kernel_sp.iter().find(|sp| range.contains(**sp));
-        // A CPU that is on none of their stacks is in an interrupt or on its way: its task's stack may be live wholly.
-        // One in user mode has none that is live.
+        let same = |v: &Vcpu| now.iter().any(|w| w.id == v.id && w.user == v.user);
         let on_tasks = kernel_sp
             .iter()
             .filter(|sp| tasks.iter().any(|t| t.stack.contains(**sp)));
-        let others = kernel_sp.len() != on_tasks.count();
+        // A CPU that is on none of their stacks is in an interrupt or on its way, and one that came or went meanwhile may
+        // be anywhere: then all of the stack of a task that runs may be live. One in user mode has none that is.
+        let is_known = kernel_sp.len() == on_tasks.count() && vcpus.iter().all(same);
         for task in tasks {
             let range = task.stack;
             if range.start == Gva(0) {
@@ -64,7 +64,7 @@ impl Stacks {
             let sp = match is_on(range) {
                 Some(sp) => *sp,
                 None if !task.on_cpu => task.sp,
-                None if others => range.start,
+                None if !is_known => range.start,
                 None => continue,
             };
             live.push((live_part(range, sp), task.comm));
