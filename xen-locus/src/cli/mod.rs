@@ -103,11 +103,13 @@ pub fn main() -> std::process::ExitCode {
     if guardian::is_meant() {
         return guardian::main();
     }
-    if let Err(error) = locus_xen::limit_memory(MEMORY_MAX) {
-        say::warn(format_args!("{error}; it has no limit"));
-    }
     let code = match Cli::try_parse() {
         Ok(args) => {
+            if reads_guests(&args.command) {
+                if let Err(error) = locus_xen::limit_memory(MEMORY_MAX) {
+                    say::warn(format_args!("{error}; it has no limit"));
+                }
+            }
             let code = run(&args).unwrap_or_else(|e| {
                 // The library's errors say all in one sentence; others have a chain of causes.
                 match e.downcast_ref::<Error>() {
@@ -171,7 +173,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         began,
         interrupted,
     };
-    if session.dry_run && !changes(&cli.command) {
+    if session.dry_run && !changes(&cli.command) && !matches!(cli.command, Command::Daemon(_)) {
         session.say(1, "--dry-run: this command changes nothing anyway");
     }
     match &cli.command {
@@ -193,6 +195,9 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         }
         Command::History(args) => history::run(&session, args),
         Command::Recover(args) => recover::run(&session, &session.host()?, args),
+        Command::Daemon(_) if session.dry_run => {
+            Err(Error::usage("daemon has no dry run: it does what requests ask for").into())
+        }
         Command::Daemon(args) => {
             let settings = Settings {
                 payloads: args.payloads.clone(),
@@ -216,6 +221,11 @@ fn ends_itself(command: &Command) -> bool {
             command,
             Command::Status { .. } | Command::Blocking(_) | Command::Daemon(_)
         )
+}
+
+/// Whether a command reads guests, and not only files of the host.
+fn reads_guests(command: &Command) -> bool {
+    !matches!(command, Command::History(_) | Command::Show { .. })
 }
 
 /// Whether a command may change a guest.

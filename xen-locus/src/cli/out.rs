@@ -4,7 +4,7 @@ use std::fmt::Display;
 use std::io::{self, Write as _};
 use std::sync::OnceLock;
 
-use serde_json::{json, Value};
+use serde_json::{json, Map, Value};
 
 use crate::blocker::Blocker;
 use crate::error::Error;
@@ -77,6 +77,14 @@ fn aligned<const N: usize>(heading: [&str; N], rows: &[[String; N]], mut show: i
     for row in rows {
         padded(&cells(row));
     }
+}
+
+/// An object with this list. `json!` would copy all of it.
+#[must_use]
+pub fn list(name: &str, all: Vec<Value>) -> Value {
+    let mut object = Map::new();
+    object.insert(name.to_owned(), Value::Array(all));
+    Value::Object(object)
 }
 
 /// An address in JSON: hex with `0x`, because JSON numbers lose bits over 2^53.

@@ -22,6 +22,10 @@ use crate::ops::host::Host;
 use crate::ops::{self, Patch, Replaced};
 use crate::quiesce::{self, Watch};
 
+/// Most threads of a guest that are shown as still in old versions. The guest says how many there are, and each takes memory
+/// until all guests were looked at.
+const DRAINING_MAX: usize = 4096;
+
 /// The patches of one guest.
 struct GuestStatus {
     guest: Guest,
@@ -175,11 +179,14 @@ impl GuestStatus {
         inside: impl Fn(&Watch) -> Result<Vec<Blocker>>,
     ) -> Result<GuestStatus> {
         let mut patches = Vec::new();
+        let mut left = DRAINING_MAX;
         for patch in ops::patches(kernel, uuid)? {
-            let draining = match &patch.old_versions {
+            let mut draining = match &patch.old_versions {
                 Some(watch) => inside(watch)?,
                 None => Vec::new(),
             };
+            draining.truncate(left);
+            left -= draining.len();
             patches.push(PatchStatus { patch, draining });
         }
         let arena = Arena::read(kernel).ok();

@@ -67,7 +67,7 @@ pub fn of(
 /// As [`of`].
 pub fn show(session: &Session, guest: &Guest, kernel: &Kernel<'_>) -> Result<()> {
     match of(session.output, kernel, &guest.registers, |_| true)? {
-        RenderedStacks::Objects(all) => out::object(guest.object(json!({ "stack_list": all }))),
+        RenderedStacks::Objects(all) => out::object(guest.object(out::list("stack_list", all))),
         RenderedStacks::Text(all) => all.iter().for_each(|one| out::text(one)),
     }
     Ok(())

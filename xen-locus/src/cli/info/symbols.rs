@@ -49,9 +49,8 @@ pub fn show(
                     })
                 })
             });
-            out::object(guest.object(json!({
-                "symbol_list": own.chain(of_modules).collect::<Vec<_>>(),
-            })));
+            let all = own.chain(of_modules).collect();
+            out::object(guest.object(out::list("symbol_list", all)));
         }
         Output::Table => {
             let mut text = String::new();
