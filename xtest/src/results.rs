@@ -133,12 +133,18 @@ impl Results {
     }
 }
 
-/// Seconds by `usual.txt`: lines `NAME SECONDS`, `#` begins a comment.
-fn listed(name: &str) -> Option<f64> {
-    include_str!("../usual.txt").lines().find_map(|line| {
-        let (found, seconds) = line.split('#').next()?.trim().split_once(' ')?;
-        (found == name).then(|| seconds.trim().parse().ok())?
+/// Names and seconds of `usual.txt`: lines `NAME SECONDS`, `#` begins a comment.
+pub fn usual() -> impl Iterator<Item = (&'static str, f64)> {
+    include_str!("../usual.txt").lines().filter_map(|line| {
+        let (name, seconds) = line.split('#').next()?.trim().split_once(' ')?;
+        Some((name, seconds.trim().parse().ok()?))
     })
+}
+
+fn listed(name: &str) -> Option<f64> {
+    usual()
+        .find(|(found, _)| *found == name)
+        .map(|(_, seconds)| seconds)
 }
 
 fn read(file: &Path) -> Option<Stored> {

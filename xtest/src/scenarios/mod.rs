@@ -163,3 +163,35 @@ pub fn all() -> Vec<Scenario> {
     ]
     .concat()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+    use crate::results;
+
+    #[test]
+    fn names_are_unique_and_lists_of_names_have_no_others() {
+        let mut names = HashSet::new();
+        for scenario in all() {
+            assert!(
+                names.insert(scenario.name),
+                "two are called {}",
+                scenario.name
+            );
+        }
+        for name in LEFT_OUT {
+            assert!(names.contains(name), "LEFT_OUT: no scenario {name}");
+        }
+        let left = usual().len() + LEFT_OUT.len();
+        assert_eq!(
+            left,
+            short().len(),
+            "LEFT_OUT names what is in the matrix alone, or twice"
+        );
+        for (name, _) in results::usual() {
+            assert!(names.contains(name), "usual.txt: no scenario {name}");
+        }
+    }
+}
