@@ -212,8 +212,8 @@ pub fn revert_all(
         let name = &resident.record.name;
         let result = if options.dry_run {
             let functions = resident.record.functions.len();
-            stack
-                .check_holds(kernel, resident)
+            plan::undo_once_on_top(kernel, &stack, resident)
+                .and_then(|plan| watch_of(&plan, options).map(|_| ()))
                 .map(|()| report(name, Outcome::WouldRevert, functions, Done::default()))
         } else {
             revert(machine, kernel, name, options)

@@ -162,6 +162,18 @@ pub fn prepare(
 /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): a module of the guest would panic.
 pub fn undo(kernel: &Kernel<'_>, stack: &Stack<'_>, resident: &Resident) -> Result<Plan> {
     stack.check_on_top(kernel, resident)?;
+    undo_once_on_top(kernel, stack, resident)
+}
+
+/// The same as [`undo`], as if the patches that lie on `resident` or use it were gone.
+///
+/// # Errors
+/// As [`undo`], but for those.
+pub fn undo_once_on_top(
+    kernel: &Kernel<'_>,
+    stack: &Stack<'_>,
+    resident: &Resident,
+) -> Result<Plan> {
     let record = &resident.record;
     if let Some(why) = modules_present::gone(kernel, record)? {
         return Err(Error::failed(format!(
@@ -186,7 +198,7 @@ pub fn undo(kernel: &Kernel<'_>, stack: &Stack<'_>, resident: &Resident) -> Resu
         ..Proposal::default()
     };
     // A kprobe changes the first byte of a redirect while it is enabled, and is the better reason: so this comes last.
-    let plan = Plan::unless_guarded(kernel, proposal)?;
+    let plan = Plan::to_begin(kernel, proposal)?;
     stack.check_holds(kernel, resident)?;
     Ok(plan)
 }
