@@ -1,4 +1,4 @@
-//! What each read-only command prints of each core in `golden/`, compared with the files there.
+//! What the read-only commands of `COMMANDS` print of each core in `golden/`, compared with the files there.
 //!
 //! `UPDATE_GOLDEN=1 cargo test -p xen-locus` writes the files anew: look at the difference before
 //! committing it.

@@ -65,7 +65,7 @@ pub enum Output {
     Json,
 }
 
-/// The commands. The first line here is the short help; the rest is the command's manual.
+/// The commands. The line here is the short help; the command's manual is in `manual/NAME.md`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// List domains: kernel, patches, and whether they can be patched

@@ -3,8 +3,8 @@
 //! Xen does not release a pause when the tool dies, and a change takes several writes. So before a run pauses a guest for the
 //! first time, it starts a guardian ([`worker`]). The guardian opens its own connection to Xen, maps the places to be changed,
 //! locks itself in memory, and waits ([`guardian`]). The run marks each step in a page that both share. If the run dies, the
-//! guardian finishes or undoes the change, by the bytes that are in the guest, and unpauses the guest ([`finish_or_undo`]). For
-//! that it needs no memory and no file.
+//! guardian looks at the bytes in the guest: a change that is complete stays, any other is undone. Then it unpauses the guest
+//! ([`finish_or_undo`]). For that it needs no memory and no file.
 //!
 //! The page is at the start of a file below [`DIR`]; what must be known of the change follows it. Both processes hold the file's
 //! lock. If the lock is free, the guardian has died too, and `recover` does its work. A reboot of dom0 removes these files, and

@@ -133,7 +133,7 @@ enum Turn {
 
 impl Gate {
     fn prepare(kernel: &Kernel<'_>, patch: &str, threads: &[Thread]) -> Result<Gate> {
-        conflicts::check_unguarded(kernel)?;
+        conflicts::check_no_integrity_checker(kernel)?;
         let mut arena = Arena::read(kernel)?;
         let residents = plan::resolve_interrupted(kernel, &mut arena)?;
         let entry = kernel.function(FUNCTION, 0)?;
@@ -240,7 +240,7 @@ impl Gate {
             ..Proposal::default()
         };
         match turn {
-            Turn::Up => Plan::unless_guarded(kernel, proposal),
+            Turn::Up => Plan::to_begin(kernel, proposal),
             Turn::Down => Plan::new(kernel, proposal),
         }
     }

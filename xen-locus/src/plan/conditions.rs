@@ -1,5 +1,5 @@
 //! `CONDITIONS`: what must be true when anything is written to the guest's text, whoever writes it: `apply`, `replace`,
-//! `revert`, the way back that `recover` takes, and both redirects of a `nudge`. There is no other way to a [`Plan`].
+//! `revert`, the way back that `recover` takes, both redirects of a `nudge`, and `reclaim`. Each of them makes its [`Plan`] here.
 //!
 //! Each condition is looked at when the plan is made, and its error says what is in the way. What it saw becomes words that
 //! are compared in the pause, right before the first write ([`Write::condition`]). If one of them has changed, the plan is
@@ -80,15 +80,15 @@ impl Plan {
     /// is half done does not ask for that.
     ///
     /// # Errors
-    /// As [`conflicts::check_unguarded`] and [`Plan::new`].
-    pub fn unless_guarded(kernel: &Kernel<'_>, mut proposal: Proposal<'_>) -> Result<Plan> {
+    /// As [`conflicts::check_no_integrity_checker`] and [`Plan::new`].
+    pub fn to_begin(kernel: &Kernel<'_>, mut proposal: Proposal<'_>) -> Result<Plan> {
         if let Some(at) = kernel.symbols.addr("modules") {
             // Read before the modules are: one that comes later changes it.
             let head = kernel.space.fresh().read_vec(at, 8)?;
             let condition = Write::condition(at, head, About::ModuleLists);
             proposal.links.insert(0, condition);
         }
-        conflicts::check_unguarded(kernel)?;
+        conflicts::check_no_integrity_checker(kernel)?;
         Plan::new(kernel, proposal)
     }
 

@@ -155,5 +155,5 @@ fn plan(
         watched,
         entry_only,
     };
-    Plan::unless_guarded(kernel, proposal)
+    Plan::to_begin(kernel, proposal)
 }

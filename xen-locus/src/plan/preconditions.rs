@@ -1,11 +1,11 @@
 //! [`PRECONDITIONS`]: what must be true of the payload, of the guest's kernel and of the patches that are there. What is seen
-//! only later is checked by the phases after this one; what only a running guest can tell, at the start of
+//! only later is checked by the phases after this one; whether the guest has started and is not going down, by
 //! [`crate::apply::apply`].
 //!
 //! To add a precondition, write a function here and add it to the list. It reads, and writes nothing. Its error says what
 //! was expected, what was found, and what to do. What can only be checked of one function is checked in
-//! [`crate::target::redirect`]. What must still be true in the pause is a [`Write`](crate::write::Write) that changes
-//! nothing: see [`super::finish`].
+//! [`crate::target::redirect`]. What must still be true in the pause, or for a revert too, is one of
+//! [`super::conditions`].
 
 use std::ops::Deref;
 
@@ -57,7 +57,7 @@ type Precondition = fn(&Candidate<'_, '_>) -> Result<()>;
 const PRECONDITIONS: &[Precondition] = &[
     is_built_for_this_release,
     is_built_for_this_build_id,
-    nothing_guards_the_code,
+    no_integrity_checker_is_there,
     has_this_kernels_klp_structures,
     uses_supported_features,
     superseded_patches_hold,
@@ -197,8 +197,8 @@ fn is_built_for_this_build_id(candidate: &Candidate<'_, '_>) -> Result<()> {
 }
 
 /// No module of the guest panics when the kernel's code changes.
-fn nothing_guards_the_code(candidate: &Candidate<'_, '_>) -> Result<()> {
-    conflicts::check_unguarded(candidate.kernel)
+fn no_integrity_checker_is_there(candidate: &Candidate<'_, '_>) -> Result<()> {
+    conflicts::check_no_integrity_checker(candidate.kernel)
 }
 
 /// Its `struct klp_patch` and the structures in it are laid out as the kernel's.

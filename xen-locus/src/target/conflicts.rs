@@ -74,7 +74,7 @@ pub fn freed(kernel: &Kernel<'_>, at: Gva) -> bool {
 /// # Errors
 /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): its module is loaded. Or the guest's modules can't be
 /// read.
-pub fn check_unguarded(kernel: &Kernel<'_>) -> Result<()> {
+pub fn check_no_integrity_checker(kernel: &Kernel<'_>) -> Result<()> {
     if kernel.symbols.addr("modules").is_none() {
         // This kernel can't have modules.
         return Ok(());
