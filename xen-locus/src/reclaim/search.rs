@@ -6,6 +6,7 @@
 //!
 //! - on a kernel stack, below what is live of it ([`Stacks`]). Stacks of threads that ended wait there for the next one;
 //! - in a page that the kernel's allocator has as free;
+//! - in the code of the kernel and of its modules: bytes of instructions may look like any number;
 //! - in memory of processes and of files, which the kernel never follows ([`Pages::is_ignored`]): any number may be there;
 //! - in the bounds of all addresses of modules, which are numbers;
 //! - in the links by which the guest knows the payload as a module, while it is to be taken out of them;
@@ -17,6 +18,7 @@ use locus_guest::addr::{Frame, Gfn, Gva, Range, PAGE_LEN, PAGE_SIZE};
 use locus_guest::budget::Budget;
 use locus_guest::space::Space;
 use locus_guest::{self as guest, fetch};
+use locus_kernel::modules::ModuleReader;
 use locus_kernel::Kernel;
 
 use super::page_types::Pages;
@@ -171,7 +173,7 @@ impl<'a, 'm> Search<'a, 'm> {
         Ok(found)
     }
 
-    /// Looks through all memory that the kernel has, but for the frames of stacks and of the arena.
+    /// Looks through all memory that the kernel has, but for the frames of stacks, of code and of the arena.
     fn memory(
         &self,
         direction: Direction,
@@ -187,6 +189,7 @@ impl<'a, 'm> Search<'a, 'm> {
         let pages = Pages::of(self.kernel, &space)?;
         let mut passed_over = stacks.clone();
         passed_over.extend(self.arena.own_frames());
+        passed_over.extend(code(self.kernel, &space)?);
         let mut seen = 0;
         let blocks = end.div_ceil(BLOCK);
         for nth in 0..blocks {
@@ -409,6 +412,30 @@ fn note(found: &mut Found, target: usize, by: String) {
 
 fn pages_from(start: Gva, len: usize) -> Range {
     Range::new(start, len as u64)
+}
+
+/// The frames in which nothing is but code of the kernel and of its modules.
+fn code(kernel: &Kernel<'_>, space: &Space<'_>) -> Result<HashSet<Frame>> {
+    let kernels = ["_stext", "_etext"].map(|name| kernel.symbols.addr(name));
+    let mut ranges = Vec::new();
+    if let [Some(start), Some(end)] = kernels {
+        ranges.push(Range { start, end });
+    }
+    for module in ModuleReader::new(kernel)?.all()? {
+        // Older kernels keep code, constants and variables in one part.
+        let text = module.parts.iter().filter(|p| p.kind == "text");
+        ranges.extend(text.map(|p| p.range));
+    }
+    let mut frames = HashSet::new();
+    for range in ranges {
+        let Some(start) = range.start.0.checked_next_multiple_of(PAGE_SIZE) else {
+            continue;
+        };
+        let len = (range.end.0 & !(PAGE_SIZE - 1)).saturating_sub(start);
+        // A module may have gone.
+        frames.extend(space.frames(Gva(start), len).unwrap_or_default());
+    }
+    Ok(frames)
 }
 
 /// The tables of the payloads that are out of the guest's lists, each from its marks to the end of its pages. Nothing
