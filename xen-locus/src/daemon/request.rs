@@ -90,9 +90,9 @@ impl Nodes<'_> {
         self.write("message", cut(message))
     }
 
-    /// Writes the answer, the node that commits it last; nothing if the requester has removed the request.
+    /// Writes the answer, the node that commits it last; nothing if the requester has removed the request, or it has its answer.
     pub(super) fn answer(&self, code: u8, message: &str) -> Result<()> {
-        if self.is_submitted()? == IsSubmitted::No {
+        if self.is_submitted()? != IsSubmitted::Yes {
             return Ok(());
         }
         self.write("rc", &code.to_string())?;

@@ -99,8 +99,8 @@ impl Requests {
             return Ok(());
         }
         let guest = nodes.guest()?;
-        // A worker has begun it otherwise, and ended: the next one must know.
-        if nodes.read("state")?.as_deref() != Some("running") {
+        // Otherwise a worker has begun it, and the next one must know. That one may still be at work, and write its state now.
+        if nodes.read("state")?.is_none() {
             nodes.write("state", "queued")?;
         }
         self.queued.insert(id.to_owned());

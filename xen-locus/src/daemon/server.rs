@@ -19,6 +19,7 @@ use super::request::{IsSubmitted, Nodes as RequestNodes, Request};
 use super::Settings;
 use crate::apply::Report;
 use crate::arena::now;
+use crate::domain::Domain;
 use crate::error::{Class, Error, ExitCode, Result};
 use crate::operation::Operation;
 use crate::ops;
@@ -26,7 +27,6 @@ use crate::ops::host::Host;
 use crate::paths;
 use crate::plan::Mode;
 use crate::storage::audit::entries::{self, Entries};
-use crate::storage::xenstore::Nodes;
 
 /// What became of a request for now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,15 +42,22 @@ pub(super) enum Served {
 
 /// What serving a request needs of the host.
 trait Hands {
-    /// Held while requests of the guest are served.
+    /// A guest that was found.
+    type Guest;
+    /// Held while a request of the guest is served.
     type Lock;
     /// Whether this worker is asked to stop.
     fn is_stopping(&self) -> bool;
-    /// Locks the requests of the request's guest. If a worker before this one has begun the request, what that left is settled.
-    /// `None` if there is no such guest; else with the lock the guest's UUID.
-    fn claim(&self, request: &Request, was_begun: bool) -> Result<Option<(Self::Lock, String)>>;
+    /// Finds the request's guest.
+    fn find(&self, request: &Request) -> Result<Self::Guest>;
+    /// The UUID of a guest.
+    fn uuid(guest: &Self::Guest) -> &str;
+    /// Locks the requests of a guest.
+    fn lock(&self, guest: &Self::Guest) -> Result<Self::Lock>;
+    /// Settles what a worker before this one left in a guest.
+    fn settle(&self, guest: &Self::Guest) -> Result<()>;
     /// Carries the request out.
-    fn carry_out(&self, request: &Request) -> Result<Report>;
+    fn carry_out(&self, guest: &Self::Guest, request: &Request) -> Result<Report>;
 }
 
 /// Works on the guests of a host.
@@ -69,8 +76,15 @@ impl Server<'_> {
     /// # Errors
     /// XenStore failed. Other errors are answers.
     pub(super) fn serve(&self, id: &str) -> Result<Served> {
-        let hands = Of { server: self, id };
-        let (served, said) = serve_one(&self.host.store, &self.host.audit, id, &hands)?;
+        let one = Serving {
+            nodes: RequestNodes {
+                store: &self.host.store,
+                id,
+            },
+            log: &self.host.audit,
+            hands: &Of { server: self, id },
+        };
+        let (served, said) = one.serve()?;
         if let Some(said) = said {
             self.settings.say(0, format!("request {id}: {said}"));
         }
@@ -94,72 +108,144 @@ impl Server<'_> {
     }
 }
 
-/// Serves a request. With what became of it comes a sentence for the administrator, if there is one.
-fn serve_one(
-    store: &dyn Nodes,
-    log: &dyn Entries,
-    id: &str,
-    hands: &impl Hands,
-) -> Result<(Served, Option<String>)> {
-    let nodes = RequestNodes { store, id };
-    match nodes.is_submitted()? {
-        IsSubmitted::No => return Ok((Served::None, None)),
-        IsSubmitted::Answered => return Ok((Served::Answered, None)),
-        IsSubmitted::Yes => {}
+/// What became of a request, and a sentence for the administrator, if there is one.
+type Said = (Served, Option<String>);
+
+/// A request that is served.
+struct Serving<'a, H> {
+    nodes: RequestNodes<'a>,
+    log: &'a dyn Entries,
+    hands: &'a H,
+}
+
+impl<H: Hands> Serving<'_, H> {
+    fn serve(&self) -> Result<Said> {
+        if let Some(not) = self.is_none()? {
+            return Ok((not, None));
+        }
+        let request = match self.request() {
+            Ok(request) => request,
+            Err(error) if error.class() == Class::Usage => return self.fails(&error),
+            // XenStore failed: that is no fault of the request.
+            Err(error) => return Err(error),
+        };
+        let guest = match self.hands.find(&request) {
+            Ok(guest) => guest,
+            Err(error) if self.was_begun()? => return self.is_not_found(&request, &error),
+            Err(error) => return self.fails(&error),
+        };
+        let _lock = match self.hands.lock(&guest) {
+            Ok(lock) => lock,
+            // Nothing is known yet, so its state stays what it is.
+            Err(error) => return self.waits(&error, None),
+        };
+        // Who had the lock may have served it. Or its requester made another one of it, perhaps for another guest.
+        if let Some(not) = self.is_none()? {
+            return Ok((not, None));
+        }
+        if self.request().ok().as_ref() != Some(&request) {
+            return Ok((Served::Waits, None));
+        }
+        if self.was_begun()? {
+            if let Some(said) = self.settle(&guest, &request)? {
+                return Ok(said);
+            }
+        } else {
+            match self.log.last_entry() {
+                Ok(entry) => self.nodes.write("entry", &entry.to_string())?,
+                Err(error) => return self.fails(&error),
+            }
+            self.nodes.write("state", "running")?;
+        }
+        match self.hands.carry_out(&guest, &request) {
+            Ok(report) => self.answer(ExitCode::Done as u8, &format!("{}: {report}", report.patch)),
+            // This ends, because the deadline is checked before each try.
+            Err(error) if request.waits_after(&error) => self.waits(&error, Some("queued")),
+            // What is not as it was before is an answer.
+            Err(error)
+                if self.hands.is_stopping()
+                    && matches!(error.class(), Class::Failed | Class::TryAgain) =>
+            {
+                self.waits(&error, Some("queued"))
+            }
+            Err(error) => self.fails(&error),
+        }
     }
-    let waits = |error: &Error, state: Option<&str>| {
+
+    /// What it is if it is not to be served.
+    fn is_none(&self) -> Result<Option<Served>> {
+        Ok(match self.nodes.is_submitted()? {
+            IsSubmitted::No => Some(Served::None),
+            IsSubmitted::Answered => Some(Served::Answered),
+            IsSubmitted::Yes => None,
+        })
+    }
+
+    fn request(&self) -> Result<Request> {
+        Request::parse(|name| self.nodes.read(name))
+    }
+
+    fn was_begun(&self) -> Result<bool> {
+        Ok(self.nodes.read("state")?.as_deref() == Some("running"))
+    }
+
+    fn waits(&self, error: &Error, state: Option<&str>) -> Result<Said> {
         // The requester may have removed the request meanwhile: then it must not be made again.
-        if nodes.is_submitted()? != IsSubmitted::No {
-            nodes.say(&one_line(error))?;
+        if self.nodes.is_submitted()? != IsSubmitted::No {
+            self.nodes.say(&one_line(error))?;
             if let Some(state) = state {
-                nodes.write("state", state)?;
+                self.nodes.write("state", state)?;
             }
         }
         Ok((Served::Waits, Some(format!("waits: {error}"))))
-    };
-    let answer = |code: u8, message: &str| {
-        nodes.answer(code, message)?;
-        Ok((Served::Answered, Some(format!("rc {code}: {message}"))))
-    };
-    let fails = |error: &Error| answer(error.exit_code() as u8, &one_line(error));
-    let request = match Request::parse(|name| nodes.read(name)) {
-        Ok(request) => request,
-        Err(error) if error.class() == Class::Usage => return fails(&error),
-        // XenStore failed: that is no fault of the request.
-        Err(error) => return Err(error),
-    };
-    let was_begun = nodes.read("state")?.as_deref() == Some("running");
-    let claimed = match hands.claim(&request, was_begun) {
-        Ok(claimed) => claimed,
-        // Nothing is known yet, so its state stays what it is.
-        Err(error) => return waits(&error, None),
-    };
-    if was_begun {
-        let uuid = claimed.as_ref().map(|(_, uuid)| uuid);
-        let uuid = uuid.or(request.uuid.as_ref()).map(String::as_str);
-        match earlier(log, &nodes, &request, uuid) {
-            Ok(None) => {}
-            Ok(Some((code, message))) => return answer(code, &message),
-            Err(error) => return fails(&error),
-        }
-    } else {
-        match log.last_entry() {
-            Ok(entry) => nodes.write("entry", &entry.to_string())?,
-            Err(error) => return fails(&error),
-        }
-        nodes.write("state", "running")?;
     }
-    match hands.carry_out(&request) {
-        Ok(report) => answer(ExitCode::Done as u8, &format!("{}: {report}", report.patch)),
-        // This ends, because the deadline is checked before each try.
-        Err(error) if request.waits_after(&error) => waits(&error, Some("queued")),
-        // What is not as it was before is an answer.
-        Err(error)
-            if hands.is_stopping() && matches!(error.class(), Class::Failed | Class::TryAgain) =>
-        {
-            waits(&error, Some("queued"))
+
+    fn answer(&self, code: u8, message: &str) -> Result<Said> {
+        self.nodes.answer(code, message)?;
+        Ok((Served::Answered, Some(format!("rc {code}: {message}"))))
+    }
+
+    fn fails(&self, error: &Error) -> Result<Said> {
+        self.answer(error.exit_code() as u8, &one_line(error))
+    }
+
+    /// Its guest is not found, and a worker has begun it. The guest may be rebooted, saved or migrated right now, with the change
+    /// in force. So only the log can give an answer.
+    fn is_not_found(&self, request: &Request, error: &Error) -> Result<Said> {
+        match earlier(self.log, &self.nodes, request, request.uuid.as_deref()) {
+            Ok(Some((code, message))) => self.answer(code, &message),
+            Err(error) if error.class() == Class::Uncertain => self.fails(&error),
+            Ok(None) => self.waits(error, None),
+            Err(error) => self.waits(&error, None),
         }
-        Err(error) => fails(&error),
+    }
+
+    /// A worker has begun it: settles what that left. `None` if nothing came of it, so that it is to be begun.
+    fn settle(&self, guest: &H::Guest, request: &Request) -> Result<Option<Said>> {
+        let uuid = request.uuid.as_deref().unwrap_or(H::uuid(guest));
+        let earlier = || earlier(self.log, &self.nodes, request, Some(uuid));
+        // What the log knows already is true of a guest that can't be settled too.
+        if let Ok(Some((code, message))) = earlier() {
+            return self.answer(code, &message).map(Some);
+        }
+        let settled = match self.hands.settle(guest) {
+            Ok(()) => earlier(),
+            // That won't pass.
+            Err(error) if matches!(error.class(), Class::NotApplicable | Class::RolledBack) => {
+                Err(Error::uncertain(format!(
+                    "this request was begun before, and what it left can't be settled, so it can't be told whether it was \
+                     carried out: {error}"
+                )))
+            }
+            Err(error) => Err(error),
+        };
+        match settled {
+            Ok(None) => Ok(None),
+            Ok(Some((code, message))) => self.answer(code, &message).map(Some),
+            Err(error) if error.class() == Class::Uncertain => self.fails(&error).map(Some),
+            // It may be carried out, or not.
+            Err(error) => self.waits(&error, None).map(Some),
+        }
     }
 }
 
@@ -200,35 +286,38 @@ struct Of<'s> {
     id: &'s str,
 }
 
-impl Hands for Of<'_> {
+impl<'s> Hands for Of<'s> {
+    type Guest = Domain<'s>;
     type Lock = File;
 
     fn is_stopping(&self) -> bool {
         self.server.is_stopping()
     }
 
-    fn claim(&self, request: &Request, was_begun: bool) -> Result<Option<(File, String)>> {
-        let host = self.server.host;
-        // Carrying it out says why.
-        let Ok(domain) = host.guest(&request.domain) else {
-            return Ok(None);
-        };
-        let uuid = domain.info.uuid.clone();
-        let options = &self.server.settings.options;
-        let lock = ops::take_for_requests(&uuid, options)?;
-        if was_begun {
-            ops::recover(&host.operator(operator(self.id)), &domain, options)?;
-        }
-        Ok(Some((lock, uuid)))
+    fn find(&self, request: &Request) -> Result<Domain<'s>> {
+        self.server.host.guest(&request.domain)
     }
 
-    fn carry_out(&self, request: &Request) -> Result<Report> {
-        self.server.carry_out(self.id, request)
+    fn uuid<'g>(domain: &'g Domain<'s>) -> &'g str {
+        &domain.info.uuid
+    }
+
+    fn lock(&self, domain: &Domain<'s>) -> Result<File> {
+        ops::take_for_requests(&domain.info.uuid, &self.server.settings.options)
+    }
+
+    fn settle(&self, domain: &Domain<'s>) -> Result<()> {
+        let operator = self.server.host.operator(operator(self.id));
+        ops::recover(&operator, domain, &self.server.settings.options).map(|_| ())
+    }
+
+    fn carry_out(&self, domain: &Domain<'s>, request: &Request) -> Result<Report> {
+        self.server.carry_out(self.id, domain, request)
     }
 }
 
 impl Server<'_> {
-    fn carry_out(&self, id: &str, request: &Request) -> Result<Report> {
+    fn carry_out(&self, id: &str, domain: &Domain<'_>, request: &Request) -> Result<Report> {
         let mut operator = self.host.operator(operator(id));
         let mut options = self.settings.options.clone();
         if let Some(deadline) = request.deadline {
@@ -238,7 +327,6 @@ impl Server<'_> {
             options.timeout = options.timeout.min(Duration::from_secs(left));
             operator.retries_after = Error::is_not_loaded;
         }
-        let domain = self.host.guest(&request.domain)?;
         if let Some(uuid) = request.uuid.as_ref().filter(|u| **u != domain.info.uuid) {
             return Err(Error::failed(format!(
                 "domain {} has UUID {}, not {uuid}: it is another guest than the request was made \
@@ -250,13 +338,13 @@ impl Server<'_> {
         let (patch, sha256) = (&request.patch, request.sha256.as_deref());
         let mode = match request.op {
             Operation::Revert => {
-                return ops::revert(&operator, &domain, patch, sha256, &options);
+                return ops::revert(&operator, domain, patch, sha256, &options);
             }
             Operation::Replace => Mode::Replace,
             _ => Mode::Apply,
         };
         let payload = self.named(patch, sha256)?;
-        ops::apply(&operator, &domain, &payload, mode, &options)
+        ops::apply(&operator, domain, &payload, mode, &options)
     }
 
     /// Reads the payload of this name, which only this user can have put there. If a SHA-256 is given, its file must have it.

@@ -41,7 +41,7 @@ impl Trace {
     }
 }
 
-/// An audit log in memory. Calls: `open log`, `append`.
+/// An audit log in memory. Calls: `open log`, `append`, `since`.
 #[derive(Debug, Default)]
 pub(crate) struct MockLog {
     pub(crate) trace: Trace,
@@ -78,6 +78,7 @@ impl Entries for MockLog {
     }
 
     fn since(&self, entry: u64) -> Result<Option<Vec<Action>>> {
+        self.trace.call("since")?;
         let lines = self.lines.borrow();
         let entry = usize::try_from(entry).unwrap_or(usize::MAX);
         Ok(lines.get(entry..).map(<[Action]>::to_vec))

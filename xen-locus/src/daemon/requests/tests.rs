@@ -126,6 +126,15 @@ fn the_state_of_a_request_that_was_begun_stays_for_the_next_worker() {
 }
 
 #[test]
+fn a_state_is_written_once_because_a_worker_may_write_it_meanwhile() {
+    let mut host = Host::new();
+    host.store.put(&format!("{ROOT}/request/a/state"), "queued");
+    host.store.trace.fail("write");
+    host.submit("a");
+    assert_eq!(host.next(Duration::ZERO).as_deref(), Some("a"));
+}
+
+#[test]
 fn a_request_that_ends_its_workers_is_answered_in_the_end() {
     let mut host = Host::new();
     host.submit("a");

@@ -6,7 +6,7 @@ use super::*;
 use crate::apply;
 use crate::storage::audit::Action;
 use crate::storage::mock::{MockLog, MockStore};
-use crate::storage::xenstore::ROOT;
+use crate::storage::xenstore::{Nodes as _, ROOT};
 
 const UUID: &str = "a guest";
 
@@ -19,8 +19,14 @@ struct Mock {
     changes: Cell<u32>,
     /// What carrying it out gives; nothing to do unless set.
     gives: RefCell<Option<Error>>,
-    /// What settling gives.
-    claim: RefCell<Option<Error>>,
+    /// What finding its guest gives; the guest unless set.
+    finds: RefCell<Option<Error>>,
+    /// What locking gives; the lock unless set.
+    locks: RefCell<Option<Error>>,
+    /// What settling gives; it is settled unless set.
+    settles: RefCell<Option<Error>>,
+    /// Called while another worker has the lock.
+    before_lock: fn(&Mock),
     /// What a worker that was killed in the change left for `recover`: whether it is in force.
     left: Cell<Option<bool>>,
     /// Called while the request runs.
@@ -56,7 +62,10 @@ impl Mock {
             is_stopping: false,
             changes: Cell::new(0),
             gives: RefCell::default(),
-            claim: RefCell::default(),
+            finds: RefCell::default(),
+            locks: RefCell::default(),
+            settles: RefCell::default(),
+            before_lock: |_| {},
             left: Cell::new(None),
             meanwhile: |_| {},
         }
@@ -68,7 +77,19 @@ impl Mock {
     }
 
     fn serve(&self) -> Served {
-        serve_one(&self.store, &self.log, "r", self).unwrap().0
+        self.try_serve().unwrap()
+    }
+
+    fn try_serve(&self) -> Result<Served> {
+        let one = Serving {
+            nodes: RequestNodes {
+                store: &self.store,
+                id: "r",
+            },
+            log: &self.log,
+            hands: self,
+        };
+        one.serve().map(|(served, _)| served)
     }
 
     /// State and exit code.
@@ -82,17 +103,28 @@ impl Mock {
 }
 
 impl Hands for Mock {
+    type Guest = String;
     type Lock = ();
 
     fn is_stopping(&self) -> bool {
         self.is_stopping
     }
 
-    fn claim(&self, _: &Request, was_begun: bool) -> Result<Option<((), String)>> {
-        if let Some(error) = self.claim.take() {
-            return Err(error);
-        }
-        if let (true, Some(in_force)) = (was_begun, self.left.take()) {
+    fn find(&self, _: &Request) -> Result<String> {
+        self.finds.take().map_or_else(|| Ok(UUID.into()), Err)
+    }
+
+    fn uuid(guest: &String) -> &str {
+        guest
+    }
+
+    fn lock(&self, _: &String) -> Result<()> {
+        (self.before_lock)(self);
+        self.locks.take().map_or(Ok(()), Err)
+    }
+
+    fn settle(&self, _: &String) -> Result<()> {
+        if let Some(in_force) = self.left.take() {
             self.record(Action {
                 of: "revert".into(),
                 ..action(
@@ -102,10 +134,10 @@ impl Hands for Mock {
                 )
             });
         }
-        Ok(Some(((), UUID.into())))
+        self.settles.take().map_or(Ok(()), Err)
     }
 
-    fn carry_out(&self, request: &Request) -> Result<Report> {
+    fn carry_out(&self, _: &String, request: &Request) -> Result<Report> {
         assert_eq!(request.op, Operation::Revert);
         assert_eq!(self.answer(), ("running".into(), String::new()));
         (self.meanwhile)(self);
@@ -197,7 +229,7 @@ fn a_request_is_carried_out_once_whenever_its_worker_is_killed() {
     for killed_at in 0.. {
         let mock = Mock::new(&[]);
         mock.store.fail_write(killed_at);
-        let died = serve_one(&mock.store, &mock.log, "r", &mock).is_err();
+        let died = mock.try_serve().is_err();
         mock.store.fail_write(usize::MAX);
         assert_eq!(mock.serve(), Served::Answered);
         assert_eq!(mock.answer(), ("done".into(), "0".into()), "{killed_at}");
@@ -220,15 +252,121 @@ fn a_request_whose_worker_was_killed_in_the_change_is_answered_by_what_recover_f
     }
 }
 
+const BEGUN: [(&str, &str); 2] = [("state", "running"), ("entry", "0")];
+
 #[test]
 fn a_request_that_was_begun_waits_until_that_is_settled() {
-    let mock = Mock::new(&[("state", "running"), ("entry", "0")]);
-    *mock.claim.borrow_mut() = Some(Error::try_again("another worker has it"));
+    let busy = || Some(Error::try_again("another run works on it"));
+    let broken = || Some(Error::failed("it can't be read"));
+    type Fail = fn(&Mock, Option<Error>);
+    let steps: [Fail; 3] = [
+        |mock, error| *mock.finds.borrow_mut() = error,
+        |mock, error| *mock.locks.borrow_mut() = error,
+        |mock, error| *mock.settles.borrow_mut() = error,
+    ];
+    for step in steps {
+        for error in [busy(), broken()] {
+            let mock = Mock::new(&BEGUN);
+            step(&mock, error);
+            assert_eq!(mock.serve(), Served::Waits);
+            assert_eq!(mock.answer(), ("running".into(), String::new()));
+            assert!(!mock.node("message").is_empty());
+            assert_eq!(mock.changes.get(), 0);
+            assert_eq!(mock.serve(), Served::Answered);
+            assert_eq!(mock.changes.get(), 1);
+        }
+    }
+}
+
+#[test]
+fn a_request_that_was_begun_waits_for_a_log_that_can_not_be_read() {
+    let mock = Mock::new(&BEGUN);
+    mock.left.set(Some(true));
+    mock.log.trace.fail("since");
     assert_eq!(mock.serve(), Served::Waits);
-    assert_eq!(mock.node("state"), "running");
-    assert_eq!(mock.changes.get(), 0);
+    assert_eq!(mock.answer(), ("running".into(), String::new()));
+    mock.log.trace.fail("");
     assert_eq!(mock.serve(), Served::Answered);
-    assert_eq!(mock.changes.get(), 1);
+    assert_eq!(mock.answer(), ("done".into(), "0".into()));
+    assert_eq!(mock.changes.get(), 0);
+}
+
+#[test]
+fn what_can_never_be_settled_is_answered_and_that_is_called_uncertain() {
+    for error in [
+        Error::not_applicable("domains 3 and 5 have the same UUID"),
+        Error::uncertain("its guardian is stuck"),
+    ] {
+        let mock = Mock::new(&BEGUN);
+        *mock.settles.borrow_mut() = Some(error);
+        assert_eq!(mock.serve(), Served::Answered);
+        assert_eq!(mock.answer(), ("done".into(), "6".into()));
+        assert_eq!(mock.changes.get(), 0);
+    }
+}
+
+#[test]
+fn what_the_log_knows_is_the_answer_though_the_guest_is_gone_or_can_not_be_settled() {
+    for is_gone in [true, false] {
+        let mock = Mock::new(&BEGUN);
+        mock.record(action("XenStore request r", "revert", "reverted"));
+        let error = Some(Error::not_applicable("no"));
+        match is_gone {
+            true => *mock.finds.borrow_mut() = error,
+            false => *mock.settles.borrow_mut() = error,
+        }
+        assert_eq!(mock.serve(), Served::Answered);
+        assert_eq!(mock.answer(), ("done".into(), "0".into()));
+        assert_eq!(mock.changes.get(), 0);
+    }
+}
+
+#[test]
+fn a_request_whose_guest_is_not_found_is_answered_before_it_is_begun() {
+    let mock = Mock::new(&[]);
+    *mock.finds.borrow_mut() = Some(Error::failed("there is no domain"));
+    assert_eq!(mock.serve(), Served::Answered);
+    assert_eq!(mock.answer(), ("done".into(), "1".into()));
+    assert_eq!(mock.node("entry"), "");
+}
+
+/// Two daemons' workers: the one that has the lock was started first.
+#[test]
+fn a_request_that_another_worker_serves_meanwhile_is_served_once() {
+    let mut mock = Mock::new(&[]);
+    mock.before_lock = |mock| {
+        let other = Mock::new(&[]);
+        assert_eq!(other.serve(), Served::Answered);
+        mock.store.nodes.swap(&other.store.nodes);
+        mock.log.lines.swap(&other.log.lines);
+    };
+    assert_eq!(mock.serve(), Served::Answered);
+    assert_eq!(mock.changes.get(), 0);
+    // That one is killed after the change.
+    mock = Mock::new(&[]);
+    mock.before_lock = |mock| {
+        for (name, value) in BEGUN {
+            let node = format!("{ROOT}/request/r/{name}");
+            mock.store.put(&node, value);
+        }
+        mock.left.set(Some(true));
+    };
+    assert_eq!(mock.serve(), Served::Answered);
+    assert_eq!(mock.answer(), ("done".into(), "0".into()));
+    assert_eq!(mock.changes.get(), 0);
+}
+
+#[test]
+fn a_request_that_is_removed_or_made_anew_meanwhile_is_not_carried_out() {
+    let mut mock = Mock::new(&[]);
+    mock.before_lock = |mock| mock.store.remove(&format!("{ROOT}/request/r")).unwrap();
+    assert_eq!(mock.serve(), Served::None);
+    assert!(mock.store.nodes.borrow().is_empty());
+    mock = Mock::new(&[]);
+    mock.before_lock = |mock| mock.store.put(&format!("{ROOT}/request/r/domain"), "db");
+    assert_eq!(mock.serve(), Served::Waits);
+    assert_eq!(mock.node("state"), "");
+    assert_eq!(mock.changes.get(), 0);
 }
 
 #[test]
