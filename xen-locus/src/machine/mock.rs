@@ -64,6 +64,8 @@ pub(crate) struct Guest {
     pub(crate) ended: Cell<bool>,
     /// Another domain has its UUID.
     pub(crate) shares_uuid: Cell<bool>,
+    /// What an interrupted run left can't be settled yet.
+    pub(crate) is_busy: Cell<bool>,
     /// Some of its memory is populated on demand.
     pub(crate) on_demand: Cell<bool>,
     /// Pages of memory that it may be given yet.
@@ -128,6 +130,7 @@ impl Guest {
             keeps_journal: Cell::new(false),
             ended: Cell::new(false),
             shares_uuid: Cell::new(false),
+            is_busy: Cell::new(false),
             on_demand: Cell::new(false),
             spare: Cell::new(240),
             writing: Cell::new(Writing::Begins),

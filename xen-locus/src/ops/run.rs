@@ -22,7 +22,7 @@ use super::guest::Guest;
 use super::{publish, status};
 use crate::apply::{Options, Report};
 use crate::arena;
-use crate::error::{Error, Result};
+use crate::error::{Class, Error, Result};
 use crate::machine;
 use crate::operation::Operation;
 use crate::recover::{self, Finding};
@@ -182,7 +182,8 @@ impl Operator<'_> {
     }
 
     /// Settles what an interrupted run left and records that, if there was anything. If it can't be recorded, the
-    /// journal stays, and nothing else may begin. The caller has the guest's lock.
+    /// journal stays, and nothing else may begin. That it is to be tried again is not recorded: this may come again every few
+    /// seconds. The caller has the guest's lock.
     ///
     /// # Errors
     /// As [`recover::recover`]; the log can't be opened or written; the journal can't be removed.
@@ -205,6 +206,7 @@ impl Operator<'_> {
                 action.result = report.result.name().into();
                 action.message = report.to_string();
             }
+            Err(error) if error.class() == Class::TryAgain => {}
             Err(error) => failed(&mut action, error),
         }
         let recorded = match action.result.is_empty() {

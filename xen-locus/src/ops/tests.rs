@@ -63,6 +63,9 @@ impl Guest for MockGuest {
 
     fn recover(&self, options: &Options) -> Result<recover::Report> {
         self.trace.call("recover")?;
+        if self.is_busy.get() {
+            return Err(Error::try_again("its guardian does not end"));
+        }
         let intent = self.intent.borrow().clone();
         recover::of_guest(self, &self.kernel(), intent.as_ref(), options)
     }
@@ -304,6 +307,19 @@ fn an_interrupted_run_that_can_not_be_settled_lets_nothing_begin() {
         let last = host.log.told().pop();
         assert_eq!(last.as_deref(), Some("apply two failed"), "{fails}");
     }
+}
+
+#[test]
+fn that_an_interrupted_run_is_to_be_settled_later_is_no_line() {
+    let host = Host::interrupted();
+    let recover = || recover(&host.operator(), &host.guest, &options(false));
+    host.guest.is_busy.set(true);
+    recover().unwrap_err();
+    assert_eq!(host.log.told(), [""; 0]);
+    assert!(host.has_journal());
+    host.guest.is_busy.set(false);
+    recover().unwrap();
+    assert_eq!(host.log.told(), ["recover one finished"]);
 }
 
 #[test]
