@@ -17,6 +17,43 @@ const WAIT_MAX: Duration = Duration::from_secs(8);
 const ANSWERED_MAX: usize = 1024;
 /// Most workers that end in the middle of one request.
 const DEATHS_MAX: u32 = 3;
+/// Most tries to find out what a worker did that had begun a request. With the waits between them they take two minutes.
+const UNSETTLED_MAX: u32 = 20;
+
+/// What went wrong with a request that is not answered.
+#[derive(Debug, Default)]
+struct Trouble {
+    /// How many workers ended in the middle of it.
+    deaths: u32,
+    /// How the last one of them ended.
+    how: String,
+    /// How many tries did not find out what a worker before them did.
+    unsettled: u32,
+}
+
+impl Trouble {
+    /// Why no other worker is to try it, if none is. `said` is what the last one said of it.
+    fn is_hopeless(&self, said: impl FnOnce() -> Result<String>) -> Result<Option<String>> {
+        let why = if self.deaths >= DEATHS_MAX {
+            format!(
+                "{} workers ended while they carried it out, the last one by {}",
+                self.deaths, self.how
+            )
+        } else if self.unsettled >= UNSETTLED_MAX {
+            format!(
+                "this request was begun before, and {} tries did not find out whether it was carried out, the last one \
+                 because: {}",
+                self.unsettled,
+                said()?
+            )
+        } else {
+            return Ok(None);
+        };
+        Ok(Some(format!(
+            "{why}: run `xen-locus recover`, and see `xen-locus status`"
+        )))
+    }
+}
 
 /// The requests that are known.
 pub(super) struct Requests {
@@ -26,8 +63,8 @@ pub(super) struct Requests {
     waiting: Backoff<String>,
     /// The last answered requests, the oldest first.
     answered: VecDeque<String>,
-    /// How many workers ended in the middle of a request.
-    deaths: HashMap<String, u32>,
+    /// Those with which something went wrong.
+    troubles: HashMap<String, Trouble>,
 }
 
 impl Requests {
@@ -36,7 +73,7 @@ impl Requests {
             queued: HashSet::new(),
             waiting: Backoff::new(TICK, WAIT_MAX),
             answered: VecDeque::new(),
-            deaths: HashMap::new(),
+            troubles: HashMap::new(),
         }
     }
 
@@ -67,25 +104,28 @@ impl Requests {
             return;
         }
         match self.try_look(store, queue, id) {
-            Ok(()) => self.waiting.forget(&id.to_owned()),
+            // If this is not the last try, the wait for the next one is longer.
+            Ok(true) => {}
+            Ok(false) => self.forget(id),
             Err(error) => {
                 say(format!("request {}: {error}", shown(id)));
                 match is_name(id) {
                     true => self.waiting.put_off(id.to_owned(), now),
                     // It can't be answered, and will not be a better one.
-                    false => self.waiting.forget(&id.to_owned()),
+                    false => self.forget(id),
                 }
             }
         }
     }
 
-    fn try_look(&mut self, store: &dyn Nodes, queue: &mut Queue, id: &str) -> Result<()> {
+    /// Whether it came into the queue.
+    fn try_look(&mut self, store: &dyn Nodes, queue: &mut Queue, id: &str) -> Result<bool> {
         let nodes = RequestNodes { store, id };
         match nodes.is_submitted()? {
-            IsSubmitted::No => return Ok(()),
+            IsSubmitted::No => return Ok(false),
             IsSubmitted::Answered => {
                 self.remember(store, id);
-                return Ok(());
+                return Ok(false);
             }
             IsSubmitted::Yes => {}
         }
@@ -96,7 +136,15 @@ impl Requests {
             );
             nodes.answer(ExitCode::Usage as u8, &why)?;
             self.remember(store, id);
-            return Ok(());
+            return Ok(false);
+        }
+        if let Some(trouble) = self.troubles.get(id) {
+            let said = || Ok(nodes.read("message")?.unwrap_or_default());
+            if let Some(why) = trouble.is_hopeless(said)? {
+                nodes.answer(ExitCode::Uncertain as u8, &why)?;
+                self.remember(store, id);
+                return Ok(false);
+            }
         }
         let guest = nodes.guest()?;
         // Otherwise a worker has begun it, and the next one must know. That one may still be at work, and write its state now.
@@ -109,7 +157,7 @@ impl Requests {
             guest,
             is_background: false,
         });
-        Ok(())
+        Ok(true)
     }
 
     /// The worker that had request `id` has ended.
@@ -122,44 +170,47 @@ impl Requests {
         say: &dyn Fn(String),
     ) {
         self.queued.remove(id);
-        let End::Died(how) = end else {
-            self.deaths.remove(id);
-            let nodes = RequestNodes { store, id };
-            match (end, nodes.is_submitted()) {
-                (End::Done, Ok(IsSubmitted::Answered)) => self.remember(store, id),
-                (End::Done, Ok(IsSubmitted::No)) => {}
-                // Or its requester made a new one with this ID, before it was known that the old one is answered.
-                _ => self.waiting.put_off(id.to_owned(), now),
-            }
-            return;
-        };
-        let deaths = self.deaths.entry(id.to_owned()).or_default();
-        *deaths += 1;
-        say(format!("request {id}: its worker ended: {how}"));
-        if *deaths < DEATHS_MAX {
-            self.waiting.put_off(id.to_owned(), now);
-            return;
-        }
-        self.deaths.remove(id);
-        let why = format!(
-            "{DEATHS_MAX} workers ended while they carried it out, the last one by {how}: run `xen-locus recover`, and see `xen-locus \
-             status`"
-        );
         let nodes = RequestNodes { store, id };
-        if let Err(error) = nodes.answer(ExitCode::Uncertain as u8, &why) {
-            say(format!("request {id}: {error}"));
+        match (end, nodes.is_submitted()) {
+            (End::Done, Ok(IsSubmitted::Answered)) => return self.remember(store, id),
+            (End::Done, Ok(IsSubmitted::No)) => return self.forget(id),
+            // Its requester made a new one with this ID, before it was known that the old one is answered.
+            (End::Done, _) => self.forget(id),
+            (End::Later, _) => match nodes.read("state").as_ref().map(Option::as_deref) {
+                Ok(Some("running")) => self.trouble(id).unsettled += 1,
+                Ok(_) => drop(self.troubles.remove(id)),
+                Err(_) => {}
+            },
+            (End::Died(how), _) => {
+                say(format!("request {id}: its worker ended: {how}"));
+                let trouble = self.trouble(id);
+                trouble.deaths += 1;
+                trouble.how.clone_from(how);
+            }
         }
-        self.remember(store, id);
+        self.waiting.put_off(id.to_owned(), now);
+    }
+
+    fn trouble(&mut self, id: &str) -> &mut Trouble {
+        self.troubles.entry(id.to_owned()).or_default()
+    }
+
+    /// There is no request `id`, or another one.
+    fn forget(&mut self, id: &str) {
+        self.waiting.forget(&id.to_owned());
+        self.troubles.remove(id);
     }
 
     /// All requests are to be looked at anew: xenstored was started again.
     pub(super) fn forget_waiting(&mut self) {
         self.waiting.retain(|_| false);
+        self.troubles.clear();
         self.answered.clear();
     }
 
     /// Request `id` is answered. Of many, the oldest is removed, unless it was submitted again.
     fn remember(&mut self, store: &dyn Nodes, id: &str) {
+        self.forget(id);
         self.answered.retain(|known| known != id);
         self.answered.push_back(id.to_owned());
         if self.answered.len() <= ANSWERED_MAX {

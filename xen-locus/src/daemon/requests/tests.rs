@@ -135,18 +135,98 @@ fn a_state_is_written_once_because_a_worker_may_write_it_meanwhile() {
 }
 
 #[test]
+fn the_waits_of_a_request_double_up_to_the_longest() {
+    let mut host = Host::new();
+    host.submit("a");
+    assert_eq!(host.next(Duration::ZERO).as_deref(), Some("a"));
+    for wait in [1, 2, 4, 8, 16, 16] {
+        host.end("a", &End::Later);
+        let wait = TICK * wait;
+        assert!(wait <= WAIT_MAX);
+        assert_eq!(host.next(wait - TICK / 2), None, "{wait:?}");
+        assert_eq!(host.next(TICK / 2).as_deref(), Some("a"), "{wait:?}");
+    }
+    // A new one with this ID waits as a new one.
+    host.end("a", &End::Done);
+    host.store.remove(&format!("{ROOT}/request/a")).unwrap();
+    host.submit("a");
+    assert_eq!(host.next(Duration::ZERO).as_deref(), Some("a"));
+    host.end("a", &End::Later);
+    assert_eq!(host.next(TICK).as_deref(), Some("a"));
+}
+
+const DIED: fn() -> End = || End::Died("signal 9".into());
+
+#[test]
 fn a_request_that_ends_its_workers_is_answered_in_the_end() {
     let mut host = Host::new();
     host.submit("a");
+    host.store
+        .put(&format!("{ROOT}/request/a/state"), "running");
     for _ in 0..DEATHS_MAX {
         assert_eq!(host.node("a", "rc"), "");
+        // Workers in between that only wait don't make this another request.
         assert_eq!(host.next(WAIT_MAX).as_deref(), Some("a"));
-        host.end("a", &End::Died("signal 9".into()));
+        host.end("a", &End::Later);
+        assert_eq!(host.next(WAIT_MAX).as_deref(), Some("a"));
+        host.end("a", &DIED());
     }
+    assert_eq!(host.next(WAIT_MAX), None);
     assert_eq!(host.node("a", "rc"), "6");
     assert!(host.node("a", "message").contains("signal 9"));
     assert_eq!(host.node("a", "state"), "done");
+    assert!(host.requests.troubles.is_empty());
+}
+
+#[test]
+fn an_answer_that_can_not_be_written_is_written_later_and_no_worker_is_begun() {
+    let mut host = Host::new();
+    host.submit("a");
+    for _ in 0..DEATHS_MAX {
+        host.next(WAIT_MAX);
+        host.end("a", &DIED());
+    }
+    host.store.trace.fail("write");
+    for _ in 0..3 {
+        assert_eq!(host.next(WAIT_MAX), None);
+        assert_eq!(host.node("a", "rc"), "");
+    }
+    host.store.trace.fail("");
     assert_eq!(host.next(WAIT_MAX), None);
+    assert_eq!(host.node("a", "rc"), "6");
+    assert_eq!(host.requests.answered, ["a"]);
+}
+
+#[test]
+fn a_request_of_which_it_is_never_known_what_came_of_it_is_answered_in_the_end() {
+    let mut host = Host::new();
+    host.submit("a");
+    let put = |host: &Host, name: &str, value: &str| {
+        host.store.put(&format!("{ROOT}/request/a/{name}"), value);
+    };
+    // As long as it is not begun it may wait.
+    for state in ["queued", "running"] {
+        put(&host, "state", state);
+        put(&host, "message", "it can't be read");
+        for _ in 0..UNSETTLED_MAX {
+            assert_eq!(host.next(WAIT_MAX).as_deref(), Some("a"), "{state}");
+            host.end("a", &End::Later);
+        }
+    }
+    assert_eq!(host.next(WAIT_MAX), None);
+    assert_eq!(host.node("a", "rc"), "6");
+    assert!(host.node("a", "message").contains("it can't be read"));
+}
+
+#[test]
+fn of_a_request_that_is_removed_nothing_is_known_any_more() {
+    let mut host = Host::new();
+    host.submit("a");
+    host.next(Duration::ZERO);
+    host.end("a", &DIED());
+    host.store.remove(&format!("{ROOT}/request/a")).unwrap();
+    assert_eq!(host.next(WAIT_MAX), None);
+    assert!(host.requests.troubles.is_empty());
 }
 
 #[test]
