@@ -124,11 +124,14 @@ impl Worker {
     }
 }
 
-/// Makes this process, a worker, a better victim than the daemon when memory runs out. Its guardian is none
-/// ([`locus_xen::detach`]).
+/// Where a process says how good a victim it is when memory runs out: -1000 to 1000 (proc(5)).
+const VICTIM: &str = "/proc/self/oom_score_adj";
+
+/// Makes this process, a worker, the first victim when memory runs out: a guest whose worker needs so much must not cost another
+/// guest its device model. What a worker leaves is settled. Its guardian is no victim ([`locus_xen::detach`]).
 pub(super) fn be_the_victim() {
     // If the kernel does not allow it, nothing changes.
-    let _ = fs::write("/proc/self/oom_score_adj", "0");
+    let _ = fs::write(VICTIM, "1000");
 }
 
 #[cfg(test)]
@@ -168,5 +171,15 @@ mod tests {
         let long = worker("exec sleep 60");
         long.ask_to_end();
         assert_eq!(end(long), End::Died("signal 15".into()));
+    }
+
+    #[test]
+    fn a_worker_is_the_first_victim() {
+        let before = fs::read_to_string(VICTIM).unwrap();
+        be_the_victim();
+        let now = fs::read_to_string(VICTIM).unwrap();
+        // Without CAP_SYS_RESOURCE it stays so, for a test.
+        let _ = fs::write(VICTIM, before.trim());
+        assert_eq!(now.trim(), "1000");
     }
 }
