@@ -85,6 +85,18 @@ impl Nodes<'_> {
         })
     }
 
+    /// Removes what was written of a request since its requester removed it; nothing if there is a node of a requester.
+    pub(super) fn clear(&self) -> Result<()> {
+        const OURS: [&str; 4] = ["entry", "message", "rc", "state"];
+        let all = self
+            .store
+            .children(&format!("{ROOT}/request/{}", self.id))?;
+        match !all.is_empty() && all.iter().all(|name| OURS.contains(&&**name)) {
+            true => self.remove(),
+            false => Ok(()),
+        }
+    }
+
     /// Writes the message, cut to the length that is kept.
     pub(super) fn say(&self, message: &str) -> Result<()> {
         self.write("message", cut(message))
@@ -92,17 +104,16 @@ impl Nodes<'_> {
 
     /// Writes the answer, the node that commits it last; nothing if the requester has removed the request, or it has its answer.
     pub(super) fn answer(&self, code: u8, message: &str) -> Result<()> {
-        if self.is_submitted()? != IsSubmitted::Yes {
-            return Ok(());
+        match self.is_submitted()? {
+            IsSubmitted::Yes => {}
+            IsSubmitted::Answered => return Ok(()),
+            IsSubmitted::No => return self.clear(),
         }
         self.write("rc", &code.to_string())?;
         self.say(message)?;
         self.write("state", "done")?;
         // If it was removed right now, nobody removes what was written since.
-        match self.is_submitted()? == IsSubmitted::No && self.read("op")?.is_none() {
-            true => self.remove(),
-            false => Ok(()),
-        }
+        self.clear()
     }
 }
 

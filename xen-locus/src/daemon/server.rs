@@ -5,6 +5,7 @@
 //! what the worker before left, and reads in the log what came of it: a line of the request's own, or one of `recover`. The
 //! answer is made of that line. If there is none, or the change was undone, the request is begun.
 
+use std::cell::OnceCell;
 use std::fs::File;
 use std::io;
 use std::sync::atomic::Ordering;
@@ -83,6 +84,7 @@ impl Server<'_> {
             },
             log: &self.host.audit,
             hands: &Of { server: self, id },
+            entry: OnceCell::new(),
         };
         let (served, said) = one.serve()?;
         if let Some(said) = said {
@@ -116,6 +118,8 @@ struct Serving<'a, H> {
     nodes: RequestNodes<'a>,
     log: &'a dyn Entries,
     hands: &'a H,
+    /// Its node `entry`, once this worker serves it under the lock. Another request with its ID has another one, or none yet.
+    entry: OnceCell<Option<String>>,
 }
 
 impl<H: Hands> Serving<'_, H> {
@@ -147,14 +151,18 @@ impl<H: Hands> Serving<'_, H> {
             return Ok((Served::Waits, None));
         }
         if self.was_begun()? {
+            let entry = self.nodes.read("entry")?;
+            self.entry.get_or_init(|| entry);
             if let Some(said) = self.settle(&guest, &request)? {
                 return Ok(said);
             }
         } else {
-            match self.log.last_entry() {
-                Ok(entry) => self.nodes.write("entry", &entry.to_string())?,
+            let entry = match self.log.last_entry() {
+                Ok(entry) => entry.to_string(),
                 Err(error) => return self.fails(&error),
-            }
+            };
+            self.nodes.write("entry", &entry)?;
+            self.entry.get_or_init(|| Some(entry));
             self.nodes.write("state", "running")?;
         }
         match self.hands.carry_out(&guest, &request) {
@@ -189,20 +197,38 @@ impl<H: Hands> Serving<'_, H> {
         Ok(self.nodes.read("state")?.as_deref() == Some("running"))
     }
 
-    fn waits(&self, error: &Error, state: Option<&str>) -> Result<Said> {
-        // The requester may have removed the request meanwhile: then it must not be made again.
-        if self.nodes.is_submitted()? != IsSubmitted::No {
-            self.nodes.say(&one_line(error))?;
-            if let Some(state) = state {
-                self.nodes.write("state", state)?;
-            }
+    /// Whether its requester has not made another one of it meanwhile.
+    fn is_same(&self) -> Result<bool> {
+        match self.entry.get() {
+            Some(entry) => Ok(self.nodes.read("entry")? == *entry),
+            None => Ok(true),
         }
-        Ok((Served::Waits, Some(format!("waits: {error}"))))
+    }
+
+    fn waits(&self, error: &Error, state: Option<&str>) -> Result<Said> {
+        let said = Some(format!("waits: {error}"));
+        if !self.is_same()? {
+            return Ok((Served::None, said));
+        }
+        // The requester may have removed the request meanwhile: then it must not be made again.
+        if self.nodes.is_submitted()? == IsSubmitted::No {
+            self.nodes.clear()?;
+            return Ok((Served::None, said));
+        }
+        self.nodes.say(&one_line(error))?;
+        if let Some(state) = state {
+            self.nodes.write("state", state)?;
+        }
+        Ok((Served::Waits, said))
     }
 
     fn answer(&self, code: u8, message: &str) -> Result<Said> {
+        let said = Some(format!("rc {code}: {message}"));
+        if !self.is_same()? {
+            return Ok((Served::None, said));
+        }
         self.nodes.answer(code, message)?;
-        Ok((Served::Answered, Some(format!("rc {code}: {message}"))))
+        Ok((Served::Answered, said))
     }
 
     fn fails(&self, error: &Error) -> Result<Said> {

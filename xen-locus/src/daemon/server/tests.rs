@@ -88,6 +88,7 @@ impl Mock {
             },
             log: &self.log,
             hands: self,
+            entry: OnceCell::new(),
         };
         one.serve().map(|(served, _)| served)
     }
@@ -211,6 +212,37 @@ fn a_request_that_is_removed_while_it_runs_is_not_made_again() {
         *mock.gives.borrow_mut() = fails.then(|| Error::failed("it is gone"));
         mock.serve();
         assert!(mock.store.nodes.borrow().is_empty(), "{fails}");
+    }
+}
+
+#[test]
+fn nothing_stays_of_a_request_that_is_removed_right_before_it_is_begun() {
+    for waits in [false, true] {
+        let mut mock = Mock::new(&[("deadline", "12")]);
+        mock.meanwhile = |mock| {
+            for name in ["op", "domain", "patch", "deadline", "submit"] {
+                let node = format!("{ROOT}/request/r/{name}");
+                mock.store.remove(&node).unwrap();
+            }
+        };
+        *mock.gives.borrow_mut() = waits.then(|| Error::not_loaded("ext4 is not loaded"));
+        mock.serve();
+        assert!(mock.store.nodes.borrow().is_empty(), "{waits}");
+    }
+}
+
+#[test]
+fn a_worker_does_not_answer_a_later_request_with_the_same_id() {
+    for waits in [false, true] {
+        let mut mock = Mock::new(&[("deadline", "12")]);
+        mock.meanwhile = |mock| {
+            mock.store.remove(&format!("{ROOT}/request/r")).unwrap();
+            mock.store.nodes.swap(&Mock::new(&[]).store.nodes);
+        };
+        *mock.gives.borrow_mut() = waits.then(|| Error::not_loaded("ext4 is not loaded"));
+        assert_eq!(mock.serve(), Served::None);
+        assert_eq!(mock.answer(), Default::default(), "{waits}");
+        assert_eq!(mock.node("message"), "");
     }
 }
 

@@ -44,7 +44,9 @@ pub fn outcome(
 ) -> Result<Option<(u8, String)>> {
     const LATE: &str = "the audit log says so: who did it ended before it could answer";
     let is_settling = |a: &Action| a.op == Operation::Recover.name();
-    let own = actions.iter().rfind(|a| a.who == who && !is_settling(a));
+    // Another request may have had this one's ID before.
+    let is_own = |a: &&Action| a.who == who && a.op == op && a.patch == patch;
+    let own = actions.iter().rfind(is_own);
     if let Some(own) = own {
         let said = match own.message.is_empty() {
             true => format!("{patch}: {} ({LATE})", own.result),
@@ -171,5 +173,15 @@ mod tests {
         // What the request itself settled is not what it asks for.
         let by_us = line(WHO, "recover", "revert", "finished");
         assert_eq!(of(&[by_us], "apply").unwrap(), None);
+        // Nor is what an earlier request with its ID asked for.
+        let patch = "two".into();
+        let earlier = [
+            line(WHO, "revert", "", ""),
+            Action {
+                patch,
+                ..line(WHO, "apply", "", "")
+            },
+        ];
+        assert_eq!(of(&earlier, "apply").unwrap(), None);
     }
 }
