@@ -210,10 +210,15 @@ impl<H: Hands> Serving<'_, H> {
         if !self.is_same()? {
             return Ok((Served::None, said));
         }
-        // The requester may have removed the request meanwhile: then it must not be made again.
-        if self.nodes.is_submitted()? == IsSubmitted::No {
-            self.nodes.clear()?;
-            return Ok((Served::None, said));
+        match self.nodes.is_submitted()? {
+            IsSubmitted::Yes => {}
+            // The daemon gave an answer, because it had waited too long for one.
+            IsSubmitted::Answered => return Ok((Served::Answered, said)),
+            // Its requester has removed it: it must not be made again.
+            IsSubmitted::No => {
+                self.nodes.clear()?;
+                return Ok((Served::None, said));
+            }
         }
         self.nodes.say(&one_line(error))?;
         if let Some(state) = state {

@@ -232,6 +232,22 @@ fn nothing_stays_of_a_request_that_is_removed_right_before_it_is_begun() {
 }
 
 #[test]
+fn an_answer_that_the_daemon_gave_meanwhile_stays() {
+    for waits in [false, true] {
+        let mut mock = Mock::new(&[("deadline", "12")]);
+        mock.meanwhile = |mock| {
+            for (name, value) in [("rc", "6"), ("state", "done")] {
+                let node = format!("{ROOT}/request/r/{name}");
+                mock.store.put(&node, value);
+            }
+        };
+        *mock.gives.borrow_mut() = waits.then(|| Error::not_loaded("ext4 is not loaded"));
+        assert_eq!(mock.serve(), Served::Answered);
+        assert_eq!(mock.answer(), ("done".into(), "6".into()), "{waits}");
+    }
+}
+
+#[test]
 fn a_worker_does_not_answer_a_later_request_with_the_same_id() {
     for waits in [false, true] {
         let mut mock = Mock::new(&[("deadline", "12")]);
