@@ -124,7 +124,10 @@ impl Requests {
         match nodes.is_submitted()? {
             IsSubmitted::No => return Ok(false),
             IsSubmitted::Answered => {
-                self.remember(store, id);
+                // It keeps its place if it is looked at again.
+                if !self.answered.iter().any(|known| known == id) {
+                    self.remember(store, id);
+                }
                 return Ok(false);
             }
             IsSubmitted::Yes => {}

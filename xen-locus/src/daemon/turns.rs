@@ -1,6 +1,6 @@
 //! What the daemon does in each turn: looks at xenstored, at guests, at requests and at workers, and starts workers.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use locus_xen::DomainInfo;
 
@@ -11,6 +11,9 @@ use super::work::{End, Work};
 use super::TICK;
 use crate::error::Result;
 use crate::storage::xenstore::{Nodes, ROOT};
+
+/// Time between two looks at all requests, for those of which xenstored did not tell.
+const LIST: Duration = Duration::from_secs(60);
 
 /// What the daemon needs of its host.
 pub(super) trait Hands {
@@ -46,6 +49,8 @@ pub(super) struct Daemon<'h, H: Hands> {
     publisher: Publisher,
     workers: Vec<(Job, H::Worker)>,
     next_look: Instant,
+    /// When all requests are listed again.
+    next_list: Instant,
     /// The connection by whose xenstored requests are watched; `None` if they are not.
     watched: Option<u32>,
     /// xenstored does not answer, and that was said.
@@ -54,27 +59,38 @@ pub(super) struct Daemon<'h, H: Hands> {
     is_blind: bool,
     /// Workers were asked to end.
     is_ending: bool,
+    /// No worker was begun yet for what is interrupted.
+    is_recover_queued: bool,
 }
 
 impl<'h, H: Hands> Daemon<'h, H> {
     pub(super) fn new(hands: &'h H, now: Instant) -> Daemon<'h, H> {
-        let mut queue = Queue::default();
-        queue.push(Job {
-            work: Work::Recover,
-            guest: String::new(),
-            is_background: false,
-        });
-        Daemon {
+        let mut daemon = Daemon {
             hands,
-            queue,
+            queue: Queue::default(),
             requests: Requests::new(),
             publisher: Publisher::new(),
             workers: Vec::new(),
             next_look: now,
+            next_list: now,
             watched: None,
             is_silent: false,
             is_blind: false,
             is_ending: false,
+            is_recover_queued: false,
+        };
+        daemon.recover();
+        daemon
+    }
+
+    /// What was interrupted on all guests is to be settled.
+    fn recover(&mut self) {
+        if !std::mem::replace(&mut self.is_recover_queued, true) {
+            self.queue.push(Job {
+                work: Work::Recover,
+                guest: String::new(),
+                is_background: false,
+            });
         }
     }
 
@@ -138,6 +154,7 @@ impl<'h, H: Hands> Daemon<'h, H> {
         match announce() {
             Ok(ids) => {
                 self.watched = Some(connections);
+                self.next_list = now + LIST;
                 ids.iter().for_each(|id| self.is_submitted(id, now));
                 true
             }
@@ -209,6 +226,14 @@ impl<'h, H: Hands> Daemon<'h, H> {
         let say = |what| hands.say(0, what);
         self.requests
             .look_due(hands.store(), &mut self.queue, now, &say);
+        if self.watched.is_some() && now >= self.next_list {
+            self.next_list = now + LIST;
+            match hands.store().children(&format!("{ROOT}/request")) {
+                Ok(ids) => ids.iter().for_each(|id| self.is_submitted(id, now)),
+                // It is listed again.
+                Err(error) => hands.say(1, format!("requests can't be listed: {error}")),
+            }
+        }
     }
 
     /// Looks which workers have ended.
@@ -243,6 +268,8 @@ impl<'h, H: Hands> Daemon<'h, H> {
                         0,
                         format!("domain {id} is looked at again later: its worker ended: {how}"),
                     );
+                    // It may have ended while it applied a patch again.
+                    self.recover();
                 }
                 self.publisher.ended(*id, uuid, end, now);
             }
@@ -255,6 +282,7 @@ impl<'h, H: Hands> Daemon<'h, H> {
 
     fn start(&mut self, now: Instant) {
         while let Some(job) = self.queue.next(now) {
+            self.is_recover_queued &= job.work != Work::Recover;
             match self.hands.start(&job.work) {
                 Ok(worker) => self.workers.push((job, worker)),
                 Err(error) => {

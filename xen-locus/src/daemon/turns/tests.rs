@@ -18,6 +18,8 @@ struct Host {
     done: RefCell<HashMap<Work, u32>>,
     /// Workers do not end.
     stays: Cell<bool>,
+    /// Workers that publish a guest die.
+    die: Cell<bool>,
     asked_to_end: Cell<u32>,
     /// How many guests were left when what others had was removed.
     swept: Cell<usize>,
@@ -32,6 +34,7 @@ impl Host {
             domains: RefCell::new((1..=guests).map(domain).collect()),
             done: RefCell::default(),
             stays: Cell::new(false),
+            die: Cell::new(false),
             asked_to_end: Cell::new(0),
             swept: Cell::new(0),
             is_stopping: Cell::new(false),
@@ -87,6 +90,9 @@ impl Hands for Host {
     fn end(&self, work: &mut Work) -> Option<End> {
         if self.stays.get() {
             return None;
+        }
+        if self.die.get() && matches!(work, Work::Publish(..)) {
+            return Some(End::Died("signal 9".into()));
         }
         let done = match work {
             Work::Recover => Ok(()),
@@ -255,4 +261,31 @@ fn a_daemon_that_is_asked_to_stop_begins_nothing_and_waits_for_its_workers() {
     turn(&mut daemon, now, 2);
     assert!(daemon.has_ended());
     assert!(host.requests_done().is_empty());
+}
+
+#[test]
+fn a_request_of_which_xenstored_did_not_tell_is_served_all_the_same() {
+    let _xenstored = Xenstored::start();
+    let host = Host::with(0);
+    let now = Instant::now();
+    let mut daemon = Daemon::new(&host, now);
+    let now = turn(&mut daemon, now, 20);
+    host.submit("a", "web");
+    let now = turn(&mut daemon, now, 20);
+    assert!(host.requests_done().is_empty());
+    turn(&mut daemon, now + LIST, 20);
+    assert_eq!(host.requests_done(), [1]);
+}
+
+#[test]
+fn when_a_worker_dies_that_published_a_guest_what_it_left_is_settled() {
+    let _xenstored = Xenstored::start();
+    let host = Host::with(1);
+    host.die.set(true);
+    let now = Instant::now();
+    let mut daemon = Daemon::new(&host, now);
+    let now = turn(&mut daemon, now, 6);
+    host.die.set(false);
+    turn(&mut daemon, now, 20);
+    assert_eq!(host.done.borrow()[&Work::Recover], 2);
 }
