@@ -62,16 +62,26 @@ pub(super) fn read(folder: &Path, uuid: &str) -> io::Result<Option<Kept>> {
 /// # Errors
 /// It can't be written: what was kept before stays.
 pub(super) fn update(folder: &Path, uuid: &str, seq: u64, in_force: &[InForce]) -> io::Result<()> {
+    match read(folder, uuid)? {
+        Some(old) if old.seq >= seq => Ok(()),
+        _ => write(folder, uuid, seq, in_force),
+    }
+}
+
+/// Keeps what is in force in the guest `uuid` after line `seq`, which was made of what was kept before. That may have a greater
+/// number: after the log and its head were lost, the lines are numbered from 1 again.
+///
+/// # Errors
+/// It can't be written: what was kept before stays.
+pub(super) fn write(folder: &Path, uuid: &str, seq: u64, in_force: &[InForce]) -> io::Result<()> {
     let Some(path) = path(folder, uuid) else {
         return Ok(());
     };
-    let old = read(folder, uuid)?;
-    if old.as_ref().is_some_and(|old| old.seq >= seq) || (old.is_none() && in_force.is_empty()) {
-        return Ok(());
-    }
     if in_force.is_empty() {
-        fs::remove_file(&path)?;
-        return durable::sync_folder(folder);
+        return match fs::remove_file(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed.and_then(|()| durable::sync_folder(folder)),
+        };
     }
     fs::DirBuilder::new()
         .recursive(true)

@@ -220,3 +220,26 @@ fn what_can_not_be_recorded_is_refused_before_it_is_begun() {
     let error = audit.open().unwrap_err();
     assert_eq!(error.exit_code() as u8, 1, "{error}");
 }
+
+#[test]
+fn what_is_in_force_is_kept_though_the_log_and_its_head_are_lost() {
+    let audit = log("lost");
+    let apply = |patch: &str| {
+        let action = Action {
+            uuid: "a".into(),
+            op: "apply".into(),
+            patch: patch.into(),
+            result: "applied".into(),
+            ..Action::default()
+        };
+        audit.open().unwrap().append(action).unwrap();
+    };
+    ["one", "two"].into_iter().for_each(apply);
+    fs::remove_file(&audit.log).unwrap();
+    fs::remove_file(head(&audit)).unwrap();
+    apply("three");
+    assert_eq!(audit.history().unwrap().lines[0].seq, 1);
+    let all = audit.in_force("a").unwrap();
+    let names: Vec<String> = all.into_iter().map(|p| p.name).collect();
+    assert_eq!(names, ["one", "two", "three"]);
+}

@@ -118,7 +118,14 @@ impl<'a> Writer<'a> {
             ));
         }
         // The line has it too, and the next run that writes begins with this.
-        let _ = self.keep(&line.action.uuid, line.seq, &line.in_force);
+        let _ = self.audit.step("audit: keep").and_then(|()| {
+            kept::write(
+                &self.beside.kept,
+                &line.action.uuid,
+                line.seq,
+                &line.in_force,
+            )
+        });
         Ok(())
     }
 
