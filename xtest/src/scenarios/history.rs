@@ -105,19 +105,16 @@ fn history(ctx: &mut Ctx) -> Result<(), Verdict> {
     patches::cmdline_is_untouched(&guest)
 }
 
-/// The log is rotated while a run has it open, and then emptied. What the guest had is known in both cases.
+/// The log is rotated between two runs, and then emptied. What the guest had is known in both cases.
 fn rotated(ctx: &Ctx, name: &str) -> Result<(), Verdict> {
-    // The run is stopped when it is about to record what it did.
-    let out = ctx.dom0.sh(&format!(
-        "XEN_LOCUS_FAULT='1:stop:audit: append' xen-locus-faults apply {name} {CMDLINE_FILE} >/dev/null 2>&1 & pid=$!
-         until grep -q ') [TZ]' /proc/$pid/stat || ! [ -e /proc/$pid ]; do usleep 20000; done
-         mv {LOG} {LOG}.1; kill -CONT $pid; wait $pid"
-    ))?;
-    check_eq!(out.rc, 0, "{}", out.text());
+    tool::apply(ctx, name, CMDLINE)?;
+    ctx.dom0.ok(&format!("mv {LOG} {LOG}.1"))?;
+    tool::revert_all(ctx, name)?;
     let history = ctx.json("xen-locus -o json history")?;
     check_eq!(history["intact"], true, "{history}");
     check_eq!(history["actions"].as_array().map(Vec::len), Some(1));
     check_eq!(history["actions"][0]["begins"], "rotated", "{history}");
+    tool::apply(ctx, name, CMDLINE)?;
     ctx.dom0.ok(&format!(": >{LOG}; xen-locus status {name}"))?;
     let out = ctx.dom0.sh("xen-locus history")?;
     check!(
