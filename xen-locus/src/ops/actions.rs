@@ -45,9 +45,10 @@ pub fn apply<G: Guest>(
     })
 }
 
-fn reverting(patch: &str) -> Asked<'_> {
+/// An operation on a patch that is in the guest: the guest alone knows its file's SHA-256.
+fn of_guests(operation: Operation, patch: &str) -> Asked<'_> {
     Asked {
-        operation: Operation::Revert,
+        operation,
         patch,
         sha256: String::new(),
     }
@@ -65,7 +66,7 @@ pub fn revert<G: Guest>(
     sha256: Option<&str>,
     options: &Options,
 ) -> Result<Report> {
-    operator.run(guest, &reverting(patch), options, |kernel, options| {
+    operator.run(guest, &of_guests(Operation::Revert, patch), options, |kernel, options| {
         let all = patches_by(kernel, operator.audit, Some(guest.uuid()))?;
         // If it was lost and applied again, the one in the guest is meant.
         let of_name = all.iter().filter(|p| p.name == patch);
@@ -97,26 +98,44 @@ pub fn reclaim<G: Guest>(
     names: &[String],
     options: &Options,
 ) -> Result<Vec<(String, Result<Report>)>> {
+    let operation = Operation::Reclaim;
+    several(
+        operator,
+        guest,
+        operation,
+        options,
+        |kernel, options, tell| {
+            let names = match names {
+                [] => reclaim::parked(kernel)?,
+                names => names.to_vec(),
+            };
+            reclaim::reclaim(guest, kernel, &names, options, tell)
+        },
+    )
+}
+
+/// What became of one of several payloads. Returns whether it is recorded: if not, nothing else may begin.
+type Tell<'a> = dyn FnMut(&str, Result<Report>) -> bool + 'a;
+
+/// Carries out an operation on several payloads of a guest. The result of each is recorded when `act` tells it.
+fn several<G: Guest>(
+    operator: &Operator<'_>,
+    guest: &G,
+    operation: Operation,
+    options: &Options,
+    act: impl FnOnce(&Kernel<'_>, &Options, &mut Tell<'_>) -> Result<()>,
+) -> Result<Vec<(String, Result<Report>)>> {
     let began = Instant::now();
     let mut log = operator.audit.open()?;
     let _lock = guest.lock(options)?;
     operator.change(guest, options, |kernel, options| {
-        let names = match names {
-            [] => reclaim::parked(kernel)?,
-            names => names.to_vec(),
-        };
         let mut results = Vec::new();
-        reclaim::reclaim(guest, kernel, &names, options, |patch, result| {
+        act(kernel, options, &mut |patch, result| {
             let result = result.map(|report| timed(report, began));
-            let asked = Asked {
-                operation: Operation::Reclaim,
-                patch,
-                sha256: String::new(),
-            };
-            if !options.dry_run {
-                operator.record(&mut *log, guest, &asked, &result);
-            }
+            let asked = of_guests(operation, patch);
+            let goes_on = options.dry_run || operator.record(&mut *log, guest, &asked, &result);
             results.push((patch.to_owned(), result));
+            goes_on
         })?;
         Ok(results)
     })
@@ -133,11 +152,7 @@ pub fn nudge<G: Guest>(
     watch: impl FnOnce(&Kernel<'_>) -> Result<Option<Watch>>,
     options: &Options,
 ) -> Result<Option<Nudged>> {
-    let asked = Asked {
-        operation: Operation::Nudge,
-        patch,
-        sha256: String::new(),
-    };
+    let asked = of_guests(Operation::Nudge, patch);
     let mut nudged = None;
     operator.run(guest, &asked, options, |kernel, options| {
         let Some(watch) = watch(kernel)? else {
@@ -160,20 +175,14 @@ pub fn revert_all<G: Guest>(
     guest: &G,
     options: &Options,
 ) -> Result<Vec<(String, Result<Report>)>> {
-    let began = Instant::now();
-    let mut log = operator.audit.open()?;
-    let _lock = guest.lock(options)?;
-    operator.change(guest, options, |kernel, options| {
-        let mut results = Vec::new();
-        apply::revert_all(guest, kernel, options, |patch, result| {
-            let result = result.map(|report| timed(report, began));
-            let goes_on =
-                options.dry_run || operator.record(&mut *log, guest, &reverting(patch), &result);
-            results.push((patch.to_owned(), result));
-            goes_on
-        })?;
-        Ok(results)
-    })
+    let operation = Operation::Revert;
+    several(
+        operator,
+        guest,
+        operation,
+        options,
+        |kernel, options, tell| apply::revert_all(guest, kernel, options, tell),
+    )
 }
 
 /// Settles what an interrupted run left on a guest.

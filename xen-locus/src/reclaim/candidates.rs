@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use locus_kernel::Kernel;
 
-use crate::apply::{Done, Report};
+use crate::apply::Done;
 use crate::arena::record::State;
 use crate::arena::Resident;
 use crate::error::{Class, Error, Result};
@@ -14,8 +14,10 @@ use crate::plan::stack;
 enum Fate {
     /// Nothing is in its way. How long the guest was paused for it.
     Goes(Done),
-    /// It ends so.
-    Ends(Result<Report>),
+    /// Something is in its way.
+    Stays(Error),
+    /// It is gone, or would be.
+    Gone,
 }
 
 struct Candidate<'r> {
@@ -44,7 +46,7 @@ impl<'r> Candidates<'r> {
         for &resident in meant {
             let fate = match check_unused(kernel, resident, all) {
                 Ok(()) => Fate::Goes(Done::default()),
-                Err(error) => Fate::Ends(Err(error)),
+                Err(error) => Fate::Stays(error),
             };
             candidates.push(Candidate {
                 resident,
@@ -58,7 +60,7 @@ impl<'r> Candidates<'r> {
             let stays =
                 |r: &&Resident| candidate.users.contains(&r.index) && !meant.contains(&r.index);
             if let (Some(by), Fate::Goes(_)) = (all.iter().find(stays), &candidate.fate) {
-                candidate.fate = Fate::Ends(Err(used(by)));
+                candidate.fate = Fate::Stays(used(by));
             }
         }
         candidates.keep_used();
@@ -72,14 +74,14 @@ impl<'r> Candidates<'r> {
         going.map(|(n, c)| (n, c.resident)).collect()
     }
 
-    /// The next of those in whose way nothing is, without numbers `out`: nobody who uses it is left, if there is such a one. And how long the guest
-    /// was paused for it.
+    /// The next of those in whose way nothing is, without numbers `out`: nobody who uses it is left, if there is such a one.
+    /// And how long the guest was paused for it.
     pub(super) fn next(&self, out: &HashSet<usize>) -> Option<(usize, &'r Resident, Done)> {
         let all = self.0.iter().enumerate().filter(|(n, _)| !out.contains(n));
         let left: Vec<_> = all
             .filter_map(|(n, c)| match c.fate {
                 Fate::Goes(done) => Some((n, c, done)),
-                Fate::Ends(_) => None,
+                Fate::Stays(_) | Fate::Gone => None,
             })
             .collect();
         let is_used = |c: &Candidate<'r>| {
@@ -96,7 +98,7 @@ impl<'r> Candidates<'r> {
     pub(super) fn stays(&mut self, n: usize, error: Error) {
         let candidate = self.0.get_mut(n);
         if let Some(candidate) = candidate.filter(|c| matches!(c.fate, Fate::Goes(_))) {
-            candidate.fate = Fate::Ends(Err(error));
+            candidate.fate = Fate::Stays(error);
             self.keep_used();
         }
     }
@@ -105,7 +107,7 @@ impl<'r> Candidates<'r> {
     pub(super) fn all_stay(&mut self, error: &Error) {
         for candidate in &mut self.0 {
             if matches!(candidate.fate, Fate::Goes(_)) {
-                candidate.fate = Fate::Ends(Err(Error::said(error.class(), error.to_string())));
+                candidate.fate = Fate::Stays(Error::said(error.class(), error.to_string()));
             }
         }
     }
@@ -113,27 +115,28 @@ impl<'r> Candidates<'r> {
     /// This one was taken out of the guest's lists, for which the guest was paused so long; or could not be.
     ///
     /// # Errors
-    /// As [`Candidates::ends`].
+    /// As [`Candidates::is_gone`].
     pub(super) fn taken_out(&mut self, n: usize, done: Result<Done>) -> Result<()> {
-        match done {
-            Ok(done) => {
-                self.set(n, Fate::Goes(done));
-                Ok(())
-            }
-            Err(error) => self.ends(n, Err(error)),
-        }
+        let goes = done.map(|done| self.set(n, Fate::Goes(done)));
+        self.unless_failed(n, goes)
     }
 
-    /// This one ends so.
+    /// This one is gone, or could not be given back.
     ///
     /// # Errors
     /// [`Class::TryAgain`], if it is uncertain how it ended: nothing else begins before that is settled.
-    pub(super) fn ends(&mut self, n: usize, report: Result<Report>) -> Result<()> {
-        let is_uncertain = |e: &Error| e.class() == Class::Uncertain;
-        let stop = report.as_ref().is_err_and(is_uncertain);
-        self.set(n, Fate::Ends(report));
-        self.keep_used();
-        match stop {
+    pub(super) fn is_gone(&mut self, n: usize, done: Result<()>) -> Result<()> {
+        let gone = done.map(|()| self.set(n, Fate::Gone));
+        self.unless_failed(n, gone)
+    }
+
+    fn unless_failed(&mut self, n: usize, done: Result<()>) -> Result<()> {
+        let Err(error) = done else {
+            return Ok(());
+        };
+        let is_uncertain = error.class() == Class::Uncertain;
+        self.stays(n, error);
+        match is_uncertain {
             true => Err(Error::try_again(
                 "it was not tried, because how another one ended is uncertain: run `xen-locus recover` first",
             )),
@@ -147,32 +150,30 @@ impl<'r> Candidates<'r> {
         }
     }
 
-    /// What became of each.
-    pub(super) fn into_fates(self) -> Vec<(&'r Resident, Result<Report>)> {
-        let fate = |candidate: Candidate<'r>| {
-            let resident = candidate.resident;
-            let fate = match candidate.fate {
-                Fate::Ends(fate) => fate,
-                Fate::Goes(_) => Err(Error::failed(
-                    "it was not tried: this is a defect of xen-locus",
-                )),
-            };
-            (resident, fate)
+    /// Those that stay, and why.
+    pub(super) fn into_staying(self) -> Vec<(&'r Resident, Error)> {
+        let stays = |candidate: Candidate<'r>| match candidate.fate {
+            Fate::Stays(error) => Some((candidate.resident, error)),
+            Fate::Gone => None,
+            Fate::Goes(_) => {
+                let error = Error::failed("it was not tried: this is a defect of xen-locus");
+                Some((candidate.resident, error))
+            }
         };
-        self.0.into_iter().map(fate).collect()
+        self.0.into_iter().filter_map(stays).collect()
     }
 
     /// Keeps what is used by one that stays.
     fn keep_used(&mut self) {
         loop {
-            let stays = |c: &&Candidate<'r>| matches!(c.fate, Fate::Ends(Err(_)));
+            let stays = |c: &&Candidate<'r>| matches!(c.fate, Fate::Stays(_));
             let stay: Vec<&Resident> = self.0.iter().filter(stays).map(|c| c.resident).collect();
             let next = self.0.iter_mut().find_map(|candidate| {
                 let by = stay.iter().find(|r| candidate.users.contains(&r.index))?;
                 matches!(candidate.fate, Fate::Goes(_)).then_some((candidate, *by))
             });
             match next {
-                Some((candidate, by)) => candidate.fate = Fate::Ends(Err(used(by))),
+                Some((candidate, by)) => candidate.fate = Fate::Stays(used(by)),
                 None => return,
             }
         }
@@ -224,8 +225,7 @@ mod tests {
             fate: Fate::Goes(Done::default()),
         };
         let all = || Candidates(vec![candidate(0, 1), candidate(1, 0)]);
-        let fates = all().into_fates();
-        assert!(fates.iter().all(|(_, fate)| fate.is_err()));
+        assert_eq!(all().into_staying().len(), 2);
         let (first, ..) = all().next(&HashSet::new()).unwrap();
         let second = all().next(&HashSet::from([first])).map(|(n, ..)| n);
         assert_eq!((first, second), (0, Some(1)));

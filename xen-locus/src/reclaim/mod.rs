@@ -64,7 +64,7 @@ pub fn parked(kernel: &Kernel<'_>) -> Result<Vec<String>> {
 }
 
 /// Gives back the memory of the parked payloads with these names, and passes the result of each to `tell`. All of them are
-/// searched for together.
+/// searched for together. That one is gone is told before the next one goes; if `tell` returns false then, no other goes.
 ///
 /// # Errors
 /// The guest can't be read. What goes wrong with a payload is passed to `tell`: [`Class::Failed`] if none of its name is
@@ -75,7 +75,7 @@ pub fn reclaim(
     kernel: &Kernel<'_>,
     names: &[String],
     options: &Options,
-    mut tell: impl FnMut(&str, Result<Report>),
+    mut tell: impl FnMut(&str, Result<Report>) -> bool,
 ) -> Result<()> {
     kernel.check_runs()?;
     let residents = plan::residents(kernel, &Arena::read(kernel)?)?;
@@ -93,13 +93,12 @@ pub fn reclaim(
         kernel,
         options,
     };
-    let done = run.all(&mut candidates);
+    let done = run.all(&mut candidates, &mut tell);
     if let Err(error) = &done {
         candidates.all_stay(error);
     }
-    for (resident, fate) in candidates.into_fates() {
-        let name = &resident.record.name;
-        tell(name, fate.map_err(|e| stays(kernel, resident, e)));
+    for (resident, error) in candidates.into_staying() {
+        tell(&resident.record.name, Err(stays(kernel, resident, error)));
     }
     Ok(())
 }
@@ -172,8 +171,12 @@ struct Reclaiming<'a, 'm> {
 }
 
 impl Reclaiming<'_, '_> {
-    /// All steps. An error is about all payloads.
-    fn all(&self, candidates: &mut Candidates<'_>) -> Result<()> {
+    /// All steps. Which payloads are gone is passed to `tell`. An error is about all others.
+    fn all(
+        &self,
+        candidates: &mut Candidates<'_>,
+        tell: &mut impl FnMut(&str, Result<Report>) -> bool,
+    ) -> Result<()> {
         if self.machine.has_pages_on_demand()? {
             return Err(Error::try_again(
                 "some memory of the guest is populated on demand, because its balloon has not reached its target yet: to \
@@ -182,13 +185,21 @@ impl Reclaiming<'_, '_> {
         }
         self.search(candidates)?;
         if self.options.dry_run {
-            return self.would(candidates);
+            return self.would(candidates, tell);
         }
         self.take_out(candidates)?;
         self.search(candidates)?;
         self.look_at_threads(candidates)?;
         while let Some((n, resident, paused)) = candidates.next(&HashSet::new()) {
-            candidates.ends(n, self.drop(resident, paused))?;
+            let done = self.drop(resident);
+            let is_gone = done.is_ok();
+            candidates.is_gone(n, done)?;
+            let gone = || report(resident, Outcome::Reclaimed, paused);
+            if is_gone && !tell(&resident.record.name, Ok(gone())) {
+                return Err(Error::try_again(
+                    "it was not tried, because what became of another one could not be recorded",
+                ));
+            }
         }
         Ok(())
     }
@@ -229,15 +240,23 @@ impl Reclaiming<'_, '_> {
     }
 
     /// A dry run: what could be worked out of the next steps.
-    fn would(&self, candidates: &mut Candidates<'_>) -> Result<()> {
+    fn would(
+        &self,
+        candidates: &mut Candidates<'_>,
+        tell: &mut impl FnMut(&str, Result<Report>) -> bool,
+    ) -> Result<()> {
         while let Some((n, resident, _)) = candidates.next(&HashSet::new()) {
             let module = resident.record.module;
             let would = match links::known(self.kernel, module)? {
                 Known::Linked => self.plan(self.kernel, resident, Users::Go).map(|_| ()),
                 Known::Never | Known::Unlinked => Ok(()),
             };
-            let report = |()| report(resident, Outcome::WouldReclaim, Done::default());
-            candidates.ends(n, would.map(report))?;
+            let would_go = would.is_ok();
+            candidates.is_gone(n, would)?;
+            if would_go {
+                let report = report(resident, Outcome::WouldReclaim, Done::default());
+                tell(&resident.record.name, Ok(report));
+            }
         }
         Ok(())
     }
@@ -353,7 +372,7 @@ impl Reclaiming<'_, '_> {
     }
 
     /// The last step: the entry in the directory goes. Its pages stay as they are until another payload gets them.
-    fn drop(&self, resident: &Resident, paused: Done) -> Result<Report> {
+    fn drop(&self, resident: &Resident) -> Result<()> {
         let mut arena = Arena::read(self.kernel)?;
         let mut slots = arena.directory.slots.clone();
         slots.retain(|slot| slot.first != resident.slot.first);
@@ -364,7 +383,6 @@ impl Reclaiming<'_, '_> {
         }
         self.noted(resident, &[], std::iter::empty(), || {
             arena.commit(self.machine, self.kernel, slots)
-        })?;
-        Ok(report(resident, Outcome::Reclaimed, paused))
+        })
     }
 }

@@ -30,7 +30,8 @@ impl Guest {
         let mut results = Vec::new();
         let kernel = self.kernel();
         reclaim(self, &kernel, &[name.to_owned()], options, |_, result| {
-            results.push(result)
+            results.push(result);
+            true
         })?;
         assert!(results.len() == 1);
         results.pop().unwrap()
@@ -43,6 +44,7 @@ impl Guest {
         let names = parked(&kernel).unwrap();
         reclaim(self, &kernel, &names, &patient(false), |name, result| {
             results.push((name.to_owned(), result.is_ok()));
+            true
         })
         .unwrap();
         results.sort();
@@ -328,6 +330,21 @@ fn whom_a_payload_of_an_earlier_build_uses_is_not_known_once_it_is_out_of_the_li
     assert_eq!(users(&residents), 0);
     residents.iter_mut().for_each(|r| r.record.uses = None);
     assert_eq!(users(&residents), 1);
+}
+
+#[test]
+fn that_one_is_gone_is_told_before_the_next_one_goes() {
+    let guest = with_parked();
+    let kernel = guest.kernel();
+    let names = parked(&kernel).unwrap();
+    let mut left = Vec::new();
+    reclaim(&guest, &kernel, &names, &patient(false), |_, result| {
+        left.push((result.is_ok(), guest.residents().unwrap().len()));
+        // It could not be recorded.
+        false
+    })
+    .unwrap();
+    assert_eq!(left, [(true, 2), (false, 2), (false, 2)]);
 }
 
 #[test]
