@@ -380,24 +380,33 @@ impl Paused for Pause<'_> {
     }
 }
 
+/// A domain that runs, as Xen shows it.
+#[cfg(test)]
+pub(crate) fn mock_info(id: u16, uuid: &str) -> DomainInfo {
+    DomainInfo {
+        id: DomId(id),
+        uuid: uuid.into(),
+        kind: GuestType::Pvh,
+        dying: false,
+        shutdown: false,
+        paused: false,
+        vcpus: 1,
+        pages: 1,
+        max_pages: 1,
+        shared_pages: 0,
+        paged_pages: 0,
+        hap: true,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn domain(id: u16, dying: bool) -> DomainInfo {
         DomainInfo {
-            id: DomId(id),
-            uuid: String::new(),
-            kind: GuestType::Pvh,
             dying,
-            shutdown: false,
-            paused: false,
-            vcpus: 1,
-            pages: 1,
-            max_pages: 1,
-            shared_pages: 0,
-            paged_pages: 0,
-            hap: true,
+            ..mock_info(id, "")
         }
     }
 

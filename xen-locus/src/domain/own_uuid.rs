@@ -57,29 +57,11 @@ pub(super) fn check(
 
 #[cfg(test)]
 mod tests {
-    use locus_guest::GuestType;
-
     use super::*;
+    use crate::domain::mock_info as domain;
     use crate::error::ExitCode;
 
     const UUID: &str = "01234567-89ab-cdef-0123-456789abcdef";
-
-    fn domain(id: u16, uuid: &str) -> DomainInfo {
-        DomainInfo {
-            id: DomId(id),
-            uuid: uuid.into(),
-            kind: GuestType::Pvh,
-            dying: false,
-            shutdown: false,
-            paused: false,
-            vcpus: 1,
-            pages: 1,
-            max_pages: 1,
-            shared_pages: 0,
-            paged_pages: 0,
-            hap: true,
-        }
-    }
 
     /// The answer for the first of `all`, of which those in `made` never ran.
     fn first_of(all: &[DomainInfo], made: &[u16]) -> Result<()> {

@@ -194,7 +194,7 @@ fn many_payloads(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     };
     let (mut most, mut warnings, mut killed) = (0, 0, false);
     for n in 0..MANY {
-        let file = another(ctx, n)?;
+        let file = patches::another(ctx, n)?;
         let check = ctx.dom0.sh(&format!("xen-locus check {name} {file}"))?;
         let said = check.err_text();
         check_eq!(check.rc, 0, "payload {n}: {said}");
@@ -218,23 +218,14 @@ fn many_payloads(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     eprintln!("xtest: {said}");
     check!(warnings > 2, "{said}");
     saved(ctx, &spec, &mut guest)?;
-    ctx.dom0
-        .ok(&format!("xen-locus apply {name} {}", another(ctx, MANY)?))?;
+    ctx.dom0.ok(&format!(
+        "xen-locus apply {name} {}",
+        patches::another(ctx, MANY)?
+    ))?;
     check!(patches::cmdline_is_live(&guest)?, "not live after restore");
     ctx.dom0.ok(&format!("xen-locus verify {name}"))?;
     tool::revert_all(ctx, &name)?;
     ctx.destroy_guest(&name)
-}
-
-/// A payload of its own, by its digest: the same module with other bytes behind it.
-fn another(ctx: &Ctx, n: u32) -> Result<String, Verdict> {
-    let file = "/tmp/another.ko";
-    let made = format!(
-        "cat {} >{file} && echo {n} >>{file}",
-        patches::file(CMDLINE)
-    );
-    ctx.dom0.ok(&made)?;
-    Ok(file.to_owned())
 }
 
 /// Kills `reclaim` at each of its calls: the payload is parked or gone, and nothing else changed.

@@ -1,6 +1,5 @@
-use locus_guest::GuestType;
-
 use super::*;
+use crate::domain::mock_info;
 use crate::storage::mock::MockStore;
 
 /// Domains, and what the publisher is asked to do with them.
@@ -11,20 +10,7 @@ struct Host {
 }
 
 pub(crate) fn domain(id: u16) -> DomainInfo {
-    DomainInfo {
-        id: DomId(id),
-        uuid: format!("uuid {id}"),
-        kind: GuestType::Pvh,
-        dying: false,
-        shutdown: false,
-        paused: false,
-        vcpus: 1,
-        pages: 1,
-        max_pages: 1,
-        shared_pages: 0,
-        paged_pages: 0,
-        hap: true,
-    }
+    mock_info(id, &format!("uuid {id}"))
 }
 
 impl Host {

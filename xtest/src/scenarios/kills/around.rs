@@ -95,21 +95,11 @@ fn fill(ctx: &Ctx, guest: &Guest, most: u32) -> Result<u32, Verdict> {
             return Ok(n);
         }
         check_eq!(out.rc, 0, "after {n} payloads: {}", out.err_text());
-        let file = another(ctx, n)?;
+        let file = patches::another(ctx, n)?;
         ctx.dom0.ok(&format!("xen-locus apply {name} {file}"))?;
         tool::revert(ctx, name, CMDLINE)?;
     }
     Ok(most)
-}
-
-/// A payload of its own, by its digest: the same module with other bytes behind it.
-fn another(ctx: &Ctx, n: u32) -> Result<String, Verdict> {
-    let file = "/tmp/another.ko";
-    ctx.dom0.ok(&format!(
-        "cat {} >{file} && echo {n} >>{file}",
-        patches::file(CMDLINE)
-    ))?;
-    Ok(file.to_owned())
 }
 
 impl Ready {
@@ -179,7 +169,7 @@ impl Ready {
             }
             Around::LastRoom => {
                 // It had the last room, each time again.
-                let file = another(ctx, PAYLOADS)?;
+                let file = patches::another(ctx, PAYLOADS)?;
                 tool::refused(ctx, &format!("xen-locus check {name} {file}"), 3, "")?;
             }
         }

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use crate::check_eq;
 use crate::guest::Guest;
+use crate::scenario::Ctx;
 use crate::suites::{Suite, BOOKWORM};
 use crate::verdict::Verdict;
 
@@ -118,6 +119,16 @@ pub fn words_of(patches: &[&str]) -> [&'static str; 3] {
         }
     }
     shown
+}
+
+/// A payload of its own, by its digest: the same module with other bytes behind it.
+pub fn another(ctx: &Ctx, n: u32) -> Result<String, Verdict> {
+    let made = "/tmp/another.ko";
+    ctx.dom0.ok(&format!(
+        "cat {} >{made} && echo {n} >>{made}",
+        file(CMDLINE)
+    ))?;
+    Ok(made.to_owned())
 }
 
 #[cfg(test)]
