@@ -354,7 +354,10 @@ impl Reclaiming<'_, '_> {
             timeout: self.options.timeout.max(LOOK),
             ..self.options.clone()
         };
-        for thread in apply::blocking(self.machine, self.kernel, &watch, &limits)? {
+        let found = apply::blocking(self.machine, self.kernel, &watch, &limits);
+        // Its own words for that are about a guest in which nothing is changed.
+        check_interrupted(self.options)?;
+        for thread in found? {
             let inside = |n: &usize| n.to_string() == thread.function;
             let is_known = going.iter().any(|(n, _)| inside(n));
             // It may not be told in which one it is.
