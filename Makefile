@@ -46,12 +46,12 @@ unit: deps
 nested: deps
 	$(XTEST) run
 
-# All scenarios, for hours; downloads the kernels of four releases of Debian. Each result is kept for the commit:
-# `make test-matrix MISSING=1` runs what has not passed yet, `PART=2/4` a share.
+# All scenarios, for hours; downloads the kernels of four releases of Debian. Each result holds as long as what
+# it depends on is unchanged: `make test-matrix MISSING=1` runs what has not passed since then, `PART=2/4` a share.
 test-matrix: deps
 	$(XTEST) run --matrix $(if $(MISSING),--missing) $(if $(PART),--part $(PART))
 
-# The results for this commit, and what is missing.
+# The results that hold for the sources as they are, and what is missing.
 report:
 	@$(XTEST) report
 

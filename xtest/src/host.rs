@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{bail, ensure, Context, Result};
 
@@ -24,6 +25,12 @@ pub fn checked(cmd: &mut Command) -> Result<Output> {
         bail!("{name} failed ({}): {}", out.status, said.trim());
     }
     Ok(out)
+}
+
+/// Seconds since 1970.
+pub fn now() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |d| d.as_secs())
 }
 
 /// Runs a program with `input` as its standard input, and returns its standard output.

@@ -10,7 +10,7 @@
 //!
 //! 1. Ground: `limits`, `paths`, `profile`, `proto`, `verdict`, `host` (programs and files of the host),
 //!    `cpio`, `headers`, `suites` (releases of Debian), `toolchain`, `consoles` (what a console's text says),
-//!    `results` (what became of scenarios).
+//!    `inputs` (what results depend on), `results` (what became of scenarios).
 //! 2. In dom0: `agent`, the other end of `proto`.
 //! 3. What is booted: `fetch` (Debian packages), then `elf`, `payloads`, `source`, then `image`, then
 //!    `kernels`; `previous` (an earlier build of xen-locus).
@@ -34,6 +34,7 @@ pub mod guest;
 pub mod headers;
 pub mod host;
 pub mod image;
+pub mod inputs;
 pub mod kernels;
 pub mod late;
 pub mod limits;

@@ -43,14 +43,14 @@ enum Command {
         /// Processors of the host to use [default: all]
         #[arg(long)]
         cpus: Option<u32>,
-        /// Run only scenarios that have not passed for this commit and what is downloaded
+        /// Run only scenarios that have not passed since something they depend on changed
         #[arg(long)]
         missing: bool,
         /// Run only a share, like 2/4
         #[arg(long, value_parser = Part::parse)]
         part: Option<Part>,
     },
-    /// Show the results of this commit, and which are missing
+    /// Show the results that hold for the sources as they are, and which are missing
     Report {
         /// Only the scenarios of a usual run
         #[arg(long)]

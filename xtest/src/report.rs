@@ -1,4 +1,4 @@
-//! `xtest report`: the results of this commit as a table, with what is missing.
+//! `xtest report`: the results that hold for the sources as they are, as a table, with what is missing.
 
 use crate::results::{Results, PASSED};
 use crate::scenario::Scenario;

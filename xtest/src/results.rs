@@ -1,14 +1,15 @@
-//! What became of each scenario, kept for each commit: a run can be made in several sittings.
+//! What became of each scenario. A result holds as long as what it depends on is unchanged ([`Inputs`]), so a run can be
+//! made in several sittings.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::host::{checked, replace};
+use crate::inputs::{self, Inputs};
 use crate::paths::Paths;
 
 /// The word for a scenario that passed.
@@ -35,7 +36,10 @@ pub struct Ended {
     /// Reports of stalls that were excused, because the machine stood still.
     #[serde(default)]
     pub excused: usize,
-    /// What it ran on: the version of QEMU, and a digest of the packages of each release of Debian.
+    /// The commit of the sources.
+    #[serde(default)]
+    pub commit: String,
+    /// What it depends on.
     pub inputs: BTreeMap<String, String>,
 }
 
@@ -49,47 +53,27 @@ pub struct Stored {
     pub earlier: Vec<Ended>,
 }
 
-/// The results for the state of the sources as it is now.
+/// The results of all scenarios.
 #[derive(Debug)]
 pub struct Results {
-    all: PathBuf,
     dir: PathBuf,
     /// The commit; and a digest of the changes, if there are any.
     pub key: String,
-    base: PathBuf,
-    qemu: String,
+    /// What results depend on, as it is now.
+    pub inputs: Inputs,
 }
 
 impl Results {
     /// Finds out the state of the sources.
+    ///
+    /// # Errors
+    /// The sources can't be read.
     pub fn open(paths: &Paths) -> Result<Self> {
-        let key = key(&paths.workspace)?;
-        let all = paths.base.join("results");
-        let said = Command::new("qemu-system-x86_64").arg("--version").output();
-        let said = said.map(|out| String::from_utf8_lossy(&out.stdout).into_owned());
-        let qemu = said.unwrap_or_default();
         Ok(Self {
-            dir: all.join(&key),
-            all,
-            key,
-            base: paths.base.clone(),
-            qemu: qemu.lines().next().unwrap_or_default().to_owned(),
+            dir: paths.base.join("results"),
+            key: key(&paths.workspace)?,
+            inputs: Inputs::now(paths)?,
         })
-    }
-
-    /// The inputs of a scenario whose guests boot kernels of these releases of Debian.
-    pub fn inputs<'s>(&self, suites: impl Iterator<Item = &'s str>) -> BTreeMap<String, String> {
-        let mut inputs = BTreeMap::from([("qemu".to_owned(), self.qemu.clone())]);
-        for suite in suites {
-            inputs.insert(suite.to_owned(), self.digest(suite));
-        }
-        inputs
-    }
-
-    /// A digest of what a release of Debian was unpacked from.
-    fn digest(&self, suite: &str) -> String {
-        let stamp = std::fs::read(self.base.join(suite).join("stamp.json")).unwrap_or_default();
-        format!("{:08x}", crc32fast::hash(&stamp))
     }
 
     /// Keeps the result of a run.
@@ -109,22 +93,24 @@ impl Results {
             .with_context(|| format!("storing the result of {name}"))
     }
 
-    /// The result of a scenario for this state of the sources, if it ran on what is there now.
+    /// The result of a scenario, if it holds for what is there now. Earlier ones that don't are left out.
     pub fn of(&self, name: &str) -> Option<Stored> {
-        let stored = read(&self.file(name))?;
-        let suites = stored.last.inputs.keys().map(String::as_str);
-        let now = self.inputs(suites.filter(|&s| s != "qemu"));
-        (now == stored.last.inputs).then_some(stored)
+        let mut stored = read(&self.file(name))?;
+        let holds =
+            |ended: &Ended| self.inputs.of(name, inputs::releases(&ended.inputs)) == ended.inputs;
+        stored.earlier.retain(holds);
+        holds(&stored.last).then_some(stored)
     }
 
-    /// The seconds that a scenario usually takes: by the list of the tree, or else by a run for any state of the
-    /// sources.
+    /// The seconds that a scenario usually takes: by the list of the tree, or else by an earlier run.
     pub fn usual(&self, name: &str) -> Option<f64> {
         listed(name).or_else(|| {
-            let folders = std::fs::read_dir(&self.all).ok()?.flatten();
-            let found = folders.filter_map(|f| read(&f.path().join(format!("{name}.json"))));
-            let passed = found.filter(|s| s.last.verdict == PASSED);
-            passed.max_by_key(|s| s.last.at).map(|s| s.last.seconds)
+            let stored = read(&self.file(name))?;
+            let all = [&stored.last]
+                .into_iter()
+                .chain(stored.earlier.iter().rev());
+            let mut passed = all.filter(|ended| ended.verdict == PASSED);
+            passed.next().map(|ended| ended.seconds)
         })
     }
 
@@ -149,12 +135,6 @@ fn listed(name: &str) -> Option<f64> {
 
 fn read(file: &Path) -> Option<Stored> {
     serde_json::from_slice(&std::fs::read(file).ok()?).ok()
-}
-
-/// Seconds since 1970.
-pub fn now() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |d| d.as_secs())
 }
 
 /// The commit, and a digest of what was changed since.
@@ -208,17 +188,13 @@ impl Part {
 mod tests {
     use super::*;
 
-    fn results(name: &str) -> Results {
+    fn results(name: &str, product: &str) -> Results {
         let base = std::env::temp_dir().join(format!("xtest-{name}-{}", std::process::id()));
-        let _ = std::fs::remove_dir_all(&base);
         std::fs::create_dir_all(base.join("bookworm")).unwrap();
-        let all = base.join("results");
         Results {
-            dir: all.join("abc"),
-            all,
+            dir: base.join("results"),
             key: "abc".into(),
-            base,
-            qemu: "QEMU 7".into(),
+            inputs: inputs::tests::inputs(&base, product, "", ""),
         }
     }
 
@@ -231,24 +207,32 @@ mod tests {
             second_try: false,
             started_again: 0,
             excused: 0,
-            inputs: results.inputs(["bookworm"].into_iter()),
+            commit: results.key.clone(),
+            inputs: results.inputs.of("a-pv", ["bookworm"].into_iter()),
         }
     }
 
     #[test]
     fn a_result_holds_for_what_it_ran_on_and_keeps_what_was_before() {
-        let results = results("results");
-        assert_eq!(results.of("one"), None);
-        results.store("one", ended(&results, "failed", 1)).unwrap();
-        results.store("one", ended(&results, PASSED, 2)).unwrap();
-        let stored = results.of("one").unwrap();
+        let before = results("results", "p");
+        assert_eq!(before.of("a-pv"), None);
+        before.store("a-pv", ended(&before, "failed", 1)).unwrap();
+        before.store("a-pv", ended(&before, PASSED, 2)).unwrap();
+        let stored = before.of("a-pv").unwrap();
         assert_eq!(stored.last.verdict, PASSED);
         assert_eq!(stored.earlier[0].verdict, "failed");
-        assert_eq!(results.usual("one"), Some(7.0));
-        // Other packages: the scenario is to be run again.
-        std::fs::write(results.base.join("bookworm/stamp.json"), "new").unwrap();
-        assert_eq!(results.of("one"), None);
-        std::fs::remove_dir_all(&results.base).unwrap();
+        assert_eq!(before.usual("a-pv"), Some(7.0));
+        // Another product: the scenario is to be run again, and what it did before says nothing of it.
+        let after = results("results", "q");
+        assert_eq!(after.of("a-pv"), None);
+        after.store("a-pv", ended(&after, PASSED, 3)).unwrap();
+        assert_eq!(after.of("a-pv").unwrap().earlier, []);
+        assert_eq!(before.of("a-pv"), None);
+        // Other packages.
+        let base = after.dir.parent().unwrap();
+        std::fs::write(base.join("bookworm/stamp.json"), "new").unwrap();
+        assert_eq!(after.of("a-pv"), None);
+        std::fs::remove_dir_all(base).unwrap();
     }
 
     #[test]

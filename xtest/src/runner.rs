@@ -7,12 +7,13 @@ use std::time::Instant;
 
 use anyhow::Result;
 
+use crate::host::now;
 use crate::late;
 use crate::profile::Profile;
 use crate::qemu::tail;
 use crate::qemu_faults;
 use crate::queue::{Work, WORTH};
-use crate::results::{self, Ended, Results, PASSED};
+use crate::results::{Ended, Results, PASSED};
 use crate::scenario::Scenario;
 use crate::scenarios;
 use crate::suites::BOOKWORM;
@@ -165,11 +166,12 @@ fn run_machine(testbed: &Testbed, results: &Results, work: &Mutex<Work>, at: usi
             verdict: verdict.to_owned(),
             why,
             seconds: began.elapsed().as_secs_f64(),
-            at: results::now(),
+            at: now(),
             second_try,
             started_again: tried.started_again,
             excused: tried.excused,
-            inputs: results.inputs(tried.suites.into_iter()),
+            commit: results.key.clone(),
+            inputs: results.inputs.of(scenario.name, tried.suites.into_iter()),
         };
         totals.count(scenario.name, &ended);
         println!("{}", line(scenario.profile, scenario.name, &ended));
@@ -474,6 +476,7 @@ mod tests {
             second_try: true,
             started_again: 2,
             excused: 3,
+            commit: String::new(),
             inputs: std::collections::BTreeMap::new(),
         };
         totals.count("one", &ended);
