@@ -56,6 +56,12 @@ pub const MATRIX: &[Scenario] = &[
         profile: &PVH,
         run: |ctx| many_payloads(ctx, Kind::Pvh),
     },
+    Scenario {
+        name: "reclaim-killed-pv",
+        summary: "reclaim is killed at each of its calls: recover puts back or goes on, and the payload is reclaimed",
+        profile: &PV1,
+        run: reclaim_killed,
+    },
 ];
 
 /// Starts a timer of 40 s at each read of `/proc/cmdline`.
@@ -228,12 +234,82 @@ fn many_payloads(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     ctx.destroy_guest(&name)
 }
 
-/// Kills `reclaim` at each of its calls: the payload is parked or gone, and nothing else changed.
+/// What became of a payload whose `reclaim` was killed, when `recover` had resolved that.
+#[derive(Debug, PartialEq)]
+enum Fate {
+    /// It was not killed, because it has not so many calls.
+    NotKilled,
+    /// It is parked as before.
+    Parked,
+    /// It is out of the guest's lists.
+    Out,
+    /// It is gone.
+    Gone,
+}
+
+fn reclaim_killed(ctx: &mut Ctx) -> Result<(), Verdict> {
+    let name = "killed-pv";
+    let guest = ctx.ensure_guest(GuestSpec::new(name, Kind::Pv))?;
+    let park = || -> Result<(), Verdict> {
+        tool::apply(ctx, name, CMDLINE)?;
+        tool::revert(ctx, name, CMDLINE)?;
+        Ok(())
+    };
+    park()?;
+    let mut out_at = 1;
+    let mut seen = killed_at(ctx, name, out_at)?;
+    while seen == Fate::Parked {
+        out_at += 1;
+        seen = killed_at(ctx, name, out_at)?;
+    }
+    // From here on its only journal is that of the last step.
+    let (mut nth, mut gone) = (0, 0);
+    while seen != Fate::NotKilled {
+        if seen == Fate::Gone {
+            gone += 1;
+            park()?;
+            check_eq!(
+                killed_at(ctx, name, out_at)?,
+                Fate::Out,
+                "at {out_at} again"
+            );
+        }
+        nth += 1;
+        seen = killed_at(ctx, name, nth)?;
+    }
+    let said = format!("{name}: out at call {out_at}, then {nth} calls, gone after {gone} of them");
+    eprintln!("xtest: {said}");
+    check!(out_at > 100 && nth > 10 && gone > 1, "{said}");
+    park()?;
+    check!(!patches::cmdline_is_live(&guest)?, "live after revert");
+    reclaimed(ctx, name)?;
+    ctx.destroy_guest(name)
+}
+
+/// Kills `reclaim` of the only parked payload at its `nth` call after a journal began, and lets `recover` resolve it.
+fn killed_at(ctx: &Ctx, name: &str, nth: u32) -> Result<Fate, Verdict> {
+    let command = format!("reclaim {name} {CMDLINE}");
+    if !tool::killed_at(ctx, nth, "journal", &command)? {
+        return Ok(Fate::NotKilled);
+    }
+    let recovered = ctx.dom0.sh(&format!("xen-locus recover {name}"))?;
+    let told = format!("{}{}", recovered.text(), recovered.err_text());
+    check_eq!(recovered.rc, 0, "call {nth}: {told}");
+    ctx.dom0.ok(&format!("xen-locus verify {name}"))?;
+    if tool::info(ctx, name, "")?["arena"]["used"] == 0 {
+        return Ok(Fate::Gone);
+    }
+    Ok(match told.contains("out of the guest's lists") {
+        true => Fate::Out,
+        false => Fate::Parked,
+    })
+}
+
+/// Kills `reclaim` at some of its calls: the payloads are parked or gone, and nothing else changed.
 fn killed_while_reclaiming(ctx: &Ctx, name: &str) -> Result<(), Verdict> {
     let command = format!("reclaim {name} {CMDLINE}");
-    let mut nth = 1;
     // After some hundred calls it only reads memory.
-    while nth < 400 {
+    for nth in (1..400).step_by(7) {
         let out = ctx.dom0.sh_timeout(
             &format!("XEN_LOCUS_FAULT={nth}:kill:journal xen-locus-faults {command}"),
             Duration::from_secs(1200),
@@ -243,7 +319,6 @@ fn killed_while_reclaiming(ctx: &Ctx, name: &str) -> Result<(), Verdict> {
         }
         ctx.dom0.ok(&format!("xen-locus recover {name}"))?;
         ctx.dom0.ok(&format!("xen-locus verify {name}"))?;
-        nth += 7;
     }
     Ok(())
 }
