@@ -437,10 +437,10 @@ fn way_back(kernel: &Kernel<'_>, change: &Change) -> Result<Plan> {
             ..write.clone()
         });
     }
-    let watched = change.watched.iter().map(|w| Watched {
-        range: Range::new(Gva(w.start), w.len),
-        name: w.name.as_str().into(),
-    });
+    let watched = change
+        .watched
+        .iter()
+        .map(|w| Watched::new(Range::new(Gva(w.start), w.len), w.name.as_str()));
     let proposal = Proposal {
         patch: &change.patch,
         unprobed,
@@ -461,10 +461,7 @@ fn unprobed(change: &Change) -> Vec<Watched> {
     let written = change.writes.iter().filter(|w| w.changes());
     let range = |w: &Write| Range::new(w.at, w.new.len() as u64);
     written
-        .map(|w| Watched {
-            range: range(w),
-            name: change.patch.as_str().into(),
-        })
+        .map(|w| Watched::new(range(w), change.patch.as_str()))
         .collect()
 }
 

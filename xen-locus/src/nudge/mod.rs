@@ -205,10 +205,7 @@ impl Gate {
 
     /// Where no thread may be at that moment.
     fn watched(&self, turn: Turn) -> Vec<Watched> {
-        let watched = |start: Gva, len: u64, name: &str| Watched {
-            range: Range::new(start, len),
-            name: name.into(),
-        };
+        let watched = |start: Gva, len: u64, name: &str| Watched::new(Range::new(start, len), name);
         let text = arena::page_address(self.first);
         let redirect = watched(self.handler.site, JUMP as u64, FUNCTION);
         match turn {
@@ -222,10 +219,7 @@ impl Gate {
         // On the way back the rest of the handler keeps its bytes.
         if turn == Turn::Up {
             let start = self.handler.site;
-            unprobed.push(Watched {
-                range: Range { start, ..self.room },
-                name: FUNCTION.into(),
-            });
+            unprobed.push(Watched::new(Range { start, ..self.room }, FUNCTION));
         }
         let proposal = Proposal {
             patch: &self.patch,

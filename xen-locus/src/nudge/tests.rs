@@ -29,10 +29,7 @@ fn where_user_threads_can_not_be_told_from_others_no_thread_is_woken() {
     guest.left.set(0);
     let kernel = guest.kernel();
     let (name, at) = FUNCTIONS[A];
-    let watch = Watch::of(vec![Watched {
-        range: Range::new(Gva(at), 0x20),
-        name: name.into(),
-    }]);
+    let watch = Watch::of(vec![Watched::new(Range::new(Gva(at), 0x20), name)]);
     // The mock guest's `task_struct` has no `mm`.
     let error = nudge(&guest, &kernel, "one", &watch, &Options::default()).unwrap_err();
     assert_eq!(error.class(), Class::NotApplicable);

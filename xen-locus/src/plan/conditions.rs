@@ -179,10 +179,7 @@ pub fn behind_redirects(functions: &[Function]) -> impl Iterator<Item = Watched>
         let body = std::iter::once((f.site, end.0 - f.site.0));
         let parts = body.chain(f.old_cold.iter().copied());
         let name: Arc<str> = f.name.as_str().into();
-        parts.map(move |(at, len)| Watched {
-            range: Range::new(at, len),
-            name: Arc::clone(&name),
-        })
+        parts.map(move |(at, len)| Watched::new(Range::new(at, len), Arc::clone(&name)))
     })
 }
 

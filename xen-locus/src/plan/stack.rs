@@ -394,56 +394,47 @@ impl Stack<'_> {
 
 /// The bytes of the redirects of `functions`, each with the name of its function.
 pub fn redirects(functions: &[Function]) -> impl Iterator<Item = Watched> + '_ {
-    let redirect = |f: &Function| watched((f.site, JUMP as u64), f.name.as_str().into());
+    let redirect = |f: &Function| Watched::new(Range::new(f.site, JUMP as u64), f.name.as_str());
     functions.iter().map(redirect)
 }
 
 /// The kernel's own version of a function.
 fn old_version(function: &Function) -> impl Iterator<Item = Watched> + '_ {
-    version(
-        (function.old, function.old_size),
-        &function.old_cold,
-        &function.name,
-    )
+    let whole = Range::new(function.old, function.old_size);
+    let whole = Watched::new(whole, function.name.as_str());
+    std::iter::once(whole).chain(elsewhere(&function.name, &function.old_cold))
 }
 
-/// A patch's version of a function.
+/// A patch's version of a function. Its first byte counts: the redirect is in the kernel's own version.
 fn new_version(function: &Function) -> impl Iterator<Item = Watched> + '_ {
-    version(
-        (function.new, function.new_size),
-        &function.new_cold,
-        &function.name,
-    )
+    let whole = Range::new(function.new, function.new_size);
+    let whole = Watched::whole(whole, function.name.as_str());
+    std::iter::once(whole).chain(elsewhere(&function.name, &function.new_cold))
 }
 
-/// A version of the function `name`: address and size, and those of its parts that are located elsewhere.
-fn version<'f>(
-    whole: (Gva, u64),
-    cold: &'f [(Gva, u64)],
-    name: &'f str,
-) -> impl Iterator<Item = Watched> + 'f {
-    let part: Arc<str> = match cold {
+/// The parts of the function `name` that are located elsewhere, and are entered by jumps.
+fn elsewhere<'f>(name: &str, parts: &'f [(Gva, u64)]) -> impl Iterator<Item = Watched> + 'f {
+    let name: Arc<str> = match parts {
         [] => "".into(),
         _ => format!("{name}.cold").into(),
     };
-    let cold = cold.iter().map(move |&at| watched(at, Arc::clone(&part)));
-    std::iter::once(watched(whole, name.into())).chain(cold)
-}
-
-fn watched((at, len): (Gva, u64), name: Arc<str>) -> Watched {
-    Watched {
-        range: Range::new(at, len),
-        name,
-    }
+    parts
+        .iter()
+        .map(move |&(at, len)| Watched::whole(Range::new(at, len), Arc::clone(&name)))
 }
 
 /// A patch's code: the new functions by name, and all of it, because they may call others in it.
 #[must_use]
 pub fn code_of(record: &Record) -> Vec<Watched> {
     let replacements = record.functions.iter().flat_map(new_version);
-    replacements
-        .chain([watched(record.text, record.name.as_str().into())])
-        .collect()
+    replacements.chain([all_code_of(record)]).collect()
+}
+
+/// All of a patch's code as one range.
+#[must_use]
+pub fn all_code_of(record: &Record) -> Watched {
+    let (start, len) = record.text;
+    Watched::whole(Range::new(start, len), record.name.as_str())
 }
 
 /// The bytes at a redirect.

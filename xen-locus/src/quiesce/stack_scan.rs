@@ -119,6 +119,10 @@ impl<'s, 'k, 'm> StackScan<'s, 'k, 'm> {
     pub(super) fn vcpu(&mut self, vcpu: &Vcpu, running: &mut Running) -> Result<()> {
         let tasks = self.tasks;
         let current = tasks.current_of(vcpu);
+        if tasks.cpus.of_vcpu(vcpu).is_none() && !tasks.may_nest {
+            // The GS base is that of no CPU of this kernel: another one runs, after a crash, or this one starts up a CPU.
+            self.unreliable(None, vcpu);
+        }
         if vcpu.user {
             if let Some(known) = current {
                 // These may be registers of a guest of the guest, which chooses them; then the task is in the kernel.
@@ -178,15 +182,17 @@ impl<'s, 'k, 'm> StackScan<'s, 'k, 'm> {
             }
             _ => {
                 // In the middle of a switch of stacks.
-                let (name, offset) = tasks
-                    .kernel
-                    .symbols
-                    .covering(vcpu.rip)
-                    .unwrap_or_else(|| ("?".into(), 0));
-                self.report(task, Reason::UnreliableStack, &name, offset);
+                self.unreliable(task, vcpu);
             }
         }
         Ok(())
+    }
+
+    /// Reports a vCPU whose stack can't be judged at this moment.
+    fn unreliable(&mut self, task: Option<&Task>, vcpu: &Vcpu) {
+        let at = self.tasks.kernel.symbols.covering(vcpu.rip);
+        let (name, offset) = at.unwrap_or_else(|| ("?".into(), 0));
+        self.report(task, Reason::UnreliableStack, &name, offset);
     }
 
     /// Scans the live part of a CPU's own stacks, beginning at a place on the first, and says where

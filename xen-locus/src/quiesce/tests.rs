@@ -121,10 +121,7 @@ fn blocked(verdict: Verdict) -> Vec<u32> {
 
 /// One function.
 fn watch() -> Watch {
-    Watch::of(vec![Watched {
-        range: Range::new(PATCHED, 0x10),
-        name: "patched".into(),
-    }])
+    Watch::of(vec![Watched::new(Range::new(PATCHED, 0x10), "patched")])
 }
 
 fn with_guest(test: impl FnOnce(&Guest<'_>, &mut Steps<'_, '_, '_>)) {

@@ -18,6 +18,49 @@ pub struct Watched {
     pub range: Range,
     /// The name that messages use, mostly that of a function. The parts of one function share it.
     pub name: Arc<str>,
+    /// How many bytes of the range are in front of the code, so that the first byte of that is a hit.
+    front: u64,
+}
+
+impl Watched {
+    /// A range whose first byte is no hit: a thread that is there, or has a pointer to there, enters the function by the
+    /// redirect. So it is with the kernel's own version of a function, and with the bytes of a redirect.
+    #[must_use]
+    pub fn new(range: Range, name: impl Into<Arc<str>>) -> Watched {
+        Watched {
+            range,
+            name: name.into(),
+            front: 0,
+        }
+    }
+
+    /// A range whose first byte is a hit like all others: no redirect is in it. A thread that has the address of a payload's
+    /// function was on its way into it, and goes on there.
+    #[must_use]
+    pub fn whole(range: Range, name: impl Into<Arc<str>>) -> Watched {
+        let front = range.start.0.min(1);
+        let start = Gva(range.start.0 - front);
+        Watched {
+            range: Range { start, ..range },
+            name: name.into(),
+            front,
+        }
+    }
+
+    /// The same under another name.
+    #[must_use]
+    pub fn called(self, name: impl Into<Arc<str>>) -> Watched {
+        Watched {
+            name: name.into(),
+            ..self
+        }
+    }
+
+    /// How far `word` is behind the start of the code.
+    fn offset_of(&self, word: u64) -> Option<u64> {
+        word.checked_sub(self.range.start.0)?
+            .checked_sub(self.front)
+    }
 }
 
 /// All ranges in which no thread may be.
@@ -59,9 +102,8 @@ impl Watch {
         }
         // Code that could not be read for want of budget counts as no call. So what is found is worth nothing then.
         space.budget().check()?;
-        ranges.extend(
-            unwind::hiding(kernel).map(|(name, range)| trampoline(range.start, range.len(), name)),
-        );
+        // A hidden return address is replaced by the address of the trampoline's first byte.
+        ranges.extend(unwind::hiding(kernel).map(|(name, range)| Watched::whole(range, name)));
         Ok(Watch::of(ranges))
     }
 
@@ -92,9 +134,8 @@ impl Watch {
 
     /// Whether a thread could go on at `word` in a watched range: the range, and the offset in it in bytes.
     ///
-    /// The first byte is no such place: a thread that is there, or has a pointer to there, enters the
-    /// function by the redirect. The address behind the last byte is one if the last instruction is a
-    /// call (a call that never returns).
+    /// Whether the first byte is such a place the range says ([`Watched::new`], [`Watched::whole`]). The address behind
+    /// the last byte is one if the last instruction is a call (a call that never returns).
     #[must_use]
     pub fn hit(&self, word: u64) -> Option<(&Watched, u64)> {
         if locus_xen::fault::is_blind() {
@@ -103,7 +144,7 @@ impl Watch {
         let at = self.spans.partition_point(|span| span.last < word);
         let span = self.spans.get(at).filter(|span| span.first <= word)?;
         let watched = self.sorted.get(span.range)?;
-        Some((watched, word.checked_sub(watched.range.start.0)?))
+        Some((watched, watched.offset_of(word)?))
     }
 
     /// As [`Watch::hit`], for the address `rip` of the instruction that a CPU is at. There the first byte counts too. The
@@ -114,7 +155,7 @@ impl Watch {
     pub fn runs_in(&self, rip: u64) -> Option<(&Watched, u64)> {
         let first = || {
             let (watched, _) = self.hit(rip.checked_add(1)?)?;
-            Some((watched, rip.checked_sub(watched.range.start.0)?))
+            Some((watched, watched.offset_of(rip)?))
         };
         self.hit(rip).or_else(first)
     }
@@ -166,16 +207,6 @@ fn spans(ranges: &[Watched]) -> Vec<Span> {
     }
     close(&mut open, &mut next, u64::MAX);
     found
-}
-
-/// The range to watch for a trampoline at `at`. A hidden return address is replaced by the address of
-/// the trampoline's first byte, which is no hit in a function. So the range begins one byte before.
-fn trampoline(at: Gva, len: u64, name: &str) -> Watched {
-    let start = Gva(at.0.saturating_sub(1));
-    Watched {
-        range: Range::new(start, len.saturating_add(1)),
-        name: name.into(),
-    }
 }
 
 #[cfg(test)]

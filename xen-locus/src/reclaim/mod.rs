@@ -27,7 +27,7 @@ mod tests;
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use locus_guest::addr::{Gva, Range, PAGE_SIZE};
+use locus_guest::addr::{Range, PAGE_SIZE};
 use locus_kernel::Kernel;
 
 use self::candidates::Candidates;
@@ -40,7 +40,7 @@ use crate::link::module::links::{self, Known, Users};
 use crate::machine::Machine;
 use crate::operation::Operation;
 use crate::plan::{self, stack, Plan, Proposal};
-use crate::quiesce::{Watch, Watched};
+use crate::quiesce::Watch;
 use crate::storage::journal::Change;
 use crate::write::Write;
 
@@ -151,16 +151,6 @@ fn pages_of(resident: &Resident) -> Range {
         arena::page_address(resident.slot.first.into()),
         pages * PAGE_SIZE,
     )
-}
-
-/// All code of a payload, for a look at threads. A range's first byte does not count as inside there, and a thread may be
-/// about to run the first one.
-fn code_of(resident: &Resident, name: &str) -> Watched {
-    let (start, len) = resident.record.text;
-    Watched {
-        range: Range::new(Gva(start.0.wrapping_sub(1)), len.saturating_add(1)),
-        name: name.into(),
-    }
 }
 
 /// A run that gives back memory.
@@ -307,7 +297,7 @@ impl Reclaiming<'_, '_> {
         let record = &resident.record;
         let links = links::leave(kernel, record.module, pages_of(resident), users)?;
         let mut watched = links.watched;
-        watched.push(code_of(resident, &record.name));
+        watched.push(stack::all_code_of(record));
         let proposal = Proposal {
             patch: &record.name,
             unprobed: stack::code_of(record),
@@ -348,7 +338,8 @@ impl Reclaiming<'_, '_> {
         if going.is_empty() {
             return Ok(());
         }
-        let watched = going.iter().map(|(n, r)| code_of(r, &n.to_string()));
+        let watched = going.iter();
+        let watched = watched.map(|(n, r)| stack::all_code_of(&r.record).called(n.to_string()));
         let watch = Watch::new(self.kernel, watched.collect())?;
         let limits = Options {
             timeout: self.options.timeout.max(LOOK),

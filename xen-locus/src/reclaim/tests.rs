@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
 
+use locus_guest::addr::Gva;
 use locus_kernel::modules::ModuleReader;
 
 use super::*;

@@ -160,18 +160,15 @@ pub fn copies(kernel: &Kernel<'_>) -> Result<Vec<Watched>> {
         for page in list(&space, head, PAGES_MAX)? {
             let at = Gva(space.read_u64(page.plus(insns))?);
             // Unlike that of a function, the first byte of a page is in the middle of something.
-            let start = Gva(at.0.saturating_sub(1));
-            found.push(Watched {
-                range: Range::new(start, PAGE_SIZE.saturating_add(1)),
-                name: format!("{name} (code that a kprobe copied)").into(),
-            });
+            let name = format!("{name} (code that a kprobe copied)");
+            found.push(Watched::whole(Range::new(at, PAGE_SIZE), name));
         }
     }
     if let Some(at) = kernel.symbols.addr(REGISTERS) {
-        found.push(Watched {
-            range: Range::new(at, kernel.symbols.room(at).unwrap_or_default()),
-            name: REGISTERS.into(),
-        });
+        found.push(Watched::new(
+            Range::new(at, kernel.symbols.room(at).unwrap_or_default()),
+            REGISTERS,
+        ));
     }
     Ok(found)
 }

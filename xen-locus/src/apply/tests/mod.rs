@@ -217,6 +217,29 @@ fn who_is_in_the_version_that_runs_is_in_the_way_and_who_is_below_it_is_not() {
 }
 
 #[test]
+fn who_is_about_to_begin_a_patchs_version_is_in_the_way() {
+    let guest = Guest::new();
+    guest.applied(&payload("one", &[A, B]));
+    let [one] = guest.residents().unwrap().try_into().unwrap();
+    for function in &one.record.functions {
+        // An interrupt met the thread right behind the redirect, and its task was switched off there.
+        guest.sleep_at(function.new.0);
+        let stacked = guest.apply(&payload("two", &[A, B]), Mode::Apply);
+        let error = stacked.unwrap_err();
+        let blockers = &error.blocked().unwrap().blockers;
+        assert_eq!(
+            (&*blockers[0].function, blockers[0].offset),
+            (&*function.name, 0)
+        );
+        assert!(guest.revert("one").unwrap_err().blocked().is_some());
+        let all = guest.apply(&payload("all", &[C]), Mode::Replace);
+        assert!(all.unwrap_err().blocked().is_some());
+    }
+    guest.sleep_at(0);
+    guest.revert("one").unwrap();
+}
+
+#[test]
 fn a_full_directory_is_refused_before_anything_is_written() {
     let guest = Guest::new();
     for n in 0..ENTRIES_MAX {

@@ -97,10 +97,7 @@ fn unlocked_code(kernel: &Kernel<'_>) -> Vec<Watched> {
         .filter_map(|name| {
             let at = kernel.symbols.addr(name)?;
             let len = kernel.symbols.room(at)?;
-            Some(Watched {
-                range: Range::new(at, len),
-                name: (*name).into(),
-            })
+            Some(Watched::new(Range::new(at, len), *name))
         })
         .collect()
 }

@@ -67,6 +67,7 @@ fn a_cpu_at_the_first_byte_is_in_the_way_and_a_pointer_to_there_is_not() {
 #[test]
 fn registers_with_the_gs_base_of_no_cpu_hide_no_part_of_a_stack() {
     with_guest(|guest, steps| {
+        steps.tasks.may_nest = true;
         // A guest of the guest chose a stack pointer above all that is live on the stack of a task that sleeps inside.
         guest.enter(42, true);
         steps.scan_off_cpu().unwrap();
@@ -75,6 +76,29 @@ fn registers_with_the_gs_base_of_no_cpu_hide_no_part_of_a_stack() {
         (vcpu.user, vcpu.gs_base, vcpu.gs_other) = (false, Gva(0xffff_c000_0000_0000), Gva(0));
         vcpu.rsp = Gva(guest.task(42).stack.end.0 - 8);
         assert_eq!(blocked(steps.look(&vcpus, true, &|| false).unwrap()), [42]);
+    });
+}
+
+#[test]
+fn registers_of_another_kernel_make_a_look_unreliable() {
+    with_guest(|guest, steps| {
+        guest.enter(42, false);
+        steps.scan_off_cpu().unwrap();
+        let vcpus = guest.world.vcpus.clone();
+        let look = |steps: &Steps<'_, '_, '_>, vcpus: &[Vcpu]| {
+            blocked(steps.look(vcpus, true, &|| false).unwrap())
+        };
+        assert_eq!(look(steps, &vcpus), NOBODY);
+        // The guest crashed into another kernel, whose memory is elsewhere: the old one's stands still.
+        for user in [true, false] {
+            let mut foreign = vcpus.clone();
+            let vcpu = foreign.iter_mut().find(|v| v.user).unwrap();
+            (vcpu.user, vcpu.gs_base, vcpu.gs_other) = (user, Gva(0xffff_c000_0000_0000), Gva(0));
+            assert_eq!(look(steps, &foreign), [0], "user {user}");
+            steps.tasks.may_nest = true;
+            assert_eq!(look(steps, &foreign).is_empty(), user);
+            steps.tasks.may_nest = false;
+        }
     });
 }
 

@@ -7,10 +7,7 @@ use super::*;
 
 #[test]
 fn a_watched_range_is_hit_behind_its_first_byte_and_up_to_its_end() {
-    let watched = |start, len, name: &str| Watched {
-        range: Range::new(Gva(start), len),
-        name: name.into(),
-    };
+    let watched = |start, len, name: &str| Watched::new(Range::new(Gva(start), len), name);
     let watch = Watch::of(vec![watched(0x2000, 0x10, "b"), watched(0x1000, 0x10, "a")]);
     let name = |word| watch.hit(word).map(|(w, offset)| (w.name.clone(), offset));
     assert_eq!(name(0x1000), None);
@@ -44,10 +41,9 @@ fn a_watched_range_is_hit_behind_its_first_byte_and_up_to_its_end() {
     assert_eq!(name(0x1080), Some(("a".into(), 0x80)));
     assert_eq!(name(0x1101), None);
     // A watch that is made of another one gives the same names.
-    let ranges = watch.ranges().map(|(range, name)| Watched {
-        range: *range,
-        name: name.into(),
-    });
+    let ranges = watch
+        .ranges()
+        .map(|(range, name)| Watched::new(*range, name));
     for again in [watch.with(Vec::new()), Watch::of(ranges.collect())] {
         assert_eq!(again.hit(0x1018).map(|(w, _)| &*w.name), Some("b"));
     }
@@ -55,10 +51,7 @@ fn a_watched_range_is_hit_behind_its_first_byte_and_up_to_its_end() {
 
 #[test]
 fn a_cpu_at_the_first_byte_of_a_watched_range_is_in_it() {
-    let watched = |start, name: &str| Watched {
-        range: Range::new(Gva(start), 5),
-        name: name.into(),
-    };
+    let watched = |start, name: &str| Watched::new(Range::new(Gva(start), 5), name);
     let watch = Watch::of(vec![watched(0x2000, "b"), watched(0x1000, "a")]);
     let name = |rip| watch.runs_in(rip).map(|(w, offset)| (&*w.name, offset));
     assert_eq!(name(0xfff), None);
@@ -72,10 +65,11 @@ fn a_cpu_at_the_first_byte_of_a_watched_range_is_in_it() {
 
 #[test]
 fn a_return_address_that_is_a_trampoline_s_first_byte_is_a_hit() {
-    let watch = Watch::of(vec![trampoline(Gva(0x1000), 0x20, "return_to_handler")]);
+    let range = Range::new(Gva(0x1000), 0x20);
+    let watch = Watch::of(vec![Watched::whole(range, "return_to_handler")]);
     assert!(watch.hit(0xfff).is_none());
-    assert!(watch.hit(0x1000).is_some());
-    assert!(watch.hit(0x1020).is_some());
+    assert_eq!(watch.hit(0x1000).unwrap().1, 0);
+    assert_eq!(watch.hit(0x1020).unwrap().1, 0x20);
     assert!(watch.hit(0x1021).is_none());
 }
 
@@ -86,10 +80,7 @@ fn one_past_the_end_is_a_hit_only_behind_a_call() {
     let range = Range::new(PATCHED, 0x10);
     let frame = kernel.space.walk(PATCHED).unwrap().frame;
     let watch = || {
-        let patched = Watched {
-            range,
-            name: "patched".into(),
-        };
+        let patched = Watched::new(range, "patched");
         Watch::new(&kernel, vec![patched])
     };
     assert!(watch().unwrap().hit(range.end.0 - 1).is_some());
@@ -106,10 +97,7 @@ fn one_past_the_end_is_a_hit_only_behind_a_call() {
 fn without_budget_no_watch_is_made() {
     let world = World::new(GuestType::Pvh);
     let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
-    let range = || Watched {
-        range: Range::new(PATCHED, 0x10),
-        name: "patched".into(),
-    };
+    let range = || Watched::new(Range::new(PATCHED, 0x10), "patched");
     let budget = kernel.space.budget();
     let make = |left: u64, count: usize| {
         budget.refill();
@@ -143,10 +131,8 @@ fn ranges_may_lie_over_each_other_in_any_way() {
     };
     for round in 0..300 {
         let base = [0, u64::MAX - 40][round % 2];
-        let ranges = (0..below(12)).map(|n| Watched {
-            range: Range::new(Gva(base + below(40)), below(20)),
-            name: n.to_string().into(),
-        });
+        let ranges = (0..below(12))
+            .map(|n| Watched::new(Range::new(Gva(base + below(40)), below(20)), n.to_string()));
         let watch = Watch::of(ranges.collect());
         for word in (0..70).map(|n| base.saturating_add(n)) {
             let hit = watch.hit(word).map(|(w, _)| (w.range, &*w.name));
@@ -157,10 +143,7 @@ fn ranges_may_lie_over_each_other_in_any_way() {
 
 #[test]
 fn a_look_up_costs_the_same_however_many_ranges_lie_below_it() {
-    let range = |start, len| Watched {
-        range: Range::new(Gva(start), len),
-        name: "".into(),
-    };
+    let range = |start, len| Watched::new(Range::new(Gva(start), len), "");
     let small = (0..200_000).map(|n| range(0x1000 + 16 * n, 8));
     let watch = Watch::of(small.chain([range(0, 1 << 40)]).collect());
     let began = std::time::Instant::now();
