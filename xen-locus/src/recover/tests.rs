@@ -6,6 +6,7 @@ use locus_kernel::fixture::TEXT;
 use super::*;
 use crate::apply::mock::options;
 use crate::error::ExitCode;
+use crate::link::module::links::Known;
 use crate::machine::mock::{payload, Guest, A, B, C, FUNCTIONS};
 use crate::plan::Mode;
 use crate::x86;
@@ -147,6 +148,38 @@ fn a_first_run_that_is_ended_at_any_write_is_in_nobodys_way() {
             break;
         }
     }
+}
+
+#[test]
+fn what_ran_in_part_is_not_written_again_when_it_is_taken_back() {
+    let torn = |guest: &Guest| guest.status().is_err_and(|e| e.class() == Class::Uncertain);
+    let (mut entered, mut not) = (0, 0);
+    for writes in 0.. {
+        let guest = Guest::new();
+        guest.left.set(writes);
+        let finished = guest.apply(&payload("one", &[A, B]), Mode::Apply).is_ok();
+        guest.left.set(u32::MAX);
+        if finished {
+            break;
+        }
+        if !torn(&guest) {
+            not += 1;
+            continue;
+        }
+        // The guest runs meanwhile, and a timer of the payload is started.
+        guest.recover(Finding::Undone);
+        let [one] = guest.residents().unwrap().try_into().unwrap();
+        assert_eq!(one.slot.state, State::Parked);
+        let known = links::known(&guest.kernel(), one.record.module);
+        assert_eq!(known.unwrap(), Known::Unlinked);
+        let variable = one.record.module.0 - 0x48;
+        guest.poke(variable, b"pending!");
+        guest.applied(&payload("one", &[A, B]));
+        assert_eq!(&guest.peek::<8>(variable), b"pending!");
+        guest.is_as_recorded();
+        entered += 1;
+    }
+    assert!(entered > 8 && not > 1, "{entered} {not}");
 }
 
 #[test]

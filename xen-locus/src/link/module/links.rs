@@ -1,6 +1,8 @@
 //! The links that make the guest's kernel know a payload as a module. They are written in the pause that
 //! brings the payload into force, all or none, and only if nothing moved since they were worked out.
 
+use std::collections::HashSet;
+
 use locus_guest::addr::{Gva, Range};
 use locus_kernel::modules::{Module, ModuleReader};
 use locus_kernel::Kernel;
@@ -63,7 +65,7 @@ pub fn known(kernel: &Kernel<'_>, module: Gva) -> Result<Known> {
     match (space.read_u64(begun)?, space.read_u64(begun.plus(8))?) {
         (0, 0) => Ok(Known::Never),
         (1, 1) => Ok(Known::Linked),
-        (2, 2) => Ok(Known::Unlinked),
+        (UNLINKED, UNLINKED) => Ok(Known::Unlinked),
         _ => Err(Error::uncertain(format!(
             "the payload whose struct module is at {module} is neither wholly among the guest's \
              modules nor wholly absent: an earlier run was ended in between, or the guest changed it"
@@ -114,6 +116,21 @@ fn marked(at: Gva, from: u64, words: Words<'_, '_>) -> Vec<Write> {
     writes.extend(words.into_writes());
     writes.push(mark(at.plus(8)));
     writes
+}
+
+/// What a mark says of a payload that was in the lists and was taken out again.
+pub const UNLINKED: u64 = 2;
+
+/// Where the first of the marks is, if `writes` take a payload into the guest's lists. The other one is behind it.
+#[must_use]
+pub fn marks_of(writes: &[Write]) -> Option<Gva> {
+    let is_mark = |w: &&Write| w.expect == 0_u64.to_le_bytes() && w.new == 1_u64.to_le_bytes();
+    let mut marks = writes.iter().filter(is_mark).map(|w| w.at);
+    let all: HashSet<Gva> = marks.clone().collect();
+    marks.find(|at| {
+        at.0.checked_add(8)
+            .is_some_and(|next| all.contains(&Gva(next)))
+    })
 }
 
 /// Works out the writes that take the payload whose `struct module` is at `module` out of the guest's lists. Its pages
