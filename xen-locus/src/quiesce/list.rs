@@ -70,7 +70,7 @@ pub(super) enum Added {
 
 /// Whether the processor that the guest sees has VMX or SVM: Xen offers these only to a guest that may run guests of its
 /// own. False for a kernel that does not say what its processor has.
-fn may_nest(kernel: &Kernel<'_>) -> bool {
+pub fn may_nest(kernel: &Kernel<'_>) -> bool {
     // X86_FEATURE_VMX, X86_FEATURE_SVM (arch/x86/include/asm/cpufeatures.h)
     const BITS: [usize; 2] = [4 * 32 + 5, 6 * 32 + 2];
     let cpu = Processor::read(kernel);

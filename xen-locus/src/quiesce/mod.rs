@@ -108,7 +108,7 @@ use locus_kernel::Kernel;
 
 use crate::blocker::Blocker;
 use crate::error::{Error, Result};
-pub use list::{GuestTasks, Listed};
+pub use list::{may_nest, GuestTasks, Listed};
 pub use look::{Ready, Tried};
 pub use scan::Scanned;
 pub use snapshot::Snapshotted;

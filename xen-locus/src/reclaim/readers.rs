@@ -4,7 +4,7 @@
 //! is in none. Where it can (`CONFIG_PREEMPT_RCU`), a task counts the sections that it is in. `rcu_state.gp_seq` would
 //! tell too, but an idle guest never advances it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,7 @@ use locus_kernel::tasks::{self, Task};
 use locus_kernel::Kernel;
 
 use super::check_interrupted;
+use super::stacks::if_mapped;
 use crate::apply::Options;
 use crate::error::{Error, Result};
 use crate::machine::Machine;
@@ -111,10 +112,15 @@ impl Readers {
         let space = kernel.space.fresh();
         let alive = all_tasks(kernel)?;
         let alive: HashMap<Gva, u64> = alive.iter().map(|t| (t.addr, t.start_time)).collect();
-        self.tasks.retain(|task, (began, _)| {
-            let reads = || space.read_u32(task.plus(offset)).is_ok_and(|n| n != 0);
-            alive.get(task) == Some(began) && reads()
-        });
+        let mut out = HashSet::new();
+        for (task, (began, _)) in &self.tasks {
+            // It may have ended meanwhile.
+            let nested = if_mapped(space.read_u32(task.plus(offset)))?;
+            if alive.get(task) != Some(began) || nested.unwrap_or(0) == 0 {
+                out.insert(*task);
+            }
+        }
+        self.tasks.retain(|task, _| !out.contains(task));
         Ok(())
     }
 

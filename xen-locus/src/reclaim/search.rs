@@ -22,7 +22,7 @@ use locus_kernel::modules::ModuleReader;
 use locus_kernel::Kernel;
 
 use super::page_types::Pages;
-use super::stacks::Stacks;
+use super::stacks::{if_mapped, Stacks};
 use super::{check_interrupted, pages_of};
 use crate::apply::Options;
 use crate::arena::record::MODULE;
@@ -159,7 +159,7 @@ impl<'a, 'm> Search<'a, 'm> {
         let stacks = Stacks::find(self.machine, self.kernel)?;
         match direction {
             Direction::Up => {
-                self.stacks(&stacks, &mut found);
+                self.stacks(&stacks, &mut found)?;
                 self.memory(direction, &stacks.frames, &mut found)?;
                 self.payloads(&mut found)?;
             }
@@ -167,7 +167,7 @@ impl<'a, 'm> Search<'a, 'm> {
                 self.payloads(&mut found)?;
                 self.memory(direction, &stacks.frames, &mut found)?;
                 // Where the live part of each is now.
-                self.stacks(&Stacks::find(self.machine, self.kernel)?, &mut found);
+                self.stacks(&Stacks::find(self.machine, self.kernel)?, &mut found)?;
             }
         }
         Ok(found)
@@ -377,12 +377,17 @@ impl<'a, 'm> Search<'a, 'm> {
 
     /// Looks through what is live of all stacks. Whose return addresses lead into a payload's code is seen by a whole look,
     /// which knows those that nobody returns to.
-    fn stacks(&self, stacks: &Stacks, found: &mut Found) {
+    ///
+    /// # Errors
+    /// One can't be read, or the guest's budget is spent.
+    fn stacks(&self, stacks: &Stacks, found: &mut Found) -> Result<()> {
         let space = self.kernel.space.fresh();
         for (live, name) in &stacks.live {
             let len = usize::try_from(live.len()).unwrap_or(0);
-            // Its thread may have ended meanwhile.
-            let words = space.read_vec(live.start, len).unwrap_or_default();
+            let Some(words) = if_mapped(space.read_vec(live.start, len))? else {
+                // Its thread ended meanwhile.
+                continue;
+            };
             for (offset, target) in self.hits(&words, found) {
                 let at = usize::try_from(offset).unwrap_or(usize::MAX);
                 let word = Gva(fetch::u64(&words, at).unwrap_or(0));
@@ -393,6 +398,8 @@ impl<'a, 'm> Search<'a, 'm> {
                 }
             }
         }
+        // A call that could not be read for want of budget counts as none.
+        Ok(space.budget().check()?)
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use locus_guest::addr::{Frame, Gva, Range};
 use locus_guest::space::Space;
-use locus_guest::Vcpu;
+use locus_guest::{self as guest, Vcpu};
 use locus_kernel::tasks::{self, TaskLayout};
 use locus_kernel::unwind::stack;
 use locus_kernel::Kernel;
@@ -12,6 +12,7 @@ use locus_kernel::Kernel;
 use super::readers::all_tasks;
 use crate::error::Result;
 use crate::machine::Machine;
+use crate::quiesce;
 
 /// Most stacks of threads that ended that a CPU keeps (kernel/fork.c: `NR_CACHED_STACKS` is 2).
 const CACHED_MAX: u64 = 16;
@@ -54,7 +55,9 @@ impl Stacks {
             .filter(|sp| tasks.iter().any(|t| t.stack.contains(**sp)));
         // A CPU that is on none of their stacks is in an interrupt or on its way, and one that came or went meanwhile may
         // be anywhere: then all of the stack of a task that runs may be live. One in user mode has none that is.
-        let is_known = kernel_sp.len() == on_tasks.count() && vcpus.iter().all(same);
+        // With guests of the guest, registers may be those of one, which chooses them.
+        let may_nest = quiesce::may_nest(kernel);
+        let is_known = !may_nest && kernel_sp.len() == on_tasks.count() && vcpus.iter().all(same);
         for task in tasks {
             let range = task.stack;
             if range.start == Gva(0) {
@@ -62,6 +65,7 @@ impl Stacks {
             }
             all.push(range);
             let sp = match is_on(range) {
+                Some(_) if may_nest => range.start,
                 Some(sp) => *sp,
                 None if !task.on_cpu => task.sp,
                 None if !is_known => range.start,
@@ -72,9 +76,22 @@ impl Stacks {
         let mut frames = HashSet::new();
         for range in all {
             // One whose thread ended may be gone.
-            frames.extend(space.frames(range.start, range.len()).unwrap_or_default());
+            let mapped = if_mapped(space.frames(range.start, range.len()))?;
+            frames.extend(mapped.unwrap_or_default());
         }
         Ok(Stacks { frames, live })
+    }
+}
+
+/// What was read, or `None` if the guest has nothing there. That something could not be mapped says nothing about the guest.
+///
+/// # Errors
+/// It can't be read for another reason.
+pub(super) fn if_mapped<T>(read: std::result::Result<T, guest::Error>) -> Result<Option<T>> {
+    match read {
+        Ok(found) => Ok(Some(found)),
+        Err(guest::Error::NotMapped { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }
 
