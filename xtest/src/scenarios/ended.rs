@@ -29,7 +29,9 @@ pub const MATRIX: &[Scenario] = &[
 /// What the daemon says.
 const LOG: &str = "/var/log/daemon.log";
 /// Calls between two places at which workers are killed.
-const STEP: usize = 5;
+const STEP: usize = 17;
+/// Longest wait for an answer: guests under load, on one emulated processor.
+const ANSWER: Duration = Duration::from_secs(360);
 
 /// Submits the request ID to apply or revert the patch on the domain NAME.
 fn submit(ctx: &Ctx, id: &str, op: &str, name: &str) -> Result<(), Verdict> {
@@ -43,7 +45,7 @@ fn submit(ctx: &Ctx, id: &str, op: &str, name: &str) -> Result<(), Verdict> {
 /// Waits for the answer, which must be 0.
 fn answered(ctx: &Ctx, id: &str) -> Result<(), Verdict> {
     let at = format!("{}/{id}", daemon::REQUESTS);
-    let said = wait::until(Duration::from_secs(120), || {
+    let answer = wait::until(ANSWER, || {
         let said = ctx.dom0.ok(&format!(
             "xenstore-read {at}/state {at}/rc {at}/message 2>/dev/null; true"
         ))?;
@@ -51,6 +53,10 @@ fn answered(ctx: &Ctx, id: &str) -> Result<(), Verdict> {
             true => Ok(said),
             false => Err(format!("{id} is not answered: {said:?}")),
         })
+    });
+    let said = answer.map_err(|verdict| {
+        let log = ctx.dom0.ok(&format!("tail -n 40 {LOG}"));
+        Verdict::failure(format!("{verdict}\nthe daemon said: {log:?}"))
     })?;
     check_eq!(said.lines().nth(1), Some("0"), "{id}: {said}");
     Ok(())
