@@ -18,12 +18,12 @@ use super::hypercall_buffer::{Array, HypercallBuffer};
 use super::layout::INTERFACES;
 use super::modified_memory::{self, ModifiedMemoryCall};
 use super::registers;
-use super::{fault_point, Error};
+use super::{fault_point, pause, Error};
 
 /// The result of a call that Xen has not made yet.
 const NOT_MADE: u64 = 1 << 62;
-/// Calls about the domain as a whole: state, pause, state, report of written frames, unpause.
-const DOMAIN_CALLS: usize = 5;
+/// Calls about the domain as a whole: state, pause, state, state, report of written frames, unpause.
+const DOMAIN_CALLS: usize = 6;
 /// Index of the call that reads the state before the pause.
 const BEFORE: usize = 0;
 /// Index of the call that takes the pause.
@@ -33,8 +33,8 @@ const STATE: usize = 2;
 /// Index of the first call for the first vCPU.
 const VCPUS: usize = 3;
 
-/// The calls of a domain's pauses. Their order in memory: state, pause, state, each vCPU's registers, report of written
-/// frames, unpause.
+/// The calls of a domain's pauses. Their order in memory: state, pause, state, each vCPU's registers, state, report of
+/// written frames, unpause.
 #[derive(Debug)]
 pub(super) struct PauseMulticall {
     buffer: HypercallBuffer,
@@ -113,9 +113,14 @@ impl PauseMulticall {
         }
     }
 
-    /// Index of the call that reports written frames. It comes after the calls for the vCPUs.
-    fn report_index(&self) -> usize {
+    /// Index of the call that reads the state at the end of the pause. It comes after the calls for the vCPUs.
+    fn end_index(&self) -> usize {
         VCPUS + self.calls_per_vcpu * self.info.vcpus as usize
+    }
+
+    /// Index of the call that reports written frames.
+    fn report_index(&self) -> usize {
+        self.end_index() + 1
     }
 
     /// Fills in all calls. Comes before each multicall, because Xen writes into the arguments and results.
@@ -156,6 +161,10 @@ impl PauseMulticall {
                 put(first, control);
             }
         }
+        put(
+            self.end_index(),
+            self.control(sys::XEN_DOMCTL_getdomaininfo),
+        );
         let arguments = self.report.put(&self.buffer, self.info.id, &self.frames);
         self.entry(self.report_index(), sys::__HYPERVISOR_dm_op, arguments);
         put(
@@ -220,7 +229,7 @@ impl PauseMulticall {
     /// Xen refused; the domain is not paused.
     pub(super) fn pause(&self) -> Result<(), Error> {
         fault_point("xc_domain_pause")?;
-        let made = self.call(0, self.report_index());
+        let made = self.call(0, self.end_index());
         // The pause may have been made though calls after it failed: its own result decides.
         let paused = self.result(PAUSE, || format!("pausing domain {}", self.info.id));
         paused.or_else(|error| made.and(Err(error)))
@@ -231,7 +240,12 @@ impl PauseMulticall {
     /// # Errors
     /// Xen did not give its state.
     pub(super) fn is_shut_down(&self) -> Result<bool, Error> {
-        self.state(STATE, |info| {
+        self.shut_down(STATE)
+    }
+
+    /// The same by what call number `n` says.
+    fn shut_down(&self, n: usize) -> Result<bool, Error> {
+        self.state(n, |info| {
             info.domain != self.info.id.0 || info.flags & sys::XEN_DOMINF_shutdown != 0
         })
     }
@@ -271,7 +285,7 @@ impl PauseMulticall {
     /// The multicall failed, or Xen did not give the registers of a vCPU.
     pub(super) fn vcpus_now(&self) -> Result<Vec<Vcpu>, Error> {
         self.prepare();
-        self.call(STATE, self.report_index() - STATE)?;
+        self.call(STATE, self.end_index() - STATE)?;
         self.vcpus()
     }
 
@@ -297,7 +311,7 @@ impl PauseMulticall {
     }
 
     /// Gives the pause count back. If memory was `written`, reports the written frames to Xen before that; the inner
-    /// result is that of the report.
+    /// result is that of the report, and an error too if the domain has shut down since the pause was taken.
     ///
     /// # Errors
     /// Xen refused to unpause.
@@ -306,7 +320,7 @@ impl PauseMulticall {
         let _ = fault_point("xc_domain_unpause");
         let reports = written && !self.frames.is_empty() && self.info.kind != GuestType::Pv;
         let (first, count) = match reports {
-            true => (self.report_index(), 2),
+            true => (self.end_index(), 3),
             false => (self.report_index() + 1, 1),
         };
         let made = self.call(first, count);
@@ -317,8 +331,10 @@ impl PauseMulticall {
         if !reports {
             return Ok(Ok(()));
         }
-        Ok(self.result(self.report_index(), || {
+        let reported = self.result(self.report_index(), || {
             modified_memory::failed(self.info.id)
-        }))
+        });
+        let is_shut_down = self.shut_down(self.end_index());
+        Ok(reported.and(is_shut_down.and_then(|is| pause::still_runs(self.info.id, is))))
     }
 }

@@ -9,7 +9,7 @@ use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::time::{Duration, Instant};
 
-use locus_guest::addr::Frame;
+use locus_guest::addr::{DomId, Frame};
 use locus_guest::{GuestType, Vcpu};
 
 use super::modified_memory::ModifiedMemory;
@@ -131,12 +131,28 @@ impl<'c> PauseCalls<'c> {
             CallMethod::Multicall(calls) => calls.unpause(written),
             CallMethod::OneByOne { modified, frames } => {
                 let reported = match modified {
-                    Some(modified) if written => modified.report(self.info.id, frames),
+                    Some(modified) if written => {
+                        let state = self.control.pause_state(self.info.id);
+                        let reported = modified.report(self.info.id, frames);
+                        let is_shut_down = state.map(|s| s.is_none_or(|s| s.shutdown));
+                        reported.and(is_shut_down.and_then(|is| still_runs(self.info.id, is)))
+                    }
                     _ => Ok(()),
                 };
                 self.control.unpause(self.info.id).map(|()| reported)
             }
         }
+    }
+}
+
+/// Refuses to call the writes of a pause reported if the domain `is_shut_down` at its end: it was not at its beginning.
+pub(super) fn still_runs(id: DomId, is_shut_down: bool) -> Result<(), Error> {
+    match is_shut_down {
+        false => Ok(()),
+        true => Err(Error::Unsupported(format!(
+            "domain {id} was suspended or shut down by its toolstack while it was paused to be changed, so a copy of it \
+             that is being made may have a part of the change only; expected that it runs until the change is made"
+        ))),
     }
 }
 
@@ -146,7 +162,8 @@ pub struct PauseEnd {
     /// How long the domain was paused: from the call that pauses to the call that unpauses. The return from that call
     /// is not counted, because on a busy host the guest may get the CPU before this process does.
     pub duration: Duration,
-    /// Whether Xen knows which frames were written, so that a live migration copies them.
+    /// Whether Xen knows which frames were written, so that a live migration copies them. An error too if a PVH or HVM
+    /// domain was written and had shut down by the end of the pause: who shut it down may have copied it meanwhile.
     pub reported: Result<(), Error>,
 }
 
@@ -214,8 +231,11 @@ impl<'c> Pause<'c> {
     }
 
     /// Comes before the first write to the guest's memory, and records that step. False, and nothing may be written,
-    /// if the guest has shut down or is suspended, because it may be saved or migrated now. A paused guest can't do
-    /// that later.
+    /// if the guest has shut down or is suspended, because it may be saved or migrated now.
+    ///
+    /// A guest can't do that later while it is paused. Its toolstack can: libxl itself shuts down an HVM guest that
+    /// has no PV drivers or is in an ACPI sleep state (`domain_suspend_callback_common`,
+    /// tools/libs/light/libxl_dom_suspend.c). [`PauseEnd::reported`] tells of that.
     ///
     /// # Errors
     /// Xen did not give its state.
