@@ -419,14 +419,15 @@ impl Comparison<'_, '_> {
                 hex::encode(code.get(..head).unwrap_or(code)),
                 DriftCause::Unknown,
             ),
-            Err(Head::Unknown(bytes)) => {
-                match self.kprobes.in_range(Range::new(entry, head as u64)) {
-                    Some(probe) => (format!("a kprobe at {probe}"), DriftCause::Kprobe),
-                    None => (bytes, DriftCause::Unknown),
-                }
-            }
-            Err(Head::Call(target)) => {
-                let caller = conflicts::caller(self.kernel, entry, target)?;
+            Err(Head { bytes, lead }) => {
+                let caller = lead.map(|lead| conflicts::caller(self.kernel, entry, lead));
+                let Some(caller) = caller.transpose()?.flatten() else {
+                    let probe = self.kprobes.in_range(Range::new(entry, head as u64));
+                    return Ok(Some(match probe {
+                        Some(probe) => (format!("a kprobe at {probe}"), DriftCause::Kprobe),
+                        None => (bytes, DriftCause::Unknown),
+                    }));
+                };
                 let by = match &caller {
                     Caller::Livepatch => DriftCause::Livepatch,
                     Caller::Bpf(_) => DriftCause::Bpf,

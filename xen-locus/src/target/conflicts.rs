@@ -91,7 +91,16 @@ pub fn check_no_integrity_checker(kernel: &Kernel<'_>) -> Result<()> {
     )))
 }
 
-/// What made a function's ftrace site call something.
+/// Where a function's ftrace site leads, instead of being a nop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lead {
+    /// It calls that.
+    Call(Gva),
+    /// It jumps there.
+    Jump(Gva),
+}
+
+/// What made a function's ftrace site lead somewhere.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Caller {
     /// The guest's own livepatch: the function that runs is another one.
@@ -117,21 +126,32 @@ impl fmt::Display for Caller {
     }
 }
 
-/// What made the ftrace site of the function at `entry` call `target`.
+/// What made the ftrace site of the function at `entry` `lead` somewhere; `None` if nothing of the guest's is known that
+/// does so.
+///
+/// Of ftrace's users only BPF has a jump put there, to a trampoline that does not return to the function's entry (Linux
+/// kernel commit 0c3772a8db1f ("x86/ftrace: Implement DYNAMIC_FTRACE_WITH_JMP") (in v6.19)). Any other jump may be the
+/// function's own.
 ///
 /// # Errors
 /// The guest's lists can't be read.
-pub fn caller(kernel: &Kernel<'_>, entry: Gva, target: Gva) -> Result<Caller> {
-    if livepatched(kernel, entry)? {
-        return Ok(Caller::Livepatch);
-    }
+pub fn caller(kernel: &Kernel<'_>, entry: Gva, lead: Lead) -> Result<Option<Caller>> {
+    let target = match lead {
+        Lead::Call(_) if livepatched(kernel, entry)? => return Ok(Some(Caller::Livepatch)),
+        Lead::Call(target) | Lead::Jump(target) => target,
+    };
     if let Some(name) = bpf_image(kernel, target)? {
-        return Ok(Caller::Bpf(name));
+        return Ok(Some(Caller::Bpf(name)));
     }
-    Ok(Caller::Ftrace(match kernel.symbols.covering(target) {
-        Some((name, offset)) if offset < 4096 => name.to_owned(),
-        _ => target.to_string(),
-    }))
+    if let Lead::Jump(_) = lead {
+        return Ok(None);
+    }
+    Ok(Some(Caller::Ftrace(
+        match kernel.symbols.covering(target) {
+            Some((name, offset)) if offset < 4096 => name.to_owned(),
+            _ => target.to_string(),
+        },
+    )))
 }
 
 /// `klp_ops` of kernel/livepatch/patch.c lists, for each livepatched function, the stack of what
@@ -398,6 +418,26 @@ mod tests {
             text.contains("BPF program of the guest (bpf_tram)"),
             "{text}"
         );
+        // The same by a jump, in a plain function and in a sealed one.
+        let mut jump = called();
+        jump[0] = 0xe9;
+        let distance = u32::try_from(TRAMPOLINE - (AT + 9)).unwrap();
+        let mut sealed = [ENDBRS[0].as_slice(), &jump].concat();
+        sealed[5..9].copy_from_slice(&distance.to_le_bytes());
+        for code in [&jump, &sealed] {
+            let (exit, text) = said(code, &bpf, &[]);
+            assert_eq!(exit, ExitCode::TryAgain, "{text}");
+            assert!(
+                text.contains("BPF program of the guest (bpf_tram)"),
+                "{text}"
+            );
+            // No image of a BPF program is where it leads, whatever else is attached.
+            for words in [&[][..], &livepatch(AT)] {
+                let (exit, text) = said(code, words, &[]);
+                assert_eq!(exit, ExitCode::NotApplicable, "{text}");
+                assert!(text.contains("can't be traced"), "{text}");
+            }
+        }
     }
 
     #[test]

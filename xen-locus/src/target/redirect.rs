@@ -11,10 +11,10 @@ use locus_kernel::Kernel;
 
 use crate::arena;
 use crate::error::{Error, Result};
-use crate::target::conflicts;
+use crate::target::conflicts::{self, Lead};
 use crate::target::kprobes::Kprobes;
 use crate::target::symbols::Object;
-use crate::x86::{ENDBRS, JUMP, NOPS5};
+use crate::x86::{CALL, ENDBRS, JMP, JUMP, NOPS5};
 
 /// Longest function that is decoded, in bytes.
 const FUNCTION_MAX: u64 = 1 << 20;
@@ -104,17 +104,17 @@ pub fn examine(
     }
     let offset = match fentry_end(&code, entry) {
         Ok(offset) => offset,
-        Err(Head::Call(target)) => {
-            let who = conflicts::caller(kernel, entry, target)?;
-            return Err(Error::try_again(format!(
-                "function {name} at {entry} is {who} right now; stop that and try again"
-            )));
-        }
-        Err(Head::Unknown(bytes)) => {
-            return Err(no(format!(
-                "expected ftrace's five-byte nop at its entry, found {bytes}: it can't be traced \
-                 (notrace, assembly), so it can't be redirected"
-            )))
+        Err(Head { bytes, lead }) => {
+            let caller = lead.map(|lead| conflicts::caller(kernel, entry, lead));
+            return Err(match caller.transpose()?.flatten() {
+                Some(who) => Error::try_again(format!(
+                    "function {name} at {entry} is {who} right now; stop that and try again"
+                )),
+                None => no(format!(
+                    "expected ftrace's five-byte nop at its entry, found {bytes}: it can't be traced \
+                     (notrace, assembly), so it can't be redirected"
+                )),
+            });
         }
     };
     let too_short = || no(format!("no room for a redirect: it is {room} bytes long"));
@@ -173,11 +173,11 @@ pub fn displaced(function: &str, at: Gva, patch: &str) -> Error {
 
 /// What a function begins with in place of ftrace's nop.
 #[derive(Clone, Debug)]
-pub enum Head {
-    /// A call to there.
-    Call(Gva),
-    /// These bytes, in hex.
-    Unknown(String),
+pub struct Head {
+    /// The function's first bytes, in hex.
+    pub bytes: String,
+    /// Where it leads, if it is a call or a jump.
+    pub lead: Option<Lead>,
 }
 
 /// Offset of the first byte behind the ftrace nop, in bytes from the function's entry.
@@ -192,13 +192,18 @@ pub fn fentry_end(code: &[u8], entry: Gva) -> std::result::Result<usize, Head> {
     if NOPS5.iter().any(|nop| head.starts_with(nop)) {
         return Ok(start + 5);
     }
-    if let (Some(0xe8), Some(distance)) = (head.first(), fetch::u32(head, 1)) {
+    let target = fetch::u32(head, 1).map(|distance| {
         let next = entry.plus(start as u64 + 5);
-        let target = next.0.wrapping_add_signed(distance.cast_signed().into());
-        return Err(Head::Call(Gva(target)));
-    }
+        Gva(next.0.wrapping_add_signed(distance.cast_signed().into()))
+    });
+    let lead = match head.first() {
+        Some(&CALL) => target.map(Lead::Call),
+        Some(&JMP) => target.map(Lead::Jump),
+        _ => None,
+    };
     let shown: Vec<String> = code.iter().take(16).map(|b| format!("{b:02x}")).collect();
-    Err(Head::Unknown(shown.join(" ")))
+    let bytes = shown.join(" ");
+    Err(Head { bytes, lead })
 }
 
 /// Decodes the function: the overwritten bytes must be whole instructions of it, and no branch of it may lead into
