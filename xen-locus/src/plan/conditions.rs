@@ -161,13 +161,22 @@ fn no_kprobe_stands_there(kernel: &Kernel<'_>, proposal: &Proposal<'_>) -> Resul
 /// [`Class::TryAgain`](crate::error::Class::TryAgain), or the kprobes can't be read.
 pub fn check_unprobed(kernel: &Kernel<'_>, patch: &str, unprobed: &[Watched]) -> Result<Kprobes> {
     let kprobes = Kprobes::read(kernel)?;
+    check_none_in(&kprobes, patch, unprobed)?;
+    Ok(kprobes)
+}
+
+/// The same by the `kprobes` of the guest.
+///
+/// # Errors
+/// [`Class::TryAgain`](crate::error::Class::TryAgain).
+pub fn check_none_in(kprobes: &Kprobes, patch: &str, unprobed: &[Watched]) -> Result<()> {
     let mut all = unprobed.iter();
     match all.find_map(|w| Some((kprobes.in_range(w.range)?, &w.name))) {
         Some((at, function)) => Err(Error::try_again(format!(
             "{patch}: a kprobe of the guest's own stands at {at}, in {function}. It has a copy of the code there, even \
              while it is disabled. Nothing was changed; remove it in the guest and try again"
         ))),
-        None => Ok(kprobes),
+        None => Ok(()),
     }
 }
 

@@ -216,6 +216,7 @@ fn superseded_patches_hold(candidate: &Candidate<'_, '_>) -> Result<()> {
     if !candidate.supersedes {
         return Ok(());
     }
+    let kprobes = Kprobes::read(candidate.kernel)?;
     for patch in candidate.stack.applied() {
         if let Some(why) = modules_present::gone(candidate.kernel, &patch.record)? {
             return Err(Error::failed(format!(
@@ -224,7 +225,7 @@ fn superseded_patches_hold(candidate: &Candidate<'_, '_>) -> Result<()> {
         }
         // It changes the first byte of a redirect while it is enabled: it is the better reason.
         let unprobed = conditions::unprobed_of(&patch.record);
-        conditions::check_unprobed(candidate.kernel, &patch.record.name, &unprobed)?;
+        conditions::check_none_in(&kprobes, &patch.record.name, &unprobed)?;
         candidate.stack.check_holds(candidate.kernel, patch)?;
     }
     Ok(())

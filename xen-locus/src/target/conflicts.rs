@@ -458,6 +458,34 @@ mod tests {
     }
 
     #[test]
+    fn a_table_of_kprobes_of_another_length_is_refused_by_name() {
+        for (next, accepted) in [
+            (8, false),
+            (0x1f8, false),
+            (0x208, true),
+            (0x3f8, true),
+            (0x400, false),
+        ] {
+            let mut fixture = Fixture::new();
+            for (at, name) in [(DATA, "kprobe_table"), (DATA + next, "behind_it")] {
+                fixture.symbols.push((at, 'd', name.to_owned()));
+            }
+            fixture.constants.push(("__start_BTF", types()));
+            fixture.constants.push(("__stop_BTF", Vec::new()));
+            let memory = fixture.build();
+            memory.map_bytes(Gva(DATA), &[0; 0x1000], true, false);
+            let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
+            let read = Kprobes::read(&kernel);
+            assert_eq!(read.is_ok(), accepted, "{next}: {read:?}");
+            if let Err(error) = read {
+                assert_eq!(error.exit_code(), ExitCode::NotApplicable, "{error}");
+                let text = error.to_string();
+                assert!(text.contains("expected 512, for 64 lists"), "{text}");
+            }
+        }
+    }
+
+    #[test]
     fn without_types_kprobes_are_not_taken_for_absent() {
         let mut fixture = Fixture::new();
         fixture.symbols.push((DATA, 'd', "kprobe_table".to_owned()));

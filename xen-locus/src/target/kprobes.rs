@@ -60,6 +60,7 @@ impl Kprobes {
         let Some(table) = kernel.symbols.addr(TABLE) else {
             return Ok(Kprobes::default());
         };
+        check_size(kernel, table)?;
         let member = |path| kernel.btf()?.offset_of("kprobe", path).map(|o| o as u64);
         let layout = Layout {
             link: member("hlist")?,
@@ -134,13 +135,35 @@ impl Kprobes {
         all.extend(self.words);
         let space = kernel.space.fresh();
         for name in SLOTS {
-            if let Some((head, _)) = slots(kernel, name)? {
-                // A page is added at the front of its list.
+            if let Some((head, insns)) = slots(kernel, name)? {
+                // A page is added at the front of its list (`__get_insn_slot`). Where it is, a page that was freed may
+                // have been: so what the elements say is compared too.
                 let first = space.read_u64(head)?;
                 all.push(condition(head, first.to_le_bytes().to_vec()));
+                for page in list(&space, head, PAGES_MAX)?.into_iter().take(FRONT) {
+                    for at in [page, page.plus(insns)] {
+                        let found = space.read_u64(at)?;
+                        all.push(condition(at, found.to_le_bytes().to_vec()));
+                    }
+                }
             }
         }
         Ok(all)
+    }
+}
+
+/// Refuses a `table` that has not [`LISTS`] lists (`KPROBE_HASH_BITS`, kernel/kprobes.c). Up to the next symbol there may be
+/// a gap, but no second half. The last symbol has no next one.
+fn check_size(kernel: &Kernel<'_>, table: Gva) -> Result<()> {
+    let expected = 8 * LISTS as u64;
+    match kernel.symbols.room(table) {
+        Some(room) if !(expected..2 * expected).contains(&room) => {
+            Err(Error::not_applicable(format!(
+                "the guest's table of kprobes, {TABLE} at {table}, has {room} bytes up to the next symbol; expected \
+                 {expected}, for {LISTS} lists. So it can't be known where its kprobes are, and nothing was changed"
+            )))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -181,6 +181,17 @@ fn a_kprobe_that_comes_during_the_wait_is_seen_in_the_pause() {
         let old: [u8; 8] = guest.peek(pages);
         guest.meanwhile(move |g| g.poke(pages, &FUNCTIONS[A].1.to_le_bytes()));
         fails(what, action, &guest, &words, |g| g.poke(pages, &old));
+        // It is where one was that is gone: the list begins as before. Its link, or its page, is another.
+        let guest = patched();
+        let element = guest.variable("some_kprobes") + 256;
+        let page = move |g: &Guest, at: u64| {
+            g.poke(element, &pages.to_le_bytes());
+            g.poke(element + 16, &at.to_le_bytes());
+        };
+        page(&guest, FUNCTIONS[C].1);
+        guest.poke(pages, &element.to_le_bytes());
+        guest.meanwhile(move |g| page(g, FUNCTIONS[A].1));
+        fails(what, action, &guest, &words, |_| ());
     }
 }
 
