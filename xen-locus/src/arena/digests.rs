@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::x86::{NOP2, NOPS5};
+use crate::x86::{INT3, NOP2, NOPS5};
 
 /// Bytes of code that one digest in [`CodeDigests::blocks`] covers.
 pub const BLOCK: usize = 256;
@@ -114,6 +114,19 @@ impl CodeDigests {
     }
 }
 
+impl CodeDigests {
+    /// The label that the guest's kernel is switching in `found`, which is what is at the code's address now. It first
+    /// writes a breakpoint over the first byte of a label, and its new first byte last (`smp_text_poke_batch_finish`,
+    /// formerly `text_poke_bp_batch`, arch/x86/kernel/alternative.c). No kprobe can stand at a label.
+    #[must_use]
+    pub fn being_switched(&self, found: &[u8]) -> Option<RecordedLabel> {
+        let mut labels = self.labels.iter();
+        labels
+            .find(|label| found.get(label.at as usize) == Some(&INT3))
+            .copied()
+    }
+}
+
 /// SHA-256 in hex.
 #[must_use]
 pub fn digest(bytes: &[u8]) -> String {
@@ -156,6 +169,22 @@ mod tests {
         ] {
             assert_eq!(sealed.changed(code(&long, &short)), [0]);
         }
+    }
+
+    #[test]
+    fn only_a_breakpoint_at_a_label_is_a_switch() {
+        let nop = [0x0f, 0x1f, 0x44, 0, 0];
+        let sealed = CodeDigests::of(code(&nop, &NOP2), labels());
+        let label = |found: &[u8]| sealed.being_switched(found).map(|label| label.at);
+        assert_eq!(label(&code(&nop, &NOP2)), None);
+        // The rest of a label is the old form or the new one.
+        for rest in [[0x1f, 0x44, 0, 0], [29, 1, 0, 0]] {
+            let [a, b, c, d] = rest;
+            assert_eq!(label(&code(&[0xcc, a, b, c, d], &NOP2)), Some(10));
+        }
+        assert_eq!(label(&code(&nop, &[0xcc, 18])), Some(20));
+        assert_eq!(label(&code(&[0x0f, 0xcc, 0x44, 0, 0], &NOP2)), None);
+        assert_eq!(label(&[0xcc; 5]), None);
     }
 
     #[test]

@@ -8,6 +8,7 @@ use locus_kernel::Kernel;
 use super::lay_out::LaidOut;
 use super::preconditions::Fitted;
 use super::resolve::Resolved;
+use super::{conditions, stack};
 use crate::arena::digests::CodeDigests;
 use crate::arena::record::State;
 use crate::arena::{self, Arena, Resident};
@@ -89,6 +90,10 @@ pub fn place(
 
 /// Where the next record of `old` goes, which the guest knows. `None` if it is another payload than this `image`, or was
 /// placed by an earlier build that left no room for a second record.
+///
+/// # Errors
+/// [`Class::TryAgain`](crate::error::Class::TryAgain): its code has breakpoints of the guest's own. With these it would
+/// look like another payload, and get fresh variables.
 fn next_place(
     kernel: &Kernel<'_>,
     layout: &ImageLayout,
@@ -97,8 +102,13 @@ fn next_place(
 ) -> Result<Option<Range<usize>>> {
     if old.record.record_room != Some(layout.record.recorded())
         || old.record.module != place.module()
-        || !is_same(kernel, layout, image, place)?
     {
+        return Ok(None);
+    }
+    if !is_same(kernel, layout, image, place)? {
+        // A kprobe's breakpoint does not make it another payload.
+        let (name, code) = (&old.record.name, stack::code_of(&old.record));
+        conditions::check_unprobed(kernel, name, &code)?;
         return Ok(None);
     }
     Ok(layout.record.after(old.slot.record_offset))
@@ -122,6 +132,9 @@ fn link(
 
 /// Whether the code and constants of `image`, except the records, are in the arena already. A branch may be switched the
 /// other way there: its static key may be a variable of the payload, and these keep their values.
+///
+/// # Errors
+/// [`Class::TryAgain`](crate::error::Class::TryAgain): the guest is just switching a branch. Or it can't be read.
 fn is_same(
     kernel: &Kernel<'_>,
     layout: &ImageLayout,
@@ -137,9 +150,18 @@ fn is_same(
     }
     let base = place.text.start;
     let labels = image.jumps.iter().filter_map(|jump| jump.recorded(base));
-    Ok(CodeDigests::of(wanted, labels.collect())
-        .changed(found)
-        .is_empty())
+    are_same(&CodeDigests::of(wanted, labels.collect()), base, found)
+}
+
+/// Whether `found`, at `base`, is the code of `digests`.
+fn are_same(digests: &CodeDigests, base: addr::Gva, found: Vec<u8>) -> Result<bool> {
+    if let Some(label) = digests.being_switched(&found) {
+        return Err(Error::passing(format!(
+            "the guest is switching the branch at {} of the parked payload, as a static key says",
+            base.plus(label.at.into())
+        )));
+    }
+    Ok(digests.changed(found).is_empty())
 }
 
 /// Length of `range` in bytes.
@@ -150,4 +172,35 @@ pub(super) fn bytes_of(range: addr::Range) -> Result<usize> {
 /// The image is shorter than its layout says. It never is: the linker gives it the layout's length.
 pub(super) fn too_short() -> Error {
     Error::failed("the payload's image is shorter than its layout: this is a defect of xen-locus")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arena::digests::RecordedLabel;
+    use crate::x86::{INT3, NOP5};
+
+    #[test]
+    fn a_payload_whose_branch_is_being_switched_is_looked_at_again() {
+        let label = RecordedLabel {
+            at: 5,
+            to: 20,
+            size: 5,
+        };
+        let code = [[0x90; 5], NOP5, [0xc3; 5]].concat();
+        let digests = CodeDigests::of(code.clone(), vec![label]);
+        let found = |at: usize, byte: u8| {
+            let mut found = code.clone();
+            found[at] = byte;
+            are_same(&digests, arena::BASE, found)
+        };
+        assert!(found(0, 0x90).unwrap());
+        let error = found(5, INT3).unwrap_err();
+        assert!(error.is_passing(), "{error}");
+        let place = arena::BASE.plus(5).to_string();
+        assert!(error.to_string().contains(&place), "{error}");
+        // Elsewhere it is other code.
+        assert!(!found(0, INT3).unwrap());
+        assert!(!found(5, 0).unwrap());
+    }
 }

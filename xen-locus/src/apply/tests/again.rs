@@ -120,3 +120,26 @@ fn a_payload_that_another_one_uses_is_reverted_after_that() {
         guest.revert("one").unwrap();
     }
 }
+
+#[test]
+fn a_kprobe_in_parked_code_does_not_make_it_another_payload() {
+    let guest = Guest::new();
+    let one = payload("one", &[A]);
+    guest.applied(&one);
+    let at = resident(&guest, "one").record.functions[0].new;
+    guest.revert("one").unwrap();
+    // It is enabled: its breakpoint is there.
+    let byte: [u8; 1] = guest.peek(at.0);
+    guest.add_kprobe(5, at.0);
+    guest.poke(at.0, &[0xcc]);
+    let pages = guest.pages();
+    let error = guest.apply(&one, Mode::Apply).unwrap_err();
+    assert_eq!(error.exit_code(), ExitCode::TryAgain, "{error}");
+    let words = format!("a kprobe of the guest's own stands at {at}");
+    assert!(error.to_string().contains(&words), "{error}");
+    assert_eq!(guest.pages(), pages);
+    guest.remove_kprobe(5);
+    guest.poke(at.0, &byte);
+    guest.applied(&one);
+    assert_eq!(guest.pages(), pages);
+}
