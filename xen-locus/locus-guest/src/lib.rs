@@ -66,6 +66,12 @@ pub enum Error {
         /// The reason, as the back end says it.
         why: String,
     },
+    /// A frame could not be mapped to be read, because the guest has no memory there.
+    #[error("{frame} of the guest cannot be mapped: it has no memory")]
+    NoMemory {
+        /// The frame.
+        frame: Frame,
+    },
     /// An access that leaves its window.
     #[error("access of {len} bytes at offset {offset} leaves a window of {size} bytes")]
     Bounds {
@@ -119,7 +125,8 @@ pub trait Memory {
     /// Maps `frames`, which need not be consecutive, one after the other into one window.
     ///
     /// # Errors
-    /// [`Error::Frame`] if one of them can't be mapped; then none is.
+    /// [`Error::Frame`] if one of them can't be mapped; then none is. A live PVH or HVM guest's back end tells a frame
+    /// without memory from it: [`Error::NoMemory`].
     fn map(&self, frames: &[Frame]) -> Result<Box<dyn Window>, Error>;
 
     /// As [`Memory::map`], but for pages of which not all may be there, and that are only likely to be needed. Says for

@@ -57,11 +57,8 @@ impl MockMemory {
     }
 
     fn page(&self, frame: Frame) -> Result<MockPage, Error> {
-        let why = || Error::Frame {
-            frame,
-            why: "the mock has no such frame".into(),
-        };
-        self.frames.borrow().get(&frame.0).cloned().ok_or_else(why)
+        let found = self.frames.borrow().get(&frame.0).cloned();
+        found.ok_or(Error::NoMemory { frame })
     }
 
     fn pages(&self, frames: &[Frame]) -> Result<Vec<MockPage>, Error> {

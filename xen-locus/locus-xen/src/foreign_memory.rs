@@ -87,8 +87,13 @@ impl ForeignMemory {
     fn map_all(&self, frames: &[Frame], access: Access) -> Result<Mapping, guest::Error> {
         let (mapping, errors) = self.map_each(frames, access)?;
         for (&frame, &error) in frames.iter().zip(&errors) {
-            if error != 0 {
-                return Err(refused(frame, error));
+            match error.abs() {
+                0 => (),
+                // A write is refused so for a page that is only for reading too.
+                libc::EINVAL if access == Access::Read => {
+                    return Err(guest::Error::NoMemory { frame })
+                }
+                _ => return Err(refused(frame, error)),
             }
         }
         Ok(mapping)

@@ -103,8 +103,8 @@ impl<'k, 'm> LowPages<'k, 'm> {
     }
 }
 
-/// One frame for each of these arena pages, which are not mapped yet. Its bytes are zero. None of them is in `taken`,
-/// the frames that the arena has already.
+/// One frame for each of these arena pages, which are not mapped yet. None of them is in `taken`, the frames that the
+/// arena has already. Those of a PV guest are empty; those of the others have no memory before [`fill`].
 ///
 /// # Errors
 /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): there are too few, or the guest uses one. Or the
@@ -127,14 +127,55 @@ pub(super) fn frames_for(
             .collect();
     }
     check_spare(guest, kernel.kind, pages.len())?;
-    let fresh = vacant_frames(guest, kernel, pages.len(), taken)?;
-    let frames: Vec<Frame> = fresh.into_iter().map(Frame::from).collect();
-    if !frames.is_empty() {
-        let blank = vec![0; frames.len() * PAGE_LEN];
-        guest.map_mut(&frames)?.write(0, &blank)?;
-        guest.written(&frames)?;
+    let vacant = vacant_frames(guest, kernel, pages.len(), taken)?;
+    Ok(vacant.into_iter().map(Frame::from).collect())
+}
+
+/// Gives memory to those of `frames`, of the arena of a PVH or HVM guest, that have none. Its bytes are zero.
+///
+/// The page table leads to these frames already. So memory is never put where no later run would know it for the
+/// arena's: what a run that ends here has done, the next one goes on with.
+///
+/// # Errors
+/// As [`check_spare`]; or the back end refuses.
+pub(super) fn fill(guest: &dyn PagesMut, kind: GuestType, frames: &[Frame]) -> Result<()> {
+    let empty = without_memory(guest, kind, frames)?;
+    check_spare(guest, kind, empty.len())?;
+    if empty.is_empty() {
+        return Ok(());
     }
-    Ok(frames)
+    guest.populate(&empty)?;
+    let frames: Vec<Frame> = empty.into_iter().map(Frame::from).collect();
+    let blank = vec![0; frames.len() * PAGE_LEN];
+    guest.map_mut(&frames)?.write(0, &blank)?;
+    guest.written(&frames)?;
+    Ok(())
+}
+
+/// Those of `frames`, of the arena, that have no memory. Those of a PV guest all have some.
+///
+/// # Errors
+/// The back end can't tell of one of them.
+pub(super) fn without_memory(
+    guest: &dyn PagesMut,
+    kind: GuestType,
+    frames: &[Frame],
+) -> Result<Vec<Gfn>> {
+    if kind == GuestType::Pv {
+        return Ok(Vec::new());
+    }
+    let mut found = Vec::new();
+    for some in frames.chunks(GFNS_AT_ONCE) {
+        let gfns: Vec<Gfn> = some.iter().map(|f| Gfn(f.0)).collect();
+        let vacant = guest.vacant(&gfns)?;
+        found.extend(
+            gfns.into_iter()
+                .zip(vacant)
+                .filter(|(_, v)| *v)
+                .map(|(f, _)| f),
+        );
+    }
+    Ok(found)
 }
 
 /// `count` guest frames without memory behind them, none of them in `taken`.
@@ -167,7 +208,6 @@ fn vacant_frames(
         )));
     }
     found.truncate(count);
-    guest.populate(&found)?;
     Ok(found)
 }
 

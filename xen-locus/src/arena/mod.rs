@@ -108,10 +108,11 @@ impl Arena {
         arena.check_table(kernel)?;
         arena.check_frames(kernel)?;
         if let Some(frame) = arena.frame(0) {
-            let mut page = vec![0; PAGE_LEN];
-            kernel.space.map(&[frame])?.read(0, &mut page)?;
-            // Nothing but zeroes: an earlier run was ended between adding the page and filling it.
-            if page.iter().any(|&b| b != 0) {
+            let page = arena.directory_page(kernel, frame)?;
+            // An earlier run was ended between adding the page and filling it. Fresh memory is full of zeroes; a debug
+            // build of Xen fills it with another byte (`SCRUB_PATTERN`, xen/common/page_alloc.c).
+            let is_blank = page.iter().all(|b| Some(b) == page.first());
+            if !is_blank {
                 // Only xen-locus makes an entry lead to such a frame, so the directory is its own.
                 arena.directory = Directory::decode(&page).ok_or_else(|| {
                     Error::uncertain(format!(
@@ -125,6 +126,21 @@ impl Arena {
         }
         arena.check_slots()?;
         Ok(arena)
+    }
+
+    /// The bytes of page 0, in `frame`; none if an earlier run was ended before it had memory.
+    fn directory_page(&self, kernel: &Kernel<'_>, frame: Frame) -> Result<Vec<u8>> {
+        let window = match kernel.space.map(&[frame]) {
+            Ok(window) => window,
+            // It gets memory before another page has an entry.
+            Err(locus_guest::Error::NoMemory { .. }) if self.own_frames().count() == 1 => {
+                return Ok(Vec::new())
+            }
+            Err(e) => return Err(e.into()),
+        };
+        let mut page = vec![0; PAGE_LEN];
+        window.read(0, &mut page)?;
+        Ok(page)
     }
 
     /// Refuses a table that is not the kernel's own: entries are written into it, and a hostile guest's page tables
@@ -301,7 +317,8 @@ impl Arena {
     ///
     /// # Errors
     /// There is no memory for them, the guest changed an entry since the arena was read, or Xen refuses an entry.
-    /// Pages that were added before the error stay: nothing refers to them.
+    /// Pages that were added before the error stay, some of them without memory: nothing refers to them, and the next
+    /// call gives them what they lack.
     pub fn add(
         &mut self,
         guest: &dyn PagesMut,
@@ -309,7 +326,7 @@ impl Arena {
         first: usize,
         rights: &[Rights],
     ) -> Result<()> {
-        if first > 0 && self.frame(0).is_none() {
+        if first > 0 && self.directory.generation == 0 {
             // A run may end between any two entries, and only the directory shows that the others are the arena's.
             self.add(guest, kernel, 0, &[Rights::RoData])?;
         }
@@ -335,7 +352,19 @@ impl Arena {
                 *known = entry;
             }
         }
-        Ok(())
+        let unfilled = self.unfilled(first, rights.len());
+        memory::fill(guest, kernel.kind, &unfilled)
+    }
+
+    /// The frames of `count` pages from number `first` on that may have no memory yet. What the directory lists has it,
+    /// and so does the directory once it was written.
+    fn unfilled(&self, first: usize, count: usize) -> Vec<Frame> {
+        let listed: HashSet<usize> = self.directory.slots.iter().flat_map(pages_of).collect();
+        (first..first.saturating_add(count))
+            .filter(|&page| page > 0 || self.directory.generation == 0)
+            .filter(|page| !listed.contains(page))
+            .filter_map(|page| self.frame(page))
+            .collect()
     }
 
     /// Writes `bytes` at `at` in the arena and reads them back.

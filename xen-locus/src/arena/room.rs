@@ -121,7 +121,10 @@ impl Arena {
         (first, count): (usize, usize),
     ) -> Result<()> {
         let pages = std::iter::once(0).chain(first..first.saturating_add(count));
-        let missing = pages.filter(|&page| self.frame(page).is_none());
-        memory::check_spare(guest, kind, missing.count())
+        let missing = pages.filter(|&page| self.frame(page).is_none()).count();
+        let mut unfilled = self.unfilled(0, 1);
+        unfilled.extend(self.unfilled(first, count));
+        let unfilled = memory::without_memory(guest, kind, &unfilled)?.len();
+        memory::check_spare(guest, kind, missing + unfilled)
     }
 }

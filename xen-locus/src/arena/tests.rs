@@ -34,6 +34,9 @@ struct Guest {
     unmappable: Cell<Option<u64>>,
     /// Pages of memory that it may be given.
     spare: Cell<u64>,
+    /// So many entries are written, and so many frames populated, until the run is ended.
+    entries_left: Cell<usize>,
+    frames_left: Cell<usize>,
     /// What is written to its memory is lost.
     loses_writes: Cell<bool>,
 }
@@ -75,6 +78,8 @@ impl Guest {
             asked: RefCell::default(),
             unmappable: Cell::new(None),
             spare: Cell::new(1000),
+            entries_left: Cell::new(usize::MAX),
+            frames_left: Cell::new(usize::MAX),
             loses_writes: Cell::new(false),
         }
     }
@@ -127,6 +132,12 @@ fn slot(first: u16, pages: u16) -> Slot {
     }
 }
 
+fn spend(left: &Cell<usize>) -> Outcome<()> {
+    let ended = || locus_guest::Error::Odd("the run was ended".into());
+    left.set(left.get().checked_sub(1).ok_or_else(ended)?);
+    Ok(())
+}
+
 type Outcome<T> = std::result::Result<T, locus_guest::Error>;
 
 impl Memory for Guest {
@@ -166,6 +177,7 @@ impl WindowMut for Pages {
 
 impl PagesMut for Guest {
     fn write_entry(&self, table: Frame, slot: usize, entry: u64) -> Outcome<()> {
+        spend(&self.entries_left)?;
         self.world.memory.set_entry(table, slot, entry);
         Ok(())
     }
@@ -198,6 +210,8 @@ impl PagesMut for Guest {
 
     fn populate(&self, frames: &[Gfn]) -> Outcome<()> {
         for &frame in frames {
+            spend(&self.frames_left)?;
+            assert!(!self.world.memory.has(frame.into()), "{frame} has memory");
             self.world.memory.add(frame.into());
             self.populated.borrow_mut().push(frame.0);
         }

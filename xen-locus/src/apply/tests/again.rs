@@ -143,3 +143,27 @@ fn a_kprobe_in_parked_code_does_not_make_it_another_payload() {
     guest.applied(&one);
     assert_eq!(guest.pages(), pages);
 }
+
+#[test]
+fn runs_that_are_ended_before_all_memory_is_there_take_no_more_of_it_than_one_run() {
+    let needed = {
+        let guest = Guest::new();
+        let before = guest.spare.get();
+        guest.applied(&payload("one", &[A]));
+        before - guest.spare.get()
+    };
+    let guest = Guest::new();
+    let before = guest.spare.get();
+    let mut writes = 0;
+    while before - guest.spare.get() < needed {
+        for _ in 0..2 {
+            guest.left.set(writes);
+            guest.apply(&payload("one", &[A]), Mode::Apply).unwrap_err();
+        }
+        writes += 1;
+    }
+    guest.left.set(u32::MAX);
+    guest.applied(&payload("one", &[A]));
+    assert_eq!(before - guest.spare.get(), needed);
+    guest.is_as_recorded();
+}

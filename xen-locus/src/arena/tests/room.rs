@@ -28,6 +28,7 @@ fn the_arenas_own_frames_are_not_asked_for() {
     let guest = Guest::new(GuestType::Pvh);
     let mut arena = guest.arena().unwrap();
     guest.add(&mut arena, 0, &[Rights::RoData; 3]).unwrap();
+    arena.commit(&guest, &guest.kernel(), Vec::new()).unwrap();
     guest.asked.borrow_mut().clear();
     // A page of it that could not be mapped any more would be replaced by an empty one.
     guest.unmappable.set(Some(0xfe701));
@@ -39,6 +40,101 @@ fn the_arenas_own_frames_are_not_asked_for() {
         .iter()
         .all(|f| !(0xfe700..0xfe703).contains(f)));
     assert_eq!(guest.populated.borrow()[3..], [0xfe703, 0xfe704, 0xfe705]);
+}
+
+/// Adds four pages, after which the arena has as many frames as pages, all of them with memory.
+fn goes_on_with_what_was_left(guest: &Guest) {
+    guest.entries_left.set(usize::MAX);
+    guest.frames_left.set(usize::MAX);
+    let mut arena = guest.arena().unwrap();
+    arena.check_memory(guest, GuestType::Pvh, (1, 3)).unwrap();
+    guest.add(&mut arena, 1, &ALL).unwrap();
+    arena.commit(guest, &guest.kernel(), Vec::new()).unwrap();
+    arena.write(guest, page_address(3), b"there").unwrap();
+    let mut populated = guest.populated.borrow().clone();
+    populated.sort_unstable();
+    let mut own: Vec<u64> = guest.arena().unwrap().own_frames().map(|f| f.0).collect();
+    own.sort_unstable();
+    assert_eq!(populated, own);
+    assert_eq!(own.len(), 4);
+}
+
+#[test]
+fn a_frame_gets_memory_only_when_an_entry_leads_to_it() {
+    for entries in 0..4 {
+        let guest = Guest::new(GuestType::Pvh);
+        for _ in 0..20 {
+            guest.entries_left.set(0);
+            let mut arena = guest.arena().unwrap();
+            guest.add(&mut arena, 1, &ALL).unwrap_err();
+        }
+        guest.entries_left.set(entries);
+        let mut arena = guest.arena().unwrap();
+        let _ = guest.add(&mut arena, 1, &ALL);
+        assert_eq!(guest.populated.borrow().len(), usize::from(entries > 0));
+        goes_on_with_what_was_left(&guest);
+    }
+}
+
+#[test]
+fn what_lacks_memory_since_an_earlier_run_ended_gets_it() {
+    for frames in 0..4 {
+        let guest = Guest::new(GuestType::Pvh);
+        guest.frames_left.set(frames);
+        for _ in 0..20 {
+            let mut arena = guest.arena().unwrap();
+            guest.add(&mut arena, 1, &ALL).unwrap_err();
+        }
+        assert_eq!(guest.populated.borrow().len(), frames);
+        // It counts as memory that the guest must be given yet.
+        guest.spare.set(3 - frames as u64);
+        let arena = guest.arena().unwrap();
+        let check = arena.check_memory(&guest, GuestType::Pvh, (1, 3));
+        let words = format!("needs {} more pages", 4 - frames);
+        refused(check, Class::NotApplicable, &words);
+        guest.spare.set(4 - frames as u64);
+        goes_on_with_what_was_left(&guest);
+    }
+}
+
+#[test]
+fn memory_that_the_guest_populated_itself_is_never_the_arenas() {
+    let guest = Guest::new(GuestType::Pvh);
+    for frame in 0xfe700..0xfe710 {
+        guest.world.memory.add(Frame(frame));
+    }
+    // Even if it looks like a page of the arena.
+    let (at, bytes) = Directory::default().encode();
+    guest.world.memory.fill(Frame(0xfe700), at, &bytes);
+    guest.frames_left.set(2);
+    let mut arena = guest.arena().unwrap();
+    guest.add(&mut arena, 1, &ALL).unwrap_err();
+    goes_on_with_what_was_left(&guest);
+    assert!(guest.populated.borrow().iter().all(|f| *f >= 0xfe710));
+}
+
+#[test]
+fn a_directory_without_memory_is_damage_where_other_pages_are() {
+    let guest = Guest::new(GuestType::Pvh);
+    guest.set_entry(0, 0xfe700 << 12 | PTE_PRESENT);
+    assert_eq!(guest.arena().unwrap().directory, Directory::default());
+    guest.set_entry(1, 0xfe701 << 12 | PTE_PRESENT);
+    refused(guest.arena(), Class::Failed, "it has no memory");
+}
+
+#[test]
+fn a_directory_page_that_a_debug_build_of_xen_filled_is_blank() {
+    let guest = Guest::new(GuestType::Pvh);
+    guest.set_entry(0, 0xfe700 << 12 | PTE_PRESENT);
+    guest.world.memory.add(Frame(0xfe700));
+    guest
+        .world
+        .memory
+        .fill(Frame(0xfe700), 0, &[0xc2; PAGE_LEN]);
+    let mut arena = guest.arena().unwrap();
+    assert_eq!(arena.directory, Directory::default());
+    arena.commit(&guest, &guest.kernel(), Vec::new()).unwrap();
+    assert_eq!(guest.arena().unwrap().directory.generation, 1);
 }
 
 #[test]
