@@ -284,6 +284,10 @@ impl PagesMut for Domain<'_> {
         self.foreign.vacant(frames)
     }
 
+    fn not_own(&self, frames: &[Frame]) -> std::result::Result<Vec<bool>, guest::Error> {
+        self.foreign.not_own(frames)
+    }
+
     fn populate(&self, frames: &[Gfn]) -> std::result::Result<(), guest::Error> {
         Ok(self.control.populate(&self.info_now()?, frames)?)
     }

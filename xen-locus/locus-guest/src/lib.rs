@@ -264,6 +264,12 @@ pub trait PagesMut: MemoryMut {
     /// # Errors
     /// The back end can't tell of one of them. A frame that can't be looked at may well have memory.
     fn vacant(&self, frames: &[Gfn]) -> Result<Vec<bool>, Error>;
+    /// Says for each of these frames whether none of the guest's own memory is there: there is none at all, or a PV guest
+    /// maps another domain's.
+    ///
+    /// # Errors
+    /// As [`PagesMut::vacant`].
+    fn not_own(&self, frames: &[Frame]) -> Result<Vec<bool>, Error>;
     /// Puts fresh pages at vacant guest frames.
     ///
     /// # Errors

@@ -154,6 +154,25 @@ impl ForeignMemory {
         let frames = frames.iter().zip(&errors);
         frames.map(|(&f, &error)| is_vacant(f, error)).collect()
     }
+
+    /// For each of `frames`, whether none of the guest's own memory is there. In a PV guest it may be another domain's,
+    /// whose grant the guest maps.
+    ///
+    /// # Errors
+    /// One of them could not be mapped for another reason.
+    pub fn not_own(&self, frames: &[Frame]) -> Result<Vec<bool>, guest::Error> {
+        let (_, errors) = self.map_each(frames, Access::Read)?;
+        let frames = frames.iter().zip(&errors);
+        frames.map(|(&f, &error)| is_not_own(f, error)).collect()
+    }
+}
+
+/// As [`is_vacant`]. Of a page that a PV guest does not own, Xen says EBUSY (`get_page_from_l1e`, xen/arch/x86/mm.c).
+fn is_not_own(frame: Frame, error: c_int) -> Result<bool, guest::Error> {
+    match error.abs() {
+        libc::EBUSY => Ok(true),
+        _ => is_vacant(frame, error),
+    }
 }
 
 /// Whether `frame`, whose mapping ended with `error`, has no memory. Xen's answer then is EINVAL, for a PV dom0
@@ -389,6 +408,10 @@ mod tests {
         let frame = Frame(0xfe700);
         assert!(!is_vacant(frame, 0).unwrap());
         assert!(is_vacant(frame, -libc::EINVAL).unwrap());
+        assert!(is_not_own(frame, -libc::EINVAL).unwrap());
+        // Another domain's page, which the guest maps, is no vacant frame.
+        assert!(is_not_own(frame, -libc::EBUSY).unwrap());
+        assert!(is_vacant(frame, -libc::EBUSY).is_err());
         for other in [
             libc::ENOMEM,
             libc::ENOENT,
@@ -396,8 +419,10 @@ mod tests {
             libc::EPERM,
             libc::EFAULT,
         ] {
-            let error = is_vacant(frame, -other).unwrap_err();
-            assert!(error.to_string().contains("0xfe700"), "{error}");
+            for is in [is_vacant, is_not_own] {
+                let error = is(frame, -other).unwrap_err();
+                assert!(error.to_string().contains("0xfe700"), "{error}");
+            }
         }
     }
 

@@ -208,6 +208,10 @@ impl PagesMut for Guest {
         Ok(frames.iter().map(|&f| !memory.has(f.into())).collect())
     }
 
+    fn not_own(&self, _: &[Frame]) -> Outcome<Vec<bool>> {
+        unreachable!("an arena asks for vacant frames")
+    }
+
     fn populate(&self, frames: &[Gfn]) -> Outcome<()> {
         for &frame in frames {
             spend(&self.frames_left)?;

@@ -412,6 +412,11 @@ impl PagesMut for Guest {
         Ok(frames.iter().map(|&f| !memory.has(f.into())).collect())
     }
 
+    fn not_own(&self, frames: &[Frame]) -> std::result::Result<Vec<bool>, guest::Error> {
+        let memory = &self.world.memory;
+        Ok(frames.iter().map(|&f| !memory.has(f)).collect())
+    }
+
     fn populate(&self, frames: &[Gfn]) -> std::result::Result<(), guest::Error> {
         let left = self.spare.get().checked_sub(frames.len() as u64);
         self.spare.set(left.expect("more than it may be given"));

@@ -14,7 +14,7 @@
 
 use std::collections::HashSet;
 
-use locus_guest::addr::{Frame, Gfn, Gva, Range, PAGE_LEN, PAGE_SIZE};
+use locus_guest::addr::{Frame, Gva, Range, PAGE_LEN, PAGE_SIZE};
 use locus_guest::budget::Budget;
 use locus_guest::space::Space;
 use locus_guest::{self as guest, fetch};
@@ -273,11 +273,11 @@ impl<'a, 'm> Search<'a, 'm> {
         let frames = |some: &[(u64, Frame)]| some.iter().map(|(_, f)| *f).collect::<Vec<_>>();
         let window = match self.machine.memory().map(&frames(&wanted)) {
             Ok(window) => window,
-            // A balloon took some of them.
+            // A balloon took some of them. Or they are another domain's, in which this
+            // kernel keeps no pointers.
             Err(_) => {
-                let gfns: Vec<_> = wanted.iter().map(|(_, f)| Gfn(f.0)).collect();
-                let mut vacant = self.machine.vacant(&gfns)?.into_iter();
-                wanted.retain(|_| !vacant.next().unwrap_or(true));
+                let mut not_own = self.machine.not_own(&frames(&wanted))?.into_iter();
+                wanted.retain(|_| !not_own.next().unwrap_or(true));
                 if wanted.is_empty() {
                     return Ok(0);
                 }
