@@ -82,6 +82,7 @@ pub fn directory_seeds() -> Vec<Vec<u8>> {
             page_of(&Directory {
                 generation,
                 slots: vec![slot.clone()],
+                ..Directory::default()
             })
         })
         .to_vec()
@@ -254,6 +255,7 @@ fn full(count: usize, pages: usize) -> Vec<Vec<u8>> {
     arena[0] = page_of(&Directory {
         generation: 2,
         slots,
+        ..Directory::default()
     });
     arena
 }
@@ -311,6 +313,7 @@ fn one_payload() -> Vec<Vec<u8>> {
             data.extend(page_of(&Directory {
                 generation: 2,
                 slots: vec![sample_slot(&record, state)],
+                ..Directory::default()
             }));
             data.extend(vec![0xcc; PAGE_LEN]);
             let mut page = record.clone();

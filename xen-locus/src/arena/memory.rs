@@ -7,6 +7,10 @@
 //!   (0xfe700000-0xfe7fffff, "reserved for guest use": tools/firmware/hvmloader/config.h); earlier builds took
 //!   frames of the other two.
 //!
+//!   The directory lists the frames of the first window. When the guest's kernel starts another one (kexec), no page
+//!   table leads to them any more, but they keep what is in them. An arena of the new kernel takes what such a
+//!   directory lists.
+//!
 //!   They are memory that the guest has beside its own. A restored or migrated guest may have its target and 1 MiB
 //!   (`libxl__build_pre`, `LIBXL_MAXMEM_CONSTANT`), of which Xen's special pages take some. A guest that has more
 //!   can't be restored. So the limit that the toolstack set for the guest is never raised.
@@ -21,6 +25,7 @@ use locus_guest::{fetch, GuestType, PagesMut};
 use locus_kernel::Kernel;
 
 use super::pv_pages;
+use super::record::{Directory, FRAME_WORDS};
 use crate::error::{Error, Result};
 
 /// Pages that a PV guest has for the arena.
@@ -104,7 +109,7 @@ impl<'k, 'm> LowPages<'k, 'm> {
 }
 
 /// One frame for each of these arena pages, which are not mapped yet. None of them is in `taken`, the frames that the
-/// arena has already. Those of a PV guest are empty; those of the others have no memory before [`fill`].
+/// arena has already. Those of a PV guest are empty; those of the others are too, or have no memory before [`fill`].
 ///
 /// # Errors
 /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): there are too few, or the guest uses one. Or the
@@ -126,30 +131,116 @@ pub(super) fn frames_for(
             })
             .collect();
     }
-    check_spare(guest, kernel.kind, pages.len())?;
-    let vacant = vacant_frames(guest, kernel, pages.len(), taken)?;
-    Ok(vacant.into_iter().map(Frame::from).collect())
+    if pages.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut found = left_behind(guest, kernel.kind, taken)?;
+    found.truncate(pages.len());
+    let more = pages.len() - found.len();
+    check_spare(guest, kernel.kind, more)?;
+    if !found.is_empty() {
+        check_not_ram(kernel, GFNS[0].start, GFNS[0].end)?;
+    }
+    let vacant = vacant_frames(guest, kernel, more, taken)?;
+    // An old directory must be no page 0. The others keep what they have until entries lead to them: one of them may
+    // be the directory that lists the rest.
+    if pages.contains(&0) {
+        blank(guest, &found)?;
+    }
+    found.extend(vacant.into_iter().map(Frame::from));
+    Ok(found)
 }
 
-/// Gives memory to those of `frames`, of the arena of a PVH or HVM guest, that have none. Its bytes are zero.
+/// The bits of [`Directory::frames`] for those of `frames` that are in the first window.
+pub(super) fn listed(frames: impl Iterator<Item = Frame>) -> [u64; FRAME_WORDS] {
+    let mut bits = [0; FRAME_WORDS];
+    for n in frames.filter_map(|f| f.0.checked_sub(GFNS[0].start)) {
+        if let Some(word) = usize::try_from(n / 64).ok().and_then(|n| bits.get_mut(n)) {
+            *word |= 1 << (n % 64);
+        }
+    }
+    bits
+}
+
+/// The frames of the first window that the arena of an earlier kernel of this guest left behind: they have memory, are
+/// not in `taken`, and a whole directory that no entry leads to lists them. Such directories come last, so the others
+/// are known as long as one of them is left.
+///
+/// Memory that the guest put there itself is in no such list. An old Linux (`HVM_SHARED_INFO_ADDR`,
+/// arch/x86/xen/enlighten.c) has its page of shared information at the first frame, where the directory would stand.
+///
+/// # Errors
+/// The back end can't tell of one of them, or can't read it.
+pub(super) fn left_behind(
+    guest: &dyn PagesMut,
+    kind: GuestType,
+    taken: &HashSet<Frame>,
+) -> Result<Vec<Frame>> {
+    if kind == GuestType::Pv {
+        return Ok(Vec::new());
+    }
+    let window = GFNS[0].clone().map(Frame);
+    let mut others: Vec<Frame> = window.filter(|f| !taken.contains(f)).collect();
+    let vacant = without_memory(guest, kind, &others)?;
+    let vacant: HashSet<Frame> = vacant.into_iter().map(Frame::from).collect();
+    others.retain(|f| !vacant.contains(f));
+    let mut lists = [0; FRAME_WORDS];
+    let mut directories = HashSet::new();
+    for some in others.chunks(GFNS_AT_ONCE) {
+        let mut bytes = vec![0; some.len() * PAGE_LEN];
+        guest.map(some)?.read(0, &mut bytes)?;
+        for (&frame, page) in some.iter().zip(bytes.chunks_exact(PAGE_LEN)) {
+            if let Some(directory) = Directory::decode(page) {
+                directories.insert(frame);
+                for (all, word) in lists.iter_mut().zip(directory.frames) {
+                    *all |= word;
+                }
+            }
+        }
+    }
+    others.retain(|&f| {
+        let own = listed(std::iter::once(f));
+        own.iter().zip(&lists).any(|(bit, all)| bit & all != 0)
+    });
+    others.sort_by_key(|f| directories.contains(f));
+    Ok(others)
+}
+
+fn blank(guest: &dyn PagesMut, frames: &[Frame]) -> Result<()> {
+    if frames.is_empty() {
+        return Ok(());
+    }
+    let blank = vec![0; frames.len() * PAGE_LEN];
+    guest.map_mut(frames)?.write(0, &blank)?;
+    guest.written(frames)?;
+    Ok(())
+}
+
+/// Gives memory to those of `frames`, of the arena of a PVH or HVM guest, that have none. Its bytes are zero, and so are
+/// those of all `new` frames then, which the arena did not have before.
 ///
 /// The page table leads to these frames already. So memory is never put where no later run would know it for the
 /// arena's: what a run that ends here has done, the next one goes on with.
 ///
 /// # Errors
 /// As [`check_spare`]; or the back end refuses.
-pub(super) fn fill(guest: &dyn PagesMut, kind: GuestType, frames: &[Frame]) -> Result<()> {
-    let empty = without_memory(guest, kind, frames)?;
-    check_spare(guest, kind, empty.len())?;
-    if empty.is_empty() {
+pub(super) fn fill(
+    guest: &dyn PagesMut,
+    kind: GuestType,
+    frames: &[Frame],
+    new: &[Frame],
+) -> Result<()> {
+    if kind == GuestType::Pv {
         return Ok(());
     }
-    guest.populate(&empty)?;
-    let frames: Vec<Frame> = empty.into_iter().map(Frame::from).collect();
-    let blank = vec![0; frames.len() * PAGE_LEN];
-    guest.map_mut(&frames)?.write(0, &blank)?;
-    guest.written(&frames)?;
-    Ok(())
+    let empty = without_memory(guest, kind, frames)?;
+    check_spare(guest, kind, empty.len())?;
+    if !empty.is_empty() {
+        guest.populate(&empty)?;
+    }
+    let mut dirty: HashSet<Frame> = empty.into_iter().map(Frame::from).collect();
+    dirty.extend(new);
+    blank(guest, &dirty.into_iter().collect::<Vec<_>>())
 }
 
 /// Those of `frames`, of the arena, that have no memory. Those of a PV guest all have some.

@@ -339,9 +339,9 @@ impl Arena {
         let taken = self.own_frames().collect();
         let fresh = memory::frames_for(guest, kernel, &missing, &taken)?;
         self.check_still(guest, &wanted)?;
-        let mut fresh = fresh.into_iter();
+        let mut unused = fresh.iter().copied();
         for &(page, rights) in &wanted {
-            let Some(frame) = self.frame(page).or_else(|| fresh.next()) else {
+            let Some(frame) = self.frame(page).or_else(|| unused.next()) else {
                 break;
             };
             // Rights that grow need no flush: a CPU that knows the old ones looks again when they are not enough
@@ -353,7 +353,7 @@ impl Arena {
             }
         }
         let unfilled = self.unfilled(first, rights.len());
-        memory::fill(guest, kernel.kind, &unfilled)
+        memory::fill(guest, kernel.kind, &unfilled, &fresh)
     }
 
     /// The frames of `count` pages from number `first` on that may have no memory yet. What the directory lists has it,
@@ -411,6 +411,7 @@ impl Arena {
                 )
             })?,
             slots,
+            frames: memory::listed(self.own_frames()),
         };
         let (half, bytes) = next.encode();
         self.write(guest, BASE.plus(half as u64), &bytes)?;

@@ -31,6 +31,11 @@ const VERSION: u32 = 1;
 pub const COPY: usize = 2048;
 const HEAD: usize = 64;
 const ENTRY: usize = 64;
+/// Bytes of an entry that are about its payload. In what is left of the first ones stands [`Directory::frames`], a word
+/// in each, whether they have a payload or not.
+const OF_PAYLOAD: usize = 56;
+/// Words of [`Directory::frames`].
+pub const FRAME_WORDS: usize = 4;
 /// Most payloads a directory holds.
 pub const ENTRIES_MAX: usize = (COPY - HEAD) / ENTRY;
 /// Offset of a payload's `struct module` in its writable part, in bytes; two words before it say whether the guest
@@ -106,6 +111,9 @@ pub struct Directory {
     /// lies on top. At most one change is under way: one payload reverting, or one applying and those
     /// that it supersedes reverting.
     pub slots: Vec<Slot>,
+    /// Guest frames of the arena's pages when it was written: a bit for each frame of the first window, from its start
+    /// on ([`memory`](super::memory)). All zero from an earlier build, and in a PV guest.
+    pub frames: [u64; FRAME_WORDS],
 }
 
 fn digest(copy: &[u8]) -> [u8; 32] {
@@ -148,10 +156,20 @@ impl Directory {
                 })
             })
             .collect::<Option<Vec<Slot>>>()?;
+        let mut frames = [0; FRAME_WORDS];
+        for (word, at) in frames.iter_mut().zip(Directory::frame_words()) {
+            *word = fetch::u64(copy, at)?;
+        }
         Some(Directory {
             generation: fetch::u64(copy, 32)?,
             slots,
+            frames,
         })
+    }
+
+    /// Where in a copy the words of [`Directory::frames`] stand, as byte offsets.
+    fn frame_words() -> impl Iterator<Item = usize> {
+        (0..FRAME_WORDS).map(|n| HEAD + n * ENTRY + OF_PAYLOAD)
     }
 
     /// The bytes of this directory and which half of the page they go to.
@@ -171,9 +189,14 @@ impl Directory {
             body.extend(slot.record_offset.to_le_bytes());
             body.extend(slot.record_len.to_le_bytes());
             body.extend(slot.record_sha256);
-            body.extend([0; ENTRY - 56]);
+            body.extend([0; ENTRY - OF_PAYLOAD]);
         }
         body.resize(COPY - 32, 0);
+        for (word, at) in self.frames.iter().zip(Directory::frame_words()) {
+            if let Some(place) = body.get_mut(at - 32..at - 24) {
+                place.copy_from_slice(&word.to_le_bytes());
+            }
+        }
         let mut copy = Vec::with_capacity(COPY);
         copy.extend(MAGIC);
         copy.extend(VERSION.to_le_bytes());
@@ -348,6 +371,7 @@ mod tests {
                     ..slot
                 },
             ],
+            frames: [generation, 2, 3, 1 << 63],
         }
     }
 

@@ -125,6 +125,10 @@ impl Arena {
         let mut unfilled = self.unfilled(0, 1);
         unfilled.extend(self.unfilled(first, count));
         let unfilled = memory::without_memory(guest, kind, &unfilled)?.len();
-        memory::check_spare(guest, kind, missing + unfilled)
+        let left = match missing {
+            0 => 0,
+            _ => memory::left_behind(guest, kind, &self.own_frames().collect())?.len(),
+        };
+        memory::check_spare(guest, kind, missing.saturating_sub(left) + unfilled)
     }
 }

@@ -113,6 +113,94 @@ fn memory_that_the_guest_populated_itself_is_never_the_arenas() {
     assert!(guest.populated.borrow().iter().all(|f| *f >= 0xfe710));
 }
 
+/// The guest's kernel starts another one, whose page table of the arena is empty.
+fn kexec(guest: &Guest) {
+    (0..PAGES).for_each(|page| guest.set_entry(page, 0));
+}
+
+/// A new kernel's arena of four pages, as one that was there before. Returns its frames.
+fn four_pages(guest: &Guest) -> HashSet<Frame> {
+    let mut arena = guest.committed(&[]);
+    let before = arena.own_frames().count();
+    assert!(arena.check_memory(guest, GuestType::Pvh, (1, 3)).is_ok());
+    guest.add(&mut arena, 1, &ALL).unwrap();
+    let kernel = guest.kernel();
+    arena.commit(guest, &kernel, vec![slot(1, 3)]).unwrap();
+    assert_eq!((before, arena.own_frames().count()), (1, 4));
+    arena.own_frames().collect()
+}
+
+#[test]
+fn what_the_arena_of_an_earlier_kernel_left_is_taken_first_and_blank() {
+    let guest = Guest::new(GuestType::Pvh);
+    // The guest's own, one of them in the middle.
+    for frame in [0xfe700, 0xfe703] {
+        guest.world.memory.add(Frame(frame));
+        guest.world.memory.fill(Frame(frame), 100, b"mine");
+    }
+    let first = four_pages(&guest);
+    let arena = guest.arena().unwrap();
+    arena.write(&guest, page_address(3), b"a word").unwrap();
+    guest.spare.set(0);
+    for _ in 0..20 {
+        kexec(&guest);
+        assert_eq!(four_pages(&guest), first);
+        let kernel = guest.kernel();
+        for page in 1..4 {
+            let bytes = kernel.space.read_vec(page_address(page), PAGE_LEN);
+            assert_eq!(bytes.unwrap(), [0; PAGE_LEN]);
+        }
+    }
+    assert_eq!(guest.populated.borrow().len(), 4);
+    for frame in [0xfe700, 0xfe703] {
+        let mut mine = [0; 4];
+        let window = guest.world.memory.map(&[Frame(frame)]).unwrap();
+        window.read(100, &mut mine).unwrap();
+        assert_eq!(&mine, b"mine");
+    }
+}
+
+#[test]
+fn what_an_earlier_kernel_left_is_not_lost_by_runs_that_are_ended() {
+    let guest = Guest::new(GuestType::Pvh);
+    let first = four_pages(&guest);
+    kexec(&guest);
+    guest.spare.set(0);
+    for entries in [0, 1, 1, 1, 0] {
+        guest.entries_left.set(entries);
+        let mut arena = guest.arena().unwrap();
+        let _ = guest.add(&mut arena, 1, &ALL);
+    }
+    guest.entries_left.set(usize::MAX);
+    let mut arena = guest.arena().unwrap();
+    guest.add(&mut arena, 1, &ALL).unwrap();
+    assert_eq!(arena.own_frames().collect::<HashSet<_>>(), first);
+    assert_eq!(guest.arena().unwrap().directory, Directory::default());
+}
+
+#[test]
+fn only_a_whole_directory_tells_what_an_earlier_kernel_left() {
+    let guest = Guest::new(GuestType::Pvh);
+    let first = four_pages(&guest);
+    let page = guest.arena().unwrap().frames(Range::new(BASE, 1)).unwrap()[0];
+    guest.world.memory.fill(page, 100, &[0xff]);
+    guest.world.memory.fill(page, record::COPY + 100, &[0xff]);
+    kexec(&guest);
+    assert!(four_pages(&guest).is_disjoint(&first));
+    // A directory of an earlier build lists none.
+    let listed = Directory {
+        frames: [0; 4],
+        ..guest.arena().unwrap().directory
+    };
+    let (at, bytes) = listed.encode();
+    let page = guest.arena().unwrap().frames(Range::new(BASE, 1)).unwrap()[0];
+    guest.world.memory.fill(page, 0, &[0; PAGE_LEN]);
+    guest.world.memory.fill(page, at, &bytes);
+    let second: HashSet<Frame> = guest.arena().unwrap().own_frames().collect();
+    kexec(&guest);
+    assert!(four_pages(&guest).is_disjoint(&second));
+}
+
 #[test]
 fn a_directory_without_memory_is_damage_where_other_pages_are() {
     let guest = Guest::new(GuestType::Pvh);
