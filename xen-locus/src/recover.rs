@@ -23,6 +23,7 @@ use crate::guard::finish_or_undo::{finish_or_undo, Counter as _, Outcome, Since}
 use crate::guard::{self, Places, Task};
 use crate::link::module::links;
 use crate::machine::{self, Machine};
+use crate::nudge::place::Place;
 use crate::operation::Operation;
 use crate::plan::conditions;
 use crate::plan::{self, Plan, Proposal, Stack};
@@ -286,10 +287,34 @@ pub(crate) fn of_guest(
         let why = "the guest has another kernel now, or at another place: it rebooted".to_owned();
         return Ok(Report::new(Finding::Gone, intent, why));
     }
-    if let Some(intent) = intent.filter(|i| i.change.op == Operation::Nudge) {
-        roll_back(machine, kernel, &intent.change, options)?;
-        return Ok(Report::new(Finding::Undone, Some(intent), String::new()));
+    let nudged = take_back_nudges(machine, kernel, intent, options)?;
+    let intent = intent.filter(|i| i.change.op != Operation::Nudge);
+    let report = of_payloads(machine, kernel, intent, options)?;
+    let Some(patch) = nudged else {
+        return Ok(report);
+    };
+    if report.result == Finding::NothingToDo {
+        return Ok(Report {
+            result: Finding::Undone,
+            patch: Some(patch),
+            op: Some(Operation::Nudge),
+            ..report
+        });
     }
+    let also = format!("a nudge of {patch} is undone too");
+    let said = [report.detail, also].into_iter().filter(|s| !s.is_empty());
+    let detail = said.collect::<Vec<_>>().join("; ");
+    Ok(Report { detail, ..report })
+}
+
+/// Finds out from the guest's memory what became of `intent`, which is about a payload, or of the change that the directory
+/// shows as under way.
+fn of_payloads(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    intent: Option<&Intent>,
+    options: &Options,
+) -> Result<Report> {
     if let Some(intent) = intent.filter(|i| i.change.op == Operation::Reclaim) {
         return reclaiming::settle(machine, kernel, intent, options);
     }
@@ -335,6 +360,35 @@ pub(crate) fn of_guest(
     Ok(Report { parked, ..report })
 }
 
+/// Takes down the gates of nudges that the arena's directory has, and then their entries; also the one that the journal's
+/// `intent` is about: an earlier build made no entry. Returns the name of the patch that a nudge was about, if there was one.
+fn take_back_nudges(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    intent: Option<&Intent>,
+    options: &Options,
+) -> Result<Option<String>> {
+    let mut arena = Arena::read(kernel)?;
+    let gates = arena.gates(kernel)?;
+    let of = |gate: &Resident| Place::of(kernel, gate)?.change(kernel);
+    let mut changes = gates.iter().map(of).collect::<Result<Vec<Change>>>()?;
+    if let Some(intent) = intent.filter(|i| i.change.op == Operation::Nudge) {
+        let noted = &intent.change;
+        if !changes.iter().any(|c| c.writes == noted.writes) {
+            changes.push(noted.clone());
+        }
+    }
+    for change in &changes {
+        roll_back(machine, kernel, change, options)?;
+    }
+    if !gates.is_empty() {
+        let mut slots = arena.directory.slots.clone();
+        slots.retain(|slot| !gates.iter().any(|gate| gate.slot.first == slot.first));
+        arena.commit(machine, kernel, slots)?;
+    }
+    Ok(changes.pop().map(|change| change.patch))
+}
+
 /// If a change took place in part, puts back what it had written, by the journal's `intent`, and says so.
 fn take_back_torn(
     machine: &dyn Machine,
@@ -371,10 +425,8 @@ fn under_way<'r>(
     residents: &'r [Resident],
 ) -> Option<(&'r Resident, Operation, bool)> {
     let find = |state| {
-        let both = before.iter().zip(residents);
-        both.filter(move |(b, _)| **b == state)
-            .map(|(_, r)| r)
-            .next()
+        let mut all = residents.iter();
+        all.find(|r| before.get(r.index) == Some(&state))
     };
     let (resident, op) = match find(State::Applying) {
         Some(resident) => (resident, Operation::Apply),

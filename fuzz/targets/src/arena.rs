@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 use xen_locus::arena::digests::CodeDigests;
 use xen_locus::arena::record::{Directory, Function, Record, Slot, State, MODULE, SCHEMA};
 use xen_locus::arena::{page_address, Arena, BASE};
+use xen_locus::nudge::place::Place;
 use xen_locus::plan::{self, Stack};
 use xen_locus::{ops, verify};
 
@@ -45,6 +46,7 @@ fn sample_record() -> Record {
         entry_only: false,
         record_room: None,
         uses: Some(Vec::new()),
+        nudge: None,
     }
 }
 
@@ -182,6 +184,9 @@ pub fn arena(data: &[u8]) {
     let _ = arena.find_room(KIND, 2);
     let _ = verify::compare_once(&kernel, None);
     let residents = plan::residents(&kernel, &arena).unwrap_or_default();
+    for gate in arena.gates(&kernel).unwrap_or_default() {
+        let _ = Place::of(&kernel, &gate);
+    }
     let stack = Stack::new(&residents);
     for resident in stack.applied() {
         let _ = stack.displaced(&kernel, resident);

@@ -50,7 +50,7 @@ pub struct Arena {
     pub directory: Directory,
 }
 
-/// An applied or parked payload: its place in the directory and its record.
+/// An applied or parked payload, or a gate: its place in the directory and its record.
 #[derive(Clone, Debug)]
 pub struct Resident {
     /// Number in the directory.
@@ -276,6 +276,22 @@ impl Arena {
     /// # Errors
     /// A record was changed.
     pub fn residents(&self, kernel: &Kernel<'_>) -> Result<Vec<Resident>> {
+        let mut all = self.entries_with_records(kernel)?;
+        all.retain(|r| r.record.nudge.is_none());
+        Ok(all)
+    }
+
+    /// The gates of nudges that are under way or were interrupted. There is one at most, if no other tool changed the guest.
+    ///
+    /// # Errors
+    /// As [`Arena::residents`].
+    pub fn gates(&self, kernel: &Kernel<'_>) -> Result<Vec<Resident>> {
+        let mut all = self.entries_with_records(kernel)?;
+        all.retain(|r| r.record.nudge.is_some());
+        Ok(all)
+    }
+
+    fn entries_with_records(&self, kernel: &Kernel<'_>) -> Result<Vec<Resident>> {
         let mut found = Vec::new();
         for (index, slot) in self.directory.slots.iter().enumerate() {
             let len = slot.record_len as usize;

@@ -286,6 +286,10 @@ pub struct Record {
     /// did not record them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uses: Option<Vec<Gva>>,
+    /// This is no payload, but the gate of a nudge: the name of the patch in whose way threads are woken. An earlier build
+    /// takes it for a patch of its own name, which it can revert.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nudge: Option<String>,
 }
 
 /// Where a module was when its functions were replaced.

@@ -16,6 +16,7 @@ use crate::arena::Arena;
 use crate::domain::Domain;
 use crate::error::{Error, ExitCode, Result};
 use crate::machine;
+use crate::ops;
 use crate::ops::host::Host;
 use crate::plan;
 
@@ -126,6 +127,7 @@ fn row_of_kernel(guest: Guest, kernel: &Kernel<'_>) -> Row {
             .unwrap_or_default(),
         ..unsupported(guest, kernel.kind, String::new())
     };
+    ops::warn_of_nudge(&row.guest.label(), kernel);
     match applied(kernel) {
         Ok(patches) => {
             row.patches = patches;

@@ -178,6 +178,7 @@ impl GuestStatus {
         uuid: Option<&str>,
         inside: impl Fn(&Watch) -> Result<Vec<Blocker>>,
     ) -> Result<GuestStatus> {
+        ops::warn_of_nudge(&guest.label(), kernel);
         let mut patches = Vec::new();
         let mut left = DRAINING_MAX;
         for patch in ops::patches(kernel, uuid)? {

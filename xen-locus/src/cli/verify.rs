@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use locus_guest::addr::DomId;
+use locus_kernel::Kernel;
 use serde_json::{json, Value};
 
 use super::args::Output;
@@ -11,6 +12,7 @@ use super::{out, Session};
 use crate::domain::Domain;
 use crate::error::{ExitCode, Result};
 use crate::machine;
+use crate::ops;
 use crate::say;
 use crate::storage::audit::{Audit, History};
 use crate::verify::{verify, HostRecords, VerifyReport};
@@ -29,15 +31,16 @@ pub fn run(
     let mut worst = ExitCode::Done;
     match (core, wanted) {
         (Some(path), _) => all.push(guest::with_core(path, |guest, kernel, _| {
-            Ok((guest.clone(), verify(kernel, None)?))
+            Ok((guest.clone(), compare(guest, kernel, None)?))
         })?),
         (None, Some(wanted)) => {
             let host = session.host()?;
             let domain = host.guest(wanted)?;
             let history = log()?;
             let known = known(&history, &domain)?;
-            let outcome = verify(&machine::kernel_of(&domain)?, known.as_ref())?;
-            all.push((Guest::of(&domain), outcome));
+            let guest = Guest::of(&domain);
+            let outcome = compare(&guest, &machine::kernel_of(&domain)?, known.as_ref())?;
+            all.push((guest, outcome));
         }
         (None, None) => {
             let host = session.host()?;
@@ -53,7 +56,7 @@ pub fn run(
                     }
                 };
                 let known = known(&history, &domain)?;
-                match verify(&kernel, known.as_ref()) {
+                match compare(&guest, &kernel, known.as_ref()) {
                     Ok(outcome) => all.push((guest, outcome)),
                     Err(error) => {
                         say::warn(format_args!("{}: {error}", guest.label()));
@@ -75,6 +78,16 @@ pub fn run(
             .for_each(|(guest, outcome)| table(guest, outcome)),
     }
     Ok(worst)
+}
+
+/// Compares one guest. Says so if a nudge was interrupted in it: its gate is no patch.
+fn compare(
+    guest: &Guest,
+    kernel: &Kernel<'_>,
+    known: Option<&HostRecords<'_>>,
+) -> Result<VerifyReport> {
+    ops::warn_of_nudge(&guest.label(), kernel);
+    verify(kernel, known)
 }
 
 /// The audit log. Warns if it was changed.

@@ -2,43 +2,38 @@
 //! system call and restart it.
 //!
 //! The guest's kernel does this itself, in its next timer interrupt. Until then the interrupt's handler is redirected through
-//! code in the arena ([`gate`]). Both writes are made as those of a patch: in the journal, guarded, in a pause, while no thread
-//! is at the bytes that are written.
+//! code in the arena ([`gate`]), which has an entry in the arena's directory ([`place`]). Both writes are made as those of a
+//! patch: in the journal, guarded, in a pause, while no thread is at the bytes that are written.
 
 pub mod gate;
+pub mod place;
 
 use std::collections::HashSet;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use locus_guest::addr::{Gva, Range, PAGE_SIZE};
+use locus_guest::addr::{Range, PAGE_LEN, PAGE_SIZE};
 use locus_kernel::{tasks, Kernel};
 
 use self::gate::{Calls, Thread, FUNCTION, THREADS_MAX};
+use self::place::{Place, Turn, INT3, INTO};
 use crate::apply::{self, Done, Options, Outcome, Patience, Report};
+use crate::arena::record::Slot;
 use crate::arena::{self, Arena, Rights};
 use crate::blocker::{Blocker, Reason};
 use crate::error::{Class, Error, Result};
 use crate::machine::Machine;
-use crate::operation::Operation;
 use crate::plan::conditions::Entry;
 use crate::plan::{self, Plan, Proposal, Stack};
 use crate::quiesce::{Watch, Watched};
-use crate::storage::journal::Change;
 use crate::target::conflicts;
 use crate::target::kprobes::Kprobes;
 use crate::target::redirect;
 use crate::target::symbols::Object;
-use crate::write::{About, Write};
 use crate::x86::{self, JUMP};
 
 /// Longest wait for a timer interrupt in the guest. An idle guest has several every second.
 const TICK: Duration = Duration::from_secs(5);
-/// Offset of the gate's code in its page, in bytes. The first byte of a watched range may be a return address that is not in it
-/// (see [`Watch::hit`]), so the code does not begin where its page does.
-const INTO: usize = 16;
-/// Fills the page in front of the code.
-const INT3: u8 = 0xcc;
 
 /// What a nudge found and did.
 #[derive(Clone, Debug)]
@@ -79,9 +74,8 @@ pub fn nudge(
     if options.dry_run {
         return Ok(nudged(asleep, 0, Outcome::WouldNudge, Done::default()));
     }
-    apply::begin(machine, &gate.change(kernel)?)?;
+    apply::begin(machine, &gate.place.change(kernel)?)?;
     let passed = gate.pass(machine, kernel, options);
-    let is_uncertain = |e: &Error| e.class() == Class::Uncertain;
     if !passed.as_ref().is_err_and(is_uncertain) {
         machine.ended();
     }
@@ -111,24 +105,18 @@ fn threads(kernel: &Kernel<'_>, asleep: &[Blocker]) -> Result<Vec<Thread>> {
 
 /// A gate that is ready to be put in place.
 struct Gate {
-    /// Number of the first of its two arena pages.
-    first: usize,
-    code: Vec<u8>,
+    /// The arena, which has room for it.
+    arena: Arena,
+    /// Its entry in the arena's directory.
+    slot: Slot,
+    /// Its code, with the record behind it.
+    page: Vec<u8>,
     data: Vec<u8>,
-    patch: String,
+    place: Place,
     /// The function that leads through it.
     handler: Entry,
     /// The addresses of that function.
     room: Range,
-    /// Its bytes before, and the redirect.
-    bytes: [[u8; JUMP]; 2],
-}
-
-/// What is done with a gate.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Turn {
-    Up,
-    Down,
 }
 
 impl Gate {
@@ -160,11 +148,11 @@ impl Gate {
         })?;
         let cut = || Error::failed(format!("the code of {FUNCTION} is cut short"));
         let displaced = code.get(..len).ok_or_else(cut)?;
-        let first = arena.find_room(kernel.kind, 2)?;
+        let first = arena.find_room(kernel.kind, place::PAGES)?;
         let (text, data) = (arena::page_address(first), arena::page_address(first + 1));
         let at = text.plus(INTO as u64);
-        let mut page = vec![INT3; INTO];
-        page.extend(gate::code(
+        let mut code = vec![INT3; INTO];
+        code.extend(gate::code(
             at,
             data,
             Calls::of(kernel)?,
@@ -173,64 +161,46 @@ impl Gate {
         )?);
         let jump = x86::jump(site.at, at)
             .ok_or_else(|| Error::failed(format!("{at} is out of reach of {FUNCTION}")))?;
-        Ok(Gate {
-            first,
-            code: page,
-            data: gate::data(threads)?,
+        let place = Place {
             patch: patch.to_owned(),
-            handler: Entry {
-                at: entry,
-                site: site.at,
-                name: FUNCTION.into(),
-            },
-            room: function.range,
+            text: Range::new(text, code.len() as u64),
+            site: site.at,
             bytes: [site.old, jump],
+        };
+        let handler = Entry {
+            at: entry,
+            site: site.at,
+            name: FUNCTION.into(),
+        };
+        let (page, slot) = place.entry(&code, &handler, function.range)?;
+        Ok(Gate {
+            arena,
+            slot,
+            page,
+            data: gate::data(threads)?,
+            place,
+            handler,
+            room: function.range,
         })
     }
 
-    /// The redirect of the handler, or the way back.
-    fn write(&self, turn: Turn) -> Write {
-        let [old, new] = self.bytes;
-        let (expect, new) = match turn {
-            Turn::Up => (old, new),
-            Turn::Down => (new, old),
-        };
-        Write {
-            at: self.handler.site,
-            expect: expect.to_vec(),
-            new: new.to_vec(),
-            about: About::Text,
-        }
-    }
-
-    /// Where no thread may be at that moment.
-    fn watched(&self, turn: Turn) -> Vec<Watched> {
-        let watched = |start: Gva, len: u64, name: &str| Watched::new(Range::new(start, len), name);
-        let text = arena::page_address(self.first);
-        let redirect = watched(self.handler.site, JUMP as u64, FUNCTION);
-        match turn {
-            Turn::Up => vec![redirect],
-            Turn::Down => vec![redirect, watched(text, self.code.len() as u64, "the gate")],
-        }
-    }
-
     fn plan(&self, kernel: &Kernel<'_>, turn: Turn) -> Result<Plan> {
-        let mut unprobed = self.watched(turn);
+        let mut unprobed = self.place.watched(turn);
         // On the way back the rest of the handler keeps its bytes.
         if turn == Turn::Up {
             let start = self.handler.site;
             unprobed.push(Watched::new(Range { start, ..self.room }, FUNCTION));
         }
         let proposal = Proposal {
-            patch: &self.patch,
+            patch: &self.place.patch,
             // The way back leaves the nop as it is.
             untraced: match turn {
                 Turn::Up => vec![self.handler.clone()],
                 Turn::Down => Vec::new(),
             },
             unprobed,
-            redirects: vec![self.write(turn)],
-            watched: self.watched(turn),
+            redirects: vec![self.place.write(turn)],
+            watched: self.place.watched(turn),
             ..Proposal::default()
         };
         match turn {
@@ -254,35 +224,54 @@ impl Gate {
         })
     }
 
-    /// What the journal says while the gate is in place. `recover` takes the gate down by it.
-    fn change(&self, kernel: &Kernel<'_>) -> Result<Change> {
-        let watched = Watch::new(kernel, self.watched(Turn::Down))?;
-        let watched = watched.ranges().map(|(range, name)| (*range, name));
-        let writes = [self.write(Turn::Up)];
-        Ok(Change::of(
-            kernel,
-            Operation::Nudge,
-            &self.patch,
-            &writes,
-            watched,
-        ))
+    /// Puts the gate in place, waits until a CPU has run through it, and takes it down. Returns how many threads were woken.
+    /// Its entry is in the arena's directory before anything leads to it, and until nothing does.
+    fn pass(
+        mut self,
+        machine: &dyn Machine,
+        kernel: &Kernel<'_>,
+        options: &Options,
+    ) -> Result<(u32, Done)> {
+        self.put_in(machine, kernel)?;
+        let passed = self.up_and_down(machine, kernel, options);
+        if !passed.as_ref().is_err_and(is_uncertain) {
+            let mut slots = self.arena.directory.slots.clone();
+            slots.retain(|slot| slot.first != self.slot.first);
+            let removed = self.arena.commit(machine, kernel, slots);
+            removed.map_err(|error| {
+                Error::uncertain(format!(
+                    "nothing leads through the gate by which threads are woken, but its entry in the arena's directory could \
+                     not be removed: {error}; run `xen-locus recover`"
+                ))
+            })?;
+        }
+        passed
     }
 
-    /// Puts the gate in place, waits until a CPU has run through it, and takes it down. Returns how many threads were woken.
-    fn pass(
+    /// Writes the gate to the arena, and its entry to the directory.
+    fn put_in(&mut self, machine: &dyn Machine, kernel: &Kernel<'_>) -> Result<()> {
+        let first = self.slot.first.into();
+        let arena = &mut self.arena;
+        arena.add(machine, kernel, first, &[Rights::Text, Rights::Data])?;
+        arena.write(machine, arena::page_address(first), &self.page)?;
+        // What an earlier payload left behind the data must not be taken for the gate's.
+        let mut data = self.data.clone();
+        data.resize(PAGE_LEN, 0);
+        arena.write(machine, arena::page_address(first + 1), &data)?;
+        let mut slots = arena.directory.slots.clone();
+        slots.push(self.slot.clone());
+        arena.commit(machine, kernel, slots)
+    }
+
+    fn up_and_down(
         &self,
         machine: &dyn Machine,
         kernel: &Kernel<'_>,
         options: &Options,
     ) -> Result<(u32, Done)> {
-        let mut arena = Arena::read(kernel)?;
-        arena.add(machine, kernel, self.first, &[Rights::Text, Rights::Data])?;
-        arena.write(machine, arena::page_address(self.first), &self.code)?;
-        let data = arena::page_address(self.first + 1);
-        arena.write(machine, data, &self.data)?;
-        let window = machine
-            .memory()
-            .map(&arena.frames(Range::new(data, PAGE_SIZE))?)?;
+        let data = arena::page_address(usize::from(self.slot.first) + 1);
+        let frames = self.arena.frames(Range::new(data, PAGE_SIZE))?;
+        let window = machine.memory().map(&frames)?;
         let up = self.turn(machine, kernel, Turn::Up, options)?;
         let began = Instant::now();
         let mut woken = None;
@@ -312,7 +301,7 @@ impl Gate {
         let woken = woken.ok_or_else(|| {
             Error::try_again(format!(
                 "{}: the guest handled no timer interrupt in {} s; no thread was woken, and nothing is changed",
-                self.patch,
+                self.place.patch,
                 TICK.as_secs()
             ))
         })?;
@@ -320,5 +309,11 @@ impl Gate {
     }
 }
 
+fn is_uncertain(error: &Error) -> bool {
+    error.class() == Class::Uncertain
+}
+
+#[cfg(test)]
+pub(crate) mod mock;
 #[cfg(test)]
 mod tests;

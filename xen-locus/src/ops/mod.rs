@@ -22,4 +22,6 @@ pub use actions::{apply, forget, nudge, reclaim, recover, revert, revert_all};
 pub use lock::{sweep, take_for_requests};
 pub use publish::{look, publish};
 pub use run::Operator;
-pub use status::{is_known_to_log, patches, GoneReason, Patch, PatchState, Replaced, Status};
+pub use status::{
+    is_known_to_log, patches, warn_of_nudge, GoneReason, Patch, PatchState, Replaced, Status,
+};

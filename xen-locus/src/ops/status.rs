@@ -133,12 +133,23 @@ pub struct Status {
 /// Its arena can't be read.
 pub(super) fn read<G: Guest>(guest: &G, kernel: &Kernel<'_>, log: &dyn Log) -> Result<Status> {
     let known = is_known_to_log(guest.check_uuid(), &guest.label())?;
+    warn_of_nudge(&guest.label(), kernel);
     Ok(Status {
         domid: guest.domid(),
         uuid: guest.uuid().to_owned(),
         kernel: kernel.release.clone(),
         patches: patches_by(kernel, log, known.then(|| guest.uuid()))?,
     })
+}
+
+/// Says so if a nudge of the guest `label` is under way or was interrupted. What can't be read is no matter here.
+pub fn warn_of_nudge(label: &str, kernel: &Kernel<'_>) {
+    let left = Arena::read(kernel).and_then(|arena| plan::nudge_left(kernel, &arena));
+    if let Ok(Some(words)) = left {
+        say::warn(format_args!(
+            "{label}: {words}; if none runs, run `xen-locus recover`"
+        ));
+    }
 }
 
 /// Whether the audit log speaks of the guest `label` and of no other, by what came of the check of its UUID. If not, that is

@@ -102,17 +102,50 @@ pub fn residents(kernel: &Kernel<'_>, arena: &Arena) -> Result<Vec<Resident>> {
     Ok(all)
 }
 
-/// The same as [`residents`]. The directory in `arena` gets their states too, so that the guest's copy shows them once it is
-/// written.
+/// The same as [`residents`], for who is about to change the guest. The directory in `arena` gets their states too, so that the
+/// guest's copy shows them once it is written.
 ///
 /// # Errors
-/// As [`residents`].
+/// As [`residents`] and [`check_no_nudge`].
 pub fn resolve_interrupted(kernel: &Kernel<'_>, arena: &mut Arena) -> Result<Vec<Resident>> {
+    check_no_nudge(kernel, arena)?;
     let all = residents(kernel, arena)?;
-    for (slot, resident) in arena.directory.slots.iter_mut().zip(&all) {
-        slot.state = resident.slot.state;
+    for resident in &all {
+        if let Some(slot) = arena.directory.slots.get_mut(resident.index) {
+            slot.state = resident.slot.state;
+        }
     }
     Ok(all)
+}
+
+/// What there is to say of a nudge that is under way, or was interrupted; `None` if there is none.
+///
+/// # Errors
+/// A record in the arena was changed.
+pub fn nudge_left(kernel: &Kernel<'_>, arena: &Arena) -> Result<Option<String>> {
+    let gates = arena.gates(kernel)?;
+    let words = gates.first().map(|gate| {
+        let through = gate.record.functions.first().map_or("", |f| &f.name);
+        let patch = gate.record.nudge.as_deref().unwrap_or_default();
+        format!(
+            "a nudge of {patch} by xen-locus is under way or was interrupted: {through} may lead through arena page {}",
+            gate.slot.first
+        )
+    });
+    Ok(words)
+}
+
+/// Refuses a guest in which a nudge was interrupted. The caller holds the guest's lock, so none is under way.
+///
+/// # Errors
+/// [`Class::Uncertain`](crate::error::Class::Uncertain): one was.
+pub fn check_no_nudge(kernel: &Kernel<'_>, arena: &Arena) -> Result<()> {
+    match nudge_left(kernel, arena)? {
+        None => Ok(()),
+        Some(words) => Err(Error::uncertain(format!(
+            "{words}; nothing else is changed before `xen-locus recover` has taken that back"
+        ))),
+    }
 }
 
 /// Where threads may still be that entered functions of `resident`, one of those in `stack`, before it was applied. `None`

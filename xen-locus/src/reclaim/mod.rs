@@ -78,7 +78,9 @@ pub fn reclaim(
     mut tell: impl FnMut(&str, Result<Report>) -> bool,
 ) -> Result<()> {
     kernel.check_runs()?;
-    let residents = plan::residents(kernel, &Arena::read(kernel)?)?;
+    let arena = Arena::read(kernel)?;
+    plan::check_no_nudge(kernel, &arena)?;
+    let residents = plan::residents(kernel, &arena)?;
     // The last one first: an earlier one may be used by it.
     let is_meant = |r: &&Resident| r.slot.state == State::Parked && names.contains(&r.record.name);
     let meant: Vec<&Resident> = residents.iter().rev().filter(is_meant).collect();

@@ -8,6 +8,7 @@ use crate::apply::mock::options;
 use crate::error::ExitCode;
 use crate::link::module::links::Known;
 use crate::machine::mock::{payload, Guest, A, B, C, FUNCTIONS};
+use crate::nudge::mock::{self as nudge_mock, SITE};
 use crate::plan::Mode;
 use crate::x86;
 
@@ -231,6 +232,69 @@ fn a_gate_that_still_stands_is_taken_down_by_the_journal() {
     let error = of_guest(&guest, &guest.kernel(), intent.as_ref(), &options(false));
     assert_eq!(error.unwrap_err().exit_code(), ExitCode::Uncertain);
     assert_eq!(guest.peek::<5>(at), [0xcc; 5]);
+}
+
+#[test]
+fn a_nudge_that_is_ended_at_any_write_is_taken_back_by_the_guests_memory_alone() {
+    let (mut whole, mut gates) = (0, 0);
+    for writes in 0.. {
+        for has_journal in [true, false] {
+            let guest = nudge_mock::guest();
+            guest.applied(&payload("one", &[A]));
+            let old: [u8; 5] = guest.peek(SITE);
+            let pages = guest.pages();
+            guest.left.set(writes);
+            let finished = guest.nudge().is_ok();
+            let left = guest.left.replace(u32::MAX);
+            let kernel = guest.kernel();
+            let there = Arena::read(&kernel).unwrap().gates(&kernel).unwrap().len();
+            let leads = guest.peek::<5>(SITE) != old;
+            assert!(!leads || there == 1, "after {writes} writes");
+            gates += there;
+            let intent = guest.intent.take().filter(|_| has_journal);
+            let find = |intent: Option<&Intent>| {
+                of_guest(&guest, &guest.kernel(), intent, &options(false)).unwrap()
+            };
+            let found = find(intent.as_ref());
+            let expected = match (there, &intent) {
+                (0, None) => Finding::NothingToDo,
+                _ => {
+                    assert_eq!(found.op, Some(Operation::Nudge));
+                    assert_eq!(found.patch.as_deref(), Some("one"));
+                    Finding::Undone
+                }
+            };
+            assert_eq!(found.result, expected, "after {writes} writes");
+            assert_eq!(find(None).result, Finding::NothingToDo);
+            assert_eq!(guest.peek::<5>(SITE), old);
+            assert_eq!(guest.pages(), pages);
+            assert_eq!(guest.runs(), ["one", "", ""]);
+            guest.applied(&payload("more", &[B]));
+            whole += u32::from(finished && left > 0);
+        }
+        if whole > 0 {
+            break;
+        }
+    }
+    assert_eq!(whole, 2);
+    // Before the first turn, between the two, after the second.
+    assert!(gates >= 6, "{gates}");
+}
+
+#[test]
+fn a_gate_whose_bytes_somebody_changed_stays_and_is_uncertain() {
+    let guest = nudge_mock::guest();
+    guest.meanwhile(|_| ());
+    guest.meanwhile(|g| g.left.set(0));
+    guest.nudge().unwrap_err();
+    guest.left.set(u32::MAX);
+    let torn: [u8; 5] = guest.peek(SITE);
+    guest.poke(SITE, &[0xcc; 5]);
+    let recover = || of_guest(&guest, &guest.kernel(), None, &options(false));
+    assert_eq!(recover().unwrap_err().exit_code(), ExitCode::Uncertain);
+    assert_eq!(guest.peek::<5>(SITE), [0xcc; 5]);
+    guest.poke(SITE, &torn);
+    assert_eq!(recover().unwrap().result, Finding::Undone);
 }
 
 #[test]

@@ -41,6 +41,11 @@ impl Record {
         if !is_module_name(&self.name) {
             return Err(format!("its name is {:?}, which no module has", self.name));
         }
+        if let Some(patch) = self.nudge.as_ref().filter(|name| !is_module_name(name)) {
+            return Err(format!(
+                "it is of a nudge of {patch:?}, which is the name of no module"
+            ));
+        }
         let functions = self.functions.iter().flat_map(|f| [&f.name, &f.object]);
         let names = || {
             functions

@@ -168,6 +168,7 @@ impl Draft {
             entry_only: self.entry_only,
             record_room: None,
             uses: Some(self.uses.clone()),
+            nudge: None,
         }
     }
 }

@@ -11,6 +11,7 @@ use super::super::guest::Guest;
 use super::super::{out, Session};
 use crate::arena::{self, Arena, Usage};
 use crate::error::Error;
+use crate::ops;
 
 /// What is shown of a kernel.
 struct Summary {
@@ -37,6 +38,7 @@ struct Summary {
 /// The kernel can't be read.
 pub fn show(session: &Session, guest: &Guest, kernel: &Kernel<'_>) -> Result<(), Error> {
     let summary = Summary::of(guest, kernel)?;
+    ops::warn_of_nudge(&guest.label(), kernel);
     match session.output {
         Output::Json => out::object(summary.json(guest, kernel)),
         Output::Table => summary.lines(guest, kernel),

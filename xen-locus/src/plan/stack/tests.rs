@@ -52,6 +52,7 @@ fn patch(index: usize, name: &str, on: &[Gva], below: [u8; JUMP]) -> Resident {
             entry_only: false,
             record_room: None,
             uses: Some(Vec::new()),
+            nudge: None,
         },
     }
 }

@@ -307,6 +307,7 @@ fn a_module_that_went_or_came_back_elsewhere_is_noticed() {
         entry_only: false,
         record_room: None,
         uses: Some(Vec::new()),
+        nudge: None,
     };
     with(&modules(), |kernel| {
         let gone = |record: &Record| {
