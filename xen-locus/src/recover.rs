@@ -8,31 +8,28 @@ use std::fs::{self, File, TryLockError};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use locus_guest::addr::{DomId, Gva, Range};
+use locus_guest::addr::DomId;
 use locus_kernel::Kernel;
 use locus_xen::fault;
 use locus_xen::{Control, ForeignMemory, PauseStep, SharedPage};
 use serde::Serialize;
 
-use crate::apply::{self, Options, Patience};
+use self::way_back::roll_back;
+use crate::apply::Options;
 use crate::arena::record::State;
 use crate::arena::{Arena, Resident};
 use crate::domain::Domain;
 use crate::error::{Class, Error, Result};
 use crate::guard::finish_or_undo::{finish_or_undo, Counter as _, Outcome, Since};
 use crate::guard::{self, Places, Task};
-use crate::link::module::links;
 use crate::machine::{self, Machine};
-use crate::nudge::place::Place;
 use crate::operation::Operation;
-use crate::plan::conditions;
-use crate::plan::{self, Plan, Proposal, Stack};
-use crate::quiesce::{Watch, Watched};
-use crate::storage::journal::{Change, Intent, Journal};
-use crate::target::kernel_locks;
-use crate::write::{Lock, Write};
+use crate::plan::{self, interrupted, Stack};
+use crate::storage::journal::{Change, Intent, Journal, Noted};
 
+mod nudged;
 mod reclaiming;
+mod way_back;
 
 /// Longest wait for the guardian of a run that died.
 const GUARDIAN: Duration = Duration::from_secs(5);
@@ -137,12 +134,13 @@ pub fn is_due(uuid: &str) -> Result<bool> {
     Ok(Journal::new(uuid).exists() || !guard::files(Some(uuid))?.is_empty())
 }
 
-/// Finishes or undoes what runs on `domain` left. The caller holds the guest's lock. It logs the report and then removes the
-/// journal: what that said is done, or void because the guest rebooted.
+/// Finishes or undoes what runs on `domain` left. The caller holds the guest's lock. It logs the report and then settles the
+/// journal ([`Journal::settle`]): what that said is done, or void because the guest rebooted.
 ///
 /// # Errors
 /// [`Class::Uncertain`]: the guest can't be brought to a known state. [`Class::NotApplicable`]: another domain has the same
-/// UUID, and the journal may be about that one. Or the guest or the files can't be read.
+/// UUID, and the journal may be about that one; or another version of this tool wrote the journal. Or the guest or the files
+/// can't be read.
 pub fn recover(domain: &Domain<'_>, options: &Options) -> Result<Report> {
     let begun = fault::point("recover");
     begun.map_err(|e| Error::failed(format!("{}: {e}", domain.label())))?;
@@ -163,19 +161,13 @@ pub fn recover(domain: &Domain<'_>, options: &Options) -> Result<Report> {
             }
         }
     }
-    let intent = Journal::new(uuid).read();
-    if !is_surely_of(&intent, domain.info.id) {
+    let journal = Journal::new(uuid);
+    let noted = journal.read()?;
+    if !is_surely_of(&noted, domain.info.id) {
         domain.check_uuid()?;
     }
-    let intent = match intent {
-        Ok(intent) => intent,
-        Err(error) => {
-            said.push(error.to_string());
-            None
-        }
-    };
     let kernel = machine::kernel_of(domain)?;
-    let mut report = of_guest(domain, &kernel, intent.as_ref(), options)?;
+    let mut report = of_noted(domain, &kernel, &noted, &journal.aside(), options)?;
     said.push(std::mem::take(&mut report.detail));
     said.retain(|s| !s.is_empty());
     report.detail = said.join("; ");
@@ -184,11 +176,11 @@ pub fn recover(domain: &Domain<'_>, options: &Options) -> Result<Report> {
 
 /// Whether what was read of a journal is about the domain `id`, whatever other domains have its UUID. A journal that names
 /// another domain may still be about this one: a guest that is restored or migrated gets another id.
-fn is_surely_of(read: &Result<Option<Intent>>, id: DomId) -> bool {
-    match read {
-        Ok(None) => true,
-        Ok(Some(intent)) => intent.domid == id.0,
-        Err(_) => false,
+fn is_surely_of(noted: &Noted, id: DomId) -> bool {
+    match noted {
+        Noted::Nothing => true,
+        Noted::Intent(intent) => intent.domid == id.0,
+        Noted::Damaged(_) => false,
     }
 }
 
@@ -270,6 +262,33 @@ fn as_guardian(control: &Control, task: &Task, page: &SharedPage) -> Result<Outc
     ))
 }
 
+/// As [`of_guest`], for what a journal says. Without a journal that can be believed the guest's memory must account for all that a
+/// run can have left. If it does, the journal is of no more use; it is kept at `aside` all the same.
+pub(crate) fn of_noted(
+    machine: &dyn Machine,
+    kernel: &Kernel<'_>,
+    noted: &Noted,
+    aside: &Path,
+    options: &Options,
+) -> Result<Report> {
+    let intent = match noted {
+        Noted::Nothing => None,
+        Noted::Intent(intent) => Some(&**intent),
+        Noted::Damaged(why) => {
+            let report = of_guest(machine, kernel, None, options)
+                .map_err(|error| error.context(why.clone()))?;
+            let kept = format!(
+                "{why}; by the guest's own memory nothing else is left of that run; the journal is kept as {}",
+                aside.display()
+            );
+            let said = [kept, report.detail].into_iter().filter(|s| !s.is_empty());
+            let detail = said.collect::<Vec<_>>().join("; ");
+            return Ok(Report { detail, ..report });
+        }
+    };
+    of_guest(machine, kernel, intent, options)
+}
+
 /// Finds out from the guest's memory what became of `intent`, and writes that to the arena's directory.
 pub(crate) fn of_guest(
     machine: &dyn Machine,
@@ -287,7 +306,7 @@ pub(crate) fn of_guest(
         let why = "the guest has another kernel now, or at another place: it rebooted".to_owned();
         return Ok(Report::new(Finding::Gone, intent, why));
     }
-    let nudged = take_back_nudges(machine, kernel, intent, options)?;
+    let nudged = nudged::take_back(machine, kernel, intent, options)?;
     let intent = intent.filter(|i| i.change.op != Operation::Nudge);
     let report = of_payloads(machine, kernel, intent, options)?;
     let Some(patch) = nudged else {
@@ -316,7 +335,10 @@ fn of_payloads(
     options: &Options,
 ) -> Result<Report> {
     if let Some(intent) = intent.filter(|i| i.change.op == Operation::Reclaim) {
-        return reclaiming::settle(machine, kernel, intent, options);
+        let report = reclaiming::settle(machine, kernel, intent, options)?;
+        // Whatever else is left is no part of that run.
+        plan::residents(kernel, &Arena::read(kernel)?)?;
+        return Ok(report);
     }
     let mut arena = Arena::read(kernel)?;
     let detail = take_back_torn(machine, kernel, &arena, intent, options)?;
@@ -360,35 +382,6 @@ fn of_payloads(
     Ok(Report { parked, ..report })
 }
 
-/// Takes down the gates of nudges that the arena's directory has, and then their entries; also the one that the journal's
-/// `intent` is about: an earlier build made no entry. Returns the name of the patch that a nudge was about, if there was one.
-fn take_back_nudges(
-    machine: &dyn Machine,
-    kernel: &Kernel<'_>,
-    intent: Option<&Intent>,
-    options: &Options,
-) -> Result<Option<String>> {
-    let mut arena = Arena::read(kernel)?;
-    let gates = arena.gates(kernel)?;
-    let of = |gate: &Resident| Place::of(kernel, gate)?.change(kernel);
-    let mut changes = gates.iter().map(of).collect::<Result<Vec<Change>>>()?;
-    if let Some(intent) = intent.filter(|i| i.change.op == Operation::Nudge) {
-        let noted = &intent.change;
-        if !changes.iter().any(|c| c.writes == noted.writes) {
-            changes.push(noted.clone());
-        }
-    }
-    for change in &changes {
-        roll_back(machine, kernel, change, options)?;
-    }
-    if !gates.is_empty() {
-        let mut slots = arena.directory.slots.clone();
-        slots.retain(|slot| !gates.iter().any(|gate| gate.slot.first == slot.first));
-        arena.commit(machine, kernel, slots)?;
-    }
-    Ok(changes.pop().map(|change| change.patch))
-}
-
 /// If a change took place in part, puts back what it had written, by the journal's `intent`, and says so.
 fn take_back_torn(
     machine: &dyn Machine,
@@ -397,7 +390,10 @@ fn take_back_torn(
     intent: Option<&Intent>,
     options: &Options,
 ) -> Result<String> {
-    let Err(error) = plan::residents(kernel, arena) else {
+    // Not what else may be torn: this journal is not about that.
+    let resolved = arena.residents(kernel);
+    let resolved = resolved.and_then(|mut all| interrupted::resolve_change(kernel, &mut all));
+    let Err(error) = resolved else {
         return Ok(String::new());
     };
     let Some(intent) = intent.filter(|_| error.class() == Class::Uncertain) else {
@@ -437,99 +433,6 @@ fn under_way<'r>(
     Some((resident, op, done))
 }
 
-/// Puts back the bytes that were in the guest before `change`, while no thread is in the code that it is about. What is there now
-/// must be of the change: each byte the old or the new one.
-fn roll_back(
-    machine: &dyn Machine,
-    kernel: &Kernel<'_>,
-    change: &Change,
-    options: &Options,
-) -> Result<()> {
-    let patience = Patience::new(options);
-    patience.keep_trying(|_| {
-        let plan = way_back(kernel, change)?;
-        apply::execute(machine, kernel, &plan, &patience).map(|_| ())
-    })
-}
-
-/// The plan that undoes `change`.
-fn way_back(kernel: &Kernel<'_>, change: &Change) -> Result<Plan> {
-    let unprobed = unprobed(change);
-    // An enabled kprobe changes bytes: it is the better reason.
-    conditions::check_unprobed(kernel, &change.patch, &unprobed)?;
-    let space = kernel.space.fresh();
-    let (mut links, mut redirects) = (Vec::new(), Vec::new());
-    for lock in [Lock::Modules, Lock::StaticKeys] {
-        if kernel.symbols.addr(lock.symbol()).is_some() {
-            links.push(kernel_locks::is_free(kernel, lock)?);
-        }
-    }
-    // A payload that was entered in part may have run since, and its timers and lists may lead to its variables. So it
-    // counts as one that was taken out, whose pages only `reclaim` gives back.
-    let marks = links::marks_of(&change.writes);
-    let entered = match marks {
-        Some(at) => space.read_u64(at)? != 0,
-        None => false,
-    };
-    let is_mark = |w: &Write| marks.is_some_and(|at| w.at == at || w.at == at.plus(8));
-    for write in change.writes.iter().rev() {
-        let found = space.read_vec(write.at, write.new.len())?;
-        let back = match entered && is_mark(write) {
-            true => links::UNLINKED.to_le_bytes().to_vec(),
-            false => write.expect.clone(),
-        };
-        if !write.changes() {
-            if found != write.expect {
-                return Err(Error::passing(format!(
-                    "what the change of {} relied on is not so any more: the bytes at {} are others (they tell whether a \
-                     module is there and live)",
-                    change.patch, write.at
-                )));
-            }
-            links.push(write.clone());
-            continue;
-        }
-        let own = |((found, old), new): ((&u8, &u8), &u8)| found == old || found == new;
-        if found != back && !found.iter().zip(&write.expect).zip(&write.new).all(own) {
-            return Err(Error::uncertain(format!(
-                "the bytes at {} are neither the old ones nor the new ones: the guest or another tool changed them",
-                write.at
-            )));
-        }
-        redirects.push(Write {
-            expect: found,
-            new: back,
-            ..write.clone()
-        });
-    }
-    let watched = change
-        .watched
-        .iter()
-        .map(|w| Watched::new(Range::new(Gva(w.start), w.len), w.name.as_str()));
-    let proposal = Proposal {
-        patch: &change.patch,
-        unprobed,
-        links,
-        redirects,
-        ..Proposal::default()
-    };
-    Ok(Plan {
-        // As the journal has them.
-        watch: Watch::of(watched.collect()),
-        ..Plan::new(kernel, proposal)?
-    })
-}
-
-/// Where no kprobe may stand when `change` is undone: on what it wrote. All other code keeps its bytes, so a kprobe there
-/// is no reason to leave a guest between two states.
-fn unprobed(change: &Change) -> Vec<Watched> {
-    let written = change.writes.iter().filter(|w| w.changes());
-    let range = |w: &Write| Range::new(w.at, w.new.len() as u64);
-    written
-        .map(|w| Watched::new(range(w), change.patch.as_str()))
-        .collect()
-}
-
 /// Removes the journal and the guards' files of the guest `uuid`, which is gone.
 ///
 /// # Errors
@@ -539,11 +442,23 @@ pub fn forget(control: &Control, uuid: &str) -> Result<Report> {
         of_dead(control, &path, None)?;
     }
     let journal = Journal::new(uuid);
-    // If it can't be read, the guest is gone all the same.
-    let intent = journal.read().unwrap_or_default();
-    journal.end()?;
-    let why = "the guest is not there any more; what was noted of it is removed".to_owned();
-    Ok(Report::new(Finding::Gone, intent.as_ref(), why))
+    let gone = "the guest is not there any more";
+    let (intent, why) = match journal.read()? {
+        Noted::Nothing => (None, format!("{gone}; what was noted of it is removed")),
+        Noted::Intent(intent) => (
+            Some(intent),
+            format!("{gone}; what was noted of it is removed"),
+        ),
+        Noted::Damaged(why) => {
+            let kept = journal.aside();
+            (
+                None,
+                format!("{gone}; {why}; it is kept as {}", kept.display()),
+            )
+        }
+    };
+    journal.settle()?;
+    Ok(Report::new(Finding::Gone, intent.as_deref(), why))
 }
 
 #[cfg(test)]

@@ -58,6 +58,8 @@ pub(crate) struct Guest {
     pub(crate) left: Rc<Cell<u32>>,
     /// What the journal says.
     pub(crate) intent: RefCell<Option<Intent>>,
+    /// There is a journal that can't be believed.
+    pub(crate) has_damaged_journal: Cell<bool>,
     /// The journal stays until [`Guest::close`], as that of a domain does.
     pub(crate) keeps_journal: Cell<bool>,
     /// It is known how the run ended.
@@ -127,6 +129,7 @@ impl Guest {
             world,
             left: Rc::new(Cell::new(u32::MAX)),
             intent: RefCell::default(),
+            has_damaged_journal: Cell::new(false),
             keeps_journal: Cell::new(false),
             ended: Cell::new(false),
             shares_uuid: Cell::new(false),

@@ -44,10 +44,10 @@ pub trait Guest: Machine {
     /// # Errors
     /// As [`recover::recover`].
     fn recover(&self, options: &Options) -> Result<recover::Report>;
-    /// Removes the journal of the run that was recovered.
+    /// Removes the journal of the run that was recovered. One that can't be believed is kept under another name.
     ///
     /// # Errors
-    /// It can't be removed.
+    /// It can't be removed or moved.
     fn remove_journal(&self) -> Result<()>;
     /// Removes the journal of this run, if it is known how the run ended. If the file can't be removed, the next run
     /// recovers; that is said.
@@ -91,7 +91,7 @@ impl Guest for Domain<'_> {
     }
 
     fn remove_journal(&self) -> Result<()> {
-        Journal::new(&self.info.uuid).end()
+        Journal::new(&self.info.uuid).settle()
     }
 
     fn close_journal(&self) {

@@ -2,7 +2,8 @@
 //!
 //! 1. The audit log is opened: what can't be recorded does not begin.
 //! 2. The guest is locked. If its UUID may be another domain's too, it is not changed.
-//! 3. What an interrupted run left is settled and recorded, and its journal is removed.
+//! 3. What an interrupted run left is settled and recorded, and its journal is removed. (A journal that can't be believed is
+//!    kept under another name, once the guest's own memory accounts for all.)
 //! 4. The operation is carried out; it writes its journal before it changes the guest.
 //! 5. The guest's status is published. The guest is changed by then, so an error here is only said.
 //! 6. A line is appended to the audit log.
@@ -25,7 +26,7 @@ use crate::arena;
 use crate::error::{Class, Error, Result};
 use crate::machine;
 use crate::operation::Operation;
-use crate::recover::{self, Finding};
+use crate::recover;
 use crate::say;
 use crate::storage::audit::{Action, Append, Log};
 use crate::storage::xenstore::Nodes;
@@ -196,14 +197,15 @@ impl Operator<'_> {
         let done = guest.recover(options);
         let mut action = self.action(guest, Operation::Recover, "");
         match &done {
-            Ok(report) if report.result == Finding::NothingToDo => {}
+            Ok(report) if report.is_nothing() => {}
             Ok(report) => {
                 action.patch = report.patch.clone().unwrap_or_default();
                 action.of = report.op.map(|op| op.to_string()).unwrap_or_default();
                 action.sha256.clone_from(&report.sha256);
                 action.record.clone_from(&report.record);
                 action.superseded.clone_from(&report.parked);
-                action.result = report.result.name().into();
+                // As in its JSON.
+                action.result = report.result.name().replace(' ', "-");
                 action.message = report.to_string();
             }
             Err(error) if error.class() == Class::TryAgain => {}

@@ -1,6 +1,7 @@
 //! The order of an operation, on mocks: every step fails in turn.
 
 use std::cell::RefCell;
+use std::path::Path;
 
 use locus_guest::addr::DomId;
 use locus_payload::Payload;
@@ -15,8 +16,11 @@ use crate::machine::mock::{payload, Guest as MockGuest};
 use crate::operation::Operation;
 use crate::plan::Mode;
 use crate::recover::{self, Finding};
+use crate::storage::journal::Noted;
 use crate::storage::mock::{MockLog, MockStore, Trace};
 use crate::storage::xenstore::ROOT;
+
+mod damaged;
 
 const UUID: &str = "a guest";
 
@@ -58,7 +62,7 @@ impl Guest for MockGuest {
 
     fn is_recovery_due(&self) -> Result<bool> {
         self.trace.call("is due")?;
-        Ok(self.intent.borrow().is_some())
+        Ok(self.intent.borrow().is_some() || self.has_damaged_journal.get())
     }
 
     fn recover(&self, options: &Options) -> Result<recover::Report> {
@@ -66,12 +70,17 @@ impl Guest for MockGuest {
         if self.is_busy.get() {
             return Err(Error::try_again("its guardian does not end"));
         }
-        let intent = self.intent.borrow().clone();
-        recover::of_guest(self, &self.kernel(), intent.as_ref(), options)
+        let noted = match (self.has_damaged_journal.get(), self.intent.borrow().clone()) {
+            (true, _) => Noted::Damaged("it is cut off".into()),
+            (false, Some(intent)) => Noted::Intent(Box::new(intent)),
+            (false, None) => Noted::Nothing,
+        };
+        recover::of_noted(self, &self.kernel(), &noted, Path::new("/kept"), options)
     }
 
     fn remove_journal(&self) -> Result<()> {
         self.trace.call("remove journal")?;
+        self.has_damaged_journal.set(false);
         *self.intent.borrow_mut() = None;
         Ok(())
     }

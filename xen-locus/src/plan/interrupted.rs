@@ -63,11 +63,25 @@ impl<'r> Interrupted<'r> {
 }
 
 /// Decides whether the change that an earlier run left under way took place, and gives each of `residents` the state that
-/// follows. Without such a change nothing is read and all states stay.
+/// follows. Each of them must be among the guest's modules wholly, or not at all.
 ///
 /// # Errors
-/// [`Class::Uncertain`](crate::error::Class::Uncertain): it took place in part, or memory can't be read.
+/// [`Class::Uncertain`](crate::error::Class::Uncertain): the change took place in part, or a payload was put among the guest's
+/// modules or taken out of them in part, whatever its state. Or memory can't be read.
 pub fn resolve(kernel: &Kernel<'_>, residents: &mut [Resident]) -> Result<()> {
+    resolve_change(kernel, residents)?;
+    for resident in residents {
+        let known = links::known(kernel, resident.record.module);
+        known.map_err(|e| e.context(format!("payload {}", resident.record.name)))?;
+    }
+    Ok(())
+}
+
+/// The same, of the change alone. Without such a change nothing is read and all states stay.
+///
+/// # Errors
+/// [`Class::Uncertain`](crate::error::Class::Uncertain): it took place in part. Or memory can't be read.
+pub fn resolve_change(kernel: &Kernel<'_>, residents: &mut [Resident]) -> Result<()> {
     let Some(interrupted) = Interrupted::find(residents)? else {
         return Ok(());
     };

@@ -2,7 +2,8 @@
 
 use locus_kernel::Kernel;
 
-use super::{roll_back, Finding, Report};
+use super::way_back::roll_back;
+use super::{Finding, Report};
 use crate::apply::Options;
 use crate::arena::record::State;
 use crate::arena::{Arena, Resident};

@@ -1,15 +1,21 @@
 //! What a run leaves in the mock guest when it is ended at any of its writes, and what `recover` makes of it.
 
+use std::path::PathBuf;
+
 use locus_guest::addr::Gva;
 use locus_kernel::fixture::TEXT;
 
 use super::*;
+use crate::apply;
 use crate::apply::mock::options;
+use crate::arena::record::MODULE;
 use crate::error::ExitCode;
 use crate::link::module::links::Known;
+use crate::link::module::links;
 use crate::machine::mock::{payload, Guest, A, B, C, FUNCTIONS};
 use crate::nudge::mock::{self as nudge_mock, SITE};
 use crate::plan::Mode;
+use crate::write::Write;
 use crate::x86;
 
 impl Guest {
@@ -334,11 +340,90 @@ fn a_journal_is_surely_of_the_domain_that_it_names() {
     guest.applied(&payload("fix", &[A]));
     let intent = guest.intent.take();
     assert_eq!(intent.as_ref().map(|i| i.domid), Some(1));
-    let read = Ok(intent);
+    let read = Noted::Intent(Box::new(intent.unwrap()));
     assert!(is_surely_of(&read, DomId(1)) && !is_surely_of(&read, DomId(5)));
-    assert!(is_surely_of(&Ok(None), DomId(5)));
-    assert!(!is_surely_of(
-        &Err(Error::uncertain("it is cut off")),
-        DomId(1)
-    ));
+    assert!(is_surely_of(&Noted::Nothing, DomId(5)));
+    let damaged = Noted::Damaged("it is cut off".into());
+    assert!(!is_surely_of(&damaged, DomId(1)));
+}
+
+/// What `recover` makes of a journal that can't be believed.
+fn of_damaged(guest: &Guest) -> Result<Report> {
+    let noted = Noted::Damaged("the journal can't be believed: it is cut off".into());
+    let aside = PathBuf::from("/kept/here");
+    of_noted(guest, &guest.kernel(), &noted, &aside, &options(false))
+}
+
+#[test]
+fn without_a_journal_that_can_be_believed_the_guests_memory_accounts_for_all() {
+    let guest = nudge_mock::guest();
+    guest.applied(&payload("one", &[A]));
+    let found = of_damaged(&guest).unwrap();
+    assert_eq!(found.result, Finding::NothingToDo);
+    assert!(!found.is_nothing());
+    for words in ["it is cut off", "kept as /kept/here"] {
+        assert!(found.detail.contains(words), "{found}");
+    }
+    // A gate is found and taken down.
+    guest.meanwhile(|_| ());
+    guest.meanwhile(|g| g.left.set(0));
+    guest.nudge().unwrap_err();
+    guest.left.set(u32::MAX);
+    let found = of_damaged(&guest).unwrap();
+    assert_eq!(found.result, Finding::Undone);
+    assert_eq!(found.op, Some(Operation::Nudge));
+    assert!(found.detail.contains("kept as"), "{found}");
+    // What is neither old nor new can't be told without it.
+    let residents = guest.residents().unwrap();
+    let at = residents[0].record.functions[0].site.0;
+    guest.revert("one").unwrap();
+    guest.meanwhile(|g| g.left.set(0));
+    guest
+        .apply(&payload("one", &[A]), crate::plan::Mode::Apply)
+        .unwrap_err();
+    guest.left.set(u32::MAX);
+    guest.poke(at, &[0xe9, 0, 0, 0, 0]);
+    let error = of_damaged(&guest).unwrap_err();
+    assert_eq!(error.exit_code(), ExitCode::Uncertain);
+    let said = error.to_string();
+    assert!(said.contains("it is cut off: "), "{said}");
+    assert!(said.contains("neither wholly"), "{said}");
+}
+
+#[test]
+fn a_payload_that_is_in_the_guests_lists_in_part_is_found_without_a_journal() {
+    for is_parked in [true, false] {
+        let guest = Guest::new();
+        guest.applied(&payload("one", &[A]));
+        guest.applied(&payload("two", &[B]));
+        let module = guest.residents().unwrap()[0].record.module.0;
+        if is_parked {
+            guest.revert("one").unwrap();
+        }
+        // The first of the two marks: it is being taken out.
+        guest.poke(module - MODULE, &2u64.to_le_bytes());
+        let recovered = of_guest(&guest, &guest.kernel(), None, &options(false));
+        let refused = [
+            recovered.unwrap_err(),
+            of_damaged(&guest).unwrap_err(),
+            guest
+                .apply(&payload("three", &[C]), Mode::Apply)
+                .unwrap_err(),
+            guest.residents().unwrap_err(),
+        ];
+        for error in refused {
+            assert_eq!(error.exit_code(), ExitCode::Uncertain, "{error}");
+            let said = error.to_string();
+            assert!(said.contains("payload one: "), "{said}");
+        }
+        // The journal of another change is not taken back because of it.
+        guest.poke(module - MODULE, &1u64.to_le_bytes());
+        guest.keeps_journal.set(true);
+        guest.revert("two").unwrap();
+        let intent = guest.intent.take();
+        guest.poke(module - MODULE, &2u64.to_le_bytes());
+        let error = of_guest(&guest, &guest.kernel(), intent.as_ref(), &options(false));
+        assert_eq!(error.unwrap_err().exit_code(), ExitCode::Uncertain);
+        assert_eq!(guest.runs()[B], "");
+    }
 }

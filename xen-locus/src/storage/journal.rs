@@ -9,7 +9,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use locus_guest::addr;
@@ -26,8 +26,10 @@ use crate::paths;
 use crate::plan::{stack, Plan};
 use crate::write::Write;
 
-/// First bytes of a journal, its schema among them.
+/// First bytes of a journal, its format among them.
 const MAGIC: &[u8; 16] = b"XEN-LOCUS-JRNL3\n";
+/// The part of them that all formats have. The number of the format follows.
+const MAGIC_OF_ALL: &[u8] = b"XEN-LOCUS-JRNL";
 /// Name of the first fault point of a run that matters to the guest.
 const FIRST_FAULT: &str = "journal";
 const HEAD: usize = MAGIC.len() + 32;
@@ -58,6 +60,17 @@ pub struct Intent {
     pub pid: u32,
     /// What it is about to do.
     pub change: Change,
+}
+
+/// What a guest's journal says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Noted {
+    /// There is none.
+    Nothing,
+    /// A run was about to do this, and it is not known how that ended.
+    Intent(Box<Intent>),
+    /// There is one, and it can't be believed. The sentence says why.
+    Damaged(String),
 }
 
 /// What a run is about to do.
@@ -211,52 +224,102 @@ impl Journal {
     /// What was about to be done, if it is not known how that ended.
     ///
     /// # Errors
-    /// [`Class::Uncertain`](crate::error::Class::Uncertain): there is a journal, and it can't be read or believed.
-    pub fn read(&self) -> Result<Option<Intent>> {
+    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): another version of xen-locus wrote it.
+    /// [`Class::Failed`](crate::error::Class::Failed): the file can't be read now.
+    pub fn read(&self) -> Result<Noted> {
         let path = self.path();
-        let odd = |why: &str| {
-            Error::uncertain(format!(
+        let damaged = |why: &str| {
+            Ok(Noted::Damaged(format!(
                 "the journal {} can't be believed: {why}; it says that a run on this guest did not end as \
                  it should",
+                path.display()
+            )))
+        };
+        let unread = |e: io::Error| {
+            Error::failed(format!(
+                "the journal {} can't be read: {e}; it says that a run on this guest did not end as it should, so nothing was \
+                 done",
                 path.display()
             ))
         };
         let len = match fs::metadata(&path) {
             Ok(found) => found.len(),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(odd(&e.to_string())),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Noted::Nothing),
+            Err(e) => return Err(unread(e)),
         };
         if len > LEN_MAX {
-            return Err(odd("it is too long"));
+            return damaged("it is too long");
         }
-        let bytes = fs::read(&path).map_err(|e| odd(&e.to_string()))?;
-        let (head, content) = bytes
-            .split_at_checked(HEAD)
-            .ok_or_else(|| odd("it is cut off"))?;
+        let bytes = fs::read(&path).map_err(unread)?;
+        if let Some(format) = other_format(&bytes) {
+            return Err(self.of_another_version(&format!("it is of format {format}")));
+        }
+        let Some((head, content)) = bytes.split_at_checked(HEAD) else {
+            return damaged("it is cut off");
+        };
         let (magic, digest) = head.split_at(MAGIC.len());
         if magic != MAGIC {
-            return Err(odd("it is no journal of this version of xen-locus"));
+            return damaged("it does not begin as a journal does");
         }
         if digest != &Sha256::digest(content)[..] {
-            return Err(odd("its checksum is wrong"));
+            return damaged("its checksum is wrong");
         }
-        let intent: Intent =
-            postcard::from_bytes(content).map_err(|e| odd(&format!("it is malformed: {e}")))?;
+        // From here on all is as a run wrote it.
+        let read = postcard::from_bytes::<Intent>(content);
+        let intent = read.map_err(|e| self.of_another_version(&format!("its content: {e}")))?;
+        let op = intent.change.op;
+        if !op.is_journaled() {
+            return Err(self.of_another_version(&format!("it is about {op}")));
+        }
         if intent.uuid != self.uuid {
-            return Err(odd("it is another guest's"));
+            return damaged("it is another guest's");
         }
-        if intent
-            .change
-            .writes
-            .iter()
-            .any(|w| w.new.len() != w.expect.len())
-        {
-            return Err(odd("a write in it has an old and a new length"));
+        let differ = |w: &Write| w.new.len() != w.expect.len();
+        if intent.change.writes.iter().any(differ) {
+            return damaged("a write in it has an old and a new length");
         }
-        if !intent.change.op.is_journaled() {
-            return Err(odd("no journal is made for its operation"));
+        Ok(Noted::Intent(Box::new(intent)))
+    }
+
+    /// What this version can't read, and another one wrote.
+    fn of_another_version(&self, found: &str) -> Error {
+        Error::not_applicable(format!(
+            "the journal {} was written by another version of xen-locus, probably a newer one: expected format {}, found that \
+             {found}; a run of that version on this guest did not end as it should, so nothing was done: run `xen-locus \
+             recover` of that version",
+            self.path().display(),
+            format_of(MAGIC).unwrap_or_default()
+        ))
+    }
+
+    /// Where a journal is kept that can't be believed: beside the others, under a name that has the time when it was last
+    /// written.
+    #[must_use]
+    pub fn aside(&self) -> PathBuf {
+        let time = fs::metadata(self.path()).map(|m| m.mtime()).unwrap_or(0);
+        self.dir.join(format!("{}.damaged-{time}", self.uuid))
+    }
+
+    /// Removes the journal, because `recover` found out how the run ended. One that can't be believed is moved to
+    /// [`Journal::aside`].
+    ///
+    /// # Errors
+    /// It can't be removed or moved; or as [`Journal::read`].
+    pub fn settle(&self) -> Result<()> {
+        if !matches!(self.read()?, Noted::Damaged(_)) {
+            return self.end();
         }
-        Ok(Some(intent))
+        let aside = self.aside();
+        let moved = fault::point("journal: set aside");
+        let moved = moved.and_then(|()| fs::rename(self.path(), &aside));
+        let moved = moved.and_then(|()| durable::sync_folder(&self.dir));
+        moved.map_err(|e| {
+            Error::failed(format!(
+                "the journal {} can't be moved to {}: {e}",
+                self.path().display(),
+                aside.display()
+            ))
+        })
     }
 
     /// Removes the journal, because it is known how the run ended.
@@ -277,6 +340,26 @@ impl Journal {
             ))
         })
     }
+}
+
+/// The number of the format that a journal with these first bytes has.
+fn format_of(bytes: &[u8]) -> Option<String> {
+    let rest = bytes.strip_prefix(MAGIC_OF_ALL)?;
+    let end = MAGIC.len() - MAGIC_OF_ALL.len();
+    let digits = rest.iter().take(end).take_while(|b| b.is_ascii_digit());
+    let number: String = digits.map(|&b| char::from(b)).collect();
+    let is_whole = match rest.get(number.len()) {
+        Some(b'\n') => true,
+        // A longer number fills the room of the line's end.
+        Some(_) => number.len() == end,
+        None => false,
+    };
+    (is_whole && !number.is_empty()).then_some(number)
+}
+
+/// The number of its format, if that is not the one that this version reads.
+fn other_format(bytes: &[u8]) -> Option<String> {
+    format_of(bytes).filter(|_| !bytes.starts_with(MAGIC))
 }
 
 /// UUIDs of the guests that have a journal in the usual folder.
@@ -302,151 +385,4 @@ pub fn all() -> Result<Vec<String>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use locus_guest::addr::Gva;
-
-    use super::*;
-    use crate::error::ExitCode;
-
-    const UUID: &str = "01234567-89ab-cdef-0123-456789abcdef";
-
-    fn journal(name: &str) -> Journal {
-        let dir = std::env::temp_dir().join(format!("xen-locus-{}-{name}", std::process::id()));
-        let _ = fs::remove_dir_all(&dir);
-        Journal::within(&dir, UUID)
-    }
-
-    fn intent() -> Intent {
-        Intent {
-            uuid: UUID.into(),
-            domid: 3,
-            started_at: 12,
-            pid: 34,
-            change: Change {
-                build_id: "abcd".into(),
-                text_base: 0xffff_ffff_8100_0000,
-                patch: "fix".into(),
-                sha256: "00".into(),
-                record: "11".into(),
-                op: Operation::Apply,
-                writes: vec![Write {
-                    at: Gva(0xffff_ffff_8100_0005),
-                    expect: vec![1; 5],
-                    new: vec![2; 5],
-                    about: Default::default(),
-                }],
-                watched: vec![Range {
-                    start: 0xffff_ffff_8100_0000,
-                    len: 64,
-                    name: "f".into(),
-                }],
-            },
-        }
-    }
-
-    #[test]
-    fn what_is_about_to_be_done_is_read_back_until_it_is_known_how_it_ended() {
-        let journal = journal("round");
-        assert_eq!(journal.read().unwrap(), None);
-        journal.begin(&intent()).unwrap();
-        assert_eq!(journal.read().unwrap(), Some(intent()));
-        let mut second = intent();
-        second.change.op = Operation::Revert;
-        journal.begin(&second).unwrap();
-        assert_eq!(journal.read().unwrap(), Some(second));
-        journal.end().unwrap();
-        assert_eq!(journal.read().unwrap(), None);
-        journal.end().unwrap();
-    }
-
-    #[test]
-    fn a_journal_that_is_torn_or_changed_anywhere_is_not_believed() {
-        let journal = journal("torn");
-        journal.begin(&intent()).unwrap();
-        let whole = fs::read(journal.path()).unwrap();
-        for cut in 0..whole.len() {
-            fs::write(journal.path(), &whole[..cut]).unwrap();
-            let error = journal.read().unwrap_err();
-            assert_eq!(error.exit_code(), ExitCode::Uncertain, "cut to {cut}");
-        }
-        for at in 0..whole.len() {
-            let mut bytes = whole.clone();
-            bytes[at] ^= 0x10;
-            fs::write(journal.path(), &bytes).unwrap();
-            assert!(journal.read().is_err(), "byte {at} changed");
-        }
-        fs::write(journal.path(), &whole).unwrap();
-        assert!(journal.read().unwrap().is_some());
-    }
-
-    #[test]
-    fn a_journal_of_another_guest_is_not_believed() {
-        let journal = journal("foreign");
-        journal.begin(&intent()).unwrap();
-        let other = Journal::within(&journal.dir, "00000000-0000-0000-0000-000000000000");
-        fs::rename(journal.path(), other.path()).unwrap();
-        assert_eq!(other.read().unwrap_err().exit_code(), ExitCode::Uncertain);
-    }
-
-    #[test]
-    fn a_file_that_a_run_left_half_made_is_in_nobodys_way() {
-        let journal = journal("half");
-        fs::create_dir_all(&journal.dir).unwrap();
-        fs::write(journal.dir.join(format!("{UUID}.new")), "half").unwrap();
-        assert_eq!(journal.read().unwrap(), None);
-        journal.begin(&intent()).unwrap();
-        assert_eq!(journal.read().unwrap(), Some(intent()));
-    }
-
-    #[test]
-    fn where_no_journal_can_be_written_nothing_may_be_done() {
-        let journal = journal("denied");
-        fs::write(&journal.dir, "a file, no folder").unwrap();
-        let error = journal.begin(&intent()).unwrap_err();
-        assert_eq!(error.exit_code(), ExitCode::Failed);
-        assert!(error.to_string().contains("nothing was changed"), "{error}");
-    }
-
-    #[test]
-    fn a_change_whose_journal_could_not_be_read_is_not_begun() {
-        let journal = journal("long");
-        let of = |len: u64| {
-            let mut intent = intent();
-            let bytes = vec![7; usize::try_from(len).unwrap() / 2];
-            (intent.change.writes[0].expect, intent.change.writes[0].new) = (bytes.clone(), bytes);
-            intent
-        };
-        let error = journal.begin(&of(LEN_MAX)).unwrap_err().to_string();
-        assert!(error.contains("nothing was changed"), "{error}");
-        assert!(!journal.exists());
-        // What is a little shorter is written, and read again.
-        let fits = of(LEN_MAX - 4096);
-        journal.begin(&fits).unwrap();
-        assert_eq!(journal.read().unwrap(), Some(fits));
-    }
-
-    #[test]
-    fn what_is_looked_at_anew_when_a_change_is_undone_is_not_noted() {
-        use crate::machine::mock::Guest;
-        use crate::write::{About, Lock};
-        let guest = Guest::new();
-        let redirect = intent().change.writes.remove(0);
-        let about = |about| Write::condition(Gva(8), vec![0; 8], about);
-        let module = about(About::Module("ext4".into()));
-        let all = [
-            about(About::Lock(Lock::Kprobes)),
-            about(About::Kprobes),
-            module.clone(),
-            about(About::StaticKey),
-            about(About::ModuleLists),
-            redirect.clone(),
-        ];
-        let none = std::iter::empty();
-        let change = Change::of(&guest.kernel(), Operation::Apply, "fix", &all, none);
-        assert_eq!(change.writes, [module, redirect]);
-        // Journals of earlier versions have no tags.
-        let bytes = postcard::to_stdvec(&change.writes).unwrap();
-        let read: Vec<Write> = postcard::from_bytes(&bytes).unwrap();
-        assert!(read.iter().all(|w| w.about == About::Text && w.lasts()));
-    }
-}
+mod tests;
