@@ -13,17 +13,20 @@ use crate::write::WRITE_MAX;
 const TRIES: u32 = 3;
 
 /// What became of the change and of the guest.
+///
+/// Its words do not say whether the guest runs: others may have paused it since, and `recover` may say them much later. They
+/// say what is written, and that the run's own pause is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[repr(u32)]
 pub enum Outcome {
-    /// The guest was not held, or nothing had been written yet: it runs, unchanged in that pause.
+    /// The guest was not held, or nothing had been written yet: it is unchanged in that pause.
     Running = 1,
     /// All was written: the change is in force.
     Finished = 2,
     /// The old bytes are back and verified.
     Undone = 3,
-    /// The old bytes could not be put back; the guest runs.
+    /// The old bytes could not be put back; the guest is not held any more.
     Torn = 4,
     /// The run died while it took or released a pause, and others paused the guest too, or had time to. It can't be known
     /// whether the run's own pause is among them, so all are left as they are.
@@ -32,7 +35,7 @@ pub enum Outcome {
     Gone = 6,
     /// The guest could not be unpaused, or Xen did not say whether it is paused.
     Stuck = 7,
-    /// Somebody let the guest run after it was written in part: it runs so. A running guest is not written.
+    /// Somebody let the guest run after it was written in part. A guest that is not held is not written.
     LetRun = 8,
 }
 
@@ -59,19 +62,27 @@ impl Outcome {
 impl std::fmt::Display for Outcome {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
-            Outcome::Running => "nothing had been written in the pause it was in; the guest runs",
-            Outcome::Finished => "all had been written; the guest runs with the change",
-            Outcome::Undone => "what had been written is undone; the guest runs without the change",
-            Outcome::Torn => "what had been written could not be undone; the guest runs",
+            Outcome::Running => {
+                "nothing had been written in the pause it was in; that run does not hold the guest any more"
+            }
+            Outcome::Finished => {
+                "all had been written, and the change is in force; that run does not hold the guest any more"
+            }
+            Outcome::Undone => {
+                "what had been written is undone; that run does not hold the guest any more"
+            }
+            Outcome::Torn => {
+                "what had been written could not be undone, and is there in part; that run does not hold the guest any more"
+            }
             Outcome::PausedByOthers => {
-                "the guest is paused, and it can't be known whether by the run that died or only by another \
+                "the guest was paused then, and it can't be known whether by the run that died or only by another \
                  tool: if it stays paused when it should run, `xl unpause` it"
             }
             Outcome::Gone => "the guest is gone",
             Outcome::Stuck => "the guest could not be unpaused: `xl unpause` it",
             Outcome::LetRun => {
-                "somebody unpaused the guest when it had been written in part, and it runs so: run `xen-locus \
-                 recover` at once"
+                "somebody took the pause of that run away when the guest had been written in part, and it is left so: run \
+                 `xen-locus recover` at once"
             }
         })
     }

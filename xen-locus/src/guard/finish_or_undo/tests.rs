@@ -264,6 +264,25 @@ fn a_change_that_can_not_be_undone_is_called_torn() {
 }
 
 #[test]
+fn no_words_say_that_the_guest_runs_because_others_may_have_paused_it_since() {
+    let all: Vec<Outcome> = (1..=8).filter_map(Outcome::of).collect();
+    assert_eq!(all.len(), 8);
+    for outcome in all {
+        let said = outcome.to_string();
+        assert!(
+            !said.contains("runs") && !said.contains("guest is paused"),
+            "{said}"
+        );
+        let is_let_go = matches!(
+            outcome,
+            Outcome::Running | Outcome::Finished | Outcome::Undone | Outcome::Torn
+        );
+        let words = "that run does not hold the guest any more";
+        assert_eq!(said.contains(words), is_let_go, "{said}");
+    }
+}
+
+#[test]
 fn outcomes_are_told_apart_by_number() {
     for outcome in [
         Outcome::Running,
