@@ -66,6 +66,10 @@ pub enum Cause {
     /// A module that the payload changes is not loaded. The sentence says which.
     #[error("{0}")]
     NotLoaded(String),
+    /// A newer xen-locus wrote what is in the guest, in a format that this one does not know. Nothing was changed. The
+    /// sentence says what it is.
+    #[error("{0}")]
+    NewerFormat(String),
     /// The payload file.
     #[error(transparent)]
     Payload(locus_payload::PayloadError),
@@ -168,6 +172,15 @@ impl Error {
         Error::new(Class::NotApplicable, Cause::NotLoaded(what.into()))
     }
 
+    /// Of class [`Class::NotApplicable`]: `what` was written by a newer xen-locus.
+    #[must_use]
+    pub fn newer_format(what: impl fmt::Display) -> Error {
+        let said = format!(
+            "{what}: applied by a newer xen-locus; nothing was changed. Use that version for this guest"
+        );
+        Error::new(Class::NotApplicable, Cause::NewerFormat(said))
+    }
+
     /// Of class [`Class::RolledBack`].
     #[must_use]
     pub fn rolled_back(what: impl Into<String>) -> Error {
@@ -224,6 +237,12 @@ impl Error {
     #[must_use]
     pub fn is_not_loaded(&self) -> bool {
         matches!(self.cause(), Cause::NotLoaded(_))
+    }
+
+    /// Whether the cause is that a newer xen-locus wrote what is in the guest.
+    #[must_use]
+    pub fn is_newer_format(&self) -> bool {
+        matches!(self.cause(), Cause::NewerFormat(_))
     }
 
     /// What became of an action, in one word.

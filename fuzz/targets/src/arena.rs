@@ -71,8 +71,11 @@ fn page_of(directory: &Directory) -> Vec<u8> {
 
 /// `data` is the first page of an arena.
 pub fn directory(data: &[u8]) {
-    if let Some(directory) = Directory::decode(data) {
-        assert_eq!(Directory::decode(&page_of(&directory)), Some(directory));
+    if let Ok(directory) = Directory::decode(data) {
+        assert_eq!(
+            Directory::decode(&page_of(&directory)).ok(),
+            Some(directory)
+        );
     }
 }
 
@@ -200,7 +203,7 @@ pub fn arena(data: &[u8]) {
 /// page of the arena.
 fn seal(pages: &mut [Vec<u8>], number: impl Fn(usize) -> Option<usize>) {
     let Some(first) = number(0) else { return };
-    let Some(mut directory) = Directory::decode(&pages[first]) else {
+    let Ok(mut directory) = Directory::decode(&pages[first]) else {
         return;
     };
     for slot in &mut directory.slots {

@@ -190,7 +190,7 @@ pub(super) fn left_behind(
         let mut bytes = vec![0; some.len() * PAGE_LEN];
         guest.map(some)?.read(0, &mut bytes)?;
         for (&frame, page) in some.iter().zip(bytes.chunks_exact(PAGE_LEN)) {
-            if let Some(directory) = Directory::decode(page) {
+            if let Ok(directory) = Directory::decode(page) {
                 directories.insert(frame);
                 for (all, word) in lists.iter_mut().zip(directory.frames) {
                     *all |= word;

@@ -83,7 +83,7 @@ impl Arena {
     /// Reads a guest's arena.
     ///
     /// # Errors
-    /// There is no such page table, it is used by something else, or memory can't be read.
+    /// There is no such page table, it is used by something else, or memory can't be read. As [`Directory::decode`].
     pub fn read(kernel: &Kernel<'_>) -> Result<Arena> {
         let space = kernel.space.fresh();
         let (table, first, _) = space.entry_slot(BASE, 1).map_err(|e| {
@@ -114,12 +114,7 @@ impl Arena {
             let is_blank = page.iter().all(|b| Some(b) == page.first());
             if !is_blank {
                 // Only xen-locus makes an entry lead to such a frame, so the directory is its own.
-                arena.directory = Directory::decode(&page).ok_or_else(|| {
-                    Error::uncertain(format!(
-                        "the arena's directory at {BASE} is damaged: neither of its copies is whole; \
-                         the guest or another tool changed it"
-                    ))
-                })?;
+                arena.directory = Directory::decode(&page)?;
             }
         } else if let Some(used) = (0..PAGES).find(|&i| arena.frame(i).is_some()) {
             return Err(foreign_arena(&format!("{} is mapped", page_address(used))));

@@ -7,6 +7,10 @@
 //! never overwritten while the directory leads to it. A payload has two places for its record: when it is applied again,
 //! the new one goes to the other place, and the directory's update switches state and record at once.
 //!
+//! A newer version may add states, or have another layout. In all versions each copy keeps its length, and its magic, version,
+//! generation and digest keep their places and their meaning: see [`Directory::decode`]. A record stays JSON with a number
+//! `schema`. So a newer format is told from a torn or damaged one, and is never written.
+//!
 //! All of it is read from a guest that may have changed it: lengths are bounded, digests are
 //! checked, and addresses are believed only inside the arena and the kernel's text.
 
@@ -122,28 +126,72 @@ fn digest(copy: &[u8]) -> [u8; 32] {
 }
 
 impl Directory {
-    /// Reads the directory from page 0. `None` when neither copy is whole.
-    #[must_use]
-    pub fn decode(page: &[u8]) -> Option<Directory> {
-        page.chunks_exact(COPY)
-            .filter_map(Directory::decode_copy)
-            .max_by_key(|d| d.generation)
+    /// Reads the directory from page 0: of its whole copies, the one with the higher generation.
+    ///
+    /// A copy begins with a head of 64 bytes. In all versions it has the magic at 0, the version at 8, the first half of the
+    /// SHA-256 of all from byte 32 on at 16, and the generation at 32. A copy whose magic and digest are right is whole,
+    /// whatever its version. This version has the number of slots at 40, and the slots behind the head.
+    ///
+    /// # Errors
+    /// [`Cause::NewerFormat`](crate::error::Cause::NewerFormat): that copy has another version, or something in it that this
+    /// version does not know. [`Class::Uncertain`](crate::error::Class::Uncertain): neither copy is whole.
+    pub fn decode(page: &[u8]) -> Result<Directory, Error> {
+        let copies = page.chunks_exact(COPY).filter_map(Directory::decode_copy);
+        // Two of one generation were never written. The one that is not understood counts then.
+        let newest = copies.max_by_key(|(generation, known)| (*generation, known.is_none()));
+        let (generation, known) = newest.ok_or_else(|| {
+            Error::uncertain(format!(
+                "the arena's directory at {} is damaged: neither of its copies is whole; the guest or another tool changed it",
+                super::BASE
+            ))
+        })?;
+        known.ok_or_else(|| {
+            Error::newer_format(format_args!(
+                "the arena's directory at {}, generation {generation}, has a format that this version does not know",
+                super::BASE
+            ))
+        })
     }
 
-    // Head: magic 0..8, version 8..12, half a SHA-256 of all from byte 32 on 16..32, generation
-    // 32..40, count 40..44.
-    fn decode_copy(copy: &[u8]) -> Option<Directory> {
-        if copy.get(..8)? != MAGIC || fetch::u32(copy, 8)? != VERSION {
+    /// Generation of a copy, if it is whole, and what it says, if this version knows that.
+    fn decode_copy(copy: &[u8]) -> Option<(u64, Option<Directory>)> {
+        let version = fetch::u32(copy, 8)?;
+        let is_whole = copy.get(16..32)? == digest(copy).get(..16)?;
+        // No version before the first one was ever written.
+        if copy.get(..8)? != MAGIC || version < VERSION || !is_whole {
             return None;
         }
+        let known = match version {
+            VERSION => Directory::decode_known(copy),
+            _ => None,
+        };
+        Some((fetch::u64(copy, 32)?, known))
+    }
+
+    fn decode_known(copy: &[u8]) -> Option<Directory> {
+        let mut frames = [0; FRAME_WORDS];
+        for (word, at) in frames.iter_mut().zip(Directory::frame_words()) {
+            *word = fetch::u64(copy, at)?;
+        }
+        Some(Directory {
+            generation: fetch::u64(copy, 32)?,
+            slots: Directory::decode_slots(copy)?,
+            frames,
+        })
+    }
+
+    /// Where in a copy the words of [`Directory::frames`] stand, as byte offsets.
+    fn frame_words() -> impl Iterator<Item = usize> {
+        (0..FRAME_WORDS).map(|n| HEAD + n * ENTRY + OF_PAYLOAD)
+    }
+
+    fn decode_slots(copy: &[u8]) -> Option<Vec<Slot>> {
         let count = fetch::u32(copy, 40)? as usize;
-        if count > ENTRIES_MAX || copy.get(16..32)? != digest(copy).get(..16)? {
+        if count > ENTRIES_MAX {
             return None;
         }
-        let slots = copy
-            .get(HEAD..)?
-            .chunks_exact(ENTRY)
-            .take(count)
+        let entries = copy.get(HEAD..)?.chunks_exact(ENTRY).take(count);
+        entries
             .map(|e| {
                 Some(Slot {
                     state: State::from(fetch::u32(e, 0)?)?,
@@ -155,21 +203,7 @@ impl Directory {
                     record_sha256: fetch::array(e, 24)?,
                 })
             })
-            .collect::<Option<Vec<Slot>>>()?;
-        let mut frames = [0; FRAME_WORDS];
-        for (word, at) in frames.iter_mut().zip(Directory::frame_words()) {
-            *word = fetch::u64(copy, at)?;
-        }
-        Some(Directory {
-            generation: fetch::u64(copy, 32)?,
-            slots,
-            frames,
-        })
-    }
-
-    /// Where in a copy the words of [`Directory::frames`] stand, as byte offsets.
-    fn frame_words() -> impl Iterator<Item = usize> {
-        (0..FRAME_WORDS).map(|n| HEAD + n * ENTRY + OF_PAYLOAD)
+            .collect()
     }
 
     /// The bytes of this directory and which half of the page they go to.
@@ -353,97 +387,4 @@ impl Record {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn sample(generation: u64) -> Directory {
-        let slot = Slot {
-            state: State::Applied,
-            first: 1,
-            pages: 3,
-            applied_at: 1_700_000_000,
-            record_offset: 4096,
-            record_len: 512,
-            record_sha256: [7; 32],
-        };
-        Directory {
-            generation,
-            slots: vec![
-                slot.clone(),
-                Slot {
-                    state: State::Parked,
-                    ..slot
-                },
-            ],
-            frames: [generation, 2, 3, 1 << 63],
-        }
-    }
-
-    fn put(page: &mut [u8], d: &Directory) {
-        let (at, bytes) = d.encode();
-        page[at..at + COPY].copy_from_slice(&bytes);
-    }
-
-    #[test]
-    fn the_newer_whole_copy_of_the_directory_counts() {
-        let mut page = vec![0; 4096];
-        assert_eq!(Directory::decode(&page), None);
-        put(&mut page, &sample(1));
-        put(&mut page, &sample(2));
-        assert_eq!(Directory::decode(&page), Some(sample(2)));
-        page[100] ^= 1; // tears generation 2, which stands in the first half
-        assert_eq!(Directory::decode(&page), Some(sample(1)));
-    }
-
-    #[test]
-    fn a_record_of_another_version_is_refused_by_its_number() {
-        let read = |json: &[u8]| {
-            let slot = Slot {
-                record_sha256: Sha256::digest(json).into(),
-                ..sample(1).slots[0].clone()
-            };
-            Record::decode(json, &slot).unwrap_err()
-        };
-        let error = read(br#"{"schema": 1, "name": "x"}"#);
-        assert!(error.contains("expected version 3, found 1"), "{error}");
-        assert!(read(b"{}").contains("missing field `schema`"));
-    }
-
-    #[test]
-    fn words_that_no_payload_has_are_refused() {
-        let json = |name: &str, cve: &str| {
-            format!(
-                r#"{{"schema":3,"name":"{name}","sha256":"","description":"","cves":["{cve}"],
-                "functions":[],"text":[0,0],"code":{{"sha256":"","blocks":"","labels":[]}},
-                "rodata_len":0,"rodata_sha256":"","module":0}}"#
-            )
-        };
-        let read = |json: &str| {
-            let slot = Slot {
-                record_sha256: Sha256::digest(json).into(),
-                ..sample(1).slots[0].clone()
-            };
-            Record::decode(json.as_bytes(), &slot)
-        };
-        read(&json("locus_test", "CVE-2000-0001")).unwrap();
-        for name in ["", "../../1", "a/b", "a b", "\\u001b[2J"] {
-            let error = read(&json(name, "")).unwrap_err();
-            assert!(error.contains("which no module has"), "{name}: {error}");
-        }
-        let error = read(&json("locus_test", "\\u001b[2J")).unwrap_err();
-        assert!(error.contains("control characters"), "{error}");
-    }
-
-    #[test]
-    fn no_flipped_bit_goes_unnoticed() {
-        let mut page = vec![0; 4096];
-        put(&mut page, &sample(2));
-        for bit in 0..COPY * 8 {
-            let mut bad = page.clone();
-            bad[bit / 8] ^= 1 << (bit % 8);
-            // Bytes 12..16 are padding.
-            let seen = Directory::decode(&bad);
-            assert!(seen.is_none() || (12..16).contains(&(bit / 8)), "bit {bit}");
-        }
-    }
-}
+pub(crate) mod tests;

@@ -19,6 +19,7 @@ use crate::machine::mock::{entry_only, payload, Guest, A, B, C, COLD, FUNCTIONS}
 mod again;
 mod conditions;
 mod moving;
+mod newer;
 
 #[test]
 fn patches_on_one_function_come_and_go_in_order() {
