@@ -34,6 +34,9 @@ mod way_back;
 /// Longest wait for the guardian of a run that died.
 const GUARDIAN: Duration = Duration::from_secs(5);
 
+/// What is said of a guest that can't have seen the change ([`Change::is_unknown_to`]).
+const EARLIER: &str = "the guest rebooted, or was restored from an earlier save";
+
 /// What became of the run's change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -341,7 +344,9 @@ fn of_payloads(
         return Ok(report);
     }
     let mut arena = Arena::read(kernel)?;
-    let detail = take_back_torn(machine, kernel, &arena, intent, options)?;
+    let is_known = |i: &&Intent| !i.change.is_unknown_to(arena.directory.generation);
+    let known = intent.filter(is_known);
+    let detail = take_back_torn(machine, kernel, &arena, known, options)?;
     let before: Vec<State> = arena.directory.slots.iter().map(|s| s.state).collect();
     let residents = plan::resolve_interrupted(kernel, &mut arena)?;
     let left = under_way(&before, &residents);
@@ -351,6 +356,7 @@ fn of_payloads(
     }
     let stack = Stack::new(&residents);
     let report = match (intent, left) {
+        (Some(_), _) if known.is_none() => Report::new(Finding::Gone, intent, EARLIER.to_owned()),
         (Some(intent), _) => {
             let change = &intent.change;
             let same =

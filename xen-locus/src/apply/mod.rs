@@ -94,6 +94,7 @@ fn apply_once(
     let record = hex::encode(Sha256::digest(&ready.record_json));
     let change = Change {
         record: record.clone(),
+        generation: Some(arena.directory.generation),
         ..Change::new(kernel, Operation::Apply, &ready.record, &ready.plan)
     };
     begin(machine, &change)?;
@@ -157,7 +158,10 @@ fn revert_once(
     if let Some(slot) = slots.get_mut(resident.index) {
         slot.state = State::Reverting;
     }
-    let change = Change::new(kernel, Operation::Revert, &resident.record, &plan);
+    let change = Change {
+        generation: Some(arena.directory.generation),
+        ..Change::new(kernel, Operation::Revert, &resident.record, &plan)
+    };
     begin(machine, &change)?;
     let done = arena
         .commit(machine, kernel, slots)

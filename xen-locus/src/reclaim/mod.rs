@@ -323,6 +323,7 @@ impl Reclaiming<'_, '_> {
         let change = Change {
             sha256: record.sha256.clone(),
             record: hex::encode(resident.slot.record_sha256),
+            generation: Some(Arena::read(self.kernel)?.directory.generation),
             ..Change::of(self.kernel, op, name, writes, watched)
         };
         apply::begin(self.machine, &change)?;

@@ -3,7 +3,7 @@
 use locus_kernel::Kernel;
 
 use super::way_back::roll_back;
-use super::{Finding, Report};
+use super::{Finding, Report, EARLIER};
 use crate::apply::Options;
 use crate::arena::record::State;
 use crate::arena::{Arena, Resident};
@@ -21,7 +21,11 @@ pub(super) fn settle(
     options: &Options,
 ) -> Result<Report> {
     let change = &intent.change;
-    let all = Arena::read(kernel)?.residents(kernel)?;
+    let arena = Arena::read(kernel)?;
+    if change.is_unknown_to(arena.directory.generation) {
+        return Ok(Report::new(Finding::Gone, Some(intent), EARLIER.to_owned()));
+    }
+    let all = arena.residents(kernel)?;
     let is_meant = |r: &&Resident| {
         hex::encode(r.slot.record_sha256) == change.record && r.slot.state == State::Parked
     };

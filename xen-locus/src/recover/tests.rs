@@ -10,8 +10,8 @@ use crate::apply;
 use crate::apply::mock::options;
 use crate::arena::record::MODULE;
 use crate::error::ExitCode;
-use crate::link::module::links::Known;
 use crate::link::module::links;
+use crate::link::module::links::Known;
 use crate::machine::mock::{payload, Guest, A, B, C, FUNCTIONS};
 use crate::nudge::mock::{self as nudge_mock, SITE};
 use crate::plan::Mode;
@@ -215,6 +215,7 @@ fn a_gate_that_still_stands_is_taken_down_by_the_journal() {
             about: Default::default(),
         }],
         watched: Vec::new(),
+        generation: None,
     };
     // Before it stood, while it stood, and torn.
     for standing in [old, jump, [jump[0], jump[1], jump[2], old[3], old[4]]] {
@@ -426,4 +427,37 @@ fn a_payload_that_is_in_the_guests_lists_in_part_is_found_without_a_journal() {
         assert_eq!(error.unwrap_err().exit_code(), ExitCode::Uncertain);
         assert_eq!(guest.runs()[B], "");
     }
+}
+
+#[test]
+fn a_guest_that_started_anew_at_the_same_place_has_not_finished_anything() {
+    let guest = Guest::new();
+    guest.applied(&payload("one", &[A]));
+    let change = |op, generation| Change {
+        generation,
+        ..Change::of(&guest.kernel(), op, "one", &[], std::iter::empty())
+    };
+    let of = |guest: &Guest, change: &Change| {
+        guest.begin(change).unwrap();
+        let intent = guest.intent.take();
+        let found = of_guest(guest, &guest.kernel(), intent.as_ref(), &options(false));
+        found.unwrap().result
+    };
+    let anew = Guest::new();
+    for op in [Operation::Reclaim, Operation::Revert, Operation::Apply] {
+        assert_eq!(of(&anew, &change(op, Some(2))), Finding::Gone);
+        // The same guest: it is not there, as it should be.
+        let finding = match op {
+            Operation::Apply => Finding::Undone,
+            _ => Finding::Finished,
+        };
+        assert_eq!(of(&guest, &change(op, Some(1))), finding);
+        // From a save before the change.
+        assert_eq!(of(&guest, &change(op, Some(9))), Finding::Gone);
+    }
+    // A build before this one did not note it.
+    for op in [Operation::Reclaim, Operation::Revert] {
+        assert_eq!(of(&anew, &change(op, None)), Finding::Gone);
+    }
+    assert_eq!(of(&anew, &change(Operation::Apply, None)), Finding::Undone);
 }

@@ -92,6 +92,10 @@ pub struct Change {
     pub writes: Vec<Write>,
     /// Code that no thread may be in meanwhile.
     pub watched: Vec<Range>,
+    /// Generation of the arena's directory before it; `None` if it was not noted. In the file it is behind all else, where
+    /// builds that do not know it look at nothing.
+    #[serde(skip)]
+    pub generation: Option<u64>,
 }
 
 impl Change {
@@ -135,7 +139,20 @@ impl Change {
             op,
             writes: writes.iter().filter(|w| w.lasts()).cloned().collect(),
             watched: watched.collect(),
+            generation: None,
         }
+    }
+
+    /// Whether a guest whose directory has this generation can't have seen the change: it was rebooted since, or restored
+    /// from an earlier save. A generation never sinks while a kernel runs.
+    #[must_use]
+    pub fn is_unknown_to(&self, generation: u64) -> bool {
+        // Earlier builds did not note it. What is reverted or given back was in a directory.
+        let least = self.generation.unwrap_or(match self.op {
+            Operation::Revert | Operation::Reclaim => 1,
+            _ => 0,
+        });
+        generation < least
     }
 }
 
@@ -183,8 +200,9 @@ impl Journal {
                 self.path().display()
             ))
         };
+        let content = (intent, intent.change.generation);
         let content =
-            postcard::to_stdvec(intent).map_err(|e| failed(io::Error::other(e.to_string())))?;
+            postcard::to_stdvec(&content).map_err(|e| failed(io::Error::other(e.to_string())))?;
         let len = (HEAD + content.len()) as u64;
         if len > LEN_MAX {
             let why = format!(
@@ -265,8 +283,12 @@ impl Journal {
             return damaged("its checksum is wrong");
         }
         // From here on all is as a run wrote it.
-        let read = postcard::from_bytes::<Intent>(content);
-        let intent = read.map_err(|e| self.of_another_version(&format!("its content: {e}")))?;
+        let other = |e: postcard::Error| self.of_another_version(&format!("its content: {e}"));
+        let read = postcard::take_from_bytes::<Intent>(content);
+        let (mut intent, rest) = read.map_err(other)?;
+        if !rest.is_empty() {
+            intent.change.generation = postcard::from_bytes(rest).map_err(other)?;
+        }
         let op = intent.change.op;
         if !op.is_journaled() {
             return Err(self.of_another_version(&format!("it is about {op}")));

@@ -35,6 +35,7 @@ fn intent() -> Intent {
                 len: 64,
                 name: "f".into(),
             }],
+            generation: Some(7),
         },
     }
 }
@@ -59,6 +60,18 @@ fn what_is_about_to_be_done_is_read_back_until_it_is_known_how_it_ended() {
     journal.end().unwrap();
     assert_eq!(journal.read().unwrap(), Noted::Nothing);
     journal.end().unwrap();
+}
+
+#[test]
+fn journals_of_builds_that_note_no_generation_are_read_and_they_read_this_ones() {
+    let journal = journal("earlier");
+    let content = postcard::to_stdvec(&intent()).unwrap();
+    journal.write(&content).unwrap();
+    let mut earlier = intent();
+    earlier.change.generation = None;
+    assert_eq!(read(&journal), earlier);
+    let content = postcard::to_stdvec(&(intent(), Some(7u64))).unwrap();
+    assert_eq!(postcard::from_bytes::<Intent>(&content), Ok(earlier));
 }
 
 #[test]
