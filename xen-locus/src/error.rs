@@ -70,6 +70,9 @@ pub enum Cause {
     /// sentence says what it is.
     #[error("{0}")]
     NewerFormat(String),
+    /// A change of a payload took place in part.
+    #[error(transparent)]
+    Torn(Torn),
     /// The payload file.
     #[error(transparent)]
     Payload(locus_payload::PayloadError),
@@ -82,6 +85,18 @@ pub enum Cause {
     /// A call into Xen.
     #[error(transparent)]
     Xen(locus_xen::Error),
+}
+
+/// A change that took place in part: neither its old nor its new state is in the guest.
+#[derive(Debug, thiserror::Error)]
+#[error("{why}")]
+pub struct Torn {
+    /// Name of the payload that it is about.
+    pub patch: String,
+    /// SHA-256 of the payload's file, in hex.
+    pub sha256: String,
+    /// A sentence that says what was found.
+    pub why: String,
 }
 
 /// No quiescent moment was found; the guest is unchanged.
@@ -245,6 +260,15 @@ impl Error {
         matches!(self.cause(), Cause::NewerFormat(_))
     }
 
+    /// The change that took place in part, if that is the cause.
+    #[must_use]
+    pub fn torn(&self) -> Option<&Torn> {
+        match self.cause() {
+            Cause::Torn(torn) => Some(torn),
+            _ => None,
+        }
+    }
+
     /// What became of an action, in one word.
     #[must_use]
     pub fn result(&self) -> &'static str {
@@ -277,6 +301,12 @@ impl Error {
 impl From<Blocked> for Error {
     fn from(blocked: Blocked) -> Error {
         Error::new(Class::TryAgain, Cause::Blocked(Box::new(blocked)))
+    }
+}
+
+impl From<Torn> for Error {
+    fn from(torn: Torn) -> Error {
+        Error::new(Class::Uncertain, Cause::Torn(torn))
     }
 }
 

@@ -14,21 +14,21 @@ use locus_xen::fault;
 use locus_xen::{Control, ForeignMemory, PauseStep, SharedPage};
 use serde::Serialize;
 
-use self::way_back::roll_back;
 use crate::apply::Options;
 use crate::arena::record::State;
 use crate::arena::{Arena, Resident};
 use crate::domain::Domain;
-use crate::error::{Class, Error, Result};
+use crate::error::{Error, Result};
 use crate::guard::finish_or_undo::{finish_or_undo, Counter as _, Outcome, Since};
 use crate::guard::{self, Places, Task};
 use crate::machine::{self, Machine};
 use crate::operation::Operation;
-use crate::plan::{self, interrupted, Stack};
+use crate::plan::{self, Stack};
 use crate::storage::journal::{Change, Intent, Journal, Noted};
 
 mod nudged;
 mod reclaiming;
+mod torn;
 mod way_back;
 
 /// Longest wait for the guardian of a run that died.
@@ -132,7 +132,7 @@ impl std::fmt::Display for Report {
 /// Whether a journal or a guard's file tells of a run that is not known to have ended. The caller holds the guest's lock.
 ///
 /// # Errors
-/// [`Class::Failed`]: the folders can't be read.
+/// [`Class::Failed`](crate::error::Class::Failed): the folders can't be read.
 pub fn is_due(uuid: &str) -> Result<bool> {
     Ok(Journal::new(uuid).exists() || !guard::files(Some(uuid))?.is_empty())
 }
@@ -141,9 +141,10 @@ pub fn is_due(uuid: &str) -> Result<bool> {
 /// journal ([`Journal::settle`]): what that said is done, or void because the guest rebooted.
 ///
 /// # Errors
-/// [`Class::Uncertain`]: the guest can't be brought to a known state. [`Class::NotApplicable`]: another domain has the same
-/// UUID, and the journal may be about that one; or another version of this tool wrote the journal. Or the guest or the files
-/// can't be read.
+/// [`Class::Uncertain`](crate::error::Class::Uncertain): the guest can't be brought to a known state.
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): another domain has the same UUID, and the journal may be
+/// about that one; or another version of this tool wrote the journal or changed the guest. Or the guest or the files can't be
+/// read.
 pub fn recover(domain: &Domain<'_>, options: &Options) -> Result<Report> {
     let begun = fault::point("recover");
     begun.map_err(|e| Error::failed(format!("{}: {e}", domain.label())))?;
@@ -191,7 +192,8 @@ fn is_surely_of(noted: &Noted, id: DomId) -> bool {
 /// normally; or if it worked on another domain than `own` that runs and has the same UUID: that one is to be recovered.
 ///
 /// # Errors
-/// [`Class::TryAgain`]: its guardian does not end. [`Class::Failed`]: the file can't be read, or memory can't be mapped.
+/// [`Class::TryAgain`](crate::error::Class::TryAgain): its guardian does not end.
+/// [`Class::Failed`](crate::error::Class::Failed): the file can't be read, or memory can't be mapped.
 fn of_dead(control: &Control, path: &Path, own: Option<DomId>) -> Result<Option<Outcome>> {
     let began = Instant::now();
     let odd = |e: std::io::Error| Error::failed(format!("cannot use {}: {e}", path.display()));
@@ -346,7 +348,7 @@ fn of_payloads(
     let mut arena = Arena::read(kernel)?;
     let is_known = |i: &&Intent| !i.change.is_unknown_to(arena.directory.generation);
     let known = intent.filter(is_known);
-    let detail = take_back_torn(machine, kernel, &arena, known, options)?;
+    let detail = torn::take_back(machine, kernel, &arena, known, options)?;
     let before: Vec<State> = arena.directory.slots.iter().map(|s| s.state).collect();
     let residents = plan::resolve_interrupted(kernel, &mut arena)?;
     let left = under_way(&before, &residents);
@@ -388,30 +390,6 @@ fn of_payloads(
     Ok(Report { parked, ..report })
 }
 
-/// If a change took place in part, puts back what it had written, by the journal's `intent`, and says so.
-fn take_back_torn(
-    machine: &dyn Machine,
-    kernel: &Kernel<'_>,
-    arena: &Arena,
-    intent: Option<&Intent>,
-    options: &Options,
-) -> Result<String> {
-    // Not what else may be torn: this journal is not about that.
-    let resolved = arena.residents(kernel);
-    let resolved = resolved.and_then(|mut all| interrupted::resolve_change(kernel, &mut all));
-    let Err(error) = resolved else {
-        return Ok(String::new());
-    };
-    let Some(intent) = intent.filter(|_| error.class() == Class::Uncertain) else {
-        return Err(error);
-    };
-    roll_back(machine, kernel, &intent.change, options).map_err(|e| match e {
-        e if e.class() == Class::TryAgain => e,
-        e => Error::uncertain(format!("{error}; it could not be taken back: {e}")),
-    })?;
-    Ok("what it had written is put back by the journal".to_owned())
-}
-
 /// Names of the patches that stay in the guest without being in force.
 fn parked(residents: &[Resident], stack: &Stack<'_>) -> Vec<String> {
     // An earlier version of a patch that is in force may be parked.
@@ -442,7 +420,7 @@ fn under_way<'r>(
 /// Removes the journal and the guards' files of the guest `uuid`, which is gone.
 ///
 /// # Errors
-/// [`Class::Failed`]: they can't be removed.
+/// [`Class::Failed`](crate::error::Class::Failed): they can't be removed.
 pub fn forget(control: &Control, uuid: &str) -> Result<Report> {
     for path in guard::files(Some(uuid))? {
         of_dead(control, &path, None)?;

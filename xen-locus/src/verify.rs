@@ -15,21 +15,21 @@ use locus_kernel::Kernel;
 
 use crate::arena::digests::{self, BLOCK};
 use crate::arena::record::{Function, State, HEAD_MAX};
-use crate::arena::{page_address, Arena, Resident, Rights};
+use crate::arena::{page_address, Arena, Contents, Newer, Resident, Rights};
 use crate::error::Result;
 use crate::link::module::links::{self, Known};
 use crate::plan::{self, Stack};
-use crate::storage::audit::in_force::InForce;
-use crate::storage::audit::Line;
 use crate::target::conflicts::{self, Caller};
 use crate::target::kprobes::Kprobes;
 use crate::target::modules_present;
 use crate::target::redirect::{self, Head};
-use crate::x86::{JMP, JUMP};
+use crate::x86::{self, JUMP};
 
 mod drift;
+mod host_records;
 
 pub use drift::{Drift, DriftCause, DriftKind};
+pub use host_records::HostRecords;
 
 /// Most passes over a guest; there is another one only while the last one shows differences.
 const PASSES: u32 = 3;
@@ -50,19 +50,10 @@ pub struct VerifyReport {
     /// Names of patches in force whose records are not in the audit log: they came with a guest that was moved or
     /// restored, or were forged.
     pub unconfirmed: Vec<String>,
+    /// Names of payloads of a newer xen-locus, whose records this one can't read. They are not compared.
+    pub unknown: Vec<String>,
     /// The differences.
     pub drift: Vec<Drift>,
-}
-
-/// The records that this host has of a guest outside the guest.
-#[derive(Clone, Debug)]
-pub struct HostRecords<'a> {
-    /// The audit log.
-    pub log: &'a [Line],
-    /// The guest's UUID.
-    pub uuid: &'a str,
-    /// What is in force in the guest by the audit log; of use if that has no line of it because it was rotated.
-    pub in_force: Vec<InForce>,
 }
 
 /// Compares a guest with the records of its patches, which are in its own memory, and those records with the ones
@@ -90,8 +81,17 @@ pub fn verify(kernel: &Kernel<'_>, known: Option<&HostRecords<'_>>) -> Result<Ve
 /// # Errors
 /// As [`verify`].
 pub fn compare_once(kernel: &Kernel<'_>, known: Option<&HostRecords<'_>>) -> Result<VerifyReport> {
-    let arena = Arena::read(kernel)?;
-    let residents = plan::residents(kernel, &arena)?;
+    let contents = Arena::read(kernel)
+        .and_then(|arena| plan::contents(kernel, &arena).map(|contents| (arena, contents)));
+    let (
+        arena,
+        Contents {
+            residents, newer, ..
+        },
+    ) = match contents {
+        Ok(read) => read,
+        Err(error) => return Err(error),
+    };
     let stack = Stack::new(&residents);
     let mut comparison = Comparison {
         kernel,
@@ -101,10 +101,12 @@ pub fn compare_once(kernel: &Kernel<'_>, known: Option<&HostRecords<'_>>) -> Res
             false => Kprobes::read(kernel)?,
         },
         drift: Vec::new(),
+        newer: &newer,
     };
     let mut outcome = VerifyReport {
         patches: stack.applied().len(),
         parked: residents.len() - stack.applied().len(),
+        unknown: newer.iter().map(|n| n.name.clone()).collect(),
         ..VerifyReport::default()
     };
     let originals = Originals::of(&residents);
@@ -147,6 +149,7 @@ struct Comparison<'a, 'm> {
     space: Space<'m>,
     kprobes: Kprobes,
     drift: Vec<Drift>,
+    newer: &'a [Newer],
 }
 
 impl Comparison<'_, '_> {
@@ -171,9 +174,7 @@ impl Comparison<'_, '_> {
         applied: &[&Resident],
         known: &HostRecords<'_>,
     ) -> Vec<String> {
-        let mut lines = known.log.iter().rev();
-        let last = lines.find(|line| line.action.uuid == known.uuid);
-        let in_force = last.map_or(&known.in_force, |line| &line.in_force);
+        let in_force = known.in_force();
         let mut unconfirmed = Vec::new();
         for patch in applied {
             let found = hex::encode(patch.slot.record_sha256);
@@ -202,7 +203,10 @@ impl Comparison<'_, '_> {
             }
         }
         for lost in in_force {
-            if all.iter().any(|r| r.record.sha256 == lost.sha256) {
+            let is_newer =
+                |n: &Newer| lost.record == hex::encode(n.slot.record_sha256) || lost.name == n.name;
+            if all.iter().any(|r| r.record.sha256 == lost.sha256) || self.newer.iter().any(is_newer)
+            {
                 continue;
             }
             self.drift.push(Drift {
@@ -370,6 +374,11 @@ impl Comparison<'_, '_> {
             found: hex::encode(found),
             by: DriftCause::Unknown,
         };
+        let to = x86::jump_target(at, found);
+        if to.is_some_and(|to| self.newer.iter().any(|n| n.contains(to))) {
+            // It lies on this one, or is what runs instead of it.
+            return Ok(());
+        }
         if expected.is_some_and(|expected| expected != found) {
             let place = Range::new(at, JUMP as u64);
             if let Some(probe) = self.kprobes.in_range(place) {
@@ -440,11 +449,7 @@ impl Comparison<'_, '_> {
 
     /// The target of the jump at `at`, by name where it has one; `None` if `bytes` are no jump.
     fn jump(&self, at: Gva, bytes: [u8; JUMP]) -> Option<String> {
-        let [JMP, a, b, c, d] = bytes else {
-            return None;
-        };
-        let distance = i64::from(i32::from_le_bytes([a, b, c, d]));
-        let to = Gva(at.0.wrapping_add(JUMP as u64).wrapping_add_signed(distance));
+        let to = x86::jump_target(at, bytes)?;
         Some(match self.kernel.symbols.covering(to) {
             Some((name, offset)) if offset < PAGE_SIZE => format!("{name}+{offset:#x}"),
             _ => to.to_string(),

@@ -95,6 +95,17 @@ pub fn jump(at: Gva, target: Gva) -> Option<[u8; JUMP]> {
     branch(JMP, at, target)
 }
 
+/// Where the jump `bytes` at `at` leads; `None` if they are none.
+#[must_use]
+pub fn jump_target(at: Gva, bytes: [u8; JUMP]) -> Option<Gva> {
+    let [JMP, a, b, c, d] = bytes else {
+        return None;
+    };
+    let distance = i64::from(i32::from_le_bytes([a, b, c, d]));
+    let next = at.0.wrapping_add(JUMP as u64);
+    Some(Gva(next.wrapping_add_signed(distance)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

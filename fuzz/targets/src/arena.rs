@@ -192,7 +192,7 @@ pub fn arena(data: &[u8]) {
     }
     let stack = Stack::new(&residents);
     for resident in stack.applied() {
-        let _ = stack.displaced(&kernel, resident);
+        let _ = stack.displaced(&kernel, resident, &[]);
         let _ = plan::undo(&kernel, &stack, resident);
         let _ = stack.watched(&resident.record.functions, true);
     }

@@ -8,9 +8,10 @@ use locus_guest::addr::Gva;
 use locus_guest::GuestType;
 use locus_kernel::Kernel;
 use locus_payload::Payload;
+use sha2::{Digest as _, Sha256};
 
 use super::{apply, revert, revert_all, Options, Outcome, Report};
-use crate::arena::{Arena, Resident};
+use crate::arena::{page_address, record, Arena, Resident};
 use crate::error::Result;
 use crate::machine::mock::{code, Guest, FUNCTIONS};
 use crate::plan::{self, Mode, Stack};
@@ -74,6 +75,27 @@ impl Guest {
             });
             owner.map_or("?".into(), |r| r.record.name.clone())
         })
+    }
+
+    /// Makes the record of the payload `name` one of the next version, as a newer xen-locus writes it.
+    pub(crate) fn make_newer(&self, name: &str) {
+        let kernel = self.kernel();
+        let mut arena = Arena::read(&kernel).unwrap();
+        let all = arena.residents(&kernel).unwrap();
+        let resident = all.iter().rfind(|r| r.record.name == name).unwrap();
+        let json = String::from_utf8(resident.record.encode().unwrap()).unwrap();
+        let json = json.replacen(
+            &format!("\"schema\":{}", record::SCHEMA),
+            &format!("\"schema\":{}", record::SCHEMA + 1),
+            1,
+        );
+        let mut slots = arena.directory.slots.clone();
+        let slot = &mut slots[resident.index];
+        assert_eq!(json.len(), slot.record_len as usize);
+        let at = page_address(slot.first.into()).plus(slot.record_offset.into());
+        self.poke(at.0, json.as_bytes());
+        slot.record_sha256 = Sha256::digest(&json).into();
+        arena.commit(self, &kernel, slots).unwrap();
     }
 
     pub(crate) fn pages(&self) -> usize {

@@ -16,9 +16,10 @@ use locus_guest::{fetch, GuestType, PagesMut};
 use locus_kernel::Kernel;
 
 use self::memory::{LowPages, PV_PAGES};
-use self::record::{Directory, Record, Slot};
+use self::record::{Directory, Slot};
 use crate::error::{Error, Result};
 
+mod contents;
 pub mod digests;
 mod memory;
 mod pv_pages;
@@ -28,6 +29,7 @@ mod room;
 #[cfg(test)]
 mod tests;
 
+pub use contents::{Contents, Newer, Resident};
 pub use rights::{EntryDifference, Rights};
 pub use room::Usage;
 
@@ -48,17 +50,6 @@ pub struct Arena {
     entries: Vec<u64>,
     /// The directory; empty while the guest has no arena.
     pub directory: Directory,
-}
-
-/// An applied or parked payload, or a gate: its place in the directory and its record.
-#[derive(Clone, Debug)]
-pub struct Resident {
-    /// Number in the directory.
-    pub index: usize,
-    /// Its directory entry.
-    pub slot: Slot,
-    /// Its record.
-    pub record: Record,
 }
 
 /// All addresses of the arena.
@@ -264,64 +255,6 @@ impl Arena {
     /// The frames of all its pages.
     pub fn own_frames(&self) -> impl Iterator<Item = Frame> + '_ {
         (0..self.entries.len()).filter_map(|page| self.frame(page))
-    }
-
-    /// All payloads in the arena, with their records.
-    ///
-    /// # Errors
-    /// A record was changed.
-    pub fn residents(&self, kernel: &Kernel<'_>) -> Result<Vec<Resident>> {
-        let mut all = self.entries_with_records(kernel)?;
-        all.retain(|r| r.record.nudge.is_none());
-        Ok(all)
-    }
-
-    /// The gates of nudges that are under way or were interrupted. There is one at most, if no other tool changed the guest.
-    ///
-    /// # Errors
-    /// As [`Arena::residents`].
-    pub fn gates(&self, kernel: &Kernel<'_>) -> Result<Vec<Resident>> {
-        let mut all = self.entries_with_records(kernel)?;
-        all.retain(|r| r.record.nudge.is_some());
-        Ok(all)
-    }
-
-    fn entries_with_records(&self, kernel: &Kernel<'_>) -> Result<Vec<Resident>> {
-        let mut found = Vec::new();
-        for (index, slot) in self.directory.slots.iter().enumerate() {
-            let len = slot.record_len as usize;
-            let room = u64::from(slot.pages) * PAGE_SIZE;
-            if len > record::RECORD_MAX || u64::from(slot.record_offset) + len as u64 > room {
-                return Err(Error::uncertain(format!(
-                    "the arena's directory is damaged: record {index} does not fit its pages"
-                )));
-            }
-            let at = page_address(slot.first.into()).plus(slot.record_offset.into());
-            let mut bytes = vec![0; len];
-            self.window(kernel, Range::new(at, len as u64))?
-                .read(at.offset(), &mut bytes)?;
-            let record = Record::decode(&bytes, slot).map_err(Error::uncertain)?;
-            let own = Range::new(page_address(slot.first.into()), room);
-            let module = record.module;
-            // two words stand before it, and are read to tell whether the guest knows it
-            if !own.contains(module) || module.0 - own.start.0 < record::MODULE {
-                return Err(Error::uncertain(format!(
-                    "the record of payload {} has its struct module at {module}, outside of its own \
-                     pages: the guest's memory was changed",
-                    record.name
-                )));
-            }
-            found.push(Resident {
-                index,
-                slot: slot.clone(),
-                record,
-            });
-        }
-        Ok(found)
-    }
-
-    fn window(&self, kernel: &Kernel<'_>, range: Range) -> Result<Box<dyn locus_guest::Window>> {
-        Ok(kernel.space.map(&self.frames(range)?)?)
     }
 
     /// Maps pages from number `first` on, with the given rights. Those that are mapped already keep their memory.

@@ -278,7 +278,7 @@ pub struct Function {
     pub new_bytes: [u8; 5],
 }
 
-/// Version of [`Record`] that this tool writes, and the only one that it reads.
+/// Version of [`Record`] that this tool writes, and the only one that it reads. Of a newer one it reads the [`Head`].
 pub const SCHEMA: u32 = 3;
 
 /// What is known of an applied payload.
@@ -350,31 +350,29 @@ impl Record {
     /// Reads a record whose bytes a guest held, and checks that its digest is the directory's.
     ///
     /// # Errors
-    /// A sentence that says what is wrong.
-    pub fn decode(bytes: &[u8], slot: &Slot) -> Result<Record, String> {
+    /// See [`Unread`].
+    pub fn decode(bytes: &[u8], slot: &Slot) -> Result<Record, Unread> {
         let found: [u8; 32] = Sha256::digest(bytes).into();
         if found != slot.record_sha256 {
-            return Err(format!(
+            return Err(Unread::Damaged(format!(
                 "the record of the payload at arena page {} has another digest than the directory \
                  says: the guest's memory was changed",
                 slot.first
-            ));
-        }
-        /// What all versions have.
-        #[derive(Deserialize)]
-        struct Head {
-            schema: u32,
+            )));
         }
         let bad = |why: String| {
-            format!(
+            Unread::Damaged(format!(
                 "the record of the payload at arena page {} can't be read: {why}",
                 slot.first
-            )
+            ))
         };
         let head: Head = serde_json::from_slice(bytes).map_err(|e| bad(e.to_string()))?;
+        if head.schema > SCHEMA {
+            return Err(Unread::Newer(head.with_names(bytes)));
+        }
         if head.schema != SCHEMA {
             return Err(bad(format!(
-                "expected version {SCHEMA}, found {}: another version of xen-locus applied it; \
+                "expected version {SCHEMA}, found {}: an earlier version of xen-locus applied it; \
                  revert it with that one",
                 head.schema
             )));
@@ -383,6 +381,44 @@ impl Record {
         let changed = |why| bad(format!("{why}; the guest's memory was changed"));
         record.check().map_err(changed)?;
         Ok(record)
+    }
+}
+
+/// Why a record is not read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unread {
+    /// It is not as any tool wrote it. The sentence says what is wrong.
+    #[error("{0}")]
+    Damaged(String),
+    /// It is whole, and a newer xen-locus wrote it.
+    #[error("a newer xen-locus wrote it: its version is {}", .0.schema)]
+    Newer(Head),
+}
+
+/// What is read of a record of any version.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Head {
+    /// Its version, which all versions have.
+    pub schema: u32,
+    /// Its payload's name, if it is one and is where this version has it.
+    #[serde(skip)]
+    pub name: Option<String>,
+    /// SHA-256 of the payload's file, in hex, if it is one and is where this version has it.
+    #[serde(skip)]
+    pub sha256: Option<String>,
+}
+
+impl Head {
+    /// The same with what else can be read of the record `bytes`. It is shown to people and becomes part of paths in XenStore.
+    fn with_names(self, bytes: &[u8]) -> Head {
+        let all: serde_json::Value = serde_json::from_slice(bytes).unwrap_or_default();
+        let word = |key: &str| all.get(key)?.as_str().map(str::to_owned);
+        let is_digest = |w: &String| w.len() == 64 && w.bytes().all(|b| b.is_ascii_hexdigit());
+        Head {
+            name: word("name").filter(|name| locus_payload::is_module_name(name)),
+            sha256: word("sha256").filter(is_digest),
+            ..self
+        }
     }
 }
 

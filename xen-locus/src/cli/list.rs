@@ -12,7 +12,7 @@ use super::args::Output;
 use super::guest::Guest;
 use super::{out, Session};
 use crate::arena::record::State;
-use crate::arena::Arena;
+use crate::arena::{Arena, Contents};
 use crate::domain::Domain;
 use crate::error::{Error, ExitCode, Result};
 use crate::machine;
@@ -128,22 +128,26 @@ fn row_of_kernel(guest: Guest, kernel: &Kernel<'_>) -> Row {
         ..unsupported(guest, kernel.kind, String::new())
     };
     ops::warn_of_nudge(&row.guest.label(), kernel);
-    match applied(kernel) {
-        Ok(patches) => {
-            row.patches = patches;
-            row.status = if patches == 0 { "ready" } else { "patched" };
+    let contents = Arena::read(kernel).and_then(|arena| plan::contents(kernel, &arena));
+    match contents {
+        Ok(Contents {
+            residents, newer, ..
+        }) => {
+            let slots = residents.iter().map(|r| &r.slot);
+            let slots = slots.chain(newer.iter().map(|n| &n.slot));
+            row.patches = slots.filter(|s| s.state == State::Applied).count();
+            if row.patches > 0 {
+                row.status = "patched";
+            } else if newer.is_empty() {
+                row.status = "ready";
+            }
+            if let Some(newer) = newer.first() {
+                row.reason = newer.refusal().to_string();
+            }
         }
         Err(error) => row.reason = error.to_string(),
     }
     row
-}
-
-fn applied(kernel: &Kernel<'_>) -> Result<usize> {
-    let residents = plan::residents(kernel, &Arena::read(kernel)?)?;
-    Ok(residents
-        .iter()
-        .filter(|r| r.slot.state == State::Applied)
-        .count())
 }
 
 impl Row {

@@ -130,7 +130,6 @@ fn table(statuses: &[GuestStatus]) {
                 status.guest.label(),
                 patch.name.clone(),
                 match threads(draining) {
-                    0 if patch.state.is_lost() => "gone (guest rebooted)".into(),
                     0 => patch.state.to_string(),
                     threads => format!("draining {threads}"),
                 },

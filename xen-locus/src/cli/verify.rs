@@ -69,6 +69,10 @@ pub fn run(
     if all.iter().any(|(_, outcome)| !outcome.drift.is_empty()) {
         worst = worst.max(ExitCode::Failed);
     }
+    // What was not compared may differ.
+    if all.iter().any(|(_, outcome)| !outcome.unknown.is_empty()) {
+        worst = worst.max(ExitCode::NotApplicable);
+    }
     let mut objects = all.iter().map(|(guest, outcome)| object(guest, outcome));
     match session.output {
         Output::Json if one => out::object(objects.next().unwrap_or_default()),
@@ -141,6 +145,7 @@ fn object(guest: &Guest, outcome: &VerifyReport) -> Value {
         "redirects": outcome.redirects,
         "pages": outcome.pages,
         "unconfirmed": outcome.unconfirmed,
+        "unknown": outcome.unknown,
         "drift": drift.collect::<Vec<Value>>(),
     }))
 }
@@ -152,6 +157,7 @@ fn table(guest: &Guest, outcome: &VerifyReport) {
         redirects,
         pages,
         unconfirmed,
+        unknown,
         drift,
     } = outcome;
     let found = match drift.len() {
@@ -170,6 +176,13 @@ fn table(guest: &Guest, outcome: &VerifyReport) {
             "{}: the audit log of this host has no record of {}: applied on another host, or forged",
             guest.label(),
             unconfirmed.join(", ")
+        ));
+    }
+    if !unknown.is_empty() {
+        out::line(&format!(
+            "{}: not compared: {}, applied by a newer xen-locus",
+            guest.label(),
+            unknown.join(", ")
         ));
     }
     if drift.is_empty() {

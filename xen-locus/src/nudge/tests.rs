@@ -50,6 +50,14 @@ fn a_guest_that_lkrg_guards_is_left_alone() {
 }
 
 #[test]
+fn a_guest_that_a_newer_xen_locus_changed_is_left_alone() {
+    let guest = guest();
+    guest.applied(&payload("fix", &[A]));
+    guest.make_newer("fix");
+    refused(&guest, "newer xen-locus");
+}
+
+#[test]
 fn a_handler_that_a_patch_replaces_is_left_alone() {
     let guest = guest();
     let spec = Spec {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::guest::Guest;
-use super::status::{self, Status};
+use super::status::{self, Patch, PatchState, Status};
 use crate::apply::Options;
 use crate::error::Result;
 use crate::machine;
@@ -45,7 +45,10 @@ pub fn publish(store: &dyn Nodes, status: &Status) -> Result<()> {
             store.remove(&format!("{base}/patch/{old}"))?;
         }
     }
-    for patch in &status.patches {
+    // Of two with one name, the one whose state is known is told.
+    let is_unknown = |p: &&Patch| p.state == PatchState::Unknown;
+    let (unknown, known): (Vec<_>, Vec<_>) = status.patches.iter().partition(is_unknown);
+    for patch in unknown.into_iter().chain(known) {
         let node = format!("{base}/patch/{}", patch.name);
         store.write(&format!("{node}/sha256"), &patch.sha256)?;
         store.write(&format!("{node}/cves"), &patch.cves.join(","))?;

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::guest::Guest;
 use crate::arena::record::Function;
-use crate::arena::Arena;
+use crate::arena::{Arena, Contents, Newer};
 use crate::error::{Class, Result};
 use crate::plan::{self, Stack};
 use crate::quiesce::Watch;
@@ -26,6 +26,8 @@ pub enum PatchState {
     Drifted,
     /// It is no longer in force, although it was not reverted.
     Gone(GoneReason),
+    /// A newer xen-locus applied it, and may have reverted it: this one can't read its record.
+    Unknown,
 }
 
 /// Why a patch is gone.
@@ -46,6 +48,7 @@ impl PatchState {
             PatchState::Applied => "applied",
             PatchState::Drifted => "drifted",
             PatchState::Gone(_) => "gone",
+            PatchState::Unknown => "unknown",
         }
     }
 
@@ -54,7 +57,7 @@ impl PatchState {
     pub fn reason(self) -> Option<GoneReason> {
         match self {
             PatchState::Gone(reason) => Some(reason),
-            PatchState::Applied | PatchState::Drifted => None,
+            PatchState::Applied | PatchState::Drifted | PatchState::Unknown => None,
         }
     }
 
@@ -65,9 +68,14 @@ impl PatchState {
     }
 }
 
+/// For people: a state that says what to do says it.
 impl fmt::Display for PatchState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
+        f.write_str(match self {
+            PatchState::Gone(GoneReason::GuestRebooted) => "gone (guest rebooted)",
+            PatchState::Unknown => "unknown (newer xen-locus)",
+            state => state.name(),
+        })
     }
 }
 
@@ -185,24 +193,43 @@ pub(super) fn patches_by(
     log: &dyn Log,
     uuid: Option<&str>,
 ) -> Result<Vec<Patch>> {
-    let residents = plan::residents(kernel, &Arena::read(kernel)?)?;
-    let stack = Stack::new(&residents);
-    let has = |sha256: &str| residents.iter().any(|r| r.record.sha256 == sha256);
+    let contents = Arena::read(kernel).and_then(|arena| plan::contents(kernel, &arena));
     let in_force = uuid.map_or_else(Vec::new, |uuid| by_log(log, uuid));
+    let Contents {
+        residents, newer, ..
+    } = match contents {
+        Ok(contents) => contents,
+        Err(error) => return Err(error),
+    };
+    let stack = Stack::new(&residents);
+    let has = |told: &InForce| {
+        let is_newer =
+            |n: &Newer| told.record == hex::encode(n.slot.record_sha256) || told.name == n.name;
+        residents.iter().any(|r| r.record.sha256 == told.sha256) || newer.iter().any(is_newer)
+    };
     let place = |sha256: &str| in_force.iter().rposition(|p| p.sha256 == sha256);
-    let mut patches = lost(&in_force, has);
+    let mut patches = lost(&in_force, GoneReason::GuestRebooted, has);
     for resident in stack.applied() {
         let record = &resident.record;
-        let functions = record.functions.iter().map(|f| Replaced {
-            function: f.clone(),
-            covered_by: stack.covering(resident, f).map(str::to_owned),
-        });
+        let mut functions = Vec::new();
+        for function in &record.functions {
+            // Without a module that is gone, its memory may be unmapped.
+            let above = match newer.is_empty() {
+                true => None,
+                false => stack.newer_above(kernel, function, &newer).ok().flatten(),
+            };
+            let covering = stack.covering(resident, function).map(str::to_owned);
+            functions.push(Replaced {
+                function: function.clone(),
+                covered_by: above.map(|n| n.name.clone()).or(covering),
+            });
+        }
         patches.push(Patch {
             name: record.name.clone(),
             // The module first: its memory may be unmapped, or have another use.
             state: if modules_present::gone(kernel, record)?.is_some() {
                 PatchState::Gone(GoneReason::ModuleGone)
-            } else if stack.displaced(kernel, resident)?.is_some() {
+            } else if stack.displaced(kernel, resident, &newer)?.is_some() {
                 PatchState::Drifted
             } else {
                 PatchState::Applied
@@ -211,11 +238,26 @@ pub(super) fn patches_by(
             applied_at: resident.slot.applied_at,
             place: place(&record.sha256),
             cves: record.cves.clone(),
-            functions: functions.collect(),
+            functions,
             old_versions: plan::old_versions(kernel, &stack, resident)?,
         });
     }
+    patches.extend(newer.into_iter().map(|newer| unknown(newer, place)));
     Ok(patches)
+}
+
+/// A payload of a newer xen-locus, whatever that did with it: it is in the way of every change.
+fn unknown(newer: Newer, place: impl Fn(&str) -> Option<usize>) -> Patch {
+    Patch {
+        place: place(&newer.sha256),
+        name: newer.name,
+        state: PatchState::Unknown,
+        sha256: newer.sha256,
+        applied_at: newer.slot.applied_at,
+        cves: Vec::new(),
+        functions: Vec::new(),
+        old_versions: None,
+    }
 }
 
 /// The patches in force in the guest `uuid` by the log. If the log can't be read, that is said, because it is no reason to
@@ -230,11 +272,15 @@ fn by_log(log: &dyn Log, uuid: &str) -> Vec<InForce> {
 }
 
 /// The patches that a guest lost: `in_force` by the log, and not in its memory.
-fn lost(in_force: &[InForce], is_there: impl Fn(&str) -> bool) -> Vec<Patch> {
-    let lost = (0..).zip(in_force).filter(|(_, p)| !is_there(&p.sha256));
+fn lost(
+    in_force: &[InForce],
+    reason: GoneReason,
+    is_there: impl Fn(&InForce) -> bool,
+) -> Vec<Patch> {
+    let lost = (0..).zip(in_force).filter(|(_, p)| !is_there(p));
     lost.map(|(place, lost)| Patch {
         name: lost.name.clone(),
-        state: PatchState::Gone(GoneReason::GuestRebooted),
+        state: PatchState::Gone(reason),
         sha256: lost.sha256.clone(),
         applied_at: lost.applied_at,
         place: Some(place),
@@ -258,7 +304,7 @@ mod tests {
                 applied_at,
                 record: String::new(),
             };
-            let mut patch = lost(&[in_force], |_| false).remove(0);
+            let mut patch = lost(&[in_force], GoneReason::GuestRebooted, |_| false).remove(0);
             patch.place = place;
             patch
         };
@@ -281,8 +327,9 @@ mod tests {
             (PatchState::Drifted, "drifted", "null"),
             (module, "gone", "\"module-gone\""),
             (lost, "gone", "\"guest-rebooted\""),
+            (PatchState::Unknown, "unknown", "null"),
         ] {
-            assert_eq!(state.to_string(), name);
+            assert_eq!(state.name(), name);
             assert_eq!(serde_json::to_string(&state.reason()).unwrap(), reason);
             assert_eq!(state.is_lost(), state == lost);
         }

@@ -8,7 +8,7 @@ use locus_kernel::Kernel;
 use super::stack::{bytes_at, Stack};
 use crate::arena::record::State;
 use crate::arena::Resident;
-use crate::error::{Error, Result};
+use crate::error::{Class, Error, Result, Torn};
 use crate::link::module::links;
 use crate::write::Write;
 
@@ -44,7 +44,7 @@ impl<'r> Interrupted<'r> {
 
     /// Whether it took place.
     fn took_place(&self, kernel: &Kernel<'_>) -> Result<bool> {
-        links::known(kernel, self.patch.record.module)?;
+        marks_of(kernel, self.patch)?;
         let (mut all_old, mut all_new) = (true, true);
         for write in &self.writes {
             let found = bytes_at(kernel, write.at)?;
@@ -54,24 +54,45 @@ impl<'r> Interrupted<'r> {
         match (all_old, all_new) {
             (true, false) => Ok(false),
             (false, true) => Ok(true),
-            _ => Err(Error::uncertain(format!(
-                "payload {} is neither wholly applied nor wholly undone: an earlier run was ended in between",
-                self.patch.record.name
-            ))),
+            _ => {
+                let name = &self.patch.record.name;
+                let why = format!(
+                    "payload {name} is neither wholly applied nor wholly undone: an earlier run was ended in between"
+                );
+                Err(torn(self.patch, why))
+            }
         }
     }
+}
+
+/// Whether the guest knows the payload as a module. A change writes that, so it may be torn with it.
+fn marks_of(kernel: &Kernel<'_>, resident: &Resident) -> Result<links::Known> {
+    links::known(kernel, resident.record.module).map_err(|error| match error.class() {
+        Class::Uncertain => torn(resident, error.to_string()),
+        _ => error,
+    })
+}
+
+fn torn(resident: &Resident, why: String) -> Error {
+    let record = &resident.record;
+    Error::from(Torn {
+        patch: record.name.clone(),
+        sha256: record.sha256.clone(),
+        why,
+    })
 }
 
 /// Decides whether the change that an earlier run left under way took place, and gives each of `residents` the state that
 /// follows. Each of them must be among the guest's modules wholly, or not at all.
 ///
 /// # Errors
-/// [`Class::Uncertain`](crate::error::Class::Uncertain): the change took place in part, or a payload was put among the guest's
-/// modules or taken out of them in part, whatever its state. Or memory can't be read.
+/// [`Cause::Torn`](crate::error::Cause::Torn): the change took place in part, or a payload was put among the guest's modules or
+/// taken out of them in part, whatever its state. [`Class::Uncertain`]: two payloads are being applied at once. Or memory
+/// can't be read.
 pub fn resolve(kernel: &Kernel<'_>, residents: &mut [Resident]) -> Result<()> {
     resolve_change(kernel, residents)?;
     for resident in residents {
-        let known = links::known(kernel, resident.record.module);
+        let known = marks_of(kernel, resident);
         known.map_err(|e| e.context(format!("payload {}", resident.record.name)))?;
     }
     Ok(())

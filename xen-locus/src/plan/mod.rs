@@ -17,8 +17,8 @@ use locus_kernel::Kernel;
 use locus_payload::Payload;
 
 use self::preconditions::Candidate;
-use crate::arena::record::{ModuleAt, Record};
-use crate::arena::{Arena, Resident};
+use crate::arena::record::{ModuleAt, Record, State};
+use crate::arena::{Arena, Contents, Newer, Resident};
 use crate::error::{Error, Result};
 use crate::link::image::Image;
 use crate::link::layout::ImageLayout;
@@ -95,10 +95,28 @@ pub enum Readiness {
 /// states are those that follow from the redirects themselves.
 ///
 /// # Errors
-/// [`Class::Uncertain`](crate::error::Class::Uncertain): such a change took place in part, or the arena is damaged.
+/// [`Cause::Torn`](crate::error::Cause::Torn): such a change took place in part.
+/// [`Class::Uncertain`](crate::error::Class::Uncertain): the arena is damaged.
+/// [`Cause::NewerFormat`](crate::error::Cause::NewerFormat): a payload has a record of a newer version.
 pub fn residents(kernel: &Kernel<'_>, arena: &Arena) -> Result<Vec<Resident>> {
     let mut all = arena.residents(kernel)?;
     interrupted::resolve(kernel, &mut all)?;
+    Ok(all)
+}
+
+/// The same as [`residents`], for who only shows them: with the payloads whose record has a newer version.
+///
+/// # Errors
+/// As [`residents`], but [`Cause::NewerFormat`](crate::error::Cause::NewerFormat) only while such a payload is being applied
+/// or reverted.
+pub fn contents(kernel: &Kernel<'_>, arena: &Arena) -> Result<Contents> {
+    let mut all = arena.contents(kernel)?;
+    // What became of the others in that change can't be told without it.
+    let is_changing = |n: &&Newer| matches!(n.slot.state, State::Applying | State::Reverting);
+    if let Some(newer) = all.newer.iter().find(is_changing) {
+        return Err(newer.refusal());
+    }
+    interrupted::resolve(kernel, &mut all.residents)?;
     Ok(all)
 }
 
@@ -123,7 +141,7 @@ pub fn resolve_interrupted(kernel: &Kernel<'_>, arena: &mut Arena) -> Result<Vec
 /// # Errors
 /// A record in the arena was changed.
 pub fn nudge_left(kernel: &Kernel<'_>, arena: &Arena) -> Result<Option<String>> {
-    let gates = arena.gates(kernel)?;
+    let gates = arena.contents(kernel)?.gates;
     let words = gates.first().map(|gate| {
         let through = gate.record.functions.first().map_or("", |f| &f.name);
         let patch = gate.record.nudge.as_deref().unwrap_or_default();

@@ -138,7 +138,7 @@ pub fn applied_already(
 
 /// The redirects of `patch`, or of those that lie on it, are as they were written. Else it can't be said that it is applied.
 fn has_not_drifted(kernel: &Kernel<'_>, stack: &Stack<'_>, patch: &Resident) -> Result<()> {
-    let Some((owner, function)) = stack.displaced(kernel, patch)? else {
+    let Some((owner, function)) = stack.displaced(kernel, patch, &[])? else {
         return Ok(());
     };
     let (name, site) = (&function.name, function.site);

@@ -14,13 +14,13 @@ use locus_payload::Payload;
 
 use super::conditions;
 use crate::arena::record::{Function, Record, State};
-use crate::arena::Resident;
+use crate::arena::{Newer, Resident};
 use crate::error::{Error, Result};
 use crate::link::module::links::{self, Known};
 use crate::quiesce::Watched;
 use crate::target::redirect::{self, InstalledRedirect};
 use crate::write::{About, Write};
-use crate::x86::JUMP;
+use crate::x86::{self, JUMP};
 
 /// What becomes of the patches that are applied already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -213,8 +213,22 @@ impl<'r> Stack<'r> {
         Ok(above)
     }
 
-    /// The first function of `patch` whose redirect, its own or that of the topmost patch, is not as it was written. Returns
-    /// the name of the patch that wrote it, and that patch's entry for the function.
+    /// The one of the payloads `newer`, of which only the pages are known, to which the redirect in `function` leads.
+    ///
+    /// # Errors
+    /// Memory can't be read.
+    pub fn newer_above<'n>(
+        &self,
+        kernel: &Kernel<'_>,
+        function: &Function,
+        newer: &'n [Newer],
+    ) -> Result<Option<&'n Newer>> {
+        let target = x86::jump_target(function.site, bytes_at(kernel, function.site)?);
+        Ok(target.and_then(|to| newer.iter().find(|n| n.contains(to))))
+    }
+
+    /// The first function of `patch` whose redirect, its own or that of the topmost patch, is not as it was written, and does
+    /// not lead to one of `newer`. Returns the name of the patch that wrote it, and that patch's entry for the function.
     ///
     /// # Errors
     /// Memory can't be read.
@@ -222,11 +236,14 @@ impl<'r> Stack<'r> {
         &self,
         kernel: &Kernel<'_>,
         patch: &Resident,
+        newer: &[Newer],
     ) -> Result<Option<(&'r str, &'r Function)>> {
         for function in &patch.record.functions {
             if let Some(layers) = self.layers(function.old) {
                 let (owner, top) = layers.top;
-                if bytes_at(kernel, top.site)? != top.new_bytes {
+                if bytes_at(kernel, top.site)? != top.new_bytes
+                    && self.newer_above(kernel, top, newer)?.is_none()
+                {
                     return Ok(Some((&owner.record.name, top)));
                 }
             }
@@ -239,7 +256,7 @@ impl<'r> Stack<'r> {
     /// # Errors
     /// [`Class::Failed`](crate::error::Class::Failed), or memory can't be read.
     pub fn check_holds(&self, kernel: &Kernel<'_>, patch: &Resident) -> Result<()> {
-        match self.displaced(kernel, patch)? {
+        match self.displaced(kernel, patch, &[])? {
             Some((owner, f)) => Err(redirect::displaced(&f.name, f.site, owner)),
             None => Ok(()),
         }

@@ -9,7 +9,7 @@ use super::*;
 use crate::apply;
 use crate::apply::mock::options;
 use crate::arena::record::MODULE;
-use crate::error::ExitCode;
+use crate::error::{Class, ExitCode};
 use crate::link::module::links;
 use crate::link::module::links::Known;
 use crate::machine::mock::{payload, Guest, A, B, C, FUNCTIONS};

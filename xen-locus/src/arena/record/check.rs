@@ -106,7 +106,7 @@ fn check_range(what: &str, (at, len): (Gva, u64)) -> Result<(), String> {
 mod tests {
     use sha2::{Digest, Sha256};
 
-    use super::super::{Slot, State};
+    use super::super::{Slot, State, Unread};
     use super::*;
 
     const OLD: Gva = Gva(0xffff_ffff_8100_0000);
@@ -152,7 +152,10 @@ mod tests {
             record_len: 0,
             record_sha256: Sha256::digest(&json).into(),
         };
-        Record::decode(&json, &slot)
+        Record::decode(&json, &slot).map_err(|unread| match unread {
+            Unread::Damaged(why) => why,
+            Unread::Newer(head) => format!("{head:?}"),
+        })
     }
 
     #[test]

@@ -30,6 +30,8 @@ struct Summary {
     agreed: usize,
     /// How full the arena is, or why that is not known.
     arena: Result<Usage, String>,
+    /// Names of the payloads in it that a newer xen-locus applied.
+    newer: Vec<String>,
 }
 
 /// Shows it.
@@ -57,10 +59,16 @@ impl Summary {
         };
         let kaslr = vmcoreinfo.as_ref().and_then(VmcoreInfo::kernel_offset);
         let build_id = kernel.build_id.as_deref().map(hex::encode);
+        let mut newer = Vec::new();
         let arena = match Arena::read(kernel) {
-            Ok(arena) => Ok(arena.usage(kernel.kind)),
+            Ok(arena) => {
+                // What else is wrong with records is for `status` and `verify`.
+                let contents = arena.contents(kernel).unwrap_or_default();
+                newer = contents.newer.into_iter().map(|n| n.name).collect();
+                Ok(arena.usage(kernel.kind))
+            }
             // `xl dump-core` leaves out the highest frames of some guests.
-            Err(error) if guest.core.is_some() => Err(error.to_string()),
+            Err(error) if guest.core.is_some() || error.is_newer_format() => Err(error.to_string()),
             Err(error) => return Err(error),
         };
         Ok(Summary {
@@ -77,6 +85,7 @@ impl Summary {
             vmcoreinfo,
             agreed,
             arena,
+            newer,
         })
     }
 
@@ -162,7 +171,12 @@ impl Summary {
                     0 => String::new(),
                     parked => format!(", {parked} of them by reverted payloads"),
                 };
-                format!("{pages} at {}, {} in use{parked}", arena::BASE, usage.used)
+                let newer = match self.newer.is_empty() {
+                    true => String::new(),
+                    false => format!("; unknown (newer xen-locus): {}", self.newer.join(", ")),
+                };
+                let base = arena::BASE;
+                format!("{pages} at {base}, {} in use{parked}{newer}", usage.used)
             }
         }
     }
