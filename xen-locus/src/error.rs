@@ -73,6 +73,9 @@ pub enum Cause {
     /// A change of a payload took place in part.
     #[error(transparent)]
     Torn(Torn),
+    /// The guest's page tables lead to the arena, and its memory is gone. Nothing was changed. The sentence says more.
+    #[error("{0}")]
+    ArenaLost(String),
     /// The payload file.
     #[error(transparent)]
     Payload(locus_payload::PayloadError),
@@ -196,6 +199,17 @@ impl Error {
         Error::new(Class::NotApplicable, Cause::NewerFormat(said))
     }
 
+    /// Of class [`Class::NotApplicable`]: the arena's entries at `base` are there, and the memory in `frame` is gone.
+    #[must_use]
+    pub fn arena_lost(base: impl fmt::Display, frame: impl fmt::Display) -> Error {
+        let said = format!(
+            "the memory of the arena at {base} is gone: its page-table entry leads to {frame}, which has no memory. The \
+             guest hibernated while it was patched, and came back without the code of its patches; nothing was changed. \
+             The guest's text still leads there: reboot it now"
+        );
+        Error::new(Class::NotApplicable, Cause::ArenaLost(said))
+    }
+
     /// Of class [`Class::RolledBack`].
     #[must_use]
     pub fn rolled_back(what: impl Into<String>) -> Error {
@@ -258,6 +272,12 @@ impl Error {
     #[must_use]
     pub fn is_newer_format(&self) -> bool {
         matches!(self.cause(), Cause::NewerFormat(_))
+    }
+
+    /// Whether the cause is that the arena's memory is gone.
+    #[must_use]
+    pub fn is_arena_lost(&self) -> bool {
+        matches!(self.cause(), Cause::ArenaLost(_))
     }
 
     /// The change that took place in part, if that is the cause.

@@ -29,6 +29,7 @@ mod drift;
 mod host_records;
 
 pub use drift::{Drift, DriftCause, DriftKind};
+use host_records::without_arena;
 pub use host_records::HostRecords;
 
 /// Most passes over a guest; there is another one only while the last one shows differences.
@@ -90,6 +91,7 @@ pub fn compare_once(kernel: &Kernel<'_>, known: Option<&HostRecords<'_>>) -> Res
         },
     ) = match contents {
         Ok(read) => read,
+        Err(error) if error.is_arena_lost() => return Ok(without_arena(&error, known)),
         Err(error) => return Err(error),
     };
     let stack = Stack::new(&residents);

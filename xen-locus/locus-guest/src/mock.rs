@@ -65,6 +65,11 @@ impl MockMemory {
         frames.iter().map(|&f| self.page(f)).collect()
     }
 
+    /// Takes the frame away, as if it never had memory.
+    pub fn take(&self, frame: Frame) {
+        self.frames.borrow_mut().remove(&frame.0);
+    }
+
     /// Writes `bytes` at offset `at` of a frame, in bytes.
     pub fn fill(&self, frame: Frame, at: usize, bytes: &[u8]) {
         let page = self.page(frame).unwrap();

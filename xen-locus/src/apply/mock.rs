@@ -98,6 +98,12 @@ impl Guest {
         arena.commit(self, &kernel, slots).unwrap();
     }
 
+    /// Takes the memory of the arena away, as a guest loses it that hibernates.
+    pub(crate) fn loses_arena(&self) {
+        let arena = Arena::read(&self.kernel()).unwrap();
+        arena.own_frames().for_each(|f| self.world.memory.take(f));
+    }
+
     pub(crate) fn pages(&self) -> usize {
         Arena::read(&self.kernel()).unwrap().room(GuestType::Pvh).1
     }

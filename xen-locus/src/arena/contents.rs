@@ -1,11 +1,11 @@
 //! The payloads that a guest's arena holds: those whose record this version reads, and those of a newer one.
 
-use locus_guest::addr::{Gva, Range, PAGE_SIZE};
+use locus_guest::addr::{Frame, Gva, Range, PAGE_SIZE};
 use locus_guest::Window;
 use locus_kernel::Kernel;
 
 use super::record::{self, Record, Slot, Unread};
-use super::{page_address, Arena};
+use super::{page_address, Arena, BASE};
 use crate::error::{Error, Result};
 
 /// An applied or parked payload, or a gate: its place in the directory and its record.
@@ -83,6 +83,17 @@ fn own_pages(slot: &Slot) -> Range {
     Range::new(page_address(slot.first.into()), room)
 }
 
+/// Maps pages of the arena that had memory: a directory that leads to others, and what a directory lists.
+///
+/// # Errors
+/// [`Cause::ArenaLost`](crate::error::Cause::ArenaLost): by Xen, one of them has no memory. Or it can't be mapped.
+pub(super) fn map(kernel: &Kernel<'_>, frames: &[Frame]) -> Result<Box<dyn Window>> {
+    kernel.space.map(frames).map_err(|error| match error {
+        locus_guest::Error::NoMemory { frame } => Error::arena_lost(BASE, frame),
+        other => other.into(),
+    })
+}
+
 impl Arena {
     /// All payloads in the arena, with their records. Who changes anything needs all of them.
     ///
@@ -155,6 +166,6 @@ impl Arena {
     }
 
     fn window(&self, kernel: &Kernel<'_>, range: Range) -> Result<Box<dyn Window>> {
-        Ok(kernel.space.map(&self.frames(range)?)?)
+        map(kernel, &self.frames(range)?)
     }
 }

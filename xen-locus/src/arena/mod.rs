@@ -75,6 +75,7 @@ impl Arena {
     ///
     /// # Errors
     /// There is no such page table, it is used by something else, or memory can't be read. As [`Directory::decode`].
+    /// [`Cause::ArenaLost`](crate::error::Cause::ArenaLost): the entries are there, and the memory is not.
     pub fn read(kernel: &Kernel<'_>) -> Result<Arena> {
         let space = kernel.space.fresh();
         let (table, first, _) = space.entry_slot(BASE, 1).map_err(|e| {
@@ -116,13 +117,11 @@ impl Arena {
 
     /// The bytes of page 0, in `frame`; none if an earlier run was ended before it had memory.
     fn directory_page(&self, kernel: &Kernel<'_>, frame: Frame) -> Result<Vec<u8>> {
-        let window = match kernel.space.map(&[frame]) {
+        let window = match contents::map(kernel, &[frame]) {
             Ok(window) => window,
             // It gets memory before another page has an entry.
-            Err(locus_guest::Error::NoMemory { .. }) if self.own_frames().count() == 1 => {
-                return Ok(Vec::new())
-            }
-            Err(e) => return Err(e.into()),
+            Err(e) if e.is_arena_lost() && self.own_frames().count() == 1 => return Ok(Vec::new()),
+            Err(e) => return Err(e),
         };
         let mut page = vec![0; PAGE_LEN];
         window.read(0, &mut page)?;

@@ -412,3 +412,28 @@ fn a_record_that_is_not_as_the_directory_says_is_uncertain() {
         refused(read.residents(&guest.kernel()), Class::Uncertain, words);
     }
 }
+
+#[test]
+fn entries_without_the_memory_that_they_lead_to_are_a_lost_arena() {
+    for lost in [0, 2] {
+        let guest = Guest::new(GuestType::Pvh);
+        let mut arena = guest.committed(&[]);
+        guest.add(&mut arena, 1, &ALL).unwrap();
+        let slots = vec![Slot {
+            record_offset: 4096,
+            record_len: 16,
+            ..slot(1, 3)
+        }];
+        arena.commit(&guest, &guest.kernel(), slots).unwrap();
+        let frame = arena.frame(lost).unwrap();
+        guest.world.memory.take(frame);
+        let read = guest.arena().and_then(|a| a.residents(&guest.kernel()));
+        let error = read.unwrap_err();
+        assert!(error.is_arena_lost(), "{error}");
+        assert_eq!(error.class(), Class::NotApplicable);
+        assert!(error.to_string().contains("reboot it now"), "{error}");
+        // The entries stay, so nothing new is put behind them.
+        assert_ne!(guest.entry(lost), 0);
+        assert!(!guest.world.memory.has(frame));
+    }
+}

@@ -102,7 +102,14 @@ impl Server<'_> {
         let domain = host.domain(info)?;
         // Before the look: a guest that is made again after this is looked at again.
         Mark::of(&host.store, domain.info.id).set()?;
-        let status = ops::look(&host.store, &host.audit, &domain)?;
+        let status = match ops::look(&host.store, &host.audit, &domain) {
+            // Only a reboot ends that, and then it is another domain.
+            Err(error) if error.is_arena_lost() => {
+                self.settings.say(0, format!("{}: {error}", domain.label()));
+                return Ok(());
+            }
+            looked => looked?,
+        };
         match self.settings.reapply {
             true => reapply::reapply(self, &domain, &status),
             false => Ok(()),

@@ -38,6 +38,8 @@ pub enum GoneReason {
     ModuleGone,
     /// The guest was rebooted.
     GuestRebooted,
+    /// The guest hibernated, and came back with its redirects but without the memory that they lead to.
+    MemoryLost,
 }
 
 impl PatchState {
@@ -73,6 +75,9 @@ impl fmt::Display for PatchState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             PatchState::Gone(GoneReason::GuestRebooted) => "gone (guest rebooted)",
+            PatchState::Gone(GoneReason::MemoryLost) => {
+                "gone (the guest's text still leads there: reboot it now)"
+            }
             PatchState::Unknown => "unknown (newer xen-locus)",
             state => state.name(),
         })
@@ -199,6 +204,11 @@ pub(super) fn patches_by(
         residents, newer, ..
     } = match contents {
         Ok(contents) => contents,
+        // Only the log can say which patches these were.
+        Err(error) if error.is_arena_lost() && !in_force.is_empty() => {
+            say::warn(format_args!("{error}"));
+            return Ok(lost(&in_force, GoneReason::MemoryLost, |_| false));
+        }
         Err(error) => return Err(error),
     };
     let stack = Stack::new(&residents);
@@ -322,11 +332,13 @@ mod tests {
     fn words_are_those_of_json_and_xenstore() {
         let module = PatchState::Gone(GoneReason::ModuleGone);
         let lost = PatchState::Gone(GoneReason::GuestRebooted);
+        let memory = PatchState::Gone(GoneReason::MemoryLost);
         for (state, name, reason) in [
             (PatchState::Applied, "applied", "null"),
             (PatchState::Drifted, "drifted", "null"),
             (module, "gone", "\"module-gone\""),
             (lost, "gone", "\"guest-rebooted\""),
+            (memory, "gone", "\"memory-lost\""),
             (PatchState::Unknown, "unknown", "null"),
         ] {
             assert_eq!(state.name(), name);

@@ -21,6 +21,7 @@ use crate::storage::mock::{MockLog, MockStore, Trace};
 use crate::storage::xenstore::ROOT;
 
 mod damaged;
+mod lost;
 
 const UUID: &str = "a guest";
 

@@ -1,5 +1,8 @@
 //! What this host knows of a guest's patches outside of the guest.
 
+use super::{Drift, DriftCause, DriftKind, VerifyReport};
+use crate::arena::page_address;
+use crate::error::Error;
 use crate::storage::audit::in_force::InForce;
 use crate::storage::audit::Line;
 
@@ -20,5 +23,29 @@ impl HostRecords<'_> {
         let mut lines = self.log.iter().rev();
         let last = lines.find(|line| line.action.uuid == self.uuid);
         last.map_or(&self.in_force, |line| &line.in_force)
+    }
+}
+
+/// What there is to say of a guest that came back without the memory of its arena: `error` says so.
+pub(super) fn without_arena(error: &Error, known: Option<&HostRecords<'_>>) -> VerifyReport {
+    let drift = |patch: String| Drift {
+        patch,
+        what: DriftKind::Page,
+        at: page_address(0),
+        function: None,
+        expected: "the pages of the arena".into(),
+        found: error.to_string(),
+        by: DriftCause::Unknown,
+    };
+    let names = known.map_or_else(Vec::new, |known| {
+        let names = known.in_force().iter().map(|p| p.name.clone());
+        names.collect()
+    });
+    VerifyReport {
+        drift: match names.is_empty() {
+            true => vec![drift("unknown".into())],
+            false => names.into_iter().map(drift).collect(),
+        },
+        ..VerifyReport::default()
     }
 }

@@ -68,7 +68,11 @@ impl Summary {
                 Ok(arena.usage(kernel.kind))
             }
             // `xl dump-core` leaves out the highest frames of some guests.
-            Err(error) if guest.core.is_some() || error.is_newer_format() => Err(error.to_string()),
+            Err(error)
+                if guest.core.is_some() || error.is_newer_format() || error.is_arena_lost() =>
+            {
+                Err(error.to_string())
+            }
             Err(error) => return Err(error),
         };
         Ok(Summary {

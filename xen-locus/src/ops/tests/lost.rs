@@ -1,0 +1,45 @@
+//! A guest that hibernated while it was patched.
+
+use super::*;
+use crate::error::ExitCode;
+use crate::storage::audit::Log as _;
+use crate::verify::{verify, HostRecords};
+
+#[test]
+fn a_guest_that_came_back_without_the_arenas_memory_is_told_as_such() {
+    let host = Host::new();
+    host.apply("one", false).unwrap();
+    host.guest.loses_arena();
+    let status = look(&host.store, &host.log, &host.guest).unwrap();
+    let [patch] = &status.patches[..] else {
+        panic!("{:?}", status.patches)
+    };
+    assert_eq!(patch.state, PatchState::Gone(GoneReason::MemoryLost));
+    // It is not applied again.
+    assert!(!patch.state.is_lost());
+    assert!(patch.state.to_string().contains("reboot it now"));
+    let state = format!("{ROOT}/domain/3/patch/one/state");
+    assert_eq!(host.store.value(&state).as_deref(), Some("gone"));
+    let kernel = host.guest.kernel();
+    let recovered = recover::of_guest(&host.guest, &kernel, None, &options(false));
+    for error in [
+        host.apply("two", false).unwrap_err(),
+        host.revert("one").unwrap_err(),
+        recovered.unwrap_err(),
+        // Without the log it can't be told which patches it had.
+        patches(&kernel, None).unwrap_err(),
+    ] {
+        assert!(error.is_arena_lost(), "{error}");
+        assert_eq!(error.exit_code(), ExitCode::NotApplicable);
+    }
+    let known = HostRecords {
+        log: &[],
+        uuid: UUID,
+        in_force: host.log.in_force(UUID).unwrap(),
+    };
+    for (known, patch) in [(Some(&known), "one"), (None, "unknown")] {
+        let drift = verify(&kernel, known).unwrap().drift;
+        assert_eq!((drift.len(), &*drift[0].patch), (1, patch));
+        assert!(drift[0].found.contains("reboot it now"), "{drift:?}");
+    }
+}
