@@ -221,6 +221,9 @@ fn seal(pages: &mut [Vec<u8>], number: impl Fn(usize) -> Option<usize>) {
     pages[first][at..at + copy.len()].copy_from_slice(&copy);
 }
 
+/// Bytes in front of a payload's record.
+const FRONT: usize = MODULE as usize;
+
 /// Pages of an arena with `count` payloads of `pages` pages each. All are applied, let threads go on in what they replace, and
 /// replace the same functions, of as many parts as are believed.
 fn full(count: usize, pages: usize) -> Vec<Vec<u8>> {
@@ -246,7 +249,7 @@ fn full(count: usize, pages: usize) -> Vec<Vec<u8>> {
                 ..function.clone()
             });
             let longer = serde_json::to_vec(&record).unwrap();
-            if longer.len() > pages * PAGE_LEN {
+            if FRONT + longer.len() > pages * PAGE_LEN {
                 break;
             }
             json = longer;
@@ -254,11 +257,14 @@ fn full(count: usize, pages: usize) -> Vec<Vec<u8>> {
         slots.push(Slot {
             first: first as u16,
             pages: pages as u16,
-            record_offset: 0,
+            record_offset: FRONT as u32,
             ..sample_slot(&json, State::Applied)
         });
-        json.resize(pages * PAGE_LEN, 0);
-        arena.extend(json.chunks(PAGE_LEN).map(<[u8]>::to_vec));
+        // The words before its `struct module` say that the guest does not know it.
+        let mut bytes = vec![0; FRONT];
+        bytes.append(&mut json);
+        bytes.resize(pages * PAGE_LEN, 0);
+        arena.extend(bytes.chunks(PAGE_LEN).map(<[u8]>::to_vec));
     }
     arena[0] = page_of(&Directory {
         generation: 2,
