@@ -116,7 +116,7 @@ pub struct Directory {
     /// that it supersedes reverting.
     pub slots: Vec<Slot>,
     /// Guest frames of the arena's pages when it was written: a bit for each frame of the first window, from its start
-    /// on ([`memory`](super::memory)). All zero from an earlier build, and in a PV guest.
+    /// on (`arena/memory.rs`). All zero from an earlier build, and in a PV guest.
     pub frames: [u64; FRAME_WORDS],
 }
 

@@ -101,7 +101,7 @@ pub fn resolve(kernel: &Kernel<'_>, residents: &mut [Resident]) -> Result<()> {
 /// The same, of the change alone. Without such a change nothing is read and all states stay.
 ///
 /// # Errors
-/// [`Class::Uncertain`](crate::error::Class::Uncertain): it took place in part. Or memory can't be read.
+/// [`Class::Uncertain`]: it took place in part. Or memory can't be read.
 pub fn resolve_change(kernel: &Kernel<'_>, residents: &mut [Resident]) -> Result<()> {
     let Some(interrupted) = Interrupted::find(residents)? else {
         return Ok(());
