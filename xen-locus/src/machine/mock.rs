@@ -56,6 +56,8 @@ pub(crate) struct Guest {
     pub(crate) world: World,
     /// So many writes are left until the tool is ended.
     pub(crate) left: Rc<Cell<u32>>,
+    /// So many writes are passed on to a migration; the next one can't be, once.
+    pub(crate) passed_on: Cell<u32>,
     /// What the journal says.
     pub(crate) intent: RefCell<Option<Intent>>,
     /// There is a journal that can't be believed.
@@ -128,6 +130,7 @@ impl Guest {
         Guest {
             world,
             left: Rc::new(Cell::new(u32::MAX)),
+            passed_on: Cell::new(u32::MAX),
             intent: RefCell::default(),
             has_damaged_journal: Cell::new(false),
             keeps_journal: Cell::new(false),
@@ -295,6 +298,19 @@ impl MemoryMut for Guest {
             left: Rc::clone(&self.left),
             writable: Rc::clone(&self.writable),
         }))
+    }
+
+    fn written(&self, _: &[Frame]) -> std::result::Result<(), guest::Error> {
+        match self.passed_on.get().checked_sub(1) {
+            Some(rest) => {
+                self.passed_on.set(rest);
+                Ok(())
+            }
+            None => {
+                self.passed_on.set(u32::MAX);
+                Err(guest::Error::Odd("it can't be passed on".into()))
+            }
+        }
     }
 }
 

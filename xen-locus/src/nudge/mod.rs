@@ -232,8 +232,12 @@ impl Gate {
         kernel: &Kernel<'_>,
         options: &Options,
     ) -> Result<(u32, Done)> {
-        self.put_in(machine, kernel)?;
-        let passed = self.up_and_down(machine, kernel, options);
+        self.write_pages(machine, kernel)?;
+        let mut slots = self.arena.directory.slots.clone();
+        slots.push(self.slot.clone());
+        // One that failed may be in the guest all the same, so it is taken out as if it had not.
+        let listed = self.arena.commit(machine, kernel, slots);
+        let passed = listed.and_then(|()| self.up_and_down(machine, kernel, options));
         if !passed.as_ref().is_err_and(is_uncertain) {
             let mut slots = self.arena.directory.slots.clone();
             slots.retain(|slot| slot.first != self.slot.first);
@@ -248,8 +252,8 @@ impl Gate {
         passed
     }
 
-    /// Writes the gate to the arena, and its entry to the directory.
-    fn put_in(&mut self, machine: &dyn Machine, kernel: &Kernel<'_>) -> Result<()> {
+    /// Writes the gate to the arena. Nothing leads to it, and nothing names it.
+    fn write_pages(&mut self, machine: &dyn Machine, kernel: &Kernel<'_>) -> Result<()> {
         let first = self.slot.first.into();
         let arena = &mut self.arena;
         arena.add(machine, kernel, first, &[Rights::Text, Rights::Data])?;
@@ -257,10 +261,7 @@ impl Gate {
         // What an earlier payload left behind the data must not be taken for the gate's.
         let mut data = self.data.clone();
         data.resize(PAGE_LEN, 0);
-        arena.write(machine, arena::page_address(first + 1), &data)?;
-        let mut slots = arena.directory.slots.clone();
-        slots.push(self.slot.clone());
-        arena.commit(machine, kernel, slots)
+        arena.write(machine, arena::page_address(first + 1), &data)
     }
 
     fn up_and_down(

@@ -165,6 +165,27 @@ fn a_gate_is_in_the_directory_before_anything_leads_to_it_and_is_no_payload() {
     assert!(listed(&guest).0.is_empty());
 }
 
+#[test]
+fn an_entry_that_may_not_have_been_written_is_taken_out_again() {
+    let mut failed = 0;
+    for writes in 0.. {
+        let guest = guest();
+        guest.applied(&payload("one", &[A]));
+        guest.passed_on.set(writes);
+        let done = guest.nudge();
+        guest.passed_on.set(u32::MAX);
+        let Err(error) = done else { break };
+        failed += 1;
+        if error.class() != Class::Uncertain {
+            // The journal goes.
+            *guest.intent.borrow_mut() = None;
+            assert!(listed(&guest).0.is_empty(), "write {writes}: {error}");
+            guest.applied(&payload("two", &[B]));
+        }
+    }
+    assert!(failed > 3, "{failed}");
+}
+
 /// A guest that was suspended between the two turns of a nudge, and restored where no journal is.
 fn suspended() -> (Guest, Resident) {
     let guest = guest();
