@@ -204,8 +204,8 @@ impl Error {
     pub fn arena_lost(base: impl fmt::Display, frame: impl fmt::Display) -> Error {
         let said = format!(
             "the memory of the arena at {base} is gone: its page-table entry leads to {frame}, which has no memory. The \
-             guest hibernated while it was patched, and came back without the code of its patches; nothing was changed. \
-             The guest's text still leads there: reboot it now"
+             guest hibernated while payloads were in it, and came back without them; nothing was changed. Its text, its \
+             list of modules or its timers may still lead there: reboot it now"
         );
         Error::new(Class::NotApplicable, Cause::ArenaLost(said))
     }

@@ -13,6 +13,7 @@ use std::collections::HashSet;
 
 use locus_guest::addr::{Frame, Gva, Range, PAGE_LEN, PAGE_SIZE};
 use locus_guest::{fetch, GuestType, PagesMut};
+use locus_kernel::modules::ModuleReader;
 use locus_kernel::Kernel;
 
 use self::memory::{LowPages, PV_PAGES};
@@ -119,13 +120,26 @@ impl Arena {
     fn directory_page(&self, kernel: &Kernel<'_>, frame: Frame) -> Result<Vec<u8>> {
         let window = match contents::map(kernel, &[frame]) {
             Ok(window) => window,
-            // It gets memory before another page has an entry.
-            Err(e) if e.is_arena_lost() && self.own_frames().count() == 1 => return Ok(Vec::new()),
+            Err(e) if e.is_arena_lost() && self.is_unused(kernel) => return Ok(Vec::new()),
             Err(e) => return Err(e),
         };
         let mut page = vec![0; PAGE_LEN];
         window.read(0, &mut page)?;
         Ok(page)
+    }
+
+    /// Whether nothing was lost with the memory of page 0. It gets memory before another page has an entry. And of an arena
+    /// whose payloads were all reclaimed, none of which is a module of the guest's, all memory may go.
+    fn is_unused(&self, kernel: &Kernel<'_>) -> bool {
+        let is_vacant = |frame| {
+            let mapped = kernel.space.map(&[frame]);
+            matches!(mapped, Err(locus_guest::Error::NoMemory { .. }))
+        };
+        let all = || ModuleReader::new(kernel).and_then(|mut reader| reader.all());
+        let has_modules =
+            || all().map_or(true, |all| all.iter().any(|m| addresses().contains(m.addr)));
+        let alone = self.own_frames().count() == 1;
+        alone || (self.own_frames().all(is_vacant) && !has_modules())
     }
 
     /// Refuses a table that is not the kernel's own: entries are written into it, and a hostile guest's page tables

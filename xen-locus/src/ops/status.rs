@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::guest::Guest;
 use crate::arena::record::Function;
 use crate::arena::{Arena, Contents, Newer};
-use crate::error::{Class, Result};
+use crate::error::{Class, Error, Result};
 use crate::plan::{self, Stack};
 use crate::quiesce::Watch;
 use crate::say;
@@ -147,11 +147,25 @@ pub struct Status {
 pub(super) fn read<G: Guest>(guest: &G, kernel: &Kernel<'_>, log: &dyn Log) -> Result<Status> {
     let known = is_known_to_log(guest.check_uuid(), &guest.label())?;
     warn_of_nudge(&guest.label(), kernel);
+    let patches = patches_by(kernel, log, known.then(|| guest.uuid()));
+    let is_lost = match &patches {
+        Ok(all) => all
+            .iter()
+            .any(|p| p.state == PatchState::Gone(GoneReason::MemoryLost)),
+        Err(error) => error.is_arena_lost(),
+    };
+    // A domain that ends loses all of its memory.
+    if is_lost && guest.is_gone() {
+        let label = guest.label();
+        return Err(Error::failed(format!(
+            "domain {label} is gone: it ended while it was looked at"
+        )));
+    }
     Ok(Status {
         domid: guest.domid(),
         uuid: guest.uuid().to_owned(),
         kernel: kernel.release.clone(),
-        patches: patches_by(kernel, log, known.then(|| guest.uuid()))?,
+        patches: patches?,
     })
 }
 

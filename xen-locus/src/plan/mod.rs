@@ -13,6 +13,9 @@
 //!
 //! [`stack`] knows which patches lie on which, [`interrupted`] what became of a change that a run left under way.
 
+use std::thread;
+use std::time::Duration;
+
 use locus_kernel::Kernel;
 use locus_payload::Payload;
 
@@ -110,6 +113,20 @@ pub fn residents(kernel: &Kernel<'_>, arena: &Arena) -> Result<Vec<Resident>> {
 /// As [`residents`], but [`Cause::NewerFormat`](crate::error::Cause::NewerFormat) only while such a payload is being applied
 /// or reverted.
 pub fn contents(kernel: &Kernel<'_>, arena: &Arena) -> Result<Contents> {
+    match contents_once(kernel, arena) {
+        // Who only shows them holds no lock: another run may be in its pause.
+        Err(error) if error.torn().is_some() => {
+            thread::sleep(PAUSE);
+            contents_once(kernel, arena)
+        }
+        done => done,
+    }
+}
+
+/// Longer than a change is torn while its run is alive.
+const PAUSE: Duration = Duration::from_millis(20);
+
+fn contents_once(kernel: &Kernel<'_>, arena: &Arena) -> Result<Contents> {
     let mut all = arena.contents(kernel)?;
     // What became of the others in that change can't be told without it.
     let is_changing = |n: &&Newer| matches!(n.slot.state, State::Applying | State::Reverting);

@@ -202,11 +202,13 @@ fn only_a_whole_directory_tells_what_an_earlier_kernel_left() {
 }
 
 #[test]
-fn a_directory_without_memory_is_lost_where_other_pages_are() {
+fn a_directory_without_memory_is_lost_where_other_pages_have_some() {
     let guest = Guest::new(GuestType::Pvh);
     guest.set_entry(0, 0xfe700 << 12 | PTE_PRESENT);
     assert_eq!(guest.arena().unwrap().directory, Directory::default());
     guest.set_entry(1, 0xfe701 << 12 | PTE_PRESENT);
+    assert_eq!(guest.arena().unwrap().directory, Directory::default());
+    guest.world.memory.add(Frame(0xfe701));
     refused(guest.arena(), Class::NotApplicable, "reboot it now");
 }
 

@@ -43,3 +43,41 @@ fn a_guest_that_came_back_without_the_arenas_memory_is_told_as_such() {
         assert!(drift[0].found.contains("reboot it now"), "{drift:?}");
     }
 }
+
+#[test]
+fn a_guest_that_ends_while_it_is_looked_at_did_not_hibernate() {
+    let host = Host::new();
+    host.apply("one", false).unwrap();
+    host.guest.loses_arena();
+    host.trace.fail("gone");
+    let error = look(&host.store, &host.log, &host.guest).unwrap_err();
+    assert!(error.to_string().contains("is gone: it ended"), "{error}");
+}
+
+#[test]
+fn what_was_reclaimed_before_is_not_missed() {
+    let host = Host::new();
+    host.apply("one", false).unwrap();
+    host.revert("one").unwrap();
+    host.guest.loses_arena();
+    // Its module is still in the guest's lists.
+    let error = host.apply("two", false).unwrap_err();
+    assert!(error.is_arena_lost(), "{error}");
+    let host = Host::new();
+    host.apply("one", false).unwrap();
+    host.revert("one").unwrap();
+    let guest = &host.guest;
+    let (kernel, names) = (guest.kernel(), ["one".to_owned()]);
+    crate::reclaim::reclaim(guest, &kernel, &names, &options(false), |_, gone| {
+        gone.unwrap();
+        true
+    })
+    .unwrap();
+    guest.loses_arena();
+    assert_eq!(
+        look(&host.store, &host.log, guest).unwrap().patches.len(),
+        0
+    );
+    host.apply("two", false).unwrap();
+    assert_eq!(guest.status().unwrap(), ["two"]);
+}
