@@ -256,6 +256,12 @@ impl Error {
         }
     }
 
+    /// Whether it is not known how the guest was left.
+    #[must_use]
+    pub fn is_uncertain(&self) -> bool {
+        self.class == Class::Uncertain
+    }
+
     /// Whether the cause may pass by itself.
     #[must_use]
     pub fn is_passing(&self) -> bool {

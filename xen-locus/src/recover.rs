@@ -173,8 +173,7 @@ pub fn recover(domain: &Domain<'_>, options: &Options) -> Result<Report> {
     let kernel = machine::kernel_of(domain)?;
     let mut report = of_noted(domain, &kernel, &noted, &journal.aside(), options)?;
     said.push(std::mem::take(&mut report.detail));
-    said.retain(|s| !s.is_empty());
-    report.detail = said.join("; ");
+    report.detail = joined(&said);
     Ok(report)
 }
 
@@ -267,6 +266,16 @@ fn as_guardian(control: &Control, task: &Task, page: &SharedPage) -> Result<Outc
     ))
 }
 
+/// Those of the details that are not empty, as one.
+fn joined(details: &[String]) -> String {
+    let said: Vec<&str> = details
+        .iter()
+        .map(|s| &**s)
+        .filter(|s| !s.is_empty())
+        .collect();
+    said.join("; ")
+}
+
 /// As [`of_guest`], for what a journal says. Without a journal that can be believed the guest's memory must account for all that a
 /// run can have left. If it does, the journal is of no more use; it is kept at `aside` all the same.
 pub(crate) fn of_noted(
@@ -286,8 +295,7 @@ pub(crate) fn of_noted(
                 "{why}; by the guest's own memory nothing else is left of that run; the journal is kept as {}",
                 aside.display()
             );
-            let said = [kept, report.detail].into_iter().filter(|s| !s.is_empty());
-            let detail = said.collect::<Vec<_>>().join("; ");
+            let detail = joined(&[kept, report.detail]);
             return Ok(Report { detail, ..report });
         }
     };
@@ -326,8 +334,7 @@ pub(crate) fn of_guest(
         });
     }
     let also = format!("a nudge of {patch} is undone too");
-    let said = [report.detail, also].into_iter().filter(|s| !s.is_empty());
-    let detail = said.collect::<Vec<_>>().join("; ");
+    let detail = joined(&[report.detail, also]);
     Ok(Report { detail, ..report })
 }
 
@@ -426,22 +433,17 @@ pub fn forget(control: &Control, uuid: &str) -> Result<Report> {
         of_dead(control, &path, None)?;
     }
     let journal = Journal::new(uuid);
-    let gone = "the guest is not there any more";
-    let (intent, why) = match journal.read()? {
-        Noted::Nothing => (None, format!("{gone}; what was noted of it is removed")),
-        Noted::Intent(intent) => (
-            Some(intent),
-            format!("{gone}; what was noted of it is removed"),
-        ),
+    let removed = || "what was noted of it is removed".to_owned();
+    let (intent, noted) = match journal.read()? {
+        Noted::Nothing => (None, removed()),
+        Noted::Intent(intent) => (Some(intent), removed()),
         Noted::Damaged(why) => {
             let kept = journal.aside();
-            (
-                None,
-                format!("{gone}; {why}; it is kept as {}", kept.display()),
-            )
+            (None, format!("{why}; it is kept as {}", kept.display()))
         }
     };
     journal.settle()?;
+    let why = format!("the guest is not there any more; {noted}");
     Ok(Report::new(Finding::Gone, intent.as_deref(), why))
 }
 

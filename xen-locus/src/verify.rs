@@ -205,9 +205,9 @@ impl Comparison<'_, '_> {
             }
         }
         for lost in in_force {
-            let is_newer =
-                |n: &Newer| lost.record == hex::encode(n.slot.record_sha256) || lost.name == n.name;
-            if all.iter().any(|r| r.record.sha256 == lost.sha256) || self.newer.iter().any(is_newer)
+            let mut newer = self.newer.iter();
+            if all.iter().any(|r| r.record.sha256 == lost.sha256)
+                || newer.any(|n| n.is(&lost.record, &lost.name))
             {
                 continue;
             }

@@ -95,15 +95,19 @@ pub fn jump(at: Gva, target: Gva) -> Option<[u8; JUMP]> {
     branch(JMP, at, target)
 }
 
+/// Where `bytes` at `at` lead, an opcode with a 32-bit offset: the way back from [`branch`].
+#[must_use]
+pub fn branch_target(at: Gva, bytes: [u8; JUMP]) -> Gva {
+    let [_, a, b, c, d] = bytes;
+    let distance = i64::from(i32::from_le_bytes([a, b, c, d]));
+    let next = at.0.wrapping_add(JUMP as u64);
+    Gva(next.wrapping_add_signed(distance))
+}
+
 /// Where the jump `bytes` at `at` leads; `None` if they are none.
 #[must_use]
 pub fn jump_target(at: Gva, bytes: [u8; JUMP]) -> Option<Gva> {
-    let [JMP, a, b, c, d] = bytes else {
-        return None;
-    };
-    let distance = i64::from(i32::from_le_bytes([a, b, c, d]));
-    let next = at.0.wrapping_add(JUMP as u64);
-    Some(Gva(next.wrapping_add_signed(distance)))
+    bytes.starts_with(&[JMP]).then(|| branch_target(at, bytes))
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{apply, revert, revert_all, Options, Outcome, Report};
 use crate::arena::{page_address, record, Arena, Resident};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::machine::mock::{code, Guest, FUNCTIONS};
 use crate::plan::{self, Mode, Stack};
 use crate::x86;
@@ -96,6 +96,14 @@ impl Guest {
         self.poke(at.0, json.as_bytes());
         slot.record_sha256 = Sha256::digest(&json).into();
         arena.commit(self, &kernel, slots).unwrap();
+    }
+
+    /// The errors of a payload that is applied or replaces all, and of `patch` that is reverted: all must be refused.
+    pub(crate) fn refused(&self, payload: &Payload, patch: &str) -> Vec<Error> {
+        let modes = [Mode::Apply, Mode::Replace].into_iter();
+        let results = modes.map(|mode| self.apply(payload, mode));
+        let results = results.chain([self.revert(patch)]);
+        results.map(|result| result.unwrap_err()).collect()
     }
 
     /// Takes the memory of the arena away, as a guest loses it that hibernates.

@@ -57,6 +57,12 @@ impl Newer {
         ))
     }
 
+    /// Whether it is the one of which somebody knows the digest of the record, in hex, and the name.
+    #[must_use]
+    pub fn is(&self, record_sha256: &str, name: &str) -> bool {
+        hex::encode(self.slot.record_sha256) == record_sha256 || self.name == name
+    }
+
     /// Whether `at` is in its pages.
     #[must_use]
     pub fn contains(&self, at: Gva) -> bool {

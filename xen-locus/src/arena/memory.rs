@@ -258,15 +258,18 @@ pub(super) fn without_memory(
     let mut found = Vec::new();
     for some in frames.chunks(GFNS_AT_ONCE) {
         let gfns: Vec<Gfn> = some.iter().map(|f| Gfn(f.0)).collect();
-        let vacant = guest.vacant(&gfns)?;
-        found.extend(
-            gfns.into_iter()
-                .zip(vacant)
-                .filter(|(_, v)| *v)
-                .map(|(f, _)| f),
-        );
+        found.extend(vacant_among(guest, &gfns)?);
     }
     Ok(found)
+}
+
+/// Those of `some` guest frames, at most [`GFNS_AT_ONCE`], that have no memory.
+fn vacant_among<'f>(
+    guest: &dyn PagesMut,
+    some: &'f [Gfn],
+) -> Result<impl Iterator<Item = Gfn> + 'f> {
+    let both = some.iter().zip(guest.vacant(some)?);
+    Ok(both.filter(|(_, vacant)| *vacant).map(|(&frame, _)| frame))
 }
 
 /// `count` guest frames without memory behind them, none of them in `taken`.
@@ -285,8 +288,7 @@ fn vacant_frames(
         let candidates = window.map(Gfn).filter(|&f| !taken.contains(&f.into()));
         let candidates: Vec<Gfn> = candidates.collect();
         for some in candidates.chunks(GFNS_AT_ONCE) {
-            let vacant = guest.vacant(some)?;
-            found.extend(some.iter().zip(vacant).filter(|(_, v)| *v).map(|(&f, _)| f));
+            found.extend(vacant_among(guest, some)?);
             if found.len() >= count {
                 break;
             }

@@ -252,7 +252,7 @@ impl<H: Hands> Serving<'_, H> {
     fn is_not_found(&self, request: &Request, error: &Error) -> Result<Said> {
         match earlier(self.log, &self.nodes, request, request.uuid.as_deref()) {
             Ok(Some((code, message))) => self.answer(code, &message),
-            Err(error) if error.class() == Class::Uncertain => self.fails(&error),
+            Err(error) if error.is_uncertain() => self.fails(&error),
             Ok(None) => self.waits(error, None),
             Err(error) => self.waits(&error, None),
         }
@@ -280,7 +280,7 @@ impl<H: Hands> Serving<'_, H> {
         match settled {
             Ok(None) => Ok(None),
             Ok(Some((code, message))) => self.answer(code, &message).map(Some),
-            Err(error) if error.class() == Class::Uncertain => self.fails(&error).map(Some),
+            Err(error) if error.is_uncertain() => self.fails(&error).map(Some),
             // It may be carried out, or not.
             Err(error) => self.waits(&error, None).map(Some),
         }

@@ -21,7 +21,7 @@ use crate::apply::{self, Done, Options, Outcome, Patience, Report};
 use crate::arena::record::Slot;
 use crate::arena::{self, Arena, Rights};
 use crate::blocker::{Blocker, Reason};
-use crate::error::{Class, Error, Result};
+use crate::error::{Error, Result};
 use crate::machine::Machine;
 use crate::plan::conditions::Entry;
 use crate::plan::{self, Plan, Proposal, Stack};
@@ -49,8 +49,8 @@ pub struct Nudged {
 /// Wakes the user threads that sleep in one of the ranges of `watch`, so that `patch` can be applied or reverted.
 ///
 /// # Errors
-/// As [`apply::apply`]. [`Class::TryAgain`]: the guest handled no timer interrupt in time. [`Class::NotApplicable`]: its kernel
-/// lacks what the gate calls.
+/// As [`apply::apply`]. [`Class::TryAgain`](crate::error::Class::TryAgain): the guest handled no timer interrupt in time.
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): its kernel lacks what the gate calls.
 pub fn nudge(
     machine: &dyn Machine,
     kernel: &Kernel<'_>,
@@ -76,7 +76,7 @@ pub fn nudge(
     }
     apply::begin(machine, &gate.place.change(kernel)?)?;
     let passed = gate.pass(machine, kernel, options);
-    if !passed.as_ref().is_err_and(is_uncertain) {
+    if !passed.as_ref().is_err_and(Error::is_uncertain) {
         machine.ended();
     }
     let (woken, done) = passed?;
@@ -238,7 +238,7 @@ impl Gate {
         // One that failed may be in the guest all the same, so it is taken out as if it had not.
         let listed = self.arena.commit(machine, kernel, slots);
         let passed = listed.and_then(|()| self.up_and_down(machine, kernel, options));
-        if !passed.as_ref().is_err_and(is_uncertain) {
+        if !passed.as_ref().is_err_and(Error::is_uncertain) {
             let mut slots = self.arena.directory.slots.clone();
             slots.retain(|slot| slot.first != self.slot.first);
             let removed = self.arena.commit(machine, kernel, slots);
@@ -308,10 +308,6 @@ impl Gate {
         })?;
         Ok((woken, done))
     }
-}
-
-fn is_uncertain(error: &Error) -> bool {
-    error.class() == Class::Uncertain
 }
 
 #[cfg(test)]

@@ -10,8 +10,8 @@ use super::*;
 use crate::apply::mock::options;
 use crate::arena::record::State;
 use crate::arena::Resident;
+use crate::error::Class;
 use crate::machine::mock::{payload, Guest, A, B, C, FUNCTIONS};
-use crate::plan::Mode;
 use crate::x86::JUMP;
 
 fn refused(guest: &Guest, words: &str) {
@@ -209,16 +209,8 @@ fn where_a_gate_stands_nothing_is_changed_and_the_gate_is_named() {
     let at = arena::page_address(gate.slot.first.into()).0;
     let page: [u8; PAGE_LEN] = guest.peek(at);
     let kernel = guest.kernel();
-    let mut errors = vec![
-        guest
-            .apply(&payload("three", &[C]), Mode::Apply)
-            .unwrap_err(),
-        guest
-            .apply(&payload("three", &[C]), Mode::Replace)
-            .unwrap_err(),
-        guest.revert("one").unwrap_err(),
-        guest.nudge().unwrap_err(),
-    ];
+    let mut errors = guest.refused(&payload("three", &[C]), "one");
+    errors.push(guest.nudge().unwrap_err());
     errors.extend(
         guest
             .revert_all(false)

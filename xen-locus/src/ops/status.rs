@@ -227,9 +227,8 @@ pub(super) fn patches_by(
     };
     let stack = Stack::new(&residents);
     let has = |told: &InForce| {
-        let is_newer =
-            |n: &Newer| told.record == hex::encode(n.slot.record_sha256) || told.name == n.name;
-        residents.iter().any(|r| r.record.sha256 == told.sha256) || newer.iter().any(is_newer)
+        residents.iter().any(|r| r.record.sha256 == told.sha256)
+            || newer.iter().any(|n| n.is(&told.record, &told.name))
     };
     let place = |sha256: &str| in_force.iter().rposition(|p| p.sha256 == sha256);
     let mut patches = lost(&in_force, GoneReason::GuestRebooted, has);
@@ -238,10 +237,7 @@ pub(super) fn patches_by(
         let mut functions = Vec::new();
         for function in &record.functions {
             // Without a module that is gone, its memory may be unmapped.
-            let above = match newer.is_empty() {
-                true => None,
-                false => stack.newer_above(kernel, function, &newer).ok().flatten(),
-            };
+            let above = stack.newer_above(kernel, function, &newer).ok().flatten();
             let covering = stack.covering(resident, function).map(str::to_owned);
             functions.push(Replaced {
                 function: function.clone(),

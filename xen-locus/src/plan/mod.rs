@@ -116,7 +116,7 @@ pub fn contents(kernel: &Kernel<'_>, arena: &Arena) -> Result<Contents> {
     match contents_once(kernel, arena) {
         // Who only shows them holds no lock: another run may be in its pause.
         Err(error) if error.torn().is_some() => {
-            thread::sleep(PAUSE);
+            thread::sleep(LONGER);
             contents_once(kernel, arena)
         }
         done => done,
@@ -124,7 +124,7 @@ pub fn contents(kernel: &Kernel<'_>, arena: &Arena) -> Result<Contents> {
 }
 
 /// Longer than a change is torn while its run is alive.
-const PAUSE: Duration = Duration::from_millis(20);
+const LONGER: Duration = Duration::from_millis(20);
 
 fn contents_once(kernel: &Kernel<'_>, arena: &Arena) -> Result<Contents> {
     let mut all = arena.contents(kernel)?;

@@ -223,6 +223,9 @@ impl<'r> Stack<'r> {
         function: &Function,
         newer: &'n [Newer],
     ) -> Result<Option<&'n Newer>> {
+        if newer.is_empty() {
+            return Ok(None);
+        }
         let target = x86::jump_target(function.site, bytes_at(kernel, function.site)?);
         Ok(target.and_then(|to| newer.iter().find(|n| n.contains(to))))
     }

@@ -7,7 +7,7 @@ use locus_kernel::Kernel;
 use crate::apply::Done;
 use crate::arena::record::State;
 use crate::arena::Resident;
-use crate::error::{Class, Error, Result};
+use crate::error::{Error, Result};
 use crate::plan::stack;
 
 /// What became of a payload so far.
@@ -124,7 +124,7 @@ impl<'r> Candidates<'r> {
     /// This one is gone, or could not be given back.
     ///
     /// # Errors
-    /// [`Class::TryAgain`], if it is uncertain how it ended: nothing else begins before that is settled.
+    /// [`Class::TryAgain`](crate::error::Class::TryAgain), if it is uncertain how it ended: nothing else begins before that is settled.
     pub(super) fn is_gone(&mut self, n: usize, done: Result<()>) -> Result<()> {
         let gone = done.map(|()| self.set(n, Fate::Gone));
         self.unless_failed(n, gone)
@@ -134,7 +134,7 @@ impl<'r> Candidates<'r> {
         let Err(error) = done else {
             return Ok(());
         };
-        let is_uncertain = error.class() == Class::Uncertain;
+        let is_uncertain = error.is_uncertain();
         self.stays(n, error);
         match is_uncertain {
             true => Err(Error::try_again(

@@ -328,8 +328,7 @@ impl Reclaiming<'_, '_> {
         };
         apply::begin(self.machine, &change)?;
         let done = what();
-        let is_uncertain = |e: &Error| e.class() == Class::Uncertain;
-        if !done.as_ref().is_err_and(is_uncertain) {
+        if !done.as_ref().is_err_and(Error::is_uncertain) {
             self.machine.ended();
         }
         done

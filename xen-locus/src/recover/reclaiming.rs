@@ -7,7 +7,7 @@ use super::{Finding, Report, EARLIER};
 use crate::apply::Options;
 use crate::arena::record::State;
 use crate::arena::{Arena, Resident};
-use crate::error::{Class, Error, Result};
+use crate::error::{Error, Result};
 use crate::link::module::links::{self, Known};
 use crate::machine::Machine;
 use crate::storage::journal::Intent;
@@ -42,7 +42,7 @@ pub(super) fn settle(
             "it is out of the guest's lists, and its memory is not given back yet: reclaim it again",
         )),
         Ok(_) => Ok(report(Finding::Undone, "")),
-        Err(error) if error.class() == Class::Uncertain => {
+        Err(error) if error.is_uncertain() => {
             roll_back(machine, kernel, change, options)?;
             Ok(report(Finding::Undone, ""))
         }

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::target::conflicts::{self, Lead};
 use crate::target::kprobes::Kprobes;
 use crate::target::symbols::Object;
-use crate::x86::{CALL, ENDBRS, JMP, JUMP, NOPS5};
+use crate::x86::{self, CALL, ENDBRS, JMP, JUMP, NOPS5};
 
 /// Longest function that is decoded, in bytes.
 const FUNCTION_MAX: u64 = 1 << 20;
@@ -192,15 +192,14 @@ pub fn fentry_end(code: &[u8], entry: Gva) -> std::result::Result<usize, Head> {
     if NOPS5.iter().any(|nop| head.starts_with(nop)) {
         return Ok(start + 5);
     }
-    let target = fetch::u32(head, 1).map(|distance| {
-        let next = entry.plus(start as u64 + 5);
-        Gva(next.0.wrapping_add_signed(distance.cast_signed().into()))
+    let lead = head.first_chunk().and_then(|bytes: &[u8; JUMP]| {
+        let target = x86::branch_target(entry.plus(start as u64), *bytes);
+        match bytes[0] {
+            CALL => Some(Lead::Call(target)),
+            JMP => Some(Lead::Jump(target)),
+            _ => None,
+        }
     });
-    let lead = match head.first() {
-        Some(&CALL) => target.map(Lead::Call),
-        Some(&JMP) => target.map(Lead::Jump),
-        _ => None,
-    };
     let shown: Vec<String> = code.iter().take(16).map(|b| format!("{b:02x}")).collect();
     let bytes = shown.join(" ");
     Err(Head { bytes, lead })
