@@ -113,17 +113,18 @@ pub const NEHALEM: Profile = Profile {
     ..PV1
 };
 
-/// PVH guests, on an AMD processor of family 17h, whose returns can be misled (Retbleed, SRSO).
+/// PVH guests, on an AMD processor of family 17h, whose returns can be misled (Retbleed, SRSO). It has no `rdtscp`: for
+/// that QEMU gives Xen the exit of `rdtsc`, Xen finds another instruction there, and ends the guest.
 pub const EPYC: Profile = Profile {
     name: "epyc",
-    cpu: "EPYC-v1,+svm,+npt,-smap",
+    cpu: "EPYC-v1,+svm,+npt,-smap,-rdtscp",
     ..PVH
 };
 
-/// PVH guests, on an AMD processor of family 19h.
+/// PVH guests, on an AMD processor of family 19h. It has no `rdtscp`, as [`EPYC`].
 pub const MILAN: Profile = Profile {
     name: "milan",
-    cpu: "EPYC-Milan-v1,+svm,+npt,-smap",
+    cpu: "EPYC-Milan-v1,+svm,+npt,-smap,-rdtscp",
     ..PVH
 };
 
