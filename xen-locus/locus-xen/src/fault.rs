@@ -4,8 +4,9 @@
 //! passes [`point`] first. In a program built with the feature `faults`, the environment variable [`VARIABLE`] selects
 //! one of them, and what happens there. In all other programs [`point`] does nothing.
 
-/// `N:WHAT` or `N:WHAT:FROM`: at the N-th fault point WHAT happens: `kill`, `stop` or `fail`. If FROM is given,
-/// counting begins at the first fault point with that name.
+/// `N:WHAT`, `N:WHAT:FROM` or `N:WHAT:FROM:rows`: at the N-th fault point WHAT happens: `kill`, `stop` or `fail`. If
+/// FROM is given, counting begins at the first fault point with that name. With `rows`, fault points of one name in a
+/// row count once: the first of them is meant. A search maps memory a thousand times in a row, and changes nothing.
 pub const VARIABLE: &str = "XEN_LOCUS_FAULT";
 /// If it is set, with any value, the scans of stacks in such a program find no thread inside a function.
 #[cfg(feature = "faults")]
@@ -49,18 +50,21 @@ pub use chosen::{has_no_pidfd, is_blind, point};
 mod chosen {
     use std::io::{self, Write as _};
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-    use std::sync::OnceLock;
+    use std::sync::{Mutex, OnceLock, PoisonError};
 
     struct Order {
         nth: u64,
         what: String,
         from: Option<String>,
+        is_by_row: bool,
     }
 
     static IS_BLIND: OnceLock<bool> = OnceLock::new();
     static ORDER: OnceLock<Option<Order>> = OnceLock::new();
     static PASSED: AtomicU64 = AtomicU64::new(0);
     static COUNTS: AtomicBool = AtomicBool::new(false);
+    /// The name of the last fault point.
+    static LAST: Mutex<String> = Mutex::new(String::new());
 
     fn order() -> Option<Order> {
         let text = std::env::var(super::VARIABLE).ok()?;
@@ -69,6 +73,7 @@ mod chosen {
             nth: parts.next()?.parse().ok()?,
             what: parts.next()?.to_owned(),
             from: parts.next().map(str::to_owned),
+            is_by_row: parts.next() == Some("rows"),
         })
     }
 
@@ -84,6 +89,16 @@ mod chosen {
         std::env::var_os(super::NO_PIDFD).is_some()
     }
 
+    /// Whether the fault point before this one had the same name.
+    fn is_like_the_last(name: &str) -> bool {
+        let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_like = *last == name;
+        if !is_like {
+            name.clone_into(&mut last);
+        }
+        is_like
+    }
+
     /// The fault point `name`.
     ///
     /// # Errors
@@ -95,8 +110,10 @@ mod chosen {
         if order.from.as_deref().is_none_or(|from| from == name) {
             COUNTS.store(true, Ordering::SeqCst);
         }
-        if !COUNTS.load(Ordering::SeqCst) || PASSED.fetch_add(1, Ordering::SeqCst) + 1 != order.nth
-        {
+        if !COUNTS.load(Ordering::SeqCst) || (order.is_by_row && is_like_the_last(name)) {
+            return Ok(());
+        }
+        if PASSED.fetch_add(1, Ordering::SeqCst) + 1 != order.nth {
             return Ok(());
         }
         let what = order.what.as_str();
