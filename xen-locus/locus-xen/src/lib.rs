@@ -20,6 +20,7 @@ mod process;
 mod process_memory;
 mod registers;
 mod shared_page;
+mod signals;
 pub mod uuid;
 mod xenstore_list;
 
@@ -29,12 +30,13 @@ pub use foreign_memory::ForeignMemory;
 pub use hypercall::Hypercalls;
 pub use layout::XenVersion;
 pub use pause::{Pause, PauseCalls, PauseEnd};
-pub use process::{detach, set_realtime_priority, Process};
+pub use process::{detach, set_realtime_priority, shut_out_others, Process};
 pub use process_memory::{
     keep_freed_memory, limit_memory, lock_memory, set_guest_may_be_changed, unlock_memory,
     ExitingAllocator,
 };
 pub use shared_page::{PauseStep, SharedPage, WaitOutcome};
+pub use signals::HeldSignals;
 pub use xenstore_list::XenstoreList;
 
 use std::fs;

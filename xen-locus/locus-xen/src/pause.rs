@@ -6,7 +6,6 @@
 //! process dies.
 
 use std::cell::Cell;
-use std::mem::MaybeUninit;
 use std::time::{Duration, Instant};
 
 use locus_guest::addr::{DomId, Frame};
@@ -14,9 +13,12 @@ use locus_guest::{GuestType, Vcpu};
 
 use super::modified_memory::ModifiedMemory;
 use super::multicall::PauseMulticall;
-use super::{set_realtime_priority, Control, DomainInfo, Error, PauseStep, SharedPage};
+use super::{
+    set_realtime_priority, Control, DomainInfo, Error, HeldSignals, PauseStep, SharedPage,
+};
 
-/// Signals that are blocked while a guest is paused.
+/// Signals that are blocked while a guest is paused. Every other thread of the tool blocks all of them always
+/// ([`HeldSignals`]).
 const BLOCKED: [libc::c_int; 7] = [
     libc::SIGINT,
     libc::SIGTERM,
@@ -175,7 +177,7 @@ pub struct Pause<'c> {
     began: Instant,
     held: bool,
     written: Cell<bool>,
-    mask: libc::sigset_t,
+    _signals: HeldSignals,
     _priority: RaisedPriority,
 }
 
@@ -185,14 +187,14 @@ impl<'c> Pause<'c> {
     /// # Errors
     /// Xen refused: the domain is gone, or its counter is full.
     pub fn new(calls: &'c PauseCalls<'c>, page: &'c SharedPage) -> Result<Pause<'c>, Error> {
-        let mask = block_signals();
+        let signals = HeldSignals::these(&BLOCKED);
         let mut pause = Pause {
             calls,
             page,
             began: Instant::now(),
             held: false,
             written: Cell::new(false),
-            mask,
+            _signals: signals,
             _priority: RaisedPriority::begin(),
         };
         let state = calls.control.pause_state(calls.info.id)?;
@@ -296,14 +298,6 @@ impl Drop for Pause<'_> {
             // If the domain is gone, it needs no unpause.
             let _ = self.unpause();
         }
-        // SAFETY: the mask was filled by pthread_sigmask.
-        unsafe {
-            libc::pthread_sigmask(
-                libc::SIG_SETMASK,
-                &raw const self.mask,
-                std::ptr::null_mut(),
-            )
-        };
     }
 }
 
@@ -337,21 +331,5 @@ impl Drop for RaisedPriority {
             // SAFETY: as above.
             unsafe { libc::sched_setscheduler(0, policy, &raw const parameter) };
         }
-    }
-}
-
-/// Blocks [`BLOCKED`] for this thread and returns the mask before. The tool has one thread.
-fn block_signals() -> libc::sigset_t {
-    let mut held = MaybeUninit::<libc::sigset_t>::zeroed();
-    let mut before = MaybeUninit::<libc::sigset_t>::zeroed();
-    // SAFETY: the sets are valid memory; an all-zero sigset_t is an empty one, so `before` is
-    // initialised even if the call failed.
-    unsafe {
-        libc::sigemptyset(held.as_mut_ptr());
-        for signal in BLOCKED {
-            libc::sigaddset(held.as_mut_ptr(), signal);
-        }
-        libc::pthread_sigmask(libc::SIG_BLOCK, held.as_ptr(), before.as_mut_ptr());
-        before.assume_init()
     }
 }

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 
-use super::{fault, lock_memory, Error};
+use super::{fault, lock_memory, Error, HeldSignals};
 
 /// Kills this process, or stops it: no handler runs, nothing is dropped.
 #[cfg(feature = "faults")]
@@ -18,16 +18,19 @@ pub(super) fn end_self(stop: bool) {
 /// memory, and is the last to be killed when memory runs out. If the kernel does not allow the last two, the process
 /// goes on without them.
 pub fn detach() {
-    // SAFETY: plain calls; the set is filled before it is used.
-    unsafe {
-        libc::setsid();
-        let mut all = std::mem::zeroed::<libc::sigset_t>();
-        libc::sigfillset(&raw mut all);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, std::ptr::null_mut());
-    }
+    // SAFETY: a plain call.
+    unsafe { libc::setsid() };
+    // For its whole life.
+    std::mem::forget(HeldSignals::all());
     let _ = std::env::set_current_dir("/");
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
     let _ = lock_memory();
+}
+
+/// From now on no other user can open what this process makes (umask(2)), whatever mode is asked for.
+pub fn shut_out_others() {
+    // SAFETY: a plain call.
+    unsafe { libc::umask(0o077) };
 }
 
 /// Lets this process run before all others of ordinary priority, and before those with a lower real-time `priority`:

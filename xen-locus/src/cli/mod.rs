@@ -103,6 +103,7 @@ pub fn main() -> std::process::ExitCode {
     if guardian::is_meant() {
         return guardian::main();
     }
+    locus_xen::shut_out_others();
     let code = match Cli::try_parse() {
         Ok(args) => {
             if reads_guests(&args.command) {

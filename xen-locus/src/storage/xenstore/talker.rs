@@ -8,7 +8,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::Arc;
 use std::thread;
 
-use locus_xen::XenstoreList;
+use locus_xen::{HeldSignals, XenstoreList};
 use xenstore_rs::unix::XsUnix;
 use xenstore_rs::Xs as _;
 
@@ -16,6 +16,8 @@ use xenstore_rs::Xs as _;
 const SOCKET: &str = "/run/xenstored/socket";
 /// Stack of the thread that talks to xenstored. It is locked in memory.
 const STACK: usize = 256 << 10;
+/// Name of that thread, as the kernel shows it.
+const NAME: &str = "xenstore";
 /// How `xenstore-rs` begins the text of an error that xenstored answered. All other errors are the connection's.
 pub(super) const ANSWERED: &str = "XS interface error ";
 
@@ -63,7 +65,11 @@ impl Line {
                 }
             }
         };
-        thread::Builder::new().stack_size(STACK).spawn(talk)?;
+        let named = thread::Builder::new().name(NAME.to_owned());
+        // A signal that is held back while a guest is paused must not reach the process through this thread.
+        let held = HeldSignals::all();
+        named.stack_size(STACK).spawn(talk)?;
+        drop(held);
         Ok(Line { calls, answers })
     }
 }
@@ -187,5 +193,49 @@ fn of_library(error: io::Error) -> io::Error {
     match error.raw_os_error() {
         Some(libc::EBADF | libc::EPIPE | libc::EIO | libc::ECONNRESET) | None => error,
         _ => io::Error::new(error.kind(), format!("{ANSWERED}{error}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The masks of blocked signals of the threads with this name (proc_pid_status(5)).
+    fn blocked() -> Vec<u64> {
+        let mut found = Vec::new();
+        for task in std::fs::read_dir("/proc/self/task").unwrap() {
+            let Ok(status) = std::fs::read_to_string(task.unwrap().path().join("status")) else {
+                continue;
+            };
+            let field = |name| status.lines().find_map(|l| l.strip_prefix(name)).unwrap();
+            if field("Name:\t") == NAME {
+                found.push(u64::from_str_radix(field("SigBlk:\t"), 16).unwrap());
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn no_signal_reaches_the_process_through_this_thread() {
+        let line = Line::open(&Arc::default()).unwrap();
+        // When it answers, it has its name.
+        line.calls.send(Call::Read("/".into())).unwrap();
+        let _ = line.answers.recv().unwrap();
+        let masks = blocked();
+        assert!(!masks.is_empty());
+        let bits = [
+            libc::SIGINT,
+            libc::SIGQUIT,
+            libc::SIGTERM,
+            libc::SIGHUP,
+            libc::SIGTSTP,
+        ]
+        .map(|signal| 1u64 << (signal - 1));
+        let all = bits.iter().sum::<u64>();
+        assert!(masks.iter().all(|mask| mask & all == all), "{masks:x?}");
+        // This one is as before.
+        drop(line);
+        let own = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+        assert!(own.contains("SigBlk:\t0000000000000000"), "{own}");
     }
 }
