@@ -141,9 +141,19 @@ impl<'c> Domain<'c> {
         Ok(info.unwrap_or_else(|| self.info.clone()))
     }
 
-    /// What was done and ended could not be recorded: its journal stays for the next run, whatever else this one does.
-    pub fn keep_journal(&self) {
-        self.ended.set(false);
+    /// What was done and ended could not be recorded: its journal stays for the next run, whatever else this one does. That
+    /// run may find another kernel in the guest, so if the change `took_place`, that is noted too.
+    pub fn keep_journal(&self, took_place: bool) {
+        let has_one = self.ended.replace(false) && self.journal.exists();
+        if !(has_one && took_place) {
+            return;
+        }
+        if let Err(error) = self.journal.note_done() {
+            say::warn(format_args!(
+                "{}: {error}: if the guest reboots before the next run, this change is not recorded",
+                self.label()
+            ));
+        }
     }
 
     /// What was done and ended is recorded elsewhere: the journal of it is removed. The caller has the
@@ -308,6 +318,7 @@ impl Machine for Domain<'_> {
             started_at: arena::now(),
             pid: std::process::id(),
             change: change.clone(),
+            is_done: false,
         })
     }
 

@@ -28,6 +28,24 @@ pub const PAYLOADS: &str = "/var/lib/xen-locus/payloads";
 /// Folder of the cache of guests' kernels, unless a command is told another.
 pub const CACHE: &str = "/var/cache/xen-locus";
 
+/// Makes a folder that no other user can enter, if there is none. One that is there must be this user's, and no other user
+/// may be able to write it.
+///
+/// # Errors
+/// It is a link, another user's, or others can write it; or it can't be made.
+pub fn own_folder(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+    let found = fs::symlink_metadata(path)?;
+    if !found.is_dir() {
+        let why = format!(
+            "{} is no folder: expected a folder, not a link to one",
+            path.display()
+        );
+        return Err(io::Error::other(why));
+    }
+    check_own(path)
+}
+
 /// Opens the file of a lock, in a folder that no other user can enter. Both are made if they are missing. Who can open such a
 /// file can hold the lock, and nobody else would be served.
 ///
@@ -35,19 +53,9 @@ pub const CACHE: &str = "/var/cache/xen-locus";
 /// The folder or the file is a link, or another user's; or it can't be made.
 pub fn open_lock(path: &Path) -> io::Result<File> {
     let folder = path.parent().unwrap_or(Path::new("/"));
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(folder)?;
-    let found = fs::symlink_metadata(folder)?;
-    if !found.is_dir() || found.uid() != fs::metadata("/proc/self")?.uid() {
-        return Err(io::Error::other(format!(
-            "{} is not a folder of this user",
-            folder.display()
-        )));
-    }
+    own_folder(folder)?;
     // An earlier version let all users in.
-    if found.mode() & 0o077 != 0 {
+    if fs::symlink_metadata(folder)?.mode() & 0o077 != 0 {
         fs::set_permissions(folder, Permissions::from_mode(0o700))?;
     }
     File::options()
@@ -103,6 +111,23 @@ mod tests {
         assert!(open_lock(&base.join("new/b.lock")).is_err());
         std::os::unix::fs::symlink("old", base.join("link")).unwrap();
         assert!(open_lock(&base.join("link/a.lock")).is_err());
+        fs::remove_dir_all(&base).unwrap();
+    }
+
+    #[test]
+    fn no_other_user_can_enter_or_write_an_own_folder() {
+        let base = std::env::temp_dir().join(format!("xen-locus-folder-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&base);
+        let new = base.join("of/xen-locus");
+        own_folder(&new).unwrap();
+        assert_eq!(fs::metadata(&new).unwrap().mode() & 0o777, 0o700);
+        // An administrator may let a group read it.
+        for (mode, is_own) in [(0o750, true), (0o755, true), (0o770, false), (0o777, false)] {
+            fs::set_permissions(&new, Permissions::from_mode(mode)).unwrap();
+            assert_eq!(own_folder(&new).is_ok(), is_own, "{mode:o}");
+        }
+        std::os::unix::fs::symlink(base.join("of"), base.join("link")).unwrap();
+        assert!(own_folder(&base.join("link")).is_err());
         fs::remove_dir_all(&base).unwrap();
     }
 

@@ -47,7 +47,7 @@ pub enum Finding {
     Finished,
     /// The guest is as it was before.
     Undone,
-    /// The guest that it worked on is not there any more.
+    /// The guest that it worked on is another now, or not on this host.
     Gone,
     /// It took place in part, and could not be taken back.
     Uncertain,
@@ -315,9 +315,11 @@ pub(crate) fn of_guest(
         .map(hex::encode)
         .unwrap_or_default();
     let same = |c: &Change| c.build_id == build_id && c.text_base == kernel.text_base.0;
-    if intent.is_some_and(|i| !same(&i.change)) {
-        let why = "the guest has another kernel now, or at another place: it rebooted".to_owned();
-        return Ok(Report::new(Finding::Gone, intent, why));
+    if let Some(intent) = intent.filter(|i| !same(&i.change)) {
+        return Ok(of_earlier(
+            intent,
+            "the guest has another kernel now, or at another place: it rebooted",
+        ));
     }
     let nudged = nudged::take_back(machine, kernel, intent, options)?;
     let intent = intent.filter(|i| i.change.op != Operation::Nudge);
@@ -365,7 +367,7 @@ fn of_payloads(
     }
     let stack = Stack::new(&residents);
     let report = match (intent, left) {
-        (Some(_), _) if known.is_none() => Report::new(Finding::Gone, intent, EARLIER.to_owned()),
+        (Some(intent), _) if known.is_none() => of_earlier(intent, EARLIER),
         (Some(intent), _) => {
             let change = &intent.change;
             let same =
@@ -397,6 +399,18 @@ fn of_payloads(
     Ok(Report { parked, ..report })
 }
 
+/// What became of the change of a guest that is another now. If it is known that it took place, it is recorded like any other:
+/// so `status` knows what the guest lost.
+fn of_earlier(intent: &Intent, why: &str) -> Report {
+    match intent.is_done {
+        true => {
+            let why = format!("it was not recorded then; since then {why}");
+            Report::new(Finding::Finished, Some(intent), why)
+        }
+        false => Report::new(Finding::Gone, Some(intent), why.to_owned()),
+    }
+}
+
 /// Names of the patches that stay in the guest without being in force.
 fn parked(residents: &[Resident], stack: &Stack<'_>) -> Vec<String> {
     // An earlier version of a patch that is in force may be parked.
@@ -424,27 +438,30 @@ fn under_way<'r>(
     Some((resident, op, done))
 }
 
-/// Removes the journal and the guards' files of the guest `uuid`, which is gone.
+/// Settles what guardians' files say of the guest `uuid`, which is not on this host now. Its journal stays: the guest may be
+/// saved, and what was written to it is in the file from which it is restored.
 ///
 /// # Errors
-/// [`Class::Failed`](crate::error::Class::Failed): they can't be removed.
-pub fn forget(control: &Control, uuid: &str) -> Result<Report> {
+/// [`Class::Failed`](crate::error::Class::Failed): the files can't be read or removed.
+pub fn of_absent(control: &Control, uuid: &str) -> Result<Report> {
     for path in guard::files(Some(uuid))? {
         of_dead(control, &path, None)?;
     }
-    let journal = Journal::new(uuid);
-    let removed = || "what was noted of it is removed".to_owned();
-    let (intent, noted) = match journal.read()? {
-        Noted::Nothing => (None, removed()),
-        Noted::Intent(intent) => (Some(intent), removed()),
-        Noted::Damaged(why) => {
-            let kept = journal.aside();
-            (None, format!("{why}; it is kept as {}", kept.display()))
-        }
-    };
-    journal.settle()?;
-    let why = format!("the guest is not there any more; {noted}");
-    Ok(Report::new(Finding::Gone, intent.as_deref(), why))
+    of_absent_by(&Journal::new(uuid))
+}
+
+fn of_absent_by(journal: &Journal) -> Result<Report> {
+    let noted = journal.read()?;
+    let why = "the guest is not on this host now".to_owned();
+    let kept = format!(
+        "{why}; its journal {} is kept until it is back: remove that file if it never comes back",
+        journal.path().display()
+    );
+    Ok(match noted {
+        Noted::Nothing => Report::new(Finding::Gone, None, why),
+        Noted::Intent(intent) => Report::new(Finding::Gone, Some(&intent), kept),
+        Noted::Damaged(odd) => Report::new(Finding::Gone, None, joined(&[odd, kept])),
+    })
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -16,6 +16,7 @@ use locus_xen::{Pause, PauseCalls, SharedPage};
 
 use super::{guardian, Task, DIR};
 use crate::error::{Error, Result};
+use crate::paths;
 
 /// Time from the call of [`Guarded::wait_for_guardian_tick`] to the end of the pause that follows, if nothing takes long.
 const MOMENTS: Duration = Duration::from_millis(8);
@@ -49,17 +50,14 @@ impl<'c> Guarded<'c> {
                 path.display()
             ))
         };
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(DIR)
-            .map_err(failed)?;
+        paths::own_folder(Path::new(DIR)).map_err(failed)?;
         let file = File::options()
             .read(true)
             .write(true)
             .create(true)
             .truncate(true)
             .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
             .open(&new)
             .map_err(failed)?;
         let made = Guarded::start_in(calls, task, file, &new, &path, &failed);

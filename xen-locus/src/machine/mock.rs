@@ -382,6 +382,7 @@ impl Machine for Guest {
             started_at: 0,
             pid: 0,
             change: change.clone(),
+            is_done: false,
         });
         Ok(())
     }

@@ -127,7 +127,7 @@ fn several<G: Guest>(
     act: impl FnOnce(&Kernel<'_>, &Options, &mut Tell<'_>) -> Result<()>,
 ) -> Result<Vec<(String, Result<Report>)>> {
     let began = Instant::now();
-    let mut log = operator.audit.open()?;
+    let mut log = operator.audit.open(guest.uuid())?;
     let _lock = guest.lock(options)?;
     operator.change(guest, options, |kernel, options| {
         let mut results = Vec::new();
@@ -204,11 +204,11 @@ pub fn recover<G: Guest>(
     Ok(report)
 }
 
-/// Removes journal and guardians' files of a guest that is gone.
+/// Settles what guardians' files say of a guest that is not on this host now. Its journal stays.
 ///
 /// # Errors
-/// As [`recover::forget`]; [`Class::TryAgain`](crate::error::Class::TryAgain) when another run holds that guest's lock.
-pub fn forget(control: &Control, uuid: &str, options: &Options) -> Result<recover::Report> {
+/// As [`recover::of_absent`]; [`Class::TryAgain`](crate::error::Class::TryAgain) when another run holds that guest's lock.
+pub fn recover_absent(control: &Control, uuid: &str, options: &Options) -> Result<recover::Report> {
     let _lock = lock::take(uuid, options)?;
-    recover::forget(control, uuid)
+    recover::of_absent(control, uuid)
 }

@@ -53,8 +53,8 @@ pub trait Guest: Machine {
     /// recovers; that is said.
     fn close_journal(&self);
     /// What this run did could not be recorded: its journal stays for the next run, and [`Guest::close_journal`] leaves it
-    /// alone until another change is begun.
-    fn keep_journal(&self);
+    /// alone until another change is begun. `took_place`: the change is in force as a whole.
+    fn keep_journal(&self, took_place: bool);
     /// Whether it was destroyed, or is being destroyed.
     fn is_gone(&self) -> bool;
 }
@@ -98,8 +98,8 @@ impl Guest for Domain<'_> {
         self.close();
     }
 
-    fn keep_journal(&self) {
-        Domain::keep_journal(self);
+    fn keep_journal(&self, took_place: bool) {
+        Domain::keep_journal(self, took_place);
     }
 
     fn is_gone(&self) -> bool {

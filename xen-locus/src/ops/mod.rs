@@ -18,7 +18,7 @@ mod status;
 #[cfg(test)]
 mod tests;
 
-pub use actions::{apply, forget, nudge, reclaim, recover, revert, revert_all};
+pub use actions::{apply, nudge, reclaim, recover, recover_absent, revert, revert_all};
 pub use lock::{sweep, take_for_requests};
 pub use publish::{look, publish};
 pub use run::Operator;

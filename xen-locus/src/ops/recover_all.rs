@@ -14,9 +14,9 @@ use crate::storage::journal;
 /// What was found on one guest.
 #[derive(Debug)]
 pub struct Recovered {
-    /// Domain id; `None` for a guest that is gone.
+    /// Domain id; `None` for a guest that is not on this host now.
     pub domid: Option<DomId>,
-    /// Name of the domain; empty for a guest that is gone.
+    /// Name of the domain; empty for a guest that is not on this host now.
     pub name: String,
     /// UUID of the guest.
     pub uuid: String,
@@ -39,7 +39,7 @@ impl Recovered {
     }
 }
 
-/// Recovers one guest, which is not gone.
+/// Recovers one guest, which is on this host.
 #[must_use]
 pub fn one(operator: &Operator<'_>, domain: &Domain<'_>, options: &Options) -> Recovered {
     Recovered {
@@ -50,7 +50,7 @@ pub fn one(operator: &Operator<'_>, domain: &Domain<'_>, options: &Options) -> R
     }
 }
 
-/// Recovers all guests that have a journal or a guardian's file, including those that are gone, and unless `only_noted`
+/// Recovers all guests that have a journal or a guardian's file, including those that are not on this host now, and unless `only_noted`
 /// all other guests too. Another guest whose kernel can't be read is left out, because this tool never changed it.
 ///
 /// # Errors
@@ -94,7 +94,7 @@ pub fn all(host: &Host, who: &str, options: &Options, only_noted: bool) -> Resul
         found.push(Recovered {
             domid: None,
             name: String::new(),
-            result: super::forget(&host.control, &uuid, options),
+            result: super::recover_absent(&host.control, &uuid, options),
             uuid,
         });
     }

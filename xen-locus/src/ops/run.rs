@@ -65,7 +65,9 @@ impl Operator<'_> {
         act: impl FnOnce(&Kernel<'_>, &Options) -> Result<Report>,
     ) -> Result<Report> {
         let began = Instant::now();
-        let log = (!options.dry_run).then(|| self.audit.open()).transpose()?;
+        let log = (!options.dry_run)
+            .then(|| self.audit.open(guest.uuid()))
+            .transpose()?;
         // Held until this function returns.
         let (_lock, done) = match guest.lock(options) {
             Ok(lock) => (Some(lock), self.change(guest, &rest(options, began), act)),
@@ -172,7 +174,7 @@ impl Operator<'_> {
                 true
             }
             Err(error) => {
-                guest.keep_journal();
+                guest.keep_journal(done.is_ok());
                 say::warn(format_args!(
                     "{}: {what}: not recorded; the next run records it: {error}",
                     guest.label()
@@ -193,7 +195,7 @@ impl Operator<'_> {
         guest: &G,
         options: &Options,
     ) -> Result<recover::Report> {
-        let mut log = self.audit.open()?;
+        let mut log = self.audit.open(guest.uuid())?;
         let done = guest.recover(options);
         let mut action = self.action(guest, Operation::Recover, "");
         match &done {

@@ -91,7 +91,7 @@ impl Guest for MockGuest {
         self.close();
     }
 
-    fn keep_journal(&self) {
+    fn keep_journal(&self, _took_place: bool) {
         self.ended.set(false);
     }
 

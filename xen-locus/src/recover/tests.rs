@@ -461,3 +461,68 @@ fn a_guest_that_started_anew_at_the_same_place_has_not_finished_anything() {
     }
     assert_eq!(of(&anew, &change(Operation::Apply, None)), Finding::Undone);
 }
+
+#[test]
+fn a_change_that_took_place_and_was_not_recorded_is_recorded_though_the_guest_rebooted() {
+    let guest = Guest::new();
+    let anew = |generation, build_id: Option<&str>| {
+        let mut change = Change {
+            generation,
+            ..Change::of(
+                &guest.kernel(),
+                Operation::Apply,
+                "one",
+                &[],
+                std::iter::empty(),
+            )
+        };
+        if let Some(build_id) = build_id {
+            change.build_id = build_id.to_owned();
+        }
+        guest.begin(&change).unwrap();
+        guest.intent.take().unwrap()
+    };
+    for mut intent in [anew(Some(9), None), anew(None, Some("00"))] {
+        let of = |intent: &Intent| {
+            of_guest(&guest, &guest.kernel(), Some(intent), &options(false)).unwrap()
+        };
+        assert_eq!(of(&intent).result, Finding::Gone);
+        intent.is_done = true;
+        let found = of(&intent);
+        assert_eq!(found.result, Finding::Finished, "{found}");
+        assert_eq!(found.patch.as_deref(), Some("one"));
+    }
+}
+
+#[test]
+fn the_journal_of_a_guest_that_is_not_here_is_kept() {
+    let dir = std::env::temp_dir().join(format!("xen-locus-absent-{}", std::process::id()));
+    let _ = fs::remove_dir_all(&dir);
+    let journal = Journal::within(&dir, "01234567-89ab-cdef-0123-456789abcdef");
+    let of = || of_absent_by(&journal).unwrap();
+    assert_eq!(of().detail, "the guest is not on this host now");
+    let guest = Guest::new();
+    let change = Change::of(
+        &guest.kernel(),
+        Operation::Apply,
+        "one",
+        &[],
+        std::iter::empty(),
+    );
+    guest.begin(&change).unwrap();
+    let mut intent = guest.intent.take().unwrap();
+    intent.uuid = "01234567-89ab-cdef-0123-456789abcdef".to_owned();
+    journal.begin(&intent).unwrap();
+    let found = of();
+    assert_eq!(
+        (found.result, found.patch.as_deref()),
+        (Finding::Gone, Some("one"))
+    );
+    assert!(found.detail.contains("is kept until it is back"), "{found}");
+    assert!(journal.exists());
+    // What can't be believed is kept too.
+    fs::write(journal.path(), "cut").unwrap();
+    assert!(of().detail.contains("cut off"));
+    assert!(journal.exists());
+    fs::remove_dir_all(&dir).unwrap();
+}

@@ -237,11 +237,11 @@ impl Audit {
         fault::point(name)
     }
 
-    /// Opens the log for writing. An action that can't be recorded must not begin.
+    /// Opens the log for writing about the guest `uuid`. An action that can't be recorded must not begin.
     ///
     /// # Errors
     /// [`Class::Failed`](crate::error::Class::Failed).
-    pub fn open(&self) -> Result<Writer<'_>> {
+    pub fn open(&self, uuid: &str) -> Result<Writer<'_>> {
         let open = || {
             self.step("audit: open")?;
             let beside = self.beside.as_ref().ok_or_else(|| {
@@ -249,12 +249,20 @@ impl Audit {
             })?;
             for path in [&beside.head, &self.log] {
                 if let Some(folder) = path.parent() {
-                    fs::create_dir_all(folder)?;
+                    paths::own_folder(folder)?;
                 }
             }
             self.read_head()?;
             let lock = paths::open_lock(&beside.lock)?;
-            Ok(Writer::new(self, beside, lock, self.open_log()?))
+            let log = self.open_log()?;
+            match kept::read(&beside.kept, uuid) {
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    let known = last_of(&log, uuid, BLOCK)?.ok_or_else(|| no_other(&error))?;
+                    kept::update(&beside.kept, uuid, known.seq, &known.in_force)?;
+                }
+                kept => drop(kept?),
+            }
+            Ok(Writer::new(self, beside, lock, log))
         };
         open().map_err(|error| self.failed("cannot open", &error))
     }
@@ -262,7 +270,11 @@ impl Audit {
     fn open_log(&self) -> io::Result<File> {
         let mut options = OpenOptions::new();
         options.read(true).append(true).create(true).mode(0o600);
-        options.open(&self.log)
+        let file = options.custom_flags(libc::O_NOFOLLOW).open(&self.log)?;
+        match file.metadata()?.is_file() {
+            true => Ok(file),
+            false => Err(io::Error::other("it is no file")),
+        }
     }
 
     fn read_head(&self) -> io::Result<Option<Head>> {
@@ -348,6 +360,14 @@ impl Audit {
     }
 }
 
+/// What is kept of a guest is damaged, and the log has no line about that guest.
+fn no_other(damaged: &io::Error) -> io::Error {
+    io::Error::other(format!(
+        "{damaged}, and the log has no entry about that guest: expected the patches that are in force in it; compare with \
+         `xen-locus status`, and move the file away"
+    ))
+}
+
 fn digest(text: &str) -> String {
     hex::encode(Sha256::digest(text.as_bytes()))
 }
@@ -414,11 +434,11 @@ fn last_of(file: &File, uuid: &str, block: usize) -> io::Result<Option<Line>> {
 
 /// A log of actions, as an operation on a guest needs it.
 pub trait Log: fmt::Debug {
-    /// Opens it for writing.
+    /// Opens it for writing about the guest `uuid`.
     ///
     /// # Errors
     /// It can't be opened: the operation must not begin.
-    fn open(&self) -> Result<Box<dyn Append + '_>>;
+    fn open(&self, uuid: &str) -> Result<Box<dyn Append + '_>>;
     /// The patches that are in force in the guest `uuid` by its last line, in the order they were applied.
     ///
     /// # Errors
@@ -436,8 +456,8 @@ pub trait Append {
 }
 
 impl Log for Audit {
-    fn open(&self) -> Result<Box<dyn Append + '_>> {
-        Ok(Box::new(Audit::open(self)?))
+    fn open(&self, uuid: &str) -> Result<Box<dyn Append + '_>> {
+        Ok(Box::new(Audit::open(self, uuid)?))
     }
 
     fn in_force(&self, uuid: &str) -> Result<Vec<InForce>> {

@@ -9,7 +9,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use locus_guest::addr;
@@ -60,6 +60,10 @@ pub struct Intent {
     pub pid: u32,
     /// What it is about to do.
     pub change: Change,
+    /// The change took place as a whole, and only its line in the audit log is missing. Noted beside the journal
+    /// ([`Journal::note_done`]).
+    #[serde(skip)]
+    pub is_done: bool,
 }
 
 /// What a guest's journal says.
@@ -185,8 +189,29 @@ impl Journal {
         self.path().exists()
     }
 
-    fn path(&self) -> PathBuf {
+    /// The file.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
         self.dir.join(&self.uuid)
+    }
+
+    /// The file that says that the change took place as a whole. It is empty, so a full disk has room for it.
+    fn done(&self) -> PathBuf {
+        self.dir.join(format!("{}.done", self.uuid))
+    }
+
+    /// Notes that the change took place as a whole, and that it could not be recorded.
+    ///
+    /// # Errors
+    /// It can't be noted.
+    pub fn note_done(&self) -> Result<()> {
+        let noted = fault::point("journal: done").and_then(|()| {
+            let mut options = fs::File::options();
+            options.write(true).create(true).truncate(true).mode(0o600);
+            options.open(self.done())?;
+            durable::sync_folder(&self.dir)
+        });
+        noted.map_err(|e| Error::failed(format!("{} can't be made: {e}", self.done().display())))
     }
 
     /// Writes what is about to be done; it is durable when this returns.
@@ -215,10 +240,9 @@ impl Journal {
 
     fn write(&self, content: &[u8]) -> io::Result<()> {
         fault::point(FIRST_FAULT)?;
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&self.dir)?;
+        paths::own_folder(&self.dir)?;
+        // Of a run before this one.
+        removed(&self.done())?;
         let head = [&MAGIC[..], &Sha256::digest(content)].concat();
         let target = Target {
             path: &self.path(),
@@ -296,6 +320,7 @@ impl Journal {
         if intent.uuid != self.uuid {
             return damaged("it is another guest's");
         }
+        intent.is_done = self.done().exists();
         let differ = |w: &Write| w.new.len() != w.expect.len();
         if intent.change.writes.iter().any(differ) {
             return damaged("a write in it has an old and a new length");
@@ -349,18 +374,27 @@ impl Journal {
     /// # Errors
     /// It can't be removed.
     pub fn end(&self) -> Result<()> {
-        let removed = fault::point("journal: remove");
-        let removed = match removed.and_then(|()| fs::remove_file(self.path())) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(e) => Err(e),
-            Ok(()) => durable::sync_folder(&self.dir),
-        };
-        removed.map_err(|e| {
+        let ended = fault::point("journal: remove").and_then(|()| {
+            if removed(&self.path())? {
+                durable::sync_folder(&self.dir)?;
+            }
+            removed(&self.done()).map(drop)
+        });
+        ended.map_err(|e| {
             Error::failed(format!(
                 "the journal {} can't be removed: {e}",
                 self.path().display()
             ))
         })
+    }
+}
+
+/// Removes a file, and says whether there was one.
+fn removed(path: &Path) -> io::Result<bool> {
+    match fs::remove_file(path) {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(e),
     }
 }
 

@@ -60,7 +60,7 @@ impl MockLog {
 }
 
 impl Log for MockLog {
-    fn open(&self) -> Result<Box<dyn Append + '_>> {
+    fn open(&self, _uuid: &str) -> Result<Box<dyn Append + '_>> {
         self.trace.call("open log")?;
         Ok(Box::new(self))
     }

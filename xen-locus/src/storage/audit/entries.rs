@@ -114,7 +114,7 @@ mod tests {
         assert_eq!(audit.since(0).unwrap(), Some(Vec::new()));
         for who in ["a", "b", "c"] {
             audit
-                .open()
+                .open("")
                 .unwrap()
                 .append(line(who, "apply", "", ""))
                 .unwrap();
@@ -132,7 +132,7 @@ mod tests {
         assert_eq!(since(3).as_deref(), Some(""));
         assert_eq!(since(2), None);
         audit
-            .open()
+            .open("")
             .unwrap()
             .append(line("d", "apply", "", ""))
             .unwrap();

@@ -6,12 +6,13 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::InForce;
+use crate::paths;
+use crate::say;
 use crate::storage::durable::{self, Target};
 
 /// Version of [`Kept`].
@@ -27,6 +28,12 @@ pub(super) struct Kept {
     pub(super) in_force: Vec<InForce>,
 }
 
+/// What all versions of [`Kept`] have.
+#[derive(Deserialize)]
+struct Version {
+    schema: u32,
+}
+
 /// The file of the guest `uuid`; `None` if that is no name of a file.
 fn path(folder: &Path, uuid: &str) -> Option<PathBuf> {
     let is_name = !uuid.is_empty() && uuid.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
@@ -36,7 +43,8 @@ fn path(folder: &Path, uuid: &str) -> Option<PathBuf> {
 /// What is kept of the guest `uuid`, if anything.
 ///
 /// # Errors
-/// It can't be read, or is of a later version.
+/// It can't be read; it is of a later version ([`io::ErrorKind::Unsupported`]); it is damaged
+/// ([`io::ErrorKind::InvalidData`]).
 pub(super) fn read(folder: &Path, uuid: &str) -> io::Result<Option<Kept>> {
     let Some(path) = path(folder, uuid) else {
         return Ok(None);
@@ -47,25 +55,54 @@ pub(super) fn read(folder: &Path, uuid: &str) -> io::Result<Option<Kept>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(odd(error.to_string())),
     };
-    let kept: Kept = serde_json::from_slice(&bytes).map_err(|error| odd(error.to_string()))?;
-    if kept.schema != SCHEMA {
-        return Err(odd(format!(
-            "it is of version {}, and this xen-locus knows {SCHEMA}: a later one wrote it",
-            kept.schema
-        )));
+    let damaged = |error: serde_json::Error| {
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("{} is damaged ({error})", path.display()),
+        )
+    };
+    // A later version may have other members.
+    let version: Version = serde_json::from_slice(&bytes).map_err(damaged)?;
+    if version.schema != SCHEMA {
+        let why = format!(
+            "{} is of version {}, and this xen-locus knows {SCHEMA}: a later one wrote it, so use that one for this guest",
+            path.display(),
+            version.schema
+        );
+        return Err(io::Error::new(io::ErrorKind::Unsupported, why));
     }
-    Ok(Some(kept))
+    serde_json::from_slice(&bytes).map(Some).map_err(damaged)
 }
 
-/// Keeps what is in force in the guest `uuid` after line `seq`, unless something newer is kept.
+/// Keeps what is in force in the guest `uuid` after line `seq`, unless something newer is kept. A file that is damaged is set
+/// aside: the line has all that it should say.
 ///
 /// # Errors
-/// It can't be written: what was kept before stays.
+/// It can't be written, or a later version wrote it: what was kept before stays.
 pub(super) fn update(folder: &Path, uuid: &str, seq: u64, in_force: &[InForce]) -> io::Result<()> {
-    match read(folder, uuid)? {
-        Some(old) if old.seq >= seq => Ok(()),
-        _ => write(folder, uuid, seq, in_force),
+    match read(folder, uuid) {
+        Ok(Some(old)) if old.seq >= seq => Ok(()),
+        Ok(_) => write(folder, uuid, seq, in_force),
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            set_aside(folder, uuid, &error)?;
+            write(folder, uuid, seq, in_force)
+        }
+        Err(error) => Err(error),
     }
+}
+
+/// Gives the damaged file of the guest `uuid` another name.
+fn set_aside(folder: &Path, uuid: &str, why: &io::Error) -> io::Result<()> {
+    let Some(path) = path(folder, uuid) else {
+        return Ok(());
+    };
+    let aside = path.with_extension("damaged");
+    fs::rename(&path, &aside)?;
+    say::warn(format_args!(
+        "{why}; it is {} now, and the log has what it should say",
+        aside.display()
+    ));
+    durable::sync_folder(folder)
 }
 
 /// Keeps what is in force in the guest `uuid` after line `seq`, which was made of what was kept before. That may have a greater
@@ -83,10 +120,7 @@ pub(super) fn write(folder: &Path, uuid: &str, seq: u64, in_force: &[InForce]) -
             removed => removed.and_then(|()| durable::sync_folder(folder)),
         };
     }
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(folder)?;
+    paths::own_folder(folder)?;
     let kept = Kept {
         schema: SCHEMA,
         seq,

@@ -27,7 +27,7 @@ fn add(audit: &Audit, patch: &str) {
         message: "said \",\"hash\":\"".into(),
         ..Action::default()
     };
-    audit.open().unwrap().append(action).unwrap();
+    audit.open("").unwrap().append(action).unwrap();
 }
 
 #[test]
@@ -39,7 +39,7 @@ fn nothing_in_the_log_ends_a_line_or_commands_a_terminal() {
         message: odd.into(),
         ..Action::default()
     };
-    audit.open().unwrap().append(action).unwrap();
+    audit.open("").unwrap().append(action).unwrap();
     let text = fs::read_to_string(&audit.log).unwrap();
     assert_eq!(text.lines().count(), 1);
     assert!(!text.trim_end().contains(char::is_control), "{text:?}");
@@ -152,7 +152,7 @@ fn of_a_line_that_could_not_be_recorded_nothing_stays() {
     // Where the last line is known from can't be written.
     let blocked = head(&audit).with_extension("new");
     fs::create_dir(&blocked).unwrap();
-    let mut writer = audit.open().unwrap();
+    let mut writer = audit.open("").unwrap();
     let error = writer.append(Action::default()).unwrap_err();
     assert!(error.to_string().contains("head.json"), "{error}");
     assert_eq!(fs::read(&audit.log).unwrap(), before);
@@ -174,7 +174,7 @@ fn what_is_in_force_in_a_guest_is_told_by_its_last_line_wherever_that_is() {
         message: said.into(),
         ..Action::default()
     };
-    let mut writer = audit.open().unwrap();
+    let mut writer = audit.open("").unwrap();
     writer.append(action("a", "one", "")).unwrap();
     writer.append(action("b", "two", "")).unwrap();
     writer.append(action("a", "three", "")).unwrap();
@@ -211,13 +211,13 @@ fn what_is_in_force_in_a_guest_is_told_by_its_last_line_wherever_that_is() {
 fn what_can_not_be_recorded_is_refused_before_it_is_begun() {
     let audit = log("refused");
     fs::create_dir_all(&audit.log).unwrap();
-    let error = audit.open().unwrap_err();
+    let error = audit.open("").unwrap_err();
     assert_eq!(error.exit_code() as u8, 1, "{error}");
     assert!(error.to_string().contains("audit.jsonl"), "{error}");
     let audit = log("refused-head");
     add(&audit, "one");
     fs::write(head(&audit), "{").unwrap();
-    let error = audit.open().unwrap_err();
+    let error = audit.open("").unwrap_err();
     assert_eq!(error.exit_code() as u8, 1, "{error}");
 }
 
@@ -232,7 +232,7 @@ fn what_is_in_force_is_kept_though_the_log_and_its_head_are_lost() {
             result: "applied".into(),
             ..Action::default()
         };
-        audit.open().unwrap().append(action).unwrap();
+        audit.open("").unwrap().append(action).unwrap();
     };
     ["one", "two"].into_iter().for_each(apply);
     fs::remove_file(&audit.log).unwrap();
@@ -242,4 +242,66 @@ fn what_is_in_force_is_kept_though_the_log_and_its_head_are_lost() {
     let all = audit.in_force("a").unwrap();
     let names: Vec<String> = all.into_iter().map(|p| p.name).collect();
     assert_eq!(names, ["one", "two", "three"]);
+}
+
+#[test]
+fn what_is_kept_of_one_guest_keeps_no_other_from_being_recorded() {
+    let audit = log("kept-damaged");
+    let act = |uuid: &str, patch: &str| {
+        let action = Action {
+            uuid: uuid.into(),
+            op: "apply".into(),
+            result: "applied".into(),
+            patch: patch.into(),
+            ..Action::default()
+        };
+        audit.open(uuid).and_then(|mut log| log.append(action))
+    };
+    let kept = |uuid: &str| audit.beside.as_ref().unwrap().kept.join(uuid);
+    let in_force = |uuid| -> Vec<String> {
+        let all = audit.in_force(uuid).unwrap();
+        all.into_iter().map(|patch| patch.name).collect()
+    };
+    act("b", "zero").unwrap();
+    act("a", "one").unwrap();
+    // That of the last line is damaged: its line has what it should say.
+    fs::write(kept("a"), "{").unwrap();
+    act("b", "two").unwrap();
+    assert_eq!(in_force("a"), ["one"]);
+    assert_eq!(fs::read(kept("a").with_extension("damaged")).unwrap(), b"{");
+    // So has the log, as long as it has a line about that guest.
+    fs::write(kept("a"), "cut").unwrap();
+    act("a", "three").unwrap();
+    assert_eq!(in_force("a"), ["one", "three"]);
+    fs::write(kept("c"), "cut").unwrap();
+    let error = act("c", "four").unwrap_err();
+    assert!(error.to_string().contains("is damaged"), "{error}");
+    // A later version's is left as it is, and only its guest is not changed.
+    let later = r#"{"schema":2,"all":"else"}"#;
+    fs::write(kept("a"), later).unwrap();
+    let error = act("a", "four").unwrap_err();
+    assert!(
+        error.to_string().contains("a later one wrote it"),
+        "{error}"
+    );
+    act("b", "four").unwrap();
+    act("b", "five").unwrap();
+    assert_eq!(fs::read_to_string(kept("a")).unwrap(), later);
+    assert_eq!(in_force("b"), ["zero", "two", "four", "five"]);
+    assert_eq!(faults(&audit), [""; 0]);
+}
+
+#[test]
+fn who_holds_a_lock_of_the_log_itself_keeps_nothing_from_being_recorded() {
+    let audit = log("held");
+    add(&audit, "one");
+    let reader = File::open(&audit.log).unwrap();
+    reader.lock_shared().unwrap();
+    add(&audit, "two");
+    assert_eq!(faults(&audit), [""; 0]);
+    // No link is followed to the log, whose folder others could write once.
+    let other = audit.log.with_extension("other");
+    fs::rename(&audit.log, &other).unwrap();
+    std::os::unix::fs::symlink(&other, &audit.log).unwrap();
+    assert!(audit.open("").is_err());
 }

@@ -2,9 +2,11 @@
 //! guest's file. A run may die between any two of these.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::{self, BufReader, Write as _};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::{
     digest, for_each_line, in_force, kept, rotation, Action, Append, Audit, Beside, Head, InForce,
@@ -18,6 +20,8 @@ use crate::storage::durable::{self, Step, Target};
 const MESSAGE_MAX: usize = 4096;
 /// Bytes of a line after what its hash is made of.
 const TAIL: usize = OWN.len() + 64 + "\"}\n".len();
+/// Longest wait for an earlier version of xen-locus that writes.
+const EARLIER: Duration = Duration::from_secs(2);
 /// Length below which no text is cut to make a line fit.
 const CUT_MIN: usize = 64;
 
@@ -75,8 +79,15 @@ impl<'a> Writer<'a> {
         if !named.is_ok_and(|named| id(&named) == own) {
             self.file = self.audit.open_log()?;
         }
-        // Earlier versions lock the log itself.
-        self.file.lock()?;
+        // Earlier versions lock the log itself, for some milliseconds. Whoever may read the log can hold that lock.
+        let began = Instant::now();
+        while let Err(error) = self.file.try_lock() {
+            match error {
+                TryLockError::Error(error) => return Err(error),
+                TryLockError::WouldBlock if began.elapsed() > EARLIER => break,
+                TryLockError::WouldBlock => thread::sleep(Duration::from_millis(5)),
+            }
+        }
         let done = self.append_locked(action);
         self.file.unlock().and(done)
     }
@@ -157,7 +168,14 @@ impl<'a> Writer<'a> {
 
     fn keep(&self, uuid: &str, seq: u64, in_force: &[InForce]) -> io::Result<()> {
         self.audit.step("audit: keep")?;
-        kept::update(&self.beside.kept, uuid, seq, in_force)
+        match kept::update(&self.beside.kept, uuid, seq, in_force) {
+            // The file of one guest keeps no other from being recorded.
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                say::warn(error);
+                Ok(())
+            }
+            updated => updated,
+        }
     }
 
     /// What comes before a new line, in this file or in the one to which it was rotated. What that says is in force in its

@@ -37,6 +37,7 @@ fn intent() -> Intent {
             }],
             generation: Some(7),
         },
+        is_done: false,
     }
 }
 
@@ -60,6 +61,20 @@ fn what_is_about_to_be_done_is_read_back_until_it_is_known_how_it_ended() {
     journal.end().unwrap();
     assert_eq!(journal.read().unwrap(), Noted::Nothing);
     journal.end().unwrap();
+}
+
+#[test]
+fn that_a_change_is_done_is_noted_for_that_change_only() {
+    let journal = journal("done");
+    journal.begin(&intent()).unwrap();
+    journal.note_done().unwrap();
+    assert!(read(&journal).is_done);
+    // The next run may die at once.
+    journal.begin(&intent()).unwrap();
+    assert!(!read(&journal).is_done);
+    journal.note_done().unwrap();
+    journal.end().unwrap();
+    assert_eq!(fs::read_dir(&journal.dir).unwrap().count(), 0);
 }
 
 #[test]

@@ -30,7 +30,7 @@ fn a_log_that_was_rotated_goes_on_and_what_guests_had_is_known() {
     for copied in [false, true] {
         let audit = log("rotated");
         for action in [done("a", "apply", "one"), done("b", "apply", "two")] {
-            audit.open().unwrap().append(action).unwrap();
+            audit.open("").unwrap().append(action).unwrap();
         }
         let mut old = rotate(&audit, ".1");
         if copied {
@@ -50,7 +50,7 @@ fn a_log_that_was_rotated_goes_on_and_what_guests_had_is_known() {
         );
         for round in 2..5 {
             let action = done("b", "apply", "three");
-            audit.open().unwrap().append(action).unwrap();
+            audit.open("").unwrap().append(action).unwrap();
             let history = audit.history().unwrap();
             assert_eq!(history.faults, [""; 0]);
             assert!(history.notes[0].contains(&format!("begins with entry {}", 1 + round)));
@@ -79,7 +79,7 @@ fn a_log_that_was_emptied_or_removed_is_told_from_one_that_was_rotated() {
     for removed in [false, true] {
         let audit = log("emptied");
         audit
-            .open()
+            .open("")
             .unwrap()
             .append(done("a", "apply", "one"))
             .unwrap();
@@ -94,7 +94,7 @@ fn a_log_that_was_emptied_or_removed_is_told_from_one_that_was_rotated() {
         assert!(faults(&audit)[0].contains("emptied or removed"));
         for _ in 0..2 {
             audit
-                .open()
+                .open("")
                 .unwrap()
                 .append(done("a", "apply", "two"))
                 .unwrap();
@@ -114,7 +114,7 @@ fn a_log_that_was_emptied_or_removed_is_told_from_one_that_was_rotated() {
 fn what_a_run_did_while_the_log_was_rotated_is_in_the_new_file() {
     let audit = log("mid-run");
     add(&audit, "one");
-    let (mut early, mut late) = (audit.open().unwrap(), audit.open().unwrap());
+    let (mut early, mut late) = (audit.open("").unwrap(), audit.open("").unwrap());
     rotate(&audit, ".1");
     early.append(done("a", "apply", "two")).unwrap();
     late.append(done("a", "apply", "three")).unwrap();
@@ -204,7 +204,7 @@ fn a_line_is_never_too_long_to_be_read() {
             .collect(),
         ..done("a", "apply", "one")
     };
-    audit.open().unwrap().append(action.clone()).unwrap();
+    audit.open("").unwrap().append(action.clone()).unwrap();
     add(&audit, "two");
     let history = audit.history().unwrap();
     assert_eq!((history.lines.len(), history.faults), (2, vec![]));
@@ -214,7 +214,7 @@ fn a_line_is_never_too_long_to_be_read() {
     // Nothing stays of one that can't be made to fit.
     let superseded = vec!["x".repeat(1 << 16)];
     let error = audit
-        .open()
+        .open("")
         .unwrap()
         .append(Action {
             superseded,
@@ -233,14 +233,14 @@ fn a_run_that_is_ended_at_any_step_leaves_a_log_that_goes_on() {
         for left in 0.. {
             let audit = log("ended");
             for action in [done("a", "apply", "one"), done("b", "apply", "two")] {
-                audit.open().unwrap().append(action).unwrap();
+                audit.open("").unwrap().append(action).unwrap();
             }
             let mut old = Vec::new();
             if before {
                 old.push(rotate(&audit, ".2"));
             }
             audit.left.set(left);
-            let revert = || audit.open()?.append(done("a", "revert", "one"));
+            let revert = || audit.open("")?.append(done("a", "revert", "one"));
             let is_done = revert().is_ok();
             let is_whole = audit.left.replace(u32::MAX) > 0;
             if after && audit.log.exists() {
@@ -263,7 +263,7 @@ fn a_run_that_is_ended_at_any_step_leaves_a_log_that_goes_on() {
                 assert_eq!(names(&audit, uuid), by_lines(&old, uuid), "{what}");
             }
             audit
-                .open()
+                .open("")
                 .unwrap()
                 .append(done("b", "apply", "three"))
                 .unwrap();
@@ -283,13 +283,13 @@ fn a_run_that_is_ended_at_any_step_leaves_a_log_that_goes_on() {
 fn a_first_line_that_was_cut_short_is_told_and_nothing_else_is_lost() {
     let audit = log("torn-first");
     audit
-        .open()
+        .open("")
         .unwrap()
         .append(done("a", "apply", "one"))
         .unwrap();
     rotate(&audit, ".1");
     let known = fs::read(head(&audit)).unwrap();
-    let mut writer = audit.open().unwrap();
+    let mut writer = audit.open("").unwrap();
     writer.append(done("b", "apply", "two")).unwrap();
     let whole = fs::read(&audit.log).unwrap();
     let kept = audit.beside.as_ref().unwrap().kept.join("b");
