@@ -5,7 +5,7 @@
 //! thread that holds it dies, the kernel passes it to the waiting thread before it frees the dead process's memory
 //! (`futex_exit_release`, kernel/futex/core.c).
 
-use std::cell::Cell;
+use std::cell::{Cell, UnsafeCell};
 use std::fs::File;
 use std::os::fd::AsRawFd as _;
 use std::ptr::{null_mut, NonNull};
@@ -61,10 +61,12 @@ pub enum WaitOutcome {
     OwnerDied,
 }
 
+/// What the page begins with. Other threads and processes write all of it, so each field is atomic or an [`UnsafeCell`]: a
+/// shared reference to it says nothing about its bytes.
 #[repr(C)]
 struct Head {
-    magic: [u8; 8],
-    mutex: libc::pthread_mutex_t,
+    magic: UnsafeCell<[u8; 8]>,
+    mutex: UnsafeCell<libc::pthread_mutex_t>,
     step: AtomicU32,
     others: AtomicU32,
     outcome: AtomicU32,
@@ -103,17 +105,16 @@ impl SharedPage {
     /// The page can't be mapped, or the mutex can't be initialised.
     pub fn create(file: &File) -> Result<SharedPage, Error> {
         let page = SharedPage::map(file)?;
-        let head = page.head.as_ptr();
         let failed =
             |rc: i32| Error::Environment(format!("cannot make a shared mutex: error {rc}"));
-        // SAFETY: `head` is a mapping of a whole page that no other process uses yet; the attribute is
-        // initialised before it is used, and the mutex before it is locked.
+        // SAFETY: the page is a mapping that no other process uses yet; the attribute is initialised before it is used, and
+        // the mutex before it is locked.
         let rc = unsafe {
             let mut attr = std::mem::zeroed::<libc::pthread_mutexattr_t>();
             libc::pthread_mutexattr_init(&raw mut attr);
             libc::pthread_mutexattr_setpshared(&raw mut attr, libc::PTHREAD_PROCESS_SHARED);
             libc::pthread_mutexattr_setrobust(&raw mut attr, libc::PTHREAD_MUTEX_ROBUST);
-            let mutex = &raw mut (*head).mutex;
+            let mutex = page.head().mutex.get();
             match libc::pthread_mutex_init(mutex, &raw const attr) {
                 0 => libc::pthread_mutex_lock(mutex),
                 rc => rc,
@@ -124,7 +125,7 @@ impl SharedPage {
         }
         page.held.set(true);
         // SAFETY: as above; written last, because it says that the page is complete.
-        unsafe { (&raw mut (*head).magic).write_volatile(MAGIC) };
+        unsafe { page.head().magic.get().write_volatile(MAGIC) };
         Ok(page)
     }
 
@@ -141,7 +142,7 @@ impl SharedPage {
         }
         let page = SharedPage::map(file)?;
         // SAFETY: the file has a whole page; the array is plain bytes.
-        let magic = unsafe { (&raw const (*page.head.as_ptr()).magic).read_volatile() };
+        let magic = unsafe { page.head().magic.get().read_volatile() };
         if magic != MAGIC {
             return Err(Error::Environment(
                 "the file is not a guard file of this version of xen-locus".into(),
@@ -174,8 +175,8 @@ impl SharedPage {
     }
 
     fn head(&self) -> &Head {
-        // SAFETY: mapped and at least that large while this value lives; all that is read through the
-        // reference is atomic, and any bytes are valid in it.
+        // SAFETY: mapped and at least that large while this value lives, and aligned to a page. Who else writes it writes into
+        // atomics and cells only, and any bytes are valid in them.
         unsafe { self.head.as_ref() }
     }
 
@@ -277,7 +278,7 @@ impl SharedPage {
     pub fn release(&self) {
         if self.held.replace(false) {
             // SAFETY: the mutex was initialised and locked by this thread.
-            unsafe { libc::pthread_mutex_unlock(&raw mut (*self.head.as_ptr()).mutex) };
+            unsafe { libc::pthread_mutex_unlock(self.head().mutex.get()) };
         }
     }
 
@@ -299,7 +300,7 @@ impl SharedPage {
         // SAFETY: the mutex was initialised by the process that made the page, with the same library. Both calls take it
         // and a time.
         let rc = unsafe {
-            let mutex = &raw mut (*self.head.as_ptr()).mutex;
+            let mutex = self.head().mutex.get();
             match clocklock() {
                 Some(clocklock) => clocklock(mutex, libc::CLOCK_MONOTONIC, &raw const monotonic),
                 None => libc::pthread_mutex_timedlock(mutex, &raw const realtime),
