@@ -89,6 +89,49 @@ fn a_command_that_only_reads_has_a_limit_of_memory_and_ends_at_the_first_signal(
     );
 }
 
+/// A signal's bit in a mask of /proc/PID/status.
+fn has(status: &str, mask: &str, signal: u32) -> bool {
+    let line = status.lines().find_map(|l| l.strip_prefix(mask));
+    let bits = line.and_then(|l| u64::from_str_radix(l.trim(), 16).ok());
+    bits.is_some_and(|bits| bits >> (signal - 1) & 1 == 1)
+}
+
+#[test]
+fn a_signal_that_was_ignored_when_a_command_began_stays_ignored() {
+    let (hup, int, term) = (1, 2, 15);
+    let folder = std::env::temp_dir().join(format!("locus-cli-ignores-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let pipe = folder.join("core");
+    let _ = std::fs::remove_file(&pipe);
+    let made = Command::new("mkfifo").arg(&pipe).status().unwrap();
+    assert!(made.success());
+    let script = "trap '' HUP INT; exec \"$@\"";
+    let me = env!("CARGO_BIN_EXE_xen-locus");
+    let mut child = Command::new("sh")
+        .args(["-c", script, "sh", me, "status", "--core"])
+        .arg(&pipe)
+        .spawn()
+        .unwrap();
+    let began = std::time::Instant::now();
+    let status = loop {
+        let file = format!("/proc/{}/status", child.id());
+        let status = std::fs::read_to_string(file).unwrap();
+        // The last of those for which there is a handler.
+        if has(&status, "SigCgt:", term) || began.elapsed().as_secs() > 60 {
+            break status;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    };
+    child.kill().unwrap();
+    child.wait().unwrap();
+    std::fs::remove_dir_all(&folder).unwrap();
+    assert!(has(&status, "SigCgt:", term), "{status}");
+    for signal in [hup, int] {
+        let is_caught = has(&status, "SigCgt:", signal);
+        assert!(has(&status, "SigIgn:", signal) && !is_caught, "{status}");
+    }
+}
+
 #[test]
 fn a_domain_whose_name_begins_with_a_dash_is_given_after_two_dashes() {
     for args in [

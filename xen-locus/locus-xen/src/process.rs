@@ -33,6 +33,20 @@ pub fn shut_out_others() {
     unsafe { libc::umask(0o077) };
 }
 
+/// Whether this process ignores a signal. Who started it may want that: `nohup`, or a shell for its jobs in the background.
+#[must_use]
+pub fn is_ignored(signal: i32) -> bool {
+    // SAFETY: nothing is changed, and the structure is filled before it is used.
+    let handler = unsafe {
+        let mut found = std::mem::zeroed::<libc::sigaction>();
+        match libc::sigaction(signal, std::ptr::null(), &raw mut found) {
+            0 => found.sa_sigaction,
+            _ => libc::SIG_DFL,
+        }
+    };
+    handler == libc::SIG_IGN
+}
+
 /// Lets this process run before all others of ordinary priority, and before those with a lower real-time `priority`:
 /// 1 (lowest) to 99 (`SCHED_FIFO`, sched(7)). Processes that it starts have ordinary priority. If the kernel does not
 /// allow it, nothing changes.

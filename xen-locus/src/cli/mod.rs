@@ -161,8 +161,12 @@ fn shown(code: ExitCode, changed: bool) -> ExitCode {
 pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     let began = Instant::now();
     let interrupted = Arc::new(AtomicBool::new(false));
-    let stops = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
+    let stops = [libc::SIGINT, libc::SIGHUP, libc::SIGTERM];
     for signal in stops.into_iter().filter(|_| ends_itself(&cli.command)) {
+        // Whoever started this process decided that it goes on.
+        if locus_xen::is_ignored(signal) {
+            continue;
+        }
         signal_hook::flag::register(signal, Arc::clone(&interrupted))
             .context("cannot install a signal handler")?;
     }
