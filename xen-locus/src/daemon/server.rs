@@ -306,11 +306,12 @@ fn earlier(
     let entry = nodes.read("entry")?;
     let entry = entry.and_then(|text| text.trim().parse().ok());
     let entry = entry.ok_or_else(|| unknown("by a daemon of an earlier version"))?;
-    let actions = log.since(entry)?;
+    let who = operator(nodes.id);
+    let actions = log.since(entry, &|a| entries::concerns(a, &who, &request.patch))?;
     let actions =
         actions.ok_or_else(|| unknown("the audit log does not go back to that moment"))?;
     let op = request.op.name();
-    entries::outcome(&actions, &operator(nodes.id), op, &request.patch, uuid)
+    entries::outcome(&actions, &who, op, &request.patch, uuid)
 }
 
 /// Who carries out the request `id`, for the audit log.

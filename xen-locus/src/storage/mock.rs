@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use super::audit::entries::Entries;
+use super::audit::history::Wanted;
 use super::audit::in_force::{self, InForce};
 use super::audit::{Action, Append, Log};
 use super::xenstore::Nodes;
@@ -77,11 +78,12 @@ impl Entries for MockLog {
         Ok(self.lines.borrow().len() as u64)
     }
 
-    fn since(&self, entry: u64) -> Result<Option<Vec<Action>>> {
+    fn since(&self, entry: u64, wanted: Wanted<'_>) -> Result<Option<Vec<Action>>> {
         self.trace.call("since")?;
         let lines = self.lines.borrow();
         let entry = usize::try_from(entry).unwrap_or(usize::MAX);
-        Ok(lines.get(entry..).map(<[Action]>::to_vec))
+        let later = lines.get(entry..);
+        Ok(later.map(|all| all.iter().filter(|a| wanted(a)).cloned().collect()))
     }
 }
 

@@ -1,5 +1,6 @@
 //! Entries of the log since a moment: what became of a run that could not say so itself.
 
+use super::history::Wanted;
 use super::{Action, Audit};
 use crate::error::{Error, Result};
 use crate::operation::Operation;
@@ -12,11 +13,11 @@ pub trait Entries {
     /// It can't be told.
     fn last_entry(&self) -> Result<u64>;
 
-    /// The actions after the entry with this number; `None` if the log does not go back that far.
+    /// The actions after the entry with this number that are `wanted`; `None` if the log does not go back that far.
     ///
     /// # Errors
     /// The log can't be read.
-    fn since(&self, entry: u64) -> Result<Option<Vec<Action>>>;
+    fn since(&self, entry: u64, wanted: Wanted<'_>) -> Result<Option<Vec<Action>>>;
 }
 
 impl Entries for Audit {
@@ -24,14 +25,21 @@ impl Entries for Audit {
         Audit::last_entry(self)
     }
 
-    fn since(&self, entry: u64) -> Result<Option<Vec<Action>>> {
-        let lines = self.lines_since(entry)?;
+    fn since(&self, entry: u64, wanted: Wanted<'_>) -> Result<Option<Vec<Action>>> {
+        let lines = self.lines_since(entry, wanted)?;
         Ok(lines.map(|all| all.into_iter().map(|line| line.action).collect()))
     }
 }
 
-/// What became of the operation `op` on `patch` that `who` asked for, by the actions after it was begun: exit code and
-/// sentence. `None` if nothing came of it: it was not begun, or undone. `uuid` is the guest's, if that is known.
+/// Whether [`outcome`] asks about this action.
+#[must_use]
+pub fn concerns(action: &Action, who: &str, patch: &str) -> bool {
+    let is_settling = action.op == Operation::Recover.name();
+    action.patch == patch && (is_settling || action.who == who)
+}
+
+/// What became of the operation `op` on `patch` that `who` asked for, by the actions after it was begun that
+/// concern it ([`concerns`]): exit code and sentence. `None` if nothing came of it: it was not begun, or undone. `uuid` is the guest's, if that is known.
 ///
 /// # Errors
 /// [`Class::Uncertain`](crate::error::Class::Uncertain): it was left half done.
@@ -96,6 +104,12 @@ mod tests {
     }
 
     fn of(actions: &[Action], op: &str) -> Result<Option<u8>> {
+        // Those that do not concern it change nothing.
+        let mut concerning = actions.to_vec();
+        concerning.retain(|a| concerns(a, WHO, "one"));
+        let found = outcome(&concerning, WHO, op, "one", Some("a guest"));
+        let all = outcome(actions, WHO, op, "one", Some("a guest"));
+        assert_eq!(found.as_ref().ok(), all.as_ref().ok());
         let found = outcome(actions, WHO, op, "one", Some("a guest"))?;
         Ok(found.map(|(code, _)| code))
     }
@@ -111,7 +125,7 @@ mod tests {
         };
         let audit = Audit::new(&folder.join("audit.jsonl"), Some(beside));
         assert_eq!(audit.last_entry().unwrap(), 0);
-        assert_eq!(audit.since(0).unwrap(), Some(Vec::new()));
+        assert_eq!(audit.since(0, &|_| true).unwrap(), Some(Vec::new()));
         for who in ["a", "b", "c"] {
             audit
                 .open("")
@@ -121,12 +135,15 @@ mod tests {
         }
         assert_eq!(audit.last_entry().unwrap(), 3);
         let since = |entry| {
-            let actions = audit.since(entry).unwrap();
+            let actions = audit.since(entry, &|_| true).unwrap();
             actions.map(|all| all.into_iter().map(|a| a.who).collect::<String>())
         };
         assert_eq!(since(0).as_deref(), Some("abc"));
         assert_eq!(since(2).as_deref(), Some("c"));
         assert_eq!(since(3).as_deref(), Some(""));
+        let concern = |a: &Action| concerns(a, "b", "one");
+        let of_b = audit.since(0, &concern).unwrap().unwrap();
+        assert_eq!(of_b.len(), 1);
         // Put away.
         std::fs::remove_file(&audit.log).unwrap();
         assert_eq!(since(3).as_deref(), Some(""));

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::path::Path;
 
-use super::{for_each_line, rotation, Audit, Head, Line, LOST, NONE, ROTATED};
+use super::{for_each_line, rotation, Action, Audit, Head, Line, LOST, NONE, ROTATED};
 use crate::error::Result;
 
 /// The content of a log.
@@ -133,22 +133,19 @@ impl Audit {
         read().map_err(|error| self.failed("cannot read", &error))
     }
 
-    /// The lines after the entry with this number, also those in files to which the log was rotated since. `None` if the log
-    /// and these files do not go back that far.
+    /// The lines after the entry with this number that are `wanted`, also those in files to which the log was rotated since.
+    /// `None` if the log and these files do not go back that far. No other line is kept in memory.
     ///
     /// # Errors
     /// [`Class::Failed`](crate::error::Class::Failed) when the log can't be read.
-    pub fn lines_since(&self, entry: u64) -> Result<Option<Vec<Line>>> {
+    pub fn lines_since(&self, entry: u64, wanted: Wanted<'_>) -> Result<Option<Vec<Line>>> {
         let read = || {
             let (log, _lock) = self.open_to_read()?;
-            let lines_in = |file: File| {
-                let mut history = History::default();
-                history.read(BufReader::new(file)).map(|_| history.lines)
-            };
-            let mut lines = log.map_or_else(|| Ok(Vec::new()), lines_in)?;
+            let lines_in = |file| lines_in(file, &|line| line.seq > entry && wanted(&line.action));
+            let (before, mut lines) = log.map_or_else(|| Ok((None, Vec::new())), lines_in)?;
             // The line with which the file before these lines ends.
-            let mut end = match lines.first() {
-                Some(first) => Head::before(first),
+            let mut end = match before {
+                Some(before) => before,
                 None => {
                     let head = self.read_head()?.unwrap_or_else(Head::none);
                     rotation::find(&self.log, &head).map_or(head, |found| found.end())
@@ -158,17 +155,32 @@ impl Audit {
                 let Some(found) = rotation::find_end(&self.log, &end) else {
                     return Ok(None);
                 };
-                let mut earlier = lines_in(File::open(found.path)?)?;
-                end = match earlier.first().map(Head::before) {
+                let (before, mut earlier) = lines_in(File::open(found.path)?)?;
+                end = match before {
                     Some(before) if before.seq < end.seq => before,
                     _ => return Ok(None),
                 };
-                earlier.extend(lines);
+                earlier.append(&mut lines);
                 lines = earlier;
             }
-            lines.retain(|line| line.seq > entry);
             Ok(Some(lines))
         };
         read().map_err(|error| self.failed("cannot read", &error))
     }
+}
+
+/// Which actions somebody wants to know.
+pub type Wanted<'a> = &'a dyn Fn(&Action) -> bool;
+
+/// What the first line of a file says of the line before it, and those lines of the file that are `wanted`.
+fn lines_in(file: File, wanted: &dyn Fn(&Line) -> bool) -> io::Result<(Option<Head>, Vec<Line>)> {
+    let (mut before, mut lines) = (None, Vec::new());
+    for_each_line(BufReader::new(file), |_, parsed| {
+        if let Some((line, _)) = parsed {
+            before.get_or_insert_with(|| Head::before(&line));
+            lines.extend(wanted(&line).then_some(line));
+        }
+        Ok(())
+    })?;
+    Ok((before, lines))
 }

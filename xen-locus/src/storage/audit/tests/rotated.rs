@@ -321,7 +321,7 @@ fn a_first_line_that_was_cut_short_is_told_and_nothing_else_is_lost() {
 fn the_lines_since_an_entry_are_told_over_rotations_or_not_at_all() {
     let audit = log("since");
     let since = |entry| {
-        let lines = audit.lines_since(entry).unwrap();
+        let lines = audit.lines_since(entry, &|_| true).unwrap();
         lines.map(|all| all.iter().map(|l| &*l.action.patch).collect::<String>())
     };
     assert_eq!(
