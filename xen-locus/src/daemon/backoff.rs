@@ -35,8 +35,13 @@ impl<K: Eq + Hash + Clone> Backoff<K> {
 
     /// `key` failed once more: it waits from now on.
     pub(super) fn put_off(&mut self, key: K, now: Instant) {
+        self.put_off_up_to(key, now, self.longest);
+    }
+
+    /// The same, with a longest wait of its own.
+    pub(super) fn put_off_up_to(&mut self, key: K, now: Instant, longest: Duration) {
         let last = self.due.get(&key).map(|(_, wait)| *wait);
-        let wait = last.map_or(self.first, |w| (w * 2).min(self.longest));
+        let wait = last.map_or(self.first, |w| (w * 2).min(longest));
         self.due.insert(key, (now + wait, wait));
     }
 

@@ -212,18 +212,17 @@ pub fn do_work(open: impl FnOnce() -> Result<Host>, settings: &Settings, work: &
             settings,
         };
         match work {
-            Work::Recover => recover(&server),
+            Work::Recover => recover(&server).map(|()| ExitCode::Done),
             Work::Publish(id, uuid) => match host.control.domain(*id)? {
                 Some(info) if info.uuid == *uuid => server.publish(info),
                 // The daemon sees that too.
                 _ => Err(Error::try_again("it is gone")),
             },
             Work::Request(id) => match server.serve(id)? {
-                Served::None | Served::Answered => Ok(()),
-                Served::Waits => return Ok(ExitCode::TryAgain),
+                Served::None | Served::Answered => Ok(ExitCode::Done),
+                Served::Waits => Ok(ExitCode::TryAgain),
             },
         }
-        .map(|()| ExitCode::Done)
     });
     done.unwrap_or_else(|error| {
         let level = u8::from(matches!(work, Work::Publish(..)));

@@ -1,7 +1,7 @@
 //! Finds the guests that are to be published as they come, and removes them from XenStore as they go. Workers publish them; what
 //! changes a guest's patches publishes the guest itself ([`crate::ops`]).
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::time::{Duration, Instant};
 
 use locus_guest::addr::DomId;
@@ -14,8 +14,11 @@ use super::TICK;
 use crate::error::Result;
 use crate::storage::xenstore::{Nodes, ROOT};
 
-/// Longest wait between two looks at a guest that can't be read.
+/// Longest wait between two looks at a guest that is not ready.
 const WAIT_MAX: Duration = Duration::from_secs(60);
+/// The same, if it can't be read as it is: another system than Linux, or a guest that makes its memory unreadable. Each look is
+/// a process, and with many such guests nothing else would be done.
+const UNREADABLE_MAX: Duration = Duration::from_secs(3600);
 /// Most guests whose mark is read in one look.
 const MARKS: usize = 128;
 
@@ -36,8 +39,10 @@ impl<'s> Mark<'s> {
         format!("{}/xen-locus", self.directory)
     }
 
-    fn is_set(&self) -> Result<bool> {
-        Ok(self.store.read(&self.node())?.is_some())
+    /// Whether the directory was made again since the mark was set.
+    fn is_lost(&self) -> Result<bool> {
+        let is_set = self.store.read(&self.node())?.is_some();
+        Ok(!is_set && self.store.read(&self.directory)?.is_some())
     }
 
     /// Sets it, unless the directory is gone: only the toolstack makes that.
@@ -58,6 +63,8 @@ pub(super) struct Publisher {
     waiting: Backoff<Known>,
     /// Guests that are published: their UUIDs, by domain id.
     published: BTreeMap<DomId, String>,
+    /// The same of guests that can't be read, which have the mark too.
+    unreadable: BTreeMap<DomId, String>,
     /// Guests that are in the queue, or that a worker has.
     queued: HashSet<Known>,
     /// Where the next look begins to read marks.
@@ -71,6 +78,7 @@ impl Publisher {
         Publisher {
             waiting: Backoff::new(TICK * 2, WAIT_MAX),
             published: BTreeMap::new(),
+            unreadable: BTreeMap::new(),
             queued: HashSet::new(),
             next_mark: DomId(0),
             is_listed: false,
@@ -80,7 +88,19 @@ impl Publisher {
     /// All guests are to be published anew: xenstored was started again.
     pub(super) fn forget(&mut self) {
         self.published.clear();
+        self.unreadable.clear();
+        self.waiting.retain(|_| false);
         self.is_listed = false;
+    }
+
+    /// A request was served about a guest of this UUID, id or name: if that one waits, it is looked at now.
+    pub(super) fn was_served(&mut self, store: &dyn Nodes, whom: &str) {
+        let is_meant = |(id, uuid): &Known| {
+            uuid == whom
+                || id.to_string() == whom
+                || store.domain_name(*id).as_deref() == Some(whom)
+        };
+        self.waiting.retain(|guest| !is_meant(guest));
     }
 
     /// Whether a guest that was published is not among `domains` any more.
@@ -129,12 +149,19 @@ impl Publisher {
     pub(super) fn ended(&mut self, id: DomId, uuid: &str, end: &End, now: Instant) {
         let guest: Known = (id, uuid.to_owned());
         self.queued.remove(&guest);
+        self.unreadable.remove(&id);
         match end {
             End::Done => {
                 self.waiting.forget(&guest);
                 self.published.insert(id, guest.1);
             }
-            End::Later | End::Died(_) => self.waiting.put_off(guest, now),
+            End::Later => self.waiting.put_off(guest, now),
+            End::CanNotBeRead => {
+                self.unreadable.insert(id, guest.1.clone());
+                self.waiting.put_off_up_to(guest, now, UNREADABLE_MAX);
+            }
+            // It may have ended before the mark was set.
+            End::Died(_) => self.waiting.put_off_up_to(guest, now, UNREADABLE_MAX),
         }
     }
 
@@ -171,19 +198,26 @@ impl Publisher {
         }
         let all: HashSet<(DomId, &String)> = domains.iter().map(|d| (d.id, &d.uuid)).collect();
         self.waiting.retain(|(id, uuid)| all.contains(&(*id, uuid)));
+        self.unreadable
+            .retain(|id, uuid| all.contains(&(*id, uuid)));
     }
 
-    /// Looks whether published guests were made again: some of them in each look, because there may be many.
+    /// Looks whether guests were made again that have a mark: some of them in each look, because there may be many.
     fn look_at_marks(&mut self, store: &dyn Nodes, say: &dyn Fn(String)) {
-        let rest = self.published.range(self.next_mark..);
-        let again = self.published.range(..self.next_mark);
-        let ids: Vec<DomId> = rest.chain(again).take(MARKS).map(|(id, _)| *id).collect();
+        let marked = self.published.keys().chain(self.unreadable.keys());
+        let marked: BTreeSet<DomId> = marked.copied().collect();
+        let rest = marked.range(self.next_mark..);
+        let again = marked.range(..self.next_mark);
+        let ids: Vec<DomId> = rest.chain(again).take(MARKS).copied().collect();
         for id in &ids {
-            match Mark::of(store, *id).is_set() {
-                Ok(true) => {}
-                Ok(false) => {
+            match Mark::of(store, *id).is_lost() {
+                Ok(false) => {}
+                Ok(true) => {
                     say(format!("domain {id} was made again"));
                     self.published.remove(id);
+                    if let Some(uuid) = self.unreadable.remove(id) {
+                        self.waiting.forget(&(*id, uuid));
+                    }
                     if let Err(error) = store.remove(&format!("{ROOT}/domain/{id}")) {
                         say(format!("domain {id} is still published as it was: {error}"));
                     }

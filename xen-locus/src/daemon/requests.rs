@@ -179,11 +179,13 @@ impl Requests {
             (End::Done, Ok(IsSubmitted::No)) => return self.forget(id),
             // Its requester made a new one with this ID, before it was known that the old one is answered.
             (End::Done, _) => self.forget(id),
-            (End::Later, _) => match nodes.read("state").as_ref().map(Option::as_deref) {
-                Ok(Some("running")) => self.trouble(id).unsettled += 1,
-                Ok(_) => drop(self.troubles.remove(id)),
-                Err(_) => {}
-            },
+            (End::Later | End::CanNotBeRead, _) => {
+                match nodes.read("state").as_ref().map(Option::as_deref) {
+                    Ok(Some("running")) => self.trouble(id).unsettled += 1,
+                    Ok(_) => drop(self.troubles.remove(id)),
+                    Err(_) => {}
+                }
+            }
             (End::Died(how), _) => {
                 say(format!("request {id}: its worker ended: {how}"));
                 let trouble = self.trouble(id);

@@ -93,11 +93,12 @@ impl Server<'_> {
         Ok(served)
     }
 
-    /// Reads the status of a guest and publishes it. With `--reapply`, applies what it lost.
+    /// Reads the status of a guest and publishes it. With `--reapply`, applies what it lost. The exit code says whether that is
+    /// done, or that the guest can't be read as it is.
     ///
     /// # Errors
-    /// It can't be read; XenStore failed; something is to be applied later.
-    pub(super) fn publish(&self, info: DomainInfo) -> Result<()> {
+    /// XenStore failed; another run has the guest; something is to be applied later.
+    pub(super) fn publish(&self, info: DomainInfo) -> Result<ExitCode> {
         let host = self.host;
         let domain = host.domain(info)?;
         // Before the look: a guest that is made again after this is looked at again.
@@ -106,14 +107,21 @@ impl Server<'_> {
             // Only a reboot ends that, and then it is another domain.
             Err(error) if error.is_arena_lost() => {
                 self.settings.say(0, format!("{}: {error}", domain.label()));
-                return Ok(());
+                return Ok(ExitCode::Done);
+            }
+            Err(error) if error.class() != Class::TryAgain => {
+                let whom = domain.label();
+                let said =
+                    format!("{whom} is not published, and looked at less and less often: {error}");
+                self.settings.say(1, said);
+                return Ok(ExitCode::NotApplicable);
             }
             looked => looked?,
         };
-        match self.settings.reapply {
-            true => reapply::reapply(self, &domain, &status),
-            false => Ok(()),
+        if self.settings.reapply {
+            reapply::reapply(self, &domain, &status)?;
         }
+        Ok(ExitCode::Done)
     }
 }
 

@@ -276,6 +276,9 @@ impl<'h, H: Hands> Daemon<'h, H> {
             Work::Request(id) => {
                 let say = |what| hands.say(0, what);
                 self.requests.ended(hands.store(), id, end, now, &say);
+                if *end == End::Done {
+                    self.publisher.was_served(hands.store(), &job.guest);
+                }
             }
         }
     }

@@ -38,8 +38,11 @@ impl Host {
             let Work::Publish(id, uuid) = &job.work else {
                 panic!("{job:?}")
             };
-            if *end == End::Done {
+            // The worker sets it before it looks.
+            if matches!(end, End::Done | End::CanNotBeRead) {
                 Mark::of(&self.store, *id).set().unwrap();
+            }
+            if *end == End::Done {
                 self.store.put(&format!("{ROOT}/domain/{id}/uuid"), uuid);
             }
             ids.push(id.0);
@@ -82,6 +85,55 @@ fn a_guest_that_can_not_be_read_is_tried_again_later() {
 }
 
 #[test]
+fn a_guest_that_can_not_be_read_costs_less_and_less() {
+    for end in [End::CanNotBeRead, End::Died("exit code 101".into())] {
+        let mut host = Host::with(&[domain(1)]);
+        let began = Instant::now();
+        let (mut looks, mut last) = (0, began);
+        for seconds in 0..24 * 3600 {
+            let now = began + Duration::from_secs(seconds);
+            if !host.look(now, &end).is_empty() {
+                looks += 1;
+                assert!(now - last <= UNREADABLE_MAX, "{:?}", now - last);
+                last = now;
+            }
+        }
+        // Twelve that double, and one an hour.
+        assert!((30..40).contains(&looks), "{looks}");
+    }
+}
+
+#[test]
+fn a_guest_that_became_another_is_looked_at_at_once() {
+    let again = |change: &dyn Fn(&mut Host)| {
+        let mut host = Host::with(&[domain(1), domain(2)]);
+        host.store.put("/local/domain/1/name", "guest 1");
+        let mut now = Instant::now();
+        for _ in 0..12 {
+            assert_eq!(host.look(now, &End::CanNotBeRead)[0], 1);
+            now += UNREADABLE_MAX;
+        }
+        now -= UNREADABLE_MAX / 2;
+        assert_eq!(host.look(now, &End::Done), [0; 0]);
+        change(&mut host);
+        host.look(now, &End::Done)
+    };
+    assert_eq!(again(&|_| ()), [0; 0]);
+    let mark = "/local/domain/1/xen-locus";
+    // Its kernel started another one; it rebooted; a request about it was served; xenstored was started again.
+    assert_eq!(
+        again(&|host| drop(host.store.nodes.borrow_mut().remove(mark))),
+        [1]
+    );
+    assert_eq!(again(&|host| host.domains[0] = domain(7)), [7]);
+    for whom in ["uuid 1", "1", "guest 1"] {
+        let served = |host: &mut Host| host.publisher.was_served(&host.store, whom);
+        assert_eq!(again(&served), [1]);
+    }
+    assert_eq!(again(&|host| host.publisher.forget()), [1, 2]);
+}
+
+#[test]
 fn each_of_two_guests_with_one_uuid_is_looked_at() {
     let mut host = Host::with(&[domain(1), domain(2)]);
     host.domains[1].uuid = host.domains[0].uuid.clone();
@@ -115,6 +167,15 @@ fn a_guest_whose_directory_was_made_again_is_published_again() {
     host.store.nodes.borrow_mut().remove(mark);
     assert_eq!(host.look(now, &End::Done), [1]);
     assert_eq!(host.published(), ["1"]);
+}
+
+#[test]
+fn a_domain_without_a_directory_is_published_once() {
+    let mut host = Host::with(&[]);
+    host.domains.push(domain(1));
+    let now = Instant::now();
+    assert_eq!(host.look(now, &End::Done), [1]);
+    assert_eq!(host.look(now + TICK, &End::Done), [0; 0]);
 }
 
 #[test]
