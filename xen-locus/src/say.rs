@@ -12,9 +12,10 @@ pub fn text(what: impl Display) {
     let _ = io::stderr().lock().write_all(printable(&text).as_bytes());
 }
 
-/// Says a line.
+/// Says [`one_line`]: who reads a log takes each line for a message of its own.
 pub fn line(what: impl Display) {
-    text(format_args!("{what}\n"));
+    let line = what.to_string();
+    text(format_args!("{}\n", one_line(&line)));
 }
 
 /// Says a line that has this program's name before it.

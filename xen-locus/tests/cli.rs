@@ -163,6 +163,14 @@ fn a_domain_whose_name_begins_with_a_dash_is_given_after_two_dashes() {
 }
 
 #[test]
+fn a_message_is_one_line_whatever_it_quotes() {
+    let out = xen_locus(&["show", "/none\nxen-locus: all is well\t.ko"]);
+    let text = said(&out.stderr);
+    assert_eq!(text.lines().count(), 1, "{text}");
+    assert!(text.contains("/none\\u000axen-locus"), "{text}");
+}
+
+#[test]
 fn wrong_usage_has_an_exit_code_of_its_own() {
     for args in [
         &[][..],

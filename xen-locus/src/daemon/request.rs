@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::operation::Operation;
+use crate::say;
 use crate::storage::xenstore::{self, ROOT};
 
 /// Longest value of a request's node that is accepted, in bytes.
@@ -99,7 +100,7 @@ impl Nodes<'_> {
 
     /// Writes the message, cut to the length that is kept.
     pub(super) fn say(&self, message: &str) -> Result<()> {
-        self.write("message", cut(message))
+        self.write("message", cut(&say::one_line(message)))
     }
 
     /// Writes the answer, the node that commits it last; nothing if the requester has removed the request, or it has its answer.
@@ -305,5 +306,14 @@ mod tests {
     #[test]
     fn an_answer_fits_a_node() {
         assert_eq!(cut(&"\u{20ac}".repeat(1000)).len(), 1023);
+        // Each of these becomes six characters.
+        let store = MockStore::default();
+        let nodes = Nodes {
+            store: &store,
+            id: "a",
+        };
+        nodes.say(&"\n".repeat(MESSAGE_MAX)).unwrap();
+        let said = store.value(&format!("{ROOT}/request/a/message")).unwrap();
+        assert_eq!((said.len(), said.contains('\n')), (MESSAGE_MAX, false));
     }
 }
