@@ -1,4 +1,5 @@
-//! `libxenstore`: what `xenstore-rs` lacks. Lists of names that do not fit one message, and permissions.
+//! `libxenstore`: what `xenstore-rs` lacks. Lists of names that do not fit one message, values that are not UTF-8, and
+//! permissions.
 //!
 //! A message of XenStore holds 4096 bytes. A longer list is refused with `E2BIG`, and the library then asks for it in parts
 //! (`XS_DIRECTORY_PART`; tools/libs/store/xs.c, `xs_directory`).
@@ -32,6 +33,7 @@ functions! {
     struct Functions {
         fn xs_open(c_ulong) -> *mut xs_handle;
         fn xs_close(*mut xs_handle);
+        fn xs_read(*mut xs_handle, u32, *const c_char, *mut c_uint) -> *mut c_void;
         fn xs_directory(*mut xs_handle, u32, *const c_char, *mut c_uint) -> *mut *mut c_char;
         fn xs_set_permissions(*mut xs_handle, u32, *const c_char, *mut xs_permissions, c_uint) -> bool;
     }
@@ -88,6 +90,31 @@ impl XenstoreList {
         // SAFETY: one block of malloc, strings included (xenstore.h), which nothing refers to any more.
         unsafe { libc::free(list.as_ptr().cast::<c_void>()) };
         Ok(names)
+    }
+
+    /// The value of a node, whatever bytes it has.
+    ///
+    /// # Errors
+    /// There is no such node ([`io::ErrorKind::NotFound`]), or xenstored failed.
+    pub fn value(&self, path: &str) -> io::Result<Vec<u8>> {
+        let path = CString::new(path)?;
+        let mut len = 0;
+        // SAFETY: a valid handle, a string that ends with NUL, and a place for the length.
+        let value = unsafe {
+            (self.functions.xs_read)(
+                self.handle.as_ptr(),
+                NO_TRANSACTION,
+                path.as_ptr(),
+                &raw mut len,
+            )
+        };
+        let value = NonNull::new(value).ok_or_else(io::Error::last_os_error)?;
+        // SAFETY: the library gave a block of `len` bytes and a NUL (xenstore.h), which nothing else writes.
+        let bytes = unsafe { std::slice::from_raw_parts(value.as_ptr().cast(), len as usize) };
+        let bytes = bytes.to_vec();
+        // SAFETY: one block of malloc, which nothing refers to any more.
+        unsafe { libc::free(value.as_ptr()) };
+        Ok(bytes)
     }
 
     /// Lets only the control domain read and write a node, and the nodes that are made below it from now on.

@@ -139,7 +139,7 @@ pub enum Command {
     #[command(long_about = manual::long_about(manual::STATUS))]
     #[command(after_long_help = manual::after_help(manual::STATUS))]
     Status {
-        /// Name or id; all guests if not given
+        /// Name, id or UUID; all guests if not given
         #[arg(conflicts_with = "core")]
         domain: Option<String>,
         /// Read a saved core (`xl dump-core`); needs no Xen
@@ -150,7 +150,7 @@ pub enum Command {
     #[command(long_about = manual::long_about(manual::VERIFY))]
     #[command(after_long_help = manual::after_help(manual::VERIFY))]
     Verify {
-        /// Name or id; all guests if not given
+        /// Name, id or UUID; all guests if not given
         #[arg(conflicts_with = "core")]
         domain: Option<String>,
         /// Read a saved core (`xl dump-core`); needs no Xen
@@ -174,7 +174,7 @@ pub enum Command {
 /// A guest: a domain or a saved core.
 #[derive(Clone, Debug, Args)]
 pub struct DomainOrCore {
-    /// Name or id
+    /// Name, id or UUID
     #[arg(required_unless_present = "core", conflicts_with = "core")]
     pub domain: Option<String>,
     /// Read a saved core (`xl dump-core`) instead of a domain; needs no Xen
@@ -185,7 +185,7 @@ pub struct DomainOrCore {
 /// Arguments of `check`.
 #[derive(Debug, Args)]
 pub struct Check {
-    /// The guest by name or id, unless a core is read; then the payload, a livepatch module
+    /// The guest by name, id or UUID, unless a core is read; then the payload, a livepatch module
     // One argument: of two, clap takes a word behind `--` for the last one, whatever comes after it.
     #[arg(required = true, num_args = 1..=2, value_name = "DOMAIN|FILE")]
     pub words: Vec<OsString>,
@@ -197,7 +197,7 @@ pub struct Check {
 /// Arguments of `blocking`.
 #[derive(Debug, Args)]
 pub struct Blocking {
-    /// The guest by name or id, unless a core is read; then a payload (its path has a folder, or its name ends in .ko), or
+    /// The guest by name, id or UUID, unless a core is read; then a payload (its path has a folder, or its name ends in .ko), or
     /// the name of an applied patch
     // As for `check`.
     #[arg(required = true, num_args = 1..=2, value_name = "DOMAIN|FILE|PATCH")]
@@ -210,7 +210,7 @@ pub struct Blocking {
 /// Arguments of `nudge`.
 #[derive(Debug, Args)]
 pub struct Nudge {
-    /// Name or id
+    /// Name, id or UUID
     pub domain: String,
     /// Payload (its path has a folder, or its name ends in .ko), or the name of an applied patch
     #[arg(value_name = "FILE|PATCH")]
@@ -223,7 +223,7 @@ pub struct Nudge {
 /// Arguments of `reclaim`.
 #[derive(Debug, Args)]
 pub struct Reclaim {
-    /// Name or id
+    /// Name, id or UUID
     pub domain: String,
     /// Name of the payload; all that are parked if not given
     pub patch: Option<String>,
@@ -270,7 +270,7 @@ pub struct View {
 /// Arguments of `apply` and `replace`.
 #[derive(Debug, Args)]
 pub struct Apply {
-    /// Guests by name or id; the last one is the payload, a livepatch module
+    /// Guests by name, id or UUID; the last one is the payload, a livepatch module
     // One argument: with two, clap refuses options between the domains and the file.
     #[arg(required = true, num_args = 1.., value_name = "DOMAIN|FILE")]
     pub targets: Vec<String>,
@@ -298,7 +298,7 @@ pub struct History {
 /// Arguments of `revert`.
 #[derive(Debug, Args)]
 pub struct Revert {
-    /// Name or id
+    /// Name, id or UUID
     pub domain: String,
     /// Name of the patch, as `status` shows it
     #[arg(required_unless_present = "all", conflicts_with = "all")]
@@ -329,7 +329,7 @@ pub struct Consistency {
 /// Arguments of `recover`.
 #[derive(Debug, Args)]
 pub struct Recover {
-    /// Name or id; all guests if not given
+    /// Name, id or UUID; all guests if not given
     pub domain: Option<String>,
     /// Limits of time
     #[command(flatten)]

@@ -154,7 +154,7 @@ impl DomainOrCore {
         };
         let as_text = |domain: &OsString| {
             domain.to_str().map(str::to_owned).ok_or_else(|| {
-                Error::usage("the name of the domain is not UTF-8: give its id instead")
+                Error::usage("the name of the domain is not UTF-8: give its id or its UUID instead")
             })
         };
         let domain = domain.map(as_text).transpose()?;

@@ -15,7 +15,7 @@ pub(super) const NAME_MAX: usize = 64;
 pub(super) struct Request {
     /// Apply, replace or revert.
     pub(super) op: Operation,
-    /// Name or id of the domain.
+    /// Name, id or UUID of the domain.
     pub(super) domain: String,
     /// The UUID that the domain must have.
     pub(super) uuid: Option<String>,
@@ -98,7 +98,7 @@ impl Nodes<'_> {
         }
     }
 
-    /// Writes the message, cut to the length that is kept.
+    /// Writes the message: one line, cut to the length that is kept.
     pub(super) fn say(&self, message: &str) -> Result<()> {
         self.write("message", cut(&say::one_line(message)))
     }

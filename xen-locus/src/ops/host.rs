@@ -69,7 +69,7 @@ impl Host {
         domain
     }
 
-    /// Finds a guest by name or id.
+    /// Finds a guest by name, id or UUID.
     ///
     /// # Errors
     /// As [`Domain::find`].

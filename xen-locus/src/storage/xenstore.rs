@@ -6,7 +6,7 @@
 mod talker;
 
 use std::cell::{Cell, RefCell};
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
@@ -18,7 +18,7 @@ use locus_xen::fault;
 
 use crate::error::{Error, Result};
 use crate::say;
-use talker::{is_missing, is_not_text, Answer, Call, Line, ANSWERED};
+use talker::{is_missing, is_not_text, Answer, Call, Line, NotText, ANSWERED};
 
 /// Path of this tool's nodes.
 pub const ROOT: &str = "/tool/xen-locus";
@@ -89,21 +89,27 @@ impl Store {
             .map_err(|e| failed("setting permissions of", path, &e))
     }
 
-    /// The name of a domain, if it has one and xenstored gives it.
+    /// The name of a domain as text, if it has one and xenstored gives it.
     #[must_use]
     pub fn domain_name(&self, id: DomId) -> Option<String> {
-        Nodes::domain_name(self, id)
+        self.try_domain_name(id)
+            .ok()
+            .flatten()
+            .map(|name| name.text)
     }
 
-    /// The same, for who decides by it; `None` also for a name that is not UTF-8.
+    /// The same, for who decides by it.
     ///
     /// # Errors
     /// xenstored failed.
-    pub fn try_domain_name(&self, id: DomId) -> Result<Option<String>> {
+    pub fn try_domain_name(&self, id: DomId) -> Result<Option<DomainName>> {
         let path = format!("/local/domain/{id}/name");
         match fault::point("xs_read").and_then(|()| self.call(Call::Read(path.clone()))) {
-            Ok(value) => Ok(value.into_iter().next()),
-            Err(e) if is_missing(&e) || is_not_text(&e) => Ok(None),
+            Ok(value) => Ok(value
+                .first()
+                .map(|name| DomainName::of_bytes(name.as_bytes()))),
+            Err(e) if is_missing(&e) => Ok(None),
+            Err(e) if is_not_text(&e) => Ok(NotText::of(&e).map(DomainName::of_bytes)),
             Err(e) => Err(failed("reading", &path, &e)),
         }
     }
@@ -174,11 +180,47 @@ pub trait Nodes: fmt::Debug {
     /// # Errors
     /// xenstored failed.
     fn remove(&self, path: &str) -> Result<()>;
-    /// The name of a domain, if it has one.
+    /// The name of a domain as text, if it has one.
     fn domain_name(&self, id: DomId) -> Option<String> {
         self.read(&format!("/local/domain/{id}/name"))
             .ok()
             .flatten()
+    }
+}
+
+/// A domain's name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DomainName {
+    /// The name, or what stands for it if it is no text.
+    text: String,
+    is_text: bool,
+}
+
+impl DomainName {
+    /// The name that XenStore has. Instead of each byte that is no text stands its number, as a shell's `$'…'` has it.
+    #[must_use]
+    pub fn of_bytes(bytes: &[u8]) -> DomainName {
+        let (mut text, mut is_text) = (String::new(), true);
+        for chunk in bytes.utf8_chunks() {
+            text.push_str(chunk.valid());
+            for byte in chunk.invalid() {
+                is_text = false;
+                let _ = write!(text, "\\x{byte:02x}");
+            }
+        }
+        DomainName { text, is_text }
+    }
+
+    /// Whether this is the name that a person typed.
+    #[must_use]
+    pub fn is(&self, wanted: &str) -> bool {
+        self.is_text && self.text == wanted
+    }
+
+    /// Whether it is another one that looks the same where it is shown.
+    #[must_use]
+    pub fn is_taken_for(&self, wanted: &str) -> bool {
+        !self.is(wanted) && (self.text == wanted || say::one_line(&self.text) == wanted)
     }
 }
 
@@ -189,6 +231,10 @@ impl Nodes for Store {
             Err(e) if is_missing(&e) => Ok(None),
             Err(e) => Err(failed("reading", path, &e)),
         }
+    }
+
+    fn domain_name(&self, id: DomId) -> Option<String> {
+        Store::domain_name(self, id)
     }
 
     fn children(&self, path: &str) -> Result<Vec<String>> {
@@ -317,11 +363,19 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_is_no_text_breaks_no_connection() {
+    fn a_name_that_is_no_text_is_shown_and_is_not_taken_for_another() {
         let xenstored = Xenstored::start();
         let store = Store::open().unwrap();
-        xenstored.put("/local/domain/1/name", b"w\xffb");
-        assert_eq!(store.try_domain_name(DomId(1)).unwrap(), None);
+        xenstored.put("/local/domain/1/name", b"w\xff\xc3b");
+        let odd = store.try_domain_name(DomId(1)).unwrap().unwrap();
+        assert!(!odd.is("w\\xff\\xc3b") && odd.is_taken_for("w\\xff\\xc3b"));
+        assert_eq!(store.domain_name(DomId(1)).as_deref(), Some("w\\xff\\xc3b"));
+        xenstored.put("/local/domain/3/name", b"w\\xff\\xc3b");
+        let text = store.try_domain_name(DomId(3)).unwrap().unwrap();
+        assert!(text.is("w\\xff\\xc3b") && !text.is_taken_for("w\\xff\\xc3b"));
+        xenstored.put("/local/domain/4/name", b"a\nb");
+        let lines = store.try_domain_name(DomId(4)).unwrap().unwrap();
+        assert!(lines.is("a\nb") && lines.is_taken_for("a\\u000ab"));
         assert_eq!(store.try_domain_name(DomId(2)).unwrap(), None);
         assert!(store.read("/local/domain/1/name").is_err());
         assert_eq!(store.connections(), 1);

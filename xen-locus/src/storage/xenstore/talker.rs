@@ -137,7 +137,16 @@ impl Talker {
         };
         let nothing = |()| Vec::new();
         match call {
-            Call::Read(path) => xs.read(path).map(|value| vec![value.into()]),
+            Call::Read(path) => match xs.read(path) {
+                // Without the library it is only known that it is no text.
+                Err(e) if is_not_text(&e) => {
+                    Err(match self.list().and_then(|list| list.value(path)) {
+                        Ok(bytes) => io::Error::new(io::ErrorKind::InvalidData, NotText(bytes)),
+                        Err(_) => e,
+                    })
+                }
+                value => value.map(|value| vec![value.into()]),
+            },
             Call::Write(path, value) => xs.write(path, value).map(nothing),
             Call::Remove(path) => xs.rm(path).map(nothing),
             Call::List(path) => match xs.directory(path) {
@@ -180,7 +189,20 @@ fn is_broken(error: &io::Error) -> bool {
 /// Whether xenstored answered with what is not UTF-8.
 pub(super) fn is_not_text(error: &io::Error) -> bool {
     let cause = error.get_ref();
-    cause.is_some_and(|cause| cause.is::<std::str::Utf8Error>())
+    cause.is_some_and(|cause| cause.is::<std::str::Utf8Error>() || cause.is::<NotText>())
+}
+
+/// A value that is not UTF-8.
+#[derive(Debug, thiserror::Error)]
+#[error("its value is not UTF-8")]
+pub(super) struct NotText(pub(super) Vec<u8>);
+
+impl NotText {
+    /// The value that this error is about.
+    pub(super) fn of(error: &io::Error) -> Option<&[u8]> {
+        let cause = error.get_ref()?.downcast_ref::<NotText>()?;
+        Some(&cause.0)
+    }
 }
 
 /// Whether the list is too long for one message.
