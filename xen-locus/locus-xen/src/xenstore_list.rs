@@ -52,7 +52,8 @@ impl std::fmt::Debug for XenstoreList {
 }
 
 impl XenstoreList {
-    /// Connects to xenstored, where the library finds it: `XENSTORED_PATH`, `/run/xenstored/socket`, or the kernel's device.
+    /// Connects to xenstored, where the library finds it: `XENSTORED_PATH`, `socket` in `XENSTORED_RUNDIR` or in
+    /// `/run/xenstored`, or the kernel's device (tools/libs/store/xs.c, `xs_open`).
     ///
     /// # Errors
     /// The library is missing, or nobody is there.

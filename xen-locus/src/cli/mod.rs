@@ -37,6 +37,7 @@ use crate::guard::guardian;
 use crate::ops::host::Host;
 use crate::plan::Mode;
 use crate::say;
+use crate::storage::xenstore;
 use args::{Cli, Command, Output, TimeLimits};
 
 /// Most memory of this process and of its guardian each, in bytes: ten times what a command takes for an honest guest.
@@ -104,6 +105,8 @@ pub fn main() -> std::process::ExitCode {
         return guardian::main();
     }
     locus_xen::shut_out_others();
+    // Before any other thread runs.
+    xenstore::obey_environment();
     let code = match Cli::try_parse() {
         Ok(args) => {
             if reads_guests(&args.command) {

@@ -18,6 +18,7 @@ use locus_xen::fault;
 
 use crate::error::{Error, Result};
 use crate::say;
+pub use talker::obey_environment;
 use talker::{is_missing, is_not_text, Answer, Call, Line, NotText, ANSWERED};
 
 /// Path of this tool's nodes.
@@ -379,6 +380,26 @@ mod tests {
         assert_eq!(store.try_domain_name(DomId(2)).unwrap(), None);
         assert!(store.read("/local/domain/1/name").is_err());
         assert_eq!(store.connections(), 1);
+    }
+
+    #[test]
+    fn xenstored_is_found_where_xen_s_own_tools_find_it() {
+        let xenstored = Xenstored::start();
+        let socket = std::env::var_os("XENSTORED_PATH").unwrap();
+        let dir = std::env::temp_dir().join(format!("xen-locus-rundir-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&dir);
+        std::fs::create_dir(&dir).unwrap();
+        std::os::unix::fs::symlink(&socket, dir.join("socket")).unwrap();
+        std::env::set_var("XENSTORED_RUNDIR", &dir);
+        obey_environment();
+        assert_eq!(std::env::var_os("XENSTORED_PATH"), Some(socket.clone()));
+        std::env::remove_var("XENSTORED_PATH");
+        obey_environment();
+        std::env::remove_var("XENSTORED_RUNDIR");
+        let store = Store::open();
+        std::env::set_var("XENSTORED_PATH", socket);
+        xenstored.put("/a", b"1");
+        assert_eq!(store.unwrap().read("/a").unwrap().as_deref(), Some("1"));
     }
 
     #[test]

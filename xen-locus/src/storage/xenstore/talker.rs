@@ -14,6 +14,10 @@ use xenstore_rs::Xs as _;
 
 /// xenstored's socket, if the environment names no other.
 const SOCKET: &str = "/run/xenstored/socket";
+/// The variable that has the socket's path.
+const PATH: &str = "XENSTORED_PATH";
+/// The variable that has the socket's folder.
+const RUNDIR: &str = "XENSTORED_RUNDIR";
 /// Stack of the thread that talks to xenstored. It is locked in memory.
 const STACK: usize = 256 << 10;
 /// Name of that thread, as the kernel shows it.
@@ -177,8 +181,17 @@ impl Talker {
 
 /// xenstored's socket, as `xenstore-rs` and `libxenstore` find it.
 fn socket() -> PathBuf {
-    let path = std::env::var_os("XENSTORED_PATH");
+    let path = std::env::var_os(PATH);
     path.map_or_else(|| SOCKET.into(), PathBuf::from)
+}
+
+/// Makes both libraries find the same xenstored, where Xen's own tools find it: at `XENSTORED_PATH`, or else in
+/// `XENSTORED_RUNDIR` (tools/libs/store/xs.c in Xen's source, `xs_daemon_path`). `xenstore-rs` knows only the first of these.
+/// No other thread may run: the environment is changed.
+pub fn obey_environment() {
+    if let (None, Some(dir)) = (std::env::var_os(PATH), std::env::var_os(RUNDIR)) {
+        std::env::set_var(PATH, PathBuf::from(dir).join("socket"));
+    }
 }
 
 /// Whether xenstored gave no answer, so that the connection can't be used any more.
