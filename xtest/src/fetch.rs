@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::headers;
 use crate::host::checked;
 use crate::paths::Paths;
+use crate::room;
 use crate::suites::{Suite, BOOKWORM, SKIP};
 use crate::toolchain;
 
@@ -76,6 +77,12 @@ struct Stamp {
     files: BTreeSet<String>,
 }
 
+/// Whether the suite was downloaded and unpacked.
+pub fn is_unpacked(paths: &Paths, suite: &Suite) -> bool {
+    let base = paths.base.join(suite.name);
+    read_stamp(&base.join("stamp.json"), suite).is_some() && base.join("root").is_dir()
+}
+
 /// Downloads and unpacks the suite, unless that was done before.
 pub fn ensure_suite(paths: &Paths, suite: &Suite) -> Result<Root> {
     let base = paths.base.join(suite.name);
@@ -89,6 +96,7 @@ pub fn ensure_suite(paths: &Paths, suite: &Suite) -> Result<Root> {
             });
         }
     }
+    room::check(&base, room::SUITE, suite.name)?;
     let debs = base.join("debs");
     std::fs::create_dir_all(&debs)?;
     let listed = base.join("downloaded.json");

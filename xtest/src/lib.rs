@@ -49,6 +49,7 @@ pub mod qemu_faults;
 pub mod queue;
 pub mod report;
 pub mod results;
+pub mod room;
 pub mod runner;
 pub mod scenario;
 pub mod scenarios;

@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 
 use crate::host::{checked, piped};
 use crate::paths::{cargo, Paths};
+use crate::room;
 
 /// The commit before the tree was divided into crates. A guest that this build patched must be of use to every later
 /// one.
@@ -43,6 +44,7 @@ pub fn build(paths: &Paths) -> Result<Option<Previous>> {
     let tree = base.join("tree");
     if !tree.join("Cargo.toml").exists() {
         fs::create_dir_all(&tree)?;
+        room::check(&base, room::PREVIOUS, "the earlier version of xen-locus")?;
         let archive = checked(&mut git(&["archive", COMMIT]))?.stdout;
         let tree = tree.to_str().context("a path that is not UTF-8")?;
         piped("tar", &["-x", "-C", tree], archive)?;

@@ -9,6 +9,7 @@ use crate::fetch::{self, Root};
 use crate::host::checked;
 use crate::paths::Paths;
 use crate::payloads;
+use crate::room;
 use crate::suites::Suite;
 
 /// Folders of the source that are unpacked.
@@ -50,6 +51,7 @@ fn unpack(paths: &Paths, suite: &Suite, root: &Root, dir: &Path) -> Result<()> {
     let short: Vec<&str> = root.release.splitn(3, '.').take(2).collect();
     let name = format!("linux-source-{}", short.join("."));
     let kernel = format!("linux-image-{}", root.release);
+    room::check(dir, room::SOURCE, &name)?;
     let package = fetch::download_beside(paths, suite, &kernel, &name)?;
     checked(Command::new("dpkg-deb").arg("-x").arg(&package).arg(dir))?;
     let archive = dir.join(format!("usr/src/{name}.tar.xz"));

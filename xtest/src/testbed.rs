@@ -19,6 +19,7 @@ use crate::paths::{cargo, Paths};
 use crate::payloads::{self, Which};
 use crate::profile::Profile;
 use crate::qemu::Qemu;
+use crate::room;
 use crate::scenario::Ctx;
 use crate::suites::BOOKWORM;
 use crate::watched::Watched;
@@ -40,6 +41,7 @@ impl Testbed {
     /// Downloads packages and builds programs, payloads and images, as far as they are out of date.
     pub fn prepare() -> Result<Self> {
         let paths = Paths::find()?;
+        check_room(&paths)?;
         let lock = lock(&paths)?;
         let root = fetch::ensure_suite(&paths, &BOOKWORM)?;
         let tools = build_tools(&paths)?;
@@ -123,6 +125,18 @@ impl Machine {
             }
         }
     }
+}
+
+/// Checks that there is room for what is not there yet, and for a run.
+fn check_room(paths: &Paths) -> Result<()> {
+    let mut need = room::RUN;
+    if !fetch::is_unpacked(paths, &BOOKWORM) {
+        need += room::SUITE;
+    }
+    if !paths.base.join("images").exists() {
+        need += room::BUILDS;
+    }
+    room::check(&paths.base, need, "a run")
 }
 
 /// Locks the target folder. Two runs at a time would mix their logs and images.
