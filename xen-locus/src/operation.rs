@@ -19,7 +19,7 @@ pub enum Operation {
     Nudge,
     /// Brings a payload into force and takes all others out of force.
     Replace,
-    /// Settles what an interrupted run left.
+    /// Recovers a guest from an interrupted run.
     Recover,
     /// Gives back the memory of a payload that is parked.
     Reclaim,

@@ -19,7 +19,7 @@ use crate::arena::record::State;
 use crate::arena::{Arena, Resident};
 use crate::domain::Domain;
 use crate::error::{Error, Result};
-use crate::guard::finish_or_undo::{finish_or_undo, Counter as _, Outcome, Since};
+use crate::guard::take_over::{take_over, Counter as _, Outcome, Since};
 use crate::guard::{self, Places, Task};
 use crate::machine::{self, Machine};
 use crate::operation::Operation;
@@ -137,8 +137,8 @@ pub fn is_due(uuid: &str) -> Result<bool> {
     Ok(Journal::new(uuid).exists() || !guard::files(Some(uuid))?.is_empty())
 }
 
-/// Finishes or undoes what runs on `domain` left. The caller holds the guest's lock. It logs the report and then settles the
-/// journal ([`Journal::settle`]): what that said is done, or void because the guest rebooted.
+/// Recovers `domain` from runs that were interrupted: what they left is finished or undone. The caller holds the guest's lock. It logs the report and then retires the
+/// journal ([`Journal::retire`]): what that said is done, or void because the guest rebooted.
 ///
 /// # Errors
 /// [`Class::Uncertain`](crate::error::Class::Uncertain): the guest can't be brought to a known state.
@@ -257,7 +257,7 @@ fn as_guardian(control: &Control, task: &Task, page: &SharedPage) -> Result<Outc
     }
     let foreign = ForeignMemory::open(task.domain())?;
     let places = Places::map(&foreign, &task.spots)?;
-    Ok(finish_or_undo(
+    Ok(take_over(
         page,
         &counter,
         found.uuid,
@@ -349,7 +349,7 @@ fn of_payloads(
     options: &Options,
 ) -> Result<Report> {
     if let Some(intent) = intent.filter(|i| i.change.op == Operation::Reclaim) {
-        let report = reclaiming::settle(machine, kernel, intent, options)?;
+        let report = reclaiming::recover(machine, kernel, intent, options)?;
         // Whatever else is left is no part of that run.
         plan::residents(kernel, &Arena::read(kernel)?)?;
         return Ok(report);

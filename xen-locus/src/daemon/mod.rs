@@ -234,7 +234,7 @@ pub fn do_work(open: impl FnOnce() -> Result<Host>, settings: &Settings, work: &
     })
 }
 
-/// Settles the runs that died while no daemon ran, or with the daemon before this one.
+/// Recovers guests from runs that died while no daemon ran, or with the daemon before this one.
 fn recover(server: &Server<'_>) -> Result<()> {
     let options = &server.settings.options;
     for found in recover_all::all(server.host, &operator::user(), options, true)? {

@@ -18,7 +18,7 @@ const ANSWERED_MAX: usize = 1024;
 /// Most workers that end in the middle of one request.
 const DEATHS_MAX: u32 = 3;
 /// Most tries to find out what a worker did that had begun a request. With the waits between them they take two minutes.
-const UNSETTLED_MAX: u32 = 20;
+const LEFT_RUNNING_MAX: u32 = 20;
 
 /// What went wrong with a request that is not answered.
 #[derive(Debug, Default)]
@@ -28,7 +28,7 @@ struct Trouble {
     /// How the last one of them ended.
     how: String,
     /// How many tries did not find out what a worker before them did.
-    unsettled: u32,
+    left_running: u32,
 }
 
 impl Trouble {
@@ -39,11 +39,11 @@ impl Trouble {
                 "{} workers ended while they carried it out, the last one by {}",
                 self.deaths, self.how
             )
-        } else if self.unsettled >= UNSETTLED_MAX {
+        } else if self.left_running >= LEFT_RUNNING_MAX {
             format!(
                 "this request was begun before, and {} tries did not find out whether it was carried out, the last one \
                  because: {}",
-                self.unsettled,
+                self.left_running,
                 said()?
             )
         } else {
@@ -181,7 +181,7 @@ impl Requests {
             (End::Done, _) => self.forget(id),
             (End::Later | End::CanNotBeRead, _) => {
                 match nodes.read("state").as_ref().map(Option::as_deref) {
-                    Ok(Some("running")) => self.trouble(id).unsettled += 1,
+                    Ok(Some("running")) => self.trouble(id).left_running += 1,
                     Ok(_) => drop(self.troubles.remove(id)),
                     Err(_) => {}
                 }

@@ -1,7 +1,7 @@
 //! The worker's side: serves a request by the steps of the protocol, or publishes a guest.
 //!
 //! A request is carried out once, whenever its worker is killed. Before it is begun, the number of the audit log's last entry is
-//! written to it, and then its state, `running`. Who finds a request in this state, under the lock of its guest's requests, settles
+//! written to it, and then its state, `running`. Who finds a request in this state, under the lock of its guest's requests, recovers
 //! what the worker before left, and reads in the log what came of it: a line of the request's own, or one of `recover`. The
 //! answer is made of that line. If there is none, or the change was undone, the request is begun.
 
@@ -37,7 +37,7 @@ pub(super) enum Served {
     /// It is answered.
     Answered,
     /// It is to be tried again: a module that it changes is not loaded, and its deadline is not reached; this worker is asked
-    /// to stop; or an earlier worker has not ended yet, or left what can't be settled yet.
+    /// to stop; or an earlier worker has not ended yet, or left what can't be recovered yet.
     Waits,
 }
 
@@ -55,8 +55,8 @@ trait Hands {
     fn uuid(guest: &Self::Guest) -> &str;
     /// Locks the requests of a guest.
     fn lock(&self, guest: &Self::Guest) -> Result<Self::Lock>;
-    /// Settles what a worker before this one left in a guest.
-    fn settle(&self, guest: &Self::Guest) -> Result<()>;
+    /// Recovers a guest from a worker before this one.
+    fn recover(&self, guest: &Self::Guest) -> Result<()>;
     /// Carries the request out.
     fn carry_out(&self, guest: &Self::Guest, request: &Request) -> Result<Report>;
 }
@@ -168,7 +168,7 @@ impl<H: Hands> Serving<'_, H> {
         if self.was_begun()? {
             let entry = self.nodes.read("entry")?;
             self.entry.get_or_init(|| entry);
-            if let Some(said) = self.settle(&guest, &request)? {
+            if let Some(said) = self.recover(&guest, &request)? {
                 return Ok(said);
             }
         } else {
@@ -266,26 +266,26 @@ impl<H: Hands> Serving<'_, H> {
         }
     }
 
-    /// A worker has begun it: settles what that left. `None` if nothing came of it, so that it is to be begun.
-    fn settle(&self, guest: &H::Guest, request: &Request) -> Result<Option<Said>> {
+    /// A worker has begun it: recovers the guest from that one. `None` if nothing came of it, so that it is to be begun.
+    fn recover(&self, guest: &H::Guest, request: &Request) -> Result<Option<Said>> {
         let uuid = request.uuid.as_deref().unwrap_or(H::uuid(guest));
         let earlier = || earlier(self.log, &self.nodes, request, Some(uuid));
-        // What the log knows already is true of a guest that can't be settled too.
+        // What the log knows already is true also of a guest that can't be recovered.
         if let Ok(Some((code, message))) = earlier() {
             return self.answer(code, &message).map(Some);
         }
-        let settled = match self.hands.settle(guest) {
+        let recovered = match self.hands.recover(guest) {
             Ok(()) => earlier(),
             // That won't pass.
             Err(error) if matches!(error.class(), Class::NotApplicable | Class::RolledBack) => {
                 Err(Error::uncertain(format!(
-                    "this request was begun before, and what it left can't be settled, so it can't be told whether it was \
+                    "this request was begun before, and what it left can't be recovered, so it can't be told whether it was \
                      carried out: {error}"
                 )))
             }
             Err(error) => Err(error),
         };
-        match settled {
+        match recovered {
             Ok(None) => Ok(None),
             Ok(Some((code, message))) => self.answer(code, &message).map(Some),
             Err(error) if error.is_uncertain() => self.fails(&error).map(Some),
@@ -353,7 +353,7 @@ impl<'s> Hands for Of<'s> {
         ops::take_for_requests(&domain.info.uuid, &self.server.settings.options)
     }
 
-    fn settle(&self, domain: &Domain<'s>) -> Result<()> {
+    fn recover(&self, domain: &Domain<'s>) -> Result<()> {
         let operator = self.server.host.operator(operator(self.id));
         ops::recover(&operator, domain, &self.server.settings.options).map(|_| ())
     }

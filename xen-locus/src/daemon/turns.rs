@@ -83,7 +83,7 @@ impl<'h, H: Hands> Daemon<'h, H> {
         daemon
     }
 
-    /// What was interrupted on all guests is to be settled.
+    /// All guests are to be recovered from interrupted runs.
     fn recover(&mut self) {
         if !std::mem::replace(&mut self.is_recover_queued, true) {
             self.queue.push(Job {

@@ -23,7 +23,7 @@ pub const OPTION: &str = "--work";
 /// A piece of work.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Work {
-    /// Settles what interrupted runs left on all guests.
+    /// Recovers all guests from interrupted runs.
     Recover,
     /// Publishes a guest, and applies again what it lost.
     Publish(DomId, String),
@@ -132,7 +132,7 @@ impl Worker {
 const VICTIM: &str = "/proc/self/oom_score_adj";
 
 /// Makes this process, a worker, the first victim when memory runs out: a guest whose worker needs so much must not cost another
-/// guest its device model. What a worker leaves is settled. Its guardian is no victim ([`locus_xen::detach`]).
+/// guest its device model. What a worker leaves is recovered. Its guardian is no victim ([`locus_xen::detach`]).
 pub(super) fn be_the_victim() {
     // If the kernel does not allow it, nothing changes.
     let _ = fs::write(VICTIM, "1000");

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use locus_xen::{self as xen, Control, ForeignMemory, PauseStep, Process, SharedPage, WaitOutcome};
 
-use super::finish_or_undo::{finish_or_undo, Counter as _, Outcome, Since};
+use super::take_over::{take_over, Counter as _, Outcome, Since};
 use super::{Places, Task};
 use crate::error::{Error, Result};
 
@@ -80,7 +80,7 @@ fn watch() -> Result<()> {
     let Some(domain) = counter.pause_state()? else {
         return Err(Error::failed(format!("domain {} is gone", task.domid)));
     };
-    places.rehearse();
+    places.warm_up();
     // So far nothing was urgent. From here on this process has a higher priority than the run, even while the guest is paused:
     // a process that dies frees its memory at its own priority, which takes longer than all that is left to do here.
     xen::set_realtime_priority(2);
@@ -91,7 +91,7 @@ fn watch() -> Result<()> {
     if wait(&page, &worker, &mut places)? == WaitOutcome::Released {
         return Ok(());
     }
-    let outcome = finish_or_undo(&page, &counter, domain.uuid, &places, Since::Now);
+    let outcome = take_over(&page, &counter, domain.uuid, &places, Since::Now);
     // From here on nothing is urgent any more.
     task.say(outcome);
     if outcome == Outcome::Running && task.spots.is_empty() {

@@ -4,14 +4,14 @@
 //! first time, it starts a guardian ([`worker`]). The guardian opens its own connection to Xen, maps the places to be changed,
 //! locks itself in memory, and waits ([`guardian`]). The run marks each step in a page that both share. If the run dies, the
 //! guardian looks at the bytes in the guest: a change that is complete stays, any other is undone. Then it unpauses the guest
-//! ([`finish_or_undo`]). For that it needs no memory and no file.
+//! ([`take_over`]). For that it needs no memory and no file.
 //!
 //! The page is at the start of a file below [`DIR`]; what must be known of the change follows it. Both processes hold the file's
 //! lock. If the lock is free, the guardian has died too, and `recover` does its work. A reboot of dom0 removes these files, and
 //! ends the guests.
 
-pub mod finish_or_undo;
 pub mod guardian;
+pub mod take_over;
 pub mod worker;
 
 use std::fs::{self, File};
@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::say;
-use finish_or_undo::Outcome;
+use take_over::Outcome;
 
 /// The folder of the guards' files. A reboot of dom0 empties it, and ends the guests.
 pub const DIR: &str = crate::paths::GUARDIANS;

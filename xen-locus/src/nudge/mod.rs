@@ -237,7 +237,7 @@ impl Gate {
         slots.push(self.slot.clone());
         // One that failed may be in the guest all the same, so it is taken out as if it had not.
         let listed = self.arena.commit(machine, kernel, slots);
-        let passed = listed.and_then(|()| self.up_and_down(machine, kernel, options));
+        let passed = listed.and_then(|()| self.wake_through_gate(machine, kernel, options));
         if !passed.as_ref().is_err_and(Error::is_uncertain) {
             let mut slots = self.arena.directory.slots.clone();
             slots.retain(|slot| slot.first != self.slot.first);
@@ -264,7 +264,9 @@ impl Gate {
         arena.write(machine, arena::page_address(first + 1), &data)
     }
 
-    fn up_and_down(
+    /// Leads the timer interrupt through the gate, waits until that has woken the threads, and takes the way back. Returns how
+    /// many were woken.
+    fn wake_through_gate(
         &self,
         machine: &dyn Machine,
         kernel: &Kernel<'_>,

@@ -38,8 +38,8 @@ pub trait Guest: Machine {
     /// # Errors
     /// It can't be told.
     fn is_recovery_due(&self) -> Result<bool>;
-    /// Settles what an interrupted run left. The caller has the lock, and removes the journal once the result is
-    /// recorded.
+    /// Recovers it from an interrupted run. The caller has the lock, and removes the journal once the result is
+    /// logged.
     ///
     /// # Errors
     /// As [`recover::recover`].
@@ -52,7 +52,7 @@ pub trait Guest: Machine {
     /// Removes the journal of this run, if it is known how the run ended. If the file can't be removed, the next run
     /// recovers; that is said.
     fn close_journal(&self);
-    /// What this run did could not be recorded: its journal stays for the next run, and [`Guest::close_journal`] leaves it
+    /// What this run did could not be logged: its journal stays for the next run, and [`Guest::close_journal`] leaves it
     /// alone until another change is begun. `took_place`: the change is in force as a whole.
     fn keep_journal(&self, took_place: bool);
     /// Whether it was destroyed, or is being destroyed.
@@ -91,7 +91,7 @@ impl Guest for Domain<'_> {
     }
 
     fn remove_journal(&self) -> Result<()> {
-        Journal::new(&self.info.uuid).settle()
+        Journal::new(&self.info.uuid).retire()
     }
 
     fn close_journal(&self) {

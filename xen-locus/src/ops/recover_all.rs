@@ -1,4 +1,4 @@
-//! Settles interrupted runs on all guests of this host.
+//! Recovers all guests of this host from interrupted runs.
 
 use locus_guest::addr::DomId;
 

@@ -306,7 +306,7 @@ fn a_journal_that_is_kept_outlives_a_later_operation_that_does_not_begin() {
 }
 
 #[test]
-fn an_interrupted_run_that_can_not_be_settled_lets_nothing_begin() {
+fn an_interrupted_run_that_can_not_be_recovered_lets_nothing_begin() {
     for fails in ["is due", "recover", "remove journal"] {
         let host = Host::interrupted();
         host.trace.fail(fails);
@@ -320,7 +320,7 @@ fn an_interrupted_run_that_can_not_be_settled_lets_nothing_begin() {
 }
 
 #[test]
-fn that_an_interrupted_run_is_to_be_settled_later_is_no_line() {
+fn that_an_interrupted_run_is_to_be_recovered_later_is_no_line() {
     let host = Host::interrupted();
     let recover = || recover(&host.operator(), &host.guest, &options(false));
     host.guest.is_busy.set(true);
@@ -333,7 +333,7 @@ fn that_an_interrupted_run_is_to_be_settled_later_is_no_line() {
 }
 
 #[test]
-fn a_dry_run_records_and_publishes_nothing_and_settles_nothing() {
+fn a_dry_run_logs_publishes_and_recovers_nothing() {
     let host = Host::interrupted();
     let report = host.apply("two", true).unwrap();
     assert_eq!(report.result, Outcome::WouldApply);

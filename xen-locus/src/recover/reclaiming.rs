@@ -14,7 +14,7 @@ use crate::storage::journal::Intent;
 
 /// Finds out what became of a run that gave back the memory of a parked payload. What it had taken out of the guest's
 /// lists in part is put back; what it had taken out stays so.
-pub(super) fn settle(
+pub(super) fn recover(
     machine: &dyn Machine,
     kernel: &Kernel<'_>,
     intent: &Intent,

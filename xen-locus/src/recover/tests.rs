@@ -19,7 +19,7 @@ use crate::write::Write;
 use crate::x86;
 
 impl Guest {
-    /// Settles what is left, which must be found to be so, and leaves nothing to do.
+    /// Recovers what is left, which must be found to be so, and leaves nothing to do.
     fn recover(&self, expected: Finding) {
         let kernel = self.kernel();
         let intent = self.intent.take();

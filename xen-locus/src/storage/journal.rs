@@ -352,7 +352,7 @@ impl Journal {
     ///
     /// # Errors
     /// It can't be removed or moved; or as [`Journal::read`].
-    pub fn settle(&self) -> Result<()> {
+    pub fn retire(&self) -> Result<()> {
         if !matches!(self.read()?, Noted::Damaged(_)) {
             return self.end();
         }

@@ -67,10 +67,10 @@ fn answered(ctx: &Ctx, id: &str) -> Result<(), Verdict> {
 fn was_carried_out_once(ctx: &Ctx, name: &str, before: usize, id: &str) -> Result<(), Verdict> {
     let actions = tool::actions(ctx, name)?;
     let new = actions.get(before..).unwrap_or_default();
-    let results = |settled: bool| -> Vec<&str> {
+    let results = |recovered: bool| -> Vec<&str> {
         let lines = new.iter().filter(|a| match a["op"] == "recover" {
-            true => settled,
-            false => !settled && a["who"] == format!("XenStore request {id}"),
+            true => recovered,
+            false => !recovered && a["who"] == format!("XenStore request {id}"),
         });
         lines.filter_map(|a| a["result"].as_str()).collect()
     };

@@ -208,7 +208,7 @@ fn a_request_of_which_it_is_never_known_what_came_of_it_is_answered_in_the_end()
     for state in ["queued", "running"] {
         put(&host, "state", state);
         put(&host, "message", "it can't be read");
-        for _ in 0..UNSETTLED_MAX {
+        for _ in 0..LEFT_RUNNING_MAX {
             assert_eq!(host.next(WAIT_MAX).as_deref(), Some("a"), "{state}");
             host.end("a", &End::Later);
         }

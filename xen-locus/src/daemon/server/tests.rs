@@ -23,8 +23,8 @@ struct Mock {
     finds: RefCell<Option<Error>>,
     /// What locking gives; the lock unless set.
     locks: RefCell<Option<Error>>,
-    /// What settling gives; it is settled unless set.
-    settles: RefCell<Option<Error>>,
+    /// What recovering gives; it succeeds unless set.
+    recovers: RefCell<Option<Error>>,
     /// Called while another worker has the lock.
     before_lock: fn(&Mock),
     /// What a worker that was killed in the change left for `recover`: whether it is in force.
@@ -64,7 +64,7 @@ impl Mock {
             gives: RefCell::default(),
             finds: RefCell::default(),
             locks: RefCell::default(),
-            settles: RefCell::default(),
+            recovers: RefCell::default(),
             before_lock: |_| {},
             left: Cell::new(None),
             meanwhile: |_| {},
@@ -124,7 +124,7 @@ impl Hands for Mock {
         self.locks.take().map_or(Ok(()), Err)
     }
 
-    fn settle(&self, _: &String) -> Result<()> {
+    fn recover(&self, _: &String) -> Result<()> {
         if let Some(in_force) = self.left.take() {
             self.record(Action {
                 of: "revert".into(),
@@ -135,7 +135,7 @@ impl Hands for Mock {
                 )
             });
         }
-        self.settles.take().map_or(Ok(()), Err)
+        self.recovers.take().map_or(Ok(()), Err)
     }
 
     fn carry_out(&self, _: &String, request: &Request) -> Result<Report> {
@@ -303,14 +303,14 @@ fn a_request_whose_worker_was_killed_in_the_change_is_answered_by_what_recover_f
 const BEGUN: [(&str, &str); 2] = [("state", "running"), ("entry", "0")];
 
 #[test]
-fn a_request_that_was_begun_waits_until_that_is_settled() {
+fn a_request_that_was_begun_waits_until_that_is_recovered() {
     let busy = || Some(Error::try_again("another run works on it"));
     let broken = || Some(Error::failed("it can't be read"));
     type Fail = fn(&Mock, Option<Error>);
     let steps: [Fail; 3] = [
         |mock, error| *mock.finds.borrow_mut() = error,
         |mock, error| *mock.locks.borrow_mut() = error,
-        |mock, error| *mock.settles.borrow_mut() = error,
+        |mock, error| *mock.recovers.borrow_mut() = error,
     ];
     for step in steps {
         for error in [busy(), broken()] {
@@ -340,13 +340,13 @@ fn a_request_that_was_begun_waits_for_a_log_that_can_not_be_read() {
 }
 
 #[test]
-fn what_can_never_be_settled_is_answered_and_that_is_called_uncertain() {
+fn what_can_never_be_recovered_is_answered_and_that_is_called_uncertain() {
     for error in [
         Error::not_applicable("domains 3 and 5 have the same UUID"),
         Error::uncertain("its guardian is stuck"),
     ] {
         let mock = Mock::new(&BEGUN);
-        *mock.settles.borrow_mut() = Some(error);
+        *mock.recovers.borrow_mut() = Some(error);
         assert_eq!(mock.serve(), Served::Answered);
         assert_eq!(mock.answer(), ("done".into(), "6".into()));
         assert_eq!(mock.changes.get(), 0);
@@ -354,14 +354,14 @@ fn what_can_never_be_settled_is_answered_and_that_is_called_uncertain() {
 }
 
 #[test]
-fn what_the_log_knows_is_the_answer_though_the_guest_is_gone_or_can_not_be_settled() {
+fn what_the_log_knows_is_the_answer_though_the_guest_is_gone_or_can_not_be_recovered() {
     for is_gone in [true, false] {
         let mock = Mock::new(&BEGUN);
         mock.record(action("XenStore request r", "revert", "reverted"));
         let error = Some(Error::not_applicable("no"));
         match is_gone {
             true => *mock.finds.borrow_mut() = error,
-            false => *mock.settles.borrow_mut() = error,
+            false => *mock.recovers.borrow_mut() = error,
         }
         assert_eq!(mock.serve(), Served::Answered);
         assert_eq!(mock.answer(), ("done".into(), "0".into()));

@@ -278,7 +278,7 @@ fn a_request_of_which_xenstored_did_not_tell_is_served_all_the_same() {
 }
 
 #[test]
-fn when_a_worker_dies_that_published_a_guest_what_it_left_is_settled() {
+fn when_a_worker_dies_that_published_a_guest_what_it_left_is_recovered() {
     let _xenstored = Xenstored::start();
     let host = Host::with(1);
     host.die.set(true);

@@ -116,7 +116,7 @@ mod tests {
 
     const OTHER: Gva = Gva(FUNCTIONS.0 + 0x100);
 
-    /// A return, settled, where the guest has chosen the thunk `thunk`.
+    /// A return, fixed up, where the guest has chosen the thunk `thunk`.
     fn patched(thunk: Option<&str>, seen: Option<Returns>) -> Vec<u8> {
         let change = |f: &mut locus_kernel::fixture::Fixture| {
             if let Some(name) = thunk {

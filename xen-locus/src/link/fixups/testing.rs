@@ -1,4 +1,4 @@
-//! A guest and code to settle, for tests of this folder.
+//! A guest and code to fix up, for tests of this folder.
 
 use locus_guest::addr::{Gva, Range};
 use locus_guest::budget::Budget;

@@ -51,7 +51,7 @@ pub fn outcome(
     uuid: Option<&str>,
 ) -> Result<Option<(u8, String)>> {
     const LATE: &str = "the audit log says so: who did it ended before it could answer";
-    let is_settling = |a: &Action| a.op == Operation::Recover.name();
+    let is_recovery = |a: &Action| a.op == Operation::Recover.name();
     // Another request may have had this one's ID before.
     let is_own = |a: &&Action| a.who == who && a.op == op && a.patch == patch;
     let own = actions.iter().rfind(is_own);
@@ -67,16 +67,16 @@ pub fn outcome(
         true => Operation::Apply.name(),
         false => op,
     };
-    let mut settled = actions.iter().filter(|a| {
-        is_settling(a) && a.of == journaled && a.patch == patch && uuid == Some(&*a.uuid)
+    let mut recovered = actions.iter().filter(|a| {
+        is_recovery(a) && a.of == journaled && a.patch == patch && uuid == Some(&*a.uuid)
     });
-    if settled.clone().any(|a| a.result == "finished") {
+    if recovered.clone().any(|a| a.result == "finished") {
         let said = format!("{patch}: {op} is done ({LATE}, and recover found the change in force)");
         return Ok(Some((0, said)));
     }
-    match settled.find(|a| a.result != "undone" && a.result != "gone") {
+    match recovered.find(|a| a.result != "undone" && a.result != "gone") {
         Some(a) => Err(Error::uncertain(format!(
-            "{patch}: {op} was interrupted, and what it left could not be settled: {}; see `xen-locus status`",
+            "{patch}: {op} was interrupted, and what it left could not be recovered: {}; see `xen-locus status`",
             a.message
         ))),
         None => Ok(None),
@@ -162,32 +162,35 @@ mod tests {
     fn a_run_that_ended_is_known_by_its_own_line_or_by_that_of_recover() {
         let own = line(WHO, "apply", "", "applied");
         let other = line("uid 0", "revert", "", "reverted");
-        let settled = |result| line("uid 0", "recover", "apply", result);
+        let recovered = |result| line("uid 0", "recover", "apply", result);
         assert_eq!(of(&[], "apply").unwrap(), None);
         assert_eq!(of(std::slice::from_ref(&other), "apply").unwrap(), None);
         // Whatever came after it.
         assert_eq!(of(&[own.clone(), other.clone()], "apply").unwrap(), Some(0));
         let failed = Action { exit: 2, ..own };
         assert_eq!(of(&[failed], "apply").unwrap(), Some(2));
-        assert_eq!(of(&[settled("finished"), other], "apply").unwrap(), Some(0));
-        assert_eq!(of(&[settled("finished")], "replace").unwrap(), Some(0));
-        assert_eq!(of(&[settled("finished")], "revert").unwrap(), None);
-        assert_eq!(of(&[settled("undone")], "apply").unwrap(), None);
-        let said = of(&[settled("uncertain")], "apply").unwrap_err();
+        assert_eq!(
+            of(&[recovered("finished"), other], "apply").unwrap(),
+            Some(0)
+        );
+        assert_eq!(of(&[recovered("finished")], "replace").unwrap(), Some(0));
+        assert_eq!(of(&[recovered("finished")], "revert").unwrap(), None);
+        assert_eq!(of(&[recovered("undone")], "apply").unwrap(), None);
+        let said = of(&[recovered("uncertain")], "apply").unwrap_err();
         assert_eq!(said.exit_code(), ExitCode::Uncertain);
         let elsewhere = Action {
             uuid: "another".into(),
-            ..settled("finished")
+            ..recovered("finished")
         };
         assert_eq!(of(&[elsewhere], "apply").unwrap(), None);
         // Whatever another run left before or after it.
         for results in [["undone", "finished"], ["finished", "undone"]] {
-            assert_eq!(of(&results.map(settled), "apply").unwrap(), Some(0));
+            assert_eq!(of(&results.map(recovered), "apply").unwrap(), Some(0));
         }
         // Of a guest that is gone, only its own line is known.
-        let unknown = outcome(&[settled("finished")], WHO, "apply", "one", None);
+        let unknown = outcome(&[recovered("finished")], WHO, "apply", "one", None);
         assert_eq!(unknown.unwrap(), None);
-        // What the request itself settled is not what it asks for.
+        // What the request itself recovered is not what it asks for.
         let by_us = line(WHO, "recover", "revert", "finished");
         assert_eq!(of(&[by_us], "apply").unwrap(), None);
         // Nor is what an earlier request with its ID asked for.

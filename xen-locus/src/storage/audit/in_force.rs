@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn what_recover_settled_counts() {
+    fn what_recover_found_counts() {
         let ends = |of: &'static str, result: &'static str, superseded: &'static [&'static str]| {
             names(&[
                 ("apply", "a", "applied", &[]),

@@ -126,7 +126,7 @@ fn a_journal_that_can_not_be_believed_is_kept_beside_the_others() {
         journal.begin(&intent()).unwrap();
         fs::write(journal.path(), content).unwrap();
         let aside = journal.aside();
-        journal.settle().unwrap();
+        journal.retire().unwrap();
         assert!(!journal.exists());
         assert_eq!(fs::read(&aside).unwrap(), content);
         let name = aside.file_name().unwrap().to_str().unwrap();
@@ -139,9 +139,9 @@ fn a_journal_that_can_not_be_believed_is_kept_beside_the_others() {
     journal.begin(&intent()).unwrap();
     let aside = journal.aside();
     let _ = fs::remove_file(&aside);
-    journal.settle().unwrap();
+    journal.retire().unwrap();
     assert!(!journal.exists() && !aside.exists());
-    journal.settle().unwrap();
+    journal.retire().unwrap();
 }
 
 #[test]
@@ -149,7 +149,7 @@ fn a_journal_of_another_version_is_refused_by_name_and_stays() {
     let journal = journal("newer");
     let refused = |words: &str| {
         let before = fs::read(journal.path()).unwrap();
-        for error in [journal.read().unwrap_err(), journal.settle().unwrap_err()] {
+        for error in [journal.read().unwrap_err(), journal.retire().unwrap_err()] {
             assert_eq!(error.exit_code(), ExitCode::NotApplicable);
             let said = error.to_string();
             assert!(said.contains(words), "{said}");

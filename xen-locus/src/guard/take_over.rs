@@ -122,7 +122,7 @@ pub enum Since {
 }
 
 /// Does what the run that left `page` can't do any more, on the domain with this UUID.
-pub fn finish_or_undo(
+pub fn take_over(
     page: &SharedPage,
     counter: &dyn Counter,
     uuid: [u8; 16],
@@ -153,7 +153,7 @@ pub fn finish_or_undo(
     }
     let outcome = match step {
         PauseStep::Writing => {
-            let outcome = places.finish_or_undo(held);
+            let outcome = places.undo_unless_complete(held);
             places.tell();
             outcome
         }
@@ -177,9 +177,9 @@ fn end(page: &SharedPage, outcome: Outcome) -> Outcome {
 }
 
 impl Places<'_> {
-    /// Leaves a change that was written in full; else puts back the old bytes, those of the last write first. If the guest is
+    /// Leaves a change that was written in full. Otherwise it puts back the old bytes, those of the last write first. If the guest is
     /// not `held`, nothing is written: a thread may be in these bytes. `recover` puts them back at a moment when none is.
-    fn finish_or_undo(&self, held: bool) -> Outcome {
+    fn undo_unless_complete(&self, held: bool) -> Outcome {
         if self.all(|spot| &spot.new) {
             return Outcome::Finished;
         }
@@ -235,7 +235,7 @@ impl Places<'_> {
     }
 
     /// Reads all places once and opens the channel to Xen, so that nothing is done for the first time when it is urgent.
-    pub fn rehearse(&self) {
+    pub fn warm_up(&self) {
         self.all(|spot| &spot.old);
         let _ = self.memory.written(&[]);
     }

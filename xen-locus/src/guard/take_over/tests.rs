@@ -68,7 +68,7 @@ fn a_pause_of_a_run_that_died_is_given_back_and_no_other() {
         let places = Places::map(&memory, &spots).unwrap();
         let count = Count(Cell::new(now), 100);
         assert_eq!(
-            finish_or_undo(&page, &count, UUID, &places, Since::Now),
+            take_over(&page, &count, UUID, &places, Since::Now),
             outcome,
             "{i}"
         );
@@ -96,7 +96,7 @@ fn long_after_a_run_died_a_pause_that_may_be_another_tools_is_left() {
         let memory = MockMemory::new();
         let places = Places::map(&memory, &[]).unwrap();
         let count = Count(Cell::new(1), 100);
-        let found = finish_or_undo(&page, &count, UUID, &places, Since::Earlier);
+        let found = take_over(&page, &count, UUID, &places, Since::Earlier);
         assert_eq!((found, count.0.get()), (outcome, left), "{step:?} {then:?}");
         let noted = Outcome::of(page.outcome());
         assert_eq!(noted, Some(outcome), "{step:?} {then:?}");
@@ -126,7 +126,7 @@ fn a_guest_that_somebody_let_run_is_not_written_and_its_other_pauses_are_left() 
         let spots = Spot::split(&[frame], 8, &OLD, &NEW);
         let places = Places::map(&memory, &spots).unwrap();
         let count = Count(Cell::new(again.into()), 100);
-        let found = finish_or_undo(&page, &count, UUID, &places, Since::Now);
+        let found = take_over(&page, &count, UUID, &places, Since::Now);
         assert_eq!(found, outcome, "{step:?} {written} {again}");
         assert_eq!(count.0.get(), u32::from(again));
         assert!(places.holds(8, &[&NEW[..written], &OLD[written..]].concat()));
@@ -143,7 +143,7 @@ fn a_guest_that_was_held_all_the_time_gets_the_pause_back_though_others_paused_i
         let memory = MockMemory::new();
         let places = Places::map(&memory, &[]).unwrap();
         let count = Count(Cell::new(2), 100);
-        finish_or_undo(&page, &count, UUID, &places, Since::Now);
+        take_over(&page, &count, UUID, &places, Since::Now);
         assert_eq!(count.0.get(), 1);
     }
 }
@@ -168,7 +168,7 @@ fn when_xen_does_not_say_whether_the_guest_is_paused_nothing_is_done_and_the_ste
     let spots = Spot::split(&[frame], 8, &OLD, &NEW);
     let places = Places::map(&memory, &spots).unwrap();
     assert_eq!(
-        finish_or_undo(&page, &Mute, UUID, &places, Since::Now),
+        take_over(&page, &Mute, UUID, &places, Since::Now),
         Outcome::Stuck
     );
     assert!(places.holds(8, &[2, 2, 1, 1, 1]));
@@ -183,7 +183,7 @@ fn a_domain_that_took_the_id_of_the_one_meant_is_left_alone() {
     let places = Places::map(&memory, &[]).unwrap();
     let count = Count(Cell::new(1), 100);
     assert_eq!(
-        finish_or_undo(&page, &count, [8; 16], &places, Since::Now),
+        take_over(&page, &count, [8; 16], &places, Since::Now),
         Outcome::Gone
     );
     assert_eq!(count.0.get(), 1);
@@ -211,7 +211,7 @@ fn torn(bytes: usize, all_writable: bool) -> (Outcome, Vec<[u8; 5]>) {
     let page = page(&format!("torn{bytes}{all_writable}"));
     page.set_step(PauseStep::Writing);
     let count = Count(Cell::new(1), 100);
-    let outcome = finish_or_undo(&page, &count, UUID, &places, Since::Now);
+    let outcome = take_over(&page, &count, UUID, &places, Since::Now);
     assert_eq!(count.0.get(), 0);
     let stands = at.map(|(frame, offset)| {
         let mut found = [0; 5];
@@ -243,7 +243,7 @@ fn bytes_that_the_change_never_had_are_left_alone() {
     page.set_step(PauseStep::Writing);
     let count = Count(Cell::new(1), 100);
     assert_eq!(
-        finish_or_undo(&page, &count, UUID, &places, Since::Now),
+        take_over(&page, &count, UUID, &places, Since::Now),
         Outcome::Torn
     );
     let stands = [8, 100].map(|at| {
