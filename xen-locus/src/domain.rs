@@ -139,7 +139,7 @@ impl<'c> Domain<'c> {
         Ok(info.unwrap_or_else(|| self.info.clone()))
     }
 
-    /// What was done and ended could not be recorded: its journal stays for the next run, whatever else this one does. That
+    /// What was done and ended could not be logged: its journal stays for the next run, whatever else this one does. That
     /// run may find another kernel in the guest, so if the change `took_place`, that is noted too.
     pub fn keep_journal(&self, took_place: bool) {
         let has_one = self.ended.replace(false) && self.journal.exists();
@@ -148,13 +148,13 @@ impl<'c> Domain<'c> {
         }
         if let Err(error) = self.journal.note_done() {
             say::warn(format_args!(
-                "{}: {error}: if the guest reboots before the next run, this change is not recorded",
+                "{}: {error}: if the guest reboots before the next run, this change is not logged",
                 self.label()
             ));
         }
     }
 
-    /// What was done and ended is recorded elsewhere: the journal of it is removed. The caller has the
+    /// What was done and ended is logged elsewhere: the journal of it is removed. The caller has the
     /// guest's lock still.
     pub fn close(&self) {
         if !self.ended.take() {
@@ -255,7 +255,7 @@ impl MemoryMut for Domain<'_> {
     }
 
     /// PV guests are moved by other means, if at all: Xen has no such call for them, and they are not changed meanwhile
-    /// ([`Machine::is_recorded`]).
+    /// ([`Machine::is_log_dirty`]).
     fn written(&self, frames: &[Frame]) -> std::result::Result<(), guest::Error> {
         match self.info.kind {
             GuestType::Pv => Ok(()),
@@ -348,12 +348,12 @@ impl Machine for Domain<'_> {
         })
     }
 
-    /// The journal stays until that is recorded: see [`Domain::close`].
+    /// The journal stays until that is logged: see [`Domain::close`].
     fn ended(&self) {
         self.ended.set(true);
     }
 
-    fn is_recorded(&self) -> Result<bool> {
+    fn is_log_dirty(&self) -> Result<bool> {
         Ok(match self.info.kind {
             GuestType::Pv => self.control.has_shadows(self.info.id)? == Some(true),
             // Xen is told what was written.
@@ -397,8 +397,8 @@ impl Paused for Pause<'_> {
     }
 
     fn writing(&self) -> std::result::Result<Writing, guest::Error> {
-        if Pause::is_recorded(self)? {
-            return Ok(Writing::IsRecorded);
+        if Pause::is_log_dirty(self)? {
+            return Ok(Writing::IsLogDirty);
         }
         Ok(match Pause::writing(self)? {
             true => Writing::Begins,

@@ -21,11 +21,11 @@ pub trait Machine: Live + PagesMut {
     /// Notes that it is known how that ended.
     fn ended(&self);
     /// Whether what is written to the guest from outside may be lost, because it is moved to another host as it runs and Xen
-    /// records only what the guest itself writes.
+    /// logs only the pages that the guest itself makes dirty (log-dirty mode).
     ///
     /// # Errors
     /// Xen does not say.
-    fn is_recorded(&self) -> Result<bool>;
+    fn is_log_dirty(&self) -> Result<bool>;
     /// Prepares for pauses, in which nothing but `spots` will be changed: should this process die in one,
     /// the guest runs again, with all of them changed or none.
     ///
@@ -70,8 +70,8 @@ pub enum Writing {
     Begins,
     /// The guest has shut down: whoever saves it or moves it copies it now.
     IsShutDown,
-    /// See [`Machine::is_recorded`].
-    IsRecorded,
+    /// See [`Machine::is_log_dirty`].
+    IsLogDirty,
 }
 
 /// A paused guest; unpauses when dropped.

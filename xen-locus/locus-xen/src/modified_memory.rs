@@ -1,6 +1,6 @@
 //! Reports to Xen which frames of a PVH or HVM guest the control domain has written.
 //!
-//! During a live migration Xen records which frames the guest writes, and they are copied again. Xen does not see
+//! During a live migration Xen logs which frames the guest makes dirty, and they are copied again. Xen does not see
 //! writes by the control domain, so they are reported, as device models do (`XEN_DMOP_modified_memory`,
 //! xen/include/public/hvm/dm_op.h). If no migration is running, Xen does nothing.
 //!

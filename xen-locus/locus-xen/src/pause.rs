@@ -2,7 +2,7 @@
 //!
 //! No process owns the counter. If a tool stops or dies while it holds a count, the guest stays paused. So while a
 //! [`Pause`] exists, signals that would stop or end this process are blocked; they are delivered when the guest runs
-//! again. SIGKILL can't be blocked. For it, each step is recorded in a [`SharedPage`], which a guardian reads if this
+//! again. SIGKILL can't be blocked. For it, each step is marked in a [`SharedPage`], which a guardian reads if this
 //! process dies.
 
 use std::cell::Cell;
@@ -35,8 +35,8 @@ pub struct PauseCalls<'c> {
     control: &'c Control,
     info: DomainInfo,
     method: CallMethod,
-    /// It is a PV domain, and Xen could record which pages it writes.
-    may_be_recorded: bool,
+    /// It is a PV domain, and Xen could log which pages it makes dirty.
+    may_be_log_dirty: bool,
 }
 
 /// How Xen is called for a pause.
@@ -98,7 +98,7 @@ impl<'c> PauseCalls<'c> {
             control,
             info: info.clone(),
             method,
-            may_be_recorded: is_pv && control.has_shadows(info.id)?.is_some(),
+            may_be_log_dirty: is_pv && control.has_shadows(info.id)?.is_some(),
         })
     }
 
@@ -182,7 +182,7 @@ pub struct Pause<'c> {
 }
 
 impl<'c> Pause<'c> {
-    /// Pauses the domain, and returns when none of its vCPUs runs. Each step is recorded in `page` before it is done.
+    /// Pauses the domain, and returns when none of its vCPUs runs. Each step is marked in `page` before it is done.
     ///
     /// # Errors
     /// Xen refused: the domain is gone, or its counter is full.
@@ -232,7 +232,7 @@ impl<'c> Pause<'c> {
         }
     }
 
-    /// Comes before the first write to the guest's memory, and records that step. False, and nothing may be written,
+    /// Comes before the first write to the guest's memory, and marks that step. False, and nothing may be written,
     /// if the guest has shut down or is suspended, because it may be saved or migrated now.
     ///
     /// A guest can't do that later while it is paused. Its toolstack can: libxl itself shuts down an HVM guest that
@@ -257,14 +257,14 @@ impl<'c> Pause<'c> {
         Ok(runs)
     }
 
-    /// Whether Xen may record which pages the domain writes, without those that are written from here: see
+    /// Whether Xen may log which pages the domain makes dirty, without those that are written from here: see
     /// [`Control::has_shadows`].
     ///
     /// # Errors
     /// Xen did not say.
-    pub fn is_recorded(&self) -> Result<bool, Error> {
+    pub fn is_log_dirty(&self) -> Result<bool, Error> {
         let calls = self.calls;
-        Ok(calls.may_be_recorded && calls.control.has_shadows(calls.info.id)? == Some(true))
+        Ok(calls.may_be_log_dirty && calls.control.has_shadows(calls.info.id)? == Some(true))
     }
 
     /// Time since the call that pauses.

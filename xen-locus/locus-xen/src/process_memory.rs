@@ -13,7 +13,7 @@ use super::Error;
 /// Whether a guest may have been changed.
 static GUEST_MAY_BE_CHANGED: AtomicBool = AtomicBool::new(false);
 
-/// Records that a guest may have been changed from now on: if memory runs out later, the process ends with
+/// Notes that a guest may have been changed from now on: if memory runs out later, the process ends with
 /// [`ExitingAllocator::uncertain`].
 pub fn set_guest_may_be_changed() {
     GUEST_MAY_BE_CHANGED.store(true, Ordering::SeqCst);

@@ -186,7 +186,7 @@ impl SharedPage {
         PauseStep::of(self.head().step.load(Ordering::SeqCst))
     }
 
-    /// Records the step that the run is about to do.
+    /// Marks the step that the run is about to do.
     pub fn set_step(&self, step: PauseStep) {
         let named = match step {
             PauseStep::Idle => "mark idle",
@@ -208,7 +208,7 @@ impl SharedPage {
         self.head().others.load(Ordering::SeqCst) != 0
     }
 
-    /// Records whether another program holds a pause of the guest.
+    /// Notes whether another program holds a pause of the guest.
     pub fn set_paused_by_others(&self, others: bool) {
         self.head().others.store(others.into(), Ordering::SeqCst);
     }
@@ -220,13 +220,13 @@ impl SharedPage {
         self.head().cpu_time.load(Ordering::SeqCst).checked_sub(1)
     }
 
-    /// Records that time.
+    /// Notes that time.
     pub fn set_cpu_time_ns(&self, time: Option<u64>) {
         let word = time.map_or(0, |time| time.saturating_add(1));
         self.head().cpu_time.store(word, Ordering::SeqCst);
     }
 
-    /// Records whether the guardian is to have the places of the change mapped, and returns the number of that wish. In a
+    /// Notes whether the guardian is to have the places of the change mapped, and returns the number of that wish. In a
     /// new page it is to have them mapped; that is wish 0.
     pub fn wish_mapped(&self, mapped: bool) -> u32 {
         let last = self.head().wish.load(Ordering::SeqCst);
@@ -251,7 +251,7 @@ impl SharedPage {
         (!self.is_fulfilled(wish)).then_some((wish, wish.is_multiple_of(2)))
     }
 
-    /// Records that the wish with this number is fulfilled.
+    /// Notes that the wish with this number is fulfilled.
     pub fn set_fulfilled(&self, wish: u32) {
         self.head().fulfilled.store(wish, Ordering::SeqCst);
     }
@@ -262,7 +262,7 @@ impl SharedPage {
         self.head().outcome.load(Ordering::SeqCst)
     }
 
-    /// Records what the guardian did.
+    /// Notes what the guardian did.
     pub fn set_outcome(&self, outcome: u32) {
         self.head().outcome.store(outcome, Ordering::SeqCst);
     }

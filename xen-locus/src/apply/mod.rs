@@ -179,8 +179,8 @@ fn revert_once(
 /// # Errors
 /// [`Class::TryAgain`](crate::error::Class::TryAgain): what is written to the guest now may be lost. Or it can't be noted.
 pub(crate) fn begin(machine: &dyn Machine, change: &Change) -> Result<()> {
-    if machine.is_recorded()? {
-        return Err(write::is_recorded());
+    if machine.is_log_dirty()? {
+        return Err(write::is_log_dirty());
     }
     machine.begin(change)
 }

@@ -112,7 +112,7 @@ pub(super) fn check_all(targets: &[Target<'_>], trail: &Trail) -> Result<()> {
 }
 
 /// The guest is moved as it runs.
-pub(super) fn is_recorded() -> Error {
+pub(super) fn is_log_dirty() -> Error {
     Error::try_again(
         "Xen runs this PV guest on shadows of its page tables: it is probably being moved to another host as it runs, and \
          what is written to it now from outside would be missing there. Nothing was changed; try again when it has arrived",
@@ -128,7 +128,7 @@ pub(super) fn write_all(
     check_all(targets, trail)?;
     match begin()? {
         Writing::Begins => {}
-        Writing::IsRecorded => return Err(is_recorded()),
+        Writing::IsLogDirty => return Err(is_log_dirty()),
         Writing::IsShutDown => {
             return Err(Error::try_again(
                 "the guest has shut down or is suspended (is it being saved or moved?); nothing was changed",

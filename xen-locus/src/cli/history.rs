@@ -36,7 +36,7 @@ pub fn run(session: &Session, args: &History) -> anyhow::Result<ExitCode> {
             "faults": history.faults,
             "notes": history.notes,
         })),
-        Output::Table if lines.is_empty() => out::line("no actions are recorded"),
+        Output::Table if lines.is_empty() => out::line("no actions are logged"),
         Output::Table => {
             let rows: Vec<[String; 7]> = lines.iter().map(|line| row(line)).collect();
             let heads = [

@@ -173,7 +173,7 @@ fn table(guest: &Guest, outcome: &VerifyReport) {
     ));
     if !unconfirmed.is_empty() {
         out::line(&format!(
-            "{}: the audit log of this host has no record of {}: applied on another host, or forged",
+            "{}: the audit log of this host has no line about {}: applied on another host, or forged",
             guest.label(),
             unconfirmed.join(", ")
         ));

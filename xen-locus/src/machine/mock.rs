@@ -68,7 +68,7 @@ pub(crate) struct Guest {
     pub(crate) ended: Cell<bool>,
     /// Another domain has its UUID.
     pub(crate) shares_uuid: Cell<bool>,
-    /// What an interrupted run left can't be settled yet.
+    /// What an interrupted run left can't be recovered yet.
     pub(crate) is_busy: Cell<bool>,
     /// Some of its memory is populated on demand.
     pub(crate) on_demand: Cell<bool>,
@@ -76,8 +76,8 @@ pub(crate) struct Guest {
     pub(crate) spare: Cell<u64>,
     /// Whether it may be written in a pause.
     pub(crate) writing: Cell<Writing>,
-    /// Xen records what it writes itself.
-    pub(crate) recorded: Cell<bool>,
+    /// Xen logs only the pages that it makes dirty itself.
+    pub(crate) log_dirty: Cell<bool>,
     /// What happens in the guest right before it is paused, the first time, the second time, and so on.
     pub(crate) meanwhile: RefCell<VecDeque<Meanwhile>>,
     /// Calls: `begin`.
@@ -140,7 +140,7 @@ impl Guest {
             on_demand: Cell::new(false),
             spare: Cell::new(240),
             writing: Cell::new(Writing::Begins),
-            recorded: Cell::new(false),
+            log_dirty: Cell::new(false),
             meanwhile: RefCell::default(),
             trace: Trace::default(),
             pause_takes: Cell::default(),
@@ -394,8 +394,8 @@ impl Machine for Guest {
         }
     }
 
-    fn is_recorded(&self) -> Result<bool> {
-        Ok(self.recorded.get())
+    fn is_log_dirty(&self) -> Result<bool> {
+        Ok(self.log_dirty.get())
     }
 
     fn guard(&self, _: &[Spot]) -> Result<Box<dyn Guard + '_>> {

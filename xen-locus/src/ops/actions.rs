@@ -1,4 +1,4 @@
-//! The operations themselves. Each is recorded and published: [`super::run`].
+//! The operations themselves. Each is logged and published: [`super::run`].
 
 use std::time::Instant;
 
@@ -115,10 +115,10 @@ pub fn reclaim<G: Guest>(
     )
 }
 
-/// What became of one of several payloads. Returns whether it is recorded: if not, nothing else may begin.
+/// What became of one of several payloads. Returns whether it is logged: if not, nothing else may begin.
 type Tell<'a> = dyn FnMut(&str, Result<Report>) -> bool + 'a;
 
-/// Carries out an operation on several payloads of a guest. The result of each is recorded when `act` tells it.
+/// Carries out an operation on several payloads of a guest. The result of each is logged when `act` tells it.
 fn several<G: Guest>(
     operator: &Operator<'_>,
     guest: &G,
@@ -134,7 +134,7 @@ fn several<G: Guest>(
         act(kernel, options, &mut |patch, result| {
             let result = result.map(|report| timed(report, began));
             let asked = of_guests(operation, patch);
-            let goes_on = options.dry_run || operator.record(&mut *log, guest, &asked, &result);
+            let goes_on = options.dry_run || operator.log_result(&mut *log, guest, &asked, &result);
             results.push((patch.to_owned(), result));
             goes_on
         })?;
@@ -165,7 +165,7 @@ pub fn nudge<G: Guest>(
     Ok(nudged)
 }
 
-/// Reverts all patches, the topmost first, until one can't be reverted or recorded. Returns the result of each that
+/// Reverts all patches, the topmost first, until one can't be reverted or logged. Returns the result of each that
 /// was tried.
 ///
 /// # Errors
@@ -186,7 +186,7 @@ pub fn revert_all<G: Guest>(
     )
 }
 
-/// Settles what an interrupted run left on a guest.
+/// Recovers a guest from an interrupted run.
 ///
 /// # Errors
 /// As [`recover::recover`]; [`Class::TryAgain`](crate::error::Class::TryAgain) when another run holds the guest's lock.

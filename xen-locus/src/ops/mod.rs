@@ -1,4 +1,4 @@
-//! Operations on guests, for commands and the daemon: under the guest's lock, recorded and published.
+//! Operations on guests, for commands and the daemon: under the guest's lock, logged and published.
 //!
 //! - `run`: the order of every operation (log, lock, recover, act, publish, line, journal);
 //! - `actions`: apply, revert, nudge, reclaim, recover, each by that order;

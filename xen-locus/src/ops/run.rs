@@ -1,17 +1,17 @@
 //! The order of every operation on a guest:
 //!
-//! 1. The audit log is opened: what can't be recorded does not begin.
+//! 1. The audit log is opened: what can't be logged does not begin.
 //! 2. The guest is locked. If its UUID may be another domain's too, it is not changed.
-//! 3. What an interrupted run left is settled and recorded, and its journal is removed. (A journal that can't be believed is
+//! 3. What an interrupted run left is recovered and logged, and its journal is removed. (A journal that can't be believed is
 //!    kept under another name, once the guest's own memory accounts for all.)
 //! 4. The operation is carried out; it writes its journal before it changes the guest.
 //! 5. The guest's status is published. The guest is changed by then, so an error here is only said.
 //! 6. A line is appended to the audit log.
 //! 7. The journal is removed. It stays if the line could not be appended: the next run then finds the change in the
-//!    guest and records it.
+//!    guest and logs it.
 //! 8. The guest is unlocked.
 //!
-//! A dry run records nothing, publishes nothing, and leaves an interrupted run as it is.
+//! A dry run logs nothing, publishes nothing, and leaves an interrupted run as it is.
 //!
 //! All of it is generic over the guest, the log and XenStore, and the tests fail every step.
 
@@ -31,20 +31,20 @@ use crate::say;
 use crate::storage::audit::{Action, Append, Log};
 use crate::storage::xenstore::Nodes;
 
-/// The person or program that asks for operations, and where these are published and recorded.
+/// The person or program that asks for operations, and where these are published and logged.
 #[derive(Debug)]
 pub struct Operator<'a> {
     /// Where a guest's status is published.
     pub store: &'a dyn Nodes,
-    /// Where operations are recorded.
+    /// Where operations are logged.
     pub audit: &'a dyn Log,
     /// Name of the operator, for the audit log.
     pub who: String,
-    /// Whether the operator repeats the operation by itself after this error. Then there is nothing to record yet.
+    /// Whether the operator repeats the operation by itself after this error. Then there is nothing to log yet.
     pub retries_after: fn(&Error) -> bool,
 }
 
-/// An operation that is asked for, as it is recorded.
+/// An operation that is asked for, as it is logged.
 pub(super) struct Asked<'a> {
     pub(super) operation: Operation,
     pub(super) patch: &'a str,
@@ -75,13 +75,12 @@ impl Operator<'_> {
         };
         let done = done.map(|report| timed(report, began));
         if let Some(mut log) = log {
-            self.record(&mut *log, guest, asked, &done);
+            self.log_result(&mut *log, guest, asked, &done);
         }
         done
     }
 
-    /// Steps 3 to 5, for a guest with a UUID of its own: settles what an interrupted run left, carries out `act` and publishes the guest's status. The
-    /// caller has the guest's lock.
+    /// Steps 3 to 5, for a guest with a UUID of its own. The caller has the guest's lock.
     pub(super) fn change<G: Guest, R>(
         &self,
         guest: &G,
@@ -90,7 +89,7 @@ impl Operator<'_> {
     ) -> Result<R> {
         let change = || {
             guest.check_uuid()?;
-            self.settle_interrupted(guest, options)?;
+            self.recover_interrupted(guest, options)?;
             let kernel = machine::kernel_of(guest)?;
             let done = act(&kernel, options)?;
             if !options.dry_run {
@@ -108,13 +107,13 @@ impl Operator<'_> {
     }
 
     /// Step 3.
-    fn settle_interrupted<G: Guest>(&self, guest: &G, options: &Options) -> Result<()> {
+    fn recover_interrupted<G: Guest>(&self, guest: &G, options: &Options) -> Result<()> {
         if !guest.is_recovery_due()? {
             return Ok(());
         }
         if options.dry_run {
             say::warn(format_args!(
-                "{}: an earlier run did not end as it should: `xen-locus recover` settles what it left",
+                "{}: an earlier run did not end as it should: run `xen-locus recover`",
                 guest.label()
             ));
             return Ok(());
@@ -139,9 +138,9 @@ impl Operator<'_> {
         }
     }
 
-    /// Steps 6 and 7: records the result of an operation, and then removes its journal. False if it could not be
-    /// recorded: the journal stays.
-    pub(super) fn record<G: Guest>(
+    /// Steps 6 and 7: logs the result of an operation, and then removes its journal. False if it could not be logged: the
+    /// journal stays.
+    pub(super) fn log_result<G: Guest>(
         &self,
         log: &mut dyn Append,
         guest: &G,
@@ -176,7 +175,7 @@ impl Operator<'_> {
             Err(error) => {
                 guest.keep_journal(done.is_ok());
                 say::warn(format_args!(
-                    "{}: {what}: not recorded; the next run records it: {error}",
+                    "{}: {what}: not logged; the next run logs it: {error}",
                     guest.label()
                 ));
                 false
@@ -184,8 +183,8 @@ impl Operator<'_> {
         }
     }
 
-    /// Settles what an interrupted run left and records that, if there was anything. If it can't be recorded, the
-    /// journal stays, and nothing else may begin. That it is to be tried again is not recorded: this may come again every few
+    /// Recovers the guest from an interrupted run and logs that, if there was anything. If it can't be logged, the
+    /// journal stays, and nothing else may begin. That it is to be tried again is not logged: this may come again every few
     /// seconds. The caller has the guest's lock.
     ///
     /// # Errors
@@ -213,12 +212,12 @@ impl Operator<'_> {
             Err(error) if error.class() == Class::TryAgain => {}
             Err(error) => failed(&mut action, error),
         }
-        let recorded = match action.result.is_empty() {
+        let logged = match action.result.is_empty() {
             true => Ok(()),
             false => log.append(action),
         };
         let report = done?;
-        recorded?;
+        logged?;
         guest.remove_journal()?;
         Ok(report)
     }

@@ -222,7 +222,7 @@ fn where_the_log_can_not_be_opened_nothing_begins() {
 }
 
 #[test]
-fn where_the_lock_is_taken_nothing_begins_and_that_is_recorded() {
+fn where_the_lock_is_taken_nothing_begins_and_that_is_logged() {
     let host = Host::new();
     host.trace.fail("lock");
     host.apply("one", false).unwrap_err();
@@ -237,7 +237,7 @@ fn where_the_lock_is_taken_nothing_begins_and_that_is_recorded() {
 }
 
 #[test]
-fn where_the_journal_can_not_be_written_nothing_is_changed_and_that_is_recorded() {
+fn where_the_journal_can_not_be_written_nothing_is_changed_and_that_is_logged() {
     let host = Host::new();
     host.trace.fail("begin");
     host.apply("one", false).unwrap_err();
@@ -361,7 +361,7 @@ fn recover_records_publishes_and_removes_the_journal_in_that_order() {
     ];
     assert_eq!(host.trace.take(), steps);
     assert_eq!(host.published(), ["one"]);
-    // What is settled is no line.
+    // What is recovered is no line.
     assert_eq!(recover().result, Finding::NothingToDo);
     assert_eq!(host.log.told(), ["recover one finished"]);
 }

@@ -7,7 +7,7 @@
 //!
 //! To add a condition, write a function here and add it to the list. What also belongs to them is found elsewhere: the bytes to
 //! be replaced are those expected, and the page tables still lead to them ([`crate::apply`]); the guest is neither suspended
-//! nor has it shut down, and Xen does not record what the guest writes while it does not see what we write
+//! nor has it shut down, and Xen does not log what the guest writes while it does not see what we write
 //! ([`Paused::writing`](crate::machine::Paused::writing)); no thread is in code that a kprobe copied
 //! ([`copies`](crate::target::kprobes::copies)).
 //!

@@ -1,6 +1,6 @@
 //! The ranges of code in which no thread may be, and whether a word is an address in one of them.
 //!
-//! Where the ranges are comes from the guest's own records. So a look-up costs the same however they lie over each other,
+//! Where the ranges are comes from the guest's own memory. So a look-up costs the same however they lie over each other,
 //! and what each of them costs is taken from the guest's budget.
 
 use std::sync::Arc;

@@ -124,7 +124,7 @@ impl<'r> Candidates<'r> {
     /// This one is gone, or could not be given back.
     ///
     /// # Errors
-    /// [`Class::TryAgain`](crate::error::Class::TryAgain), if it is uncertain how it ended: nothing else begins before that is settled.
+    /// [`Class::TryAgain`](crate::error::Class::TryAgain), if it is uncertain how it ended: nothing else begins before that is known.
     pub(super) fn is_gone(&mut self, n: usize, done: Result<()>) -> Result<()> {
         let gone = done.map(|()| self.set(n, Fate::Gone));
         self.unless_failed(n, gone)

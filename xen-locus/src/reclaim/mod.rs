@@ -189,7 +189,7 @@ impl Reclaiming<'_, '_> {
             let gone = || report(resident, Outcome::Reclaimed, paused);
             if is_gone && !tell(&resident.record.name, Ok(gone())) {
                 return Err(Error::try_again(
-                    "it was not tried, because what became of another one could not be recorded",
+                    "it was not tried, because what became of another one could not be logged",
                 ));
             }
         }

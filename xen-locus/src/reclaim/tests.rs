@@ -341,7 +341,7 @@ fn that_one_is_gone_is_told_before_the_next_one_goes() {
     let mut left = Vec::new();
     reclaim(&guest, &kernel, &names, &patient(false), |_, result| {
         left.push((result.is_ok(), guest.residents().unwrap().len()));
-        // It could not be recorded.
+        // It could not be logged.
         false
     })
     .unwrap();

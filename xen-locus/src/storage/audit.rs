@@ -131,7 +131,7 @@ fn is_zero(number: &u64) -> bool {
     *number == 0
 }
 
-/// What is known of the last line that was recorded.
+/// What is known of the last line that was logged.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Head {
     /// Its number; 0 before the first line.
@@ -237,7 +237,7 @@ impl Audit {
         fault::point(name)
     }
 
-    /// Opens the log for writing about the guest `uuid`. An action that can't be recorded must not begin.
+    /// Opens the log for writing about the guest `uuid`. An action that can't be logged must not begin.
     ///
     /// # Errors
     /// [`Class::Failed`](crate::error::Class::Failed).

@@ -1,4 +1,4 @@
-//! Every action is recorded, and a change of the record is detected.
+//! Every action is logged, and a change of the log is detected.
 
 use super::steps::patches::{self, CMDLINE, CMDLINE_FILE};
 use super::steps::tool;
@@ -92,7 +92,7 @@ fn history(ctx: &mut Ctx) -> Result<(), Verdict> {
         .ok(&format!("cp -a /tmp/audit-copy {LOG}; xen-locus history"))?;
     rotated(ctx, name)?;
 
-    // If nothing can be recorded, nothing is done.
+    // If nothing can be logged, nothing is done.
     ctx.dom0
         .ok(&format!("mv {LOG} /tmp/audit-copy && mkdir {LOG}"))?;
     let out = ctx

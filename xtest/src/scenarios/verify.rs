@@ -1,4 +1,4 @@
-//! `verify` reports each difference between a guest's memory and the record of its patches, and what caused it.
+//! `verify` reports each difference between a guest's memory and the records of its patches, and what caused it.
 //! What the guest does to patches legitimately is not a difference.
 
 use serde_json::Value;

@@ -1,4 +1,4 @@
-//! Whether Xen keeps copies of a PV domain's page tables, and thus may record which pages it writes.
+//! Whether Xen keeps copies of a PV domain's page tables, and thus may log which pages it makes dirty.
 
 use std::ffi::c_uint;
 
@@ -10,11 +10,11 @@ use super::{fault_point, Control, Error};
 impl Control {
     /// Whether Xen runs a PV domain on copies of its page tables (shadows). `None` if this Xen has none for PV domains.
     ///
-    /// While a PV domain is migrated as it runs it has shadows, because Xen records by them which pages it writes. What the
+    /// While a PV domain is migrated as it runs it has shadows, because Xen logs by them which pages it makes dirty (log-dirty mode). What the
     /// control domain writes to it then is seen by nobody, and may be missing where the domain arrives. Without shadows
-    /// nothing is recorded: when the record ends Xen takes the memory of the shadows away
+    /// nothing is logged: when that mode ends Xen takes the memory of the shadows away
     /// (xen/arch/x86/mm/shadow/common.c: `shadow_one_bit_disable`), and `XEN_DOMCTL_SHADOW_OP_GET_ALLOCATION` returns 0. Also
-    /// a domain that Xen protects from L1TF has shadows. `XEN_DOMCTL_SHADOW_OP_PEEK` does not tell whether anything is recorded.
+    /// a domain that Xen protects from L1TF has shadows. `XEN_DOMCTL_SHADOW_OP_PEEK` does not tell whether anything is logged.
     /// A Xen without `CONFIG_SHADOW_PAGING`, as Debian's, answers EINVAL, and one without `CONFIG_PAGING` EOPNOTSUPP or
     /// ENOSYS (xen/arch/x86/domctl.c); it can't migrate a PV domain as it runs.
     ///

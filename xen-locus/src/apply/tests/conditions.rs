@@ -360,16 +360,16 @@ fn what_xen_would_not_see_is_not_written() {
         // It begins before the change, or while the tool waits.
         if what != "roll back" {
             let guest = patched();
-            guest.recorded.set(true);
+            guest.log_dirty.set(true);
             let left = guest.left.replace(0);
             let error = action(&guest).expect_err(what);
             assert!(error.to_string().contains(words[0]), "{error}");
             assert!(guest.intent.borrow().is_none(), "it is not even noted");
-            guest.recorded.set(false);
+            guest.log_dirty.set(false);
             guest.left.set(left);
         }
         let guest = patched();
-        guest.writing.set(Writing::IsRecorded);
+        guest.writing.set(Writing::IsLogDirty);
         fails(what, action, &guest, &words, |g| {
             g.writing.set(Writing::Begins)
         });

@@ -5,7 +5,7 @@ use crate::arena::record::MODULE;
 use crate::error::Class;
 
 #[test]
-fn that_a_journal_can_not_be_believed_is_recorded_before_it_goes() {
+fn that_a_journal_can_not_be_believed_is_logged_before_it_goes() {
     let host = Host::new();
     host.guest.has_damaged_journal.set(true);
     host.trace.fail("append");

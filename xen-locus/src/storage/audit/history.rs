@@ -105,7 +105,7 @@ impl History {
         }
         match rotation::find(log, head) {
             Some(found) => self.notes.push(format!(
-                "it was rotated, and nothing was recorded since: entry {} is in {}",
+                "it was rotated, and nothing was logged since: entry {} is in {}",
                 found.line.seq,
                 found.path.display()
             )),

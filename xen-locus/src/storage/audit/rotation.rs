@@ -63,7 +63,7 @@ fn search(log: &Path, fits: impl Fn(&Rotated) -> bool) -> Option<Rotated> {
     rotated.find(fits)
 }
 
-/// The last line that was recorded, if it is found: in the open `file` of `log`, or where that was rotated.
+/// The last line that was logged, if it is found: in the open `file` of `log`, or where that was rotated.
 pub(super) fn last(log: &Path, file: Option<&File>, head: &Head) -> io::Result<Option<Line>> {
     if let Some(file) = file {
         if let Some((line, _)) = last_in(file)? {

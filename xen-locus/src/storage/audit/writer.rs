@@ -116,7 +116,7 @@ impl<'a> Writer<'a> {
         let len = self.file.metadata()?.len();
         let written = self.write(&format!("{hashed}{OWN}{}\"}}\n", head.hash), len, &head);
         if written.is_err() {
-            // Nothing stays of a line that is not recorded. If it can't be removed, `history` reports a fault.
+            // Nothing stays of a line that is not whole. If it can't be removed, `history` reports a fault.
             let taken_back = self.audit.step("audit: take back");
             let _ = taken_back.and_then(|()| self.file.set_len(len));
             return written;

@@ -57,7 +57,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "no-journal-pv",
         summary: "no room for the journal or the guardian's file: exit 1, nothing done; for the log: the \
-                  next run records it",
+                  next run logs it",
         profile: &PV1,
         run: |ctx| no_journal(ctx, Kind::Pv),
     },

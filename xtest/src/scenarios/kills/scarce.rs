@@ -42,7 +42,7 @@ pub fn no_journal(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     nothing_left(ctx)
 }
 
-/// If the audit log has no room, the change is still made, and the next run records it.
+/// If the audit log has no room, the change is still made, and the next run logs it.
 fn unrecorded(ctx: &Ctx, subject: &Subject, apply: &str) -> Result<(), Verdict> {
     let (name, log) = (&subject.guest.name, "/var/log/xen-locus");
     let out = ctx.dom0.sh(&format!(
@@ -50,7 +50,7 @@ fn unrecorded(ctx: &Ctx, subject: &Subject, apply: &str) -> Result<(), Verdict> 
          echo full >{log}/file; {apply}; rc=$?; umount {log}; exit $rc"
     ))?;
     check!(
-        out.rc == 0 && out.err_text().contains("not recorded"),
+        out.rc == 0 && out.err_text().contains("not logged"),
         "{log} full: {} {}",
         out.rc,
         out.err_text()
