@@ -37,7 +37,7 @@ pub fn run(data: &[u8]) {
     }
 }
 
-/// One table in each layout that kernels have used.
+/// One table of each kind.
 pub fn seeds() -> Vec<Vec<u8>> {
     let mut symbols = vec![
         (TEXT.0, 'T', "_text".to_owned()),
@@ -48,13 +48,8 @@ pub fn seeds() -> Vec<Vec<u8>> {
     symbols.extend((0..40).map(|i| (TEXT.0 + 0x1a0, 't', format!("f{}", i % 20))));
     symbols.extend((0..40).map(|i| (TEXT.0 + 0x1a0 + i, 't', format!("f{}.cold", i % 20))));
     symbols.extend((0..1030).map(|i| (TEXT.0 + 0x200 + i, 't', format!("s{}", i % 256))));
-    [
-        Tables::Old,
-        Tables::OldWithSequence,
-        Tables::New,
-        Tables::PlaceRelative,
-    ]
-    .into_iter()
-    .map(|tables| kallsyms(RODATA, &symbols, tables))
-    .collect()
+    Tables::ALL
+        .into_iter()
+        .map(|tables| kallsyms(RODATA, &symbols, tables))
+        .collect()
 }

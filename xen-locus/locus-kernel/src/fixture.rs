@@ -31,16 +31,51 @@ pub const ENTRY: Gva = Gva(TEXT.0 + 0x100);
 /// Order of the symbol tables, and encoding of addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tables {
-    /// Offsets before the names.
+    /// Offsets before the names. Per-CPU symbols are absolute (`CONFIG_KALLSYMS_ABSOLUTE_PERCPU`).
     Old,
     /// As [`Tables::Old`], with a sequence of names behind the markers.
     OldWithSequence,
-    /// Offsets behind the tokens.
+    /// As [`Tables::Old`], with the offsets behind the tokens.
     New,
+    /// As [`Tables::Old`], of a kernel for one CPU: all offsets are from the base.
+    OldOneCpu,
+    /// As [`Tables::OldOneCpu`], with the offsets behind the tokens.
+    NewOneCpu,
+    /// As [`Tables::Old`], with whole addresses and no base (`CONFIG_KALLSYMS_BASE_RELATIVE` is off).
+    OldWhole,
+    /// As [`Tables::OldWhole`], with the addresses behind the tokens.
+    NewWhole,
     /// Offsets behind the tokens, relative to their own place.
     PlaceRelative,
     /// As [`Tables::PlaceRelative`], aligned to four bytes.
     Packed,
+}
+
+impl Tables {
+    /// All that kernels have had.
+    pub const ALL: [Tables; 9] = [
+        Tables::Old,
+        Tables::OldWithSequence,
+        Tables::New,
+        Tables::OldOneCpu,
+        Tables::NewOneCpu,
+        Tables::OldWhole,
+        Tables::NewWhole,
+        Tables::PlaceRelative,
+        Tables::Packed,
+    ];
+
+    /// Whether the addresses are before the names.
+    fn is_old(self) -> bool {
+        use Tables::{Old, OldOneCpu, OldWhole, OldWithSequence};
+        matches!(self, Old | OldWithSequence | OldOneCpu | OldWhole)
+    }
+
+    /// Whether there can be symbols far from the kernel's image, as per-CPU variables are.
+    pub fn has_absolute(self) -> bool {
+        use Tables::{NewOneCpu, OldOneCpu, Packed, PlaceRelative};
+        !matches!(self, OldOneCpu | NewOneCpu | PlaceRelative | Packed)
+    }
 }
 
 fn pad8(out: &mut Vec<u8>) {
@@ -51,11 +86,16 @@ fn pad8(out: &mut Vec<u8>) {
 /// character of its own number, so nothing is compressed.
 pub fn kallsyms(at: Gva, symbols: &[(u64, char, String)], tables: Tables) -> Vec<u8> {
     let base = TEXT.0;
-    let offsets = |out: &mut Vec<u8>| {
+    let addresses = |out: &mut Vec<u8>| {
+        if matches!(tables, Tables::OldWhole | Tables::NewWhole) {
+            out.extend(symbols.iter().flat_map(|(addr, _, _)| addr.to_le_bytes()));
+            return;
+        }
         for (addr, _, _) in symbols {
             let place = at.0 + (out.len() as u64);
             let word = match tables {
                 Tables::PlaceRelative | Tables::Packed => addr.wrapping_sub(place),
+                Tables::OldOneCpu | Tables::NewOneCpu => addr.wrapping_sub(base),
                 // Absolute symbols are positive, the others count down from the base.
                 _ if *addr < base => *addr,
                 _ => (base.wrapping_sub(1)).wrapping_sub(*addr),
@@ -72,9 +112,8 @@ pub fn kallsyms(at: Gva, symbols: &[(u64, char, String)], tables: Tables) -> Vec
         _ => pad8(out),
     };
     let mut out = Vec::new();
-    let old = matches!(tables, Tables::Old | Tables::OldWithSequence);
-    if old {
-        offsets(&mut out);
+    if tables.is_old() {
+        addresses(&mut out);
     }
     out.extend((symbols.len() as u32).to_le_bytes());
     pad(&mut out);
@@ -112,8 +151,8 @@ pub fn kallsyms(at: Gva, symbols: &[(u64, char, String)], tables: Tables) -> Vec
     }
     pad(&mut out);
     out.extend(index.iter().flat_map(|i| i.to_le_bytes()));
-    if !old {
-        offsets(&mut out);
+    if !tables.is_old() {
+        addresses(&mut out);
     }
     out
 }

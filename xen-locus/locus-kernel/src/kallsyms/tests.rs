@@ -8,27 +8,24 @@ use crate::Kernel;
 
 #[test]
 fn symbols_are_read_in_every_order_and_encoding_of_the_tables() {
-    for tables in [
-        Tables::Old,
-        Tables::OldWithSequence,
-        Tables::New,
-        Tables::PlaceRelative,
-        Tables::Packed,
-    ] {
+    for tables in Tables::ALL {
         let mut fixture = Fixture::new();
         fixture.tables = tables;
         let long = "a_very_long_name_".repeat(12);
         fixture.function(TEXT.0 + 0x200, "twice", &[0xc3]);
         fixture.function(TEXT.0 + 0x300, "twice", &[0xc3]);
         fixture.function(TEXT.0 + 0x340, &long, &[0xc3]);
-        let absolute = !matches!(tables, Tables::PlaceRelative | Tables::Packed);
-        if absolute {
+        if tables.has_absolute() {
             fixture.symbols.push((0x4000, 'A', "per_cpu".into()));
         }
         let memory = fixture.build();
         let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
         let symbols = &kernel.symbols;
         assert_eq!(kernel.release, "6.1.0-test", "{tables:?}");
+        let is_there = |name| symbols.places.iter().any(|(found, _)| found == name);
+        let whole = matches!(tables, Tables::OldWhole | Tables::NewWhole);
+        assert_eq!(is_there("kallsyms_addresses"), whole, "{tables:?}");
+        assert_eq!(is_there("kallsyms_offsets"), !whole, "{tables:?}");
         assert_eq!(symbols.addr("entry"), Some(ENTRY));
         assert_eq!(symbols.all("twice").count(), 2);
         assert_eq!(symbols.addr(&long), Some(TEXT.plus(0x340)));
@@ -37,7 +34,7 @@ fn symbols_are_read_in_every_order_and_encoding_of_the_tables() {
             symbols.covering(TEXT.plus(0x305)),
             Some(("twice".into(), 5))
         );
-        if absolute {
+        if tables.has_absolute() {
             assert_eq!(symbols.addr("per_cpu"), Some(Gva(0x4000)));
         }
         assert_eq!(kernel.function("twice", 2).unwrap(), TEXT.plus(0x300));
