@@ -23,7 +23,7 @@ use crate::guard::take_over::{take_over, Counter as _, Outcome, Since};
 use crate::guard::{self, Places, Task};
 use crate::machine::{self, Machine};
 use crate::operation::Operation;
-use crate::plan::{self, Stack};
+use crate::plan::{self, PatchStack};
 use crate::storage::journal::{Change, Intent, Journal, Noted};
 
 mod nudged;
@@ -365,7 +365,7 @@ fn of_payloads(
         let slots = arena.directory.slots.clone();
         arena.commit(machine, kernel, slots)?;
     }
-    let stack = Stack::new(&residents);
+    let stack = PatchStack::new(&residents);
     let report = match (intent, left) {
         (Some(intent), _) if known.is_none() => of_earlier(intent, EARLIER),
         (Some(intent), _) => {
@@ -412,7 +412,7 @@ fn of_earlier(intent: &Intent, why: &str) -> Report {
 }
 
 /// Names of the patches that stay in the guest without being in force.
-fn parked(residents: &[Resident], stack: &Stack<'_>) -> Vec<String> {
+fn parked(residents: &[Resident], stack: &PatchStack<'_>) -> Vec<String> {
     // An earlier version of a patch that is in force may be parked.
     let in_force = |name: &str| stack.applied().iter().any(|r| r.record.name == name);
     let parked = residents.iter().filter(|r| r.slot.state == State::Parked);

@@ -18,7 +18,7 @@ use crate::arena::record::{Function, State, HEAD_MAX};
 use crate::arena::{page_address, Arena, Contents, Newer, Resident, Rights};
 use crate::error::Result;
 use crate::link::module::links::{self, Known};
-use crate::plan::{self, Stack};
+use crate::plan::{self, PatchStack};
 use crate::target::conflicts::{self, Caller};
 use crate::target::kprobes::Kprobes;
 use crate::target::modules_present;
@@ -94,7 +94,7 @@ pub fn compare_once(kernel: &Kernel<'_>, known: Option<&HostRecords<'_>>) -> Res
         Err(error) if error.is_arena_lost() => return Ok(without_arena(&error, known)),
         Err(error) => return Err(error),
     };
-    let stack = Stack::new(&residents);
+    let stack = PatchStack::new(&residents);
     let mut comparison = Comparison {
         kernel,
         space: kernel.space.fresh(),
@@ -345,7 +345,7 @@ impl Comparison<'_, '_> {
     fn redirect(
         &mut self,
         originals: &Originals<'_>,
-        stack: &Stack<'_>,
+        stack: &PatchStack<'_>,
         patch: &Resident,
         function: &Function,
     ) -> Result<()> {

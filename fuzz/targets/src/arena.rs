@@ -11,7 +11,7 @@ use xen_locus::arena::digests::CodeDigests;
 use xen_locus::arena::record::{Directory, Function, Record, Slot, State, MODULE, SCHEMA};
 use xen_locus::arena::{page_address, Arena, BASE};
 use xen_locus::nudge::place::Place;
-use xen_locus::plan::{self, Stack};
+use xen_locus::plan::{self, PatchStack};
 use xen_locus::{ops, verify};
 
 use super::{guest, stage};
@@ -190,7 +190,7 @@ pub fn arena(data: &[u8]) {
     for gate in arena.gates(&kernel).unwrap_or_default() {
         let _ = Place::of(&kernel, &gate);
     }
-    let stack = Stack::new(&residents);
+    let stack = PatchStack::new(&residents);
     for resident in stack.applied() {
         let _ = stack.displaced(&kernel, resident, &[]);
         let _ = plan::undo(&kernel, &stack, resident);

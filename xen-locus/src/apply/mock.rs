@@ -14,7 +14,7 @@ use super::{apply, revert, revert_all, Options, Outcome, Report};
 use crate::arena::{page_address, record, Arena, Resident};
 use crate::error::{Error, Result};
 use crate::machine::mock::{code, Guest, FUNCTIONS};
-use crate::plan::{self, Mode, Stack};
+use crate::plan::{self, Mode, PatchStack};
 use crate::x86;
 
 impl Guest {
@@ -50,7 +50,7 @@ impl Guest {
     /// Names of the applied patches, the undermost first.
     pub(crate) fn status(&self) -> Result<Vec<String>> {
         let residents = self.residents()?;
-        let stack = Stack::new(&residents);
+        let stack = PatchStack::new(&residents);
         let applied = stack.applied().iter();
         Ok(applied.map(|r| r.record.name.clone()).collect())
     }

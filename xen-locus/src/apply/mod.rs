@@ -13,7 +13,7 @@ use crate::arena::{self, Arena};
 use crate::error::{Error, Result};
 use crate::machine::{self, Machine};
 use crate::operation::Operation;
-use crate::plan::{self, Mode, Plan, Prepared, Readiness, Stack};
+use crate::plan::{self, Mode, PatchStack, Plan, Prepared, Readiness};
 use crate::storage::journal::Change;
 
 mod moment;
@@ -137,7 +137,7 @@ fn revert_once(
     let options = patience.options;
     let mut arena = Arena::read(kernel)?;
     let residents = plan::resolve_interrupted(kernel, &mut arena)?;
-    let stack = Stack::new(&residents);
+    let stack = PatchStack::new(&residents);
     let Some(resident) = stack.named(&residents, name)? else {
         return Ok(report(name, Outcome::Already, 0, Done::default()));
     };
@@ -211,7 +211,7 @@ pub fn revert_all(
     mut tell: impl FnMut(&str, Result<Report>) -> bool,
 ) -> Result<()> {
     let residents = plan::residents(kernel, &Arena::read(kernel)?)?;
-    let stack = Stack::new(&residents);
+    let stack = PatchStack::new(&residents);
     for resident in stack.applied().iter().rev() {
         let name = &resident.record.name;
         let result = if options.dry_run {

@@ -17,7 +17,7 @@ use crate::arena::Arena;
 use crate::blocker::Blocker;
 use crate::error::{ExitCode, Result};
 use crate::machine;
-use crate::plan::{self, Mode, Readiness, Stack};
+use crate::plan::{self, Mode, PatchStack, Readiness};
 use crate::quiesce::{self, Watch};
 
 /// What the user asks about: applying a payload, or reverting a patch.
@@ -63,7 +63,7 @@ impl PayloadOrPatch {
             }
             PayloadOrPatch::Patch(name) => {
                 let residents = plan::residents(kernel, &arena)?;
-                let stack = Stack::new(&residents);
+                let stack = PatchStack::new(&residents);
                 match stack.named(&residents, name)? {
                     Some(resident) => Some(plan::undo(kernel, &stack, resident)?.watch),
                     None => None,

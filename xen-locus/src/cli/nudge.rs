@@ -11,14 +11,14 @@ use crate::error::{ExitCode, Result};
 use crate::ops;
 use crate::ops::host::Host;
 use crate::ops::operator;
-use crate::plan::{self, Stack};
+use crate::plan::{self, PatchStack};
 use crate::quiesce::Watch;
 
 /// Code in which threads are woken: the versions that a draining patch replaced, else what is in the way.
 fn watch(asked: &PayloadOrPatch, kernel: &Kernel<'_>) -> Result<Option<Watch>> {
     if let PayloadOrPatch::Patch(name) = asked {
         let residents = plan::residents(kernel, &Arena::read(kernel)?)?;
-        let stack = Stack::new(&residents);
+        let stack = PatchStack::new(&residents);
         let named = stack.named(&residents, name)?;
         if let Some(resident) = named {
             if let Some(old) = plan::old_versions(kernel, &stack, resident)? {

@@ -24,7 +24,7 @@ use crate::blocker::{Blocker, Reason};
 use crate::error::{Error, Result};
 use crate::machine::Machine;
 use crate::plan::conditions::Entry;
-use crate::plan::{self, Plan, Proposal, Stack};
+use crate::plan::{self, PatchStack, Plan, Proposal};
 use crate::quiesce::{Watch, Watched};
 use crate::target::conflicts;
 use crate::target::kprobes::Kprobes;
@@ -125,7 +125,7 @@ impl Gate {
         let mut arena = Arena::read(kernel)?;
         let residents = plan::resolve_interrupted(kernel, &mut arena)?;
         let entry = kernel.function(FUNCTION, 0)?;
-        if let Some(layers) = Stack::new(&residents).layers(entry) {
+        if let Some(layers) = PatchStack::new(&residents).layers(entry) {
             return Err(Error::not_applicable(format!(
                 "{FUNCTION}, by which threads are woken, is replaced by {}",
                 layers.owner()

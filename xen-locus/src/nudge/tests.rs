@@ -252,7 +252,7 @@ fn an_earlier_build_takes_a_gate_for_a_patch_that_it_can_revert() {
     let kernel = guest.kernel();
     plan::interrupted::resolve(&kernel, &mut as_patch).unwrap();
     assert_eq!(as_patch[0].slot.state, State::Applied);
-    let stack = Stack::new(&as_patch);
+    let stack = PatchStack::new(&as_patch);
     let undo = plan::undo(&kernel, &stack, &as_patch[0]).unwrap();
     let redirect = undo.writes.iter().find(|w| w.at.0 == SITE).unwrap();
     assert_eq!(redirect.new, old);

@@ -10,7 +10,7 @@ use super::guest::Guest;
 use crate::arena::record::Function;
 use crate::arena::{Arena, Contents, Newer};
 use crate::error::{Class, Error, Result};
-use crate::plan::{self, Stack};
+use crate::plan::{self, PatchStack};
 use crate::quiesce::Watch;
 use crate::say;
 use crate::storage::audit::in_force::InForce;
@@ -225,7 +225,7 @@ pub(super) fn patches_by(
         }
         Err(error) => return Err(error),
     };
-    let stack = Stack::new(&residents);
+    let stack = PatchStack::new(&residents);
     let has = |told: &InForce| {
         residents.iter().any(|r| r.record.sha256 == told.sha256)
             || newer.iter().any(|n| n.is(&told.record, &told.name))

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use locus_guest::addr::{Gva, Range};
 use locus_kernel::Kernel;
 
-use super::{stack, Plan};
+use super::{patch_stack, Plan};
 use crate::arena::record::{Function, ModuleAt, Record};
 use crate::error::{Error, Result};
 use crate::link::fixups::KeyCount;
@@ -205,7 +205,7 @@ pub fn entries(functions: &[Function]) -> impl Iterator<Item = Entry> + '_ {
 /// again.
 #[must_use]
 pub fn unprobed_of(record: &Record) -> Vec<Watched> {
-    let mut all = stack::code_of(record);
+    let mut all = patch_stack::code_of(record);
     all.extend(behind_redirects(&record.functions));
     all
 }

@@ -8,7 +8,7 @@ use super::lay_out::LaidOut;
 use super::place::{bytes_of, too_short, Placed};
 use super::preconditions::Fitted;
 use super::resolve::Resolved;
-use super::{conditions, stack, Plan, Prepared, Proposal};
+use super::{conditions, patch_stack, Plan, Prepared, Proposal};
 use crate::arena;
 use crate::arena::digests::{self, CodeDigests};
 use crate::arena::record::{ModuleAt, Placement, Record};
@@ -140,7 +140,7 @@ fn plan(
     }
     let mut watched = entering.watched;
     let entry_only = (record.entry_only && !supersedes).then(|| {
-        let redirects = stack::redirects(functions);
+        let redirects = patch_stack::redirects(functions);
         watched.iter().cloned().chain(redirects).collect()
     });
     watched.extend(stack.watched(functions, supersedes));

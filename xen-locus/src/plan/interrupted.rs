@@ -5,7 +5,7 @@
 
 use locus_kernel::Kernel;
 
-use super::stack::{bytes_at, Stack};
+use super::patch_stack::{bytes_at, PatchStack};
 use crate::arena::record::State;
 use crate::arena::Resident;
 use crate::error::{Class, Error, Result, Torn};
@@ -22,7 +22,7 @@ impl<'r> Interrupted<'r> {
     /// The change that the states of `residents` show as under way, if there is one.
     fn find(residents: &'r [Resident]) -> Result<Option<Interrupted<'r>>> {
         let in_state = |state| residents.iter().filter(move |r| r.slot.state == state);
-        let reverting = Stack::of(in_state(State::Reverting));
+        let reverting = PatchStack::of(in_state(State::Reverting));
         let mut applying = in_state(State::Applying);
         let (patch, functions) = match (applying.next(), applying.next()) {
             (Some(_), Some(_)) => {

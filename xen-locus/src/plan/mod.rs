@@ -11,7 +11,7 @@
 //!   v  finish         its record, and the writes in order   -> Prepared
 //! ```
 //!
-//! [`stack`] knows which patches lie on which, [`interrupted`] what became of a change that a run left under way.
+//! [`patch_stack`] knows which patches lie on which, [`interrupted`] what became of a change that a run left under way.
 
 use std::thread;
 use std::time::Duration;
@@ -33,13 +33,13 @@ pub mod conditions;
 mod finish;
 pub mod interrupted;
 mod lay_out;
+pub mod patch_stack;
 mod place;
 mod preconditions;
 mod resolve;
-pub mod stack;
 
 pub use conditions::Proposal;
-pub use stack::{Layers, Mode, Stack};
+pub use patch_stack::{Layers, Mode, PatchStack};
 
 /// A change of the guest's text and data that takes effect as a whole.
 #[derive(Clone, Debug)]
@@ -190,7 +190,7 @@ pub fn check_no_nudge(kernel: &Kernel<'_>, arena: &Arena) -> Result<()> {
 /// The guest's budget is spent.
 pub fn old_versions(
     kernel: &Kernel<'_>,
-    stack: &Stack<'_>,
+    stack: &PatchStack<'_>,
     resident: &Resident,
 ) -> Result<Option<Watch>> {
     if !resident.record.entry_only {
@@ -210,7 +210,7 @@ pub fn prepare(
     mode: Mode,
 ) -> Result<Readiness> {
     let residents = residents(kernel, arena)?;
-    let stack = Stack::new(&residents);
+    let stack = PatchStack::new(&residents);
     if let Some(same) = preconditions::applied_already(kernel, &stack, payload, mode)? {
         return Ok(Readiness::Already(Box::new(same)));
     }
@@ -228,7 +228,7 @@ pub fn prepare(
 /// [`Class::Failed`](crate::error::Class::Failed): another patch lies on it, a module that it changed is gone, or a redirect
 /// is not as it was written. [`Class::TryAgain`](crate::error::Class::TryAgain): a condition of [`conditions`] does not hold.
 /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): a module of the guest would panic.
-pub fn undo(kernel: &Kernel<'_>, stack: &Stack<'_>, resident: &Resident) -> Result<Plan> {
+pub fn undo(kernel: &Kernel<'_>, stack: &PatchStack<'_>, resident: &Resident) -> Result<Plan> {
     stack.check_on_top(kernel, resident)?;
     undo_once_on_top(kernel, stack, resident)
 }
@@ -239,7 +239,7 @@ pub fn undo(kernel: &Kernel<'_>, stack: &Stack<'_>, resident: &Resident) -> Resu
 /// As [`undo`], but for those.
 pub fn undo_once_on_top(
     kernel: &Kernel<'_>,
-    stack: &Stack<'_>,
+    stack: &PatchStack<'_>,
     resident: &Resident,
 ) -> Result<Plan> {
     let record = &resident.record;
@@ -254,14 +254,14 @@ pub fn undo_once_on_top(
         new: f.old_bytes.to_vec(),
         about: About::Text,
     });
-    let entry_only = || stack::redirects(&record.functions).collect();
+    let entry_only = || patch_stack::redirects(&record.functions).collect();
     let proposal = Proposal {
         patch: &record.name,
         modules: record.objects.clone(),
         unprobed: conditions::unprobed_of(record),
         redirects: redirects.collect(),
         // No thread may be in the payload's code: in a replacement, or in a function that only it calls.
-        watched: stack::code_of(record),
+        watched: patch_stack::code_of(record),
         entry_only: record.entry_only.then(entry_only),
         ..Proposal::default()
     };

@@ -8,7 +8,7 @@ use locus_kernel::Kernel;
 use super::lay_out::LaidOut;
 use super::preconditions::Fitted;
 use super::resolve::Resolved;
-use super::{conditions, stack};
+use super::{conditions, patch_stack};
 use crate::arena::digests::CodeDigests;
 use crate::arena::record::State;
 use crate::arena::{self, Arena, Resident};
@@ -107,7 +107,7 @@ fn next_place(
     }
     if !is_same(kernel, layout, image, place)? {
         // A kprobe's breakpoint does not make it another payload.
-        let (name, code) = (&old.record.name, stack::code_of(&old.record));
+        let (name, code) = (&old.record.name, patch_stack::code_of(&old.record));
         conditions::check_unprobed(kernel, name, &code)?;
         return Ok(None);
     }

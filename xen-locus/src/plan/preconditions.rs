@@ -14,7 +14,7 @@ use locus_kernel::Kernel;
 use locus_payload::Payload;
 
 use super::conditions;
-use super::stack::{self, Mode, Stack};
+use super::patch_stack::{self, Mode, PatchStack};
 use crate::arena::Resident;
 use crate::error::{Error, Result};
 use crate::link::image;
@@ -32,7 +32,7 @@ pub struct Candidate<'a, 'm> {
     /// The payload.
     pub payload: &'a Payload,
     /// The patches that are applied.
-    pub stack: &'a Stack<'a>,
+    pub stack: &'a PatchStack<'a>,
     /// Whether it supersedes them.
     pub supersedes: bool,
     /// What it can refer to by name: the kernel, its modules, and the payloads that are applied.
@@ -70,7 +70,7 @@ impl<'a, 'm> Candidate<'a, 'm> {
     pub fn new(
         kernel: &'a Kernel<'m>,
         payload: &'a Payload,
-        stack: &'a Stack<'a>,
+        stack: &'a PatchStack<'a>,
         mode: Mode,
     ) -> Candidate<'a, 'm> {
         let newest_first = stack.applied().iter().rev();
@@ -102,7 +102,7 @@ impl<'a, 'm> Candidate<'a, 'm> {
 /// it changed is gone, its redirects are not as they were written, or it would have to supersede itself.
 pub fn applied_already(
     kernel: &Kernel<'_>,
-    stack: &Stack<'_>,
+    stack: &PatchStack<'_>,
     payload: &Payload,
     mode: Mode,
 ) -> Result<Option<Resident>> {
@@ -137,12 +137,12 @@ pub fn applied_already(
 }
 
 /// The redirects of `patch`, or of those that lie on it, are as they were written. Else it can't be said that it is applied.
-fn has_not_drifted(kernel: &Kernel<'_>, stack: &Stack<'_>, patch: &Resident) -> Result<()> {
+fn has_not_drifted(kernel: &Kernel<'_>, stack: &PatchStack<'_>, patch: &Resident) -> Result<()> {
     let Some((owner, function)) = stack.displaced(kernel, patch, &[])? else {
         return Ok(());
     };
     let (name, site) = (&function.name, function.site);
-    let found = hex::encode(stack::bytes_at(kernel, site)?);
+    let found = hex::encode(patch_stack::bytes_at(kernel, site)?);
     let expected = hex::encode(function.new_bytes);
     let drifted = format!(
         "payload {} was applied and has drifted: in {name} at {site} expected the redirect {expected} of {owner}, found \

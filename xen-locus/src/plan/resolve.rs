@@ -3,8 +3,8 @@
 use locus_guest::addr::Gva;
 use locus_kernel::modules::Module;
 
+use super::patch_stack::Layers;
 use super::preconditions::Fitted;
-use super::stack::Layers;
 use crate::arena::record::{Draft, DraftFunction, ModuleAt};
 use crate::error::{Error, Result};
 use crate::link::split::SplitFunctions;

@@ -63,7 +63,7 @@ fn a_guest_whose_code_is_guarded_by_lkrg_is_left_alone_both_ways() {
             refused(prepared(&guest, &payload("one", &[A]), mode).unwrap_err());
         }
         let residents = guest.residents().unwrap();
-        let stack = Stack::new(&residents);
+        let stack = PatchStack::new(&residents);
         refused(undo(&guest.kernel(), &stack, &residents[0]).unwrap_err());
     }
     let guest = Guest::new();
@@ -158,7 +158,7 @@ fn the_way_back_is_refused_under_another_patch_and_puts_back_what_was_found() {
     guest.applied(&payload("two", &[A, B]));
     let kernel = guest.kernel();
     let residents = guest.residents().unwrap();
-    let stack = Stack::new(&residents);
+    let stack = PatchStack::new(&residents);
     let error = undo(&kernel, &stack, &residents[0]).unwrap_err();
     assert!(error.to_string().contains("revert two first"), "{error}");
     let plan = undo(&kernel, &stack, &residents[1]).unwrap();

@@ -8,7 +8,7 @@ use crate::apply::Done;
 use crate::arena::record::State;
 use crate::arena::Resident;
 use crate::error::{Error, Result};
-use crate::plan::stack;
+use crate::plan::patch_stack;
 
 /// What became of a payload so far.
 enum Fate {
@@ -50,7 +50,7 @@ impl<'r> Candidates<'r> {
             };
             candidates.push(Candidate {
                 resident,
-                users: stack::users(kernel, resident, &others)?,
+                users: patch_stack::users(kernel, resident, &others)?,
                 fate,
             });
         }
@@ -196,7 +196,7 @@ fn check_unused(kernel: &Kernel<'_>, resident: &Resident, all: &[Resident]) -> R
             .iter()
             .any(|o| o.site == function.site && o.old_bytes == function.new_bytes);
         // The memory of a module that is gone may have another use.
-        let found = stack::bytes_at(kernel, function.site).ok();
+        let found = patch_stack::bytes_at(kernel, function.site).ok();
         if comes_back || found == Some(function.new_bytes) {
             return Err(Error::failed(format!(
                 "payload {} is not out of the way: the redirect of {} at {} leads to it, or will when another patch is \

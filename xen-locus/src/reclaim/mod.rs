@@ -39,7 +39,7 @@ use crate::error::{Class, Error, Result};
 use crate::link::module::links::{self, Known, Users};
 use crate::machine::Machine;
 use crate::operation::Operation;
-use crate::plan::{self, stack, Plan, Proposal};
+use crate::plan::{self, patch_stack, Plan, Proposal};
 use crate::quiesce::Watch;
 use crate::storage::journal::Change;
 use crate::write::Write;
@@ -299,10 +299,10 @@ impl Reclaiming<'_, '_> {
         let record = &resident.record;
         let links = links::leave(kernel, record.module, pages_of(resident), users)?;
         let mut watched = links.watched;
-        watched.push(stack::all_code_of(record));
+        watched.push(patch_stack::all_code_of(record));
         let proposal = Proposal {
             patch: &record.name,
-            unprobed: stack::code_of(record),
+            unprobed: patch_stack::code_of(record),
             links: links.writes,
             watched,
             ..Proposal::default()
@@ -341,7 +341,8 @@ impl Reclaiming<'_, '_> {
             return Ok(());
         }
         let watched = going.iter();
-        let watched = watched.map(|(n, r)| stack::all_code_of(&r.record).called(n.to_string()));
+        let watched =
+            watched.map(|(n, r)| patch_stack::all_code_of(&r.record).called(n.to_string()));
         let watch = Watch::new(self.kernel, watched.collect())?;
         let limits = Options {
             timeout: self.options.timeout.max(LOOK),

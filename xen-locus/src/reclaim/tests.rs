@@ -326,7 +326,9 @@ fn whom_a_payload_of_an_earlier_build_uses_is_not_known_once_it_is_out_of_the_li
         .unwrap();
     let users = |residents: &[Resident]| {
         let all: Vec<&Resident> = residents.iter().collect();
-        stack::users(&kernel, &residents[one], &all).unwrap().len()
+        patch_stack::users(&kernel, &residents[one], &all)
+            .unwrap()
+            .len()
     };
     assert_eq!(users(&residents), 0);
     residents.iter_mut().for_each(|r| r.record.uses = None);

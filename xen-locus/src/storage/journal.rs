@@ -23,7 +23,7 @@ use crate::arena::record::Record;
 use crate::error::{Error, Result};
 use crate::operation::Operation;
 use crate::paths;
-use crate::plan::{stack, Plan};
+use crate::plan::{patch_stack, Plan};
 use crate::write::Write;
 
 /// First bytes of a journal, its format among them.
@@ -108,7 +108,7 @@ impl Change {
     pub fn new(kernel: &Kernel<'_>, op: Operation, record: &Record, plan: &Plan) -> Change {
         let ranges = plan.watch.ranges().map(|(range, name)| (*range, name));
         // To undo it, no thread may be in the new code either.
-        let code = stack::code_of(record);
+        let code = patch_stack::code_of(record);
         let code = code.iter().map(|w| (w.range, &*w.name));
         Change {
             sha256: record.sha256.clone(),

@@ -79,7 +79,7 @@ const LEFT_OUT: &[&str] = &[
     "hostile-arena-pv",
     "hostile-arena-pvh",
     // Unit tests have each step of these: what a guest does in a wait (`kprobe-late-pv` has one), a payload that is too
-    // large for a guest that is saved, a stack of patches.
+    // large for a guest that is saved, patches on patches.
     "module-going-pv",
     "timer-pv",
     "timer-pvh",

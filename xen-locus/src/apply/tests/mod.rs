@@ -319,7 +319,7 @@ fn where_both_versions_may_run_only_the_bytes_of_the_redirect_must_be_free() {
     let kernel = guest.kernel();
     let drains = || {
         let residents = guest.residents().unwrap();
-        let stack = Stack::new(&residents);
+        let stack = PatchStack::new(&residents);
         let watch = plan::old_versions(&kernel, &stack, stack.applied()[0]);
         let watch = watch.unwrap().unwrap();
         let blockers = crate::quiesce::inside(&kernel, &guest.world.vcpus, &watch).unwrap();

@@ -1,7 +1,7 @@
-//! Patches to the same function stack, in the order in which they were applied.
+//! The patch stack: patches to the same function, in the order in which they were applied. (A stack alone is a call stack.)
 //!
 //! The version of a function that runs is that of the topmost patch, or the kernel's own. A patch can be reverted when no other
-//! lies on any of its functions. A patch that supersedes all others takes the place of the whole stack in one step, and gives
+//! lies on any of its functions. A patch that supersedes all others takes the place of all in one step, and gives
 //! back the functions that it does not replace.
 
 use std::collections::{HashMap, HashSet};
@@ -75,7 +75,7 @@ impl<'r> Layers<'r> {
 
 /// Applied patches, the undermost first.
 #[derive(Debug, Default)]
-pub struct Stack<'r> {
+pub struct PatchStack<'r> {
     applied: Vec<&'r Resident>,
     /// Patches that were reverted, perhaps while threads were in them: their payloads say that threads may.
     left: Vec<&'r Resident>,
@@ -83,21 +83,21 @@ pub struct Stack<'r> {
     layers: HashMap<Gva, Layers<'r>>,
 }
 
-impl<'r> Stack<'r> {
-    /// The stack of those `residents` that are applied.
+impl<'r> PatchStack<'r> {
+    /// The patch stack of those `residents` that are applied.
     #[must_use]
-    pub fn new(residents: &'r [Resident]) -> Stack<'r> {
+    pub fn new(residents: &'r [Resident]) -> PatchStack<'r> {
         let in_state = |state| residents.iter().filter(move |r| r.slot.state == state);
         let left = in_state(State::Parked).filter(|r| r.record.entry_only);
-        Stack {
+        PatchStack {
             left: left.collect(),
-            ..Stack::of(in_state(State::Applied))
+            ..PatchStack::of(in_state(State::Applied))
         }
     }
 
     /// Of these `patches`, the undermost first, whatever their state.
-    pub(super) fn of(patches: impl Iterator<Item = &'r Resident>) -> Stack<'r> {
-        let mut stack = Stack::default();
+    pub(super) fn of(patches: impl Iterator<Item = &'r Resident>) -> PatchStack<'r> {
+        let mut stack = PatchStack::default();
         for patch in patches {
             stack.applied.push(patch);
             for function in &patch.record.functions {
@@ -396,7 +396,7 @@ pub fn users(
     Ok(users)
 }
 
-impl Stack<'_> {
+impl PatchStack<'_> {
     /// Where no kprobe may stand when these writes are made: in what is written, and in what stops or begins to run.
     #[must_use]
     pub fn unprobed(&self, functions: &[Function], supersedes: bool) -> Vec<Watched> {

@@ -77,7 +77,7 @@ fn is_watched(all: &[Watched], at: Gva) -> bool {
 #[test]
 fn the_topmost_patch_owns_a_function_and_the_undermost_knows_the_kernels_bytes() {
     let residents = two();
-    let stack = Stack::new(&residents);
+    let stack = PatchStack::new(&residents);
     let installed = stack.layers(A).unwrap().installed();
     assert_eq!(installed.patch, "two");
     assert_eq!((installed.jump, installed.original), ([2; JUMP], [0; JUMP]));
@@ -93,7 +93,7 @@ fn the_topmost_patch_owns_a_function_and_the_undermost_knows_the_kernels_bytes()
 fn only_applied_patches_are_in_the_stack_and_others_are_known_by_name() {
     let mut residents = two();
     residents[1].slot.state = State::Parked;
-    let stack = Stack::new(&residents);
+    let stack = PatchStack::new(&residents);
     assert_eq!(names(stack.applied()), ["one"]);
     assert!(stack.named(&residents, "one").unwrap().is_some());
     assert!(stack.named(&residents, "two").unwrap().is_none());
@@ -110,7 +110,7 @@ fn what_lies_on_a_patch_is_named_from_the_top() {
     residents[4].record.uses = Some(vec![residents[2].record.module]);
     let world = World::new(GuestType::Pvh);
     let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
-    let stack = Stack::new(&residents);
+    let stack = PatchStack::new(&residents);
     for (below, words) in [
         (
             0,
@@ -129,7 +129,7 @@ fn what_lies_on_a_patch_is_named_from_the_top() {
 #[test]
 fn a_patch_that_supersedes_gives_back_what_it_does_not_replace() {
     let residents = two();
-    let stack = Stack::new(&residents);
+    let stack = PatchStack::new(&residents);
     let new = patch(2, "all", &[A], [2; JUMP]);
     let own = stack.writes(&new.record.functions, false);
     assert_eq!(own.len(), 1);
@@ -147,7 +147,7 @@ fn a_patch_that_supersedes_gives_back_what_it_does_not_replace() {
 #[test]
 fn threads_may_be_below_the_version_that_runs_but_not_in_it() {
     let residents = two();
-    let stack = Stack::new(&residents);
+    let stack = PatchStack::new(&residents);
     let on_a = patch(2, "three", &[A], [2; JUMP]).record.functions;
     let watched = stack.watched(&on_a, false);
     let version = |of: usize| residents[of].record.functions[0].new.plus(4);
@@ -175,12 +175,12 @@ fn versions_that_were_taken_back_around_threads_are_watched_still() {
     let on_b = patch(2, "three", &[B], [0; JUMP]).record.functions;
     let left = residents[1].record.functions[1].new.plus(4);
     assert!(!is_watched(
-        &Stack::new(&residents).watched(&on_b, false),
+        &PatchStack::new(&residents).watched(&on_b, false),
         left
     ));
     residents[1].record.entry_only = true;
     assert!(is_watched(
-        &Stack::new(&residents).watched(&on_b, false),
+        &PatchStack::new(&residents).watched(&on_b, false),
         left
     ));
 }
