@@ -17,7 +17,7 @@ use crate::arena::digests::{self, BLOCK};
 use crate::arena::record::{Function, State, HEAD_MAX};
 use crate::arena::{page_address, Arena, Contents, Newer, Resident, Rights};
 use crate::error::Result;
-use crate::link::module::links::{self, Known};
+use crate::link::module::lists::{self, Known};
 use crate::plan::{self, PatchStack};
 use crate::target::conflicts::{self, Caller};
 use crate::target::kprobes::Kprobes;
@@ -327,7 +327,7 @@ impl Comparison<'_, '_> {
             found,
             by: DriftCause::Unknown,
         };
-        if applied && links::known(self.kernel, module)? != Known::Linked {
+        if applied && lists::known(self.kernel, module)? != Known::Listed {
             let absent = difference("one of the guest's modules", "not among them".into());
             self.note(patch, absent);
         }

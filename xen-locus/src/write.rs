@@ -64,7 +64,7 @@ pub enum About {
     Entry(String),
     /// State, name and place of this module, whose functions are replaced or whose symbols are used.
     Module(String),
-    /// The list and the tree of modules, and what else links a payload to them.
+    /// The lists and the tree by which the guest knows a payload as a module.
     ModuleLists,
     /// The static key that a branch of the payload follows.
     StaticKey,
@@ -90,8 +90,8 @@ impl fmt::Display for About {
                 "module {name} changed since it was looked at: the guest unloads it, or loaded it anew"
             ),
             About::ModuleLists => f.write_str(
-                "the guest loaded or unloaded a module, or changed a static key's branches, since the links of the \
-                 payload were worked out",
+                "the guest loaded or unloaded a module, or changed a static key's branches, since the place of the \
+                 payload in its lists was worked out",
             ),
             About::StaticKey => f.write_str(
                 "the guest switched a static key that the payload's branches follow since they were linked",

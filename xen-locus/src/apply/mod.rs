@@ -280,7 +280,7 @@ fn place(
     }
     if let Some(index) = ready.parked.filter(|&index| index < slots.len()) {
         slots.remove(index);
-        if !ready.entered {
+        if !ready.listed {
             // All of it is written anew. The guest does not know it, so its pages are nobody's without the entry.
             let mut others = arena.directory.slots.clone();
             others.remove(index);

@@ -36,7 +36,7 @@ pub struct Image {
 }
 
 impl Image {
-    /// Puts the module's tables, links included, into their room.
+    /// Puts the module's tables into their room.
     ///
     /// # Errors
     /// [`Class::Failed`](crate::error::Class::Failed): they don't fit.

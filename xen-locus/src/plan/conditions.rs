@@ -44,7 +44,7 @@ pub struct Proposal<'a> {
     /// Code in which no kprobe may stand: what is written, and what stops or begins to run by it.
     pub unprobed: Vec<Watched>,
     /// Writes to the guest's data that come first, and words of it that must not change.
-    pub links: Vec<Write>,
+    pub data: Vec<Write>,
     /// Writes to its text.
     pub redirects: Vec<Write>,
     /// Where no thread may be.
@@ -86,7 +86,7 @@ impl Plan {
             // Read before the modules are: one that comes later changes it.
             let head = kernel.space.fresh().read_vec(at, 8)?;
             let condition = Write::condition(at, head, About::ModuleLists);
-            proposal.links.insert(0, condition);
+            proposal.data.insert(0, condition);
         }
         conflicts::check_no_integrity_checker(kernel)?;
         Plan::new(kernel, proposal)
@@ -101,7 +101,7 @@ impl Plan {
         for condition in CONDITIONS {
             writes.extend(condition(kernel, &proposal)?);
         }
-        writes.extend(proposal.links);
+        writes.extend(proposal.data);
         writes.extend(proposal.redirects);
         Ok(Plan {
             patch: proposal.patch.to_owned(),

@@ -16,9 +16,9 @@ use crate::error::{Error, Result};
 use crate::link::fixups::KeyCount;
 use crate::link::image::Image;
 use crate::link::layout::ImageLayout;
-use crate::link::module::links::{self, ModuleLinks};
+use crate::link::module::lists::{self, ListChange};
 
-/// Completes the image by the links of its module entry and by the record, and makes the plan.
+/// Completes the image by what its module entry needs for the guest's lists and by the record, and makes the plan.
 ///
 /// # Errors
 /// [`Cause::Passing`](crate::error::Cause::Passing) while the guest loads or unloads a module or changes a static key.
@@ -34,16 +34,16 @@ pub fn finish(
     let Placed {
         first,
         parked,
-        entered,
+        listed,
         record_place,
         mut image,
         mut entry,
     } = placed;
-    let entering = if entered {
-        ModuleLinks::default()
+    let list_change = if listed {
+        ListChange::default()
     } else {
         let uses: Vec<Gva> = resolved.depends.iter().map(|m| m.at).collect();
-        links::enter(fitted.kernel, &mut entry, &uses)?
+        lists::insert(fitted.kernel, &mut entry, &uses)?
     };
     image.put_module(&layout, &entry)?;
     let module = entry.place.module();
@@ -52,13 +52,13 @@ pub fn finish(
     put_record(&mut image, record_place.clone(), &record_json)?;
     // What ran is left as the guest has it: it may have changed tables and branches of the code, and its timers and
     // lists may lead to the variables.
-    let fresh = match entered {
+    let fresh = match listed {
         true => vec![record_place.clone()],
         false => std::iter::once(0..image.bytes.len()).collect(),
     };
     // Once the guest knows the entry, it writes its keys' changes into the payload itself.
-    let keys = if entered { &[][..] } else { &image.keys };
-    let plan = plan(fitted, &record, &resolved.depends, entering, keys)?;
+    let keys = if listed { &[][..] } else { &image.keys };
+    let plan = plan(fitted, &record, &resolved.depends, list_change, keys)?;
     let superseded = fitted.stack.applied().iter().filter(|_| fitted.supersedes);
     let superseded = superseded.map(|&r| r.clone()).collect();
     Ok(Prepared {
@@ -69,7 +69,7 @@ pub fn finish(
         record_json,
         record_place,
         parked,
-        entered,
+        listed,
         fresh,
         superseded,
         plan,
@@ -128,7 +128,7 @@ fn plan(
     fitted: &Fitted<'_, '_>,
     record: &Record,
     depends: &[ModuleAt],
-    entering: ModuleLinks,
+    list_change: ListChange,
     keys: &[KeyCount],
 ) -> Result<Plan> {
     let (kernel, stack, supersedes) = (fitted.kernel, fitted.stack, fitted.supersedes);
@@ -138,7 +138,7 @@ fn plan(
         let others = stack.applied().iter().flat_map(|r| &r.record.objects);
         modules.extend(others.cloned());
     }
-    let mut watched = entering.watched;
+    let mut watched = list_change.watched;
     let entry_only = (record.entry_only && !supersedes).then(|| {
         let redirects = patch_stack::redirects(functions);
         watched.iter().cloned().chain(redirects).collect()
@@ -150,7 +150,7 @@ fn plan(
         keys,
         untraced: conditions::entries(functions).collect(),
         unprobed: stack.unprobed(functions, supersedes),
-        links: entering.writes,
+        data: list_change.writes,
         redirects: stack.writes(functions, supersedes),
         watched,
         entry_only,

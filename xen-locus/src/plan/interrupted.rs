@@ -9,7 +9,7 @@ use super::patch_stack::{bytes_at, PatchStack};
 use crate::arena::record::State;
 use crate::arena::Resident;
 use crate::error::{Class, Error, Result, Torn};
-use crate::link::module::links;
+use crate::link::module::lists;
 use crate::write::Write;
 
 /// The payload that the change is about, and the writes that the change consists of.
@@ -66,8 +66,8 @@ impl<'r> Interrupted<'r> {
 }
 
 /// Whether the guest knows the payload as a module. A change writes that, so it may be torn with it.
-fn marks_of(kernel: &Kernel<'_>, resident: &Resident) -> Result<links::Known> {
-    links::known(kernel, resident.record.module).map_err(|error| match error.class() {
+fn marks_of(kernel: &Kernel<'_>, resident: &Resident) -> Result<lists::Known> {
+    lists::known(kernel, resident.record.module).map_err(|error| match error.class() {
         Class::Uncertain => torn(resident, error.to_string()),
         _ => error,
     })

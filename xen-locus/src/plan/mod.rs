@@ -73,7 +73,7 @@ pub struct Prepared {
     /// Number of the directory entry that it takes over, if its code is parked in the arena already.
     pub parked: Option<usize>,
     /// The guest knows its module entry already.
-    pub entered: bool,
+    pub listed: bool,
     /// The parts of the image that are to be written: ranges of bytes.
     pub fresh: Vec<std::ops::Range<usize>>,
     /// The patches that it supersedes, the undermost first.

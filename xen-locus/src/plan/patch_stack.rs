@@ -16,7 +16,7 @@ use super::conditions;
 use crate::arena::record::{Function, Record, State};
 use crate::arena::{Newer, Resident};
 use crate::error::{Error, Result};
-use crate::link::module::links::{self, Known};
+use crate::link::module::lists::{self, Known};
 use crate::quiesce::Watched;
 use crate::target::redirect::{self, InstalledRedirect};
 use crate::write::{About, Write};
@@ -387,7 +387,7 @@ pub fn users(
         let used_by: Vec<&String> = used_by.flat_map(|m| &m.used_by).collect();
         for other in others().filter(|r| r.record.uses.is_none()) {
             // One that was taken out of the list does not say any more whom it uses.
-            let is_out = links::known(kernel, other.record.module)? == Known::Unlinked;
+            let is_out = lists::known(kernel, other.record.module)? == Known::Removed;
             if is_out || used_by.contains(&&other.record.name) {
                 users.insert(other.index);
             }

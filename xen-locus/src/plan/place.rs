@@ -15,7 +15,7 @@ use crate::arena::{self, Arena, Resident};
 use crate::error::{Error, Result};
 use crate::link::image::{self, Image};
 use crate::link::layout::ImageLayout;
-use crate::link::module::links::{self, Known};
+use crate::link::module::lists::{self, Known};
 use crate::link::module::{BuiltModule, PayloadAddresses};
 
 /// A payload linked for its place.
@@ -26,12 +26,12 @@ pub struct Placed {
     /// Its code is in the arena already: the number of the directory entry that it takes over.
     pub parked: Option<usize>,
     /// The guest knows its module entry already.
-    pub entered: bool,
+    pub listed: bool,
     /// Where its record goes: a range of the image's bytes.
     pub record_place: Range<usize>,
     /// Its bytes; the room of the records is empty.
     pub image: Image,
-    /// Its module entry, without links.
+    /// Its module entry, in none of the guest's lists.
     pub entry: BuiltModule,
 }
 
@@ -57,19 +57,19 @@ pub fn place(
     for old in parked {
         let first = usize::from(old.slot.first);
         let (image, entry) = link(fitted, resolved, laid_out, first)?;
-        let known = links::known(fitted.kernel, old.record.module)?;
+        let known = lists::known(fitted.kernel, old.record.module)?;
         let record_place = match known {
             // What the guest never knew it can't be using: that may be replaced by other bytes.
             Known::Never => Some(record_place.clone()),
-            Known::Linked => next_place(fitted.kernel, layout, old, (&image, &entry.place))?,
+            Known::Listed => next_place(fitted.kernel, layout, old, (&image, &entry.place))?,
             // It is about to be reclaimed.
-            Known::Unlinked => None,
+            Known::Removed => None,
         };
         if let Some(record_place) = record_place {
             return Ok(Placed {
                 first,
                 parked: Some(old.index),
-                entered: known == Known::Linked,
+                listed: known == Known::Listed,
                 record_place,
                 image,
                 entry,
@@ -81,7 +81,7 @@ pub fn place(
     Ok(Placed {
         first,
         parked: None,
-        entered: false,
+        listed: false,
         record_place,
         image,
         entry,

@@ -65,7 +65,7 @@
 //! The look believes
 //!
 //! - the list, if no task was born since. The kernel counts births in `total_forks` (kernel/fork.c:
-//!   `copy_process`), under the lock under which it links a new task into the lists. A task that died
+//!   `copy_process`), under the lock under which it adds a new task to the lists. A task that died
 //!   since can only raise a false alarm. A task that is not counted yet has never run;
 //! - what a scan found of a task, if the task was not switched out since. The kernel counts that in
 //!   `nvcsw` and `nivcsw` (kernel/sched/core.c: `__schedule`) before it takes the task off its CPU.

@@ -8,7 +8,7 @@
 //!    memory is looked through for a word that leads into it (`search`), except those by which the guest knows it as a
 //!    module. Who still uses it needs it whole: its exception table, its `BUG` sites. A word that moves once is missed by one
 //!    of the two. One that moves all the time takes a thread, a timer or a work item, each of which stands still for a while.
-//! 2. In a pause in which no thread is in its code, it is taken out of the guest's lists ([`links::leave`]), as a plan
+//! 2. In a pause in which no thread is in its code, it is taken out of the guest's lists ([`lists::remove`]), as a plan
 //!    like that of a patch: journalled, guarded, all or nothing. From then on the guest finds no new way into it.
 //! 3. All of 1 once more. What is found now came from elsewhere right before the pause; the payload stays, out of the lists.
 //! 4. A whole look finds no thread in its code. Then its entry in the directory goes.
@@ -36,7 +36,7 @@ use crate::apply::{self, Done, Options, Outcome, Patience, Report};
 use crate::arena::record::State;
 use crate::arena::{self, Arena, Resident};
 use crate::error::{Class, Error, Result};
-use crate::link::module::links::{self, Known, Users};
+use crate::link::module::lists::{self, Known, Users};
 use crate::machine::Machine;
 use crate::operation::Operation;
 use crate::plan::{self, patch_stack, Plan, Proposal};
@@ -107,9 +107,9 @@ pub fn reclaim(
 
 fn stays(kernel: &Kernel<'_>, resident: &Resident, error: Error) -> Error {
     let name = &resident.record.name;
-    let known = links::known(kernel, resident.record.module);
+    let known = lists::known(kernel, resident.record.module);
     let out = match known {
-        Ok(Known::Unlinked) => {
+        Ok(Known::Removed) => {
             " and is no module of the guest any more: the modules that it uses can be unloaded, and what is still to come \
              from it, like a timer, has no fixups; reclaim it again soon"
         }
@@ -239,9 +239,9 @@ impl Reclaiming<'_, '_> {
     ) -> Result<()> {
         while let Some((n, resident, _)) = candidates.next(&HashSet::new()) {
             let module = resident.record.module;
-            let would = match links::known(self.kernel, module)? {
-                Known::Linked => self.plan(self.kernel, resident, Users::Go).map(|_| ()),
-                Known::Never | Known::Unlinked => Ok(()),
+            let would = match lists::known(self.kernel, module)? {
+                Known::Listed => self.plan(self.kernel, resident, Users::Go).map(|_| ()),
+                Known::Never | Known::Removed => Ok(()),
             };
             let would_go = would.is_ok();
             candidates.is_gone(n, would)?;
@@ -281,7 +281,7 @@ impl Reclaiming<'_, '_> {
     }
 
     fn take_out_one(&self, resident: &Resident) -> Result<Done> {
-        if links::known(self.kernel, resident.record.module)? != Known::Linked {
+        if lists::known(self.kernel, resident.record.module)? != Known::Listed {
             return Ok(Done::default());
         }
         let patience = Patience::new(self.options);
@@ -297,13 +297,13 @@ impl Reclaiming<'_, '_> {
     /// The plan that takes `resident` out of the guest's lists.
     fn plan(&self, kernel: &Kernel<'_>, resident: &Resident, users: Users) -> Result<Plan> {
         let record = &resident.record;
-        let links = links::leave(kernel, record.module, pages_of(resident), users)?;
-        let mut watched = links.watched;
+        let removal = lists::remove(kernel, record.module, pages_of(resident), users)?;
+        let mut watched = removal.watched;
         watched.push(patch_stack::all_code_of(record));
         let proposal = Proposal {
             patch: &record.name,
             unprobed: patch_stack::code_of(record),
-            links: links.writes,
+            data: removal.writes,
             watched,
             ..Proposal::default()
         };

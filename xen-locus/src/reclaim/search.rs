@@ -9,7 +9,7 @@
 //! - in the code of the kernel and of its modules: bytes of instructions may look like any number;
 //! - in memory of processes and of files, which the kernel never follows ([`Pages::is_ignored`]): any number may be there;
 //! - in the bounds of all addresses of modules, which are numbers;
-//! - in the links by which the guest knows the payload as a module, while it is to be taken out of them;
+//! - in the lists by which the guest knows the payload as a module, while it is to be taken out of them;
 //! - in the tables of a payload that is out of the guest's lists already.
 
 use std::collections::HashSet;
@@ -28,7 +28,7 @@ use crate::apply::Options;
 use crate::arena::record::MODULE;
 use crate::arena::{self, Arena, Resident};
 use crate::error::{Error, Result};
-use crate::link::module::links::{self, Known, Users};
+use crate::link::module::lists::{self, Known, Users};
 use crate::machine::Machine;
 use crate::write::Write;
 
@@ -60,7 +60,7 @@ pub(super) struct Search<'a, 'm> {
     kernel: &'a Kernel<'m>,
     options: &'a Options,
     arena: &'a Arena,
-    targets: Vec<Target>,
+    targets: Vec<Sought>,
     /// From the first of them to the last.
     all: Range,
     /// Start of the kernel's mapping of all memory.
@@ -68,41 +68,41 @@ pub(super) struct Search<'a, 'm> {
     /// Words that are numbers.
     numbers: [Gva; 2],
     /// Where the words are by which the guest knows the payloads as modules.
-    links: HashSet<(Frame, u64)>,
+    list_words: HashSet<(Frame, u64)>,
     /// The same in the pages of payloads.
-    links_in_arena: HashSet<Gva>,
-    /// Tables of payloads that are out of the guest's lists: their links lead where they led.
+    list_words_in_arena: HashSet<Gva>,
+    /// Tables of payloads that are out of the guest's lists: their words lead where they led.
     stale: Vec<Range>,
 }
 
 /// A payload that is searched for.
-pub(super) struct Target {
+pub(super) struct Sought {
     /// All of its pages.
     own: Range,
     /// Its code.
     code: Range,
     /// Where the words are by which the guest knows it as a module.
-    links: Vec<Gva>,
+    list_words: Vec<Gva>,
 }
 
-impl Target {
+impl Sought {
     /// # Errors
     /// The guest's lists are not as they must be, or it is at work on them.
-    pub(super) fn new(kernel: &Kernel<'_>, resident: &Resident) -> Result<Target> {
+    pub(super) fn new(kernel: &Kernel<'_>, resident: &Resident) -> Result<Sought> {
         let own = pages_of(resident);
         let module = resident.record.module;
-        let mut links = Vec::new();
-        if links::known(kernel, module)? == Known::Linked {
+        let mut list_words = Vec::new();
+        if lists::known(kernel, module)? == Known::Listed {
             let leads = |w: &&Write| {
                 w.changes() && fetch::u64(&w.expect, 0).is_some_and(|word| own.contains(Gva(word)))
             };
-            let leave = links::leave(kernel, module, own, Users::Go)?;
-            links.extend(leave.writes.iter().filter(leads).map(|w| w.at));
+            let removal = lists::remove(kernel, module, own, Users::Go)?;
+            list_words.extend(removal.writes.iter().filter(leads).map(|w| w.at));
         }
-        Ok(Target {
+        Ok(Sought {
             own,
             code: Range::new(own.start, resident.record.text.1.min(own.len())),
-            links,
+            list_words,
         })
     }
 }
@@ -118,17 +118,17 @@ impl<'a, 'm> Search<'a, 'm> {
         kernel: &'a Kernel<'m>,
         options: &'a Options,
         arena: &'a Arena,
-        targets: Vec<Target>,
+        targets: Vec<Sought>,
     ) -> Result<Search<'a, 'm>> {
         let base = kernel.symbols.need("page_offset_base")?;
         let space = kernel.space.fresh();
-        let (mut links, mut links_in_arena) = (HashSet::new(), HashSet::new());
-        for &at in targets.iter().flat_map(|target| &target.links) {
+        let (mut list_words, mut list_words_in_arena) = (HashSet::new(), HashSet::new());
+        for &at in targets.iter().flat_map(|target| &target.list_words) {
             match arena::addresses().contains(at) {
-                true => drop(links_in_arena.insert(at)),
+                true => drop(list_words_in_arena.insert(at)),
                 false => {
                     let frame = space.walk(at)?.frame;
-                    links.insert((frame, at.offset() as u64));
+                    list_words.insert((frame, at.offset() as u64));
                 }
             }
         }
@@ -143,9 +143,9 @@ impl<'a, 'm> Search<'a, 'm> {
             },
             targets,
             direct_map: Gva(space.read_u64(base)?),
-            numbers: links::address_bounds(kernel)?,
-            links,
-            links_in_arena,
+            numbers: lists::address_bounds(kernel)?,
+            list_words,
+            list_words_in_arena,
             stale: stale(kernel, arena)?,
         })
     }
@@ -243,7 +243,7 @@ impl<'a, 'm> Search<'a, 'm> {
 
     /// The payload that `word` leads into.
     fn target(&self, word: u64) -> Option<usize> {
-        let leads = |t: &Target| t.own.contains(Gva(word));
+        let leads = |t: &Sought| t.own.contains(Gva(word));
         match self.all.contains(Gva(word)) {
             true => self.targets.iter().position(leads),
             false => None,
@@ -289,7 +289,7 @@ impl<'a, 'm> Search<'a, 'm> {
         let space = self.kernel.space.fresh();
         for (page, (pfn, frame)) in bytes.chunks_exact(PAGE_LEN).zip(&wanted) {
             let mut hits = self.hits(page, found);
-            hits.retain(|(offset, _)| !self.links.contains(&(*frame, *offset)));
+            hits.retain(|(offset, _)| !self.list_words.contains(&(*frame, *offset)));
             if hits.is_empty() || pages.is_ignored(&space, *pfn) {
                 continue;
             }
@@ -359,7 +359,7 @@ impl<'a, 'm> Search<'a, 'm> {
                 }
                 for (offset, target) in self.hits(bytes, found) {
                     let at = start.plus(offset);
-                    if self.links_in_arena.contains(&at) {
+                    if self.list_words_in_arena.contains(&at) {
                         continue;
                     }
                     note(
@@ -451,7 +451,7 @@ fn stale(kernel: &Kernel<'_>, arena: &Arena) -> Result<Vec<Range>> {
     let mut stale = Vec::new();
     for resident in arena.residents(kernel)? {
         let module = resident.record.module;
-        if links::known(kernel, module)? == Known::Unlinked {
+        if lists::known(kernel, module)? == Known::Removed {
             stale.push(Range {
                 start: Gva(module.0.wrapping_sub(MODULE)),
                 end: pages_of(&resident).end,

@@ -8,7 +8,7 @@ use crate::apply::Options;
 use crate::arena::record::State;
 use crate::arena::{Arena, Resident};
 use crate::error::{Error, Result};
-use crate::link::module::links::{self, Known};
+use crate::link::module::lists::{self, Known};
 use crate::machine::Machine;
 use crate::storage::journal::Intent;
 
@@ -31,13 +31,13 @@ pub(super) fn recover(
     };
     let mut parked = all.iter().filter(is_meant);
     let known = parked.try_fold(Vec::new(), |mut known, r| {
-        known.push(links::known(kernel, r.record.module)?);
+        known.push(lists::known(kernel, r.record.module)?);
         Ok::<_, Error>(known)
     });
     let report = |result, detail: &str| Report::new(result, Some(intent), detail.to_owned());
     match known {
         Ok(known) if known.is_empty() => Ok(report(Finding::Finished, "")),
-        Ok(known) if known.contains(&Known::Unlinked) => Ok(report(
+        Ok(known) if known.contains(&Known::Removed) => Ok(report(
             Finding::Undone,
             "it is out of the guest's lists, and its memory is not given back yet: reclaim it again",
         )),

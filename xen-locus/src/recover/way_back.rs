@@ -5,7 +5,7 @@ use locus_kernel::Kernel;
 
 use crate::apply::{self, Options, Patience};
 use crate::error::{Error, Result};
-use crate::link::module::links;
+use crate::link::module::lists;
 use crate::machine::Machine;
 use crate::plan::{conditions, Plan, Proposal};
 use crate::quiesce::{Watch, Watched};
@@ -34,24 +34,24 @@ fn way_back(kernel: &Kernel<'_>, change: &Change) -> Result<Plan> {
     // An enabled kprobe changes bytes: it is the better reason.
     conditions::check_unprobed(kernel, &change.patch, &unprobed)?;
     let space = kernel.space.fresh();
-    let (mut links, mut redirects) = (Vec::new(), Vec::new());
+    let (mut data, mut redirects) = (Vec::new(), Vec::new());
     for lock in [Lock::Modules, Lock::StaticKeys] {
         if kernel.symbols.addr(lock.symbol()).is_some() {
-            links.push(kernel_locks::is_free(kernel, lock)?);
+            data.push(kernel_locks::is_free(kernel, lock)?);
         }
     }
-    // A payload that was entered in part may have run since, and its timers and lists may lead to its variables. So it
+    // A payload that was put into the guest's lists in part may have run since, and its timers and lists may lead to its variables. So it
     // counts as one that was taken out, whose pages only `reclaim` gives back.
-    let marks = links::marks_of(&change.writes);
-    let entered = match marks {
+    let marks = lists::marks_of(&change.writes);
+    let listed = match marks {
         Some(at) => space.read_u64(at)? != 0,
         None => false,
     };
     let is_mark = |w: &Write| marks.is_some_and(|at| w.at == at || w.at == at.plus(8));
     for write in change.writes.iter().rev() {
         let found = space.read_vec(write.at, write.new.len())?;
-        let back = match entered && is_mark(write) {
-            true => links::UNLINKED.to_le_bytes().to_vec(),
+        let back = match listed && is_mark(write) {
+            true => lists::REMOVED.to_le_bytes().to_vec(),
             false => write.expect.clone(),
         };
         if !write.changes() {
@@ -62,7 +62,7 @@ fn way_back(kernel: &Kernel<'_>, change: &Change) -> Result<Plan> {
                     change.patch, write.at
                 )));
             }
-            links.push(write.clone());
+            data.push(write.clone());
             continue;
         }
         let own = |((found, old), new): ((&u8, &u8), &u8)| found == old || found == new;
@@ -85,7 +85,7 @@ fn way_back(kernel: &Kernel<'_>, change: &Change) -> Result<Plan> {
     let proposal = Proposal {
         patch: &change.patch,
         unprobed,
-        links,
+        data,
         redirects,
         ..Proposal::default()
     };

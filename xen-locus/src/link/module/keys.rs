@@ -1,4 +1,4 @@
-//! Static keys: the payload's branches as `struct jump_entry`, and their links to the keys
+//! Static keys: the payload's branches as `struct jump_entry`, and how they are put into the lists of the keys
 //! (kernel/jump_label.c: `jump_label_add_module`).
 
 use std::collections::BTreeSet;
@@ -8,7 +8,7 @@ use locus_guest::fetch;
 use locus_kernel::Kernel;
 
 use super::buffer::Buffer;
-use super::links::Users;
+use super::lists::Users;
 use super::words::Words;
 use super::{BuiltModule, JUMP_LEN};
 use crate::error::{Error, Result};
@@ -63,9 +63,9 @@ pub(super) fn entries(
     Ok(keys)
 }
 
-/// Links each key of the kernel and its modules to the payload's branches. `owner` tells the `struct
+/// Puts the payload's branches into the lists of the keys of the kernel and its modules. `owner` tells the `struct
 /// module` that a key belongs to, 0 for the kernel.
-pub(super) fn link(
+pub(super) fn insert(
     kernel: &Kernel<'_>,
     built: &BuiltModule,
     words: &mut Words<'_, '_>,
@@ -77,16 +77,16 @@ pub(super) fn link(
         return Ok(());
     }
     let btf = kernel.btf()?;
-    let links = btf.offset_of("static_key", "type")? as u64;
+    let list_at = btf.offset_of("static_key", "type")? as u64;
     let size = btf.size_of("static_key_mod")? as u64;
     let member = |path| Ok::<u64, Error>(btf.offset_of("static_key_mod", path)? as u64);
     let (next, entries, of) = (member("next")?, member("entries")?, member("mod")?);
     for &&KeyBranches { key, first, .. } in &foreign {
-        // the count is in the first word: it must not have changed when the links are written
+        // the count is in the first word: it must not have changed when the lists are written
         words.about = About::StaticKey;
         words.get(key)?;
         words.about = About::ModuleLists;
-        let word = words.get(key.plus(links))?;
+        let word = words.get(key.plus(list_at))?;
         let list = word & !BITS;
         if word & LINKED != 0 && list == 0 {
             // sealed after init: it never changes again
@@ -103,7 +103,7 @@ pub(super) fn link(
         words.set(node.plus(of), built.place.module().0)?;
         words.set(node.plus(entries), first.0)?;
         words.set(node.plus(next), below)?;
-        words.set(key.plus(links), node.0 | LINKED | (word & TRUE))?;
+        words.set(key.plus(list_at), node.0 | LINKED | (word & TRUE))?;
         node = node.plus(size);
     }
     Ok(())
@@ -111,7 +111,7 @@ pub(super) fn link(
 
 /// Takes the branches of the payload whose `struct module` is at `module` out of the lists of the static keys that they
 /// follow (kernel/jump_label.c: `jump_label_del_module`). The payload's pages are `own`.
-pub(super) fn unlink(
+pub(super) fn remove(
     kernel: &Kernel<'_>,
     (module, own): (Gva, Range),
     users: Users,
@@ -122,14 +122,14 @@ pub(super) fn unlink(
         return Ok(());
     }
     let btf = kernel.btf()?;
-    let links = btf.offset_of("static_key", "type")? as u64;
+    let list_at = btf.offset_of("static_key", "type")? as u64;
     let member = |path| Ok::<u64, Error>(btf.offset_of("static_key_mod", path)? as u64);
     let (next, entries, of) = (member("next")?, member("entries")?, member("mod")?);
     for key in keys {
-        let at = key.plus(links);
+        let at = key.plus(list_at);
         let word = words.get(at)?;
         if word & LINKED == 0 || word & !BITS == 0 {
-            // sealed after init: it was never linked
+            // sealed after init: it was never in its list
             continue;
         }
         // Where each node is named, and the node.
@@ -236,7 +236,7 @@ mod tests {
 
     /// What becomes of the key's list, whose head is `head` and whose nodes are at these addresses, each with what
     /// follows it and whose it is.
-    fn unlinked(head: Gva, nodes: &[(Gva, u64, u64)]) -> Result<Vec<(u64, u64)>> {
+    fn removed(head: Gva, nodes: &[(Gva, u64, u64)]) -> Result<Vec<(u64, u64)>> {
         let mut types = Blob::new();
         let (int, long) = (types.int("int", 4), types.int("long", 8));
         let module = [("jump_entries", long, 16), ("num_jump_entries", int, 24)];
@@ -271,7 +271,7 @@ mod tests {
         let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
         let mut none = [];
         let mut words = Words::new(&kernel.space, Gva(0), &mut none);
-        unlink(
+        remove(
             &kernel,
             (OWN, Range::new(OWN, 0x1000)),
             Users::None,
@@ -288,20 +288,20 @@ mod tests {
     #[test]
     fn a_key_that_nobody_else_follows_names_its_owners_branches_again() {
         let alone = [(OURS, OWNER.0, OWN.0), (OWNER, 0, 0)];
-        let done = unlinked(OURS, &alone).unwrap();
+        let done = removed(OURS, &alone).unwrap();
         assert_eq!(done, [(KEY.0 + 8, BRANCHES | TRUE)]);
     }
 
     #[test]
     fn others_stay_in_the_list_if_it_does_not_lead_through_the_payload() {
         let first = [(OURS, OTHERS.0, OWN.0), (OTHERS, 0, 0)];
-        let done = unlinked(OURS, &first).unwrap();
+        let done = removed(OURS, &first).unwrap();
         assert_eq!(done, [(KEY.0 + 8, OTHERS.0 | LINKED | TRUE)]);
         let last = [(OTHERS, OURS.0, 0), (OURS, 0, OWN.0)];
-        assert_eq!(unlinked(OTHERS, &last).unwrap(), [(OTHERS.0, 0)]);
+        assert_eq!(removed(OTHERS, &last).unwrap(), [(OTHERS.0, 0)]);
         // The owner's node is the payload's, and someone who came later needs it.
         let through = [(OTHERS, OURS.0, 7), (OURS, OWNER.0, OWN.0), (OWNER, 0, 0)];
-        let error = unlinked(OTHERS, &through).unwrap_err();
+        let error = removed(OTHERS, &through).unwrap_err();
         assert_eq!(error.class(), Class::Failed, "{error}");
         assert!(error.to_string().contains("came later"), "{error}");
     }
@@ -312,7 +312,7 @@ mod tests {
             [(OTHERS, OWNER.0, 0), (OWNER, 0, 7)],
             [(OTHERS, OWNER.0, 0), (OWNER, OTHERS.0, OWN.0)],
         ] {
-            let error = unlinked(OTHERS, &nodes).unwrap_err();
+            let error = removed(OTHERS, &nodes).unwrap_err();
             assert_eq!(error.class(), Class::NotApplicable, "{error}");
         }
     }

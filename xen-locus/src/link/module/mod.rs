@@ -2,20 +2,20 @@
 //! `BUG` and `WARN` sites, its unwind data, its symbols and its static keys.
 //!
 //! The payload gets a `struct module` and the tables that it points to: together they are the *module's
-//! tables*, in the arena beside the payload's code. The guest's lists and trees get links to them, in the same
-//! pause and with the same checks as the redirects ([`links`]). From then on the guest treats the payload's
+//! tables*, in the arena beside the payload's code. They are put into the guest's lists and trees, in the same
+//! pause and with the same checks as the redirects ([`lists`]). From then on the guest treats the payload's
 //! code as that of any module: back-traces name it, a bad user pointer is fixed up, static keys that change
 //! are written into it.
 //!
 //! A payload's module goes through three types: [`ModuleDraft`] (what it is made of, and its size),
-//! [`BuiltModule`] (its bytes for their addresses), [`links::ModuleLinks`] (the writes to the guest's lists).
+//! [`BuiltModule`] (its bytes for their addresses), [`lists::ListChange`] (the writes to the guest's lists).
 //!
 //! The tables stay when the payload is reverted, as its code does: a thread or timer that it left behind must
 //! find both. It can't be unloaded, because it counts as used by itself.
 
 mod buffer;
 mod keys;
-pub mod links;
+pub mod lists;
 mod orc_format;
 mod structure;
 mod symtab;
@@ -139,7 +139,7 @@ impl PayloadAddresses {
     }
 }
 
-/// The module's tables for their addresses, with no links yet.
+/// The module's tables for their addresses, in none of the guest's lists yet.
 #[derive(Debug)]
 pub struct BuiltModule {
     /// Bytes of its read-only part.
@@ -154,7 +154,7 @@ pub struct BuiltModule {
     keys: Vec<KeyBranches>,
     /// The words of the payload's own static keys that name their branches.
     pub own_keys: Vec<OwnKeyWord>,
-    /// Address of the room for the nodes that link static keys.
+    /// Address of the room for the nodes in the lists of static keys.
     nodes: Gva,
     /// Address of the room for the nodes that name users.
     users: Gva,
@@ -278,13 +278,13 @@ impl<'p> ModuleDraft<'p> {
         rw.put(MODULE, &module.bytes)?;
         self.put_kallsyms(&mut rw, btf, place.ro)?;
         // Offset of the word that names a key's branches.
-        let links = match keys.iter().any(|k| k.is_own) {
+        let branches_at = match keys.iter().any(|k| k.is_own) {
             true => btf.offset_of("static_key", "type")? as u64,
             false => 0,
         };
         let own = keys.iter().filter(|k| k.is_own);
         let own_keys = own.map(|k| OwnKeyWord {
-            at: k.key.plus(links),
+            at: k.key.plus(branches_at),
             value: k.first,
         });
         Ok(BuiltModule {

@@ -58,7 +58,7 @@ impl<'a, 'm> Words<'a, 'm> {
     pub fn get(&mut self, at: Gva) -> Result<u64> {
         if !at.0.is_multiple_of(8) {
             return Err(Error::not_applicable(format!(
-                "the guest's kernel has a link at {at}; expected an address divisible by 8"
+                "the guest's kernel has a list element or pointer at {at}; expected an address divisible by 8"
             )));
         }
         if let Some(offset) = self.own_at(at) {

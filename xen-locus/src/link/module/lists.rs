@@ -1,4 +1,4 @@
-//! The links that make the guest's kernel know a payload as a module. They are written in the pause that
+//! The guest's lists and its tree, in which a payload must be for the guest's kernel to know it as a module. The words are written in the pause that
 //! brings the payload into force, all or none, and only if nothing moved since they were worked out.
 
 use std::collections::HashSet;
@@ -24,10 +24,10 @@ const USERS_MAX: usize = 4096;
 /// Most kinds of memory that a module is believed to have.
 const KINDS_MAX: u64 = 64;
 
-/// The links of a payload, and the code that no thread may be in when they are written.
+/// What takes a payload into the guest's lists, or out of them, and the code that no thread may be in meanwhile.
 #[derive(Clone, Debug, Default)]
-pub struct ModuleLinks {
-    /// The links, and the words that must not have changed. The first and the last write are the marks that
+pub struct ListChange {
+    /// The words to be written, and those that must not have changed. The first and the last write are the marks that
     /// [`known`] reads.
     pub writes: Vec<Write>,
     /// The functions that change the same lists without a lock.
@@ -49,13 +49,13 @@ pub enum Known {
     /// It never knew it.
     Never,
     /// It is among the guest's modules.
-    Linked,
+    Listed,
     /// It was among them, and was taken out to be reclaimed. Something may still lead to it.
-    Unlinked,
+    Removed,
 }
 
 /// What the guest knows of the `struct module` at `module`, which a payload has in the arena. Two words before it
-/// tell: one is written before all links to it change, the other after them.
+/// tell: one is written before the lists change, the other after them.
 ///
 /// # Errors
 /// [`Class::Uncertain`](crate::error::Class::Uncertain) when only one of them is: an earlier run was ended in between.
@@ -64,8 +64,8 @@ pub fn known(kernel: &Kernel<'_>, module: Gva) -> Result<Known> {
     let space = kernel.space.fresh();
     match (space.read_u64(begun)?, space.read_u64(begun.plus(8))?) {
         (0, 0) => Ok(Known::Never),
-        (1, 1) => Ok(Known::Linked),
-        (UNLINKED, UNLINKED) => Ok(Known::Unlinked),
+        (1, 1) => Ok(Known::Listed),
+        (REMOVED, REMOVED) => Ok(Known::Removed),
         _ => Err(Error::uncertain(format!(
             "the payload whose struct module is at {module} is neither wholly among the guest's \
              modules nor wholly absent: an earlier run was ended in between, or the guest changed it"
@@ -73,23 +73,23 @@ pub fn known(kernel: &Kernel<'_>, module: Gva) -> Result<Known> {
     }
 }
 
-/// Works out the links for `built`, whose writable bytes get theirs. `uses` are modules that must not
+/// Works out the writes that take `built` into the guest's lists; its own writable bytes get theirs at once. `uses` are modules that must not
 /// be unloaded while the payload is there.
 ///
 /// # Errors
 /// [`Cause::Passing`](crate::error::Cause::Passing) while the guest loads or unloads a module or changes a static key;
 /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): its lists are not as this tool knows them.
-pub fn enter(kernel: &Kernel<'_>, built: &mut BuiltModule, uses: &[Gva]) -> Result<ModuleLinks> {
+pub fn insert(kernel: &Kernel<'_>, built: &mut BuiltModule, uses: &[Gva]) -> Result<ListChange> {
     let space = kernel.space.fresh();
     let modules = ModuleReader::new(kernel)?.all()?;
     let mut rw = std::mem::take(&mut built.rw);
     let mut words = Words::new(&space, built.place.rw, &mut rw);
-    let done = LinkWriter { kernel, built }.write_all(&mut words, &modules, uses);
+    let done = Inserter { kernel, built }.write_all(&mut words, &modules, uses);
     let writes = marked(built.place.rw, 0, words);
     built.rw = rw;
     done?;
     let watched = unlocked_code(kernel);
-    Ok(ModuleLinks { writes, watched })
+    Ok(ListChange { writes, watched })
 }
 
 /// The functions that change the guest's lists without a lock.
@@ -119,7 +119,7 @@ fn marked(at: Gva, from: u64, words: Words<'_, '_>) -> Vec<Write> {
 }
 
 /// What a mark says of a payload that was in the lists and was taken out again.
-pub const UNLINKED: u64 = 2;
+pub const REMOVED: u64 = 2;
 
 /// Where the first of the marks is, if `writes` take a payload into the guest's lists. The other one is behind it.
 #[must_use]
@@ -137,48 +137,48 @@ pub fn marks_of(writes: &[Write]) -> Option<Gva> {
 /// are `own`. Its own words stay as they are, for those who look through a list at that moment.
 ///
 /// # Errors
-/// As [`enter`]. [`Class::Failed`](crate::error::Class::Failed): a module or another payload uses it, or a static key
+/// As [`insert`]. [`Class::Failed`](crate::error::Class::Failed): a module or another payload uses it, or a static key
 /// leads through it to one that came later.
-pub fn leave(kernel: &Kernel<'_>, module: Gva, own: Range, users: Users) -> Result<ModuleLinks> {
+pub fn remove(kernel: &Kernel<'_>, module: Gva, own: Range, users: Users) -> Result<ListChange> {
     let space = kernel.space.fresh();
     let modules = ModuleReader::new(kernel)?.all()?;
     let mut none = [];
     let mut words = Words::new(&space, Gva(0), &mut none);
-    let unlinker = Unlinker {
+    let remover = Remover {
         kernel,
         module,
         own,
         users,
     };
     if users == Users::None {
-        unlinker.check_unused(&mut words, &modules)?;
+        remover.check_unused(&mut words, &modules)?;
     }
-    unlinker.write_all(&mut words, &modules)?;
+    remover.write_all(&mut words, &modules)?;
     let marks = Gva(module.0.wrapping_sub(MODULE));
-    Ok(ModuleLinks {
+    Ok(ListChange {
         writes: marked(marks, 1, words),
         watched: unlocked_code(kernel),
     })
 }
 
-struct Unlinker<'a, 'm> {
+struct Remover<'a, 'm> {
     kernel: &'a Kernel<'m>,
     module: Gva,
     own: Range,
     users: Users,
 }
 
-impl Unlinker<'_, '_> {
+impl Remover<'_, '_> {
     fn write_all(&self, words: &mut Words<'_, '_>, modules: &[Module]) -> Result<()> {
         let member =
             |path| Ok::<Gva, Error>(self.module.plus(offset(self.kernel, "module", path)?));
         free(self.kernel, words, Lock::Modules)?;
         free(self.kernel, words, Lock::StaticKeys)?;
-        take_out(words, member("list")?)?;
-        take_out(words, member("bug_list")?)?;
+        list_del(words, member("list")?)?;
+        list_del(words, member("bug_list")?)?;
         self.tree(words)?;
         self.uses(words, modules)?;
-        keys::unlink(self.kernel, (self.module, self.own), self.users, words)
+        keys::remove(self.kernel, (self.module, self.own), self.users, words)
     }
 
     fn tree(&self, words: &mut Words<'_, '_>) -> Result<()> {
@@ -196,7 +196,7 @@ impl Unlinker<'_, '_> {
         for module in modules.iter().filter(|m| m.addr != self.module) {
             for node in self.users_of(words, module)? {
                 if self.own.contains(node) {
-                    take_out(words, node)?;
+                    list_del(words, node)?;
                 }
             }
         }
@@ -205,12 +205,12 @@ impl Unlinker<'_, '_> {
 
     /// Refuses a payload that others use.
     fn check_unused(&self, words: &mut Words<'_, '_>, modules: &[Module]) -> Result<()> {
-        let link = offset(self.kernel, "module_use", "source_list")?;
+        let list = offset(self.kernel, "module_use", "source_list")?;
         let source = offset(self.kernel, "module_use", "source")?;
         for module in modules.iter().filter(|m| m.addr == self.module) {
             let users = self.users_of(words, module)?.into_iter();
             if let Some(node) = users.into_iter().find(|node| !self.own.contains(*node)) {
-                let user = Gva(words.get(Gva(node.0.wrapping_sub(link)).plus(source))?);
+                let user = Gva(words.get(Gva(node.0.wrapping_sub(list)).plus(source))?);
                 let name = modules.iter().find(|m| m.addr == user);
                 return Err(Error::failed(format!(
                     "{} uses it: unload or reclaim that first",
@@ -350,12 +350,12 @@ pub fn address_bounds(kernel: &Kernel<'_>) -> Result<[Gva; 2]> {
     Ok(LatchTree::of(kernel)?.bounds)
 }
 
-struct LinkWriter<'a, 'm> {
+struct Inserter<'a, 'm> {
     kernel: &'a Kernel<'m>,
     built: &'a BuiltModule,
 }
 
-impl LinkWriter<'_, '_> {
+impl Inserter<'_, '_> {
     fn write_all(&self, words: &mut Words<'_, '_>, modules: &[Module], uses: &[Gva]) -> Result<()> {
         let module = self.built.place.module();
         let member = |path| self.offset("module", path).map(|o| module.plus(o));
@@ -364,12 +364,12 @@ impl LinkWriter<'_, '_> {
             free(self.kernel, words, Lock::StaticKeys)?;
         }
         let head = self.kernel.symbols.need("modules")?;
-        hang_in(words, head, member("list")?)?;
+        list_add(words, head, member("list")?)?;
         let head = self.kernel.symbols.need("module_bug_list")?;
-        hang_in(words, head, member("bug_list")?)?;
+        list_add(words, head, member("bug_list")?)?;
         self.tree(words)?;
         self.uses(words, uses)?;
-        keys::link(self.kernel, self.built, words, &|key| {
+        keys::insert(self.kernel, self.built, words, &|key| {
             self.owner(modules, key)
         })
     }
@@ -422,7 +422,7 @@ impl LinkWriter<'_, '_> {
             // our own list of what we use stays empty: nothing reads it but our unloading
             words.set(node.plus(by_source), node.plus(by_source).0)?;
             words.set(node.plus(by_source).plus(8), node.plus(by_source).0)?;
-            hang_in(words, module.plus(used), node.plus(by_target))?;
+            list_add(words, module.plus(used), node.plus(by_target))?;
             node = node.plus(size);
         }
         Ok(())
@@ -442,8 +442,8 @@ impl LinkWriter<'_, '_> {
     }
 }
 
-/// Hangs `node` in behind `head` (`list_add_rcu`).
-fn hang_in(words: &mut Words<'_, '_>, head: Gva, node: Gva) -> Result<()> {
+/// Puts `node` behind `head` (`list_add_rcu`).
+fn list_add(words: &mut Words<'_, '_>, head: Gva, node: Gva) -> Result<()> {
     let first = Gva(words.get(head)?);
     let back = words.get(first.plus(8))?;
     if back != head.0 {
@@ -459,7 +459,7 @@ fn hang_in(words: &mut Words<'_, '_>, head: Gva, node: Gva) -> Result<()> {
 }
 
 /// Takes `node` out of its list (`list_del_rcu`). Its own words stay.
-fn take_out(words: &mut Words<'_, '_>, node: Gva) -> Result<()> {
+fn list_del(words: &mut Words<'_, '_>, node: Gva) -> Result<()> {
     let (next, back) = (Gva(words.get(node)?), Gva(words.get(node.plus(8))?));
     if words.get(back)? != node.0 || words.get(next.plus(8))? != node.0 {
         return Err(Error::passing(format!(
