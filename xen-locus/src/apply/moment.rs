@@ -10,7 +10,7 @@ use locus_kernel::Kernel;
 use super::options::Options;
 use super::patience::{Patience, Wait};
 use super::report::Done;
-use super::write::{check_all, map_all, unmap_all, write_all, Target};
+use super::write::{check_all, map_all, unmap_all, write_all, MappedWrite};
 use crate::blocker::Blocker;
 use crate::error::{Blocked, Error, Result};
 use crate::guard::Spot;
@@ -55,7 +55,7 @@ pub(crate) fn execute(
 ) -> Result<Done> {
     let options = patience.options;
     let watch = watch_of(plan, options)?.with(kprobes::copies(kernel)?);
-    let mut targets = Vec::with_capacity(plan.writes.len());
+    let mut mapped = Vec::with_capacity(plan.writes.len());
     let mut spots = Vec::new();
     // A fresh view: what the page tables say now.
     let (space, mut trail) = (kernel.space.fresh(), Trail::default());
@@ -65,7 +65,7 @@ pub(crate) fn execute(
         if write.changes() {
             spots.extend(Spot::split(&frames, at.offset(), &write.expect, &write.new));
         }
-        targets.push(Target {
+        mapped.push(MappedWrite {
             write,
             frames,
             window: None,
@@ -96,14 +96,14 @@ pub(crate) fn execute(
         if !verdict.is_sleepers() {
             // The guardian may take a while, so it comes first.
             guard.hold()?;
-            map_all(machine, &mut targets, &trail)?;
+            map_all(machine, &mut mapped, &trail)?;
             // Called before the pause too, because what is used for the first time is slow.
-            check_all(&targets, &trail)?;
+            check_all(&mapped, &trail)?;
             let thorough = too_many_ran >= TOO_MANY_RAN_MAX;
             let (found, _ready, paused) = last_look(&*guard, &mut tasks, thorough, options)?;
             verdict = found;
             if verdict == Verdict::Quiet {
-                write_all(&targets, &trail, || Ok(paused.writing()?))?;
+                write_all(&mapped, &trail, || Ok(paused.writing()?))?;
                 let pause = paused.end().map_err(|e| stuck(plan, &e))?;
                 let attempts = patience.attempts();
                 return Ok(Done { pause, attempts });
@@ -123,7 +123,7 @@ pub(crate) fn execute(
             continue;
         }
         if wait.0 >= WAIT_LONG {
-            unmap_all(&mut targets);
+            unmap_all(&mut mapped);
             guard.let_go();
         }
         wait.pass();

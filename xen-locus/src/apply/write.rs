@@ -11,8 +11,8 @@ use crate::error::{Error, Result};
 use crate::machine::Writing;
 use crate::write::{Write, WRITE_MAX};
 
-/// A write and its pages.
-pub(super) struct Target<'p> {
+/// A write of a plan, and its pages.
+pub(super) struct MappedWrite<'p> {
     pub(super) write: &'p Write,
     pub(super) frames: Vec<Frame>,
     /// The pages, while they are mapped ([`map_all`]).
@@ -31,7 +31,7 @@ fn not_mapped() -> Error {
     Error::failed("a page to be written is not mapped: this is a defect of xen-locus")
 }
 
-impl Target<'_> {
+impl MappedWrite<'_> {
     fn window(&self) -> Result<&dyn Window> {
         match &self.window {
             Some(Mapped::Read(window)) => Ok(&**window),
@@ -57,33 +57,33 @@ impl Target<'_> {
     }
 }
 
-/// Maps the pages of all targets that are not mapped, unless the guest's page tables lead elsewhere by now.
+/// Maps the pages of all writes that are not mapped, unless the guest's page tables lead elsewhere by now.
 pub(super) fn map_all(
     memory: &(impl MemoryMut + ?Sized),
-    targets: &mut [Target<'_>],
+    writes: &mut [MappedWrite<'_>],
     trail: &Trail,
 ) -> Result<()> {
     check_trail(trail)?;
     // Conditions about one page are compared through one window.
     let mut read: HashMap<Vec<Frame>, Rc<dyn Window>> = HashMap::new();
-    for target in targets.iter_mut().filter(|t| t.window.is_none()) {
-        target.window = Some(if target.write.changes() {
-            Mapped::Write(memory.map_mut(&target.frames)?)
-        } else if let Some(window) = read.get(&target.frames) {
+    for mapped in writes.iter_mut().filter(|w| w.window.is_none()) {
+        mapped.window = Some(if mapped.write.changes() {
+            Mapped::Write(memory.map_mut(&mapped.frames)?)
+        } else if let Some(window) = read.get(&mapped.frames) {
             Mapped::Read(Rc::clone(window))
         } else {
-            let window: Rc<dyn Window> = memory.map(&target.frames)?.into();
-            read.insert(target.frames.clone(), Rc::clone(&window));
+            let window: Rc<dyn Window> = memory.map(&mapped.frames)?.into();
+            read.insert(mapped.frames.clone(), Rc::clone(&window));
             Mapped::Read(window)
         });
     }
     Ok(())
 }
 
-/// Unmaps the pages of all targets. Xen lets no page of a PV guest become a page table while it is mapped to be written,
+/// Unmaps the pages of all writes. Xen lets no page of a PV guest become a page table while it is mapped to be written,
 /// and the guest may have freed it meanwhile.
-pub(super) fn unmap_all(targets: &mut [Target<'_>]) {
-    targets.iter_mut().for_each(|t| t.window = None);
+pub(super) fn unmap_all(writes: &mut [MappedWrite<'_>]) {
+    writes.iter_mut().for_each(|w| w.window = None);
 }
 
 fn check_trail(trail: &Trail) -> Result<()> {
@@ -101,11 +101,11 @@ fn check_trail(trail: &Trail) -> Result<()> {
 ///
 /// # Errors
 /// [`Cause::Passing`](crate::error::Cause::Passing): the plan does not hold any more.
-pub(super) fn check_all(targets: &[Target<'_>], trail: &Trail) -> Result<()> {
+pub(super) fn check_all(writes: &[MappedWrite<'_>], trail: &Trail) -> Result<()> {
     check_trail(trail)?;
-    for target in targets {
-        if !target.holds(&target.write.expect)? {
-            return Err(Error::passing(target.write.broken()));
+    for mapped in writes {
+        if !mapped.holds(&mapped.write.expect)? {
+            return Err(Error::passing(mapped.write.broken()));
         }
     }
     Ok(())
@@ -119,13 +119,13 @@ pub(super) fn is_log_dirty() -> Error {
     )
 }
 
-/// Writes all targets or none. Calls `begin` after the checks and before the first write; it says whether to go on.
+/// Carries out all writes or none. Calls `begin` after the checks and before the first write; it says whether to go on.
 pub(super) fn write_all(
-    targets: &[Target<'_>],
+    writes: &[MappedWrite<'_>],
     trail: &Trail,
     begin: impl FnOnce() -> Result<Writing>,
 ) -> Result<()> {
-    check_all(targets, trail)?;
+    check_all(writes, trail)?;
     match begin()? {
         Writing::Begins => {}
         Writing::IsLogDirty => return Err(is_log_dirty()),
@@ -135,24 +135,24 @@ pub(super) fn write_all(
             ))
         }
     }
-    let changed = || targets.iter().filter(|t| t.write.changes());
-    let written = changed().try_for_each(|t| t.put(&t.write.new));
+    let changed = || writes.iter().filter(|w| w.write.changes());
+    let written = changed().try_for_each(|w| w.put(&w.write.new));
     // What can't be read back is not known to be there.
-    let is_there = |t: &Target<'_>, bytes: &[u8]| t.holds(bytes).unwrap_or(false);
+    let is_there = |w: &MappedWrite<'_>, bytes: &[u8]| w.holds(bytes).unwrap_or(false);
     if written.is_ok() && changed().all(|t| is_there(t, &t.write.new)) {
         return Ok(());
     }
     // The last one first: what was written first is put back last.
-    for target in changed().rev() {
+    for mapped in changed().rev() {
         // All are tried. What counts is what is there in the end.
-        let _ = target.put(&target.write.expect);
+        let _ = mapped.put(&mapped.write.expect);
     }
-    for target in changed() {
-        if !is_there(target, &target.write.expect) {
+    for mapped in changed() {
+        if !is_there(mapped, &mapped.write.expect) {
             return Err(Error::uncertain(format!(
                 "writing failed midway and the bytes at {} could not be put back; run `xen-locus \
                  recover`",
-                target.write.at
+                mapped.write.at
             )));
         }
     }
@@ -236,7 +236,7 @@ mod tests {
             .unwrap()
             .write(100, &[first_byte])
             .unwrap();
-        let targets: Vec<Target<'_>> = frames
+        let writes: Vec<MappedWrite<'_>> = frames
             .iter()
             .zip([(0..0, 0..0), (fails, blind)])
             .map(|(&frame, (fails, blind))| {
@@ -248,7 +248,7 @@ mod tests {
                     reads: Cell::new(0),
                     blind,
                 });
-                Target {
+                MappedWrite {
                     write: &write,
                     frames: vec![frame],
                     window: Some(Mapped::Write(window)),
@@ -256,17 +256,15 @@ mod tests {
                 }
             })
             .collect();
-        let result = write_all(&targets, &Trail::default(), || Ok(Writing::Begins));
+        let result = write_all(&writes, &Trail::default(), || Ok(Writing::Begins));
         let stands = [0, 1].map(|i| {
             let mut bytes = [0; 5];
-            targets[i].window().unwrap().read(100, &mut bytes).unwrap();
+            writes[i].window().unwrap().read(100, &mut bytes).unwrap();
             bytes
         });
-        assert!(targets.iter().all(|t| t
-            .window()
-            .unwrap()
-            .read(PAGE_LEN - 8, &mut [0; 8])
-            .is_ok()));
+        assert!(writes
+            .iter()
+            .all(|t| t.window().unwrap().read(PAGE_LEN - 8, &mut [0; 8]).is_ok()));
         (result, stands)
     }
 

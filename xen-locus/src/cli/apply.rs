@@ -28,7 +28,7 @@ pub fn run(session: &Session, host: &Host, args: &Apply, mode: Mode) -> anyhow::
         Mode::Apply => "Applying",
         Mode::Replace => "Replacing all patches by",
     };
-    let (domains, file) = targets(host, args)?;
+    let (domains, file) = domains_and_file(host, args)?;
     let payload = Payload::read(Path::new(&file)).map_err(Error::from)?;
     let options = Options {
         entry_only: args.consistency.entry_only,
@@ -44,9 +44,9 @@ pub fn run(session: &Session, host: &Host, args: &Apply, mode: Mode) -> anyhow::
     Ok(report::print(session, action, results))
 }
 
-fn targets(host: &Host, args: &Apply) -> Result<(Vec<String>, String)> {
+fn domains_and_file(host: &Host, args: &Apply) -> Result<(Vec<String>, String)> {
     let usage = |why: &str| Error::usage(why.to_owned());
-    let Some((file, domains)) = args.targets.split_last() else {
+    let Some((file, domains)) = args.domains_and_file.split_last() else {
         return Err(usage("give a domain and a payload file"));
     };
     if !args.all {

@@ -273,7 +273,7 @@ pub struct Apply {
     /// Guests by name, id or UUID; the last one is the payload, a livepatch module
     // One argument: with two, clap refuses options between the domains and the file.
     #[arg(required = true, num_args = 1.., value_name = "DOMAIN|FILE")]
-    pub targets: Vec<String>,
+    pub domains_and_file: Vec<String>,
     /// All guests; give only FILE then
     #[arg(long)]
     pub all: bool,
@@ -482,7 +482,7 @@ mod tests {
         let Ok(Command::Apply(apply)) = Cli::try_parse_from(words).map(|cli| cli.command) else {
             panic!("not an apply");
         };
-        assert_eq!(apply.targets, ["a", "b", "x.ko"]);
+        assert_eq!(apply.domains_and_file, ["a", "b", "x.ko"]);
     }
 
     #[test]

@@ -31,7 +31,7 @@ use locus_guest::addr::{Range, PAGE_SIZE};
 use locus_kernel::Kernel;
 
 use self::candidates::Candidates;
-use self::search::{Direction, Search, Target};
+use self::search::{Direction, Search, SearchedPayload};
 use crate::apply::{self, Done, Options, Outcome, Patience, Report};
 use crate::arena::record::State;
 use crate::arena::{self, Arena, Resident};
@@ -205,23 +205,25 @@ impl Reclaiming<'_, '_> {
             }
             let limit = Instant::now() + self.options.timeout;
             readers::wait(machine, kernel, limit, self.options)?;
-            let mut targets = Vec::new();
+            let mut payloads = Vec::new();
             let patience = Patience::new(self.options);
             for (n, resident) in candidates.going() {
-                let target =
-                    apply::keep_trying(machine, kernel, &patience, |k| Target::new(k, resident));
-                match target {
-                    Ok(target) => targets.push((n, target)),
+                let payload = apply::keep_trying(machine, kernel, &patience, |k| {
+                    SearchedPayload::new(k, resident)
+                });
+                match payload {
+                    Ok(payload) => payloads.push((n, payload)),
                     Err(error) => candidates.stays(n, error),
                 }
             }
-            targets.retain(|(n, _)| candidates.going().iter().any(|(going, _)| going == n));
-            let (numbers, targets): (Vec<usize>, Vec<Target>) = targets.into_iter().unzip();
-            if targets.is_empty() {
+            payloads.retain(|(n, _)| candidates.going().iter().any(|(going, _)| going == n));
+            let (numbers, payloads): (Vec<usize>, Vec<SearchedPayload>) =
+                payloads.into_iter().unzip();
+            if payloads.is_empty() {
                 return Ok(());
             }
             let arena = Arena::read(kernel)?;
-            let search = Search::new(machine, kernel, self.options, &arena, targets)?;
+            let search = Search::new(machine, kernel, self.options, &arena, payloads)?;
             for (n, by) in numbers.into_iter().zip(search.run(direction)?) {
                 if let Some(by) = by {
                     candidates.stays(n, leads_into(&by));

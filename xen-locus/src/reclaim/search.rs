@@ -60,7 +60,7 @@ pub(super) struct Search<'a, 'm> {
     kernel: &'a Kernel<'m>,
     options: &'a Options,
     arena: &'a Arena,
-    targets: Vec<Sought>,
+    payloads: Vec<SearchedPayload>,
     /// From the first of them to the last.
     all: Range,
     /// Start of the kernel's mapping of all memory.
@@ -76,7 +76,7 @@ pub(super) struct Search<'a, 'm> {
 }
 
 /// A payload that is searched for.
-pub(super) struct Sought {
+pub(super) struct SearchedPayload {
     /// All of its pages.
     own: Range,
     /// Its code.
@@ -85,10 +85,10 @@ pub(super) struct Sought {
     list_words: Vec<Gva>,
 }
 
-impl Sought {
+impl SearchedPayload {
     /// # Errors
     /// The guest's lists are not as they must be, or it is at work on them.
-    pub(super) fn new(kernel: &Kernel<'_>, resident: &Resident) -> Result<Sought> {
+    pub(super) fn new(kernel: &Kernel<'_>, resident: &Resident) -> Result<SearchedPayload> {
         let own = pages_of(resident);
         let module = resident.record.module;
         let mut list_words = Vec::new();
@@ -99,7 +99,7 @@ impl Sought {
             let removal = lists::remove(kernel, module, own, Users::Go)?;
             list_words.extend(removal.writes.iter().filter(leads).map(|w| w.at));
         }
-        Ok(Sought {
+        Ok(SearchedPayload {
             own,
             code: Range::new(own.start, resident.record.text.1.min(own.len())),
             list_words,
@@ -118,12 +118,12 @@ impl<'a, 'm> Search<'a, 'm> {
         kernel: &'a Kernel<'m>,
         options: &'a Options,
         arena: &'a Arena,
-        targets: Vec<Sought>,
+        payloads: Vec<SearchedPayload>,
     ) -> Result<Search<'a, 'm>> {
         let base = kernel.symbols.need("page_offset_base")?;
         let space = kernel.space.fresh();
         let (mut list_words, mut list_words_in_arena) = (HashSet::new(), HashSet::new());
-        for &at in targets.iter().flat_map(|target| &target.list_words) {
+        for &at in payloads.iter().flat_map(|payload| &payload.list_words) {
             match arena::addresses().contains(at) {
                 true => drop(list_words_in_arena.insert(at)),
                 false => {
@@ -138,10 +138,10 @@ impl<'a, 'm> Search<'a, 'm> {
             options,
             arena,
             all: Range {
-                start: targets.iter().map(|t| t.own.start).min().unwrap_or(Gva(0)),
-                end: targets.iter().map(|t| t.own.end).max().unwrap_or(Gva(0)),
+                start: payloads.iter().map(|t| t.own.start).min().unwrap_or(Gva(0)),
+                end: payloads.iter().map(|t| t.own.end).max().unwrap_or(Gva(0)),
             },
-            targets,
+            payloads,
             direct_map: Gva(space.read_u64(base)?),
             numbers: lists::address_bounds(kernel)?,
             list_words,
@@ -155,7 +155,7 @@ impl<'a, 'm> Search<'a, 'm> {
     /// # Errors
     /// Memory can't be read, the guest has more of it than it can have, or the run was interrupted.
     pub(super) fn run(&self, direction: Direction) -> Result<Found> {
-        let mut found = vec![None; self.targets.len()];
+        let mut found = vec![None; self.payloads.len()];
         let stacks = Stacks::find(self.machine, self.kernel)?;
         match direction {
             Direction::Up => {
@@ -242,10 +242,10 @@ impl<'a, 'm> Search<'a, 'm> {
     }
 
     /// The payload that `word` leads into.
-    fn target(&self, word: u64) -> Option<usize> {
-        let leads = |t: &Sought| t.own.contains(Gva(word));
+    fn payload(&self, word: u64) -> Option<usize> {
+        let leads = |t: &SearchedPayload| t.own.contains(Gva(word));
         match self.all.contains(Gva(word)) {
-            true => self.targets.iter().position(leads),
+            true => self.payloads.iter().position(leads),
             false => None,
         }
     }
@@ -254,9 +254,9 @@ impl<'a, 'm> Search<'a, 'm> {
     fn hits(&self, bytes: &[u8], found: &Found) -> Vec<(u64, usize)> {
         let mut hits = Vec::new();
         for (word, offset) in bytes.chunks_exact(8).zip((0..).step_by(8)) {
-            let target = fetch::u64(word, 0).and_then(|word| self.target(word));
-            if let Some(target) = target.filter(|&t| matches!(found.get(t), Some(None))) {
-                hits.push((offset, target));
+            let payload = fetch::u64(word, 0).and_then(|word| self.payload(word));
+            if let Some(payload) = payload.filter(|&t| matches!(found.get(t), Some(None))) {
+                hits.push((offset, payload));
             }
         }
         hits
@@ -293,11 +293,11 @@ impl<'a, 'm> Search<'a, 'm> {
             if hits.is_empty() || pages.is_ignored(&space, *pfn) {
                 continue;
             }
-            for (offset, target) in hits {
+            for (offset, payload) in hits {
                 if let Some(by) = self.named(*pfn, offset) {
                     let slab = pages.slab(&space, *pfn);
                     let of = slab.map(|name| format!(", of the slab cache {name},"));
-                    note(found, target, by + of.as_deref().unwrap_or_default());
+                    note(found, payload, by + of.as_deref().unwrap_or_default());
                 }
             }
         }
@@ -348,7 +348,7 @@ impl<'a, 'm> Search<'a, 'm> {
                 .find(|r| pages_from(start, len).contains(r.start));
             let end = stale.map_or(len, |r| usize::try_from(r.start.0 - start.0).unwrap_or(len));
             let bytes = space.read_vec(start, end.min(len))?;
-            slots.push((start, self.target(start.0), bytes));
+            slots.push((start, self.payload(start.0), bytes));
         }
         loop {
             let before = found.clone();
@@ -357,14 +357,14 @@ impl<'a, 'm> Search<'a, 'm> {
                 if goes {
                     continue;
                 }
-                for (offset, target) in self.hits(bytes, found) {
+                for (offset, payload) in self.hits(bytes, found) {
                     let at = start.plus(offset);
                     if self.list_words_in_arena.contains(&at) {
                         continue;
                     }
                     note(
                         found,
-                        target,
+                        payload,
                         format!("the word at {at}, in another payload,"),
                     );
                 }
@@ -388,13 +388,13 @@ impl<'a, 'm> Search<'a, 'm> {
                 // Its thread ended meanwhile.
                 continue;
             };
-            for (offset, target) in self.hits(&words, found) {
+            for (offset, payload) in self.hits(&words, found) {
                 let at = usize::try_from(offset).unwrap_or(usize::MAX);
                 let word = Gva(fetch::u64(&words, at).unwrap_or(0));
-                let code = self.targets.get(target).map(|t| t.code);
+                let code = self.payloads.get(payload).map(|t| t.code);
                 let in_code = code.is_some_and(|code| code.contains(word));
                 if !(in_code && follows_a_call(&space, word)) {
-                    note(found, target, format!("a word on the stack of {name}"));
+                    note(found, payload, format!("a word on the stack of {name}"));
                 }
             }
         }
@@ -410,9 +410,9 @@ fn follows_a_call(space: &Space<'_>, at: Gva) -> bool {
     !at.0.is_multiple_of(FUNCTION_ALIGN) && before(5) == Some(vec![CALL])
 }
 
-/// Notes what leads into payload number `target`.
-fn note(found: &mut Found, target: usize, by: String) {
-    if let Some(place) = found.get_mut(target) {
+/// Notes what leads into payload number `payload`.
+fn note(found: &mut Found, payload: usize, by: String) {
+    if let Some(place) = found.get_mut(payload) {
         place.get_or_insert(by);
     }
 }

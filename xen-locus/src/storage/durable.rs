@@ -9,9 +9,9 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
-/// A file to be replaced.
+/// How a file is replaced.
 #[derive(Clone, Copy, Debug)]
-pub struct Target<'a> {
+pub struct Replacement<'a> {
     /// The file.
     pub path: &'a Path,
     /// Where its new content is written first: in the same folder, and used by one process at a time.
@@ -42,33 +42,33 @@ pub enum Step {
 /// # Errors
 /// Any step failed. The file is as it was, and the new one is removed.
 pub fn replace(
-    target: &Target<'_>,
+    replacement: &Replacement<'_>,
     parts: &[&[u8]],
     before: impl Fn(Step) -> io::Result<()>,
 ) -> io::Result<()> {
     before(Step::Open)?;
     // Left by a run that died. If it can't be removed, the next call fails and says why.
-    let _ = fs::remove_file(target.new);
+    let _ = fs::remove_file(replacement.new);
     // O_EXCL: in a folder that others can write, no link of theirs is followed.
     let mut file = File::options()
         .write(true)
         .create_new(true)
-        .mode(target.mode)
-        .open(target.new)?;
+        .mode(replacement.mode)
+        .open(replacement.new)?;
     let mut write = || {
         for (number, part) in parts.iter().enumerate() {
             before(Step::Write(number))?;
             file.write_all(part)?;
         }
-        if target.synced {
+        if replacement.synced {
             before(Step::Sync)?;
             file.sync_all()?;
         }
         before(Step::Rename)?;
-        fs::rename(target.new, target.path)
+        fs::rename(replacement.new, replacement.path)
     };
     write().inspect_err(|_| {
-        let _ = fs::remove_file(target.new);
+        let _ = fs::remove_file(replacement.new);
     })
 }
 
@@ -92,7 +92,7 @@ mod tests {
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder).unwrap();
         let (path, new) = (folder.join("file"), folder.join("file.new"));
-        let target = Target {
+        let file = Replacement {
             path: &path,
             new: &new,
             mode: 0o600,
@@ -111,13 +111,13 @@ mod tests {
                 true => Err(io::Error::other("failed")),
                 false => Ok(()),
             };
-            replace(&target, &[b"n", b"ew"], before).unwrap_err();
+            replace(&file, &[b"n", b"ew"], before).unwrap_err();
             assert_eq!(fs::read(&path).unwrap(), b"old", "{fails:?}");
             assert!(!new.exists(), "{fails:?}");
         }
         // A run that died left this.
         fs::write(&new, "half of it").unwrap();
-        replace(&target, &[b"n", b"ew"], |_| Ok(())).unwrap();
+        replace(&file, &[b"n", b"ew"], |_| Ok(())).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"new");
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);

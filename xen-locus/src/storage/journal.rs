@@ -18,7 +18,7 @@ use locus_xen::{fault, uuid};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::durable::{self, Step, Target};
+use super::durable::{self, Replacement, Step};
 use crate::arena::record::Record;
 use crate::error::{Error, Result};
 use crate::operation::Operation;
@@ -244,13 +244,13 @@ impl Journal {
         // Of a run before this one.
         removed(&self.done())?;
         let head = [&MAGIC[..], &Sha256::digest(content)].concat();
-        let target = Target {
+        let file = Replacement {
             path: &self.path(),
             new: &self.dir.join(format!("{}.new", self.uuid)),
             mode: 0o600,
             synced: true,
         };
-        durable::replace(&target, &[&head, content], |step| {
+        durable::replace(&file, &[&head, content], |step| {
             fault::point(match step {
                 Step::Open => "journal: open",
                 Step::Write(0) => "journal: write",

@@ -18,7 +18,7 @@ use locus_guest::fetch;
 use locus_kernel::{CachedKernel, KernelCache};
 use locus_xen::{fault, uuid};
 
-use super::durable::{self, Step, Target};
+use super::durable::{self, Replacement, Step};
 
 /// First bytes of a file; the last of them changes with the format.
 const MAGIC: &[u8; 8] = b"xlocus\x00\x03";
@@ -98,7 +98,7 @@ impl KernelCache for Cache {
                 removed => removed?,
             }
         }
-        let target = Target {
+        let file = Replacement {
             path: &self.dir.join(&name),
             // Several processes may store the same kernel at once.
             new: &self.dir.join(format!(".{name}.{}", std::process::id())),
@@ -106,7 +106,7 @@ impl KernelCache for Cache {
             // A file that a power failure damages has a wrong checksum, and is read from the guest again.
             synced: false,
         };
-        durable::replace(&target, &[&format(kernel)?], |step| match step {
+        durable::replace(&file, &[&format(kernel)?], |step| match step {
             Step::Rename => fault::point("cache: rename"),
             _ => Ok(()),
         })

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::InForce;
 use crate::paths;
 use crate::say;
-use crate::storage::durable::{self, Target};
+use crate::storage::durable::{self, Replacement};
 
 /// Version of [`Kept`].
 const SCHEMA: u32 = 1;
@@ -126,12 +126,12 @@ pub(super) fn write(folder: &Path, uuid: &str, seq: u64, in_force: &[InForce]) -
         seq,
         in_force: in_force.to_vec(),
     };
-    let target = Target {
+    let file = Replacement {
         path: &path,
         new: &path.with_extension("new"),
         mode: 0o600,
         synced: true,
     };
-    durable::replace(&target, &[&serde_json::to_vec(&kept)?], |_| Ok(()))?;
+    durable::replace(&file, &[&serde_json::to_vec(&kept)?], |_| Ok(()))?;
     durable::sync_folder(folder)
 }

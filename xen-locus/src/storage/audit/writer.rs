@@ -14,7 +14,7 @@ use super::{
 };
 use crate::error::Result;
 use crate::say;
-use crate::storage::durable::{self, Step, Target};
+use crate::storage::durable::{self, Replacement, Step};
 
 /// Longest message in a line, in bytes.
 const MESSAGE_MAX: usize = 4096;
@@ -150,13 +150,13 @@ impl<'a> Writer<'a> {
             durable::sync_folder(folder)?;
         }
         let at = &self.beside.head;
-        let target = Target {
+        let file = Replacement {
             path: at,
             new: &at.with_extension("new"),
             mode: 0o644,
             synced: true,
         };
-        durable::replace(&target, &[&serde_json::to_vec(head)?], |step| match step {
+        durable::replace(&file, &[&serde_json::to_vec(head)?], |step| match step {
             Step::Rename => self.audit.step("audit: rename"),
             _ => Ok(()),
         })?;
