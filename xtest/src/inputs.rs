@@ -13,7 +13,7 @@ use crate::paths::Paths;
 const SCENARIOS: &str = "xtest/src/scenarios/";
 /// Folders and files that the tool and the payloads are built from.
 const PRODUCT: &[&str] = &["Cargo.", "xen-locus/", "tools/", "patches/", "deploy/"];
-/// Files of the bench that choose and count scenarios. They don't say how one runs.
+/// Files of the testbed that choose and count scenarios. They don't say how one runs.
 const LISTS: &[&str] = &["xtest/usual.txt", "xtest/src/scenarios/mod.rs"];
 
 /// Digests of everything that the result of a scenario depends on.
@@ -22,7 +22,7 @@ pub struct Inputs {
     base: PathBuf,
     qemu: String,
     product: String,
-    bench: String,
+    testbed: String,
     /// The texts of the files and folders of scenarios, by their names without `.rs`.
     subjects: BTreeMap<String, String>,
 }
@@ -38,7 +38,7 @@ impl Inputs {
         let said = said.map(|out| String::from_utf8_lossy(&out.stdout).into_owned());
         let qemu = said.unwrap_or_default();
         let mut product = crc32fast::Hasher::new();
-        let mut bench = crc32fast::Hasher::new();
+        let mut testbed = crc32fast::Hasher::new();
         let mut subjects: BTreeMap<String, String> = BTreeMap::new();
         let names = files(&paths.workspace).unwrap_or_default();
         if names.is_empty() {
@@ -54,7 +54,7 @@ impl Inputs {
             match kind(&name) {
                 Kind::None => {}
                 Kind::Product => add(&mut product, &name, &content),
-                Kind::Bench => add(&mut bench, &name, &content),
+                Kind::Testbed => add(&mut testbed, &name, &content),
                 Kind::Subject(subject) => {
                     let text = subjects.entry(subject.to_owned()).or_default();
                     text.push_str(&name);
@@ -66,7 +66,7 @@ impl Inputs {
             base: paths.base.clone(),
             qemu: qemu.lines().next().unwrap_or_default().to_owned(),
             product: format!("{:08x}", product.finalize()),
-            bench: format!("{:08x}", bench.finalize()),
+            testbed: format!("{:08x}", testbed.finalize()),
             subjects,
         })
     }
@@ -80,7 +80,7 @@ impl Inputs {
         let mut inputs = BTreeMap::from([
             ("qemu".to_owned(), self.qemu.clone()),
             ("product".to_owned(), self.product.clone()),
-            ("bench".to_owned(), self.bench.clone()),
+            ("testbed".to_owned(), self.testbed.clone()),
             ("scenario".to_owned(), self.scenario(scenario)),
         ]);
         for suite in suites {
@@ -131,7 +131,7 @@ enum Kind<'n> {
     /// Nothing: a document, a unit test, a list.
     None,
     Product,
-    Bench,
+    Testbed,
     /// It belongs to the scenarios of this file or folder.
     Subject(&'n str),
 }
@@ -147,13 +147,13 @@ fn kind(name: &str) -> Kind<'_> {
     }
     let Some(within) = name.strip_prefix(SCENARIOS) else {
         return match name.starts_with("xtest/") {
-            true => Kind::Bench,
+            true => Kind::Testbed,
             false => Kind::None,
         };
     };
     let entry = within.split('/').next().unwrap_or(within);
     match entry.strip_suffix(".rs").unwrap_or(entry) {
-        "steps" => Kind::Bench,
+        "steps" => Kind::Testbed,
         subject => Kind::Subject(subject),
     }
 }
@@ -187,7 +187,7 @@ pub(crate) mod tests {
             base: base.to_owned(),
             qemu: "QEMU 7".into(),
             product: product.into(),
-            bench: "b".into(),
+            testbed: "b".into(),
             subjects: BTreeMap::from([
                 ("one".into(), format!("\"a-pv\" use super::two; {one}")),
                 ("two".into(), format!("\"b-pv\" {two}")),
@@ -196,7 +196,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_file_is_of_the_product_of_the_bench_or_of_a_subject() {
+    fn a_file_is_of_the_product_of_the_testbed_or_of_a_subject() {
         for (name, is) in [
             ("Cargo.lock", Kind::Product),
             ("xen-locus/src/plan/mod.rs", Kind::Product),
@@ -206,9 +206,9 @@ pub(crate) mod tests {
             ("patches/STATE.md", Kind::None),
             ("README.md", Kind::None),
             ("fuzz/run.sh", Kind::None),
-            ("xtest/src/runner.rs", Kind::Bench),
+            ("xtest/src/runner.rs", Kind::Testbed),
             ("xtest/usual.txt", Kind::None),
-            ("xtest/src/scenarios/steps/tool.rs", Kind::Bench),
+            ("xtest/src/scenarios/steps/tool.rs", Kind::Testbed),
             ("xtest/src/scenarios/parked.rs", Kind::Subject("parked")),
             ("xtest/src/scenarios/kills/mod.rs", Kind::Subject("kills")),
             ("xtest/src/scenarios/mod.rs", Kind::None),

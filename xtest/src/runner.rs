@@ -394,7 +394,7 @@ fn inverted(result: Result<(), Verdict>, words: &str) -> Result<(), Verdict> {
             "it failed as it must, but did not say {words:?}: {verdict}"
         ))),
         Ok(()) => Err(Verdict::Failure(format!(
-            "the bench did not notice what it must notice: {words:?}"
+            "the testbed did not notice what it must notice: {words:?}"
         ))),
     }
 }
@@ -462,7 +462,7 @@ mod tests {
     fn only_what_is_not_in_a_usual_run_may_skip_itself() {
         let skip = Err(Verdict::skip("no"));
         assert_eq!(words("previous-pv", &skip).0, "skipped");
-        assert_eq!(words("bench-pv", &skip).0, "failed");
+        assert_eq!(words("testbed-pv", &skip).0, "failed");
     }
 
     #[test]

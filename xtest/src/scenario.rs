@@ -113,7 +113,7 @@ impl Ctx {
         self.told.long_pauses.set(true);
     }
 
-    /// Says that this scenario must fail, with these words: it shows that the bench notices something.
+    /// Says that this scenario must fail, with these words: it shows that the testbed notices something.
     pub fn must_fail(&self, words: &str) {
         *self.told.must_fail.borrow_mut() = Some(words.to_owned());
     }

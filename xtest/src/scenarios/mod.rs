@@ -43,14 +43,14 @@ const LEFT_OUT: &[&str] = &[
     "know-bookworm-pv",
     "sites-bookworm-pv",
     // Shown for PV.
-    "bench-pvh",
+    "testbed-pvh",
     "nudge-pvh",
     "hostile-flip-pvh",
     "loader-pvh",
     "kprobe-late-pvh",
     "verify-pvh",
     // Shown by `pti-hvm`.
-    "bench-hvm",
+    "testbed-hvm",
     "apply-hvm",
     "refuse-firmware-hvm",
     // Shown by `pti-pvh` and `sites-bookworm-pvh`.
@@ -91,8 +91,8 @@ const LEFT_OUT: &[&str] = &[
     "objects-pvh",
     "xenstore-late-module",
     "xenstore-updated",
-    // `must-fail-*` and `useless-tools` show that the bench notices.
-    "bench-hung-guest",
+    // `must-fail-*` and `useless-tools` show that the testbed notices.
+    "testbed-hung-guest",
     // `loader-pv` has most of it; `make bench` runs the tool that it is about.
     "loader-own-pv",
     "pauses-pv",

@@ -13,13 +13,13 @@ use crate::{check, check_eq};
 /// Scenarios that are short enough for a usual run.
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
-        name: "bench-pv",
+        name: "testbed-pv",
         summary: "a PV guest comes up and takes commands",
         profile: &PV,
         run: |ctx| guest_works(ctx, Kind::Pv),
     },
     Scenario {
-        name: "bench-hung-guest",
+        name: "testbed-hung-guest",
         summary: "a guest that no longer runs is reported as hung, within the limit",
         profile: &PV1,
         run: hung_guest,
@@ -32,13 +32,13 @@ pub const SCENARIOS: &[Scenario] = &[
         run: |ctx| pauses(ctx, Kind::Pv),
     },
     Scenario {
-        name: "bench-pvh",
+        name: "testbed-pvh",
         summary: "a PVH guest comes up and takes commands",
         profile: &PVH,
         run: |ctx| guest_works(ctx, Kind::Pvh),
     },
     Scenario {
-        name: "bench-hvm",
+        name: "testbed-hvm",
         summary: "an HVM guest with KASLR comes up and takes commands",
         profile: &HVM,
         run: |ctx| guest_works(ctx, Kind::Hvm),

@@ -1,4 +1,4 @@
-//! The bench tells the truth: what must make a scenario fail does. These scenarios must fail, or run others that must.
+//! The testbed tells the truth: what must make a scenario fail does. These scenarios must fail, or run others that must.
 
 use crate::guest::{GuestSpec, Kind};
 use crate::profile::PV1;
@@ -99,7 +99,7 @@ const TOOLS: [(&str, &str); 2] = [
 
 /// Scenarios here that don't use the tool, and this one.
 fn uses_the_tool(name: &str) -> bool {
-    !["bench-", "must-fail-", "useless-"]
+    !["testbed-", "must-fail-", "useless-"]
         .iter()
         .any(|start| name.starts_with(start))
 }
