@@ -25,14 +25,14 @@ fn main() -> Result<()> {
     for command in std::iter::once(&root).chain(root.get_subcommands()) {
         let name = command.get_display_name().unwrap_or(command.get_name());
         let path = Path::new(&folder).join(format!("{name}.{SECTION}"));
-        let page = page(&root, command)?;
-        fs::write(&path, page).with_context(|| format!("writing {}", path.display()))?;
+        let manual_page = manual_page(&root, command)?;
+        fs::write(&path, manual_page).with_context(|| format!("writing {}", path.display()))?;
     }
     Ok(())
 }
 
-/// The page of a command, which is `root` itself or one of its subcommands.
-fn page(root: &Command, command: &Command) -> Result<Vec<u8>> {
+/// The manual page of a command, which is `root` itself or one of its subcommands.
+fn manual_page(root: &Command, command: &Command) -> Result<Vec<u8>> {
     let name = command.get_name();
     let text = manual::of(name).with_context(|| format!("{name} has no manual"))?;
     let (description, rest) = manual::parts(text);
@@ -42,17 +42,17 @@ fn page(root: &Command, command: &Command) -> Result<Vec<u8>> {
         .section(SECTION)
         .source(format!("xen-locus {version}"))
         .manual("Xen");
-    let mut page = Vec::new();
-    man.render_title(&mut page)?;
-    man.render_name_section(&mut page)?;
-    synopsis(command).to_writer(&mut page)?;
+    let mut manual_page = Vec::new();
+    man.render_title(&mut manual_page)?;
+    man.render_name_section(&mut manual_page)?;
+    synopsis(command).to_writer(&mut manual_page)?;
     let mut roff = Roff::new();
     roff.control("SH", ["DESCRIPTION"]);
     blocks(&mut roff, &description);
-    roff.to_writer(&mut page)?;
-    man.render_options_section(&mut page)?;
+    roff.to_writer(&mut manual_page)?;
+    man.render_options_section(&mut manual_page)?;
     if is_root {
-        man.render_subcommands_section(&mut page)?;
+        man.render_subcommands_section(&mut manual_page)?;
     }
     let mut roff = Roff::new();
     blocks(&mut roff, &rest);
@@ -62,8 +62,8 @@ fn page(root: &Command, command: &Command) -> Result<Vec<u8>> {
         false => "xen-locus(8), xen-locus-xenstore(7)",
     };
     roff.text([roman(other)]);
-    roff.to_writer(&mut page)?;
-    Ok(page)
+    roff.to_writer(&mut manual_page)?;
+    Ok(manual_page)
 }
 
 /// The usage lines. clap_mangen's own synopsis does not know that a file comes after the domains.
