@@ -205,10 +205,7 @@ impl Comparison<'_, '_> {
             }
         }
         for lost in in_force {
-            let mut newer = self.newer.iter();
-            if all.iter().any(|r| r.record.sha256 == lost.sha256)
-                || newer.any(|n| n.is(&lost.record, &lost.name))
-            {
+            if lost.is_among(all, self.newer) {
                 continue;
             }
             self.drift.push(Drift {
@@ -376,8 +373,7 @@ impl Comparison<'_, '_> {
             found: hex::encode(found),
             by: DriftCause::Unknown,
         };
-        let to = x86::jump_target(at, found);
-        if to.is_some_and(|to| self.newer.iter().any(|n| n.contains(to))) {
+        if Newer::behind(self.newer, at, found).is_some() {
             // It lies on this one, or is what runs instead of it.
             return Ok(());
         }

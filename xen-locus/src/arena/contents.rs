@@ -7,6 +7,7 @@ use locus_kernel::Kernel;
 use super::record::{self, Record, Slot, Unread};
 use super::{page_address, Arena, BASE};
 use crate::error::{Error, Result};
+use crate::x86::{self, JUMP};
 
 /// An applied or parked payload, or a gate: its place in the directory and its record.
 #[derive(Clone, Debug)]
@@ -67,6 +68,13 @@ impl Newer {
     #[must_use]
     pub fn contains(&self, at: Gva) -> bool {
         own_pages(&self.slot).contains(at)
+    }
+
+    /// The one of `newer` to which the jump with these `bytes` at `site` leads. `None` if they are no such jump.
+    #[must_use]
+    pub fn behind(newer: &[Newer], site: Gva, bytes: [u8; JUMP]) -> Option<&Newer> {
+        let to = x86::jump_target(site, bytes)?;
+        newer.iter().find(|n| n.contains(to))
     }
 }
 

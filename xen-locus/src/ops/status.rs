@@ -226,10 +226,7 @@ pub(super) fn patches_by(
         Err(error) => return Err(error),
     };
     let stack = PatchStack::new(&residents);
-    let has = |told: &InForce| {
-        residents.iter().any(|r| r.record.sha256 == told.sha256)
-            || newer.iter().any(|n| n.is(&told.record, &told.name))
-    };
+    let has = |told: &InForce| told.is_among(&residents, &newer);
     let place = |sha256: &str| in_force.iter().rposition(|p| p.sha256 == sha256);
     let mut patches = lost(&in_force, GoneReason::GuestRebooted, has);
     for resident in stack.applied() {

@@ -20,7 +20,7 @@ use crate::link::module::lists::{self, Known};
 use crate::quiesce::Watched;
 use crate::target::redirect::{self, InstalledRedirect};
 use crate::write::{About, Write};
-use crate::x86::{self, JUMP};
+use crate::x86::JUMP;
 
 /// What becomes of the patches that are applied already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -226,8 +226,8 @@ impl<'r> PatchStack<'r> {
         if newer.is_empty() {
             return Ok(None);
         }
-        let target = x86::jump_target(function.site, bytes_at(kernel, function.site)?);
-        Ok(target.and_then(|to| newer.iter().find(|n| n.contains(to))))
+        let bytes = bytes_at(kernel, function.site)?;
+        Ok(Newer::behind(newer, function.site, bytes))
     }
 
     /// The first function of `patch` whose redirect, its own or that of the topmost patch, is not as it was written, and does

@@ -8,6 +8,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Action;
+use crate::arena::{Newer, Resident};
 use crate::operation::Operation;
 
 /// Most patches in a line of the log: several times what a guest has room for. It limits the length of a line.
@@ -24,6 +25,15 @@ pub struct InForce {
     pub applied_at: u64,
     /// SHA-256 of the record that was placed in the guest, in hex; empty where the log doesn't say.
     pub record: String,
+}
+
+impl InForce {
+    /// Whether an arena with these payloads has it, be it in force there or not.
+    #[must_use]
+    pub fn is_among(&self, residents: &[Resident], newer: &[Newer]) -> bool {
+        residents.iter().any(|r| r.record.sha256 == self.sha256)
+            || newer.iter().any(|n| n.is(&self.record, &self.name))
+    }
 }
 
 /// What is in force in a guest after `action`, if `before` was in force before it. In the order of application.
