@@ -6,6 +6,7 @@
 use std::fmt;
 
 use crate::blocker::Blocker;
+use crate::say;
 
 /// Result of this library.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -105,8 +106,8 @@ pub struct Torn {
 /// No quiescent moment was found; the guest is unchanged.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{what}: blocked after {attempts} attempts in {waited_ms} ms; nothing was changed. \
-         Try again, or wait longer with --timeout"
+    "{what}: blocked after {} in {waited_ms} ms; nothing was changed. Try again, or wait longer with --timeout",
+    say::count(self.attempts, "attempt", "attempts")
 )]
 pub struct Blocked {
     /// What was tried.

@@ -1,4 +1,4 @@
-//! Messages on stderr.
+//! Messages on stderr, and their words.
 //!
 //! That nobody can hear one, for stderr is closed or on a full disk, is no reason to end: a guest may have been changed.
 
@@ -21,6 +21,13 @@ pub fn line(what: impl Display) {
 /// Says a line that has this program's name before it.
 pub fn warn(what: impl Display) {
     line(format_args!("xen-locus: {what}"));
+}
+
+/// A number and its noun: `1 patch`, `2 patches`.
+#[must_use]
+pub fn count<N: Display + PartialEq + From<u8>>(n: N, one: &str, many: &str) -> String {
+    let noun = if n == N::from(1) { one } else { many };
+    format!("{n} {noun}")
 }
 
 /// Text that a terminal only shows: a guest may have put characters into it that move the cursor or turn the order of
@@ -86,5 +93,12 @@ mod tests {
         let shown = printable(&json);
         assert!(shown.is_ascii(), "{shown}");
         assert_eq!(serde_json::from_str::<String>(&shown).unwrap(), name);
+    }
+
+    #[test]
+    fn one_is_singular() {
+        assert_eq!(count(0_u64, "patch", "patches"), "0 patches");
+        assert_eq!(count(1_u64, "patch", "patches"), "1 patch");
+        assert_eq!(count(2_usize, "patch", "patches"), "2 patches");
     }
 }

@@ -17,6 +17,7 @@ use crate::guard::Spot;
 use crate::machine::{Guard, Machine, Paused};
 use crate::plan::Plan;
 use crate::quiesce::{GuestTasks, Ready, Verdict, Watch};
+use crate::say;
 use crate::target::kprobes;
 
 /// Attempts at which too many tasks ran between the scan and the pause. After these all tasks are asked
@@ -154,9 +155,10 @@ fn gave_up(plan: &Plan, verdict: Verdict, patience: &Patience<'_>, pause: Durati
         }
         Verdict::TasksChanged | Verdict::TooManyRan | Verdict::Quiet => {
             return Error::try_again(format!(
-                "{}: in {attempts} attempts in {waited_ms} ms the guest always started or ran \
+                "{}: in {} in {waited_ms} ms the guest always started or ran \
                  tasks between the listing of tasks and the pause; nothing was changed",
-                plan.patch
+                plan.patch,
+                say::count(attempts, "attempt", "attempts")
             ))
         }
     };

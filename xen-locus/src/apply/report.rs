@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use crate::arena::record::Record;
 use crate::error::{Error, Result};
 use crate::plan::Readiness;
+use crate::say;
 
 /// What became of an action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -88,13 +89,12 @@ pub struct Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let count = |n: usize, what| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
-        let mut functions = count(self.functions, "function");
+        let mut functions = say::count(self.functions, "function", "functions");
         if !self.superseded.is_empty() {
             functions.push_str(&format!(", superseding {}", self.superseded.join(", ")));
         }
         let done = |f: &mut fmt::Formatter<'_>, what| {
-            let attempts = count(self.attempts as usize, "attempt");
+            let attempts = say::count(self.attempts, "attempt", "attempts");
             write!(
                 f,
                 "{what} ({functions}, paused {} us, {attempts})",

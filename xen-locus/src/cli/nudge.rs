@@ -13,6 +13,7 @@ use crate::ops::host::Host;
 use crate::ops::operator;
 use crate::plan::{self, PatchStack};
 use crate::quiesce::Watch;
+use crate::say;
 
 /// Code in which threads are woken: the versions that a draining patch replaced, else what is in the way.
 fn watch(asked: &PayloadOrPatch, kernel: &Kernel<'_>) -> Result<Option<Watch>> {
@@ -60,7 +61,7 @@ pub fn run(session: &Session, host: &Host, args: &Nudge) -> anyhow::Result<ExitC
             out::line(&format!(
                 "{label}: woke {} of {} (paused {} us)",
                 nudged.woken,
-                out::count(nudged.asleep.len(), "sleeping thread", "sleeping threads"),
+                say::count(nudged.asleep.len(), "sleeping thread", "sleeping threads"),
                 nudged.report.pause_us
             ));
             out::text(&out::blockers(&nudged.asleep));

@@ -1,6 +1,5 @@
 //! Tables and JSON on stdout.
 
-use std::fmt::Display;
 use std::io::{self, Write as _};
 use std::sync::OnceLock;
 
@@ -93,13 +92,6 @@ pub fn address(at: u64) -> Value {
     format!("{at:#x}").into()
 }
 
-/// A number and its noun: `1 patch`, `2 patches`.
-#[must_use]
-pub fn count<N: Display + PartialEq + From<u8>>(n: N, one: &str, many: &str) -> String {
-    let noun = if n == N::from(1) { one } else { many };
-    format!("{n} {noun}")
-}
-
 /// A table of the threads in the way.
 #[must_use]
 pub fn blockers(all: &[Blocker]) -> String {
@@ -161,12 +153,5 @@ mod tests {
             offset: 1,
         };
         assert_eq!(blockers(&[blocker]).lines().count(), 2);
-    }
-
-    #[test]
-    fn one_is_singular() {
-        assert_eq!(count(0_u64, "patch", "patches"), "0 patches");
-        assert_eq!(count(1_u64, "patch", "patches"), "1 patch");
-        assert_eq!(count(2_usize, "patch", "patches"), "2 patches");
     }
 }

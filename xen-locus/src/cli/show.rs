@@ -8,6 +8,7 @@ use serde_json::json;
 use super::args::Output;
 use super::{out, Session};
 use crate::error::{Error, ExitCode};
+use crate::say;
 
 /// Runs the command.
 ///
@@ -74,7 +75,7 @@ fn table(summary: &Summary) {
                 f.old,
                 object.object,
                 f.new,
-                out::count(f.size, "byte", "bytes")
+                say::count(f.size, "byte", "bytes")
             ));
         }
     }
@@ -84,7 +85,7 @@ fn table(summary: &Summary) {
             "{:<13} {} ({}): {names}",
             "sections",
             role.role,
-            out::count(role.size, "byte", "bytes")
+            say::count(role.size, "byte", "bytes")
         ));
     }
     out::line(&format!("{:<13} {}", "needs", summary.needs.join(" ")));

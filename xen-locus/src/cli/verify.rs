@@ -162,14 +162,14 @@ fn table(guest: &Guest, outcome: &VerifyReport) {
     } = outcome;
     let found = match drift.len() {
         0 => "all as recorded".to_owned(),
-        n => out::count(n, "difference", "differences"),
+        n => say::count(n, "difference", "differences"),
     };
     out::line(&format!(
         "{}: {found} ({}, {parked} parked, {}, {})",
         guest.label(),
-        out::count(*patches, "patch", "patches"),
-        out::count(*redirects, "redirect", "redirects"),
-        out::count(*pages, "page", "pages"),
+        say::count(*patches, "patch", "patches"),
+        say::count(*redirects, "redirect", "redirects"),
+        say::count(*pages, "page", "pages"),
     ));
     if !unconfirmed.is_empty() {
         out::line(&format!(

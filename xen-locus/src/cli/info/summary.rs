@@ -12,6 +12,7 @@ use super::super::{out, Session};
 use crate::arena::{self, Arena, Usage};
 use crate::error::Error;
 use crate::ops;
+use crate::say;
 
 /// What is shown of a kernel.
 struct Summary {
@@ -170,7 +171,7 @@ impl Summary {
         match &self.arena {
             Err(why) => format!("not known: {why}"),
             Ok(usage) => {
-                let pages = out::count(usage.pages, "page", "pages");
+                let pages = say::count(usage.pages, "page", "pages");
                 let parked = match usage.parked {
                     0 => String::new(),
                     parked => format!(", {parked} of them by reverted payloads"),
@@ -228,7 +229,7 @@ fn vmcoreinfo_value(info: Option<&VmcoreInfo>, agreed: usize) -> String {
         |info| {
             format!(
                 "{}, {agreed} of them compared and agreeing",
-                out::count(info.iter().count(), "line", "lines")
+                say::count(info.iter().count(), "line", "lines")
             )
         },
     )
