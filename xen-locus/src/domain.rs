@@ -15,7 +15,7 @@ use locus_xen::{Control, DomainInfo, ForeignMemory, Hypercalls, Pause, PauseCall
 use crate::arena;
 use crate::error::{Error, Result};
 use crate::guard::worker::Guarded;
-use crate::guard::{self, Spot, Task};
+use crate::guard::{self, Spot, WatchedRun};
 use crate::machine::{Guard, Machine, Paused, Writing};
 use crate::say;
 use crate::storage::journal::{Change, Intent, Journal};
@@ -124,8 +124,8 @@ impl<'c> Domain<'c> {
 
     /// What a guardian of this process must know that watches changes of `spots`.
     #[must_use]
-    pub fn task(&self, spots: &[Spot]) -> Task {
-        Task {
+    pub fn watched_run(&self, spots: &[Spot]) -> WatchedRun {
+        WatchedRun {
             domid: self.info.id.0,
             uuid: self.info.uuid.clone(),
             pid: std::process::id(),
@@ -365,7 +365,7 @@ impl Machine for Domain<'_> {
         self.control.check_changes(&self.info)?;
         self.control.check_guest(self.info.id)?;
         let calls = PauseCalls::new(self.control, &self.info, &guard::frames(spots))?;
-        Ok(Box::new(Guarded::start(calls, &self.task(spots))?))
+        Ok(Box::new(Guarded::start(calls, &self.watched_run(spots))?))
     }
 }
 

@@ -19,8 +19,8 @@ use crate::arena::record::State;
 use crate::arena::{Arena, Resident};
 use crate::domain::Domain;
 use crate::error::{Error, Result};
-use crate::guard::take_over::{take_over, Counter as _, Outcome, Since};
-use crate::guard::{self, Places, Task};
+use crate::guard::take_over::{take_over, Counter as _, Since, TakeOver};
+use crate::guard::{self, Places, WatchedRun};
 use crate::machine::{self, Machine};
 use crate::operation::Operation;
 use crate::plan::{self, PatchStack};
@@ -154,8 +154,8 @@ pub fn recover(domain: &Domain<'_>, options: &Options) -> Result<Report> {
     for path in guard::files(Some(uuid))? {
         if let Some(outcome) = of_dead(domain.control(), &path, Some(domain.info.id))? {
             match outcome {
-                Outcome::Running => {}
-                Outcome::Stuck => {
+                TakeOver::Running => {}
+                TakeOver::Stuck => {
                     return Err(Error::uncertain(format!(
                         "a run on {} died: {outcome}",
                         domain.label()
@@ -193,7 +193,7 @@ fn is_surely_of(noted: &Noted, id: DomId) -> bool {
 /// # Errors
 /// [`Class::TryAgain`](crate::error::Class::TryAgain): its guardian does not end.
 /// [`Class::Failed`](crate::error::Class::Failed): the file can't be read, or memory can't be mapped.
-fn of_dead(control: &Control, path: &Path, own: Option<DomId>) -> Result<Option<Outcome>> {
+fn of_dead(control: &Control, path: &Path, own: Option<DomId>) -> Result<Option<TakeOver>> {
     let began = Instant::now();
     let odd = |e: std::io::Error| Error::failed(format!("cannot use {}: {e}", path.display()));
     let file = match File::options().read(true).write(true).open(path) {
@@ -201,10 +201,10 @@ fn of_dead(control: &Control, path: &Path, own: Option<DomId>) -> Result<Option<
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(odd(e)),
     };
-    let task = Task::read(&file)?;
-    if own.is_some_and(|own| own != task.domain()) {
-        let other = control.domain(task.domain())?;
-        if other.is_some_and(|d| d.uuid == task.uuid && !d.dying && !d.shutdown) {
+    let run = WatchedRun::read(&file)?;
+    if own.is_some_and(|own| own != run.domain()) {
+        let other = control.domain(run.domain())?;
+        if other.is_some_and(|d| d.uuid == run.uuid && !d.dying && !d.shutdown) {
             return Ok(None);
         }
     }
@@ -213,11 +213,11 @@ fn of_dead(control: &Control, path: &Path, own: Option<DomId>) -> Result<Option<
             Ok(()) => break,
             Err(TryLockError::Error(e)) => return Err(odd(e)),
             // The run is alive: it only looks, which needs no lock of the guest.
-            Err(TryLockError::WouldBlock) if task.spots.is_empty() => return Ok(None),
+            Err(TryLockError::WouldBlock) if run.spots.is_empty() => return Ok(None),
             Err(TryLockError::WouldBlock) if began.elapsed() > GUARDIAN => {
                 return Err(Error::try_again(format!(
                     "the guardian of process {}, which died at work on this guest, still holds {}",
-                    task.pid,
+                    run.pid,
                     path.display()
                 )))
             }
@@ -231,32 +231,32 @@ fn of_dead(control: &Control, path: &Path, own: Option<DomId>) -> Result<Option<
     let page = SharedPage::open(&file)?;
     let outcome = match page.step() {
         // Without an outcome the guardian had nothing to do.
-        Some(PauseStep::Idle) => Outcome::of(page.outcome()).unwrap_or(Outcome::Running),
-        _ => as_guardian(control, &task, &page)?,
+        Some(PauseStep::Idle) => TakeOver::of(page.outcome()).unwrap_or(TakeOver::Running),
+        _ => as_guardian(control, &run, &page)?,
     };
-    if outcome == Outcome::PausedByOthers {
+    if outcome == TakeOver::PausedByOthers {
         // Said before the file goes, and whatever fails later: the guest may stay paused.
-        task.say(outcome);
+        run.say(outcome);
     }
     // Of a guest that is still paused the file is needed again.
-    if outcome != Outcome::Stuck {
+    if outcome != TakeOver::Stuck {
         fs::remove_file(path).map_err(odd)?;
     }
     Ok(Some(outcome))
 }
 
 /// Does what the guardian would have done, if it died with its run.
-fn as_guardian(control: &Control, task: &Task, page: &SharedPage) -> Result<Outcome> {
-    let counter = (control, task.domain());
+fn as_guardian(control: &Control, run: &WatchedRun, page: &SharedPage) -> Result<TakeOver> {
+    let counter = (control, run.domain());
     let Some(found) = counter.pause_state()? else {
-        return Ok(Outcome::Gone);
+        return Ok(TakeOver::Gone);
     };
-    let info = control.domain(task.domain())?;
-    if info.is_none_or(|i| i.uuid != task.uuid) {
-        return Ok(Outcome::Gone);
+    let info = control.domain(run.domain())?;
+    if info.is_none_or(|i| i.uuid != run.uuid) {
+        return Ok(TakeOver::Gone);
     }
-    let foreign = ForeignMemory::open(task.domain())?;
-    let places = Places::map(&foreign, &task.spots)?;
+    let foreign = ForeignMemory::open(run.domain())?;
+    let places = Places::map(&foreign, &run.spots)?;
     Ok(take_over(
         page,
         &counter,

@@ -154,7 +154,7 @@ impl ArenaStage {
             let number = ((word & PTE_FRAME) >> 12) as usize % (count + 1);
             (number < count).then_some(number)
         };
-        seal(&mut pages, |page| number(page + 1));
+        renew_digests(&mut pages, |page| number(page + 1));
         for (&frame, page) in self.frames.iter().zip(&pages) {
             memory.fill(frame, 0, page);
         }
@@ -201,7 +201,7 @@ pub fn arena(data: &[u8]) {
 
 /// Makes the digests of the records in `pages` right, in the directory that counts. `number` says which of the pages is a
 /// page of the arena.
-fn seal(pages: &mut [Vec<u8>], number: impl Fn(usize) -> Option<usize>) {
+fn renew_digests(pages: &mut [Vec<u8>], number: impl Fn(usize) -> Option<usize>) {
     let Some(first) = number(0) else { return };
     let Ok(mut directory) = Directory::decode(&pages[first]) else {
         return;

@@ -27,8 +27,8 @@ pub fn run(data: &[u8]) {
             assert!(symbols.addr(&symbol.name).is_some());
             let _ = symbols.covering(symbol.addr);
             // As it is paid for when a guest's function is examined.
-            if space.budget().spend(symbols.cold_cost()).is_ok() {
-                if let Ok(parts) = symbols.cold(symbol.addr) {
+            if space.budget().spend(symbols.cold_parts_cost()).is_ok() {
+                if let Ok(parts) = symbols.cold_parts(symbol.addr) {
                     assert!(parts.len() <= PARTS_MAX);
                 }
             }

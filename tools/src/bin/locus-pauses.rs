@@ -81,7 +81,7 @@ fn main() -> Result<()> {
         // A process can have one guardian at a time, and a change starts its own.
         {
             let calls = PauseCalls::one_by_one(domain.control(), &domain.info, &[])?;
-            let guard = Guarded::start(calls, &domain.task(&[]))?;
+            let guard = Guarded::start(calls, &domain.watched_run(&[]))?;
             for _ in 0..rounds {
                 empty.push(pause(&guard, args.cold, &|_| Ok(()))?);
                 contexts.push(pause(&guard, args.cold, &|paused| read(paused))?);

@@ -55,18 +55,18 @@ impl<'s> Mark<'s> {
 }
 
 /// A guest: two may have the same UUID, and an id may have another guest later.
-type Known = (DomId, String);
+type GuestKey = (DomId, String);
 
 /// What is known of the guests between two looks.
 pub(super) struct Publisher {
     /// Guests that could not be read.
-    waiting: Backoff<Known>,
+    waiting: Backoff<GuestKey>,
     /// Guests that are published: their UUIDs, by domain id.
     published: BTreeMap<DomId, String>,
     /// The same of guests that can't be read, which have the mark too.
     unreadable: BTreeMap<DomId, String>,
     /// Guests that are in the queue, or that a worker has.
-    queued: HashSet<Known>,
+    queued: HashSet<GuestKey>,
     /// Where the next look begins to read marks.
     next_mark: DomId,
     /// What is in XenStore was listed once.
@@ -123,7 +123,7 @@ impl Publisher {
         self.look_at_marks(store, say);
         for info in domains {
             let DomainInfo { id, uuid, .. } = info;
-            let guest: Known = (id, uuid);
+            let guest: GuestKey = (id, uuid);
             let is_early = self.waiting.is_early(&guest, now);
             let is_published = self.published.get(&id) == Some(&guest.1);
             let is_known = is_early || is_published || self.queued.contains(&guest);
@@ -147,7 +147,7 @@ impl Publisher {
 
     /// The worker that had a guest has ended.
     pub(super) fn ended(&mut self, id: DomId, uuid: &str, end: &End, now: Instant) {
-        let guest: Known = (id, uuid.to_owned());
+        let guest: GuestKey = (id, uuid.to_owned());
         self.queued.remove(&guest);
         self.unreadable.remove(&id);
         match end {

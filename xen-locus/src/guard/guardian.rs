@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use locus_xen::{self as xen, Control, ForeignMemory, PauseStep, Process, SharedPage, WaitOutcome};
 
-use super::take_over::{take_over, Counter as _, Outcome, Since};
-use super::{Places, Task};
+use super::take_over::{take_over, Counter as _, Since, TakeOver};
+use super::{Places, WatchedRun};
 use crate::error::{Error, Result};
 
 /// Name of the process.
@@ -70,15 +70,15 @@ fn watch() -> Result<()> {
         .try_clone_to_owned()
         .map(File::from)
         .map_err(|e| Error::failed(format!("the guardian has no file: {e}")))?;
-    let task = Task::read(&file)?;
+    let run = WatchedRun::read(&file)?;
     let page = SharedPage::open(&file)?;
     let control = Control::open()?;
-    let foreign = ForeignMemory::open(task.domain())?;
-    let mut places = Places::map(&foreign, &task.spots)?;
-    let counter = (&control, task.domain());
-    let worker = Process::open(task.pid)?;
+    let foreign = ForeignMemory::open(run.domain())?;
+    let mut places = Places::map(&foreign, &run.spots)?;
+    let counter = (&control, run.domain());
+    let worker = Process::open(run.pid)?;
     let Some(domain) = counter.pause_state()? else {
-        return Err(Error::failed(format!("domain {} is gone", task.domid)));
+        return Err(Error::failed(format!("domain {} is gone", run.domid)));
     };
     places.warm_up();
     // So far nothing was urgent. From here on this process has a higher priority than the run, even while the guest is paused:
@@ -93,10 +93,10 @@ fn watch() -> Result<()> {
     }
     let outcome = take_over(&page, &counter, domain.uuid, &places, Since::Now);
     // From here on nothing is urgent any more.
-    task.say(outcome);
-    if outcome == Outcome::Running && task.spots.is_empty() {
+    run.say(outcome);
+    if outcome == TakeOver::Running && run.spots.is_empty() {
         // `recover` would have nothing to report.
-        let _ = std::fs::remove_file(task.path());
+        let _ = std::fs::remove_file(run.path());
     }
     Ok(())
 }

@@ -25,12 +25,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::say;
-use take_over::Outcome;
+use take_over::TakeOver;
 
 /// The folder of the guards' files. A reboot of dom0 empties it, and ends the guests.
 pub const DIR: &str = crate::paths::GUARDIANS;
-/// Longest task that is written to such a file or read from it, in bytes.
-const TASK_MAX: u64 = 16 << 20;
+/// Longest description of a run that is written to such a file or read from it, in bytes.
+const RUN_MAX: u64 = 16 << 20;
 
 /// Bytes of one frame that a run may change.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,7 +49,7 @@ pub struct Spot {
 
 impl Spot {
     /// The parts, one for each frame, of a change of `old` to `new` at `offset` in the first of `frames`. Both are equally
-    /// long. If they are not, the guardian refuses the parts (`Task::read`), and nothing is changed.
+    /// long. If they are not, the guardian refuses the parts (`WatchedRun::read`), and nothing is changed.
     #[must_use]
     pub fn split(frames: &[Frame], offset: usize, old: &[u8], new: &[u8]) -> Vec<Spot> {
         let mut spots = Vec::new();
@@ -82,7 +82,7 @@ pub fn frames(spots: &[Spot]) -> Vec<Frame> {
 
 /// What a guardian must know of the run that it watches.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Task {
+pub struct WatchedRun {
     /// Number of the domain.
     pub domid: u16,
     /// UUID of the domain.
@@ -93,21 +93,21 @@ pub struct Task {
     pub spots: Vec<Spot>,
 }
 
-impl Task {
+impl WatchedRun {
     /// The domain.
     #[must_use]
     pub fn domain(&self) -> DomId {
         DomId(self.domid)
     }
 
-    /// The guard's file of this task.
+    /// The guard's file of this run.
     #[must_use]
     pub fn path(&self) -> PathBuf {
         Path::new(DIR).join(format!("{}.{}", self.uuid, self.pid))
     }
 
     /// Says what became of it after its process died.
-    pub(crate) fn say(&self, outcome: Outcome) {
+    pub(crate) fn say(&self, outcome: TakeOver) {
         say::warn(format_args!(
             "process {} died at work on domain {}: {outcome}",
             self.pid, self.domid
@@ -118,9 +118,9 @@ impl Task {
         let bytes = postcard::to_stdvec(self).map_err(|e| std::io::Error::other(e.to_string()))?;
         // What the guardian and `recover` could not read must not be begun.
         let len = bytes.len() as u64;
-        if len > TASK_MAX {
+        if len > RUN_MAX {
             return Err(std::io::Error::other(format!(
-                "the change takes {len} bytes to describe, and {TASK_MAX} are the most"
+                "the change takes {len} bytes to describe, and {RUN_MAX} are the most"
             )));
         }
         let blank = [0; PAGE_LEN];
@@ -128,23 +128,23 @@ impl Task {
             .and_then(|()| file.write_all_at(&bytes, PAGE_LEN as u64))
     }
 
-    pub(crate) fn read(file: &File) -> Result<Task> {
+    pub(crate) fn read(file: &File) -> Result<WatchedRun> {
         let failed = |e: std::io::Error| bad(&e.to_string());
         let len = file.metadata().map_err(failed)?.len();
         let len = len.saturating_sub(PAGE_LEN as u64);
-        if len > TASK_MAX {
+        if len > RUN_MAX {
             return Err(bad("it is too long"));
         }
         let len = usize::try_from(len).map_err(|_| bad("it is too long"))?;
         let mut bytes = vec![0; len];
         file.read_exact_at(&mut bytes, PAGE_LEN as u64)
             .map_err(failed)?;
-        let task: Task = postcard::from_bytes(&bytes).map_err(|e| bad(&e.to_string()))?;
+        let run: WatchedRun = postcard::from_bytes(&bytes).map_err(|e| bad(&e.to_string()))?;
         let fits = |s: &Spot| s.old.len() == s.new.len() && s.offset + s.old.len() <= PAGE_LEN;
-        if !task.spots.iter().all(fits) {
+        if !run.spots.iter().all(fits) {
             return Err(bad("a change in it leaves its page"));
         }
-        Ok(task)
+        Ok(run)
     }
 }
 
@@ -284,18 +284,18 @@ mod tests {
             old: vec![1; PAGE_LEN],
             new: vec![2; PAGE_LEN],
         };
-        let of = |count| Task {
+        let of = |count| WatchedRun {
             domid: 1,
             uuid: "00000000-0000-0000-0000-000000000001".into(),
             pid: 1,
             spots: vec![spot.clone(); count],
         };
-        let most = usize::try_from(TASK_MAX).unwrap() / (2 * PAGE_LEN);
+        let most = usize::try_from(RUN_MAX).unwrap() / (2 * PAGE_LEN);
         let error = of(most).write(&file).unwrap_err().to_string();
         assert!(error.contains("are the most"), "{error}");
         assert_eq!(file.metadata().unwrap().len(), 0);
         of(most - 2).write(&file).unwrap();
-        assert_eq!(Task::read(&file).unwrap(), of(most - 2));
+        assert_eq!(WatchedRun::read(&file).unwrap(), of(most - 2));
         fs::remove_file(path).unwrap();
     }
 

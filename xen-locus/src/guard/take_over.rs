@@ -19,7 +19,7 @@ const TRIES: u32 = 3;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[repr(u32)]
-pub enum Outcome {
+pub enum TakeOver {
     /// The guest was not held, or nothing had been written yet: it is unchanged in that pause.
     Running = 1,
     /// All was written: the change is in force.
@@ -39,11 +39,11 @@ pub enum Outcome {
     LetRun = 8,
 }
 
-impl Outcome {
+impl TakeOver {
     /// The outcome with this number. `None` if there is none.
     #[must_use]
-    pub fn of(word: u32) -> Option<Outcome> {
-        use Outcome::{Finished, Gone, LetRun, PausedByOthers, Running, Stuck, Torn, Undone};
+    pub fn of(word: u32) -> Option<TakeOver> {
+        use TakeOver::{Finished, Gone, LetRun, PausedByOthers, Running, Stuck, Torn, Undone};
         [
             Running,
             Finished,
@@ -59,28 +59,28 @@ impl Outcome {
     }
 }
 
-impl std::fmt::Display for Outcome {
+impl std::fmt::Display for TakeOver {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
-            Outcome::Running => {
+            TakeOver::Running => {
                 "nothing had been written in the pause it was in; that run does not hold the guest any more"
             }
-            Outcome::Finished => {
+            TakeOver::Finished => {
                 "all had been written, and the change is in force; that run does not hold the guest any more"
             }
-            Outcome::Undone => {
+            TakeOver::Undone => {
                 "what had been written is undone; that run does not hold the guest any more"
             }
-            Outcome::Torn => {
+            TakeOver::Torn => {
                 "what had been written could not be undone, and is there in part; that run does not hold the guest any more"
             }
-            Outcome::PausedByOthers => {
+            TakeOver::PausedByOthers => {
                 "the guest was paused then, and it can't be known whether by the run that died or only by another \
                  tool: if it stays paused when it should run, `xl unpause` it"
             }
-            Outcome::Gone => "the guest is gone",
-            Outcome::Stuck => "the guest could not be unpaused: `xl unpause` it",
-            Outcome::LetRun => {
+            TakeOver::Gone => "the guest is gone",
+            TakeOver::Stuck => "the guest could not be unpaused: `xl unpause` it",
+            TakeOver::LetRun => {
                 "somebody took the pause of that run away when the guest had been written in part, and it is left so: run \
                  `xen-locus recover` at once"
             }
@@ -128,17 +128,17 @@ pub fn take_over(
     uuid: [u8; 16],
     places: &Places<'_>,
     since: Since,
-) -> Outcome {
+) -> TakeOver {
     // No run writes another number than that of a step.
     let step = page.step().unwrap_or(PauseStep::Idle);
     if step == PauseStep::Idle {
-        return Outcome::Running;
+        return TakeOver::Running;
     }
     let state = match (0..TRIES).find_map(|_| counter.pause_state().ok()) {
         Some(Some(domain)) if domain.uuid == uuid => domain,
-        Some(_) => return Outcome::Gone,
+        Some(_) => return TakeOver::Gone,
         // The step stays marked, so `recover` comes back to it.
-        None => return Outcome::Stuck,
+        None => return TakeOver::Stuck,
     };
     // If it has run since the run's pause, somebody took that pause away. Another one may be there now.
     let then = page.cpu_time_ns();
@@ -149,7 +149,7 @@ pub fn take_over(
     // guest was let run without running at all, and was paused again, would not be seen.)
     let others = page.paused_by_others() || since == Since::Earlier && then.is_none();
     if held && in_call && others {
-        return end(page, Outcome::PausedByOthers);
+        return end(page, TakeOver::PausedByOthers);
     }
     let outcome = match step {
         PauseStep::Writing => {
@@ -157,20 +157,20 @@ pub fn take_over(
             places.tell();
             outcome
         }
-        _ => Outcome::Running,
+        _ => TakeOver::Running,
     };
     if held {
         // If this process dies too, `recover` finds that the change is finished or undone.
         page.set_step(PauseStep::Unpausing);
         if counter.unpause().is_err() {
-            return Outcome::Stuck;
+            return TakeOver::Stuck;
         }
     }
     end(page, outcome)
 }
 
 /// Nothing is left to do. The outcome is noted first: if this process dies before it says it, `recover` does.
-fn end(page: &SharedPage, outcome: Outcome) -> Outcome {
+fn end(page: &SharedPage, outcome: TakeOver) -> TakeOver {
     page.set_outcome(outcome as u32);
     page.set_step(PauseStep::Idle);
     outcome
@@ -179,14 +179,14 @@ fn end(page: &SharedPage, outcome: Outcome) -> Outcome {
 impl Places<'_> {
     /// Leaves a change that was written in full. Otherwise it puts back the old bytes, those of the last write first. If the guest is
     /// not `held`, nothing is written: a thread may be in these bytes. `recover` puts them back at a moment when none is.
-    fn undo_unless_complete(&self, held: bool) -> Outcome {
+    fn undo_unless_complete(&self, held: bool) -> TakeOver {
         if self.all(|spot| &spot.new) {
-            return Outcome::Finished;
+            return TakeOver::Finished;
         }
         if !held {
             return match self.all(|spot| &spot.old) {
-                true => Outcome::Undone,
-                false => Outcome::LetRun,
+                true => TakeOver::Undone,
+                false => TakeOver::LetRun,
             };
         }
         for (spot, at) in self.spots.iter().rev() {
@@ -200,8 +200,8 @@ impl Places<'_> {
             }
         }
         match self.all(|spot| &spot.old) {
-            true => Outcome::Undone,
-            false => Outcome::Torn,
+            true => TakeOver::Undone,
+            false => TakeOver::Torn,
         }
     }
 

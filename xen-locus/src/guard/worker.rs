@@ -14,7 +14,7 @@ use locus_guest::Vcpu;
 use locus_xen::fault;
 use locus_xen::{Pause, PauseCalls, SharedPage};
 
-use super::{guardian, Task, DIR};
+use super::{guardian, WatchedRun, DIR};
 use crate::error::{Error, Result};
 use crate::paths;
 
@@ -41,9 +41,9 @@ impl<'c> Guarded<'c> {
     ///
     /// # Errors
     /// [`Class::Failed`](crate::error::Class::Failed): it can't be started. Nothing of the guest is touched then.
-    pub fn start(calls: PauseCalls<'c>, task: &Task) -> Result<Guarded<'c>> {
-        let path = task.path();
-        let new = path.with_extension(format!("{}.new", task.pid));
+    pub fn start(calls: PauseCalls<'c>, run: &WatchedRun) -> Result<Guarded<'c>> {
+        let path = run.path();
+        let new = path.with_extension(format!("{}.new", run.pid));
         let failed = |e: std::io::Error| {
             Error::failed(format!(
                 "no guardian can be started for this run, so nothing was changed: {}: {e}",
@@ -60,7 +60,7 @@ impl<'c> Guarded<'c> {
             .custom_flags(libc::O_NOFOLLOW)
             .open(&new)
             .map_err(failed)?;
-        let made = Guarded::start_in(calls, task, file, &new, &path, &failed);
+        let made = Guarded::start_in(calls, run, file, &new, &path, &failed);
         if made.is_err() {
             let _ = fs::remove_file(&new);
         }
@@ -69,7 +69,7 @@ impl<'c> Guarded<'c> {
 
     fn start_in(
         calls: PauseCalls<'c>,
-        task: &Task,
+        run: &WatchedRun,
         file: File,
         new: &Path,
         path: &Path,
@@ -77,7 +77,7 @@ impl<'c> Guarded<'c> {
     ) -> Result<Guarded<'c>> {
         fault::point("guard: lock").map_err(failed)?;
         file.lock().map_err(failed)?;
-        task.write(&file).map_err(failed)?;
+        run.write(&file).map_err(failed)?;
         let page = SharedPage::create(&file)?;
         // A file with this name is complete and locked. If there is one already, another process had this number and died:
         // `recover` needs that file, so it must not be overwritten.
@@ -85,7 +85,7 @@ impl<'c> Guarded<'c> {
         fs::hard_link(new, path).map_err(failed)?;
         let started = fs::remove_file(new)
             .map_err(failed)
-            .and_then(|()| Guarded::launch(calls, task, file, page, failed));
+            .and_then(|()| Guarded::launch(calls, run, file, page, failed));
         if started.is_err() {
             let _ = fs::remove_file(path);
         }
@@ -94,7 +94,7 @@ impl<'c> Guarded<'c> {
 
     fn launch(
         calls: PauseCalls<'c>,
-        task: &Task,
+        run: &WatchedRun,
         file: File,
         page: SharedPage,
         failed: &dyn Fn(std::io::Error) -> Error,
@@ -116,7 +116,7 @@ impl<'c> Guarded<'c> {
         let guarded = Guarded {
             calls,
             page,
-            path: task.path(),
+            path: run.path(),
             child: RefCell::new(child),
             _file: file,
         };

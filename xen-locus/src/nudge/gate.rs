@@ -33,7 +33,7 @@ const WOKEN: usize = 8;
 /// What the gate does; the first word of its data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-pub enum State {
+pub enum GateState {
     /// The next CPU that comes wakes the threads.
     Armed = 1,
     /// A CPU does so now.
@@ -116,7 +116,7 @@ pub fn data(threads: &[Thread]) -> Result<Vec<u8>> {
         ))
     })?;
     let mut bytes = Vec::new();
-    for word in [State::Armed as u32, count, 0, 0] {
+    for word in [GateState::Armed as u32, count, 0, 0] {
         bytes.extend(word.to_le_bytes());
     }
     for thread in threads {
@@ -129,7 +129,7 @@ pub fn data(threads: &[Thread]) -> Result<Vec<u8>> {
 /// How many threads were woken. `None` until all have been tried.
 #[must_use]
 pub fn woken(data: &[u8]) -> Option<u32> {
-    let done = fetch::u32(data, 0)? == State::Done as u32;
+    let done = fetch::u32(data, 0)? == GateState::Done as u32;
     fetch::u32(data, WOKEN).filter(|_| done)
 }
 
@@ -183,14 +183,14 @@ fn body(at: Gva, data: Gva, calls: Calls) -> std::result::Result<Vec<u8>, IcedEr
     let mut a = CodeAssembler::new(64)?;
     let (mut each, mut next, mut done) = (a.create_label(), a.create_label(), a.create_label());
     let (mut restore, mut leave) = (a.create_label(), a.create_label());
-    a.cmp(dword_ptr(word(0)), State::Armed as i32)?;
+    a.cmp(dword_ptr(word(0)), GateState::Armed as i32)?;
     a.jne(leave)?;
     for register in kept {
         a.push(register)?;
     }
     // Only one CPU goes on.
-    a.mov(eax, State::Armed as u32)?;
-    a.mov(ecx, State::Busy as u32)?;
+    a.mov(eax, GateState::Armed as u32)?;
+    a.mov(ecx, GateState::Busy as u32)?;
     a.lock().cmpxchg(dword_ptr(word(0)), ecx)?;
     a.jne(restore)?;
     a.mov(rbx, word(THREADS).cast_signed())?;
@@ -213,7 +213,7 @@ fn body(at: Gva, data: Gva, calls: Calls) -> std::result::Result<Vec<u8>, IcedEr
     a.add(rbx, THREAD)?;
     a.jmp(each)?;
     a.set_label(&mut done)?;
-    a.mov(dword_ptr(word(0)), State::Done as i32)?;
+    a.mov(dword_ptr(word(0)), GateState::Done as i32)?;
     a.set_label(&mut restore)?;
     for register in kept.into_iter().rev() {
         a.pop(register)?;
@@ -342,7 +342,7 @@ mod tests {
         assert_eq!(bytes.len(), THREADS + THREADS_MAX * 16);
         assert!(bytes.len() <= locus_guest::addr::PAGE_LEN);
         assert_eq!(woken(&bytes), None);
-        bytes[0] = State::Done as u8;
+        bytes[0] = GateState::Done as u8;
         bytes[WOKEN] = 5;
         assert_eq!(woken(&bytes), Some(5));
         assert_eq!(woken(&[]), None);

@@ -3,7 +3,7 @@
 use locus_guest::addr::{Gva, Range};
 use locus_kernel::fixture::TEXT;
 
-use super::gate::{State, FUNCTION};
+use super::gate::{GateState, FUNCTION};
 use super::place::{self, Place, INT3, INTO};
 use super::{Gate, Result};
 use crate::apply::{self, mock::options};
@@ -56,7 +56,9 @@ pub(super) fn gate(guest: &Guest) -> Result<Gate> {
         arena,
         slot,
         page,
-        data: [State::Done as u32, 0, 0, 0].map(u32::to_le_bytes).concat(),
+        data: [GateState::Done as u32, 0, 0, 0]
+            .map(u32::to_le_bytes)
+            .concat(),
         place,
         handler,
         room,

@@ -12,7 +12,7 @@ use locus_kernel::Kernel;
 use crate::error::{Error, Result};
 
 /// The mapped words of a `task_struct` that change as the task runs.
-struct Words {
+struct TaskWords {
     /// `thread.sp`: the saved stack pointer (arch/x86/entry/entry_64.S: `__switch_to_asm`).
     sp: Pin,
     /// `on_cpu`: set before the task is switched to, cleared after its registers are saved
@@ -30,7 +30,7 @@ struct Words {
 /// A task with its stack mapped.
 pub(super) struct MappedTask {
     pub(super) task: Task,
-    words: Words,
+    words: TaskWords,
     /// A window onto its stack and those of other tasks.
     stacks: Rc<dyn Window>,
     /// Where in the window its stack begins, in bytes.
@@ -69,7 +69,7 @@ impl MappedTask {
     ) -> Result<MappedTask> {
         let pin = |offset: usize| space.pin(task.addr.plus(offset as u64));
         Ok(MappedTask {
-            words: Words {
+            words: TaskWords {
                 sp: pin(layout.sp)?,
                 on_cpu: pin(layout.on_cpu)?,
                 switches: [pin(layout.switches[0])?, pin(layout.switches[1])?],

@@ -108,7 +108,7 @@ impl SearchedPayload {
 }
 
 /// What leads into the payloads: for each, in their order, the first word that was found, in words.
-pub(super) type Found = Vec<Option<String>>;
+pub(super) type FirstHits = Vec<Option<String>>;
 
 impl<'a, 'm> Search<'a, 'm> {
     /// # Errors
@@ -154,7 +154,7 @@ impl<'a, 'm> Search<'a, 'm> {
     ///
     /// # Errors
     /// Memory can't be read, the guest has more of it than it can have, or the run was interrupted.
-    pub(super) fn run(&self, direction: Direction) -> Result<Found> {
+    pub(super) fn run(&self, direction: Direction) -> Result<FirstHits> {
         let mut found = vec![None; self.payloads.len()];
         let stacks = Stacks::find(self.machine, self.kernel)?;
         match direction {
@@ -178,7 +178,7 @@ impl<'a, 'm> Search<'a, 'm> {
         &self,
         direction: Direction,
         stacks: &HashSet<Frame>,
-        found: &mut Found,
+        found: &mut FirstHits,
     ) -> Result<()> {
         let most = self.machine.pages()?.saturating_add(MORE_PAGES);
         // What is not mapped is asked for too: memory that the guest gave back, and holes.
@@ -251,7 +251,7 @@ impl<'a, 'm> Search<'a, 'm> {
     }
 
     /// The words in `bytes` that lead into payloads of which nothing is found yet: offset, and number of the payload.
-    fn hits(&self, bytes: &[u8], found: &Found) -> Vec<(u64, usize)> {
+    fn hits(&self, bytes: &[u8], found: &FirstHits) -> Vec<(u64, usize)> {
         let mut hits = Vec::new();
         for (word, offset) in bytes.chunks_exact(8).zip((0..).step_by(8)) {
             let payload = fetch::u64(word, 0).and_then(|word| self.payload(word));
@@ -268,7 +268,7 @@ impl<'a, 'm> Search<'a, 'm> {
     }
 
     /// Looks through these page frames. Returns how many of them have memory.
-    fn pages(&self, some: &[(u64, Frame)], pages: &Pages, found: &mut Found) -> Result<u64> {
+    fn pages(&self, some: &[(u64, Frame)], pages: &Pages, found: &mut FirstHits) -> Result<u64> {
         let mut wanted = some.to_vec();
         let frames = |some: &[(u64, Frame)]| some.iter().map(|(_, f)| *f).collect::<Vec<_>>();
         let window = match self.machine.memory().map(&frames(&wanted)) {
@@ -335,7 +335,7 @@ impl<'a, 'm> Search<'a, 'm> {
     }
 
     /// Looks through the pages of all payloads. A word in one that is searched for itself counts only if that one stays.
-    fn payloads(&self, found: &mut Found) -> Result<()> {
+    fn payloads(&self, found: &mut FirstHits) -> Result<()> {
         let space = self.kernel.space.fresh();
         space.budget().refill();
         let mut slots = Vec::new();
@@ -380,7 +380,7 @@ impl<'a, 'm> Search<'a, 'm> {
     ///
     /// # Errors
     /// One can't be read, or the guest's budget is spent.
-    fn stacks(&self, stacks: &Stacks, found: &mut Found) -> Result<()> {
+    fn stacks(&self, stacks: &Stacks, found: &mut FirstHits) -> Result<()> {
         let space = self.kernel.space.fresh();
         for (live, name) in &stacks.live {
             let len = usize::try_from(live.len()).unwrap_or(0);
@@ -411,7 +411,7 @@ fn follows_a_call(space: &Space<'_>, at: Gva) -> bool {
 }
 
 /// Notes what leads into payload number `payload`.
-fn note(found: &mut Found, payload: usize, by: String) {
+fn note(found: &mut FirstHits, payload: usize, by: String) {
     if let Some(place) = found.get_mut(payload) {
         place.get_or_insert(by);
     }

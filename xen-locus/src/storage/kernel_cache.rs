@@ -152,11 +152,11 @@ fn is_own(name: &str) -> bool {
 /// It can't be encoded.
 pub fn format(kept: &CachedKernel) -> io::Result<Vec<u8>> {
     let bytes = postcard::to_extend(kept, vec![0; HEAD]).map_err(io::Error::other)?;
-    Ok(seal(bytes))
+    Ok(with_header(bytes))
 }
 
 /// Fills in the first bytes of a file: magic number and checksum of the rest.
-pub fn seal(mut bytes: Vec<u8>) -> Vec<u8> {
+pub fn with_header(mut bytes: Vec<u8>) -> Vec<u8> {
     let sum = crc32fast::hash(bytes.get(HEAD..).unwrap_or_default());
     if let Some((head, _)) = bytes.split_at_mut_checked(HEAD) {
         let (magic, place) = head.split_at_mut(MAGIC.len());

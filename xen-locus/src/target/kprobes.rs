@@ -45,7 +45,7 @@ pub struct Kprobes {
 }
 
 /// Offsets in `struct kprobe`, in bytes.
-struct Layout {
+struct KprobeLayout {
     link: u64,
     addr: u64,
 }
@@ -62,7 +62,7 @@ impl Kprobes {
         };
         check_size(kernel, table)?;
         let member = |path| kernel.btf()?.offset_of("kprobe", path).map(|o| o as u64);
-        let layout = Layout {
+        let layout = KprobeLayout {
             link: member("hlist")?,
             addr: member("addr")?,
         };
@@ -75,7 +75,7 @@ impl Kprobes {
         }
     }
 
-    fn walk(space: &Space<'_>, table: Gva, layout: &Layout) -> Result<Kprobes> {
+    fn walk(space: &Space<'_>, table: Gva, layout: &KprobeLayout) -> Result<Kprobes> {
         let mut found = Kprobes::default();
         let heads = space.read_vec(table, 8 * LISTS)?;
         let mut at = table;
@@ -91,7 +91,7 @@ impl Kprobes {
     }
 
     /// Reads a list. `struct hlist_head` and `struct hlist_node` begin with a pointer, which is null at the end.
-    fn chain(&mut self, space: &Space<'_>, mut node: u64, layout: &Layout) -> Result<()> {
+    fn chain(&mut self, space: &Space<'_>, mut node: u64, layout: &KprobeLayout) -> Result<()> {
         let mut nth = 0;
         while node != 0 {
             if self.places.len() == KPROBES_MAX {

@@ -137,7 +137,7 @@ pub fn examine(
         }
     }
     let mut cold = Vec::new();
-    let parts = owner.cold(kernel, entry);
+    let parts = owner.cold_parts(kernel, entry);
     for part in parts.map_err(|e| e.context(format!("function {name}")))? {
         let len = owner.room(kernel, part);
         if len > FUNCTION_MAX {

@@ -81,14 +81,14 @@ impl Object<'_> {
     /// # Errors
     /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): there are more names or parts than a function can have.
     /// Or the guest's budget is spent.
-    pub fn cold(&self, kernel: &Kernel<'_>, entry: Gva) -> Result<Vec<Gva>> {
+    pub fn cold_parts(&self, kernel: &Kernel<'_>, entry: Gva) -> Result<Vec<Gva>> {
         let cost = match self {
-            Object::Kernel => kernel.symbols.cold_cost(),
+            Object::Kernel => kernel.symbols.cold_parts_cost(),
             Object::Module(_, symbols) => symbols.len() as u64 / PER_UNIT,
         };
         kernel.space.budget().spend(cost)?;
         match self {
-            Object::Kernel => kernel.symbols.cold(entry).map_err(not_applicable),
+            Object::Kernel => kernel.symbols.cold_parts(entry).map_err(not_applicable),
             Object::Module(_, symbols) => {
                 let mut function = OneFunction::new(entry);
                 for symbol in symbols.iter().filter(|s| s.addr == entry) {

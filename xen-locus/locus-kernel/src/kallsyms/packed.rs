@@ -44,7 +44,7 @@ pub(super) fn names(
             continue;
         };
         for long in [true, false] {
-            if fit(names, count, long, words) {
+            if are_names(names, count, long, words) {
                 return Ok(Some(NamesTable {
                     num_at,
                     at,
@@ -76,7 +76,7 @@ fn markers(bytes: &[u8]) -> Option<(usize, usize)> {
 }
 
 /// Whether `names` is `count` names and at most three bytes, and the markers agree.
-fn fit(names: &[u8], count: usize, long: bool, markers: &[u8]) -> bool {
+fn are_names(names: &[u8], count: usize, long: bool, markers: &[u8]) -> bool {
     let mut pos = 0;
     for i in 0..count {
         let marker = (i % MARKER_EVERY == 0).then_some(i / MARKER_EVERY * 4);

@@ -146,7 +146,7 @@ impl Symbols {
     ///
     /// # Errors
     /// [`Error::Odd`] if there are more names or parts than a function can have.
-    pub fn cold(&self, entry: Gva) -> Result<Vec<Gva>, Error> {
+    pub fn cold_parts(&self, entry: Gva) -> Result<Vec<Gva>, Error> {
         let names = (0..).zip(&self.addrs).filter(|(_, &at)| at == entry.0);
         let mut of_entry = OneFunction::new(entry);
         for (i, _) in names {
@@ -160,9 +160,9 @@ impl Symbols {
         Ok(of_entry.parts.into_iter().collect())
     }
 
-    /// What [`Symbols::cold`] costs for one function, in units of a guest's budget.
+    /// What [`Symbols::cold_parts`] costs for one function, in units of a guest's budget.
     #[must_use]
-    pub fn cold_cost(&self) -> u64 {
+    pub fn cold_parts_cost(&self) -> u64 {
         (self.parts().len() + self.addrs.len() / 64) as u64
     }
 

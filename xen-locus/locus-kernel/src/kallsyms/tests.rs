@@ -154,14 +154,14 @@ fn symbols_move_with_the_text_and_per_cpu_offsets_stay() {
     );
 }
 
-/// The addresses that [`Symbols::cold`] finds for the function at `entry` if a guest has also these symbols.
+/// The addresses that [`Symbols::cold_parts`] finds for the function at `entry` if a guest has also these symbols.
 fn cold(more: impl IntoIterator<Item = (u64, String)>, entry: u64) -> Result<Vec<u64>, Error> {
     let mut fixture = Fixture::new();
     let more = more.into_iter().map(|(at, name)| (TEXT.0 + at, 't', name));
     fixture.symbols.extend(more);
     let memory = fixture.build();
     let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
-    let found = kernel.symbols.cold(TEXT.plus(entry))?;
+    let found = kernel.symbols.cold_parts(TEXT.plus(entry))?;
     Ok(found.into_iter().map(|at| at.0 - TEXT.0).collect())
 }
 

@@ -8,7 +8,7 @@ use crate::error::{Class, ExitCode};
 pub(crate) mod newer {
     use super::*;
 
-    fn seal(copy: &mut [u8]) {
+    fn renew_digest(copy: &mut [u8]) {
         let sum = digest(copy);
         copy[16..32].copy_from_slice(&sum[..16]);
     }
@@ -17,17 +17,17 @@ pub(crate) mod newer {
         copy[8..12].copy_from_slice(&(VERSION + 1).to_le_bytes());
         // What it has behind the generation is its own affair.
         copy[40..HEAD].fill(0xff);
-        seal(copy);
+        renew_digest(copy);
     }
 
     pub(crate) fn of_unknown_state(copy: &mut [u8]) {
         copy[HEAD..HEAD + 4].copy_from_slice(&UNKNOWN.to_le_bytes());
-        seal(copy);
+        renew_digest(copy);
     }
 
     pub(crate) fn of_many_slots(copy: &mut [u8]) {
         copy[40..44].copy_from_slice(&u32::MAX.to_le_bytes());
-        seal(copy);
+        renew_digest(copy);
     }
 
     /// No state that this version knows.

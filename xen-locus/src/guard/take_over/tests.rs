@@ -43,19 +43,19 @@ fn page(name: &str) -> SharedPage {
 fn a_pause_of_a_run_that_died_is_given_back_and_no_other() {
     // what the run had marked, what others held before, what is held now; what is left
     let cases = [
-        (PauseStep::Idle, 0, 0, 0, Outcome::Running),
-        (PauseStep::Idle, 1, 1, 1, Outcome::Running),
+        (PauseStep::Idle, 0, 0, 0, TakeOver::Running),
+        (PauseStep::Idle, 1, 1, 1, TakeOver::Running),
         // before and after the call that takes the count
-        (PauseStep::Pausing, 0, 0, 0, Outcome::Running),
-        (PauseStep::Pausing, 0, 1, 0, Outcome::Running),
-        (PauseStep::Paused, 0, 1, 0, Outcome::Running),
-        (PauseStep::Paused, 1, 2, 1, Outcome::Running),
-        (PauseStep::Writing, 1, 2, 1, Outcome::Undone),
+        (PauseStep::Pausing, 0, 0, 0, TakeOver::Running),
+        (PauseStep::Pausing, 0, 1, 0, TakeOver::Running),
+        (PauseStep::Paused, 0, 1, 0, TakeOver::Running),
+        (PauseStep::Paused, 1, 2, 1, TakeOver::Running),
+        (PauseStep::Writing, 1, 2, 1, TakeOver::Undone),
         // before and after the call that gives it back
-        (PauseStep::Unpausing, 0, 1, 0, Outcome::Running),
-        (PauseStep::Unpausing, 0, 0, 0, Outcome::Running),
-        (PauseStep::Unpausing, 1, 1, 1, Outcome::PausedByOthers),
-        (PauseStep::Pausing, 1, 1, 1, Outcome::PausedByOthers),
+        (PauseStep::Unpausing, 0, 1, 0, TakeOver::Running),
+        (PauseStep::Unpausing, 0, 0, 0, TakeOver::Running),
+        (PauseStep::Unpausing, 1, 1, 1, TakeOver::PausedByOthers),
+        (PauseStep::Pausing, 1, 1, 1, TakeOver::PausedByOthers),
     ];
     for (i, (step, others, now, left, outcome)) in cases.into_iter().enumerate() {
         let page = page(&format!("count{i}"));
@@ -81,14 +81,14 @@ fn a_pause_of_a_run_that_died_is_given_back_and_no_other() {
 fn long_after_a_run_died_a_pause_that_may_be_another_tools_is_left() {
     // what the run had marked, the guest's time at its pause; what is left of one pause
     for (step, then, left, outcome) in [
-        (PauseStep::Pausing, None, 1, Outcome::PausedByOthers),
-        (PauseStep::Unpausing, None, 1, Outcome::PausedByOthers),
+        (PauseStep::Pausing, None, 1, TakeOver::PausedByOthers),
+        (PauseStep::Unpausing, None, 1, TakeOver::PausedByOthers),
         // The guest has not run since: the pause is the run's.
-        (PauseStep::Pausing, Some(100), 0, Outcome::Running),
-        (PauseStep::Unpausing, Some(100), 0, Outcome::Running),
-        (PauseStep::Unpausing, Some(99), 1, Outcome::Running),
+        (PauseStep::Pausing, Some(100), 0, TakeOver::Running),
+        (PauseStep::Unpausing, Some(100), 0, TakeOver::Running),
+        (PauseStep::Unpausing, Some(99), 1, TakeOver::Running),
         // The run had its pause.
-        (PauseStep::Paused, None, 0, Outcome::Running),
+        (PauseStep::Paused, None, 0, TakeOver::Running),
     ] {
         let page = page(&format!("late{step:?}{then:?}"));
         page.set_cpu_time_ns(then);
@@ -98,7 +98,7 @@ fn long_after_a_run_died_a_pause_that_may_be_another_tools_is_left() {
         let count = Count(Cell::new(1), 100);
         let found = take_over(&page, &count, UUID, &places, Since::Earlier);
         assert_eq!((found, count.0.get()), (outcome, left), "{step:?} {then:?}");
-        let noted = Outcome::of(page.outcome());
+        let noted = TakeOver::of(page.outcome());
         assert_eq!(noted, Some(outcome), "{step:?} {then:?}");
         assert_eq!(page.step(), Some(PauseStep::Idle));
     }
@@ -108,13 +108,13 @@ fn long_after_a_run_died_a_pause_that_may_be_another_tools_is_left() {
 fn a_guest_that_somebody_let_run_is_not_written_and_its_other_pauses_are_left() {
     // How many of the change's bytes are written, whether somebody paused the guest again after it ran.
     for (step, written, again, outcome) in [
-        (PauseStep::Writing, 3, false, Outcome::LetRun),
-        (PauseStep::Writing, 3, true, Outcome::LetRun),
-        (PauseStep::Writing, 0, true, Outcome::Undone),
-        (PauseStep::Writing, 5, false, Outcome::Finished),
-        (PauseStep::Paused, 0, false, Outcome::Running),
-        (PauseStep::Paused, 0, true, Outcome::Running),
-        (PauseStep::Unpausing, 5, true, Outcome::Running),
+        (PauseStep::Writing, 3, false, TakeOver::LetRun),
+        (PauseStep::Writing, 3, true, TakeOver::LetRun),
+        (PauseStep::Writing, 0, true, TakeOver::Undone),
+        (PauseStep::Writing, 5, false, TakeOver::Finished),
+        (PauseStep::Paused, 0, false, TakeOver::Running),
+        (PauseStep::Paused, 0, true, TakeOver::Running),
+        (PauseStep::Unpausing, 5, true, TakeOver::Running),
     ] {
         let page = page(&format!("ran{step:?}{written}{again}"));
         page.set_cpu_time_ns(Some(99));
@@ -169,7 +169,7 @@ fn when_xen_does_not_say_whether_the_guest_is_paused_nothing_is_done_and_the_ste
     let places = Places::map(&memory, &spots).unwrap();
     assert_eq!(
         take_over(&page, &Mute, UUID, &places, Since::Now),
-        Outcome::Stuck
+        TakeOver::Stuck
     );
     assert!(places.holds(8, &[2, 2, 1, 1, 1]));
     assert_eq!(page.step(), Some(PauseStep::Writing));
@@ -184,13 +184,13 @@ fn a_domain_that_took_the_id_of_the_one_meant_is_left_alone() {
     let count = Count(Cell::new(1), 100);
     assert_eq!(
         take_over(&page, &count, [8; 16], &places, Since::Now),
-        Outcome::Gone
+        TakeOver::Gone
     );
     assert_eq!(count.0.get(), 1);
 }
 
 /// Ends a run after `bytes` of its bytes are written; says what came of it and what then stands there.
-fn torn(bytes: usize, all_writable: bool) -> (Outcome, Vec<[u8; 5]>) {
+fn torn(bytes: usize, all_writable: bool) -> (TakeOver, Vec<[u8; 5]>) {
     let memory = MockMemory::new();
     // not in the order of the writes, and one twice
     let frames: Vec<Frame> = (0..2).map(|_| memory.frame()).collect();
@@ -225,10 +225,10 @@ fn torn(bytes: usize, all_writable: bool) -> (Outcome, Vec<[u8; 5]>) {
 #[test]
 fn a_change_is_undone_wherever_it_was_ended_and_finished_when_all_was_written() {
     for bytes in 0..15 {
-        let undone = (Outcome::Undone, vec![OLD; 3]);
+        let undone = (TakeOver::Undone, vec![OLD; 3]);
         assert_eq!(torn(bytes, true), undone, "{bytes} bytes written");
     }
-    assert_eq!(torn(15, true), (Outcome::Finished, vec![NEW; 3]));
+    assert_eq!(torn(15, true), (TakeOver::Finished, vec![NEW; 3]));
 }
 
 #[test]
@@ -244,7 +244,7 @@ fn bytes_that_the_change_never_had_are_left_alone() {
     let count = Count(Cell::new(1), 100);
     assert_eq!(
         take_over(&page, &count, UUID, &places, Since::Now),
-        Outcome::Torn
+        TakeOver::Torn
     );
     let stands = [8, 100].map(|at| {
         let mut found = [0; 5];
@@ -260,12 +260,12 @@ fn bytes_that_the_change_never_had_are_left_alone() {
 
 #[test]
 fn a_change_that_can_not_be_undone_is_called_torn() {
-    assert_eq!(torn(7, false).0, Outcome::Torn);
+    assert_eq!(torn(7, false).0, TakeOver::Torn);
 }
 
 #[test]
 fn no_words_say_that_the_guest_runs_because_others_may_have_paused_it_since() {
-    let all: Vec<Outcome> = (1..=8).filter_map(Outcome::of).collect();
+    let all: Vec<TakeOver> = (1..=8).filter_map(TakeOver::of).collect();
     assert_eq!(all.len(), 8);
     for outcome in all {
         let said = outcome.to_string();
@@ -275,7 +275,7 @@ fn no_words_say_that_the_guest_runs_because_others_may_have_paused_it_since() {
         );
         let is_let_go = matches!(
             outcome,
-            Outcome::Running | Outcome::Finished | Outcome::Undone | Outcome::Torn
+            TakeOver::Running | TakeOver::Finished | TakeOver::Undone | TakeOver::Torn
         );
         let words = "that run does not hold the guest any more";
         assert_eq!(said.contains(words), is_let_go, "{said}");
@@ -285,12 +285,12 @@ fn no_words_say_that_the_guest_runs_because_others_may_have_paused_it_since() {
 #[test]
 fn outcomes_are_told_apart_by_number() {
     for outcome in [
-        Outcome::Running,
-        Outcome::Torn,
-        Outcome::Stuck,
-        Outcome::LetRun,
+        TakeOver::Running,
+        TakeOver::Torn,
+        TakeOver::Stuck,
+        TakeOver::LetRun,
     ] {
-        assert_eq!(Outcome::of(outcome as u32), Some(outcome));
+        assert_eq!(TakeOver::of(outcome as u32), Some(outcome));
     }
-    assert_eq!(Outcome::of(0), None);
+    assert_eq!(TakeOver::of(0), None);
 }

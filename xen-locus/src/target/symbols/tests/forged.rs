@@ -15,7 +15,8 @@ fn names_that_a_module_forged_do_not_multiply() {
         let Object::Module(module, _) = objects.object(Some("first")).unwrap() else {
             panic!("it is a module")
         };
-        let cold = |symbols: &[ModuleSymbol]| Object::Module(module, symbols).cold(kernel, Gva(1));
+        let cold =
+            |symbols: &[ModuleSymbol]| Object::Module(module, symbols).cold_parts(kernel, Gva(1));
         // As many pairs as would take a minute.
         let names = (0..100_000).map(|n| symbol(format!("f{}", n % 200), 1));
         let parts = (0..100_000).map(|n| symbol(format!("f{}.cold", n % 200), 2 + n % 64));
