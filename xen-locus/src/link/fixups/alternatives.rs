@@ -96,7 +96,7 @@ impl AltInstrLayout {
 /// whether the guest's CPU has a feature, `None` if the kernel has no such feature.
 ///
 /// # Errors
-/// [`Class::NotApplicable`](crate::error::Class::NotApplicable)(crate::error::Error::not_applicable): an entry is not as entries are.
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): an entry is not as entries are.
 pub fn apply(
     kernel: &Kernel<'_>,
     code: &mut LinkedCode,

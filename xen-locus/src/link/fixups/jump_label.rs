@@ -88,7 +88,7 @@ impl JumpEntryLayout {
 /// Sets the jump labels in `tables` as their keys are now, and says which they are.
 ///
 /// # Errors
-/// [`Class::NotApplicable`](crate::error::Class::NotApplicable)(crate::error::Error::not_applicable): an entry is not as entries are.
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): an entry is not as entries are.
 pub fn apply(
     kernel: &Kernel<'_>,
     code: &mut LinkedCode,

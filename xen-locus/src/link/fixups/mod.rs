@@ -99,7 +99,7 @@ pub struct AppliedFixups {
 /// `returns` says.
 ///
 /// # Errors
-/// [`Class::NotApplicable`](crate::error::Class::NotApplicable)(crate::error::Error::not_applicable): a table isn't as this kernel's are, or
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): a table isn't as this kernel's are, or
 /// asks for what is not supported. Or the guest can't be read.
 pub fn apply_fixups(
     kernel: &Kernel<'_>,

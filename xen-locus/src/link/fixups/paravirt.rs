@@ -75,7 +75,7 @@ impl PatchSiteLayout {
 /// Patches the sites in `tables`.
 ///
 /// # Errors
-/// [`Class::NotApplicable`](crate::error::Class::NotApplicable)(crate::error::Error::not_applicable): an entry is not as entries are. Or the
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): an entry is not as entries are. Or the
 /// guest can't be read.
 pub fn apply(
     kernel: &Kernel<'_>,

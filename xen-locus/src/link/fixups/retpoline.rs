@@ -99,7 +99,7 @@ fn first_branch(code: &[u8]) -> ThunkCode {
 /// Rewrites the sites in `tables` that need no thunk in this guest.
 ///
 /// # Errors
-/// [`Class::NotApplicable`](crate::error::Class::NotApplicable)(crate::error::Error::not_applicable): an entry names what is no call or jump to a
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): an entry names what is no call or jump to a
 /// thunk.
 pub fn apply(
     kernel: &Kernel<'_>,

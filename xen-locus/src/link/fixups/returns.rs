@@ -52,7 +52,7 @@ fn wanted(kernel: &Kernel<'_>, seen: Option<Returns>) -> Result<Option<Returns>>
 /// Refuses code whose calls have to be counted: where the guest tracks call depth.
 ///
 /// # Errors
-/// [`Class::NotApplicable`](crate::error::Class::NotApplicable)(crate::error::Error::not_applicable) if so.
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable) if so.
 pub fn check_calls(kernel: &Kernel<'_>, code: &LinkedCode, tables: &[FixupTable]) -> Result<()> {
     let calls: usize = tables.iter().map(|t| t.bytes.len() / 4).sum();
     let chosen = chosen(kernel)?.filter(|_| calls > 0);
@@ -71,7 +71,7 @@ pub fn check_calls(kernel: &Kernel<'_>, code: &LinkedCode, tables: &[FixupTable]
 /// Patches the jumps at `sites`, in a guest one function of which returns as `seen`.
 ///
 /// # Errors
-/// [`Class::NotApplicable`](crate::error::Class::NotApplicable)(crate::error::Error::not_applicable): a site isn't in the code, or the thunk is out
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): a site isn't in the code, or the thunk is out
 /// of reach.
 pub fn apply(
     kernel: &Kernel<'_>,

@@ -19,7 +19,7 @@ const SIZE: usize = 8;
 /// Checks that each site still is a call or jump of its trampoline.
 ///
 /// # Errors
-/// [`Class::NotApplicable`](crate::error::Class::NotApplicable)(crate::error::Error::not_applicable) when one is something else.
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable) when one is something else.
 pub fn check(code: &LinkedCode, tables: &[FixupTable]) -> Result<()> {
     for table in tables {
         for (entry, bytes) in table.entries(code, TABLE, SIZE)? {
