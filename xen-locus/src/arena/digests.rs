@@ -154,10 +154,10 @@ mod tests {
     fn a_label_may_have_either_form_and_no_other() {
         let nop = [0x0f, 0x1f, 0x44, 0, 0];
         let jump = [0xe9, 29, 1, 0, 0]; // 300 - 15 = 285
-        let sealed = CodeDigests::of(code(&nop, &NOP2), labels());
+        let placed = CodeDigests::of(code(&nop, &NOP2), labels());
         for long in [&nop, &jump, &[0x66, 0x66, 0x66, 0x66, 0x90]] {
             for short in [&NOP2, &[0xeb, 18]] {
-                assert_eq!(sealed.changed(code(long, short)), [0; 0]);
+                assert_eq!(placed.changed(code(long, short)), [0; 0]);
             }
         }
         for (long, short) in [
@@ -167,15 +167,15 @@ mod tests {
             (nop, [0, 0]),
             ([0; 5], NOP2),
         ] {
-            assert_eq!(sealed.changed(code(&long, &short)), [0]);
+            assert_eq!(placed.changed(code(&long, &short)), [0]);
         }
     }
 
     #[test]
     fn only_a_breakpoint_at_a_label_is_a_switch() {
         let nop = [0x0f, 0x1f, 0x44, 0, 0];
-        let sealed = CodeDigests::of(code(&nop, &NOP2), labels());
-        let label = |found: &[u8]| sealed.being_switched(found).map(|label| label.at);
+        let placed = CodeDigests::of(code(&nop, &NOP2), labels());
+        let label = |found: &[u8]| placed.being_switched(found).map(|label| label.at);
         assert_eq!(label(&code(&nop, &NOP2)), None);
         // The rest of a label is the old form or the new one.
         for rest in [[0x1f, 0x44, 0, 0], [29, 1, 0, 0]] {
@@ -189,13 +189,13 @@ mod tests {
 
     #[test]
     fn every_changed_byte_is_placed() {
-        let sealed = CodeDigests::of(vec![0x90; 600], Vec::new());
+        let placed = CodeDigests::of(vec![0x90; 600], Vec::new());
         for at in 0..600 {
             let mut found = vec![0x90; 600];
             found[at] ^= 1;
-            assert_eq!(sealed.changed(found), [at / BLOCK * BLOCK]);
+            assert_eq!(placed.changed(found), [at / BLOCK * BLOCK]);
         }
-        assert_eq!(sealed.changed(vec![0x90; 599]), [512]);
+        assert_eq!(placed.changed(vec![0x90; 599]), [512]);
     }
 
     #[test]

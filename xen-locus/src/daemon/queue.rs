@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn calm_guests_wait_for_no_stubborn_one() {
+    fn quick_guests_wait_for_no_stubborn_one() {
         let (mut queue, mut now) = (Queue::default(), Instant::now());
         let stubborn = ["s1", "s2", "s3"];
         for s in stubborn {
@@ -213,8 +213,8 @@ mod tests {
         assert!(!queue.slow.contains("s1") && queue.slow.contains("s3"));
     }
 
-    /// Median time from submission to answer of calm guests' requests, beside stubborn guests that always have another one.
-    fn median(calm: usize, stubborn: usize) -> Duration {
+    /// Median time from submission to answer of quick guests' requests, beside stubborn guests that always have another one.
+    fn median(quick: usize, stubborn: usize) -> Duration {
         const QUICK_TIME: Duration = Duration::from_millis(200);
         const BLOCKED: Duration = Duration::from_secs(30);
         let (mut queue, start) = (Queue::default(), Instant::now());
@@ -224,10 +224,10 @@ mod tests {
         for s in 0..stubborn {
             queue.push(request(&format!("s{s}"), "s"));
         }
-        for n in 0..calm * 5 {
-            queue.push(request(&format!("c{}", n % calm), "c"));
+        for n in 0..quick * 5 {
+            queue.push(request(&format!("c{}", n % quick), "c"));
         }
-        while waits.len() < calm * 5 {
+        while waits.len() < quick * 5 {
             while let Some(job) = queue.next(now) {
                 let is_calm = job.guest.starts_with('c');
                 running.push((now + if is_calm { QUICK_TIME } else { BLOCKED }, job));
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn forty_calm_guests_hardly_wait_longer_beside_three_stubborn_ones() {
+    fn forty_quick_guests_hardly_wait_longer_beside_three_stubborn_ones() {
         let alone = median(40, 0);
         for stubborn in [1, 3] {
             let beside = median(40, stubborn);

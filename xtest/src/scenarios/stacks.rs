@@ -37,7 +37,7 @@ const CORES: usize = 2;
 /// How often the two sides are compared at most, until each task was seen asleep.
 const ROUNDS: usize = 8;
 /// The most tasks that may run between all readings, so that they can't be compared.
-const RESTLESS: usize = 4;
+const NEVER_ASLEEP_MAX: usize = 4;
 /// Most frames that `/proc/PID/stack` shows (fs/proc/base.c: `MAX_STACK_TRACE_DEPTH`).
 const SHOWN_MAX: usize = 64;
 
@@ -274,7 +274,10 @@ fn compare(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
         }
     }
     // Tasks that serve the reading itself are never asleep meanwhile: those of the console and of RCU.
-    check!(left.len() <= RESTLESS, "never seen asleep: {left:#?}");
+    check!(
+        left.len() <= NEVER_ASLEEP_MAX,
+        "never seen asleep: {left:#?}"
+    );
     for task in left.values() {
         ctx.dom0.note(&format!("never seen asleep: {task}"));
     }

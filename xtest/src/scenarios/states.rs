@@ -117,7 +117,7 @@ fn states(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         Err(Verdict::Failure(why)) => {
             eprintln!("states: {what}: {why}");
             wrong.push(format!("{what}: {why}"));
-            subject.calm()
+            subject.reset()
         }
         other => other,
     };
@@ -169,7 +169,7 @@ impl Subject<'_> {
     }
 
     /// Releases all threads, and reverts the patch if it is applied.
-    fn calm(&self) -> Result<(), Verdict> {
+    fn reset(&self) -> Result<(), Verdict> {
         self.release()?;
         self.ctx.dom0.sh(&format!(
             "xen-locus revert {} {PATCH} --timeout 30s",

@@ -84,7 +84,7 @@ pub enum Unreliable {
     /// The task is on a CPU, and the registers of that moment are not known.
     Runs,
     /// The task ran each time its stack was read.
-    Restless,
+    RanMeanwhile,
 }
 
 impl std::fmt::Display for Unreliable {
@@ -101,7 +101,7 @@ impl std::fmt::Display for Unreliable {
             Unreliable::EndElsewhere => "ends in the middle of the stack",
             Unreliable::TooLong => "too many frames",
             Unreliable::Runs => "it runs",
-            Unreliable::Restless => "it ran while its stack was read",
+            Unreliable::RanMeanwhile => "it ran while its stack was read",
         })
     }
 }

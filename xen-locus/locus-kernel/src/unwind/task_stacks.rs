@@ -124,7 +124,7 @@ impl TaskStackReader<'_, '_, '_> {
                 return Ok(self.walker.sleeping(before.sp, stack, task.idle));
             }
         }
-        Ok(Walk::failed(Unreliable::Restless))
+        Ok(Walk::failed(Unreliable::RanMeanwhile))
     }
 
     /// Walks from the registers of the CPU that `task` is on, if they are known.
