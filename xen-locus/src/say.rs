@@ -1,6 +1,7 @@
 //! Messages on stderr, and their words.
 //!
-//! That nobody can hear one, for stderr is closed or on a full disk, is no reason to end: a guest may have been changed.
+//! If one can't be written, because stderr is closed or on a full disk, that is no reason to end: a guest may have been
+//! changed.
 
 use std::borrow::Cow;
 use std::fmt::{Display, Write as _};

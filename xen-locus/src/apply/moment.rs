@@ -77,7 +77,7 @@ pub(crate) fn execute(
     let mut tasks = GuestTasks::new(kernel, &watch)?;
     let mut too_many_ran = 0;
     let mut wait = Wait::default();
-    // Of the last attempt that could tell who was in the way, else of the last one.
+    // Of the last attempt that could tell which threads were in the way, else of the last one.
     let mut last = Verdict::Quiet;
     loop {
         options.check_interrupted()?;

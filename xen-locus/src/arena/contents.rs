@@ -46,7 +46,7 @@ pub struct Contents {
 }
 
 impl Newer {
-    /// The error of who would have to know it.
+    /// The error of a caller that would have to read it.
     #[must_use]
     pub fn refusal(&self) -> Error {
         Error::newer_format(format_args!(
@@ -117,7 +117,7 @@ impl Arena {
         Ok(self.contents(kernel)?.known()?.residents)
     }
 
-    /// The gates of nudges, for who takes one away.
+    /// The gates of nudges, for callers that take one away.
     ///
     /// # Errors
     /// As [`Arena::residents`].

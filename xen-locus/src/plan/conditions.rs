@@ -1,4 +1,4 @@
-//! `CONDITIONS`: what must be true when anything is written to the guest's text, whoever writes it: `apply`, `replace`,
+//! `CONDITIONS`: what must be true when anything is written to the guest's text, by any command: `apply`, `replace`,
 //! `revert`, the way back that `recover` takes, both redirects of a `nudge`, and `reclaim`. Each of them makes its [`Plan`] here.
 //!
 //! Each condition is looked at when the plan is made, and its error says what is in the way. What it saw becomes words that
@@ -13,7 +13,7 @@
 //!
 //! The guest's ftrace, BPF programs and livepatches own the nop at a function's entry, in front of the redirect. A payload is
 //! not put behind one that they use, because it would not run, or not as they expect. For the way back that is no matter: it
-//! leaves the nop as it is, and who is attached there sees the function as before.
+//! leaves the nop as it is, and what is attached there sees the function as before.
 
 use std::sync::Arc;
 

@@ -107,7 +107,7 @@ pub fn residents(kernel: &Kernel<'_>, arena: &Arena) -> Result<Vec<Resident>> {
     Ok(all)
 }
 
-/// The same as [`residents`], for who only shows them: with the payloads whose record has a newer version.
+/// The same as [`residents`], for callers that only show them: with the payloads whose record has a newer version.
 ///
 /// # Errors
 /// As [`residents`], but [`Cause::NewerFormat`](crate::error::Cause::NewerFormat) only while such a payload is being applied
@@ -137,7 +137,7 @@ fn contents_once(kernel: &Kernel<'_>, arena: &Arena) -> Result<Contents> {
     Ok(all)
 }
 
-/// The same as [`residents`], for who is about to change the guest. The directory in `arena` gets their states too, so that the
+/// The same as [`residents`], for callers that are about to change the guest. The directory in `arena` gets their states too, so that the
 /// guest's copy shows them once it is written.
 ///
 /// # Errors

@@ -74,8 +74,8 @@ impl<'r> Candidates<'r> {
         going.map(|(n, c)| (n, c.resident)).collect()
     }
 
-    /// The next of those in whose way nothing is, without numbers `out`: nobody who uses it is left, if there is such a one.
-    /// And how long the guest was paused for it.
+    /// The next one that nothing keeps, without numbers `out`: one that no other uses, if there is such a one. And how
+    /// long the guest was paused for it.
     pub(super) fn next(&self, out: &HashSet<usize>) -> Option<(usize, &'r Resident, Done)> {
         let all = self.0.iter().enumerate().filter(|(n, _)| !out.contains(n));
         let left: Vec<_> = all

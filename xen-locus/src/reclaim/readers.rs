@@ -1,4 +1,4 @@
-//! Waits until nobody uses any more what it found in the guest's lists before they changed.
+//! Waits until no CPU and no task of the guest uses what it found in the guest's lists before they changed.
 //!
 //! The kernel reads these lists in sections of RCU. Where a section can't be preempted, a CPU that is in user mode or idle
 //! is in none. Where it can (`CONFIG_PREEMPT_RCU`), a task counts the sections that it is in. `rcu_state.gp_seq` would
@@ -61,7 +61,7 @@ pub(super) fn wait(
     }
 }
 
-/// Those who are not yet known to have left.
+/// CPUs and tasks that are not yet known to have left.
 struct Readers {
     /// Numbers of vCPUs.
     cpus: Vec<u32>,

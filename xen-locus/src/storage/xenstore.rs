@@ -99,7 +99,7 @@ impl Store {
             .map(|name| name.text)
     }
 
-    /// The same, for who decides by it.
+    /// The same, for callers that decide by it.
     ///
     /// # Errors
     /// xenstored failed.
