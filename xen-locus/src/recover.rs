@@ -399,12 +399,12 @@ fn of_payloads(
     Ok(Report { parked, ..report })
 }
 
-/// What became of the change of a guest that is another now. If it is known that it took place, it is recorded like any other:
+/// What became of the change of a guest that is another now. If it is known that it took place, it is logged like any other:
 /// so `status` knows what the guest lost.
 fn of_earlier(intent: &Intent, why: &str) -> Report {
     match intent.is_done {
         true => {
-            let why = format!("it was not recorded then; since then {why}");
+            let why = format!("it was not logged then; since then {why}");
             Report::new(Finding::Finished, Some(intent), why)
         }
         false => Report::new(Finding::Gone, Some(intent), why.to_owned()),

@@ -49,7 +49,7 @@ fn compare(kernel: &Kernel<'_>, file: &[u8]) -> Result<()> {
     let elf = object::File::parse(file)?;
     let built = Built::of(kernel, &elf)?;
     let mut code = built.code.clone();
-    let settled = fixups::apply_fixups(kernel, &mut code, &built.tables, None)?;
+    let fixed_up = fixups::apply_fixups(kernel, &mut code, &built.tables, None)?;
     let mut counts: BTreeMap<&str, (usize, usize, usize, usize)> = BTreeMap::new();
     let mut shown = 0;
     let symbol = |name| kernel.symbols.addr(name);
@@ -57,7 +57,7 @@ fn compare(kernel: &Kernel<'_>, file: &[u8]) -> Result<()> {
         (Some(start), Some(end)) => Range { start, end },
         _ => Range::new(Gva(0), 0),
     };
-    for place in &settled.places {
+    for place in &fixed_up.places {
         // The code that was copied from here counts where it was copied to.
         if gone.contains(place.range.start) {
             continue;
@@ -80,7 +80,7 @@ fn compare(kernel: &Kernel<'_>, file: &[u8]) -> Result<()> {
             continue;
         }
         if same(kernel, place, ours, &theirs)
-            || built.later_changed(kernel, place, &settled.places, &code)
+            || built.later_changed(kernel, place, &fixed_up.places, &code)
         {
             continue;
         }

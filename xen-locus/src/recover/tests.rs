@@ -463,7 +463,7 @@ fn a_guest_that_started_anew_at_the_same_place_has_not_finished_anything() {
 }
 
 #[test]
-fn a_change_that_took_place_and_was_not_recorded_is_recorded_though_the_guest_rebooted() {
+fn a_change_that_took_place_and_was_not_logged_is_logged_though_the_guest_rebooted() {
     let guest = Guest::new();
     let anew = |generation, build_id: Option<&str>| {
         let mut change = Change {

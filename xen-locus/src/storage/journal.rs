@@ -200,7 +200,7 @@ impl Journal {
         self.dir.join(format!("{}.done", self.uuid))
     }
 
-    /// Notes that the change took place as a whole, and that it could not be recorded.
+    /// Notes that the change took place as a whole, and that it could not be logged.
     ///
     /// # Errors
     /// It can't be noted.

@@ -169,7 +169,7 @@ impl<'a> Writer<'a> {
     fn keep(&self, uuid: &str, seq: u64, in_force: &[InForce]) -> io::Result<()> {
         self.audit.step("audit: keep")?;
         match kept::update(&self.beside.kept, uuid, seq, in_force) {
-            // The file of one guest keeps no other from being recorded.
+            // The file of one guest keeps no other from being logged.
             Err(error) if error.kind() == io::ErrorKind::Unsupported => {
                 say::warn(error);
                 Ok(())

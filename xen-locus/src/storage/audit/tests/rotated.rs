@@ -36,7 +36,7 @@ fn a_log_that_was_rotated_goes_on_and_what_guests_had_is_known() {
         if copied {
             fs::write(&audit.log, "").unwrap();
         }
-        // Nothing was recorded since.
+        // Nothing was logged since.
         let history = audit.history().unwrap();
         assert_eq!((history.lines.len(), history.faults.len()), (0, 0));
         assert!(
@@ -349,7 +349,7 @@ fn the_lines_since_an_entry_are_told_over_rotations_or_not_at_all() {
         }
     };
     told(5);
-    // Nothing was recorded since.
+    // Nothing was logged since.
     rotate(&audit, ".3");
     told(5);
     fs::remove_file(&old[0]).unwrap();
