@@ -95,7 +95,7 @@ impl Publisher {
 
     /// A request was served about a guest of this UUID, id or name: if that one waits, it is looked at now.
     pub(super) fn was_served(&mut self, store: &dyn Nodes, whom: &str) {
-        let is_meant = |(id, uuid): &Known| {
+        let is_meant = |(id, uuid): &GuestKey| {
             uuid == whom
                 || id.to_string() == whom
                 || store.domain_name(*id).as_deref() == Some(whom)
