@@ -12,7 +12,7 @@ pub(super) struct Backoff<K> {
     longest: Duration,
 }
 
-impl<K: Eq + Hash + Clone> Backoff<K> {
+impl<K: Eq + Hash + Clone + Ord> Backoff<K> {
     /// The first wait is `first`; each after it twice as long, up to `longest`.
     pub(super) fn new(first: Duration, longest: Duration) -> Backoff<K> {
         Backoff {
@@ -27,22 +27,26 @@ impl<K: Eq + Hash + Clone> Backoff<K> {
         self.due.get(key).is_some_and(|(at, _)| *at > now)
     }
 
-    /// The keys that are due.
+    /// The keys that are due, in the order in which they became due.
     pub(super) fn due(&self, now: Instant) -> Vec<K> {
         let due = self.due.iter().filter(|(_, (at, _))| *at <= now);
-        due.map(|(key, _)| key.clone()).collect()
+        let mut due: Vec<_> = due.map(|(key, (at, _))| (*at, key.clone())).collect();
+        due.sort();
+        due.into_iter().map(|(_, key)| key).collect()
     }
 
-    /// `key` failed once more: it waits from now on.
-    pub(super) fn put_off(&mut self, key: K, now: Instant) {
-        self.put_off_up_to(key, now, self.longest);
+    /// `key` failed once more: it waits from now on, until the time that is returned.
+    pub(super) fn put_off(&mut self, key: K, now: Instant) -> Instant {
+        self.put_off_up_to(key, now, self.longest)
     }
 
     /// The same, with a longest wait of its own.
-    pub(super) fn put_off_up_to(&mut self, key: K, now: Instant, longest: Duration) {
+    pub(super) fn put_off_up_to(&mut self, key: K, now: Instant, longest: Duration) -> Instant {
         let last = self.due.get(&key).map(|(_, wait)| *wait);
         let wait = last.map_or(self.first, |w| (w * 2).min(longest));
-        self.due.insert(key, (now + wait, wait));
+        let at = now + wait;
+        self.due.insert(key, (at, wait));
+        at
     }
 
     /// `key` is not tried again. Its next wait, if there is one, is the first.

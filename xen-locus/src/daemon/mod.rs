@@ -221,6 +221,7 @@ pub fn do_work(open: impl FnOnce() -> Result<Host>, settings: &Settings, work: &
             Work::Request(id) => match server.serve(id)? {
                 Served::None | Served::Answered => Ok(ExitCode::Done),
                 Served::Waits => Ok(ExitCode::TryAgain),
+                Served::WaitsForModule => Ok(work::WAITS_ALONE),
             },
         }
     });

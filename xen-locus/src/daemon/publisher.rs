@@ -155,13 +155,13 @@ impl Publisher {
                 self.waiting.forget(&guest);
                 self.published.insert(id, guest.1);
             }
-            End::Later => self.waiting.put_off(guest, now),
+            End::Later | End::Waits => drop(self.waiting.put_off(guest, now)),
             End::CanNotBeRead => {
                 self.unreadable.insert(id, guest.1.clone());
                 self.waiting.put_off_up_to(guest, now, UNREADABLE_MAX);
             }
             // It may have ended before the mark was set.
-            End::Died(_) => self.waiting.put_off_up_to(guest, now, UNREADABLE_MAX),
+            End::Died(_) => drop(self.waiting.put_off_up_to(guest, now, UNREADABLE_MAX)),
         }
     }
 

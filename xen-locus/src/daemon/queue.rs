@@ -5,6 +5,8 @@
 //! others, and only some workers work for them, so that others never wait for them.
 //!
 //! What nobody asked for, publishing and applying again, is done when no request can be begun, by some of the workers.
+//!
+//! Work that is put off stays at the head of its guest's queue: what was asked for later must not be done before it.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
@@ -37,6 +39,8 @@ pub(super) struct Job {
 struct Rounds {
     turns: VecDeque<String>,
     jobs: HashMap<String, VecDeque<Job>>,
+    /// When the first job of a guest may be begun, if it was put off.
+    due: HashMap<String, Instant>,
 }
 
 impl Rounds {
@@ -48,10 +52,24 @@ impl Rounds {
         queue.push_back(job);
     }
 
-    /// The first job of the first guest that `may` have its turn. That guest goes to the end of the round.
-    fn take(&mut self, may: impl Fn(&str) -> bool) -> Option<Job> {
-        let at = self.turns.iter().position(|guest| may(guest))?;
+    /// `job`, which was taken, is the first one of its guest again, from `due` on.
+    fn put_off(&mut self, job: Job, due: Instant) {
+        self.due.insert(job.guest.clone(), due);
+        let queue = self.jobs.entry(job.guest.clone()).or_default();
+        if queue.is_empty() {
+            self.turns.push_back(job.guest.clone());
+        }
+        queue.push_front(job);
+    }
+
+    /// The first job of the first guest that `may` have its turn, and whose first job is due. That guest goes to the end of the
+    /// round.
+    fn take(&mut self, now: Instant, may: impl Fn(&str) -> bool) -> Option<Job> {
+        let is_due = |guest: &String| self.due.get(guest).is_none_or(|due| *due <= now);
+        let has_turn = |guest: &String| may(guest) && is_due(guest);
+        let at = self.turns.iter().position(has_turn)?;
         let guest = self.turns.remove(at)?;
+        self.due.remove(&guest);
         let queue = self.jobs.get_mut(&guest)?;
         let job = queue.pop_front();
         match queue.is_empty() {
@@ -80,7 +98,20 @@ impl Queue {
         }
     }
 
-    /// The job that is to be begun now, if there is one. It counts as running until [`Queue::ended`].
+    /// A job that has ended, or was not begun, is to be done at `due`, before all others of its guest.
+    pub(super) fn put_off(&mut self, job: Job, due: Instant) {
+        match job.is_background {
+            true => self.background.put_off(job, due),
+            false => self.asked.put_off(job, due),
+        }
+    }
+
+    /// What was put off for `guest` is due now.
+    pub(super) fn hasten(&mut self, guest: &str) {
+        self.asked.due.remove(guest);
+    }
+
+    /// The job that is to be begun now, if there is one. It counts as running until [`Queue::ended`] or [`Queue::not_begun`].
     pub(super) fn next(&mut self, now: Instant) -> Option<Job> {
         let job = self.take(now, false).or_else(|| self.take(now, true))?;
         self.running.push((job.clone(), now));
@@ -106,15 +137,22 @@ impl Queue {
             true => &mut self.background,
             false => &mut self.asked,
         };
-        let first = from.take(|guest| may_begin && is_free(guest) && !known.contains(guest));
-        first.or_else(|| from.take(|g| slow_may_begin && is_free(g) && known.contains(g)))
+        let first = from.take(now, |guest| {
+            may_begin && is_free(guest) && !known.contains(guest)
+        });
+        first.or_else(|| from.take(now, |g| slow_may_begin && is_free(g) && known.contains(g)))
+    }
+
+    /// A job that was to be begun was not.
+    pub(super) fn not_begun(&mut self, job: &Job) {
+        self.running.retain(|(running, _)| running != job);
     }
 
     /// A job has ended.
     pub(super) fn ended(&mut self, job: &Job, end: &End, now: Instant) {
         let began = self.running.iter().find(|(running, _)| running == job);
         let took = began.map_or(Duration::ZERO, |(_, began)| now.duration_since(*began));
-        self.running.retain(|(running, _)| running != job);
+        self.not_begun(job);
         match took > LONG || matches!(end, End::Died(_)) {
             true => drop(self.slow.insert(job.guest.clone())),
             false => drop(self.slow.remove(&job.guest)),
@@ -168,6 +206,28 @@ mod tests {
         assert_eq!(queue.next(now), Some(request("a", "1")));
         assert_eq!(queue.next(now), Some(request("c", "c")));
         assert_eq!(queue.next(now), None);
+    }
+
+    #[test]
+    fn what_is_put_off_holds_up_its_own_guest_alone() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        let later = now + LONG;
+        for job in [request("a", "0"), request("a", "1"), request("b", "b")] {
+            queue.push(job);
+        }
+        assert_eq!(queue.next(now), Some(request("a", "0")));
+        queue.ended(&request("a", "0"), &End::Later, now);
+        queue.put_off(request("a", "0"), later);
+        assert_eq!(begin(&mut queue, now), ["b"]);
+        assert_eq!(queue.next(later), Some(request("a", "0")));
+        queue.not_begun(&request("a", "0"));
+        assert_eq!(queue.next(later), Some(request("a", "1")));
+        // Alone in its queue too.
+        queue.ended(&request("a", "1"), &End::Later, later);
+        queue.put_off(request("a", "1"), later + LONG);
+        assert_eq!(queue.next(later), None);
+        queue.hasten("a");
+        assert_eq!(queue.next(later), Some(request("a", "1")));
     }
 
     #[test]

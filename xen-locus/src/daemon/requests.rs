@@ -1,4 +1,8 @@
 //! The requests that the daemon knows: those that are queued, those that wait, and those that are answered.
+//!
+//! Requests for one guest are carried out in their order. So one that failed for a reason that may pass stays at the head of its
+//! guest's queue until it is answered. Two kinds wait elsewhere: those that wait for a module, with a deadline, and those that
+//! could not be read, because nobody knows whose they are.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
@@ -11,7 +15,7 @@ use super::TICK;
 use crate::error::{ExitCode, Result};
 use crate::storage::xenstore::Nodes;
 
-/// Longest wait between two tries of a request, whose module is not loaded yet or that could not be read.
+/// Longest wait between two tries of a request.
 const WAIT_MAX: Duration = Duration::from_secs(8);
 /// Most answered requests that stay until the requester removes them.
 const ANSWERED_MAX: usize = 1024;
@@ -59,7 +63,9 @@ impl Trouble {
 pub(super) struct Requests {
     /// In the queue, or a worker has them.
     queued: HashSet<String>,
-    /// To be looked at again.
+    /// Those at the head of their guest's queue that were put off.
+    held: Backoff<String>,
+    /// Not in the queue, and to be looked at again.
     waiting: Backoff<String>,
     /// The last answered requests, the oldest first.
     answered: VecDeque<String>,
@@ -71,6 +77,7 @@ impl Requests {
     pub(super) fn new() -> Requests {
         Requests {
             queued: HashSet::new(),
+            held: Backoff::new(TICK, WAIT_MAX),
             waiting: Backoff::new(TICK, WAIT_MAX),
             answered: VecDeque::new(),
             troubles: HashMap::new(),
@@ -110,7 +117,7 @@ impl Requests {
             Err(error) => {
                 say(format!("request {}: {error}", shown(id)));
                 match is_name(id) {
-                    true => self.waiting.put_off(id.to_owned(), now),
+                    true => drop(self.waiting.put_off(id.to_owned(), now)),
                     // It can't be answered, and will not be a better one.
                     false => self.forget(id),
                 }
@@ -118,9 +125,60 @@ impl Requests {
         }
     }
 
-    /// Whether it came into the queue.
-    fn try_look(&mut self, store: &dyn Nodes, queue: &mut Queue, id: &str) -> Result<bool> {
+    /// Requests in the order in which a daemon that starts is to look at them: first those that a worker began, in the order in
+    /// which they were begun, and then the others as xenstored lists them.
+    pub(super) fn in_order(store: &dyn Nodes, mut ids: Vec<String>) -> Vec<String> {
+        ids.sort_by_cached_key(|id| {
+            let nodes = RequestNodes { store, id };
+            // What can't be read is looked at again in any case.
+            let begun = nodes.read("entry").ok().flatten();
+            begun.map_or(u64::MAX, |entry| entry.trim().parse().unwrap_or(0))
+        });
+        ids
+    }
+
+    /// Whether a worker is to be started for a request that has its turn. If not, it does not count as running any more.
+    pub(super) fn has_turn(
+        &mut self,
+        store: &dyn Nodes,
+        queue: &mut Queue,
+        job: &Job,
+        now: Instant,
+        say: &dyn Fn(String),
+    ) -> bool {
+        let Work::Request(id) = &job.work else {
+            return true;
+        };
         let nodes = RequestNodes { store, id };
+        let is_new = |state: Option<String>| state.is_none();
+        let found = match self.is_to_be_served(&nodes) {
+            Ok(true) => nodes.read("state").map(is_new).map(Some),
+            Ok(false) => Ok(None),
+            Err(error) => Err(error),
+        };
+        match found {
+            Ok(Some(false)) => return true,
+            Ok(is_new) => {
+                queue.not_begun(job);
+                self.queued.remove(id);
+                self.forget(id);
+                // Its requester removed it, and made another one with its ID: that comes after those that were made before.
+                if is_new.is_some() {
+                    self.look(store, queue, id, now, say);
+                }
+            }
+            Err(error) => {
+                say(format!("request {id}: {error}"));
+                queue.not_begun(job);
+                self.hold(queue, job, id, now);
+            }
+        }
+        false
+    }
+
+    /// Whether it waits for an answer, and not for one that the daemon gives now.
+    fn is_to_be_served(&mut self, nodes: &RequestNodes<'_>) -> Result<bool> {
+        let (store, id) = (nodes.store, nodes.id);
         match nodes.is_submitted()? {
             IsSubmitted::No => return Ok(false),
             IsSubmitted::Answered => {
@@ -132,6 +190,24 @@ impl Requests {
             }
             IsSubmitted::Yes => {}
         }
+        let Some(trouble) = self.troubles.get(id) else {
+            return Ok(true);
+        };
+        let said = || Ok(nodes.read("message")?.unwrap_or_default());
+        let Some(why) = trouble.is_hopeless(said)? else {
+            return Ok(true);
+        };
+        nodes.answer(ExitCode::Uncertain as u8, &why)?;
+        self.remember(store, id);
+        Ok(false)
+    }
+
+    /// Whether it came into the queue.
+    fn try_look(&mut self, store: &dyn Nodes, queue: &mut Queue, id: &str) -> Result<bool> {
+        let nodes = RequestNodes { store, id };
+        if !self.is_to_be_served(&nodes)? {
+            return Ok(false);
+        }
         if !is_name(id) {
             let why = format!(
                 "malformed request: its ID is {}; expected at most {NAME_MAX} letters, digits, _ and -",
@@ -140,14 +216,6 @@ impl Requests {
             nodes.answer(ExitCode::Usage as u8, &why)?;
             self.remember(store, id);
             return Ok(false);
-        }
-        if let Some(trouble) = self.troubles.get(id) {
-            let said = || Ok(nodes.read("message")?.unwrap_or_default());
-            if let Some(why) = trouble.is_hopeless(said)? {
-                nodes.answer(ExitCode::Uncertain as u8, &why)?;
-                self.remember(store, id);
-                return Ok(false);
-            }
         }
         let guest = nodes.guest()?;
         // Otherwise a worker has begun it, and the next one must know. That one may still be at work, and write its state now.
@@ -163,22 +231,41 @@ impl Requests {
         Ok(true)
     }
 
-    /// The worker that had request `id` has ended.
+    /// The worker that had a request has ended.
     pub(super) fn ended(
         &mut self,
         store: &dyn Nodes,
-        id: &str,
+        queue: &mut Queue,
+        job: &Job,
         end: &End,
         now: Instant,
         say: &dyn Fn(String),
     ) {
-        self.queued.remove(id);
+        let Work::Request(id) = &job.work else {
+            return;
+        };
+        if let End::Died(how) = end {
+            say(format!("request {id}: its worker ended: {how}"));
+        }
         let nodes = RequestNodes { store, id };
         match (end, nodes.is_submitted()) {
-            (End::Done, Ok(IsSubmitted::Answered)) => return self.remember(store, id),
-            (End::Done, Ok(IsSubmitted::No)) => return self.forget(id),
+            (_, Ok(IsSubmitted::Answered)) => {
+                self.queued.remove(id);
+                return self.remember(store, id);
+            }
+            (_, Ok(IsSubmitted::No)) => {
+                self.queued.remove(id);
+                return self.forget(id);
+            }
             // Its requester made a new one with this ID, before it was known that the old one is answered.
-            (End::Done, _) => self.forget(id),
+            (End::Done, _) => {
+                self.forget(id);
+                return self.wait(id, now);
+            }
+            (End::Waits, _) => {
+                self.troubles.remove(id);
+                return self.wait(id, now);
+            }
             (End::Later | End::CanNotBeRead, _) => {
                 match nodes.read("state").as_ref().map(Option::as_deref) {
                     Ok(Some("running")) => self.trouble(id).left_running += 1,
@@ -187,13 +274,25 @@ impl Requests {
                 }
             }
             (End::Died(how), _) => {
-                say(format!("request {id}: its worker ended: {how}"));
                 let trouble = self.trouble(id);
                 trouble.deaths += 1;
                 trouble.how.clone_from(how);
             }
         }
+        self.hold(queue, job, id, now);
+    }
+
+    /// It leaves the queue, and is looked at again.
+    fn wait(&mut self, id: &str, now: Instant) {
+        self.queued.remove(id);
+        self.held.forget(&id.to_owned());
         self.waiting.put_off(id.to_owned(), now);
+    }
+
+    /// It is tried again, before the other requests for its guest.
+    fn hold(&mut self, queue: &mut Queue, job: &Job, id: &str, now: Instant) {
+        let due = self.held.put_off(id.to_owned(), now);
+        queue.put_off(job.clone(), due);
     }
 
     fn trouble(&mut self, id: &str) -> &mut Trouble {
@@ -202,12 +301,14 @@ impl Requests {
 
     /// There is no request `id`, or another one.
     fn forget(&mut self, id: &str) {
+        self.held.forget(&id.to_owned());
         self.waiting.forget(&id.to_owned());
         self.troubles.remove(id);
     }
 
     /// All requests are to be looked at anew: xenstored was started again.
     pub(super) fn forget_waiting(&mut self) {
+        self.held.retain(|_| false);
         self.waiting.retain(|_| false);
         self.troubles.clear();
         self.answered.clear();

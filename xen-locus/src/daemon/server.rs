@@ -36,9 +36,12 @@ pub(super) enum Served {
     None,
     /// It is answered.
     Answered,
-    /// It is to be tried again: a module that it changes is not loaded, and its deadline is not reached; this worker is asked
-    /// to stop; or an earlier worker has not ended yet, or left what can't be recovered yet.
+    /// It is to be tried again: this worker is asked to stop; or an earlier worker has not ended yet, or left what can't be
+    /// recovered yet.
     Waits,
+    /// It is to be tried again: a module that it changes is not loaded, and its deadline is not reached. What was asked for later
+    /// does not wait for it.
+    WaitsForModule,
 }
 
 /// What serving a request needs of the host.
@@ -183,7 +186,14 @@ impl<H: Hands> Serving<'_, H> {
         match self.hands.carry_out(&guest, &request) {
             Ok(report) => self.answer(ExitCode::Done as u8, &format!("{}: {report}", report.patch)),
             // This ends, because the deadline is checked before each try.
-            Err(error) if request.waits_after(&error) => self.waits(&error, Some("queued")),
+            Err(error) if request.waits_after(&error) => {
+                let (served, said) = self.waits(&error, Some("queued"))?;
+                let served = match served {
+                    Served::Waits => Served::WaitsForModule,
+                    ended => ended,
+                };
+                Ok((served, said))
+            }
             // What is not as it was before is an answer.
             Err(error)
                 if self.hands.is_stopping()

@@ -155,6 +155,7 @@ impl<'h, H: Hands> Daemon<'h, H> {
             Ok(ids) => {
                 self.watched = Some(connections);
                 self.next_list = now + LIST;
+                let ids = Requests::in_order(store, ids);
                 ids.iter().for_each(|id| self.is_submitted(id, now));
                 true
             }
@@ -273,9 +274,10 @@ impl<'h, H: Hands> Daemon<'h, H> {
                 }
                 self.publisher.ended(*id, uuid, end, now);
             }
-            Work::Request(id) => {
+            Work::Request(_) => {
                 let say = |what| hands.say(0, what);
-                self.requests.ended(hands.store(), id, end, now, &say);
+                let (store, queue) = (hands.store(), &mut self.queue);
+                self.requests.ended(store, queue, job, end, now, &say);
                 if *end == End::Done {
                     self.publisher.was_served(hands.store(), &job.guest);
                 }
@@ -284,7 +286,13 @@ impl<'h, H: Hands> Daemon<'h, H> {
     }
 
     fn start(&mut self, now: Instant) {
+        let hands = self.hands;
+        let say = |what| hands.say(0, what);
         while let Some(job) = self.queue.next(now) {
+            let (store, queue) = (hands.store(), &mut self.queue);
+            if !self.requests.has_turn(store, queue, &job, now, &say) {
+                continue;
+            }
             self.is_recover_queued &= job.work != Work::Recover;
             match self.hands.start(&job.work) {
                 Ok(worker) => self.workers.push((job, worker)),

@@ -69,6 +69,9 @@ impl Work {
     }
 }
 
+/// How a worker ends whose request waits for a module.
+pub(super) const WAITS_ALONE: ExitCode = ExitCode::Refused;
+
 /// How a worker ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum End {
@@ -76,6 +79,8 @@ pub(super) enum End {
     Done,
     /// It is to be done again later. The worker has said why.
     Later,
+    /// The same, and nothing that was asked for later is to wait for it.
+    Waits,
     /// The guest can't be read as it is. The worker has said why.
     CanNotBeRead,
     /// The worker ended in the middle of it.
@@ -111,10 +116,12 @@ impl Worker {
         };
         const LATER: i32 = ExitCode::TryAgain as i32;
         const CAN_NOT_BE_READ: i32 = ExitCode::NotApplicable as i32;
+        const WAITS: i32 = WAITS_ALONE as i32;
         Some(match (status.code(), status.signal()) {
             (Some(0), _) => End::Done,
             (Some(LATER), _) => End::Later,
             (Some(CAN_NOT_BE_READ), _) => End::CanNotBeRead,
+            (Some(WAITS), _) => End::Waits,
             (Some(code), _) => End::Died(format!("exit code {code}")),
             (None, signal) => End::Died(format!("signal {}", signal.unwrap_or(0))),
         })
@@ -171,6 +178,7 @@ mod tests {
         assert_eq!(end(worker("exit 0")), End::Done);
         assert_eq!(end(worker("exit 2")), End::Later);
         assert_eq!(end(worker("exit 3")), End::CanNotBeRead);
+        assert_eq!(end(worker("exit 4")), End::Waits);
         assert_eq!(end(worker("exit 1")), End::Died("exit code 1".into()));
         assert_eq!(end(worker("kill -9 $$")), End::Died("signal 9".into()));
         let long = worker("exec sleep 60");

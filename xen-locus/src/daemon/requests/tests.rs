@@ -38,10 +38,16 @@ impl Host {
         self.now += wait;
         self.requests
             .look_due(&self.store, &mut self.queue, self.now, &|_| {});
-        let job = self.queue.next(self.now)?;
-        match &job.work {
-            Work::Request(id) => Some(id.clone()),
-            other => panic!("{other:?}"),
+        let say = |_| {};
+        loop {
+            let job = self.queue.next(self.now)?;
+            let (store, queue) = (&self.store, &mut self.queue);
+            if self.requests.has_turn(store, queue, &job, self.now, &say) {
+                match job.work {
+                    Work::Request(id) => return Some(id),
+                    other => panic!("{other:?}"),
+                }
+            }
         }
     }
 
@@ -56,7 +62,9 @@ impl Host {
                 .put(&format!("{ROOT}/request/{id}/state"), "done");
         }
         self.queue.ended(&job, end, self.now);
-        self.requests.ended(&self.store, id, end, self.now, &|_| {});
+        let (store, queue) = (&self.store, &mut self.queue);
+        self.requests
+            .ended(store, queue, &job, end, self.now, &|_| {});
     }
 
     fn node(&self, id: &str, name: &str) -> String {
@@ -109,9 +117,9 @@ fn a_new_request_with_the_id_of_one_that_is_just_answered_is_served() {
         is_background: false,
     };
     host.queue.ended(&job, &End::Done, host.now);
-    let say = |_| {};
+    let (store, queue, now) = (&host.store, &mut host.queue, host.now);
     host.requests
-        .ended(&host.store, "a", &End::Done, host.now, &say);
+        .ended(store, queue, &job, &End::Done, now, &|_| {});
     assert_eq!(host.next(WAIT_MAX).as_deref(), Some("a"));
 }
 

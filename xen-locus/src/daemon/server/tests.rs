@@ -178,7 +178,7 @@ fn a_request_with_a_deadline_waits_for_a_module_and_for_nothing_else() {
     for (more, waits) in [(&deadline[..], true), (&[], false)] {
         let mock = Mock::new(more);
         *mock.gives.borrow_mut() = Some(Error::not_loaded("ext4 is not loaded"));
-        assert_eq!(mock.serve() == Served::Waits, waits);
+        assert_eq!(mock.serve() == Served::WaitsForModule, waits);
         assert_eq!(mock.node("message"), "ext4 is not loaded");
         assert_eq!(mock.node("state"), if waits { "queued" } else { "done" });
     }
