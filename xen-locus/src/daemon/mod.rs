@@ -28,7 +28,7 @@ use xenstore_rs::tokio::XsTokio;
 use xenstore_rs::AsyncWatch as _;
 
 use crate::apply::Options;
-use crate::error::{Error, ExitCode, Result};
+use crate::error::{Class, Error, ExitCode, Result};
 use crate::ops::host::Host;
 use crate::ops::{self, operator, recover_all};
 use crate::paths::{self, DAEMON_LOCK};
@@ -235,15 +235,28 @@ pub fn do_work(open: impl FnOnce() -> Result<Host>, settings: &Settings, work: &
     })
 }
 
-/// Recovers guests from runs that died while no daemon ran, or with the daemon before this one.
+/// Recovers guests from runs that died while no daemon ran, or with the daemon before this one, or beside it.
+///
+/// # Errors
+/// Guests can't be listed; or one of them is to be tried again.
 fn recover(server: &Server<'_>) -> Result<()> {
     let options = &server.settings.options;
-    for found in recover_all::all(server.host, &operator::user(), options, true)? {
+    let all = recover_all::all(server.host, &operator::user(), options, true)?;
+    for found in &all {
         if !found.result.as_ref().is_ok_and(Report::is_nothing) {
             server.settings.say(0, format!("recover: {}", found.line()));
         }
     }
-    Ok(())
+    let left = all.iter().find(|found| {
+        let error = found.result.as_ref().err();
+        error.is_some_and(|e| may_pass(e.class()))
+    });
+    left.map_or(Ok(()), |found| Err(Error::try_again(found.line())))
+}
+
+/// Whether what a run left may be settled later by the same means: not if it was found out that it can't be.
+fn may_pass(class: Class) -> bool {
+    matches!(class, Class::TryAgain | Class::Failed)
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use locus_xen::DomainInfo;
 
+use super::backoff::Backoff;
 use super::publisher::Publisher;
 use super::queue::{Job, Queue};
 use super::requests::Requests;
@@ -14,6 +15,10 @@ use crate::storage::xenstore::{Nodes, ROOT};
 
 /// Time between two looks at all requests, for those of which xenstored did not tell.
 const LIST: Duration = Duration::from_secs(60);
+/// Longest wait between two tries to settle what was interrupted. Each may add a line to the audit log for each guest.
+const RECOVER_MAX: Duration = Duration::from_secs(600);
+/// The queue of what is done for all guests. No request gives this text for its guest, because texts of requests are trimmed.
+const ALL_GUESTS: &str = "\n";
 
 /// What the daemon needs of its host.
 pub(super) trait Hands {
@@ -61,6 +66,8 @@ pub(super) struct Daemon<'h, H: Hands> {
     is_ending: bool,
     /// No worker was begun yet for what is interrupted.
     is_recover_queued: bool,
+    /// Something that was interrupted could not be settled.
+    recovery: Backoff<()>,
 }
 
 impl<'h, H: Hands> Daemon<'h, H> {
@@ -78,19 +85,39 @@ impl<'h, H: Hands> Daemon<'h, H> {
             is_blind: false,
             is_ending: false,
             is_recover_queued: false,
+            recovery: Backoff::new(TICK * 2, RECOVER_MAX),
         };
         daemon.recover();
         daemon
     }
 
-    /// All guests are to be recovered from interrupted runs.
+    /// All guests are to be recovered from interrupted runs, now: a worker ended in the middle of something.
     fn recover(&mut self) {
+        self.recovery.forget(&());
+        self.queue.hasten(ALL_GUESTS);
         if !std::mem::replace(&mut self.is_recover_queued, true) {
             self.queue.push(Job {
                 work: Work::Recover,
-                guest: String::new(),
+                guest: ALL_GUESTS.into(),
                 is_background: false,
             });
+        }
+    }
+
+    /// A worker that was to settle it has ended.
+    fn has_recovered(&mut self, job: &Job, end: &End, now: Instant) {
+        if *end == End::Done {
+            return self.recovery.forget(&());
+        }
+        if let End::Died(how) = end {
+            let said =
+                format!("recovering all guests is to be done again later: its worker ended: {how}");
+            self.hands.say(0, said);
+        }
+        // Otherwise another one comes next.
+        if !std::mem::replace(&mut self.is_recover_queued, true) {
+            let due = self.recovery.put_off((), now);
+            self.queue.put_off(job.clone(), due);
         }
     }
 
@@ -258,19 +285,13 @@ impl<'h, H: Hands> Daemon<'h, H> {
         let hands = self.hands;
         self.queue.ended(job, end, now);
         match &job.work {
-            Work::Recover => {
-                if *end != End::Done {
-                    hands.say(0, format!("recover: the worker did not end as it should ({end:?}); each change of a guest recovers first"));
-                }
-            }
+            Work::Recover => self.has_recovered(job, end, now),
             Work::Publish(id, uuid) => {
                 if let End::Died(how) = end {
                     hands.say(
                         0,
                         format!("domain {id} is looked at again later: its worker ended: {how}"),
                     );
-                    // It may have ended while it applied a patch again.
-                    self.recover();
                 }
                 self.publisher.ended(*id, uuid, end, now);
             }
@@ -282,6 +303,10 @@ impl<'h, H: Hands> Daemon<'h, H> {
                     self.publisher.was_served(hands.store(), &job.guest);
                 }
             }
+        }
+        // Whatever it did may be there in part: its guest may be paused, and nobody may come back to it.
+        if matches!(end, End::Died(_)) && job.work != Work::Recover {
+            self.recover();
         }
     }
 

@@ -384,3 +384,44 @@ fn a_request_that_is_put_off_and_removed_holds_up_no_other_and_a_new_one_comes_l
         assert_eq!(*host.order.borrow(), order);
     }
 }
+
+#[test]
+fn what_a_worker_left_is_settled_although_its_request_was_removed() {
+    let _xenstored = Xenstored::start();
+    let host = Host::with(0);
+    host.submit("a", "web");
+    *host.ends.borrow_mut() = vec![(request("a"), died())];
+    let now = Instant::now();
+    let mut daemon = Daemon::new(&host, now);
+    host.stays.set(true);
+    let now = turn(&mut daemon, now, 6);
+    assert!(daemon.has_workers());
+    host.store.remove(&format!("{ROOT}/request/a")).unwrap();
+    host.stays.set(false);
+    turn(&mut daemon, now, 20);
+    assert!(host.ends.borrow().is_empty() && host.order.borrow().is_empty());
+    assert_eq!(host.done.borrow()[&Work::Recover], 2);
+}
+
+#[test]
+fn what_could_not_be_settled_is_tried_again_with_longer_and_longer_waits() {
+    let _xenstored = Xenstored::start();
+    let host = Host::with(0);
+    let many = std::iter::repeat_n((Work::Recover, End::Later), 30);
+    *host.ends.borrow_mut() = many.collect();
+    let now = Instant::now();
+    let mut daemon = Daemon::new(&host, now);
+    // An hour.
+    let mut now = turn(&mut daemon, now, 3);
+    for _ in 0..3600 {
+        now = turn(&mut daemon, now, 1) + Duration::from_millis(900);
+    }
+    let tries = 30 - host.ends.borrow().len();
+    assert!((12..20).contains(&tries), "{tries}");
+    // A new death is a new reason.
+    *host.ends.borrow_mut() = vec![(request("a"), died())];
+    host.submit("a", "web");
+    daemon.is_submitted("a", now);
+    turn(&mut daemon, now, 8);
+    assert_eq!(host.done.borrow()[&Work::Recover], 1);
+}
