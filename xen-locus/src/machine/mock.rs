@@ -70,6 +70,8 @@ pub(crate) struct Guest {
     pub(crate) shares_uuid: Cell<bool>,
     /// What an interrupted run left can't be recovered yet.
     pub(crate) is_busy: Cell<bool>,
+    /// Its status may not be true.
+    pub(crate) is_unpublished: Cell<bool>,
     /// Some of its memory is populated on demand.
     pub(crate) on_demand: Cell<bool>,
     /// Pages of memory that it may be given yet.
@@ -137,6 +139,7 @@ impl Guest {
             ended: Cell::new(false),
             shares_uuid: Cell::new(false),
             is_busy: Cell::new(false),
+            is_unpublished: Cell::new(false),
             on_demand: Cell::new(false),
             spare: Cell::new(240),
             writing: Cell::new(Writing::Begins),

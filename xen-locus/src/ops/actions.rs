@@ -118,7 +118,8 @@ pub fn reclaim<G: Guest>(
 /// What became of one of several payloads. Returns whether it is logged: if not, nothing else may begin.
 type Tell<'a> = dyn FnMut(&str, Result<Report>) -> bool + 'a;
 
-/// Carries out an operation on several payloads of a guest. The result of each is logged when `act` tells it.
+/// Carries out an operation on several payloads of a guest. The result of each is logged when `act` tells it, and what went
+/// wrong with all of them in a line without a patch.
 fn several<G: Guest>(
     operator: &Operator<'_>,
     guest: &G,
@@ -128,8 +129,11 @@ fn several<G: Guest>(
 ) -> Result<Vec<(String, Result<Report>)>> {
     let began = Instant::now();
     let mut log = operator.audit.open(guest.uuid())?;
-    let _lock = guest.lock(options)?;
-    operator.change(guest, options, |kernel, options| {
+    let work = |kernel: &Kernel<'_>, options: &Options| {
+        // Each line is appended before all is published.
+        if !options.dry_run {
+            guest.note_unpublished()?;
+        }
         let mut results = Vec::new();
         act(kernel, options, &mut |patch, result| {
             let result = result.map(|report| timed(report, began));
@@ -139,6 +143,18 @@ fn several<G: Guest>(
             goes_on
         })?;
         Ok(results)
+    };
+    // Held until this function returns.
+    let (_lock, done) = match guest.lock(options) {
+        Ok(lock) => (Some(lock), operator.change(guest, options, work)),
+        Err(error) => (None, Err(error)),
+    };
+    done.or_else(|error| {
+        let refused = Err(error);
+        if !options.dry_run {
+            operator.record(&mut *log, guest, &of_guests(operation, ""), &refused);
+        }
+        refused.map(|_| Vec::new())
     })
 }
 
@@ -197,7 +213,7 @@ pub fn recover<G: Guest>(
 ) -> Result<recover::Report> {
     let _lock = guest.lock(options)?;
     let report = operator.recover(guest, options)?;
-    if report.result != Finding::NothingToDo {
+    if report.result != Finding::NothingToDo || guest.is_unpublished() {
         let kernel = machine::kernel_of(guest)?;
         operator.publish(guest, &kernel, "not published");
     }

@@ -5,7 +5,7 @@ use std::fs::File;
 use locus_guest::addr::DomId;
 use locus_xen::DomainInfo;
 
-use super::lock;
+use super::{lock, unpublished};
 use crate::apply::Options;
 use crate::domain::Domain;
 use crate::error::Result;
@@ -55,6 +55,16 @@ pub trait Guest: Machine {
     /// What this run did could not be logged: its journal stays for the next run, and [`Guest::close_journal`] leaves it
     /// alone until another change is begun. `took_place`: the change is in force as a whole.
     fn keep_journal(&self, took_place: bool);
+    /// Notes that its status in XenStore may not be true, until [`Guest::was_published`]. The daemon then publishes it. The
+    /// caller has the lock.
+    ///
+    /// # Errors
+    /// It can't be noted.
+    fn note_unpublished(&self) -> Result<()>;
+    /// Whether that is noted, by this run or an earlier one.
+    fn is_unpublished(&self) -> bool;
+    /// Its status is published. The caller has the lock.
+    fn was_published(&self);
     /// Whether it was destroyed, or is being destroyed.
     fn is_gone(&self) -> bool;
 }
@@ -100,6 +110,18 @@ impl Guest for Domain<'_> {
 
     fn keep_journal(&self, took_place: bool) {
         Domain::keep_journal(self, took_place);
+    }
+
+    fn note_unpublished(&self) -> Result<()> {
+        unpublished::note(&self.info.uuid)
+    }
+
+    fn is_unpublished(&self) -> bool {
+        unpublished::is_noted(&self.info.uuid)
+    }
+
+    fn was_published(&self) {
+        unpublished::clear(&self.info.uuid);
     }
 
     fn is_gone(&self) -> bool {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use locus_xen::{fault, uuid, DomainInfo};
 
+use super::unpublished;
 use crate::apply::Options;
 use crate::error::{Error, Result};
 use crate::paths;
@@ -68,8 +69,9 @@ fn is_at(file: &File, path: &Path) -> bool {
     matches!((file.metadata(), fs::metadata(path)), (Ok(a), Ok(b)) if id(&a) == id(&b))
 }
 
-/// Removes the locks of guests that are not among `domains`, unless a run holds them.
+/// Removes the locks of guests that are not among `domains`, unless a run holds them, and what is noted of their status.
 pub fn sweep(domains: &[DomainInfo]) {
+    unpublished::sweep(domains);
     for entry in fs::read_dir(paths::RUN).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let uuid = name.to_str().and_then(|n| n.strip_suffix(".lock"));

@@ -2,7 +2,7 @@
 //!
 //! - `run`: the order of every operation (log, lock, recover, act, publish, line, journal);
 //! - `actions`: apply, revert, nudge, reclaim, recover, each by that order;
-//! - `lock`, `publish`, `status`: the steps that have a subject of their own;
+//! - `lock`, `publish`, `unpublished`, `status`: the steps that have a subject of their own;
 //! - [`recover_all`]: interrupted runs of all guests;
 //! - [`host`], [`operator`]: the host that they work on, and the person behind a command.
 
@@ -17,6 +17,7 @@ mod run;
 mod status;
 #[cfg(test)]
 mod tests;
+mod unpublished;
 
 pub use actions::{apply, nudge, reclaim, recover, recover_absent, revert, revert_all};
 pub use lock::{sweep, take_for_requests};
@@ -25,3 +26,4 @@ pub use run::Operator;
 pub use status::{
     is_known_to_log, patches, warn_of_nudge, GoneReason, Patch, PatchState, Replaced, Status,
 };
+pub use unpublished::unpublished;

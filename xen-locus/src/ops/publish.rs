@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::guest::Guest;
 use super::status::{self, Patch, PatchState, Status};
 use crate::apply::Options;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::machine;
 use crate::storage::audit::Log;
 use crate::storage::xenstore::{Nodes, ROOT};
@@ -22,9 +22,15 @@ pub fn look<G: Guest>(store: &dyn Nodes, log: &dyn Log, guest: &G) -> Result<Sta
         ..Options::default()
     };
     let _lock = guest.lock(&at_once)?;
-    let status = status::read(guest, &machine::kernel_of(guest)?, log)?;
+    let status = status::read(guest, &machine::kernel_of(guest)?, log);
+    if status.as_ref().is_err_and(Error::is_arena_lost) {
+        // Nothing will be known of it until it reboots, and then it is another domain.
+        guest.was_published();
+    }
+    let status = status?;
     publish(store, &status)?;
     guest.check_uuid()?;
+    guest.was_published();
     Ok(status)
 }
 

@@ -5,7 +5,8 @@
 //! 3. What an interrupted run left is recovered and logged, and its journal is removed. (A journal that can't be believed is
 //!    kept under another name, once the guest's own memory accounts for all.)
 //! 4. The operation is carried out; it writes its journal before it changes the guest.
-//! 5. The guest's status is published. The guest is changed by then, so an error here is only said.
+//! 5. The guest's status is published, also if the operation was refused and step 3 found something. The guest is changed by
+//!    then, so an error here is only said, and noted: the daemon or the next run publishes it.
 //! 6. A line is appended to the audit log.
 //! 7. The journal is removed. It stays if the line could not be appended: the next run then finds the change in the
 //!    guest and logs it.
@@ -91,11 +92,11 @@ impl Operator<'_> {
             guest.check_uuid()?;
             self.recover_interrupted(guest, options)?;
             let kernel = machine::kernel_of(guest)?;
-            let done = act(&kernel, options)?;
-            if !options.dry_run {
+            let done = act(&kernel, options);
+            if !options.dry_run && (done.is_ok() || guest.is_unpublished()) {
                 self.publish(guest, &kernel, "done, but not published");
             }
-            Ok(done)
+            done
         };
         change().map_err(|error: Error| match guest.is_gone() {
             true => Error::failed(format!(
@@ -129,12 +130,16 @@ impl Operator<'_> {
         Ok(())
     }
 
-    /// Publishes the guest's status; an error is said, after `what`.
+    /// Publishes the guest's status; an error is said, after `what`, and noted. The caller has the guest's lock.
     pub(super) fn publish<G: Guest>(&self, guest: &G, kernel: &Kernel<'_>, what: &str) {
         let published = status::read(guest, kernel, self.audit)
             .and_then(|status| publish::publish(self.store, &status));
-        if let Err(error) = published {
-            say::warn(format_args!("{}: {what}: {error}", guest.label()));
+        let Err(error) = published else {
+            return guest.was_published();
+        };
+        say::warn(format_args!("{}: {what}: {error}", guest.label()));
+        if let Err(error) = guest.note_unpublished() {
+            say::warn(format_args!("{}: {error}", guest.label()));
         }
     }
 
@@ -218,6 +223,9 @@ impl Operator<'_> {
         };
         let report = done?;
         logged?;
+        if !report.is_nothing() {
+            guest.note_unpublished()?;
+        }
         guest.remove_journal()?;
         Ok(report)
     }

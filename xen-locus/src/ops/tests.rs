@@ -22,6 +22,7 @@ use crate::storage::xenstore::ROOT;
 
 mod damaged;
 mod lost;
+mod unpublished;
 
 const UUID: &str = "a guest";
 
@@ -93,6 +94,20 @@ impl Guest for MockGuest {
 
     fn keep_journal(&self, _took_place: bool) {
         self.ended.set(false);
+    }
+
+    fn note_unpublished(&self) -> Result<()> {
+        self.trace.call("note")?;
+        self.is_unpublished.set(true);
+        Ok(())
+    }
+
+    fn is_unpublished(&self) -> bool {
+        self.is_unpublished.get()
+    }
+
+    fn was_published(&self) {
+        self.is_unpublished.set(false);
     }
 
     fn is_gone(&self) -> bool {
@@ -257,6 +272,7 @@ fn what_can_not_be_published_is_done_and_recorded_all_the_same() {
     assert_eq!(host.published(), [""; 0]);
     assert_eq!(host.log.told(), ["apply one applied"]);
     assert!(!host.has_journal());
+    assert!(host.guest.is_unpublished.get());
 }
 
 #[test]
@@ -354,6 +370,7 @@ fn recover_records_publishes_and_removes_the_journal_in_that_order() {
         "open log",
         "recover",
         "append",
+        "note",
         "remove journal",
         "remove",
         "write",
