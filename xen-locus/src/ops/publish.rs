@@ -10,6 +10,9 @@ use crate::machine;
 use crate::storage::audit::Log;
 use crate::storage::xenstore::{Nodes, ROOT};
 
+/// Most bytes of the list of CVEs that is published: with its path it must fit a message of xenstored.
+const CVES_MAX: usize = 3072;
+
 /// Reads a guest's status and publishes it, unless another run works on the guest.
 ///
 /// # Errors
@@ -57,9 +60,40 @@ pub fn publish(store: &dyn Nodes, status: &Status) -> Result<()> {
     for patch in unknown.into_iter().chain(known) {
         let node = format!("{base}/patch/{}", patch.name);
         store.write(&format!("{node}/sha256"), &patch.sha256)?;
-        store.write(&format!("{node}/cves"), &patch.cves.join(","))?;
+        store.write(&format!("{node}/cves"), &listed(&patch.cves))?;
         store.write(&format!("{node}/applied-at"), &patch.applied_at.to_string())?;
         store.write(&format!("{node}/state"), patch.state.name())?;
     }
     Ok(())
+}
+
+/// The list of CVEs, cut behind a whole name if it is too long.
+fn listed(cves: &[String]) -> String {
+    let mut list = String::new();
+    for cve in cves {
+        if list.len() + cve.len() >= CVES_MAX {
+            break;
+        }
+        if !list.is_empty() {
+            list.push(',');
+        }
+        list.push_str(cve);
+    }
+    list
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_of_many_cves_is_cut_behind_a_name() {
+        let many: Vec<String> = (10_000..11_000).map(|n| format!("CVE-2024-{n}")).collect();
+        assert_eq!(listed(&many[..2]), "CVE-2024-10000,CVE-2024-10001");
+        let cut = listed(&many);
+        assert!((CVES_MAX - 20..CVES_MAX + 1).contains(&cut.len()));
+        let names: Vec<&str> = cut.split(',').collect();
+        assert_eq!(names, many[..names.len()]);
+        assert_eq!(listed(&[]), "");
+    }
 }
