@@ -143,6 +143,10 @@ impl Hands for OfHost<'_> {
         ops::sweep(domains);
     }
 
+    fn unpublished(&self) -> Vec<String> {
+        ops::unpublished()
+    }
+
     fn protect(&self) -> Result<()> {
         self.host.store.set_private(ROOT)
     }

@@ -19,6 +19,10 @@ const WAIT_MAX: Duration = Duration::from_secs(60);
 /// The same, if it can't be read as it is: another system than Linux, or a guest that makes its memory unreadable. Each look is
 /// a process, and with many such guests nothing else would be done.
 const UNREADABLE_MAX: Duration = Duration::from_secs(3600);
+/// Time between two looks at all that is published, for what was published of a guest that had just gone.
+const LIST: Duration = Duration::from_secs(60);
+/// Name of the mark.
+const MARK: &str = "xen-locus";
 /// Most guests whose mark is read in one look.
 const MARKS: usize = 128;
 
@@ -36,7 +40,7 @@ impl<'s> Mark<'s> {
     }
 
     fn node(&self) -> String {
-        format!("{}/xen-locus", self.directory)
+        format!("{}/{MARK}", self.directory)
     }
 
     /// Whether the directory was made again since the mark was set.
@@ -50,6 +54,15 @@ impl<'s> Mark<'s> {
         match self.store.read(&self.directory)? {
             Some(_) => self.store.write(&self.node(), "published"),
             None => Ok(()),
+        }
+    }
+
+    /// Removes what was set when the toolstack had just removed the directory, of a domain that is gone. The directory itself
+    /// stays then, because the toolstack may make another domain of this id right now.
+    fn clear(&self) -> Result<()> {
+        match &self.store.children(&self.directory)?[..] {
+            [name] if name == MARK => self.store.remove(&self.node()),
+            _ => Ok(()),
         }
     }
 }
@@ -67,10 +80,14 @@ pub(super) struct Publisher {
     unreadable: BTreeMap<DomId, String>,
     /// Guests that are in the queue, or that a worker has.
     queued: HashSet<GuestKey>,
+    /// All guests of the last look.
+    seen: HashSet<GuestKey>,
+    /// Ids of guests that were gone when their worker ended.
+    left: BTreeSet<DomId>,
     /// Where the next look begins to read marks.
     next_mark: DomId,
-    /// What is in XenStore was listed once.
-    is_listed: bool,
+    /// When what is in XenStore was listed.
+    listed: Option<Instant>,
 }
 
 impl Publisher {
@@ -80,8 +97,10 @@ impl Publisher {
             published: BTreeMap::new(),
             unreadable: BTreeMap::new(),
             queued: HashSet::new(),
+            seen: HashSet::new(),
+            left: BTreeSet::new(),
             next_mark: DomId(0),
-            is_listed: false,
+            listed: None,
         }
     }
 
@@ -90,7 +109,25 @@ impl Publisher {
         self.published.clear();
         self.unreadable.clear();
         self.waiting.retain(|_| false);
-        self.is_listed = false;
+        self.listed = None;
+    }
+
+    /// The status of the guests with these UUIDs may not be true: they are published again.
+    pub(super) fn are_unpublished(&mut self, uuids: &[String], now: Instant) {
+        let is_meant = |(_, uuid): &(&DomId, &String)| uuids.contains(uuid);
+        let meant = self.published.iter().filter(is_meant);
+        let ids: Vec<DomId> = meant.map(|(id, _)| *id).collect();
+        ids.into_iter().for_each(|id| self.again(id, now));
+    }
+
+    /// A guest is to be published again: in a moment, so that no cause of it takes all the time.
+    fn again(&mut self, id: DomId, now: Instant) {
+        let published = self.published.remove(&id);
+        if let Some(uuid) = published.or_else(|| self.unreadable.remove(&id)) {
+            let guest: GuestKey = (id, uuid);
+            self.waiting.forget(&guest);
+            self.waiting.put_off(guest, now);
+        }
     }
 
     /// A request was served about a guest of this UUID, id or name: if that one waits, it is looked at now.
@@ -103,10 +140,11 @@ impl Publisher {
         self.waiting.retain(|guest| !is_meant(guest));
     }
 
-    /// Whether a guest that was published is not among `domains` any more.
+    /// Whether a guest of the last look is not among `domains` any more.
     pub(super) fn are_gone(&self, domains: &[DomainInfo]) -> bool {
-        let there: HashSet<DomId> = domains.iter().map(|d| d.id).collect();
-        self.published.keys().any(|id| !there.contains(id))
+        let there: HashSet<(DomId, &str)> = domains.iter().map(|d| (d.id, &*d.uuid)).collect();
+        let mut seen = self.seen.iter();
+        seen.any(|(id, uuid)| !there.contains(&(*id, uuid)))
     }
 
     /// Looks once at all guests: those that are to be published come into the queue. What is wrong with one guest or node keeps
@@ -119,8 +157,8 @@ impl Publisher {
         now: Instant,
         say: &dyn Fn(String),
     ) {
-        self.remove_gone(store, &domains, say);
-        self.look_at_marks(store, say);
+        self.remove_gone(store, &domains, now, say);
+        self.look_at_marks(store, now, say);
         for info in domains {
             let DomainInfo { id, uuid, .. } = info;
             let guest: GuestKey = (id, uuid);
@@ -150,6 +188,9 @@ impl Publisher {
         let guest: GuestKey = (id, uuid.to_owned());
         self.queued.remove(&guest);
         self.unreadable.remove(&id);
+        if !self.seen.contains(&guest) {
+            self.left.insert(id);
+        }
         match end {
             End::Done => {
                 self.waiting.forget(&guest);
@@ -165,45 +206,46 @@ impl Publisher {
         }
     }
 
-    /// Removes from XenStore and forgets the guests that are gone.
-    fn remove_gone(&mut self, store: &dyn Nodes, domains: &[DomainInfo], say: &dyn Fn(String)) {
+    /// Removes from XenStore and forgets the guests that are gone: those of the last look at once, and what a command published
+    /// of another one within a minute.
+    fn remove_gone(
+        &mut self,
+        store: &dyn Nodes,
+        domains: &[DomainInfo],
+        now: Instant,
+        say: &dyn Fn(String),
+    ) {
+        let all: HashSet<GuestKey> = domains.iter().map(|d| (d.id, d.uuid.clone())).collect();
         let there: HashSet<DomId> = domains.iter().map(|d| d.id).collect();
-        let is_there = |id: DomId| there.contains(&id);
-        let mut gone: Vec<String> = Vec::new();
-        self.published.retain(|id, _| {
-            let stays = is_there(*id);
-            if !stays {
-                gone.push(id.to_string());
-            }
-            stays
-        });
-        if !self.is_listed {
-            match store.children(&format!("{ROOT}/domain")) {
-                Ok(names) => {
-                    self.is_listed = true;
-                    let is_gone =
-                        |name: &String| name.parse().map_or(true, |id| !is_there(DomId(id)));
-                    gone.extend(names.into_iter().filter(is_gone));
-                }
-                Err(error) => say(format!(
-                    "guests that are gone stay published for now: {error}"
-                )),
-            }
-        }
-        for id in gone {
-            if let Err(error) = store.remove(&format!("{ROOT}/domain/{id}")) {
+        let is_gone = |id: &DomId| !there.contains(id);
+        self.left.extend(self.seen.iter().map(|(id, _)| *id));
+        let left: Vec<DomId> = std::mem::take(&mut self.left).into_iter().collect();
+        for id in left.into_iter().filter(is_gone) {
+            let removed = store.remove(&format!("{ROOT}/domain/{id}"));
+            if let Err(error) = removed.and_then(|()| Mark::of(store, id).clear()) {
                 say(format!("domain {id} is gone, and stays published: {error}"));
-                self.is_listed = false;
+                self.left.insert(id);
             }
         }
-        let all: HashSet<(DomId, &String)> = domains.iter().map(|d| (d.id, &d.uuid)).collect();
-        self.waiting.retain(|(id, uuid)| all.contains(&(*id, uuid)));
+        let is_fresh = |at: Instant| now.duration_since(at) < LIST;
+        if !self.listed.is_some_and(is_fresh) {
+            self.listed = Some(now);
+            if let Err(error) = remove_strange(store, &there) {
+                say(format!(
+                    "guests that are gone stay published for now: {error}"
+                ));
+                self.listed = None;
+            }
+        }
+        self.published.retain(|id, _| !is_gone(id));
+        self.waiting.retain(|guest| all.contains(guest));
         self.unreadable
-            .retain(|id, uuid| all.contains(&(*id, uuid)));
+            .retain(|id, uuid| all.contains(&(*id, uuid.clone())));
+        self.seen = all;
     }
 
     /// Looks whether guests were made again that have a mark: some of them in each look, because there may be many.
-    fn look_at_marks(&mut self, store: &dyn Nodes, say: &dyn Fn(String)) {
+    fn look_at_marks(&mut self, store: &dyn Nodes, now: Instant, say: &dyn Fn(String)) {
         let marked = self.published.keys().chain(self.unreadable.keys());
         let marked: BTreeSet<DomId> = marked.copied().collect();
         let rest = marked.range(self.next_mark..);
@@ -214,10 +256,7 @@ impl Publisher {
                 Ok(false) => {}
                 Ok(true) => {
                     say(format!("domain {id} was made again"));
-                    self.published.remove(id);
-                    if let Some(uuid) = self.unreadable.remove(id) {
-                        self.waiting.forget(&(*id, uuid));
-                    }
+                    self.again(*id, now);
                     if let Err(error) = store.remove(&format!("{ROOT}/domain/{id}")) {
                         say(format!("domain {id} is still published as it was: {error}"));
                     }
@@ -232,6 +271,18 @@ impl Publisher {
             .last()
             .map_or(DomId(0), |id| DomId(id.0.saturating_add(1)));
     }
+}
+
+/// Removes all that is published of guests that are not `there`.
+fn remove_strange(store: &dyn Nodes, there: &HashSet<DomId>) -> Result<()> {
+    let mut failed = Ok(());
+    for name in store.children(&format!("{ROOT}/domain"))? {
+        let is_gone = name.parse().map_or(true, |id| !there.contains(&DomId(id)));
+        if is_gone {
+            failed = store.remove(&format!("{ROOT}/domain/{name}")).and(failed);
+        }
+    }
+    failed
 }
 
 #[cfg(test)]

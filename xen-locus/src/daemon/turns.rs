@@ -42,6 +42,8 @@ pub(super) trait Hands {
     fn say(&self, level: u8, what: String);
     /// Removes what this host keeps of guests that are not among `domains`.
     fn sweep(&self, domains: &[DomainInfo]);
+    /// UUIDs of the guests whose status in XenStore may not be true.
+    fn unpublished(&self) -> Vec<String>;
     /// Lets only the control domain use the tool's nodes.
     fn protect(&self) -> Result<()>;
 }
@@ -238,6 +240,7 @@ impl<'h, H: Hands> Daemon<'h, H> {
                 if self.publisher.are_gone(&domains) {
                     hands.sweep(&domains);
                 }
+                self.publisher.are_unpublished(&hands.unpublished(), now);
                 self.publisher
                     .look(hands.store(), domains, &mut self.queue, now, &detail);
             }

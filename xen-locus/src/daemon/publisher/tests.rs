@@ -104,7 +104,7 @@ fn a_guest_that_can_not_be_read_costs_less_and_less() {
 }
 
 #[test]
-fn a_guest_that_became_another_is_looked_at_at_once() {
+fn a_guest_that_became_another_is_looked_at_in_a_moment() {
     let again = |change: &dyn Fn(&mut Host)| {
         let mut host = Host::with(&[domain(1), domain(2)]);
         host.store.put("/local/domain/1/name", "guest 1");
@@ -116,7 +116,9 @@ fn a_guest_that_became_another_is_looked_at_at_once() {
         now -= UNREADABLE_MAX / 2;
         assert_eq!(host.look(now, &End::Done), [0; 0]);
         change(&mut host);
-        host.look(now, &End::Done)
+        let mut ids = host.look(now, &End::Done);
+        ids.extend(host.look(now + TICK * 2, &End::Done));
+        ids
     };
     assert_eq!(again(&|_| ()), [0; 0]);
     let mark = "/local/domain/1/xen-locus";
@@ -165,8 +167,83 @@ fn a_guest_whose_directory_was_made_again_is_published_again() {
     host.look(now, &End::Done);
     let mark = "/local/domain/1/xen-locus";
     host.store.nodes.borrow_mut().remove(mark);
-    assert_eq!(host.look(now, &End::Done), [1]);
+    // What is true of the old kernel is removed at once.
+    assert_eq!(host.look(now, &End::Done), [0; 0]);
+    assert_eq!(host.published(), [""; 0]);
+    assert_eq!(host.look(now + TICK * 2, &End::Done), [1]);
     assert_eq!(host.published(), ["1"]);
+}
+
+#[test]
+fn no_cause_makes_a_guest_be_published_all_the_time() {
+    let mut host = Host::with(&[domain(1)]);
+    let began = Instant::now();
+    let mut times = 0;
+    for n in 0..40 {
+        let mark = "/local/domain/1/xen-locus";
+        host.store.nodes.borrow_mut().remove(mark);
+        times += host.look(began + TICK * n, &End::Done).len();
+    }
+    assert!((5..=20).contains(&times), "{times}");
+    // Where the directory itself is gone, nothing follows from that.
+    host.look(began + TICK * 50, &End::Done);
+    host.store.remove("/local/domain/1").unwrap();
+    times = (51..100)
+        .map(|n| host.look(began + TICK * n, &End::Done).len())
+        .sum();
+    assert_eq!(times, 0);
+}
+
+#[test]
+fn a_guest_that_ends_while_it_is_put_off_or_worked_on_does_not_stay_published() {
+    let mut host = Host::with(&[domain(1), domain(2)]);
+    let now = Instant::now();
+    let node = |id: u16| format!("{ROOT}/domain/{id}/uuid");
+    // Each was published before something was found that is to be done later.
+    host.look(now, &End::Later);
+    host.store.put(&node(1), "uuid 1");
+    host.store.put(&node(2), "uuid 2");
+    assert!(!host.publisher.are_gone(&host.domains));
+    host.domains.remove(0);
+    assert!(host.publisher.are_gone(&host.domains));
+    host.look(now, &End::Later);
+    assert_eq!(host.published(), ["2"]);
+    // A worker finds it there, and publishes it when the daemon knows that it is gone.
+    let mut queue = Queue::default();
+    let later = now + WAIT_MAX / 2;
+    let mut look = |host: &mut Host| {
+        let domains = host.domains.clone();
+        host.publisher
+            .look(&host.store, domains, &mut queue, later, &|_| {});
+    };
+    look(&mut host);
+    host.domains.clear();
+    look(&mut host);
+    assert_eq!(host.published(), [""; 0]);
+    host.store.remove("/local/domain/2").unwrap();
+    host.store.put("/local/domain/2/xen-locus", "published");
+    host.store.put(&node(2), "uuid 2");
+    host.publisher.ended(DomId(2), "uuid 2", &End::Later, later);
+    look(&mut host);
+    assert_eq!(host.published(), [""; 0]);
+    assert_eq!(host.store.children("/local/domain/2").unwrap(), [""; 0]);
+    // A command did.
+    host.store.put(&node(2), "uuid 2");
+    host.look(later + LIST, &End::Done);
+    assert_eq!(host.published(), [""; 0]);
+}
+
+#[test]
+fn a_guest_whose_status_may_not_be_true_is_published_again() {
+    let mut host = Host::with(&[domain(1), domain(2)]);
+    let now = Instant::now();
+    host.look(now, &End::Done);
+    let noted = ["uuid 2".to_owned(), "another".to_owned()];
+    host.publisher.are_unpublished(&noted, now);
+    assert_eq!(host.look(now + TICK, &End::Done), [0; 0]);
+    // What is published stays until then.
+    assert_eq!(host.published(), ["1", "2"]);
+    assert_eq!(host.look(now + TICK * 2, &End::Done), [2]);
 }
 
 #[test]
@@ -199,9 +276,11 @@ fn all_marks_are_read_in_some_looks_and_no_look_reads_many() {
         let mark = format!("/local/domain/{id}/xen-locus");
         host.store.nodes.borrow_mut().remove(&mark);
     }
-    let looks: Vec<usize> = (0..4).map(|_| host.look(now, &End::Done).len()).collect();
-    assert_eq!(looks.iter().sum::<usize>(), 3);
-    assert_eq!(looks[0], 1);
+    host.look(now, &End::Done);
+    let waits = |host: &Host| host.publisher.waiting.due(now + WAIT_MAX).len();
+    assert_eq!(waits(&host), 1);
+    (0..3).for_each(|_| drop(host.look(now, &End::Done)));
+    assert_eq!(waits(&host), 3);
 }
 
 #[test]

@@ -4,6 +4,8 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::time::Duration;
 
+use locus_guest::addr::DomId;
+
 use super::*;
 use crate::daemon::publisher::tests::domain;
 use crate::daemon::publisher::Mark;
@@ -28,6 +30,8 @@ struct Host {
     /// How many guests were left when what others had was removed.
     swept: Cell<usize>,
     is_stopping: Cell<bool>,
+    /// Guests whose status may not be true, until it is published.
+    unpublished: RefCell<Vec<String>>,
     said: RefCell<Vec<String>>,
 }
 
@@ -44,6 +48,7 @@ impl Host {
             asked_to_end: Cell::new(0),
             swept: Cell::new(0),
             is_stopping: Cell::new(false),
+            unpublished: RefCell::default(),
             said: RefCell::default(),
         };
         host.make_domains();
@@ -121,6 +126,9 @@ impl Hands for Host {
         if done.is_err() {
             return Some(End::Later);
         }
+        if let Work::Publish(_, uuid) = &*work {
+            self.unpublished.borrow_mut().retain(|noted| noted != uuid);
+        }
         *self.done.borrow_mut().entry(work.clone()).or_default() += 1;
         Some(End::Done)
     }
@@ -141,6 +149,10 @@ impl Hands for Host {
 
     fn sweep(&self, domains: &[DomainInfo]) {
         self.swept.set(domains.len());
+    }
+
+    fn unpublished(&self) -> Vec<String> {
+        self.unpublished.borrow().clone()
     }
 
     fn protect(&self) -> Result<()> {
@@ -424,4 +436,39 @@ fn what_could_not_be_settled_is_tried_again_with_longer_and_longer_waits() {
     daemon.is_submitted("a", now);
     turn(&mut daemon, now, 8);
     assert_eq!(host.done.borrow()[&Work::Recover], 1);
+}
+
+#[test]
+fn a_guest_whose_status_may_not_be_true_is_published_again() {
+    let _xenstored = Xenstored::start();
+    let host = Host::with(2);
+    let now = Instant::now();
+    let mut daemon = Daemon::new(&host, now);
+    let now = turn(&mut daemon, now, 20);
+    let uuid = host.domains.borrow()[0].uuid.clone();
+    host.unpublished.borrow_mut().push(uuid.clone());
+    // A run may be publishing it right now.
+    let now = turn(&mut daemon, now, 8);
+    let published = |id| host.done.borrow()[&Work::Publish(DomId(id), format!("uuid {id}"))];
+    assert_eq!((published(1), published(2)), (1, 1));
+    turn(&mut daemon, now, 60);
+    assert_eq!((published(1), published(2)), (2, 1));
+}
+
+#[test]
+fn guests_whose_nodes_xenstored_lost_are_published_once() {
+    let mut xenstored = Xenstored::start();
+    let host = Host::with(3);
+    let now = Instant::now();
+    let mut daemon = Daemon::new(&host, now);
+    let now = turn(&mut daemon, now, 20);
+    xenstored.end();
+    let now = turn(&mut daemon, now, 20);
+    // Nobody makes the directories of the domains again.
+    xenstored.begin();
+    turn(&mut daemon, now, 200);
+    let done = host.done.borrow();
+    assert!(done.values().all(|times| *times <= 2), "{done:?}");
+    let published = host.store.children(&format!("{ROOT}/domain")).unwrap();
+    assert_eq!(published, ["1", "2", "3"]);
 }
