@@ -21,7 +21,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context as _};
-use futures::{Stream, StreamExt as _};
+use futures::{stream, Stream, StreamExt as _};
 use locus_guest::addr::DomId;
 use locus_xen::DomainInfo;
 use xenstore_rs::tokio::XsTokio;
@@ -36,7 +36,7 @@ use crate::recover::Report;
 use crate::say;
 use crate::storage::xenstore::{Nodes, ROOT};
 use server::{Served, Server};
-use turns::{Daemon, Hands};
+use turns::{Daemon, Hands, BEAT};
 use work::{End, Work, Worker};
 
 /// Time between two looks at guests and at xenstored.
@@ -165,7 +165,8 @@ async fn serve(host: &Host, settings: &Settings) {
         if daemon.needs_watch() {
             watch = None;
             // If it does not answer, the next turn is in a moment.
-            if let Ok(Ok(new)) = tokio::time::timeout(WATCH, watch_of(&requests)).await {
+            let new = watch_of([&requests, BEAT]);
+            if let Ok(Ok(new)) = tokio::time::timeout(WATCH, new).await {
                 watch = Some(new);
                 if daemon.is_watching(Instant::now()) {
                     settings.say(0, format!("xen-locus daemon: serving {requests}"));
@@ -185,6 +186,7 @@ async fn serve(host: &Host, settings: &Settings) {
         };
         tokio::select! {
             path = stream.next() => match path {
+                Some(path) if &*path == BEAT => daemon.has_heard(),
                 Some(path) => {
                     let id = path.strip_prefix(&*requests).and_then(|rest| {
                         rest.strip_prefix('/')?.strip_suffix("/submit")
@@ -200,11 +202,12 @@ async fn serve(host: &Host, settings: &Settings) {
     }
 }
 
-/// The paths of nodes that are written at or below `path`.
-async fn watch_of(path: &str) -> std::io::Result<Box<dyn Stream<Item = Box<str>> + Unpin>> {
+/// The paths of nodes that are written at or below `paths`, by one connection. If that breaks, nothing comes any more.
+async fn watch_of(paths: [&str; 2]) -> std::io::Result<Box<dyn Stream<Item = Box<str>> + Unpin>> {
     let xs = XsTokio::new().await?;
-    let events = xs.watch(path).await?;
-    Ok(Box::new(events))
+    let first = xs.watch(paths[0]).await?;
+    let second = xs.watch(paths[1]).await?;
+    Ok(Box::new(stream::select(first, second)))
 }
 
 /// Does one piece of work, as a worker of the daemon.
@@ -278,11 +281,15 @@ mod tests {
             .build()
             .unwrap();
         runtime.block_on(async {
-            let mut events = watch_of("/a").await.unwrap();
-            assert_eq!(events.next().await.as_deref(), Some("/a"));
+            let mut events = watch_of(["/a", "/c"]).await.unwrap();
+            let first = [events.next().await, events.next().await];
+            let first = first.map(Option::unwrap);
+            assert!(first.contains(&"/a".into()) && first.contains(&"/c".into()));
             store.write("/b/submit", "1").unwrap();
             store.write("/a/x/submit", "1").unwrap();
             assert_eq!(events.next().await.as_deref(), Some("/a/x/submit"));
+            store.write("/c", "1").unwrap();
+            assert_eq!(events.next().await.as_deref(), Some("/c"));
         });
     }
 }

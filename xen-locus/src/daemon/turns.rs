@@ -17,6 +17,9 @@ use crate::storage::xenstore::{Nodes, ROOT};
 const LIST: Duration = Duration::from_secs(60);
 /// Longest wait between two tries to settle what was interrupted. Each may add a line to the audit log for each guest.
 const RECOVER_MAX: Duration = Duration::from_secs(600);
+/// A node of the daemon's that is watched beside the requests. It is written once a minute. If xenstored does not tell of that, the
+/// connection by which it tells of requests is broken: nothing else shows that.
+pub(super) const BEAT: &str = "/tool/xen-locus/pid";
 /// The queue of what is done for all guests. No request gives this text for its guest, because texts of requests are trimmed.
 const ALL_GUESTS: &str = "\n";
 
@@ -56,8 +59,10 @@ pub(super) struct Daemon<'h, H: Hands> {
     publisher: Publisher,
     workers: Vec<(Job, H::Worker)>,
     next_look: Instant,
-    /// When all requests are listed again.
+    /// When all requests are listed again, and the watch is tried.
     next_list: Instant,
+    /// A node that is watched was written for that, and xenstored has not told of it yet.
+    is_unheard: bool,
     /// The connection by whose xenstored requests are watched; `None` if they are not.
     watched: Option<u32>,
     /// xenstored does not answer, and that was said.
@@ -82,6 +87,7 @@ impl<'h, H: Hands> Daemon<'h, H> {
             workers: Vec::new(),
             next_look: now,
             next_list: now,
+            is_unheard: false,
             watched: None,
             is_silent: false,
             is_blind: false,
@@ -163,6 +169,11 @@ impl<'h, H: Hands> Daemon<'h, H> {
         self.watched = None;
     }
 
+    /// xenstored told of [`BEAT`].
+    pub(super) fn has_heard(&mut self) {
+        self.is_unheard = false;
+    }
+
     /// Requests are watched from now on. Says that the daemon is there, and looks at all requests that were made before. False if
     /// xenstored does not take part.
     pub(super) fn is_watching(&mut self, now: Instant) -> bool {
@@ -173,7 +184,7 @@ impl<'h, H: Hands> Daemon<'h, H> {
         let announce = || {
             let requests = format!("{ROOT}/request");
             store.write(&format!("{ROOT}/version"), env!("CARGO_PKG_VERSION"))?;
-            store.write(&format!("{ROOT}/pid"), &std::process::id().to_string())?;
+            store.write(BEAT, &std::process::id().to_string())?;
             if let Err(error) = hands.protect() {
                 hands.say(0, format!("who may use {ROOT} is left as it is: {error}"));
             }
@@ -183,6 +194,7 @@ impl<'h, H: Hands> Daemon<'h, H> {
         match announce() {
             Ok(ids) => {
                 self.watched = Some(connections);
+                self.is_unheard = true;
                 self.next_list = now + LIST;
                 let ids = Requests::in_order(store, ids);
                 ids.iter().for_each(|id| self.is_submitted(id, now));
@@ -206,7 +218,7 @@ impl<'h, H: Hands> Daemon<'h, H> {
     /// Looks at xenstored, and if it is there at guests, and at requests whose wait is over.
     fn look(&mut self, now: Instant) {
         let hands = self.hands;
-        match hands.store().read(&format!("{ROOT}/pid")) {
+        match hands.store().read(BEAT) {
             Err(error) => {
                 if !self.is_silent {
                     hands.say(
@@ -230,6 +242,8 @@ impl<'h, H: Hands> Daemon<'h, H> {
         if self.is_silent {
             hands.say(0, "xenstored answers again".into());
             self.is_silent = false;
+            // What it has to tell may come only now.
+            self.is_unheard = false;
         }
         let detail = |what| hands.say(1, what);
         match hands.domains() {
@@ -259,6 +273,17 @@ impl<'h, H: Hands> Daemon<'h, H> {
             .look_due(hands.store(), &mut self.queue, now, &say);
         if self.watched.is_some() && now >= self.next_list {
             self.next_list = now + LIST;
+            if std::mem::replace(&mut self.is_unheard, true) {
+                hands.say(
+                    0,
+                    "xenstored does not tell of requests any more: they are watched anew".into(),
+                );
+                return self.has_lost_watch();
+            }
+            if let Err(error) = hands.store().write(BEAT, &std::process::id().to_string()) {
+                self.is_unheard = false;
+                hands.say(1, format!("the watch of requests can't be tried: {error}"));
+            }
             match hands.store().children(&format!("{ROOT}/request")) {
                 Ok(ids) => ids.iter().for_each(|id| self.is_submitted(id, now)),
                 // It is listed again.

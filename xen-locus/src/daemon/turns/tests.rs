@@ -30,6 +30,10 @@ struct Host {
     /// How many guests were left when what others had was removed.
     swept: Cell<usize>,
     is_stopping: Cell<bool>,
+    /// xenstored does not tell of what is written.
+    is_deaf: Cell<bool>,
+    /// How often requests were watched anew.
+    watches: Cell<u32>,
     /// Guests whose status may not be true, until it is published.
     unpublished: RefCell<Vec<String>>,
     said: RefCell<Vec<String>>,
@@ -48,6 +52,8 @@ impl Host {
             asked_to_end: Cell::new(0),
             swept: Cell::new(0),
             is_stopping: Cell::new(false),
+            is_deaf: Cell::new(false),
+            watches: Cell::new(0),
             unpublished: RefCell::default(),
             said: RefCell::default(),
         };
@@ -166,6 +172,10 @@ fn turn(daemon: &mut Daemon<'_, Host>, mut now: Instant, times: u32) -> Instant 
         daemon.turn(now);
         if daemon.needs_watch() {
             daemon.is_watching(now);
+            daemon.hands.watches.set(daemon.hands.watches.get() + 1);
+        }
+        if !daemon.hands.is_deaf.get() {
+            daemon.has_heard();
         }
         now += Duration::from_millis(100);
     }
@@ -471,4 +481,24 @@ fn guests_whose_nodes_xenstored_lost_are_published_once() {
     assert!(done.values().all(|times| *times <= 2), "{done:?}");
     let published = host.store.children(&format!("{ROOT}/domain")).unwrap();
     assert_eq!(published, ["1", "2", "3"]);
+}
+
+#[test]
+fn a_watch_of_which_nothing_is_heard_is_set_again() {
+    let _xenstored = Xenstored::start();
+    let host = Host::with(0);
+    let now = Instant::now();
+    let mut daemon = Daemon::new(&host, now);
+    let now = turn(&mut daemon, now, 20);
+    let now = turn(&mut daemon, now + LIST, 20);
+    let now = turn(&mut daemon, now + LIST, 20);
+    assert_eq!(host.watches.get(), 1);
+    host.is_deaf.set(true);
+    let now = turn(&mut daemon, now + LIST, 20);
+    let now = turn(&mut daemon, now + LIST, 1);
+    assert_eq!(host.watches.get(), 2);
+    host.is_deaf.set(false);
+    let now = turn(&mut daemon, now, 20);
+    turn(&mut daemon, now + LIST, 20);
+    assert_eq!(host.watches.get(), 2);
 }
