@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::steps::patches::CMDLINE;
+use super::steps::patches::{CMDLINE, CMDLINE_FILE};
 use super::steps::{daemon, tool, wait};
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::profile::PV1;
@@ -23,6 +23,12 @@ pub const MATRIX: &[Scenario] = &[
         summary: "xenstored is stopped for 30 s: commands end, guests run, and the daemon goes on by itself",
         profile: &PV1,
         run: stopped,
+    },
+    Scenario {
+        name: "xenstore-unpublished",
+        summary: "the daemon publishes what a command could not, or did not because it was killed after its line in the log",
+        profile: &PV1,
+        run: unpublished,
     },
 ];
 
@@ -177,4 +183,56 @@ fn stopped(ctx: &mut Ctx) -> Result<(), Verdict> {
     daemon::stop(ctx)?;
     tool::no_patches(ctx, "stopped")?;
     ctx.destroy_guest("stopped")
+}
+
+fn unpublished(ctx: &mut Ctx) -> Result<(), Verdict> {
+    let guest = ctx.ensure_guest(GuestSpec::new("unpublished", Kind::Pv))?;
+    daemon::start(ctx)?;
+    let base = format!("/tool/xen-locus/domain/{}", guest.domid);
+    // Prints what is published of the patch.
+    let state = format!("xenstore-read {base}/patch/{CMDLINE}/state 2>/dev/null; true");
+    let becomes = |node: &str, wanted: &str| {
+        wait::until(Duration::from_secs(30), || {
+            let found = ctx.dom0.ok(node)?;
+            Ok(match found.trim() == wanted {
+                true => Ok(()),
+                false => Err(format!("{node}: {found:?}, expected {wanted:?}")),
+            })
+        })
+    };
+    let kernel = format!("xenstore-read {base}/kernel 2>/dev/null; true");
+    becomes(&kernel, &ctx.release)?;
+    for (command, what, wanted) in [
+        (
+            format!("apply unpublished {CMDLINE_FILE}"),
+            "fail",
+            "applied",
+        ),
+        (format!("revert unpublished {CMDLINE}"), "fail", ""),
+        (
+            format!("apply unpublished {CMDLINE_FILE}"),
+            "fail",
+            "applied",
+        ),
+        // Its line is in the log by then, and its journal is gone.
+        ("revert unpublished --all".into(), "kill", ""),
+    ] {
+        // The first write to XenStore is the first of the publication.
+        let out = ctx.dom0.sh(&format!(
+            "XEN_LOCUS_FAULT=1:{what}:xs_write xen-locus-faults {command}"
+        ))?;
+        let said = out.err_text();
+        check_eq!(out.rc == 0, what == "fail", "{command}: {said}");
+        let words = if what == "fail" {
+            "not published"
+        } else {
+            "fault: kill"
+        };
+        check!(said.contains(words), "{command}: {said}");
+        becomes(&state, wanted)?;
+        becomes("ls /run/xen-locus | grep unpublished; true", "")?;
+    }
+    daemon::stop(ctx)?;
+    tool::no_patches(ctx, "unpublished")?;
+    ctx.destroy_guest("unpublished")
 }
