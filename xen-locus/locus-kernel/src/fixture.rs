@@ -242,14 +242,15 @@ pub const KIND: GuestType = GuestType::Pvh;
 pub fn renewed<'m>(kernel: &Kernel<'m>, btf: &[u8], budget: Budget) -> Result<Kernel<'m>, Error> {
     let types = match btf {
         [] => kernel.btf.clone(),
-        bytes => OnceCell::from(Rc::new(Btf::new(bytes.to_vec())?)),
+        bytes => OnceCell::from(Rc::new(Btf::new(bytes.to_vec())?.paid_from(&budget))),
     };
+    let symbols = kernel.symbols.clone().paid_from(&budget);
     Ok(Kernel {
         space: Space::within(kernel.space.memory(), ROOT, 4, budget),
         kind: kernel.kind,
         text_base: kernel.text_base,
         regions: kernel.regions.clone(),
-        symbols: kernel.symbols.clone(),
+        symbols,
         release: kernel.release.clone(),
         build_id: kernel.build_id.clone(),
         btf: types,

@@ -175,7 +175,9 @@ impl<'m> Kernel<'m> {
             return None;
         }
         if !kept.btf.is_empty() {
-            let _ = kernel.btf.set(Rc::new(btf::Btf::new(kept.btf).ok()?));
+            let btf = btf::Btf::new(kept.btf).ok()?;
+            let btf = btf.paid_from(kernel.space.budget());
+            let _ = kernel.btf.set(Rc::new(btf));
         }
         Some(kernel)
     }
@@ -194,7 +196,7 @@ impl<'m> Kernel<'m> {
             kind,
             text_base: located.text_base,
             regions: within_image(&located.regions, &symbols),
-            symbols,
+            symbols: symbols.paid_from(located.space.budget()),
             release: String::new(),
             build_id: None,
             btf: OnceCell::new(),
@@ -266,7 +268,7 @@ impl<'m> Kernel<'m> {
         }
         let range = self.between("__start_BTF", "__stop_BTF", btf::BYTES_MAX as u64)?;
         let bytes = self.space.read_vec(range.start, to_usize(range.len())?)?;
-        let btf = btf::Btf::new(bytes)?;
+        let btf = btf::Btf::new(bytes)?.paid_from(self.space.budget());
         Ok(self.btf.get_or_init(|| Rc::new(btf)))
     }
 
@@ -318,10 +320,10 @@ impl<'m> Kernel<'m> {
     /// there are several and `sympos` is 0; [`Error::Memory`] if there are more than the guest's budget pays for.
     pub fn function(&self, name: &str, sympos: u64) -> Result<Gva, Error> {
         let mut found: Vec<Gva> = Vec::new();
-        for symbol in self.symbols.all(name) {
-            // A guest may have a million of one name.
+        for at in self.symbols.addrs(name) {
+            // A guest may have many of one name.
             self.space.budget().spend(1)?;
-            found.push(symbol.addr);
+            found.push(at);
         }
         // A number that is too large for this machine is the number of no symbol either.
         let wanted = usize::try_from(sympos).unwrap_or(usize::MAX);

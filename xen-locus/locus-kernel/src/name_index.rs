@@ -1,14 +1,36 @@
 //! An index of names by hash. It is built in every run, over tens of thousands of names, so
 //! building it must be cheap.
+//!
+//! A guest chooses the names, and so how many of them are to be compared when one is looked for. That is
+//! paid from its budget, here for all who ask. What it does not pay any more is answered all the same,
+//! because "there is none" would be wrong: the next that reads the guest ends with the spent budget. So
+//! that such an answer is quick too, a group has a limit. A table with more is refused where it is read.
+
+use locus_guest::budget::Budget;
+
+/// Most names in one group. A kernel has some three in each. Of static variables with one name, such as
+/// `__func__.0`, there is one for each of a few thousand source files.
+pub(super) const GROUP_MAX: u32 = 1 << 15;
+/// Names that can be compared for one unit of a guest's budget.
+const PER_UNIT: u32 = 4;
 
 /// Numbers of named things, grouped by the hash of their names. A group is a chain: each item is
 /// linked to the one before it in its group.
 #[derive(Clone, Debug)]
 pub(super) struct NameIndex {
-    /// The last item of each group, plus one.
-    last: Vec<u32>,
+    groups: Vec<Group>,
     /// The item before each one, plus one.
     before: Vec<u32>,
+    /// A group has more than [`GROUP_MAX`] names.
+    overfull: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Group {
+    /// Its last item, plus one.
+    last: u32,
+    /// How many items it has.
+    len: u32,
 }
 
 /// Bits of a hash that choose the group.
@@ -22,25 +44,39 @@ impl NameIndex {
     /// An index of nothing yet, with room for so many items.
     pub(super) fn with_capacity(items: usize) -> NameIndex {
         NameIndex {
-            last: vec![0; 1 << BITS],
+            groups: vec![Group::default(); 1 << BITS],
             before: Vec::with_capacity(items),
+            overfull: false,
         }
     }
 
     /// Adds the next number, beginning with 0, of something whose name has this hash.
     pub(super) fn push(&mut self, hash: u32) {
-        if let Some(last) = self.last.get_mut(group(hash)) {
-            self.before.push(*last);
+        if let Some(group) = self.groups.get_mut(group(hash)) {
+            self.before.push(group.last);
             // Callers have at most 2^20 names; beyond 2^32 the chain would end here.
-            *last = u32::try_from(self.before.len()).unwrap_or(0);
+            group.last = u32::try_from(self.before.len()).unwrap_or(0);
+            group.len += 1;
+            self.overfull |= group.len > GROUP_MAX;
         }
     }
 
-    /// All numbers whose name may have this hash, rising.
-    pub(super) fn candidates(&self, hash: u32) -> Vec<u32> {
+    /// Whether some group has more than [`GROUP_MAX`] names.
+    pub(super) fn is_overfull(&self) -> bool {
+        self.overfull
+    }
+
+    /// All numbers whose name may have this hash, rising, paid from `budget`. None if there are more than
+    /// [`GROUP_MAX`]: a guest that has so many names alike hides them, as it can by having none.
+    pub(super) fn candidates(&self, hash: u32, budget: &Budget) -> Vec<u32> {
         // A group is 16 bits of the hash, and there are 2^16 of them.
-        let last = self.last.get(group(hash)).copied().unwrap_or(0);
-        let chain = std::iter::successors(last.checked_sub(1), |&i| {
+        let group = self.groups.get(group(hash)).copied().unwrap_or_default();
+        if group.len > GROUP_MAX {
+            return Vec::new();
+        }
+        // What it says is right even if the budget is spent: see above.
+        let _ = budget.spend(u64::from(group.len / PER_UNIT));
+        let chain = std::iter::successors(group.last.checked_sub(1), |&i| {
             self.before.get(i as usize)?.checked_sub(1)
         });
         let mut found: Vec<u32> = chain.collect();
@@ -108,12 +144,12 @@ mod tests {
         let mut index = NameIndex::with_capacity(0);
         names.iter().for_each(|n| index.push(hash(n.as_bytes())));
         for (i, name) in names.iter().enumerate() {
-            let found = index.candidates(hash(name.as_bytes()));
+            let found = index.candidates(hash(name.as_bytes()), &Budget::default());
             assert!(found.contains(&u32::try_from(i).unwrap()), "{name}");
             assert!(found.is_sorted());
         }
         assert!(NameIndex::with_capacity(0)
-            .candidates(hash(b"x"))
+            .candidates(hash(b"x"), &Budget::default())
             .is_empty());
     }
 
@@ -140,8 +176,25 @@ mod tests {
     fn names_spread_over_the_groups() {
         let mut index = NameIndex::with_capacity(100_000);
         (0..100_000).for_each(|i| index.push(hash(format!("__symbol_{i}").as_bytes())));
-        let group = |g: u32| index.candidates(g << (32 - BITS)).len();
+        let budget = Budget::default();
+        let group = |g: u32| index.candidates(g << (32 - BITS), &budget).len();
         let longest = (0..1 << BITS).map(group).max();
         assert!(longest < Some(20), "{longest:?}");
+    }
+
+    #[test]
+    fn names_alike_are_paid_for_and_have_a_limit() {
+        let mut index = NameIndex::with_capacity(0);
+        (0..GROUP_MAX).for_each(|_| index.push(hash(b"x")));
+        let budget = Budget::of(3 * u64::from(GROUP_MAX / PER_UNIT) - 1);
+        for left in [true, true, false] {
+            let found = index.candidates(hash(b"x"), &budget);
+            assert_eq!(found.len(), GROUP_MAX as usize);
+            assert_eq!(budget.check().is_ok(), left);
+        }
+        assert!(!index.is_overfull());
+        index.push(hash(b"x"));
+        assert!(index.is_overfull());
+        assert_eq!(index.candidates(hash(b"x"), &budget), [0; 0]);
     }
 }

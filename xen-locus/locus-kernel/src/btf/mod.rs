@@ -16,6 +16,7 @@ pub mod text;
 use std::cell::{Cell, OnceCell};
 use std::rc::Rc;
 
+use locus_guest::budget::Budget;
 use locus_guest::fetch;
 
 pub use self::member::Bits;
@@ -182,7 +183,9 @@ pub struct Btf {
     /// questions are about them, and they are a tenth of all types.
     shapes: Vec<u32>,
     /// Names of `shapes`.
-    shapes_by_name: OnceCell<NameIndex>,
+    shapes_by_name: NameIndex,
+    /// What looking for a name costs is paid from it.
+    budget: Budget,
 }
 
 impl Btf {
@@ -190,7 +193,7 @@ impl Btf {
     ///
     /// # Errors
     /// [`Error::Odd`] if it is not well-formed, is longer than [`BYTES_MAX`], has more than 2^20
-    /// types, or has a kind of type that is unknown.
+    /// types, has a kind of type that is unknown, or too many structures, unions and enumerations are named alike.
     pub fn new(bytes: Vec<u8>) -> Result<Btf, Error> {
         Btf::index(bytes, None)
     }
@@ -257,16 +260,38 @@ impl Btf {
         if at > records.end {
             return Err(odd("its last type leaves the types"));
         }
-        Ok(Btf {
+        let budget = base
+            .as_ref()
+            .map_or_else(Budget::default, |base| base.budget.clone());
+        let mut btf = Btf {
             bytes,
             strings,
             types,
             first,
             base,
             by_name: OnceCell::new(),
+            shapes_by_name: NameIndex::with_capacity(0),
             shapes,
-            shapes_by_name: OnceCell::new(),
-        })
+            budget,
+        };
+        btf.shapes_by_name = btf.index_names(btf.shapes.iter().copied(), btf.shapes.len());
+        if btf.shapes_by_name.is_overfull() {
+            return Err(Error::Odd(format!(
+                "BTF: more than {} structures are named alike",
+                name_index::GROUP_MAX
+            )));
+        }
+        Ok(btf)
+    }
+
+    /// The same, with `budget` for what looking for names costs: a guest may have many names alike. What is found is right even
+    /// if the budget is spent by it; then the next that reads the guest ends with that.
+    #[must_use]
+    pub fn paid_from(self, budget: &Budget) -> Btf {
+        Btf {
+            budget: budget.clone(),
+            ..self
+        }
     }
 
     /// Number of types of this blob, without `void` and without those of the base.
@@ -368,7 +393,7 @@ impl Btf {
     fn named<'a>(&'a self, name: &'a str) -> Box<dyn Iterator<Item = u32> + 'a> {
         let all = || self.index_names((0..).take(self.types.len()), self.types.len());
         let index = self.by_name.get_or_init(all);
-        let candidates = index.candidates(name_index::hash(name.as_bytes()));
+        let candidates = index.candidates(name_index::hash(name.as_bytes()), &self.budget);
         let ids = candidates.into_iter().map(|number| self.first + number);
         let own = ids.filter(move |&id| self.is_called(id, name));
         match &self.base {
@@ -384,9 +409,8 @@ impl Btf {
         if let Some(found) = self.base.as_ref().and_then(|base| base.find(kinds, name)) {
             return Some(found);
         }
-        let shapes = || self.index_names(self.shapes.iter().copied(), self.shapes.len());
-        let index = self.shapes_by_name.get_or_init(shapes);
-        let candidates = index.candidates(name_index::hash(name.as_bytes()));
+        let hash = name_index::hash(name.as_bytes());
+        let candidates = self.shapes_by_name.candidates(hash, &self.budget);
         candidates
             .into_iter()
             .filter_map(|i| Some(self.first + *self.shapes.get(i as usize)?))

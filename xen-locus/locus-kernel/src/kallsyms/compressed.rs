@@ -3,6 +3,7 @@
 //! A command asks for a few dozen of a hundred thousand names. So at first only the hash of each
 //! name is computed, from the hashes of its tokens. A name is decoded when it is shown.
 
+use locus_guest::budget::Budget;
 use serde::{Deserialize, Serialize};
 
 use super::names::name_at;
@@ -54,7 +55,8 @@ impl CompressedNames {
     /// The first `count` names in `bytes`; `long` is as in [`NamesTable`](super::names::NamesTable).
     ///
     /// Nothing if they are not well-formed: 256 tokens of printable ASCII without spaces; each name has a type
-    /// character and at most [`NAME_MAX`] characters, all of them together at most [`TEXT_MAX`].
+    /// character and at most [`NAME_MAX`] characters, all of them together at most [`TEXT_MAX`]; not too many are alike
+    /// ([`GROUP_MAX`](crate::name_index::GROUP_MAX)).
     pub(super) fn new(
         tokens: Vec<String>,
         bytes: Vec<u8>,
@@ -79,6 +81,9 @@ impl CompressedNames {
                 return None;
             }
             by_name.push(hashes.name(name)?);
+        }
+        if by_name.is_overfull() {
+            return None;
         }
         starts.push(u32::try_from(pos).ok()?);
         Some(CompressedNames {
@@ -146,9 +151,14 @@ impl CompressedNames {
         false
     }
 
-    /// Numbers of all names that are `name`, rising.
-    pub(super) fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = u32> + 'a {
-        let candidates = self.by_name.candidates(finish(append(0, name.as_bytes())));
+    /// Numbers of all names that are `name`, rising. Those that are compared are paid from `budget`.
+    pub(super) fn all<'a>(
+        &'a self,
+        name: &'a str,
+        budget: &Budget,
+    ) -> impl Iterator<Item = u32> + 'a {
+        let hash = finish(append(0, name.as_bytes()));
+        let candidates = self.by_name.candidates(hash, budget);
         candidates.into_iter().filter(move |&i| self.is(i, name))
     }
 
@@ -293,14 +303,25 @@ mod tests {
             b"d\xc8\xc8\x01",
         ];
         let all = compressed(&names).unwrap();
-        assert_eq!(all.all("schedule").collect::<Vec<_>>(), [0, 1, 2, 3]);
+        assert_eq!(
+            all.all("schedule", &Budget::default()).collect::<Vec<_>>(),
+            [0, 1, 2, 3]
+        );
         assert_eq!(all.kind(1), 'T');
         assert_eq!(all.kind(2), 't');
         assert_eq!(all.name(1), "schedule");
-        assert_eq!(all.all("").collect::<Vec<_>>(), [4]);
-        assert_eq!(all.all(&all.name(5)).collect::<Vec<_>>(), [5]);
+        assert_eq!(all.all("", &Budget::default()).collect::<Vec<_>>(), [4]);
+        assert_eq!(
+            all.all(&all.name(5), &Budget::default())
+                .collect::<Vec<_>>(),
+            [5]
+        );
         assert_eq!(all.name(5).len(), 206);
-        assert_eq!(all.all("schedul").count() + all.all("schedulex").count(), 0);
+        assert_eq!(
+            all.all("schedul", &Budget::default()).count()
+                + all.all("schedulex", &Budget::default()).count(),
+            0
+        );
         assert_eq!(all.name(6), "");
     }
 
@@ -344,12 +365,35 @@ mod tests {
     }
 
     #[test]
+    fn too_many_names_alike_are_refused() {
+        let most = crate::name_index::GROUP_MAX as usize;
+        let alike = |count| CompressedNames::new(tokens(), b"\x02dx".repeat(count), count, false);
+        assert!(alike(most).is_some());
+        assert!(alike(most + 1).is_none());
+    }
+
+    #[test]
     fn all_names_together_have_a_bound() {
-        let name = [5, 200, 200, 200, 200, 200];
-        let count = TEXT_MAX / 500;
-        let few = CompressedNames::new(tokens(), name.repeat(count - 10), count - 10, false);
-        assert!(few.is_some());
-        let many = CompressedNames::new(tokens(), name.repeat(count + 10), count + 10, false);
-        assert!(many.is_none());
+        // Each is 500 characters and three more, and no two are alike.
+        let digit = |n: usize| b'a' + u8::try_from(n % 26).unwrap();
+        let name = |n: usize| {
+            [
+                8,
+                digit(n / 26 / 26 / 26),
+                200,
+                200,
+                200,
+                200,
+                200,
+                digit(n / 26 / 26),
+                digit(n / 26),
+            ]
+        };
+        let names = |count: usize| -> Option<CompressedNames> {
+            let bytes: Vec<u8> = (0..count).flat_map(name).collect();
+            CompressedNames::new(tokens(), bytes, count, false)
+        };
+        assert!(names(TEXT_MAX / 503 - 10).is_some());
+        assert!(names(TEXT_MAX / 503 + 10).is_none());
     }
 }

@@ -3,6 +3,7 @@
 use std::cell::{Cell, OnceCell};
 
 use locus_guest::addr::Gva;
+use locus_guest::budget::Budget;
 use serde::{Deserialize, Serialize};
 
 use super::compressed::CompressedNames;
@@ -47,6 +48,9 @@ pub struct Symbols {
     /// How often all addresses were looked at for the sake of one.
     #[serde(skip)]
     passes: Cell<u32>,
+    /// What looking for a name costs is paid from it.
+    #[serde(skip)]
+    budget: Budget,
 }
 
 /// Most passes over all addresses before they are sorted. To look at all of them takes less than to sort them, but each
@@ -81,6 +85,7 @@ impl Symbols {
             by_addr: OnceCell::new(),
             parts: OnceCell::new(),
             passes: Cell::new(0),
+            budget: Budget::default(),
         })
     }
 
@@ -91,6 +96,15 @@ impl Symbols {
         self.addrs.extend((0..count).map_while(address));
         self.by_addr.take();
         self.addrs.len() == count
+    }
+
+    /// The same, with `budget` for what looking for names costs: a guest may have many names alike. What is found is right even
+    /// if the budget is spent by it; then the next that reads the guest ends with that.
+    pub(crate) fn paid_from(self, budget: &Budget) -> Symbols {
+        Symbols {
+            budget: budget.clone(),
+            ..self
+        }
     }
 
     /// Number of symbols.
@@ -132,7 +146,14 @@ impl Symbols {
 
     /// All symbols called `name`, in the table's order. It is the order in which livepatch counts (`sympos`).
     pub fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Symbol> + 'a {
-        self.names.all(name).filter_map(|i| self.nth(i))
+        let all = self.names.all(name, &self.budget);
+        all.filter_map(|i| self.nth(i))
+    }
+
+    /// Guest virtual addresses of all symbols called `name`, in the table's order.
+    pub fn addrs<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Gva> + 'a {
+        let all = self.names.all(name, &self.budget);
+        all.filter_map(|i| self.at(i))
     }
 
     /// All symbols whose names end in `end`, in the table's order.
@@ -183,7 +204,7 @@ impl Symbols {
     /// Guest virtual address of the only or first symbol called `name`.
     #[must_use]
     pub fn addr(&self, name: &str) -> Option<Gva> {
-        self.names.all(name).next().and_then(|i| self.at(i))
+        self.addrs(name).next()
     }
 
     /// As [`Symbols::addr`], for a symbol that is needed.
