@@ -4,6 +4,8 @@
 //! symbols lie in their sections, relocations lie in theirs and do not overlap, sizes and names are
 //! bounded. Debug information is skipped.
 
+use std::collections::HashMap;
+
 use object::elf;
 use object::endian::LittleEndian;
 use object::read::elf::{FileHeader, Rela, SectionHeader};
@@ -41,8 +43,8 @@ pub struct Section {
     /// Contents: `size` bytes. Empty for [`Role::Bss`] and others without contents, and for
     /// [`Role::Table`], [`Role::KlpRela`] and [`Role::NonAlloc`], whose bytes are not needed.
     pub data: Vec<u8>,
-    /// Relocations of this section, by rising offset, not overlapping, each of which changes something
-    /// (none is `R_X86_64_NONE`). Those of a [`Role::KlpRela`] section are listed with that section itself;
+    /// Relocations of this section, by rising offset, each of which changes something (none is
+    /// `R_X86_64_NONE`), not overlapping, nor with livepatch relocations of it. Those of a [`Role::KlpRela`] section are listed with that section itself;
     /// their offsets are in its target.
     pub relocs: Vec<Reloc>,
 }
@@ -343,17 +345,36 @@ fn read_relocs(
             owner.relocs.append(&mut relocs);
         }
     }
-    for section in sections {
+    for section in sections.iter_mut() {
         section.relocs.sort_by_key(|r| r.offset);
+    }
+    check_overlaps(sections)
+}
+
+/// Refuses relocations that change the same bytes, also where one of them is done late.
+fn check_overlaps(sections: &[Section]) -> Result<()> {
+    let mut homes: HashMap<usize, Vec<(u64, u64)>> = HashMap::new();
+    for section in sections.iter().filter(|s| !s.relocs.is_empty()) {
+        let home = match section.role {
+            Role::KlpRela { target, .. } => target,
+            _ => section.index,
+        };
+        let width = |r: &Reloc| (r.offset, reloc_width(r.rtype));
+        let places = homes.entry(home).or_default();
+        places.extend(section.relocs.iter().map(width));
+    }
+    for (home, mut places) in homes {
+        places.sort_unstable();
         let mut end = 0;
-        for reloc in &section.relocs {
-            if reloc.offset < end {
+        for (offset, width) in places {
+            if offset < end {
+                let name = sections.get(home).map_or("?", |s| &*s.name);
                 return Err(PayloadErrorKind::malformed(
-                    format!("relocations of {}", section.name),
-                    format!("two overlap at offset {:#x}", reloc.offset),
+                    format!("relocations of {name}"),
+                    format!("two overlap at offset {offset:#x}"),
                 ));
             }
-            end = reloc.offset.saturating_add(reloc_width(reloc.rtype));
+            end = offset.saturating_add(width);
         }
     }
     Ok(())

@@ -1,6 +1,6 @@
 //! Pointers in a file that was never loaded: relocations say where they lead.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use iced_x86::{Decoder, DecoderOptions};
 use object::elf;
@@ -52,26 +52,39 @@ fn is_code(section: &Section) -> bool {
     section.flags.exec && section.role != Role::ExitText
 }
 
-/// The references in the code (`of_code`) or in the data of the payload to its own sections, sorted by where
-/// they lead.
-fn references(sections: &[Section], symbols: &[ElfSymbol], of_code: bool) -> Vec<Reference> {
-    let mut found = Vec::new();
+/// The relocations of a section, those of its livepatch sections too.
+struct Home<'a> {
+    section: &'a Section,
+    relocs: Vec<&'a Reloc>,
+}
+
+/// All sections that relocations change, those of livepatch sections too. Each is listed once, however many sections
+/// relocate it: what is done for each costs as much as it is long.
+fn homes(sections: &[Section]) -> Vec<Home<'_>> {
+    let mut relocs: BTreeMap<usize, Vec<&Reloc>> = BTreeMap::new();
     for section in sections.iter().filter(|s| !s.relocs.is_empty()) {
         // Livepatch relocations change their target.
         let home = match section.role {
-            Role::KlpRela { target, .. } => sections.get(target),
-            _ => Some(section),
+            Role::KlpRela { target, .. } => target,
+            _ => section.index,
         };
-        let wanted = |s: &&Section| s.role != Role::ExitText && is_code(s) == of_code;
-        let Some(home) = home.filter(wanted) else {
-            continue;
-        };
-        let ends = if of_code {
-            ends(home, &section.relocs)
-        } else {
-            HashMap::new()
-        };
-        for reloc in &section.relocs {
+        relocs.entry(home).or_default().extend(&section.relocs);
+    }
+    let home = |(index, relocs)| {
+        let section = sections.get(index)?;
+        Some(Home { section, relocs })
+    };
+    relocs.into_iter().filter_map(home).collect()
+}
+
+/// The references in the code (`of_code`) or in the data of the payload to its own sections, sorted by where
+/// they lead.
+fn references(homes: &[Home<'_>], symbols: &[ElfSymbol], of_code: bool) -> Vec<Reference> {
+    let mut found = Vec::new();
+    let wanted = |h: &&Home<'_>| h.section.role != Role::ExitText && is_code(h.section) == of_code;
+    for home in homes.iter().filter(wanted) {
+        let ends = if of_code { ends(home) } else { HashMap::new() };
+        for reloc in &home.relocs {
             let Some(symbol) = symbols.get(reloc.symbol) else {
                 continue;
             };
@@ -91,7 +104,7 @@ fn references(sections: &[Section], symbols: &[ElfSymbol], of_code: bool) -> Vec
             found.push(Reference {
                 to: (to, at),
                 slack,
-                from: (home.index, reloc.offset),
+                from: (home.section.index, reloc.offset),
             });
         }
     }
@@ -115,12 +128,14 @@ fn leading_to(
         .map(|r| r.from)
 }
 
-/// For each relative address that `relocs` make in `code`, by its offset: the end of its instruction, which the
+/// For each relative address that relocations make in code, by its offset: the end of its instruction, which the
 /// address is relative to. Only addresses that decoding finds as the displacement or branch target of an
 /// instruction.
-fn ends(code: &Section, relocs: &[Reloc]) -> HashMap<u64, u64> {
-    let places: HashSet<u64> = relocs.iter().map(|r| r.offset).collect();
-    let mut decoder = Decoder::with_ip(64, &code.data, 0, DecoderOptions::NONE);
+fn ends(home: &Home<'_>) -> HashMap<u64, u64> {
+    #[cfg(test)]
+    DECODED.with(|count| count.set(count.get() + home.section.data.len()));
+    let places: HashSet<u64> = home.relocs.iter().map(|r| r.offset).collect();
+    let mut decoder = Decoder::with_ip(64, &home.section.data, 0, DecoderOptions::NONE);
     let mut ends = HashMap::new();
     while decoder.can_decode() && !places.is_empty() {
         let instruction = decoder.decode();
@@ -138,6 +153,12 @@ fn ends(code: &Section, relocs: &[Reloc]) -> HashMap<u64, u64> {
         }
     }
     ends
+}
+
+#[cfg(test)]
+thread_local! {
+    /// Bytes of code that were decoded, for tests of what a file costs.
+    pub(super) static DECODED: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
 }
 
 impl<'a> View<'a> {
@@ -176,9 +197,10 @@ impl<'a> View<'a> {
         for places in late.values_mut() {
             places.sort_unstable();
         }
+        let homes = homes(sections);
         Self {
-            of_code: references(sections, symbols, true),
-            of_data: references(sections, symbols, false),
+            of_code: references(&homes, symbols, true),
+            of_data: references(&homes, symbols, false),
             sections,
             symbols,
             objects,

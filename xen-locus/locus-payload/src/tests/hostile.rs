@@ -1,7 +1,8 @@
 //! Tests of files that must be refused, and of damaged files, which must cause no panic.
 
 use super::{parse, refused, refused_if, two_objects};
-use crate::testelf::{Spec, SpecPlaces, TestElf, ALLOC, CODE, R_PC32, VARS};
+use crate::pointers::DECODED;
+use crate::testelf::{Spec, SpecPlaces, TestElf, ALLOC, CODE, R_PC32, SHN_LIVEPATCH, VARS};
 use crate::*;
 
 #[test]
@@ -270,4 +271,47 @@ fn a_pipe_is_no_payload_and_nobody_waits_for_it() {
     });
     std::fs::remove_file(&path).unwrap();
     assert_eq!(refused, [true; 3]);
+}
+
+#[test]
+fn code_is_decoded_once_however_many_sections_relocate_it() {
+    let decoded = |sections: u64, size: usize| {
+        let (mut elf, _) = Spec::default().elf();
+        let mut code = vec![0x90; size];
+        code[..4 * 1024].fill(0);
+        let code = elf.section(".text.large", CODE, &code);
+        let symbol = elf.symbol(".klp.sym.vmlinux.foo,0", SHN_LIVEPATCH, 0, 0, 0);
+        for n in 0..sections {
+            let name = format!(".klp.rela.vmlinux.{n}");
+            elf.klp_rela(&name, code, &[(4 * n, R_PC32, symbol, -4)]);
+        }
+        DECODED.set(0);
+        parse(&elf.build()).unwrap();
+        DECODED.get()
+    };
+    let one = decoded(1, 1 << 16);
+    assert_eq!(decoded(1000, 1 << 16), one);
+    assert!(decoded(1000, 1 << 17) <= 2 * one);
+}
+
+#[test]
+fn late_relocations_that_overlap_are_refused() {
+    let late = |offset: u64, plain: bool| {
+        move |elf: &mut TestElf, at: SpecPlaces| {
+            let symbol = elf.symbol(".klp.sym.vmlinux.foo,0", SHN_LIVEPATCH, 0, 0, 0);
+            elf.klp_rela(".klp.rela.vmlinux.a", at.text, &[(8, R_PC32, symbol, -4)]);
+            match plain {
+                true => elf.reloc(at.text, offset, R_PC32, 1, -4),
+                false => elf.klp_rela(".klp.rela.ext4.b", at.text, &[(offset, R_PC32, symbol, -4)]),
+            }
+        }
+    };
+    for plain in [false, true] {
+        for offset in [5, 8, 11] {
+            refused_if(late(offset, plain), "two overlap");
+        }
+        let (mut elf, at) = Spec::default().elf();
+        late(12, plain)(&mut elf, at);
+        assert!(parse(&elf.build()).is_ok());
+    }
 }

@@ -301,7 +301,7 @@ fn damaged_structures_are_refused_with_their_place() {
 fn livepatch_relocations_and_symbols_are_read() {
     let (mut elf, at) = Spec::default().elf();
     let symbol = elf.symbol(".klp.sym.ext4.do_it.isra.0,2", SHN_LIVEPATCH, 0, 0, 0);
-    elf.klp_rela(".klp.rela.ext4.text", at.text, &[(4, R_PC32, symbol, -4)]);
+    elf.klp_rela(".klp.rela.ext4.text", at.text, &[(8, R_PC32, symbol, -4)]);
     let payload = parse(&elf.build()).unwrap();
     let rela = payload
         .sections
@@ -318,7 +318,7 @@ fn livepatch_relocations_and_symbols_are_read() {
     assert_eq!(
         rela.relocs,
         [Reloc {
-            offset: 4,
+            offset: 8,
             rtype: R_PC32,
             symbol,
             addend: -4
