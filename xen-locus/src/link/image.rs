@@ -15,7 +15,7 @@ use super::split::SplitFunctions;
 use crate::arena::record::NewFunction;
 use crate::arena::Rights;
 use crate::error::{Error, Result};
-use crate::link::fixups::{self, FixupTable, FixupTables, JumpLabel, KeyCount, LinkedCode};
+use crate::link::fixups::{self, FixupTable, FixupTables, JumpLabel, KeyCount, LinkedCode, Runs};
 use crate::link::module::{BuiltModule, ModuleDraft};
 use crate::link::reloc;
 use crate::target::redirect::Returns;
@@ -291,8 +291,8 @@ impl Linker<'_, '_, '_> {
             name: payload.name.clone(),
             base: self.base,
             bytes: self.bytes.clone(),
-            live: which(&live),
-            dead: which(&|s| s.role.is_init_or_exit()),
+            live: Runs::new(which(&live)),
+            dead: Runs::new(which(&|s| s.role.is_init_or_exit())),
             all: Range::new(self.base, self.layout.end as u64),
             own: Range {
                 start: own.iter().map(|r| r.start).min().unwrap_or(self.base),

@@ -1,6 +1,6 @@
 //! Parts of a payload's functions that the compiler put elsewhere because they seldom run.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use locus_kernel::split_functions::{self, PARTS_MAX};
 use locus_payload::{ElfSymbol, KlpFunc, Payload, SymSection};
@@ -8,7 +8,7 @@ use locus_payload::{ElfSymbol, KlpFunc, Payload, SymSection};
 use crate::error::{Error, Result};
 
 /// A part of a new function: where it is in the payload.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Part {
     /// ELF index of its section.
     pub section: usize,
@@ -30,16 +30,14 @@ impl SplitFunctions {
     pub fn of(payload: &Payload) -> Result<SplitFunctions> {
         let funcs = payload.klp.objects.iter().flat_map(|object| &object.funcs);
         let mut found: HashMap<_, Vec<Part>> = funcs.map(|f| (home(f), Vec::new())).collect();
-        let mut named: HashMap<&str, Vec<(usize, u64)>> = HashMap::new();
+        // A name may be that of several functions.
+        let mut named: HashMap<&str, HashSet<(usize, u64)>> = HashMap::new();
         for symbol in &payload.symbols {
             if let Some(at) = place(symbol).filter(|at| found.contains_key(at)) {
-                let homes = named.entry(&*symbol.name).or_default();
-                // A name may be that of several functions.
-                if !homes.contains(&at) {
-                    homes.push(at);
-                }
+                named.entry(&*symbol.name).or_default().insert(at);
             }
         }
+        let mut seen = HashSet::new();
         for symbol in payload.symbols.iter().filter(|s| s.size > 0) {
             let Some((section, offset)) = place(symbol) else {
                 continue;
@@ -49,10 +47,16 @@ impl SplitFunctions {
                 offset,
                 size: symbol.size,
             };
-            let homes = split_functions::whole(&symbol.name).and_then(|name| named.get(name));
+            let Some(whole) = split_functions::whole(&symbol.name) else {
+                continue;
+            };
+            // Any number of symbols may be at one place: what they say is heard once.
+            let homes = named.get(whole).filter(|_| seen.insert((whole, part)));
             for home in homes.into_iter().flatten() {
+                #[cfg(test)]
+                LOOKS.set(LOOKS.get() + 1);
                 let parts = found.entry(*home).or_default();
-                if parts.last() != Some(&part) {
+                if !parts.contains(&part) {
                     parts.push(part);
                 }
                 if parts.len() > PARTS_MAX {
@@ -72,6 +76,12 @@ impl SplitFunctions {
     pub fn of_function(&self, func: &KlpFunc) -> &[Part] {
         self.0.get(&home(func)).map_or(&[], Vec::as_slice)
     }
+}
+
+#[cfg(test)]
+thread_local! {
+    /// How often a part was held against a function, for tests of what a file costs.
+    static LOOKS: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
 }
 
 /// Section and offset of a new function.
@@ -116,6 +126,24 @@ mod tests {
         let mut sections = payload.sections.iter();
         let index = sections.position(|s| s.name == ".text.unlikely").unwrap();
         assert_eq!(found.collect::<Vec<_>>(), [(index, 16, 8), (index, 32, 4)]);
+    }
+
+    #[test]
+    fn symbols_that_say_the_same_are_heard_once() {
+        let (mut elf, places) = Spec::default().elf();
+        let unlikely = elf.section(".text.unlikely", CODE, &[0xc3; 64]);
+        let section = u16::try_from(unlikely).unwrap();
+        for n in 0..1000 {
+            let name = "new_0_cmdline_proc_show";
+            elf.symbol(name, u16::try_from(places.text).unwrap(), 16, 11, 2);
+            elf.symbol(&format!("{name}.cold"), section, 16, 8, 2);
+            elf.symbol(&format!("{name}.cold.{n}"), section, 16, 8, 2);
+        }
+        let payload = Payload::parse("locus_test.ko", &elf.build()).unwrap();
+        LOOKS.set(0);
+        let all = SplitFunctions::of(&payload).unwrap();
+        assert_eq!(all.of_function(&payload.klp.objects[0].funcs[0]).len(), 1);
+        assert_eq!(LOOKS.get(), 1);
     }
 
     #[test]

@@ -15,13 +15,35 @@ pub struct LinkedCode {
     /// The bytes: all that is placed, and what only the tables refer to.
     pub bytes: Vec<u8>,
     /// Code that runs, or that is copied to where it runs.
-    pub live: Vec<Range>,
+    pub live: Runs,
     /// Code that never runs: that of `module_init` and `module_exit`.
-    pub dead: Vec<Range>,
+    pub dead: Runs,
     /// The payload's own variables.
     pub own: Range,
     /// All addresses that the payload takes, those of what is never placed too.
     pub all: Range,
+}
+
+/// Runs of code that do not overlap, such as the sections of a payload. There may be thousands of them, and a
+/// table asks for each of its rows.
+#[derive(Clone, Debug, Default)]
+pub struct Runs(Vec<Range>);
+
+impl Runs {
+    /// These runs, in any order; empty ones count for nothing.
+    #[must_use]
+    pub fn new(mut runs: Vec<Range>) -> Runs {
+        runs.retain(|r| r.len() > 0);
+        runs.sort_unstable_by_key(|r| r.start);
+        Runs(runs)
+    }
+
+    /// Whether one of them has all of `start..end`.
+    fn has(&self, start: Gva, end: Gva) -> bool {
+        let after = self.0.partition_point(|r| r.start <= start);
+        let run = after.checked_sub(1).and_then(|last| self.0.get(last));
+        run.is_some_and(|r| start < r.end && end <= r.end)
+    }
 }
 
 /// A table, by the address that its relocations were done for.
@@ -57,7 +79,7 @@ impl LinkedCode {
     /// [`Class::NotApplicable`](crate::error::Class::NotApplicable) when that is not inside of a run of live code.
     pub fn put(&mut self, at: Gva, new: &[u8]) -> Result<()> {
         let end = at.plus(new.len() as u64);
-        let live = self.live.iter().any(|r| r.start <= at && end <= r.end);
+        let live = self.live.has(at, end);
         let start = self.offset(at).filter(|_| live);
         let room = start.and_then(|start| self.bytes.get_mut(start..start.checked_add(new.len())?));
         match room {
@@ -74,7 +96,7 @@ impl LinkedCode {
     /// # Errors
     /// [`Class::NotApplicable`](crate::error::Class::NotApplicable) when no code is there; `table` is the table that names it.
     pub fn runs(&self, at: Gva, table: &str) -> Result<bool> {
-        let within = |ranges: &[Range]| ranges.iter().any(|r| r.contains(at));
+        let within = |runs: &Runs| runs.has(at, at);
         if within(&self.live) {
             Ok(true)
         } else if within(&self.dead) {
@@ -92,7 +114,7 @@ impl LinkedCode {
     /// [`Class::NotApplicable`](crate::error::Class::NotApplicable) when they leave the code.
     pub fn live(&self, at: Gva, len: usize, table: &str) -> Result<&[u8]> {
         let end = at.plus(len as u64);
-        let inside = self.live.iter().any(|r| r.start <= at && end <= r.end);
+        let inside = self.live.has(at, end);
         self.get(at, len).filter(|_| inside).ok_or_else(|| {
             self.no(&format!(
                 "an entry of {table} names {len} bytes at {at}, which leave its code"
@@ -155,8 +177,8 @@ mod tests {
     #[test]
     fn only_live_code_is_written_and_whole() {
         let mut code = code(&[0x90; 16]);
-        code.live = vec![Range::new(BASE, 8)];
-        code.dead = vec![Range::new(BASE.plus(8), 4)];
+        code.live = Runs::new(vec![Range::new(BASE, 8)]);
+        code.dead = Runs::new(vec![Range::new(BASE.plus(8), 4)]);
         assert!(code.put(BASE.plus(4), &[1; 4]).is_ok());
         assert_eq!(code.get(BASE.plus(3), 2), Some(&[0x90, 1][..]));
         assert!(code.put(BASE.plus(5), &[1; 4]).is_err());
@@ -167,6 +189,17 @@ mod tests {
         assert!(error.contains("entry of t names"), "{error}");
         assert!(code.live(BASE.plus(4), 5, "t").is_err());
         assert!(code.get(Gva(u64::MAX), usize::MAX).is_none());
+    }
+
+    #[test]
+    fn runs_of_code_are_found_whatever_their_order() {
+        let at = |n: u64, len| Range::new(BASE.plus(16 * n), len);
+        let runs = Runs::new(vec![at(2, 8), at(0, 0), at(1, 16), at(5, 4), at(0, 4)]);
+        let has = |from: u64, len: u64| runs.has(BASE.plus(from), BASE.plus(from + len));
+        assert!(has(0, 4) && has(16, 16) && has(34, 6) && has(83, 1) && has(0, 0));
+        // Behind the end of one, across two, before the first, behind the last.
+        assert!(!has(4, 0) && !has(3, 2) && !has(16, 17) && !has(40, 1) && !has(84, 0));
+        assert!(!runs.has(Gva(BASE.0 - 1), BASE) && !Runs::default().has(BASE, BASE));
     }
 
     #[test]

@@ -8,6 +8,8 @@
 //! the compiler expected the branch to go. The next one is left over from objtool (it says that the nop was
 //! a jump), and the kernel uses it to mark code of `module_init`.
 
+use std::collections::BTreeMap;
+
 use locus_guest::addr::Gva;
 use locus_guest::fetch;
 use locus_kernel::Kernel;
@@ -100,6 +102,7 @@ pub fn apply(
     }
     let layout = JumpEntryLayout::of(kernel, code)?;
     let nop5 = nop5(kernel)?;
+    let mut keys = BTreeMap::new();
     for table in tables {
         let entries: Vec<_> = table.entries(code, TABLE, layout.size)?.collect();
         for (entry, bytes) in entries {
@@ -129,9 +132,8 @@ pub fn apply(
             }
             let count = count(kernel, code, &site, layout.enabled)?;
             site.size = set(code, &site, (count != 0) != site.branch, &nop5)?;
-            if !site.key_is_own && !done.keys.iter().any(|k| k.key == site.key) {
-                let key = site.key;
-                done.keys.push(KeyCount { key, count });
+            if !site.key_is_own {
+                keys.entry(site.key).or_insert(count);
             }
             done.jumps.push(site);
             done.places
@@ -139,7 +141,8 @@ pub fn apply(
         }
     }
     done.jumps.sort_unstable();
-    done.keys.sort_unstable();
+    let keys = keys.into_iter();
+    done.keys = keys.map(|(key, count)| KeyCount { key, count }).collect();
     Ok(())
 }
 
@@ -218,6 +221,7 @@ fn nop5(kernel: &Kernel<'_>) -> Result<[u8; 5]> {
 mod tests {
     use super::*;
     use crate::link::fixups::testing::{code, put32, with, BASE, KEYS};
+    use crate::link::fixups::Runs;
     use crate::x86::NOPS5;
     use locus_guest::addr::Range;
     use locus_kernel::btf::blob::Blob;
@@ -255,7 +259,7 @@ mod tests {
         with(&types(false), change, |kernel| {
             let mut code = code(bytes);
             code.own = Range::new(BASE.plus(32), 32);
-            code.live = vec![Range::new(BASE, 32)];
+            code.live = Runs::new(vec![Range::new(BASE, 32)]);
             let at = BASE.plus(0x100);
             let mut table = Vec::new();
             for &(place, target, key, flags) in entries {

@@ -5,7 +5,7 @@ use locus_guest::budget::Budget;
 use locus_kernel::fixture::{renewed, vcpus, Fixture, KIND, TEXT};
 use locus_kernel::Kernel;
 
-use super::code::LinkedCode;
+use super::code::{LinkedCode, Runs};
 use crate::error::Result;
 
 /// Where the code will stand.
@@ -28,8 +28,8 @@ pub fn code(bytes: &[u8]) -> LinkedCode {
         name: "p".into(),
         base: BASE,
         bytes: bytes.to_vec(),
-        live: vec![all],
-        dead: vec![],
+        live: Runs::new(vec![all]),
+        dead: Runs::default(),
         own: Range::new(all.end, 0),
         all,
     }
