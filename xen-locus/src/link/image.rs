@@ -194,6 +194,11 @@ pub fn build_module(
     )
 }
 
+/// Whether a symbol is the kernel's own of this name. One that the payload defines is not, whatever its name.
+fn is_of_kernel(symbol: &ElfSymbol, name: &str) -> bool {
+    symbol.section == SymSection::Undefined && symbol.name == name
+}
+
 struct Linker<'a, 'k, 'm> {
     payload: &'a Payload,
     objects: &'a GuestSymbols<'k, 'm>,
@@ -251,7 +256,8 @@ impl Linker<'_, '_, '_> {
             if self.payload.klp.place == Some((section.index, reloc.offset)) {
                 continue;
             }
-            if symbol.name == "__fentry__" && section.flags.exec && self.fentry(section, reloc)? {
+            let fentry = is_of_kernel(symbol, "__fentry__") && section.flags.exec;
+            if fentry && self.fentry(section, reloc)? {
                 continue;
             }
             let target = self.address(symbol, section, reloc.offset)?;
@@ -265,7 +271,10 @@ impl Linker<'_, '_, '_> {
         let Some(at) = reloc.offset.checked_sub(1) else {
             return Ok(false);
         };
+        let distance = [reloc::R_X86_64_PC32, reloc::R_X86_64_PLT32].contains(&reloc.rtype);
         let is_call = self.slice(section, at, 1)?.first() == Some(&0xe8);
+        // No call of what is behind the beginning of __fentry__.
+        let is_call = is_call && distance && reloc.addend == -4;
         if is_call {
             self.slice(section, at, 5)?.copy_from_slice(&x86::NOP5);
         }
@@ -312,7 +321,7 @@ impl Linker<'_, '_, '_> {
             };
             found.map(table).collect()
         };
-        let thunk = |symbol: &ElfSymbol| symbol.name == "__x86_return_thunk";
+        let thunk = |symbol: &ElfSymbol| is_of_kernel(symbol, "__x86_return_thunk");
         let returns = payload.sections.iter().filter(|s| live(s)).flat_map(|s| {
             let to_thunk = |r: &&Reloc| payload.symbol(r.symbol).is_some_and(thunk);
             let sites = s.relocs.iter().filter(to_thunk);
