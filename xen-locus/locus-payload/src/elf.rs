@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::error::{limit, PayloadErrorKind, Result};
 use super::role::{classify, Role, SectionFlags};
-use super::symbol::{self, ElfSymbol};
+use super::symbol::{self, ElfSymbol, SymSection};
 use super::{MAX_FILE, MAX_NAME, MAX_RELOCS, MAX_SECTIONS};
 
 type Header = elf::FileHeader64<LittleEndian>;
@@ -94,6 +94,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<(Vec<Section>, Vec<ElfSymbol>)> {
     let symtab = symbol::single_table(headers)?;
     let symbols = symbol::read(bytes, headers, symtab, &sections)?;
     read_relocs(bytes, headers, symtab, &mut sections, symbols.len())?;
+    check_late(&sections, &symbols)?;
     Ok((sections, symbols))
 }
 
@@ -189,22 +190,12 @@ fn read_section(
     let align = shdr.sh_addralign(LE).max(1);
     let sh_type = shdr.sh_type(LE);
     let nobits = sh_type == elf::SHT_NOBITS;
-    let role = match sh_type {
-        elf::SHT_NULL => Role::Null,
-        elf::SHT_RELA if raw_flags & SHF_RELA_LIVEPATCH != 0 || name.starts_with(".klp.rela.") => {
-            klp_rela(&name, raw_flags, shdr, &place)?
-        }
-        elf::SHT_SYMTAB
-        | elf::SHT_STRTAB
-        | elf::SHT_RELA
-        | elf::SHT_REL
-        | elf::SHT_GROUP
-        | elf::SHT_SYMTAB_SHNDX => Role::Table,
-        elf::SHT_NOTE if flags.alloc => Role::Note,
-        elf::SHT_PROGBITS | elf::SHT_NOBITS => classify(&name, flags, nobits),
-        elf::SHT_INIT_ARRAY | elf::SHT_PREINIT_ARRAY if flags.alloc => Role::Constructors,
-        _ if flags.alloc => Role::Unknown,
-        _ => Role::NonAlloc,
+    // The kernel takes a section with this flag for livepatch relocations, whatever its type.
+    let late = raw_flags & SHF_RELA_LIVEPATCH != 0 || name.starts_with(".klp.rela.");
+    let role = match index {
+        0 if sh_type == elf::SHT_NULL => Role::Null,
+        _ if late => klp_rela(&name, raw_flags, shdr, &place)?,
+        _ => classify(&name, sh_type, flags),
     };
     let size = if role == Role::Null {
         0
@@ -265,7 +256,8 @@ fn klp_rela(name: &str, flags: u64, shdr: &Shdr, place: &dyn Fn() -> String) -> 
     let object = name
         .strip_prefix(".klp.rela.")
         .and_then(|rest| rest.split('.').next())
-        .filter(|object| !object.is_empty() && flags & SHF_RELA_LIVEPATCH != 0);
+        .filter(|object| !object.is_empty() && flags & SHF_RELA_LIVEPATCH != 0)
+        .filter(|_| shdr.sh_type(LE) == elf::SHT_RELA);
     match (object, usize::try_from(shdr.sh_info(LE))) {
         (Some(object), Ok(target)) => Ok(Role::KlpRela {
             object: object.to_owned(),
@@ -273,8 +265,8 @@ fn klp_rela(name: &str, flags: u64, shdr: &Shdr, place: &dyn Fn() -> String) -> 
         }),
         _ => Err(PayloadErrorKind::malformed(
             place(),
-            "livepatch relocations have the flag SHF_RELA_LIVEPATCH and a name \
-             .klp.rela.OBJECT.SECTION; this has only one of them",
+            "livepatch relocations have the type SHT_RELA, the flag SHF_RELA_LIVEPATCH and a name \
+             .klp.rela.OBJECT.SECTION; this has not all of them",
         )),
     }
 }
@@ -349,6 +341,31 @@ fn read_relocs(
         section.relocs.sort_by_key(|r| r.offset);
     }
     check_overlaps(sections)
+}
+
+/// Refuses late relocations with other symbols than livepatch symbols, as the kernel does (`klp_resolve_symbols`,
+/// kernel/livepatch/core.c), and livepatch symbols in others, where the kernel has no value for them.
+fn check_late(sections: &[Section], symbols: &[ElfSymbol]) -> Result<()> {
+    for section in sections {
+        let late = matches!(section.role, Role::KlpRela { .. });
+        let of_livepatch = |r: &&Reloc| {
+            symbols
+                .get(r.symbol)
+                .is_some_and(|s| s.section == SymSection::Livepatch)
+        };
+        if let Some(reloc) = section.relocs.iter().find(|r| of_livepatch(r) != late) {
+            let name = symbols.get(reloc.symbol).map_or("?", |s| &*s.name);
+            return Err(PayloadErrorKind::malformed(
+                format!("relocations of {}", section.name),
+                format!(
+                    "at offset {:#x} is the symbol {name}; expected livepatch symbols (.klp.sym.…) in \
+                     .klp.rela.… and nowhere else",
+                    reloc.offset
+                ),
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Refuses relocations that change the same bytes, also where one of them is done late.

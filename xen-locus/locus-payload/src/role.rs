@@ -3,6 +3,7 @@
 //! The names are those of the kernel's module loader: `kernel/module/main.c`,
 //! `arch/x86/kernel/module.c` and `scripts/module.lds.S` of Linux.
 
+use object::elf::{self, SectionType};
 use serde::Serialize;
 
 /// What a section is for, and thus what a loader does with it.
@@ -96,7 +97,7 @@ pub enum Role {
     Table,
     /// Debug information, comments and everything else that is not loaded. Contents are not kept.
     NonAlloc,
-    /// Loaded, and of unknown purpose.
+    /// Loaded, and of unknown purpose; or of a known name, with a type or flags that no such section has.
     Unknown,
 }
 
@@ -194,7 +195,9 @@ impl Role {
             Self::Constructors => "constructors have to be run in the guest",
             Self::CfiSites => "control-flow integrity sites have to be patched",
             Self::KlpArch => "late alternatives are a format of kernels before 5.8",
-            Self::Unknown => "the purpose of this section is not known",
+            Self::Unknown => {
+                "what the kernel would do with a section of this name, type and flags is not known"
+            }
             _ => return None,
         })
     }
@@ -217,32 +220,73 @@ fn family(name: &str, base: &str) -> bool {
         .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
-/// Tells the role of a section that is neither a note nor an ELF table.
+/// What type and flags a section must have to be what its name says.
+#[derive(Clone, Copy)]
+enum Shape {
+    /// Contents that are loaded and do not run.
+    Table,
+    /// Code that is loaded and is not written.
+    Code,
+    /// Variables, which may be without contents in the file.
+    Variables,
+    /// Contents that do not run, loaded or not.
+    Notes,
+    /// A name that is refused whatever the rest is.
+    Any,
+}
+
+impl Shape {
+    fn fits(self, kind: SectionType, flags: SectionFlags) -> bool {
+        let contents = kind == elf::SHT_PROGBITS;
+        match self {
+            // Whether a table may be written differs between kernels, and changes nothing of what they do with it.
+            Self::Table => contents && flags.alloc && !flags.exec,
+            Self::Code => contents && flags.alloc && flags.exec && !flags.write,
+            Self::Variables => (contents || kind == elf::SHT_NOBITS) && flags.alloc && !flags.exec,
+            Self::Notes => contents && !flags.exec,
+            Self::Any => true,
+        }
+    }
+}
+
+/// Tells the role of a section that has no livepatch relocations in it.
 ///
-/// `nobits` is true for sections without contents in the file.
-pub(super) fn classify(name: &str, flags: SectionFlags, nobits: bool) -> Role {
-    match name {
-        ".modinfo" => return Role::Modinfo,
-        "__versions" | "__version_ext_crcs" | "__version_ext_names" => return Role::Versions,
-        ".gnu.linkonce.this_module" => return Role::ThisModule,
-        _ => {}
+/// The name comes first, because the kernel's loader goes by names, mostly without a look at type and flags
+/// (`find_sec`, kernel/module/main.c; `module_finalize`, arch/x86/kernel/module.c). Of a known name with a type or flags
+/// that no such section has, it can't be told what that does: it is [`Role::Unknown`].
+pub(super) fn classify(name: &str, kind: SectionType, flags: SectionFlags) -> Role {
+    if let Some((role, shape)) = classify_known(name, flags) {
+        return match shape.fits(kind, flags) {
+            true => role,
+            // The kernel passes over variables that are not to be loaded.
+            false if !flags.alloc && matches!(shape, Shape::Variables) => Role::NonAlloc,
+            false => Role::Unknown,
+        };
     }
+    let own_table = matches!(
+        kind,
+        elf::SHT_SYMTAB
+            | elf::SHT_STRTAB
+            | elf::SHT_RELA
+            | elf::SHT_REL
+            | elf::SHT_GROUP
+            | elf::SHT_SYMTAB_SHNDX
+    );
     if !flags.alloc {
-        return Role::NonAlloc;
+        return match kind {
+            elf::SHT_NULL => Role::Null,
+            _ if own_table => Role::Table,
+            _ => Role::NonAlloc,
+        };
     }
-    if let Some(role) = classify_known(name, flags) {
-        return role;
-    }
-    match flags {
-        SectionFlags {
-            exec: true,
-            write: false,
-            ..
-        } if is_text(name) => Role::Text,
-        SectionFlags { exec: true, .. } => Role::Unknown,
-        SectionFlags { write: true, .. } if nobits && is_variables(name) => Role::Bss,
-        SectionFlags { write: true, .. } if is_variables(name) => Role::Data,
-        _ if family(name, ".rodata") || family(name, ".data.rel.ro") => Role::RoData,
+    let variables = flags.write && !flags.exec && is_variables(name);
+    let constants = family(name, ".rodata") || family(name, ".data.rel.ro");
+    match kind {
+        elf::SHT_PROGBITS if flags.exec && !flags.write && is_text(name) => Role::Text,
+        elf::SHT_PROGBITS if variables => Role::Data,
+        elf::SHT_NOBITS if variables => Role::Bss,
+        elf::SHT_PROGBITS if constants && !flags.exec => Role::RoData,
+        elf::SHT_NOTE if family(name, ".note") && !flags.exec && !flags.write => Role::Note,
         _ => Role::Unknown,
     }
 }
@@ -274,55 +318,63 @@ fn is_variables(name: &str) -> bool {
         .any(|base| family(name, base))
 }
 
-/// Sections that the kernel treats by name alone.
-fn classify_known(name: &str, flags: SectionFlags) -> Option<Role> {
+/// Sections that the kernel treats by name alone, and what they must be like.
+fn classify_known(name: &str, flags: SectionFlags) -> Option<(Role, Shape)> {
+    use Shape::{Any, Code, Notes, Table, Variables};
     Some(match name {
-        "__mcount_loc" | "__patchable_function_entries" => Role::Mcount,
-        ".return_sites" => Role::ReturnSites,
-        ".retpoline_sites" => Role::RetpolineSites,
-        ".call_sites" => Role::CallSites,
-        ".ibt_endbr_seal" => Role::IbtSeal,
-        ".cfi_sites" | "__cfi" | ".kcfi_traps" => Role::CfiSites,
-        ".altinstructions" | ".altinstr_replacement" => Role::Altinstructions,
-        ".parainstructions" => Role::Parainstructions,
-        ".smp_locks" => Role::SmpLocks,
-        "__ex_table" => Role::ExTable,
-        "__bug_table" => Role::BugTable,
-        "__jump_table" => Role::JumpTable,
-        ".static_call_sites" => Role::StaticCalls,
-        ".static_call.text" | ".static_call_tramp_key" => Role::StaticCallTramp,
-        ".orc_unwind" | ".orc_header" => Role::OrcUnwind,
-        ".orc_unwind_ip" => Role::OrcUnwindIp,
+        ".modinfo" => (Role::Modinfo, Notes),
+        "__versions" | "__version_ext_crcs" | "__version_ext_names" => (Role::Versions, Table),
+        ".gnu.linkonce.this_module" => (Role::ThisModule, Table),
+        "__mcount_loc" | "__patchable_function_entries" => (Role::Mcount, Table),
+        ".return_sites" => (Role::ReturnSites, Table),
+        ".retpoline_sites" => (Role::RetpolineSites, Table),
+        ".call_sites" => (Role::CallSites, Table),
+        ".ibt_endbr_seal" => (Role::IbtSeal, Table),
+        ".cfi_sites" | "__cfi" | ".kcfi_traps" => (Role::CfiSites, Table),
+        ".altinstructions" => (Role::Altinstructions, Table),
+        ".altinstr_replacement" => (Role::Altinstructions, Code),
+        ".parainstructions" => (Role::Parainstructions, Table),
+        ".smp_locks" => (Role::SmpLocks, Table),
+        "__ex_table" => (Role::ExTable, Table),
+        "__bug_table" => (Role::BugTable, Table),
+        "__jump_table" => (Role::JumpTable, Table),
+        ".static_call_sites" => (Role::StaticCalls, Table),
+        ".static_call.text" | ".static_call_tramp_key" => (Role::StaticCallTramp, Any),
+        ".orc_unwind" | ".orc_header" => (Role::OrcUnwind, Table),
+        ".orc_unwind_ip" => (Role::OrcUnwindIp, Table),
         "_ftrace_events"
         | "_ftrace_eval_map"
         | "__bpf_raw_tp_map"
         | "_error_injection_whitelist"
         | "_kprobe_blacklist"
         | "__trace_printk_fmt"
-        | "__syscalls_metadata" => Role::Tracepoints,
-        "__param" | "__modver" => Role::Param,
-        ".ctors" => Role::Constructors,
-        "__dyndbg" | "__dyndbg_classes" => Role::DynamicDebug,
+        | "__syscalls_metadata" => (Role::Tracepoints, Any),
+        "__param" | "__modver" => (Role::Param, Any),
+        ".ctors" => (Role::Constructors, Any),
+        "__dyndbg" | "__dyndbg_classes" => (Role::DynamicDebug, Table),
         // The last one is read when a kernel is built: include/linux/tracepoint.h, TRACEPOINT_CHECK.
-        ".printk_index" | ".BTF" | ".BTF_ids" | ".BTF.base" | "__tracepoint_check" => Role::Index,
-        n if n.starts_with("__tracepoints") => Role::Tracepoints,
-        n if n.starts_with("__ksymtab") || n.starts_with("__kcrctab") => Role::Ksymtab,
-        n if family(n, ".data..percpu") => Role::Percpu,
-        n if family(n, ".init_array") => Role::Constructors,
-        n if n.starts_with(".klp.arch.") => Role::KlpArch,
+        ".printk_index" | ".BTF" | ".BTF_ids" | ".BTF.base" | "__tracepoint_check" => {
+            (Role::Index, Notes)
+        }
+        n if n.starts_with("__tracepoints") => (Role::Tracepoints, Any),
+        n if n.starts_with("__ksymtab") || n.starts_with("__kcrctab") => (Role::Ksymtab, Any),
+        n if family(n, ".data..percpu") => (Role::Percpu, Any),
+        n if family(n, ".init_array") => (Role::Constructors, Any),
+        n if n.starts_with(".klp.arch.") => (Role::KlpArch, Any),
         // The tables of kpatch-build; code that it adds to the module refers to them.
-        n if family(n, ".kpatch") && flags.exec => Role::Unknown,
-        n if family(n, ".kpatch") && flags.write => Role::Data,
-        n if family(n, ".kpatch") => Role::RoData,
-        n if family(n, ".init.text") || family(n, ".meminit.text") => Role::InitText,
+        n if family(n, ".kpatch") && flags.alloc => match flags.write {
+            true => (Role::Data, Table),
+            false => (Role::RoData, Table),
+        },
+        n if family(n, ".init.text") || family(n, ".meminit.text") => (Role::InitText, Code),
         n if [".init.data", ".init.rodata", ".init.bss", ".init.setup"]
             .iter()
             .any(|base| family(n, base)) =>
         {
-            Role::InitData
+            (Role::InitData, Variables)
         }
-        n if family(n, ".exit.text") => Role::ExitText,
-        n if family(n, ".exit.data") || family(n, ".exit.rodata") => Role::ExitData,
+        n if family(n, ".exit.text") => (Role::ExitText, Code),
+        n if family(n, ".exit.data") || family(n, ".exit.rodata") => (Role::ExitData, Variables),
         _ => return None,
     })
 }
@@ -381,9 +433,9 @@ mod tests {
             (".kpatch.strings", CODE, Role::Unknown),
         ];
         for (name, flags, role) in cases {
-            assert_eq!(classify(name, flags, false), role, "{name}");
+            assert_eq!(classify(name, elf::SHT_PROGBITS, flags), role, "{name}");
         }
-        assert_eq!(classify(".bss", VARS, true), Role::Bss);
+        assert_eq!(classify(".bss", elf::SHT_NOBITS, VARS), Role::Bss);
     }
 
     #[test]
@@ -393,7 +445,104 @@ mod tests {
             write: true,
             exec: true,
         };
-        assert_eq!(classify(".text", flags, false), Role::Unknown);
+        assert_eq!(classify(".text", elf::SHT_PROGBITS, flags), Role::Unknown);
+    }
+
+    #[test]
+    fn neither_type_nor_flags_hide_what_the_name_says() {
+        let kinds = [
+            elf::SHT_NULL,
+            elf::SHT_PROGBITS,
+            elf::SHT_SYMTAB,
+            elf::SHT_STRTAB,
+            elf::SHT_RELA,
+            elf::SHT_NOTE,
+            elf::SHT_NOBITS,
+            elf::SHT_REL,
+            elf::SHT_INIT_ARRAY,
+            elf::SHT_GROUP,
+            elf::SHT_SYMTAB_SHNDX,
+            SectionType(0x7000_0001),
+        ];
+        let all = [
+            "__versions",
+            ".gnu.linkonce.this_module",
+            "__mcount_loc",
+            ".return_sites",
+            ".retpoline_sites",
+            ".call_sites",
+            ".ibt_endbr_seal",
+            ".altinstructions",
+            ".altinstr_replacement",
+            ".parainstructions",
+            ".smp_locks",
+            "__ex_table",
+            "__bug_table",
+            "__jump_table",
+            ".static_call_sites",
+            ".orc_unwind_ip",
+            "__dyndbg",
+            ".kpatch.funcs",
+            ".init.text",
+            ".exit.text",
+            // These are refused whatever they are.
+            ".init_array",
+            ".ctors",
+            "__param",
+            "__ksymtab",
+            "__tracepoints_ptrs",
+            ".data..percpu",
+            ".klp.arch.vmlinux.x",
+            ".static_call.text",
+            ".my_unknown",
+            ".note",
+            ".text",
+            ".rodata",
+            ".data",
+        ];
+        for name in all {
+            let understood = |flags: SectionFlags| {
+                let role = classify(name, elf::SHT_PROGBITS, flags);
+                role.needs().is_none().then_some(role)
+            };
+            for kind in kinds {
+                for (write, exec) in [(false, false), (true, false), (false, true), (true, true)] {
+                    let flags = SectionFlags {
+                        alloc: true,
+                        write,
+                        exec,
+                    };
+                    let role = classify(name, kind, flags);
+                    let right = match kind {
+                        elf::SHT_PROGBITS if write && exec => role.needs().is_some(),
+                        elf::SHT_PROGBITS => true,
+                        elf::SHT_NOBITS if name == ".data" && write && !exec => role == Role::Bss,
+                        elf::SHT_NOBITS if name == ".rodata" && write && !exec => role == Role::Bss,
+                        elf::SHT_NOTE if name == ".note" && !write && !exec => role == Role::Note,
+                        _ => role.needs().is_some(),
+                    };
+                    assert!(right, "{name} {kind:?} {flags:?}: {role:?}");
+                }
+            }
+            // Of each name code or data is understood, and never both.
+            assert!(
+                understood(CODE).is_none() || understood(CONST).is_none(),
+                "{name}"
+            );
+        }
+        // What this kind of table is for is not seen in the file if it is not loaded.
+        for name in [
+            ".altinstructions",
+            ".return_sites",
+            ".gnu.linkonce.this_module",
+        ] {
+            for kind in [elf::SHT_PROGBITS, elf::SHT_STRTAB, elf::SHT_NULL] {
+                let role = classify(name, kind, SectionFlags::default());
+                assert_eq!(role, Role::Unknown, "{name}");
+            }
+        }
+        let symbols = classify(".symtab", elf::SHT_SYMTAB, SectionFlags::default());
+        assert_eq!(symbols, Role::Table);
     }
 
     #[test]

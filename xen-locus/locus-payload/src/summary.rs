@@ -1,6 +1,6 @@
 //! What `xen-locus show FILE` says about a payload.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use serde::Serialize;
 
@@ -101,6 +101,14 @@ pub struct Concern {
     pub reason: String,
 }
 
+/// ELF index of the section that `section` relocates late, if it does.
+fn late_home(section: &Section) -> Option<usize> {
+    match section.role {
+        Role::KlpRela { target, .. } if !section.relocs.is_empty() => Some(target),
+        _ => None,
+    }
+}
+
 impl Payload {
     /// What people want to know about the payload.
     #[must_use]
@@ -142,11 +150,19 @@ impl Payload {
                 reason: reason.to_owned(),
             });
         };
+        let late: HashSet<usize> = self.sections.iter().filter_map(late_home).collect();
         for section in self.sections.iter().filter(|s| s.size > 0) {
             if let Some(reason) = section.role.needs() {
-                if self.concerns_placed(section) {
+                if self.concerns_placed(section, &late) {
                     add(&section.name, reason);
                 }
+            }
+        }
+        let relocated = |s: &&Section| !s.relocs.is_empty() || late.contains(&s.index);
+        for section in self.sections.iter().filter(relocated) {
+            if matches!(section.role, Role::Modinfo | Role::Versions | Role::Note) {
+                let reason = "relocations are to change it, and it is read as it is in the file";
+                add(&section.name, reason);
             }
         }
         for section in self.placed().filter(|s| s.align > MAX_ALIGN) {
@@ -201,24 +217,19 @@ impl Payload {
         concerns
     }
 
-    /// False if a table of places in code has only places in code of `module_init` and `module_exit`. What
+    /// False if a table of places in code, of which `late` are relocated late, has only places in code of `module_init` and `module_exit`. What
     /// else a loader acts on is about the whole module, wherever it leads.
-    fn concerns_placed(&self, section: &Section) -> bool {
+    fn concerns_placed(&self, section: &Section, late: &HashSet<usize>) -> bool {
         let leads_to_init = |reloc: &Reloc| match self.symbol(reloc.symbol).map(|s| s.section) {
             Some(SymSection::Section(index)) => self
                 .section(index)
                 .is_some_and(|s| s.role.is_init_or_exit()),
             _ => false,
         };
-        let late =
-            |s: &Section| matches!(s.role, Role::KlpRela { target, .. } if target == section.index);
         section.role != Role::CfiSites
             || section.relocs.is_empty()
             || !section.relocs.iter().all(leads_to_init)
-            || self
-                .sections
-                .iter()
-                .any(|s| late(s) && !s.relocs.is_empty())
+            || late.contains(&section.index)
     }
 
     fn object_summaries(&self) -> Vec<ObjectSummary> {

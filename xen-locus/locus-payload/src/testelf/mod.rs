@@ -27,7 +27,7 @@ pub const VARS: u64 = ALLOC | elf::SHF_WRITE.0;
 /// Flags of code.
 pub const CODE: u64 = ALLOC | elf::SHF_EXECINSTR.0;
 pub const SHN_LIVEPATCH: u16 = 0xff20;
-const SHF_RELA_LIVEPATCH: u64 = 0x0010_0000;
+pub const SHF_RELA_LIVEPATCH: u64 = 0x0010_0000;
 
 /// An `Elf64_Rela`.
 #[derive(Clone, Copy)]
@@ -100,6 +100,11 @@ impl TestElf {
     /// Adds a section of type `SHT_PROGBITS`; returns its number.
     pub fn section(&mut self, name: &str, flags: u64, data: &[u8]) -> usize {
         self.push(name, elf::SHT_PROGBITS, flags, data)
+    }
+
+    /// Adds a section of any type, an `SHT_*` value; returns its number.
+    pub fn typed(&mut self, name: &str, kind: u32, flags: u64, data: &[u8]) -> usize {
+        self.push(name, elf::SectionType(kind), flags, data)
     }
 
     pub fn note(&mut self, name: &str, data: &[u8]) -> usize {

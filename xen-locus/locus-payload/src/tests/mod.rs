@@ -4,7 +4,8 @@ mod hostile;
 mod init;
 
 use crate::testelf::{
-    Funcs, Spec, SpecPlaces, TestElf, ALLOC, CODE, R_64, R_PC32, SHN_LIVEPATCH, VARS,
+    Funcs, Spec, SpecPlaces, TestElf, ALLOC, CODE, R_64, R_PC32, SHF_RELA_LIVEPATCH, SHN_LIVEPATCH,
+    VARS,
 };
 use crate::*;
 
@@ -280,7 +281,8 @@ fn damaged_structures_are_refused_with_their_place() {
     );
     refused_if(
         |elf, at| {
-            let kernel = elf.undefined("a_callback");
+            let name = ".klp.sym.vmlinux.a_callback,0";
+            let kernel = elf.symbol(name, SHN_LIVEPATCH, 0, 0, 0);
             let place = at.objs.1 + 16;
             elf.klp_rela(
                 ".klp.rela.vmlinux.data",
@@ -354,7 +356,40 @@ fn half_livepatch_symbols_and_sections_are_refused() {
     }
     refused_if(
         |elf, at| elf.klp_rela(".other", at.text, &[]),
-        "only one of them",
+        "not all of them",
+    );
+    for (name, kind, flags) in [
+        (".klp.rela.vmlinux.text", 1, ALLOC),
+        (".klp.rela.vmlinux.text", 1, ALLOC | SHF_RELA_LIVEPATCH),
+        (".rodata.more", 1, ALLOC | SHF_RELA_LIVEPATCH),
+        (".rodata.more", 7, ALLOC | SHF_RELA_LIVEPATCH),
+    ] {
+        let change = |elf: &mut TestElf, _| {
+            elf.typed(name, kind, flags, &[0; 24]);
+        };
+        refused_if(change, "not all of them");
+    }
+}
+
+#[test]
+fn livepatch_symbols_are_in_livepatch_relocations_and_no_others_are() {
+    refused_if(
+        |elf, at| {
+            let symbol = elf.undefined("do_it");
+            elf.klp_rela(
+                ".klp.rela.vmlinux.text",
+                at.text,
+                &[(8, R_PC32, symbol, -4)],
+            );
+        },
+        "at offset 0x8 is the symbol do_it; expected livepatch symbols",
+    );
+    refused_if(
+        |elf, at| {
+            let symbol = elf.symbol(".klp.sym.vmlinux.do_it,0", SHN_LIVEPATCH, 0, 0, 0);
+            elf.reloc(at.text, 8, R_PC32, symbol, -4);
+        },
+        "and nowhere else",
     );
 }
 
@@ -405,6 +440,67 @@ fn what_the_kernel_acts_on_is_a_concern_wherever_it_leads() {
     assert!(concerns(cfi, &|e, at| e.section_symbol(at.init)).is_empty());
     assert_eq!(concerns(cfi, &|e, at| e.section_symbol(at.text)), [cfi]);
     assert_eq!(concerns(cfi, &|e, _| e.undefined("printk")), [cfi]);
+}
+
+#[test]
+fn tables_of_another_type_or_with_other_flags_are_a_concern() {
+    const NOTE: u32 = 7;
+    for name in [
+        ".init_array",
+        ".ctors",
+        "__param",
+        "__ksymtab",
+        "__tracepoints_ptrs",
+        ".data..percpu",
+        ".my_unknown",
+        "__ex_table",
+        "__jump_table",
+        ".altinstructions",
+        "__bug_table",
+        ".static_call_sites",
+        ".parainstructions",
+        ".retpoline_sites",
+        ".smp_locks",
+    ] {
+        for (kind, flags) in [(NOTE, ALLOC), (1, CODE), (3, ALLOC), (18, VARS)] {
+            let (mut elf, at) = Spec::default().elf();
+            let table = elf.typed(name, kind, flags, &[0; 24]);
+            let text = elf.section_symbol(at.text);
+            elf.reloc(table, 0, R_64, text, 16);
+            let concerns = parse(&elf.build()).unwrap().concerns();
+            let subjects: Vec<_> = concerns.iter().map(|c| &*c.subject).collect();
+            assert_eq!(subjects, [name], "{kind} {flags:#x}");
+        }
+    }
+    // An allocated table of ELF's own.
+    let (mut elf, _) = Spec::default().elf();
+    elf.typed(".strings", 3, ALLOC, &[0; 24]);
+    assert_eq!(
+        parse(&elf.build()).unwrap().concerns()[0].subject,
+        ".strings"
+    );
+}
+
+#[test]
+fn what_is_read_from_the_file_is_not_to_be_relocated() {
+    for name in [".modinfo", "__versions", ".note.gnu.build-id"] {
+        for late in [false, true] {
+            let (mut elf, at) = Spec::default().elf();
+            let section = elf.find(name, ALLOC);
+            if name == "__versions" {
+                elf.data(section).resize(64, 0);
+            }
+            let text = elf.section_symbol(at.text);
+            let klp = elf.symbol(".klp.sym.vmlinux.foo,0", SHN_LIVEPATCH, 0, 0, 0);
+            match late {
+                true => elf.klp_rela(".klp.rela.vmlinux.x", section, &[(0, R_64, klp, 0)]),
+                false => elf.reloc(section, 0, R_64, text, 0),
+            }
+            let concerns = parse(&elf.build()).unwrap().concerns();
+            let subjects: Vec<_> = concerns.iter().map(|c| &*c.subject).collect();
+            assert_eq!(subjects, [name]);
+        }
+    }
 }
 
 #[test]
@@ -468,7 +564,11 @@ fn what_only_a_table_names_is_needed_too() {
         ".static_call_sites",
     ] {
         let (mut elf, _) = Spec::default().elf();
-        let section = elf.section(table, ALLOC, &[0; 32]);
+        let flags = match table {
+            ".altinstr_replacement" => CODE,
+            _ => ALLOC,
+        };
+        let section = elf.section(table, flags, &[0; 32]);
         let key = elf.undefined("a_key");
         elf.reloc(section, 8, R_PC32, key, 0);
         let late = elf.symbol(".klp.sym.ext4.its_key,0", SHN_LIVEPATCH, 0, 0, 0);
