@@ -222,10 +222,7 @@ fn patch_tail(
     } else {
         states_field
     };
-    if view.relocs_in(section, from, end).next().is_some()
-        || view.is_late(section, from, end)
-        || view.code_refers_to(section.index, from, end)
-    {
+    if view.is_changed(section, from, end) || view.code_refers_to(section.index, from, end) {
         return Ok((None, states));
     }
     let nonzero = view.nonzero_bytes(section, from, end)?;

@@ -269,6 +269,15 @@ impl<'a> View<'a> {
             .take_while(move |r| r.offset < to)
     }
 
+    /// True if relocations change a byte at offsets `from..to` of a section, late ones too. Those that begin earlier
+    /// may reach into it.
+    pub fn is_changed(&self, section: &Section, from: u64, to: u64) -> bool {
+        let reaches = |r: &Reloc| r.offset.saturating_add(reloc_width(r.rtype)) > from;
+        self.relocs_in(section, from.saturating_sub(7), to)
+            .any(reaches)
+            || self.is_late(section, from, to)
+    }
+
     /// True if livepatch relocations change a byte at offsets `from..to`, whose value is not in the file.
     pub fn is_late(&self, section: &Section, from: u64, to: u64) -> bool {
         let Some(places) = self.late.get(&section.index) else {
@@ -349,10 +358,8 @@ impl<'a> View<'a> {
         let bytes = self
             .bytes(section, offset, end)
             .and_then(|b| <[u8; 8]>::try_from(b).ok());
-        match (bytes, self.relocs_in(section, offset, end).next()) {
-            (Some(bytes), None) if !self.is_late(section, offset, end) => {
-                Ok(u64::from_le_bytes(bytes))
-            }
+        match bytes {
+            Some(bytes) if !self.is_changed(section, offset, end) => Ok(u64::from_le_bytes(bytes)),
             _ => Err(PayloadErrorKind::malformed(
                 self.place(section.index, offset),
                 "expected a plain number of 8 bytes",
@@ -369,8 +376,7 @@ impl<'a> View<'a> {
 
     /// True if offsets `from..to` of a section hold zeroes only, and no relocation changes them.
     pub fn is_zero(&self, section: &Section, from: u64, to: u64) -> bool {
-        self.relocs_in(section, from, to).next().is_none()
-            && !self.is_late(section, from, to)
+        !self.is_changed(section, from, to)
             && match section.role {
                 Role::Bss => to <= section.size,
                 _ => self
@@ -428,8 +434,9 @@ impl<'a> View<'a> {
         let most = usize::try_from(MAX_NAME).ok()?.saturating_add(1);
         let bytes = section.data.get(start..)?;
         let end = bytes.iter().take(most).position(|b| *b == 0)?;
-        let to = pointee.offset.saturating_add(end as u64);
-        if self.relocs_in(section, pointee.offset, to).next().is_some() {
+        // The zero byte that ends it counts, too.
+        let to = pointee.offset.saturating_add(end as u64).saturating_add(1);
+        if self.is_changed(section, pointee.offset, to) {
             return None;
         }
         let text = std::str::from_utf8(bytes.get(..end)?).ok()?;

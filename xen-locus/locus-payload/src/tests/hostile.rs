@@ -2,7 +2,7 @@
 
 use super::{parse, refused, refused_if, two_objects};
 use crate::pointers::DECODED;
-use crate::testelf::{Spec, SpecPlaces, TestElf, ALLOC, CODE, R_PC32, SHN_LIVEPATCH, VARS};
+use crate::testelf::{Spec, SpecPlaces, TestElf, ALLOC, CODE, R_64, R_PC32, SHN_LIVEPATCH, VARS};
 use crate::*;
 
 #[test]
@@ -314,4 +314,48 @@ fn late_relocations_that_overlap_are_refused() {
         late(12, plain)(&mut elf, at);
         assert!(parse(&elf.build()).is_ok());
     }
+}
+
+#[test]
+fn a_name_that_a_relocation_makes_longer_is_refused() {
+    // Behind the last name come zeroes; the relocation begins on its last byte, or on the zero that ends it.
+    let changed = |back: u64, late: bool| {
+        let (mut elf, at) = Spec::default().elf();
+        let end = elf.data(at.strings).len() as u64;
+        elf.data(at.strings).extend([0; 8]);
+        let value = u64::from_le_bytes(*b"_other\0\0");
+        let more = elf.symbol("more", 0xfff1, value, 0, 0);
+        let klp = elf.symbol(".klp.sym.vmlinux.foo,0", SHN_LIVEPATCH, 0, 0, 0);
+        match late {
+            true => elf.klp_rela(
+                ".klp.rela.vmlinux.x",
+                at.strings,
+                &[(end - back, R_64, klp, 0)],
+            ),
+            false => elf.reloc(at.strings, end - back, R_64, more, 0),
+        }
+        elf
+    };
+    for late in [false, true] {
+        for back in [1, 2] {
+            refused(
+                changed(back, late),
+                "old_name doesn't point at a printable name",
+            );
+        }
+        assert!(parse(&changed(0, late).build()).is_ok());
+    }
+    // One that begins in front of the name and reaches into it.
+    refused_if(
+        |elf, at| {
+            let more = elf.symbol("more", 0xfff1, 0, 0, 0);
+            let start = elf.string(at.strings, "0123456789");
+            let section = elf.section_symbol(at.strings);
+            elf.drop_reloc(at.funcs.0, at.funcs.1);
+            let name = i64::try_from(start + 4).unwrap();
+            elf.reloc(at.funcs.0, at.funcs.1, R_64, section, name);
+            elf.reloc(at.strings, start, R_64, more, 0);
+        },
+        "old_name doesn't point at a printable name",
+    );
 }
