@@ -15,7 +15,7 @@ use locus_guest::addr::{Gva, Range};
 use locus_guest::core::Core;
 use locus_kernel::Kernel;
 use object::{Object as _, ObjectSection as _, SectionFlags};
-use xen_locus::link::fixups::{self, FixupPlace, FixupTable, FixupTables, LinkedCode};
+use xen_locus::link::fixups::{self, FixupPlace, FixupTable, FixupTables, LinkedCode, Runs};
 use xen_locus::machine::kernel_of;
 use xen_locus::ops::host::Host;
 
@@ -220,8 +220,8 @@ impl Built {
             name: "vmlinux".into(),
             base: kernel.text_base,
             bytes,
-            live,
-            dead,
+            live: Runs::new(live),
+            dead: Runs::new(dead),
             own: Range::new(Gva(0), 0),
             all: Range::new(Gva(0), 0),
         };

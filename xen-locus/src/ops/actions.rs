@@ -152,7 +152,7 @@ fn several<G: Guest>(
     done.or_else(|error| {
         let refused = Err(error);
         if !options.dry_run {
-            operator.record(&mut *log, guest, &of_guests(operation, ""), &refused);
+            operator.log_result(&mut *log, guest, &of_guests(operation, ""), &refused);
         }
         refused.map(|_| Vec::new())
     })
