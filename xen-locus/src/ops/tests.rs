@@ -263,19 +263,6 @@ fn where_the_journal_can_not_be_written_nothing_is_changed_and_that_is_logged() 
 }
 
 #[test]
-fn what_can_not_be_published_is_done_and_recorded_all_the_same() {
-    let host = Host::new();
-    host.trace.fail("write");
-    let report = host.apply("one", false).unwrap();
-    assert_eq!(report.result, Outcome::Applied);
-    assert_eq!(host.in_guest(), ["one"]);
-    assert_eq!(host.published(), [""; 0]);
-    assert_eq!(host.log.told(), ["apply one applied"]);
-    assert!(!host.has_journal());
-    assert!(host.guest.is_unpublished.get());
-}
-
-#[test]
 fn a_line_that_can_not_be_appended_keeps_the_journal_and_the_next_run_records_the_change() {
     let host = Host::new();
     host.trace.fail("append");
@@ -358,29 +345,6 @@ fn a_dry_run_logs_publishes_and_recovers_nothing() {
     assert_eq!(host.published(), [""; 0]);
     assert_eq!(host.in_guest(), ["one"]);
     assert!(host.has_journal());
-}
-
-#[test]
-fn recover_records_publishes_and_removes_the_journal_in_that_order() {
-    let host = Host::interrupted();
-    let recover = || recover(&host.operator(), &host.guest, &options(false)).unwrap();
-    assert_eq!(recover().result, Finding::Finished);
-    let steps = [
-        "lock",
-        "open log",
-        "recover",
-        "append",
-        "note",
-        "remove journal",
-        "remove",
-        "write",
-        "unlock",
-    ];
-    assert_eq!(host.trace.take(), steps);
-    assert_eq!(host.published(), ["one"]);
-    // What is recovered is no line.
-    assert_eq!(recover().result, Finding::NothingToDo);
-    assert_eq!(host.log.told(), ["recover one finished"]);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! What a run did not publish is published by the next one, or by the daemon.
+//! The status of a guest is published. What a run did not publish is published by the next one, or by the daemon.
 
 use super::*;
 
@@ -83,4 +83,40 @@ fn what_goes_wrong_with_all_patches_is_recorded() {
     host.guest.shares_uuid.set(true);
     revert_all(&host.operator(), &host.guest, &options(false)).unwrap_err();
     assert_eq!(host.log.told(), ["revert  not-applicable"]);
+}
+
+#[test]
+fn what_can_not_be_published_is_done_and_recorded_all_the_same() {
+    let host = Host::new();
+    host.trace.fail("write");
+    let report = host.apply("one", false).unwrap();
+    assert_eq!(report.result, Outcome::Applied);
+    assert_eq!(host.in_guest(), ["one"]);
+    assert_eq!(host.published(), [""; 0]);
+    assert_eq!(host.log.told(), ["apply one applied"]);
+    assert!(!host.has_journal());
+    assert!(host.guest.is_unpublished.get());
+}
+
+#[test]
+fn recover_records_publishes_and_removes_the_journal_in_that_order() {
+    let host = Host::interrupted();
+    let recover = || recover(&host.operator(), &host.guest, &options(false)).unwrap();
+    assert_eq!(recover().result, Finding::Finished);
+    let steps = [
+        "lock",
+        "open log",
+        "recover",
+        "append",
+        "note",
+        "remove journal",
+        "remove",
+        "write",
+        "unlock",
+    ];
+    assert_eq!(host.trace.take(), steps);
+    assert_eq!(host.published(), ["one"]);
+    // What is recovered is no line.
+    assert_eq!(recover().result, Finding::NothingToDo);
+    assert_eq!(host.log.told(), ["recover one finished"]);
 }
