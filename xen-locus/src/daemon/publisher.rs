@@ -238,7 +238,10 @@ impl Publisher {
             }
         }
         self.published.retain(|id, _| !is_gone(id));
-        self.waiting.retain(|guest| all.contains(guest));
+        // Of two domains with one UUID, the other can be told now, and does not wait.
+        let ended: HashSet<&String> = self.seen.difference(&all).map(|(_, uuid)| uuid).collect();
+        let waits = |guest: &GuestKey| all.contains(guest) && !ended.contains(&guest.1);
+        self.waiting.retain(waits);
         self.unreadable
             .retain(|id, uuid| all.contains(&(*id, uuid.clone())));
         self.seen = all;

@@ -136,6 +136,29 @@ fn a_guest_that_became_another_is_looked_at_in_a_moment() {
 }
 
 #[test]
+fn when_one_of_two_guests_with_one_uuid_ends_the_other_is_looked_at_at_once() {
+    for is_published in [false, true] {
+        let mut host = Host::with(&[domain(1), domain(2)]);
+        host.domains[1].uuid = host.domains[0].uuid.clone();
+        let mut now = Instant::now();
+        if is_published {
+            // Before the other one was there.
+            let other = host.domains.remove(0);
+            host.look(now, &End::Done);
+            host.domains.insert(0, other);
+        }
+        for _ in 0..12 {
+            host.look(now, &End::CanNotBeRead);
+            now += UNREADABLE_MAX;
+        }
+        now -= UNREADABLE_MAX - TICK;
+        assert_eq!(host.look(now, &End::Done), [0; 0]);
+        host.domains.remove(1);
+        assert_eq!(host.look(now, &End::Done), [1]);
+    }
+}
+
+#[test]
 fn each_of_two_guests_with_one_uuid_is_looked_at() {
     let mut host = Host::with(&[domain(1), domain(2)]);
     host.domains[1].uuid = host.domains[0].uuid.clone();
