@@ -73,7 +73,7 @@ fn walks(data: &[u8], idle: bool) -> [Walk; 2] {
         ..Vcpu::default()
     };
     WALKER.with(|(walker, budget)| {
-        budget.refill();
+        budget.renew();
         [
             walker.running(&vcpu, &stacks, idle),
             walker.sleeping(vcpu.rsp, stacks[0], idle),

@@ -115,8 +115,29 @@ impl Budget {
     }
 
     /// Makes the budget whole again, for work that is repeated until a deadline: once a round.
-    pub fn refill(&self) {
+    ///
+    /// # Errors
+    /// As [`Budget::check`]: it stays spent, because what was read last may be incomplete, with nobody told.
+    pub fn refill(&self) -> Result<(), Error> {
+        self.check()?;
+        self.renew();
+        Ok(())
+    }
+
+    /// The same, spent or not: for one who has just said, as an error, that it was spent.
+    pub fn renew(&self) {
         self.left.set(self.limit);
+    }
+}
+
+/// What was read, or `None` if it can't be read: the guest has nothing there. A spent budget says nothing about the guest.
+///
+/// # Errors
+/// [`Error::Exhausted`].
+pub fn if_readable<T>(read: Result<T, Error>) -> Result<Option<T>, Error> {
+    match read {
+        Err(Error::Exhausted) => Err(Error::Exhausted),
+        read => Ok(read.ok()),
     }
 }
 
@@ -133,7 +154,11 @@ mod tests {
         assert!(matches!(same.spend(5), Err(Error::Exhausted)));
         assert!(budget.check().is_err());
         assert!(budget.spend(1).is_err());
-        budget.refill();
+        assert!(budget.refill().is_err(), "what was spent is not forgotten");
+        assert!(budget.check().is_err());
+        budget.renew();
+        same.spend(9).unwrap();
+        same.refill().unwrap();
         same.spend(10).unwrap();
     }
 

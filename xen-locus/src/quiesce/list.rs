@@ -143,7 +143,7 @@ impl<'k, 'm> GuestTasks<'k, 'm> {
     fn read_all(&mut self) -> Result<()> {
         const TRIES: u32 = 20;
         // A run that waits for a quiet moment lists the tasks again and again, until a deadline.
-        self.space.budget().refill();
+        self.space.budget().refill()?;
         let mut tries = 1;
         loop {
             let Err(error) = self.try_read_all() else {
@@ -152,6 +152,8 @@ impl<'k, 'm> GuestTasks<'k, 'm> {
             // A task went away while it was read: its memory may hold anything.
             self.space = self.kernel.space.fresh_in_blocks();
             if tries == TRIES {
+                // A list that changes all the time may have cost so much.
+                self.space.budget().renew();
                 return Err(Error::try_again(format!(
                     "the guest's task list could not be read in {TRIES} tries: {error}"
                 )));
@@ -212,7 +214,7 @@ impl<'k, 'm> GuestTasks<'k, 'm> {
     }
 
     fn read_births(&mut self) -> Result<Vec<(Gva, bool)>> {
-        self.space.budget().refill();
+        self.space.budget().refill()?;
         let births = self.births.at.u64()?;
         let mut groups = self.groups.clone();
         let known = |task: &Task| self.known.get(&task.addr).is_some_and(|k| k.is(task));

@@ -147,7 +147,7 @@ impl Readers {
 /// # Errors
 /// [`Class::TryAgain`](crate::error::Class::TryAgain): the lists changed at each try.
 pub(super) fn all_tasks(kernel: &Kernel<'_>) -> Result<Vec<Task>> {
-    kernel.space.budget().refill();
+    kernel.space.budget().refill()?;
     tasks::snapshot(kernel, |_, tasks| Ok(tasks)).map_err(|error| {
         Error::try_again(format!(
             "the guest's tasks could not be listed, probably because it starts and ends some all the time: {error}"

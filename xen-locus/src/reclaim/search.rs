@@ -44,6 +44,8 @@ const FUNCTION_ALIGN: u64 = 16;
 const CALL: u8 = 0xe8;
 /// Page frames of a block. In which order they are mapped is worked out for one block at a time.
 const BLOCK: u64 = 1 << 18;
+/// Most page frames that a guest can count: physical addresses have 52 bits.
+const PFN_MAX: u64 = 1 << 40;
 
 /// In which order memory is looked through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -184,8 +186,13 @@ impl<'a, 'm> Search<'a, 'm> {
         // What is not mapped is asked for too: memory that the guest gave back, and holes.
         let budget = Budget::of(most.saturating_mul(64));
         let space = self.kernel.space.fresh();
-        space.budget().refill();
+        space.budget().refill()?;
         let end = space.read_u64(self.kernel.symbols.need("max_pfn")?)?;
+        if end > PFN_MAX {
+            return Err(Error::not_applicable(format!(
+                "the guest's max_pfn is {end}; expected at most {PFN_MAX}, which is more than physical addresses have bits for"
+            )));
+        }
         let pages = Pages::of(self.kernel, &space)?;
         let mut passed_over = stacks.clone();
         passed_over.extend(self.arena.own_frames());
@@ -337,7 +344,7 @@ impl<'a, 'm> Search<'a, 'm> {
     /// Looks through the pages of all payloads. A word in one that is searched for itself counts only if that one stays.
     fn payloads(&self, found: &mut FirstHits) -> Result<()> {
         let space = self.kernel.space.fresh();
-        space.budget().refill();
+        space.budget().refill()?;
         let mut slots = Vec::new();
         for slot in &self.arena.directory.slots {
             let start = arena::page_address(slot.first.into());
@@ -421,7 +428,8 @@ fn pages_from(start: Gva, len: usize) -> Range {
     Range::new(start, len as u64)
 }
 
-/// The frames in which nothing is but code of the kernel and of its modules.
+/// The frames in which nothing is but code of the kernel and of its modules. All of that is within 2 GiB ([`IMAGE`]), where
+/// code can call other code. What a module says to be its code elsewhere is looked through as all other memory.
 fn code(kernel: &Kernel<'_>, space: &Space<'_>) -> Result<HashSet<Frame>> {
     let kernels = ["_stext", "_etext"].map(|name| kernel.symbols.addr(name));
     let mut ranges = Vec::new();
@@ -434,15 +442,32 @@ fn code(kernel: &Kernel<'_>, space: &Space<'_>) -> Result<HashSet<Frame>> {
         ranges.extend(text.map(|p| p.range));
     }
     let mut frames = HashSet::new();
-    for range in ranges {
-        let Some(start) = range.start.0.checked_next_multiple_of(PAGE_SIZE) else {
-            continue;
-        };
-        let len = (range.end.0 & !(PAGE_SIZE - 1)).saturating_sub(start);
+    for pages in whole_pages(ranges) {
         // A module may have gone.
-        frames.extend(space.frames(Gva(start), len).unwrap_or_default());
+        let found = if_mapped(space.frames(pages.start, pages.len()))?;
+        frames.extend(found.unwrap_or_default());
     }
     Ok(frames)
+}
+
+/// The pages from [`IMAGE`] on that are wholly in one of `ranges`. Many modules may say that they are at the same place: each
+/// page counts once.
+fn whole_pages(mut ranges: Vec<Range>) -> Vec<Range> {
+    ranges.sort_by_key(|range| range.start);
+    let mut found = Vec::with_capacity(ranges.len());
+    let mut next = IMAGE;
+    for range in ranges {
+        let start = range.start.0.max(next).checked_next_multiple_of(PAGE_SIZE);
+        let end = range.end.0 & !(PAGE_SIZE - 1);
+        if let Some(start) = start.filter(|&start| start < end) {
+            found.push(Range {
+                start: Gva(start),
+                end: Gva(end),
+            });
+            next = end;
+        }
+    }
+    found
 }
 
 /// The tables of the payloads that are out of the guest's lists, each from its marks to the end of its pages. Nothing
@@ -459,4 +484,30 @@ fn stale(kernel: &Kernel<'_>, arena: &Arena) -> Result<Vec<Range>> {
         }
     }
     Ok(stale)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn code_is_looked_for_where_code_can_be_and_once() {
+        const MODULES: u64 = 0xffff_ffff_c000_0000;
+        let range = |start: u64, end: u64| Range {
+            start: Gva(start),
+            end: Gva(end),
+        };
+        // Of 4 GiB each, as many as there may be.
+        let elsewhere = (0..4096).map(|n| 0xffff_c900_0000_0000 + (n << 32));
+        let mut all: Vec<Range> = elsewhere.map(|at| range(at, at + (1 << 32))).collect();
+        all.extend([range(MODULES + 0x1100, MODULES + 0x5100); 4096]);
+        all.push(range(MODULES, MODULES + 0x3000));
+        all.push(range(MODULES + 0x8100, MODULES + 0x8f00));
+        all.push(range(u64::MAX - 0x10, u64::MAX));
+        let wanted = [
+            range(MODULES, MODULES + 0x3000),
+            range(MODULES + 0x3000, MODULES + 0x5000),
+        ];
+        assert_eq!(whole_pages(all), wanted);
+    }
 }

@@ -436,3 +436,15 @@ fn a_run_that_is_ended_at_any_write_leaves_each_parked_or_gone() {
         "{torn} {undone} {finished}"
     );
 }
+
+#[test]
+fn more_memory_than_there_are_addresses_is_refused() {
+    let guest = with_parked();
+    let at = guest.kernel().symbols.addr("max_pfn").unwrap();
+    for end in [u64::MAX, (1 << 40) + 1] {
+        guest.poke(at.0, &end.to_le_bytes());
+        let error = guest.reclaim("one").unwrap_err();
+        assert!(error.to_string().contains("max_pfn"), "{error}");
+        assert_eq!(guest.modules(), ["three", "two", "one"]);
+    }
+}

@@ -125,6 +125,36 @@ fn frames_are_those_of_a_walk_to_each_page() {
 }
 
 #[test]
+fn frames_of_a_large_page_cost_what_those_of_small_ones_do() {
+    const GIB: u64 = 1 << 30;
+    let memory = MockMemory::new();
+    let tables = memory.frame();
+    memory.set_entry(ROOT, (AT.0 >> 39) as usize & 511, (tables.0 << 12) | 3);
+    for n in 0..512 {
+        memory.set_entry(tables, n as usize, (n << 30) | 0x83);
+    }
+    let start = Gva(AT.0 & !(512 * GIB - 1));
+    let space = Space::within(&memory, ROOT, 4, Budget::of(5 << 18));
+    let from = start.plus(3 * GIB - 5 * PAGE_SIZE);
+    let frames = space.frames(from, GIB).unwrap();
+    let first = (3 << 18) - 5;
+    assert!(frames.iter().zip(first..).all(|(f, n)| f.0 == n));
+    assert_eq!(frames.len(), 1 << 18);
+    assert!(space.budget().spent() >= 1 << 18);
+    assert!(matches!(space.frames(from, 8 * GIB), Err(Error::Exhausted)));
+}
+
+#[test]
+fn the_last_pages_of_all_are_followed_by_none() {
+    let memory = MockMemory::new();
+    let last = Gva(u64::MAX - 2 * PAGE_SIZE + 1);
+    memory.map_bytes(last, &[7; 2 * PAGE_LEN], true, false);
+    memory.map_bytes(Gva(0), &[8; PAGE_LEN], true, false);
+    let space = Space::new(&memory, ROOT, 4);
+    assert_eq!(space.frames(last, 2 * PAGE_SIZE - 1).unwrap().len(), 2);
+}
+
+#[test]
 fn memory_that_was_read_into_before_shows_nothing_of_it() {
     let memory = pages(600);
     let space = Space::new(&memory, ROOT, 4);

@@ -132,12 +132,14 @@ impl Space<'_> {
             at,
             level: self.levels,
         })?;
-        while page.0 < end {
+        // Pages that are left. An address may be the last of all, so they are counted.
+        let mut left = end.saturating_sub(page.0).div_ceil(PAGE_SIZE);
+        while left > 0 {
             if let Ok((table, first, _)) = self.entry_slot(page, 1) {
                 // Small pages: one table has the entries of the next ones too.
-                let pages = (end - page.0).div_ceil(PAGE_SIZE);
                 let behind = ENTRIES - first;
-                let count = usize::try_from(pages).map_or(behind, |pages| pages.min(behind));
+                let count = usize::try_from(left).map_or(behind, |left| left.min(behind));
+                left -= count as u64;
                 let mut bytes = vec![0; 8 * count];
                 self.window(table)?.read(8 * first, &mut bytes)?;
                 self.budget.count_copied(bytes.len());
@@ -152,16 +154,13 @@ impl Space<'_> {
                 continue;
             }
             let leaf = self.walk(page)?;
-            let mut next = leaf.frame.0;
-            loop {
-                frames.push(Frame(next));
-                page = page.plus(PAGE_SIZE);
-                // The frames of a large page are consecutive.
-                if page.0 >= end || page.0 & (leaf.size - 1) == 0 {
-                    break;
-                }
-                next += 1;
-            }
+            // The frames of a large page are consecutive. They cost what those of small pages do: they are kept as those are.
+            let count = (leaf.size - (page.0 & (leaf.size - 1))) / PAGE_SIZE;
+            let count = count.min(left);
+            self.budget.spend(budget::WALK * count)?;
+            frames.extend((leaf.frame.0..).map(Frame).zip(0..count).map(|(f, _)| f));
+            page = page.plus(count * PAGE_SIZE);
+            left -= count;
         }
         Ok(frames)
     }

@@ -100,7 +100,7 @@ fn without_budget_no_watch_is_made() {
     let range = || Watched::new(Range::new(PATCHED, 0x10), "patched");
     let budget = kernel.space.budget();
     let make = |left: u64, count: usize| {
-        budget.refill();
+        budget.renew();
         budget.spend(budget.limit() - left).unwrap();
         Watch::new(&kernel, (0..count).map(|_| range()).collect()).map(|_| ())
     };

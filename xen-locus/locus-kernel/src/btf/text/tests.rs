@@ -99,7 +99,7 @@ fn namesakes_with_long_members_are_paid_for() {
         Err(Error::Memory(locus_guest::Error::Exhausted))
     ));
     assert!(btf.describe("one", &budget).is_err(), "nothing is left");
-    budget.refill();
+    budget.renew();
     assert_eq!(btf.describe("one", &budget).unwrap().len(), 1);
     assert!(budget.spent() < 5000, "{}", budget.spent());
 }
