@@ -253,6 +253,7 @@ pub fn renewed<'m>(kernel: &Kernel<'m>, btf: &[u8], budget: Budget) -> Result<Ke
         symbols,
         release: kernel.release.clone(),
         build_id: kernel.build_id.clone(),
+        cpus_max: kernel.cpus_max,
         btf: types,
     })
 }

@@ -12,6 +12,7 @@ use crate::cache::{CachedKernel, KernelCache, NoCache};
 use crate::kallsyms::{self, Symbols};
 use crate::list::list;
 use crate::notes::build_id_note;
+use crate::tasks::CPUS_MAX;
 use crate::{btf, locate, modules, to_usize, Error};
 
 /// Longest notes believed, in bytes.
@@ -38,6 +39,9 @@ pub struct Kernel<'m> {
     pub release: String,
     /// Build-id of the image, as raw bytes; `None` if it has no such note.
     pub build_id: Option<Vec<u8>>,
+    /// Most CPUs that it can have: of a live guest as many as Xen has vCPUs for it, of a saved one
+    /// [`CPUS_MAX`](crate::tasks::CPUS_MAX), because a core leaves out vCPUs that never were up.
+    pub cpus_max: usize,
     pub(crate) btf: OnceCell<Rc<btf::Btf>>,
 }
 
@@ -60,7 +64,13 @@ impl<'m> Kernel<'m> {
             match kernel {
                 Err(Error::NotReady(_) | Error::Memory(guest::Error::Exhausted)) => return kernel,
                 Err(_) if tries < TRIES => tries += 1,
-                _ => return kernel,
+                Err(error) => return Err(error),
+                Ok(kernel) => {
+                    return Ok(Kernel {
+                        cpus_max: vcpus.len(),
+                        ..kernel
+                    })
+                }
             }
         }
     }
@@ -199,6 +209,7 @@ impl<'m> Kernel<'m> {
             symbols: symbols.paid_from(located.space.budget()),
             release: String::new(),
             build_id: None,
+            cpus_max: CPUS_MAX,
             btf: OnceCell::new(),
         };
         kernel.release = kernel.read_release()?;
@@ -325,6 +336,7 @@ impl<'m> Kernel<'m> {
             self.space.budget().spend(1)?;
             found.push(at);
         }
+        self.space.budget().check()?;
         // A number that is too large for this machine is the number of no symbol either.
         let wanted = usize::try_from(sympos).unwrap_or(usize::MAX);
         match (found.as_slice(), wanted) {

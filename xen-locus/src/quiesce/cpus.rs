@@ -1,10 +1,11 @@
 //! The guest's CPUs: the task that each one runs, how often it switched, and its own stacks.
 
 use locus_guest::addr::{Gva, Range};
+use locus_guest::budget::if_readable;
 use locus_guest::space::{Pin, Space};
 use locus_guest::{Vcpu, Window};
 use locus_kernel::tasks;
-use locus_kernel::unwind::stack;
+use locus_kernel::unwind::stack::CpuStacks;
 use locus_kernel::Kernel;
 
 use crate::error::Result;
@@ -28,7 +29,7 @@ impl Cpu {
     }
 }
 
-/// All CPUs that the guest's kernel could have.
+/// All CPUs that the guest's kernel can have ([`tasks::percpu_bases`]).
 pub(super) struct Cpus {
     pub(super) all: Vec<Cpu>,
     /// The code of `__schedule`; `None` if the kernel has no such symbol.
@@ -53,22 +54,27 @@ impl Cpus {
     /// # Errors
     /// The kernel's tables can't be read.
     pub(super) fn list(&mut self, kernel: &Kernel<'_>, space: &Space<'_>) -> Result<()> {
+        let own_stacks = CpuStacks::new(kernel)?;
         let current = tasks::current_symbol(kernel);
         let switches = tasks::switches_symbol(kernel);
         let bases = tasks::percpu_bases(kernel, space)?;
         let mut all = Vec::with_capacity(bases.len());
         for base in bases {
-            let pin = |at: Option<Gva>| space.pin(tasks::percpu(at?, base)).ok();
-            let stacks = stack::of_cpu(kernel, space, base)?.into_iter();
-            let map = |(_, range): (_, Range)| {
-                let frames = space.frames(range.start, range.len()).ok()?;
-                Some((range, space.map(&frames).ok()?))
+            let pin = |at: Option<Gva>| match at {
+                Some(at) => if_readable(space.pin(tasks::percpu(at, base))),
+                None => Ok(None),
             };
+            let mut stacks = Vec::new();
+            for (_, range) in own_stacks.of_cpu(space, base)? {
+                let frames = space.frames(range.start, range.len());
+                let window = if_readable(frames.and_then(|frames| space.map(&frames)))?;
+                stacks.extend(window.map(|window| (range, window)));
+            }
             all.push(Cpu {
                 base,
-                current: pin(current),
-                switches: pin(switches),
-                stacks: stacks.filter_map(map).collect(),
+                current: pin(current)?,
+                switches: pin(switches)?,
+                stacks,
             });
         }
         self.all = all;

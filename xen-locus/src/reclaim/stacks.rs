@@ -3,10 +3,11 @@
 use std::collections::HashSet;
 
 use locus_guest::addr::{Frame, Gva, Range};
+use locus_guest::budget::if_readable;
 use locus_guest::space::Space;
 use locus_guest::{self as guest, Vcpu};
 use locus_kernel::tasks::{self, TaskLayout};
-use locus_kernel::unwind::stack;
+use locus_kernel::unwind::stack::CpuStacks;
 use locus_kernel::Kernel;
 
 use super::readers::all_tasks;
@@ -36,15 +37,17 @@ impl Stacks {
         let mut live = Vec::new();
         let in_kernel = |v: &&Vcpu| v.online && !v.user;
         let kernel_sp: Vec<Gva> = vcpus.iter().filter(in_kernel).map(|v| v.rsp).collect();
+        let own_stacks = CpuStacks::new(kernel)?;
+        let caches = Caches::of(kernel);
         for base in tasks::percpu_bases(kernel, &space)? {
-            let own = stack::of_cpu(kernel, &space, base)?.into_iter();
-            for (_, range) in own {
+            for (_, range) in own_stacks.of_cpu(&space, base)? {
                 all.push(range);
                 let on = kernel_sp.iter().find(|sp| range.contains(**sp));
                 live.extend(on.map(|sp| (live_part(range, *sp), "an interrupt".to_owned())));
             }
-            let kept = cached(kernel, &space, base).into_iter();
-            all.extend(kept.map(|start| Range::new(start, layout.stack_size)));
+            for start in caches.iter().flat_map(|caches| caches.of_cpu(&space, base)) {
+                all.push(Range::new(start?, layout.stack_size));
+            }
         }
         let tasks = all_tasks(kernel)?;
         let now = machine.vcpus()?;
@@ -107,19 +110,40 @@ fn live_part(range: Range, sp: Gva) -> Range {
     }
 }
 
-/// Stacks of threads that ended, which this CPU keeps for others (kernel/fork.c: `cached_stacks`).
-fn cached(kernel: &Kernel<'_>, space: &Space<'_>, base: u64) -> HashSet<Gva> {
-    let find = || {
-        let symbol = kernel.symbols.addr("cached_stacks")?;
-        let room = kernel.symbols.room(symbol)? / 8;
+/// Where CPUs keep the stacks of threads that ended, for others (kernel/fork.c: `cached_stacks`).
+struct Caches {
+    /// The per-CPU array of pointers to areas.
+    pointers: Gva,
+    /// How many there are.
+    count: u64,
+    /// Offset in an area of the address at which it begins, in bytes.
+    start: u64,
+}
+
+impl Caches {
+    fn of(kernel: &Kernel<'_>) -> Option<Caches> {
+        let pointers = kernel.symbols.addr("cached_stacks")?;
         let start = kernel.btf().ok()?.offset_of("vm_struct", "addr").ok()?;
-        let pointers = (0..room.min(CACHED_MAX)).filter_map(|n| {
-            let at = tasks::percpu(symbol, base).plus(8 * n);
-            let area = Gva(space.read_u64(at).ok()?);
-            let start = space.read_u64(area.plus(start as u64)).ok()?;
-            (start != 0).then_some(Gva(start))
-        });
-        Some(pointers.collect())
-    };
-    find().unwrap_or_default()
+        Some(Caches {
+            pointers,
+            count: (kernel.symbols.room(pointers)? / 8).min(CACHED_MAX),
+            start: start as u64,
+        })
+    }
+
+    /// Where the stacks begin that the CPU keeps whose per-CPU area has this base.
+    fn of_cpu<'s>(
+        &'s self,
+        space: &'s Space<'_>,
+        base: u64,
+    ) -> impl Iterator<Item = Result<Gva>> + 's {
+        let read = move |n| {
+            let at = tasks::percpu(self.pointers, base).plus(8 * n);
+            let area = if_readable(space.read_u64(at))?;
+            let start = area.map(|area| space.read_u64(Gva(area).plus(self.start)));
+            let start = if_readable(start.transpose())?.flatten();
+            Ok(start.filter(|&start| start != 0).map(Gva))
+        };
+        (0..self.count).filter_map(move |n| read(n).transpose())
+    }
 }

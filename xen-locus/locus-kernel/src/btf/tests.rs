@@ -4,6 +4,30 @@ use super::blob::{sample, Blob};
 use super::*;
 
 #[test]
+fn types_named_alike_are_paid_for_and_have_a_limit() {
+    let alike = |count: u32| {
+        let mut b = Blob::new();
+        let name = b.name("x");
+        for _ in 0..count {
+            b.raw("x", TypeKind::Enum, 0, 4, &[]);
+        }
+        b.structure("x", 24, &[]);
+        assert!(name > 0);
+        Btf::new(b.bytes())
+    };
+    let budget = Budget::of(20_000);
+    let btf = alike(20_000).unwrap().paid_from(&budget);
+    for spent in [5000, 10_000, 15_000, 20_000, 20_000] {
+        // What it says is right, and the next that reads the guest ends.
+        assert_eq!(btf.size_of("x").unwrap(), 24);
+        assert_eq!(budget.spent(), spent);
+    }
+    assert!(budget.check().is_err());
+    let error = alike(1 << 15).unwrap_err();
+    assert!(error.to_string().contains("named alike"), "{error}");
+}
+
+#[test]
 fn members_are_found_through_anonymous_unions_and_dots() {
     let btf = Btf::new(sample().bytes()).unwrap();
     assert_eq!(btf.len(), 19);

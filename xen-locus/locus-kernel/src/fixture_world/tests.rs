@@ -1,9 +1,11 @@
 //! The small guest is found as a kernel, live and saved, and refused if an anchor is missing.
 
+use locus_guest as guest;
 use locus_guest::space::Region;
 
 use super::*;
-use crate::tasks::TaskLayout;
+use crate::tasks::{self, TaskLayout};
+use crate::unwind::stack::CpuStacks;
 use crate::{locate, Error, Kernel};
 
 /// Its kernel is found, live and saved, and its tasks are read.
@@ -175,4 +177,57 @@ fn a_guest_in_a_pv_shim_is_told_by_name() {
         matches!(&error, Error::NotLinux(why) if why.contains("pvshim=1")),
         "{error}"
     );
+}
+
+#[test]
+fn what_many_symbols_of_one_name_cost_is_paid() {
+    let world = World::with(GuestType::Pvh, |f| {
+        let one = (TEXT.0 + 0x1000, 't', "twin".to_owned());
+        f.symbols.extend(std::iter::repeat_n(one, 20_000));
+    });
+    let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
+    let spent = |look: &dyn Fn()| {
+        let before = kernel.space.budget().spent();
+        look();
+        kernel.space.budget().spent() - before
+    };
+    let found = || assert_eq!(kernel.symbols.addr("twin"), Some(Gva(TEXT.0 + 0x1000)));
+    assert_eq!(spent(&found), 5000);
+    assert_eq!(
+        spent(&|| assert!(kernel.function("twin", 0).is_err())),
+        25_000
+    );
+    // The rest of the kernel's names cost nothing.
+    let layout = || assert!(TaskLayout::of(&kernel).is_ok());
+    assert!(spent(&layout) < 10);
+    kernel.space.budget().spend(u64::MAX).unwrap_err();
+    found();
+    let error = kernel.function("twin", 1).unwrap_err();
+    assert!(matches!(error, Error::Memory(guest::Error::Exhausted)));
+}
+
+#[test]
+fn what_the_stacks_of_cpus_have_in_common_is_looked_up_once() {
+    let world = World::with(GuestType::Pvh, |f| {
+        let one = (TEXT.0 + 0x1000, 't', "cea_exception_stacks".to_owned());
+        f.symbols.extend(std::iter::repeat_n(one, 20_000));
+    });
+    let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
+    let space = kernel.space.fresh();
+    let stacks = CpuStacks::new(&kernel).unwrap();
+    let before = space.budget().spent();
+    for base in PERCPU.into_iter().cycle().take(100) {
+        stacks.of_cpu(&space, base).unwrap();
+    }
+    assert!(space.budget().spent() - before < 1000);
+}
+
+#[test]
+fn no_more_cpus_are_believed_than_there_can_be() {
+    let world = World::new(GuestType::Pvh);
+    let mut kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
+    let bases = |kernel: &Kernel<'_>| tasks::percpu_bases(kernel, &kernel.space).unwrap();
+    assert_eq!(bases(&kernel), PERCPU);
+    kernel.cpus_max = 1;
+    assert_eq!(bases(&kernel), PERCPU[..1]);
 }

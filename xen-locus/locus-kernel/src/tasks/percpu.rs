@@ -1,14 +1,22 @@
 //! Per-CPU variables: where each CPU has its own, and some that tell of tasks.
 
 use locus_guest::addr::Gva;
+use locus_guest::budget::if_readable;
 use locus_guest::space::Space;
 
 use super::CPUS_MAX;
 use crate::{Error, Kernel};
 
-/// Bases of the per-CPU areas of all possible CPUs, by the guest's CPU number (`__per_cpu_offset`).
-/// A base is what is added to a per-CPU variable's symbol to get its guest virtual address on that
-/// CPU: [`percpu`].
+/// Bases of the per-CPU areas of all CPUs that can ever have run, by the guest's CPU number
+/// (`__per_cpu_offset`). A base is what is added to a per-CPU variable's symbol to get its guest
+/// virtual address on that CPU: [`percpu`].
+///
+/// A guest may count more CPUs as possible than Xen has vCPUs for it ([`Kernel::cpus_max`]). Only the first
+/// are those that are up or ever were. A PV kernel numbers its CPUs as Xen does
+/// (arch/x86/xen/smp_pv.c). Any other gives the next number to the next local APIC that it meets, which is
+/// one for each vCPU, and numbers those after them that may come
+/// (arch/x86/kernel/apic/apic.c: `allocate_logical_cpuid`, or arch/x86/kernel/cpu/topology.c). A possible CPU that never was up has
+/// an idle task that never ran, and no other. A CPU that is down keeps its number, and Xen its vCPU.
 ///
 /// # Errors
 /// [`Error::Odd`] if `nr_cpu_ids` is not 1 to 8192, [`Error::Missing`], [`Error::Memory`].
@@ -20,7 +28,7 @@ pub fn percpu_bases(kernel: &Kernel<'_>, space: &Space<'_>) -> Result<Vec<u64>, 
             "nr_cpu_ids is {count}; expected 1 to {CPUS_MAX}"
         )));
     }
-    let bytes = space.read_vec(table, count * 8)?;
+    let bytes = space.read_vec(table, count.min(kernel.cpus_max) * 8)?;
     let (words, _) = bytes.as_chunks::<8>();
     Ok(words.iter().map(|word| u64::from_le_bytes(*word)).collect())
 }
@@ -37,10 +45,9 @@ pub(super) fn idle(kernel: &Kernel<'_>, space: &Space<'_>) -> Result<Vec<Gva>, E
     let mut found = Vec::new();
     for base in percpu_bases(kernel, space)? {
         // A possible CPU that was never brought up has no area, or no idle task.
-        if let Ok(task) = space.read_u64(percpu(pointer, base)) {
-            if task != 0 {
-                found.push(Gva(task));
-            }
+        match if_readable(space.read_u64(percpu(pointer, base)))? {
+            None | Some(0) => {}
+            Some(task) => found.push(Gva(task)),
         }
     }
     Ok(found)

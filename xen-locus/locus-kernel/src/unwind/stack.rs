@@ -1,6 +1,7 @@
 //! The stacks that a thread of execution can be on: that of its task, and those of its CPU.
 
 use locus_guest::addr::{Gva, Range, PAGE_SIZE};
+use locus_guest::budget::if_readable;
 use locus_guest::space::Space;
 use locus_guest::{self as guest, fetch, Window};
 
@@ -124,66 +125,89 @@ impl Window for StackCopy {
     }
 }
 
-/// The stacks of the CPU whose per-CPU area is at the guest virtual address `base`, as far as the
-/// kernel has them. A stack that can't be found is left out. PV guests take interrupts and
-/// exceptions on the stack that is in use.
+/// Where the kernel has the stacks of its CPUs. What does not depend on the CPU is looked up once.
 ///
 /// Sources: `hardirq_stack_ptr` (arch/x86/kernel/irq_64.c), `cea_exception_stacks` and
 /// `struct cpu_entry_area` (arch/x86/include/asm/cpu_entry_area.h).
-///
-/// # Errors
-/// [`Error::Missing`] if the kernel has no types.
-pub fn of_cpu(
-    kernel: &Kernel<'_>,
-    space: &Space<'_>,
-    base: u64,
-) -> Result<Vec<(StackKind, Range)>, Error> {
-    let btf = kernel.btf()?;
-    let pointer = |symbol: Option<Gva>| {
-        let at = space.read_u64(percpu(symbol?, base)).ok()?;
-        (at != 0).then_some(at)
-    };
-    let size = |name: &str| Some(btf.size_of(name).ok()? as u64);
-    let mut found = Vec::new();
-    let mut add = |kind, start: u64, len: u64| {
-        if (1..=LEN_MAX).contains(&len) {
-            found.push((kind, Range::new(Gva(start), len)));
-        }
-    };
-    let irq = kernel.symbols.addr("hardirq_stack_ptr").or_else(|| {
-        let offset = btf.offset_of("pcpu_hot", "hardirq_stack_ptr").ok()?;
-        Some(kernel.symbols.addr("pcpu_hot")?.plus(offset as u64))
-    });
-    if let (Some(top), Some(len)) = (pointer(irq), size("irq_stack")) {
-        // It points at the last word, or behind it.
-        let end = top.checked_add(8).map(|end| end & !(PAGE_SIZE - 1));
-        if let Some(start) = end.and_then(|end| end.checked_sub(len)) {
-            add(StackKind::Irq, start, len);
-        }
-    }
-    if let Some(stacks) = pointer(kernel.symbols.addr("cea_exception_stacks")) {
+#[derive(Debug)]
+pub struct CpuStacks {
+    /// The per-CPU pointer to the end of the stack for interrupts, and the length of that in bytes.
+    irq: Option<(Gva, u64)>,
+    /// The per-CPU pointer to the stacks for exceptions.
+    exceptions: Option<Gva>,
+    /// The stacks near those: how far each is from the first of them (wrapping), and its length, in bytes.
+    near: Vec<(StackKind, u64, u64)>,
+}
+
+impl CpuStacks {
+    /// Looks up what `kernel` has of them.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] if the kernel has no types.
+    pub fn new(kernel: &Kernel<'_>) -> Result<CpuStacks, Error> {
+        let btf = kernel.btf()?;
+        let size = |name: &str| Some(btf.size_of(name).ok()? as u64);
+        let irq = kernel.symbols.addr("hardirq_stack_ptr").or_else(|| {
+            let offset = btf.offset_of("pcpu_hot", "hardirq_stack_ptr").ok()?;
+            Some(kernel.symbols.addr("pcpu_hot")?.plus(offset as u64))
+        });
+        let mut near = Vec::new();
         for name in ["DF", "NMI", "DB", "MCE", "VC", "VC2"] {
             let member = format!("{name}_stack");
             let place = btf.offset_of("cea_exception_stacks", &member);
             let len = btf.array_len("cea_exception_stacks", &member);
             if let (Ok(place), Ok(len)) = (place, len) {
-                add(
-                    StackKind::Exception,
-                    stacks.wrapping_add(place as u64),
-                    len as u64,
-                );
+                near.push((StackKind::Exception, place as u64, len as u64));
             }
         }
         // They are a part of the CPU's entry area. The entry stack is another.
-        let member = |name| btf.offset_of("cpu_entry_area", name);
-        if let (Ok(own), Ok(entry), Some(len)) = (
+        let member = |name| Some(btf.offset_of("cpu_entry_area", name).ok()? as u64);
+        if let (Some(own), Some(entry), Some(len)) = (
             member("estacks"),
             member("entry_stack_page"),
             size("entry_stack"),
         ) {
-            let area = stacks.wrapping_sub(own as u64);
-            add(StackKind::Entry, area.wrapping_add(entry as u64), len);
+            near.push((StackKind::Entry, entry.wrapping_sub(own), len));
         }
+        Ok(CpuStacks {
+            irq: irq.zip(size("irq_stack")),
+            exceptions: kernel.symbols.addr("cea_exception_stacks"),
+            near,
+        })
     }
-    Ok(found)
+
+    /// The stacks of the CPU whose per-CPU area is at the guest virtual address `base`, as far as the
+    /// kernel has them. A stack that can't be found is left out. PV guests take interrupts and
+    /// exceptions on the stack that is in use.
+    ///
+    /// # Errors
+    /// [`Error::Memory`]: the guest's budget is spent.
+    pub fn of_cpu(&self, space: &Space<'_>, base: u64) -> Result<Vec<(StackKind, Range)>, Error> {
+        let pointer = |symbol: Gva| {
+            let at = if_readable(space.read_u64(percpu(symbol, base)))?;
+            Ok::<_, Error>(at.filter(|&at| at != 0))
+        };
+        let mut found = Vec::new();
+        let mut add = |kind, start: u64, len: u64| {
+            if (1..=LEN_MAX).contains(&len) {
+                found.push((kind, Range::new(Gva(start), len)));
+            }
+        };
+        if let Some((symbol, len)) = self.irq {
+            // It points at the last word, or behind it.
+            let end = pointer(symbol)?.and_then(|top| top.checked_add(8));
+            let end = end.map(|end| end & !(PAGE_SIZE - 1));
+            if let Some(start) = end.and_then(|end| end.checked_sub(len)) {
+                add(StackKind::Irq, start, len);
+            }
+        }
+        if let Some(symbol) = self.exceptions {
+            if let Some(first) = pointer(symbol)? {
+                for &(kind, place, len) in &self.near {
+                    add(kind, first.wrapping_add(place), len);
+                }
+            }
+        }
+        Ok(found)
+    }
 }

@@ -3,11 +3,14 @@
 //! A task that is on no CPU does not change its stack. So the stack is read, and read again if the
 //! task ran meanwhile. Its counters of context switches show that.
 
+use std::collections::HashMap;
+
 use locus_guest::addr::Gva;
+use locus_guest::budget::if_readable;
 use locus_guest::space::Space;
 use locus_guest::Vcpu;
 
-use super::stack::{self, Stack, StackCopy, StackKind};
+use super::stack::{CpuStacks, Stack, StackCopy, StackKind};
 use super::{Unreliable, Walk, WalkEnd, Walker};
 use crate::tasks::{self, DetailLayout, Task, TaskDetail, TaskLayout};
 use crate::{Error, Kernel};
@@ -40,11 +43,11 @@ pub fn walk(
     wanted: impl Fn(u32) -> bool,
 ) -> Result<Vec<TaskStack>, Error> {
     let look = TaskStackReader {
-        kernel,
         walker: Walker::new(kernel)?,
         layout: TaskLayout::of(kernel)?,
         details: DetailLayout::of(kernel)?,
-        vcpus,
+        cpu_stacks: CpuStacks::new(kernel)?,
+        running: running(kernel, vcpus)?,
     };
     tasks::snapshot(kernel, |space, tasks| {
         let tasks = tasks.into_iter().filter(|task| wanted(task.pid));
@@ -52,13 +55,40 @@ pub fn walk(
     })
 }
 
+/// For the address of a task that is on a CPU: the registers of that CPU, and the base of its per-CPU area.
+type Running<'l> = HashMap<Gva, (&'l Vcpu, u64)>;
+
+/// The tasks that CPUs say they run. Neither a task nor a CPU is looked at more than once, because a guest may have many of both.
+fn running<'l>(kernel: &Kernel<'_>, vcpus: &'l [Vcpu]) -> Result<Running<'l>, Error> {
+    let mut found = Running::new();
+    let current = tasks::current_symbol(kernel).filter(|_| !vcpus.is_empty());
+    let Some(current) = current else {
+        return Ok(found);
+    };
+    let mut by_base: HashMap<u64, &Vcpu> = HashMap::new();
+    let online = || vcpus.iter().filter(|v| v.online);
+    // In the kernel's entry code the two GS bases may not have been swapped yet.
+    let bases = online().map(|v| (v.gs_base.0, v));
+    for (base, vcpu) in bases.chain(online().map(|v| (v.gs_other.0, v))) {
+        by_base.entry(base).or_insert(vcpu);
+    }
+    let space = kernel.space.fresh();
+    for base in tasks::percpu_bases(kernel, &space)? {
+        let task = if_readable(space.read_u64(tasks::percpu(current, base)))?;
+        if let (Some(task), Some(vcpu)) = (task, by_base.get(&base)) {
+            found.entry(Gva(task)).or_insert((vcpu, base));
+        }
+    }
+    Ok(found)
+}
+
 /// What it takes to walk the stack of any task.
 struct TaskStackReader<'l, 'k, 'm> {
-    kernel: &'k Kernel<'m>,
     walker: Walker<'k, 'm>,
     layout: TaskLayout,
     details: DetailLayout,
-    vcpus: &'l [Vcpu],
+    cpu_stacks: CpuStacks,
+    running: Running<'l>,
 }
 
 /// What changes in a task when it runs.
@@ -129,11 +159,11 @@ impl TaskStackReader<'_, '_, '_> {
 
     /// Walks from the registers of the CPU that `task` is on, if they are known.
     fn running(&self, space: &Space<'_>, task: &Task) -> Result<Walk, Error> {
-        let Some((vcpu, base)) = self.cpu_of(space, task)? else {
+        let Some(&(vcpu, base)) = self.running.get(&task.addr) else {
             return Ok(Walk::failed(Unreliable::Runs));
         };
         let mut all = vec![(StackKind::Task, task.stack)];
-        all.extend(stack::of_cpu(self.kernel, space, base)?);
+        all.extend(self.cpu_stacks.of_cpu(space, base)?);
         let copied: Vec<_> = all
             .into_iter()
             .filter_map(|(kind, range)| {
@@ -150,27 +180,5 @@ impl TaskStackReader<'_, '_, '_> {
             })
             .collect();
         Ok(self.walker.running(vcpu, &stacks, task.idle))
-    }
-
-    /// The CPU whose current task is `task`, and the base of its per-CPU area.
-    fn cpu_of(&self, space: &Space<'_>, task: &Task) -> Result<Option<(&Vcpu, u64)>, Error> {
-        let Some(current) = tasks::current_symbol(self.kernel) else {
-            return Ok(None);
-        };
-        if self.vcpus.is_empty() {
-            return Ok(None);
-        }
-        for base in tasks::percpu_bases(self.kernel, space)? {
-            let holds = space.read_u64(tasks::percpu(current, base)).ok() == Some(task.addr.0);
-            // In the kernel's entry code the two GS bases may not have been swapped yet.
-            let online = || self.vcpus.iter().filter(|v| v.online);
-            let vcpu = online()
-                .find(|v| v.gs_base == Gva(base))
-                .or_else(|| online().find(|v| v.gs_other == Gva(base)));
-            if let (true, Some(vcpu)) = (holds, vcpu) {
-                return Ok(Some((vcpu, base)));
-            }
-        }
-        Ok(None)
     }
 }

@@ -270,7 +270,7 @@ impl WalkInProgress<'_, '_, '_, '_> {
 }
 
 /// The bit of the stack number `stack`. A caller has at most nine stacks: a task's, and those of
-/// [`of_cpu`](super::stack::of_cpu). There are 64 bits; a walk doesn't enter a stack without one.
+/// [`CpuStacks::of_cpu`](super::stack::CpuStacks::of_cpu). There are 64 bits; a walk doesn't enter a stack without one.
 fn bit(stack: usize) -> Option<u64> {
     1u64.checked_shl(u32::try_from(stack).ok()?)
 }

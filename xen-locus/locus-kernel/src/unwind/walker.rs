@@ -122,7 +122,7 @@ impl<'k, 'm> Walker<'k, 'm> {
     }
 
     /// Walks from the registers of a CPU. `stacks` are those that it may be on: that of its task, and its own
-    /// ([`stack::of_cpu`](super::stack::of_cpu)). Registers and stacks must be of the same moment.
+    /// ([`CpuStacks`](super::stack::CpuStacks)). Registers and stacks must be of the same moment.
     #[must_use]
     pub fn running(&self, vcpu: &Vcpu, stacks: &[Stack<'_>], idle: bool) -> Walk {
         if vcpu.user {
