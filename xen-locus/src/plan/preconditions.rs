@@ -233,7 +233,7 @@ fn superseded_patches_hold(candidate: &Candidate<'_, '_>) -> Result<()> {
 
 /// The kernel's exported symbols that it uses have the CRCs that it was built with, where the kernel has CRCs.
 fn symbol_versions_match(candidate: &Candidate<'_, '_>) -> Result<()> {
-    match candidate.objects.exported() {
+    match candidate.objects.exported()? {
         Some(exports) => compat::check_versions(candidate.kernel, exports, candidate.payload),
         None => Ok(()),
     }

@@ -9,6 +9,8 @@
 //! ("kbuild: link symbol CRCs at final link, removing `CONFIG_MODULE_REL_CRCS`") (in v5.19); a table that
 //! looks like that, or has another size, counts as none.
 
+use std::collections::HashSet;
+
 use locus_guest::addr::Gva;
 use locus_guest::fetch;
 use locus_kernel::Kernel;
@@ -115,16 +117,21 @@ impl Exports {
     /// The CRC of the export `name`; `None` if there is no such export, or its CRC is not known.
     ///
     /// # Errors
-    /// The guest's memory can't be read.
+    /// The guest's memory can't be read, or its budget is spent.
     pub fn crc(&self, kernel: &Kernel<'_>, name: &str) -> Result<Option<u32>> {
-        for symbol in kernel.symbols.all(name) {
+        let budget = kernel.space.budget();
+        // A guest may have many symbols of one name at one place, and many exports there.
+        let mut places = HashSet::new();
+        for at in kernel.symbols.addrs(name).filter(|&at| places.insert(at)) {
             // Several names may stand for one place, each with a CRC of its own.
-            for export in self.at(symbol.addr).filter(|e| e.crc.is_some()) {
-                if kernel.space.read_cstr(export.name, NAME_MAX)? == name {
+            for export in self.at(at) {
+                budget.spend(1)?;
+                if export.crc.is_some() && kernel.space.read_cstr(export.name, NAME_MAX)? == name {
                     return Ok(export.crc);
                 }
             }
         }
+        budget.check()?;
         Ok(None)
     }
 }
@@ -157,3 +164,6 @@ fn table_of_crcs(
     let fits = crcs.len() == count * 4 && crcs.chunks_exact(4).any(far);
     Ok(fits.then_some(crcs))
 }
+
+#[cfg(test)]
+mod tests;

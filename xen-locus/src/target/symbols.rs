@@ -6,19 +6,20 @@
 //! to symbols that are not exported, and to global symbols of applied payloads. The guest's list of modules has
 //! all payloads, reverted ones too, with their `struct module` in the arena.
 
+mod object;
+
 use std::cell::{OnceCell, RefCell};
 
 use locus_guest::addr::Gva;
-use locus_kernel::modules::{Module, ModuleReader, ModuleState, ModuleSymbol, Rewritten};
-use locus_kernel::split_functions::OneFunction;
+use locus_kernel::modules::{Module, ModuleReader, ModuleState, ModuleSymbol};
 use locus_kernel::{self as kernel, Kernel};
 use locus_payload::{Binding, ElfSymbol, Payload};
 
+pub use self::object::Object;
 use crate::arena;
 use crate::error::{Error, Result};
 use crate::target::conflicts;
 use crate::target::exports::Exports;
-use crate::target::rewritten::{lock_prefixes, rewritten, LOCK_PREFIX};
 
 /// Symbols of a module whose names can be looked at for one unit of the guest's budget.
 const PER_UNIT: u64 = 4;
@@ -47,101 +48,9 @@ pub struct Loaded {
     /// The module.
     pub module: Module,
     symbols: OnceCell<Vec<ModuleSymbol>>,
+    /// The places of its symbols in the table, in the order of their names.
+    by_name: OnceCell<Vec<usize>>,
     exports: OnceCell<Vec<(String, Gva)>>,
-}
-
-/// The object that a function belongs to.
-#[derive(Clone, Copy, Debug)]
-pub enum Object<'a> {
-    /// The kernel's image.
-    Kernel,
-    /// A module, and its symbols.
-    Module(&'a Module, &'a [ModuleSymbol]),
-}
-
-impl Object<'_> {
-    /// Bytes from `at` to the next symbol of the same object, or to the end of its memory.
-    #[must_use]
-    pub fn room(&self, kernel: &Kernel<'_>, at: Gva) -> u64 {
-        match self {
-            // No symbol is at `at`, or none follows: no bytes are known to belong to it.
-            Object::Kernel => kernel.symbols.room(at).unwrap_or(0),
-            Object::Module(module, symbols) => {
-                let part = module.parts.iter().find(|p| p.range.contains(at));
-                let end = part.map_or(at, |p| p.range.end);
-                let next = symbols.iter().map(|s| s.addr).filter(|&a| a > at).min();
-                next.map_or(end, |next| next.min(end)).0 - at.0
-            }
-        }
-    }
-
-    /// Addresses of the parts of the function at `entry` that the compiler put elsewhere, by any of its names: see
-    /// [`split_functions`](locus_kernel::split_functions). Parts of another function of the same name may be among them.
-    ///
-    /// # Errors
-    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): there are more names or parts than a function can have.
-    /// Or the guest's budget is spent.
-    pub fn cold_parts(&self, kernel: &Kernel<'_>, entry: Gva) -> Result<Vec<Gva>> {
-        let cost = match self {
-            Object::Kernel => kernel.symbols.cold_parts_cost(),
-            Object::Module(_, symbols) => symbols.len() as u64 / PER_UNIT,
-        };
-        kernel.space.budget().spend(cost)?;
-        match self {
-            Object::Kernel => kernel.symbols.cold_parts(entry).map_err(not_applicable),
-            Object::Module(_, symbols) => {
-                let mut function = OneFunction::new(entry);
-                for symbol in symbols.iter().filter(|s| s.addr == entry) {
-                    function.named(&symbol.name).map_err(not_applicable)?;
-                }
-                for symbol in *symbols {
-                    let found = function.part(&symbol.name, symbol.addr);
-                    found.map_err(not_applicable)?;
-                }
-                Ok(function.parts.into_iter().collect())
-            }
-        }
-    }
-
-    /// Whether the guest may execute the page at `at`, which must belong to this object.
-    ///
-    /// # Errors
-    /// The page tables can't be read.
-    pub fn executable(&self, kernel: &Kernel<'_>, at: Gva) -> Result<bool> {
-        match self {
-            Object::Kernel => Ok(kernel
-                .regions
-                .iter()
-                .any(|r| r.executable && !r.writable && r.range.contains(at))),
-            // Modules come and go, so does what maps them.
-            Object::Module(module, _) => Ok(module.parts.iter().any(|p| p.range.contains(at))
-                && kernel.space.fresh().walk(at)?.executable),
-        }
-    }
-
-    /// The tables of places in it that the kernel rewrites while it runs.
-    ///
-    /// # Errors
-    /// The list of modules with lock prefixes can't be read.
-    pub fn rewritten(&self, kernel: &Kernel<'_>) -> Result<Vec<Rewritten>> {
-        match self {
-            Object::Kernel => {
-                let mut all = rewritten(kernel);
-                if let Some(locks) = lock_prefixes(kernel, Gva(0))? {
-                    // The table itself may be freed memory.
-                    all.retain(|r| r.what != LOCK_PREFIX);
-                    all.extend(locks);
-                }
-                Ok(all)
-            }
-            Object::Module(module, _) => {
-                let mut all = module.rewritten.clone();
-                // Without the list none are known: the kernel has no SMP alternatives.
-                all.extend(lock_prefixes(kernel, module.addr)?.unwrap_or_default());
-                Ok(all)
-            }
-        }
-    }
 }
 
 impl<'k, 'm> GuestSymbols<'k, 'm> {
@@ -160,9 +69,16 @@ impl<'k, 'm> GuestSymbols<'k, 'm> {
     }
 
     /// What the kernel itself exports; `None` if that can't be known.
-    pub fn exported(&self) -> Option<&Exports> {
-        let read = || Exports::read(self.kernel).ok();
-        self.exported.get_or_init(read).as_ref()
+    ///
+    /// # Errors
+    /// The guest's budget is spent: that says nothing of its exports.
+    pub fn exported(&self) -> Result<Option<&Exports>> {
+        if let Some(exported) = self.exported.get() {
+            return Ok(exported.as_ref());
+        }
+        let read = Exports::read(self.kernel).ok();
+        self.kernel.space.budget().check()?;
+        Ok(self.exported.get_or_init(|| read).as_ref())
     }
 
     fn reader(&self) -> Result<&ModuleReader<'k, 'm>> {
@@ -177,6 +93,7 @@ impl<'k, 'm> GuestSymbols<'k, 'm> {
             let loaded = |module| Loaded {
                 module,
                 symbols: OnceCell::new(),
+                by_name: OnceCell::new(),
                 exports: OnceCell::new(),
             };
             let all = all.map_err(|e| e.to_string())?;
@@ -192,6 +109,25 @@ impl<'k, 'm> GuestSymbols<'k, 'm> {
         }
         let symbols = self.reader()?.symbols(&loaded.module)?;
         Ok(loaded.symbols.get_or_init(|| symbols))
+    }
+
+    /// The symbols of a module that are called `name`, in the table's order.
+    fn named<'s>(&'s self, loaded: &'s Loaded, name: &str) -> Result<Vec<&'s ModuleSymbol>> {
+        let symbols = self.symbols(loaded)?;
+        let name_of = |i: &usize| symbols.get(*i).map_or("", |s| s.name.as_str());
+        let by_name = loaded.by_name.get_or_init(|| {
+            let mut order: Vec<usize> = (0..symbols.len()).collect();
+            order.sort_by(|a, b| name_of(a).cmp(name_of(b)));
+            order
+        });
+        let first = by_name.partition_point(|i| name_of(i) < name);
+        let behind = by_name.get(first..).unwrap_or_default().iter();
+        let found: Vec<&ModuleSymbol> = behind
+            .take_while(|i| name_of(i) == name)
+            .filter_map(|&i| symbols.get(i))
+            .collect();
+        self.kernel.space.budget().spend(found.len() as u64)?;
+        Ok(found)
     }
 
     fn exports<'s>(&'s self, loaded: &'s Loaded) -> Result<&'s [(String, Gva)]> {
@@ -261,9 +197,9 @@ impl<'k, 'm> GuestSymbols<'k, 'm> {
         let loaded = self.module(object)?;
         // As module_kallsyms_on_each_symbol (kernel/module/kallsyms.c) goes: undefined ones don't count.
         let found: Vec<Gva> = self
-            .symbols(loaded)?
-            .iter()
-            .filter(|s| s.name == name && !s.kind.eq_ignore_ascii_case(&'u'))
+            .named(loaded, name)?
+            .into_iter()
+            .filter(|s| !s.kind.eq_ignore_ascii_case(&'u'))
             .map(|s| s.addr)
             .collect();
         // No table has so many symbols.
@@ -314,20 +250,21 @@ impl<'k, 'm> GuestSymbols<'k, 'm> {
     /// [`Class::NotApplicable`](crate::error::Class::NotApplicable) when several have it. What the kernel does not export may be local to one
     /// of its files, and is no more likely to be meant than what a module exports.
     pub fn undefined(&self, name: &str) -> Result<Option<Gva>> {
-        let exported = |at: &Gva| self.exported().is_some_and(|all| all.has(*at));
-        let mut of_kernel: Vec<Gva> = self.kernel.symbols.all(name).map(|s| s.addr).collect();
+        let exports = self.exported()?;
+        let exported = |at: &Gva| exports.is_some_and(|all| all.has(*at));
+        let mut of_kernel = self.addrs(name)?;
         if of_kernel.len() > 1 {
             // Others may be local to their files; modules are given the one that is exported.
-            let several = self.kernel.function(name, 0).map_err(not_applicable);
             of_kernel.retain(exported);
             of_kernel.sort_unstable();
             of_kernel.dedup();
             if of_kernel.len() != 1 {
-                return several.map(Some);
+                let several = self.kernel.function(name, 0);
+                return several.map_err(not_applicable).map(Some);
             }
         }
         let own = of_kernel.first().copied();
-        if !self.knows_modules() || own.as_ref().is_some_and(exported) {
+        if !self.knows_modules()? || own.as_ref().is_some_and(exported) {
             return own.map(|at| self.stays(name, at)).transpose();
         }
         let found = self.exporting(name)?;
@@ -358,33 +295,48 @@ impl<'k, 'm> GuestSymbols<'k, 'm> {
         if symbol.binding != Binding::Weak {
             return self.undefined(name);
         }
-        let mut own = self.kernel.symbols.all(name).map(|s| s.addr).peekable();
-        if own.peek().is_some() {
-            let exports = self.exported().ok_or_else(|| {
+        let own = self.addrs(name)?;
+        if !own.is_empty() {
+            let exports = self.exported()?.ok_or_else(|| {
                 Error::not_applicable(format!(
                     "its weak symbol {name} is one of the kernel's, and what the guest's kernel exports \
                      can't be read: build the payload without the weak symbol"
                 ))
             })?;
-            if let Some(at) = own.find(|at| exports.has(*at)) {
+            if let Some(at) = own.into_iter().find(|at| exports.has(*at)) {
                 return self.stays(name, at).map(Some);
             }
         }
-        if !self.knows_modules() {
+        if !self.knows_modules()? {
             return Ok(None);
         }
         self.of_modules(name, &self.exporting(name)?)
     }
 
     /// Without types nothing is known of modules.
-    fn knows_modules(&self) -> bool {
-        self.kernel.symbols.addr("modules").is_some() && self.kernel.btf().is_ok()
+    fn knows_modules(&self) -> Result<bool> {
+        let known = self.kernel.symbols.addr("modules").is_some() && self.kernel.btf().is_ok();
+        self.kernel.space.budget().check()?;
+        Ok(known)
+    }
+
+    /// Addresses of the kernel's symbols called `name`. A payload may refer to one name many times, and a guest have it
+    /// many times.
+    fn addrs(&self, name: &str) -> Result<Vec<Gva>> {
+        let all: Vec<Gva> = self.kernel.symbols.addrs(name).collect();
+        let budget = self.kernel.space.budget();
+        budget.spend(all.len() as u64)?;
+        budget.check()?;
+        Ok(all)
     }
 
     /// The modules that export `name`, without payloads, and where.
     fn exporting(&self, name: &str) -> Result<Vec<(&Loaded, Gva)>> {
         let mut found: Vec<(&Loaded, Gva)> = Vec::new();
-        for loaded in self.loaded()?.iter().filter(|l| !in_arena(l)) {
+        let all = self.loaded()?;
+        let cost = all.len() as u64 / PER_UNIT;
+        self.kernel.space.budget().spend(cost)?;
+        for loaded in all.iter().filter(|l| !in_arena(l)) {
             let exports = self.exports(loaded)?;
             let first = exports.partition_point(|(n, _)| n.as_str() < name);
             if let Some((_, at)) = exports.get(first).filter(|(n, _)| n == name) {
@@ -423,8 +375,8 @@ impl<'k, 'm> GuestSymbols<'k, 'm> {
             let Some(loaded) = self.loaded()?.iter().find(|l| l.module.addr == payload) else {
                 continue;
             };
-            let named = |s: &&ModuleSymbol| s.global && s.name == name;
-            if let Some(symbol) = self.symbols(loaded)?.iter().find(named) {
+            let mut named = self.named(loaded, name)?.into_iter();
+            if let Some(symbol) = named.find(|s| s.global) {
                 self.uses(loaded);
                 return Ok(Some(symbol.addr));
             }
