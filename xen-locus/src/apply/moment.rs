@@ -117,7 +117,7 @@ pub(crate) fn execute(
             last = verdict;
         }
         if patience.is_over(&wait) {
-            return Err(gave_up(plan, last, patience, pause));
+            return Err(gave_up(plan, kernel, last, patience, pause));
         }
         if at_once {
             too_many_ran += 1;
@@ -140,11 +140,17 @@ fn stuck(plan: &Plan, error: &guest::Error) -> Error {
     ))
 }
 
-fn gave_up(plan: &Plan, verdict: Verdict, patience: &Patience<'_>, pause: Duration) -> Error {
+fn gave_up(
+    plan: &Plan,
+    kernel: &Kernel<'_>,
+    verdict: Verdict,
+    patience: &Patience<'_>,
+    pause: Duration,
+) -> Error {
     let attempts = patience.attempts();
     let waited_ms = u64::try_from(patience.elapsed().as_millis()).unwrap_or(u64::MAX);
     let blockers = match verdict {
-        blocked @ Verdict::Blocked(_) => blocked.blockers().unwrap_or_default(),
+        blocked @ Verdict::Blocked(_) => blocked.blockers(kernel).unwrap_or_default(),
         Verdict::TooLong => {
             return Error::try_again(format!(
             "{}: the guest would have to be paused for longer than --max-pause allows (the last \
@@ -190,7 +196,7 @@ pub fn blocking(
         tasks.list()?.scan_off_cpu()?.clear_by_unwind()?;
         let (verdict, _ready, paused) = last_look(&*guard, &mut tasks, true, options)?;
         paused.end()?;
-        if let Some(blockers) = verdict.blockers() {
+        if let Some(blockers) = verdict.blockers(kernel) {
             return Ok(blockers);
         }
         // Else a guest that can't be looked at would be paused all the time.

@@ -49,14 +49,15 @@ impl TaskCounter {
 }
 
 impl SwitchCounters {
-    /// Adds a task that was born since.
-    pub(super) fn add_newborn(&mut self, task: Gva) {
-        let born = TaskCounter {
+    /// The same with tasks that were born since; `None` if they are too many to be asked in a pause.
+    pub(super) fn with_newborn(mut self, born: &[Gva]) -> Option<SwitchCounters> {
+        let counter = |&task: &Gva| TaskCounter {
             task,
             switches: 0,
             clear: false,
         };
-        self.tasks.insert(0, born);
+        self.tasks.splice(0..0, born.iter().rev().map(counter));
+        (self.tasks.len() <= 2 * ASKED_MAX).then_some(self)
     }
 
     fn read(tasks: &GuestTasks<'_, '_>, recent: &[Gva]) -> Result<SwitchCounters> {

@@ -155,21 +155,19 @@ pub(super) fn look(
     let Some(scope) = Scope::of(tasks, baseline, vcpus, &switches, thorough)? else {
         return Ok(Verdict::TooManyRan);
     };
-    let mut scan = StackScan::new(tasks);
+    let mut scan = StackScan::within(tasks, too_long);
     let running = on_cpus(tasks, vcpus, &mut scan)?;
     let mut off_cpus = OffCpus {
         scan: &mut scan,
         running: &running,
-        too_long,
         done: 0,
     };
-    match off_cpus.scan(tasks, baseline, &scope)? {
-        true => Ok(scan.verdict()),
-        false => Ok(Verdict::TooLong),
-    }
+    off_cpus.scan(tasks, baseline, &scope)?;
+    Ok(scan.verdict())
 }
 
-/// Scans what is on a CPU, and says which tasks those are.
+/// Scans what is on a CPU, and says which tasks those are. The guest says much of what is there, so each step asks whether the
+/// time is over.
 fn on_cpus(
     tasks: &GuestTasks<'_, '_>,
     vcpus: &[Vcpu],
@@ -177,9 +175,15 @@ fn on_cpus(
 ) -> Result<Running> {
     let mut running = Running::default();
     for vcpu in vcpus.iter().filter(|v| v.online) {
+        if scan.is_late() {
+            return Ok(running);
+        }
         scan.vcpu(vcpu, &mut running)?;
     }
     for (addr, live) in running.iter() {
+        if scan.is_late() {
+            break;
+        }
         if let Some(known) = tasks.known.get(&addr) {
             scan.task(known, Some(live))?;
         }
@@ -188,6 +192,9 @@ fn on_cpus(
     // never were up have one such task in common.
     for known in tasks.cpus.all.iter().filter_map(|cpu| tasks.current(cpu)) {
         if !running.contains(known.task.addr) {
+            if scan.is_late() {
+                return Ok(running);
+            }
             scan.task(known, None)?;
             running.add(known.task.addr, Live::Nothing);
         }
@@ -199,24 +206,23 @@ fn on_cpus(
 struct OffCpus<'a, 's, 'k, 'm> {
     scan: &'a mut StackScan<'s, 'k, 'm>,
     running: &'a Running,
-    too_long: &'a dyn Fn() -> bool,
     done: u32,
 }
 
 impl OffCpus<'_, '_, '_, '_> {
-    /// Scans those of `scope`; says whether there was time for it.
+    /// Scans those of `scope`, as long as there is time.
     fn scan(
         &mut self,
         tasks: &GuestTasks<'_, '_>,
         baseline: &Baseline,
         scope: &Scope<'_>,
-    ) -> Result<bool> {
+    ) -> Result<()> {
         match scope {
             Scope::NotCleared => {
                 let known = baseline.not_cleared.iter();
                 for known in known.filter_map(|task| tasks.known.get(task)) {
                     if !self.task(known, false)? {
-                        return Ok(false);
+                        break;
                     }
                 }
             }
@@ -231,7 +237,7 @@ impl OffCpus<'_, '_, '_, '_> {
                     // It may have been scanned since.
                     let is_clear = known.is_clear()?;
                     if !self.task(known, is_clear)? {
-                        return Ok(false);
+                        break;
                     }
                 }
             }
@@ -239,12 +245,12 @@ impl OffCpus<'_, '_, '_, '_> {
                 for known in tasks.known.values() {
                     let is_clear = known.is_clear()?;
                     if !self.task(known, is_clear)? {
-                        return Ok(false);
+                        break;
                     }
                 }
             }
         }
-        Ok(true)
+        Ok(())
     }
 
     /// Scans a task unless it is clear; says whether there is time for more.
@@ -253,6 +259,7 @@ impl OffCpus<'_, '_, '_, '_> {
             self.scan.task(known, None)?;
         }
         self.done += 1;
-        Ok(!self.done.is_multiple_of(CLOCK_EVERY) || !(self.too_long)())
+        let ask = self.done.is_multiple_of(CLOCK_EVERY) || self.scan.was_late();
+        Ok(!(ask && self.scan.is_late()))
     }
 }

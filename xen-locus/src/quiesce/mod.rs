@@ -112,7 +112,7 @@ pub use list::{may_nest, GuestTasks, Listed};
 pub use look::{Ready, Tried};
 pub use scan::Scanned;
 pub use snapshot::Snapshotted;
-pub use verdict::Verdict;
+pub use verdict::{InTheWay, Place, Verdict};
 pub use watch::{Watch, Watched};
 
 /// The threads that are in one of the ranges of `watch`, in a guest that does not run (a saved core).
@@ -125,7 +125,7 @@ pub fn inside(kernel: &Kernel<'_>, vcpus: &[Vcpu], watch: &Watch) -> Result<Vec<
     let scanned = scanned.clear_by_unwind()?.scan_off_cpu()?;
     let verdict = look::look(scanned.tasks, &scanned.baseline, vcpus, true, &|| false)?;
     let ran = "new tasks were born in a guest that should not run, while its stacks were scanned";
-    verdict.blockers().ok_or_else(|| Error::failed(ran))
+    verdict.blockers(kernel).ok_or_else(|| Error::failed(ran))
 }
 
 #[cfg(test)]

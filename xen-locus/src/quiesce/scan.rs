@@ -43,14 +43,12 @@ impl Baseline {
             *self = Baseline::default();
             return added.map(drop);
         };
-        for (task, is_first) in added {
-            self.not_cleared.push(task);
-            // What another task had counted at that address is not known any more.
-            self.counters = self.counters.take().filter(|_| is_first);
-            if let Some(counters) = &mut self.counters {
-                counters.add_newborn(task);
-            }
-        }
+        let born: Vec<Gva> = added.iter().map(|(task, _)| *task).collect();
+        self.not_cleared.extend(&born);
+        // What another task had counted at that address is not known any more.
+        let counters = self.counters.take();
+        let counters = counters.filter(|_| added.iter().all(|(_, is_first)| *is_first));
+        self.counters = counters.and_then(|counters| counters.with_newborn(&born));
         Ok(())
     }
 }

@@ -1,6 +1,7 @@
 //! Scans stacks and registers for addresses in watched ranges.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use locus_guest::addr::{Gva, Range};
 use locus_guest::{fetch, Vcpu};
@@ -10,9 +11,9 @@ use locus_kernel::unwind::PADDINGS;
 use super::cpus::Cpu;
 use super::list::GuestTasks;
 use super::task::{part_from, MappedTask};
-use super::verdict::Verdict;
+use super::verdict::{InTheWay, Place, Verdict};
 use super::watch::Watched;
-use crate::blocker::{Blocker, Reason};
+use crate::blocker::Reason;
 use crate::error::Result;
 
 /// What a system call returns that a signal cut short and that continues in `restart_block.fn`
@@ -25,6 +26,11 @@ const RESTART_SYSCALL: u64 = 219;
 const BLOCKERS_MAX: usize = 1 << 14;
 /// Most of them for one thread id: each hit is compared with those found before.
 const OF_THREAD_MAX: usize = 64;
+
+/// Most hits on one stack, about, that are looked at: many of them may be in the same function.
+const HITS_MAX: usize = 1 << 10;
+/// Bytes of stacks that are scanned between two questions whether the time is over: a whole number of words.
+const CLOCK_EVERY: usize = 4 << 10;
 
 /// The live part of a task's stack, when the task is on a CPU.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -67,49 +73,84 @@ impl Running {
 pub(super) struct StackScan<'s, 'k, 'm> {
     tasks: &'s GuestTasks<'k, 'm>,
     /// By thread id.
-    found: BTreeMap<u32, Vec<Blocker>>,
+    found: BTreeMap<u32, Vec<InTheWay>>,
     /// How many there are.
     count: usize,
     /// The words scanned last.
     words: Vec<u8>,
+    /// Whether the time is over.
+    too_long: &'s dyn Fn() -> bool,
+    /// It said so.
+    late: bool,
+    /// Bytes scanned since it was asked.
+    unasked: usize,
 }
 
 impl<'s, 'k, 'm> StackScan<'s, 'k, 'm> {
+    /// A scan that may take as long as it takes.
     pub(super) fn new(tasks: &'s GuestTasks<'k, 'm>) -> StackScan<'s, 'k, 'm> {
+        StackScan::within(tasks, &|| false)
+    }
+
+    /// One that ends when `too_long` says so: then what it found is [`Verdict::TooLong`].
+    pub(super) fn within(
+        tasks: &'s GuestTasks<'k, 'm>,
+        too_long: &'s dyn Fn() -> bool,
+    ) -> StackScan<'s, 'k, 'm> {
         StackScan {
             tasks,
             found: BTreeMap::new(),
             count: 0,
             words: tasks.buffer.take(),
+            too_long,
+            late: false,
+            unasked: 0,
         }
+    }
+
+    /// Asks whether the time is over, unless it was over before.
+    pub(super) fn is_late(&mut self) -> bool {
+        self.unasked = 0;
+        self.late = self.late || (self.too_long)();
+        self.late
+    }
+
+    /// Whether the time was over when that was asked last.
+    pub(super) fn was_late(&self) -> bool {
+        self.late
     }
 
     /// Ends the scan, and gives its buffer back.
     pub(super) fn verdict(self) -> Verdict {
         self.tasks.buffer.replace(self.words);
-        if self.found.is_empty() {
+        if self.late {
+            Verdict::TooLong
+        } else if self.found.is_empty() {
             Verdict::Quiet
         } else {
             Verdict::Blocked(self.found.into_values().flatten().collect())
         }
     }
 
-    fn report(&mut self, task: Option<&Task>, reason: Reason, name: &str, offset: u64) {
+    fn report(&mut self, task: Option<&Task>, reason: Reason, place: Place) {
         if locus_xen::fault::is_blind() {
             return;
         }
         let pid = task.map_or(0, |t| t.pid);
         let of_thread = self.found.entry(pid).or_default();
         // One line for a task and function says enough.
+        let same = |t: &InTheWay| match (&t.place, &place) {
+            (Place::In(known, _), Place::In(name, _)) => known == name,
+            (known, place) => known == place,
+        };
         let room = self.count < BLOCKERS_MAX && of_thread.len() < OF_THREAD_MAX;
-        if room && !of_thread.iter().any(|b| b.function == name) {
+        if room && !of_thread.iter().any(same) {
             self.count += 1;
-            of_thread.push(Blocker {
+            of_thread.push(InTheWay {
                 pid,
                 comm: task.map_or_else(|| "?".into(), |t| t.comm.clone()),
                 reason,
-                function: name.into(),
-                offset,
+                place,
             });
         }
     }
@@ -142,7 +183,7 @@ impl<'s, 'k, 'm> StackScan<'s, 'k, 'm> {
         }
         let task = current.map(|k| &k.task);
         if let Some((watched, offset)) = tasks.watch.runs_in(vcpu.rip.0) {
-            self.report(task, Reason::Running, &watched.name, offset);
+            self.report(task, Reason::Running, within(watched, offset));
         }
         let rsp = vcpu.rsp;
         let on = |(range, _): &(Range, _)| range.contains(rsp);
@@ -190,9 +231,7 @@ impl<'s, 'k, 'm> StackScan<'s, 'k, 'm> {
 
     /// Reports a vCPU whose stack can't be judged at this moment.
     fn unreliable(&mut self, task: Option<&Task>, vcpu: &Vcpu) {
-        let at = self.tasks.kernel.symbols.covering(vcpu.rip);
-        let (name, offset) = at.unwrap_or_else(|| ("?".into(), 0));
-        self.report(task, Reason::UnreliableStack, &name, offset);
+        self.report(task, Reason::UnreliableStack, Place::At(vcpu.rip));
     }
 
     /// Scans the live part of a CPU's own stacks, beginning at a place on the first, and says where
@@ -244,11 +283,12 @@ impl<'s, 'k, 'm> StackScan<'s, 'k, 'm> {
 
     fn report_restart(&mut self, task: &Task, watched: Option<&Watched>) {
         if let Some(watched) = watched {
-            self.report(Some(task), Reason::RestartBlock, &watched.name, 0);
+            self.report(Some(task), Reason::RestartBlock, within(watched, 0));
         }
     }
 
-    /// Scans `len` bytes of a stack; they stay in `self.words`.
+    /// Scans `len` bytes of a stack; they stay in `self.words`. Says whether no word leads into a watched range, which is not
+    /// so when the time is over.
     fn words(
         &mut self,
         task: Option<&Task>,
@@ -258,18 +298,30 @@ impl<'s, 'k, 'm> StackScan<'s, 'k, 'm> {
     ) -> Result<bool> {
         let tasks = self.tasks;
         let mut words = std::mem::take(&mut self.words);
+        words.clear();
+        if self.late {
+            self.words = words;
+            return Ok(false);
+        }
         words.resize(len, 0);
         read(&mut words)?;
-        let mut clear = true;
-        for (watched, offset) in tasks.watch.hits(&words) {
-            self.report(task, reason, &watched.name, offset);
-            clear = false;
-            if self.count == BLOCKERS_MAX {
+        let mut hits = 0;
+        for part in words.chunks(CLOCK_EVERY) {
+            for (watched, offset) in tasks.watch.hits(part) {
+                self.report(task, reason, within(watched, offset));
+                hits += 1;
+            }
+            self.unasked += part.len();
+            // A stack that is full of hits says no more than one with a few.
+            if self.count == BLOCKERS_MAX
+                || hits >= HITS_MAX
+                || (self.unasked >= CLOCK_EVERY && self.is_late())
+            {
                 break;
             }
         }
         self.words = words;
-        Ok(clear)
+        Ok(hits == 0 && !self.late)
     }
 }
 
@@ -294,6 +346,10 @@ pub(super) fn restarts_in<'s>(
     }
     let function = known.restart()?;
     Ok(tasks.watch.hit(function.wrapping_add(1)).map(|(w, _)| w))
+}
+
+fn within(watched: &Watched, offset: u64) -> Place {
+    Place::In(Arc::clone(&watched.name), offset)
 }
 
 fn lowest_into(words: &[u8], range: Range) -> Option<Gva> {

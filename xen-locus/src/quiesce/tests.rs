@@ -13,6 +13,7 @@ use locus_kernel::tasks::{self, Task, TaskLayout};
 use super::scan::Baseline;
 use super::*;
 
+mod bounds;
 mod clear;
 mod counters;
 mod list;
