@@ -71,7 +71,9 @@ pub fn verify(kernel: &Kernel<'_>, known: Option<&HostRecords<'_>>) -> Result<Ve
         }
         thread::sleep(BETWEEN);
         let mut again = compare_once(kernel, known)?;
-        again.drift.retain(|drift| seen.drift.contains(drift));
+        // There may be tens of thousands in each.
+        let before: HashSet<&Drift> = seen.drift.iter().collect();
+        again.drift.retain(|drift| before.contains(drift));
         seen = again;
     }
     Ok(seen)

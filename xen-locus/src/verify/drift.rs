@@ -3,7 +3,7 @@
 use locus_guest::addr::Gva;
 
 /// The part of a patch that is not as recorded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DriftKind {
     /// The redirect: the five bytes in a function that lead to its replacement.
     Redirect,
@@ -22,7 +22,7 @@ pub enum DriftKind {
 }
 
 /// The cause of a difference, as far as the guest's own tables show it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DriftCause {
     /// A tracer of the guest.
     Ftrace,
@@ -67,7 +67,7 @@ impl DriftCause {
 }
 
 /// A difference between a guest's memory and the records of its patches.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Drift {
     /// Name of the patch.
     pub patch: String,
