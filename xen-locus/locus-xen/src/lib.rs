@@ -30,7 +30,7 @@ pub use foreign_memory::ForeignMemory;
 pub use hypercall::Hypercalls;
 pub use layout::XenVersion;
 pub use pause::{Pause, PauseCalls, PauseEnd};
-pub use process::{detach, is_ignored, set_realtime_priority, shut_out_others, Process};
+pub use process::{detach, is_ignored, limit_cpu, set_realtime_priority, shut_out_others, Process};
 pub use process_memory::{
     keep_freed_memory, limit_memory, lock_memory, set_guest_may_be_changed, unlock_memory,
     ExitingAllocator,

@@ -19,7 +19,7 @@ use super::{
 
 /// Signals that are blocked while a guest is paused. Every other thread of the tool blocks all of them always
 /// ([`HeldSignals`]).
-const BLOCKED: [libc::c_int; 7] = [
+const BLOCKED: [libc::c_int; 8] = [
     libc::SIGINT,
     libc::SIGTERM,
     libc::SIGHUP,
@@ -27,6 +27,7 @@ const BLOCKED: [libc::c_int; 7] = [
     libc::SIGTSTP,
     libc::SIGTTIN,
     libc::SIGTTOU,
+    libc::SIGXCPU,
 ];
 
 /// The calls that pause and unpause a domain, with all memory for them allocated before.

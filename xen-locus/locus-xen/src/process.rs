@@ -22,6 +22,8 @@ pub fn detach() {
     unsafe { libc::setsid() };
     // For its whole life.
     std::mem::forget(HeldSignals::all());
+    // It is no part of the work of the one that started it.
+    lift_cpu_limit();
     let _ = std::env::set_current_dir("/");
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
     let _ = lock_memory();
@@ -45,6 +47,44 @@ pub fn is_ignored(signal: i32) -> bool {
         }
     };
     handler == libc::SIG_IGN
+}
+
+/// Ends this process by a signal (`SIGXCPU`) once it has used the processor for so many `seconds` in all (`RLIMIT_CPU`,
+/// setrlimit(2)). A lower limit stays. Processes that it starts have the same limit, each for itself.
+///
+/// Then a mistake in what reading a guest may cost does not keep this process busy for hours. It does not end a process that
+/// may have changed a guest: [`set_guest_may_be_changed`](super::set_guest_may_be_changed) lifts the limit.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn limit_cpu(seconds: u64) -> Result<(), Error> {
+    let what = "limiting the processor time of this process (getrlimit, setrlimit)";
+    let mut limit = cpu_limit().ok_or_else(|| Error::last(what))?;
+    limit.rlim_cur = limit.rlim_cur.min(seconds);
+    // SAFETY: the call reads the structure.
+    if unsafe { libc::setrlimit(libc::RLIMIT_CPU, &raw const limit) } != 0 {
+        return Err(Error::last(what));
+    }
+    Ok(())
+}
+
+/// Undoes [`limit_cpu`]. The limit above which the kernel kills stays: it is not this program's.
+pub(super) fn lift_cpu_limit() {
+    if let Some(mut limit) = cpu_limit() {
+        limit.rlim_cur = limit.rlim_max;
+        // SAFETY: the call reads the structure. It can't fail: each process may raise its limit so far.
+        unsafe { libc::setrlimit(libc::RLIMIT_CPU, &raw const limit) };
+    }
+}
+
+fn cpu_limit() -> Option<libc::rlimit> {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the call fills the structure, which is its own.
+    let read = unsafe { libc::getrlimit(libc::RLIMIT_CPU, &raw mut limit) };
+    (read == 0).then_some(limit)
 }
 
 /// Lets this process run before all others of ordinary priority, and before those with a lower real-time `priority`:
@@ -187,5 +227,17 @@ mod tests {
             // Whatever process has its number now.
             assert!(!process.is_stopped());
         }
+    }
+
+    #[test]
+    fn a_process_that_may_have_changed_a_guest_is_not_ended_for_its_processor_time() {
+        let soft = || cpu_limit().unwrap().rlim_cur;
+        let before = soft();
+        limit_cpu(1 << 20).unwrap();
+        assert_eq!(soft(), before.min(1 << 20));
+        limit_cpu(1 << 21).unwrap();
+        assert_eq!(soft(), before.min(1 << 20), "a lower limit stays");
+        crate::set_guest_may_be_changed();
+        assert_eq!(soft(), cpu_limit().unwrap().rlim_max);
     }
 }

@@ -8,14 +8,16 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::process::lift_cpu_limit;
 use super::Error;
 
 /// Whether a guest may have been changed.
 static GUEST_MAY_BE_CHANGED: AtomicBool = AtomicBool::new(false);
 
 /// Notes that a guest may have been changed from now on: if memory runs out later, the process ends with
-/// [`ExitingAllocator::uncertain`].
+/// [`ExitingAllocator::uncertain`]. Its processor time has no limit any more ([`limit_cpu`](super::limit_cpu)).
 pub fn set_guest_may_be_changed() {
+    lift_cpu_limit();
     GUEST_MAY_BE_CHANGED.store(true, Ordering::SeqCst);
 }
 

@@ -213,6 +213,7 @@ async fn watch_of(paths: [&str; 2]) -> std::io::Result<Box<dyn Stream<Item = Box
 /// Does one piece of work, as a worker of the daemon.
 pub fn do_work(open: impl FnOnce() -> Result<Host>, settings: &Settings, work: &Work) -> ExitCode {
     work::be_the_victim();
+    work::limit_cpu(work, settings.options.timeout);
     let done = open().and_then(|host| {
         let server = Server {
             host: &host,

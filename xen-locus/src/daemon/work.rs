@@ -10,12 +10,14 @@ use std::io;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Child, Command, Stdio};
 use std::str::FromStr;
+use std::time::Duration;
 
 use locus_guest::addr::DomId;
 use locus_xen::{uuid, Process};
 
 use super::request::is_name;
 use crate::error::ExitCode;
+use crate::say;
 
 /// The option by which the daemon tells a worker what to do.
 pub const OPTION: &str = "--work";
@@ -143,6 +145,21 @@ const VICTIM: &str = "/proc/self/oom_score_adj";
 pub(super) fn be_the_victim() {
     // If the kernel does not allow it, nothing changes.
     let _ = fs::write(VICTIM, "1000");
+}
+
+/// Processor time of a worker for one guest, beside the time that its attempts may take. Reading a guest takes seconds.
+const CPU_MAX: Duration = Duration::from_secs(600);
+
+/// Ends this process, a worker for one guest, once it has used the processor far longer than any honest guest makes it, if
+/// it did not begin to change that guest: else a few guests could keep all workers busy.
+pub(super) fn limit_cpu(work: &Work, timeout: Duration) {
+    // Recovery is about all guests.
+    if *work != Work::Recover {
+        let most = CPU_MAX.saturating_add(timeout).as_secs();
+        if let Err(error) = locus_xen::limit_cpu(most) {
+            say::warn(format_args!("{error}; it has no limit"));
+        }
+    }
 }
 
 #[cfg(test)]
