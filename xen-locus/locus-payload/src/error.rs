@@ -144,6 +144,15 @@ pub enum PayloadErrorKind {
         /// Section and offset of the second.
         second: String,
     },
+    /// Both in the form of kernel sources and in that of kpatch-build.
+    #[error(
+        "module {module} has a struct klp_patch and the tables of kpatch-build (.kpatch.funcs): which of \
+         them it enables can't be told; leave one of them out"
+    )]
+    TwoForms {
+        /// The module's name.
+        module: String,
+    },
     /// Built by kpatch-build for kpatch's own module.
     #[error(
         "made for kpatch's own module kpatch.ko, not for livepatch (section .kpatch.dynrelas); \

@@ -5,35 +5,43 @@
 //! understood. All code that it can reach is followed: jumps, local calls, tail calls, with the relocations
 //! of every section for it. Accepted are instructions that change registers only, `push` and `pop`, calls of
 //! [`ENABLING`], and at least one call of `klp_enable_patch` with the address of the one
-//! `struct klp_patch`. All else is named: memory that is read or written, other calls, indirect branches,
-//! tables that have the kernel change this code, and code that ends nowhere.
+//! `struct klp_patch`. Each function must return to its caller, with the registers that are the caller's as
+//! they were. All else is named: memory that is read or written, other calls, indirect branches, addresses
+//! of code, tables that have the kernel change this code, and code that ends nowhere.
 //!
 //! `module_init` of kpatch-build is known: `kmod/patch/livepatch-patch-hook.c` of kpatch. It builds its
-//! structures in memory that it allocates, so memory may be used, and [`KPATCH_HOOK`] may be called. But what
-//! it uses of the payload's own variables may be used by nothing else in the payload.
+//! structures in memory that it allocates, so memory may be used, by registers that it has set, and
+//! [`KPATCH_HOOK`] may be called. It must refer to the table of functions. What it uses of the payload's own
+//! variables may be used by nothing else in the payload. Where its pointers lead is not followed.
+//!
+//! - `entry`: where the kernel enters; `state`: stack and registers; `tables`: what changes the code.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use iced_x86::{
-    Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind,
-    Register,
+    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
+    OpKind, Register,
 };
 use object::elf;
 
-use super::elf::{Reloc, Section};
+use super::elf::Reloc;
 use super::pointers::View;
 use super::role::Role;
 use super::summary::Concern;
 use super::symbol::{ElfSymbol, SymKind, SymSection};
 use super::Payload;
 
+mod entry;
 mod instruction;
 mod names;
 mod registers;
+mod state;
+mod tables;
 
-use instruction::{copies_memory, is_plain, is_write, moves_stack};
-use names::{ENABLING, KPATCH_HOOK};
-use registers::{is_relative, known_after, Fields, Target};
+use instruction::{copies_memory, is_canary, is_plain, is_write};
+use names::{ENABLING, ENDS, KPATCH_HOOK, MARK, OF_PATCH, VARIABLES};
+use registers::{is_relative, Fields, Target};
+use state::State;
 
 /// Most instructions that are looked at, each time they are. The hook of kpatch has less than a thousand.
 const MAX_STEPS: usize = 1 << 15;
@@ -41,8 +49,6 @@ const MAX_STEPS: usize = 1 << 15;
 const MAX_USED: usize = 64;
 /// Most things that are named.
 const MAX_NAMED: usize = 32;
-/// Registers that a function of the kernel leaves as they are: rbx, rbp, r12 to r15.
-const KEPT_BY_CALLS: u16 = 1 << 3 | 1 << 5 | 0xf << 12;
 /// The register of a function's first argument, rdi.
 const FIRST_ARGUMENT: u16 = 1 << 7;
 /// Why a symbol or a variable is named.
@@ -64,6 +70,10 @@ pub(super) fn concerns(payload: &Payload) -> Vec<Concern> {
         let reason = "it does not enable the patch, so the kernel's own loader would not either";
         walk.name("module_init", reason);
     }
+    if walk.is_kpatch() && !walk.lists {
+        let reason = "it does not use .kpatch.funcs, which says what is replaced";
+        walk.name("module_init", reason);
+    }
     let named = walk.named.into_iter();
     named
         .map(|(subject, reason)| Concern { subject, reason })
@@ -74,14 +84,17 @@ struct Walk<'p> {
     payload: &'p Payload,
     /// Functions and variables by where they begin; the largest of those that begin at one place.
     symbols: BTreeMap<Place, &'p ElfSymbol>,
+    /// ELF indexes of the sections of late relocations, by the section that they relocate.
+    late: HashMap<usize, Vec<usize>>,
     /// Relocations by section, rising, late ones too. Only of sections that are looked at.
     relocs: HashMap<usize, Vec<Reloc>>,
-    /// Instructions that were reached: which registers surely hold the address of `struct klp_patch` there,
-    /// one bit each, and their length.
-    reached: BTreeMap<Place, (u16, u64)>,
-    todo: Vec<(Place, u16)>,
+    /// Instructions that were reached: what is known there, and their length.
+    reached: BTreeMap<Place, (State, u64)>,
+    todo: Vec<(Place, State)>,
     steps: usize,
     enables: bool,
+    /// The table of functions of kpatch is used.
+    lists: bool,
     /// The payload's own variables that are used.
     used: BTreeSet<Place>,
     named: BTreeSet<(String, String)>,
@@ -101,14 +114,22 @@ impl<'p> Walk<'p> {
                 }
             }
         }
+        let mut late: HashMap<usize, Vec<usize>> = HashMap::new();
+        for section in &payload.sections {
+            if let Role::KlpRela { target, .. } = section.role {
+                late.entry(target).or_default().push(section.index);
+            }
+        }
         Self {
             payload,
             symbols,
+            late,
             relocs: HashMap::new(),
             reached: BTreeMap::new(),
             todo: Vec::new(),
             steps: 0,
             enables: false,
+            lists: false,
             used: BTreeSet::new(),
             named: BTreeSet::new(),
         }
@@ -158,11 +179,9 @@ impl<'p> Walk<'p> {
     /// Relocations of a section, late ones too, that start at offsets `from..to`.
     fn relocs(&mut self, section: usize, from: u64, to: u64) -> Vec<Reloc> {
         let payload = self.payload;
+        let late = self.late.get(&section).into_iter().flatten();
         let all = self.relocs.entry(section).or_insert_with(|| {
-            let late = payload
-                .sections
-                .iter()
-                .filter(|s| matches!(s.role, Role::KlpRela { target, .. } if target == section));
+            let late = late.filter_map(|&late| payload.section(late));
             let own = payload.section(section).into_iter();
             let mut all: Vec<Reloc> = own.chain(late).flat_map(|s| s.relocs.clone()).collect();
             all.sort_by_key(|r| r.offset);
@@ -185,7 +204,9 @@ impl<'p> Walk<'p> {
         };
         let bias = reloc.addend.checked_add_unsigned(from);
         match symbol.section {
-            SymSection::Undefined | SymSection::Livepatch => Target::Other(symbol),
+            SymSection::Undefined | SymSection::Livepatch => {
+                bias.map_or(Target::Unknown, |bias| Target::Other(symbol, bias))
+            }
             SymSection::Section(section) => bias
                 .and_then(|bias| symbol.value.checked_add_signed(bias))
                 .map_or(Target::Unknown, |offset| Target::Own((section, offset))),
@@ -193,54 +214,30 @@ impl<'p> Walk<'p> {
         }
     }
 
-    /// Where the kernel enters the module: what its `struct module` names, but for `module_exit`.
-    fn start(&mut self) {
-        let payload = self.payload;
-        let module = payload.sections.iter().find(|s| s.role == Role::ThisModule);
-        for reloc in module.map_or(Vec::new(), |m| self.relocs(m.index, 0, u64::MAX)) {
-            let symbol = payload.symbol(reloc.symbol);
-            match self.target(&reloc, reloc.offset) {
-                Target::Own((section, _)) if self.is_exit(symbol, section) => {}
-                Target::Own(place) => self.follow(place, 0),
-                _ => {
-                    let name = symbol.map_or("?", |s| &*s.name);
-                    let reason =
-                        format!("it refers to {name}, expected module_init and module_exit");
-                    self.name("struct module", reason);
-                }
-            }
-        }
-        for symbol in payload.symbols.iter().filter(|s| s.name == "init_module") {
-            if let SymSection::Section(section) = symbol.section {
-                self.follow((section, symbol.value), 0);
-            }
-        }
-    }
-
-    fn is_exit(&self, symbol: Option<&ElfSymbol>, section: usize) -> bool {
-        let in_exit = |s: &Section| s.role == Role::ExitText;
-        symbol.is_some_and(|s| s.name == "cleanup_module")
-            || self.payload.section(section).is_some_and(in_exit)
-    }
-
     /// Goes on at `place`, which must be code.
-    fn follow(&mut self, place: Place, known: u16) {
+    fn follow(&mut self, place: Place, state: &State) {
         let inside = self.payload.section(place.0).is_some_and(|s| {
             s.flags.exec && usize::try_from(place.1).is_ok_and(|at| at < s.data.len())
         });
         if inside {
-            self.todo.push((place, known));
+            self.todo.push((place, state.clone()));
         } else {
             self.name_code(place, "goes on where there is no code");
         }
     }
 
     /// Looks at the instruction at `at`, unless nothing new is known there.
-    fn arrive(&mut self, at: Place, known: u16) {
-        let known = match self.reached.get(&at) {
-            Some((before, _)) if before & known == *before => return,
-            Some((before, _)) => before & known,
-            None => known,
+    fn arrive(&mut self, at: Place, state: State) {
+        let state = match self.reached.get(&at) {
+            None => state,
+            Some((before, _)) => match before.joined(&state) {
+                Some(both) if both == *before => return,
+                Some(both) => both,
+                None => {
+                    let does = "is reached by two ways with different stacks";
+                    return self.name_code(at, does);
+                }
+            },
         };
         self.steps = self.steps.saturating_add(1);
         if self.steps > MAX_STEPS {
@@ -254,7 +251,8 @@ impl<'p> Walk<'p> {
         let instruction = decoder.decode();
         let constants = decoder.get_constant_offsets(&instruction);
         let end = instruction.next_ip();
-        self.reached.insert(at, (known, end.saturating_sub(at.1)));
+        let len = end.saturating_sub(at.1);
+        self.reached.insert(at, (state.clone(), len));
         if instruction.is_invalid() {
             return self.name_code(at, "has bytes that are no instruction");
         }
@@ -280,10 +278,10 @@ impl<'p> Walk<'p> {
                 return self.name_code(at, "is changed by two relocations at one place");
             }
         }
-        self.step(at, &instruction, &fields, known);
+        self.step(at, &instruction, &fields, &state);
     }
 
-    fn step(&mut self, at: Place, instruction: &Instruction, fields: &Fields<'p>, known: u16) {
+    fn step(&mut self, at: Place, instruction: &Instruction, fields: &Fields<'p>, state: &State) {
         let next = (at.0, instruction.next_ip());
         let branch = match fields.immediate {
             Some((target, rtype)) if is_relative(rtype) => target,
@@ -293,27 +291,35 @@ impl<'p> Walk<'p> {
         match instruction.flow_control() {
             FlowControl::Next => {
                 self.operands(at, instruction, fields);
-                self.follow(
-                    next,
-                    known_after(instruction, fields, known, self.payload.klp.place),
-                );
+                let after = state.after(instruction, fields, self.payload.klp.place);
+                let after = after.unwrap_or_else(|does| {
+                    self.name_code(at, does);
+                    state.clone()
+                });
+                self.follow(next, &after);
             }
             FlowControl::UnconditionalBranch if instruction.is_jmp_short_or_near() => {
-                self.branch(at, branch, known);
+                self.jump(at, branch, state);
             }
             FlowControl::ConditionalBranch if instruction.is_jcc_short_or_near() => {
-                self.branch(at, branch, known);
-                self.follow(next, known);
+                self.jump(at, branch, state);
+                self.follow(next, state);
             }
-            FlowControl::Call if instruction.is_call_near() => {
-                let other = matches!(branch, Target::Other(_));
-                self.branch(at, branch, known);
-                self.follow(next, if other { known & KEPT_BY_CALLS } else { 0 });
+            FlowControl::Call if instruction.code() == Code::Call_rel32_64 => {
+                match branch {
+                    Target::Own(place) => self.follow(place, &state.called()),
+                    _ => self.leave(at, branch, state),
+                }
+                match branch {
+                    Target::Other(symbol, 0) if symbol.name == ENDS => {}
+                    Target::Other(symbol, 0) if symbol.name == MARK => self.follow(next, state),
+                    _ => self.follow(next, &state.after_call()),
+                }
             }
-            FlowControl::Return if instruction.mnemonic() == Mnemonic::Ret => {}
+            FlowControl::Return if instruction.code() == Code::Retnq => self.give_back(at, state),
             // WARN goes on behind it.
             FlowControl::Exception if instruction.mnemonic() == Mnemonic::Ud2 => {
-                self.follow(next, known);
+                self.follow(next, state);
             }
             _ => self.name_code(
                 at,
@@ -322,25 +328,34 @@ impl<'p> Walk<'p> {
         }
     }
 
-    /// Goes where a branch or a call leads.
-    fn branch(&mut self, at: Place, target: Target<'p>, known: u16) {
-        match target {
-            Target::Own(place) => self.follow(place, known),
-            Target::Unknown => self.name_code(at, "branches to where the file does not say"),
-            Target::Other(symbol) => {
-                self.refer(symbol);
-                let enables = symbol.name == "klp_enable_patch";
-                self.enables |= enables;
-                if !self.is_kpatch()
-                    && (enables || symbol.name == "klp_register_patch")
-                    && known & FIRST_ARGUMENT == 0
-                {
-                    self.name_code(
-                        at,
-                        "passes on another address than that of its struct klp_patch",
-                    );
-                }
-            }
+    /// Goes where a jump leads. One to another function is a call and a return.
+    fn jump(&mut self, at: Place, target: Target<'p>, state: &State) {
+        if let Target::Own(place) = target {
+            return self.follow(place, state);
+        }
+        self.leave(at, target, state);
+        self.give_back(at, state);
+    }
+
+    /// Names a return that does not lead to the caller.
+    fn give_back(&mut self, at: Place, state: &State) {
+        if !state.returns() {
+            let does = "returns without the stack and the registers that its caller had";
+            self.name_code(at, does);
+        }
+    }
+
+    /// Notes a call of a function that is not the payload's.
+    fn leave(&mut self, at: Place, target: Target<'p>, state: &State) {
+        let Target::Other(symbol, 0) = target else {
+            return self.name_code(at, "branches to where the file does not say");
+        };
+        self.refer(symbol);
+        self.enables |= symbol.name == "klp_enable_patch";
+        let of_patch = !self.is_kpatch() && OF_PATCH.contains(&&*symbol.name);
+        if of_patch && state.known & FIRST_ARGUMENT == 0 {
+            let does = "passes on another address than that of its struct klp_patch";
+            self.name_code(at, does);
         }
     }
 
@@ -365,19 +380,11 @@ impl<'p> Walk<'p> {
         if !copies && (repeats || !is_plain(instruction)) {
             self.name_code(at, &format!("does {:?}", instruction.mnemonic()));
         }
-        if moves_stack(instruction) {
-            self.name_code(at, "moves the stack");
+        let of_code = instruction.is_ip_rel_memory_operand() && fields.displacement.is_none();
+        if of_code && instruction.mnemonic() != Mnemonic::Nop {
+            self.name_code(at, "takes the address of code");
         }
-        for (target, _) in [fields.displacement, fields.immediate]
-            .into_iter()
-            .flatten()
-        {
-            match target {
-                Target::Other(symbol) => self.refer(symbol),
-                Target::Own(place) => self.own(at, place),
-                Target::Unknown => self.name_code(at, "has an address that is not understood"),
-            }
-        }
+        self.addresses(at, instruction, fields);
         if !memory {
             return;
         }
@@ -389,8 +396,28 @@ impl<'p> Walk<'p> {
                 let name = self.describe(place);
                 self.name(name, REFERS);
             }
-            Some((Target::Other(symbol), _)) => self.name(&*symbol.name, REFERS),
+            Some((Target::Other(symbol, _), _)) => self.name(&*symbol.name, REFERS),
             _ => self.name_code(at, "reads or writes memory"),
+        }
+    }
+
+    /// Looks at the addresses in an instruction that does not branch.
+    fn addresses(&mut self, at: Place, instruction: &Instruction, fields: &Fields<'p>) {
+        let relative = instruction.is_ip_rel_memory_operand();
+        let displacement = fields.displacement.map(|field| (field, relative));
+        let immediate = fields.immediate.map(|field| (field, false));
+        for ((target, rtype), relative) in [displacement, immediate].into_iter().flatten() {
+            match target {
+                _ if is_relative(rtype) != relative => {
+                    self.name_code(at, "has an address that is not understood");
+                }
+                Target::Other(symbol, _) if VARIABLES.contains(&&*symbol.name) => {
+                    self.refer(symbol);
+                }
+                Target::Other(symbol, _) => self.name(&*symbol.name, REFERS),
+                Target::Own(place) => self.own(at, place),
+                Target::Unknown => self.name_code(at, "has an address that is not understood"),
+            }
         }
     }
 
@@ -406,11 +433,10 @@ impl<'p> Walk<'p> {
             instruction.memory_base() != Register::None && !instruction.is_ip_rel_memory_operand();
         let segment = instruction.segment_prefix() != Register::None;
         match fields.displacement {
-            Some((Target::Other(symbol), _)) if writes => self.name(&*symbol.name, REFERS),
+            Some((Target::Other(symbol, _), _)) if writes => self.name(&*symbol.name, REFERS),
             Some(_) if segment => self.name_code(at, "uses memory of a CPU"),
             Some(_) => {}
-            // The canary of the stack.
-            None if segment && !writes => {}
+            None if segment && !writes && is_canary(instruction) => {}
             None if by_register && !segment => {}
             None => self.name_code(at, "uses memory at a fixed address"),
         }
@@ -418,8 +444,14 @@ impl<'p> Walk<'p> {
 
     /// Notes a variable of the payload that is used by the instruction at `at`, or whose address is.
     fn own(&mut self, at: Place, place: Place) {
-        let data = |s: &Section| matches!(s.role, Role::Data | Role::Bss);
-        if self.is_kpatch() && self.payload.section(place.0).is_some_and(data) {
+        let Some(section) = self.payload.section(place.0) else {
+            return;
+        };
+        if section.flags.exec {
+            return self.name_code(at, "takes the address of code");
+        }
+        self.lists |= section.name == super::kpatch::FUNCS;
+        if self.is_kpatch() && matches!(section.role, Role::Data | Role::Bss) {
             self.used.insert(place);
             if self.used.len() > MAX_USED {
                 self.used.remove(&place);
@@ -432,31 +464,6 @@ impl<'p> Walk<'p> {
     fn is_reached(&self, place: Place) -> bool {
         let last = self.reached.range(..=place).next_back();
         last.is_some_and(|(at, (_, len))| at.0 == place.0 && place.1 < at.1.saturating_add(*len))
-    }
-
-    /// Names the tables that have the kernel change code that was reached: it would not do what it says.
-    fn tables(&mut self) {
-        let payload = self.payload;
-        let changes = |s: &&Section| {
-            matches!(
-                s.role,
-                Role::Altinstructions
-                    | Role::Parainstructions
-                    | Role::JumpTable
-                    | Role::StaticCalls
-            ) && !s.flags.exec
-        };
-        for table in payload.sections.iter().filter(changes) {
-            // Tables hold distances from their own fields, or addresses.
-            let here = table.relocs.iter().any(|reloc| {
-                let at = self.target(reloc, reloc.offset);
-                matches!(at, Target::Own(place) if self.is_reached(place))
-            });
-            if here {
-                let reason = "it changes code of module_init when the kernel loads the module";
-                self.name(&*table.name, reason);
-            }
-        }
     }
 
     /// Names the variables that kpatch's hook uses, and other parts of the payload too.

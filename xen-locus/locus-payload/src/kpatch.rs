@@ -314,8 +314,7 @@ mod tests {
         let replace = |code: &[u8]| {
             let mut elf = Spec::kpatch();
             let init = elf.find(".init.text", CODE);
-            *elf.data(init) = code.to_vec();
-            elf.drop_reloc(init, 5);
+            elf.replace(init, code);
             elf.resize_symbol("init_module", code.len() as u64);
             parse(&elf.build()).unwrap().klp.replace
         };

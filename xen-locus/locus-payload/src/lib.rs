@@ -239,16 +239,22 @@ fn read_payload(bytes: &[u8], stem: Option<&str>) -> error::Result<Payload> {
             found,
         });
     }
-    if !sections.iter().any(|s| s.role == Role::ThisModule) {
-        let found = "has no section .gnu.linkonce.this_module";
+    let modules = sections.iter().filter(|s| s.role == Role::ThisModule);
+    let found = match modules.count() {
+        1 => None,
+        0 => Some("has no section .gnu.linkonce.this_module"),
+        _ => Some("has several sections .gnu.linkonce.this_module, of which the kernel takes one"),
+    };
+    if let Some(found) = found {
         return Err(PayloadErrorKind::NotLivepatch {
             module: name,
             found,
         });
     }
-    let klp = match kpatch {
-        Some(klp) => klp,
-        None => klp::find(&sections, &symbols, &name)?,
+    let klp = match (kpatch, klp::find(&sections, &symbols, &name)) {
+        (None, found) => found?,
+        (Some(klp), Err(PayloadErrorKind::NoKlpPatch { .. })) => klp,
+        (Some(_), _) => return Err(PayloadErrorKind::TwoForms { module: name }),
     };
     Ok(Payload {
         name,

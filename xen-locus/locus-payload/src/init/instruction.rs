@@ -10,6 +10,14 @@ pub(super) fn is_write(access: OpAccess) -> bool {
     )
 }
 
+/// Whether an access of this kind may take over what it is made to.
+pub(super) fn is_read(access: OpAccess) -> bool {
+    matches!(
+        access,
+        OpAccess::Read | OpAccess::CondRead | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+    )
+}
+
 /// Whether an instruction only computes in registers, or moves words between them, memory and the stack.
 pub(super) fn is_plain(instruction: &Instruction) -> bool {
     let registers = (0..instruction.op_count())
@@ -28,6 +36,7 @@ pub(super) fn is_plain(instruction: &Instruction) -> bool {
             | Mnemonic::Imul
             | Mnemonic::Inc
             | Mnemonic::Lea
+            | Mnemonic::Leave
             | Mnemonic::Mov
             | Mnemonic::Movsx
             | Mnemonic::Movsxd
@@ -66,16 +75,15 @@ pub(super) fn copies_memory(instruction: &Instruction) -> bool {
     known && instruction.is_string_instruction() && instruction.segment_prefix() == Register::None
 }
 
-/// Whether an instruction gives the stack another place than `push`, `pop` and room for variables do.
-pub(super) fn moves_stack(instruction: &Instruction) -> bool {
-    let reads = [Mnemonic::Push, Mnemonic::Test, Mnemonic::Cmp];
-    let makes_room = matches!(instruction.mnemonic(), Mnemonic::Add | Mnemonic::Sub)
-        && instruction.op1_kind() != OpKind::Register
-        && instruction.op1_kind() != OpKind::Memory;
-    instruction.op0_kind() == OpKind::Register
-        && instruction.op0_register().full_register() == Register::RSP
-        && !reads.contains(&instruction.mnemonic())
-        && !makes_room
+/// Where the canary of the stack is in the memory of a CPU (`fixed_percpu_data`, arch/x86/include/asm/processor.h).
+const CANARY: u64 = 0x28;
+
+/// Whether the operand in memory is the canary of the stack.
+pub(super) fn is_canary(instruction: &Instruction) -> bool {
+    instruction.segment_prefix() == Register::GS
+        && instruction.memory_base() == Register::None
+        && instruction.memory_index() == Register::None
+        && instruction.memory_displacement64() == CANARY
 }
 
 /// The bit that stands for a general register; 0 for others.

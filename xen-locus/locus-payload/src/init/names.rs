@@ -11,6 +11,22 @@ pub(super) const ENABLING: [&str; 7] = [
     "printk",
 ];
 
+/// Of [`ENABLING`]: those that are given the address of `struct klp_patch`.
+pub(super) const OF_PATCH: [&str; 3] = [
+    "klp_enable_patch",
+    "klp_register_patch",
+    "klp_unregister_patch",
+];
+
+/// The function that functions begin with a call of, for tracing. It leaves all registers as they were.
+pub(super) const MARK: &str = "__fentry__";
+
+/// The function of the kernel that does not return.
+pub(super) const ENDS: &str = "__stack_chk_fail";
+
+/// Of [`KPATCH_HOOK`]: variables. All else are functions, which are called, and their addresses are not taken.
+pub(super) const VARIABLES: [&str; 2] = ["kmalloc_caches", "random_kmalloc_seed"];
+
 /// What else the `module_init` of kpatch-build refers to: allocation as kernels since 4.x name it, lists,
 /// strings.
 pub(super) const KPATCH_HOOK: [&str; 22] = [

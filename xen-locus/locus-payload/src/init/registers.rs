@@ -9,8 +9,8 @@ use super::{ElfSymbol, Place};
 /// Where a relocation in code leads.
 #[derive(Clone, Copy)]
 pub(super) enum Target<'p> {
-    /// To a symbol of the kernel or of a module.
-    Other(&'p ElfSymbol),
+    /// To a symbol of the kernel or of a module, and so many bytes behind it.
+    Other(&'p ElfSymbol, i64),
     /// Into the payload itself.
     Own(Place),
     /// Nobody knows.

@@ -14,7 +14,7 @@ mod spec;
 
 use object::elf;
 
-pub use spec::{Funcs, Spec, SpecPlaces, ENABLE, MODULE_SIZE};
+pub use spec::{Funcs, Spec, SpecPlaces, ENABLE, INIT, KPATCH_HOOK, MODULE_SIZE};
 
 pub const R_64: u32 = elf::R_X86_64_64.0;
 pub const R_PC32: u32 = elf::R_X86_64_PC32.0;
@@ -202,6 +202,21 @@ impl TestElf {
         self.sections[section - 1]
             .relocs
             .retain(|r| r.offset != offset);
+    }
+
+    /// Puts bytes in front of those of a section; relocations of it stay where they are meant to be.
+    pub fn prepend(&mut self, section: usize, bytes: &[u8]) {
+        let section = &mut self.sections[section - 1];
+        section.data.splice(..0, bytes.iter().copied());
+        let relocs = section.relocs.iter_mut();
+        relocs.for_each(|r| r.offset += bytes.len() as u64);
+    }
+
+    /// Gives a section other contents, without relocations.
+    pub fn replace(&mut self, section: usize, bytes: &[u8]) {
+        let section = &mut self.sections[section - 1];
+        section.data = bytes.to_vec();
+        section.relocs.clear();
     }
 
     pub fn klp_rela(&mut self, name: &str, target: usize, relocs: &[(u64, u32, usize, i64)]) {

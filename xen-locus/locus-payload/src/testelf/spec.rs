@@ -8,6 +8,9 @@ pub type Funcs<'a> = Vec<(&'a str, u64)>;
 /// Size of a `struct module` in bytes, as the guest of `locus_kernel::fixture_world` has it.
 pub const MODULE_SIZE: usize = 448;
 
+/// Offset of the member `init` there.
+pub const INIT: u64 = 392;
+
 /// A livepatch module to build; the default is like that of Linux 6.1 with one function.
 pub struct Spec {
     /// Objects: name and functions (old name and sympos).
@@ -58,6 +61,13 @@ pub struct SpecPlaces {
 /// are at 1, 8 and 13.
 pub const ENABLE: [u8; 17] = [
     0xe8, 0, 0, 0, 0, 0x48, 0xc7, 0xc7, 0, 0, 0, 0, 0xe9, 0, 0, 0, 0,
+];
+
+/// A `module_init` of kpatch, in short: `call __kmalloc; mov .kpatch.funcs(%rip),%rdx; mov %rdx,(%rax);
+/// movb $1,0x18(%rax); mov %rax,%rdi; jmp klp_enable_patch`. Relocations are at 1, 8 and 23.
+pub const KPATCH_HOOK: [u8; 27] = [
+    0xe8, 0, 0, 0, 0, 0x48, 0x8b, 0x15, 0, 0, 0, 0, 0x48, 0x89, 0x10, 0xc6, 0x40, 0x18, 0x01, 0x48,
+    0x89, 0xc7, 0xe9, 0, 0, 0, 0,
 ];
 
 impl Spec {
@@ -127,7 +137,8 @@ impl Spec {
         }
         let init = elf.section(".init.text", CODE, &ENABLE);
         let (code, data) = (u16::try_from(init).unwrap(), elf.section_symbol(homes[0]));
-        elf.symbol("init_module", code, 0, ENABLE.len() as u64, 2);
+        let entry = elf.symbol("init_module", code, 0, ENABLE.len() as u64, 2);
+        elf.reloc(this_module, INIT, R_64, entry, 0);
         let enable = elf.undefined("klp_enable_patch");
         elf.reloc(init, 1, R_PLT32, fentry, -4);
         elf.reloc(init, 8, R_32S, data, i64::try_from(patch).unwrap());
@@ -152,16 +163,20 @@ impl Spec {
         let mut elf = TestElf::new();
         let text = elf.section(".text", CODE, &[0xc3; 16]);
         elf.section(".modinfo", ALLOC, Spec::default().modinfo);
-        elf.section(".gnu.linkonce.this_module", VARS, &[0; MODULE_SIZE]);
-        // movb $1, 0x18(%rax); jmp klp_enable_patch
-        let code = [0xc6, 0x40, 0x18, 0x01, 0xe9, 0, 0, 0, 0];
-        let init = elf.section(".init.text", CODE, &code);
-        elf.symbol("init_module", u16::try_from(init).unwrap(), 0, 9, 2);
+        let this_module = elf.section(".gnu.linkonce.this_module", VARS, &[0; MODULE_SIZE]);
+        let init = elf.section(".init.text", CODE, &KPATCH_HOOK);
+        let size = KPATCH_HOOK.len() as u64;
+        let entry = elf.symbol("init_module", u16::try_from(init).unwrap(), 0, size, 2);
+        elf.reloc(this_module, INIT, R_64, entry, 0);
+        let alloc = elf.undefined("__kmalloc");
+        elf.reloc(init, 1, R_PLT32, alloc, -4);
         let enable = elf.undefined("klp_enable_patch");
-        elf.reloc(init, 5, R_PLT32, enable, -4);
+        elf.reloc(init, 23, R_PLT32, enable, -4);
         let strings = elf.section(".kpatch.strings", ALLOC, b"");
         let funcs = elf.section(".kpatch.funcs", ALLOC, b"");
         let names = elf.section_symbol(strings);
+        let table = elf.section_symbol(funcs);
+        elf.reloc(init, 8, R_PC32, table, -4);
         for (object, old, sympos) in [
             ("vmlinux", "version_proc_show", 0),
             ("vmlinux", "show_it", 2),

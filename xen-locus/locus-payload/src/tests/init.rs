@@ -1,9 +1,9 @@
 //! Tests of what `module_init` does: it enables the patch, or what else it does is named.
 
-use super::{parse, refused};
+use super::{parse, refused, refused_if};
 use crate::testelf::{
-    Spec, SpecPlaces, TestElf, ALLOC, CODE, ENABLE, R_32S, R_64, R_PC32, R_PLT32, SHN_LIVEPATCH,
-    VARS,
+    Spec, SpecPlaces, TestElf, ALLOC, CODE, ENABLE, INIT, KPATCH_HOOK, MODULE_SIZE, R_32S, R_64,
+    R_PC32, R_PLT32, SHN_LIVEPATCH, VARS,
 };
 
 /// `movl $42, address(%rip)`; the address goes to offset 2, and its addend is 8 less.
@@ -79,41 +79,40 @@ fn what_only_enables_the_patch_passes() {
     elf.reloc(at.init, 11, R_PLT32, printk, -4);
     assert!(subjects(elf).is_empty());
 
-    // As samples before Linux 5.1: lea patch(%rip),%rbx; mov %rbx,%rdi; call klp_register_patch;
+    // As samples before Linux 5.1: push %rbx; lea patch(%rip),%rbx; mov %rbx,%rdi; call klp_register_patch;
     // test %eax,%eax; jne; mov %rbx,%rdi; call klp_enable_patch; test; je; mov; call klp_unregister_patch;
-    // ud2; ret
+    // ud2; pop %rbx; ret
     let code = [
         &[
-            0x48, 0x8d, 0x1d, 0, 0, 0, 0, 0x48, 0x89, 0xdf, 0xe8, 0, 0, 0, 0,
+            0x53, 0x48, 0x8d, 0x1d, 0, 0, 0, 0, 0x48, 0x89, 0xdf, 0xe8, 0, 0, 0, 0,
         ][..],
         &[0x85, 0xc0, 0x75, 0x16, 0x48, 0x89, 0xdf, 0xe8, 0, 0, 0, 0],
         &[0x85, 0xc0, 0x74, 0x0a, 0x48, 0x89, 0xdf, 0xe8, 0, 0, 0, 0],
-        &[0x0f, 0x0b, 0xc3],
+        &[0x0f, 0x0b, 0x5b, 0xc3],
     ]
     .concat();
-    let (mut elf, at) = Spec::default().elf();
-    let init = elf.section(".text.old", CODE, &code);
-    let data = elf.section_symbol(at.patch.0);
-    let patch = i64::try_from(at.patch.1).unwrap();
-    elf.reloc(init, 3, R_PC32, data, patch - 4);
-    for (place, name) in [
-        (11, "klp_register_patch"),
-        (23, "klp_enable_patch"),
-        (35, "klp_unregister_patch"),
-    ] {
-        let symbol = elf.undefined(name);
-        elf.reloc(init, place, R_PLT32, symbol, -4);
-    }
-    elf.symbol(
-        "also",
-        u16::try_from(init).unwrap(),
-        0,
-        code.len() as u64,
-        2,
-    );
-    let module = elf.symbol("old_init", u16::try_from(init).unwrap(), 0, 0, 2);
-    elf.reloc(at.this_module, 304, R_64, module, 0);
-    assert_eq!(subjects(elf), Vec::<String>::new());
+    let old = |last: u8| {
+        let (mut elf, at) = Spec::default().elf();
+        let mut code = code.clone();
+        code[42] = last;
+        elf.replace(at.init, &code);
+        elf.resize_symbol("init_module", code.len() as u64);
+        let data = elf.section_symbol(at.patch.0);
+        let patch = i64::try_from(at.patch.1).unwrap();
+        elf.reloc(at.init, 4, R_PC32, data, patch - 4);
+        for (place, name) in [
+            (12, "klp_register_patch"),
+            (24, "klp_enable_patch"),
+            (36, "klp_unregister_patch"),
+        ] {
+            let symbol = elf.undefined(name);
+            elf.reloc(at.init, place, R_PLT32, symbol, -4);
+        }
+        elf
+    };
+    assert_eq!(subjects(old(0x5b)), Vec::<String>::new());
+    // pop %rbp in its place
+    says(old(0x5d), "returns without the stack and the registers");
 }
 
 #[test]
@@ -258,7 +257,7 @@ fn a_patch_must_be_enabled_and_no_other_one() {
     // No module_init at all.
     let (mut elf, _) = Spec::default().elf();
     elf.rename("init_module", "no_init");
-    says(elf, "does not enable the patch");
+    assert_eq!(subjects(elf), ["module_init", "struct module"]);
 }
 
 #[test]
@@ -268,6 +267,9 @@ fn tables_that_change_init_code_are_named() {
         "__jump_table",
         ".static_call_sites",
         ".parainstructions",
+        ".retpoline_sites",
+        ".smp_locks",
+        "__ex_table",
     ] {
         let (mut elf, at, _) = with_code(&[0x90; 5]);
         let init = elf.section_symbol(at.init);
@@ -326,26 +328,257 @@ fn fields_that_a_pointer_leads_to_are_not_taken_from_the_file() {
 }
 
 #[test]
-fn the_hook_of_kpatch_is_known_by_what_it_calls_and_uses() {
-    let with = |code: &[u8], change: &dyn Fn(&mut TestElf, usize)| {
-        let mut elf = Spec::kpatch();
-        let init = elf.find(".init.text", CODE);
-        elf.drop_reloc(init, 5);
-        let enable = elf.undefined("klp_enable_patch");
-        elf.reloc(init, code.len() as u64 + 5, R_PLT32, enable, -4);
-        let data = elf.data(init);
-        *data = [code, &*data].concat();
-        elf.resize_symbol("init_module", code.len() as u64 + 9);
-        change(&mut elf, init);
+fn tables_about_what_begins_in_front_of_init_code_and_reaches_it_are_named() {
+    // jmp over a byte, which is not reached; the row is about that byte and what follows.
+    let named = |name: &str, field: usize, len: u8| {
+        let (mut elf, at, _) = with_code(&[0xeb, 0x01, 0x90, 0x90]);
+        let init = elf.section_symbol(at.init);
+        let mut row = [0; 16];
+        row[field] = len;
+        let table = elf.section(name, ALLOC, &row);
+        elf.reloc(table, 0, R_PC32, init, 2);
         subjects(elf)
     };
-    assert!(with(&[], &|_, _| ()).is_empty());
-    // rep movsl; mov %rax,8(%rbx); mov %rax,8(%rsp); mov %gs:0x28,%rax
+    let none: [&str; 0] = [];
+    for (name, field) in [
+        (".altinstructions", 10),
+        (".altinstructions", 12),
+        (".parainstructions", 9),
+    ] {
+        assert_eq!(named(name, field, 1), none);
+        assert_eq!(named(name, field, 2), [name]);
+    }
+    assert_eq!(named("__jump_table", 8, 0), ["__jump_table"]);
+    assert_eq!(named("__ex_table", 8, 0), none);
+    // The same by an address that another type makes.
+    let (mut elf, at, _) = with_code(&[0x90; 8]);
+    let init = elf.section_symbol(at.init);
+    let table = elf.section("__jump_table", ALLOC, &[0; 24]);
+    elf.reloc(table, 0, 24, init, 2);
+    assert_eq!(subjects(elf), ["__jump_table"]);
+}
+
+/// Adds a function that sets a variable, in a section of its own; the symbol of that section.
+fn hidden(elf: &mut TestElf, at: &SpecPlaces) -> usize {
+    let code = elf.section(".text.hidden", CODE, &[&SET[..], &[0xc3]].concat());
+    let (symbol, place) = variable(elf, at.patch.0, "limit");
+    elf.reloc(code, 2, R_PC32, symbol, place - 8);
+    elf.section_symbol(code)
+}
+
+/// Among the concerns must be one that says `words`.
+fn says_too(elf: TestElf, words: &str) {
+    let found = concerns(elf);
+    let right = found.iter().any(|(_, why)| why.contains(words));
+    assert!(right, "expected {words:?}, found {found:?}");
+}
+
+#[test]
+fn returns_lead_to_the_caller_and_nowhere_else() {
+    // call +2; jmp over the function; the function
+    let called = |function: &[u8]| {
+        let over = u8::try_from(function.len()).unwrap();
+        let code = [&[0xe8, 2, 0, 0, 0, 0xeb, over][..], function].concat();
+        with_code(&code)
+    };
+    let returns = "returns without the stack and the registers";
+    let address = "takes the address of code";
+    // lea hidden(%rip),%rax; push %rax; and ret, or jmp __x86_return_thunk
+    for end in [&[0xc3][..], &[0xe9, 0, 0, 0, 0]] {
+        let function = [&[0x48, 0x8d, 0x05, 0, 0, 0, 0, 0x50], end].concat();
+        for words in [returns, address] {
+            let (mut elf, at, _) = called(&function);
+            let section = hidden(&mut elf, &at);
+            elf.reloc(at.init, 10, R_PC32, section, -4);
+            if end.len() > 1 {
+                let thunk = elf.undefined("__x86_return_thunk");
+                elf.reloc(at.init, 16, R_PLT32, thunk, -4);
+            }
+            says_too(elf, words);
+        }
+    }
+    for (function, words) in [
+        // add $-8,%rsp; ret
+        (&[0x48, 0x83, 0xc4, 0xf8, 0xc3][..], returns),
+        // push $7; ret, and ret $8
+        (&[0x6a, 0x07, 0xc3], returns),
+        (&[0xc2, 8, 0], "leaves the kernel"),
+        // pop %rax; add $16,%rax; push %rax; ret
+        (
+            &[0x58, 0x48, 0x83, 0xc0, 0x10, 0x50, 0xc3],
+            "takes its return address",
+        ),
+        // add $8,%rsp; ret; the same with esp; push %ax; sub $4,%rsp
+        (&[0x48, 0x83, 0xc4, 0x08, 0xc3], "moves the stack"),
+        (&[0x83, 0xc4, 0x08, 0xc3], "moves the stack"),
+        (&[0x66, 0x50, 0xc3], "moves the stack"),
+        (&[0x48, 0x83, 0xec, 0x04, 0xc3], "moves the stack"),
+        // mov %rsp,%rax; lea 8(%rsp),%rax
+        (&[0x48, 0x89, 0xe0, 0xc3], "takes an address of the stack"),
+        (
+            &[0x48, 0x8d, 0x44, 0x24, 0x08, 0xc3],
+            "takes an address of the stack",
+        ),
+        // xor %ebx,%ebx; ret. push %rbx; push %r12; pop %rbx; pop %r12; ret
+        (&[0x31, 0xdb, 0xc3], returns),
+        (&[0x53, 0x41, 0x54, 0x5b, 0x41, 0x5c, 0xc3], returns),
+        // lea 16(%rip),%rax, which no relocation fills in
+        (&[0x48, 0x8d, 0x05, 0x10, 0, 0, 0, 0xc3], address),
+        // test %eax,%eax; je over push %rax; ret
+        (
+            &[0x85, 0xc0, 0x74, 0x01, 0x50, 0xc3],
+            "by two ways with different stacks",
+        ),
+    ] {
+        says_too(called(function).0, words);
+    }
+    // push %rbp; mov %rsp,%rbp; push %rbx; sub $16,%rsp; xor %ebx,%ebx; add $16,%rsp; pop %rbx; pop %rbp; ret
     let fine = [
-        0xf3, 0xa5, 0x48, 0x89, 0x43, 0x08, 0x48, 0x89, 0x44, 0x24, 0x08, 0x65, 0x48, 0x8b, 0x04,
-        0x25, 0x28, 0, 0, 0,
+        0x55, 0x48, 0x89, 0xe5, 0x53, 0x48, 0x83, 0xec, 0x10, 0x31, 0xdb, 0x48, 0x83, 0xc4, 0x10,
+        0x5b, 0x5d, 0xc3,
     ];
-    assert!(with(&fine, &|_, _| ()).is_empty());
+    assert!(subjects(called(&fine).0).is_empty());
+    // push %rbp; mov %rsp,%rbp; sub $16,%rsp; leave; ret
+    let fine = [0x55, 0x48, 0x89, 0xe5, 0x48, 0x83, 0xec, 0x10, 0xc9, 0xc3];
+    assert!(subjects(called(&fine).0).is_empty());
+}
+
+#[test]
+fn calls_lead_to_where_the_functions_of_the_kernel_begin() {
+    let call = |addend: i64| {
+        let (mut elf, at, _) = with_code(&[0xe8, 0, 0, 0, 0]);
+        let symbol = elf.undefined("_printk");
+        elf.reloc(at.init, 1, R_PLT32, symbol, addend);
+        elf
+    };
+    assert!(subjects(call(-4)).is_empty());
+    says(call(60), "branches to where the file does not say");
+    // mov $_printk,%rax
+    let (mut elf, at, _) = with_code(&[0x48, 0xc7, 0xc0, 0, 0, 0, 0]);
+    let symbol = elf.undefined("_printk");
+    elf.reloc(at.init, 3, R_32S, symbol, 0);
+    assert_eq!(subjects(elf), ["_printk"]);
+}
+
+#[test]
+fn a_fault_that_is_mended_elsewhere_is_named() {
+    let (mut elf, at, _) = with_code(&[0x0f, 0x0b]);
+    let section = hidden(&mut elf, &at);
+    let init = elf.section_symbol(at.init);
+    let table = elf.section("__ex_table", ALLOC, &[0; 12]);
+    elf.reloc(table, 0, R_PC32, init, 0);
+    elf.reloc(table, 4, R_PC32, section, 0);
+    assert_eq!(subjects(elf), ["__ex_table"]);
+}
+
+#[test]
+fn struct_module_names_init_module_and_then_cleanup_module() {
+    // `init` at the place of the hidden function or of init_module, and behind it a symbol called so.
+    let with = |members: &[(u64, &str)]| {
+        let (mut elf, at) = Spec::default().elf();
+        let section = hidden(&mut elf, &at);
+        let code = u16::try_from(section_of(&mut elf, ".text.hidden")).unwrap();
+        let init = u16::try_from(at.init).unwrap();
+        elf.drop_reloc(at.this_module, INIT);
+        for (offset, name) in members {
+            let symbol = match *name {
+                "init_module" => elf.section_symbol(at.init),
+                "hidden" => section,
+                "late" => elf.symbol(".klp.sym.vmlinux.foo,0", SHN_LIVEPATCH, 0, 0, 0),
+                "second" => elf.symbol("init_module", init, 5, 0, 2),
+                name => elf.symbol(name, code, 0, 11, 2),
+            };
+            let name = *name;
+            match name {
+                "late" => elf.klp_rela(
+                    ".klp.rela.vmlinux.x",
+                    at.this_module,
+                    &[(*offset, R_64, symbol, 0)],
+                ),
+                _ => elf.reloc(at.this_module, *offset, R_64, symbol, 0),
+            }
+        }
+        subjects(elf)
+    };
+    let none: [&str; 0] = [];
+    assert_eq!(with(&[(312, "init_module")]), none);
+    let both = [(312, "init_module"), (400, "cleanup_module")];
+    assert_eq!(with(&both), none);
+    for members in [
+        &[(312, "cleanup_module")][..],
+        &[(312, "cleanup_module"), (400, "init_module")],
+        &[(312, "hidden")],
+        &[(312, "late")],
+    ] {
+        assert_eq!(with(members), ["module_init", "struct module"]);
+    }
+    let more = [both[0], both[1], (408, "hidden")];
+    assert_eq!(with(&more), ["struct module"]);
+    assert_eq!(
+        with(&[(312, "init_module"), (400, "hidden")]),
+        ["struct module"]
+    );
+    let two = with(&[(312, "init_module"), (400, "second")]);
+    assert!(two.contains(&"init_module".to_owned()), "{two:?}");
+    assert_eq!(with(&[]), ["module_init"]);
+
+    let (mut elf, at) = Spec::default().elf();
+    elf.put_u64(at.this_module, 400, 1);
+    assert_eq!(subjects(elf), ["struct module"]);
+}
+
+/// The number of a section that there is.
+fn section_of(elf: &mut TestElf, name: &str) -> usize {
+    elf.find(name, CODE)
+}
+
+#[test]
+fn there_is_one_struct_module_and_the_kernel_takes_it() {
+    let with = |flags: u64| {
+        let (mut elf, _) = Spec::default().elf();
+        elf.section(".gnu.linkonce.this_module", flags, &[0; MODULE_SIZE]);
+        elf
+    };
+    refused(with(VARS), "has several sections .gnu.linkonce.this_module");
+    for flags in [0, CODE] {
+        assert_eq!(subjects(with(flags)), [".gnu.linkonce.this_module"]);
+    }
+}
+
+/// The hook of kpatch with other code in front.
+fn kpatch(code: &[u8], change: &dyn Fn(&mut TestElf, usize)) -> TestElf {
+    let mut elf = Spec::kpatch();
+    let init = elf.find(".init.text", CODE);
+    elf.prepend(init, code);
+    elf.resize_symbol("init_module", (code.len() + KPATCH_HOOK.len()) as u64);
+    change(&mut elf, init);
+    elf
+}
+
+#[test]
+fn the_hook_of_kpatch_is_known_by_what_it_calls_and_uses() {
+    let with = |code: &[u8], change: &dyn Fn(&mut TestElf, usize)| subjects(kpatch(code, change));
+    assert!(with(&[], &|_, _| ()).is_empty());
+    // sub $16,%rsp; mov %gs:0x28,%rax; mov %rax,8(%rsp); mov 8(%rsp),%rax; sub %gs:0x28,%rax
+    // mov %rax,%rdi; mov %rax,%rsi; mov $4,%ecx; rep movsl; mov %rax,8(%rdi); add $16,%rsp
+    let fine = [
+        &[0x48, 0x83, 0xec, 0x10][..],
+        &[0x65, 0x48, 0x8b, 0x04, 0x25, 0x28, 0, 0, 0],
+        &[0x48, 0x89, 0x44, 0x24, 0x08, 0x48, 0x8b, 0x44, 0x24, 0x08],
+        &[0x65, 0x48, 0x2b, 0x04, 0x25, 0x28, 0, 0, 0],
+        &[
+            0x48, 0x89, 0xc7, 0x48, 0x89, 0xc6, 0xb9, 4, 0, 0, 0, 0xf3, 0xa5,
+        ],
+        &[0x48, 0x89, 0x47, 0x08, 0x48, 0x83, 0xc4, 0x10],
+    ]
+    .concat();
+    assert_eq!(with(&fine, &|_, _| ()), Vec::<String>::new());
+    // push %rbp; mov %rsp,%rbp; sub $16,%rsp; or $-1,%eax; mov %eax,-4(%rbp); mov -4(%rbp),%eax; leave
+    let fine = [
+        0x55, 0x48, 0x89, 0xe5, 0x48, 0x83, 0xec, 0x10, 0x83, 0xc8, 0xff, 0x89, 0x45, 0xfc, 0x8b,
+        0x45, 0xfc, 0xc9,
+    ];
+    assert_eq!(with(&fine, &|_, _| ()), Vec::<String>::new());
     let call = |name: &'static str| {
         with(&[0xe8, 0, 0, 0, 0], &move |e, init| {
             let symbol = e.undefined(name);
@@ -374,4 +607,83 @@ fn the_hook_of_kpatch_is_known_by_what_it_calls_and_uses() {
         e.reloc(init, 2, R_PC32, symbol, -8);
     });
     assert_eq!(kernel, ["kmalloc_caches"], "it may be read only");
+}
+
+#[test]
+fn the_hook_of_kpatch_uses_memory_by_what_it_has_set() {
+    for (code, words) in [
+        // mov %rax,8(%rbx); mov %rax,(%rdi)
+        (
+            &[0x48, 0x89, 0x43, 0x08][..],
+            "a register that it has not set",
+        ),
+        (
+            &[0x31, 0xc0, 0x48, 0x89, 0x07],
+            "a register that it has not set",
+        ),
+        // xor %eax,%eax; mov %rax,8(%rsp); the same by rbp and by an index
+        (
+            &[0x31, 0xc0, 0x48, 0x89, 0x44, 0x24, 0x08],
+            "uses the stack of its caller",
+        ),
+        (
+            &[
+                0x31, 0xc0, 0x55, 0x48, 0x89, 0xe5, 0x48, 0x89, 0x45, 0x08, 0x5d,
+            ],
+            "uses the stack of its caller",
+        ),
+        (
+            &[0x31, 0xc0, 0x50, 0x48, 0x89, 0x04, 0x04, 0x58],
+            "uses the stack of its caller",
+        ),
+        // push %rbx; mov (%rsp),%rax; pop %rbx. push %rbx; pop %rax; mov %rax,(%rax)
+        (
+            &[0x53, 0x48, 0x8b, 0x04, 0x24, 0x5b],
+            "reads of the stack what it has not put there",
+        ),
+        (
+            &[0x53, 0x58, 0x48, 0x89, 0x00],
+            "a register that it has not set",
+        ),
+        // mov %gs:0,%rax
+        (
+            &[0x65, 0x48, 0x8b, 0x04, 0x25, 0, 0, 0, 0],
+            "at a fixed address",
+        ),
+    ] {
+        says_too(kpatch(code, &|_, _| ()), words);
+    }
+    // mov $kfree,%rdi, and mov $hidden,%rdi
+    for (own, words) in [
+        (false, "module_init refers to it"),
+        (true, "takes the address of code"),
+    ] {
+        let elf = kpatch(&[0x48, 0xc7, 0xc7, 0, 0, 0, 0], &|e, init| {
+            let text = e.find(".text", CODE);
+            let symbol = match own {
+                true => e.section_symbol(text),
+                false => e.undefined("kfree"),
+            };
+            e.reloc(init, 3, R_32S, symbol, 0);
+        });
+        says_too(elf, words);
+    }
+}
+
+#[test]
+fn the_hook_of_kpatch_uses_the_table_and_no_other_patch() {
+    let elf = kpatch(&[], &|e, init| {
+        e.drop_reloc(init, 8);
+        let other = e.section(".rodata.other", ALLOC, &[0; 8]);
+        let other = e.section_symbol(other);
+        e.reloc(init, 8, R_PC32, other, -4);
+    });
+    says(elf, "does not use .kpatch.funcs");
+    refused_if(
+        |elf, at| {
+            elf.section(".kpatch.funcs", ALLOC, &[]);
+            let _ = at;
+        },
+        "has a struct klp_patch and the tables of kpatch-build",
+    );
 }
