@@ -94,6 +94,19 @@ pub fn check_layout(btf: &Btf, payload: &Payload) -> Result<()> {
             _ => {}
         }
     }
+    // The reader saw to it that the first is `init_module` and the second `cleanup_module`.
+    let members = payload.sections.iter();
+    let members = members.filter(|s| s.role == Role::ThisModule);
+    let members = members.flat_map(|s| &s.relocs).map(|r| r.offset);
+    for (ours, field) in members.zip(["init", "exit"]) {
+        match btf.offset_of("module", field) {
+            Ok(theirs) if theirs as u64 != ours => {
+                let what = format!("the place of {field} in struct module");
+                return differs(&what, ours, theirs);
+            }
+            _ => {}
+        }
+    }
     let Some((section, offset)) = klp.place else {
         // Made by kpatch-build: what is read has a layout of its own.
         return Ok(());
@@ -263,18 +276,23 @@ mod tests {
 
     #[test]
     fn a_payload_must_have_the_guests_struct_module() {
-        let types = |size| {
+        let types_with = |size, init| {
             let mut b = Blob::new();
             let long = b.int("long", 8);
-            b.structure("module", size, &[("state", long, 0)]);
+            b.structure("module", size, &[("state", long, 0), ("init", long, init)]);
             Btf::new(b.bytes()).unwrap()
         };
+        let types = |size| types_with(size, 392);
         for payload in [Spec::default().bytes(), Spec::kpatch().build()] {
             let payload = Payload::parse("test.ko", &payload).unwrap();
             assert!(check_layout(&types(MODULE_SIZE), &payload).is_ok());
             let error = check_layout(&types(960), &payload).unwrap_err();
             assert_eq!(error.exit_code(), ExitCode::NotApplicable);
             let words = "the size of struct module is 448 bytes in it and 960";
+            assert!(error.to_string().contains(words), "{error}");
+            // The kernel would call what stands elsewhere.
+            let error = check_layout(&types_with(MODULE_SIZE, 400), &payload).unwrap_err();
+            let words = "the place of init in struct module is 392 bytes in it and 400";
             assert!(error.to_string().contains(words), "{error}");
         }
     }

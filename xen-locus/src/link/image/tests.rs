@@ -205,6 +205,16 @@ fn calls_of_fentry_become_nops_and_returns_follow_the_kernel() {
     assert_eq!(image[16..21], [0xc3, 0xcc, 0xcc, 0xcc, 0xcc]);
     let image = linked(&code, relocs(), None).unwrap();
     assert_eq!(image[16], 0xe9);
+    // Neither is a call of what is behind the beginning of __fentry__, or of a function of the payload of that name.
+    let behind = vec![reloc(1, R_X86_64_PLT32, 4, 0)];
+    assert_eq!(linked(&code, behind, None).unwrap()[0], 0xe8);
+    let own = linked_with(&code, relocs(), Some(Returns::Plain), |payload| {
+        payload.symbols[4].section = SymSection::Section(1);
+        payload.symbols[5].section = SymSection::Section(1);
+    });
+    let own = own.unwrap();
+    assert_eq!(own[..5], [0xe8, 0xfb, 0xff, 0xff, 0xff]);
+    assert_eq!(own[16..21], [0xe9, 0xeb, 0xff, 0xff, 0xff]);
     // Data that looks like a call is none.
     let image = linked_with(&code, Vec::new(), None, |payload| {
         payload.sections[2].data = [&[0xe8][..], &[0; 8]].concat();
