@@ -1,6 +1,7 @@
 //! A domain on the Xen this process runs on: found by name, id or UUID, read and changed through the crate `locus-xen`.
 
 mod own_uuid;
+mod pause;
 
 use std::cell::{Cell, OnceCell};
 
@@ -10,13 +11,13 @@ use locus_guest::{
     self as guest, GuestType, Live, Memory, MemoryMut, PagesMut, Vcpu, Window, WindowMut,
 };
 use locus_kernel::KernelCache;
-use locus_xen::{Control, DomainInfo, ForeignMemory, Hypercalls, Pause, PauseCalls};
+use locus_xen::{Control, DomainInfo, ForeignMemory, Hypercalls, PauseCalls};
 
 use crate::arena;
 use crate::error::{Error, Result};
 use crate::guard::worker::Guarded;
 use crate::guard::{self, Spot, WatchedRun};
-use crate::machine::{Guard, Machine, Paused, Writing};
+use crate::machine::{Guard, Machine};
 use crate::say;
 use crate::storage::journal::{Change, Intent, Journal};
 use crate::storage::kernel_cache::Cache;
@@ -366,58 +367,6 @@ impl Machine for Domain<'_> {
         self.control.check_guest(self.info.id)?;
         let calls = PauseCalls::new(self.control, &self.info, &guard::frames(spots))?;
         Ok(Box::new(Guarded::start(calls, &self.watched_run(spots))?))
-    }
-}
-
-impl Guard for Guarded<'_> {
-    fn wait_for_guardian_tick(&self) {
-        Guarded::wait_for_guardian_tick(self);
-    }
-
-    fn hold(&self) -> std::result::Result<(), guest::Error> {
-        Guarded::hold(self)
-    }
-
-    fn let_go(&self) {
-        Guarded::let_go(self);
-    }
-
-    fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
-        self.vcpus_now()
-    }
-
-    fn pause(&self) -> std::result::Result<Box<dyn Paused + '_>, guest::Error> {
-        Ok(Box::new(Guarded::pause(self)?))
-    }
-}
-
-impl Paused for Pause<'_> {
-    fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
-        Ok(Pause::vcpus(self)?)
-    }
-
-    fn writing(&self) -> std::result::Result<Writing, guest::Error> {
-        if Pause::is_log_dirty(self)? {
-            return Ok(Writing::IsLogDirty);
-        }
-        Ok(match Pause::writing(self)? {
-            true => Writing::Begins,
-            false => Writing::IsShutDown,
-        })
-    }
-
-    fn elapsed(&self) -> std::time::Duration {
-        Pause::elapsed(self)
-    }
-
-    fn end(self: Box<Self>) -> std::result::Result<std::time::Duration, guest::Error> {
-        let ended = Pause::end(*self)?;
-        if let Err(error) = ended.reported {
-            say::warn(format_args!(
-                "if the guest is being moved as it runs, stop that: {error}"
-            ));
-        }
-        Ok(ended.duration)
     }
 }
 
