@@ -2,16 +2,16 @@
 
 # What building and testing need beside Rust. qemu: the machine nested Xen runs on; libxen-dev and
 # libclang: xenctrl-sys makes its bindings from Xen's headers; gcc, binutils and libelf1: payloads are built by
-# kbuild, whose objtool links libelf and libcrypto; xz and zstd unpack kernels.
+# kbuild, whose objtool links libelf and libcrypto; xz and zstd unpack kernels; e2fsprogs makes a dom0's disk.
 PACKAGES = qemu-system-x86 libxen-dev libclang1-14 libclang-common-14-dev gcc binutils libc6-dev make \
-	pkg-config libelf1 libssl3 xz-utils zstd util-linux debian-archive-keyring
+	pkg-config libelf1 libssl3 xz-utils zstd util-linux e2fsprogs debian-archive-keyring
 
 SUDO = $(if $(filter 0,$(shell id -u)),,sudo)
 XTEST = cargo run --release -p xtest --
 DESTDIR =
 PREFIX = /usr
 
-.PHONY: all deps build demo test test-matrix report lint unit nested bench fuzz install clean
+.PHONY: all deps build demo test test-matrix report lint unit nested bench fuzz install install-files clean
 
 all: build
 
@@ -66,12 +66,18 @@ SECONDS = 20
 fuzz: deps
 	@sh fuzz/run.sh $(SECONDS)
 
-install: build
-	install -D -m 755 target/release/xen-locus $(DESTDIR)$(PREFIX)/sbin/xen-locus
+# The folder of the programs to install.
+BUILT = target/release
+
+install: build install-files
+
+# What is built already.
+install-files:
+	install -D -m 755 $(BUILT)/xen-locus $(DESTDIR)$(PREFIX)/sbin/xen-locus
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
 	sed 's,/usr/sbin,$(PREFIX)/sbin,' deploy/xen-locus.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/xen-locus.service
 	install -d $(DESTDIR)$(PREFIX)/share/man/man8
-	target/release/locus-man $(DESTDIR)$(PREFIX)/share/man/man8
+	$(BUILT)/locus-man $(DESTDIR)$(PREFIX)/share/man/man8
 	install -D -m 644 deploy/xen-locus-xenstore.7 $(DESTDIR)$(PREFIX)/share/man/man7/xen-locus-xenstore.7
 	install -D -m 644 deploy/xen-locus.logrotate $(DESTDIR)/etc/logrotate.d/xen-locus
 	install -d -m 755 $(DESTDIR)/var/lib/xen-locus/payloads
