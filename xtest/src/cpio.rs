@@ -5,6 +5,7 @@
 //! host.
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -62,6 +63,33 @@ impl Cpio {
         }
         self.parents(path)?;
         self.entry(path, LINK | 0o777, to.as_bytes())
+    }
+
+    /// Adds all below a folder of the host, at `path`; "" is the top.
+    pub fn tree(&mut self, path: &str, from: &Path) -> Result<()> {
+        let mut entries = std::fs::read_dir(from)
+            .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+            .with_context(|| format!("reading {}", from.display()))?;
+        entries.sort_by_key(std::fs::DirEntry::file_name);
+        for entry in entries {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let path = format!("{path}/{name}");
+            let path = path.trim_matches('/');
+            let meta = entry.metadata()?;
+            if meta.is_dir() {
+                if !self.seen.contains(path) {
+                    self.parents(path)?;
+                    self.entry(path, DIR | (meta.mode() & 0o7777), &[])?;
+                }
+                self.tree(path, &entry.path())?;
+            } else if meta.is_symlink() {
+                let to = std::fs::read_link(entry.path())?;
+                self.symlink(path, &to.to_string_lossy())?;
+            } else {
+                self.host_file(path, meta.mode(), &entry.path())?;
+            }
+        }
+        Ok(())
     }
 
     /// Ends the archive. Archives may be concatenated afterwards.

@@ -103,7 +103,7 @@ pub fn ensure_suite(paths: &Paths, suite: &Suite) -> Result<Root> {
     let stamp = match read_stamp(&listed, suite) {
         Some(stamp) if stamp.files.iter().all(|f| debs.join(f).is_file()) => stamp,
         _ => {
-            let stamp = download(&base, &debs, suite)?;
+            let stamp = download(&base, suite)?;
             std::fs::write(&listed, serde_json::to_vec_pretty(&stamp)?)?;
             stamp
         }
@@ -152,13 +152,48 @@ pub fn download_beside(
     Ok(file)
 }
 
+/// Downloads these packages of the suite and all that they depend on, as far as they are not there. Returns their files. What
+/// was chosen is noted in the file `listed`, and holds until other packages are wanted.
+pub fn package_files(
+    paths: &Paths,
+    suite: &Suite,
+    packages: &[&str],
+    listed: &Path,
+) -> Result<Vec<PathBuf>> {
+    let base = paths.base.join(suite.name);
+    let debs = base.join("debs");
+    let in_debs = |files: BTreeSet<String>| files.into_iter().map(|f| debs.join(f)).collect();
+    let known = std::fs::read(listed).ok();
+    let known = known.and_then(|text| serde_json::from_slice::<Listed>(&text).ok());
+    if let Some(known) = known.filter(|k| k.packages == packages) {
+        if known.files.iter().all(|f| debs.join(f).is_file()) {
+            return Ok(in_debs(known.files));
+        }
+    }
+    let apt = Apt::prepare(&base, suite)?;
+    let files = apt.get(apt.closure(packages)?)?;
+    let list = Listed {
+        packages: owned(packages),
+        files: files.clone(),
+    };
+    std::fs::write(listed, serde_json::to_vec_pretty(&list)?)?;
+    Ok(in_debs(files))
+}
+
+/// Packages that were wanted, and the files that this means.
+#[derive(Debug, Serialize, Deserialize)]
+struct Listed {
+    packages: Vec<String>,
+    files: BTreeSet<String>,
+}
+
 fn read_stamp(file: &Path, suite: &Suite) -> Option<Stamp> {
     let stamp: Stamp = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
     (stamp.format == FORMAT && stamp.packages == suite.packages && stamp.only == suite.only)
         .then_some(stamp)
 }
 
-fn download(base: &Path, debs: &Path, suite: &Suite) -> Result<Stamp> {
+fn download(base: &Path, suite: &Suite) -> Result<Stamp> {
     let apt = Apt::prepare(base, suite)?;
     eprintln!("xtest: {}: reading package lists", suite.name);
     if let Err(e) = apt.run("apt-get", &["update", "-q"]) {
@@ -166,39 +201,25 @@ fn download(base: &Path, debs: &Path, suite: &Suite) -> Result<Stamp> {
         eprintln!("xtest: warning: {e:#}");
     }
     let release = apt.kernel_release()?;
-    let closure = apt.closure(suite)?;
-    let missing: Vec<&str> = closure
-        .iter()
-        .filter(|p| {
-            !debs
-                .join(&p.file)
-                .metadata()
-                .is_ok_and(|m| m.len() == p.size)
-        })
-        .map(|p| p.versioned.as_str())
-        .collect();
-    if !missing.is_empty() {
-        eprintln!(
-            "xtest: {}: downloading {} packages",
-            suite.name,
-            missing.len()
-        );
-        let mut args = vec!["download", "-q"];
-        args.extend(missing);
-        apt.run("apt-get", &args)?;
-    }
-    let files: BTreeSet<String> = closure.into_iter().map(|p| p.file).collect();
-    for file in &files {
-        ensure!(debs.join(file).is_file(), "apt-get download gave no {file}");
-    }
-    let owned = |list: &[&str]| list.iter().map(|&p| p.to_owned()).collect();
+    let mut closure = apt.closure(suite.packages)?;
+    closure.retain(|p| {
+        let begins = |list: &[&str]| list.iter().any(|s| p.file.starts_with(s));
+        match suite.only {
+            [] => !begins(SKIP),
+            only => begins(only),
+        }
+    });
     Ok(Stamp {
         format: FORMAT,
         packages: owned(suite.packages),
         only: owned(suite.only),
         release,
-        files,
+        files: apt.get(closure)?,
     })
+}
+
+fn owned(list: &[&str]) -> Vec<String> {
+    list.iter().map(|&p| p.to_owned()).collect()
 }
 
 fn unpack(debs: &Path, root: &Path, stamp: &Stamp) -> Result<()> {
@@ -277,7 +298,32 @@ impl Apt {
             .to_owned())
     }
 
-    fn closure(&self, suite: &Suite) -> Result<Vec<Package>> {
+    /// Downloads packages that are not there, and returns the names of all files.
+    fn get(&self, closure: Vec<Package>) -> Result<BTreeSet<String>> {
+        let size = |p: &Package| self.debs.join(&p.file).metadata().map(|m| m.len());
+        let missing: Vec<&str> = closure
+            .iter()
+            .filter(|p| !size(p).is_ok_and(|size| size == p.size))
+            .map(|p| p.versioned.as_str())
+            .collect();
+        if !missing.is_empty() {
+            eprintln!("xtest: downloading {} packages", missing.len());
+            let mut args = vec!["download", "-q"];
+            args.extend(missing);
+            self.run("apt-get", &args)?;
+        }
+        let files: BTreeSet<String> = closure.into_iter().map(|p| p.file).collect();
+        for file in &files {
+            ensure!(
+                self.debs.join(file).is_file(),
+                "apt-get download gave no {file}"
+            );
+        }
+        Ok(files)
+    }
+
+    /// These packages, and all that they depend on.
+    fn closure(&self, packages: &[&str]) -> Result<Vec<Package>> {
         let mut args = vec![
             "install",
             "-qq",
@@ -285,7 +331,7 @@ impl Apt {
             "--no-install-recommends",
             "--print-uris",
         ];
-        args.extend(suite.packages);
+        args.extend(packages);
         let text = self.run("apt-get", &args)?;
         let mut all = Vec::new();
         for line in text.lines().filter(|l| l.starts_with('\'')) {
@@ -298,14 +344,6 @@ impl Apt {
             let (Some(name), Some(version)) = (parts.next(), parts.next()) else {
                 bail!("{file}: not the name of a package file");
             };
-            let begins = |list: &[&str]| list.iter().any(|s| name.starts_with(s));
-            let wanted = match suite.only {
-                [] => !begins(SKIP),
-                only => begins(only),
-            };
-            if !wanted {
-                continue;
-            }
             let versioned = format!("{name}={}", version.replace("%3a", ":"));
             all.push(Package {
                 versioned,

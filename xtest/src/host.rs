@@ -70,3 +70,15 @@ pub fn replace(path: &Path, data: &[u8]) -> Result<()> {
     std::fs::rename(&new, path)?;
     Ok(())
 }
+
+/// The last lines of a file; empty if it can't be read.
+pub fn tail(path: &Path, lines: usize) -> String {
+    let bytes = std::fs::read(path).unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes);
+    let all: Vec<&str> = text.lines().collect();
+    all.iter()
+        .skip(all.len().saturating_sub(lines))
+        .copied()
+        .collect::<Vec<_>>()
+        .join("\n")
+}

@@ -163,7 +163,7 @@ fn dom0_base(paths: &Paths, root: &Root, tools: &Tools) -> Result<Vec<u8>> {
     ] {
         c.dir(dir)?;
     }
-    add_modules(&mut c, root, MODULES)?;
+    add_modules(&mut c, root, "lib/modules", MODULES)?;
 
     let mut files: Vec<PathBuf> = programs.into_iter().map(|(_, file)| file).collect();
     files.extend(tools.files().map(|(_, file)| file));
@@ -222,14 +222,14 @@ pub fn unpacked_kernel(image: &[u8]) -> Result<Vec<u8>> {
     Ok(out)
 }
 
-/// Adds these modules, those that they need, and a list of all in the order to load them.
-fn add_modules(c: &mut Cpio, root: &Root, names: &[&str]) -> Result<()> {
+/// Adds these modules, those that they need, and a list of all in the order to load them, in a folder of the archive.
+pub(crate) fn add_modules(c: &mut Cpio, root: &Root, dir: &str, names: &[&str]) -> Result<()> {
     let mut order = String::new();
     for module in elf::modules(&root.modules()?, names)? {
-        c.file(&format!("lib/modules/{}", module.name), 0o644, &module.data)?;
+        c.file(&format!("{dir}/{}", module.name), 0o644, &module.data)?;
         order += &format!("{}\n", module.name);
     }
-    c.file("lib/modules/order", 0o644, order.as_bytes())
+    c.file(&format!("{dir}/order"), 0o644, order.as_bytes())
 }
 
 /// The device model, its libraries and the firmware.
@@ -277,7 +277,7 @@ pub fn guest_initramfs(paths: &Paths, root: &Root, kernel: &Root) -> Result<Vec<
     for (name, program) in guest_programs(paths)? {
         c.host_file(&format!("bin/{name}"), 0o755, &program)?;
     }
-    add_modules(&mut c, kernel, GUEST_MODULES)?;
+    add_modules(&mut c, kernel, "lib/modules", GUEST_MODULES)?;
     let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(6));
     gz.write_all(&c.finish()?)?;
     Ok(gz.finish()?)

@@ -13,7 +13,7 @@
 //!    `inputs` (what results depend on), `results` (what became of scenarios).
 //! 2. In dom0: `agent`, the other end of `proto`.
 //! 3. What is booted: `fetch` (Debian packages), then `elf`, `payloads`, `source`, then `image`, then
-//!    `kernels`; `previous` (an earlier build of xen-locus).
+//!    `debian` (a dom0 on a disk) and `kernels`; `previous` (an earlier build of xen-locus).
 //! 4. A machine: `dom0`, `watched` (its consoles), `guest`, `qemu`, `qemu_faults`, `late` (a scenario that takes
 //!    too long).
 //! 5. `scenario`: what a test is, and the machine that it gets.
@@ -26,6 +26,7 @@
 pub mod agent;
 pub mod consoles;
 pub mod cpio;
+pub mod debian;
 pub mod demo;
 pub mod dom0;
 pub mod elf;

@@ -12,6 +12,9 @@ pub struct Profile {
     pub thread: &'static str,
     /// Whether the device model and firmware for HVM guests are in the image.
     pub hvm: bool,
+    /// Whether dom0 is a Debian 12 that is installed on a disk, with systemd and the init scripts of Xen's packages. Otherwise
+    /// it has nothing but Xen's programs, in memory.
+    pub debian: bool,
     /// Whether the machine's clock counts instructions, 2 ns each, instead of the host's time. While all of its
     /// CPUs are idle, the clock jumps to the next timer. Needs `thread=single`.
     pub counted: bool,
@@ -38,6 +41,7 @@ pub const PV: Profile = Profile {
     cpu: QEMU64,
     thread: "multi",
     hvm: false,
+    debian: false,
     counted: false,
     cpus: 2,
     memory: 3072,
@@ -62,6 +66,15 @@ pub const PV1: Profile = Profile {
     thread: "single",
     cpus: 1,
     ..PV
+};
+
+/// PV guests, and a dom0 that is a real Debian 12.
+pub const DEBIAN: Profile = Profile {
+    name: "debian",
+    debian: true,
+    // What systemd shows takes longer on an emulated console than what it does.
+    dom0_args: "systemd.show_status=no",
+    ..PV1
 };
 
 /// PV guests, and memory for twenty of them.
@@ -134,6 +147,7 @@ pub const PROFILES: &[&Profile] = &[
     &PV4,
     &CROWD,
     &PV1,
+    &DEBIAN,
     &PVH,
     &HVM,
     &NEHALEM,

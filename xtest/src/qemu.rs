@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
 
+use crate::debian::Debian;
+use crate::host::tail;
 use crate::image::Images;
 use crate::profile::Profile;
 
@@ -27,12 +29,14 @@ pub struct Qemu {
 }
 
 impl Qemu {
-    /// Starts a machine of this profile. Returns it and the stream to its agent.
+    /// Starts a machine of this profile, with the disk of its dom0 if that is a Debian. Nothing is written to that disk. Returns
+    /// the machine and the stream to its agent.
     ///
     /// The calling thread must outlive the machine: QEMU is killed when that thread ends.
     pub fn start(
         images: &Images,
         profile: &Profile,
+        debian: Option<&Debian>,
         overlay: &[u8],
         logs: &Path,
     ) -> Result<(Self, UnixStream)> {
@@ -42,6 +46,7 @@ impl Qemu {
         if profile.hvm {
             parts.push(&images.hvm);
         }
+        parts.extend(debian.map(|debian| &debian.archive));
         for part in parts {
             std::io::copy(&mut File::open(part)?, &mut out)?;
         }
@@ -62,6 +67,11 @@ impl Qemu {
         let mut cmd = Command::new("setpriv");
         cmd.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
         cmd.args(arguments(images, profile, &socket, &console, &initrd));
+        if let Some(debian) = debian {
+            let disk = debian.disk.display().to_string().replace(',', ",,");
+            let drive = format!("file={disk},format=raw,if=virtio,snapshot=on");
+            cmd.args(["-drive", &drive]);
+        }
         cmd.stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(stderr);
@@ -175,16 +185,4 @@ fn arguments(
             .flat_map(|(name, value)| [name.to_owned(), value]),
     );
     args
-}
-
-/// The last lines of a file; empty if it can't be read.
-pub fn tail(path: &Path, lines: usize) -> String {
-    let bytes = std::fs::read(path).unwrap_or_default();
-    let text = String::from_utf8_lossy(&bytes);
-    let all: Vec<&str> = text.lines().collect();
-    all.iter()
-        .skip(all.len().saturating_sub(lines))
-        .copied()
-        .collect::<Vec<_>>()
-        .join("\n")
 }

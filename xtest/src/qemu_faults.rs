@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use crate::qemu::tail;
+use crate::host::tail;
 
 /// Whether Xen's console shows a triple fault of a guest at an address of Xen itself (code segment
 /// e008). No guest can cause that.

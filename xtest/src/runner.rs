@@ -7,10 +7,10 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-use crate::host::now;
+use crate::debian;
+use crate::host::{now, tail};
 use crate::late;
 use crate::profile::Profile;
-use crate::qemu::tail;
 use crate::qemu_faults;
 use crate::queue::{Work, WORTH};
 use crate::results::{Ended, Results, PASSED};
@@ -289,6 +289,9 @@ impl Bed<'_> {
             suites: vec![BOOKWORM.name],
         };
         let profile = scenario.profile;
+        if profile.debian {
+            tried.suites.push(debian::NAME);
+        }
         let running = match self.ready(profile) {
             Ok(machine) => machine,
             Err(verdict) => {

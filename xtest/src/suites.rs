@@ -33,6 +33,20 @@ pub const BOOKWORM: Suite = Suite {
     only: &[],
 };
 
+/// What is installed in a dom0 that is a real Debian 12. `?…` are patterns of apt.
+pub const INSTALLED: &[&str] = &[
+    "?essential",
+    "?priority(required)",
+    "usr-is-merged",
+    "systemd-sysv",
+    "udev",
+    "kmod",
+    "dbus",
+    "logrotate",
+    "xen-utils-4.17",
+    "xenstore-utils",
+];
+
 /// Packages of a release that is used for guest kernels only.
 const KERNEL: &[&str] = &["linux-image-amd64", "linux-headers-amd64"];
 

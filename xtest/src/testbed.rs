@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{ensure, Context, Result};
 use rustix::fs::{flock, FlockOperation};
 
+use crate::debian;
 use crate::dom0::Dom0;
 use crate::fetch::{self, Root};
 use crate::host::newer;
@@ -74,14 +75,25 @@ impl Testbed {
             .map(|(name, file)| (format!("payloads/{name}.ko"), 0o644, file))
             .collect();
         let overlay = image::overlay(&self.images.tools, &extra)?;
+        let debian = match profile.debian {
+            true => Some(debian::prepare(&self.paths, &self.root)?),
+            false => None,
+        };
         let began = Instant::now();
-        let (qemu, stream) = Qemu::start(&self.images, profile, &overlay, &logs)?;
-        let limit = limits::scaled(limits::BOOT);
+        let debian = debian.as_ref();
+        let (qemu, stream) = Qemu::start(&self.images, profile, debian, &overlay, &logs)?;
+        let boot = match profile.debian {
+            true => limits::BOOT_DEBIAN,
+            false => limits::BOOT,
+        };
+        let limit = limits::scaled(boot);
         let dom0 = Dom0::connect(stream, &logs.join("transcript.log"), limit)
             .with_context(|| format!("dom0's console ends:\n{}", qemu.console_tail(30)))?;
         let payloads = self.paths.payloads(&self.root.release);
         let boot_time = began.elapsed();
-        limits::booted_in(boot_time);
+        if !profile.debian {
+            limits::booted_in(boot_time);
+        }
         let ctx = Ctx::new(
             dom0,
             self.root.release.clone(),
@@ -167,7 +179,8 @@ fn build_tools(paths: &Paths) -> Result<Tools> {
         );
         Ok(())
     };
-    build(&[], &Tools::NAMES)?;
+    // The last one makes manual pages, for `make install`.
+    build(&[], &[&Tools::NAMES[..], &["locus-man"]].concat())?;
     build(&["--features", "xen-locus/faults"], &[Tools::FAULTS])?;
     let tools = Tools {
         built: paths.base.join("tools"),

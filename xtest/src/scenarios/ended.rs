@@ -39,22 +39,10 @@ const STEP: usize = 17;
 /// Longest wait for an answer: guests under load, on one emulated processor.
 const ANSWER: Duration = Duration::from_secs(360);
 
-/// Submits the request ID to apply or revert the patch on the domain NAME.
-fn submit(ctx: &Ctx, id: &str, op: &str, name: &str) -> Result<(), Verdict> {
-    let at = format!("{}/{id}", daemon::REQUESTS);
-    ctx.dom0.ok(&format!(
-        "xenstore-write {at}/op {op} {at}/domain {name} {at}/patch {CMDLINE} {at}/submit 1"
-    ))?;
-    Ok(())
-}
-
 /// Waits for the answer, which must be 0.
 fn answered(ctx: &Ctx, id: &str) -> Result<(), Verdict> {
-    let at = format!("{}/{id}", daemon::REQUESTS);
     let answer = wait::until(ANSWER, || {
-        let said = ctx.dom0.ok(&format!(
-            "xenstore-read {at}/state {at}/rc {at}/message 2>/dev/null; true"
-        ))?;
+        let said = daemon::answer(ctx, id)?;
         Ok(match said.starts_with("done") {
             true => Ok(said),
             false => Err(format!("{id} is not answered: {said:?}")),
@@ -65,27 +53,6 @@ fn answered(ctx: &Ctx, id: &str) -> Result<(), Verdict> {
         Verdict::failure(format!("{verdict}\nthe daemon said: {log:?}"))
     })?;
     check_eq!(said.lines().nth(1), Some("0"), "{id}: {said}");
-    Ok(())
-}
-
-/// Checks that the actions of the guest after the first `before` say that the request was carried out, and once: in a line of its
-/// own, or if there is none, by a run that recover found finished.
-fn was_carried_out_once(ctx: &Ctx, name: &str, before: usize, id: &str) -> Result<(), Verdict> {
-    let actions = tool::actions(ctx, name)?;
-    let new = actions.get(before..).unwrap_or_default();
-    let results = |recovered: bool| -> Vec<&str> {
-        let lines = new.iter().filter(|a| match a["op"] == "recover" {
-            true => recovered,
-            false => !recovered && a["who"] == format!("XenStore request {id}"),
-        });
-        lines.filter_map(|a| a["result"].as_str()).collect()
-    };
-    let once = match results(false)[..] {
-        [own] => own == "applied" || own == "reverted",
-        [] => results(true).iter().filter(|r| **r == "finished").count() == 1,
-        _ => false,
-    };
-    check!(once, "{id} of {name}: {new:?}");
     Ok(())
 }
 
@@ -114,7 +81,7 @@ fn killed(ctx: &mut Ctx) -> Result<(), Verdict> {
             rounds.push(guest.rounds()?);
         }
         for name in names {
-            submit(ctx, &format!("{op}-{name}-{nth}"), op, name)?;
+            daemon::submit(ctx, &format!("{op}-{name}-{nth}"), op, name, CMDLINE)?;
         }
         // Both are killed, or both have no such place. Then the daemon is killed too, before it starts other workers, or while
         // these begin.
@@ -133,7 +100,7 @@ fn killed(ctx: &mut Ctx) -> Result<(), Verdict> {
         {
             let id = format!("{op}-{name}-{nth}");
             answered(ctx, &id)?;
-            was_carried_out_once(ctx, name, before, &id)?;
+            daemon::was_carried_out_once(ctx, name, before, &id)?;
             let patches = tool::listed(ctx, name)?;
             check_eq!(
                 patches.len(),

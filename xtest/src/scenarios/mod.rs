@@ -21,6 +21,7 @@ mod nudge;
 mod objects;
 mod parked;
 mod protocol;
+mod real_dom0;
 mod refuse;
 mod safety;
 mod sites;
@@ -158,6 +159,7 @@ pub fn all() -> Vec<Scenario> {
         refuse::MATRIX,
         parked::MATRIX,
         nudge::MATRIX,
+        real_dom0::MATRIX,
         &life::matrix()[..],
         &short()[..],
     ]

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::tool;
 use crate::check;
 use crate::scenario::Ctx;
 use crate::verdict::Verdict;
@@ -34,12 +35,60 @@ pub fn start(ctx: &Ctx) -> Result<(), Verdict> {
 
 /// Starts the daemon by this command, and appends what it says to a file of dom0.
 pub fn start_as(ctx: &Ctx, command: &str, log: &str) -> Result<(), Verdict> {
-    ctx.dom0.put("/tmp/ask", 0o755, ASK.as_bytes())?;
+    put_ask(ctx)?;
     ctx.dom0.ok(&format!(
         "mkdir -p /var/lib/xen-locus/payloads && \
          cp /payloads/*.ko /var/lib/xen-locus/payloads/ && \
          ({command} >>{log} 2>&1 & echo $! >/run/daemon.pid)"
     ))?;
+    Ok(())
+}
+
+/// Puts the script into dom0 that [`ask`] needs, if another daemon runs than [`start`] starts.
+pub fn put_ask(ctx: &Ctx) -> Result<(), Verdict> {
+    ctx.dom0.put("/tmp/ask", 0o755, ASK.as_bytes())
+}
+
+/// The command that submits the request ID to apply or revert the patch on the domain NAME.
+pub fn submission(id: &str, op: &str, name: &str, patch: &str) -> String {
+    let at = format!("{REQUESTS}/{id}");
+    format!("xenstore-write {at}/op {op} {at}/domain {name} {at}/patch {patch} {at}/submit 1")
+}
+
+/// Submits a request.
+pub fn submit(ctx: &Ctx, id: &str, op: &str, name: &str, patch: &str) -> Result<(), Verdict> {
+    ctx.dom0.ok(&submission(id, op, name, patch))?;
+    Ok(())
+}
+
+/// What a request's nodes say now: lines with its state, its exit code and its message, as far as they are there.
+pub fn answer(ctx: &Ctx, id: &str) -> Result<String, Verdict> {
+    let at = format!("{REQUESTS}/{id}");
+    ctx.dom0.ok(&format!(
+        "xenstore-read {at}/state {at}/rc {at}/message 2>/dev/null; true"
+    ))
+}
+
+/// Checks that the actions of the guest after the first `before` say that the request was carried out, and once: in a line of its
+/// own, or if there is none, by a run that recover found finished.
+pub fn was_carried_out_once(ctx: &Ctx, name: &str, before: usize, id: &str) -> Result<(), Verdict> {
+    let actions = tool::actions(ctx, name)?;
+    let new = actions.get(before..).unwrap_or_default();
+    let results = |settled: bool| -> Vec<&str> {
+        let lines = new.iter().filter(|a| match a["op"] == "recover" {
+            true => settled,
+            false => !settled && a["who"] == format!("XenStore request {id}"),
+        });
+        let results = lines.filter_map(|a| a["result"].as_str());
+        // An attempt that changed nothing does not count.
+        results.filter(|result| *result != "failed").collect()
+    };
+    let once = match results(false)[..] {
+        [own] => own == "applied" || own == "reverted",
+        [] => results(true).iter().filter(|r| **r == "finished").count() == 1,
+        _ => false,
+    };
+    check!(once, "{id} of {name}: {new:?}");
     Ok(())
 }
 
