@@ -55,6 +55,8 @@ pub struct VerifyReport {
     pub unknown: Vec<String>,
     /// The differences.
     pub drift: Vec<Drift>,
+    /// What there is to say of a nudge that is under way, or was interrupted.
+    pub nudge: Option<String>,
 }
 
 /// Compares a guest with the records of its patches, which are in its own memory, and those records with the ones
@@ -89,7 +91,9 @@ pub fn compare_once(kernel: &Kernel<'_>, known: Option<&HostRecords<'_>>) -> Res
     let (
         arena,
         Contents {
-            residents, newer, ..
+            residents,
+            gates,
+            newer,
         },
     ) = match contents {
         Ok(read) => read,
@@ -111,6 +115,7 @@ pub fn compare_once(kernel: &Kernel<'_>, known: Option<&HostRecords<'_>>) -> Res
         patches: stack.applied().len(),
         parked: residents.len() - stack.applied().len(),
         unknown: newer.iter().map(|n| n.name.clone()).collect(),
+        nudge: plan::nudge_left(&gates),
         ..VerifyReport::default()
     };
     let originals = Originals::of(&residents);

@@ -127,12 +127,14 @@ fn row_of_kernel(guest: Guest, kernel: &Kernel<'_>) -> Row {
             .unwrap_or_default(),
         ..unsupported(guest, kernel.kind, String::new())
     };
-    ops::warn_of_nudge(&row.guest.label(), kernel);
     let contents = Arena::read(kernel).and_then(|arena| plan::contents(kernel, &arena));
     match contents {
         Ok(Contents {
-            residents, newer, ..
+            residents,
+            gates,
+            newer,
         }) => {
+            ops::warn_of_nudge(&row.guest.label(), plan::nudge_left(&gates).as_deref());
             let slots = residents.iter().map(|r| &r.slot);
             let slots = slots.chain(newer.iter().map(|n| &n.slot));
             row.patches = slots.filter(|s| s.state == State::Applied).count();

@@ -177,10 +177,9 @@ impl GuestStatus {
         uuid: Option<&str>,
         inside: impl Fn(&Watch) -> Result<Vec<Blocker>>,
     ) -> Result<GuestStatus> {
-        ops::warn_of_nudge(&guest.label(), kernel);
         let mut patches = Vec::new();
         let mut left = DRAINING_MAX;
-        for patch in ops::patches(kernel, uuid)? {
+        for patch in ops::patches_of(&guest.label(), kernel, uuid)? {
             let mut draining = match &patch.old_versions {
                 Some(watch) => inside(watch)?,
                 None => Vec::new(),

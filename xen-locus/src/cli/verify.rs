@@ -90,8 +90,9 @@ fn compare(
     kernel: &Kernel<'_>,
     known: Option<&HostRecords<'_>>,
 ) -> Result<VerifyReport> {
-    ops::warn_of_nudge(&guest.label(), kernel);
-    verify(kernel, known)
+    let outcome = verify(kernel, known)?;
+    ops::warn_of_nudge(&guest.label(), outcome.nudge.as_deref());
+    Ok(outcome)
 }
 
 /// The audit log. Warns if it was changed.
@@ -159,6 +160,7 @@ fn table(guest: &Guest, outcome: &VerifyReport) {
         unconfirmed,
         unknown,
         drift,
+        nudge: _,
     } = outcome;
     let found = match drift.len() {
         0 => "all as recorded".to_owned(),

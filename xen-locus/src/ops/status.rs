@@ -146,8 +146,9 @@ pub struct Status {
 /// Its arena can't be read.
 pub(super) fn read<G: Guest>(guest: &G, kernel: &Kernel<'_>, log: &dyn Log) -> Result<Status> {
     let known = is_known_to_log(guest.check_uuid(), &guest.label())?;
-    warn_of_nudge(&guest.label(), kernel);
     let patches = patches_by(kernel, log, known.then(|| guest.uuid()));
+    let patches = patches.inspect(|(_, nudge)| warn_of_nudge(&guest.label(), nudge.as_deref()));
+    let patches = patches.map(|(patches, _)| patches);
     let is_lost = match &patches {
         Ok(all) => all
             .iter()
@@ -169,10 +170,9 @@ pub(super) fn read<G: Guest>(guest: &G, kernel: &Kernel<'_>, log: &dyn Log) -> R
     })
 }
 
-/// Says so if a nudge of the guest `label` is under way or was interrupted. What can't be read is no matter here.
-pub fn warn_of_nudge(label: &str, kernel: &Kernel<'_>) {
-    let left = Arena::read(kernel).and_then(|arena| plan::nudge_left(kernel, &arena));
-    if let Ok(Some(words)) = left {
+/// Says so if a nudge of the guest `label` is under way or was interrupted: what [`plan::nudge_left`] has of it.
+pub fn warn_of_nudge(label: &str, left: Option<&str>) {
+    if let Some(words) = left {
         say::warn(format_args!(
             "{label}: {words}; if none runs, run `xen-locus recover`"
         ));
@@ -203,25 +203,37 @@ pub fn is_known_to_log(checked: Result<()>, label: &str) -> Result<bool> {
 /// # Errors
 /// Its arena can't be read.
 pub fn patches(kernel: &Kernel<'_>, uuid: Option<&str>) -> Result<Vec<Patch>> {
-    patches_by(kernel, &Audit::system(), uuid)
+    patches_by(kernel, &Audit::system(), uuid).map(|(patches, _)| patches)
 }
 
-/// As [`patches`], by another log.
+/// As [`patches`], of the guest `label`: says so if a nudge of it is under way or was interrupted.
+///
+/// # Errors
+/// As [`patches`].
+pub fn patches_of(label: &str, kernel: &Kernel<'_>, uuid: Option<&str>) -> Result<Vec<Patch>> {
+    let (patches, nudge) = patches_by(kernel, &Audit::system(), uuid)?;
+    warn_of_nudge(label, nudge.as_deref());
+    Ok(patches)
+}
+
+/// As [`patches`], by another log, and with what there is to say of a nudge.
 pub(super) fn patches_by(
     kernel: &Kernel<'_>,
     log: &dyn Log,
     uuid: Option<&str>,
-) -> Result<Vec<Patch>> {
+) -> Result<(Vec<Patch>, Option<String>)> {
     let contents = Arena::read(kernel).and_then(|arena| plan::contents(kernel, &arena));
     let in_force = uuid.map_or_else(Vec::new, |uuid| by_log(log, uuid));
     let Contents {
-        residents, newer, ..
+        residents,
+        gates,
+        newer,
     } = match contents {
         Ok(contents) => contents,
         // Only the log can say which patches these were.
         Err(error) if error.is_arena_lost() && !in_force.is_empty() => {
             say::warn(format_args!("{error}"));
-            return Ok(lost(&in_force, GoneReason::MemoryLost, |_| false));
+            return Ok((lost(&in_force, GoneReason::MemoryLost, |_| false), None));
         }
         Err(error) => return Err(error),
     };
@@ -260,7 +272,7 @@ pub(super) fn patches_by(
         });
     }
     patches.extend(newer.into_iter().map(|newer| unknown(newer, place)));
-    Ok(patches)
+    Ok((patches, plan::nudge_left(&gates)))
 }
 
 /// A payload of a newer xen-locus, whatever that did with it: it is in the way of every change.

@@ -187,7 +187,7 @@ impl Host {
 
     /// Patches in force, by the guest's memory.
     fn in_guest(&self) -> Vec<String> {
-        let patches = status::patches_by(&self.guest.kernel(), &self.log, None).unwrap();
+        let (patches, _) = status::patches_by(&self.guest.kernel(), &self.log, None).unwrap();
         patches.into_iter().map(|p| p.name).collect()
     }
 

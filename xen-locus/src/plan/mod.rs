@@ -153,21 +153,18 @@ pub fn resolve_interrupted(kernel: &Kernel<'_>, arena: &mut Arena) -> Result<Vec
     Ok(all)
 }
 
-/// What there is to say of a nudge that is under way, or was interrupted; `None` if there is none.
-///
-/// # Errors
-/// A record in the arena was changed.
-pub fn nudge_left(kernel: &Kernel<'_>, arena: &Arena) -> Result<Option<String>> {
-    let gates = arena.contents(kernel)?.gates;
-    let words = gates.first().map(|gate| {
+/// What there is to say of a nudge that is under way, or was interrupted, by the `gates` in a guest's arena; `None` if there is
+/// none.
+#[must_use]
+pub fn nudge_left(gates: &[Resident]) -> Option<String> {
+    gates.first().map(|gate| {
         let through = gate.record.functions.first().map_or("", |f| &f.name);
         let patch = gate.record.nudge.as_deref().unwrap_or_default();
         format!(
             "a nudge of {patch} by xen-locus is under way or was interrupted: {through} may lead through arena page {}",
             gate.slot.first
         )
-    });
-    Ok(words)
+    })
 }
 
 /// Refuses a guest in which a nudge was interrupted. The caller holds the guest's lock, so none is under way.
@@ -175,7 +172,7 @@ pub fn nudge_left(kernel: &Kernel<'_>, arena: &Arena) -> Result<Option<String>> 
 /// # Errors
 /// [`Class::Uncertain`](crate::error::Class::Uncertain): one was.
 pub fn check_no_nudge(kernel: &Kernel<'_>, arena: &Arena) -> Result<()> {
-    match nudge_left(kernel, arena)? {
+    match nudge_left(&arena.contents(kernel)?.gates) {
         None => Ok(()),
         Some(words) => Err(Error::uncertain(format!(
             "{words}; nothing else is changed before `xen-locus recover` has taken that back"

@@ -13,6 +13,7 @@ use crate::arena::{self, Arena, Usage};
 use crate::error::Error;
 use crate::ops;
 use crate::say;
+use crate::plan;
 
 /// What is shown of a kernel.
 struct Summary {
@@ -41,7 +42,6 @@ struct Summary {
 /// The kernel can't be read.
 pub fn show(session: &Session, guest: &Guest, kernel: &Kernel<'_>) -> Result<(), Error> {
     let summary = Summary::of(guest, kernel)?;
-    ops::warn_of_nudge(&guest.label(), kernel);
     match session.output {
         Output::Json => out::object(summary.json(guest, kernel)),
         Output::Table => summary.lines(guest, kernel),
@@ -65,6 +65,8 @@ impl Summary {
             Ok(arena) => {
                 // What else is wrong with records is for `status` and `verify`.
                 let contents = arena.contents(kernel).unwrap_or_default();
+                let left = plan::nudge_left(&contents.gates);
+                ops::warn_of_nudge(&guest.label(), left.as_deref());
                 newer = contents.newer.into_iter().map(|n| n.name).collect();
                 Ok(arena.usage(kernel.kind))
             }
