@@ -196,7 +196,7 @@ pub fn arena(data: &[u8]) {
         let _ = plan::undo(&kernel, &stack, resident);
         let _ = stack.watched(&resident.record.functions, true);
     }
-    let _ = ops::patches(&kernel, None);
+    let _ = ops::patches_and_drained("", &kernel, None);
 }
 
 /// Makes the digests of the records in `pages` right, in the directory that counts. `number` says which of the pages is a

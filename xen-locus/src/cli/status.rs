@@ -179,10 +179,19 @@ impl GuestStatus {
     ) -> Result<GuestStatus> {
         let mut patches = Vec::new();
         let mut left = DRAINING_MAX;
-        for patch in ops::patches_of(&guest.label(), kernel, uuid)? {
-            let mut draining = match &patch.old_versions {
-                Some(watch) => inside(watch)?,
-                None => Vec::new(),
+        let (all, drained) = ops::patches_and_drained(&guest.label(), kernel, uuid)?;
+        // One look for all: the guest says how many there are.
+        let blockers = match &drained {
+            Some(drained) => inside(&drained.watch)?,
+            None => Vec::new(),
+        };
+        for patch in all {
+            let mut draining = match (&drained, patch.drains_at) {
+                (Some(drained), Some(level)) => {
+                    let functions = patch.functions.iter().map(|f| f.function.old).collect();
+                    drained.below(level, &functions, &blockers)
+                }
+                _ => Vec::new(),
             };
             draining.truncate(left);
             left -= draining.len();

@@ -67,7 +67,7 @@ pub fn revert<G: Guest>(
     options: &Options,
 ) -> Result<Report> {
     operator.run(guest, &of_guests(Operation::Revert, patch), options, |kernel, options| {
-        let (all, _) = patches_by(kernel, operator.audit, Some(guest.uuid()))?;
+        let (all, ..) = patches_by(kernel, operator.audit, Some(guest.uuid()), |_| Ok(()))?;
         // If it was lost and applied again, the one in the guest is meant.
         let of_name = all.iter().filter(|p| p.name == patch);
         let named = of_name.max_by_key(|p| !p.state.is_lost());

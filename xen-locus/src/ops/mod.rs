@@ -24,7 +24,7 @@ pub use lock::{sweep, take_for_requests};
 pub use publish::{look, publish};
 pub use run::Operator;
 pub use status::{
-    is_known_to_log, patches, patches_of, warn_of_nudge, GoneReason, Patch, PatchState, Replaced,
-    Status,
+    is_known_to_log, patches, patches_and_drained, warn_of_nudge, GoneReason, Patch, PatchState,
+    Replaced, Status,
 };
 pub use unpublished::unpublished;

@@ -10,8 +10,7 @@ use super::guest::Guest;
 use crate::arena::record::Function;
 use crate::arena::{Arena, Contents, Newer};
 use crate::error::{Class, Error, Result};
-use crate::plan::{self, PatchStack};
-use crate::quiesce::Watch;
+use crate::plan::{self, Drained, PatchStack};
 use crate::say;
 use crate::storage::audit::in_force::InForce;
 use crate::storage::audit::{Audit, Log};
@@ -101,9 +100,9 @@ pub struct Patch {
     pub cves: Vec<String>,
     /// The functions that it replaces.
     pub functions: Vec<Replaced>,
-    /// Code in which threads may still be that entered its functions before it was applied; `None` if the payload
-    /// doesn't allow that.
-    pub old_versions: Option<Watch>,
+    /// Its place among the patches that are applied, the undermost first, if its payload says that threads may go on in what
+    /// is below it.
+    pub drains_at: Option<usize>,
 }
 
 impl Patch {
@@ -146,9 +145,9 @@ pub struct Status {
 /// Its arena can't be read.
 pub(super) fn read<G: Guest>(guest: &G, kernel: &Kernel<'_>, log: &dyn Log) -> Result<Status> {
     let known = is_known_to_log(guest.check_uuid(), &guest.label())?;
-    let patches = patches_by(kernel, log, known.then(|| guest.uuid()));
-    let patches = patches.inspect(|(_, nudge)| warn_of_nudge(&guest.label(), nudge.as_deref()));
-    let patches = patches.map(|(patches, _)| patches);
+    let patches = patches_by(kernel, log, known.then(|| guest.uuid()), |_| Ok(()));
+    let patches = patches.inspect(|(_, nudge, ())| warn_of_nudge(&guest.label(), nudge.as_deref()));
+    let patches = patches.map(|(patches, ..)| patches);
     let is_lost = match &patches {
         Ok(all) => all
             .iter()
@@ -203,25 +202,32 @@ pub fn is_known_to_log(checked: Result<()>, label: &str) -> Result<bool> {
 /// # Errors
 /// Its arena can't be read.
 pub fn patches(kernel: &Kernel<'_>, uuid: Option<&str>) -> Result<Vec<Patch>> {
-    patches_by(kernel, &Audit::system(), uuid).map(|(patches, _)| patches)
+    patches_by(kernel, &Audit::system(), uuid, |_| Ok(())).map(|(patches, ..)| patches)
 }
 
-/// As [`patches`], of the guest `label`: says so if a nudge of it is under way or was interrupted.
+/// As [`patches`], of the guest `label`, and with the code in which threads may be that entered it before. Says so if a nudge of
+/// the guest is under way or was interrupted.
 ///
 /// # Errors
-/// As [`patches`].
-pub fn patches_of(label: &str, kernel: &Kernel<'_>, uuid: Option<&str>) -> Result<Vec<Patch>> {
-    let (patches, nudge) = patches_by(kernel, &Audit::system(), uuid)?;
+/// As [`patches`]; the guest's budget is spent.
+pub fn patches_and_drained(
+    label: &str,
+    kernel: &Kernel<'_>,
+    uuid: Option<&str>,
+) -> Result<(Vec<Patch>, Option<Drained>)> {
+    let find = |stack: &Stack<'_>| Drained::find(kernel, stack);
+    let (patches, nudge, drained) = patches_by(kernel, &Audit::system(), uuid, find)?;
     warn_of_nudge(label, nudge.as_deref());
-    Ok(patches)
+    Ok((patches, drained))
 }
 
-/// As [`patches`], by another log, and with what there is to say of a nudge.
-pub(super) fn patches_by(
+/// As [`patches`], by another log, with what there is to say of a nudge, and with what `more` says of the stack.
+pub(super) fn patches_by<T: Default>(
     kernel: &Kernel<'_>,
     log: &dyn Log,
     uuid: Option<&str>,
-) -> Result<(Vec<Patch>, Option<String>)> {
+    more: impl FnOnce(&Stack<'_>) -> Result<T>,
+) -> Result<(Vec<Patch>, Option<String>, T)> {
     let contents = Arena::read(kernel).and_then(|arena| plan::contents(kernel, &arena));
     let in_force = uuid.map_or_else(Vec::new, |uuid| by_log(log, uuid));
     let Contents {
@@ -233,7 +239,8 @@ pub(super) fn patches_by(
         // Only the log can say which patches these were.
         Err(error) if error.is_arena_lost() && !in_force.is_empty() => {
             say::warn(format_args!("{error}"));
-            return Ok((lost(&in_force, GoneReason::MemoryLost, |_| false), None));
+            let lost = lost(&in_force, GoneReason::MemoryLost, |_| false);
+            return Ok((lost, None, T::default()));
         }
         Err(error) => return Err(error),
     };
@@ -241,7 +248,7 @@ pub(super) fn patches_by(
     let has = |told: &InForce| told.is_among(&residents, &newer);
     let place = |sha256: &str| in_force.iter().rposition(|p| p.sha256 == sha256);
     let mut patches = lost(&in_force, GoneReason::GuestRebooted, has);
-    for resident in stack.applied() {
+    for (level, resident) in stack.applied().iter().enumerate() {
         let record = &resident.record;
         let mut functions = Vec::new();
         for function in &record.functions {
@@ -268,11 +275,11 @@ pub(super) fn patches_by(
             place: place(&record.sha256),
             cves: record.cves.clone(),
             functions,
-            old_versions: plan::old_versions(kernel, &stack, resident)?,
+            drains_at: record.entry_only.then_some(level),
         });
     }
     patches.extend(newer.into_iter().map(|newer| unknown(newer, place)));
-    Ok((patches, plan::nudge_left(&gates)))
+    Ok((patches, plan::nudge_left(&gates), more(&stack)?))
 }
 
 /// A payload of a newer xen-locus, whatever that did with it: it is in the way of every change.
@@ -285,7 +292,7 @@ fn unknown(newer: Newer, place: impl Fn(&str) -> Option<usize>) -> Patch {
         applied_at: newer.slot.applied_at,
         cves: Vec::new(),
         functions: Vec::new(),
-        old_versions: None,
+        drains_at: None,
     }
 }
 
@@ -315,7 +322,7 @@ fn lost(
         place: Some(place),
         cves: Vec::new(),
         functions: Vec::new(),
-        old_versions: None,
+        drains_at: None,
     })
     .collect()
 }

@@ -2,6 +2,7 @@
 
 #![allow(clippy::cast_possible_truncation)] // small numbers
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use locus_guest::addr::Gva;
@@ -322,7 +323,15 @@ fn where_both_versions_may_run_only_the_bytes_of_the_redirect_must_be_free() {
         let stack = PatchStack::new(&residents);
         let watch = plan::old_versions(&kernel, &stack, stack.applied()[0]);
         let watch = watch.unwrap().unwrap();
-        let blockers = crate::quiesce::inside(&kernel, &guest.world.vcpus, &watch).unwrap();
+        let inside = |watch| crate::quiesce::inside(&kernel, &guest.world.vcpus, watch).unwrap();
+        let blockers = inside(&watch);
+        // One look for all patches finds the same.
+        let drained = plan::Drained::find(&kernel, &stack).unwrap().unwrap();
+        let old = |r: &Resident| r.record.functions.iter().map(|f| f.old).collect();
+        let of_one = old(stack.applied()[0]);
+        let found = inside(&drained.watch);
+        assert_eq!(drained.below(0, &of_one, &found), blockers);
+        assert_eq!(drained.below(0, &HashSet::default(), &found), []);
         blockers.len()
     };
     assert_eq!(drains(), 1);
