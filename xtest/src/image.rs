@@ -87,10 +87,11 @@ pub struct Tools {
 
 impl Tools {
     /// Their names.
-    pub const NAMES: [&str; 8] = [
+    pub const NAMES: [&str; 9] = [
         "xen-locus",
         "locus-copy",
         "locus-core",
+        "locus-forge",
         "locus-kill",
         "locus-pauses",
         "locus-poke",

@@ -141,6 +141,20 @@ pub const MILAN: Profile = Profile {
     ..PVH
 };
 
+/// PV guests, with a clock that counts instructions. QEMU then runs one CPU after the other, so there is only one.
+pub const PV_COUNTED: Profile = Profile {
+    name: "pv-counted",
+    counted: true,
+    ..PV1
+};
+
+/// PVH guests, with a clock that counts instructions.
+pub const PVH_COUNTED: Profile = Profile {
+    name: "pvh-counted",
+    counted: true,
+    ..PVH
+};
+
 /// All profiles, in the order in which they run.
 pub const PROFILES: &[&Profile] = &[
     &PV,
@@ -155,4 +169,5 @@ pub const PROFILES: &[&Profile] = &[
     &CASCADELAKE,
     &EPYC,
     &MILAN,
+    &PV_COUNTED,
 ];

@@ -7,7 +7,7 @@ use clap::ValueEnum;
 use serde::Serialize;
 
 use crate::guest::Kind;
-use crate::profile::{Profile, PV, PV1, PVH};
+use crate::profile::{Profile, PV, PVH, PVH_COUNTED, PV_COUNTED};
 
 /// The name of what is measured besides the points: calls of a function, and the guest's own livepatch.
 pub const CALLS: &str = "calls";
@@ -30,20 +30,6 @@ impl fmt::Display for Clock {
         })
     }
 }
-
-/// PV guests, with a clock that counts instructions. QEMU then runs one CPU after the other, so there is only one.
-const PV_COUNTED: Profile = Profile {
-    name: "pv-counted",
-    counted: true,
-    ..PV1
-};
-
-/// PVH guests, with a clock that counts instructions.
-const PVH_COUNTED: Profile = Profile {
-    name: "pvh-counted",
-    counted: true,
-    ..PVH
-};
 
 /// How many seconds the host may take for a second of a clock that counts instructions.
 const COUNTED_SECOND: u32 = 6;

@@ -8,6 +8,7 @@ mod core;
 mod ended;
 mod history;
 mod hostile;
+mod hostile_costs;
 mod kills;
 mod know;
 mod late;
@@ -151,6 +152,7 @@ pub fn all() -> Vec<Scenario> {
         protocol::MATRIX,
         kills::MATRIX,
         hostile::MATRIX,
+        hostile_costs::MATRIX,
         many::MATRIX,
         truth::MATRIX,
         twins::MATRIX,
