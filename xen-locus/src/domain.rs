@@ -1,5 +1,6 @@
 //! A domain on the Xen this process runs on: found by name, id or UUID, read and changed through the crate `locus-xen`.
 
+mod by_name;
 mod own_uuid;
 mod pause;
 
@@ -21,7 +22,7 @@ use crate::machine::{Guard, Machine};
 use crate::say;
 use crate::storage::journal::{Change, Intent, Journal};
 use crate::storage::kernel_cache::Cache;
-use crate::storage::xenstore::{DomainName, Store};
+use crate::storage::xenstore::Store;
 
 /// A live domain.
 #[derive(Debug)]
@@ -48,8 +49,13 @@ impl<'c> Domain<'c> {
     /// No such domain, or several that may be meant; dom0; a domain that is dying or has shut down.
     pub fn find(control: &'c Control, store: &'c Store, wanted: &str) -> Result<Domain<'c>> {
         let domain = if wanted.bytes().all(|b| b.is_ascii_digit()) && !wanted.is_empty() {
-            let id = wanted.parse().map(DomId).map_err(|_| no_such(wanted))?;
-            let info = control.domain(id)?.ok_or_else(|| no_such(wanted))?;
+            let id = wanted
+                .parse()
+                .map(DomId)
+                .map_err(|_| by_name::no_such(wanted))?;
+            let info = control
+                .domain(id)?
+                .ok_or_else(|| by_name::no_such(wanted))?;
             Domain::of(control, store, info)?
         } else {
             let mut all = Vec::new();
@@ -57,7 +63,7 @@ impl<'c> Domain<'c> {
                 // Without an answer it can't be said that there is none.
                 all.push((store.try_domain_name(info.id)?, info));
             }
-            Domain::of(control, store, the_one(wanted, all)?)?
+            Domain::of(control, store, by_name::the_one(wanted, all)?)?
         };
         if domain.info.id == DomId(0) {
             return Err(Error::failed(
@@ -175,57 +181,6 @@ pub fn label(name: &str, id: DomId) -> String {
         "" => format!("- ({id})"),
         name => format!("{} ({id})", say::one_line(name)),
     }
-}
-
-/// How somebody meant a domain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Meant {
-    /// By its name or its UUID.
-    Itself,
-    /// Perhaps by what is shown instead of its name.
-    AsShown,
-}
-
-/// The domain among `all` that is called `wanted`, or has this UUID. Who makes a domain chooses its name: so one whose name
-/// looks the same, or is another's UUID, must not be taken for the one that is meant. Those that are going away count only if
-/// there is no other.
-fn the_one(wanted: &str, all: Vec<(Option<DomainName>, DomainInfo)>) -> Result<DomainInfo> {
-    let wanted_uuid = wanted.to_ascii_lowercase();
-    let meant = |(name, info): (Option<DomainName>, DomainInfo)| {
-        let is =
-            |test: fn(&DomainName, &str) -> bool| name.as_ref().is_some_and(|n| test(n, wanted));
-        if is(DomainName::is) || info.uuid == wanted_uuid {
-            Some((Meant::Itself, info))
-        } else {
-            is(DomainName::is_taken_for).then_some((Meant::AsShown, info))
-        }
-    };
-    let mut meant: Vec<(Meant, DomainInfo)> = all.into_iter().filter_map(meant).collect();
-    if meant.iter().any(|(_, info)| !info.dying) {
-        meant.retain(|(_, info)| !info.dying);
-    }
-    let (how, last) = meant.pop().ok_or_else(|| no_such(wanted))?;
-    if !meant.is_empty() {
-        let others: Vec<String> = meant.iter().map(|(_, info)| info.id.to_string()).collect();
-        return Err(Error::failed(format!(
-            "domains {} and {} have the name or UUID {wanted:?}, or are shown like that: give the id of the one that is meant",
-            others.join(", "),
-            last.id
-        )));
-    }
-    match how {
-        Meant::Itself => Ok(last),
-        Meant::AsShown => Err(Error::failed(format!(
-            "domain {} is shown as {wanted:?}, but its name has bytes that are no text: give its id or its UUID, {}",
-            last.id, last.uuid
-        ))),
-    }
-}
-
-fn no_such(wanted: &str) -> Error {
-    Error::failed(format!(
-        "there is no domain {wanted:?}: give a name or an id as `xl list` shows them, or a UUID"
-    ))
 }
 
 impl Memory for Domain<'_> {
@@ -392,67 +347,6 @@ pub(crate) fn mock_info(id: u16, uuid: &str) -> DomainInfo {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn domain(id: u16, dying: bool) -> DomainInfo {
-        DomainInfo {
-            dying,
-            ..mock_info(id, "")
-        }
-    }
-
-    const UUID: &str = "01234567-89ab-cdef-0123-456789abcdef";
-
-    fn named(domain: DomainInfo, name: &[u8]) -> (Option<DomainName>, DomainInfo) {
-        (Some(DomainName::of_bytes(name)), domain)
-    }
-
-    #[test]
-    fn of_two_domains_with_one_name_none_is_taken() {
-        let the_one = |all: &[DomainInfo]| {
-            let all = all.iter().cloned().map(|domain| named(domain, b"web"));
-            the_one("web", all.collect())
-        };
-        let error = the_one(&[domain(3, false), domain(5, false)]).unwrap_err();
-        assert!(error.to_string().contains("domains 3 and 5"), "{error}");
-        assert_eq!(the_one(&[domain(3, false)]).unwrap().id, DomId(3));
-        // One that is being destroyed is not meant, unless it is the only one.
-        let made_again = [domain(3, true), domain(5, false)];
-        assert_eq!(the_one(&made_again).unwrap().id, DomId(5));
-        assert_eq!(the_one(&[domain(3, true)]).unwrap().id, DomId(3));
-        assert!(the_one(&[]).is_err());
-    }
-
-    #[test]
-    fn a_domain_is_found_by_its_uuid_whatever_its_name() {
-        let odd = || named(mock_info(3, UUID), b"w\xff");
-        let web = || named(domain(5, false), b"web");
-        let find = |wanted: &str, all| the_one(wanted, all).map(|info| info.id.0);
-        assert_eq!(find(UUID, vec![odd(), web()]).unwrap(), 3);
-        assert_eq!(find(&UUID.to_uppercase(), vec![odd(), web()]).unwrap(), 3);
-        assert_eq!(
-            find(UUID, vec![(None, mock_info(3, UUID)), web()]).unwrap(),
-            3
-        );
-        // Another one is called like that.
-        let liar = named(domain(7, false), UUID.as_bytes());
-        let error = find(UUID, vec![odd(), web(), liar]).unwrap_err();
-        assert!(error.to_string().contains("domains 3 and 7"), "{error}");
-    }
-
-    #[test]
-    fn a_domain_is_not_taken_for_one_that_is_shown_alike() {
-        let odd = || named(mock_info(3, UUID), b"w\xff");
-        let web = || named(domain(5, false), b"w\\xff");
-        let find = |all| the_one("w\\xff", all).map(|info| info.id.0);
-        assert_eq!(find(vec![web()]).unwrap(), 5);
-        let error = find(vec![odd()]).unwrap_err().to_string();
-        assert!(
-            error.contains("domain 3 is shown as") && error.contains(UUID),
-            "{error}"
-        );
-        let error = find(vec![odd(), web()]).unwrap_err().to_string();
-        assert!(error.contains("domains 3 and 5"), "{error}");
-    }
 
     #[test]
     fn a_domain_without_a_name_is_shown_by_its_id() {
