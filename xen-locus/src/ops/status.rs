@@ -215,7 +215,7 @@ pub fn patches_and_drained(
     kernel: &Kernel<'_>,
     uuid: Option<&str>,
 ) -> Result<(Vec<Patch>, Option<Drained>)> {
-    let find = |stack: &Stack<'_>| Drained::find(kernel, stack);
+    let find = |stack: &PatchStack<'_>| Drained::find(kernel, stack);
     let (patches, nudge, drained) = patches_by(kernel, &Audit::system(), uuid, find)?;
     warn_of_nudge(label, nudge.as_deref());
     Ok((patches, drained))
@@ -226,7 +226,7 @@ pub(super) fn patches_by<T: Default>(
     kernel: &Kernel<'_>,
     log: &dyn Log,
     uuid: Option<&str>,
-    more: impl FnOnce(&Stack<'_>) -> Result<T>,
+    more: impl FnOnce(&PatchStack<'_>) -> Result<T>,
 ) -> Result<(Vec<Patch>, Option<String>, T)> {
     let contents = Arena::read(kernel).and_then(|arena| plan::contents(kernel, &arena));
     let in_force = uuid.map_or_else(Vec::new, |uuid| by_log(log, uuid));

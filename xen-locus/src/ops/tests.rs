@@ -187,12 +187,11 @@ impl Host {
 
     /// Patches in force, by the guest's memory.
     fn in_guest(&self) -> Vec<String> {
-        let all = status::patches_by(&self.guest.kernel(), &self.log, None, |_| Ok(()));
-        let (patches, ..) = all.unwrap();
+        let kernel = self.guest.kernel();
+        let (patches, ..) = status::patches_by(&kernel, &self.log, None, |_| Ok(())).unwrap();
         patches.into_iter().map(|p| p.name).collect()
     }
 
-    /// Patches in XenStore.
     fn published(&self) -> Vec<String> {
         use crate::storage::xenstore::Nodes as _;
         let patches = self.store.children(&format!("{ROOT}/domain/3/patch"));

@@ -13,18 +13,15 @@
 //!
 //! [`patch_stack`] knows which patches lie on which, [`interrupted`] what became of a change that a run left under way.
 
-use std::collections::HashSet;
 use std::thread;
 use std::time::Duration;
 
-use locus_guest::addr::Gva;
 use locus_kernel::Kernel;
 use locus_payload::Payload;
 
 use self::preconditions::Candidate;
 use crate::arena::record::{ModuleAt, Record, State};
 use crate::arena::{Arena, Contents, Newer, Resident};
-use crate::blocker::Blocker;
 use crate::error::{Error, Result};
 use crate::link::image::Image;
 use crate::link::layout::ImageLayout;
@@ -42,7 +39,8 @@ mod preconditions;
 mod resolve;
 
 pub use conditions::Proposal;
-pub use patch_stack::{Layers, Mode, OldVersion, PatchStack};
+pub use patch_stack::drained::Drained;
+pub use patch_stack::{Layers, Mode, PatchStack};
 
 /// A change of the guest's text and data that takes effect as a whole.
 #[derive(Clone, Debug)]
@@ -197,55 +195,6 @@ pub fn old_versions(
         return Ok(None);
     }
     Watch::new(kernel, stack.below(&[resident])).map(Some)
-}
-
-/// Where threads may still be that entered functions of applied patches before these were applied, of all patches together
-/// whose payloads say that they may: the guest says how many these are, and one look at its threads is enough.
-#[derive(Clone, Debug)]
-pub struct Drained {
-    versions: Vec<OldVersion>,
-    /// All ranges.
-    pub watch: Watch,
-}
-
-impl Drained {
-    /// Finds the ranges; `None` if there are none.
-    ///
-    /// # Errors
-    /// The guest's budget is spent.
-    pub fn find(kernel: &Kernel<'_>, stack: &Stack<'_>) -> Result<Option<Drained>> {
-        let (versions, ranges) = stack.drained();
-        if versions.is_empty() {
-            return Ok(None);
-        }
-        let watch = Watch::new(kernel, ranges)?;
-        Ok(Some(Drained { versions, watch }))
-    }
-
-    /// Those of `blockers`, which were found in these ranges, that are below the patch at this `level` which replaces the
-    /// functions at these addresses. Threads whose place can't be told count for each patch.
-    #[must_use]
-    pub fn below(
-        &self,
-        level: usize,
-        functions: &HashSet<Gva>,
-        blockers: &[Blocker],
-    ) -> Vec<Blocker> {
-        let is_below = |v: &&OldVersion| {
-            functions.contains(&v.function) && v.level.is_none_or(|own| own < level)
-        };
-        let of_patch = |blocker: &Blocker| {
-            let Ok(number) = blocker.function.parse::<usize>() else {
-                return Some(blocker.clone());
-            };
-            let version = self.versions.get(number).filter(is_below)?;
-            Some(Blocker {
-                function: version.name.to_string(),
-                ..blocker.clone()
-            })
-        };
-        blockers.iter().filter_map(of_patch).collect()
-    }
 }
 
 /// Checks everything and links the payload for this guest. Writes nothing.

@@ -4,6 +4,8 @@
 //! lies on any of its functions. A patch that supersedes all others takes the place of all in one step, and gives
 //! back the functions that it does not replace.
 
+pub mod drained;
+
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
@@ -290,45 +292,6 @@ impl<'r> PatchStack<'r> {
         below
     }
 
-    /// The versions below all applied patches whose payloads say that threads may be there, and their ranges. Each range is
-    /// called by the number of its version. Each function of a record counts once, however many patches are on it.
-    #[must_use]
-    pub fn drained(&self) -> (Vec<OldVersion>, Vec<Watched>) {
-        let (mut versions, mut ranges) = (Vec::new(), Vec::new());
-        let mut add = |function: &Function, level, all: &mut dyn Iterator<Item = Watched>| {
-            for watched in all {
-                let number = versions.len().to_string();
-                versions.push(OldVersion {
-                    name: Arc::clone(&watched.name),
-                    function: function.old,
-                    level,
-                });
-                ranges.push(watched.called(number));
-            }
-        };
-        let applied = || self.applied.iter().enumerate();
-        // By the address of the old function: the topmost patch that says so.
-        let mut tops: HashMap<Gva, usize> = HashMap::new();
-        for (own, patch) in applied().filter(|(_, patch)| patch.record.entry_only) {
-            for function in &patch.record.functions {
-                if tops.insert(function.old, own).is_none() {
-                    add(function, None, &mut old_version(function));
-                }
-            }
-        }
-        for (own, patch) in applied() {
-            let functions = patch.record.functions.iter();
-            for function in functions.filter(|f| tops.get(&f.old).is_some_and(|&top| own < top)) {
-                add(function, Some(own), &mut new_version(function));
-            }
-        }
-        let left = self.left.iter().flat_map(|r| &r.record.functions);
-        for function in left.filter(|f| tops.contains_key(&f.old)) {
-            add(function, None, &mut new_version(function));
-        }
-        (versions, ranges)
-    }
-
     /// The versions of functions that were reverted, perhaps while threads were in them: those whose old function's address
     /// `is_asked`.
     fn left<'s>(
@@ -455,17 +418,6 @@ impl PatchStack<'_> {
 pub fn redirects(functions: &[Function]) -> impl Iterator<Item = Watched> + '_ {
     let redirect = |f: &Function| Watched::new(Range::new(f.site, JUMP as u64), f.name.as_str());
     functions.iter().map(redirect)
-}
-
-/// A part of a version of a function in which threads may be that entered it before a patch was applied.
-#[derive(Clone, Debug)]
-pub struct OldVersion {
-    /// The name that messages use.
-    pub name: Arc<str>,
-    /// Address of the kernel's own function.
-    pub function: Gva,
-    /// The place of its patch among those that are applied, the undermost first; `None` if it is below all of them.
-    pub level: Option<usize>,
 }
 
 /// The kernel's own version of a function.
