@@ -6,7 +6,7 @@ use std::sync::Arc;
 use locus_guest::addr::Gva;
 use locus_kernel::Kernel;
 
-use super::{new_version, old_version, Stack};
+use super::{new_version, old_version, PatchStack};
 use crate::arena::record::Function;
 use crate::blocker::Blocker;
 use crate::error::Result;
