@@ -105,7 +105,8 @@ impl<'m> Kernel<'m> {
                 return Ok(kernel);
             }
         }
-        let symbols = kallsyms::read(&located.space, &located.regions, anchors)?;
+        let symbols = kallsyms::read(&located.space, &located.regions, anchors)
+            .map_err(|error| located.not_understood(error))?;
         let kernel = Kernel::with(&located, kind, symbols)?;
         // A kernel without BTF is stored without. A cache that can't be written costs only time.
         if let (Some(build_id), true) = (&kernel.build_id, cache.is_wanted()) {

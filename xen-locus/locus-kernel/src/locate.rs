@@ -55,6 +55,14 @@ pub struct Located<'m> {
 }
 
 impl Located<'_> {
+    /// What a kernel that was located and not understood is: one that still boots may be understood later.
+    pub(super) fn not_understood(&self, error: Error) -> Error {
+        match error {
+            Error::NotLinux(_) if is_unprotected(&self.regions) => still_boots(self.text_base),
+            error => error,
+        }
+    }
+
     /// What symbols that are found here must agree with: the place, and the entry point or `state`.
     pub(super) fn anchors<'a>(&self, state: &'a dyn Fn(&Symbols) -> bool) -> Anchors<'a> {
         Anchors {
@@ -74,7 +82,7 @@ const CANDIDATES: usize = 8;
 ///
 /// # Errors
 /// [`Error::NotReady`] while no vCPU shows the entry point of a 64-bit kernel (firmware, early
-/// boot); [`Error::NotLinux`] if the memory there is not mapped as that of Linux; [`Error::Memory`]
+/// boot), or the kernel has not protected its memory yet; [`Error::NotLinux`] if the memory there is not mapped as that of Linux; [`Error::Memory`]
 /// if the budget is spent.
 pub fn locate<'m>(
     mem: &'m dyn Memory,
@@ -102,7 +110,7 @@ pub fn locate<'m>(
              {KERNEL_MAP} and {KERNEL_MAP_END}"
         )));
     }
-    let mut elsewhere = false;
+    let (mut elsewhere, mut boots) = (false, false);
     for Tables { space, user_half } in tables(mem, kind, &up, budget) {
         budget.check().map_err(Error::Memory)?;
         let runs = runs(&space);
@@ -111,6 +119,7 @@ pub fn locate<'m>(
         };
         let regions = image(&runs, at);
         if !is_whole(&regions) {
+            boots |= is_unprotected(&regions);
             continue;
         }
         if user_half.is_some_and(|half| !same_page(&half, &space, entry)) {
@@ -126,6 +135,9 @@ pub fn locate<'m>(
         });
     }
     budget.check().map_err(Error::Memory)?;
+    if boots {
+        return Err(still_boots(entry));
+    }
     Err(Error::NotLinux(if elsewhere {
         format!(
             "the guest's vCPUs are on page tables that map the kernel entry point {entry} but not \
@@ -136,7 +148,7 @@ pub fn locate<'m>(
     } else {
         format!(
             "around the guest's kernel entry point {entry} no read-only data and variables are \
-             mapped behind the code, as a booted Linux kernel has them; if the guest is just \
+             mapped behind the code, as a booted Linux kernel has them; if the guest is still \
              booting, try again"
         )
     }))
@@ -325,6 +337,20 @@ fn image(runs: &[Vec<Region>], first: usize) -> Vec<Region> {
     let text = runs.next().into_iter();
     let rest = runs.take_while(|run| code_start(run).is_none());
     text.chain(rest).flatten().copied().collect()
+}
+
+/// Whether memory of an image can be written and executed. So is all of it while Linux boots, until `mark_rodata_ro`
+/// (arch/x86/mm/init_64.c) makes code and constants read-only, and then all behind the code not executable. The kernel is not
+/// `SYSTEM_RUNNING` then.
+fn is_unprotected(image: &[Region]) -> bool {
+    image.iter().any(|r| r.writable && r.executable)
+}
+
+fn still_boots(at: Gva) -> Error {
+    Error::NotReady(format!(
+        "memory of the guest's kernel around {at} can be written and executed: the kernel is still booting, and has not \
+         protected its memory yet; try again (if that lasts, it was booted with rodata=off, which is not supported)"
+    ))
 }
 
 /// Whether an image has read-only data and variables, as that of a booted kernel.

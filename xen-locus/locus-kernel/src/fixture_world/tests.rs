@@ -122,6 +122,50 @@ fn a_live_guest_without_an_entry_point_is_not_guessed_at() {
     assert!(matches!(error, Error::NotReady(_)), "{error}");
 }
 
+/// Gives the pages of the image that `which` chooses these rights.
+fn set_rights(world: &World, which: impl Fn(&Region) -> bool, writable: bool, executable: bool) {
+    let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
+    for region in kernel.regions.iter().filter(|r| which(r)) {
+        for at in (region.range.start.0..region.range.end.0).step_by(PAGE_LEN) {
+            let frame = kernel.space.walk(Gva(at)).unwrap().frame;
+            world.memory.map_page(Gva(at), frame, writable, executable);
+        }
+    }
+}
+
+#[test]
+fn a_kernel_that_has_not_protected_its_memory_yet_still_boots() {
+    let error = |world: &World| {
+        let error = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap_err();
+        assert!(error.to_string().contains("still booting"), "{error}");
+        error
+    };
+    // Before it begins: all of it can be written and executed.
+    let world = World::new(GuestType::Pvh);
+    set_rights(&world, |_| true, true, true);
+    assert!(matches!(error(&world), Error::NotReady(_)));
+    // So it is in a PV guest, but for page tables, which the guest may not write.
+    let world = World::new(GuestType::Pv);
+    set_rights(&world, |r| r.range.contains(RODATA), true, true);
+    let table = world.memory.frame();
+    world
+        .memory
+        .map_page(RODATA.plus(1 << 20), table, false, false);
+    assert!(matches!(error(&world), Error::NotReady(_)));
+    // Code and constants are read-only already, and only the variables can be executed still.
+    let world = World::new(GuestType::Pvh);
+    set_rights(&world, |r| !r.writable, false, true);
+    let variables = world.memory.frame();
+    world
+        .memory
+        .map_page(Gva(RODATA.0 - PAGE_SIZE), variables, true, true);
+    assert!(matches!(error(&world), Error::NotReady(_)));
+    // What has no such memory may be another system. It is said what to do if it is not.
+    let world = World::new(GuestType::Pvh);
+    set_rights(&world, |r| !r.writable, false, true);
+    assert!(matches!(error(&world), Error::NotLinux(_)));
+}
+
 /// What is made of a saved guest after `change`.
 fn saved(change: impl FnOnce(&mut World)) -> Result<(), Error> {
     let mut world = World::new(GuestType::Hvm);

@@ -86,7 +86,8 @@ pub fn read(space: &Space<'_>, regions: &[Region], anchors: Anchors<'_>) -> Resu
     }
     Err(Error::NotLinux(
         "no kallsyms table that agrees with the kernel's text address was found in its read-only \
-         data: not a Linux kernel with CONFIG_KALLSYMS, or one of an unknown layout"
+         data: not a Linux kernel with CONFIG_KALLSYMS, or one of an unknown layout; if the guest is still \
+         booting, try again"
             .into(),
     ))
 }
