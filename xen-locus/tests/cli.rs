@@ -201,6 +201,25 @@ fn show_needs_no_xen_and_refuses_what_is_no_payload() {
     );
 }
 
+#[test]
+fn a_log_that_is_not_there_is_not_an_intact_one() {
+    let nowhere = "/nonexistent/audit.jsonl";
+    for format in ["table", "json"] {
+        let out = xen_locus(&["-o", format, "history", "--log", nowhere]);
+        assert_eq!(out.status.code(), Some(1), "{format}");
+        assert!(out.stdout.is_empty(), "{}", said(&out.stdout));
+        let text = said(&out.stderr);
+        assert!(
+            text.contains(nowhere) && text.contains("No such file"),
+            "{text}"
+        );
+    }
+    // An empty one has nothing of any guest, and a name that was mistyped is shown.
+    let out = xen_locus(&["history", "wbe", "--log", "/dev/null"]);
+    assert_eq!(out.status.code(), Some(0), "{}", said(&out.stderr));
+    assert_eq!(said(&out.stdout), "no actions are logged of \"wbe\"\n");
+}
+
 /// A stdout that can't be written.
 fn full() -> std::fs::File {
     std::fs::File::options()

@@ -36,7 +36,10 @@ pub fn run(session: &Session, args: &History) -> anyhow::Result<ExitCode> {
             "faults": history.faults,
             "notes": history.notes,
         })),
-        Output::Table if lines.is_empty() => out::line("no actions are logged"),
+        Output::Table if lines.is_empty() => out::line(&match &args.domain {
+            Some(wanted) => format!("no actions are logged of {wanted:?}"),
+            None => "no actions are logged".to_owned(),
+        }),
         Output::Table => {
             let rows: Vec<[String; 7]> = lines.iter().map(|line| row(line)).collect();
             let heads = [
@@ -61,7 +64,10 @@ fn row(line: &Line) -> [String; 7] {
         time(action.time),
         format!("{} ({})", action.domain, action.domid),
         action.op.clone(),
-        action.patch.clone(),
+        match action.patch.is_empty() {
+            true => "-".into(),
+            false => action.patch.clone(),
+        },
         action.result.clone(),
         if action.pause_us == 0 {
             "-".into()

@@ -221,10 +221,13 @@ impl Audit {
     }
 
     fn failed(&self, what: &str, error: &io::Error) -> Error {
-        Error::failed(format!(
-            "{what} the audit log {} or what is known of its last line ({AUDIT_HEAD}): {error}",
-            self.log.display()
-        ))
+        let log = self.log.display();
+        Error::failed(match self.beside {
+            Some(_) => format!(
+                "{what} the audit log {log} or what is known of its last line ({AUDIT_HEAD}): {error}"
+            ),
+            None => format!("{what} the audit log {log}: {error}"),
+        })
     }
 
     /// A step of a run that writes: a fault point. A test can end the run there.
@@ -288,7 +291,7 @@ impl Audit {
         }
     }
 
-    /// Opens the log for reading. `None` if it isn't there. Nothing is written to it or beside it as long as both files
+    /// Opens the log for reading. `None` if it isn't there; that a copy isn't there is an error. Nothing is written to it or beside it as long as both files
     /// that are returned are open.
     fn open_to_read(&self) -> io::Result<(Option<File>, Option<File>)> {
         let open = |path: &Path| match File::open(path) {
@@ -299,7 +302,11 @@ impl Audit {
         let lock = match &self.beside {
             // Where no run ever made it, no run writes.
             Some(beside) => open(&beside.lock)?,
-            None => None,
+            // Somebody named this file.
+            None => {
+                let file = File::open(&self.log)?;
+                return file.lock_shared().map(|()| (Some(file), None));
+            }
         };
         Ok((open(&self.log)?, lock))
     }
@@ -334,7 +341,7 @@ impl Audit {
         read().map_err(|error| self.failed("cannot read", &error))
     }
 
-    /// Reads the log and checks its chain. A log that isn't there is an empty one.
+    /// Reads the log and checks its chain. A log that isn't there is an empty one, unless it is a copy.
     ///
     /// # Errors
     /// [`Class::Failed`](crate::error::Class::Failed) when it can't be read.
