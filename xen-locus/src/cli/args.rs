@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
+use super::info::raw::Raw;
 use super::manual;
 use crate::daemon::work::Work;
 use crate::paths;
@@ -23,6 +24,7 @@ const VERSION: &str = if cfg!(feature = "faults") {
 /// Change the kernel of a running Xen guest from dom0
 #[derive(Debug, Parser)]
 #[command(name = "xen-locus", version = VERSION, max_term_width = 100)]
+#[command(override_usage = "xen-locus [OPTIONS] <COMMAND>")]
 #[command(long_about = manual::long_about(manual::XEN_LOCUS))]
 #[command(after_long_help = manual::after_help(manual::XEN_LOCUS))]
 #[command(
@@ -34,7 +36,7 @@ pub struct Cli {
     /// Print more messages on stderr (repeat for more)
     #[arg(short, long, global = true, action = ArgAction::Count)]
     pub verbose: u8,
-    /// Check and link, but change nothing
+    /// Change nothing: of a command that changes guests, check and link only (refused by recover and daemon)
     #[arg(short = 'N', long, global = true)]
     pub dry_run: bool,
     /// Format of stdout
@@ -71,6 +73,7 @@ pub enum Command {
     /// List domains: kernel, patches, and whether they can be patched
     #[command(long_about = manual::long_about(manual::LIST))]
     #[command(after_long_help = manual::after_help(manual::LIST))]
+    #[command(override_usage = "xen-locus list [OPTIONS]")]
     List {
         /// List the guest in a saved core (`xl dump-core`); needs no Xen
         #[arg(long, value_name = "CORE")]
@@ -85,6 +88,7 @@ pub enum Command {
     /// Show what a payload changes and needs (needs no Xen)
     #[command(long_about = manual::long_about(manual::SHOW))]
     #[command(after_long_help = manual::after_help(manual::SHOW))]
+    #[command(override_usage = "xen-locus show [OPTIONS] <FILE>")]
     Show {
         /// Payload: a livepatch module
         file: PathBuf,
@@ -130,14 +134,18 @@ pub enum Command {
     /// Wake sleeping threads that block a patch, using a fake signal (nothing is delivered)
     #[command(long_about = manual::long_about(manual::NUDGE))]
     #[command(after_long_help = manual::after_help(manual::NUDGE))]
+    #[command(override_usage = "xen-locus nudge [OPTIONS] <DOMAIN> <FILE|PATCH>")]
     Nudge(Nudge),
     /// Give back the memory of payloads that were reverted
     #[command(long_about = manual::long_about(manual::RECLAIM))]
     #[command(after_long_help = manual::after_help(manual::RECLAIM))]
+    #[command(override_usage = "xen-locus reclaim [OPTIONS] <DOMAIN> [PATCH]")]
     Reclaim(Reclaim),
     /// Show the patches of one guest or of all guests
     #[command(long_about = manual::long_about(manual::STATUS))]
     #[command(after_long_help = manual::after_help(manual::STATUS))]
+    #[command(override_usage = "xen-locus status [OPTIONS] [DOMAIN]\n       \
+        xen-locus status [OPTIONS] --core <CORE>")]
     Status {
         /// Name, id or UUID; all guests if not given
         #[arg(conflicts_with = "core")]
@@ -149,6 +157,8 @@ pub enum Command {
     /// Compare a guest's patches with their records, and report each difference
     #[command(long_about = manual::long_about(manual::VERIFY))]
     #[command(after_long_help = manual::after_help(manual::VERIFY))]
+    #[command(override_usage = "xen-locus verify [OPTIONS] [DOMAIN]\n       \
+        xen-locus verify [OPTIONS] --core <CORE>")]
     Verify {
         /// Name, id or UUID; all guests if not given
         #[arg(conflicts_with = "core")]
@@ -160,14 +170,17 @@ pub enum Command {
     /// Finish or undo what an interrupted run left, and say how the run ended
     #[command(long_about = manual::long_about(manual::RECOVER))]
     #[command(after_long_help = manual::after_help(manual::RECOVER))]
+    #[command(override_usage = "xen-locus recover [OPTIONS] [DOMAIN]")]
     Recover(Recover),
     /// Show what was done to guests, and check that the audit log was not changed
     #[command(long_about = manual::long_about(manual::HISTORY))]
     #[command(after_long_help = manual::after_help(manual::HISTORY))]
+    #[command(override_usage = "xen-locus history [OPTIONS] [DOMAIN]")]
     History(History),
     /// Serve requests made through XenStore, and publish status there
     #[command(long_about = manual::long_about(manual::DAEMON))]
     #[command(after_long_help = manual::after_help(manual::DAEMON))]
+    #[command(override_usage = "xen-locus daemon [OPTIONS]")]
     Daemon(Daemon),
 }
 
@@ -264,7 +277,7 @@ pub struct View {
     pub type_name: Option<String>,
     /// Raw bytes from the guest, on stdout: btf, btf:MODULE, notes, text, vmcoreinfo
     #[arg(long, value_name = "WHAT")]
-    pub raw: Option<String>,
+    pub raw: Option<Raw>,
 }
 
 /// Arguments of `apply` and `replace`.
@@ -339,11 +352,17 @@ pub struct Recover {
 /// How long a command may take, and how long it may pause the guest.
 #[derive(Clone, Debug, Args)]
 pub struct TimeLimits {
-    /// Time for all attempts together, such as 30s or 500ms
-    #[arg(long, default_value = "30s", value_parser = duration)]
+    /// No new attempt begins after this time, such as 30s or 500ms
+    ///
+    /// At least one attempt is made, also with 0s. What reads the guest before and between attempts is not cut short, so a
+    /// command may end later.
+    // A hyphen: else clap says what it makes of "-1s".
+    #[arg(long, default_value = "30s", value_parser = duration, allow_hyphen_values = true)]
     pub timeout: Duration,
-    /// Longest pause of the guest; an attempt that takes longer is given up
-    #[arg(long, default_value = "10ms", value_parser = duration)]
+    /// Longest time in a pause until the last look is over; a look that takes longer is given up
+    ///
+    /// Writing and unpausing come on top. Nothing is written after a look that was given up.
+    #[arg(long, default_value = "10ms", value_parser = duration, allow_hyphen_values = true)]
     pub max_pause: Duration,
 }
 
@@ -369,11 +388,15 @@ pub struct Daemon {
 /// # Errors
 /// No number, no unit, or more than 2^64 microseconds: a deadline so far away can't be added to the present.
 fn duration(text: &str) -> Result<Duration, String> {
+    let expected = "expected a number and its unit, such as 30s or 500ms";
     // humantime alone takes a zero without a unit.
     if text.bytes().all(|c| c.is_ascii_digit()) {
-        return Err("expected a number and its unit us, ms, s or m, such as 30s".into());
+        return Err(expected.into());
     }
-    let duration = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    let duration = humantime::parse_duration(text).map_err(|error| match error {
+        humantime::DurationError::NumberOverflow => "the time is too long",
+        _ => expected,
+    })?;
     u64::try_from(duration.as_micros())
         .map(|_| duration)
         .map_err(|_| "the time is too long".into())
@@ -455,6 +478,8 @@ mod tests {
                 core("blocking", " <FILE|PATCH>"),
             ),
             ("info", "<DOMAIN>", core("info", "")),
+            ("status", "[DOMAIN]", core("status", "")),
+            ("verify", "[DOMAIN]", core("verify", "")),
         ] {
             let both = format!("Usage: xen-locus {name} {line}\n       {other}");
             assert_eq!(usage(name), both);
@@ -464,7 +489,26 @@ mod tests {
             "Usage: xen-locus nudge <DOMAIN> <FILE|PATCH>"
         );
         assert_eq!(usage("show"), "Usage: xen-locus show <FILE>");
-        assert_eq!(usage("status"), "Usage: xen-locus status [DOMAIN]");
+    }
+
+    #[test]
+    fn the_usage_line_of_an_error_is_the_whole_one() {
+        let mut cli = Cli::command();
+        let all = cli.get_subcommands().map(clap::Command::get_name);
+        let all: Vec<String> = all.map(str::to_owned).collect();
+        cli.build();
+        for name in all {
+            let words = ["xen-locus", &name, "--nonsense"];
+            let error = Cli::try_parse_from(words).unwrap_err().to_string();
+            let mut command = cli.find_subcommand(&name).cloned().unwrap();
+            let usage = command.render_usage().to_string();
+            assert!(
+                error.contains(&usage) && usage.contains("[OPTIONS]"),
+                "{error}"
+            );
+        }
+        let error = Cli::try_parse_from(["xen-locus", "--nonsense"]).unwrap_err();
+        assert!(error.to_string().contains("[OPTIONS] <COMMAND>"), "{error}");
     }
 
     #[test]
@@ -496,8 +540,14 @@ mod tests {
         ] {
             assert_eq!(duration(text), Ok(expected), "{text}");
         }
-        for text in ["", "0", "30", "s", "-1s", "30x"] {
-            assert!(duration(text).is_err(), "{text}");
+        for text in ["", "0", "30", "s", "-1s", "30x", "abc", "1s 2", "30ms5"] {
+            let error = duration(text).unwrap_err();
+            assert!(error.contains("such as 30s"), "{text}: {error}");
+        }
+        for words in [["--timeout", "-1s"], ["--max-pause", "-5ms"]] {
+            let words = [&["xen-locus", "reclaim", "web"][..], &words].concat();
+            let error = Cli::try_parse_from(words).unwrap_err().to_string();
+            assert!(error.contains("such as 30s"), "{error}");
         }
     }
 

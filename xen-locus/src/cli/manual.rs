@@ -5,6 +5,14 @@
 //! paragraphs, items (a line that begins with `- `, a term in backticks, and a colon), and output in fences of
 //! three backticks. The text before the first heading is the description.
 
+/// Stands for a space at which clap must not break the line: output is shown as it is. [`shown`] takes it out again.
+const SPACE: &str = "\u{a0}";
+
+/// Help as clap made it, as it is to be printed.
+pub(super) fn shown(help: &str) -> String {
+    help.replace(SPACE, " ")
+}
+
 /// The manual of `xen-locus` itself.
 pub const XEN_LOCUS: &str = include_str!("manual/xen-locus.md");
 /// The manual of `apply`.
@@ -148,10 +156,13 @@ fn plain(blocks: &[Block]) -> String {
         match block {
             Block::Heading(heading) => text.push_str(&format!("{heading}:\n")),
             Block::Paragraph(words) => text.push_str(&format!("{words}\n")),
-            Block::Item(term, meaning) => text.push_str(&format!("  {term}: {meaning}\n")),
+            // A term may be several names, each in backticks.
+            Block::Item(term, meaning) => {
+                text.push_str(&format!("  {}: {meaning}\n", term.replace('`', "")));
+            }
             Block::Output(lines) => {
                 for line in lines {
-                    text.push_str(&format!("    {line}\n"));
+                    text.push_str(&format!("    {}\n", line.replace(' ', SPACE)));
                 }
             }
         }
@@ -188,8 +199,38 @@ mod tests {
         assert_eq!(long_about(text), "Does this.");
         assert_eq!(
             after_help(text),
-            "JSON:\n  a: one line\n  b: two\n\n    # x\n    \n\nEnd."
+            "JSON:\n  a: one line\n  b: two\n\n    #\u{a0}x\n    \n\nEnd."
         );
+        let several = parse("- `a`, `b`: two\n");
+        assert_eq!(plain(&several), "  a, b: two");
+    }
+
+    #[test]
+    fn what_looks_like_an_item_of_a_manual_is_one() {
+        let commands = Cli::command();
+        let names = commands.get_subcommands().map(clap::Command::get_name);
+        for name in names.chain(["xen-locus"]) {
+            let mut lines = of(name).unwrap_or_default().lines();
+            while let Some(line) = lines.next() {
+                if line.starts_with("```") {
+                    lines.by_ref().find(|line| line.starts_with("```"));
+                }
+                assert!(!line.starts_with('-') || item(line).is_some(), "{name}: {line}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_manual_names_the_exit_status_of_wrong_usage() {
+        for command in Cli::command().get_subcommands() {
+            let name = command.get_name();
+            let text = of(name).unwrap_or_default();
+            let (_, status) = text.split_once("# Exit status").unwrap_or_default();
+            assert!(
+                status.contains("- `64`: wrong usage") || status.starts_with("\n\nAs `xen-locus apply`."),
+                "{name}"
+            );
+        }
     }
 
     #[test]

@@ -21,6 +21,7 @@ pub mod show;
 pub mod status;
 pub mod verify;
 
+use std::io::{self, IsTerminal as _};
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
@@ -125,18 +126,36 @@ pub fn main() -> std::process::ExitCode {
             shown(code, changes(&args.command) && !args.dry_run)
         }
         Err(e) => {
-            let printed = e.print();
             match e.kind() {
-                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
-                    out::note(printed);
+                ErrorKind::DisplayHelp => {
+                    let help = e.render();
+                    let help = match is_styled() {
+                        true => help.ansi().to_string(),
+                        false => help.to_string(),
+                    };
+                    out::bytes(manual::shown(&help).as_bytes());
+                    shown(ExitCode::Done, false)
+                }
+                ErrorKind::DisplayVersion => {
+                    out::note(e.print());
                     shown(ExitCode::Done, false)
                 }
                 // It goes to stderr. If that is closed, there is nobody to tell.
-                _ => ExitCode::Usage,
+                _ => {
+                    let _ = e.print();
+                    ExitCode::Usage
+                }
             }
         }
     };
     std::process::ExitCode::from(code as u8)
+}
+
+/// Whether help may have bold words, as clap would decide.
+fn is_styled() -> bool {
+    let is_set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+    let is_dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb");
+    io::stdout().is_terminal() && !is_set("NO_COLOR") && !is_dumb
 }
 
 /// The exit code when all was printed: success is none if what the user asked for could not be written to stdout. If the

@@ -1,7 +1,7 @@
 #![doc = include_str!("../manual/info.md")]
 
 mod modules;
-mod raw;
+pub mod raw;
 pub(super) mod stacks;
 mod summary;
 mod symbols;

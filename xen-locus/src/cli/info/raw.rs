@@ -1,5 +1,7 @@
 //! `info --raw WHAT`: bytes of the guest's kernel as they are, for other tools.
 
+use std::str::FromStr;
+
 use locus_kernel::modules::ModuleReader;
 use locus_kernel::vmcoreinfo::VmcoreInfo;
 use locus_kernel::{self as kernel, Kernel};
@@ -8,17 +10,44 @@ use super::super::out;
 use crate::error::Error;
 
 /// What can be asked for.
-const KNOWN: &str = "btf, btf:MODULE, notes, text, vmcoreinfo";
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Raw {
+    /// `btf`: the kernel's types.
+    Btf,
+    /// `btf:MODULE`: the types of a module.
+    ModuleBtf(String),
+    /// `notes`: the ELF notes.
+    Notes,
+    /// `text`: the code.
+    Text,
+    /// `vmcoreinfo`: the lines of VMCOREINFO.
+    VmcoreInfo,
+}
+
+impl FromStr for Raw {
+    type Err = String;
+
+    fn from_str(what: &str) -> Result<Raw, String> {
+        Ok(match (what, what.split_once(':')) {
+            ("btf", _) => Raw::Btf,
+            (_, Some(("btf", module))) => Raw::ModuleBtf(module.to_owned()),
+            ("notes", _) => Raw::Notes,
+            ("text", _) => Raw::Text,
+            ("vmcoreinfo", _) => Raw::VmcoreInfo,
+            _ => return Err("expected btf, btf:MODULE, notes, text or vmcoreinfo".to_owned()),
+        })
+    }
+}
 
 /// Writes the bytes of `what` to stdout.
 ///
 /// # Errors
-/// It is not known or not there, or can't be read.
-pub fn show(kernel: &Kernel<'_>, what: &str) -> Result<(), Error> {
-    match what.split_once(':') {
-        None if what == "btf" => out::bytes(kernel.btf()?.bytes()),
-        None if what == "notes" => out::bytes(&kernel.notes()?),
-        None if what == "text" => {
+/// It is not there, or can't be read.
+pub fn show(kernel: &Kernel<'_>, what: &Raw) -> Result<(), Error> {
+    match what {
+        Raw::Btf => out::bytes(kernel.btf()?.bytes()),
+        Raw::Notes => out::bytes(&kernel.notes()?),
+        Raw::Text => {
             for region in kernel.regions.iter().filter(|r| r.executable) {
                 out::bytes(&kernel.space.read_vec(
                     region.range.start,
@@ -26,16 +55,11 @@ pub fn show(kernel: &Kernel<'_>, what: &str) -> Result<(), Error> {
                 )?);
             }
         }
-        None if what == "vmcoreinfo" => match VmcoreInfo::read(kernel)? {
+        Raw::VmcoreInfo => match VmcoreInfo::read(kernel)? {
             Some(info) => out::bytes(info.text().as_bytes()),
             None => return Err(kernel::Error::Missing("VMCOREINFO".into()).into()),
         },
-        Some(("btf", module)) => out::bytes(&module_btf(kernel, module)?),
-        _ => {
-            return Err(Error::usage(format!(
-                "--raw {what}: expected one of {KNOWN}"
-            )))
-        }
+        Raw::ModuleBtf(module) => out::bytes(&module_btf(kernel, module)?),
     }
     Ok(())
 }
