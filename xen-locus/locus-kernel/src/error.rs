@@ -15,6 +15,14 @@ pub enum Error {
     /// another age. The text names what is missing.
     #[error("the guest's kernel has no {0}")]
     Missing(String),
+    /// Several symbols have this name, and no number says which is meant.
+    #[error("{count} symbols of the guest's kernel are called {name}, and it is not said which is meant")]
+    Several {
+        /// Number of these symbols.
+        count: usize,
+        /// Their name.
+        name: String,
+    },
     /// The kernel's data contradicts itself or exceeds a bound. The text says what was expected and
     /// what was found.
     #[error("the guest's kernel data is not as it must be: {0}")]

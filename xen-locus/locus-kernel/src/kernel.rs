@@ -328,7 +328,7 @@ impl<'m> Kernel<'m> {
     /// (Documentation/livepatch/module-elf-format.rst).
     ///
     /// # Errors
-    /// [`Error::Missing`] if there is no such symbol, or none of that number; [`Error::Odd`] if
+    /// [`Error::Missing`] if there is no such symbol, or none of that number; [`Error::Several`] if
     /// there are several and `sympos` is 0; [`Error::Memory`] if there are more than the guest's budget pays for.
     pub fn function(&self, name: &str, sympos: u64) -> Result<Gva, Error> {
         let mut found: Vec<Gva> = Vec::new();
@@ -343,10 +343,10 @@ impl<'m> Kernel<'m> {
         match (found.as_slice(), wanted) {
             ([], _) => Err(Error::Missing(format!("symbol {name}"))),
             ([one], 0 | 1) => Ok(*one),
-            (many, 0) => Err(Error::Odd(format!(
-                "{} symbols are called {name}, and the payload does not say which (sympos)",
-                many.len()
-            ))),
+            (many, 0) => Err(Error::Several {
+                count: many.len(),
+                name: name.to_owned(),
+            }),
             (many, n) => many.get(n - 1).copied().ok_or_else(|| {
                 Error::Missing(format!("symbol {name} number {n}: it has {}", many.len()))
             }),

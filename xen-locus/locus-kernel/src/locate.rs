@@ -349,7 +349,7 @@ fn is_unprotected(image: &[Region]) -> bool {
 fn still_boots(at: Gva) -> Error {
     Error::NotReady(format!(
         "memory of the guest's kernel around {at} can be written and executed: the kernel is still booting, and has not \
-         protected its memory yet; try again (if that lasts, it was booted with rodata=off, which is not supported)"
+         protected its memory yet; try again (if that lasts, it was booted with rodata=off, or is no Linux: neither is supported)"
     ))
 }
 

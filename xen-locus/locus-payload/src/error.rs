@@ -44,10 +44,10 @@ pub enum PayloadErrorKind {
         max: u64,
     },
     /// The file does not begin with the magic bytes of ELF.
-    #[error("not an ELF file: it starts like {found}; {advice}")]
+    #[error("not an ELF file: expected 7f 45 4c 46 at its beginning, found {found}; {advice}")]
     NotElf {
-        /// What the first bytes look like.
-        found: &'static str,
+        /// What the first bytes are, and what they look like.
+        found: String,
         /// What to do about it.
         advice: &'static str,
     },

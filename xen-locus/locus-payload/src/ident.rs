@@ -12,7 +12,12 @@ pub(super) fn check(bytes: &[u8]) -> Result<()> {
         if !bytes.is_empty() && magic.starts_with(bytes) {
             return Err(truncated(bytes));
         }
-        let (found, advice) = guess(bytes);
+        let (like, advice) = guess(bytes);
+        let first: Vec<String> = bytes.iter().take(4).map(|b| format!("{b:02x}")).collect();
+        let found = match first.is_empty() {
+            true => "an empty file".to_owned(),
+            false => format!("{}{like}", first.join(" ")),
+        };
         return Err(PayloadErrorKind::NotElf { found, advice });
     }
     let byte = |at: usize| bytes.get(at).copied().ok_or_else(|| truncated(bytes));
@@ -84,17 +89,15 @@ fn machine_name(machine: u16) -> &'static str {
 fn guess(bytes: &[u8]) -> (&'static str, &'static str) {
     let unpack = "unpack it first";
     let give = "give the path of a livepatch module (.ko)";
-    if bytes.is_empty() {
-        ("an empty file", give)
-    } else if bytes.starts_with(b"\xfd7zXZ\0") {
-        ("an xz archive", unpack)
+    if bytes.starts_with(b"\xfd7zXZ\0") {
+        (", an xz archive", unpack)
     } else if bytes.starts_with(b"\x1f\x8b") {
-        ("a gzip archive", unpack)
+        (", a gzip archive", unpack)
     } else if bytes.starts_with(b"\x28\xb5\x2f\xfd") {
-        ("a zstd archive", unpack)
+        (", a zstd archive", unpack)
     } else if bytes.starts_with(b"--- ") || bytes.starts_with(b"diff ") {
-        ("a source patch", "build a livepatch module from it")
+        (", a source patch", "build a livepatch module from it")
     } else {
-        ("something else", give)
+        ("", give)
     }
 }

@@ -85,6 +85,13 @@ pub struct PatchStack<'r> {
     layers: HashMap<Gva, Layers<'r>>,
 }
 
+/// The name of the module in a file, if `name` looks like one: the kernel's build makes `_` of `-`.
+fn file_stem(name: &str) -> Option<String> {
+    let file = name.rsplit('/').next().unwrap_or(name);
+    let stem = file.strip_suffix(".ko").unwrap_or(file);
+    (stem != name).then(|| stem.replace('-', "_"))
+}
+
 impl<'r> PatchStack<'r> {
     /// The patch stack of those `residents` that are applied.
     #[must_use]
@@ -134,13 +141,19 @@ impl<'r> PatchStack<'r> {
             return Ok(None);
         }
         let applied: Vec<&str> = self.applied.iter().map(|r| &*r.record.name).collect();
-        Err(Error::failed(format!(
-            "no patch {name:?} is applied to this guest; applied: {}",
-            if applied.is_empty() {
-                "none".into()
-            } else {
-                applied.join(", ")
+        let all = match applied.is_empty() {
+            true => "none".into(),
+            false => applied.join(", "),
+        };
+        let advice = match (file_stem(name), applied.is_empty()) {
+            (Some(stem), _) if applied.contains(&&*stem) => {
+                format!(". Give the name of the patch, not a file: {stem}")
             }
+            (Some(_), false) => ". Give the name of the patch, not a file".to_owned(),
+            _ => String::new(),
+        };
+        Err(Error::failed(format!(
+            "no patch {name:?} is applied to this guest; applied: {all}{advice}"
         )))
     }
 

@@ -22,6 +22,7 @@ use crate::target::compat;
 use crate::target::conflicts;
 use crate::target::kprobes::Kprobes;
 use crate::target::modules_present;
+use crate::target::redirect::REPAIR;
 use crate::target::symbols::GuestSymbols;
 
 /// A payload that is to be applied, and the guest that it is for.
@@ -155,8 +156,7 @@ fn has_not_drifted(kernel: &Kernel<'_>, stack: &PatchStack<'_>, patch: &Resident
             "{drifted}; a kprobe of the guest's own stands at {at}: remove it in the guest and try again"
         )),
         None => Error::failed(format!(
-            "{drifted}; the guest or another tool changed it. Undo that where it was done, or reboot the guest and apply \
-             the payload again; `verify` shows all that differs"
+            "{drifted}; the guest or another tool changed it. {REPAIR}"
         )),
     })
 }

@@ -163,11 +163,15 @@ fn length(bytes: u64) -> Result<usize> {
         .map_err(|_| Error::not_applicable(format!("{bytes} bytes are more than can be read")))
 }
 
+/// What to do about a redirect that is not as it was written.
+pub const REPAIR: &str =
+    "Undo that where it was done, or reboot the guest: then all its patches are gone; `verify` shows all that differs";
+
 /// The error for a redirect of `function` at `at` that is not as patch `patch` wrote it.
 pub fn displaced(function: &str, at: Gva, patch: &str) -> Error {
     Error::failed(format!(
         "the redirect of {function} at {at} is not as {patch} wrote it: the guest or another tool \
-         changed it, so it is left alone"
+         changed it, so it is left alone. {REPAIR}"
     ))
 }
 

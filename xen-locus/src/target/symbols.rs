@@ -207,11 +207,7 @@ impl<'k, 'm> GuestSymbols<'k, 'm> {
         let chosen = match (found.as_slice(), wanted) {
             ([], _) => Err(format!("module {object} has no symbol {name}")),
             ([one], 0) => Ok(*one),
-            (many, 0) => Err(format!(
-                "{} symbols of module {object} are called {name}, and the payload does not say \
-                 which (sympos)",
-                many.len()
-            )),
+            (many, 0) => Err(several(many.len(), &format!("module {object}"), name)),
             (many, n) => many.get(n - 1).copied().ok_or_else(|| {
                 format!(
                     "module {object} has no symbol {name} number {n}: it has {}",
@@ -427,9 +423,20 @@ fn in_arena(loaded: &Loaded) -> bool {
     (arena::BASE..end).contains(&loaded.module.addr)
 }
 
+/// What is wrong with a payload that names one of several symbols.
+fn several(count: usize, of: &str, name: &str) -> String {
+    format!(
+        "{count} symbols of {of} are called {name}, and the payload does not say which: expected a number from 1 to {count}, \
+         in the order of the symbol table (sympos: `.old_sympos` of a function, or the end of a .klp.sym name)"
+    )
+}
+
 /// A lookup that found nothing, or too much.
 fn not_applicable(error: kernel::Error) -> Error {
     match error {
+        kernel::Error::Several { count, name } => {
+            Error::not_applicable(several(count, "the kernel", &name))
+        }
         kernel::Error::Missing(_) | kernel::Error::Odd(_) => {
             Error::not_applicable(error.to_string())
         }

@@ -23,7 +23,10 @@ fn files_of_other_kinds_are_told_apart() {
     assert!(parse(&bytes).unwrap_err().contains("32-bit"));
     for (bytes, expected) in [
         (&b""[..], "an empty file"),
-        (b"#!/bin/sh\n", "not an ELF file"),
+        (
+            b"#!/bin/sh\n",
+            "not an ELF file: expected 7f 45 4c 46 at its beginning, found 23 21 2f 62; give",
+        ),
         (b"\x1f\x8b\x08", "unpack it first"),
         (
             b"\x7fELF",

@@ -97,6 +97,13 @@ fn only_applied_patches_are_in_the_stack_and_others_are_known_by_name() {
     assert_eq!(names(stack.applied()), ["one"]);
     assert!(stack.named(&residents, "one").unwrap().is_some());
     assert!(stack.named(&residents, "two").unwrap().is_none());
+    for name in ["one.ko", "/payloads/one.ko", "./one"] {
+        let error = stack.named(&residents, name).unwrap_err().to_string();
+        assert!(
+            error.ends_with("applied: one. Give the name of the patch, not a file: one"),
+            "{error}"
+        );
+    }
     let error = stack.named(&residents, "three").unwrap_err();
     assert!(error.to_string().ends_with("applied: one"), "{error}");
 }
