@@ -66,10 +66,7 @@ impl<'c> Domain<'c> {
             Domain::of(control, store, by_name::the_one(wanted, all)?)?
         };
         if domain.info.id == DomId(0) {
-            return Err(Error::failed(
-                "domain 0 is the control domain itself: xen-locus changes guests only. To patch \
-                 dom0's own kernel use its livepatch (insmod)",
-            ));
+            return Err(control_domain());
         }
         if domain.info.dying || domain.info.shutdown {
             return Err(Error::failed(format!(
@@ -181,6 +178,13 @@ pub fn label(name: &str, id: DomId) -> String {
         "" => format!("- ({id})"),
         name => format!("{} ({id})", say::one_line(name)),
     }
+}
+
+fn control_domain() -> Error {
+    Error::not_applicable(
+        "domain 0 is the control domain itself: xen-locus reads and changes guests only. To patch dom0's own kernel use its \
+         livepatch (insmod)",
+    )
 }
 
 impl Memory for Domain<'_> {
@@ -352,5 +356,10 @@ mod tests {
     fn a_domain_without_a_name_is_shown_by_its_id() {
         assert_eq!(label("web1", DomId(3)), "web1 (3)");
         assert_eq!(label("", DomId(3)), "- (3)");
+    }
+
+    #[test]
+    fn domain_0_is_not_supported() {
+        assert_eq!(control_domain().exit_code() as u8, 3);
     }
 }
