@@ -215,7 +215,10 @@ mod tests {
                 if line.starts_with("```") {
                     lines.by_ref().find(|line| line.starts_with("```"));
                 }
-                assert!(!line.starts_with('-') || item(line).is_some(), "{name}: {line}");
+                assert!(
+                    !line.starts_with('-') || item(line).is_some(),
+                    "{name}: {line}"
+                );
             }
         }
     }
@@ -227,7 +230,8 @@ mod tests {
             let text = of(name).unwrap_or_default();
             let (_, status) = text.split_once("# Exit status").unwrap_or_default();
             assert!(
-                status.contains("- `64`: wrong usage") || status.starts_with("\n\nAs `xen-locus apply`."),
+                status.contains("- `64`: wrong usage")
+                    || status.starts_with("\n\nAs `xen-locus apply`."),
                 "{name}"
             );
         }

@@ -12,8 +12,8 @@ use super::super::{out, Session};
 use crate::arena::{self, Arena, Usage};
 use crate::error::Error;
 use crate::ops;
-use crate::say;
 use crate::plan;
+use crate::say;
 
 /// What is shown of a kernel.
 struct Summary {
