@@ -150,27 +150,7 @@ impl Payload {
                 reason: reason.to_owned(),
             });
         };
-        let late: HashSet<usize> = self.sections.iter().filter_map(late_home).collect();
-        for section in self.sections.iter().filter(|s| s.size > 0) {
-            if let Some(reason) = section.role.needs() {
-                if self.concerns_placed(section, &late) {
-                    add(&section.name, reason);
-                }
-            }
-        }
-        let relocated = |s: &&Section| !s.relocs.is_empty() || late.contains(&s.index);
-        for section in self.sections.iter().filter(relocated) {
-            if matches!(section.role, Role::Modinfo | Role::Versions | Role::Note) {
-                let reason = "relocations are to change it, and it is read as it is in the file";
-                add(&section.name, reason);
-            }
-        }
-        for section in self.placed().filter(|s| s.align > MAX_ALIGN) {
-            add(
-                &section.name,
-                "it is to begin on more than a page, which the kernel's own loader does not grant either",
-            );
-        }
+        self.section_concerns(&mut add);
         for object in &self.klp.objects {
             if object.callbacks {
                 let name = object.name.as_deref().unwrap_or("vmlinux");
@@ -215,6 +195,41 @@ impl Payload {
             );
         }
         concerns
+    }
+
+    /// Calls `add` with the subject and the reason of what a loader has to handle of sections.
+    fn section_concerns(&self, add: &mut impl FnMut(&str, &str)) {
+        let late: HashSet<usize> = self.sections.iter().filter_map(late_home).collect();
+        for section in self.sections.iter().filter(|s| s.size > 0) {
+            if let Some(reason) = section.role.needs() {
+                if self.concerns_placed(section, &late) {
+                    add(&section.name, reason);
+                }
+            }
+        }
+        let mut names = HashSet::new();
+        let single = |s: &&Section| s.role.is_single() || s.name.starts_with(".kpatch.");
+        for section in self.sections.iter().filter(single) {
+            if !names.insert(&*section.name) {
+                add(
+                    &section.name,
+                    "there are several of this name, of which the kernel takes one",
+                );
+            }
+        }
+        let relocated = |s: &&Section| !s.relocs.is_empty() || late.contains(&s.index);
+        for section in self.sections.iter().filter(relocated) {
+            if matches!(section.role, Role::Modinfo | Role::Versions | Role::Note) {
+                let reason = "relocations are to change it, and it is read as it is in the file";
+                add(&section.name, reason);
+            }
+        }
+        for section in self.placed().filter(|s| s.align > MAX_ALIGN) {
+            add(
+                &section.name,
+                "it is to begin on more than a page, which the kernel's own loader does not grant either",
+            );
+        }
     }
 
     /// False if a table of places in code, of which `late` are relocated late, has only places in code of `module_init` and `module_exit`. What
