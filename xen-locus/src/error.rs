@@ -103,10 +103,10 @@ pub struct Torn {
     pub why: String,
 }
 
-/// No quiescent moment was found; the guest is unchanged.
+/// No quiescent moment was found; no function of the guest was changed.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{what}: blocked after {} in {waited_ms} ms; nothing was changed. Try again, or wait longer with --timeout",
+    "{what}: blocked after {} in {waited_ms} ms; no function was changed. Try again, or wait longer with --timeout",
     say::count(self.attempts, "attempt", "attempts")
 )]
 pub struct Blocked {
@@ -127,6 +127,8 @@ pub struct Error {
     cause: Box<Cause>,
     /// The innermost first.
     context: Vec<String>,
+    /// What else is so now, in a sentence; empty if nothing is.
+    note: String,
 }
 
 impl fmt::Display for Error {
@@ -134,7 +136,11 @@ impl fmt::Display for Error {
         for about in self.context.iter().rev() {
             write!(f, "{about}: ")?;
         }
-        self.cause.fmt(f)
+        self.cause.fmt(f)?;
+        match self.note.is_empty() {
+            true => Ok(()),
+            false => write!(f, ". {}", self.note),
+        }
     }
 }
 
@@ -150,6 +156,7 @@ impl Error {
             class,
             cause: Box::new(cause),
             context: Vec::new(),
+            note: String::new(),
         }
     }
 
@@ -236,6 +243,13 @@ impl Error {
         self
     }
 
+    /// The same error, whose message ends with a sentence about what else is so now.
+    #[must_use]
+    pub fn note(mut self, also: impl Into<String>) -> Error {
+        self.note = also.into();
+        self
+    }
+
     /// How it counts.
     #[must_use]
     pub fn class(&self) -> Class {
@@ -267,6 +281,15 @@ impl Error {
     #[must_use]
     pub fn is_passing(&self) -> bool {
         matches!(self.cause(), Cause::Passing(_))
+    }
+
+    /// Whether the cause is that the guest's kernel does not run yet.
+    #[must_use]
+    pub fn is_not_ready(&self) -> bool {
+        matches!(
+            self.cause(),
+            Cause::Kernel(locus_kernel::Error::NotReady(_))
+        )
     }
 
     /// Whether the cause is that a module is not loaded.
@@ -399,6 +422,9 @@ mod tests {
             let told = error.context("inner").context("outer");
             assert_eq!(told.to_string(), format!("outer: inner: {said}"));
             assert_eq!(told.class(), class);
+            let noted = told.note("So it is");
+            assert_eq!(noted.to_string(), format!("outer: inner: {said}. So it is"));
+            assert_eq!(noted.class(), class);
         }
     }
 

@@ -178,11 +178,37 @@ fn wrong_usage_has_an_exit_code_of_its_own() {
         &["apply"],
         &["revert", "web"],
         &["apply", "a", "b", "--timeout", "7"],
+        &["apply", "web"],
+        &["apply", "--all", "web", "x.ko"],
+        &["replace", "web", "/payloads/a.ko", "/payloads/b.ko"],
+        &["apply", "web", "a.ko", "b.ko"],
+        &["info", "web", "--raw", "foo"],
+        &["recover", "-N"],
+        &["daemon", "-N"],
     ] {
         assert_eq!(xen_locus(args).status.code(), Some(64), "{args:?}");
     }
     assert_eq!(xen_locus(&["--help"]).status.code(), Some(0));
     assert_eq!(xen_locus(&["--version"]).status.code(), Some(0));
+}
+
+#[test]
+fn help_shows_output_as_it_is_and_all_names_of_an_item() {
+    let help = |command| {
+        let out = xen_locus(&[command, "--help"]);
+        let text = said(&out.stdout);
+        assert!(!text.contains('\u{a0}'), "{text}");
+        text
+    };
+    for (command, line) in [
+        ("verify", "0xffffffff814105a5  e9861a1f7e  b801000000  unknown\n"),
+        ("revert", "xen-locus: pv: patch locus_cmdline can't be reverted while another lies on it: locus_stack_two replaces"),
+        ("info", "  kernel, build_id: release and build-id of the guest's kernel\n"),
+        ("history", "  /var/log/xen-locus/audit.jsonl.1: what was rotated"),
+    ] {
+        let text = help(command);
+        assert!(text.contains(line), "{command}: {text}");
+    }
 }
 
 #[test]
@@ -195,6 +221,13 @@ fn show_needs_no_xen_and_refuses_what_is_no_payload() {
         said(&out.stderr)
     );
     assert_eq!(xen_locus(&["show", "/dev/null"]).status.code(), Some(1));
+    let out = xen_locus(&["show", "Cargo.toml"]);
+    assert_eq!(out.status.code(), Some(1));
+    let text = said(&out.stderr);
+    assert!(
+        text.contains("expected 7f 45 4c 46 at its beginning, found 5b 70 61 63"),
+        "{text}"
+    );
     assert_eq!(
         xen_locus(&["show", "/nonexistent.ko"]).status.code(),
         Some(1)

@@ -4,6 +4,8 @@
 //! stack is mapped. Pages to be written are mapped for an attempt, and not while a long wait passes between two. In the
 //! pause: registers, the last look, the writes.
 
+use std::cell::Cell;
+
 use locus_kernel::Kernel;
 use locus_payload::Payload;
 use sha2::{Digest, Sha256};
@@ -44,8 +46,26 @@ pub fn apply(
 ) -> Result<Report> {
     kernel.check_runs()?;
     let patience = Patience::new(options);
-    keep_trying(machine, kernel, &patience, |kernel| {
-        apply_once(machine, kernel, payload, mode, &patience)
+    let placed = Cell::new(false);
+    let done = keep_trying(machine, kernel, &patience, |kernel| {
+        apply_once(machine, kernel, payload, mode, &patience, &placed)
+    });
+    done.map_err(|error| match placed.get() && is_parked(kernel, &payload.name) {
+        true => error.note(format!(
+            "Its code stays parked in the guest until the file is applied again, or until `xen-locus reclaim GUEST {}` gives \
+             the memory back",
+            payload.name
+        )),
+        false => error,
+    })
+}
+
+/// Whether the guest has a payload called `name` that is not in force.
+fn is_parked(kernel: &Kernel<'_>, name: &str) -> bool {
+    let residents = Arena::read(kernel).and_then(|arena| plan::residents(kernel, &arena));
+    residents.is_ok_and(|all| {
+        let parked = |r: &arena::Resident| r.record.name == name && r.slot.state == State::Parked;
+        all.iter().any(parked)
     })
 }
 
@@ -66,13 +86,14 @@ pub(crate) fn keep_trying<T>(
     })
 }
 
-/// Makes the plan, and carries it out.
+/// Makes the plan, and carries it out. `placed` is set when the payload is put into the arena.
 fn apply_once(
     machine: &dyn Machine,
     kernel: &Kernel<'_>,
     payload: &Payload,
     mode: Mode,
     patience: &Patience<'_>,
+    placed: &Cell<bool>,
 ) -> Result<Report> {
     let options = patience.options;
     let mut arena = Arena::read(kernel)?;
@@ -98,6 +119,7 @@ fn apply_once(
         ..Change::new(kernel, Operation::Apply, &ready.record, &ready.plan)
     };
     begin(machine, &change)?;
+    placed.set(true);
     let done = place(machine, kernel, &mut arena, &ready)
         .and_then(|()| carry_out(machine, kernel, &mut arena, &ready.plan, patience));
     let done = ended(machine, kernel, done)?;
@@ -139,7 +161,7 @@ fn revert_once(
     let residents = plan::resolve_interrupted(kernel, &mut arena)?;
     let stack = PatchStack::new(&residents);
     let Some(resident) = stack.named(&residents, name)? else {
-        return Ok(report(name, Outcome::Already, 0, Done::default()));
+        return Ok(nothing_to_do(name, Outcome::AlreadyReverted));
     };
     let functions = resident.record.functions.len();
     let plan = plan::undo(kernel, &stack, resident)?;

@@ -9,9 +9,9 @@ use crate::error::{Error, Result};
 /// How patient to be.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Time for all attempts together.
+    /// No new attempt begins after this time. At least one is made.
     pub timeout: Duration,
-    /// Longest pause of the guest. An attempt that would take longer is given up.
+    /// Longest time in a pause until the last look is over; a look that takes longer is given up. Writing comes on top.
     pub max_pause: Duration,
     /// Threads may go on in the versions that are replaced, if the payload says that they may. Then only threads at the bytes
     /// that are written are waited for.

@@ -23,8 +23,18 @@ pub enum Outcome {
     Applied,
     /// The patch is undone now.
     Reverted,
-    /// There was nothing to do.
-    Already,
+    /// There was nothing to do: the patch is in force.
+    #[serde(rename = "already")]
+    AlreadyApplied,
+    /// There was nothing to do: the patch is in the guest, and not in force.
+    #[serde(rename = "already")]
+    AlreadyReverted,
+    /// There was nothing to do: the guest lost the patch.
+    #[serde(rename = "already")]
+    AlreadyLost,
+    /// There was nothing to do: no thread sleeps in the way.
+    #[serde(rename = "already")]
+    NobodyAsleep,
     /// It could be done; a dry run.
     WouldApply,
     /// It could be undone; a dry run.
@@ -46,7 +56,10 @@ impl Outcome {
         match self {
             Outcome::Applied => "applied",
             Outcome::Reverted => "reverted",
-            Outcome::Already => "already",
+            Outcome::AlreadyApplied
+            | Outcome::AlreadyReverted
+            | Outcome::AlreadyLost
+            | Outcome::NobodyAsleep => "already",
             Outcome::WouldApply => "would-apply",
             Outcome::WouldRevert => "would-revert",
             Outcome::Nudged => "nudged",
@@ -105,7 +118,12 @@ impl fmt::Display for Report {
             Outcome::Applied => done(f, "applied"),
             Outcome::Reverted => done(f, "reverted"),
             Outcome::Reclaimed => write!(f, "reclaimed (paused {} us)", self.pause_us),
-            Outcome::Already => f.write_str("no action needed: already so"),
+            Outcome::AlreadyApplied => f.write_str("no action needed: already applied"),
+            Outcome::AlreadyReverted => f.write_str("no action needed: already reverted"),
+            Outcome::AlreadyLost => f.write_str(
+                "no action needed: the guest has lost it; from now on it is not listed any more",
+            ),
+            Outcome::NobodyAsleep => f.write_str("no action needed: no thread sleeps in the way"),
             Outcome::Nudged => write!(f, "nudged (paused {} us)", self.pause_us),
             Outcome::WouldApply
             | Outcome::WouldRevert
@@ -118,11 +136,29 @@ impl fmt::Display for Report {
 }
 
 impl Report {
+    /// What else is known of the action, in words: what `-v` shows.
+    #[must_use]
+    pub fn details(&self) -> String {
+        let mut said = format!("took {} ms", self.total_ms);
+        let [before, after] = &self.text;
+        for (what, digest) in [
+            ("SHA-256 of the file", &self.sha256),
+            ("of the record in the guest", &self.record),
+            ("of the functions before", before),
+            ("of the functions now", after),
+        ] {
+            if !digest.is_empty() {
+                said.push_str(&format!(", {what} {digest}"));
+            }
+        }
+        said
+    }
+
     /// What a dry run reports of what [`prepare`](crate::plan::prepare) found.
     #[must_use]
     pub fn dry(payload: &Payload, ready: &Readiness) -> Report {
         let (result, record, superseded) = match ready {
-            Readiness::Already(resident) => (Outcome::Already, &resident.record, &[][..]),
+            Readiness::Already(resident) => (Outcome::AlreadyApplied, &resident.record, &[][..]),
             Readiness::Ready(ready) => (Outcome::WouldApply, &ready.record, &ready.superseded[..]),
         };
         let superseded = superseded.iter().map(|r| r.record.name.clone()).collect();
@@ -139,10 +175,10 @@ impl Report {
     }
 }
 
-/// The report on a patch that is as it should be already.
+/// The report on a patch that is as it should be already, as `outcome` says.
 #[must_use]
-pub fn nothing_to_do(patch: &str) -> Report {
-    report(patch, Outcome::Already, 0, Done::default())
+pub fn nothing_to_do(patch: &str, outcome: Outcome) -> Report {
+    report(patch, outcome, 0, Done::default())
 }
 
 pub(crate) fn report(patch: &str, result: Outcome, functions: usize, done: Done) -> Report {

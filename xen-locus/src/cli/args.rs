@@ -28,7 +28,7 @@ const VERSION: &str = if cfg!(feature = "faults") {
 #[command(long_about = manual::long_about(manual::XEN_LOCUS))]
 #[command(after_long_help = manual::after_help(manual::XEN_LOCUS))]
 #[command(
-    after_help = "Exit codes: 0 done or nothing to do; 1 failed, guest unchanged; 2 try again \
+    after_help = "Exit codes: 0 done or nothing to do; 1 failed, no function changed; 2 try again \
     (blocked, busy, timed out); 3 not applicable (other kernel, unsupported); 5 failed midway, \
     rolled back and verified; 6 uncertain, run recover; 64 usage."
 )]
@@ -136,7 +136,7 @@ pub enum Command {
     #[command(after_long_help = manual::after_help(manual::NUDGE))]
     #[command(override_usage = "xen-locus nudge [OPTIONS] <DOMAIN> <FILE|PATCH>")]
     Nudge(Nudge),
-    /// Give back the memory of payloads that were reverted
+    /// Give back the memory of payloads that are in a guest and not in force
     #[command(long_about = manual::long_about(manual::RECLAIM))]
     #[command(after_long_help = manual::after_help(manual::RECLAIM))]
     #[command(override_usage = "xen-locus reclaim [OPTIONS] <DOMAIN> [PATCH]")]

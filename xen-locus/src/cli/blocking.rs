@@ -119,15 +119,16 @@ pub fn run(session: &Session, args: &args::Blocking) -> anyhow::Result<ExitCode>
         return Ok(print(session, &guest, &asked, found));
     }
     let host = session.host()?;
-    let domain = host.guest(named.domain()?)?;
-    let kernel = machine::kernel_of(&domain)?;
-    let options = session.unhurried();
-    let blockers = match asked.watch(&kernel)? {
-        Some(watch) => Some(apply::blocking(&domain, &kernel, &watch, &options)?),
-        None => None,
-    };
-    let found = Blocking::of(session, &kernel, &[], blockers)?;
-    let guest = Guest::of(&domain);
+    let (guest, found) = guest::on_domain(&host, named.domain()?, |domain| {
+        let kernel = machine::kernel_of(domain)?;
+        let options = session.unhurried();
+        let blockers = match asked.watch(&kernel)? {
+            Some(watch) => Some(apply::blocking(domain, &kernel, &watch, &options)?),
+            None => None,
+        };
+        let found = Blocking::of(session, &kernel, &[], blockers)?;
+        Ok((Guest::of(domain), found))
+    })?;
     Ok(print(session, &guest, &asked, found))
 }
 

@@ -15,6 +15,7 @@ use super::Session;
 use crate::domain::{self, Domain};
 use crate::error::{Error, ExitCode, Result};
 use crate::machine;
+use crate::ops::host::Host;
 use crate::say;
 use crate::storage::audit::Audit;
 
@@ -100,13 +101,26 @@ pub fn with_kernel<T>(
     if let Some(path) = &named.core {
         return with_core(path, |guest, kernel, _| action(guest, kernel));
     }
-    let host = session.host()?;
-    let domain = host.guest(named.domain()?)?;
-    let kernel = machine::kernel_of(&domain)?;
-    if session.verbose > 0 {
-        session.say(1, format!("{}: {}", domain.label(), pauses(&domain)));
-    }
-    action(&Guest::of(&domain), &kernel)
+    on_domain(&session.host()?, named.domain()?, |domain| {
+        let kernel = machine::kernel_of(domain)?;
+        if session.verbose > 0 {
+            session.say(1, format!("{}: {}", domain.label(), pauses(domain)));
+        }
+        action(&Guest::of(domain), &kernel)
+    })
+}
+
+/// Calls `action` with the domain that the user named `wanted`. Its errors begin with that name.
+///
+/// # Errors
+/// There is no such guest, or `action` failed.
+pub(super) fn on_domain<'h, T>(
+    host: &'h Host,
+    wanted: &str,
+    action: impl FnOnce(&Domain<'h>) -> Result<T>,
+) -> Result<T> {
+    let domain = host.guest(wanted)?;
+    action(&domain).map_err(|error| error.context(say::one_line(wanted)))
 }
 
 /// How a pause of this guest would be made, in words.
@@ -173,18 +187,28 @@ impl DomainOrCore {
 }
 
 /// Reports that `guest` can't be read, and returns the exit code for that.
+pub(super) fn unread(session: &Session, guest: &Guest, error: &Error) -> ExitCode {
+    let uuid = guest.uuid.as_deref().unwrap_or_default();
+    unread_by_name(session, &guest.label(), uuid, error)
+}
+
+/// Reports that the guest `label` can't be read, and returns the exit code for that.
 ///
 /// A guest without patches, by the audit log, is no failure: `list` says why it can't be read.
-pub(super) fn unread(session: &Session, guest: &Guest, error: &Error) -> ExitCode {
+pub(super) fn unread_by_name(
+    session: &Session,
+    label: &str,
+    uuid: &str,
+    error: &Error,
+) -> ExitCode {
     let in_force = |uuid: &str| Audit::system().in_force(uuid);
-    let has_patches = |uuid| in_force(uuid).map_or(true, |patches| !patches.is_empty());
-    if !guest.uuid.as_deref().is_some_and(has_patches) {
-        session.say(1, format!("{}: {error}", guest.label()));
+    let has_patches = in_force(uuid).map_or(true, |patches| !patches.is_empty());
+    if uuid.is_empty() || !has_patches {
+        session.say(1, format!("{label}: left out: {error}"));
         return ExitCode::Done;
     }
     say::warn(format_args!(
-        "{}: the audit log lists patches of this guest, but it can't be read: {error}",
-        guest.label()
+        "{label}: the audit log lists patches of this guest, but it can't be read: {error}"
     ));
     error.exit_code()
 }

@@ -208,8 +208,8 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Info(args) => info::run(&session, args),
         Command::Show { file } => show::run(&session, file),
         Command::Check(args) => check::run(&session, args),
-        Command::Apply(args) => apply::run(&session, &session.host()?, args, Mode::Apply),
-        Command::Replace(args) => apply::run(&session, &session.host()?, args, Mode::Replace),
+        Command::Apply(args) => apply::run(&session, args, Mode::Apply),
+        Command::Replace(args) => apply::run(&session, args, Mode::Replace),
         Command::Revert(args) => revert::run(&session, &session.host()?, args),
         Command::Blocking(args) => blocking::run(&session, args),
         Command::Nudge(args) => nudge::run(&session, &session.host()?, args),
@@ -221,7 +221,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
             verify::run(&session, domain.as_deref(), core.as_deref())
         }
         Command::History(args) => history::run(&session, args),
-        Command::Recover(args) => recover::run(&session, &session.host()?, args),
+        Command::Recover(args) => recover::run(&session, args),
         Command::Daemon(_) if session.dry_run => {
             Err(Error::usage("daemon has no dry run: it does what requests ask for").into())
         }

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::args::{Nudge, Output};
 use super::blocking::PayloadOrPatch;
-use super::{out, Session};
+use super::{guest, out, Session};
 use crate::arena::Arena;
 use crate::error::{ExitCode, Result};
 use crate::ops;
@@ -37,15 +37,16 @@ fn watch(asked: &PayloadOrPatch, kernel: &Kernel<'_>) -> Result<Option<Watch>> {
 pub fn run(session: &Session, host: &Host, args: &Nudge) -> anyhow::Result<ExitCode> {
     let asked = PayloadOrPatch::of(&args.what)?;
     let name = asked.name();
-    let domain = host.guest(&args.domain)?;
     let options = session.options(&args.limits);
     let operator = host.operator(operator::user());
-    let nudged = ops::nudge(&operator, &domain, name, |k| watch(&asked, k), &options)?;
-    let label = domain.label();
+    let (domid, label, nudged) = guest::on_domain(host, &args.domain, |domain| {
+        let nudged = ops::nudge(&operator, domain, name, |k| watch(&asked, k), &options)?;
+        Ok((domain.info.id, domain.label(), nudged))
+    })?;
     if session.output == Output::Json {
         let report = nudged.as_ref().map(|n| &n.report);
         out::object(json!({
-            "domid": domain.info.id.0,
+            "domid": domid.0,
             "domain": args.domain,
             "patch": name,
             "result": report.map_or("already", |r| r.result.name()),

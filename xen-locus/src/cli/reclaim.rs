@@ -7,6 +7,7 @@ use crate::error::ExitCode;
 use crate::ops;
 use crate::ops::host::Host;
 use crate::ops::operator;
+use crate::say;
 
 /// Runs the command.
 ///
@@ -17,7 +18,8 @@ pub fn run(session: &Session, host: &Host, args: &Reclaim) -> anyhow::Result<Exi
     let options = session.options(&args.limits);
     let operator = host.operator(operator::user());
     let names: Vec<String> = args.patch.iter().cloned().collect();
-    let results = ops::reclaim(&operator, &domain, &names, &options)?;
+    let results = ops::reclaim(&operator, &domain, &names, &options)
+        .map_err(|error| error.context(say::one_line(&args.domain)))?;
     if results.is_empty() {
         session.say(0, format!("{}: no payload is parked", domain.label()));
     }

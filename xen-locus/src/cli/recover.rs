@@ -3,9 +3,8 @@
 use serde_json::{json, Value};
 
 use super::args::{Output, Recover};
-use super::{out, Session};
+use super::{guest, out, Session};
 use crate::error::{Error, ExitCode};
-use crate::ops::host::Host;
 use crate::ops::operator;
 use crate::ops::recover_all::{self, Recovered};
 use crate::recover::Finding;
@@ -37,14 +36,16 @@ fn code(found: &Recovered) -> ExitCode {
 ///
 /// # Errors
 /// There is no such guest; domains can't be listed.
-pub fn run(session: &Session, host: &Host, args: &Recover) -> anyhow::Result<ExitCode> {
+pub fn run(session: &Session, args: &Recover) -> anyhow::Result<ExitCode> {
     if session.dry_run {
         let why =
             "recover has no dry run; `status` shows what is in force without changing anything";
         return Err(Error::usage(why).into());
     }
+    let host = &session.host()?;
     let options = session.options(&args.limits);
-    let found = match &args.domain {
+    let mut worst = ExitCode::Done;
+    let mut found = match &args.domain {
         Some(wanted) => {
             let domain = host.guest(wanted)?;
             let operator = host.operator(operator::user());
@@ -52,6 +53,20 @@ pub fn run(session: &Session, host: &Host, args: &Recover) -> anyhow::Result<Exi
         }
         None => recover_all::all(host, &operator::user(), &options, false)?,
     };
+    if args.domain.is_none() {
+        found.retain(|one| match &one.result {
+            Err(error) if one.is_left_out() => {
+                worst = worst.max(guest::unread_by_name(
+                    session,
+                    &one.label(),
+                    &one.uuid,
+                    error,
+                ));
+                false
+            }
+            _ => true,
+        });
+    }
     match (session.output, &args.domain) {
         (Output::Json, Some(_)) => out::object(found.first().map(json).unwrap_or_default()),
         (Output::Json, None) => {
@@ -67,6 +82,5 @@ pub fn run(session: &Session, host: &Host, args: &Recover) -> anyhow::Result<Exi
             }
         }
     }
-    let worst = found.iter().map(code).max();
-    Ok(worst.unwrap_or(ExitCode::Done))
+    Ok(found.iter().map(code).fold(worst, ExitCode::max))
 }

@@ -8,6 +8,7 @@ use crate::error::ExitCode;
 use crate::ops;
 use crate::ops::host::Host;
 use crate::ops::operator;
+use crate::say;
 
 /// Runs the command.
 ///
@@ -25,7 +26,8 @@ pub fn run(session: &Session, host: &Host, args: &Revert) -> anyhow::Result<Exit
             let result = ops::revert(&operator, &domain, patch, None, &options);
             vec![(patch.clone(), result)]
         }
-        None => ops::revert_all(&operator, &domain, &options)?,
+        None => ops::revert_all(&operator, &domain, &options)
+            .map_err(|error| error.context(say::one_line(&args.domain)))?,
     };
     if results.is_empty() {
         session.say(0, format!("{}: no patch is applied", domain.label()));

@@ -58,7 +58,12 @@ pub fn run(
             let inside = |watch: &Watch| quiesce::inside(kernel, core.vcpus(), watch);
             GuestStatus::read(guest.clone(), kernel, None, inside)
         })?],
-        (None, Some(wanted)) => vec![status(session, &session.host()?.guest(wanted)?)?],
+        (None, Some(wanted)) => {
+            let host = session.host()?;
+            vec![guest::on_domain(&host, wanted, |domain| {
+                status(session, domain)
+            })?]
+        }
         (None, None) => {
             let (all, worst) = all(session, &session.host()?)?;
             code = worst;

@@ -35,12 +35,13 @@ pub fn run(
         })?),
         (None, Some(wanted)) => {
             let host = session.host()?;
-            let domain = host.guest(wanted)?;
             let history = log()?;
-            let known = known(&history, &domain)?;
-            let guest = Guest::of(&domain);
-            let outcome = compare(&guest, &machine::kernel_of(&domain)?, known.as_ref())?;
-            all.push((guest, outcome));
+            all.push(guest::on_domain(&host, wanted, |domain| {
+                let known = known(&history, domain)?;
+                let guest = Guest::of(domain);
+                let outcome = compare(&guest, &machine::kernel_of(domain)?, known.as_ref())?;
+                Ok((guest, outcome))
+            })?);
         }
         (None, None) => {
             let host = session.host()?;

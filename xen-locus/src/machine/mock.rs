@@ -72,6 +72,8 @@ pub(crate) struct Guest {
     pub(crate) is_busy: Cell<bool>,
     /// Its status may not be true.
     pub(crate) is_unpublished: Cell<bool>,
+    /// Its kernel is none that can be read.
+    pub(crate) is_strange: Cell<bool>,
     /// Some of its memory is populated on demand.
     pub(crate) on_demand: Cell<bool>,
     /// Pages of memory that it may be given yet.
@@ -140,6 +142,7 @@ impl Guest {
             shares_uuid: Cell::new(false),
             is_busy: Cell::new(false),
             is_unpublished: Cell::new(false),
+            is_strange: Cell::new(false),
             on_demand: Cell::new(false),
             spare: Cell::new(240),
             writing: Cell::new(Writing::Begins),

@@ -68,7 +68,7 @@ pub fn nudge(
         report: apply::report(patch, outcome, 0, done),
     };
     if threads.is_empty() {
-        return Ok(nudged(asleep, 0, Outcome::Already, Done::default()));
+        return Ok(nudged(asleep, 0, Outcome::NobodyAsleep, Done::default()));
     }
     let gate = Gate::prepare(kernel, patch, &threads)?;
     if options.dry_run {

@@ -10,7 +10,7 @@ use super::guest::Guest;
 use super::lock;
 use super::run::{timed, Asked, Operator};
 use super::status::{patches_by, PatchState};
-use crate::apply::{self, Options, Report};
+use crate::apply::{self, Options, Outcome, Report};
 use crate::error::{Error, Result};
 use crate::machine;
 use crate::nudge::{self, Nudged};
@@ -82,7 +82,9 @@ pub fn revert<G: Guest>(
         }
         match named {
             // Nothing to undo; by this line of the audit log it is not missed any more.
-            Some(lost) if lost.state.is_lost() => Ok(apply::nothing_to_do(patch)),
+            Some(lost) if lost.state.is_lost() => {
+                Ok(apply::nothing_to_do(patch, Outcome::AlreadyLost))
+            }
             _ => apply::revert(guest, kernel, patch, options),
         }
     })
@@ -173,7 +175,7 @@ pub fn nudge<G: Guest>(
     let mut nudged = None;
     operator.run(guest, &asked, options, |kernel, options| {
         let Some(watch) = watch(kernel)? else {
-            return Ok(apply::nothing_to_do(patch));
+            return Ok(apply::nothing_to_do(patch, Outcome::NobodyAsleep));
         };
         let done = nudge::nudge(guest, kernel, patch, &watch, options)?;
         Ok(nudged.insert(done).report.clone())

@@ -6,7 +6,7 @@ use super::host::Host;
 use super::Operator;
 use crate::apply::Options;
 use crate::domain::{self, Domain};
-use crate::error::Result;
+use crate::error::{Class, Error, Result};
 use crate::guard;
 use crate::recover::Report;
 use crate::storage::journal;
@@ -20,18 +20,33 @@ pub struct Recovered {
     pub name: String,
     /// UUID of the guest.
     pub uuid: String,
+    /// It has a journal or a guardian's file.
+    pub is_noted: bool,
     /// What was found and done.
     pub result: Result<Report>,
 }
 
 impl Recovered {
+    /// How messages name the guest.
+    #[must_use]
+    pub fn label(&self) -> String {
+        match self.domid {
+            Some(id) => domain::label(&self.name, id),
+            None => self.uuid.clone(),
+        }
+    }
+
+    /// Whether it is a guest of which nothing is noted, and whose kernel is none that this tool can change, or does not run yet.
+    #[must_use]
+    pub fn is_left_out(&self) -> bool {
+        let is_none = |error: &Error| error.class() == Class::NotApplicable || error.is_not_ready();
+        !self.is_noted && self.result.as_ref().is_err_and(is_none)
+    }
+
     /// Guest and result in one line.
     #[must_use]
     pub fn line(&self) -> String {
-        let whom = match self.domid {
-            Some(id) => domain::label(&self.name, id),
-            None => self.uuid.clone(),
-        };
+        let whom = self.label();
         match &self.result {
             Ok(report) => format!("{whom}: {report}"),
             Err(error) => format!("{whom}: {error}"),
@@ -43,6 +58,7 @@ impl Recovered {
 #[must_use]
 pub fn one(operator: &Operator<'_>, domain: &Domain<'_>, options: &Options) -> Recovered {
     Recovered {
+        is_noted: true,
         domid: Some(domain.info.id),
         name: domain.name.clone(),
         uuid: domain.info.uuid.clone(),
@@ -51,7 +67,7 @@ pub fn one(operator: &Operator<'_>, domain: &Domain<'_>, options: &Options) -> R
 }
 
 /// Recovers all guests that have a journal or a guardian's file, including those that are not on this host now, and unless `only_noted`
-/// all other guests too. Another guest whose kernel can't be read is left out, because this tool never changed it.
+/// all other guests too: of one that migrated here in the middle of a change, only its memory tells.
 ///
 /// # Errors
 /// Domains can't be listed.
@@ -76,24 +92,26 @@ pub fn all(host: &Host, who: &str, options: &Options, only_noted: bool) -> Resul
         if !running || (only_noted && !known) {
             continue;
         }
-        let one = match host.domain(info.clone()) {
-            Ok(domain) => one(&host.operator(who.to_owned()), &domain, options),
+        found.push(match host.domain(info.clone()) {
+            Ok(domain) => Recovered {
+                is_noted: known,
+                ..one(&host.operator(who.to_owned()), &domain, options)
+            },
             // It may be going away. The others are not to wait for it.
             Err(error) => Recovered {
                 domid: Some(info.id),
                 name: host.store.domain_name(info.id).unwrap_or_default(),
-                uuid: uuid.clone(),
+                uuid,
+                is_noted: known,
                 result: Err(error),
             },
-        };
-        if known || one.result.is_ok() {
-            found.push(one);
-        }
+        });
     }
     for uuid in noted {
         found.push(Recovered {
             domid: None,
             name: String::new(),
+            is_noted: true,
             result: super::recover_absent(&host.control, &uuid, options),
             uuid,
         });

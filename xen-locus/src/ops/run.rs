@@ -190,7 +190,7 @@ impl Operator<'_> {
 
     /// Recovers the guest from an interrupted run and logs that, if there was anything. If it can't be logged, the
     /// journal stays, and nothing else may begin. That it is to be tried again is not logged: this may come again every few
-    /// seconds. The caller has the guest's lock.
+    /// seconds. Nor is it logged that a guest can't be read of which nothing is noted. The caller has the guest's lock.
     ///
     /// # Errors
     /// As [`recover::recover`]; the log can't be opened or written; the journal can't be removed.
@@ -215,6 +215,10 @@ impl Operator<'_> {
                 action.message = report.to_string();
             }
             Err(error) if error.class() == Class::TryAgain => {}
+            // Another system, and no run was at work on it.
+            Err(error)
+                if error.class() == Class::NotApplicable
+                    && !guest.is_recovery_due().unwrap_or(true) => {}
             Err(error) => failed(&mut action, error),
         }
         let logged = match action.result.is_empty() {

@@ -10,7 +10,7 @@ use super::guest::Guest;
 use super::run::Asked;
 use super::*;
 use crate::apply::mock::options;
-use crate::apply::{nothing_to_do, Options, Outcome, Report};
+use crate::apply::{Options, Outcome, Report};
 use crate::error::{Error, Result};
 use crate::machine::mock::{payload, Guest as MockGuest};
 use crate::operation::Operation;
@@ -22,6 +22,7 @@ use crate::storage::xenstore::ROOT;
 
 mod damaged;
 mod lost;
+mod not_logged;
 mod unpublished;
 
 const UUID: &str = "a guest";
@@ -71,6 +72,9 @@ impl Guest for MockGuest {
         self.trace.call("recover")?;
         if self.is_busy.get() {
             return Err(Error::try_again("its guardian does not end"));
+        }
+        if self.is_strange.get() {
+            return Err(Error::not_applicable("not a Linux kernel"));
         }
         let noted = match (self.has_damaged_journal.get(), self.intent.borrow().clone()) {
             (true, _) => Noted::Damaged("it is cut off".into()),
@@ -323,19 +327,6 @@ fn an_interrupted_run_that_can_not_be_recovered_lets_nothing_begin() {
 }
 
 #[test]
-fn that_an_interrupted_run_is_to_be_recovered_later_is_no_line() {
-    let host = Host::interrupted();
-    let recover = || recover(&host.operator(), &host.guest, &options(false));
-    host.guest.is_busy.set(true);
-    recover().unwrap_err();
-    assert_eq!(host.log.told(), [""; 0]);
-    assert!(host.has_journal());
-    host.guest.is_busy.set(false);
-    recover().unwrap();
-    assert_eq!(host.log.told(), ["recover one finished"]);
-}
-
-#[test]
 fn a_dry_run_logs_publishes_and_recovers_nothing() {
     let host = Host::interrupted();
     let report = host.apply("two", true).unwrap();
@@ -345,26 +336,6 @@ fn a_dry_run_logs_publishes_and_recovers_nothing() {
     assert_eq!(host.published(), [""; 0]);
     assert_eq!(host.in_guest(), ["one"]);
     assert!(host.has_journal());
-}
-
-#[test]
-fn an_error_after_which_the_operator_tries_again_is_not_recorded() {
-    let host = Host::new();
-    let asked = Asked {
-        operation: Operation::Apply,
-        patch: "one",
-        sha256: String::new(),
-    };
-    let run = |error: fn() -> Error| {
-        let act = |_: &locus_kernel::Kernel<'_>, _: &Options| Err(error());
-        host.operator()
-            .run(&host.guest, &asked, &options(false), act)
-            .unwrap_err();
-        host.log.told()
-    };
-    assert_eq!(run(|| Error::not_loaded("ext4")), [""; 0]);
-    let told = run(|| Error::not_applicable("another kernel"));
-    assert_eq!(told, ["apply one not-applicable"]);
 }
 
 #[test]
@@ -439,10 +410,7 @@ fn a_patch_that_was_lost_in_a_reboot_is_shown_until_it_is_reverted() {
         &options(false),
     );
     assert!(wrong.unwrap_err().to_string().contains("SHA-256"));
-    assert_eq!(
-        host.revert("one").unwrap().result,
-        nothing_to_do("one").result
-    );
+    assert_eq!(host.revert("one").unwrap().result, Outcome::AlreadyLost);
     assert_eq!(states(), []);
 }
 

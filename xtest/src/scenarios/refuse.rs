@@ -164,10 +164,25 @@ fn domains(ctx: &mut Ctx) -> Result<(), Verdict> {
         refused(
             ctx,
             &format!("xen-locus apply {dom0} {file}"),
-            1,
+            3,
             "control domain",
         )?;
     }
+    // Nothing is changed before all names are known.
+    ctx.ensure_guest(GuestSpec::new("pv", Kind::Pv))?;
+    refused(
+        ctx,
+        &format!("xen-locus apply pv nobody {file}"),
+        1,
+        "no domain",
+    )?;
+    tool::no_patches(ctx, "pv")?;
+    refused(
+        ctx,
+        &format!("xen-locus apply pv {file} {file}"),
+        64,
+        "one payload is applied at a time",
+    )?;
     // Built, never started.
     ctx.dom0.put(
         "/etc/xen/early.cfg",

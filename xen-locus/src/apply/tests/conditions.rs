@@ -326,7 +326,7 @@ fn nothing_is_called_applied_that_does_not_hold() {
     guest.remove_kprobe(2);
     guest.poke(at, &jump);
     let report = guest.apply(&one, Mode::Apply).unwrap();
-    assert_eq!(report.result, Outcome::Already);
+    assert_eq!(report.result, Outcome::AlreadyApplied);
 }
 
 #[test]

@@ -108,7 +108,10 @@ fn a_payload_supersedes_all_patches_in_one_step() {
         assert_eq!(report.superseded, ["one", "two"]);
         assert_eq!(guest.runs(), ["all", "", "all"]);
         assert_eq!(guest.status().unwrap(), ["all"]);
-        assert_eq!(guest.apply(&all, mode).unwrap().result, Outcome::Already);
+        assert_eq!(
+            guest.apply(&all, mode).unwrap().result,
+            Outcome::AlreadyApplied
+        );
         // What it supersedes can come again, and is not brought back by its going.
         guest.applied(&payload("one", &[A]));
         assert_eq!(guest.runs(), ["one", "", "all"]);
@@ -376,8 +379,23 @@ fn a_pause_that_took_too_long_before_the_look_is_given_up() {
     let apply = || apply(&guest, &guest.kernel(), &payload, Mode::Apply, &limits);
     let error = apply().unwrap_err();
     assert_eq!(error.exit_code(), ExitCode::TryAgain);
-    assert!(error.to_string().contains("--max-pause"), "{error}");
+    let said = error.to_string();
+    assert!(said.contains("--max-pause"), "{said}");
     assert_eq!(guest.runs(), ["", "", ""]);
+    // Not all is as before.
+    assert!(
+        said.contains("stays parked") && said.contains("reclaim GUEST one"),
+        "{said}"
+    );
+    let residents = guest.residents().unwrap();
+    let states: Vec<State> = residents.iter().map(|r| r.slot.state).collect();
+    assert_eq!(states, [State::Parked]);
+    // What ends before that leaves nothing there, and says nothing of it.
+    let other = Guest::new();
+    other.trace.fail("begin");
+    let early = super::apply(&other, &other.kernel(), &payload, Mode::Apply, &limits);
+    let early = early.unwrap_err().to_string();
+    assert!(!early.contains("parked"), "{early}");
     guest.pause_takes.set(limits.max_pause);
     apply().unwrap();
 }

@@ -147,7 +147,7 @@ impl Hands for Mock {
         }
         self.changes.set(self.changes.get() + 1);
         self.record(action("XenStore request r", "revert", "reverted"));
-        Ok(apply::nothing_to_do("fix"))
+        Ok(apply::nothing_to_do("fix", apply::Outcome::AlreadyApplied))
     }
 }
 
