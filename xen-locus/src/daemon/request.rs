@@ -172,11 +172,17 @@ impl Request {
         let patch = node("patch")?.ok_or_else(|| bad("no patch is given".into()))?;
         if !is_name(&patch) {
             return Err(bad(format!(
-                "patch is {patch:?}; expected a name of letters, digits, _ and -: payloads are \
+                "patch is {patch:?}; expected a name of at most {NAME_MAX} letters, digits, _ and -: payloads are \
                  named, never carried"
             )));
         }
         let sha256 = node("sha256")?.map(|s| s.to_ascii_lowercase());
+        let is_digest = |s: &String| s.len() == 64 && s.bytes().all(|b| b.is_ascii_hexdigit());
+        if let Some(odd) = sha256.as_ref().filter(|s| !is_digest(s)) {
+            return Err(bad(format!(
+                "sha256 is {odd:?}; expected the whole digest, 64 hex digits, as sha256sum prints it"
+            )));
+        }
         let deadline =
             match node("deadline")? {
                 None => None,
@@ -253,6 +259,9 @@ mod tests {
             ("patch", "../../etc/passwd"),
             ("patch", ""),
             ("deadline", "tomorrow"),
+            ("sha256", "abcd"),
+            ("sha256", &"x".repeat(64)),
+            ("patch", &"p".repeat(NAME_MAX + 1)),
         ] {
             let mut nodes = good.to_vec();
             nodes.retain(|(n, _)| *n != name);
@@ -260,6 +269,11 @@ mod tests {
             let error = parse(&nodes).unwrap_err();
             assert_eq!(error.exit_code(), ExitCode::Usage, "{name}={value}");
         }
+        let mut whole = good.to_vec();
+        let digest = "0aF".repeat(21) + "9";
+        whole.push(("sha256", &digest));
+        let request = parse(&whole).unwrap();
+        assert_eq!(request.sha256, Some(digest.to_ascii_lowercase()));
         let long = "x".repeat(VALUE_MAX + 1);
         assert!(parse(&[("op", &long)]).is_err());
     }

@@ -378,9 +378,13 @@ impl Server<'_> {
         let mut operator = self.host.operator(operator(id));
         let mut options = self.settings.options.clone();
         if let Some(deadline) = request.deadline {
-            let left = deadline
-                .checked_sub(now())
-                .ok_or_else(|| Error::try_again(format!("the deadline {deadline} has passed")))?;
+            let left = deadline.checked_sub(now()).ok_or_else(|| {
+                let nodes = RequestNodes {
+                    store: &self.host.store,
+                    id,
+                };
+                is_too_late(&nodes, deadline)
+            })?;
             options.timeout = options.timeout.min(Duration::from_secs(left));
             operator.retries_after = Error::is_not_loaded;
         }
@@ -426,11 +430,24 @@ impl Server<'_> {
         let found = hex::encode(payload.sha256);
         if let Some(wanted) = sha256.filter(|s| *s != found) {
             return Err(Error::failed(format!(
-                "payload {name} has SHA-256 {found}, and {wanted} is asked for",
+                "payload {name} has SHA-256 {found}, and {wanted} is asked for: copy the file that is meant to {}, or ask for \
+                 the one that is there",
+                path.display()
             )));
         }
         Ok(payload)
     }
+}
+
+/// The deadline has passed. What the request waited for is its last message.
+fn is_too_late(nodes: &RequestNodes<'_>, deadline: u64) -> Error {
+    let passed = format!("the deadline {deadline} has passed");
+    // Without it, the answer is still true.
+    let last = nodes.read("message").ok().flatten();
+    Error::try_again(match last.as_deref().unwrap_or_default() {
+        "" => passed,
+        last => format!("{passed}; until then it waited, because: {last}"),
+    })
 }
 
 /// An error in one line, with the first few threads that block.

@@ -173,6 +173,25 @@ fn a_malformed_request_is_answered_and_not_carried_out() {
 }
 
 #[test]
+fn when_the_deadline_has_passed_the_answer_says_what_was_waited_for() {
+    let mock = Mock::new(&[("deadline", "12")]);
+    let nodes = RequestNodes {
+        store: &mock.store,
+        id: "r",
+    };
+    let error = is_too_late(&nodes, 12);
+    assert_eq!(error.exit_code(), ExitCode::TryAgain);
+    assert_eq!(error.to_string(), "the deadline 12 has passed");
+    *mock.gives.borrow_mut() = Some(Error::not_loaded("ext4 is not loaded"));
+    mock.serve();
+    let said = is_too_late(&nodes, 12).to_string();
+    assert!(
+        said.ends_with("waited, because: ext4 is not loaded"),
+        "{said}"
+    );
+}
+
+#[test]
 fn a_request_with_a_deadline_waits_for_a_module_and_for_nothing_else() {
     let deadline = [("deadline", "12")];
     for (more, waits) in [(&deadline[..], true), (&[], false)] {
