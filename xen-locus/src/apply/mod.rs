@@ -52,8 +52,7 @@ pub fn apply(
     });
     done.map_err(|error| match placed.get() && is_parked(kernel, &payload.name) {
         true => error.note(format!(
-            "Its code stays parked in the guest until the file is applied again, or until `xen-locus reclaim GUEST {}` gives \
-             the memory back",
+            "Its code stays parked in the guest: apply the file again, or give the memory back by `xen-locus reclaim GUEST {}`",
             payload.name
         )),
         false => error,
