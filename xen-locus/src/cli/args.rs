@@ -498,14 +498,16 @@ mod tests {
         let all: Vec<String> = all.map(str::to_owned).collect();
         cli.build();
         for name in all {
-            let words = ["xen-locus", &name, "--nonsense"];
-            let error = Cli::try_parse_from(words).unwrap_err().to_string();
             let mut command = cli.find_subcommand(&name).cloned().unwrap();
             let usage = command.render_usage().to_string();
-            assert!(
-                error.contains(&usage) && usage.contains("[OPTIONS]"),
-                "{error}"
-            );
+            assert!(usage.contains("[OPTIONS]"), "{usage}");
+            // Unknown; missing; two that exclude each other.
+            for more in [&["--nonsense"][..], &[], &["--core", "c", "x"]] {
+                let words = [&["xen-locus", &name], more].concat();
+                let error = Cli::try_parse_from(words).err();
+                let error = error.map_or_else(|| usage.clone(), |error| error.to_string());
+                assert!(error.contains(&usage), "{error}");
+            }
         }
         let error = Cli::try_parse_from(["xen-locus", "--nonsense"]).unwrap_err();
         assert!(error.to_string().contains("[OPTIONS] <COMMAND>"), "{error}");
