@@ -90,7 +90,7 @@ fn fill(domain: &Domain<'_>, kernel: &Kernel<'_>, parts: usize) -> Result<String
         arena.add(domain, kernel, first, &[Rights::RoData; PAGES])?;
         let mut record = record(payload, first);
         // Two words stand before its `struct module`, which say that the guest does not know it.
-        let room = PAGES * PAGE_LEN - MODULE as usize;
+        let room = PAGES * PAGE_LEN - usize::try_from(MODULE)?;
         let mut json = record.encode()?;
         for n in 0.. {
             let old = text.plus(n * PAGE_SIZE);
@@ -174,7 +174,8 @@ fn names(domain: &Domain<'_>, kernel: &Kernel<'_>) -> Result<String> {
         kernel.symbols.need("__start_rodata")?,
         kernel.symbols.need("__end_rodata")?,
     );
-    let data = kernel.space.read_vec(start, (end.0 - start.0) as usize)?;
+    let len = usize::try_from(end.0 - start.0)?;
+    let data = kernel.space.read_vec(start, len)?;
     let found = data.windows(needle.len()).position(|w| w == needle);
     let found = found.context("the table of offsets was not found")? as u64;
     let target = symbols.get(at).context("it is there")?;

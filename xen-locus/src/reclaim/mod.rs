@@ -17,6 +17,7 @@
 //! payload's author, as it is before `rmmod` of a livepatch that was disabled.
 
 mod candidates;
+mod code_frames;
 mod page_types;
 mod readers;
 mod search;

@@ -18,9 +18,9 @@ use locus_guest::addr::{Frame, Gva, Range, PAGE_LEN, PAGE_SIZE};
 use locus_guest::budget::Budget;
 use locus_guest::space::Space;
 use locus_guest::{self as guest, fetch};
-use locus_kernel::modules::ModuleReader;
 use locus_kernel::Kernel;
 
+use super::code_frames::{code_frames, IMAGE};
 use super::page_types::Pages;
 use super::stacks::{if_mapped, Stacks};
 use super::{check_interrupted, pages_of};
@@ -34,8 +34,6 @@ use crate::write::Write;
 
 /// Pages that are mapped at once.
 const AT_ONCE: usize = 256;
-/// Where the kernel's image is mapped (`__START_KERNEL_map`).
-const IMAGE: u64 = 0xffff_ffff_8000_0000;
 /// Pages that an honest guest has at most beside what Xen says: the search ends there.
 const MORE_PAGES: u64 = 1 << 16;
 /// How functions are aligned at least where the compiler aligns them (`CONFIG_FUNCTION_ALIGNMENT`).
@@ -196,7 +194,7 @@ impl<'a, 'm> Search<'a, 'm> {
         let pages = Pages::of(self.kernel, &space)?;
         let mut passed_over = stacks.clone();
         passed_over.extend(self.arena.own_frames());
-        passed_over.extend(code(self.kernel, &space)?);
+        passed_over.extend(code_frames(self.kernel, &space)?);
         let mut seen = 0;
         let blocks = end.div_ceil(BLOCK);
         for nth in 0..blocks {
@@ -428,48 +426,6 @@ fn pages_from(start: Gva, len: usize) -> Range {
     Range::new(start, len as u64)
 }
 
-/// The frames in which nothing is but code of the kernel and of its modules. All of that is within 2 GiB ([`IMAGE`]), where
-/// code can call other code. What a module says to be its code elsewhere is looked through as all other memory.
-fn code(kernel: &Kernel<'_>, space: &Space<'_>) -> Result<HashSet<Frame>> {
-    let kernels = ["_stext", "_etext"].map(|name| kernel.symbols.addr(name));
-    let mut ranges = Vec::new();
-    if let [Some(start), Some(end)] = kernels {
-        ranges.push(Range { start, end });
-    }
-    for module in ModuleReader::new(kernel)?.all()? {
-        // Older kernels keep code, constants and variables in one part.
-        let text = module.parts.iter().filter(|p| p.kind == "text");
-        ranges.extend(text.map(|p| p.range));
-    }
-    let mut frames = HashSet::new();
-    for pages in whole_pages(ranges) {
-        // A module may have gone.
-        let found = if_mapped(space.frames(pages.start, pages.len()))?;
-        frames.extend(found.unwrap_or_default());
-    }
-    Ok(frames)
-}
-
-/// The pages from [`IMAGE`] on that are wholly in one of `ranges`. Many modules may say that they are at the same place: each
-/// page counts once.
-fn whole_pages(mut ranges: Vec<Range>) -> Vec<Range> {
-    ranges.sort_by_key(|range| range.start);
-    let mut found = Vec::with_capacity(ranges.len());
-    let mut next = IMAGE;
-    for range in ranges {
-        let start = range.start.0.max(next).checked_next_multiple_of(PAGE_SIZE);
-        let end = range.end.0 & !(PAGE_SIZE - 1);
-        if let Some(start) = start.filter(|&start| start < end) {
-            found.push(Range {
-                start: Gva(start),
-                end: Gva(end),
-            });
-            next = end;
-        }
-    }
-    found
-}
-
 /// The tables of the payloads that are out of the guest's lists, each from its marks to the end of its pages. Nothing
 /// follows them any more.
 fn stale(kernel: &Kernel<'_>, arena: &Arena) -> Result<Vec<Range>> {
@@ -484,30 +440,4 @@ fn stale(kernel: &Kernel<'_>, arena: &Arena) -> Result<Vec<Range>> {
         }
     }
     Ok(stale)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn code_is_looked_for_where_code_can_be_and_once() {
-        const MODULES: u64 = 0xffff_ffff_c000_0000;
-        let range = |start: u64, end: u64| Range {
-            start: Gva(start),
-            end: Gva(end),
-        };
-        // Of 4 GiB each, as many as there may be.
-        let elsewhere = (0..4096).map(|n| 0xffff_c900_0000_0000 + (n << 32));
-        let mut all: Vec<Range> = elsewhere.map(|at| range(at, at + (1 << 32))).collect();
-        all.extend([range(MODULES + 0x1100, MODULES + 0x5100); 4096]);
-        all.push(range(MODULES, MODULES + 0x3000));
-        all.push(range(MODULES + 0x8100, MODULES + 0x8f00));
-        all.push(range(u64::MAX - 0x10, u64::MAX));
-        let wanted = [
-            range(MODULES, MODULES + 0x3000),
-            range(MODULES + 0x3000, MODULES + 0x5000),
-        ];
-        assert_eq!(whole_pages(all), wanted);
-    }
 }
