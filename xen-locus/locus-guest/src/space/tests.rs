@@ -131,7 +131,7 @@ fn frames_of_a_large_page_cost_what_those_of_small_ones_do() {
     let tables = memory.frame();
     memory.set_entry(ROOT, (AT.0 >> 39) as usize & 511, (tables.0 << 12) | 3);
     for n in 0..512 {
-        memory.set_entry(tables, n as usize, (n << 30) | 0x83);
+        memory.set_entry(tables, usize::try_from(n).unwrap(), (n << 30) | 0x83);
     }
     let start = Gva(AT.0 & !(512 * GIB - 1));
     let space = Space::within(&memory, ROOT, 4, Budget::of(5 << 18));
