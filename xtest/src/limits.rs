@@ -10,6 +10,8 @@ use std::time::Duration;
 pub const BOOT: Duration = Duration::from_secs(180);
 /// The same, if dom0 is a whole Debian.
 pub const BOOT_DEBIAN: Duration = Duration::from_secs(600);
+/// A whole Debian takes so many times as long as the usual dom0.
+pub const DEBIAN_BOOTS: u32 = 4;
 /// Added to a command's own limit until the agent counts as silent. An emulated machine sometimes stops for
 /// up to two minutes, dom0 included.
 pub const GRACE: Duration = Duration::from_secs(150);

@@ -91,9 +91,10 @@ impl Testbed {
             .with_context(|| format!("dom0's console ends:\n{}", qemu.console_tail(30)))?;
         let payloads = self.paths.payloads(&self.root.release);
         let boot_time = began.elapsed();
-        if !profile.debian {
-            limits::booted_in(boot_time);
-        }
+        limits::booted_in(match profile.debian {
+            true => boot_time / limits::DEBIAN_BOOTS,
+            false => boot_time,
+        });
         let ctx = Ctx::new(
             dom0,
             self.root.release.clone(),

@@ -175,7 +175,10 @@ fn exposure(ctx: &Ctx) -> Result<(), Verdict> {
         .dom0
         .sh(&format!("systemd-analyze security --no-pager {UNIT}"))?;
     let text = out.text();
-    eprintln!("{text}");
+    // What it has nothing against is left out.
+    for line in text.lines().filter(|l| l.starts_with(['✗', '→'])) {
+        eprintln!("{}", line.split_whitespace().collect::<Vec<_>>().join(" "));
+    }
     let level = text
         .rsplit_once("exposure level for")
         .map_or("", |(_, line)| line);
@@ -259,7 +262,7 @@ impl Held {
         let submit = daemon::submission(id, "apply", "real", PAIR);
         let said = ctx
             .dom0
-            .sh(&format!("timeout 120 sh /tmp/hold.sh '{submit}'"))?;
+            .sh(&format!("timeout 300 sh /tmp/hold.sh '{submit}'"))?;
         let text = said.text();
         let ids: Vec<&str> = text.split(' ').collect();
         let [daemon, run, guardian] = ids[..] else {

@@ -74,10 +74,10 @@ pub fn answer(ctx: &Ctx, id: &str) -> Result<String, Verdict> {
 pub fn was_carried_out_once(ctx: &Ctx, name: &str, before: usize, id: &str) -> Result<(), Verdict> {
     let actions = tool::actions(ctx, name)?;
     let new = actions.get(before..).unwrap_or_default();
-    let results = |settled: bool| -> Vec<&str> {
+    let results = |recovered: bool| -> Vec<&str> {
         let lines = new.iter().filter(|a| match a["op"] == "recover" {
-            true => settled,
-            false => !settled && a["who"] == format!("XenStore request {id}"),
+            true => recovered,
+            false => !recovered && a["who"] == format!("XenStore request {id}"),
         });
         let results = lines.filter_map(|a| a["result"].as_str());
         // An attempt that changed nothing does not count.
