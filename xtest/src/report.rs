@@ -9,7 +9,7 @@ pub fn print(results: &Results, scenarios: &[Scenario]) -> bool {
     let (mut failed, mut gaps) = (Vec::new(), Vec::new());
     for scenario in scenarios {
         let name = scenario.name;
-        let start = format!("{:<6}{name:<28}", scenario.profile.name);
+        let start = format!("{:<12}{name:<28}", scenario.profile.name);
         let Some(stored) = results.of(name) else {
             println!("{start}      -    missing");
             gaps.push(name);

@@ -210,7 +210,7 @@ fn line(profile: &Profile, name: &str, ended: &Ended) -> String {
         word = format!("(second try) {word}");
     }
     format!(
-        "{:<6}{name:<28} {:6.1} s  {word}",
+        "{:<12}{name:<28} {:6.1} s  {word}",
         profile.name, ended.seconds
     )
 }
