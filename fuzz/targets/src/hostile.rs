@@ -262,7 +262,7 @@ fn everywhere(fill: &[u8], executable_entry: bool) -> MockMemory {
 fn a_root_that_holds_itself_everywhere_is_no_kernel() {
     refused(
         "a_root_that_holds_itself_everywhere_is_no_kernel",
-        "no read-only data",
+        "can be written and executed",
         0,
         || {
             let memory = MockMemory::new();
