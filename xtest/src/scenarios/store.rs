@@ -137,6 +137,14 @@ fn not_served(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
         ),
         (
             format!("b8 op=apply domain=pv patch={CMDLINE} sha256=00"),
+            "64",
+            "64 hex digits",
+        ),
+        (
+            format!(
+                "c1 op=apply domain=pv patch={CMDLINE} sha256={}",
+                "0".repeat(64)
+            ),
             "1",
             "SHA-256",
         ),
