@@ -22,7 +22,7 @@ pub fn no_journal(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         ("/run/xen-locus/guard", "size=4k"),
     ] {
         let out = ctx.dom0.sh(&format!(
-            "mkdir -p {place}; mount -t tmpfs -o {options} none {place} || exit 64
+            "mkdir -p {place}; mount -t tmpfs -o {options},mode=700 none {place} || exit 64
              echo full >{place}/file; {apply}; rc=$?; umount {place}; exit $rc"
         ))?;
         let said = out.err_text();
@@ -46,7 +46,7 @@ pub fn no_journal(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
 fn unrecorded(ctx: &Ctx, subject: &Subject, apply: &str) -> Result<(), Verdict> {
     let (name, log) = (&subject.guest.name, "/var/log/xen-locus");
     let out = ctx.dom0.sh(&format!(
-        "mkdir -p {log}; mount -t tmpfs -o size=4k none {log} || exit 64
+        "mkdir -p {log}; mount -t tmpfs -o size=4k,mode=700 none {log} || exit 64
          echo full >{log}/file; {apply}; rc=$?; umount {log}; exit $rc"
     ))?;
     check!(
