@@ -142,7 +142,7 @@ fn not_served(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
         ),
         (
             format!(
-                "c1 op=apply domain=pv patch={CMDLINE} sha256={}",
+                "b10 op=apply domain=pv patch={CMDLINE} sha256={}",
                 "0".repeat(64)
             ),
             "1",
