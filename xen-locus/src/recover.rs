@@ -137,8 +137,8 @@ pub fn is_due(uuid: &str) -> Result<bool> {
     Ok(Journal::new(uuid).exists() || !guard::files(Some(uuid))?.is_empty())
 }
 
-/// Recovers `domain` from runs that were interrupted: what they left is finished or undone. The caller holds the guest's lock. It logs the report and then retires the
-/// journal ([`Journal::retire`]): what that said is done, or void because the guest rebooted.
+/// Recovers `domain` from runs that were interrupted: what they left is finished or undone. The caller holds the guest's lock. It
+/// logs the report and then retires the journal ([`Journal::retire`]): what that said is done, or void because the guest rebooted.
 ///
 /// # Errors
 /// [`Class::Uncertain`](crate::error::Class::Uncertain): the guest can't be brought to a known state.

@@ -1,7 +1,7 @@
 //! A dom0 that is a real Debian 12: packages installed by dpkg on a disk, systemd, and the init scripts of Xen's packages.
 //!
 //! No root is needed: packages are unpacked here, and dpkg configures them in an emulated machine, once. Each boot gets the
-//! disk as it was then, and on it what `make install` installs. Only the boot loader and the initramfs are the bench's.
+//! disk as it was then, and on it what `make install` installs. Only the boot loader and the initramfs are the testbed's.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};

@@ -82,8 +82,8 @@ const CANDIDATES: usize = 8;
 ///
 /// # Errors
 /// [`Error::NotReady`] while no vCPU shows the entry point of a 64-bit kernel (firmware, early
-/// boot), or the kernel has not protected its memory yet; [`Error::NotLinux`] if the memory there is not mapped as that of Linux; [`Error::Memory`]
-/// if the budget is spent.
+/// boot), or the kernel has not protected its memory yet; [`Error::NotLinux`] if the memory there is not mapped as that of
+/// Linux; [`Error::Memory`] if the budget is spent.
 pub fn locate<'m>(
     mem: &'m dyn Memory,
     kind: GuestType,

@@ -44,9 +44,19 @@ pub struct Section {
     /// [`Role::Table`], [`Role::KlpRela`] and [`Role::NonAlloc`], whose bytes are not needed.
     pub data: Vec<u8>,
     /// Relocations of this section, by rising offset, each of which changes something (none is
-    /// `R_X86_64_NONE`), not overlapping, nor with livepatch relocations of it. Those of a [`Role::KlpRela`] section are listed with that section itself;
-    /// their offsets are in its target.
+    /// `R_X86_64_NONE`), not overlapping, nor with livepatch relocations of it. Those of a [`Role::KlpRela`] section
+    /// are listed with that section itself; their offsets are in its target.
     pub relocs: Vec<Reloc>,
+}
+
+impl Section {
+    /// ELF index of the section that [`Section::relocs`] change: its own, but for livepatch relocations.
+    pub(super) fn home(&self) -> usize {
+        match self.role {
+            Role::KlpRela { target, .. } => target,
+            _ => self.index,
+        }
+    }
 }
 
 /// One relocation (`Elf64_Rela`).
@@ -372,12 +382,8 @@ fn check_late(sections: &[Section], symbols: &[ElfSymbol]) -> Result<()> {
 fn check_overlaps(sections: &[Section]) -> Result<()> {
     let mut homes: HashMap<usize, Vec<(u64, u64)>> = HashMap::new();
     for section in sections.iter().filter(|s| !s.relocs.is_empty()) {
-        let home = match section.role {
-            Role::KlpRela { target, .. } => target,
-            _ => section.index,
-        };
         let width = |r: &Reloc| (r.offset, reloc_width(r.rtype));
-        let places = homes.entry(home).or_default();
+        let places = homes.entry(section.home()).or_default();
         places.extend(section.relocs.iter().map(width));
     }
     for (home, mut places) in homes {

@@ -63,12 +63,8 @@ struct Home<'a> {
 fn homes(sections: &[Section]) -> Vec<Home<'_>> {
     let mut relocs: BTreeMap<usize, Vec<&Reloc>> = BTreeMap::new();
     for section in sections.iter().filter(|s| !s.relocs.is_empty()) {
-        // Livepatch relocations change their target.
-        let home = match section.role {
-            Role::KlpRela { target, .. } => target,
-            _ => section.index,
-        };
-        relocs.entry(home).or_default().extend(&section.relocs);
+        let all = relocs.entry(section.home()).or_default();
+        all.extend(&section.relocs);
     }
     let home = |(index, relocs)| {
         let section = sections.get(index)?;

@@ -232,8 +232,8 @@ impl Payload {
         }
     }
 
-    /// False if a table of places in code, of which `late` are relocated late, has only places in code of `module_init` and `module_exit`. What
-    /// else a loader acts on is about the whole module, wherever it leads.
+    /// False if a table of places in code, of which `late` are relocated late, has only places in code of `module_init`
+    /// and `module_exit`. What else a loader acts on is about the whole module, wherever it leads.
     fn concerns_placed(&self, section: &Section, late: &HashSet<usize>) -> bool {
         let leads_to_init = |reloc: &Reloc| match self.symbol(reloc.symbol).map(|s| s.section) {
             Some(SymSection::Section(index)) => self

@@ -289,8 +289,8 @@ mod tests {
         }
         while waits.len() < quick * 5 {
             while let Some(job) = queue.next(now) {
-                let is_calm = job.guest.starts_with('c');
-                running.push((now + if is_calm { QUICK_TIME } else { BLOCKED }, job));
+                let is_quick = job.guest.starts_with('c');
+                running.push((now + if is_quick { QUICK_TIME } else { BLOCKED }, job));
             }
             // As the daemon, it looks again in a moment.
             now += Duration::from_millis(10);

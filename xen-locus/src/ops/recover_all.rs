@@ -66,8 +66,8 @@ pub fn one(operator: &Operator<'_>, domain: &Domain<'_>, options: &Options) -> R
     }
 }
 
-/// Recovers all guests that have a journal or a guardian's file, including those that are not on this host now, and unless `only_noted`
-/// all other guests too: of one that migrated here in the middle of a change, only its memory tells.
+/// Recovers all guests that have a journal or a guardian's file, including those that are not on this host now, and unless
+/// `only_noted` all other guests too: of one that migrated here in the middle of a change, only its memory tells.
 ///
 /// # Errors
 /// Domains can't be listed.

@@ -5,7 +5,6 @@
 //! daemon, or the next run, finds the file.
 
 use std::fs;
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use locus_xen::{uuid, DomainInfo};
@@ -13,6 +12,7 @@ use locus_xen::{uuid, DomainInfo};
 use crate::error::{Error, Result};
 use crate::paths;
 use crate::say;
+use crate::storage::durable;
 
 const SUFFIX: &str = ".unpublished";
 
@@ -38,10 +38,8 @@ pub(super) fn is_noted(uuid: &str) -> bool {
 /// The caller has the guest's lock. If the file can't be removed, the guest is published again.
 pub(super) fn clear(uuid: &str) {
     let path = path(Path::new(paths::RUN), uuid);
-    if let Err(error) = fs::remove_file(&path) {
-        if error.kind() != ErrorKind::NotFound {
-            say::warn(format_args!("cannot remove {}: {error}", path.display()));
-        }
+    if let Err(error) = durable::remove(&path) {
+        say::warn(format_args!("cannot remove {}: {error}", path.display()));
     }
 }
 

@@ -138,8 +138,8 @@ fn contents_once(kernel: &Kernel<'_>, arena: &Arena) -> Result<Contents> {
     Ok(all)
 }
 
-/// The same as [`residents`], for callers that are about to change the guest. The directory in `arena` gets their states too, so that the
-/// guest's copy shows them once it is written.
+/// The same as [`residents`], for callers that are about to change the guest. The directory in `arena` gets their states too, so
+/// that the guest's copy shows them once it is written.
 ///
 /// # Errors
 /// As [`residents`] and [`check_no_nudge`].

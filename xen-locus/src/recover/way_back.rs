@@ -40,8 +40,8 @@ fn way_back(kernel: &Kernel<'_>, change: &Change) -> Result<Plan> {
             data.push(kernel_locks::is_free(kernel, lock)?);
         }
     }
-    // A payload that was put into the guest's lists in part may have run since, and its timers and lists may lead to its variables. So it
-    // counts as one that was taken out, whose pages only `reclaim` gives back.
+    // A payload that was put into the guest's lists in part may have run since, and its timers and lists may lead to its
+    // variables. So it counts as one that was taken out, whose pages only `reclaim` gives back.
     let marks = lists::marks_of(&change.writes);
     let listed = match marks {
         Some(at) => space.read_u64(at)? != 0,

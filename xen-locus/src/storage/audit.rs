@@ -260,8 +260,11 @@ impl Audit {
             let log = self.open_log()?;
             match kept::read(&beside.kept, uuid) {
                 Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    // No line is half written meanwhile.
+                    lock.lock()?;
                     let known = last_of(&log, uuid, BLOCK)?.ok_or_else(|| no_other(&error))?;
                     kept::update(&beside.kept, uuid, known.seq, &known.in_force)?;
+                    lock.unlock()?;
                 }
                 kept => drop(kept?),
             }
@@ -291,8 +294,8 @@ impl Audit {
         }
     }
 
-    /// Opens the log for reading. `None` if it isn't there; that a copy isn't there is an error. Nothing is written to it or beside it as long as both files
-    /// that are returned are open.
+    /// Opens the log for reading. `None` if it isn't there; that a copy isn't there is an error. Nothing is written to it or
+    /// beside it as long as both files that are returned are open.
     fn open_to_read(&self) -> io::Result<(Option<File>, Option<File>)> {
         let open = |path: &Path| match File::open(path) {
             Ok(file) => file.lock_shared().map(|()| Some(file)),

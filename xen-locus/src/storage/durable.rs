@@ -72,6 +72,18 @@ pub fn replace(
     })
 }
 
+/// Removes a file, and says whether there was one. It is not durable before [`sync_folder`].
+///
+/// # Errors
+/// It can't be removed.
+pub fn remove(path: &Path) -> io::Result<bool> {
+    match fs::remove_file(path) {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
 /// Makes durable which files are in `folder`, and under which names.
 ///
 /// # Errors

@@ -242,7 +242,7 @@ impl Journal {
         fault::point(FIRST_FAULT)?;
         paths::own_folder(&self.dir)?;
         // Of a run before this one.
-        removed(&self.done())?;
+        durable::remove(&self.done())?;
         let head = [&MAGIC[..], &Sha256::digest(content)].concat();
         let file = Replacement {
             path: &self.path(),
@@ -375,10 +375,10 @@ impl Journal {
     /// It can't be removed.
     pub fn end(&self) -> Result<()> {
         let ended = fault::point("journal: remove").and_then(|()| {
-            if removed(&self.path())? {
+            if durable::remove(&self.path())? {
                 durable::sync_folder(&self.dir)?;
             }
-            removed(&self.done()).map(drop)
+            durable::remove(&self.done()).map(drop)
         });
         ended.map_err(|e| {
             Error::failed(format!(
@@ -386,15 +386,6 @@ impl Journal {
                 self.path().display()
             ))
         })
-    }
-}
-
-/// Removes a file, and says whether there was one.
-fn removed(path: &Path) -> io::Result<bool> {
-    match fs::remove_file(path) {
-        Ok(()) => Ok(true),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(e) => Err(e),
     }
 }
 

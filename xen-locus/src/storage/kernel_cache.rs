@@ -92,11 +92,8 @@ impl KernelCache for Cache {
             return Ok(());
         }
         for (_, old) in room {
-            match fs::remove_file(self.dir.join(old)) {
-                // Another process was faster.
-                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-                removed => removed?,
-            }
+            // Another process may be faster.
+            durable::remove(&self.dir.join(old))?;
         }
         let file = Replacement {
             path: &self.dir.join(&name),

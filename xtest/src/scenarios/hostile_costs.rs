@@ -27,7 +27,8 @@ const NAME: &str = "hostile";
 const MEMORY: u64 = 256 << 10;
 /// How many times the cost for an honest guest is allowed.
 const TIMES: u64 = 10;
-/// The commands. Those that wait do so for a moment only, because waiting costs something too. `PATCH` is a patch in force, `FILE` a payload that is not applied, `UUID` and `ID` the guest's.
+/// The commands. Those that wait do so for a moment only, because waiting costs something too. `PATCH` is a patch in force, `FILE`
+/// a payload that is not applied, `UUID` and `ID` the guest's.
 const COMMANDS: [&str; 18] = [
     "list",
     "status NAME",

@@ -74,16 +74,21 @@ fn property(ctx: &Ctx, name: &str) -> Result<String, Verdict> {
     ctx.dom0.ok(&format!("systemctl show -P {name} {UNIT}"))
 }
 
-/// Waits until the unit is active, which it says itself, and then `of` of it; fails with what it logged.
+/// Waits until the unit is active, which it says itself; fails with what it logged.
 fn is_up(ctx: &Ctx) -> Result<(), Verdict> {
-    let up = wait::until(PATIENCE, || {
+    becomes(ctx, "active")
+}
+
+/// Waits until the unit is `wanted`.
+fn becomes(ctx: &Ctx, wanted: &str) -> Result<(), Verdict> {
+    let done = wait::until(PATIENCE, || {
         let state = property(ctx, "ActiveState")?;
-        Ok(match &*state {
-            "active" => Ok(()),
-            _ => Err(format!("the unit is {state}")),
+        Ok(match state == wanted {
+            true => Ok(()),
+            false => Err(format!("the unit is {state}")),
         })
     });
-    up.map_err(|verdict| with_log(ctx, &verdict))
+    done.map_err(|verdict| with_log(ctx, &verdict))
 }
 
 /// A failure, with what the unit logged.
@@ -122,16 +127,7 @@ fn guest(ctx: &mut Ctx) -> Result<Guest, Verdict> {
 
 /// Waits for the answer, which must be 0.
 fn answered(ctx: &Ctx, id: &str) -> Result<(), Verdict> {
-    let answer = wait::until(PATIENCE, || {
-        let said = daemon::answer(ctx, id)?;
-        Ok(match said.starts_with("done") {
-            true => Ok(said),
-            false => Err(format!("{id} is not answered: {said:?}")),
-        })
-    });
-    let said = answer.map_err(|verdict| with_log(ctx, &verdict))?;
-    check_eq!(said.lines().nth(1), Some("0"), "{id}: {said}");
-    Ok(())
+    daemon::answered(ctx, id, PATIENCE).map_err(|verdict| with_log(ctx, &verdict))
 }
 
 fn serves(ctx: &mut Ctx) -> Result<(), Verdict> {
@@ -224,17 +220,10 @@ fn stopped_at_work(ctx: &Ctx) -> Result<(), Verdict> {
     ctx.dom0.ok(&format!(
         "systemctl stop --no-block xen-locus; sleep 3; kill -CONT {run}"
     ))?;
-    let down = wait::until(PATIENCE, || {
-        let state = property(ctx, "ActiveState")?;
-        Ok(match &*state {
-            "inactive" => Ok(()),
-            _ => Err(format!("the unit is {state}")),
-        })
-    });
-    down.map_err(|verdict| with_log(ctx, &verdict))?;
+    becomes(ctx, "inactive")?;
     ctx.dom0.ok("systemctl start xen-locus")?;
     answered(ctx, "b1")?;
-    daemon::was_carried_out_once(ctx, "real", before, "b1")?;
+    daemon::was_carried_out_after_a_stop(ctx, "real", before, "b1")?;
     daemon::ask(
         ctx,
         &format!("b2 op=revert domain=real patch={PAIR}"),
@@ -303,6 +292,17 @@ impl Held {
             .contains('p'))
     }
 
+    /// Lets the guardian go on, and waits until it lets the guest run.
+    fn let_run(&self, ctx: &Ctx) -> Result<(), Verdict> {
+        ctx.dom0.ok(&format!("kill -CONT {}", self.guardian))?;
+        wait::until(Duration::from_secs(30), || {
+            Ok(match self.is_paused(ctx)? {
+                false => Ok(()),
+                true => Err("the guardian does not let the guest run".to_owned()),
+            })
+        })
+    }
+
     /// Lets the guardian go on. The guest runs, as it was before, and the request is carried out once.
     fn guardian_goes_on(
         &self,
@@ -313,13 +313,7 @@ impl Held {
         id: &str,
     ) -> Result<(), Verdict> {
         check!(self.is_paused(ctx)?, "the guest is not paused any more");
-        ctx.dom0.ok(&format!("kill -CONT {}", self.guardian))?;
-        let runs = wait::until(Duration::from_secs(30), || {
-            Ok(match self.is_paused(ctx)? {
-                false => Ok(()),
-                true => Err("the guardian does not let the guest run".to_owned()),
-            })
-        });
+        let runs = self.let_run(ctx);
         runs.map_err(|verdict| with_log(ctx, &verdict))?;
         guest.went_on(rounds)?;
         answered(ctx, id)?;
@@ -408,13 +402,7 @@ fn memory(ctx: &mut Ctx) -> Result<(), Verdict> {
         "{said}"
     );
     // With as little memory, the guardian does its work.
-    ctx.dom0.ok(&format!("kill -CONT {guardian}"))?;
-    let runs = wait::until(Duration::from_secs(30), || {
-        Ok(match held.is_paused(ctx)? {
-            false => Ok(()),
-            true => Err("the guardian does not let the guest run".to_owned()),
-        })
-    });
+    let runs = held.let_run(ctx);
     ctx.dom0.ok(&format!(
         "systemctl set-property --runtime xen-locus MemoryMax={max}"
     ))?;

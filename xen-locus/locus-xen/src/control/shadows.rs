@@ -10,8 +10,8 @@ use super::{fault_point, Control, Error};
 impl Control {
     /// Whether Xen runs a PV domain on copies of its page tables (shadows). `None` if this Xen has none for PV domains.
     ///
-    /// While a PV domain is migrated as it runs it has shadows, because Xen logs by them which pages it makes dirty (log-dirty mode). What the
-    /// control domain writes to it then is seen by nobody, and may be missing where the domain arrives. Without shadows
+    /// While a PV domain is migrated as it runs it has shadows, because Xen logs by them which pages it makes dirty (log-dirty
+    /// mode). What the control domain writes to it then is seen by nobody, and may be missing where the domain arrives. Without shadows
     /// nothing is logged: when that mode ends Xen takes the memory of the shadows away
     /// (xen/arch/x86/mm/shadow/common.c: `shadow_one_bit_disable`), and `XEN_DOMCTL_SHADOW_OP_GET_ALLOCATION` returns 0. Also
     /// a domain that Xen protects from L1TF has shadows. `XEN_DOMCTL_SHADOW_OP_PEEK` does not tell whether anything is logged.

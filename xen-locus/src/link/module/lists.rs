@@ -1,5 +1,5 @@
-//! The guest's lists and its tree, in which a payload must be for the guest's kernel to know it as a module. The words are written in the pause that
-//! brings the payload into force, all or none, and only if nothing moved since they were worked out.
+//! The guest's lists and its tree, in which a payload must be for the guest's kernel to know it as a module. The words are written
+//! in the pause that brings the payload into force, all or none, and only if nothing moved since they were worked out.
 
 use std::collections::HashSet;
 
@@ -73,8 +73,8 @@ pub fn known(kernel: &Kernel<'_>, module: Gva) -> Result<Known> {
     }
 }
 
-/// Works out the writes that take `built` into the guest's lists; its own writable bytes get theirs at once. `uses` are modules that must not
-/// be unloaded while the payload is there.
+/// Works out the writes that take `built` into the guest's lists; its own writable bytes get theirs at once. `uses` are modules
+/// that must not be unloaded while the payload is there.
 ///
 /// # Errors
 /// [`Cause::Passing`](crate::error::Cause::Passing) while the guest loads or unloads a module or changes a static key;

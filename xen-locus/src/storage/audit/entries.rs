@@ -34,12 +34,16 @@ impl Entries for Audit {
 /// Whether [`outcome`] asks about this action.
 #[must_use]
 pub fn concerns(action: &Action, who: &str, patch: &str) -> bool {
-    let is_settling = action.op == Operation::Recover.name();
-    action.patch == patch && (is_settling || action.who == who)
+    action.patch == patch && (is_recovery(action) || action.who == who)
+}
+
+fn is_recovery(action: &Action) -> bool {
+    action.op == Operation::Recover.name()
 }
 
 /// What became of the operation `op` on `patch` that `who` asked for, by the actions after it was begun that
-/// concern it ([`concerns`]): exit code and sentence. `None` if nothing came of it: it was not begun, or undone. `uuid` is the guest's, if that is known.
+/// concern it ([`concerns`]): exit code and sentence. `None` if nothing came of it: it was not begun, or undone. `uuid` is the
+/// guest's, if that is known.
 ///
 /// # Errors
 /// [`Class::Uncertain`](crate::error::Class::Uncertain): it was left half done.
@@ -51,7 +55,6 @@ pub fn outcome(
     uuid: Option<&str>,
 ) -> Result<Option<(u8, String)>> {
     const LATE: &str = "the audit log says so: who did it ended before it could answer";
-    let is_recovery = |a: &Action| a.op == Operation::Recover.name();
     // Another request may have had this one's ID before.
     let is_own = |a: &&Action| a.who == who && a.op == op && a.patch == patch;
     let own = actions.iter().rfind(is_own);

@@ -115,9 +115,9 @@ pub(super) fn write(folder: &Path, uuid: &str, seq: u64, in_force: &[InForce]) -
         return Ok(());
     };
     if in_force.is_empty() {
-        return match fs::remove_file(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            removed => removed.and_then(|()| durable::sync_folder(folder)),
+        return match durable::remove(&path)? {
+            true => durable::sync_folder(folder),
+            false => Ok(()),
         };
     }
     paths::own_folder(folder)?;

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use super::tool;
-use crate::check;
+use super::{tool, wait};
 use crate::scenario::Ctx;
 use crate::verdict::Verdict;
+use crate::{check, check_eq};
 
 /// Where requests are made.
 pub const REQUESTS: &str = "/tool/xen-locus/request";
@@ -69,9 +69,43 @@ pub fn answer(ctx: &Ctx, id: &str) -> Result<String, Verdict> {
     ))
 }
 
+/// Waits so long for the answer, which must be 0.
+pub fn answered(ctx: &Ctx, id: &str, patience: Duration) -> Result<(), Verdict> {
+    let said = wait::until(patience, || {
+        let said = answer(ctx, id)?;
+        Ok(match said.starts_with("done") {
+            true => Ok(said),
+            false => Err(format!("{id} is not answered: {said:?}")),
+        })
+    })?;
+    check_eq!(said.lines().nth(1), Some("0"), "{id}: {said}");
+    Ok(())
+}
+
 /// Checks that the actions of the guest after the first `before` say that the request was carried out, and once: in a line of its
 /// own, or if there is none, by a run that recover found finished.
 pub fn was_carried_out_once(ctx: &Ctx, name: &str, before: usize, id: &str) -> Result<(), Verdict> {
+    carried_out_once(ctx, name, before, id, "")
+}
+
+/// The same of a request whose first worker was asked to stop: that one's line says that it failed.
+pub fn was_carried_out_after_a_stop(
+    ctx: &Ctx,
+    name: &str,
+    before: usize,
+    id: &str,
+) -> Result<(), Verdict> {
+    carried_out_once(ctx, name, before, id, "failed")
+}
+
+/// Results that are `overlooked` don't count.
+fn carried_out_once(
+    ctx: &Ctx,
+    name: &str,
+    before: usize,
+    id: &str,
+    overlooked: &str,
+) -> Result<(), Verdict> {
     let actions = tool::actions(ctx, name)?;
     let new = actions.get(before..).unwrap_or_default();
     let results = |recovered: bool| -> Vec<&str> {
@@ -80,8 +114,7 @@ pub fn was_carried_out_once(ctx: &Ctx, name: &str, before: usize, id: &str) -> R
             false => !recovered && a["who"] == format!("XenStore request {id}"),
         });
         let results = lines.filter_map(|a| a["result"].as_str());
-        // An attempt that changed nothing does not count.
-        results.filter(|result| *result != "failed").collect()
+        results.filter(|result| *result != overlooked).collect()
     };
     let once = match results(false)[..] {
         [own] => own == "applied" || own == "reverted",
