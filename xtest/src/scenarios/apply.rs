@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::steps::guest_log::Log;
 use super::steps::patches::{check, file, put_check, CMDLINE, DRAIN, PAIR, SLEEPER};
-use super::steps::tool;
+use super::steps::{sleepers, tool};
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::profile::{HVM, PV, PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
@@ -198,7 +198,7 @@ fn blocked(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     let sleeper = |cmd: &str, what: &str, function: &str, frame: &str| -> Result<(), Verdict> {
         let blocking = format!("xen-locus -o json blocking {name} {what}");
         check_eq!(ctx.json(&blocking)?["blockers"], serde_json::json!([]));
-        guest.ok("pause & sleep 1")?;
+        let pids = sleepers::begin(&guest, 1, 1)?;
         let out = ctx.dom0.sh(cmd)?;
         check_eq!(out.rc, 2, "{cmd}: {}", out.err_text());
         let report = out.json()?;
@@ -214,15 +214,13 @@ fn blocked(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         check_eq!(blocker["comm"], "pause", "{report}");
         check_eq!(blocker["reason"], "sleeping-on", "{report}");
         check_eq!(blocker["function"], function, "{report}");
-        let pid = guest.ok("pidof pause")?;
-        check_eq!(blocker["pid"].to_string(), pid, "{report}");
+        check_eq!(blocker["pid"].to_string(), pids[0], "{report}");
         check!(
             out.err_text().contains("pause"),
             "stderr names no one: {}",
             out.err_text()
         );
-        guest.ok("killall pause; sleep 1")?;
-        Ok(())
+        sleepers::end(&guest)
     };
     sleeper(&try_apply, &file, "__x64_sys_pause", "sys_pause+")?;
     tool::no_patches(ctx, name)?;
@@ -241,8 +239,7 @@ fn drains(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         let all = tool::draining(ctx, name)?;
         Ok(all.iter().map(|b| b["pid"].to_string()).collect())
     };
-    guest.ok("pause & sleep 1")?;
-    let old = guest.ok("pidof pause")?;
+    let old = sleepers::begin(&guest, 1, 1)?.concat();
     let apply = |more: &str, patch: &str| {
         let cmd = format!("xen-locus apply {name} {} --timeout 2s {more}", file(patch));
         ctx.dom0.sh(&cmd)
@@ -259,9 +256,9 @@ fn drains(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     // Another patch on top has to wait for it too.
     check_eq!(apply("", SLEEPER)?.rc, 2);
     // A thread that enters now is in the new version, and is not counted.
-    guest.ok("pause & sleep 1")?;
+    sleepers::begin(&guest, 1, 2)?;
     check_eq!(draining()?, [old.as_str()]);
-    guest.ok(&format!("kill {old}; sleep 1"))?;
+    sleepers::end_one(&guest, &old)?;
     check_eq!(draining()?, Vec::<String>::new());
     let table = ctx.dom0.ok(&format!("xen-locus status {name}"))?;
     check!(table.contains(" applied "), "{table}");
@@ -273,8 +270,7 @@ fn drains(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     ctx.dom0.ok(&format!("{revert} --entry-only"))?;
     tool::no_patches(ctx, name)?;
     check_eq!(guest.ok("pidof pause")?, new);
-    guest.ok(&format!("kill {new}; sleep 1; ! pidof pause"))?;
-    Ok(())
+    sleepers::end(&guest)
 }
 
 fn kernel_only(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::steps::guest_log::Log;
 use super::steps::patches::{file, CMDLINE, CMDLINE_FILE, SLEEPER};
-use super::steps::tool;
+use super::steps::{sleepers, tool};
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::profile::{PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
@@ -118,7 +118,7 @@ fn after(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
 fn during(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     let trace = |cmd: &str| guest.ok(&tool::in_tracing(cmd));
     let apply = format!("apply {} {} --timeout 60s", guest.name, file(SLEEPER));
-    guest.ok("pause & sleep 1")?;
+    sleepers::begin(guest, 1, 1)?;
     let waits = Meanwhile::begin(ctx, &apply)?;
     trace("echo 'p:late __x64_sys_pause+5' > kprobe_events")?;
     guest.ok("killall pause")?;
@@ -126,10 +126,11 @@ fn during(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     check_eq!(rc, "2", "{said}");
     check!(said.contains(KPROBE), "{said}");
     trace("echo 1 > events/kprobes/late/enable")?;
-    guest.ok("pause & sleep 1; killall pause")?;
+    sleepers::begin(guest, 1, 1)?;
+    sleepers::end(guest)?;
     trace("echo 0 > events/kprobes/late/enable && echo > kprobe_events")?;
     // One elsewhere does not end the wait.
-    guest.ok("pause & sleep 1")?;
+    sleepers::begin(guest, 1, 1)?;
     let waits = Meanwhile::begin(ctx, &apply)?;
     trace("echo 'p:late version_proc_show' > kprobe_events")?;
     guest.ok("killall pause")?;
@@ -156,10 +157,12 @@ fn modules(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     ))?;
     let log = Log::begin(ctx, &guest)?;
     // The module goes, slowly. While it does, and when it is gone, nothing may be put in force that calls it.
-    guest.ok("insmod /tmp/going.ko delay=15000 && { pause & sleep 1; }")?;
+    guest.ok("insmod /tmp/going.ko delay=15000")?;
+    sleepers::begin(&guest, 1, 1)?;
     let waits = Meanwhile::begin(ctx, &apply)?;
     guest.ok(&format!(
-        "(rmmod {GOING} >/dev/null 2>&1 &); sleep 1; killall pause"
+        "(rmmod {GOING} >/dev/null 2>&1 &); for i in $(seq 60); do \
+         if grep -q going /sys/module/{GOING}/initstate; then killall pause; exit; fi; sleep 1; done; exit 1"
     ))?;
     let (rc, said) = waits.end(ctx)?;
     check_eq!(rc, "3", "{said}");
@@ -170,7 +173,8 @@ fn modules(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     check_eq!(guest.ok("cat /proc/cmdline")?, before);
     tool::no_patches(ctx, &guest.name)?;
     // Other modules come and go, and change the list that the payload is linked into.
-    guest.ok("insmod /tmp/going.ko && { pause & sleep 1; }")?;
+    guest.ok("insmod /tmp/going.ko")?;
+    sleepers::begin(&guest, 1, 1)?;
     let waits = Meanwhile::begin(ctx, &apply)?;
     guest.ok("for i in 1 2 3; do insmod /lib/modules/dummy.ko && rmmod dummy || exit; done; killall pause")?;
     let (rc, said) = waits.end(ctx)?;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::steps::guest_log::Log;
 use super::steps::patches::{check, cmdline_is_untouched, file, put_check, DRAIN, PAIR};
+use super::steps::sleepers;
 use super::steps::tool::{self, Text};
 use crate::check_eq;
 use crate::guest::{Guest, GuestSpec, Kind, Mitigations};
@@ -120,15 +121,14 @@ fn in_time(ctx: &Ctx, cmd: &str) -> Result<(), Verdict> {
 
 /// A thread that sleeps in a function is woken, and leaves it.
 fn nudged(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
-    guest.ok("pause & sleep 1")?;
+    sleepers::begin(guest, 1, 1)?;
     let said = ctx.json(&format!(
         "xen-locus -o json nudge {} {}",
         guest.name,
         file(DRAIN)
     ))?;
     check_eq!(said["result"], "nudged", "{said}");
-    guest.ok("killall pause; sleep 1; ! pidof pause")?;
-    Ok(())
+    sleepers::end(guest)
 }
 
 fn plain(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {

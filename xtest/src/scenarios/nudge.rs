@@ -1,9 +1,12 @@
 //! `nudge`: threads that sleep in a replaced function are woken and restart their system call. Nothing else in the
 //! guest changes.
 
+use std::time::Duration;
+
 use super::steps::guest_log::Log;
 use super::steps::patches::{file_for, DRAIN};
-use super::steps::tool;
+use super::steps::wait::until;
+use super::steps::{sleepers, tool};
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::profile::{PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
@@ -67,13 +70,15 @@ fn sleeps(guest: &Guest) -> Result<Vec<(u32, u64)>, Verdict> {
 
 /// Checks that the threads are the same, and that each went to sleep again since `before`.
 fn slept_again(guest: &Guest, before: &[(u32, u64)]) -> Result<(), Verdict> {
-    let after = sleeps(guest)?;
     let again = |((pid, was), (same, is)): (&(u32, u64), &(u32, u64))| pid == same && is > was;
-    check!(
-        before.iter().zip(&after).all(again),
-        "before {before:?}, after {after:?}"
-    );
-    Ok(())
+    until(Duration::from_secs(60), || {
+        let after = sleeps(guest)?;
+        Ok(if before.iter().zip(&after).all(again) {
+            Ok(())
+        } else {
+            Err(format!("before {before:?}, after {after:?}"))
+        })
+    })
 }
 
 /// A guest with a kernel of this release, and the file in dom0 of the payload for it.
@@ -98,9 +103,7 @@ fn nudge(ctx: &mut Ctx, kind: Kind, suite: &'static Suite, step: usize) -> Resul
     let name = guest.name.clone();
     let none = ("already".to_owned(), 0, 0);
     check_eq!(nudged(ctx, &guest, &file)?, none);
-    guest.ok(&format!(
-        "for i in $(seq {SLEEPERS}); do pause & done; sleep 1"
-    ))?;
+    sleepers::begin(&guest, SLEEPERS, SLEEPERS)?;
     let log = Log::begin(ctx, &guest)?;
     let untouched = tool::text_digest(ctx, &name)?;
 
@@ -111,7 +114,6 @@ fn nudge(ctx: &mut Ctx, kind: Kind, suite: &'static Suite, step: usize) -> Resul
     check_eq!(sleeps(&guest)?, before);
     let all = ("nudged".to_owned(), SLEEPERS, SLEEPERS as u64);
     check_eq!(nudged(ctx, &guest, &file)?, all);
-    guest.ok("sleep 1")?;
     slept_again(&guest, &before)?;
     check_eq!(tool::text_digest(ctx, &name)?, untouched);
 
@@ -123,15 +125,14 @@ fn nudge(ctx: &mut Ctx, kind: Kind, suite: &'static Suite, step: usize) -> Resul
     check_eq!(tool::draining(ctx, &name)?.len(), SLEEPERS);
     let before = sleeps(&guest)?;
     check_eq!(nudged(ctx, &guest, DRAIN)?, all);
-    guest.ok("sleep 1")?;
-    check_eq!(tool::draining(ctx, &name)?.len(), 0);
     slept_again(&guest, &before)?;
+    check_eq!(tool::draining(ctx, &name)?.len(), 0);
     check_eq!(nudged(ctx, &guest, DRAIN)?, none);
 
     ctx.dom0
         .ok(&format!("xen-locus revert {name} {DRAIN} --entry-only"))?;
     check_eq!(tool::text_digest(ctx, &name)?, untouched);
-    guest.ok("killall pause; sleep 1; ! pidof pause")?;
+    sleepers::end(&guest)?;
     log.nothing_new(ctx, &guest)?;
     let history = ctx.dom0.ok(&format!("xen-locus history {name}"))?;
     check!(history.contains("nudge"), "{history}");
@@ -155,8 +156,7 @@ fn killed(
         let hit = tool::killed_at(ctx, nth, "journal", &format!("nudge {name} {file}"))?;
         if !hit {
             // It may take a moment until all threads sleep again.
-            guest.ok("sleep 1")?;
-            sleeps(guest)?;
+            sleepers::await_asleep(guest, SLEEPERS)?;
             break;
         }
         kills += 1;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::steps::patches::{CMDLINE, SLEEPER, THREE, TWO};
-use super::steps::{daemon, tool};
+use super::steps::{daemon, sleepers, tool};
 use crate::guest::{Guest, GuestSpec, Kind};
 use crate::profile::{PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
@@ -250,14 +250,14 @@ fn blocked(test: &Test<'_>) -> Result<(), Verdict> {
     let name = &test.guest.name;
     test.does("apply", SLEEPER, "applied")?;
     test.does("apply", CMDLINE, "applied")?;
-    test.guest.ok("pause & sleep 1")?;
+    sleepers::begin(&test.guest, 1, 1)?;
     let (rc, report, said) =
         test.run(&format!("replace {name} /payloads/{THREE}.ko --timeout 2s"))?;
     check_eq!(rc, 2, "{said}");
     check_eq!(report["result"], "blocked", "{report}");
     check_eq!(report["blockers"][0]["comm"], "pause", "{report}");
     test.shows("live", "", &[SLEEPER, CMDLINE])?;
-    test.guest.ok("killall pause; sleep 1")?;
+    sleepers::end(&test.guest)?;
     test.does("replace", THREE, "applied")?;
     test.shows("three", "", &[THREE])?;
     test.does("revert", THREE, "reverted")?;
