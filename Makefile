@@ -51,9 +51,10 @@ nested: deps
 test-matrix: deps
 	$(XTEST) run --matrix $(if $(MISSING),--missing) $(if $(PART),--part $(PART))
 
-# The results that hold for the sources as they are, and what is missing.
+# The results that hold for the sources as they are, and what is missing. `make report RECORD=1` keeps what passed in the
+# tree, xtest/matrix.json, for other machines and later sittings.
 report:
-	@$(XTEST) report
+	@$(XTEST) report $(if $(RECORD),--record)
 
 bench: deps
 	$(XTEST) bench

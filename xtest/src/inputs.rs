@@ -9,12 +9,14 @@ use anyhow::{Context, Result};
 use crate::host::{checked, now};
 use crate::paths::Paths;
 
+/// Where the tree keeps results: a line for each scenario, in the order of their names.
+pub const RECORD: &str = "xtest/matrix.json";
 /// The folder of the scenarios, seen from the workspace.
 const SCENARIOS: &str = "xtest/src/scenarios/";
 /// Folders and files that the tool and the payloads are built from.
 const PRODUCT: &[&str] = &["Cargo.", "xen-locus/", "tools/", "patches/", "deploy/"];
-/// Files of the testbed that choose and count scenarios. They don't say how one runs.
-const LISTS: &[&str] = &["xtest/usual.txt", "xtest/src/scenarios/mod.rs"];
+/// Files of the testbed that choose and count scenarios, and keep results. They don't say how one runs.
+const LISTS: &[&str] = &["xtest/usual.txt", RECORD, "xtest/src/scenarios/mod.rs"];
 
 /// Digests of everything that the result of a scenario depends on.
 #[derive(Debug)]
@@ -89,6 +91,17 @@ impl Inputs {
         inputs
     }
 
+    /// Whether a result of the scenario holds that depends on `inputs`. Packages of which this machine has none don't
+    /// speak against it.
+    pub fn allow(&self, scenario: &str, inputs: &BTreeMap<String, String>) -> bool {
+        let mut now = self.of(scenario, releases(inputs));
+        for suite in releases(inputs).filter(|suite| !self.stamp(suite).exists()) {
+            let key = release(suite);
+            now.insert(key.clone(), inputs[&key].clone());
+        }
+        now == *inputs
+    }
+
     /// The digest of the file that names the scenario, and of the files whose parts it uses.
     fn scenario(&self, name: &str) -> String {
         let quoted = format!("\"{name}\"");
@@ -110,8 +123,13 @@ impl Inputs {
 
     /// A digest of what a release of Debian was unpacked from.
     fn unpacked(&self, suite: &str) -> String {
-        let stamp = std::fs::read(self.base.join(suite).join("stamp.json")).unwrap_or_default();
+        let stamp = std::fs::read(self.stamp(suite)).unwrap_or_default();
         format!("{:08x}", crc32fast::hash(&stamp))
+    }
+
+    /// What the release was unpacked from.
+    fn stamp(&self, suite: &str) -> PathBuf {
+        self.base.join(suite).join("stamp.json")
     }
 }
 

@@ -9,6 +9,7 @@ use anyhow::{bail, Context, Result};
 use clap::{Parser, Subcommand};
 use xtest::fetch::ensure_suite;
 use xtest::guest::Kind;
+use xtest::inputs::RECORD;
 use xtest::measure::Clock;
 use xtest::paths::Paths;
 use xtest::profile::{Profile, PROFILES};
@@ -55,6 +56,9 @@ enum Command {
         /// Only the scenarios of a usual run
         #[arg(long)]
         usual: bool,
+        /// Keep in the tree what passed, for other machines
+        #[arg(long)]
+        record: bool,
     },
     /// Boot with guests running, and a dom0 shell on this terminal (leave with Ctrl-A x)
     Shell {
@@ -122,6 +126,19 @@ fn main() -> ExitCode {
     }
 }
 
+fn report(usual: bool, record: bool) -> Result<bool> {
+    let paths = Paths::find()?;
+    let results = Results::open(&paths)?;
+    let all = scenarios::all();
+    if record {
+        let names: Vec<&str> = all.iter().map(|s| s.name).collect();
+        let kept = results.record(&paths.workspace, &names)?;
+        eprintln!("xtest: {RECORD}: {kept} results");
+    }
+    let shown = if usual { scenarios::usual() } else { all };
+    Ok(report::print(&results, &shown))
+}
+
 fn run(cli: Cli) -> Result<bool> {
     runner::end_on_signals()?;
     match cli.command {
@@ -155,14 +172,7 @@ fn run(cli: Cli) -> Result<bool> {
             let cpus = cpus.unwrap_or_else(host::cpus);
             return Ok(!runner::run(&testbed, &results, &chosen, cpus)?.failed());
         }
-        Command::Report { usual } => {
-            let all = if usual {
-                scenarios::usual()
-            } else {
-                scenarios::all()
-            };
-            return Ok(report::print(&Results::open(&Paths::find()?)?, &all));
-        }
+        Command::Report { usual, record } => return report(usual, record),
         Command::Shell { profile, bare } => {
             shell::run(&Testbed::prepare()?, profile, bare)?;
         }

@@ -1,5 +1,5 @@
 //! What became of each scenario. A result holds as long as what it depends on is unchanged ([`Inputs`]), so a run can be
-//! made in several sittings.
+//! made in several sittings, and on several machines: the tree keeps those that passed ([`RECORD`]).
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::host::{checked, replace};
-use crate::inputs::{self, Inputs};
+use crate::inputs::{Inputs, RECORD};
 use crate::paths::Paths;
 
 /// The word for a scenario that passed.
@@ -57,6 +57,8 @@ pub struct Stored {
 #[derive(Debug)]
 pub struct Results {
     dir: PathBuf,
+    /// What the tree keeps.
+    recorded: BTreeMap<String, Stored>,
     /// The commit; and a digest of the changes, if there are any.
     pub key: String,
     /// What results depend on, as it is now.
@@ -71,6 +73,7 @@ impl Results {
     pub fn open(paths: &Paths) -> Result<Self> {
         Ok(Self {
             dir: paths.base.join("results"),
+            recorded: recorded(&paths.workspace.join(RECORD))?,
             key: key(&paths.workspace)?,
             inputs: Inputs::now(paths)?,
         })
@@ -93,13 +96,38 @@ impl Results {
             .with_context(|| format!("storing the result of {name}"))
     }
 
-    /// The result of a scenario, if it holds for what is there now. Earlier ones that don't are left out.
+    /// The result of a scenario, if it holds for what is there now. Earlier ones that don't are left out. One of this
+    /// machine is taken before one of the tree.
     pub fn of(&self, name: &str) -> Option<Stored> {
-        let mut stored = read(&self.file(name))?;
-        let holds =
-            |ended: &Ended| self.inputs.of(name, inputs::releases(&ended.inputs)) == ended.inputs;
-        stored.earlier.retain(holds);
-        holds(&stored.last).then_some(stored)
+        let holding = |mut stored: Stored| {
+            let holds = |ended: &Ended| self.inputs.allow(name, &ended.inputs);
+            stored.earlier.retain(holds);
+            holds(&stored.last).then_some(stored)
+        };
+        let here = read(&self.file(name)).and_then(holding);
+        here.or_else(|| self.recorded.get(name).cloned().and_then(holding))
+    }
+
+    /// Keeps in the tree what passed of these scenarios and holds. Returns how many there are.
+    ///
+    /// # Errors
+    /// The file can't be written.
+    pub fn record(&self, workspace: &Path, scenarios: &[&str]) -> Result<usize> {
+        let mut lines = BTreeMap::new();
+        for name in scenarios {
+            let Some(mut stored) = self.of(name) else {
+                continue;
+            };
+            if stored.last.verdict == PASSED {
+                // What is said of a failure can name this machine's folders.
+                stored.earlier.iter_mut().for_each(|e| e.why.clear());
+                lines.insert(name, serde_json::to_string(&stored)?);
+            }
+        }
+        let text: Vec<String> = lines.iter().map(|(n, s)| format!("{n:?}: {s}")).collect();
+        let whole = format!("{{\n{}\n}}\n", text.join(",\n"));
+        replace(&workspace.join(RECORD), whole.as_bytes()).context("keeping results")?;
+        Ok(lines.len())
     }
 
     /// The seconds that a scenario usually takes: by the list of the tree, or else by an earlier run.
@@ -131,6 +159,16 @@ fn listed(name: &str) -> Option<f64> {
     usual()
         .find(|(found, _)| *found == name)
         .map(|(_, seconds)| seconds)
+}
+
+/// What the tree keeps; nothing if there is no such file.
+fn recorded(file: &Path) -> Result<BTreeMap<String, Stored>> {
+    match std::fs::read(file) {
+        Ok(bytes) => serde_json::from_slice(&bytes)
+            .with_context(|| format!("{}: results can't be read", file.display())),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(BTreeMap::new()),
+        Err(e) => Err(e).with_context(|| format!("reading {}", file.display())),
+    }
 }
 
 fn read(file: &Path) -> Option<Stored> {
@@ -193,8 +231,9 @@ mod tests {
         std::fs::create_dir_all(base.join("bookworm")).unwrap();
         Results {
             dir: base.join("results"),
+            recorded: recorded(&base.join("xtest/matrix.json")).unwrap(),
             key: "abc".into(),
-            inputs: inputs::tests::inputs(&base, product, "", ""),
+            inputs: crate::inputs::tests::inputs(&base, product, "", ""),
         }
     }
 
@@ -232,6 +271,40 @@ mod tests {
         let base = after.dir.parent().unwrap();
         std::fs::write(base.join("bookworm/stamp.json"), "new").unwrap();
         assert_eq!(after.of("a-pv"), None);
+        std::fs::remove_dir_all(base).unwrap();
+    }
+
+    #[test]
+    fn the_tree_keeps_what_passed_for_other_machines() {
+        let before = results("record", "p");
+        let base = before.dir.parent().unwrap().to_owned();
+        std::fs::create_dir_all(base.join("xtest")).unwrap();
+        std::fs::write(base.join("bookworm/stamp.json"), "these").unwrap();
+        let all = ["a-pv", "b-pv", "c-pv"];
+        let mut failed = ended(&before, "failed", 1);
+        failed.why = "in a folder of this machine".into();
+        before.store("a-pv", failed.clone()).unwrap();
+        before.store("a-pv", ended(&before, PASSED, 2)).unwrap();
+        before.store("b-pv", failed).unwrap();
+        assert_eq!(before.record(&base, &all).unwrap(), 1);
+        // Another machine: it has no results, and no packages that could differ.
+        std::fs::remove_dir_all(&before.dir).unwrap();
+        std::fs::remove_dir_all(base.join("bookworm")).unwrap();
+        let there = results("record", "p");
+        let stored = there.of("a-pv").unwrap();
+        assert_eq!((&*stored.last.verdict, stored.last.at), (PASSED, 2));
+        assert_eq!((stored.earlier.len(), &*stored.earlier[0].why), (1, ""));
+        assert_eq!(there.of("b-pv"), None);
+        // A result of its own is taken first.
+        there.store("a-pv", ended(&there, "failed", 3)).unwrap();
+        assert_eq!(there.of("a-pv").unwrap().last.verdict, "failed");
+        std::fs::remove_dir_all(&there.dir).unwrap();
+        // Other packages, or another product.
+        std::fs::write(base.join("bookworm/stamp.json"), "others").unwrap();
+        assert_eq!(there.of("a-pv"), None);
+        assert_eq!(results("record", "q").of("a-pv"), None);
+        std::fs::write(base.join(RECORD), "{").unwrap();
+        assert!(recorded(&base.join(RECORD)).is_err());
         std::fs::remove_dir_all(base).unwrap();
     }
 
