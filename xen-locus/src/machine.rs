@@ -54,7 +54,7 @@ pub trait Guard {
     fn hold(&self) -> std::result::Result<(), Error> {
         Ok(())
     }
-    /// The guest will not be paused for a while: whatever watches over this process lets go of its pages.
+    /// The guest will not be paused before a wait is over: whatever watches over this process lets go of its pages.
     fn let_go(&self) {}
     /// Registers of all virtual CPUs, read as in a pause but while the guest runs: what is done there is done
     /// here before.

@@ -52,6 +52,21 @@ impl PauseStep {
     }
 }
 
+/// Whether the guardian has the places of the change mapped, and whether the run wishes that to change. The run goes from
+/// mapped to `Unwanted` and back, and from unmapped to `Wanted`; the guardian goes the other ways.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+enum PlacesState {
+    /// They are mapped. So a new page begins.
+    Mapped = 0,
+    /// They are still mapped; the guardian is to unmap them.
+    Unwanted = 1,
+    /// The guardian unmaps them, or has done so.
+    Unmapped = 2,
+    /// They are not mapped; the guardian is to map them.
+    Wanted = 3,
+}
+
 /// Why the wait for a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WaitOutcome {
@@ -76,10 +91,8 @@ struct Head {
     /// Time that the guest had run when the run paused it, in nanoseconds, plus one; 0 if it is not known. Pages of earlier
     /// versions have 0.
     cpu_time: AtomicU64,
-    /// Number of the run's last wish: even if the places of the change are to be mapped, odd if not.
-    wish: AtomicU32,
-    /// Number of the last wish that the guardian has fulfilled.
-    fulfilled: AtomicU32,
+    /// Whether the guardian has the places of the change mapped ([`PlacesState`]).
+    places: AtomicU32,
 }
 
 const _: () = assert!(size_of::<Head>() <= PAGE_LEN);
@@ -226,34 +239,43 @@ impl SharedPage {
         self.head().cpu_time.store(word, Ordering::SeqCst);
     }
 
-    /// Notes whether the guardian is to have the places of the change mapped, and returns the number of that wish. In a
-    /// new page it is to have them mapped; that is wish 0.
-    pub fn wish_mapped(&self, mapped: bool) -> u32 {
-        let last = self.head().wish.load(Ordering::SeqCst);
-        let next = match last.is_multiple_of(2) == mapped {
-            true => last,
-            false => last.wrapping_add(1),
-        };
-        self.head().wish.store(next, Ordering::SeqCst);
-        next
+    /// The run's wish that the guardian unmaps the places of the change when it next looks.
+    pub fn let_go(&self) {
+        self.go(PlacesState::Mapped, PlacesState::Unwanted);
     }
 
-    /// Whether the guardian has fulfilled the wish with this number, and no later one.
+    /// The run's wish that the guardian has the places mapped. Returns whether it has, and keeps them; else this is to be
+    /// called again. A guardian that did not unmap them yet has them at once.
     #[must_use]
-    pub fn is_fulfilled(&self, wish: u32) -> bool {
-        self.head().fulfilled.load(Ordering::SeqCst) == wish
+    pub fn hold(&self) -> bool {
+        self.go(PlacesState::Unwanted, PlacesState::Mapped);
+        self.go(PlacesState::Unmapped, PlacesState::Wanted);
+        self.head().places.load(Ordering::SeqCst) == PlacesState::Mapped as u32
     }
 
-    /// A wish that is not fulfilled: its number, and whether the places are to be mapped.
+    /// What the guardian is to do, if anything: true, map the places, and then call [`SharedPage::set_mapped`]; false, unmap
+    /// them.
     #[must_use]
-    pub fn wish(&self) -> Option<(u32, bool)> {
-        let wish = self.head().wish.load(Ordering::SeqCst);
-        (!self.is_fulfilled(wish)).then_some((wish, wish.is_multiple_of(2)))
+    pub fn wish(&self) -> Option<bool> {
+        // From here on the run can't take that back.
+        if self.go(PlacesState::Unwanted, PlacesState::Unmapped) {
+            return Some(false);
+        }
+        let places = self.head().places.load(Ordering::SeqCst);
+        (places == PlacesState::Wanted as u32).then_some(true)
     }
 
-    /// Notes that the wish with this number is fulfilled.
-    pub fn set_fulfilled(&self, wish: u32) {
-        self.head().fulfilled.store(wish, Ordering::SeqCst);
+    /// Notes that the guardian has mapped the places.
+    pub fn set_mapped(&self) {
+        self.go(PlacesState::Wanted, PlacesState::Mapped);
+    }
+
+    /// Goes from one state to another one, if it is that.
+    fn go(&self, from: PlacesState, to: PlacesState) -> bool {
+        let (from, to) = (from as u32, to as u32);
+        let places = &self.head().places;
+        let gone = places.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst);
+        gone.is_ok()
     }
 
     /// What the guardian did: the number that it set, 0 if it set none.
@@ -409,20 +431,27 @@ mod tests {
     }
 
     #[test]
-    fn a_wish_is_fulfilled_by_its_number_only() {
+    fn places_that_the_guardian_began_to_unmap_are_held_only_when_they_are_mapped_anew() {
         let file = file();
         let page = SharedPage::create(&file).unwrap();
-        assert_eq!((page.wish(), page.is_fulfilled(0)), (None, true));
-        assert_eq!(page.wish_mapped(true), 0);
-        let off = page.wish_mapped(false);
-        assert_eq!(page.wish(), Some((off, false)));
-        // The run wishes the opposite before the first wish is fulfilled.
-        let on = page.wish_mapped(true);
-        page.set_fulfilled(off);
-        assert!(!page.is_fulfilled(on));
-        assert_eq!(page.wish(), Some((on, true)));
-        page.set_fulfilled(on);
-        assert_eq!((page.wish(), page.is_fulfilled(on)), (None, true));
+        assert!(page.hold() && page.wish().is_none());
+        // The run waits so briefly that the guardian did not look meanwhile.
+        page.let_go();
+        assert!(page.hold() && page.wish().is_none());
+        // It looked.
+        page.let_go();
+        page.let_go();
+        assert_eq!((page.wish(), page.wish()), (Some(false), None));
+        assert!(!page.hold() && !page.hold());
+        page.let_go();
+        assert_eq!((page.wish(), page.wish()), (Some(true), Some(true)));
+        assert!(!page.hold());
+        page.set_mapped();
+        assert!(page.hold() && page.wish().is_none());
+        // What the run no longer waits for is not taken for done.
+        page.let_go();
+        page.set_mapped();
+        assert_eq!(page.wish(), Some(false));
     }
 
     #[test]

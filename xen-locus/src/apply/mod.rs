@@ -1,7 +1,7 @@
 //! Carries out a plan: pause the guest, look where its threads are, write, verify, unpause.
 //!
 //! What can be done before the pause is done before it: the new code is in the arena, and every page to be written and every
-//! stack is mapped. Pages to be written are mapped for an attempt, and not while a long wait passes between two. In the
+//! stack is mapped. Pages to be written are mapped for an attempt, and not during the wait before the next one. In the
 //! pause: registers, the last look, the writes.
 
 use std::cell::Cell;

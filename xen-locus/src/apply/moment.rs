@@ -26,8 +26,8 @@ const TOO_MANY_RAN_MAX: u32 = 8;
 /// Most scans before a pause, while too many tasks run between the scan and what would be the pause.
 const SCANS_MAX: u32 = 4;
 /// From this wait on the stacks of sleeping threads are unwound, because threads that leave by themselves have left by
-/// then; and no page of the guest stays mapped to be written during the wait.
-pub(super) const WAIT_LONG: Duration = Duration::from_millis(64);
+/// then.
+const WAIT_LONG: Duration = Duration::from_millis(64);
 
 /// Where no thread may be when `plan` is carried out.
 pub(super) fn watch_of<'p>(plan: &'p Plan, options: &Options) -> Result<&'p Watch> {
@@ -123,10 +123,9 @@ pub(crate) fn execute(
             too_many_ran += 1;
             continue;
         }
-        if wait.0 >= WAIT_LONG {
-            unmap_all(&mut mapped);
-            guard.let_go();
-        }
+        // Not during a wait, however short: this process may be stopped in it.
+        unmap_all(&mut mapped);
+        guard.let_go();
         wait.pass();
     }
 }

@@ -46,9 +46,11 @@ fn wait(page: &SharedPage, worker: &Process, places: &mut Places<'_>) -> Result<
         if let Some(end) = page.wait(TICK)? {
             return Ok(end);
         }
-        if let Some((wish, mapped)) = page.wish() {
+        if let Some(mapped) = page.wish() {
             places.set_mapped(mapped)?;
-            page.set_fulfilled(wish);
+            if mapped {
+                page.set_mapped();
+            }
         }
         let holds = page.step() != Some(PauseStep::Idle);
         if held && holds && worker.is_stopped() {

@@ -145,14 +145,13 @@ impl<'c> Guarded<'c> {
         }
     }
 
-    /// Waits until the guardian has mapped the places of the change, if it was told to unmap them.
+    /// Waits until the guardian has mapped the places of the change, if it has unmapped them.
     ///
     /// # Errors
     /// The guardian is gone, or does not answer.
     pub fn hold(&self) -> std::result::Result<(), guest::Error> {
         let began = Instant::now();
-        let wish = self.page.wish_mapped(true);
-        while !self.page.is_fulfilled(wish) {
+        while !self.page.hold() {
             self.check_guardian()?;
             if began.elapsed() > ANSWER {
                 return Err(guest::Error::Odd(format!(
@@ -165,9 +164,10 @@ impl<'c> Guarded<'c> {
         Ok(())
     }
 
-    /// Tells the guardian to unmap the places of the change.
+    /// Tells the guardian to unmap the places of the change. It does so when it next looks, within 40 ms, also while this
+    /// process is stopped.
     pub fn let_go(&self) {
-        self.page.wish_mapped(false);
+        self.page.let_go();
     }
 
     fn check_guardian(&self) -> std::result::Result<(), guest::Error> {

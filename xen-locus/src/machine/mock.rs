@@ -90,8 +90,8 @@ pub(crate) struct Guest {
     pub(crate) pause_takes: Cell<Duration>,
     /// Windows to write that exist.
     pub(crate) writable: Rc<Cell<u32>>,
-    /// How many there were when the guardian was last told to let go.
-    pub(crate) kept: Cell<Option<u32>>,
+    /// How many there were each time the guardian was told to let go.
+    pub(crate) kept: RefCell<Vec<u32>>,
 }
 
 type Meanwhile = Box<dyn FnOnce(&Guest)>;
@@ -151,7 +151,7 @@ impl Guest {
             trace: Trace::default(),
             pause_takes: Cell::default(),
             writable: Rc::default(),
-            kept: Cell::default(),
+            kept: RefCell::default(),
         }
     }
 
@@ -324,7 +324,7 @@ struct Unguarded<'g>(&'g Guest);
 
 impl Guard for Unguarded<'_> {
     fn let_go(&self) {
-        self.0.kept.set(Some(self.0.writable.get()));
+        self.0.kept.borrow_mut().push(self.0.writable.get());
     }
 
     fn vcpus(&self) -> std::result::Result<Vec<Vcpu>, guest::Error> {
