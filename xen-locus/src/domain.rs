@@ -323,7 +323,6 @@ impl Machine for Domain<'_> {
 
     fn guard(&self, spots: &[Spot]) -> Result<Box<dyn Guard + '_>> {
         self.control.check_changes(&self.info)?;
-        self.control.check_guest(self.info.id)?;
         let calls = PauseCalls::new(self.control, &self.info, &guard::frames(spots))?;
         Ok(Box::new(Guarded::start(calls, &self.watched_run(spots))?))
     }

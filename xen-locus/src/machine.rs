@@ -47,13 +47,12 @@ pub trait Guard {
     /// Comes before what is done in preparation of a pause: waits until whatever watches over this process will not
     /// do so within the next moments.
     fn wait_for_guardian_tick(&self) {}
-    /// Comes before a pause in which the guest may be written: what [`Guard::let_go`] unmapped is mapped again.
+    /// Comes before each attempt to pause the guest, because it may have changed since the last one: checks that what is
+    /// mapped of its memory is what its vCPUs see. What [`Guard::let_go`] unmapped is mapped again.
     ///
     /// # Errors
-    /// It can't be mapped.
-    fn hold(&self) -> std::result::Result<(), Error> {
-        Ok(())
-    }
+    /// [`Error::Unsupported`]: it may not be. Or it can't be mapped.
+    fn hold(&self) -> std::result::Result<(), Error>;
     /// The guest will not be paused before a wait is over: whatever watches over this process lets go of its pages.
     fn let_go(&self) {}
     /// Registers of all virtual CPUs, read as in a pause but while the guest runs: what is done there is done

@@ -241,6 +241,18 @@ impl Control {
         }))
     }
 
+    /// Whether the paused domain with this id may be written ([`domain_info::may_be_written`]), and the time that all its
+    /// vCPUs together have run, in nanoseconds; no time if there is no such domain.
+    ///
+    /// # Errors
+    /// It is not supported as it is now, or `xc_domain_getinfolist` failed.
+    pub(super) fn may_be_written(&self, id: DomId) -> Result<(bool, Option<u64>), Error> {
+        Ok(match self.info(id)? {
+            Some(info) => (domain_info::may_be_written(id, &info)?, Some(info.cpu_time)),
+            None => (false, None),
+        })
+    }
+
     /// Whether some memory of the domain is populated on demand, when it is first used, or by a mapping. True also if Xen
     /// does not say.
     #[must_use]

@@ -59,34 +59,52 @@ impl DomainInfo {
     /// # Errors
     /// [`Error::Unsupported`]: it may not be.
     pub fn check_supported(&self) -> Result<(), Error> {
-        let id = self.id;
-        let refuse = |why: String| Err(Error::Unsupported(why));
-        // A page that is shared becomes another one when the guest writes to it, and a mapping shows the old one for ever.
-        // A page that is paged out is waited for without limit (tools/libs/foreignmemory/linux.c).
-        if self.shared_pages != 0 {
-            return refuse(format!(
-                "domain {id} shares {} pages with other domains (mem_sharing, or a fork of a VM): what is mapped of \
-                 them goes stale when the guest writes; end the sharing, and try again",
-                self.shared_pages
-            ));
-        }
-        if self.paged_pages != 0 {
-            return refuse(format!(
-                "{} pages of domain {id} are paged out (xenpaging): they can't be read within a limited time; end \
-                 xenpaging for it, and try again",
-                self.paged_pages
-            ));
-        }
+        check_own(self.id, self.shared_pages, self.paged_pages)?;
         // Xen sees no write of the control domain to a page table that it shadows.
         if self.kind != GuestType::Pv && !self.hap {
-            return refuse(format!(
-                "domain {id} ({}) runs with shadow paging (hap=0 in its configuration, or a host without EPT or NPT), \
+            return Err(Error::Unsupported(format!(
+                "domain {} ({}) runs with shadow paging (hap=0 in its configuration, or a host without EPT or NPT), \
                  with which xen-locus was never tried: start it with hap=1",
-                self.kind
-            ));
+                self.id, self.kind
+            )));
         }
         Ok(())
     }
+}
+
+/// Checks that the domain `id` has all of its memory to itself.
+///
+/// # Errors
+/// [`Error::Unsupported`]: some pages are shared or paged out.
+fn check_own(id: DomId, shared_pages: u64, paged_pages: u64) -> Result<(), Error> {
+    // A page that is shared becomes another one when the guest writes to it, and a mapping shows the old one for ever.
+    // A page that is paged out is waited for without limit (tools/libs/foreignmemory/linux.c).
+    if shared_pages != 0 {
+        return Err(Error::Unsupported(format!(
+            "domain {id} shares {shared_pages} pages with other domains (mem_sharing, or a fork of a VM): what is mapped \
+             of them goes stale when the guest writes; end the sharing, and try again"
+        )));
+    }
+    if paged_pages != 0 {
+        return Err(Error::Unsupported(format!(
+            "{paged_pages} pages of domain {id} are paged out (xenpaging): they can't be read within a limited time; end \
+             xenpaging for it, and try again"
+        )));
+    }
+    Ok(())
+}
+
+/// Whether the paused domain `id` may be written, by what Xen says of it in the pause: it is there, and neither shut down
+/// nor suspended.
+///
+/// # Errors
+/// [`Error::Unsupported`]: some of its memory is not its own, so what was looked at in the pause may be stale.
+pub(super) fn may_be_written(id: DomId, info: &xc_domaininfo_t) -> Result<bool, Error> {
+    if info.domain != id.0 || info.flags & sys::XEN_DOMINF_shutdown != 0 {
+        return Ok(false);
+    }
+    check_own(id, info.shr_pages, info.paged_pages)?;
+    Ok(true)
 }
 
 /// Checks the answer of `xc_altp2m_get_domain_state` for a domain: `active`, or the error.
@@ -168,6 +186,27 @@ mod tests {
         assert!(refused(shadow).contains("shadow paging"));
         // A PV guest needs no such paging.
         assert_eq!(refused(|info| info.flags = 0), "");
+    }
+
+    #[test]
+    fn what_begins_during_the_wait_is_noticed_in_the_pause() {
+        let may = |change: fn(&mut xc_domaininfo_t)| {
+            let mut info = pvh();
+            change(&mut info);
+            may_be_written(DomId(3), &info)
+        };
+        assert!(matches!(may(|_| ()), Ok(true)));
+        assert!(matches!(may(|info| info.domain = 4), Ok(false)));
+        let shut_down = |info: &mut xc_domaininfo_t| info.flags |= sys::XEN_DOMINF_shutdown;
+        assert!(matches!(may(shut_down), Ok(false)));
+        assert!(matches!(
+            may(|info| info.shr_pages = 1),
+            Err(Error::Unsupported(_))
+        ));
+        assert!(matches!(
+            may(|info| info.paged_pages = 1),
+            Err(Error::Unsupported(_))
+        ));
     }
 
     #[test]

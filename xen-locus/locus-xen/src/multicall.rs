@@ -13,7 +13,7 @@ use locus_guest::{GuestType, Vcpu};
 use xenctrl_sys as sys;
 
 use super::control::HVM_SAVE_CPU;
-use super::domain_info::DomainInfo;
+use super::domain_info::{self, DomainInfo};
 use super::hypercall_buffer::{Array, HypercallBuffer};
 use super::layout::INTERFACES;
 use super::modified_memory::{self, ModifiedMemoryCall};
@@ -235,15 +235,17 @@ impl PauseMulticall {
         paused.or_else(|error| made.and(Err(error)))
     }
 
-    /// Whether the domain had shut down or was suspended at the last pause.
+    /// Whether the domain may be written, by its state at the last pause: [`domain_info::may_be_written`].
     ///
     /// # Errors
-    /// Xen did not give its state.
-    pub(super) fn is_shut_down(&self) -> Result<bool, Error> {
-        self.shut_down(STATE)
+    /// It is not supported as it is now, or Xen did not give its state.
+    pub(super) fn may_be_written(&self) -> Result<bool, Error> {
+        self.state(STATE, |info| {
+            domain_info::may_be_written(self.info.id, info)
+        })?
     }
 
-    /// The same by what call number `n` says.
+    /// Whether the domain had shut down or was suspended by what call number `n` says.
     fn shut_down(&self, n: usize) -> Result<bool, Error> {
         self.state(n, |info| {
             info.domain != self.info.id.0 || info.flags & sys::XEN_DOMINF_shutdown != 0

@@ -56,7 +56,7 @@ impl<'c> PauseCalls<'c> {
     /// Prepares pauses of a domain in which the frames `written` may be written (MFNs of a PV guest, else GFNs).
     ///
     /// # Errors
-    /// A library or device of Xen can't be opened, or there is no memory for the calls.
+    /// The domain is not supported ([`Control::check_guest`]). A library or device of Xen can't be opened, or there is no memory for the calls.
     pub fn new(
         control: &'c Control,
         info: &DomainInfo,
@@ -94,6 +94,7 @@ impl<'c> PauseCalls<'c> {
         info: &DomainInfo,
         method: CallMethod,
     ) -> Result<PauseCalls<'c>, Error> {
+        control.check_guest(info.id)?;
         let is_pv = info.kind == GuestType::Pv;
         Ok(PauseCalls {
             control,
@@ -101,6 +102,14 @@ impl<'c> PauseCalls<'c> {
             method,
             may_be_log_dirty: is_pv && control.has_shadows(info.id)?.is_some(),
         })
+    }
+
+    /// Checks the domain as [`Control::check_guest`] does.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check_guest(&self) -> Result<(), Error> {
+        self.control.check_guest(self.info.id)
     }
 
     /// The registers of all vCPUs, read by the same calls as in a pause, while the domain runs.
@@ -241,14 +250,15 @@ impl<'c> Pause<'c> {
     /// tools/libs/light/libxl_dom_suspend.c). [`PauseEnd::reported`] tells of that.
     ///
     /// # Errors
-    /// Xen did not give its state.
+    /// [`Error::Unsupported`]: it began to share memory, or memory was paged out, since the last attempt
+    /// ([`PauseCalls::check_guest`]). Or Xen did not give its state.
     pub fn writing(&self) -> Result<bool, Error> {
         let runs = match &self.calls.method {
-            CallMethod::Multicall(calls) => !calls.is_shut_down()?,
+            CallMethod::Multicall(calls) => calls.may_be_written()?,
             CallMethod::OneByOne { .. } => {
-                let state = self.calls.control.pause_state(self.calls.info.id)?;
-                self.page.set_cpu_time_ns(state.map(|s| s.cpu_time_ns));
-                state.is_some_and(|s| !s.shutdown)
+                let (may, cpu_time) = self.calls.control.may_be_written(self.calls.info.id)?;
+                self.page.set_cpu_time_ns(cpu_time);
+                may
             }
         };
         if runs {

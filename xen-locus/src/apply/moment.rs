@@ -193,6 +193,7 @@ pub fn blocking(
     let mut wait = Wait::default();
     while began.elapsed() < options.timeout && !options.interrupted.load(Ordering::SeqCst) {
         tasks.list()?.scan_off_cpu()?.clear_by_unwind()?;
+        guard.hold()?;
         let (verdict, _ready, paused) = last_look(&*guard, &mut tasks, true, options)?;
         paused.end()?;
         if let Some(blockers) = verdict.blockers(kernel) {

@@ -145,11 +145,13 @@ impl<'c> Guarded<'c> {
         }
     }
 
-    /// Waits until the guardian has mapped the places of the change, if it has unmapped them.
+    /// Checks that this tool can still do right by the guest, and waits until the guardian has mapped the places of the
+    /// change, if it has unmapped them.
     ///
     /// # Errors
-    /// The guardian is gone, or does not answer.
+    /// [`guest::Error::Unsupported`]: it can't. Or the guardian is gone, or does not answer.
     pub fn hold(&self) -> std::result::Result<(), guest::Error> {
+        self.calls.check_guest()?;
         let began = Instant::now();
         while !self.page.hold() {
             self.check_guardian()?;

@@ -92,6 +92,8 @@ pub(crate) struct Guest {
     pub(crate) writable: Rc<Cell<u32>>,
     /// How many there were each time the guardian was told to let go.
     pub(crate) kept: RefCell<Vec<u32>>,
+    /// In so many attempts the guest is what it was.
+    pub(crate) attempts_left: Cell<u32>,
 }
 
 type Meanwhile = Box<dyn FnOnce(&Guest)>;
@@ -152,6 +154,7 @@ impl Guest {
             pause_takes: Cell::default(),
             writable: Rc::default(),
             kept: RefCell::default(),
+            attempts_left: Cell::new(u32::MAX),
         }
     }
 
@@ -323,6 +326,14 @@ impl MemoryMut for Guest {
 struct Unguarded<'g>(&'g Guest);
 
 impl Guard for Unguarded<'_> {
+    fn hold(&self) -> std::result::Result<(), guest::Error> {
+        match self.0.attempts_left.get().checked_sub(1) {
+            Some(left) => self.0.attempts_left.set(left),
+            None => return Err(guest::Error::Unsupported("it shares 7 pages".into())),
+        }
+        Ok(())
+    }
+
     fn let_go(&self) {
         self.0.kept.borrow_mut().push(self.0.writable.get());
     }

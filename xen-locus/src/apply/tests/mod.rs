@@ -422,3 +422,25 @@ fn no_page_stays_mapped_to_be_written_during_a_wait() {
     assert!(kept.len() > 1, "{kept:?}");
     assert_eq!(*kept, vec![0; attempts as usize - 1]);
 }
+
+#[test]
+fn before_each_attempt_it_is_asked_whether_the_guest_s_memory_is_still_its_own() {
+    let patient = Options {
+        timeout: Duration::from_secs(30),
+        ..options(false)
+    };
+    for attempts in [0, 2] {
+        let guest = busy_guest();
+        guest.attempts_left.set(attempts);
+        let payload = payload("one", &[A]);
+        let error = apply(&guest, &guest.kernel(), &payload, Mode::Apply, &patient).unwrap_err();
+        assert_eq!(error.exit_code(), ExitCode::NotApplicable, "{error}");
+        assert!(error.to_string().contains("shares 7 pages"), "{error}");
+        assert_eq!(guest.runs(), ["", "", ""]);
+        let kernel = guest.kernel();
+        guest.attempts_left.set(0);
+        let watch = crate::quiesce::Watch::of(Vec::new());
+        let error = super::blocking(&guest, &kernel, &watch, &patient).unwrap_err();
+        assert_eq!(error.exit_code(), ExitCode::NotApplicable, "{error}");
+    }
+}
