@@ -27,6 +27,7 @@ use crate::plan::conditions::Entry;
 use crate::plan::{self, PatchStack, Plan, Proposal};
 use crate::quiesce::{Watch, Watched};
 use crate::target::conflicts;
+use crate::target::lkrg;
 use crate::target::kprobes::Kprobes;
 use crate::target::redirect;
 use crate::target::symbols::Object;
@@ -121,7 +122,7 @@ struct Gate {
 
 impl Gate {
     fn prepare(kernel: &Kernel<'_>, patch: &str, threads: &[Thread]) -> Result<Gate> {
-        conflicts::check_no_integrity_checker(kernel)?;
+        lkrg::check_absent(kernel)?;
         let mut arena = Arena::read(kernel)?;
         let residents = plan::resolve_interrupted(kernel, &mut arena)?;
         let entry = kernel.function(FUNCTION, 0)?;

@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 use crate::link::fixups::KeyCount;
 use crate::quiesce::{Watch, Watched};
 use crate::target::kprobes::Kprobes;
-use crate::target::{conflicts, modules_present, redirect};
+use crate::target::{lkrg, modules_present, redirect};
 use crate::write::{About, Write, WRITE_MAX};
 use crate::x86::JUMP;
 
@@ -80,7 +80,7 @@ impl Plan {
     /// is half done does not ask for that.
     ///
     /// # Errors
-    /// As [`conflicts::check_no_integrity_checker`] and [`Plan::new`].
+    /// As [`lkrg::check_absent`] and [`Plan::new`].
     pub fn to_begin(kernel: &Kernel<'_>, mut proposal: Proposal<'_>) -> Result<Plan> {
         if let Some(at) = kernel.symbols.addr("modules") {
             // Read before the modules are: one that comes later changes it.
@@ -88,7 +88,7 @@ impl Plan {
             let condition = Write::condition(at, head, About::ModuleLists);
             proposal.data.insert(0, condition);
         }
-        conflicts::check_no_integrity_checker(kernel)?;
+        lkrg::check_absent(kernel)?;
         Plan::new(kernel, proposal)
     }
 

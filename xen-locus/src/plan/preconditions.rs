@@ -19,8 +19,8 @@ use crate::arena::Resident;
 use crate::error::{Error, Result};
 use crate::link::image;
 use crate::target::compat;
-use crate::target::conflicts;
 use crate::target::kprobes::Kprobes;
+use crate::target::lkrg;
 use crate::target::modules_present;
 use crate::target::redirect::REPAIR;
 use crate::target::symbols::GuestSymbols;
@@ -198,7 +198,7 @@ fn is_built_for_this_build_id(candidate: &Candidate<'_, '_>) -> Result<()> {
 
 /// No module of the guest panics when the kernel's code changes.
 fn no_integrity_checker_is_there(candidate: &Candidate<'_, '_>) -> Result<()> {
-    conflicts::check_no_integrity_checker(candidate.kernel)
+    lkrg::check_absent(candidate.kernel)
 }
 
 /// Its `struct klp_patch` and the structures in it are laid out as the kernel's.

@@ -66,6 +66,17 @@ fn a_guest_whose_code_is_guarded_by_lkrg_is_left_alone_both_ways() {
         let stack = PatchStack::new(&residents);
         refused(undo(&guest.kernel(), &stack, &residents[0]).unwrap_err());
     }
+    // Built into the kernel.
+    for name in ["p_integrity_timer", "p_check_integrity"] {
+        let guest = Guest::with(|f| f.function(FUNCTIONS[A].1 + 0x400, name, &[0xc3]));
+        let error = prepared(&guest, &payload("one", &[A]), Mode::Apply).unwrap_err();
+        assert_eq!(error.class(), Class::NotApplicable, "{error}");
+        let said = error.to_string();
+        assert!(
+            said.contains("LKRG is built into") && said.contains(name),
+            "{said}"
+        );
+    }
     let guest = Guest::new();
     guest.applied(&payload("lkrg_not", &[B]));
     ready(&guest, &payload("one", &[A]), Mode::Apply);

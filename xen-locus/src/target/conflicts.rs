@@ -8,10 +8,9 @@
 use std::fmt;
 
 use locus_guest::addr::Gva;
-use locus_kernel::modules::ModuleReader;
 use locus_kernel::{list, Kernel};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Sections of the kernel's text whose functions can't be replaced: symbols at their start and end,
 /// and why.
@@ -37,8 +36,6 @@ const SECTIONS: [(&str, &str, &str); 4] = [
         "it is noinstr code, which runs while the kernel is entered or left and can't be traced",
     ),
 ];
-/// Names, today's and a former one, of the module LKRG (Linux Kernel Runtime Guard, <https://lkrg.org>).
-const LKRG: [&str; 2] = ["lkrg", "p_lkrg"];
 /// Most elements of any of the lists looked at.
 const ELEMENTS_MAX: usize = 1 << 16;
 
@@ -64,31 +61,6 @@ pub fn freed(kernel: &Kernel<'_>, at: Gva) -> bool {
     };
     (between("__init_begin", "__init_end") || between("_sinittext", "_einittext"))
         && !between("__per_cpu_start", "__per_cpu_end")
-}
-
-/// Refuses a guest in which a change of the kernel's code from outside ends in a panic: LKRG is loaded. It hashes the
-/// code of the kernel and of all modules, every 15 seconds and at random moments, and by default it panics where a hash
-/// differs. It follows the changes that the kernel makes, and no others. To revert is such a change too, if LKRG was
-/// loaded while a patch was in force.
-///
-/// # Errors
-/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): its module is loaded. Or the guest's modules can't be
-/// read.
-pub fn check_no_integrity_checker(kernel: &Kernel<'_>) -> Result<()> {
-    if kernel.symbols.addr("modules").is_none() {
-        // This kernel can't have modules.
-        return Ok(());
-    }
-    let all = ModuleReader::new(kernel)?.all()?;
-    let Some(found) = all.iter().find(|m| LKRG.contains(&&*m.name)) else {
-        return Ok(());
-    };
-    Err(Error::not_applicable(format!(
-        "the guest has the module {} (LKRG), which hashes the kernel's code and by default panics within seconds after \
-         it was changed from outside; expected no such module. Unload it in the guest first (rmmod {}); nothing was \
-         changed",
-        found.name, found.name
-    )))
 }
 
 /// Where a function's ftrace site leads, instead of being a nop.

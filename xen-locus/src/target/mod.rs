@@ -7,6 +7,7 @@
 //! - [`conflicts`]: what else in the guest changes the same bytes: ftrace, kprobes, other livepatches;
 //! - [`kprobes`]: where the guest's kprobes stand, and what they run;
 //! - [`kernel_locks`]: locks of the guest's kernel that must be free;
+//! - [`lkrg`]: what panics when the guest's code is changed from outside;
 //! - [`modules_present`]: modules that must stay while the payload is applied.
 
 pub mod compat;
@@ -14,6 +15,7 @@ pub mod conflicts;
 pub mod exports;
 pub mod kernel_locks;
 pub mod kprobes;
+pub mod lkrg;
 pub mod modules_present;
 pub mod redirect;
 pub mod rewritten;
