@@ -82,8 +82,8 @@ const CANDIDATES: usize = 8;
 ///
 /// # Errors
 /// [`Error::NotReady`] while no vCPU shows the entry point of a 64-bit kernel (firmware, early
-/// boot), or the kernel has not protected its memory yet; [`Error::NotLinux`] if the memory there is not mapped as that of
-/// Linux; [`Error::Memory`] if the budget is spent.
+/// boot), the kernel has not protected its memory yet, or the vCPUs show those of several kernels and none is found;
+/// [`Error::NotLinux`] if the memory there is not mapped as that of Linux; [`Error::Memory`] if the budget is spent.
 pub fn locate<'m>(
     mem: &'m dyn Memory,
     kind: GuestType,
@@ -91,27 +91,71 @@ pub fn locate<'m>(
     budget: &Budget,
 ) -> Result<Located<'m>, Error> {
     let up = in_long_mode(vcpus)?;
-    let Some(entry) = up.iter().find_map(|v| v.entry) else {
+    let entries = entry_points(&up)?;
+    let mut last = None;
+    for &entry in &entries {
+        match locate_at(mem, kind, &up, entry, budget) {
+            // Another vCPU's may be the guest's own.
+            Err(error @ (Error::NotReady(_) | Error::NotLinux(_))) => last = last.or(Some(error)),
+            done => return done,
+        }
+    }
+    match last {
+        Some(error) if entries.len() == 1 => Err(error),
+        _ => Err(several(&entries)),
+    }
+}
+
+/// Most entry points that are tried. Of a guest that runs no guests of its own there is one.
+const ENTRIES_MAX: usize = 8;
+
+/// The entry points of the vCPUs `up`, each once. Where a vCPU runs a guest of the guest's own, its registers are those of
+/// that one (xen/arch/x86/hvm/svm/nestedsvm.c, vmx/vvmx.c), so there may be several.
+///
+/// # Errors
+/// None may be that of a 64-bit Linux kernel.
+fn entry_points(up: &[&Vcpu]) -> Result<Vec<Gva>, Error> {
+    let mut all: Vec<Gva> = Vec::new();
+    for entry in up.iter().filter_map(|v| v.entry) {
+        if !all.contains(&entry) && all.len() < ENTRIES_MAX {
+            all.push(entry);
+        }
+    }
+    let Some(&entry) = all.first() else {
         return Err(Error::NotReady(
             "the guest's kernel has not set its entry point yet: it is still booting; try again (if that \
              lasts, it may use FRED, with which a kernel sets none and is not supported)"
                 .into(),
         ));
     };
-    if XEN_TEXT.contains(&entry.0) {
-        return Err(Error::NotLinux(format!(
+    all.retain(|&entry| KERNEL_MAP <= entry && entry < KERNEL_MAP_END);
+    if !all.is_empty() {
+        return Ok(all);
+    }
+    Err(Error::NotLinux(if XEN_TEXT.contains(&entry.0) {
+        format!(
             "the guest's kernel entry point is {entry}, which is code of Xen: this is a PV guest in a PV shim \
              (pvshim=1), and its kernel runs inside of that other Xen, out of reach; start it as PV or PVH"
-        )));
-    }
-    if entry < KERNEL_MAP || entry >= KERNEL_MAP_END {
-        return Err(Error::NotLinux(format!(
+        )
+    } else {
+        format!(
             "the guest's kernel entry point is {entry}; a 64-bit Linux kernel has it between \
-             {KERNEL_MAP} and {KERNEL_MAP_END}"
-        )));
-    }
+             {KERNEL_MAP} and {KERNEL_MAP_END}. If the guest runs guests of its own, this may be that of such a \
+             one; then try again"
+        )
+    }))
+}
+
+/// Locates the kernel whose entry point is `entry`.
+fn locate_at<'m>(
+    mem: &'m dyn Memory,
+    kind: GuestType,
+    up: &[&Vcpu],
+    entry: Gva,
+    budget: &Budget,
+) -> Result<Located<'m>, Error> {
     let (mut elsewhere, mut boots) = (false, false);
-    for Tables { space, user_half } in tables(mem, kind, &up, budget) {
+    for Tables { space, user_half } in tables(mem, kind, up, budget) {
         budget.check().map_err(Error::Memory)?;
         let runs = runs(&space);
         let Some(at) = runs.iter().position(|run| holds(run, entry)) else {
@@ -149,9 +193,19 @@ pub fn locate<'m>(
         format!(
             "around the guest's kernel entry point {entry} no read-only data and variables are \
              mapped behind the code, as a booted Linux kernel has them; if the guest is still \
-             booting, try again"
+             booting, or runs guests of its own, try again"
         )
     }))
+}
+
+/// The vCPUs tell of several kernels, and none of them is found.
+fn several(entries: &[Gva]) -> Error {
+    let entries: Vec<String> = entries.iter().map(Gva::to_string).collect();
+    Error::NotReady(format!(
+        "the guest's vCPUs have the entry points of several kernels ({}), and none of these kernels is found on the page \
+         tables that they are on: the guest runs guests of its own, or one kernel has just followed another; try again",
+        entries.join(", ")
+    ))
 }
 
 /// Places that may be the kernel of a saved guest, of which no entry point is known: at least one,

@@ -115,6 +115,37 @@ fn modules_behind_the_image_are_none_of_it() {
 }
 
 #[test]
+fn a_vcpu_that_runs_a_guest_of_the_guest_does_not_hide_its_kernel() {
+    let error_of =
+        |world: &World| Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap_err();
+    // Another Linux, or another system.
+    for entry in [TEXT.0 + (512 << 20), 0xffff_f800_0000_1000] {
+        let nested = |world: &mut World, nth: usize| {
+            world.vcpus[nth].entry = Some(Gva(entry));
+            world.vcpus[nth].root = world.memory.frame();
+        };
+        let mut world = World::new(GuestType::Pvh);
+        nested(&mut world, 0);
+        let found = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
+        assert_eq!(found.text_base, TEXT, "{entry:#x}");
+        // All of them do so.
+        nested(&mut world, 1);
+        let error = error_of(&world);
+        assert!(matches!(error, Error::NotLinux(_)), "{error}");
+        assert!(error.to_string().contains("try again"), "{error}");
+    }
+    // Neither kernel is found: that passes.
+    let mut world = World::new(GuestType::Pvh);
+    world.vcpus[0].entry = Some(TEXT.plus(512 << 20));
+    for vcpu in 0..2 {
+        world.vcpus[vcpu].root = world.memory.frame();
+    }
+    let error = error_of(&world);
+    assert!(matches!(error, Error::NotReady(_)), "{error}");
+    assert!(error.to_string().contains("several kernels"), "{error}");
+}
+
+#[test]
 fn a_live_guest_without_an_entry_point_is_not_guessed_at() {
     let mut world = World::new(GuestType::Pvh);
     world.vcpus.iter_mut().for_each(|v| v.entry = None);
