@@ -308,17 +308,24 @@ fn exported_to(kernel: &Kernel<'_>, user: &Module, to: Gva) -> Result<bool> {
 }
 
 /// Why a function that begins with a jump to `to`, at `at`, is left alone.
+///
+/// GCC makes such jumps into the middle of other functions, and some kernels allocate thunks for indirect jumps at run time
+/// (`its_allocate_thunk`, arch/x86/kernel/alternative.c). So not all of them are somebody's redirects.
 fn foreign(kernel: &Kernel<'_>, at: Gva, to: Gva) -> String {
+    if (arena::BASE..arena::page_address(arena::PAGES)).contains(&to) {
+        return format!(
+            "it is already redirected: found a jump to {to} at {at}, into the arena, of which no patch in force tells; \
+             expected its own code"
+        );
+    }
     let where_to = match kernel.symbols.covering(to) {
-        _ if (arena::BASE..arena::page_address(arena::PAGES)).contains(&to) => {
-            ", in the arena, of which no patch in force tells".to_owned()
-        }
         Some((name, offset)) if offset < FUNCTION_MAX => format!(" ({name}+{offset:#x})"),
         _ => String::new(),
     };
     format!(
-        "it is already redirected by someone else: found a jump to {to}{where_to} at {at}; expected its own code, \
-         which jumps only to where a function begins, of the kernel or of a module that it was linked with"
+        "its first instruction, at {at}, jumps to {to}{where_to}, where no function begins. Either it was compiled so, or \
+         someone else redirected it, which can't be told apart; expected a first instruction that stays in it, or jumps to \
+         where a function begins, of the kernel or of a module that it was linked with"
     )
 }
 
