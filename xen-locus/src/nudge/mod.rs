@@ -26,9 +26,8 @@ use crate::machine::Machine;
 use crate::plan::conditions::Entry;
 use crate::plan::{self, PatchStack, Plan, Proposal};
 use crate::quiesce::{Watch, Watched};
-use crate::target::conflicts;
-use crate::target::lkrg;
 use crate::target::kprobes::Kprobes;
+use crate::target::lkrg;
 use crate::target::redirect;
 use crate::target::symbols::Object;
 use crate::x86::{self, JUMP};
@@ -304,7 +303,8 @@ impl Gate {
         };
         let woken = woken.ok_or_else(|| {
             Error::try_again(format!(
-                "{}: the guest handled no timer interrupt in {} s; no thread was woken, and nothing is changed",
+                "{}: no CPU of the guest came to {FUNCTION} in {} s, by which a guest handles timer interrupts unless it was booted \
+                 with highres=off; no thread was woken, and nothing is changed",
                 self.place.patch,
                 TICK.as_secs()
             ))
