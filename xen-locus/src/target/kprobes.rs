@@ -54,11 +54,18 @@ impl Kprobes {
     /// Reads them; none in a kernel without kprobes.
     ///
     /// # Errors
-    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): the table is not as this tool knows it. Or it can't be
-    /// read.
+    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): the table is not as this tool knows it, or the kernel has
+    /// kprobes and no such table. Or it can't be read.
     pub fn read(kernel: &Kernel<'_>) -> Result<Kprobes> {
         let Some(table) = kernel.symbols.addr(TABLE) else {
-            return Ok(Kprobes::default());
+            let Some(at) = kernel.symbols.addr(REGISTERS) else {
+                return Ok(Kprobes::default());
+            };
+            // A linker that optimises may have renamed it, because it is static.
+            return Err(Error::not_applicable(format!(
+                "the guest's kernel has kprobes ({REGISTERS} at {at}), and no symbol {TABLE}; expected the table of this name. \
+                 So it can't be known where its kprobes are, and nothing was changed"
+            )));
         };
         check_size(kernel, table)?;
         let member = |path| kernel.btf()?.offset_of("kprobe", path).map(|o| o as u64);
@@ -215,4 +222,33 @@ fn condition(at: Gva, bytes: Vec<u8>) -> Write {
 
 fn word(bytes: &[u8]) -> u64 {
     locus_guest::fetch::u64(bytes, 0).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use locus_kernel::fixture::{vcpus, Fixture, KIND, TEXT};
+
+    use super::*;
+    use crate::error::ExitCode;
+
+    #[test]
+    fn a_kernel_with_kprobes_and_without_their_table_is_refused_by_name() {
+        for name in ["register_kprobe", "unregister_kprobe"] {
+            let mut fixture = Fixture::new();
+            fixture.function(TEXT.0 + 0x1000, name, &[0xc3]);
+            let memory = fixture.build();
+            let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
+            let read = Kprobes::read(&kernel);
+            if name != REGISTERS {
+                assert!(read.unwrap().places.is_empty());
+                continue;
+            }
+            let error = read.unwrap_err();
+            assert_eq!(error.exit_code(), ExitCode::NotApplicable, "{error}");
+            assert!(
+                error.to_string().contains("no symbol kprobe_table"),
+                "{error}"
+            );
+        }
+    }
 }
