@@ -354,6 +354,61 @@ fn a_thread_in_a_copied_instruction_of_a_kprobe_is_in_the_way() {
 }
 
 #[test]
+fn a_thread_that_is_about_to_register_a_kprobe_is_in_the_way() {
+    let register = FUNCTIONS[A].1 + 0x400;
+    let code = [0x90; 16];
+    let guest = Guest::with(|f| f.function(register, "register_kprobe", &code));
+    for (at, is_in) in [(register + 3, true), (FUNCTIONS[C].1 + 8, false)] {
+        guest.sleep_at(at);
+        let done = applies(&guest);
+        let blockers = done.as_ref().err().and_then(|e| e.blocked());
+        let named = blockers.is_some_and(|b| b.blockers[0].function.contains("register_kprobe"));
+        assert_eq!((named, done.is_ok()), (is_in, !is_in), "{done:?}");
+    }
+}
+
+#[test]
+fn a_static_key_that_is_switched_during_the_wait_is_seen_in_the_pause() {
+    use crate::link::fixups::KeyCount;
+    use crate::plan::{Plan, Proposal};
+    let at = FUNCTIONS[A].1 + 5;
+    for (now, is_as_linked) in [(0, false), (2, false), (1, true)] {
+        let guest = Guest::new();
+        let key = guest.variable("some_kprobes");
+        guest.poke(key, &1i32.to_le_bytes());
+        let keys = [KeyCount {
+            key: Gva(key),
+            count: 1,
+        }];
+        let redirect = Write {
+            at: Gva(at),
+            expect: guest.peek::<5>(at).to_vec(),
+            new: vec![0x90; 5],
+            about: About::Text,
+        };
+        let kernel = guest.kernel();
+        let proposal = Proposal {
+            patch: "one",
+            keys: &keys,
+            redirects: vec![redirect.clone()],
+            ..Proposal::default()
+        };
+        let plan = Plan::new(&kernel, proposal).unwrap();
+        guest.meanwhile(move |g| g.poke(key, &i32::to_le_bytes(now)));
+        let options = options(false);
+        let done = execute(&guest, &kernel, &plan, &Patience::new(&options));
+        let is_written = guest.peek::<5>(at) == *redirect.new;
+        assert_eq!((done.is_ok(), is_written), (is_as_linked, is_as_linked));
+        if let Err(error) = done {
+            assert!(
+                error.is_passing() && error.to_string().contains("static key"),
+                "{error}"
+            );
+        }
+    }
+}
+
+#[test]
 fn what_xen_would_not_see_is_not_written() {
     let words = ["moved to another host as it runs"];
     for (what, action) in ACTIONS {
