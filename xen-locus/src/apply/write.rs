@@ -115,7 +115,8 @@ pub(super) fn check_all(writes: &[MappedWrite<'_>], trail: &Trail) -> Result<()>
 pub(super) fn is_log_dirty() -> Error {
     Error::try_again(
         "Xen runs this PV guest on shadows of its page tables: it is probably being moved to another host as it runs, and \
-         what is written to it now from outside would be missing there. Nothing was changed; try again when it has arrived",
+         what is written to it now from outside would be missing there. Nothing was changed; try again when it has arrived \
+         (if it is not moved, Xen shadows it against L1TF: see pv-l1tf in Xen's documentation; it can't be changed then)",
     )
 }
 
