@@ -122,6 +122,28 @@ fn a_tail_call_to_a_function_of_the_kernel_is_the_functions_own() {
 }
 
 #[test]
+fn a_module_s_tail_call_into_a_module_that_it_uses_is_its_own() {
+    use locus_kernel::modules::sample::{data, guest, Age, DATA, STEP};
+    // A symbol in the text of each: `first`, and `second`, which uses it.
+    let symbols = [Gva(0xffff_ffff_c100_0040), Gva(0xffff_ffff_c101_0040)];
+    let mut modules = data(Age::New);
+    for (module, symbol) in [DATA, DATA + STEP].into_iter().zip(symbols) {
+        modules.word(module + 0x400 + 24 + 8, symbol.0);
+    }
+    let memory = guest(Age::New, &modules);
+    let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
+    let all = ModuleReader::new(&kernel).unwrap().all().unwrap();
+    let begins = |owner: &str, to: Gva| {
+        let owner = all.iter().find(|m| m.name == owner).unwrap();
+        begins_function(&kernel, Object::Module(owner, &[]), to).unwrap()
+    };
+    assert!(begins("second", symbols[0]));
+    assert!(!begins("second", symbols[0].plus(1)));
+    // It was linked before `second` was there.
+    assert!(!begins("first", symbols[1]));
+}
+
+#[test]
 fn a_jump_in_front_of_other_code_is_someone_elses_wherever_it_leads() {
     let to = TEXT.plus(15 * 4096);
     let filler = [0xcc, 0x0f, 0x1f, 0x00, 0xcc];
