@@ -12,17 +12,18 @@
 //! `module_init` of kpatch-build is known: `kmod/patch/livepatch-patch-hook.c` of kpatch. It builds its
 //! structures in memory that it allocates, so memory may be used, by registers that it has set, and
 //! [`KPATCH_HOOK`] may be called. It must refer to the table of functions. What it uses of the payload's own
-//! variables may be used by nothing else in the payload. Where its pointers lead is not followed.
+//! variables may be used by nothing else in the payload. Where its pointers lead is not followed, but
 //!
-//! - `entry`: where the kernel enters; `state`: stack and registers; `tables`: what changes the code.
+//! [`replace()`] follows one of them, that of its patch.
+//!
+//! - `entry`: where the kernel enters; `decode`: instructions and their relocations; `state`: stack and registers;
+//!   `origins`: where values come from; `replace`: what of the patch is set; `tables`: what changes the code.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use iced_x86::{
-    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
-    OpKind, Register,
+    Code, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register,
 };
-use object::elf;
 
 use super::elf::Reloc;
 use super::pointers::View;
@@ -31,17 +32,24 @@ use super::summary::Concern;
 use super::symbol::{ElfSymbol, SymKind, SymSection};
 use super::Payload;
 
+mod decode;
 mod entry;
 mod instruction;
 mod names;
+mod origins;
 mod registers;
+mod replace;
 mod state;
 mod tables;
 
 use instruction::{copies_memory, is_canary, is_plain, is_write};
 use names::{ENABLING, ENDS, KPATCH_HOOK, MARK, OF_PATCH, VARIABLES};
+use origins::{Origin, OTHERS};
 use registers::{is_relative, Fields, Target};
+use replace::Sources;
 use state::State;
+
+pub(super) use replace::replace;
 
 /// Most instructions that are looked at, each time they are. The hook of kpatch has less than a thousand.
 const MAX_STEPS: usize = 1 << 15;
@@ -60,10 +68,7 @@ type Place = (usize, u64);
 /// What `payload`'s `module_init` does besides enabling the patch.
 pub(super) fn concerns(payload: &Payload) -> Vec<Concern> {
     let mut walk = Walk::new(payload);
-    walk.start();
-    while let Some((at, known)) = walk.todo.pop() {
-        walk.arrive(at, known);
-    }
+    walk.run();
     walk.tables();
     walk.variables();
     if !walk.enables {
@@ -97,6 +102,8 @@ struct Walk<'p> {
     lists: bool,
     /// The payload's own variables that are used.
     used: BTreeSet<Place>,
+    /// What the patch of kpatch's hook may come from.
+    sources: Sources,
     named: BTreeSet<(String, String)>,
 }
 
@@ -131,7 +138,16 @@ impl<'p> Walk<'p> {
             enables: false,
             lists: false,
             used: BTreeSet::new(),
+            sources: Sources::default(),
             named: BTreeSet::new(),
+        }
+    }
+
+    /// Follows all code that can be reached.
+    fn run(&mut self) {
+        self.start();
+        while let Some((at, known)) = self.todo.pop() {
+            self.arrive(at, known);
         }
     }
 
@@ -176,44 +192,6 @@ impl<'p> Walk<'p> {
         (at.0 == place.0 && place.1 < end).then_some(*symbol)
     }
 
-    /// Relocations of a section, late ones too, that start at offsets `from..to`.
-    fn relocs(&mut self, section: usize, from: u64, to: u64) -> Vec<Reloc> {
-        let payload = self.payload;
-        let late = self.late.get(&section).into_iter().flatten();
-        let all = self.relocs.entry(section).or_insert_with(|| {
-            let late = late.filter_map(|&late| payload.section(late));
-            let own = payload.section(section).into_iter();
-            let mut all: Vec<Reloc> = own.chain(late).flat_map(|s| s.relocs.clone()).collect();
-            all.sort_by_key(|r| r.offset);
-            all
-        });
-        let first = all.partition_point(|r| r.offset < from);
-        let rest = all.get(first..).unwrap_or_default().iter();
-        rest.take_while(|r| r.offset < to).copied().collect()
-    }
-
-    /// Where `reloc` leads; `end` is the end of its instruction.
-    fn target(&self, reloc: &Reloc, end: u64) -> Target<'p> {
-        let Some(symbol) = self.payload.symbol(reloc.symbol) else {
-            return Target::Unknown;
-        };
-        let from = match elf::RelocationType(reloc.rtype) {
-            elf::R_X86_64_PC32 | elf::R_X86_64_PLT32 => end.saturating_sub(reloc.offset),
-            elf::R_X86_64_64 | elf::R_X86_64_32 | elf::R_X86_64_32S => 0,
-            _ => return Target::Unknown,
-        };
-        let bias = reloc.addend.checked_add_unsigned(from);
-        match symbol.section {
-            SymSection::Undefined | SymSection::Livepatch => {
-                bias.map_or(Target::Unknown, |bias| Target::Other(symbol, bias))
-            }
-            SymSection::Section(section) => bias
-                .and_then(|bias| symbol.value.checked_add_signed(bias))
-                .map_or(Target::Unknown, |offset| Target::Own((section, offset))),
-            SymSection::Absolute | SymSection::Common => Target::Unknown,
-        }
-    }
-
     /// Goes on at `place`, which must be code.
     fn follow(&mut self, place: Place, state: &State) {
         let inside = self.payload.section(place.0).is_some_and(|s| {
@@ -244,40 +222,15 @@ impl<'p> Walk<'p> {
             self.todo.clear();
             return self.name_code(at, "goes on for too long to be understood");
         }
-        let start = usize::try_from(at.1).unwrap_or(usize::MAX);
-        let code = self.payload.section(at.0).and_then(|s| s.data.get(start..));
-        let mut decoder =
-            Decoder::with_ip(64, code.unwrap_or_default(), at.1, DecoderOptions::NONE);
-        let instruction = decoder.decode();
-        let constants = decoder.get_constant_offsets(&instruction);
-        let end = instruction.next_ip();
-        let len = end.saturating_sub(at.1);
-        self.reached.insert(at, (state.clone(), len));
-        if instruction.is_invalid() {
-            return self.name_code(at, "has bytes that are no instruction");
-        }
-        let mut fields = Fields::default();
-        for reloc in self.relocs(at.0, at.1.saturating_sub(7), end) {
-            let target = (self.target(&reloc, end), reloc.rtype);
-            let field = reloc.offset.checked_sub(at.1);
-            let is = |offset: usize| field == Some(offset as u64);
-            let room = if constants.has_displacement() && is(constants.displacement_offset()) {
-                &mut fields.displacement
-            } else if constants.has_immediate() && is(constants.immediate_offset()) {
-                &mut fields.immediate
-            } else if reloc
-                .offset
-                .saturating_add(super::elf::reloc_width(reloc.rtype))
-                <= at.1
-            {
-                continue;
-            } else {
-                return self.name_code(at, "is changed by a relocation that fits no operand");
-            };
-            if room.replace(target).is_some() {
-                return self.name_code(at, "is changed by two relocations at one place");
+        let (instruction, fields) = match self.decode(at) {
+            Ok(decoded) => decoded,
+            Err(does) => {
+                self.reached.insert(at, (state, 1));
+                return self.name_code(at, does);
             }
-        }
+        };
+        let len = instruction.next_ip().saturating_sub(at.1);
+        self.reached.insert(at, (state.clone(), len));
         self.step(at, &instruction, &fields, &state);
     }
 
@@ -291,7 +244,8 @@ impl<'p> Walk<'p> {
         match instruction.flow_control() {
             FlowControl::Next => {
                 self.operands(at, instruction, fields);
-                let after = state.after(instruction, fields, self.payload.klp.place);
+                let variable = self.source_of(instruction, fields);
+                let after = state.after(instruction, fields, self.payload.klp.place, variable);
                 let after = after.unwrap_or_else(|does| {
                     self.name_code(at, does);
                     state.clone()
@@ -307,13 +261,16 @@ impl<'p> Walk<'p> {
             }
             FlowControl::Call if instruction.code() == Code::Call_rel32_64 => {
                 match branch {
-                    Target::Own(place) => self.follow(place, &state.called()),
+                    Target::Own(place) => self.follow(place, &state.called(place)),
                     _ => self.leave(at, branch, state),
                 }
                 match branch {
                     Target::Other(symbol, 0) if symbol.name == ENDS => {}
                     Target::Other(symbol, 0) if symbol.name == MARK => self.follow(next, state),
-                    _ => self.follow(next, &state.after_call()),
+                    _ => {
+                        let returned = self.returned(at, branch, state);
+                        self.follow(next, &state.after_call(returned));
+                    }
                 }
             }
             FlowControl::Return if instruction.code() == Code::Retnq => self.give_back(at, state),
@@ -325,6 +282,16 @@ impl<'p> Walk<'p> {
                 at,
                 "branches to where the file does not say, or leaves the kernel",
             ),
+        }
+    }
+
+    /// Where the value comes from that a function returns, which is called at `at`.
+    fn returned(&mut self, at: Place, function: Target<'p>, state: &State) -> Origin {
+        match function {
+            Target::Other(symbol, _) if symbol.name == "memset" => state.origins.argument(),
+            Target::Other(symbol, _) if !symbol.name.contains("alloc") => Origin::default(),
+            Target::Other(..) | Target::Own(_) => Origin::of(self.source_of_call(at)),
+            Target::Unknown => Origin::of(OTHERS),
         }
     }
 

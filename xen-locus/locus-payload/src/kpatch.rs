@@ -15,8 +15,6 @@
 //! `old_addr` and `old_size` are those of the kernel that the module was built for, without KASLR. They
 //! are not used: as in livepatch, the running kernel's own symbols count.
 
-use iced_x86::{Decoder, DecoderOptions, Mnemonic, OpKind};
-
 use super::elf::Section;
 use super::error::{limit, PayloadErrorKind, Result};
 use super::klp::{Klp, KlpFunc, KlpObject, MAX_FUNCS, MAX_OBJECTS};
@@ -40,8 +38,6 @@ const NAME: u64 = 40;
 const OBJNAME: u64 = 48;
 /// Size of an element of a table of callbacks, in bytes. Zeroes of half that size end each table.
 const CALLBACK: u64 = 16;
-/// Offset of `replace` in `struct klp_patch`: since Linux 5.5, and in 5.1 to 5.4.
-const REPLACE: [u64; 2] = [24, 16];
 
 /// Reads the tables; `None` if the module has none of them.
 pub(super) fn find(sections: &[Section], symbols: &[ElfSymbol]) -> Result<Option<Klp>> {
@@ -56,7 +52,8 @@ pub(super) fn find(sections: &[Section], symbols: &[ElfSymbol]) -> Result<Option
     let mut klp = Klp {
         place: None,
         size: None,
-        replace: replace(sections, symbols),
+        // What `module_init` makes of it.
+        replace: None,
         states: false,
         object_stride: None,
         func_stride: None,
@@ -167,42 +164,11 @@ fn code(view: &View, pointee: &Pointee) -> Option<(usize, usize, u64)> {
     (section.role == Role::Text).then_some((index, symbol, size))
 }
 
-/// What `module_init` sets `replace` to. It fills the rest of `struct klp_patch` with pointers, and writes
-/// one constant of a byte to the offset of this field. `None` if that can't be told.
-fn replace(sections: &[Section], symbols: &[ElfSymbol]) -> Option<bool> {
-    let init = symbols
-        .iter()
-        .find(|s| s.name == "init_module" && s.size > 0)?;
-    let SymSection::Section(index) = init.section else {
-        return None;
-    };
-    let start = usize::try_from(init.value).ok()?;
-    let end = usize::try_from(init.value.checked_add(init.size)?).ok()?;
-    let code = sections.get(index)?.data.get(start..end)?;
-    let mut found = Decoder::new(64, code, DecoderOptions::NONE)
-        .into_iter()
-        .filter(|i| {
-            i.mnemonic() == Mnemonic::Mov
-                && i.op0_kind() == OpKind::Memory
-                && i.op1_kind() == OpKind::Immediate8
-                && !i.is_ip_rel_memory_operand()
-                && REPLACE.contains(&i.memory_displacement64())
-        })
-        .map(|i| i.immediate8());
-    match (found.next(), found.next()) {
-        (Some(value @ 0..=1), None) => Some(value == 1),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::testelf::{Spec, TestElf, ALLOC, CODE, R_64, VARS};
     use super::super::tests::{parse, refused};
     use super::*;
-
-    /// `movb $1, 0x18(%rax)` and `ret`.
-    const SETS_REPLACE: [u8; 5] = [0xc6, 0x40, 0x18, 0x01, 0xc3];
 
     #[test]
     fn functions_come_from_the_tables_of_kpatch() {
@@ -307,22 +273,5 @@ mod tests {
         let mut elf = Spec::kpatch();
         elf.section(DYNRELAS, ALLOC, &[0; 64]);
         refused(elf, "kpatch.ko");
-    }
-
-    #[test]
-    fn what_module_init_writes_to_replace_is_told_where_it_is_plain() {
-        let replace = |code: &[u8]| {
-            let mut elf = Spec::kpatch();
-            let init = elf.find(".init.text", CODE);
-            elf.replace(init, code);
-            elf.resize_symbol("init_module", code.len() as u64);
-            parse(&elf.build()).unwrap().klp.replace
-        };
-        assert_eq!(replace(&SETS_REPLACE), Some(true));
-        assert_eq!(replace(&[0xc6, 0x43, 0x10, 0x00, 0xc3]), Some(false));
-        assert_eq!(replace(&[0xc6, 0x40, 0x18, 0x02, 0xc3]), None);
-        assert_eq!(replace(&[0xc6, 0x40, 0x19, 0x01, 0xc3]), None);
-        assert_eq!(replace(&[SETS_REPLACE, SETS_REPLACE].concat()), None);
-        assert_eq!(replace(&[0xc3]), None);
     }
 }

@@ -256,7 +256,7 @@ fn read_payload(bytes: &[u8], stem: Option<&str>) -> error::Result<Payload> {
         (Some(klp), Err(PayloadErrorKind::NoKlpPatch { .. })) => klp,
         (Some(_), _) => return Err(PayloadErrorKind::TwoForms { module: name }),
     };
-    Ok(Payload {
+    let mut payload = Payload {
         name,
         sha256: Sha256::digest(bytes).into(),
         file_len: bytes.len() as u64,
@@ -265,7 +265,11 @@ fn read_payload(bytes: &[u8], stem: Option<&str>) -> error::Result<Payload> {
         sections,
         symbols,
         klp,
-    })
+    };
+    if payload.klp.place.is_none() {
+        payload.klp.replace = init::replace(&payload);
+    }
+    Ok(payload)
 }
 
 /// Name of the module: from `.modinfo`, else from its `struct module`, else from the name of the file.

@@ -46,7 +46,7 @@ impl Walk<'_> {
             }
             if at == init {
                 if let Some(place) = init {
-                    self.follow(place, &State::entry());
+                    self.follow(place, &State::entry(place));
                 }
             }
         }

@@ -6,15 +6,16 @@
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
 use super::instruction::{bit, is_read, is_write};
+use super::origins::{Origin, Origins};
 use super::registers::{known_after, Fields};
 use super::Place;
 
 /// Most words that a function has on the stack. The hook of kpatch has less than a dozen.
 const WORDS_MAX: usize = 128;
 /// Registers that a function leaves as they were: rbx, rbp, r12 to r15.
-const SAVED: u16 = 1 << 3 | 1 << 5 | 0xf << 12;
+pub(super) const SAVED: u16 = 1 << 3 | 1 << 5 | 0xf << 12;
 /// Registers that arguments are passed in: rdi, rsi, rdx, rcx, r8, r9.
-const ARGUMENTS: u16 = 1 << 7 | 1 << 6 | 1 << 2 | 1 << 1 | 3 << 8;
+pub(super) const ARGUMENTS: u16 = 1 << 7 | 1 << 6 | 1 << 2 | 1 << 1 | 3 << 8;
 const RAX: u16 = 1;
 const RBP: u16 = 1 << 5;
 
@@ -42,11 +43,13 @@ pub(super) struct State {
     stack: Vec<Slot>,
     /// How many words were pushed when rbp was set to the top of them, as long as it is there.
     frame: Option<usize>,
+    /// Where the values in registers come from; of kpatch's hook only.
+    pub(super) origins: Origins,
 }
 
 impl State {
-    /// Where a function is entered from outside.
-    pub(super) fn entry() -> Self {
+    /// Where a function is entered from outside, which begins at `function`.
+    pub(super) fn entry(function: Place) -> Self {
         Self {
             known: 0,
             made: 0,
@@ -54,25 +57,28 @@ impl State {
             kept: SAVED,
             stack: Vec::new(),
             frame: None,
+            origins: Origins::default().of_called(function),
         }
     }
 
-    /// Where a function is entered that is called here.
-    pub(super) fn called(&self) -> Self {
+    /// Where a function is entered that is called here, and begins at `function`.
+    pub(super) fn called(&self, function: Place) -> Self {
         Self {
             known: self.known & ARGUMENTS,
             made: self.made & ARGUMENTS,
             low: self.low & ARGUMENTS,
-            ..Self::entry()
+            origins: self.origins.of_called(function),
+            ..Self::entry(function)
         }
     }
 
-    /// Behind a call.
-    pub(super) fn after_call(&self) -> Self {
+    /// Behind a call of a function that returns a value of this origin.
+    pub(super) fn after_call(&self, returned: Origin) -> Self {
         Self {
             known: self.known & SAVED,
             made: self.made & SAVED | RAX,
             low: self.low & SAVED | RAX,
+            origins: self.origins.after_call(returned),
             ..self.clone()
         }
     }
@@ -98,11 +104,13 @@ impl State {
             kept: self.kept & other.kept,
             stack: slots.map(slot).collect(),
             frame: self.frame,
+            origins: self.origins.joined(&other.origins),
         })
     }
 
     /// What is known behind an instruction that does not branch. `patch` is where `struct klp_patch` is, unless this is
-    /// the hook of kpatch, which may use memory, by registers that it has set itself.
+    /// the hook of kpatch, which may use memory, by registers that it has set itself. What it reads of a variable of the payload has the
+    /// source `variable`.
     ///
     /// # Errors
     /// What it does that is not understood.
@@ -111,6 +119,7 @@ impl State {
         instruction: &Instruction,
         fields: &Fields<'_>,
         patch: Option<Place>,
+        variable: u64,
     ) -> Result<Self, &'static str> {
         let mut factory = InstructionInfoFactory::new();
         let used = factory.info(instruction).used_registers().to_vec();
@@ -134,6 +143,9 @@ impl State {
         }
         let mut after = self.clone();
         after.known = known_after(instruction, fields, self.known, patch);
+        if patch.is_none() {
+            after.origins.after(instruction, variable);
+        }
         if patch.is_none() && memory && instruction.mnemonic() != Mnemonic::Lea {
             after.stack_memory(instruction, &mut factory)?;
         }

@@ -9,6 +9,7 @@ use crate::testelf::{
 
 mod flow;
 mod kpatch;
+mod replace;
 
 /// `movl $42, address(%rip)`; the address goes to offset 2, and its addend is 8 less.
 const SET: [u8; 10] = [0xc7, 0x05, 0, 0, 0, 0, 42, 0, 0, 0];
