@@ -4,7 +4,8 @@
 //! is slow. One that was soon found not to be ready is not: there may be many that never are. Slow guests come after the
 //! others, and only some workers work for them, so that others never wait for them.
 //!
-//! What nobody asked for, publishing and applying again, is done when no request can be begun, by some of the workers.
+//! What nobody asked for, publishing and applying again, is done when no request can be begun, by some of the workers. However
+//! long it takes, there is room for requests beside it.
 //!
 //! Work that is put off stays at the head of its guest's queue: what was asked for later must not be done before it.
 
@@ -21,6 +22,8 @@ const QUICK: usize = 3;
 const SLOW: usize = 2;
 /// Most workers at all. There are more than those two make when work turns out to be slow: another one takes its place.
 const MOST: usize = 8;
+/// Most workers for what nobody asked for. The others are for requests alone.
+const BACKGROUND: usize = 3;
 /// Work that takes longer makes a guest slow.
 const LONG: Duration = Duration::from_secs(1);
 
@@ -122,13 +125,14 @@ impl Queue {
         let is_slow = |(job, began): &&(Job, Instant)| {
             self.slow.contains(&job.guest) || now.duration_since(*began) > LONG
         };
-        let of_kind = |(job, _): &&(Job, Instant)| !background || job.is_background;
+        let of_kind = |(job, _): &&(Job, Instant)| background == job.is_background;
         let running = self.running.iter().filter(of_kind);
         let slow = running.clone().filter(is_slow).count();
-        let quick = running.count() - slow;
+        let all = running.count();
+        let quick = all - slow;
         // Background work has one worker fewer of each kind.
         let less = usize::from(background);
-        let is_room = self.running.len() < MOST;
+        let is_room = self.running.len() < MOST && !(background && all >= BACKGROUND);
         let may_begin = is_room && quick < QUICK - less;
         let slow_may_begin = is_room && slow < SLOW - less;
         let is_free = |guest: &str| self.running.iter().all(|(job, _)| job.guest != guest);
@@ -240,6 +244,27 @@ mod tests {
         assert_eq!(begin(&mut queue, now), ["p0", "p1"]);
         queue.push(request("a", "a"));
         assert_eq!(begin(&mut queue, now), ["a"]);
+    }
+
+    #[test]
+    fn what_nobody_asked_for_keeps_no_request_out_however_long_it_takes() {
+        let (mut queue, mut now) = (Queue::default(), Instant::now());
+        queue.slow.insert("slow".into());
+        for n in 0..20 {
+            queue.push(background(&format!("p{n}")));
+        }
+        let mut begun = Vec::new();
+        for _ in 0..10 {
+            begun.extend(begin(&mut queue, now));
+            now += LONG * 2;
+        }
+        assert_eq!(begun, ["p0", "p1", "p2"]);
+        // Of guests of both kinds.
+        let requests = ["a", "b", "c", "slow"];
+        for guest in requests {
+            queue.push(request(guest, guest));
+        }
+        assert_eq!(begin(&mut queue, now), requests);
     }
 
     #[test]

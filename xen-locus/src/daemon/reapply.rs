@@ -5,6 +5,7 @@ use std::time::Duration;
 use locus_payload::Payload;
 
 use super::server::Server;
+use crate::apply::Options;
 use crate::domain::Domain;
 use crate::error::{Error, ExitCode, Result};
 use crate::ops::{self, Operator, Patch, Status};
@@ -28,8 +29,7 @@ pub(super) fn reapply(server: &Server<'_>, domain: &Domain<'_>, status: &Status)
             .say(0, format!("{whom}: {}{what}", patch.name));
     };
     let is_lost = |p: &&Patch| p.state.is_lost();
-    let mut options = server.settings.options.clone();
-    options.timeout = options.timeout.min(TIMEOUT);
+    let options = hurried(&server.settings.options);
     let mut early = None;
     let mut waiting: Vec<Payload> = Vec::new();
     for patch in status.patches.iter().filter(is_lost) {
@@ -72,6 +72,14 @@ pub(super) fn reapply(server: &Server<'_>, domain: &Domain<'_>, status: &Status)
     early.map_or(Ok(()), Err)
 }
 
+/// The options of a change that nobody waits for.
+fn hurried(options: &Options) -> Options {
+    Options {
+        timeout: options.timeout.min(TIMEOUT),
+        ..options.clone()
+    }
+}
+
 /// A function, with the object that it is in.
 type Name<'a> = (&'a str, &'a str);
 
@@ -99,4 +107,22 @@ fn functions_of_patch(patch: &Patch) -> Vec<Name<'_>> {
 /// Whether the same operation may succeed later.
 fn is_early(error: &Error) -> bool {
     error.is_not_loaded() || error.exit_code() == ExitCode::TryAgain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_nobody_waits_for_has_two_seconds_at_most() {
+        let of = |timeout| {
+            let options = Options {
+                timeout,
+                ..Options::default()
+            };
+            hurried(&options).timeout
+        };
+        assert_eq!(of(Duration::from_secs(600)), Duration::from_secs(2));
+        assert_eq!(of(Duration::from_secs(1)), Duration::from_secs(1));
+    }
 }
