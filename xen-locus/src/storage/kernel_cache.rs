@@ -19,6 +19,7 @@ use locus_kernel::{CachedKernel, KernelCache};
 use locus_xen::{fault, uuid};
 
 use super::durable::{self, Replacement, Step};
+use crate::paths;
 
 /// First bytes of a file; the last of them changes with the format.
 const MAGIC: &[u8; 8] = b"xlocus\x00\x03";
@@ -82,6 +83,8 @@ impl KernelCache for Cache {
         fault::point("cache: store")?;
         let mut folder = DirBuilder::new();
         folder.recursive(true).mode(0o700).create(&self.dir)?;
+        // What is put there would not be used, and the files there may be anybody's.
+        paths::check_own(&self.dir)?;
         let name = format!("{}.{}", self.uuid, hex::encode(&kernel.build_id));
         let mut files = files(&self.dir);
         // It is replaced.
@@ -116,7 +119,7 @@ fn names(dir: &Path) -> Vec<String> {
 }
 
 /// The cache's own files in `dir`: when each was made, and its name; the newest first. The folder is the user's choice, so
-/// there may be others.
+/// there may be others, with such names too: a file is the cache's if it is this user's, and begins as one of any format.
 fn files(dir: &Path) -> Vec<(SystemTime, String)> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     let mut found: Vec<(SystemTime, String)> = entries
@@ -124,7 +127,8 @@ fn files(dir: &Path) -> Vec<(SystemTime, String)> {
             let name = e.file_name().into_string().ok()?;
             // Of a symbolic link this is about the link.
             let meta = e.metadata().ok()?;
-            (meta.is_file() && is_own(&name)).then_some((meta.modified().ok()?, name))
+            let is_own = meta.is_file() && is_name(&name) && begins_as_own(&e.path());
+            is_own.then_some((meta.modified().ok()?, name))
         })
         .collect();
     found.sort();
@@ -132,8 +136,31 @@ fn files(dir: &Path) -> Vec<(SystemTime, String)> {
     found
 }
 
-/// Whether a file of this name is made by the cache: `UUID.BUILD-ID`, or `.UUID.BUILD-ID.PID` while it is written.
-fn is_own(name: &str) -> bool {
+/// Whether a file is this user's, and empty, or begins as the cache's files do, in this format or another one. A run that was
+/// killed leaves an empty one.
+fn begins_as_own(path: &Path) -> bool {
+    let Ok((file, meta)) = open(path) else {
+        return false;
+    };
+    let [expected @ .., _] = MAGIC;
+    let mut head = Vec::new();
+    let read = file.take(expected.len() as u64).read_to_end(&mut head);
+    let is_user = fs::metadata("/proc/self").is_ok_and(|me| me.uid() == meta.uid());
+    read.is_ok() && is_user && (head.is_empty() || head == expected)
+}
+
+/// Opens a file that is no link.
+fn open(path: &Path) -> io::Result<(fs::File, fs::Metadata)> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(path)?;
+    let meta = file.metadata()?;
+    Ok((file, meta))
+}
+
+/// Whether a file of the cache has such a name: `UUID.BUILD-ID`, or `.UUID.BUILD-ID.PID` while it is written.
+fn is_name(name: &str) -> bool {
     let parts: Vec<&str> = name.split('.').collect();
     let (uuid, build_id) = match *parts.as_slice() {
         [uuid, build_id] => (uuid, build_id),
@@ -179,11 +206,7 @@ fn read(path: &Path) -> io::Result<Vec<u8>> {
     let me = fs::metadata("/proc/self")?.uid();
     let ours = |meta: &fs::Metadata| meta.uid() == me && meta.mode() & 0o022 == 0;
     let folder = path.parent().unwrap_or(Path::new("/"));
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(path)?;
-    let meta = file.metadata()?;
+    let (file, meta) = open(path)?;
     if !ours(&fs::metadata(folder)?) || !ours(&meta) || !meta.is_file() || meta.len() > FILE_MAX {
         return Err(io::Error::other("others can write it, or it is too long"));
     }
@@ -202,6 +225,9 @@ mod tests {
     use locus_kernel::Kernel;
 
     const UUID: &str = "0c0a8f2e-1111-2222-3333-444455556666";
+
+    /// What a file of another format begins with.
+    const OLD: &[u8] = b"xlocus\x00\x01old";
 
     /// A folder of this test alone, gone afterwards.
     struct Folder(PathBuf);
@@ -288,6 +314,8 @@ mod tests {
             ".profile",
             "0c0a8f2e.00ff",
             &format!("{UUID}.key"),
+            // An image of the first of January.
+            &format!("{UUID}.20240101"),
             &format!("{UUID}.00ff.gz"),
             &format!(".{UUID}.00ff.swp"),
         ]
@@ -295,18 +323,22 @@ mod tests {
         let many = (0..2 * FILES_MAX).map(|n| format!("file-{n}"));
         let others: Vec<String> = others.into_iter().chain(many).collect();
         for name in &others {
-            fs::write(folder.0.join(name), "somebody's").unwrap();
+            let path = folder.0.join(name);
+            fs::write(&path, "somebody's").unwrap();
+            // Older than all of the cache's.
+            let file = fs::File::options().write(true).open(&path).unwrap();
+            file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
         }
         std::os::unix::fs::symlink("notes.txt", folder.0.join(format!("{UUID}.11"))).unwrap();
         fs::create_dir(folder.0.join(format!("{UUID}.22"))).unwrap();
         for n in 0..FILES_MAX + 9 {
             let path = folder.0.join(format!("{UUID}.{n:04x}"));
-            fs::write(&path, "old").unwrap();
+            fs::write(&path, OLD).unwrap();
             let made = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1000 + n as u64);
             let file = fs::File::options().write(true).open(&path).unwrap();
             file.set_modified(made).unwrap();
         }
-        fs::write(folder.0.join(format!(".{UUID}.00ff.77")), "left").unwrap();
+        fs::write(folder.0.join(format!(".{UUID}.00ff.77")), "").unwrap();
         let cache = Cache::new(&folder.0, UUID);
         assert_eq!(marker(fixture(1, "first"), &cache), "first");
         assert_eq!(names(&folder.0).len(), FILES_MAX);
@@ -327,7 +359,7 @@ mod tests {
         fs::create_dir_all(&folder.0).unwrap();
         fs::set_permissions(&folder.0, fs::Permissions::from_mode(0o700)).unwrap();
         for n in 0..FILES_MAX {
-            fs::write(folder.0.join(format!("{UUID}.{n:04x}")), "new").unwrap();
+            fs::write(folder.0.join(format!("{UUID}.{n:04x}")), OLD).unwrap();
         }
         let before = names(&folder.0);
         let other = Cache::new(&folder.0, &UUID.replace('0', "1"));
@@ -340,7 +372,7 @@ mod tests {
             marker(fixture(1, "first"), &Cache::new(&folder.0, UUID)),
             "first"
         );
-        assert!(fs::metadata(&own).unwrap().len() > 3);
+        assert!(fs::metadata(&own).unwrap().len() > OLD.len() as u64);
         assert_eq!(names(&folder.0).len(), FILES_MAX);
         // One that is old makes room.
         let file = fs::File::options().write(true).open(&own).unwrap();
@@ -372,6 +404,12 @@ mod tests {
         assert_eq!(marker(fixture(1, "first"), &cache), "second", "rewritten");
         fs::set_permissions(&folder.0, fs::Permissions::from_mode(0o777)).unwrap();
         assert_eq!(cache.load().count(), 0);
+        // Nothing is put there either.
+        let before = fs::read(&file).unwrap();
+        assert_eq!(marker(fixture(1, "first"), &cache), "first");
+        assert_eq!(fs::read(&file).unwrap(), before);
+        assert_eq!(marker(fixture(2, "first"), &cache), "first");
+        folder.only_file();
     }
 
     #[test]
