@@ -12,7 +12,7 @@ use xenctrl_sys::{
 };
 
 use super::domain_info::{self, domain_info, DomainInfo, PauseState};
-use super::layout::{self, XenVersion};
+use super::layout::{self, Filled, XenVersion};
 use super::library::{self, functions};
 use super::registers::{down_or, vcpu_hvm, vcpu_pv};
 use super::{fault_point, Error};
@@ -316,29 +316,30 @@ impl Control {
 
     fn vcpu_pv(&self, id: DomId, vcpu: u32) -> Result<Vcpu, Error> {
         let what = |call: &str| format!("reading vCPU {vcpu} of domain {id} ({call})");
-        let mut state = xc_vcpuinfo_t::default();
-        // SAFETY: the buffer is of the type the call fills.
+        let mut state = Filled::<xc_vcpuinfo_t>::new();
+        // SAFETY: the buffer begins with the type that the call fills, and has room behind it.
         let rc = unsafe {
             (self.functions.xc_vcpu_getinfo)(
                 self.handle.as_ptr(),
                 u32::from(id.0),
                 vcpu,
-                &raw mut state,
+                state.as_mut_ptr(),
             )
         };
         self.check(rc, || what("xc_vcpu_getinfo"))?;
-        let mut any = Box::new(vcpu_guest_context_any_t::default());
-        // SAFETY: the buffer is the union of all context layouts.
+        let online = state.get("xc_vcpu_getinfo")?.online != 0;
+        let mut any = Filled::<vcpu_guest_context_any_t>::new();
+        // SAFETY: the buffer begins with the union of all context layouts, and has room behind it.
         let rc = unsafe {
             (self.functions.xc_vcpu_getcontext)(
                 self.handle.as_ptr(),
                 u32::from(id.0),
                 vcpu,
-                &raw mut *any,
+                any.as_mut_ptr(),
             )
         };
         match rc {
-            0 => Ok(vcpu_pv(vcpu, state.online != 0, &any)),
+            0 => Ok(vcpu_pv(vcpu, online, any.get("xc_vcpu_getcontext")?)),
             _ => down_or(Error::last(what("xc_vcpu_getcontext")), vcpu),
         }
     }

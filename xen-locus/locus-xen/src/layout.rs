@@ -150,6 +150,48 @@ impl Answers {
     }
 }
 
+/// Bytes behind a [`Filled`] structure. None of those that Xen's libraries fill has a fifth of that more than it had.
+const BEHIND: usize = 8192;
+
+/// A structure that a library fills, in the size of its own headers. There is room behind it for what a newer library may
+/// have, and that is noticed.
+#[repr(C)]
+pub(super) struct Filled<T> {
+    inner: T,
+    behind: [u8; BEHIND],
+}
+
+impl<T: Default> Filled<T> {
+    /// One that nothing has filled yet.
+    pub(super) fn new() -> Box<Self> {
+        Box::new(Filled {
+            inner: T::default(),
+            behind: [FILLED[0]; BEHIND],
+        })
+    }
+
+    /// Where the library writes. Room for a larger structure follows.
+    pub(super) fn as_mut_ptr(&mut self) -> *mut T {
+        (&raw mut *self).cast()
+    }
+
+    /// What was filled in by `call`.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`]: the library has written more than the structure as it is known here.
+    pub(super) fn get(&self, call: &str) -> Result<&T, Error> {
+        match self.behind.iter().rposition(|&byte| byte != FILLED[0]) {
+            None => Ok(&self.inner),
+            Some(last) => Err(Error::Unsupported(format!(
+                "{call} has written {} bytes, and xen-locus reads {}: the library is of another Xen; nothing was changed: use \
+                 a build of xen-locus for that Xen",
+                size_of::<T>() + last + 1,
+                size_of::<T>()
+            ))),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -240,6 +282,26 @@ mod tests {
         }
         assert!(unknown(of("4.23")).to_string().contains("this is Xen 4.23"));
         assert!(XenVersion::parse("4", "17-unstable").is_err());
+    }
+
+    #[test]
+    fn a_structure_that_grew_has_room_and_is_refused() {
+        let mut filled = Filled::<sys::xc_vcpuinfo_t>::new();
+        let size = size_of::<sys::xc_vcpuinfo_t>();
+        let write = |filled: &mut Filled<sys::xc_vcpuinfo_t>, at: usize| {
+            let to = filled.as_mut_ptr().cast::<u8>();
+            // SAFETY: the structure and the room behind it are at least that long.
+            unsafe { to.add(at).write(7) };
+        };
+        write(&mut filled, size - 1);
+        filled.get("xc_vcpu_getinfo").unwrap();
+        write(&mut filled, size + 8);
+        let error = filled.get("xc_vcpu_getinfo").unwrap_err().to_string();
+        let said = format!(
+            "xc_vcpu_getinfo has written {} bytes, and xen-locus reads {size}",
+            size + 9
+        );
+        assert!(error.contains(&said), "{error}");
     }
 
     #[test]
