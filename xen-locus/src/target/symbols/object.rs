@@ -57,6 +57,9 @@ impl Object<'_> {
                     let found = function.part(&symbol.name, symbol.addr);
                     found.map_err(not_applicable)?;
                 }
+                // Whoever asks for the parts asks for the room of each, and that is another pass.
+                let parts = function.parts.len() as u64;
+                kernel.space.budget().spend(cost.saturating_mul(parts))?;
                 Ok(function.parts.into_iter().collect())
             }
         }
