@@ -6,6 +6,7 @@
 
 mod backoff;
 mod notify;
+mod payloads;
 mod publisher;
 mod queue;
 mod reapply;

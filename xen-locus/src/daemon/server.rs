@@ -7,13 +7,13 @@
 
 use std::cell::OnceCell;
 use std::fs::File;
-use std::io;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use locus_payload::Payload;
 use locus_xen::DomainInfo;
 
+use super::payloads;
 use super::publisher::Mark;
 use super::reapply;
 use super::request::{IsSubmitted, Nodes as RequestNodes, Request};
@@ -25,7 +25,6 @@ use crate::error::{Class, Error, ExitCode, Result};
 use crate::operation::Operation;
 use crate::ops;
 use crate::ops::host::Host;
-use crate::paths;
 use crate::plan::Mode;
 use crate::storage::audit::entries::{self, Entries};
 
@@ -410,32 +409,7 @@ impl Server<'_> {
 
     /// Reads the payload of this name, which only this user can have put there. If a SHA-256 is given, its file must have it.
     pub(super) fn named(&self, name: &str, sha256: Option<&str>) -> Result<Payload> {
-        let path = self.settings.payloads.join(format!("{name}.ko"));
-        for place in [&self.settings.payloads, &path] {
-            match paths::check_own(place) {
-                // That is said below.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                checked => checked.map_err(|error| {
-                    Error::failed(format!("payload {name} is not applied: {error}"))
-                })?,
-            }
-        }
-        let payload = Payload::read(&path)?;
-        if payload.name != name {
-            return Err(Error::failed(format!(
-                "the payload in {name}.ko calls itself {}; name the file after it",
-                payload.name
-            )));
-        }
-        let found = hex::encode(payload.sha256);
-        if let Some(wanted) = sha256.filter(|s| *s != found) {
-            return Err(Error::failed(format!(
-                "payload {name} has SHA-256 {found}, and {wanted} is asked for: copy the file that is meant to {}, or ask for \
-                 the one that is there",
-                path.display()
-            )));
-        }
-        Ok(payload)
+        payloads::named(&self.settings.payloads, name, sha256)
     }
 }
 
