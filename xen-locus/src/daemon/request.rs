@@ -278,43 +278,19 @@ mod tests {
         assert!(parse(&[("op", &long)]).is_err());
     }
 
-    /// A store in which the requester removes the request right before the answer is written.
-    #[derive(Debug)]
-    struct Removed(MockStore);
-
-    impl xenstore::Nodes for Removed {
-        fn read(&self, path: &str) -> Result<Option<String>> {
-            self.0.read(path)
-        }
-
-        fn children(&self, path: &str) -> Result<Vec<String>> {
-            self.0.children(path)
-        }
-
-        fn write(&self, path: &str, value: &str) -> Result<()> {
-            if path.ends_with("/rc") {
-                self.0.remove(&format!("{ROOT}/request/r"))?;
-            }
-            self.0.write(path, value)
-        }
-
-        fn remove(&self, path: &str) -> Result<()> {
-            self.0.remove(path)
-        }
-    }
-
     #[test]
     fn nothing_stays_of_a_request_that_is_removed_while_it_is_answered() {
-        let store = Removed(MockStore::default());
+        let store = MockStore::default();
+        store.removed_before.set("rc");
         for (name, value) in [("op", "apply"), ("submit", "1")] {
-            store.0.put(&format!("{ROOT}/request/r/{name}"), value);
+            store.put(&format!("{ROOT}/request/r/{name}"), value);
         }
         let nodes = Nodes {
             store: &store,
             id: "r",
         };
         nodes.answer(0, "done").unwrap();
-        assert!(store.0.nodes.borrow().is_empty());
+        assert!(store.nodes.borrow().is_empty());
     }
 
     #[test]

@@ -221,6 +221,8 @@ impl Requests {
         // Otherwise a worker has begun it, and the next one must know. That one may still be at work, and write its state now.
         if nodes.read("state")?.is_none() {
             nodes.write("state", "queued")?;
+            // If it was removed right now, nobody removes what was written since.
+            nodes.clear()?;
         }
         self.queued.insert(id.to_owned());
         queue.push(Job {

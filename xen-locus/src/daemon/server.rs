@@ -248,6 +248,8 @@ impl<H: Hands> Serving<'_, H> {
         if let Some(state) = state {
             self.nodes.write("state", state)?;
         }
+        // If it was removed right now, nobody removes what was written since.
+        self.nodes.clear()?;
         Ok((Served::Waits, said))
     }
 

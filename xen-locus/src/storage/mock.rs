@@ -102,6 +102,8 @@ pub(crate) struct MockStore {
     pub(crate) nodes: RefCell<BTreeMap<String, String>>,
     /// How many more writes succeed, plus one; 0 if all do.
     pub(crate) writes_left: Cell<usize>,
+    /// A requester removes its request right before the node of this name in it is written.
+    pub(crate) removed_before: Cell<&'static str>,
 }
 
 impl MockStore {
@@ -154,6 +156,12 @@ impl Nodes for MockStore {
             0 => {}
             1 => return Err(Error::failed("no more writes")),
             left => self.writes_left.set(left - 1),
+        }
+        if let Some((request, name)) = path.rsplit_once('/') {
+            if name == self.removed_before.get() {
+                let mut nodes = self.nodes.borrow_mut();
+                nodes.retain(|node, _| !is_at_or_below(node, request));
+            }
         }
         self.put(path, value);
         Ok(())

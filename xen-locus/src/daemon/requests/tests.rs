@@ -294,3 +294,12 @@ fn of_many_answered_requests_the_oldest_is_removed_unless_it_was_submitted_again
     assert_eq!(host.node("1", "submit"), "1");
     assert_eq!(host.node("2", "submit"), "1");
 }
+
+#[test]
+fn nothing_stays_of_a_request_that_is_removed_while_it_is_queued() {
+    let mut host = Host::new();
+    host.store.removed_before.set("state");
+    host.submit("a");
+    assert!(host.store.nodes.borrow().is_empty());
+    assert_eq!(host.next(Duration::ZERO), None);
+}

@@ -251,6 +251,15 @@ fn nothing_stays_of_a_request_that_is_removed_right_before_it_is_begun() {
 }
 
 #[test]
+fn nothing_stays_of_a_request_that_is_removed_while_it_is_put_off() {
+    let mock = Mock::new(&[]);
+    *mock.locks.borrow_mut() = Some(Error::try_again("another run has it"));
+    mock.store.removed_before.set("message");
+    mock.serve();
+    assert!(mock.store.nodes.borrow().is_empty());
+}
+
+#[test]
 fn an_answer_that_the_daemon_gave_meanwhile_stays() {
     for waits in [false, true] {
         let mut mock = Mock::new(&[("deadline", "12")]);
