@@ -36,6 +36,21 @@ fn without_xen_a_command_that_needs_it_says_so_in_one_sentence() {
     }
 }
 
+/// Waits until a process has its limit of memory.
+fn wait_for_limit(process: u32) {
+    let limits = format!("/proc/{process}/limits");
+    let began = std::time::Instant::now();
+    let is_limited = || {
+        let limits = std::fs::read_to_string(&limits).unwrap_or_default();
+        let limit = limits.lines().find(|l| l.starts_with("Max data size"));
+        limit.is_some_and(|l| l.split_whitespace().nth(3) == Some("1073741824"))
+    };
+    while !is_limited() {
+        assert!(began.elapsed().as_secs() < 60, "{limits}");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
 /// A command that waits for a file's other end.
 #[test]
 fn a_command_that_only_reads_has_a_limit_of_memory_and_ends_at_the_first_signal() {
@@ -46,23 +61,19 @@ fn a_command_that_only_reads_has_a_limit_of_memory_and_ends_at_the_first_signal(
     let _ = std::fs::remove_file(&pipe);
     let made = Command::new("mkfifo").arg(&pipe).status().unwrap();
     assert!(made.success());
-    let mut child = Command::new(env!("CARGO_BIN_EXE_xen-locus"))
-        .args(["info", "--core", pipe.to_str().unwrap()])
-        .spawn()
-        .unwrap();
-    let proc = format!("/proc/{}", child.id());
-    let read = |what: &str| std::fs::read_to_string(format!("{proc}/{what}")).unwrap_or_default();
+    // One that reads no guest has it too.
+    let started = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xen-locus"));
+        command.args(args).arg(&pipe).spawn().unwrap()
+    };
+    let mut history = started(&["history", "--log"]);
+    wait_for_limit(history.id());
+    history.kill().unwrap();
+    history.wait().unwrap();
+    let mut child = started(&["info", "--core"]);
+    wait_for_limit(child.id());
     let began = std::time::Instant::now();
     let patience = std::time::Duration::from_secs(60);
-    let is_limited = || {
-        let limits = read("limits");
-        let limit = limits.lines().find(|l| l.starts_with("Max data size"));
-        limit.is_some_and(|l| l.split_whitespace().nth(3) == Some("1073741824"))
-    };
-    while !is_limited() {
-        assert!(began.elapsed() < patience, "{}", read("limits"));
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
     // What it does about signals comes soon after that. A shell's job in the background ignores SIGINT, and so would its
     // children.
     std::thread::sleep(std::time::Duration::from_millis(500));
@@ -263,7 +274,14 @@ fn full() -> std::fs::File {
 
 #[test]
 fn what_could_not_be_printed_is_told() {
-    for args in [&["--help"][..], &["apply", "--help"], &["--version"]] {
+    let core = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/mock-pv.core");
+    for args in [
+        &["--help"][..],
+        &["apply", "--help"],
+        &["--version"],
+        &["list", "--core", core],
+        &["-o", "json", "status", "--core", core],
+    ] {
         let mut command = Command::new(env!("CARGO_BIN_EXE_xen-locus"));
         let out = command.args(args).stdout(full()).output().unwrap();
         assert_eq!(out.status.code(), Some(1), "{args:?}");

@@ -110,10 +110,9 @@ pub fn main() -> std::process::ExitCode {
     xenstore::obey_environment();
     let code = match Cli::try_parse() {
         Ok(args) => {
-            if reads_guests(&args.command) {
-                if let Err(error) = locus_xen::limit_memory(MEMORY_MAX) {
-                    say::warn(format_args!("{error}; it has no limit"));
-                }
+            // Whatever it reads, a guest or a payload, may be made to need more.
+            if let Err(error) = locus_xen::limit_memory(MEMORY_MAX) {
+                say::warn(format_args!("{error}; it has no limit"));
             }
             let code = run(&args).unwrap_or_else(|e| {
                 // The library's errors say all in one sentence; others have a chain of causes.
@@ -161,9 +160,14 @@ fn is_styled() -> bool {
 /// The exit code when all was printed: success is none if what the user asked for could not be written to stdout. If the
 /// command has `changed` guests, its exit code is about these, and stays.
 fn shown(code: ExitCode, changed: bool) -> ExitCode {
-    let Some(why) = out::lost() else {
-        return code;
-    };
+    match out::lost() {
+        Some(why) => not_shown(code, changed, why),
+        None => code,
+    }
+}
+
+/// The exit code when not all was printed.
+fn not_shown(code: ExitCode, changed: bool, why: &io::Error) -> ExitCode {
     if changed {
         say::warn(format_args!(
             "stdout can't be written: {why}: the report is lost; the exit code says what was done"
@@ -250,11 +254,6 @@ fn ends_itself(command: &Command) -> bool {
         )
 }
 
-/// Whether a command reads guests, and not only files of the host.
-fn reads_guests(command: &Command) -> bool {
-    !matches!(command, Command::History(_) | Command::Show { .. })
-}
-
 /// Whether a command may change a guest.
 fn changes(command: &Command) -> bool {
     matches!(
@@ -274,4 +273,19 @@ pub fn exit_code(error: &anyhow::Error) -> ExitCode {
     error
         .downcast_ref::<Error>()
         .map_or(ExitCode::Failed, Error::exit_code)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_that_is_lost_is_a_failure_unless_guests_were_changed() {
+        let full = io::Error::from_raw_os_error(libc::ENOSPC);
+        for code in [ExitCode::Done, ExitCode::TryAgain, ExitCode::Uncertain] {
+            assert_eq!(not_shown(code, true, &full), code);
+            assert_eq!(not_shown(code, false, &full), code.max(ExitCode::Failed));
+        }
+        assert_eq!(not_shown(ExitCode::Done, false, &full), ExitCode::Failed);
+    }
 }
