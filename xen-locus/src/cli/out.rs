@@ -19,7 +19,13 @@ pub fn line(text: &str) {
 
 /// Writes text to stdout, [`printable`].
 pub fn text(text: &str) {
-    bytes(printable(text).as_bytes());
+    note(text_to(&mut io::stdout(), text));
+}
+
+/// Writes text to a terminal, [`printable`].
+fn text_to(to: &mut impl io::Write, text: &str) -> io::Result<()> {
+    to.write_all(printable(text).as_bytes())?;
+    to.flush()
 }
 
 /// Writes bytes to stdout as they are. [`lost`] says whether that failed.
@@ -124,6 +130,16 @@ pub fn failure(error: &Error) -> Value {
 mod tests {
     use super::*;
     use crate::blocker::Reason;
+
+    #[test]
+    fn no_text_on_stdout_commands_a_terminal() {
+        let mut shown = Vec::new();
+        text_to(&mut shown, "web\u{1b}[2J\u{9b}1m: ready\n").unwrap();
+        let shown = String::from_utf8(shown).unwrap();
+        assert!(shown.ends_with(": ready\n"), "{shown:?}");
+        let odd = |c: char| c.is_control() && c != '\n';
+        assert!(!shown.contains(odd), "{shown:?}");
+    }
 
     #[test]
     fn a_cell_is_one_line_of_one_column() {

@@ -93,17 +93,19 @@ pub fn run(
 fn status(session: &Session, domain: &Domain<'_>) -> Result<GuestStatus> {
     let kernel = machine::kernel_of(domain)?;
     let began = Instant::now();
-    let inside = |watch: &Watch| {
-        let all = session.unhurried();
-        let options = Options {
-            timeout: all.timeout.saturating_sub(began.elapsed()),
-            ..all
-        };
-        apply::blocking(domain, &kernel, watch, &options)
-    };
+    let inside = |watch: &Watch| apply::blocking(domain, &kernel, watch, &left(session, began));
     let known = ops::is_known_to_log(domain.check_uuid(), &domain.label())?;
     let uuid = known.then_some(&*domain.info.uuid);
     GuestStatus::read(Guest::of(domain), &kernel, uuid, inside)
+}
+
+/// What is left of the time of one action that `began` then. It ends too when this command is asked to stop.
+fn left(session: &Session, began: Instant) -> Options {
+    let all = session.unhurried();
+    Options {
+        timeout: all.timeout.saturating_sub(began.elapsed()),
+        ..all
+    }
 }
 
 /// All guests that can be read, and the exit code for those that can't.
@@ -252,5 +254,33 @@ impl GuestStatus {
             "arena": self.arena,
             "patches": patches,
         }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[test]
+    fn threads_that_drain_are_looked_for_as_long_as_the_session_goes_on() {
+        let session = Session {
+            output: Output::Table,
+            dry_run: false,
+            verbose: 0,
+            cache: None,
+            began: Instant::now(),
+            interrupted: Arc::new(AtomicBool::new(false)),
+        };
+        let limit = Options::default().timeout;
+        let began = Instant::now().checked_sub(limit / 2).unwrap();
+        assert!(left(&session, began).timeout <= limit / 2);
+        let before = began.checked_sub(limit).unwrap();
+        assert!(left(&session, before).timeout.is_zero());
+        left(&session, began).check_interrupted().unwrap();
+        session.interrupted.store(true, Ordering::SeqCst);
+        left(&session, began).check_interrupted().unwrap_err();
     }
 }
