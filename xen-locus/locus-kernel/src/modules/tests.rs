@@ -65,6 +65,25 @@ fn symbols_are_those_proc_kallsyms_shows_upper_case_if_exported() {
 }
 
 #[test]
+fn names_of_symbols_have_nothing_that_a_terminal_obeys() {
+    let mut d = data(Age::New);
+    // In place of `own`.
+    d.set(DATA + 0x505, b"\x1b\xc3 ");
+    let memory = guest(Age::New, &d);
+    let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
+    let all = ModuleReader::new(&kernel)
+        .unwrap()
+        .each(|reader, module| reader.symbols(module))
+        .unwrap();
+    let names: Vec<&str> = all[1].iter().map(|symbol| &*symbol.name).collect();
+    assert_eq!(names.len(), 2);
+    assert!(names.contains(&"pub"), "{names:?}");
+    let is_plain = |name: &&str| name.chars().all(|c| c.is_ascii_graphic());
+    assert!(names.iter().all(is_plain), "{names:?}");
+    assert!(names.iter().any(|name| name.starts_with('?')), "{names:?}");
+}
+
+#[test]
 fn types_of_a_module_stand_on_those_of_the_kernel() {
     let memory = guest(Age::New, &data(Age::New));
     let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
