@@ -2,7 +2,8 @@
 //! and watches whether the guest stays paused.
 //!
 //! It prints, as JSON, how the command ended and the longest time for which the guest was seen paused. A guest
-//! that is still paused three seconds after the command ended is `stuck`.
+//! that is still paused three seconds after the command ended is `stuck`. A command may stop itself: if the guest was
+//! paused meanwhile, and somebody else than this program killed the command, it was `stopped_in_pause`.
 
 use std::io::Read as _;
 use std::os::unix::process::ExitStatusExt as _;
@@ -101,6 +102,7 @@ fn main() -> Result<()> {
     let process = Process::open(child.id())?;
     let journal = Journal::new(&info.uuid);
     let mut stopped: Option<Instant> = None;
+    let (mut stopped_in_pause, mut ended_by_us) = (false, false);
     let mut killed_in_pause = None;
     let mut due = args.after.map(|us| began + Duration::from_micros(us));
     let mut status: Option<ExitStatus> = None;
@@ -115,11 +117,13 @@ fn main() -> Result<()> {
             killed_in_pause = Some(paused);
         }
         // A command that stopped itself must be ended from outside.
-        let for_long = |since: &mut Option<Instant>| {
-            since.get_or_insert_with(Instant::now).elapsed() > STOPPED
-        };
-        if process.is_stopped() && for_long(&mut stopped) {
-            child.kill()?;
+        if process.is_stopped() {
+            // It was stopped before this look at the guest: the pause is its own, and does not end by it.
+            stopped_in_pause |= paused && stopped.is_some();
+            if stopped.get_or_insert_with(Instant::now).elapsed() > STOPPED {
+                child.kill()?;
+                ended_by_us = true;
+            }
         }
         if status.is_none() {
             status = child.try_wait()?;
@@ -147,6 +151,7 @@ fn main() -> Result<()> {
             "rc": status.and_then(|s| s.code()),
             "signal": status.and_then(|s| s.signal()),
             "killed_in_pause": killed_in_pause,
+            "stopped_in_pause": stopped_in_pause && !ended_by_us,
             "longest_pause_us": watch.longest.as_micros(),
             "stuck": watch.since.is_some(),
             "stderr": said,

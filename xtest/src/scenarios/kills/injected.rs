@@ -10,6 +10,13 @@ use crate::verdict::Verdict;
 
 /// The fewest places of an action at which something must have been done.
 const HITS: u32 = 3;
+/// Places inside the pause at which a run is stopped before it is stopped at numbered ones. A run passes few calls while
+/// the guest is paused, so steps may miss all of them.
+const IN_PAUSE: [&str; 3] = [
+    "1:stop:mark writing",
+    "2:stop:mark writing",
+    "1:stop:mark unpausing",
+];
 
 /// What is done at which places, and where.
 #[derive(Debug, Clone, Copy)]
@@ -25,7 +32,8 @@ pub struct Injection {
 }
 
 /// Makes each action end at its first place, then further on in steps of `step` places, until the action
-/// has no such place and ends by itself. `what` is done at the place: `kill`, `stop` or `fail`.
+/// has no such place and ends by itself. `what` is done at the place: `kill`, `stop` or `fail`. A run is stopped at
+/// places inside the pause before that ([`IN_PAUSE`]).
 pub fn injected(
     ctx: &mut Ctx,
     kind: Kind,
@@ -72,12 +80,16 @@ fn each_place(
     let mut tally = Tally::default();
     let name = subject.guest.name.clone();
     let command = action.command(&name);
-    let (mut nth, mut hits) = (1, 0);
-    loop {
+    let named: &[&str] = if what == "stop" { &IN_PAUSE } else { &[] };
+    let numbered = (1..).step_by(step as usize);
+    let numbered = numbered.map(|nth: u32| format!("{nth}:{what}:journal"));
+    let places = named.iter().map(|&place| place.to_owned()).chain(numbered);
+    let (mut hits, mut place) = (0, String::new());
+    for next in places {
+        place = next;
         subject.prepare(ctx, ready.action(action, hits))?;
-        let cmd = format!(
-            "env {variable} XEN_LOCUS_FAULT={nth}:{what}:journal xen-locus-faults {command}"
-        );
+        let cmd = format!("env {variable} \"XEN_LOCUS_FAULT={place}\" xen-locus-faults {command}");
+        let stopped = tally.stopped_in_pause;
         let done = subject.kill(ctx, "", &cmd, &mut tally)?;
         let said = done["stderr"].as_str().unwrap_or_default();
         let hit = said.contains("xen-locus: fault: ");
@@ -92,6 +104,12 @@ fn each_place(
             check!(hit || rc == 0, "nothing was done to {cmd}: {done}");
             tally.codes.push(rc);
         }
+        if (hits as usize) < named.len() {
+            check!(
+                hit && tally.stopped_in_pause > stopped,
+                "{cmd} was not stopped in its pause: {done}"
+            );
+        }
         if !hit {
             break;
         }
@@ -104,17 +122,16 @@ fn each_place(
             subject.progresses()?;
         }
         hits += 1;
-        nth += step;
     }
     subject.clear(ctx)?;
     subject.recover(ctx, &mut tally)?;
     ready.end(ctx, &mut subject)?;
     nothing_left(ctx)?;
     let action = action.name;
-    eprintln!("{name}: {action}, {around:?}, {what} at place 1 to {nth}: {tally:?}");
+    eprintln!("{name}: {action}, {around:?}, {what} up to {place}: {tally:?}");
     check!(
         hits >= HITS,
-        "{action} has {hits} such places only, up to {nth}: it shows nothing"
+        "{action} has {hits} such places only, up to {place}: it shows nothing"
     );
     Ok(())
 }

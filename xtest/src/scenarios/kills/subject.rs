@@ -22,6 +22,8 @@ pub struct Tally {
     pub kills: u32,
     /// Of these, runs that were killed while they held the guest paused.
     pub in_pause: u32,
+    /// Runs that stopped themselves while they held the guest paused, and were killed by the guardian.
+    pub stopped_in_pause: u32,
     /// Runs that ended before the kill.
     pub not_hit: u32,
     /// Runs after which the guest was old.
@@ -129,6 +131,7 @@ impl Subject {
             _ => tally.not_hit += 1,
         }
         tally.in_pause += u32::from(killed["killed_in_pause"] == true);
+        tally.stopped_in_pause += u32::from(killed["stopped_in_pause"] == true);
         let new = self.is_new()?;
         check_eq!(self.status(ctx)?, new, "status after {what}");
         *(if new { &mut tally.new } else { &mut tally.old }) += 1;
