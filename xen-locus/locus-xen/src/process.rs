@@ -6,10 +6,9 @@ use std::os::unix::fs::FileExt as _;
 
 use super::{fault, lock_memory, Error, HeldSignals};
 
-/// Kills this process, or stops it: no handler runs, nothing is dropped.
+/// Sends this process a signal. KILL and STOP end and stop it: no handler runs, nothing is dropped.
 #[cfg(feature = "faults")]
-pub(super) fn end_self(stop: bool) {
-    let signal = if stop { libc::SIGSTOP } else { libc::SIGKILL };
+pub(super) fn signal_self(signal: libc::c_int) {
     // SAFETY: the calls take plain numbers.
     unsafe { libc::kill(libc::getpid(), signal) };
 }
