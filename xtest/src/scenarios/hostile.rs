@@ -96,16 +96,40 @@ const TURNS: u64 = 100;
 /// The parameters of the module: its mode, and its state.
 const MODULE: &str = "/sys/module/locus_hostile/parameters";
 
+/// How commands ended.
+#[derive(Debug, Default)]
+struct Ends {
+    /// How many ended with each exit code since the guest's mode was set.
+    now: BTreeMap<i32, u32>,
+    /// How many did in earlier modes.
+    before: BTreeMap<i32, u32>,
+}
+
+impl Ends {
+    fn count(&mut self, rc: i32) {
+        *self.now.entry(rc).or_default() += 1;
+    }
+
+    /// How commands ended before says nothing of what the guest does now.
+    fn begin_mode(&mut self) {
+        for (rc, count) in std::mem::take(&mut self.now) {
+            *self.before.entry(rc).or_default() += count;
+        }
+    }
+
+    /// Whether any command has noticed what the guest does: it refused the guest (3), or found the arena damaged (6).
+    fn told(&self) -> bool {
+        self.now.contains_key(&3) || self.now.contains_key(&6)
+    }
+}
+
 /// The hostile guest, and a neighbour that must not be affected.
 struct Pair {
     guest: Guest,
     neighbour: Guest,
     /// What [`Pair::beside`] returned first.
     before: String,
-    /// How many commands ended with each exit code since the guest's mode was set.
-    ends: BTreeMap<i32, u32>,
-    /// How many did in earlier modes.
-    ends_before: BTreeMap<i32, u32>,
+    ends: Ends,
     longest: Duration,
 }
 
@@ -126,8 +150,7 @@ impl Pair {
             guest,
             neighbour,
             before: String::new(),
-            ends: BTreeMap::new(),
-            ends_before: BTreeMap::new(),
+            ends: Ends::default(),
             longest: Duration::ZERO,
         };
         pair.before = pair.beside(ctx)?;
@@ -147,12 +170,10 @@ impl Pair {
         Ok(format!("{inside}\n{text}\n{outside}"))
     }
 
-    /// Sets what the guest does. How commands ended before that says nothing about it.
+    /// Sets what the guest does.
     fn mode(&mut self, mode: &str) -> Result<(), Verdict> {
         self.guest.ok(&format!("echo {mode} >{MODULE}/mode"))?;
-        for (rc, count) in std::mem::take(&mut self.ends) {
-            *self.ends_before.entry(rc).or_default() += count;
-        }
+        self.ends.begin_mode();
         Ok(())
     }
 
@@ -178,7 +199,7 @@ impl Pair {
             "{command} ended with {} and said nothing",
             done.rc
         );
-        *self.ends.entry(done.rc).or_default() += 1;
+        self.ends.count(done.rc);
         self.longest = self.longest.max(done.took);
         Ok((done.rc, done.said))
     }
@@ -200,23 +221,22 @@ impl Pair {
         Ok(())
     }
 
-    /// Whether any command has noticed what the guest does: it refused the guest (3), or found the arena damaged (6).
-    fn told(&self) -> bool {
-        self.ends.contains_key(&3) || self.ends.contains_key(&6)
-    }
-
     /// Runs all commands `rounds` times, then again until one has noticed something and the guest has made many
     /// turns, because scheduling decides how they collide. Returns the number of turns.
     fn rounds(&mut self, ctx: &Ctx, rounds: u32) -> Result<u64, Verdict> {
         for round in 0..rounds.saturating_add(ROUNDS_MORE) {
             let (turns, _) = self.state()?;
-            if round >= rounds && self.told() && turns > TURNS {
+            if round >= rounds && self.ends.told() && turns > TURNS {
                 return Ok(turns);
             }
             self.all_commands(ctx)?;
         }
         let (turns, _) = self.state()?;
-        check!(self.told(), "no command noticed anything: {:?}", self.ends);
+        check!(
+            self.ends.told(),
+            "no command noticed anything: {:?}",
+            self.ends
+        );
         check!(turns > TURNS, "the guest made {turns} turns only");
         Ok(turns)
     }
@@ -283,7 +303,7 @@ impl Pair {
         check!(!state.contains('p'), "the hostile guest is paused: {state}");
         eprintln!(
             "hostile: {what}: exit codes {:?}, in earlier modes {:?}, longest {:?}",
-            self.ends, self.ends_before, self.longest
+            self.ends.now, self.ends.before, self.longest
         );
         Ok(())
     }
@@ -447,4 +467,25 @@ fn soak(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         store(ctx, 40)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Ends;
+
+    #[test]
+    fn what_was_noticed_in_one_mode_does_not_count_for_the_next() {
+        let mut ends = Ends::default();
+        for rc in [0, 1, 2, 5] {
+            ends.count(rc);
+        }
+        assert!(!ends.told());
+        for rc in [3, 6] {
+            ends.count(rc);
+            assert!(ends.told(), "{rc}");
+            ends.begin_mode();
+            assert!(!ends.told(), "{rc}");
+        }
+        assert_eq!(ends.before.values().sum::<u32>(), 6);
+    }
 }

@@ -145,19 +145,24 @@ pub fn info(ctx: &Ctx, guest: &str, options: &str) -> Result<Value, Verdict> {
 
 /// SHA-256 of the guest's kernel text, and its length, which must be that of a kernel.
 pub fn text_digest(ctx: &Ctx, guest: &str) -> Result<String, Verdict> {
-    let said = ctx.dom0.ok(&format!(
-        "xen-locus info {guest} --raw text >/tmp/digested && \
-         wc -c </tmp/digested && sha256sum </tmp/digested && rm /tmp/digested"
-    ))?;
-    let bytes = said
-        .lines()
-        .next()
-        .and_then(|n| n.trim().parse::<u64>().ok());
-    check!(
-        bytes.is_some_and(|n| n > KERNEL_TEXT),
-        "the text of {guest}: {said}"
-    );
+    let said = ctx.dom0.ok(&digest_of_text("xen-locus", guest))?;
+    check!(is_long_enough(&said), "the text of {guest}: {said}");
     Ok(said)
+}
+
+/// A shell command that prints how long the text of a guest is that `tool` reads, then its digest. It fails if `tool`
+/// does.
+fn digest_of_text(tool: &str, guest: &str) -> String {
+    format!(
+        "at=/tmp/digested.$$; {tool} info {guest} --raw text >$at && wc -c <$at && sha256sum <$at; \
+         rc=$?; rm -f $at; [ $rc = 0 ]"
+    )
+}
+
+/// Whether the first line is the length of a kernel's text.
+fn is_long_enough(said: &str) -> bool {
+    let first = said.lines().next().map(|n| n.trim().parse::<u64>());
+    first.is_some_and(|bytes| bytes.is_ok_and(|n| n > KERNEL_TEXT))
 }
 
 /// The text of a guest's kernel as it was once, in a file of dom0.
@@ -288,7 +293,7 @@ pub fn in_tracing(cmd: &str) -> String {
 mod tests {
     use std::process::{Command, Output};
 
-    use super::cycles;
+    use super::{cycles, digest_of_text, is_long_enough};
 
     fn shell(cmd: &str) -> Output {
         let out = Command::new("sh").args(["-c", cmd]).output();
@@ -304,5 +309,20 @@ mod tests {
         let out = shell(&cycles("false", "guest file", "guest name", 2));
         assert_eq!(String::from_utf8_lossy(&out.stdout), "cycle 1: 1\n");
         assert_eq!(out.status.code(), Some(1));
+    }
+
+    #[test]
+    fn the_digest_of_nothing_is_no_digest() {
+        // A tool that fails, and one that succeeds and prints nothing.
+        assert_eq!(
+            shell(&digest_of_text("false", "guest")).status.code(),
+            Some(1)
+        );
+        let out = shell(&digest_of_text("true", "guest"));
+        let said = String::from_utf8_lossy(&out.stdout);
+        assert!(out.status.success() && said.lines().count() == 2, "{said}");
+        assert!(!is_long_enough(&said), "{said}");
+        assert!(!is_long_enough(""));
+        assert!(is_long_enough("8000001\n0123  -\n"));
     }
 }
