@@ -61,10 +61,10 @@ impl Kernels {
         Ok(kernel)
     }
 
-    /// Payloads of `patches/test/` for the kernel of this release: name and file.
-    pub fn test_payloads(&self, suite: &Suite) -> Result<Vec<(String, PathBuf)>> {
+    /// Payloads for the kernel of this release, these and others that were built before: name and file.
+    pub fn payloads(&self, suite: &Suite, which: Which) -> Result<Vec<(String, PathBuf)>> {
         let root = fetch::ensure_suite(&self.paths, suite)?;
-        payloads::build_all(&self.paths, &root, Which::All)?;
+        payloads::build_all(&self.paths, &root, which)?;
         payloads::built(&self.paths, &root.release)
     }
 

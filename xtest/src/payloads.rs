@@ -21,6 +21,8 @@ pub enum Which {
     Examples,
     /// Those of `patches/test/` too.
     All,
+    /// Of all, the modules of these names.
+    These(&'static [&'static str]),
 }
 
 /// Builds all payloads that are out of date, by one `make`.
@@ -92,7 +94,7 @@ impl Source {
 /// The sources in `patches/*`, and in `patches/test/*` if wanted.
 fn sources(patches: &Path, which: Which) -> Result<Vec<Source>> {
     let mut dirs = vec![patches.to_path_buf()];
-    if which == Which::All {
+    if which != Which::Examples {
         dirs.push(patches.join("test"));
     }
     let mut found = Vec::new();
@@ -111,6 +113,9 @@ fn sources(patches: &Path, which: Which) -> Result<Vec<Source>> {
                 });
             }
         }
+    }
+    if let Which::These(names) = which {
+        found.retain(|source| names.contains(&source.name.as_str()));
     }
     found.sort();
     Ok(found)

@@ -58,7 +58,7 @@ const LEFT_OUT: &[&str] = &[
     // Shown by `pti-pvh` and `sites-bookworm-pvh`.
     "apply-pvh",
     "know-bookworm-pvh",
-    // Downloads a kernel, and builds all payloads for it.
+    // Builds all payloads for Debian 13's kernel; `heads-trixie-pv` has most of it.
     "sealed-trixie-pv",
     // Other kernels, each as it is known: the matrix alone.
     "know-bullseye-pv",

@@ -8,6 +8,7 @@ use super::steps::patches::{file_for, DRAIN};
 use super::steps::wait::until;
 use super::steps::{sleepers, tool};
 use crate::guest::{Guest, GuestSpec, Kind};
+use crate::payloads::Which;
 use crate::profile::{PV1, PVH};
 use crate::scenario::{Ctx, Scenario};
 use crate::suites::{Suite, BOOKWORM, TRIXIE};
@@ -89,7 +90,7 @@ fn guest(ctx: &mut Ctx, kind: Kind, suite: &'static Suite) -> Result<(Guest, Str
     }
     let spec = GuestSpec::new(&format!("nudge-{}", suite.name), kind);
     let guest = ctx.ensure_guest(spec.suite(suite).memory(256))?;
-    let made = ctx.kernels.test_payloads(suite)?;
+    let made = ctx.kernels.payloads(suite, Which::All)?;
     let payload = made.iter().find(|(name, _)| name == DRAIN);
     let (_, file) = payload.ok_or_else(|| Verdict::Error(format!("no payload {DRAIN}")))?;
     let path = file_for(suite, DRAIN);

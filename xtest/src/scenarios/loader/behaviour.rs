@@ -1,7 +1,7 @@
 //! Behaviours of payload code that is linked and registered.
 
 use super::subject::Subject;
-use crate::guest::Kind;
+use crate::guest::{Guest, Kind};
 use crate::verdict::Verdict;
 use crate::{check, check_eq};
 
@@ -198,6 +198,16 @@ pub fn stacks(subject: &Subject<'_>) -> Result<(), Verdict> {
     subject.revert(NAME)
 }
 
+/// Loads the modules that the guest has.
+pub fn load_modules(guest: &Guest) -> Result<(), Verdict> {
+    guest
+        .ok(
+            "while read m; do grep -q ^$(basename $m .ko | tr - _) /proc/modules || \
+             insmod /lib/modules/$m || exit 1; done < /lib/modules/order",
+        )
+        .map(drop)
+}
+
 /// A function of a module: refused while the module is not loaded, replaced afterwards.
 pub fn module_function(subject: &Subject<'_>) -> Result<(), Verdict> {
     const NAME: &str = "locus_module_function";
@@ -205,10 +215,7 @@ pub fn module_function(subject: &Subject<'_>) -> Result<(), Verdict> {
     let guest = &subject.guest;
     guest.ok("! grep -q ^ext4 /proc/modules || rmmod ext4")?;
     subject.refused(&subject.file(NAME), &["ext4", "not loaded"])?;
-    guest.ok(
-        "while read m; do grep -q ^$(basename $m .ko | tr - _) /proc/modules || \
-         insmod /lib/modules/$m || exit 1; done < /lib/modules/order",
-    )?;
+    load_modules(guest)?;
     subject.log.mark(subject.ctx, guest)?;
     check_eq!(subject.read(FEATURE)?, "supported");
     subject.apply(NAME)?;

@@ -37,6 +37,12 @@ pub const SCENARIOS: &[Scenario] = &[
         run: |ctx| own::run(ctx, Kind::Pv),
     },
     Scenario {
+        name: "heads-trixie-pv",
+        summary: "sealed functions of Debian 13's kernel and of a module, and a tail call, are replaced",
+        profile: &PV1,
+        run: heads::short,
+    },
+    Scenario {
         name: "sealed-trixie-pv",
         summary: "functions that the kernel sealed, that begin with a tail call or only return, are replaced; \
                   what the guest itself does with a sealed one is told",
@@ -144,6 +150,7 @@ const REST: &[Named] = &[
     ("stack traces", behaviour::stacks),
     ("same names", behaviour::same_names),
     ("sealed function", heads::sealed),
+    ("sealed function of a module", heads::module_sealed),
     ("only a return", heads::only_return),
     ("300 functions", behaviour::many),
     ("1 MiB of data", behaviour::big),

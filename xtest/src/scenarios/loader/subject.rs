@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use crate::guest::{Guest, GuestSpec, Kind};
+use crate::payloads::Which;
 use crate::scenario::Ctx;
 use crate::scenarios::steps::guest_log::Log;
 use crate::scenarios::steps::{patches, tool};
@@ -40,6 +41,16 @@ impl<'a> Subject<'a> {
     /// A guest with at least [`ROOM`] pages of its arena free. A payload that was reverted keeps its
     /// own pages, so the guest is started again if many payloads were tried.
     pub fn with_room(ctx: &'a mut Ctx, kind: Kind, suite: &'static Suite) -> Result<Self, Verdict> {
+        Self::with_payloads(ctx, kind, suite, Which::All)
+    }
+
+    /// The same, with these payloads.
+    pub fn with_payloads(
+        ctx: &'a mut Ctx,
+        kind: Kind,
+        suite: &'static Suite,
+        which: Which,
+    ) -> Result<Self, Verdict> {
         let name = Self::guest_name(kind, suite);
         let spec = GuestSpec::new(&name, kind).suite(suite).memory(256);
         let before = ctx.guest(&name).ok().map(|guest| guest.domid);
@@ -51,7 +62,7 @@ impl<'a> Subject<'a> {
         }
         let fresh = before != Some(guest.domid);
         if fresh && *suite != BOOKWORM {
-            for (name, file) in ctx.kernels.test_payloads(suite)? {
+            for (name, file) in ctx.kernels.payloads(suite, which)? {
                 let path = patches::file_for(suite, &name);
                 ctx.dom0.put(&path, 0o644, &std::fs::read(file)?)?;
             }
