@@ -135,12 +135,13 @@ fn panels(guests: &OfGuests) -> Vec<Panel<'_>> {
                 ..BASE
             },
         ),
+        ("busy dom0", Point { beside: 4, ..BASE }),
     ];
     let found = others
         .iter()
         .filter_map(|(name, point)| Some(((*name).to_owned(), guests.at(*point)?)));
     all.push(Panel {
-        title: "load; one-shot commands",
+        title: "load; one-shot commands; a busy dom0",
         columns: found.collect(),
     });
     all.retain(|panel| !panel.columns.is_empty());

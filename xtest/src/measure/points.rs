@@ -29,6 +29,8 @@ pub struct Point {
     pub asker: Asker,
     /// What the guest's kernel does against faults of the processor.
     pub mitigations: Mitigations,
+    /// How many other processes keep dom0's vCPU busy all the time.
+    pub beside: u32,
 }
 
 /// The base point, which the targets are about. It has no mitigations, so that results are comparable whatever
@@ -40,6 +42,7 @@ pub const BASE: Point = Point {
     functions: 1,
     asker: Asker::Resident,
     mitigations: Mitigations::Off,
+    beside: 0,
 };
 
 impl Point {
@@ -47,6 +50,8 @@ impl Point {
     pub fn name(&self) -> String {
         if self.asker == Asker::OneShot {
             "one-shot command".to_owned()
+        } else if self.beside != BASE.beside {
+            "busy dom0".to_owned()
         } else if !self.load {
             "idle".to_owned()
         } else if self.threads != BASE.threads {
@@ -89,7 +94,8 @@ pub fn points(kind: Kind, quick: bool) -> Vec<Point> {
         asker: Asker::OneShot,
         ..BASE
     };
-    let mut all = vec![idle, BASE, one_shot];
+    let busy = Point { beside: 4, ..BASE };
+    let mut all = vec![idle, BASE, one_shot, busy];
     if quick {
         all.extend([functions(100), threads(50), threads(2000), vcpus(4)]);
     } else {
@@ -125,6 +131,7 @@ mod tests {
                     point.functions != BASE.functions,
                     point.asker != BASE.asker,
                     point.mitigations != BASE.mitigations,
+                    point.beside != BASE.beside,
                 ];
                 let count = differs.iter().filter(|d| **d).count();
                 assert_eq!(count, usize::from(*point != BASE), "{point:?}");
