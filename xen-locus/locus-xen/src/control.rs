@@ -399,8 +399,8 @@ impl Control {
         };
         self.check(rc, || {
             format!(
-                "giving domain {id} {} pages (xc_domain_populate_physmap_exact); has the host free \
-                 memory?",
+                "giving domain {id} {} pages (xc_domain_populate_physmap_exact): has the host free memory? `xl info` \
+                 shows it (free_memory), and what is kept for domains that are being built (outstanding_claims)",
                 gfns.len()
             )
         })
