@@ -264,6 +264,7 @@ pub fn with_kept<'m>(
     vcpus: &[Vcpu],
     kept: CachedKernel,
 ) -> Option<Kernel<'m>> {
-    let located = locate::locate(memory, KIND, vcpus, &Budget::default()).ok()?;
+    let located = locate::locate(memory, KIND, vcpus, &Budget::default());
+    let located = located.ok()?.into_iter().next()?;
     Kernel::kept(&located, KIND, located.anchors(&|_| true), kept)
 }

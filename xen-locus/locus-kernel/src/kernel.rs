@@ -97,17 +97,34 @@ impl<'m> Kernel<'m> {
         cache: &dyn KernelCache,
         budget: &Budget,
     ) -> Result<Kernel<'m>, Error> {
-        let located = locate::locate(mem, kind, vcpus, budget)?;
+        let mut none = None;
+        for located in locate::locate(mem, kind, vcpus, budget)? {
+            match Kernel::at(&located, kind, vcpus, cache) {
+                // Another vCPU's may be the guest's own.
+                Err(error @ Error::NotLinux(_)) => none = none.or(Some(error)),
+                done => return done,
+            }
+        }
+        Err(none.unwrap_or_else(|| Error::NotLinux("no kernel was located".into())))
+    }
+
+    /// Reads the kernel at a place, which must have the entry points of `vcpus`.
+    fn at(
+        located: &locate::Located<'m>,
+        kind: GuestType,
+        vcpus: &[Vcpu],
+        cache: &dyn KernelCache,
+    ) -> Result<Kernel<'m>, Error> {
         let agrees = |symbols: &Symbols| locate::agrees(symbols, &located.space, vcpus);
         let anchors = located.anchors(&agrees);
         for kept in cache.load() {
-            if let Some(kernel) = Kernel::kept(&located, kind, anchors, kept) {
+            if let Some(kernel) = Kernel::kept(located, kind, anchors, kept) {
                 return Ok(kernel);
             }
         }
         let symbols = kallsyms::read(&located.space, &located.regions, anchors)
             .map_err(|error| located.not_understood(error))?;
-        let kernel = Kernel::with(&located, kind, symbols)?;
+        let kernel = Kernel::with(located, kind, symbols)?;
         // A kernel without BTF is stored without. A cache that can't be written costs only time.
         if let (Some(build_id), true) = (&kernel.build_id, cache.is_wanted()) {
             let btf = kernel.btf().map(|b| b.bytes().to_vec()).unwrap_or_default();

@@ -77,30 +77,33 @@ impl Located<'_> {
 /// Most runs of mapped pages that are tried as the image, where no entry point is known.
 const CANDIDATES: usize = 8;
 
-/// Locates the kernel of a running guest whose virtual CPUs are in the states `vcpus`. All that is
-/// read in its space, later too, is paid from `budget`.
+/// Locates the kernel of a running guest whose virtual CPUs are in the states `vcpus`: what may be it, at least one place,
+/// and mostly no more. All that is read in its space, later too, is paid from `budget`.
 ///
 /// # Errors
 /// [`Error::NotReady`] while no vCPU shows the entry point of a 64-bit kernel (firmware, early
-/// boot), the kernel has not protected its memory yet, or the vCPUs show those of several kernels and none is found;
+/// boot), one shows a kernel that has not protected its memory yet, or they show those of several kernels and none is found;
 /// [`Error::NotLinux`] if the memory there is not mapped as that of Linux; [`Error::Memory`] if the budget is spent.
 pub fn locate<'m>(
     mem: &'m dyn Memory,
     kind: GuestType,
     vcpus: &[Vcpu],
     budget: &Budget,
-) -> Result<Located<'m>, Error> {
+) -> Result<Vec<Located<'m>>, Error> {
     let up = in_long_mode(vcpus)?;
     let entries = entry_points(&up)?;
-    let mut last = None;
+    let (mut found, mut none) = (Vec::new(), None);
     for &entry in &entries {
         match locate_at(mem, kind, &up, entry, budget) {
+            Ok(located) => found.push(located),
             // Another vCPU's may be the guest's own.
-            Err(error @ (Error::NotReady(_) | Error::NotLinux(_))) => last = last.or(Some(error)),
-            done => return done,
+            Err(error @ Error::NotLinux(_)) => none = none.or(Some(error)),
+            // A kernel that boots, after a crash for example: another vCPU may still be where the last kernel left it.
+            Err(error) => return Err(error),
         }
     }
-    match last {
+    match none {
+        _ if !found.is_empty() => Ok(found),
         Some(error) if entries.len() == 1 => Err(error),
         _ => Err(several(&entries)),
     }

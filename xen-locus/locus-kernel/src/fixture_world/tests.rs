@@ -134,6 +134,11 @@ fn a_vcpu_that_runs_a_guest_of_the_guest_does_not_hide_its_kernel() {
         assert!(matches!(error, Error::NotLinux(_)), "{error}");
         assert!(error.to_string().contains("try again"), "{error}");
     }
+    // Its entry point is inside of the guest's own kernel, where no function begins.
+    let mut world = World::new(GuestType::Pvh);
+    world.vcpus[0].entry = world.vcpus[0].entry.map(|own| own.plus(1));
+    let found = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
+    assert_eq!(found.text_base, TEXT);
     // Neither kernel is found: that passes.
     let mut world = World::new(GuestType::Pvh);
     world.vcpus[0].entry = Some(TEXT.plus(512 << 20));
@@ -174,6 +179,11 @@ fn a_kernel_that_has_not_protected_its_memory_yet_still_boots() {
     // Before it begins: all of it can be written and executed.
     let world = World::new(GuestType::Pvh);
     set_rights(&world, |_| true, true, true);
+    assert!(matches!(error(&world), Error::NotReady(_)));
+    // After a crash, another CPU may still be where the last kernel left it.
+    let mut world = World::new(GuestType::Pvh);
+    set_rights(&world, |_| true, true, true);
+    world.vcpus[0].entry = Some(TEXT.plus(512 << 20));
     assert!(matches!(error(&world), Error::NotReady(_)));
     // So it is in a PV guest, but for page tables, which the guest may not write.
     let world = World::new(GuestType::Pv);
