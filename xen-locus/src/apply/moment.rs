@@ -10,7 +10,7 @@ use locus_kernel::Kernel;
 use super::options::Options;
 use super::patience::{Patience, Wait};
 use super::report::Done;
-use super::write::{check_all, map_all, unmap_all, write_all, MappedWrite};
+use super::write::{check_all, check_trail, map_all, unmap_all, write_all, MappedWrite};
 use crate::blocker::Blocker;
 use crate::error::{Blocked, Error, Result};
 use crate::guard::Spot;
@@ -95,7 +95,8 @@ pub(crate) fn execute(
         }
         let mut verdict = scanned.into_verdict();
         if !verdict.is_sleepers() {
-            // The guardian may take a while, so it comes first.
+            // What the page tables lead to now is mapped, and nothing else. The guardian may take a while, so it comes first.
+            check_trail(&trail)?;
             guard.hold()?;
             map_all(machine, &mut mapped, &trail)?;
             // Called before the pause too, because what is used for the first time is slow.

@@ -86,7 +86,11 @@ pub(super) fn unmap_all(writes: &mut [MappedWrite<'_>]) {
     writes.iter_mut().for_each(|w| w.window = None);
 }
 
-fn check_trail(trail: &Trail) -> Result<()> {
+/// Checks that the guest's page tables still lead to the frames that are to be written.
+///
+/// # Errors
+/// [`Cause::Passing`](crate::error::Cause::Passing): they lead elsewhere.
+pub(super) fn check_trail(trail: &Trail) -> Result<()> {
     match trail.holds()? {
         true => Ok(()),
         false => Err(Error::passing(

@@ -444,3 +444,21 @@ fn before_each_attempt_it_is_asked_whether_the_guest_s_memory_is_still_its_own()
         assert_eq!(error.exit_code(), ExitCode::NotApplicable, "{error}");
     }
 }
+
+#[test]
+fn frames_that_the_page_tables_no_longer_lead_to_are_not_held() {
+    let guest = busy_guest();
+    guest.attempts_left.set(10);
+    guest.meanwhile(|g| {
+        let memory = &g.world.memory;
+        let other = memory.frame();
+        memory.map_page(Gva(FUNCTIONS[A].1 & !0xfff), other, false, true);
+    });
+    let patient = Options {
+        timeout: Duration::from_millis(200),
+        ..options(false)
+    };
+    let payload = payload("one", &[A]);
+    apply(&guest, &guest.kernel(), &payload, Mode::Apply, &patient).unwrap_err();
+    assert_eq!(guest.attempts_left.get(), 9);
+}
