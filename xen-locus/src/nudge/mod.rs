@@ -26,7 +26,7 @@ use crate::machine::Machine;
 use crate::plan::conditions::Entry;
 use crate::plan::{self, PatchStack, Plan, Proposal};
 use crate::quiesce::{Watch, Watched};
-use crate::target::kprobes::Kprobes;
+use crate::target::kprobes::{self, Kprobes};
 use crate::target::lkrg;
 use crate::target::redirect;
 use crate::target::symbols::Object;
@@ -122,6 +122,7 @@ struct Gate {
 impl Gate {
     fn prepare(kernel: &Kernel<'_>, patch: &str, threads: &[Thread]) -> Result<Gate> {
         lkrg::check_absent(kernel)?;
+        kprobes::check_table(kernel)?;
         let mut arena = Arena::read(kernel)?;
         let residents = plan::resolve_interrupted(kernel, &mut arena)?;
         let entry = kernel.function(FUNCTION, 0)?;

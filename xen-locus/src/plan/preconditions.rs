@@ -19,7 +19,7 @@ use crate::arena::Resident;
 use crate::error::{Error, Result};
 use crate::link::image;
 use crate::target::compat;
-use crate::target::kprobes::Kprobes;
+use crate::target::kprobes::{self, Kprobes};
 use crate::target::lkrg;
 use crate::target::modules_present;
 use crate::target::redirect::REPAIR;
@@ -59,6 +59,7 @@ const PRECONDITIONS: &[Precondition] = &[
     is_built_for_this_release,
     is_built_for_this_build_id,
     no_integrity_checker_is_there,
+    its_kprobes_can_be_found,
     has_this_kernels_klp_structures,
     uses_supported_features,
     superseded_patches_hold,
@@ -194,6 +195,11 @@ fn is_built_for_this_build_id(candidate: &Candidate<'_, '_>) -> Result<()> {
         hex::encode(wanted),
         found.map_or_else(|| "none".into(), hex::encode)
     )))
+}
+
+/// It can be known where the guest's kprobes are.
+fn its_kprobes_can_be_found(candidate: &Candidate<'_, '_>) -> Result<()> {
+    kprobes::check_table(candidate.kernel)
 }
 
 /// No module of the guest panics when the kernel's code changes.
