@@ -89,9 +89,9 @@ const INSIDE: &str = r#"
 ulimit -c 0
 XEN_LOCUS_FAULT="2:$1:mark writing" xen-locus-faults apply pv /payloads/locus_proc_pair.ko >/tmp/said 2>&1 &
 pid=$!
-until grep -q ') [TZ]' /proc/$pid/stat; do usleep 5000; done
+while grep -q ') [^TZ]' /proc/$pid/stat; do usleep 5000; done 2>/dev/null
 xl list pv | awk 'NR == 2 {print "state " $5}'
-kill -CONT $pid
+kill -CONT $pid 2>/dev/null
 wait $pid
 echo "rc $?"
 cat /tmp/said
