@@ -95,7 +95,7 @@ pub(crate) fn execute(
         }
         let mut verdict = scanned.into_verdict();
         if !verdict.is_sleepers() {
-            // What the page tables lead to now is mapped, and nothing else. The guardian may take a while, so it comes first.
+            // Only what the page tables still lead to is mapped. The guardian may take a while, so it comes first.
             check_trail(&trail)?;
             guard.hold()?;
             map_all(machine, &mut mapped, &trail)?;
