@@ -31,9 +31,9 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "faults-pv",
         summary:
-            "killed at every 97th of its calls after the journal, it leaves the guest old or new",
+            "killed at every 61st of its calls after the journal, it leaves the guest old or new",
         profile: &PV1,
-        run: |ctx| injected(ctx, Kind::Pv, "kill", 97, &ACTIONS),
+        run: |ctx| injected(ctx, Kind::Pv, "kill", 61, &ACTIONS),
     },
     Scenario {
         name: "both-die-pv",
