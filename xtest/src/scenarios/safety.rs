@@ -35,7 +35,7 @@ pub const SCENARIOS: &[Scenario] = &[
 
 /// Sends each signal to applies and reverts at moments spread over the time that an undisturbed one takes here. After
 /// each, the guest must not stay paused. Xen is asked while a stopped run is still stopped. Prints what was signalled,
-/// the exit code, and the last words.
+/// the exit code, and the last words. The run is in the foreground: in the background a shell lets it ignore INT and QUIT.
 const SIGNALS: &str = r#"
 fail() { xl list; echo "$1"; exit 1; }
 now() { awk '{print int($1 * 1000)}' /proc/uptime; }
@@ -44,35 +44,40 @@ xen-locus apply pv /payloads/locus_proc_pair.ko >/tmp/said 2>&1 || fail "undistu
 took=$(($(now) - began))
 xen-locus revert pv locus_proc_pair >/tmp/said 2>&1 || fail "undisturbed: $(cat /tmp/said)"
 echo "undisturbed: $took ms"
+# Sends signal $1 at $2 %. The pause of a change that is being made may be met once, not again and again.
+send() {
+	until [ -s /tmp/pid ]; do usleep 1000; done
+	pid=$(cat /tmp/pid)
+	usleep $((took * $2 * 10))
+	kill -$1 $pid 2>/dev/null
+	usleep 20000
+	[ $1 = TSTP ] && usleep 100000
+	looks=0
+	while [ -z "$(xl list pv | awk 'NR == 2 && $5 !~ /p/')" ]; do
+		looks=$((looks + 1))
+		[ $looks = 8 ] && echo "paused after $1 at $2 %" >/tmp/wrong && break
+		usleep 30000
+	done
+	kill -CONT $pid 2>/dev/null
+}
 n=0
 ulimit -c 0
 for sig in INT TERM HUP TSTP QUIT; do
-	for part in 5 15 25 35 40 45 50 55 60 75 90 130; do
+	for part in 5 20 35 40 45 50 55 60 75 130; do
 		n=$((n + 1))
 		if [ $((n % 2)) = 1 ]; then
-			what=apply
-			xen-locus apply pv /payloads/locus_proc_pair.ko >/tmp/said 2>&1 &
+			set -- apply pv /payloads/locus_proc_pair.ko
 		else
-			what=revert
-			xen-locus revert pv locus_proc_pair >/tmp/said 2>&1 &
+			set -- revert pv locus_proc_pair
 		fi
-		pid=$!
-		usleep $((took * part * 10))
-		kill -$sig $pid 2>/dev/null
-		usleep 20000
-		[ $sig = TSTP ] && usleep 100000
-		# The pause of a change that is being made may be met once, not again and again.
-		looks=0
-		while [ -z "$(xl list pv | awk 'NR == 2 && $5 !~ /p/')" ]; do
-			looks=$((looks + 1))
-			[ $looks = 8 ] && fail "paused after $sig at $part %"
-			usleep 30000
-		done
-		kill -CONT $pid 2>/dev/null
-		wait $pid
+		rm -f /tmp/pid /tmp/wrong
+		send $sig $part &
+		sh -c 'echo $$ >/tmp/pid; exec xen-locus "$@"' sh "$@" >/tmp/said 2>&1
 		rc=$?
+		wait
+		[ -e /tmp/wrong ] && fail "$(cat /tmp/wrong)"
 		said=$(tail -n 1 /tmp/said)
-		echo "$what $sig $part: $rc $said"
+		echo "$1 $sig $part: $rc $said"
 		# Over 128: it came before the run could begin to hold signals off. QUIT ends a run wherever the guest is not paused.
 		case $rc in 0 | 1 | 129 | 130 | 131 | 143) ;; *) fail "rc $rc after $sig at $part %: $said" ;; esac
 	done
@@ -80,20 +85,26 @@ done
 "#;
 
 /// How many signals [`SIGNALS`] sends.
-const SENT: usize = 5 * 12;
+const SENT: usize = 5 * 10;
 
 /// Lets an apply send itself the signal $1 while it holds the guest paused: when the journal is there, the guardian
 /// waits, and the first byte is to be written. Prints what Xen says of the guest when the run is stopped or has ended,
 /// the exit code, and what it said.
 const INSIDE: &str = r#"
 ulimit -c 0
-XEN_LOCUS_FAULT="2:$1:mark writing" xen-locus-faults apply pv /payloads/locus_proc_pair.ko >/tmp/said 2>&1 &
-pid=$!
-while grep -q ') [^TZ]' /proc/$pid/stat; do usleep 5000; done 2>/dev/null
-xl list pv | awk 'NR == 2 {print "state " $5}'
-kill -CONT $pid 2>/dev/null
-wait $pid
+rm -f /tmp/pid
+look() {
+	until [ -s /tmp/pid ]; do usleep 1000; done
+	pid=$(cat /tmp/pid)
+	while grep -q ') [^TZ]' /proc/$pid/stat; do usleep 5000; done 2>/dev/null
+	xl list pv | awk 'NR == 2 {print "state " $5}'
+	kill -CONT $pid 2>/dev/null
+}
+look &
+XEN_LOCUS_FAULT="2:$1:mark writing" sh -c 'echo $$ >/tmp/pid; exec xen-locus-faults apply pv /payloads/locus_proc_pair.ko' \
+	>/tmp/said 2>&1
 echo "rc $?"
+wait
 cat /tmp/said
 "#;
 
