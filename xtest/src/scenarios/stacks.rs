@@ -1,5 +1,5 @@
 //! `info --stacks` shows the stack of every task as the guest itself shows it. Stacks of all tasks that are not on a
-//! CPU are reliable: sleeping, stopped, dead and preempted ones.
+//! CPU are reliable: sleeping, stopped, dead and preempted ones (but in a thunk, where ORC has no caller).
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -136,21 +136,36 @@ fn saved(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
 
 /// Entry code of a PV kernel that is in no section of its own (arch/x86/xen/xen-asm.S).
 const XEN_ENTRIES: [&str; 4] = ["xen_asm_", "xen_entry_", "xen_iret", "xen_sysret"];
+/// Thunks of indirect jumps and calls (arch/x86/lib/retpoline.S). ORC has no caller there: a thunk may have been jumped to.
+const THUNKS: &str = "__x86_indirect_thunk_";
+/// Why a stack can't be followed where ORC has no caller.
+const NO_CALLER: [&str; 3] = [
+    "no ORC row",
+    "ORC has no caller",
+    "ends in the middle of the stack",
+];
 
-/// Whether a stack could not be followed because ORC has no caller for some instructions of the kernel's entry code:
-/// these ranges, and [`XEN_ENTRIES`].
+/// Whether a stack could not be followed because a CPU was interrupted in entry code: in these ranges, or in
+/// [`XEN_ENTRIES`].
 fn ended_in_entry_code(task: &Value, entry: &[(u64, u64)]) -> bool {
+    ended_at(task).is_some_and(|(at, name)| {
+        let within = |&(start, end): &(u64, u64)| (start..end).contains(&at);
+        entry.iter().any(within) || XEN_ENTRIES.iter().any(|begin| name.starts_with(begin))
+    })
+}
+
+/// Whether a stack could not be followed because the task was interrupted in a thunk.
+fn ended_in_a_thunk(task: &Value) -> bool {
+    ended_at(task).is_some_and(|(_, name)| name.starts_with(THUNKS))
+}
+
+/// The instruction at which a task was interrupted, and its function's name, if its stack could not be followed from
+/// there because ORC has no caller.
+fn ended_at(task: &Value) -> Option<(u64, String)> {
     let why = task["why"].as_str().unwrap_or_default();
-    let Some(last) = task["frames"].as_array().and_then(|all| all.last()) else {
-        return false;
-    };
-    let (at, name) = (hex(&text(&last["address"])), text(&last["function"]));
-    ["no ORC row", "ORC has no caller"].contains(&why)
-        && last["interrupted"] == true
-        && (entry
-            .iter()
-            .any(|(start, end)| (*start..*end).contains(&at))
-            || XEN_ENTRIES.iter().any(|begin| name.starts_with(begin)))
+    let last = task["frames"].as_array()?.last()?;
+    let is_it = NO_CALLER.contains(&why) && last["interrupted"] == true;
+    is_it.then(|| (hex(&text(&last["address"])), text(&last["function"])))
 }
 
 /// A task as `info --stacks` shows it.
@@ -166,7 +181,7 @@ struct Seen {
     frames: Vec<(u64, String)>,
 }
 
-/// The tasks that were not on a CPU, by id. All of them must be reliable.
+/// The tasks that were not on a CPU, by id. All of them must be reliable, but for one that was preempted in a thunk.
 fn reliable(ctx: &Ctx, guest: &Guest) -> Result<BTreeMap<u64, Seen>, Verdict> {
     let info = tool::info(ctx, &guest.name, "--stacks")?;
     let list = info["stack_list"].as_array();
@@ -175,6 +190,10 @@ fn reliable(ctx: &Ctx, guest: &Guest) -> Result<BTreeMap<u64, Seen>, Verdict> {
     for task in list {
         let why = task["why"].as_str().unwrap_or_default();
         if ["it runs", "it ran while its stack was read"].contains(&why) {
+            continue;
+        }
+        if ended_in_a_thunk(task) {
+            ctx.dom0.note(&format!("preempted in a thunk: {task:#}"));
             continue;
         }
         check!(task["reliable"] == true, "unreliable: {task:#}");
@@ -335,7 +354,7 @@ fn compare(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
 mod tests {
     use serde_json::json;
 
-    use super::{ended_in_entry_code, entry};
+    use super::{ended_in_a_thunk, ended_in_entry_code, entry};
 
     #[test]
     fn only_a_cpu_that_was_in_entry_code_is_excused() {
@@ -368,6 +387,17 @@ mod tests {
             true
         )));
         assert!(!excused(json!({"why": why, "frames": []})));
+        let thunk = "__x86_indirect_thunk_array+0x0/0x20";
+        let why = "ends in the middle of the stack";
+        assert!(ended_in_a_thunk(&task(why, "0x9000", thunk, true)));
+        assert!(!ended_in_a_thunk(&task(why, "0x9000", thunk, false)));
+        assert!(!ended_in_a_thunk(&task(
+            why,
+            "0x9000",
+            "do_idle+0x0/0x9",
+            true
+        )));
+        assert!(!excused(task(why, "0x9000", thunk, true)));
     }
 
     #[test]
