@@ -35,7 +35,8 @@ pub const SCENARIOS: &[Scenario] = &[
 
 /// Sends each signal to applies and reverts at moments spread over the time that an undisturbed one takes here. After
 /// each, the guest must not stay paused. Xen is asked while a stopped run is still stopped. Prints what was signalled,
-/// the exit code, and the last words. The run is in the foreground: in the background a shell lets it ignore INT and QUIT.
+/// the exit code, and the last words. A shell lets what it starts in the background ignore INT and QUIT, and what takes
+/// its own place QUIT. So the run is a child in the foreground.
 const SIGNALS: &str = r#"
 fail() { xl list; echo "$1"; exit 1; }
 now() { awk '{print int($1 * 1000)}' /proc/uptime; }
@@ -72,7 +73,7 @@ for sig in INT TERM HUP TSTP QUIT; do
 		fi
 		rm -f /tmp/pid /tmp/wrong
 		send $sig $part &
-		sh -c 'echo $$ >/tmp/pid; exec xen-locus "$@"' sh "$@" >/tmp/said 2>&1
+		(sh -c 'echo $PPID >/tmp/pid'; exec xen-locus "$@") >/tmp/said 2>&1
 		rc=$?
 		wait
 		[ -e /tmp/wrong ] && fail "$(cat /tmp/wrong)"
@@ -87,7 +88,7 @@ done
 /// How many signals [`SIGNALS`] sends.
 const SENT: usize = 5 * 10;
 
-/// Lets an apply send itself the signal $1 while it holds the guest paused: when the journal is there, the guardian
+/// Lets an apply send itself the signal $signal while it holds the guest paused: when the journal is there, the guardian
 /// waits, and the first byte is to be written. Prints what Xen says of the guest when the run is stopped or has ended,
 /// the exit code, and what it said.
 const INSIDE: &str = r#"
@@ -97,12 +98,16 @@ look() {
 	until [ -s /tmp/pid ]; do usleep 1000; done
 	pid=$(cat /tmp/pid)
 	while grep -q ') [^TZ]' /proc/$pid/stat; do usleep 5000; done 2>/dev/null
+	grep -q ') T' /proc/$pid/stat 2>/dev/null && echo stopped
 	xl list pv | awk 'NR == 2 {print "state " $5}'
 	kill -CONT $pid 2>/dev/null
 }
 look &
-XEN_LOCUS_FAULT="2:$1:mark writing" sh -c 'echo $$ >/tmp/pid; exec xen-locus-faults apply pv /payloads/locus_proc_pair.ko' \
-	>/tmp/said 2>&1
+(
+	sh -c 'echo $PPID >/tmp/pid'
+	export XEN_LOCUS_FAULT="2:$signal:mark writing"
+	exec xen-locus-faults apply pv /payloads/locus_proc_pair.ko
+) >/tmp/said 2>&1
 echo "rc $?"
 wait
 cat /tmp/said
@@ -121,9 +126,8 @@ const IN_PAUSE: [(&str, u32, &str); 5] = [
 /// A signal in the pause waits for its end: the change is made, and the guest runs.
 fn signals_in_the_pause(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
     patches::put_check(guest, PAIR)?;
-    ctx.dom0.put("/tmp/inside.sh", 0o755, INSIDE.as_bytes())?;
     for (name, number, ends) in IN_PAUSE {
-        let said = ctx.dom0.ok(&format!("sh /tmp/inside.sh {number}"))?;
+        let said = ctx.dom0.ok(&format!("signal={number}\n{INSIDE}"))?;
         let has = |words: &str| said.lines().any(|line| line.starts_with(words));
         let hit = format!("xen-locus: fault: {number} at ");
         check!(has(&hit), "{name} was not sent in the pause: {said}");
@@ -133,6 +137,11 @@ fn signals_in_the_pause(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
             "the guest stays paused after {name} in the pause: {said}"
         );
         check!(has(ends), "{name} in the pause: {said}");
+        check_eq!(
+            has("stopped"),
+            name == "TSTP",
+            "{name} in the pause: {said}"
+        );
         patches::check(guest, PAIR, "after")?;
         ctx.dom0.ok("xen-locus recover pv")?;
         tool::in_force(ctx, guest, &[PAIR])?;
