@@ -20,7 +20,7 @@ const TRIES: u32 = 3;
 #[serde(rename_all = "kebab-case")]
 #[repr(u32)]
 pub enum TakeOver {
-    /// The guest was not held, or nothing had been written yet: it is unchanged in that pause.
+    /// The run was in the middle of no write: it had written nothing, or all of a change, or did not hold the guest.
     Running = 1,
     /// All was written: the change is in force.
     Finished = 2,
@@ -63,7 +63,7 @@ impl std::fmt::Display for TakeOver {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             TakeOver::Running => {
-                "nothing had been written in the pause it was in; that run does not hold the guest any more"
+                "it was in the middle of no write; that run does not hold the guest any more"
             }
             TakeOver::Finished => {
                 "all had been written, and the change is in force; that run does not hold the guest any more"

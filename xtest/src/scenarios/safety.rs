@@ -137,6 +137,10 @@ fn signals_in_the_pause(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
             "the guest stays paused after {name} in the pause: {said}"
         );
         check!(has(ends), "{name} in the pause: {said}");
+        check!(
+            !said.contains("nothing had been written"),
+            "the change is there, and not said so: {said}"
+        );
         check_eq!(
             has("stopped"),
             name == "TSTP",
