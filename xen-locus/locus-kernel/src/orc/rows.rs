@@ -5,6 +5,7 @@ use locus_guest::space::Space;
 
 use super::layout::EntryLayout;
 use super::{OrcFormat, OrcRow, OrcTable, ROWS_MAX};
+use crate::locate::KERNEL_MAP_END;
 use crate::{Error, Kernel};
 
 /// Most rows believed of a module beyond those that its text has room for. Rows of its init code
@@ -37,11 +38,12 @@ impl OrcRows {
     ///
     /// Rows may be for code that the kernel has discarded since it booted: `__init_begin` to
     /// `__init_end`, with exit code and replacements of alternatives. [`OrcRows::row`] gives none
-    /// of them.
+    /// of them. Nor are there rows for code among the kernel's data, which runs elsewhere or never: `.data..relocate_kernel`
+    /// (arch/x86/kernel/vmlinux.lds.S).
     ///
     /// # Errors
     /// As [`OrcTable::of`]; [`Error::Odd`] if the addresses are not sorted or are outside the
-    /// kernel's text, or if a row has no meaning.
+    /// kernel's image, or if a row has no meaning.
     pub fn read(kernel: &Kernel<'_>) -> Result<OrcRows, Error> {
         let table = OrcTable::of(kernel)?;
         let end = |name| kernel.symbols.need(name);
@@ -53,7 +55,11 @@ impl OrcRows {
             (Ok(start), Ok(end)) => Some(Range { start, end }),
             _ => None,
         };
-        OrcRows::load(&kernel.space, &table, text, discarded, false)
+        let image = Range {
+            start: kernel.text_base,
+            end: KERNEL_MAP_END,
+        };
+        OrcRows::load(&kernel.space, &table, text, discarded, image)
     }
 
     /// Reads the table of a module from `space`: `count` rows at `rows`, their addresses at `ips`
@@ -86,17 +92,21 @@ impl OrcRows {
             count,
             layout: OrcTable::of(kernel)?.layout,
         };
-        OrcRows::load(space, &table, text, None, true)
+        let anywhere = Range {
+            start: Gva(0),
+            end: Gva(u64::MAX),
+        };
+        OrcRows::load(space, &table, text, None, anywhere)
     }
 
-    /// Reads `table`, whose rows must be for `text` or what was `discarded`. Others are left out if
-    /// `partial` is set, and are an error if not.
+    /// Reads `table`, whose rows are for `text` or what was `discarded`. Others are left out if they are for `elsewhere`, and
+    /// are an error if not.
     fn load(
         space: &Space<'_>,
         table: &OrcTable,
         text: Vec<Range>,
         discarded: Option<Range>,
-        partial: bool,
+        elsewhere: Range,
     ) -> Result<OrcRows, Error> {
         let all: Vec<Range> = text.iter().copied().chain(discarded).collect();
         let odd =
@@ -114,11 +124,14 @@ impl OrcRows {
             let ip = Gva(place.0.wrapping_add_signed(word.into()));
             // A row may begin where text ends, and says "undefined from here".
             if !all.iter().any(|r| r.contains(ip) || r.end == ip) {
-                if partial {
+                if elsewhere.contains(ip) {
                     left_out.push(i);
                     continue;
                 }
-                return Err(odd(i, format!("is for {ip}; expected within {all:?}")));
+                return Err(odd(
+                    i,
+                    format!("is for {ip}; expected within {elsewhere:?}"),
+                ));
             }
             let offset = u32::try_from(ip.0 - base)
                 .map_err(|_| odd(i, format!("is for {ip}, too far from {base:#x}")))?;

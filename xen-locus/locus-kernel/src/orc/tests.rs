@@ -282,13 +282,13 @@ fn below_the_first_row_there_is_none() {
 }
 
 #[test]
-fn a_table_out_of_order_out_of_text_or_of_unknown_rows_is_refused() {
+fn a_table_out_of_order_out_of_the_image_or_of_unknown_rows_is_refused() {
     let good = Sample::new(OrcFormat::Typed);
     assert!(good.read().is_ok());
     for damage in [
         (|rows| rows.swap(0, 3)) as fn(&mut Vec<(u64, Vec<u8>)>),
         |rows| rows[0].0 = TEXT.0 - 1,
-        |rows| rows[4].0 = TEXT.0 + TEXT_LEN as u64 + 1,
+        |rows| rows[4].0 = 0xffff_ffff_c000_0000,
         |rows| rows[2].1[4] = 0xff,
     ] {
         let mut bad = Sample::new(OrcFormat::Typed);
@@ -298,11 +298,19 @@ fn a_table_out_of_order_out_of_text_or_of_unknown_rows_is_refused() {
 }
 
 #[test]
-fn rows_for_discarded_code_are_let_be_and_not_given() {
+fn rows_for_discarded_code_and_for_code_among_data_are_not_given() {
     let init = TEXT.0 + (48 << 20);
     let mut sample = Sample::new(OrcFormat::Typed);
+    // Code among the data (`.data..relocate_kernel`).
+    let data = TEXT.0 + (32 << 20);
+    sample.rows.push((data, frame(OrcFormat::Typed, 8)));
     sample.rows.push((init + 0x10, frame(OrcFormat::Typed, 8)));
-    assert!(matches!(sample.read(), Err(Error::Odd(_))));
+    let orc = sample.read().unwrap();
+    assert_eq!(orc.len(), 5);
+    for at in [data, init + 0x10] {
+        assert_eq!(orc.row(Gva(at)), None);
+        assert_eq!(orc.row_discarded(Gva(at)), None);
+    }
     sample.init = Some((init, init + 0x1000));
     let orc = sample.read().unwrap();
     assert_eq!(orc.len(), 6);
