@@ -10,7 +10,7 @@ const LINUX: &[&str] = &[
     "Kernel panic",
     "rcu: INFO:",
     "blocked for more than",
-    "LOCKUP",
+    "hard LOCKUP",
     "page allocation failure",
     "Out of memory:",
     "Internal error",
@@ -244,6 +244,12 @@ mod tests {
             let found = heads(&format!("{STALLED}{after}"), &[], 9);
             assert!(!found.is_empty(), "{after}");
         }
+        // A line within it names what taints the kernel (since Linux 6.12, kernel/panic.c: `taint_flags`).
+        let tainted = STALLED.replace(
+            "Call Trace:",
+            "Tainted: [L]=SOFTLOCKUP\n[  2.0] Call Trace:",
+        );
+        assert_eq!(heads(&tainted, &[], 1), [""; 0]);
         // One that is cut short may hide anything.
         let cut = STALLED.replace("</TASK>", "");
         assert_eq!(heads(&cut, &[], 9).len(), 1);
