@@ -6,7 +6,7 @@ use std::rc::Rc;
 use locus_guest::addr::{Gva, Range};
 use locus_guest::space::{Pin, Space};
 use locus_guest::Window;
-use locus_kernel::tasks::{Task, TaskLayout};
+use locus_kernel::tasks::{is_on_cpu, Task, TaskLayout};
 use locus_kernel::Kernel;
 
 use crate::error::{Error, Result};
@@ -139,7 +139,7 @@ impl MappedTask {
 
     /// Whether it is on a CPU.
     pub(super) fn is_on_cpu(&self) -> Result<bool> {
-        Ok(self.words.on_cpu.u32()? != 0)
+        Ok(is_on_cpu(self.words.on_cpu.u32()?))
     }
 
     /// Its saved stack pointer; valid while it is off its CPU.

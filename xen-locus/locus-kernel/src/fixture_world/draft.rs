@@ -81,7 +81,11 @@ impl Draft {
         self.put_u64(at.plus(STACK as u64), stack.0);
         self.put_u64(at.plus(SP as u64), stack.0 + 0x1e00);
         self.put(at.plus(PID as u64), &pid.to_le_bytes());
-        self.put(at.plus(ON_CPU as u64), &u32::from(on_cpu).to_le_bytes());
+        // Other flags follow it (Linux 7.2.12).
+        self.put(
+            at.plus(ON_CPU as u64),
+            &(u32::from(on_cpu) | 0x0001_0100).to_le_bytes(),
+        );
         self.put_u64(at.plus(START_TIME as u64), 1000 + u64::from(pid));
         self.put(at.plus(COMM as u64), comm.as_bytes());
         // Asleep and interruptible, or running.

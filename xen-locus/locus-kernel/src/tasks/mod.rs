@@ -25,6 +25,13 @@ pub const TASKS_MAX: usize = 1 << 17;
 /// Most CPUs believed (`NR_CPUS` of Debian is 8192).
 pub const CPUS_MAX: usize = 8192;
 
+/// What the 32 bits at `on_cpu` of a `task_struct` say. The member is 0 or 1, and has four bytes or only the first of them:
+/// in Linux 7.2.12 other flags follow it (include/linux/sched.h).
+#[must_use]
+pub fn is_on_cpu(word: u32) -> bool {
+    word & 0xff != 0
+}
+
 /// Where the members of `task_struct` are that are read for every task: offsets in bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct TaskLayout {
@@ -37,7 +44,7 @@ pub struct TaskLayout {
     pub sp: usize,
     pid: usize,
     comm: usize,
-    /// Offset of the flag that says that it is on a CPU (`on_cpu`), 32 bits.
+    /// Offset of the flag that says that it is on a CPU (`on_cpu`): see [`is_on_cpu`].
     pub on_cpu: usize,
     /// Offsets of the counters of how often it was switched out, by itself and by others (`nvcsw`,
     /// `nivcsw`), 64 bits.
@@ -127,7 +134,7 @@ impl TaskLayout {
             comm: modules::text(&comm, comm.len()),
             stack: Range::new(Gva(word(self.stack)?), self.stack_size),
             sp: Gva(word(self.sp)?),
-            on_cpu: space.read_u32(addr.plus(self.on_cpu as u64))? != 0,
+            on_cpu: is_on_cpu(space.read_u32(addr.plus(self.on_cpu as u64))?),
             start_time: word(self.start_time)?,
             idle: false,
         })

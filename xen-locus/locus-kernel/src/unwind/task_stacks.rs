@@ -12,7 +12,7 @@ use locus_guest::Vcpu;
 
 use super::stack::{CpuStacks, Stack, StackCopy, StackKind};
 use super::{Unreliable, Walk, WalkEnd, Walker};
-use crate::tasks::{self, DetailLayout, Task, TaskDetail, TaskLayout};
+use crate::tasks::{self, is_on_cpu, DetailLayout, Task, TaskDetail, TaskLayout};
 use crate::{Error, Kernel};
 
 /// How often a task's stack is read before the task counts as one that always runs.
@@ -116,7 +116,7 @@ impl TaskStackReader<'_, '_, '_> {
         let word = |offset: usize| space.read_u64(task.addr.plus(offset as u64));
         let [voluntary, preempted] = self.layout.switches;
         Ok(RunState {
-            on_cpu: space.read_u32(task.addr.plus(self.layout.on_cpu as u64))? != 0,
+            on_cpu: is_on_cpu(space.read_u32(task.addr.plus(self.layout.on_cpu as u64))?),
             sp: Gva(word(self.layout.sp)?),
             switches: [word(voluntary)?, word(preempted)?],
         })
