@@ -73,7 +73,7 @@ pub fn open_lock(path: &Path) -> io::Result<File> {
 /// Another user could write it; or it can't be looked at.
 pub fn check_own(path: &Path) -> io::Result<()> {
     let found = fs::metadata(path)?;
-    let own = fs::metadata("/proc/self")?.uid();
+    let own = own_uid()?;
     if found.uid() == own && found.mode() & 0o022 == 0 {
         return Ok(());
     }
@@ -84,6 +84,14 @@ pub fn check_own(path: &Path) -> io::Result<()> {
         found.uid(),
         found.mode() & 0o7777
     )))
+}
+
+/// The user that this process runs as.
+///
+/// # Errors
+/// `/proc` can't be read.
+pub fn own_uid() -> io::Result<u32> {
+    Ok(fs::metadata("/proc/self")?.uid())
 }
 
 #[cfg(test)]

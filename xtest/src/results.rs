@@ -231,7 +231,7 @@ mod tests {
         std::fs::create_dir_all(base.join("bookworm")).unwrap();
         Results {
             dir: base.join("results"),
-            recorded: recorded(&base.join("xtest/matrix.json")).unwrap(),
+            recorded: recorded(&base.join(RECORD)).unwrap(),
             key: "abc".into(),
             inputs: crate::inputs::tests::inputs(&base, product, "", ""),
         }

@@ -12,9 +12,8 @@
 //! `module_init` of kpatch-build is known: `kmod/patch/livepatch-patch-hook.c` of kpatch. It builds its
 //! structures in memory that it allocates, so memory may be used, by registers that it has set, and
 //! [`KPATCH_HOOK`] may be called. It must refer to the table of functions. What it uses of the payload's own
-//! variables may be used by nothing else in the payload. Where its pointers lead is not followed, but
-//!
-//! [`replace()`] follows one of them, that of its patch.
+//! variables may be used by nothing else in the payload. Of its pointers only that of its patch is followed
+//! ([`replace()`]).
 //!
 //! - `entry`: where the kernel enters; `decode`: instructions and their relocations; `state`: stack and registers;
 //!   `origins`: where values come from; `replace`: what of the patch is set; `tables`: what changes the code.

@@ -94,13 +94,18 @@ fn check_own(id: DomId, shared_pages: u64, paged_pages: u64) -> Result<(), Error
     Ok(())
 }
 
+/// Whether the domain `id` had shut down or was suspended, or there was none, by this answer of Xen.
+pub(super) fn is_shut_down(id: DomId, info: &xc_domaininfo_t) -> bool {
+    info.domain != id.0 || info.flags & sys::XEN_DOMINF_shutdown != 0
+}
+
 /// Whether the paused domain `id` may be written, by what Xen says of it in the pause: it is there, and neither shut down
 /// nor suspended.
 ///
 /// # Errors
 /// [`Error::Unsupported`]: some of its memory is not its own, so what was looked at in the pause may be stale.
 pub(super) fn may_be_written(id: DomId, info: &xc_domaininfo_t) -> Result<bool, Error> {
-    if info.domain != id.0 || info.flags & sys::XEN_DOMINF_shutdown != 0 {
+    if is_shut_down(id, info) {
         return Ok(false);
     }
     check_own(id, info.shr_pages, info.paged_pages)?;

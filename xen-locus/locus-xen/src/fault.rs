@@ -5,8 +5,9 @@
 //! one of them, and what happens there. In all other programs [`point`] does nothing.
 
 /// `N:WHAT`, `N:WHAT:FROM` or `N:WHAT:FROM:rows`: at the N-th fault point WHAT happens: `kill`, `stop`, `fail`, or the
-/// run gets the signal of that number. If FROM is given, counting begins at the first fault point with that name. With `rows`, fault points of one name in a
-/// row count once: the first of them is meant. A search maps memory a thousand times in a row, and changes nothing.
+/// run gets the signal of that number. If FROM is given, counting begins at the first fault point with that name. With
+/// `rows`, fault points of one name in a row count once: the first of them is meant. A search maps memory a thousand times
+/// in a row, and changes nothing.
 pub const VARIABLE: &str = "XEN_LOCUS_FAULT";
 /// If it is set, with any value, the scans of stacks in such a program find no thread inside a function.
 #[cfg(feature = "faults")]
@@ -122,11 +123,13 @@ mod chosen {
         if what == "fail" {
             return Err(io::Error::other(format!("a test made it fail ({name})")));
         }
-        match what {
-            "stop" => crate::process::signal_self(libc::SIGSTOP),
-            "kill" => crate::process::signal_self(libc::SIGKILL),
-            _ => what.parse().map_or((), crate::process::signal_self),
-        }
+        let signal = match what {
+            "stop" => libc::SIGSTOP,
+            "kill" => libc::SIGKILL,
+            // A word that is misspelt must not pass for something that was done.
+            _ => what.parse().map_err(io::Error::other)?,
+        };
+        crate::process::signal_self(signal);
         Ok(())
     }
 }

@@ -247,9 +247,7 @@ impl PauseMulticall {
 
     /// Whether the domain had shut down or was suspended by what call number `n` says.
     fn shut_down(&self, n: usize) -> Result<bool, Error> {
-        self.state(n, |info| {
-            info.domain != self.info.id.0 || info.flags & sys::XEN_DOMINF_shutdown != 0
-        })
+        self.state(n, |info| domain_info::is_shut_down(self.info.id, info))
     }
 
     /// Whether somebody else held a pause of the domain right before the last one of this process; `None` if Xen did not

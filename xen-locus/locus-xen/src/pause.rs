@@ -56,7 +56,8 @@ impl<'c> PauseCalls<'c> {
     /// Prepares pauses of a domain in which the frames `written` may be written (MFNs of a PV guest, else GFNs).
     ///
     /// # Errors
-    /// The domain is not supported ([`Control::check_guest`]). A library or device of Xen can't be opened, or there is no memory for the calls.
+    /// The domain is not supported ([`Control::check_guest`]). A library or device of Xen can't be opened, or there is no
+    /// memory for the calls.
     pub fn new(
         control: &'c Control,
         info: &DomainInfo,

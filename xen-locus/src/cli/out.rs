@@ -1,6 +1,6 @@
 //! Tables and JSON on stdout.
 
-use std::io::{self, Write as _};
+use std::io;
 use std::sync::OnceLock;
 
 use serde_json::{json, Map, Value};
@@ -24,14 +24,17 @@ pub fn text(text: &str) {
 
 /// Writes text to a terminal, [`printable`].
 fn text_to(to: &mut impl io::Write, text: &str) -> io::Result<()> {
-    to.write_all(printable(text).as_bytes())?;
-    to.flush()
+    bytes_to(to, printable(text).as_bytes())
 }
 
 /// Writes bytes to stdout as they are. [`lost`] says whether that failed.
 pub fn bytes(bytes: &[u8]) {
-    let mut stdout = io::stdout();
-    note(stdout.write_all(bytes).and_then(|()| stdout.flush()));
+    note(bytes_to(&mut io::stdout(), bytes));
+}
+
+fn bytes_to(to: &mut impl io::Write, bytes: &[u8]) -> io::Result<()> {
+    to.write_all(bytes)?;
+    to.flush()
 }
 
 /// Notes how a write to stdout ended.

@@ -33,10 +33,10 @@ pub(super) fn named(folder: &Path, name: &str, sha256: Option<&str>) -> Result<P
     let found = hex::encode(payload.sha256);
     if let Some(wanted) = sha256.filter(|s| *s != found) {
         return Err(Error::failed(format!(
-                "payload {name} has SHA-256 {found}, and {wanted} is asked for: copy the file that is meant to {}, or ask for \
-                 the one that is there",
-                path.display()
-            )));
+            "payload {name} has SHA-256 {found}, and {wanted} is asked for: copy the file that is meant to {}, or ask for \
+             the one that is there",
+            path.display()
+        )));
     }
     Ok(payload)
 }

@@ -22,8 +22,8 @@ const QUICK: usize = 3;
 const SLOW: usize = 2;
 /// Most workers at all. There are more than those two make when work turns out to be slow: another one takes its place.
 const MOST: usize = 8;
-/// Most workers for what nobody asked for. The others are for requests alone.
-const BACKGROUND: usize = 3;
+/// Most workers for what nobody asked for, one fewer of each kind. The others are for requests alone.
+const BACKGROUND: usize = QUICK + SLOW - 2;
 /// Work that takes longer makes a guest slow.
 const LONG: Duration = Duration::from_secs(1);
 

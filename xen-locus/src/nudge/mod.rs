@@ -304,8 +304,8 @@ impl Gate {
         };
         let woken = woken.ok_or_else(|| {
             Error::try_again(format!(
-                "{}: no CPU of the guest came to {FUNCTION} in {} s, by which a guest handles timer interrupts unless it was booted \
-                 with highres=off; no thread was woken, and nothing is changed",
+                "{}: no CPU of the guest came to {FUNCTION} in {} s, by which a guest handles timer interrupts unless it \
+                 was booted with highres=off; no thread was woken, and nothing is changed",
                 self.place.patch,
                 TICK.as_secs()
             ))

@@ -1,11 +1,11 @@
 //! Name of the operator who runs a command, for the audit log.
 
-use std::os::unix::fs::MetadataExt as _;
+use crate::paths;
 
 /// The user id of this process, the user id that logged in (pam_loginuid(8)), and the user of sudo.
 #[must_use]
 pub fn user() -> String {
-    let uid = std::fs::metadata("/proc/self").map_or(0, |meta| meta.uid());
+    let uid = paths::own_uid().unwrap_or(0);
     let login = std::fs::read_to_string("/proc/self/loginuid").unwrap_or_default();
     let mut who = format!("uid {uid}");
     // Not set: -1.

@@ -145,7 +145,7 @@ fn begins_as_own(path: &Path) -> bool {
     let [expected @ .., _] = MAGIC;
     let mut head = Vec::new();
     let read = file.take(expected.len() as u64).read_to_end(&mut head);
-    let is_user = fs::metadata("/proc/self").is_ok_and(|me| me.uid() == meta.uid());
+    let is_user = paths::own_uid().is_ok_and(|me| me == meta.uid());
     read.is_ok() && is_user && (head.is_empty() || head == expected)
 }
 
@@ -203,7 +203,7 @@ pub fn parse(bytes: &[u8]) -> Option<CachedKernel> {
 
 /// Reads a file that no other user can have written.
 fn read(path: &Path) -> io::Result<Vec<u8>> {
-    let me = fs::metadata("/proc/self")?.uid();
+    let me = paths::own_uid()?;
     let ours = |meta: &fs::Metadata| meta.uid() == me && meta.mode() & 0o022 == 0;
     let folder = path.parent().unwrap_or(Path::new("/"));
     let (file, meta) = open(path)?;

@@ -137,11 +137,11 @@ impl Step<'_> {
 
     /// The function of the kernel that it calls or jumps to.
     fn calls(&self) -> Option<&str> {
+        let instruction = &self.instruction;
         match self.fields.immediate {
-            Some((Target::Other(symbol, _), _)) if self.instruction.is_jmp_short_or_near() => {
-                Some(&symbol.name)
-            }
-            Some((Target::Other(symbol, _), _)) if self.instruction.is_call_near() => {
+            Some((Target::Other(symbol, _), _))
+                if instruction.is_jmp_short_or_near() || instruction.is_call_near() =>
+            {
                 Some(&symbol.name)
             }
             _ => None,
@@ -189,7 +189,7 @@ impl Step<'_> {
     }
 }
 
-impl Walk<'_> {
+impl<'p> Walk<'p> {
     /// The source of what is allocated at a place.
     pub(super) fn source_of_call(&mut self, at: Place) -> u64 {
         self.sources.bit(Source::Call(at))
@@ -219,17 +219,15 @@ impl Walk<'_> {
         &mut self,
         at: Place,
         instruction: &Instruction,
-        fields: &Fields<'_>,
+        fields: &Fields<'p>,
         state: &State,
     ) -> Option<Origin> {
         match fields.immediate {
             _ if instruction.mnemonic() == Mnemonic::Ret => Some(state.origins.returned()),
-            Some((Target::Other(symbol, _), _)) if instruction.is_jmp_short_or_near() => {
+            Some((to @ Target::Other(symbol, _), _)) if instruction.is_jmp_short_or_near() => {
                 Some(match &*symbol.name {
                     "__x86_return_thunk" => state.origins.returned(),
-                    "memset" => state.origins.argument(),
-                    name if name.contains("alloc") => Origin::of(self.source_of_call(at)),
-                    _ => Origin::default(),
+                    _ => self.returned(at, to, state),
                 })
             }
             _ => None,
@@ -348,10 +346,7 @@ impl Walk<'_> {
                 return false;
             }
         }
-        if copies_memory(instruction) {
-            return !of_patch(step.origins.argument());
-        }
-        if step.calls() == Some("memset") {
+        if copies_memory(instruction) || step.calls() == Some("memset") {
             return !of_patch(step.origins.argument());
         }
         if instruction.mnemonic() == Mnemonic::Push {

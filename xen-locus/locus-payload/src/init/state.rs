@@ -109,8 +109,8 @@ impl State {
     }
 
     /// What is known behind an instruction that does not branch. `patch` is where `struct klp_patch` is, unless this is
-    /// the hook of kpatch, which may use memory, by registers that it has set itself. What it reads of a variable of the payload has the
-    /// source `variable`.
+    /// the hook of kpatch, which may use memory, by registers that it has set itself. What it reads of a variable of the
+    /// payload has the source `variable`.
     ///
     /// # Errors
     /// What it does that is not understood.
