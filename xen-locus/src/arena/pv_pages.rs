@@ -39,7 +39,7 @@ fn reserved(kernel: &Kernel<'_>, pfn: u64) -> Result<Option<bool>> {
     };
     let (Ok(size), Ok(flags), Some(bit)) = (
         btf.size_of("page"),
-        btf.offset_of("page", "flags"),
+        btf.offset_of_sized("page", "flags", 8),
         btf.enum_value("pageflags", "PG_reserved"),
     ) else {
         return Ok(None);

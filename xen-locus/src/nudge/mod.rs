@@ -86,7 +86,7 @@ pub fn nudge(
 /// The user threads among `asleep`, at most [`THREADS_MAX`].
 fn threads(kernel: &Kernel<'_>, asleep: &[Blocker]) -> Result<Vec<Thread>> {
     let ids: HashSet<u32> = asleep.iter().map(|b| b.pid).collect();
-    let memory = kernel.btf()?.offset_of("task_struct", "mm")?;
+    let memory = kernel.btf()?.offset_of_sized("task_struct", "mm", 8)?;
     let mut threads = Vec::new();
     for task in tasks::TaskLayout::of(kernel)?.all(kernel, &kernel.space)? {
         if threads.len() == THREADS_MAX {

@@ -193,9 +193,9 @@ impl Restart {
         let block = btf.offset_of("task_struct", "restart_block")?;
         let size = btf.size_of("pt_regs")?;
         let before_end =
-            |name| Ok::<_, Error>(size.saturating_sub(btf.offset_of("pt_regs", name)?));
+            |name| Ok::<_, Error>(size.saturating_sub(btf.offset_of_sized("pt_regs", name, 8)?));
         Ok(Restart {
-            function: block + btf.offset_of("restart_block", "fn")?,
+            function: block + btf.offset_of_sized("restart_block", "fn", 8)?,
             result: before_end("ax")?,
             call: before_end("orig_ax")?,
         })

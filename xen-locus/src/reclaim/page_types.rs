@@ -66,7 +66,12 @@ impl Pages {
         let (Some(at), Ok(btf)) = (kernel.symbols.addr("vmemmap_base"), kernel.btf()) else {
             return Ok(Pages::default());
         };
-        let offset = |path| btf.offset_of("page", path).ok().map(|o| o as u64);
+        let sized = |path, bytes| {
+            btf.offset_of_sized("page", path, bytes)
+                .ok()
+                .map(|o| o as u64)
+        };
+        let (word, half) = (|path| sized(path, 8), |path| sized(path, 4));
         let is_buddy = match btf.enum_value("pagetype", "PGTY_buddy") {
             Some(kind) => Some(IsBuddy::Kind(kind)),
             None if btf.enum_value("pagetype", "PG_buddy").is_some() => None,
@@ -74,32 +79,30 @@ impl Pages {
         };
         let free = || {
             Some(Free {
-                kind: offset("page_type")?,
-                order: offset("private")?,
+                kind: half("page_type")?,
+                order: word("private")?,
                 is_buddy: is_buddy?,
             })
         };
         let flag = |name| {
             Some(Flag {
-                flags: offset("flags")?,
+                flags: word("flags")?,
                 bit: u32::try_from(btf.enum_value("pageflags", name)?).ok()?,
             })
         };
         let slab = || {
-            let of_slab = btf.offset_of("slab", "slab_cache").ok().map(|o| o as u64);
-            let kind = || {
-                Some((
-                    offset("page_type")?,
-                    btf.enum_value("pagetype", "PGTY_slab")?,
-                ))
-            };
+            let of_slab = btf
+                .offset_of_sized("slab", "slab_cache", 8)
+                .ok()
+                .map(|o| o as u64);
+            let kind = || Some((half("page_type")?, btf.enum_value("pagetype", "PGTY_slab")?));
             Some(Slab {
                 is_slab: match kind() {
                     Some((at, kind)) => IsSlab::Kind(at, kind),
                     None => IsSlab::Flag(flag("PG_slab")?),
                 },
-                cache: of_slab.or_else(|| offset("slab_cache"))?,
-                name: btf.offset_of("kmem_cache", "name").ok()? as u64,
+                cache: of_slab.or_else(|| word("slab_cache"))?,
+                name: btf.offset_of_sized("kmem_cache", "name", 8).ok()? as u64,
             })
         };
         let size = btf.size_of("page").ok().map(|size| size as u64);
@@ -108,9 +111,9 @@ impl Pages {
             array: size.map(|size| (start, size)),
             free: free(),
             // Flags of a part of a larger page are those of the first part, which must be known then.
-            lru: offset("compound_head").and_then(|_| flag("PG_lru")),
+            lru: word("compound_head").and_then(|_| flag("PG_lru")),
             slab: slab(),
-            head: offset("compound_head"),
+            head: word("compound_head"),
         })
     }
 

@@ -160,7 +160,7 @@ fn nesting(kernel: &Kernel<'_>) -> Result<Option<u64>> {
     const MEMBER: &str = "rcu_read_lock_nesting";
     let btf = kernel.btf()?;
     match btf.has("task_struct", MEMBER) {
-        true => Ok(Some(btf.offset_of("task_struct", MEMBER)? as u64)),
+        true => Ok(Some(btf.offset_of_sized("task_struct", MEMBER, 4)? as u64)),
         false => Ok(None),
     }
 }

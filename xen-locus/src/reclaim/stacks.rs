@@ -123,7 +123,11 @@ struct Caches {
 impl Caches {
     fn of(kernel: &Kernel<'_>) -> Option<Caches> {
         let pointers = kernel.symbols.addr("cached_stacks")?;
-        let start = kernel.btf().ok()?.offset_of("vm_struct", "addr").ok()?;
+        let start = kernel
+            .btf()
+            .ok()?
+            .offset_of_sized("vm_struct", "addr", 8)
+            .ok()?;
         Some(Caches {
             pointers,
             count: (kernel.symbols.room(pointers)? / 8).min(CACHED_MAX),

@@ -132,7 +132,8 @@ pub fn check_layout(btf: &Btf, payload: &Payload) -> Result<()> {
             _ => {}
         }
     }
-    let (Some(replace), Ok(at)) = (klp.replace, btf.offset_of("klp_patch", "replace")) else {
+    let (Some(replace), Ok(at)) = (klp.replace, btf.offset_of_sized("klp_patch", "replace", 1))
+    else {
         return Ok(());
     };
     let at = offset.saturating_add(at as u64);

@@ -136,7 +136,7 @@ fn livepatched(kernel: &Kernel<'_>, entry: Gva) -> Result<bool> {
         btf.offset_of("klp_ops", "node"),
         btf.offset_of("klp_ops", "func_stack"),
         btf.offset_of("klp_func", "stack_node"),
-        btf.offset_of("klp_func", "old_func"),
+        btf.offset_of_sized("klp_func", "old_func", 8),
     ) else {
         return Ok(false);
     };
@@ -159,8 +159,8 @@ fn bpf_image(kernel: &Kernel<'_>, target: Gva) -> Result<Option<String>> {
     };
     let (Ok(link), Ok(start), Ok(end), Ok(name), Ok(len)) = (
         btf.offset_of("bpf_ksym", "lnode"),
-        btf.offset_of("bpf_ksym", "start"),
-        btf.offset_of("bpf_ksym", "end"),
+        btf.offset_of_sized("bpf_ksym", "start", 8),
+        btf.offset_of_sized("bpf_ksym", "end", 8),
         btf.offset_of("bpf_ksym", "name"),
         btf.array_len("bpf_ksym", "name"),
     ) else {

@@ -64,7 +64,8 @@ impl Exports {
     pub fn read(kernel: &Kernel<'_>) -> Result<Exports> {
         let btf = kernel.btf()?;
         let relative = btf.has("kernel_symbol", "value_offset");
-        let of = |member: &str| btf.offset_of("kernel_symbol", member);
+        let bytes = if relative { 4 } else { 8 };
+        let of = |member: &str| btf.offset_of_sized("kernel_symbol", member, bytes);
         let (value, name) = match relative {
             true => (of("value_offset")?, of("name_offset")?),
             false => (of("value")?, of("name")?),

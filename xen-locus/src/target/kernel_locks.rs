@@ -24,7 +24,7 @@ pub fn owner(kernel: &Kernel<'_>, lock: Lock) -> Result<Gva> {
 fn owner_offset(btf: &Btf) -> Result<u64> {
     let known = OWNERS
         .iter()
-        .find_map(|path| btf.offset_of("mutex", path).ok());
+        .find_map(|path| btf.offset_of_sized("mutex", path, 8).ok());
     known.map(|offset| offset as u64).ok_or_else(|| {
         Error::not_applicable(format!(
             "whether a lock of the guest's kernel is held can't be told: its struct mutex has none of the members {}",

@@ -77,10 +77,10 @@ impl Kprobes {
             return Ok(Kprobes::default());
         };
         check_size(kernel, table)?;
-        let member = |path| kernel.btf()?.offset_of("kprobe", path).map(|o| o as u64);
+        let btf = kernel.btf()?;
         let layout = KprobeLayout {
-            link: member("hlist")?,
-            addr: member("addr")?,
+            link: btf.offset_of("kprobe", "hlist")? as u64,
+            addr: btf.offset_of_sized("kprobe", "addr", 8)? as u64,
         };
         let mut tries = 1;
         loop {
@@ -221,7 +221,7 @@ fn slots(kernel: &Kernel<'_>, name: &str) -> Result<Option<(Gva, u64)>> {
     let btf = kernel.btf()?;
     let pages = btf.offset_of("kprobe_insn_cache", "pages")? as u64;
     let link = btf.offset_of("kprobe_insn_page", "list")? as u64;
-    let insns = btf.offset_of("kprobe_insn_page", "insns")? as u64;
+    let insns = btf.offset_of_sized("kprobe_insn_page", "insns", 8)? as u64;
     Ok(Some((cache.plus(pages), insns.wrapping_sub(link))))
 }
 

@@ -19,12 +19,12 @@ pub fn lock_prefixes(kernel: &Kernel<'_>, module: Gva) -> Result<Option<Vec<Rewr
     let (Some(head), Ok(btf)) = (kernel.symbols.addr("smp_alt_modules"), kernel.btf()) else {
         return Ok(None);
     };
-    let member = |name| btf.offset_of("smp_alt_module", name);
+    let member = |name| btf.offset_of_sized("smp_alt_module", name, 8);
     let (Ok(owner), Ok(locks), Ok(end), Ok(next)) = (
         member("mod"),
         member("locks"),
         member("locks_end"),
-        member("next"),
+        btf.offset_of("smp_alt_module", "next"),
     ) else {
         return Ok(None);
     };

@@ -105,6 +105,26 @@ impl Btf {
             .ok_or_else(|| missing(name, path))
     }
 
+    /// Offset of the member `path` that has `bytes` bytes, as [`Btf::offset_of`]: for what is read or written as a number of
+    /// that width. A kernel may make a member narrower and put others where it was: `on_cpu` of `task_struct` is one byte
+    /// in Linux 7.2.12.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] as [`Btf::offset_of`]; [`Error::Odd`] if it has another width.
+    pub fn offset_of_sized(&self, name: &str, path: &str, bytes: usize) -> Result<usize, Error> {
+        let at = self.offset_of(name, path)?;
+        let found = self
+            .resolve(name, path)
+            .and_then(|m| self.bytes_of(m.type_id))
+            .ok_or_else(|| missing(name, path))?;
+        if found != bytes as u64 {
+            return Err(Error::Odd(format!(
+                "member {path} of {name} has {found} bytes in BTF; expected {bytes}"
+            )));
+        }
+        Ok(at)
+    }
+
     /// Whether the structure or union `ty` has the member `path`, which may be a bit field.
     #[must_use]
     pub fn has(&self, ty: &str, path: &str) -> bool {

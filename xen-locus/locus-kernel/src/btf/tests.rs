@@ -41,6 +41,26 @@ fn members_are_found_through_anonymous_unions_and_dots() {
 }
 
 #[test]
+fn a_member_of_another_width_is_refused_by_name() {
+    let btf = Btf::new(sample().bytes()).unwrap();
+    let width = |path| {
+        let widths = [1, 2, 4, 8, 16];
+        widths.map(|bytes| btf.offset_of_sized("outer", path, bytes).is_ok())
+    };
+    assert_eq!(width("b"), [false, false, false, true, false]);
+    assert_eq!(width("c.x"), [false, false, true, false, false]);
+    assert_eq!(btf.offset_of_sized("outer", "c.x", 4).unwrap(), 12);
+    let error = btf.offset_of_sized("outer", "c.x", 8).unwrap_err();
+    let said = error.to_string();
+    assert!(
+        said.contains("member c.x of outer has 4 bytes in BTF; expected 8"),
+        "{said}"
+    );
+    // A bit field has no bytes of its own.
+    assert!(btf.offset_of_sized("outer", "e", 1).is_err());
+}
+
+#[test]
 fn bit_fields_say_which_bits_they_are_and_have_no_byte_offset() {
     let btf = Btf::new(sample().bytes()).unwrap();
     assert!(btf.offset_of("outer", "e").is_err());

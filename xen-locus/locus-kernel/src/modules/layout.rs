@@ -141,6 +141,7 @@ impl ModuleLayout {
     pub fn of(kernel: &Kernel<'_>) -> Result<ModuleLayout, Error> {
         let btf = kernel.btf()?;
         let member = |path| btf.offset_of("module", path);
+        let sized = |path, bytes| btf.offset_of_sized("module", path, bytes);
         let state = |name| {
             btf.enum_value("module_state", name)
                 .ok_or_else(|| Error::Missing(format!("{name} in enum module_state in BTF")))
@@ -151,21 +152,21 @@ impl ModuleLayout {
                 Error::Odd(format!("MODULE_STATE_LIVE is {live}; expected 32 bits"))
             })?,
             size: bounded(btf.size_of("module")?, "struct module", SIZE_MAX)?,
-            state: member("state")?,
+            state: sized("state", 4)?,
             list: member("list")?,
             name: member("name")?,
             name_len: bounded(btf.array_len("module", "name")?, "module.name", NAME_MAX)?,
-            taints: member("taints")?,
+            taints: sized("taints", 8)?,
             parts: parts(btf)?,
             unload: match btf.has("module", "source_list") {
                 false => None,
                 true => Some(UnloadLayout {
-                    refcnt: member("refcnt")?,
+                    refcnt: sized("refcnt", 4)?,
                     source_list: member("source_list")?,
-                    init: member("init")?,
-                    exit: member("exit")?,
+                    init: sized("init", 8)?,
+                    exit: sized("exit", 8)?,
                     use_list: btf.offset_of("module_use", "source_list")?,
-                    source: btf.offset_of("module_use", "source")?,
+                    source: btf.offset_of_sized("module_use", "source", 8)?,
                 }),
             },
             build_id: match btf.has("module", "build_id") {
@@ -173,12 +174,12 @@ impl ModuleLayout {
                 true => Some((member("build_id")?, btf.array_len("module", "build_id")?)),
             },
             notes: notes(btf).ok(),
-            kallsyms: member("kallsyms")?,
-            syms: member("syms")?,
-            num_syms: member("num_syms")?,
+            kallsyms: sized("kallsyms", 8)?,
+            syms: sized("syms", 8)?,
+            num_syms: sized("num_syms", 4)?,
             gpl_syms: match btf.has("module", "gpl_syms") {
                 false => None,
-                true => Some((member("gpl_syms")?, member("num_gpl_syms")?)),
+                true => Some((sized("gpl_syms", 8)?, sized("num_gpl_syms", 4)?)),
             },
             rewritten: rewritten(btf)?,
             symbols: symbols(btf)?,
@@ -233,8 +234,8 @@ fn parts(btf: &Btf) -> Result<PartsLayout, Error> {
         return Ok(PartsLayout::Memory {
             at: btf.offset_of("module", "mem")?,
             stride: bounded(btf.size_of("module_memory")?, "module_memory", SIZE_MAX)?,
-            base: btf.offset_of("module_memory", "base")?,
-            size: btf.offset_of("module_memory", "size")?,
+            base: btf.offset_of_sized("module_memory", "base", 8)?,
+            size: btf.offset_of_sized("module_memory", "size", 4)?,
             kinds: kinds.collect(),
         });
     }
@@ -247,8 +248,8 @@ fn parts(btf: &Btf) -> Result<PartsLayout, Error> {
         if kind == "data" && !btf.has("module", name) {
             continue;
         }
-        let base = btf.offset_of("module", &format!("{name}.base"))?;
-        let size = btf.offset_of("module", &format!("{name}.size"))?;
+        let base = btf.offset_of_sized("module", &format!("{name}.base"), 8)?;
+        let size = btf.offset_of_sized("module", &format!("{name}.size"), 4)?;
         all.push((kind, base, size));
     }
     Ok(PartsLayout::Layouts(all))
@@ -269,8 +270,8 @@ fn rewritten(btf: &Btf) -> Result<Vec<TableLayout>, Error> {
     ] {
         if btf.has("module", table) {
             let (at, count) = (
-                btf.offset_of("module", table)?,
-                btf.offset_of("module", count)?,
+                btf.offset_of_sized("module", table, 8)?,
+                btf.offset_of_sized("module", count, 4)?,
             );
             found.push(TableLayout {
                 what,
@@ -287,29 +288,34 @@ fn notes(btf: &Btf) -> Result<NotesLayout, Error> {
     let of = |path| btf.offset_of("module_notes_attrs", path);
     let counted = btf.has("module_notes_attrs", "notes");
     Ok(NotesLayout {
-        attrs: btf.offset_of("module", "notes_attrs")?,
-        count: if counted { of("notes")? } else { 0 },
+        attrs: btf.offset_of_sized("module", "notes_attrs", 8)?,
+        count: if counted {
+            btf.offset_of_sized("module_notes_attrs", "notes", 4)?
+        } else {
+            0
+        },
         first: of("attrs")?,
         group: if counted {
             None
         } else {
-            Some(of("grp.bin_attrs")?)
+            Some(btf.offset_of_sized("module_notes_attrs", "grp.bin_attrs", 8)?)
         },
         stride: bounded(btf.size_of("bin_attribute")?, "bin_attribute", SIZE_MAX)?,
-        size: btf.offset_of("bin_attribute", "size")?,
-        private: btf.offset_of("bin_attribute", "private")?,
+        size: btf.offset_of_sized("bin_attribute", "size", 8)?,
+        private: btf.offset_of_sized("bin_attribute", "private", 8)?,
     })
 }
 
 fn symbols(btf: &Btf) -> Result<SymbolTableLayout, Error> {
-    let table = |path| btf.offset_of("mod_kallsyms", path);
+    let table = |path| btf.offset_of_sized("mod_kallsyms", path, 8);
     let relative = btf.has("kernel_symbol", "value_offset");
-    let export = |path| btf.offset_of("kernel_symbol", path);
+    let bytes = if relative { 4 } else { 8 };
+    let export = |path| btf.offset_of_sized("kernel_symbol", path, bytes);
     // What /proc/kallsyms can hold of a name (kernel/kallsyms.c). Kernels without the type have at most this.
     let name_len = btf.array_len("kallsym_iter", "name").unwrap_or(512);
     Ok(SymbolTableLayout {
         symtab: table("symtab")?,
-        num_symtab: table("num_symtab")?,
+        num_symtab: btf.offset_of_sized("mod_kallsyms", "num_symtab", 4)?,
         strtab: table("strtab")?,
         typetab: table("typetab")?,
         name_len: bounded(name_len, "kallsym_iter.name", NAME_MAX)?,
@@ -321,13 +327,13 @@ fn symbols(btf: &Btf) -> Result<SymbolTableLayout, Error> {
 }
 
 fn types(btf: &Btf) -> Result<BtfListLayout, Error> {
-    let of = |path| btf.offset_of("btf_module", path);
+    let of = |path| btf.offset_of_sized("btf_module", path, 8);
     Ok(BtfListLayout {
-        list: of("list")?,
+        list: btf.offset_of("btf_module", "list")?,
         module: of("module")?,
         btf: of("btf")?,
-        data: btf.offset_of("btf", "data")?,
-        data_size: btf.offset_of("btf", "data_size")?,
+        data: btf.offset_of_sized("btf", "data", 8)?,
+        data_size: btf.offset_of_sized("btf", "data_size", 4)?,
     })
 }
 
@@ -339,7 +345,7 @@ fn taints(kernel: &Kernel<'_>, btf: &Btf) -> Option<TaintTable> {
         at,
         stride,
         count: u8::try_from(room.min(TAINTS_MAX)).ok()?,
-        letter: btf.offset_of("taint_flag", "c_true").ok()?,
-        module: btf.offset_of("taint_flag", "module").ok(),
+        letter: btf.offset_of_sized("taint_flag", "c_true", 1).ok()?,
+        module: btf.offset_of_sized("taint_flag", "module", 1).ok(),
     })
 }

@@ -43,15 +43,15 @@ impl DetailLayout {
     /// [`Error::Missing`] if a member is.
     pub fn of(kernel: &Kernel<'_>) -> Result<DetailLayout, Error> {
         let btf = kernel.btf()?;
-        let either = |a, b| {
-            btf.offset_of("task_struct", a)
-                .or_else(|_| btf.offset_of("task_struct", b))
-        };
+        let half = |path| btf.offset_of_sized("task_struct", path, 4);
         Ok(DetailLayout {
-            tgid: btf.offset_of("task_struct", "tgid")?,
-            state: either("__state", "state")?,
-            exit_state: btf.offset_of("task_struct", "exit_state")?,
-            cpu: either("thread_info.cpu", "cpu")?,
+            tgid: half("tgid")?,
+            state: match btf.has("task_struct", "__state") {
+                true => half("__state")?,
+                false => btf.offset_of_sized("task_struct", "state", 8)?,
+            },
+            exit_state: half("exit_state")?,
+            cpu: half("thread_info.cpu").or_else(|_| half("cpu"))?,
         })
     }
 

@@ -88,6 +88,7 @@ impl TaskLayout {
     pub fn of(kernel: &Kernel<'_>) -> Result<TaskLayout, Error> {
         let btf = kernel.btf()?;
         let member = |path| btf.offset_of("task_struct", path);
+        let word = |path| btf.offset_of_sized("task_struct", path, 8);
         let stack_size = ["__start_init_task", "__start_init_stack"]
             .iter()
             .zip(["__end_init_task", "__end_init_stack"])
@@ -111,15 +112,15 @@ impl TaskLayout {
         Ok(TaskLayout {
             tasks: member("tasks")?,
             thread_node: member("thread_node")?,
-            signal: member("signal")?,
+            signal: word("signal")?,
             thread_head: btf.offset_of("signal_struct", "thread_head")?,
-            stack: member("stack")?,
-            sp: member("thread.sp")?,
-            pid: member("pid")?,
+            stack: word("stack")?,
+            sp: word("thread.sp")?,
+            pid: btf.offset_of_sized("task_struct", "pid", 4)?,
             comm: member("comm")?,
             on_cpu: member("on_cpu")?,
-            switches: [member("nvcsw")?, member("nivcsw")?],
-            start_time: member("start_time")?,
+            switches: [word("nvcsw")?, word("nivcsw")?],
+            start_time: word("start_time")?,
             stack_size,
         })
     }

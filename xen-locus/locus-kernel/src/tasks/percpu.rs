@@ -67,7 +67,7 @@ pub fn current_symbol(kernel: &Kernel<'_>) -> Option<Gva> {
     let offset = kernel
         .btf()
         .ok()?
-        .offset_of("pcpu_hot", "current_task")
+        .offset_of_sized("pcpu_hot", "current_task", 8)
         .ok()?;
     Some(hot.plus(offset as u64))
 }
@@ -76,6 +76,10 @@ pub fn current_symbol(kernel: &Kernel<'_>) -> Option<Gva> {
 /// kernel/sched/sched.h); an address for [`percpu`]. `None` if the kernel has no such member.
 #[must_use]
 pub fn switches_symbol(kernel: &Kernel<'_>) -> Option<Gva> {
-    let offset = kernel.btf().ok()?.offset_of("rq", "nr_switches").ok()?;
+    let offset = kernel
+        .btf()
+        .ok()?
+        .offset_of_sized("rq", "nr_switches", 8)
+        .ok()?;
     Some(kernel.symbols.addr("runqueues")?.plus(offset as u64))
 }

@@ -116,11 +116,11 @@ impl<'k, 'm> CodeMap<'k, 'm> {
         self.space = self.kernel.space.fresh();
         self.known.borrow_mut().clear();
         let btf = self.kernel.btf()?;
-        let member = |path| btf.offset_of("module", path);
+        let member = |path, bytes| btf.offset_of_sized("module", path, bytes);
         let (ips, rows, count) = (
-            member("arch.orc_unwind_ip")?,
-            member("arch.orc_unwind")?,
-            member("arch.num_orcs")?,
+            member("arch.orc_unwind_ip", 8)?,
+            member("arch.orc_unwind", 8)?,
+            member("arch.num_orcs", 4)?,
         );
         let space = &self.space;
         let loaded = |module: &Module| {

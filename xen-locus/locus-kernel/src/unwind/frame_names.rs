@@ -36,7 +36,7 @@ impl<'k, 'm> FrameNames<'k, 'm> {
         let mut reader = ModuleReader::new(kernel)?;
         let btf = kernel.btf()?;
         let sizes = [("core", "core_layout"), ("init", "init_layout")].map(|(kind, member)| {
-            let size = btf.offset_of("module", &format!("{member}.text_size"));
+            let size = btf.offset_of_sized("module", &format!("{member}.text_size"), 4);
             (kind, size.ok())
         });
         let modules = reader.each(|_, module| {

@@ -148,7 +148,9 @@ impl CpuStacks {
         let btf = kernel.btf()?;
         let size = |name: &str| Some(btf.size_of(name).ok()? as u64);
         let irq = kernel.symbols.addr("hardirq_stack_ptr").or_else(|| {
-            let offset = btf.offset_of("pcpu_hot", "hardirq_stack_ptr").ok()?;
+            let offset = btf
+                .offset_of_sized("pcpu_hot", "hardirq_stack_ptr", 8)
+                .ok()?;
             Some(kernel.symbols.addr("pcpu_hot")?.plus(offset as u64))
         });
         let mut near = Vec::new();

@@ -32,12 +32,14 @@ impl StackLayout {
     fn of(kernel: &Kernel<'_>) -> Result<StackLayout, Error> {
         let btf = kernel.btf()?;
         let size = |name| Ok::<u64, Error>(btf.size_of(name)? as u64);
-        let inactive = |name| Ok::<u64, Error>(btf.offset_of("inactive_task_frame", name)? as u64);
-        let reg = |name| Ok::<u64, Error>(btf.offset_of("pt_regs", name)? as u64);
+        let inactive =
+            |name| Ok::<u64, Error>(btf.offset_of_sized("inactive_task_frame", name, 8)? as u64);
+        let reg = |name| Ok::<u64, Error>(btf.offset_of_sized("pt_regs", name, 8)? as u64);
         let layout = StackLayout {
             regs: size("pt_regs")?,
             ip: reg("ip")?,
-            cs: reg("cs")?,
+            // Two bytes have this name since FRED came (arch/x86/include/asm/ptrace.h, v6.9), eight before. Two count.
+            cs: btf.offset_of("pt_regs", "cs")? as u64,
             sp: reg("sp")?,
             ax: reg("ax")?,
             dx: reg("dx")?,

@@ -59,8 +59,8 @@ impl AltInstrLayout {
         let ty = "alt_instr";
         Ok(AltInstrLayout {
             size: btf.size_of(ty)?,
-            instr: btf.offset_of(ty, "instr_offset")?,
-            replacement: btf.offset_of(ty, "repl_offset")?,
+            instr: btf.offset_of_sized(ty, "instr_offset", 4)?,
+            replacement: btf.offset_of_sized(ty, "repl_offset", 4)?,
             feature: btf.bits_of(ty, "cpuid")?,
             flags: btf.bits_of(ty, "flags").ok(),
             instr_len: btf.bits_of(ty, "instrlen")?,

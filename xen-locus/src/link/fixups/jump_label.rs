@@ -68,9 +68,9 @@ impl JumpEntryLayout {
         let layout = JumpEntryLayout {
             size: btf.size_of(ty)?,
             code: btf.offset_of(ty, "code")?,
-            target: btf.offset_of(ty, "target")?,
+            target: btf.offset_of_sized(ty, "target", 4)?,
             key: btf.offset_of(ty, "key")?,
-            enabled: btf.offset_of("static_key", "enabled")? as u64,
+            enabled: btf.offset_of_sized("static_key", "enabled", 4)? as u64,
         };
         let widths = (
             btf.bits_of(ty, "code")?.width,

@@ -62,9 +62,9 @@ impl PatchSiteLayout {
         Ok(PatchSiteLayout {
             size,
             used,
-            instr: match btf.offset_of(ty, "instr_offset") {
+            instr: match btf.offset_of_sized(ty, "instr_offset", 4) {
                 Ok(offset) => Instr::Distance(offset),
-                Err(_) => Instr::Address(btf.offset_of(ty, "instr")?),
+                Err(_) => Instr::Address(btf.offset_of_sized(ty, "instr", 8)?),
             },
             kind: btf.bits_of(ty, "type")?,
             len,

@@ -77,9 +77,9 @@ pub(super) fn insert(
         return Ok(());
     }
     let btf = kernel.btf()?;
-    let list_at = btf.offset_of("static_key", "type")? as u64;
+    let list_at = btf.offset_of_sized("static_key", "type", 8)? as u64;
     let size = btf.size_of("static_key_mod")? as u64;
-    let member = |path| Ok::<u64, Error>(btf.offset_of("static_key_mod", path)? as u64);
+    let member = |path| Ok::<u64, Error>(btf.offset_of_sized("static_key_mod", path, 8)? as u64);
     let (next, entries, of) = (member("next")?, member("entries")?, member("mod")?);
     for &&KeyBranches { key, first, .. } in &foreign {
         // the count is in the first word: it must not have changed when the lists are written
@@ -122,8 +122,8 @@ pub(super) fn remove(
         return Ok(());
     }
     let btf = kernel.btf()?;
-    let list_at = btf.offset_of("static_key", "type")? as u64;
-    let member = |path| Ok::<u64, Error>(btf.offset_of("static_key_mod", path)? as u64);
+    let list_at = btf.offset_of_sized("static_key", "type", 8)? as u64;
+    let member = |path| Ok::<u64, Error>(btf.offset_of_sized("static_key_mod", path, 8)? as u64);
     let (next, entries, of) = (member("next")?, member("entries")?, member("mod")?);
     for key in keys {
         let at = key.plus(list_at);
@@ -182,16 +182,18 @@ pub(super) fn remove(
 fn followed(kernel: &Kernel<'_>, module: Gva, own: Range) -> Result<BTreeSet<Gva>> {
     let btf = kernel.btf()?;
     let space = kernel.space.fresh();
-    let member = |path| Ok::<Gva, Error>(module.plus(btf.offset_of("module", path)? as u64));
+    let member = |path, bytes| {
+        Ok::<Gva, Error>(module.plus(btf.offset_of_sized("module", path, bytes)? as u64))
+    };
     if !btf.has("module", "jump_entries") {
         return Ok(BTreeSet::new());
     }
-    let count = u64::from(space.read_u32(member("num_jump_entries")?)?);
+    let count = u64::from(space.read_u32(member("num_jump_entries", 4)?)?);
     let len = count * JUMP_LEN as u64;
     if len == 0 {
         return Ok(BTreeSet::new());
     }
-    let table = Gva(space.read_u64(member("jump_entries")?)?);
+    let table = Gva(space.read_u64(member("jump_entries", 8)?)?);
     if !own.contains(table) || len > own.end.0 - table.0 {
         return Err(odd(module, "the table of branches leaves the payload"));
     }

@@ -206,7 +206,7 @@ impl Remover<'_, '_> {
     /// Refuses a payload that others use.
     fn check_unused(&self, words: &mut Words<'_, '_>, modules: &[Module]) -> Result<()> {
         let list = offset(self.kernel, "module_use", "source_list")?;
-        let source = offset(self.kernel, "module_use", "source")?;
+        let source = word_offset(self.kernel, "module_use", "source")?;
         for module in modules.iter().filter(|m| m.addr == self.module) {
             let users = self.users_of(words, module)?.into_iter();
             if let Some(node) = users.into_iter().find(|node| !self.own.contains(*node)) {
@@ -246,6 +246,11 @@ fn offset(kernel: &Kernel<'_>, ty: &str, path: &str) -> Result<u64> {
     Ok(kernel.btf()?.offset_of(ty, path)? as u64)
 }
 
+/// Offset of a member of 64 bits.
+fn word_offset(kernel: &Kernel<'_>, ty: &str, path: &str) -> Result<u64> {
+    Ok(kernel.btf()?.offset_of_sized(ty, path, 8)? as u64)
+}
+
 /// Notes that a mutex is free, to be found free again in the pause.
 fn free(kernel: &Kernel<'_>, words: &mut Words<'_, '_>, lock: Lock) -> Result<()> {
     words.about = About::Lock(lock);
@@ -278,7 +283,8 @@ impl LatchTree {
         let btf = kernel.btf()?;
         let tree = kernel.symbols.need("mod_tree")?;
         let root = |path| offset(kernel, "mod_tree_root", path).map(|o| tree.plus(o));
-        let node = |path| offset(kernel, "rb_node", path);
+        let bound = |path| word_offset(kernel, "mod_tree_root", path).map(|o| tree.plus(o));
+        let node = |path| word_offset(kernel, "rb_node", path);
         let shape = tree::Shape {
             parent: node("__rb_parent_color")?,
             left: node("rb_left")?,
@@ -309,10 +315,10 @@ impl LatchTree {
             ],
             shape,
             seq: root("root.seq")?,
-            base: offset(kernel, holder, "base")?,
+            base: word_offset(kernel, holder, "base")?,
             inner: offset(kernel, holder, "mtn.node")?,
             holders,
-            bounds: [root("addr_min")?, root("addr_max")?],
+            bounds: [bound("addr_min")?, bound("addr_max")?],
         })
     }
 
@@ -411,9 +417,10 @@ impl Inserter<'_, '_> {
     fn uses(&self, words: &mut Words<'_, '_>, uses: &[Gva]) -> Result<()> {
         let own = self.built.place.module();
         let size = self.kernel.btf()?.size_of("module_use")? as u64;
-        let field = |path| self.offset("module_use", path);
+        let field = |path| word_offset(self.kernel, "module_use", path);
+        let list = |path| self.offset("module_use", path);
         let (source, target) = (field("source")?, field("target")?);
-        let (by_target, by_source) = (field("source_list")?, field("target_list")?);
+        let (by_target, by_source) = (list("source_list")?, list("target_list")?);
         let used = self.offset("module", "source_list")?;
         let mut node = self.built.users;
         for &module in std::iter::once(&own).chain(uses) {

@@ -279,7 +279,7 @@ impl<'p> ModuleDraft<'p> {
         self.put_kallsyms(&mut rw, btf, place.ro)?;
         // Offset of the word that names a key's branches.
         let branches_at = match keys.iter().any(|k| k.is_own) {
-            true => btf.offset_of("static_key", "type")? as u64,
+            true => btf.offset_of_sized("static_key", "type", 8)? as u64,
             false => 0,
         };
         let own = keys.iter().filter(|k| k.is_own);
@@ -342,7 +342,7 @@ impl<'p> ModuleDraft<'p> {
             .and_then(|n| u32::try_from(n).ok())
             .ok_or_else(|| Error::not_applicable("the guest has no MODULE_STATE_LIVE"))?;
         module.set("state", &live.to_le_bytes())?;
-        module.set("name", self.payload.name.as_bytes())?;
+        module.begin("name", self.payload.name.as_bytes())?;
         // one reference is the module's own (MODULE_REF_BASE), the other says: in use
         module.set("refcnt", &2u32.to_le_bytes())?;
         module.empty_list("source_list")?;
@@ -371,18 +371,20 @@ impl<'p> ModuleDraft<'p> {
 
     /// The `struct mod_kallsyms`; `ro` is the address of the read-only part, which has the symbols.
     fn put_kallsyms(&self, rw: &mut Buffer, btf: &Btf, ro: Gva) -> Result<()> {
-        let member = |path| Ok::<u64, Error>(btf.offset_of("mod_kallsyms", path)? as u64);
+        let member = |path, bytes| {
+            Ok::<u64, Error>(btf.offset_of_sized("mod_kallsyms", path, bytes)? as u64)
+        };
         for (path, offset) in [
             ("symtab", self.ro.symtab),
             ("strtab", self.ro.strings),
             ("typetab", self.ro.types),
         ] {
             let value = ro.plus(offset).0.to_le_bytes();
-            rw.put(self.rw.kallsyms + member(path)?, &value)?;
+            rw.put(self.rw.kallsyms + member(path, 8)?, &value)?;
         }
         let count = u32::try_from(self.symbols.len())
             .map_err(|_| Error::not_applicable("the payload has more than 2^32 symbols"))?;
-        let at = self.rw.kallsyms + member("num_symtab")?;
+        let at = self.rw.kallsyms + member("num_symtab", 4)?;
         rw.put(at, &count.to_le_bytes())
     }
 

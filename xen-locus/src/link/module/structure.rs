@@ -74,12 +74,28 @@ impl<'k> Structure<'k> {
         Ok(self.at.plus(self.btf.offset_of("module", path)? as u64))
     }
 
-    /// Fills in bytes of the member at `path`.
+    /// Fills in the member at `path`.
+    ///
+    /// # Errors
+    /// There is none, or it has another number of bytes.
+    pub fn set(&mut self, path: &str, value: &[u8]) -> Result<()> {
+        let at = self.btf.offset_of_sized("module", path, value.len())?;
+        self.put(at, value)
+    }
+
+    /// Fills in the first bytes of the array of bytes at `path`.
     ///
     /// # Errors
     /// There is none, or it does not hold so many.
-    pub fn set(&mut self, path: &str, value: &[u8]) -> Result<()> {
+    pub fn begin(&mut self, path: &str, value: &[u8]) -> Result<()> {
         let at = self.btf.offset_of("module", path)?;
+        let room = self.btf.array_len("module", path)?;
+        if value.len() > room {
+            return Err(Error::not_applicable(format!(
+                "{path} of the guest's struct module has {room} bytes; {} are needed",
+                value.len()
+            )));
+        }
         self.put(at, value)
     }
 
@@ -161,9 +177,9 @@ impl<'k> Structure<'k> {
     fn memory_by_kind(&mut self, parts: &[ModuleMemory]) -> Result<Vec<TreeNode>> {
         let mem = self.btf.offset_of("module", "mem")?;
         let stride = size_of(self.btf, "module_memory")?;
-        let of = |path| self.btf.offset_of("module_memory", path);
-        let (base, size) = (of("base")?, of("size")?);
-        let (owner, node) = (of("mtn.mod")?, of("mtn.node")?);
+        let of = |path, bytes| self.btf.offset_of_sized("module_memory", path, bytes);
+        let (base, size, owner) = (of("base", 8)?, of("size", 4)?, of("mtn.mod", 8)?);
+        let node = self.btf.offset_of("module_memory", "mtn.node")?;
         let module = self.at.0.to_le_bytes();
         let mut nodes = Vec::new();
         for &ModuleMemory { kind, range } in parts {
