@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::Result;
 
@@ -35,8 +35,11 @@ pub struct Kernel {
 pub struct Kernels {
     paths: Paths,
     dom0: Root,
-    made: Mutex<BTreeMap<&'static str, Arc<Kernel>>>,
+    /// Who holds it makes the files: machines run side by side and ask for the same ones.
+    made: Mutex<Made>,
 }
+
+type Made = BTreeMap<&'static str, Arc<Kernel>>;
 
 impl Kernels {
     /// No kernel yet. `dom0` is the tree of dom0, from which the guests' programs are taken.
@@ -51,7 +54,7 @@ impl Kernels {
     /// The kernel of this release. Its packages are downloaded and its payloads built, unless that was done
     /// before.
     pub fn get(&self, suite: &'static Suite) -> Result<Arc<Kernel>> {
-        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut made = self.making();
         if let Some(kernel) = made.get(suite.name) {
             return Ok(Arc::clone(kernel));
         }
@@ -63,6 +66,7 @@ impl Kernels {
 
     /// Payloads for the kernel of this release, these and others that were built before: name and file.
     pub fn payloads(&self, suite: &Suite, which: Which) -> Result<Vec<(String, PathBuf)>> {
+        let _made = self.making();
         let root = fetch::ensure_suite(&self.paths, suite)?;
         payloads::build_all(&self.paths, &root, which)?;
         payloads::built(&self.paths, &root.release)
@@ -70,7 +74,13 @@ impl Kernels {
 
     /// The livepatches that the source of Debian 12's kernel comes with: name and file.
     pub fn own_livepatches(&self) -> Result<Vec<(String, PathBuf)>> {
+        let _made = self.making();
         source::own_livepatches(&self.paths, &BOOKWORM, &self.dom0)
+    }
+
+    /// Held while files are made that several machines use.
+    pub fn making(&self) -> MutexGuard<'_, Made> {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn make(&self, suite: &Suite, root: &Root) -> Result<Kernel> {

@@ -76,7 +76,10 @@ impl Testbed {
             .collect();
         let overlay = image::overlay(&self.images.tools, &extra)?;
         let debian = match profile.debian {
-            true => Some(debian::prepare(&self.paths, &self.root)?),
+            true => {
+                let _made = self.kernels.making();
+                Some(debian::prepare(&self.paths, &self.root)?)
+            }
             false => None,
         };
         let began = Instant::now();
