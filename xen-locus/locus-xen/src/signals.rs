@@ -26,6 +26,12 @@ impl HeldSignals {
         HeldSignals::hold(&unsafe { held.assume_init() })
     }
 
+    /// Holds back the signals by which a terminal stops a process, as Ctrl-Z does.
+    #[must_use]
+    pub fn of_job_control() -> HeldSignals {
+        HeldSignals::these(&[libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU])
+    }
+
     /// Holds these signals back.
     pub(crate) fn these(signals: &[libc::c_int]) -> HeldSignals {
         let mut held = MaybeUninit::<libc::sigset_t>::zeroed();

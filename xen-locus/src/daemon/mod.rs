@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, Context as _};
 use futures::{stream, Stream, StreamExt as _};
 use locus_guest::addr::DomId;
-use locus_xen::DomainInfo;
+use locus_xen::{DomainInfo, HeldSignals};
 use xenstore_rs::tokio::XsTokio;
 use xenstore_rs::AsyncWatch as _;
 
@@ -205,6 +205,8 @@ async fn serve(host: &Host, settings: &Settings) {
 
 /// The paths of nodes that are written at or below `paths`, by one connection. If that breaks, nothing comes any more.
 async fn watch_of(paths: [&str; 2]) -> std::io::Result<Box<dyn Stream<Item = Box<str>> + Unpin>> {
+    // As for each message: see `Store`.
+    let _whole = HeldSignals::of_job_control();
     let xs = XsTokio::new().await?;
     let first = xs.watch(paths[0]).await?;
     let second = xs.watch(paths[1]).await?;
@@ -276,7 +278,7 @@ mod tests {
 
     #[test]
     fn what_is_written_below_a_watched_node_is_noticed() {
-        let _xenstored = Xenstored::start();
+        let xenstored = Xenstored::start();
         let store = Store::open().unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -293,5 +295,9 @@ mod tests {
             store.write("/c", "1").unwrap();
             assert_eq!(events.next().await.as_deref(), Some("/c"));
         });
+        // It is not stopped in the middle of a message.
+        assert!(xenstored.holds_stops_back(|| {
+            let _events = runtime.block_on(watch_of(["/a", "/c"])).unwrap();
+        }));
     }
 }

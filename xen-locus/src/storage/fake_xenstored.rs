@@ -6,9 +6,10 @@ use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 const DIRECTORY: u32 = 1;
 const READ: u32 = 2;
@@ -106,6 +107,33 @@ impl Xenstored {
     pub(crate) fn stop(&self, stops: bool) {
         self.shared.state().is_stopped = stops;
         self.shared.goes_on.notify_all();
+    }
+
+    /// Whether this thread can't be stopped by a terminal while it asks, and can afterwards.
+    pub(crate) fn holds_stops_back(&self, ask: impl FnOnce()) -> bool {
+        let own = std::fs::read_link("/proc/thread-self").unwrap();
+        let own = Path::new("/proc").join(own).join("status");
+        let held = || {
+            let status = std::fs::read_to_string(&own).unwrap();
+            let mask = status.lines().find_map(|l| l.strip_prefix("SigBlk:\t"));
+            let mask = u64::from_str_radix(mask.unwrap(), 16).unwrap();
+            let stops = [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU];
+            stops.iter().all(|signal| mask >> (signal - 1) & 1 == 1)
+        };
+        self.stop(true);
+        let while_asking = thread::scope(|scope| {
+            let looks = scope.spawn(|| {
+                let seen = (0..200).any(|_| {
+                    thread::sleep(Duration::from_millis(10));
+                    held()
+                });
+                self.stop(false);
+                seen
+            });
+            ask();
+            looks.join().unwrap()
+        });
+        while_asking && !held()
     }
 
     /// Makes nodes.

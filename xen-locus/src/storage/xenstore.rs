@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use locus_guest::addr::DomId;
-use locus_xen::fault;
+use locus_xen::{fault, HeldSignals};
 
 use crate::error::{Error, Result};
 use crate::say;
@@ -139,6 +139,9 @@ impl Store {
             }
             self.late_since.set(None);
         }
+        // Both libraries send a message in two parts, and xenstored reads it to its end before it serves anybody else. Who is
+        // stopped in between stops all that use XenStore.
+        let _whole = HeldSignals::of_job_control();
         let line = self.line.borrow();
         // If the thread has ended, there is no answer either.
         let answer = line
@@ -307,6 +310,14 @@ mod tests {
         assert_eq!(xenstored.permissions(ROOT).as_deref(), Some("n0"));
         assert!(store.set_private("/none").is_err());
         assert_eq!(store.connections(), 1);
+    }
+
+    #[test]
+    fn nobody_is_stopped_in_the_middle_of_a_message() {
+        let xenstored = Xenstored::start();
+        let store = Store::open().unwrap();
+        assert!(xenstored.holds_stops_back(|| store.write("/a", "1").unwrap()));
+        assert!(xenstored.holds_stops_back(|| store.set_private("/a").unwrap()));
     }
 
     #[test]
