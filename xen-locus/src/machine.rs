@@ -71,6 +71,8 @@ pub enum Writing {
     IsShutDown,
     /// See [`Machine::is_log_dirty`].
     IsLogDirty,
+    /// Somebody else let the guest run in the pause.
+    WasLetRun,
 }
 
 /// A paused guest; unpauses when dropped.

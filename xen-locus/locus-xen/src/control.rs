@@ -11,7 +11,7 @@ use xenctrl_sys::{
     xentoollog_logger,
 };
 
-use super::domain_info::{self, domain_info, DomainInfo, PauseState};
+use super::domain_info::{self, domain_info, DomainInfo, PauseState, WriteState};
 use super::layout::{self, Filled, XenVersion};
 use super::library::{self, functions};
 use super::registers::{down_or, vcpu_hvm, vcpu_pv};
@@ -241,15 +241,18 @@ impl Control {
         }))
     }
 
-    /// Whether the paused domain with this id may be written ([`domain_info::may_be_written`]), and the time that all its
+    /// Whether the paused domain with this id may be written ([`domain_info::write_state`]), and the time that all its
     /// vCPUs together have run, in nanoseconds; no time if there is no such domain.
     ///
     /// # Errors
     /// It is not supported as it is now, or `xc_domain_getinfolist` failed.
-    pub(super) fn may_be_written(&self, id: DomId) -> Result<(bool, Option<u64>), Error> {
+    pub(super) fn write_state(&self, id: DomId) -> Result<(WriteState, Option<u64>), Error> {
         Ok(match self.info(id)? {
-            Some(info) => (domain_info::may_be_written(id, &info)?, Some(info.cpu_time)),
-            None => (false, None),
+            Some(info) => (
+                domain_info::write_state(id, &info, None)?,
+                Some(info.cpu_time),
+            ),
+            None => (WriteState::ShutDown, None),
         })
     }
 

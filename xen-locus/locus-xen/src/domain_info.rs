@@ -99,17 +99,36 @@ pub(super) fn is_shut_down(id: DomId, info: &xc_domaininfo_t) -> bool {
     info.domain != id.0 || info.flags & sys::XEN_DOMINF_shutdown != 0
 }
 
-/// Whether the paused domain `id` may be written, by what Xen says of it in the pause: it is there, and neither shut down
-/// nor suspended.
+/// Whether a domain that was paused may be written now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WriteState {
+    /// It may.
+    Held,
+    /// It has shut down or is suspended, or is gone: it may be saved or migrated now.
+    ShutDown,
+    /// Somebody else let it run in the pause, so what was looked at is stale. It may run now.
+    LetRun,
+}
+
+/// Whether the domain `id` may be written, by what Xen says of it right before. `ran_ns` is how long its vCPUs together had
+/// run when it was paused, if that is known.
 ///
 /// # Errors
 /// [`Error::Unsupported`]: some of its memory is not its own, so what was looked at in the pause may be stale.
-pub(super) fn may_be_written(id: DomId, info: &xc_domaininfo_t) -> Result<bool, Error> {
+pub(super) fn write_state(
+    id: DomId,
+    info: &xc_domaininfo_t,
+    ran_ns: Option<u64>,
+) -> Result<WriteState, Error> {
     if is_shut_down(id, info) {
-        return Ok(false);
+        return Ok(WriteState::ShutDown);
+    }
+    let is_paused = info.flags & sys::XEN_DOMINF_paused != 0;
+    if !is_paused || ran_ns.is_some_and(|before| before != info.cpu_time) {
+        return Ok(WriteState::LetRun);
     }
     check_own(id, info.shr_pages, info.paged_pages)?;
-    Ok(true)
+    Ok(WriteState::Held)
 }
 
 /// Checks the answer of `xc_altp2m_get_domain_state` for a domain: `active`, or the error.
@@ -171,6 +190,14 @@ mod tests {
         }
     }
 
+    /// The same, in a pause.
+    fn paused() -> xc_domaininfo_t {
+        let mut info = pvh();
+        info.flags |= sys::XEN_DOMINF_paused;
+        info.cpu_time = 1000;
+        info
+    }
+
     /// Why a domain is refused; empty if it is not.
     fn refused(change: impl FnOnce(&mut xc_domaininfo_t)) -> String {
         let mut info = pvh();
@@ -196,14 +223,24 @@ mod tests {
     #[test]
     fn what_begins_during_the_wait_is_noticed_in_the_pause() {
         let may = |change: fn(&mut xc_domaininfo_t)| {
-            let mut info = pvh();
+            let mut info = paused();
             change(&mut info);
-            may_be_written(DomId(3), &info)
+            write_state(DomId(3), &info, Some(1000))
         };
-        assert!(matches!(may(|_| ()), Ok(true)));
-        assert!(matches!(may(|info| info.domain = 4), Ok(false)));
+        assert!(matches!(may(|_| ()), Ok(WriteState::Held)));
+        let other = may(|info| info.domain = 4);
+        assert!(matches!(other, Ok(WriteState::ShutDown)));
         let shut_down = |info: &mut xc_domaininfo_t| info.flags |= sys::XEN_DOMINF_shutdown;
-        assert!(matches!(may(shut_down), Ok(false)));
+        assert!(matches!(may(shut_down), Ok(WriteState::ShutDown)));
+        // Somebody took the pause, and may have given another one.
+        let runs = |info: &mut xc_domaininfo_t| info.flags &= !sys::XEN_DOMINF_paused;
+        assert!(matches!(may(runs), Ok(WriteState::LetRun)));
+        assert!(matches!(
+            may(|info| info.cpu_time = 1001),
+            Ok(WriteState::LetRun)
+        ));
+        let unknown = write_state(DomId(3), &paused(), None);
+        assert!(matches!(unknown, Ok(WriteState::Held)));
         assert!(matches!(
             may(|info| info.shr_pages = 1),
             Err(Error::Unsupported(_))

@@ -25,7 +25,7 @@ pub mod uuid;
 mod xenstore_list;
 
 pub use control::Control;
-pub use domain_info::{DomainInfo, PauseState};
+pub use domain_info::{DomainInfo, PauseState, WriteState};
 pub use foreign_memory::ForeignMemory;
 pub use hypercall::Hypercalls;
 pub use layout::XenVersion;

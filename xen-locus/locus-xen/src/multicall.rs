@@ -13,7 +13,7 @@ use locus_guest::{GuestType, Vcpu};
 use xenctrl_sys as sys;
 
 use super::control::HVM_SAVE_CPU;
-use super::domain_info::{self, DomainInfo};
+use super::domain_info::{self, DomainInfo, WriteState};
 use super::hypercall_buffer::{Array, HypercallBuffer};
 use super::layout::INTERFACES;
 use super::modified_memory::{self, ModifiedMemoryCall};
@@ -22,7 +22,7 @@ use super::{fault_point, pause, Error};
 
 /// The result of a call that Xen has not made yet.
 const NOT_MADE: u64 = 1 << 62;
-/// Calls about the domain as a whole: state, pause, state, state, report of written frames, unpause.
+/// Calls about the domain as a whole: state, pause, state, report of written frames, state, unpause.
 const DOMAIN_CALLS: usize = 6;
 /// Index of the call that reads the state before the pause.
 const BEFORE: usize = 0;
@@ -33,8 +33,8 @@ const STATE: usize = 2;
 /// Index of the first call for the first vCPU.
 const VCPUS: usize = 3;
 
-/// The calls of a domain's pauses. Their order in memory: state, pause, state, each vCPU's registers, state, report of
-/// written frames, unpause.
+/// The calls of a domain's pauses. Their order in memory: state, pause, state, each vCPU's registers, report of written
+/// frames, state, unpause.
 #[derive(Debug)]
 pub(super) struct PauseMulticall {
     buffer: HypercallBuffer,
@@ -113,14 +113,19 @@ impl PauseMulticall {
         }
     }
 
-    /// Index of the call that reads the state at the end of the pause. It comes after the calls for the vCPUs.
-    fn end_index(&self) -> usize {
+    /// Index of the call that reports written frames. It comes after the calls for the vCPUs.
+    fn report_index(&self) -> usize {
         VCPUS + self.calls_per_vcpu * self.info.vcpus as usize
     }
 
-    /// Index of the call that reports written frames.
-    fn report_index(&self) -> usize {
-        self.end_index() + 1
+    /// Index of the call that reads the state at the end of the pause.
+    fn end_index(&self) -> usize {
+        self.report_index() + 1
+    }
+
+    /// Index of the call that unpauses.
+    fn unpause_index(&self) -> usize {
+        self.report_index() + 2
     }
 
     /// Fills in all calls. Comes before each multicall, because Xen writes into the arguments and results.
@@ -161,14 +166,14 @@ impl PauseMulticall {
                 put(first, control);
             }
         }
+        let arguments = self.report.put(&self.buffer, self.info.id, &self.frames);
+        self.entry(self.report_index(), sys::__HYPERVISOR_dm_op, arguments);
         put(
             self.end_index(),
             self.control(sys::XEN_DOMCTL_getdomaininfo),
         );
-        let arguments = self.report.put(&self.buffer, self.info.id, &self.frames);
-        self.entry(self.report_index(), sys::__HYPERVISOR_dm_op, arguments);
         put(
-            self.report_index() + 1,
+            self.unpause_index(),
             self.control(sys::XEN_DOMCTL_unpausedomain),
         );
     }
@@ -229,19 +234,21 @@ impl PauseMulticall {
     /// Xen refused; the domain is not paused.
     pub(super) fn pause(&self) -> Result<(), Error> {
         fault_point("xc_domain_pause")?;
-        let made = self.call(0, self.end_index());
+        let made = self.call(0, self.report_index());
         // The pause may have been made though calls after it failed: its own result decides.
         let paused = self.result(PAUSE, || format!("pausing domain {}", self.info.id));
         paused.or_else(|error| made.and(Err(error)))
     }
 
-    /// Whether the domain may be written, by its state at the last pause: [`domain_info::may_be_written`].
+    /// Whether the domain, which was paused, may be written now: [`domain_info::write_state`].
     ///
     /// # Errors
     /// It is not supported as it is now, or Xen did not give its state.
-    pub(super) fn may_be_written(&self) -> Result<bool, Error> {
+    pub(super) fn write_state(&self) -> Result<WriteState, Error> {
+        let ran_ns = Some(self.state(STATE, |info| info.cpu_time)?);
+        self.call(STATE, 1)?;
         self.state(STATE, |info| {
-            domain_info::may_be_written(self.info.id, info)
+            domain_info::write_state(self.info.id, info, ran_ns)
         })?
     }
 
@@ -285,7 +292,7 @@ impl PauseMulticall {
     /// The multicall failed, or Xen did not give the registers of a vCPU.
     pub(super) fn vcpus_now(&self) -> Result<Vec<Vcpu>, Error> {
         self.prepare();
-        self.call(STATE, self.end_index() - STATE)?;
+        self.call(STATE, self.report_index() - STATE)?;
         self.vcpus()
     }
 
@@ -314,20 +321,25 @@ impl PauseMulticall {
     /// result is that of the report, and an error too if the domain has shut down since the pause was taken.
     ///
     /// # Errors
-    /// Xen refused to unpause.
+    /// Xen refused to unpause. Or the domain ran while it was written.
     pub(super) fn unpause(&self, written: bool) -> Result<Result<(), Error>, Error> {
         // A guest that stays paused is no case for a test: this fault point is counted, but never fails.
         let _ = fault_point("xc_domain_unpause");
         let reports = written && !self.frames.is_empty() && self.info.kind != GuestType::Pv;
-        let (first, count) = match reports {
-            true => (self.end_index(), 3),
-            false => (self.report_index() + 1, 1),
+        let first = match (reports, written) {
+            (true, _) => self.report_index(),
+            (false, true) => self.end_index(),
+            (false, false) => self.unpause_index(),
         };
-        let made = self.call(first, count);
-        let unpaused = self.result(self.report_index() + 1, || {
+        let made = self.call(first, self.unpause_index() + 1 - first);
+        let unpaused = self.result(self.unpause_index(), || {
             format!("unpausing domain {}", self.info.id)
         });
         unpaused.or_else(|error| made.and(Err(error)))?;
+        if written {
+            let ran_ns = |n| self.state(n, |info| info.cpu_time);
+            pause::stayed_paused(self.info.id, ran_ns(STATE)?, ran_ns(self.end_index())?)?;
+        }
         if !reports {
             return Ok(Ok(()));
         }

@@ -15,6 +15,7 @@ use super::modified_memory::ModifiedMemory;
 use super::multicall::PauseMulticall;
 use super::{
     set_realtime_priority, Control, DomainInfo, Error, HeldSignals, PauseStep, SharedPage,
+    WriteState,
 };
 
 /// Signals that are blocked while a guest is paused. Every other thread of the tool blocks all of them always
@@ -139,22 +140,39 @@ impl<'c> PauseCalls<'c> {
 
     /// Gives a count back. If memory was `written`, reports the frames to Xen before that; the inner result is that of
     /// the report.
-    fn unpause(&self, written: bool) -> Result<Result<(), Error>, Error> {
-        match &self.method {
-            CallMethod::Multicall(calls) => calls.unpause(written),
-            CallMethod::OneByOne { modified, frames } => {
-                let reported = match modified {
-                    Some(modified) if written => {
-                        let state = self.control.pause_state(self.info.id);
-                        let reported = modified.report(self.info.id, frames);
-                        let is_shut_down = state.map(|s| s.is_none_or(|s| s.shutdown));
-                        reported.and(is_shut_down.and_then(|is| still_runs(self.info.id, is)))
-                    }
-                    _ => Ok(()),
-                };
-                self.control.unpause(self.info.id).map(|()| reported)
-            }
+    ///
+    /// # Errors
+    /// Xen refused to unpause. Or the domain ran while it was written; `written` is the time that its vCPUs had run
+    /// before, in nanoseconds.
+    fn unpause(&self, written: Option<u64>) -> Result<Result<(), Error>, Error> {
+        let id = self.info.id;
+        let (modified, frames) = match &self.method {
+            CallMethod::Multicall(calls) => return calls.unpause(written.is_some()),
+            CallMethod::OneByOne { modified, frames } => (modified, frames),
+        };
+        let Some(ran_ns) = written else {
+            return self.control.unpause(id).map(Ok);
+        };
+        let reported = modified.as_ref().map(|m| m.report(id, frames));
+        let state = self.control.pause_state(id);
+        self.control.unpause(id)?;
+        let state = state?;
+        if let Some(state) = state {
+            stayed_paused(id, ran_ns, state.cpu_time_ns)?;
         }
+        Ok(reported.map_or(Ok(()), |reported| {
+            reported.and(still_runs(id, state.is_none_or(|s| s.shutdown)))
+        }))
+    }
+}
+
+/// Checks that the vCPUs of a domain ran no longer at the end of its pause than before it was written, in nanoseconds.
+pub(super) fn stayed_paused(id: DomId, before_ns: u64, after_ns: u64) -> Result<(), Error> {
+    match before_ns == after_ns {
+        true => Ok(()),
+        false => Err(Error::Environment(format!(
+            "somebody else let domain {id} run while it was paused to be changed; expected that it runs when that is done"
+        ))),
     }
 }
 
@@ -187,7 +205,8 @@ pub struct Pause<'c> {
     page: &'c SharedPage,
     began: Instant,
     held: bool,
-    written: Cell<bool>,
+    /// Once it was written: how long its vCPUs together had run before, in nanoseconds.
+    written: Cell<Option<u64>>,
     _signals: HeldSignals,
     _priority: RaisedPriority,
 }
@@ -204,7 +223,7 @@ impl<'c> Pause<'c> {
             page,
             began: Instant::now(),
             held: false,
-            written: Cell::new(false),
+            written: Cell::new(None),
             _signals: signals,
             _priority: RaisedPriority::begin(),
         };
@@ -243,8 +262,8 @@ impl<'c> Pause<'c> {
         }
     }
 
-    /// Comes before the first write to the guest's memory, and marks that step. False, and nothing may be written,
-    /// if the guest has shut down or is suspended, because it may be saved or migrated now.
+    /// Comes right before the first write to the guest's memory. Marks that step, and then the guest may be written. Else it
+    /// may not be.
     ///
     /// A guest can't do that later while it is paused. Its toolstack can: libxl itself shuts down an HVM guest that
     /// has no PV drivers or is in an ACPI sleep state (`domain_suspend_callback_common`,
@@ -253,20 +272,20 @@ impl<'c> Pause<'c> {
     /// # Errors
     /// [`Error::Unsupported`]: it began to share memory, or memory was paged out, since the last attempt
     /// ([`PauseCalls::check_guest`]). Or Xen did not give its state.
-    pub fn writing(&self) -> Result<bool, Error> {
-        let runs = match &self.calls.method {
-            CallMethod::Multicall(calls) => calls.may_be_written()?,
+    pub fn writing(&self) -> Result<WriteState, Error> {
+        let (state, ran_ns) = match &self.calls.method {
+            CallMethod::Multicall(calls) => (calls.write_state()?, calls.cpu_time_ns()),
             CallMethod::OneByOne { .. } => {
-                let (may, cpu_time) = self.calls.control.may_be_written(self.calls.info.id)?;
-                self.page.set_cpu_time_ns(cpu_time);
-                may
+                let (state, ran_ns) = self.calls.control.write_state(self.calls.info.id)?;
+                self.page.set_cpu_time_ns(ran_ns);
+                (state, ran_ns)
             }
         };
-        if runs {
-            self.written.set(true);
+        if state == WriteState::Held {
+            self.written.set(ran_ns);
             self.page.set_step(PauseStep::Writing);
         }
-        Ok(runs)
+        Ok(state)
     }
 
     /// Whether Xen may log which pages the domain makes dirty, without those that are written from here: see
@@ -288,7 +307,7 @@ impl<'c> Pause<'c> {
     /// Unpauses the domain. If it was written, the written frames are reported to Xen before that.
     ///
     /// # Errors
-    /// Xen refused: the domain is gone.
+    /// Xen refused: the domain is gone. Or it ran while it was written.
     pub fn end(mut self) -> Result<PauseEnd, Error> {
         let duration = self.began.elapsed();
         let reported = self.unpause()?;

@@ -131,10 +131,10 @@ pub(crate) fn execute(
     }
 }
 
-/// The change was made, and then the guest could not be unpaused.
+/// The change was made, and then the guest could not be unpaused, or had run meanwhile.
 fn stuck(plan: &Plan, error: &guest::Error) -> Error {
     Error::uncertain(format!(
-        "{}: all was written, but the guest could not be unpaused: {error}. `xl list` shows whether it is \
+        "{}: all was written, but the pause did not end as it must: {error}. `xl list` shows whether it is \
          paused; run `xen-locus recover`",
         plan.patch
     ))

@@ -134,6 +134,11 @@ pub(super) fn write_all(
     match begin()? {
         Writing::Begins => {}
         Writing::IsLogDirty => return Err(is_log_dirty()),
+        Writing::WasLetRun => {
+            return Err(Error::try_again(
+                "somebody else let the guest run while it was paused to be changed (xl unpause?); nothing was changed",
+            ))
+        }
         Writing::IsShutDown => {
             return Err(Error::try_again(
                 "the guest has shut down or is suspended (is it being saved or moved?); nothing was changed",

@@ -1,7 +1,7 @@
 //! The guarded pause of a domain, as a change needs it.
 
 use locus_guest::{self as guest, Vcpu};
-use locus_xen::Pause;
+use locus_xen::{Pause, WriteState};
 
 use crate::guard::worker::Guarded;
 use crate::machine::{Guard, Paused, Writing};
@@ -39,8 +39,9 @@ impl Paused for Pause<'_> {
             return Ok(Writing::IsLogDirty);
         }
         Ok(match Pause::writing(self)? {
-            true => Writing::Begins,
-            false => Writing::IsShutDown,
+            WriteState::Held => Writing::Begins,
+            WriteState::ShutDown => Writing::IsShutDown,
+            WriteState::LetRun => Writing::WasLetRun,
         })
     }
 

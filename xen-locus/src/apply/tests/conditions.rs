@@ -434,5 +434,11 @@ fn what_xen_would_not_see_is_not_written() {
         fails(what, action, &guest, &words, |g| {
             g.writing.set(Writing::Begins)
         });
+        let guest = patched();
+        guest.writing.set(Writing::WasLetRun);
+        let words = ["somebody else let the guest run"];
+        fails(what, action, &guest, &words, |g| {
+            g.writing.set(Writing::Begins)
+        });
     }
 }
