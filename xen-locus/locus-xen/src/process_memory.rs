@@ -8,16 +8,18 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::process::lift_cpu_limit;
+use super::process::{leave_no_core, lift_cpu_limit};
 use super::Error;
 
 /// Whether a guest may have been changed.
 static GUEST_MAY_BE_CHANGED: AtomicBool = AtomicBool::new(false);
 
 /// Notes that a guest may have been changed from now on: if memory runs out later, the process ends with
-/// [`ExitingAllocator::uncertain`]. Its processor time has no limit any more ([`limit_cpu`](super::limit_cpu)).
+/// [`ExitingAllocator::uncertain`]. Its processor time has no limit any more ([`limit_cpu`](super::limit_cpu)). If it crashes,
+/// it leaves no core (PR_SET_DUMPABLE, prctl(2)): a guest may be paused until that is written.
 pub fn set_guest_may_be_changed() {
     lift_cpu_limit();
+    leave_no_core();
     GUEST_MAY_BE_CHANGED.store(true, Ordering::SeqCst);
 }
 
