@@ -49,7 +49,8 @@ fn compare(kernel: &Kernel<'_>, file: &[u8]) -> Result<()> {
     let elf = object::File::parse(file)?;
     let built = Built::of(kernel, &elf)?;
     let mut code = built.code.clone();
-    let fixed_up = fixups::apply_fixups(kernel, &mut code, &built.tables, None)?;
+    let mut places = fixups::apply_fixups(kernel, &mut code, &built.tables, None)?.places;
+    places.extend(built.calls(kernel)?);
     let mut counts: BTreeMap<&str, (usize, usize, usize, usize)> = BTreeMap::new();
     let mut shown = 0;
     let symbol = |name| kernel.symbols.addr(name);
@@ -57,7 +58,7 @@ fn compare(kernel: &Kernel<'_>, file: &[u8]) -> Result<()> {
         (Some(start), Some(end)) => Range { start, end },
         _ => Range::new(Gva(0), 0),
     };
-    for place in &fixed_up.places {
+    for place in &places {
         // The code that was copied from here counts where it was copied to.
         if gone.contains(place.range.start) {
             continue;
@@ -79,8 +80,7 @@ fn compare(kernel: &Kernel<'_>, file: &[u8]) -> Result<()> {
             count.3 += 1;
             continue;
         }
-        if same(kernel, place, ours, &theirs)
-            || built.later_changed(kernel, place, &fixed_up.places, &code)
+        if same(kernel, place, ours, &theirs) || built.later_changed(kernel, place, &places, &code)
         {
             continue;
         }
@@ -264,6 +264,32 @@ impl Built {
             tables.jumps.push(FixupTable { at: start, bytes });
         }
         Ok(Built { code, tables })
+    }
+
+    /// The direct calls of which the kernel has a table, except those of ftrace and static calls. They are left as built where
+    /// the depth of calls is not tracked.
+    fn calls(&self, kernel: &Kernel<'_>) -> Result<Vec<FixupPlace>> {
+        const CALL_LEN: u64 = 5;
+        let fentry = kernel.symbols.addr("__fentry__");
+        let mut calls = Vec::new();
+        for table in &self.tables.calls {
+            for (entry, bytes) in table.entries(&self.code, ".call_sites", 4)? {
+                let at = fixups::relative(entry, bytes, 0).context("an entry is cut short")?;
+                let call = self.code.get(at, usize::try_from(CALL_LEN)?);
+                let to = call.and_then(|bytes| fixups::target(at, bytes));
+                let trampoline =
+                    to.and_then(|to| self.code.get(to.plus(CALL_LEN), TRAMPOLINE.len()));
+                let is_static = trampoline == Some(&TRAMPOLINE);
+                let is_traced = to.is_some() && to == fentry;
+                if !is_static && !is_traced && self.code.runs(at, ".call_sites")? {
+                    calls.push(FixupPlace {
+                        range: Range::new(at, CALL_LEN),
+                        table: ".call_sites",
+                    });
+                }
+            }
+        }
+        Ok(calls)
     }
 
     /// Whether something else was written over a place after its own table: what an alternative that was applied

@@ -34,7 +34,7 @@ use locus_kernel::Kernel;
 
 use crate::error::Result;
 use crate::target::redirect::Returns;
-pub use code::{FixupTable, LinkedCode, Runs};
+pub use code::{relative, target, FixupTable, LinkedCode, Runs};
 pub use jump_label::JumpLabel;
 
 /// The tables of a payload, relocated. There may be several of each kind.
