@@ -165,7 +165,8 @@ fn was_between_tasks(task: &Value) -> bool {
 
 /// Whether a stack could not be followed because the task was interrupted in a thunk.
 fn ended_in_a_thunk(task: &Value) -> bool {
-    ended_at(task).is_some_and(|(_, name)| name.starts_with(THUNKS))
+    // Code that runs at boot, before its addresses are known, has this prefix too (Linux 7.2).
+    ended_at(task).is_some_and(|(_, name)| name.trim_start_matches("__pi_").starts_with(THUNKS))
 }
 
 /// The instruction at which a task was interrupted, and its function's name, if its stack could not be followed from
