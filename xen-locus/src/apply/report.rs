@@ -32,6 +32,9 @@ pub enum Outcome {
     /// There was nothing to do: the guest lost the patch.
     #[serde(rename = "already")]
     AlreadyLost,
+    /// There is nothing to do but to note that a patch that the guest lost is not wanted any more; a dry run.
+    #[serde(rename = "already")]
+    WouldForget,
     /// There was nothing to do: no thread sleeps in the way.
     #[serde(rename = "already")]
     NobodyAsleep,
@@ -59,6 +62,7 @@ impl Outcome {
             Outcome::AlreadyApplied
             | Outcome::AlreadyReverted
             | Outcome::AlreadyLost
+            | Outcome::WouldForget
             | Outcome::NobodyAsleep => "already",
             Outcome::WouldApply => "would-apply",
             Outcome::WouldRevert => "would-revert",
@@ -122,6 +126,9 @@ impl fmt::Display for Report {
             Outcome::AlreadyReverted => f.write_str("no action needed: already reverted"),
             Outcome::AlreadyLost => f.write_str(
                 "no action needed: the guest has lost it; from now on it is not listed any more",
+            ),
+            Outcome::WouldForget => f.write_str(
+                "no action needed: the guest has lost it; without --dry-run it would not be listed any more",
             ),
             Outcome::NobodyAsleep => f.write_str("no action needed: no thread sleeps in the way"),
             Outcome::Nudged => write!(f, "nudged (paused {} us)", self.pause_us),

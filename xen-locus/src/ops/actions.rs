@@ -81,13 +81,20 @@ pub fn revert<G: Guest>(
             }
         }
         match named {
-            // Nothing to undo; by this line of the audit log it is not missed any more.
-            Some(lost) if lost.state.is_lost() => {
-                Ok(apply::nothing_to_do(patch, Outcome::AlreadyLost))
-            }
+            Some(named) if named.state.is_lost() => Ok(lost(patch, options)),
             _ => apply::revert(guest, kernel, patch, options),
         }
     })
+}
+
+/// The report on a patch that the guest lost: there is nothing to undo, and by its line in the audit log the patch is not
+/// missed any more.
+fn lost(patch: &str, options: &Options) -> Report {
+    let outcome = match options.dry_run {
+        true => Outcome::WouldForget,
+        false => Outcome::AlreadyLost,
+    };
+    apply::nothing_to_do(patch, outcome)
 }
 
 /// Gives back the memory of the parked payloads with these names, or of all if there is no name. Returns the result of

@@ -410,6 +410,10 @@ fn a_patch_that_was_lost_in_a_reboot_is_shown_until_it_is_reverted() {
         &options(false),
     );
     assert!(wrong.unwrap_err().to_string().contains("SHA-256"));
+    let dry = revert(&host.operator(), &host.guest, "one", None, &options(true)).unwrap();
+    assert_eq!(dry.result.name(), "already");
+    assert!(dry.to_string().contains("would not be listed"), "{dry}");
+    assert_eq!(states(), [("one".into(), lost)]);
     assert_eq!(host.revert("one").unwrap().result, Outcome::AlreadyLost);
     assert_eq!(states(), []);
 }
