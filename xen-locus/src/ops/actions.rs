@@ -190,12 +190,12 @@ pub fn nudge<G: Guest>(
     Ok(nudged)
 }
 
-/// Reverts all patches, the topmost first, until one can't be reverted or logged. Returns the result of each that
-/// was tried.
+/// Reverts all patches, the topmost first, until one can't be reverted or logged. Then it logs of those that the guest lost,
+/// the newest first, that they are not wanted any more. Returns the result of each that was tried.
 ///
 /// # Errors
-/// As [`apply::revert_all`]; [`Class::TryAgain`](crate::error::Class::TryAgain) when another run holds the guest's
-/// lock.
+/// As [`apply::revert_all`]; the guest's patches can't be read;
+/// [`Class::TryAgain`](crate::error::Class::TryAgain) when another run holds the guest's lock.
 pub fn revert_all<G: Guest>(
     operator: &Operator<'_>,
     guest: &G,
@@ -207,7 +207,20 @@ pub fn revert_all<G: Guest>(
         guest,
         operation,
         options,
-        |kernel, options, tell| apply::revert_all(guest, kernel, options, tell),
+        |kernel, options, tell| {
+            // Read first: what is reverted is logged, and then an error here would hide that.
+            let (all, ..) = patches_by(kernel, operator.audit, Some(guest.uuid()), |_| Ok(()))?;
+            let mut goes_on = true;
+            apply::revert_all(guest, kernel, options, |patch, result| {
+                let failed = result.is_err();
+                goes_on = tell(patch, result) && !failed;
+                goes_on
+            })?;
+            for gone in all.iter().rev().filter(|p| p.state.is_lost()) {
+                goes_on = goes_on && tell(&gone.name, Ok(lost(&gone.name, options)));
+            }
+            Ok(())
+        },
     )
 }
 

@@ -81,3 +81,42 @@ fn what_was_reclaimed_before_is_not_missed() {
     host.apply("two", false).unwrap();
     assert_eq!(guest.status().unwrap(), ["two"]);
 }
+
+#[test]
+fn all_that_are_reverted_are_those_that_were_lost_too_and_each_has_a_line() {
+    let before = Host::new();
+    before.apply("one", false).unwrap();
+    before.apply("two", false).unwrap();
+    // The same log, and a guest that was rebooted. One of the patches is applied again.
+    let host = Host {
+        log: before.log,
+        ..Host::new()
+    };
+    host.log.trace.take();
+    host.apply("two", false).unwrap();
+    let all = |dry_run| -> Vec<(String, Outcome)> {
+        let all = revert_all(&host.operator(), &host.guest, &options(dry_run)).unwrap();
+        let all = all
+            .into_iter()
+            .map(|(name, result)| (name, result.unwrap().result));
+        all.collect()
+    };
+    let would = [
+        ("two".into(), Outcome::WouldRevert),
+        ("one".into(), Outcome::WouldForget),
+    ];
+    assert_eq!(all(true), would);
+    let lines = host.log.told().len();
+    let done = [
+        ("two".into(), Outcome::Reverted),
+        ("one".into(), Outcome::AlreadyLost),
+    ];
+    assert_eq!(all(false), done);
+    assert_eq!(
+        host.log.told()[lines..],
+        ["revert two reverted", "revert one already"]
+    );
+    assert_eq!(host.log.in_force(UUID).unwrap(), []);
+    assert_eq!(host.published(), [""; 0]);
+    assert_eq!(all(false), []);
+}
