@@ -7,7 +7,7 @@ use std::path::Path;
 use locus_guest::addr::DomId;
 use locus_payload::Payload;
 
-use super::args::Apply;
+use super::args::{Apply, Replace, Targets};
 use super::report::{self, ActionResult};
 use super::Session;
 use crate::apply::Options;
@@ -18,31 +18,49 @@ use crate::ops::operator;
 use crate::plan::Mode;
 use crate::say;
 
-/// Runs `apply` or `replace`.
+/// Runs `apply`.
 ///
 /// # Errors
 /// What went wrong for the only guest; with several guests each is reported and the highest exit
 /// code is returned.
-pub fn run(session: &Session, args: &Apply, mode: Mode) -> anyhow::Result<ExitCode> {
-    let action = match mode {
-        Mode::Apply => "Applying",
-        Mode::Replace => "Replacing all patches by",
-    };
-    let (domains, file) = domains_and_file(args)?;
-    let host = &session.host()?;
-    let payload = Payload::read(Path::new(file)).map_err(Error::from)?;
+pub fn apply(session: &Session, args: &Apply) -> anyhow::Result<ExitCode> {
     let options = Options {
         entry_only: args.consistency.entry_only,
         ..session.options(&args.limits)
     };
-    let domains = match args.all {
+    run(session, &args.targets, Mode::Apply, &options)
+}
+
+/// Runs `replace`.
+///
+/// # Errors
+/// As [`apply`].
+pub fn replace(session: &Session, args: &Replace) -> anyhow::Result<ExitCode> {
+    let options = session.options(&args.limits);
+    run(session, &args.targets, Mode::Replace, &options)
+}
+
+fn run(
+    session: &Session,
+    targets: &Targets,
+    mode: Mode,
+    options: &Options,
+) -> anyhow::Result<ExitCode> {
+    let action = match mode {
+        Mode::Apply => "Applying",
+        Mode::Replace => "Replacing all patches by",
+    };
+    let (domains, file) = domains_and_file(targets)?;
+    let host = &session.host()?;
+    let payload = Payload::read(Path::new(file)).map_err(Error::from)?;
+    let domains = match targets.all {
         true => {
             let all = host.control.domains(DomId(1))?;
             all.iter().map(|info| info.id.to_string()).collect()
         }
         false => domains.to_vec(),
     };
-    if let ([_, _, ..], false) = (&domains[..], args.all) {
+    if let ([_, _, ..], false) = (&domains[..], targets.all) {
         if let Some(results) = not_begun(host, &domains, &payload) {
             return Ok(report::print(session, action, results));
         }
@@ -52,14 +70,14 @@ pub fn run(session: &Session, args: &Apply, mode: Mode) -> anyhow::Result<ExitCo
         if io::stderr().is_terminal() {
             say::line(format_args!("{action} {} on {domain}...", payload.name));
         }
-        results.push(apply_to(session, host, domain, &payload, mode, &options));
+        results.push(apply_to(session, host, domain, &payload, mode, options));
     }
     Ok(report::print(session, action, results))
 }
 
 /// The domains and the payload's file. Nothing that needs Xen: what is wrong usage is so everywhere.
-fn domains_and_file(args: &Apply) -> Result<(&[String], &str)> {
-    let Some((file, domains)) = args.domains_and_file.split_last() else {
+fn domains_and_file(targets: &Targets) -> Result<(&[String], &str)> {
+    let Some((file, domains)) = targets.domains_and_file.split_last() else {
         return Err(Error::usage("give a domain and a payload file"));
     };
     // As other tools take several patches.
@@ -72,7 +90,7 @@ fn domains_and_file(args: &Apply) -> Result<(&[String], &str)> {
              file is given last (a domain that is called so is given by its id)"
         )));
     }
-    match (args.all, domains.is_empty()) {
+    match (targets.all, domains.is_empty()) {
         (false, true) => Err(Error::usage(
             "give at least one domain, or --all, before the payload file",
         )),

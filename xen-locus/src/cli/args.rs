@@ -114,7 +114,7 @@ pub enum Command {
         override_usage = "xen-locus replace [OPTIONS] <DOMAIN>... <FILE>\n       \
         xen-locus replace [OPTIONS] --all <FILE>"
     )]
-    Replace(Apply),
+    Replace(Replace),
     /// Revert a patch, or all patches of a guest
     #[command(long_about = manual::long_about(manual::REVERT))]
     #[command(after_long_help = manual::after_help(manual::REVERT))]
@@ -280,9 +280,34 @@ pub struct View {
     pub raw: Option<Raw>,
 }
 
-/// Arguments of `apply` and `replace`.
+/// Arguments of `apply`.
 #[derive(Debug, Args)]
 pub struct Apply {
+    /// What is applied, and to which guests
+    #[command(flatten)]
+    pub targets: Targets,
+    /// Whether to wait for threads inside the functions to be replaced
+    #[command(flatten)]
+    pub consistency: Consistency,
+    /// Limits of time
+    #[command(flatten)]
+    pub limits: TimeLimits,
+}
+
+/// Arguments of `replace`. What supersedes others always waits for threads.
+#[derive(Debug, Args)]
+pub struct Replace {
+    /// What is applied, and to which guests
+    #[command(flatten)]
+    pub targets: Targets,
+    /// Limits of time
+    #[command(flatten)]
+    pub limits: TimeLimits,
+}
+
+/// A payload, and the guests that it is for.
+#[derive(Debug, Args)]
+pub struct Targets {
     /// Guests by name, id or UUID; the last one is the payload, a livepatch module
     // One argument: with two, clap refuses options between the domains and the file.
     #[arg(required = true, num_args = 1.., value_name = "DOMAIN|FILE")]
@@ -290,12 +315,6 @@ pub struct Apply {
     /// All guests; give only FILE then
     #[arg(long)]
     pub all: bool,
-    /// Whether to wait for threads inside the functions to be replaced
-    #[command(flatten)]
-    pub consistency: Consistency,
-    /// Limits of time
-    #[command(flatten)]
-    pub limits: TimeLimits,
 }
 
 /// Arguments of `history`.
@@ -528,7 +547,15 @@ mod tests {
         let Ok(Command::Apply(apply)) = Cli::try_parse_from(words).map(|cli| cli.command) else {
             panic!("not an apply");
         };
-        assert_eq!(apply.domains_and_file, ["a", "b", "x.ko"]);
+        assert_eq!(apply.targets.domains_and_file, ["a", "b", "x.ko"]);
+    }
+
+    #[test]
+    fn what_supersedes_all_others_has_no_entry_only() {
+        let entry_only =
+            |name| Cli::try_parse_from(["xen-locus", name, "a", "x.ko", "--entry-only"]);
+        assert!(entry_only("apply").is_ok());
+        assert!(entry_only("replace").is_err());
     }
 
     #[test]

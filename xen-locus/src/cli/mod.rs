@@ -36,7 +36,6 @@ use crate::daemon::{self, Settings};
 use crate::error::{Error, ExitCode, Result};
 use crate::guard::guardian;
 use crate::ops::host::Host;
-use crate::plan::Mode;
 use crate::say;
 use crate::storage::xenstore;
 use args::{Cli, Command, Output, TimeLimits};
@@ -212,8 +211,8 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Info(args) => info::run(&session, args),
         Command::Show { file } => show::run(&session, file),
         Command::Check(args) => check::run(&session, args),
-        Command::Apply(args) => apply::run(&session, args, Mode::Apply),
-        Command::Replace(args) => apply::run(&session, args, Mode::Replace),
+        Command::Apply(args) => apply::apply(&session, args),
+        Command::Replace(args) => apply::replace(&session, args),
         Command::Revert(args) => revert::run(&session, &session.host()?, args),
         Command::Blocking(args) => blocking::run(&session, args),
         Command::Nudge(args) => nudge::run(&session, &session.host()?, args),
