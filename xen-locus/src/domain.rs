@@ -294,8 +294,11 @@ impl Machine for Domain<'_> {
         &self.cache
     }
 
+    fn check_changes(&self) -> Result<()> {
+        Ok(self.control.check_changes(&self.info)?)
+    }
+
     fn begin(&self, change: &Change) -> Result<()> {
-        self.control.check_changes(&self.info)?;
         locus_xen::set_guest_may_be_changed();
         self.ended.set(false);
         self.journal.begin(&Intent {
@@ -322,7 +325,7 @@ impl Machine for Domain<'_> {
     }
 
     fn guard(&self, spots: &[Spot]) -> Result<Box<dyn Guard + '_>> {
-        self.control.check_changes(&self.info)?;
+        self.check_changes()?;
         let calls = PauseCalls::new(self.control, &self.info, &guard::frames(spots))?;
         Ok(Box::new(Guarded::start(calls, &self.watched_run(spots))?))
     }

@@ -13,6 +13,11 @@ use crate::storage::journal::Change;
 pub trait Machine: Live + PagesMut {
     /// Where what is read of its kernel is stored between runs.
     fn cache(&self) -> &dyn KernelCache;
+    /// Checks that guests can be changed on this host. It is asked before a change and in a dry run.
+    ///
+    /// # Errors
+    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): they can't.
+    fn check_changes(&self) -> Result<()>;
     /// Notes, durably, what is about to be done.
     ///
     /// # Errors

@@ -103,6 +103,7 @@ fn apply_once(
         watch_of(&ready.plan, options)?;
         let pages = (ready.first, ready.layout.rights.len());
         arena.check_memory(machine, kernel.kind, pages)?;
+        check_host(machine)?;
     }
     let ready = match ready {
         Readiness::Ready(ready) if !options.dry_run => ready,
@@ -165,6 +166,7 @@ fn revert_once(
     let functions = resident.record.functions.len();
     let plan = plan::undo(kernel, &stack, resident)?;
     watch_of(&plan, options)?;
+    check_host(machine)?;
     if options.dry_run {
         return Ok(report(
             name,
@@ -198,12 +200,23 @@ fn revert_once(
 /// Notes, durably, what is about to be done.
 ///
 /// # Errors
-/// [`Class::TryAgain`](crate::error::Class::TryAgain): what is written to the guest now may be lost. Or it can't be noted.
+/// As [`check_host`]; or it can't be noted.
 pub(crate) fn begin(machine: &dyn Machine, change: &Change) -> Result<()> {
-    if machine.is_log_dirty()? {
-        return Err(write::is_log_dirty());
-    }
+    check_host(machine)?;
     machine.begin(change)
+}
+
+/// Checks that the guest can be changed now, as far as its host tells. It only reads, so a dry run asks it too.
+///
+/// # Errors
+/// As [`Machine::check_changes`]; [`Class::TryAgain`](crate::error::Class::TryAgain): what is written to the guest now may be
+/// lost.
+pub(crate) fn check_host(machine: &dyn Machine) -> Result<()> {
+    machine.check_changes()?;
+    match machine.is_log_dirty()? {
+        true => Err(write::is_log_dirty()),
+        false => Ok(()),
+    }
 }
 
 /// Closes the journal, unless the guest's directory still shows a change as under way.
@@ -239,6 +252,7 @@ pub fn revert_all(
             let functions = resident.record.functions.len();
             plan::undo_once_on_top(kernel, &stack, resident)
                 .and_then(|plan| watch_of(&plan, options).map(|_| ()))
+                .and_then(|()| check_host(machine))
                 .map(|()| report(name, Outcome::WouldRevert, functions, Done::default()))
         } else {
             revert(machine, kernel, name, options)

@@ -18,7 +18,7 @@ use locus_payload::testelf::{Spec, R_64, VARS};
 use locus_payload::Payload;
 
 use super::{Guard, Machine, Paused, Writing};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::guard::Spot;
 use crate::storage::journal::{Change, Intent};
 use crate::storage::mock::Trace;
@@ -82,6 +82,8 @@ pub(crate) struct Guest {
     pub(crate) writing: Cell<Writing>,
     /// Xen logs only the pages that it makes dirty itself.
     pub(crate) log_dirty: Cell<bool>,
+    /// Its host is none on which guests can be changed.
+    pub(crate) has_strange_host: Cell<bool>,
     /// What happens in the guest right before it is paused, the first time, the second time, and so on.
     pub(crate) meanwhile: RefCell<VecDeque<Meanwhile>>,
     /// Calls: `begin`.
@@ -149,6 +151,7 @@ impl Guest {
             spare: Cell::new(240),
             writing: Cell::new(Writing::Begins),
             log_dirty: Cell::new(false),
+            has_strange_host: Cell::new(false),
             meanwhile: RefCell::default(),
             trace: Trace::default(),
             pause_takes: Cell::default(),
@@ -388,6 +391,13 @@ impl Live for Guest {
 impl Machine for Guest {
     fn cache(&self) -> &dyn KernelCache {
         &NoCache
+    }
+
+    fn check_changes(&self) -> Result<()> {
+        match self.has_strange_host.get() {
+            true => Err(Error::not_applicable("a Xen that is not known")),
+            false => Ok(()),
+        }
     }
 
     fn begin(&self, change: &Change) -> Result<()> {

@@ -71,6 +71,7 @@ pub fn nudge(
         return Ok(nudged(asleep, 0, Outcome::NobodyAsleep, Done::default()));
     }
     let gate = Gate::prepare(kernel, patch, &threads)?;
+    apply::check_host(machine)?;
     if options.dry_run {
         return Ok(nudged(asleep, 0, Outcome::WouldNudge, Done::default()));
     }

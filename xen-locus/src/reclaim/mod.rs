@@ -246,6 +246,7 @@ impl Reclaiming<'_, '_> {
                 Known::Listed => self.plan(self.kernel, resident, Users::Go).map(|_| ()),
                 Known::Never | Known::Removed => Ok(()),
             };
+            let would = would.and_then(|()| apply::check_host(self.machine));
             let would_go = would.is_ok();
             candidates.is_gone(n, would)?;
             if would_go {

@@ -409,6 +409,29 @@ fn a_static_key_that_is_switched_during_the_wait_is_seen_in_the_pause() {
 }
 
 #[test]
+fn a_dry_run_asks_the_host_too() {
+    type Change = fn(&Guest);
+    let cases: [(Change, ExitCode); 2] = [
+        (|g| g.has_strange_host.set(true), ExitCode::NotApplicable),
+        (|g| g.log_dirty.set(true), ExitCode::TryAgain),
+    ];
+    for (change, code) in cases {
+        let guest = patched();
+        change(&guest);
+        let (kernel, options) = (guest.kernel(), options(true));
+        let two = payload("two", &[A]);
+        let refused = [
+            apply(&guest, &kernel, &two, Mode::Apply, &options).unwrap_err(),
+            revert(&guest, &kernel, "one", &options).unwrap_err(),
+            guest.revert_all(true).remove(0).1.unwrap_err(),
+        ];
+        for error in refused {
+            assert_eq!(error.exit_code(), code, "{error}");
+        }
+    }
+}
+
+#[test]
 fn what_xen_would_not_see_is_not_written() {
     let words = ["moved to another host as it runs"];
     for (what, action) in ACTIONS {
