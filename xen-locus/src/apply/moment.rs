@@ -1,6 +1,5 @@
 //! The moment of a change: repeats the steps until no thread is in the way, and makes the writes in the pause.
 
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use locus_guest as guest;
@@ -192,7 +191,8 @@ pub fn blocking(
     let guard = machine.guard(&[])?;
     let mut tasks = GuestTasks::new(kernel, watch)?;
     let mut wait = Wait::default();
-    while began.elapsed() < options.timeout && !options.interrupted.load(Ordering::SeqCst) {
+    loop {
+        options.check_interrupted()?;
         tasks.list()?.scan_off_cpu()?.clear_by_unwind()?;
         guard.hold()?;
         let (verdict, _ready, paused) = last_look(&*guard, &mut tasks, true, options)?;
@@ -200,10 +200,12 @@ pub fn blocking(
         if let Some(blockers) = verdict.blockers(kernel) {
             return Ok(blockers);
         }
+        if began.elapsed() + wait.0 >= options.timeout {
+            break;
+        }
         // Else a guest that can't be looked at would be paused all the time.
         wait.pass();
     }
-    options.check_interrupted()?;
     Err(Error::try_again(format!(
         "the guest's tasks could not be looked at in {} ms with pauses of at most {} ms: it starts \
          new ones all the time, or has too many; nothing was changed",

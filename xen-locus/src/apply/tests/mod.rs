@@ -446,6 +446,22 @@ fn before_each_attempt_it_is_asked_whether_the_guest_s_memory_is_still_its_own()
 }
 
 #[test]
+fn a_look_at_threads_is_tried_once_even_without_time() {
+    let guest = busy_guest();
+    let kernel = guest.kernel();
+    let (name, at) = FUNCTIONS[A];
+    let range = locus_guest::addr::Range::new(Gva(at), 0x20);
+    let watched = crate::quiesce::Watched::new(range, name);
+    let watch = crate::quiesce::Watch::of(vec![watched]);
+    let found = super::blocking(&guest, &kernel, &watch, &options(false)).unwrap();
+    assert_eq!(found.len(), 1, "{found:?}");
+    // A look that takes too long is not repeated then.
+    guest.pause_takes.set(Duration::from_secs(1));
+    let error = super::blocking(&guest, &kernel, &watch, &options(false)).unwrap_err();
+    assert_eq!(error.exit_code(), ExitCode::TryAgain, "{error}");
+}
+
+#[test]
 fn frames_that_the_page_tables_no_longer_lead_to_are_not_held() {
     let guest = busy_guest();
     guest.attempts_left.set(10);
