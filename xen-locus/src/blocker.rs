@@ -1,5 +1,7 @@
 //! A thread that blocks a change, and the reason.
 
+use std::collections::HashSet;
+
 use serde::Serialize;
 
 /// Why a thread blocks a change, in the kernel's vocabulary (kernel/livepatch/transition.c).
@@ -40,4 +42,11 @@ pub struct Blocker {
     pub function: String,
     /// Offset of the address found, from the function's start.
     pub offset: u64,
+}
+
+/// Number of threads: one thread may be in several functions.
+#[must_use]
+pub fn threads(blockers: &[Blocker]) -> usize {
+    let ids: HashSet<_> = blockers.iter().map(|b| (b.pid, &b.comm)).collect();
+    ids.len()
 }

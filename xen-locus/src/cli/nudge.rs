@@ -7,7 +7,9 @@ use super::args::{Nudge, Output};
 use super::blocking::PayloadOrPatch;
 use super::{guest, out, Session};
 use crate::arena::Arena;
+use crate::blocker::threads;
 use crate::error::{ExitCode, Result};
+use crate::nudge::Nudged;
 use crate::ops;
 use crate::ops::host::Host;
 use crate::ops::operator;
@@ -59,14 +61,44 @@ pub fn run(session: &Session, host: &Host, args: &Nudge) -> anyhow::Result<ExitC
     match nudged.filter(|n| !n.asleep.is_empty()) {
         None => out::line(&format!("{label}: no thread sleeps in the way of {name}")),
         Some(nudged) => {
-            out::line(&format!(
-                "{label}: woke {} of {} (paused {} us)",
-                nudged.woken,
-                say::count(nudged.asleep.len(), "sleeping thread", "sleeping threads"),
-                nudged.report.pause_us
-            ));
+            out::line(&format!("{label}: {}", woke(&nudged)));
             out::text(&out::blockers(&nudged.asleep));
         }
     }
     Ok(ExitCode::Done)
+}
+
+/// What was done to the threads that sleep in the way. One of them may be in several functions.
+fn woke(nudged: &Nudged) -> String {
+    let asleep = threads(&nudged.asleep);
+    format!(
+        "woke {} of {} (paused {} us)",
+        nudged.woken,
+        say::count(asleep, "sleeping thread", "sleeping threads"),
+        nudged.report.pause_us
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::apply::{nothing_to_do, Outcome};
+    use crate::blocker::{Blocker, Reason};
+
+    #[test]
+    fn a_thread_in_two_functions_is_one_thread() {
+        let asleep = ["outer", "inner"].map(|function| Blocker {
+            pid: 7,
+            comm: "sleeper".into(),
+            reason: Reason::SleepingOn,
+            function: function.into(),
+            offset: 0,
+        });
+        let nudged = Nudged {
+            asleep: asleep.into(),
+            woken: 1,
+            report: nothing_to_do("one", Outcome::Nudged),
+        };
+        assert_eq!(woke(&nudged), "woke 1 of 1 sleeping thread (paused 0 us)");
+    }
 }

@@ -1,6 +1,5 @@
 #![doc = include_str!("manual/status.md")]
 
-use std::collections::HashSet;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -14,7 +13,7 @@ use super::guest::{self, Guest};
 use super::{out, Session};
 use crate::apply::{self, Options};
 use crate::arena::{Arena, Usage};
-use crate::blocker::Blocker;
+use crate::blocker::{threads, Blocker};
 use crate::domain::Domain;
 use crate::error::{ExitCode, Result};
 use crate::machine;
@@ -159,12 +158,6 @@ fn table(statuses: &[GuestStatus]) {
         return;
     }
     out::table(["Domain", "Patch", "State", "Functions", "CVEs"], &rows);
-}
-
-/// Number of threads: one thread may be in several functions.
-fn threads(blockers: &[Blocker]) -> usize {
-    let ids: HashSet<_> = blockers.iter().map(|b| (b.pid, &b.comm)).collect();
-    ids.len()
 }
 
 /// A function, and the patch that covers it.
