@@ -49,8 +49,6 @@ pub enum Finding {
     Undone,
     /// The guest that it worked on is another now, or not on this host.
     Gone,
-    /// It took place in part, and could not be taken back.
-    Uncertain,
 }
 
 impl Finding {
@@ -62,7 +60,6 @@ impl Finding {
             Finding::Finished => "finished",
             Finding::Undone => "undone",
             Finding::Gone => "gone",
-            Finding::Uncertain => "uncertain",
         }
     }
 }

@@ -7,7 +7,6 @@ use super::{guest, out, Session};
 use crate::error::{Error, ExitCode};
 use crate::ops::operator;
 use crate::ops::recover_all::{self, Recovered};
-use crate::recover::Finding;
 use crate::say;
 
 /// The result for one guest, as JSON.
@@ -26,7 +25,6 @@ fn json(found: &Recovered) -> Value {
 
 fn code(found: &Recovered) -> ExitCode {
     match &found.result {
-        Ok(report) if report.result == Finding::Uncertain => ExitCode::Uncertain,
         Ok(_) => ExitCode::Done,
         Err(error) => error.exit_code(),
     }
