@@ -33,7 +33,7 @@ const VERSION: &str = if cfg!(feature = "faults") {
     rolled back and verified; 6 uncertain, run recover; 64 usage."
 )]
 pub struct Cli {
-    /// Print more messages on stderr (repeat for more)
+    /// Print more messages on stderr
     #[arg(short, long, global = true, action = ArgAction::Count)]
     pub verbose: u8,
     /// Change nothing: of a command that changes guests, check and link only (refused by recover and daemon)
@@ -272,7 +272,7 @@ pub struct View {
     /// Loaded modules, in the order of /proc/modules
     #[arg(long)]
     pub modules: bool,
-    /// A type as C, with offsets and sizes: struct NAME, union NAME, enum NAME, a typedef or a function
+    /// A type as C, with offsets and sizes: struct NAME, union NAME, enum NAME; a typedef, a function, a variable, a basic type
     #[arg(long = "type", value_name = "NAME")]
     pub type_name: Option<String>,
     /// Raw bytes from the guest, on stdout: btf, btf:MODULE, notes, text, vmcoreinfo
@@ -349,11 +349,12 @@ pub struct Revert {
 /// Whether old and new versions may run at the same time.
 #[derive(Clone, Debug, Args)]
 pub struct Consistency {
-    /// Do not wait: threads already inside finish in the version they entered
+    /// Do not wait for threads inside: they finish in the version they entered
     ///
-    /// For threads that never leave. Only the place where threads enter a function is changed. Refused
-    /// unless the payload's author says, by MODULE_INFO(entry_only, "Y"), that both versions may run at
-    /// the same time. `status` shows how many threads are still in the old versions.
+    /// For threads that never leave. Only the place where threads enter a function is changed, and only
+    /// a thread at these bytes is waited for. Refused unless the payload's author says, by
+    /// MODULE_INFO(entry_only, "Y"), that both versions may run at the same time. After `apply`, `status`
+    /// shows how many threads are still in the old versions.
     #[arg(long)]
     pub entry_only: bool,
 }
@@ -373,8 +374,8 @@ pub struct Recover {
 pub struct TimeLimits {
     /// No new attempt begins after this time, such as 30s or 500ms
     ///
-    /// At least one attempt is made, also with 0s. What reads the guest before and between attempts is not cut short, so a
-    /// command may end later.
+    /// At least one attempt is made, also with 0s. But none is made if another run holds the guest's lock all this time. What
+    /// reads the guest before and between attempts is not cut short, so a command may end later.
     // A hyphen: else clap says what it makes of "-1s".
     #[arg(long, default_value = "30s", value_parser = duration, allow_hyphen_values = true)]
     pub timeout: Duration,
