@@ -6,6 +6,7 @@ use serde_json::json;
 use super::args::{Nudge, Output};
 use super::blocking::PayloadOrPatch;
 use super::{guest, out, Session};
+use crate::apply::Outcome;
 use crate::arena::Arena;
 use crate::blocker::threads;
 use crate::error::{ExitCode, Result};
@@ -71,18 +72,23 @@ pub fn run(session: &Session, host: &Host, args: &Nudge) -> anyhow::Result<ExitC
 /// What was done to the threads that sleep in the way. One of them may be in several functions.
 fn woke(nudged: &Nudged) -> String {
     let asleep = threads(&nudged.asleep);
-    format!(
-        "woke {} of {} (paused {} us)",
-        nudged.woken,
-        say::count(asleep, "sleeping thread", "sleeping threads"),
-        nudged.report.pause_us
-    )
+    let asleep = say::count(asleep, "sleeping thread", "sleeping threads");
+    match nudged.report.result {
+        Outcome::WouldNudge => format!("would wake {asleep}"),
+        Outcome::NobodyAsleep => {
+            format!("none of {asleep} can be woken, because they are kernel threads")
+        }
+        _ => format!(
+            "woke {} of {asleep} (paused {} us)",
+            nudged.woken, nudged.report.pause_us
+        ),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::apply::{nothing_to_do, Outcome};
+    use crate::apply::nothing_to_do;
     use crate::blocker::{Blocker, Reason};
 
     #[test]
@@ -94,11 +100,18 @@ mod tests {
             function: function.into(),
             offset: 0,
         });
-        let nudged = Nudged {
-            asleep: asleep.into(),
-            woken: 1,
-            report: nothing_to_do("one", Outcome::Nudged),
+        let said = |outcome| {
+            woke(&Nudged {
+                asleep: asleep.clone().into(),
+                woken: 1,
+                report: nothing_to_do("one", outcome),
+            })
         };
-        assert_eq!(woke(&nudged), "woke 1 of 1 sleeping thread (paused 0 us)");
+        assert_eq!(
+            said(Outcome::Nudged),
+            "woke 1 of 1 sleeping thread (paused 0 us)"
+        );
+        assert_eq!(said(Outcome::WouldNudge), "would wake 1 sleeping thread");
+        assert!(said(Outcome::NobodyAsleep).contains("can be woken"));
     }
 }
