@@ -130,17 +130,6 @@ impl Budget {
     }
 }
 
-/// What was read, or `None` if it can't be read: the guest has nothing there. A spent budget says nothing about the guest.
-///
-/// # Errors
-/// [`Error::Exhausted`].
-pub fn if_readable<T>(read: Result<T, Error>) -> Result<Option<T>, Error> {
-    match read {
-        Err(Error::Exhausted) => Err(Error::Exhausted),
-        read => Ok(read.ok()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,8 +1,7 @@
 //! The guest's CPUs: the task that each one runs, how often it switched, and its own stacks.
 
 use locus_guest::addr::{Gva, Range};
-use locus_guest::budget::if_readable;
-use locus_guest::space::{Pin, Space};
+use locus_guest::space::{if_mapped, Pin, Space};
 use locus_guest::{Vcpu, Window};
 use locus_kernel::tasks;
 use locus_kernel::unwind::stack::CpuStacks;
@@ -14,7 +13,7 @@ use crate::error::Result;
 pub(super) struct Cpu {
     /// Base of its per-CPU area: what its GS base is while it is in the kernel.
     base: u64,
-    /// Its pointer to the running task; `None` if the kernel has none that is known, or the CPU no memory.
+    /// Its pointer to the running task; `None` if the kernel has none that is known, or maps none for this CPU.
     current: Option<Pin>,
     /// `rq->nr_switches`: how often it switched between tasks (kernel/sched/core.c: `__schedule`).
     switches: Option<Pin>,
@@ -61,13 +60,13 @@ impl Cpus {
         let mut all = Vec::with_capacity(bases.len());
         for base in bases {
             let pin = |at: Option<Gva>| match at {
-                Some(at) => if_readable(space.pin(tasks::percpu(at, base))),
+                Some(at) => if_mapped(space.pin(tasks::percpu(at, base))),
                 None => Ok(None),
             };
             let mut stacks = Vec::new();
             for (_, range) in own_stacks.of_cpu(space, base)? {
                 let frames = space.frames(range.start, range.len());
-                let window = if_readable(frames.and_then(|frames| space.map(&frames)))?;
+                let window = if_mapped(frames.and_then(|frames| space.map(&frames)))?;
                 stacks.extend(window.map(|window| (range, window)));
             }
             all.push(Cpu {
@@ -82,7 +81,7 @@ impl Cpus {
     }
 
     /// How often each CPU switched between tasks; empty if the kernel does not say. A CPU without
-    /// memory of its own never ran, and is left out.
+    /// a counter is left out: [`Cpus::all_count_switches`].
     pub(super) fn count_switches(&self) -> Result<Vec<u64>> {
         let pins = self.all.iter().filter_map(|cpu| cpu.switches.as_ref());
         Ok(pins.map(Pin::u64).collect::<std::result::Result<_, _>>()?)

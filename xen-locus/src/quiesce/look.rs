@@ -127,7 +127,9 @@ impl Scope<'_> {
         switches: &[u64],
         thorough: bool,
     ) -> Result<Option<Scope<'b>>> {
-        if !switches.is_empty() && switches == baseline.cpu_switches {
+        // What a CPU without a counter did is not known.
+        let known = !switches.is_empty() && tasks.cpus.all_count_switches();
+        if known && switches == baseline.cpu_switches {
             return Ok(Some(Scope::NotCleared));
         }
         if let Some(counters) = &baseline.counters {

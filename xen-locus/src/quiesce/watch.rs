@@ -90,18 +90,16 @@ impl Watch {
     /// real return address is not on its stack.
     ///
     /// # Errors
-    /// The guest's budget is spent.
+    /// The code behind a range can't be read, or the guest's budget is spent.
     pub fn new(kernel: &Kernel<'_>, mut ranges: Vec<Watched>) -> Result<Watch> {
         let space = kernel.space.fresh();
         space.budget().spend(UNITS * ranges.len() as u64)?;
         for Watched { range, .. } in &mut ranges {
             // The byte behind the range begins the next function, and the address of that may well be on a stack.
-            if range.len() > 0 && !unwind::ends_call(&space, range.end) {
+            if range.len() > 0 && !unwind::ends_call(&space, range.end)? {
                 range.end = Gva(range.end.0 - 1);
             }
         }
-        // Code that could not be read for want of budget counts as no call. So what is found is worth nothing then.
-        space.budget().check()?;
         // A hidden return address is replaced by the address of the trampoline's first byte.
         ranges.extend(unwind::hiding(kernel).map(|(name, range)| Watched::whole(range, name)));
         Ok(Watch::of(ranges))

@@ -3,11 +3,10 @@
 use std::collections::HashSet;
 
 use locus_guest::addr::{Frame, Gva, Range, PAGE_SIZE};
-use locus_guest::space::Space;
+use locus_guest::space::{if_mapped, Space};
 use locus_kernel::modules::ModuleReader;
 use locus_kernel::Kernel;
 
-use super::stacks::if_mapped;
 use crate::error::Result;
 
 /// Where the kernel's image is mapped (`__START_KERNEL_map`).

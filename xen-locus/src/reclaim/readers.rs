@@ -9,12 +9,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use locus_guest::addr::{Gva, Range};
+use locus_guest::space::if_mapped;
 use locus_guest::Vcpu;
 use locus_kernel::tasks::{self, Task};
 use locus_kernel::Kernel;
 
 use super::check_interrupted;
-use super::stacks::if_mapped;
 use crate::apply::Options;
 use crate::error::{Error, Result};
 use crate::machine::Machine;

@@ -16,13 +16,13 @@ use std::collections::HashSet;
 
 use locus_guest::addr::{Frame, Gva, Range, PAGE_LEN, PAGE_SIZE};
 use locus_guest::budget::Budget;
-use locus_guest::space::Space;
+use locus_guest::space::{if_mapped, Space};
 use locus_guest::{self as guest, fetch};
 use locus_kernel::Kernel;
 
 use super::code_frames::{code_frames, IMAGE};
 use super::page_types::Pages;
-use super::stacks::{if_mapped, Stacks};
+use super::stacks::Stacks;
 use super::{check_interrupted, pages_of};
 use crate::apply::Options;
 use crate::arena::record::MODULE;

@@ -3,9 +3,8 @@
 use std::collections::HashSet;
 
 use locus_guest::addr::{Frame, Gva, Range};
-use locus_guest::budget::if_readable;
-use locus_guest::space::Space;
-use locus_guest::{self as guest, Vcpu};
+use locus_guest::space::{if_mapped, Space};
+use locus_guest::Vcpu;
 use locus_kernel::tasks::{self, TaskLayout};
 use locus_kernel::unwind::stack::CpuStacks;
 use locus_kernel::Kernel;
@@ -86,18 +85,6 @@ impl Stacks {
     }
 }
 
-/// What was read, or `None` if the guest has nothing there. That something could not be mapped says nothing about the guest.
-///
-/// # Errors
-/// It can't be read for another reason.
-pub(super) fn if_mapped<T>(read: std::result::Result<T, guest::Error>) -> Result<Option<T>> {
-    match read {
-        Ok(found) => Ok(Some(found)),
-        Err(guest::Error::NotMapped { .. }) => Ok(None),
-        Err(error) => Err(error.into()),
-    }
-}
-
 /// What is live of a stack whose pointer is `sp`; all of it if that is elsewhere.
 fn live_part(range: Range, sp: Gva) -> Range {
     let start = match range.contains(sp) {
@@ -143,9 +130,9 @@ impl Caches {
     ) -> impl Iterator<Item = Result<Gva>> + 's {
         let read = move |n| {
             let at = tasks::percpu(self.pointers, base).plus(8 * n);
-            let area = if_readable(space.read_u64(at))?;
+            let area = if_mapped(space.read_u64(at))?;
             let start = area.map(|area| space.read_u64(Gva(area).plus(self.start)));
-            let start = if_readable(start.transpose())?.flatten();
+            let start = if_mapped(start.transpose())?.flatten();
             Ok(start.filter(|&start| start != 0).map(Gva))
         };
         (0..self.count).filter_map(move |n| read(n).transpose())

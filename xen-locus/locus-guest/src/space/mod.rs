@@ -2,7 +2,7 @@
 //!
 //! | file | subject |
 //! |---|---|
-//! | `mod.rs` | [`Space`]: how one is made, and reads of bytes, words and strings |
+//! | `mod.rs` | [`Space`]: how one is made, and reads of bytes, words and strings; [`if_mapped`] |
 //! | `walk.rs` | one page-table walk: from an address to an entry, a [`Leaf`], or frames |
 //! | `regions.rs` | all mapped ranges and their rights ([`Region`]) |
 //! | `windows.rs` | mapped pages that are remembered, and places that stay mapped ([`Pin`]) |
@@ -59,6 +59,19 @@ pub const BATCH: usize = 512;
 const SPARE_MIN: usize = 1 << 20;
 /// Longest read in one piece, in bytes.
 const READ_MAX: usize = 64 << 20;
+
+/// What was read, or `None` if the guest's page tables map nothing there. A spent budget, or a page that could not be mapped
+/// into this process, says nothing about the guest.
+///
+/// # Errors
+/// It can't be read for another reason.
+pub fn if_mapped<T>(read: Result<T, Error>) -> Result<Option<T>, Error> {
+    match read {
+        Ok(found) => Ok(Some(found)),
+        Err(Error::NotMapped { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
 
 /// The address space below one page-table root.
 pub struct Space<'m> {

@@ -1,8 +1,7 @@
 //! Per-CPU variables: where each CPU has its own, and some that tell of tasks.
 
 use locus_guest::addr::Gva;
-use locus_guest::budget::if_readable;
-use locus_guest::space::Space;
+use locus_guest::space::{if_mapped, Space};
 
 use super::CPUS_MAX;
 use crate::{Error, Kernel};
@@ -45,7 +44,7 @@ pub(super) fn idle(kernel: &Kernel<'_>, space: &Space<'_>) -> Result<Vec<Gva>, E
     let mut found = Vec::new();
     for base in percpu_bases(kernel, space)? {
         // A possible CPU that was never brought up has no area, or no idle task.
-        match if_readable(space.read_u64(percpu(pointer, base)))? {
+        match if_mapped(space.read_u64(percpu(pointer, base)))? {
             None | Some(0) => {}
             Some(task) => found.push(Gva(task)),
         }

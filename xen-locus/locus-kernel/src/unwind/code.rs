@@ -5,8 +5,9 @@ use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::HashMap;
 
 use iced_x86::{Decoder, DecoderOptions, Mnemonic};
+use locus_guest as guest;
 use locus_guest::addr::{Gva, Range};
-use locus_guest::space::Space;
+use locus_guest::space::{if_mapped, Space};
 
 use crate::modules::{Module, ModuleReader};
 use crate::orc::{OrcRow, OrcRows};
@@ -173,7 +174,8 @@ impl<'k, 'm> CodeMap<'k, 'm> {
         if let Some(&known) = self.known.borrow().get(&at) {
             return known;
         }
-        let is = ends_call(&self.space, at);
+        // A walk through code that can't be read is not reliable.
+        let is = ends_call(&self.space, at).unwrap_or(false);
         let mut known = self.known.borrow_mut();
         if known.len() >= KNOWN_MAX {
             known.clear();
@@ -220,17 +222,22 @@ impl<'k, 'm> CodeMap<'k, 'm> {
 }
 
 /// Whether the instruction that ends right before the guest virtual address `at` can be a near
-/// `call`, so that `at` can be a return address. False if the code can't be read.
-pub fn ends_call(space: &Space<'_>, at: Gva) -> bool {
+/// `call`, so that `at` can be a return address. False where no code is mapped.
+///
+/// # Errors
+/// The code is mapped and can't be read.
+pub fn ends_call(space: &Space<'_>, at: Gva) -> Result<bool, guest::Error> {
     let mut bytes = [0; CALL_MAX];
     // Less than the longest, if the call is among the first bytes of what is mapped.
-    let len = (CALL_MIN..=CALL_MAX).rev().find(|&len| {
+    for len in (CALL_MIN..=CALL_MAX).rev() {
         let start = Gva(at.0.wrapping_sub(len as u64));
-        let part = bytes.get_mut(CALL_MAX - len..);
-        part.is_some_and(|part| space.read(start, part).is_ok())
-    });
-    let Some(len) = len else { return false };
-    (CALL_MIN..=len).any(|len| bytes.get(CALL_MAX - len..).is_some_and(is_call))
+        let part = bytes.get_mut(CALL_MAX - len..).unwrap_or_default();
+        if if_mapped(space.read(start, part))?.is_some() {
+            let ends = |len: usize| bytes.get(CALL_MAX - len..).is_some_and(is_call);
+            return Ok((CALL_MIN..=len).any(ends));
+        }
+    }
+    Ok(false)
 }
 
 /// Whether all of `code` is one near `call`.

@@ -1,8 +1,7 @@
 //! The stacks that a thread of execution can be on: that of its task, and those of its CPU.
 
 use locus_guest::addr::{Gva, Range, PAGE_SIZE};
-use locus_guest::budget::if_readable;
-use locus_guest::space::Space;
+use locus_guest::space::{if_mapped, Space};
 use locus_guest::{self as guest, fetch, Window};
 
 use crate::tasks::percpu;
@@ -186,7 +185,7 @@ impl CpuStacks {
     /// [`Error::Memory`]: the guest's budget is spent.
     pub fn of_cpu(&self, space: &Space<'_>, base: u64) -> Result<Vec<(StackKind, Range)>, Error> {
         let pointer = |symbol: Gva| {
-            let at = if_readable(space.read_u64(percpu(symbol, base)))?;
+            let at = if_mapped(space.read_u64(percpu(symbol, base)))?;
             Ok::<_, Error>(at.filter(|&at| at != 0))
         };
         let mut found = Vec::new();

@@ -6,8 +6,7 @@
 use std::collections::HashMap;
 
 use locus_guest::addr::Gva;
-use locus_guest::budget::if_readable;
-use locus_guest::space::Space;
+use locus_guest::space::{if_mapped, Space};
 use locus_guest::Vcpu;
 
 use super::stack::{CpuStacks, Stack, StackCopy, StackKind};
@@ -74,7 +73,7 @@ fn running<'l>(kernel: &Kernel<'_>, vcpus: &'l [Vcpu]) -> Result<Running<'l>, Er
     }
     let space = kernel.space.fresh();
     for base in tasks::percpu_bases(kernel, &space)? {
-        let task = if_readable(space.read_u64(tasks::percpu(current, base)))?;
+        let task = if_mapped(space.read_u64(tasks::percpu(current, base)))?;
         if let (Some(task), Some(vcpu)) = (task, by_base.get(&base)) {
             found.entry(Gva(task)).or_insert((vcpu, base));
         }

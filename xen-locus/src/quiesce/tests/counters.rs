@@ -209,3 +209,33 @@ fn a_task_born_after_the_snapshot_is_asked_too() {
         assert_eq!(guest.look(steps), [42]);
     });
 }
+
+#[test]
+fn what_ran_on_a_cpu_without_a_counter_is_asked() {
+    with_guest(|guest, steps| {
+        guest.enter(42, false);
+        guest.world.unmap(Gva(PERCPU[1]).plus(0x1000));
+        let space = guest.kernel.space.fresh();
+        steps.tasks.cpus.list(guest.kernel, &space).unwrap();
+        assert_eq!(blocked(steps.scan_off_cpu().unwrap()), NOBODY);
+        // It ran there, and no other CPU switched.
+        guest.enter(1, true);
+        guest.switched(1, 1);
+        assert_eq!(guest.look(steps), [1]);
+    });
+}
+
+#[test]
+fn a_cpu_whose_memory_can_not_be_mapped_is_no_cpu_without_memory() {
+    with_guest(|guest, steps| {
+        let area = Gva(PERCPU[1]).plus(0x1000);
+        let frame = guest.kernel.space.walk(area).unwrap().frame;
+        guest.world.memory.take(frame);
+        let space = guest.kernel.space.fresh();
+        let error = steps.tasks.cpus.list(guest.kernel, &space).unwrap_err();
+        assert!(error.to_string().contains("cannot be mapped"), "{error}");
+        // Nor has it no idle task.
+        let layout = TaskLayout::of(guest.kernel).unwrap();
+        layout.all(guest.kernel, &space).unwrap_err();
+    });
+}

@@ -94,6 +94,17 @@ fn one_past_the_end_is_a_hit_only_behind_a_call() {
 }
 
 #[test]
+fn code_that_can_not_be_mapped_does_not_make_a_range_shorter() {
+    let world = World::new(GuestType::Pvh);
+    let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
+    let frame = kernel.space.walk(PATCHED).unwrap().frame;
+    world.memory.take(frame);
+    let range = Watched::new(Range::new(PATCHED, 0x10), "patched");
+    let error = Watch::new(&kernel, vec![range]).unwrap_err();
+    assert!(error.to_string().contains("cannot be mapped"), "{error}");
+}
+
+#[test]
 fn without_budget_no_watch_is_made() {
     let world = World::new(GuestType::Pvh);
     let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
