@@ -245,7 +245,7 @@ fn get_ready<'t, 'k, 'm>(
     loop {
         scans += 1;
         let scanned = tasks.catch_up()?.scan_off_cpu()?;
-        let counted = scanned.snapshot_counters(|| Ok(guard.vcpus()?))?;
+        let counted = scanned.snapshot_counters()?;
         let tried = counted.try_look(&guard.vcpus()?, thorough)?;
         if scans == SCANS_MAX || !tried.is_in_vain() {
             return Ok(tried.ready());

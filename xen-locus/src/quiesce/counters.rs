@@ -9,9 +9,12 @@
 //! For that, the counters of all tasks at one moment must be known. Those of the tasks that ran recently are
 //! read at that moment. The others are read before and after: if they are equal, that is what they were. The
 //! counters of a task that is born later begin at zero.
+//!
+//! Between the two statements a switch is counted by half, and its task's own count would later hide one of another task. So
+//! nothing is concluded while a CPU may be there: while the lock of any run queue is held. Registers and stacks would say
+//! less: code may be called in between (SCHED_PROXY_EXEC, KASAN, KCSAN), and what interrupts it may be on any stack.
 
 use locus_guest::addr::Gva;
-use locus_guest::Vcpu;
 
 use super::list::GuestTasks;
 use super::task::MappedTask;
@@ -79,11 +82,10 @@ impl SwitchCounters {
     pub(super) fn at_one_moment(
         tasks: &GuestTasks<'_, '_>,
         recent: &[Gva],
-        vcpus: impl Fn() -> Result<Vec<Vcpu>>,
     ) -> Result<Option<SwitchCounters>> {
         for _ in 0..TRIES {
             let counters = SwitchCounters::read(tasks, recent)?;
-            let counting = tasks.cpus.may_be_counting(&vcpus()?);
+            let counting = tasks.cpus.may_be_counting()?;
             let after = SwitchCounters::read(tasks, recent)?;
             // Between the two no task switched, none was about to, and none was born unlisted.
             let same = counters.cpus == after.cpus && counters.tasks == after.tasks;
@@ -100,10 +102,9 @@ impl SwitchCounters {
     pub(super) fn explain(
         &self,
         tasks: &GuestTasks<'_, '_>,
-        vcpus: &[Vcpu],
         cpus: &[u64],
     ) -> Result<Option<usize>> {
-        if tasks.cpus.may_be_counting(vcpus) {
+        if tasks.cpus.may_be_counting()? {
             return Ok(None);
         }
         let mut left = total(cpus).wrapping_sub(self.cpus);

@@ -17,6 +17,8 @@ pub(super) struct Cpu {
     current: Option<Pin>,
     /// `rq->nr_switches`: how often it switched between tasks (kernel/sched/core.c: `__schedule`).
     switches: Option<Pin>,
+    /// The lock of its run queue, zero while nobody holds it. `None` if the kernel has none that is known.
+    queue_lock: Option<Pin>,
     /// Its own stacks, for interrupts and for exceptions that need one, each with a window onto it.
     pub(super) stacks: Vec<(Range, Box<dyn Window>)>,
 }
@@ -28,26 +30,13 @@ impl Cpu {
     }
 }
 
-/// All CPUs that the guest's kernel can have ([`tasks::percpu_bases`]).
+/// All CPUs that the guest's kernel can have ([`tasks::percpu_bases`]). None until [`Cpus::list`] finds them.
+#[derive(Default)]
 pub(super) struct Cpus {
     pub(super) all: Vec<Cpu>,
-    /// The code of `__schedule`; `None` if the kernel has no such symbol.
-    schedule: Option<Range>,
 }
 
 impl Cpus {
-    /// No CPU yet: [`Cpus::list`] finds them.
-    pub(super) fn new(kernel: &Kernel<'_>) -> Cpus {
-        let schedule = || {
-            let at = kernel.symbols.addr("__schedule")?;
-            Some(Range::new(at, kernel.symbols.room(at)?))
-        };
-        Cpus {
-            all: Vec::new(),
-            schedule: schedule(),
-        }
-    }
-
     /// Finds all CPUs, and maps their words and stacks.
     ///
     /// # Errors
@@ -56,6 +45,7 @@ impl Cpus {
         let own_stacks = CpuStacks::new(kernel)?;
         let current = tasks::current_symbol(kernel);
         let switches = tasks::switches_symbol(kernel);
+        let queue_lock = tasks::queue_lock_symbol(kernel);
         let bases = tasks::percpu_bases(kernel, space)?;
         let mut all = Vec::with_capacity(bases.len());
         for base in bases {
@@ -73,6 +63,7 @@ impl Cpus {
                 base,
                 current: pin(current)?,
                 switches: pin(switches)?,
+                queue_lock: pin(queue_lock)?,
                 stacks,
             });
         }
@@ -92,18 +83,16 @@ impl Cpus {
         self.all.iter().all(|cpu| cpu.switches.is_some())
     }
 
-    /// Whether a vCPU may be between the two statements of `__schedule` that count a switch.
-    pub(super) fn may_be_counting(&self, vcpus: &[Vcpu]) -> bool {
-        let Some(schedule) = self.schedule else {
-            return true;
-        };
-        // Interrupts are off in `__schedule`. What can interrupt it all the same has a stack of its own.
-        let is_own = |at: Gva| {
-            let mut stacks = self.all.iter().flat_map(|cpu| &cpu.stacks);
-            stacks.any(|(range, _)| range.contains(at))
-        };
-        let mut inside = vcpus.iter().filter(|v| v.online && !v.user);
-        inside.any(|v| schedule.contains(v.rip) || is_own(v.rsp))
+    /// Whether a CPU may be between the two statements of `__schedule` that count a switch. It holds the lock of its run
+    /// queue then, whatever interrupts it or is called in between. True if the locks can't be read.
+    pub(super) fn may_be_counting(&self) -> Result<bool> {
+        for cpu in &self.all {
+            match &cpu.queue_lock {
+                Some(lock) if lock.u32()? == 0 => {}
+                _ => return Ok(true),
+            }
+        }
+        Ok(false)
     }
 
     /// The CPU that a vCPU is, by its GS base.

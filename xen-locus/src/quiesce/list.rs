@@ -110,7 +110,7 @@ impl<'k, 'm> GuestTasks<'k, 'm> {
             births,
             known: HashMap::new(),
             groups: Vec::new(),
-            cpus: Cpus::new(kernel),
+            cpus: Cpus::default(),
             may_nest: may_nest(kernel),
             scans: 0,
             unwinder: Unwinder::default(),

@@ -123,7 +123,6 @@ impl Scope<'_> {
     fn of<'b>(
         tasks: &GuestTasks<'_, '_>,
         baseline: &'b Baseline,
-        vcpus: &[Vcpu],
         switches: &[u64],
         thorough: bool,
     ) -> Result<Option<Scope<'b>>> {
@@ -133,7 +132,7 @@ impl Scope<'_> {
             return Ok(Some(Scope::NotCleared));
         }
         if let Some(counters) = &baseline.counters {
-            if let Some(asked) = counters.explain(tasks, vcpus, switches)? {
+            if let Some(asked) = counters.explain(tasks, switches)? {
                 return Ok(Some(Scope::RanRecently(counters, asked)));
             }
         }
@@ -154,7 +153,7 @@ pub(super) fn look(
         return Ok(Verdict::TasksChanged);
     }
     let switches = tasks.cpus.count_switches()?;
-    let Some(scope) = Scope::of(tasks, baseline, vcpus, &switches, thorough)? else {
+    let Some(scope) = Scope::of(tasks, baseline, &switches, thorough)? else {
         return Ok(Verdict::TooManyRan);
     };
     let mut scan = StackScan::within(tasks, too_long);

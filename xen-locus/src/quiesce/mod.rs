@@ -28,7 +28,7 @@
 //! # use xen_locus::error::Result;
 //! # use xen_locus::quiesce::{GuestTasks, Verdict};
 //! fn steps(tasks: &mut GuestTasks<'_, '_>, read: impl Fn() -> Result<Vec<Vcpu>>) -> Result<Verdict> {
-//!     let counted = tasks.list()?.scan_off_cpu()?.snapshot_counters(&read)?;
+//!     let counted = tasks.list()?.scan_off_cpu()?.snapshot_counters()?;
 //!     let ready = counted.try_look(&read()?, false)?.ready();
 //!     // Here the guest is paused.
 //!     ready.look(&read()?, false, &|| false)
@@ -38,11 +38,10 @@
 //! Without a scan there is no snapshot of the counters:
 //!
 //! ```compile_fail,E0599
-//! # use locus_guest::Vcpu;
 //! # use xen_locus::error::Result;
 //! # use xen_locus::quiesce::GuestTasks;
-//! fn unscanned(tasks: &mut GuestTasks<'_, '_>, read: impl Fn() -> Result<Vec<Vcpu>>) -> Result<()> {
-//!     tasks.list()?.snapshot_counters(&read).map(drop)
+//! fn unscanned(tasks: &mut GuestTasks<'_, '_>) -> Result<()> {
+//!     tasks.list()?.snapshot_counters().map(drop)
 //! }
 //! ```
 //!
@@ -53,7 +52,7 @@
 //! # use xen_locus::error::Result;
 //! # use xen_locus::quiesce::GuestTasks;
 //! fn lists_in_the_pause(tasks: &mut GuestTasks<'_, '_>, vcpus: &[Vcpu]) -> Result<()> {
-//!     let counted = tasks.list()?.scan_off_cpu()?.snapshot_counters(|| Ok(vcpus.to_vec()))?;
+//!     let counted = tasks.list()?.scan_off_cpu()?.snapshot_counters()?;
 //!     let ready = counted.try_look(vcpus, false)?.ready();
 //!     tasks.catch_up()?;
 //!     ready.look(vcpus, false, &|| false).map(drop)
@@ -81,6 +80,7 @@
 //! |---|---|---|
 //! | `total_forks` | kernel/fork.c: `copy_process` | tasks were born since the list was read |
 //! | `rq->nr_switches` | kernel/sched/core.c: `__schedule` | a CPU switched between tasks |
+//! | the lock of a `struct rq` | kernel/sched/core.c: `__schedule`, before that and until the switch is made | a CPU may be between the counts of its own and of the task |
 //! | `nvcsw`, `nivcsw` of a task | kernel/sched/core.c: `__schedule`, the next statement but one | the task was switched out, by its own will or not |
 //! | `on_cpu` of a task | kernel/sched/core.c: `prepare_task`, `finish_task` | the task is on a CPU, or its registers are not saved yet |
 //! | `start_time` of a task | kernel/fork.c: `copy_process` | the memory belongs to this task still |

@@ -1,7 +1,6 @@
 //! Reads the counters of switches at one moment, right before the pause and while the guest runs.
 
 use locus_guest::addr::Gva;
-use locus_guest::Vcpu;
 
 use super::counters::{SwitchCounters, ASKED_MAX};
 use super::list::GuestTasks;
@@ -28,20 +27,16 @@ impl std::fmt::Debug for Snapshotted<'_, '_, '_> {
 }
 
 impl<'t, 'k, 'm> Scanned<'t, 'k, 'm> {
-    /// Reads the counters of switches at one moment, while the guest runs. `vcpus` reads the
-    /// registers. If there is no such moment, or too many tasks ran recently, the look has to ask
-    /// all tasks.
+    /// Reads the counters of switches at one moment, while the guest runs. If there is no such moment, or too many tasks ran
+    /// recently, the look has to ask all tasks.
     ///
     /// # Errors
-    /// Memory or registers can't be read.
-    pub fn snapshot_counters(
-        self,
-        vcpus: impl Fn() -> Result<Vec<Vcpu>>,
-    ) -> Result<Snapshotted<'t, 'k, 'm>> {
+    /// Memory can't be read.
+    pub fn snapshot_counters(self) -> Result<Snapshotted<'t, 'k, 'm>> {
         let Scanned {
             tasks, baseline, ..
         } = self;
-        let counters = snapshot(tasks, vcpus)?;
+        let counters = snapshot(tasks)?;
         Ok(Snapshotted {
             tasks,
             baseline: Baseline {
@@ -52,16 +47,13 @@ impl<'t, 'k, 'm> Scanned<'t, 'k, 'm> {
     }
 }
 
-fn snapshot(
-    tasks: &GuestTasks<'_, '_>,
-    vcpus: impl Fn() -> Result<Vec<Vcpu>>,
-) -> Result<Option<SwitchCounters>> {
+fn snapshot(tasks: &GuestTasks<'_, '_>) -> Result<Option<SwitchCounters>> {
     let recent = recently_ran(tasks);
     // If a CPU did not count, its tasks could explain what the tasks of another CPU left open.
     if recent.len() > ASKED_MAX || !tasks.cpus.all_count_switches() {
         return Ok(None);
     }
-    let counters = SwitchCounters::at_one_moment(tasks, &recent, &vcpus)?;
+    let counters = SwitchCounters::at_one_moment(tasks, &recent)?;
     let mut others_ran = false;
     for (task, known) in &tasks.known {
         if known.switches_at_scan.get() != known.switches()? && !recent.contains(task) {
@@ -70,7 +62,7 @@ fn snapshot(
         }
     }
     match counters.filter(|_| !others_ran) {
-        Some(counters) => Ok(Some(move_forward(tasks, counters, vcpus)?)),
+        Some(counters) => Ok(Some(move_forward(tasks, counters)?)),
         None => Ok(None),
     }
 }
@@ -78,11 +70,7 @@ fn snapshot(
 /// Scans those tasks again that ran since they were scanned, and moves the moment of the counters
 /// behind that. It takes as long for fifty tasks as for ten thousand, so that few tasks run between that
 /// moment and the pause. If it fails, the counters from before stay valid.
-fn move_forward(
-    tasks: &GuestTasks<'_, '_>,
-    before: SwitchCounters,
-    vcpus: impl Fn() -> Result<Vec<Vcpu>>,
-) -> Result<SwitchCounters> {
+fn move_forward(tasks: &GuestTasks<'_, '_>, before: SwitchCounters) -> Result<SwitchCounters> {
     let recent: Vec<Gva> = before.tasks.iter().map(|counter| counter.task).collect();
     let mut scan = StackScan::new(tasks);
     for known in recent.iter().filter_map(|task| tasks.known.get(task)) {
@@ -90,7 +78,7 @@ fn move_forward(
     }
     // What it found is noted with each task.
     scan.verdict();
-    match SwitchCounters::at_one_moment(tasks, &recent, vcpus)? {
+    match SwitchCounters::at_one_moment(tasks, &recent)? {
         Some(after) if before.explain_all(tasks, &after)? => Ok(after),
         _ => Ok(before),
     }

@@ -93,10 +93,16 @@ const TASK_TYPES: &[Item] = &[
             ("restart_block", "restart_block", RESTART - 8),
         ],
     ),
+    Structure("arch_spinlock_t", 4, &[("val", "int", 0)]),
+    Structure("raw_spinlock", 4, &[("raw_lock", "arch_spinlock_t", 0)]),
     Structure(
         "rq",
         16,
-        &[("nr_running", "int", 0), ("nr_switches", LONG, 8)],
+        &[
+            ("nr_running", "int", 0),
+            ("__lock", "raw_spinlock", 4),
+            ("nr_switches", LONG, 8),
+        ],
     ),
     Structure(
         "signal_struct",

@@ -17,7 +17,7 @@ use locus_guest::space::Space;
 
 pub use self::details::{DetailLayout, TaskDetail};
 use self::percpu::idle;
-pub use self::percpu::{current_symbol, percpu, percpu_bases, switches_symbol};
+pub use self::percpu::{current_symbol, percpu, percpu_bases, queue_lock_symbol, switches_symbol};
 use crate::{list, modules, Error, Kernel};
 
 /// Most tasks believed, and most elements of each of their lists.

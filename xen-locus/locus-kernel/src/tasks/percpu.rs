@@ -82,3 +82,16 @@ pub fn switches_symbol(kernel: &Kernel<'_>) -> Option<Gva> {
         .ok()?;
     Some(kernel.symbols.addr("runqueues")?.plus(offset as u64))
 }
+
+/// The per-CPU word that is zero while nobody holds the lock of the CPU's run queue (`struct rq`); an address for
+/// [`percpu`]. `None` if the kernel has none that is known, or needs no locks (one without SMP).
+///
+/// The member was `lock` until Linux kernel commit 5cb9eaa3d274 ("sched: Wrap rq::lock access") (in v5.14). With core
+/// scheduling a CPU may take the lock of another one instead (`rq_lockp`).
+#[must_use]
+pub fn queue_lock_symbol(kernel: &Kernel<'_>) -> Option<Gva> {
+    let btf = kernel.btf().ok()?;
+    let member = |path| btf.offset_of_sized("rq", path, 4).ok();
+    let offset = member("__lock.raw_lock").or_else(|| member("lock.raw_lock"))?;
+    Some(kernel.symbols.addr("runqueues")?.plus(offset as u64))
+}

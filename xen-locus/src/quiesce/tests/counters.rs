@@ -1,7 +1,5 @@
 //! Which tasks are asked after the counters were read at one moment.
 
-use std::cell::Cell;
-
 use locus_kernel::fixture_world::TASKS;
 
 use super::*;
@@ -13,9 +11,7 @@ fn counted(meanwhile: impl Fn(&Guest<'_>), test: impl FnOnce(&Guest<'_>, &mut St
         guest.enter(42, false);
         assert_eq!(blocked(steps.scan_off_cpu().unwrap()), NOBODY);
         meanwhile(guest);
-        steps
-            .snapshot_counters(|| Ok(guest.world.vcpus.clone()))
-            .unwrap();
+        steps.snapshot_counters().unwrap();
         test(guest, steps);
     });
 }
@@ -44,11 +40,10 @@ fn a_task_that_can_not_have_run_is_not_asked() {
             );
             guest.switched(43, 3);
             // A CPU that may be counting right now.
-            let mut vcpus = guest.world.vcpus.clone();
-            let vcpu = vcpus.iter_mut().find(|v| !v.user).unwrap();
-            let schedule = guest.kernel.symbols.need("__schedule").unwrap();
-            vcpu.rip = schedule.plus(5);
-            assert_eq!(blocked(steps.look(&vcpus, true, &|| false).unwrap()), [1]);
+            guest.holds(1, true);
+            assert_eq!(guest.look(steps), [1]);
+            guest.holds(1, false);
+            assert_eq!(guest.look(steps), NOBODY);
             // The memory of a task that died.
             let start = guest.task(43).addr.plus(guest.layout.start_time as u64);
             guest.poke(start, &5u64.to_le_bytes());
@@ -73,9 +68,7 @@ fn a_task_that_runs_while_counters_are_read_is_asked() {
             // The next time it is one of those that are asked first.
             guest.enter(1, false);
             steps.scan_off_cpu().unwrap();
-            steps
-                .snapshot_counters(|| Ok(guest.world.vcpus.clone()))
-                .unwrap();
+            steps.snapshot_counters().unwrap();
             guest.enter(1, true);
             guest.switched(1, 8);
             guest.cpu_switched(0, cpu + 2);
@@ -91,21 +84,40 @@ fn a_task_that_runs_while_counters_are_read_is_asked() {
     with_guest(|guest, steps| {
         guest.enter(42, false);
         steps.scan_off_cpu().unwrap();
-        let switches = Cell::new(0);
-        steps
-            .snapshot_counters(|| {
-                switches.set(switches.get() + 1);
-                guest.cpu_switched(0, switches.get());
-                guest.switched(43, switches.get());
-                Ok(guest.world.vcpus.clone())
-            })
-            .unwrap();
+        let both = |n: u64| vec![(guest.switches_of_cpu(0), n), (guest.switches_of(43), n)];
+        guest.while_counters_are_read((1..100).map(both).collect());
+        steps.snapshot_counters().unwrap();
+        let switches = u64::from(guest.events.asked.get());
+        assert!(switches > 1);
         guest.enter(1, true);
         guest.switched(1, 1);
-        guest.switched(43, switches.get() + 1);
-        guest.cpu_switched(0, switches.get() + 1);
+        guest.switched(43, switches + 1);
+        guest.cpu_switched(0, switches + 1);
         assert_eq!(guest.look(steps), [1]);
     });
+}
+
+#[test]
+fn a_switch_that_is_counted_by_half_hides_no_other_task() {
+    // What a CPU does between the two counts is not seen by its registers.
+    for half in [true, false] {
+        with_guest(|guest, steps| {
+            guest.enter(42, false);
+            steps.scan_off_cpu().unwrap();
+            // The second CPU switches from 43 to another task, and has counted that for itself.
+            guest.cpu_switched(1, 1);
+            guest.holds(1, half);
+            steps.snapshot_counters().unwrap();
+            // It counts that for 43. Task 1 ran on the first CPU, and sleeps in the function.
+            guest.holds(1, false);
+            guest.switched(43, 1);
+            guest.cpu_switched(0, 1);
+            guest.switched(1, 1);
+            guest.enter(1, true);
+            // Without the lock nothing speaks against 43.
+            assert_eq!(guest.look(steps) == [1], half, "{half}");
+        });
+    }
 }
 
 #[test]
@@ -123,9 +135,7 @@ fn a_task_that_ran_before_the_snapshot_only_is_scanned_all_the_same() {
             }
             ran(9);
             guest.enter(1, true);
-            steps
-                .snapshot_counters(|| Ok(guest.world.vcpus.clone()))
-                .unwrap();
+            steps.snapshot_counters().unwrap();
             guest.switched(43, 1);
             guest.cpu_switched(0, 10);
             // A task that ran shows it if it is asked. That it isn't found shows that it wasn't asked.
@@ -150,19 +160,18 @@ fn a_task_that_ran_until_the_snapshot_is_scanned_before_the_pause() {
             }
             guest.switched(1, 9);
             guest.cpu_switched(0, 9);
-            let asked = Cell::new(0);
-            steps
-                .snapshot_counters(|| {
-                    asked.set(asked.get() + 1);
-                    if let Some(pid) = runs.filter(|_| asked.get() == 2) {
-                        guest.enter(pid, true);
-                        guest.switched(pid, 10);
-                        guest.cpu_switched(0, if pid == 1 { 10 } else { 19 });
-                    }
-                    Ok(guest.world.vcpus.clone())
-                })
-                .unwrap();
-            assert!(asked.get() >= 2);
+            let enters = |pid| {
+                let cpu = if pid == 1 { 10 } else { 19 };
+                vec![
+                    (guest.frame_of(pid), INSIDE),
+                    (guest.switches_of(pid), 10),
+                    (guest.switches_of_cpu(0), cpu),
+                ]
+            };
+            let at_second = runs.map(enters).unwrap_or_default();
+            guest.while_counters_are_read(vec![Vec::new(), at_second]);
+            steps.snapshot_counters().unwrap();
+            assert!(guest.events.asked.get() >= 2);
             test(guest, steps);
         });
     };
@@ -195,9 +204,7 @@ fn a_task_born_after_the_snapshot_is_asked_too() {
         set(next.plus(8), before);
         steps.list().unwrap();
         assert_eq!(blocked(steps.scan_off_cpu().unwrap()), NOBODY);
-        steps
-            .snapshot_counters(|| Ok(guest.world.vcpus.clone()))
-            .unwrap();
+        steps.snapshot_counters().unwrap();
         set(before, node);
         set(next.plus(8), node);
         guest.poke(births, &78u64.to_le_bytes());
