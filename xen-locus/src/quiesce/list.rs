@@ -68,13 +68,17 @@ pub(super) enum Added {
     All,
 }
 
-/// Whether the processor that the guest sees has VMX or SVM: Xen offers these only to a guest that may run guests of its
-/// own. False for a kernel that does not say what its processor has.
+/// Whether the processor that the guest sees has VMX or SVM, or may have: Xen offers these only to a guest that may run guests
+/// of its own. True if the kernel's tables of features can't be read, or don't name them.
 pub fn may_nest(kernel: &Kernel<'_>) -> bool {
-    // X86_FEATURE_VMX, X86_FEATURE_SVM (arch/x86/include/asm/cpufeatures.h)
-    const BITS: [usize; 2] = [4 * 32 + 5, 6 * 32 + 2];
-    let cpu = Processor::read(kernel);
-    kernel.kind != GuestType::Pv && cpu.is_ok_and(|cpu| BITS.into_iter().any(|bit| cpu.has(bit)))
+    if kernel.kind == GuestType::Pv {
+        return false;
+    }
+    let Ok(cpu) = Processor::read(kernel) else {
+        return true;
+    };
+    let lacks = |name| cpu.named(name) == Some(false);
+    !lacks("vmx") || !lacks("svm")
 }
 
 impl std::fmt::Debug for GuestTasks<'_, '_> {

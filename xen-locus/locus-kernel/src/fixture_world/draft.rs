@@ -8,7 +8,7 @@ use super::types::{
     TASK_LEN, TGID, THREAD_HEAD, THREAD_NODE,
 };
 use super::{stack_at, DATA, IDLE, PATCHED, PERCPU, STACK_LEN};
-use crate::fixture::{Fixture, Tables};
+use crate::fixture::{Fixture, Tables, RODATA};
 
 /// First of the per-CPU variables below.
 pub(super) const IDLE_THREADS: u64 = 0x1000;
@@ -16,6 +16,10 @@ pub(super) const IDLE_THREADS: u64 = 0x1000;
 const CURRENT_TASK: u64 = 0x1008;
 const HARDIRQ_STACK: u64 = 0x1010;
 const RUNQUEUES: u64 = 0x1018;
+
+/// Numbers of its processor's features.
+const VMX: usize = 5;
+const SVM: usize = 2;
 
 /// The guest while it is drawn up.
 pub(super) struct Draft {
@@ -138,6 +142,23 @@ impl Draft {
             ("__start_notes", note.to_vec()),
             ("__stop_notes", vec![0; 8]),
         ]);
+        self.features();
+    }
+
+    /// The names of a word of features and of one of bugs. The processor has none of them.
+    fn features(&mut self) {
+        let before = self.fixture.constants.iter();
+        let lens = before.map(|(_, bytes)| bytes.len().next_multiple_of(8));
+        // The first constant stands 64 bytes into read-only data.
+        let strings = RODATA.0 + 64 + lens.sum::<usize>() as u64;
+        let mut names = [0u64; 32];
+        (names[VMX], names[SVM]) = (strings, strings + 4);
+        self.fixture.constants.extend([
+            ("feature_names", b"vmx\0svm\0".to_vec()),
+            ("x86_cap_flags", names.map(u64::to_le_bytes).concat()),
+            ("x86_bug_flags", vec![0; 32 * 8]),
+        ]);
+        self.variable("boot_cpu_data", &[0; 16]);
     }
 
     fn variables(&mut self) {

@@ -230,6 +230,12 @@ const MODULE_TYPES: &[Item] = &[
     ),
 ];
 
+/// What a reader of the processor's features asks for.
+const CPU_TYPES: &[Item] = &[
+    Array("int", 2),
+    Structure("cpuinfo_x86", 16, &[("x86_capability", "int[2]", 8)]),
+];
+
 /// What a reader of kprobes asks for. None is registered.
 const KPROBE_TYPES: &[Item] = &[
     Structure("hlist_node", 16, &[("next", LONG, 0), ("pprev", LONG, 8)]),
@@ -356,10 +362,14 @@ pub(super) fn blob() -> Vec<u8> {
         blob: Blob::new(),
         ids: BTreeMap::new(),
     };
-    for item in [TASK_TYPES, MODULE_TYPES, KPROBE_TYPES, STACK_TYPES]
-        .into_iter()
-        .flatten()
-    {
+    let all = [
+        TASK_TYPES,
+        MODULE_TYPES,
+        CPU_TYPES,
+        KPROBE_TYPES,
+        STACK_TYPES,
+    ];
+    for item in all.into_iter().flatten() {
         types.add(item);
     }
     types.blob.bytes()

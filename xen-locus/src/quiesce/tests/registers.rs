@@ -128,6 +128,28 @@ fn where_a_guest_can_run_guests_registers_hide_no_part_of_a_stack() {
 }
 
 #[test]
+fn a_guest_can_run_guests_unless_its_kernel_says_that_it_can_not() {
+    let asked = |kind, features: u32, without: &str| {
+        let world = World::with(kind, |f| f.constants.retain(|(name, _)| *name != without));
+        let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
+        let words = kernel.symbols.need("boot_cpu_data").unwrap().plus(8);
+        let frame = kernel.space.walk(words).unwrap().frame;
+        world
+            .memory
+            .fill(frame, words.offset(), &features.to_le_bytes());
+        may_nest(&kernel)
+    };
+    assert!(!asked(GuestType::Pvh, 0, ""));
+    assert!(!asked(GuestType::Pvh, !(1 << 5 | 1 << 2), ""));
+    assert!(asked(GuestType::Pvh, 1 << 5, ""));
+    assert!(asked(GuestType::Hvm, 1 << 2, ""));
+    // It does not say so.
+    assert!(asked(GuestType::Pvh, 0, "x86_cap_flags"));
+    assert!(asked(GuestType::Pvh, 0, "__start_BTF"));
+    assert!(!asked(GuestType::Pv, 1 << 5, ""));
+}
+
+#[test]
 fn a_task_whose_cpu_went_down_is_scanned() {
     with_guest(|guest, steps| {
         guest.enter(42, false);
