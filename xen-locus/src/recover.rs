@@ -19,7 +19,7 @@ use crate::arena::record::State;
 use crate::arena::{Arena, Resident};
 use crate::domain::Domain;
 use crate::error::{Error, Result};
-use crate::guard::take_over::{take_over, Counter as _, Since, TakeOver};
+use crate::guard::take_over::{take_over_later, Counter as _, TakeOver};
 use crate::guard::{self, Places, WatchedRun};
 use crate::machine::{self, Machine};
 use crate::operation::Operation;
@@ -253,14 +253,8 @@ fn as_guardian(control: &Control, run: &WatchedRun, page: &SharedPage) -> Result
         return Ok(TakeOver::Gone);
     }
     let foreign = ForeignMemory::open(run.domain())?;
-    let places = Places::map(&foreign, &run.spots)?;
-    Ok(take_over(
-        page,
-        &counter,
-        found.uuid,
-        &places,
-        Since::Earlier,
-    ))
+    let places = Places::unmapped(&foreign, &run.spots);
+    take_over_later(page, &counter, found.uuid, places)
 }
 
 /// Those of the details that are not empty, as one.

@@ -172,19 +172,25 @@ impl<'t> Places<'t> {
     /// # Errors
     /// [`Class::Failed`](crate::error::Class::Failed): a frame can't be mapped.
     pub fn map(memory: &'t dyn MemoryMut, spots: &'t [Spot]) -> Result<Places<'t>> {
+        let mut places = Places::unmapped(memory, spots);
+        places.set_mapped(true)?;
+        Ok(places)
+    }
+
+    /// The same, with no frame mapped yet.
+    #[must_use]
+    pub fn unmapped(memory: &'t dyn MemoryMut, spots: &'t [Spot]) -> Places<'t> {
         let frames = frames(spots);
         let place = |spot: &'t Spot| {
             let page = frames.partition_point(|f| f.0 < spot.frame);
             (spot, page * PAGE_LEN + spot.offset)
         };
-        let mut places = Places {
+        Places {
             spots: spots.iter().map(place).collect(),
             window: None,
             memory,
             frames,
-        };
-        places.set_mapped(true)?;
-        Ok(places)
+        }
     }
 
     /// Maps the frames, or unmaps them. A page of a PV guest that is mapped to be written can't become a page table, so

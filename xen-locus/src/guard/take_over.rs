@@ -7,6 +7,7 @@ use locus_xen::{self as xen, Control, PauseState, PauseStep, SharedPage};
 use serde::Serialize;
 
 use super::Places;
+use crate::error::Result;
 use crate::write::WRITE_MAX;
 
 /// How often Xen is asked for the guest's state.
@@ -94,20 +95,20 @@ pub trait Counter {
     ///
     /// # Errors
     /// The hypercall failed.
-    fn pause_state(&self) -> Result<Option<PauseState>, xen::Error>;
+    fn pause_state(&self) -> std::result::Result<Option<PauseState>, xen::Error>;
     /// Releases one pause.
     ///
     /// # Errors
     /// The hypercall failed.
-    fn unpause(&self) -> Result<(), xen::Error>;
+    fn unpause(&self) -> std::result::Result<(), xen::Error>;
 }
 
 impl Counter for (&Control, DomId) {
-    fn pause_state(&self) -> Result<Option<PauseState>, xen::Error> {
+    fn pause_state(&self) -> std::result::Result<Option<PauseState>, xen::Error> {
         self.0.pause_state(self.1)
     }
 
-    fn unpause(&self) -> Result<(), xen::Error> {
+    fn unpause(&self) -> std::result::Result<(), xen::Error> {
         self.0.unpause(self.1)
     }
 }
@@ -119,6 +120,45 @@ pub enum Since {
     Now,
     /// Its guardian died too, and any time has passed: somebody may have paused the guest meanwhile.
     Earlier,
+}
+
+/// As [`take_over`], for a run whose guardian died too. The places of its change are mapped only if it was at its writes: for
+/// every other step they are not needed, and the guest may use their pages for something else by now.
+///
+/// # Errors
+/// [`Class::Failed`](crate::error::Class::Failed): the guest is still held, in the middle of the writes, and a frame can't be
+/// mapped. If it is not held, nothing would be written, and it is [`TakeOver::LetRun`].
+pub fn take_over_later(
+    page: &SharedPage,
+    counter: &dyn Counter,
+    uuid: [u8; 16],
+    mut places: Places<'_>,
+) -> Result<TakeOver> {
+    if page.step() == Some(PauseStep::Writing) {
+        if let Err(error) = places.set_mapped(true) {
+            let may_be_held = match state_of(counter) {
+                Some(Some(state)) => state.uuid == uuid && is_held(page, &state),
+                Some(None) => false,
+                None => true,
+            };
+            if may_be_held {
+                return Err(error);
+            }
+        }
+    }
+    Ok(take_over(page, counter, uuid, &places, Since::Earlier))
+}
+
+/// What Xen says of the domain; `None` if it does not answer.
+fn state_of(counter: &dyn Counter) -> Option<Option<PauseState>> {
+    (0..TRIES).find_map(|_| counter.pause_state().ok())
+}
+
+/// Whether the guest is still in the pause of the run that left `page`. If it has run since, somebody took that pause away.
+/// Another one may be there now.
+fn is_held(page: &SharedPage, state: &PauseState) -> bool {
+    let then = page.cpu_time_ns();
+    state.paused && then.is_none_or(|then| then == state.cpu_time_ns)
 }
 
 /// Does what the run that left `page` can't do any more, on the domain with this UUID.
@@ -134,20 +174,17 @@ pub fn take_over(
     if step == PauseStep::Idle {
         return TakeOver::Running;
     }
-    let state = match (0..TRIES).find_map(|_| counter.pause_state().ok()) {
+    let state = match state_of(counter) {
         Some(Some(domain)) if domain.uuid == uuid => domain,
         Some(_) => return TakeOver::Gone,
         // The step stays marked, so `recover` comes back to it.
         None => return TakeOver::Stuck,
     };
-    // If it has run since the run's pause, somebody took that pause away. Another one may be there now.
-    let then = page.cpu_time_ns();
-    let has_run = then.is_some_and(|then| then != state.cpu_time_ns);
-    let held = state.paused && !has_run;
+    let held = is_held(page, &state);
     let in_call = matches!(step, PauseStep::Pausing | PauseStep::Unpausing);
     // For a run that died while it took its pause or gave it back, only that time shows whose a later pause is. (That the
     // guest was let run without running at all, and was paused again, would not be seen.)
-    let others = page.paused_by_others() || since == Since::Earlier && then.is_none();
+    let others = page.paused_by_others() || since == Since::Earlier && page.cpu_time_ns().is_none();
     if held && in_call && others {
         return end(page, TakeOver::PausedByOthers);
     }

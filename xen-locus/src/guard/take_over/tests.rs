@@ -16,7 +16,7 @@ const NEW: [u8; 5] = [2; 5];
 struct Count(Cell<u32>, u64);
 
 impl Counter for Count {
-    fn pause_state(&self) -> Result<Option<PauseState>, xen::Error> {
+    fn pause_state(&self) -> std::result::Result<Option<PauseState>, xen::Error> {
         Ok(Some(PauseState {
             uuid: UUID,
             paused: self.0.get() > 0,
@@ -25,7 +25,7 @@ impl Counter for Count {
         }))
     }
 
-    fn unpause(&self) -> Result<(), xen::Error> {
+    fn unpause(&self) -> std::result::Result<(), xen::Error> {
         self.0.set(self.0.get().checked_sub(1).expect("not paused"));
         Ok(())
     }
@@ -135,6 +135,44 @@ fn a_guest_that_somebody_let_run_is_not_written_and_its_other_pauses_are_left() 
 }
 
 #[test]
+fn a_page_that_is_gone_keeps_nobody_from_giving_a_pause_back() {
+    // what the run had marked, the guest's time at its pause; what is left of one pause; `None`: it is tried again later
+    for (step, then, left, outcome) in [
+        (PauseStep::Pausing, 100, 0, Some(TakeOver::Running)),
+        (PauseStep::Paused, 100, 0, Some(TakeOver::Running)),
+        (PauseStep::Unpausing, 100, 0, Some(TakeOver::Running)),
+        // The change is there in part, perhaps.
+        (PauseStep::Writing, 100, 1, None),
+        (PauseStep::Writing, 99, 1, Some(TakeOver::LetRun)),
+    ] {
+        let page = page(&format!("gone{step:?}{then}"));
+        page.set_cpu_time_ns(Some(then));
+        page.set_step(step);
+        let memory = MockMemory::new();
+        let frame = memory.frame();
+        let spots = Spot::split(&[frame], 8, &OLD, &NEW);
+        memory.take(frame);
+        let count = Count(Cell::new(1), 100);
+        let places = Places::unmapped(&memory, &spots);
+        let found = take_over_later(&page, &count, UUID, places).ok();
+        assert_eq!((found, count.0.get()), (outcome, left), "{step:?} {then}");
+        let marked = outcome.map_or(step, |_| PauseStep::Idle);
+        assert_eq!(page.step(), Some(marked));
+    }
+    // One that is there is mapped, and what was written in part is undone.
+    let page = page("there");
+    page.set_step(PauseStep::Writing);
+    let memory = MockMemory::new();
+    let frame = memory.frame();
+    memory.fill(frame, 8, &[2, 2, 1, 1, 1]);
+    let spots = Spot::split(&[frame], 8, &OLD, &NEW);
+    let count = Count(Cell::new(1), 100);
+    let places = Places::unmapped(&memory, &spots);
+    let found = take_over_later(&page, &count, UUID, places).unwrap();
+    assert_eq!((found, count.0.get()), (TakeOver::Undone, 0));
+}
+
+#[test]
 fn a_guest_that_was_held_all_the_time_gets_the_pause_back_though_others_paused_it_too() {
     for step in [PauseStep::Paused, PauseStep::Writing] {
         let page = page(&format!("held{step:?}"));
@@ -152,11 +190,11 @@ fn a_guest_that_was_held_all_the_time_gets_the_pause_back_though_others_paused_i
 fn when_xen_does_not_say_whether_the_guest_is_paused_nothing_is_done_and_the_step_stays() {
     struct Mute;
     impl Counter for Mute {
-        fn pause_state(&self) -> Result<Option<PauseState>, xen::Error> {
+        fn pause_state(&self) -> std::result::Result<Option<PauseState>, xen::Error> {
             Err(xen::Error::Environment("mute".into()))
         }
 
-        fn unpause(&self) -> Result<(), xen::Error> {
+        fn unpause(&self) -> std::result::Result<(), xen::Error> {
             panic!("not paused by this run")
         }
     }
