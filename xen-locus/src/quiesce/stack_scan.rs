@@ -18,9 +18,14 @@ use crate::error::Result;
 
 /// What a system call returns that a signal cut short and that continues in `restart_block.fn`
 /// (`-ERESTART_RESTARTBLOCK`, include/linux/errno.h).
-const CUT_SHORT: u64 = 516u64.wrapping_neg();
+const CUT_SHORT: u32 = 516u32.wrapping_neg();
 /// The number of `restart_syscall`, by which it continues (arch/x86/entry/syscalls/syscall_64.tbl).
-const RESTART_SYSCALL: u64 = 219;
+const RESTART_SYSCALL: u32 = 219;
+/// Its number for a program with pointers of 32 bits in 64-bit mode (`__X32_SYSCALL_BIT`).
+const RESTART_SYSCALL_X32: u32 = RESTART_SYSCALL | 1 << 30;
+/// Its number for a program in 32-bit mode (arch/x86/entry/syscalls/syscall_32.tbl). For others that is `read`. The kernel
+/// clears registers of such a program, so with one of the paddings it may be found where it is none.
+const RESTART_SYSCALL_32: u32 = 0;
 
 /// Most blockers that are named. So a guest whose stacks are full of hits can't keep the tool busy.
 const BLOCKERS_MAX: usize = 1 << 14;
@@ -174,9 +179,8 @@ impl<'s, 'k, 'm> StackScan<'s, 'k, 'm> {
                         true => Live::From(known.task.stack.start),
                     },
                 );
-                if vcpu.rax == RESTART_SYSCALL {
-                    let hit = tasks.watch.hit(known.restart()?.wrapping_add(1));
-                    self.report_restart(&known.task, hit.map(|(w, _)| w));
+                if is_restart(known, vcpu.rax)? {
+                    self.report_restart(&known.task, restart_of(tasks, known)?);
                 }
             }
             return Ok(());
@@ -332,20 +336,44 @@ pub(super) fn restarts_in<'s>(
     known: &MappedTask,
     words: &[u8],
 ) -> Result<Option<&'s Watched>> {
-    let due = |padding: u64| {
-        let end = words.len().checked_sub(usize::try_from(padding).ok()?)?;
-        let word = |before: usize| fetch::u64(words, end.checked_sub(before)?);
-        let (result, call) = (word(tasks.restart.result)?, word(tasks.restart.call)?);
-        Some(result == CUT_SHORT || result == RESTART_SYSCALL || call == RESTART_SYSCALL)
-    };
-    if !PADDINGS
-        .into_iter()
-        .any(|padding| due(padding) == Some(true))
-    {
-        return Ok(None);
+    for padding in PADDINGS {
+        let word = |before: usize| {
+            let end = words.len().checked_sub(usize::try_from(padding).ok()?)?;
+            fetch::u64(words, end.checked_sub(before)?)
+        };
+        let Some((result, call)) = word(tasks.restart.result).zip(word(tasks.restart.call)) else {
+            continue;
+        };
+        if low(result) == CUT_SHORT || is_restart(known, result)? || is_restart(known, call)? {
+            return restart_of(tasks, known);
+        }
     }
+    Ok(None)
+}
+
+/// Whether `number` is that of `restart_syscall` for the program that the task runs.
+fn is_restart(known: &MappedTask, number: u64) -> Result<bool> {
+    Ok(match low(number) {
+        RESTART_SYSCALL | RESTART_SYSCALL_X32 => true,
+        RESTART_SYSCALL_32 => known.may_restart_32()?,
+        _ => false,
+    })
+}
+
+/// The watched function that is the task's `restart_block.fn`.
+fn restart_of<'s>(
+    tasks: &'s GuestTasks<'_, '_>,
+    known: &MappedTask,
+) -> Result<Option<&'s Watched>> {
     let function = known.restart()?;
     Ok(tasks.watch.hit(function.wrapping_add(1)).map(|(w, _)| w))
+}
+
+/// The part of a register that the kernel takes for a number of a system call or for its error.
+fn low(register: u64) -> u32 {
+    #[allow(clippy::cast_possible_truncation)] // the lower half
+    let low = register as u32;
+    low
 }
 
 fn within(watched: &Watched, offset: u64) -> Place {

@@ -23,6 +23,8 @@ struct TaskWords {
     switches: [Pin; 2],
     /// `restart_block.fn` (include/linux/restart_block.h).
     restart: Pin,
+    /// `restart_block.arch_data`, if the kernel has that.
+    restart_status: Option<Pin>,
     /// `start_time`: when the task was born (kernel/fork.c: `copy_process`).
     start_time: Pin,
 }
@@ -74,6 +76,7 @@ impl MappedTask {
                 on_cpu: pin(layout.on_cpu)?,
                 switches: [pin(layout.switches[0])?, pin(layout.switches[1])?],
                 restart: pin(restart.function)?,
+                restart_status: restart.status.map(pin).transpose()?,
                 start_time: pin(layout.start_time)?,
             },
             stacks,
@@ -153,6 +156,18 @@ impl MappedTask {
         Ok(self.words.restart.u64()?)
     }
 
+    /// Whether that system call may be one of 32-bit mode, which has another number for `restart_syscall`. The kernel keeps
+    /// `thread_info.status` for that, as it was when the call was cut short, since Linux kernel commit b2e9df850c58 ("x86:
+    /// Introduce restart_block->arch_data to remove TS_COMPAT_RESTART") (in v5.12). True if it keeps none.
+    pub(super) fn may_restart_32(&self) -> Result<bool> {
+        // TS_COMPAT (arch/x86/include/asm/thread_info.h)
+        const COMPAT: u64 = 2;
+        Ok(match &self.words.restart_status {
+            Some(status) => status.u64()? & COMPAT != 0,
+            None => true,
+        })
+    }
+
     /// Copies words of its stack, beginning `offset` bytes above its lowest address.
     pub(super) fn read(&self, offset: usize, words: &mut [u8]) -> Result<()> {
         Ok(self.stacks.read(self.offset + offset, words)?)
@@ -180,6 +195,8 @@ pub(super) fn part_from(stack: Range, from: Gva) -> Result<(usize, usize)> {
 pub(super) struct Restart {
     /// Offset of `restart_block.fn` in `task_struct`, in bytes.
     function: usize,
+    /// Offset of `restart_block.arch_data` in `task_struct`, in bytes; `None` if the kernel has no such member.
+    status: Option<usize>,
     /// Where the registers of user mode (`struct pt_regs`) keep what the call returns, in bytes down from the end of a
     /// task's stack.
     pub(super) result: usize,
@@ -194,7 +211,10 @@ impl Restart {
         let size = btf.size_of("pt_regs")?;
         let before_end =
             |name| Ok::<_, Error>(size.saturating_sub(btf.offset_of_sized("pt_regs", name, 8)?));
+        let status = btf.has("restart_block", "arch_data");
+        let status = status.then(|| btf.offset_of_sized("restart_block", "arch_data", 8));
         Ok(Restart {
+            status: status.transpose()?.map(|offset| block + offset),
             function: block + btf.offset_of_sized("restart_block", "fn", 8)?,
             result: before_end("ax")?,
             call: before_end("orig_ax")?,

@@ -261,3 +261,49 @@ fn a_task_that_will_continue_a_system_call_in_a_function_is_in_the_way() {
         assert_eq!(blocked(found), [running.pid]);
     });
 }
+
+#[test]
+fn a_task_of_any_mode_that_was_about_to_continue_a_system_call_is_in_the_way() {
+    const COMPAT: u64 = 2;
+    with_guest(|guest, steps| {
+        guest.enter(42, false);
+        let task = guest.task(42);
+        let function = task.addr.plus(RESTART as u64);
+        guest.poke(function, &PATCHED.0.to_le_bytes());
+        let (result, call) = (steps.tasks.restart.result, steps.tasks.restart.call);
+        let word = |before: usize| Gva(task.stack.end.0 - before as u64);
+        let x32 = 219 | 1 << 30;
+        let mut times = 0;
+        // The status when the call was cut short, what it returned, its number, and whether it continues.
+        for (status, returned, number, due) in [
+            (0, 219, 7, true),
+            (0, x32, 7, true),
+            (COMPAT, 0, 7, true),
+            (COMPAT, 7, 0, true),
+            (COMPAT, 0xffff_fdfc, 7, true),
+            // The program in 64-bit mode reads.
+            (0, 0, 7, false),
+            (0, 7, 0, false),
+        ] {
+            guest.poke(Gva(function.0 - 8), &u64::to_le_bytes(status));
+            guest.poke(word(result), &u64::to_le_bytes(returned));
+            guest.poke(word(call), &u64::to_le_bytes(number));
+            times += 1;
+            guest.switched(42, times);
+            let found = blocked(steps.scan_off_cpu().unwrap());
+            assert_eq!(found == [42], due, "{status} {returned:#x} {number:#x}");
+        }
+        // On its way back from user mode.
+        let mut vcpus = guest.world.vcpus.clone();
+        let vcpu = vcpus.iter_mut().position(|v| v.user).unwrap();
+        let running = guest.tasks.iter().find(|t| t.on_cpu && t.pid != 0).unwrap();
+        let function = running.addr.plus(RESTART as u64);
+        guest.poke(function, &PATCHED.0.to_le_bytes());
+        for (status, rax, due) in [(COMPAT, 0, true), (0, 0, false), (0, x32, true)] {
+            guest.poke(Gva(function.0 - 8), &u64::to_le_bytes(status));
+            vcpus[vcpu].rax = rax;
+            let found = blocked(steps.look(&vcpus, true, &|| false).unwrap());
+            assert_eq!(found == [running.pid], due, "{status} {rax:#x}");
+        }
+    });
+}
