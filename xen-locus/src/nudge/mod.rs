@@ -25,7 +25,7 @@ use crate::error::{Error, Result};
 use crate::machine::Machine;
 use crate::plan::conditions::Entry;
 use crate::plan::{self, PatchStack, Plan, Proposal};
-use crate::quiesce::{Watch, Watched};
+use crate::quiesce::{self, Watch, Watched};
 use crate::target::kprobes::{self, Kprobes};
 use crate::target::lkrg;
 use crate::target::redirect;
@@ -124,6 +124,7 @@ impl Gate {
     fn prepare(kernel: &Kernel<'_>, patch: &str, threads: &[Thread]) -> Result<Gate> {
         lkrg::check_absent(kernel)?;
         kprobes::check_table(kernel)?;
+        quiesce::check_trampolines(kernel)?;
         let mut arena = Arena::read(kernel)?;
         let residents = plan::resolve_interrupted(kernel, &mut arena)?;
         let entry = kernel.function(FUNCTION, 0)?;

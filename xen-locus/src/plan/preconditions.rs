@@ -18,6 +18,7 @@ use super::patch_stack::{self, Mode, PatchStack};
 use crate::arena::Resident;
 use crate::error::{Error, Result};
 use crate::link::image;
+use crate::quiesce;
 use crate::target::compat;
 use crate::target::kprobes::{self, Kprobes};
 use crate::target::lkrg;
@@ -60,6 +61,7 @@ const PRECONDITIONS: &[Precondition] = &[
     is_built_for_this_build_id,
     no_integrity_checker_is_there,
     its_kprobes_can_be_found,
+    no_caller_is_hidden,
     has_this_kernels_klp_structures,
     uses_supported_features,
     superseded_patches_hold,
@@ -200,6 +202,11 @@ fn is_built_for_this_build_id(candidate: &Candidate<'_, '_>) -> Result<()> {
 /// It can be known where the guest's kprobes are.
 fn its_kprobes_can_be_found(candidate: &Candidate<'_, '_>) -> Result<()> {
     kprobes::check_table(candidate.kernel)
+}
+
+/// No trampoline of a name that is not known hides return addresses.
+fn no_caller_is_hidden(candidate: &Candidate<'_, '_>) -> Result<()> {
+    quiesce::check_trampolines(candidate.kernel)
 }
 
 /// No module of the guest panics when the kernel's code changes.

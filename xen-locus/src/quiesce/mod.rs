@@ -113,7 +113,7 @@ pub use look::{Ready, Tried};
 pub use scan::Scanned;
 pub use snapshot::Snapshotted;
 pub use verdict::{InTheWay, Place, Verdict};
-pub use watch::{Watch, Watched};
+pub use watch::{check_trampolines, Watch, Watched};
 
 /// The threads that are in one of the ranges of `watch`, in a guest that does not run (a saved core).
 ///

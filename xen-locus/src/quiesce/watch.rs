@@ -9,7 +9,7 @@ use locus_guest::addr::{Gva, Range};
 use locus_guest::fetch;
 use locus_kernel::{unwind, Kernel};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// A range of the guest's code in which no thread may be.
 #[derive(Clone, Debug)]
@@ -83,6 +83,21 @@ struct Span {
 
 /// Units of the guest's budget for one range: it is kept, sorted and copied a few times.
 const UNITS: u64 = 4;
+
+/// Checks that each trampoline is known behind which the guest's kernel may hide return addresses. What is begun in a guest
+/// asks for that; what is in force there can be taken out.
+///
+/// # Errors
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): it can hide some, and has no trampoline of a known name.
+pub fn check_trampolines(kernel: &Kernel<'_>) -> Result<()> {
+    let Some((function, at, names)) = unwind::unknown_hider(kernel) else {
+        return Ok(());
+    };
+    Err(Error::not_applicable(format!(
+        "the guest's kernel can exchange return addresses ({function} at {at}), and has no trampoline for that of a known          name; expected the symbol {}. So it can't be seen in which functions threads are; boot the guest with a kernel that          has it; nothing was changed",
+        names.join(" or ")
+    )))
+}
 
 impl Watch {
     /// Watches `ranges` and the trampolines behind which kretprobes and the function-graph tracer

@@ -37,6 +37,33 @@ const HIDING: [&str; 4] = [
     "return_to_handler",
 ];
 
+/// Functions by which the kernel begins to exchange return addresses, each with the trampolines of which it then has one
+/// (kernel/kprobes.c, kernel/trace/rethook.c, kernel/trace/fgraph.c).
+const HIDERS: [(&str, &[&str]); 3] = [
+    (
+        "register_kretprobe",
+        &[
+            "arch_rethook_trampoline",
+            "__kretprobe_trampoline",
+            "kretprobe_trampoline",
+        ],
+    ),
+    ("rethook_hook", &["arch_rethook_trampoline"]),
+    ("register_ftrace_graph", &["return_to_handler"]),
+];
+
+/// A function by which `kernel` begins to exchange return addresses for a trampoline that has none of the names here, and
+/// these names: then [`hiding`] does not know all. `None` if there is no such function.
+#[must_use]
+pub fn unknown_hider(kernel: &Kernel<'_>) -> Option<(&'static str, Gva, &'static [&'static str])> {
+    HIDERS.iter().find_map(|&(function, trampolines)| {
+        let at = kernel.symbols.addr(function)?;
+        let mut known = trampolines.iter();
+        let has_one = known.any(|name| kernel.symbols.addr(name).is_some());
+        (!has_one).then_some((function, at, trampolines))
+    })
+}
+
 /// The trampolines that `kernel` may have exchanged return addresses for, by name, each with its
 /// range of guest virtual addresses. A stack with such an address hides a caller (kretprobes,
 /// function graph tracing).

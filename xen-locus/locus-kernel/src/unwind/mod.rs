@@ -25,7 +25,7 @@ mod walker;
 
 use locus_guest::addr::Gva;
 
-pub use self::code::{ends_call, hiding};
+pub use self::code::{ends_call, hiding, unknown_hider};
 pub use self::stack::{Stack, StackKind};
 pub use self::walker::Walker;
 

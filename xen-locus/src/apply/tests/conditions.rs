@@ -368,6 +368,32 @@ fn a_thread_that_is_about_to_register_a_kprobe_is_in_the_way() {
 }
 
 #[test]
+fn a_kernel_that_hides_callers_behind_a_trampoline_of_no_known_name_is_refused() {
+    let (begins, trampoline) = (FUNCTIONS[A].1 + 0x400, FUNCTIONS[A].1 + 0x440);
+    for (function, name) in [
+        ("register_ftrace_graph", "return_to_handler"),
+        ("register_kretprobe", "kretprobe_trampoline"),
+        ("register_kretprobe", "__kretprobe_trampoline"),
+        ("rethook_hook", "arch_rethook_trampoline"),
+    ] {
+        for is_named in [false, true] {
+            let guest = Guest::with(|f| {
+                f.symbols.retain(|(_, _, n)| n != "arch_rethook_trampoline");
+                f.function(begins, function, &[0xc3]);
+                let name = if is_named { name } else { "renamed.llvm.1" };
+                f.function(trampoline, name, &[0xc3]);
+            });
+            let done = applies(&guest);
+            assert_eq!(done.is_ok(), is_named, "{function}: {done:?}");
+            if let Err(error) = done {
+                assert_eq!(error.class(), Class::NotApplicable, "{error}");
+                assert!(error.to_string().contains(name), "{error}");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_static_key_that_is_switched_during_the_wait_is_seen_in_the_pause() {
     use crate::link::fixups::KeyCount;
     use crate::plan::{Plan, Proposal};
