@@ -48,6 +48,7 @@ use registers::{is_relative, Fields, Target};
 use replace::Sources;
 use state::State;
 
+pub use origins::HOOK_REPLACE;
 pub(super) use replace::replace;
 
 /// Most instructions that are looked at, each time they are. The hook of kpatch has less than a thousand.

@@ -77,6 +77,7 @@ mod tests;
 
 pub use elf::{Reloc, Section};
 pub use error::{PayloadError, PayloadErrorKind};
+pub use init::HOOK_REPLACE;
 pub use klp::{Klp, KlpFunc, KlpObject};
 pub use modinfo::{is_module_name, Modinfo};
 pub use role::{Role, SectionFlags};

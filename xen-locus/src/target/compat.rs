@@ -7,7 +7,7 @@
 
 use locus_kernel::btf::Btf;
 use locus_kernel::Kernel;
-use locus_payload::{Payload, Role, SymSection};
+use locus_payload::{Payload, Role, SymSection, HOOK_REPLACE};
 
 use crate::error::{Error, Result};
 use crate::target::exports::Exports;
@@ -27,6 +27,8 @@ const FIELDS: [(&str, &str, usize); 8] = [
     ("klp_func", "new_func", 8),
     ("klp_func", "old_sympos", 16),
 ];
+/// The structure that a patch begins with.
+const PATCH: &str = "klp_patch";
 
 /// Compares the CRCs of `payload` with those of what the kernel exports: of `module_layout`, and of what the
 /// payload's code and data refer to. A kernel with CRCs must find that of `module_layout` in the payload: it
@@ -67,11 +69,13 @@ pub fn check_versions(kernel: &Kernel<'_>, exports: &Exports, payload: &Payload)
     Ok(())
 }
 
-/// Compares the layout of `payload` with the guest's types: its `struct module`, and the structures of livepatch. A kernel built without livepatch has
-/// none of these, and nothing to disagree with.
+/// Compares the layout of `payload` with the guest's types: its `struct module`, and the structures of livepatch. A kernel
+/// built without livepatch has none of these, and nothing to disagree with. A kernel that has them has all members that are
+/// compared.
 ///
 /// # Errors
-/// [`Class::NotApplicable`](crate::error::Class::NotApplicable) that names the first difference.
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable) that names the first difference, or the first member that is
+/// missing or has another width.
 pub fn check_layout(btf: &Btf, payload: &Payload) -> Result<()> {
     let klp = &payload.klp;
     let differs = |what: &str, ours: u64, theirs: usize| {
@@ -99,50 +103,63 @@ pub fn check_layout(btf: &Btf, payload: &Payload) -> Result<()> {
     let members = members.filter(|s| s.role == Role::ThisModule);
     let members = members.flat_map(|s| &s.relocs).map(|r| r.offset);
     for (ours, field) in members.zip(["init", "exit"]) {
-        match btf.offset_of("module", field) {
-            Ok(theirs) if theirs as u64 != ours => {
-                let what = format!("the place of {field} in struct module");
-                return differs(&what, ours, theirs);
-            }
-            _ => {}
+        if btf.size_of("module").is_err() {
+            continue;
+        }
+        let theirs = btf.offset_of("module", field)?;
+        if theirs as u64 != ours {
+            let what = format!("the place of {field} in struct module");
+            return differs(&what, ours, theirs);
         }
     }
-    let Some((section, offset)) = klp.place else {
-        // Made by kpatch-build: what is read has a layout of its own.
+    if btf.size_of(PATCH).is_err() {
         return Ok(());
+    }
+    let replace_at = btf.offset_of_sized(PATCH, "replace", 1)?;
+    let Some(place) = klp.place else {
+        // Made by kpatch-build: what is read has a layout of its own.
+        return match HOOK_REPLACE.contains(&(replace_at as u64)) {
+            true => Ok(()),
+            false => Err(Error::not_applicable(format!(
+                "payload {}: its module_init was searched for what sets `replace` at the offsets {HOOK_REPLACE:?} \
+                 of struct klp_patch, and the guest's kernel has it at {replace_at}; use a payload made without \
+                 kpatch-build",
+                payload.name
+            ))),
+        };
     };
     for (name, stride) in [
         ("klp_object", klp.object_stride),
         ("klp_func", klp.func_stride),
-        ("klp_patch", klp.size),
+        (PATCH, klp.size),
     ] {
-        match (btf.size_of(name), stride) {
-            (Ok(size), Some(stride)) if size as u64 != stride => {
+        match (btf.size_of(name)?, stride) {
+            (size, Some(stride)) if size as u64 != stride => {
                 return differs(&format!("the size of struct {name}"), stride, size);
             }
             _ => {}
         }
     }
     for (name, field, ours) in FIELDS {
-        match btf.offset_of(name, field) {
-            Ok(theirs) if theirs != ours => {
-                let what = format!("the place of {field} in struct {name}");
-                return differs(&what, ours as u64, theirs);
-            }
-            _ => {}
+        let theirs = btf.offset_of(name, field)?;
+        if theirs != ours {
+            let what = format!("the place of {field} in struct {name}");
+            return differs(&what, ours as u64, theirs);
         }
     }
-    let (Some(replace), Ok(at)) = (klp.replace, btf.offset_of_sized("klp_patch", "replace", 1))
-    else {
-        return Ok(());
-    };
+    check_replace(payload, place, replace_at)
+}
+
+/// Refuses a payload whose `struct klp_patch`, which is at `place`, does not have what was read of it as `replace` at the
+/// offset where the guest has that.
+fn check_replace(payload: &Payload, (section, offset): (usize, u64), at: usize) -> Result<()> {
     let at = offset.saturating_add(at as u64);
     let set = payload
         .section(section)
         .zip(usize::try_from(at).ok())
         .and_then(|(section, at)| section.data.get(at))
         .is_some_and(|&byte| byte != 0);
-    if set == replace {
+    if payload.klp.replace.is_none_or(|replace| set == replace) {
         return Ok(());
     }
     Err(Error::not_applicable(format!(
@@ -280,7 +297,13 @@ mod tests {
         let types_with = |size, init| {
             let mut b = Blob::new();
             let long = b.int("long", 8);
-            b.structure("module", size, &[("state", long, 0), ("init", long, init)]);
+            let exit = size - 64;
+            let members = [
+                ("state", long, 0),
+                ("init", long, init),
+                ("exit", long, exit),
+            ];
+            b.structure("module", size, &members);
             Btf::new(b.bytes()).unwrap()
         };
         let types = |size| types_with(size, 392);
@@ -300,17 +323,18 @@ mod tests {
 
     /// Types whose `replace` and `sympos` stand where they are told to, with sizes of 6.1.
     fn types(replace: usize, sympos: usize, func: usize) -> Btf {
+        types_with("replace", 1, (replace, sympos, func))
+    }
+
+    /// The same, with another name and width of `replace`.
+    fn types_with(name: &str, width: u32, (replace, sympos, func): (usize, usize, usize)) -> Btf {
         let mut b = Blob::new();
         let long = b.int("long", 8);
-        let byte = b.int("bool", 1);
+        let byte = b.int("bool", width);
         b.structure(
             "klp_patch",
             200,
-            &[
-                ("mod", long, 0),
-                ("objs", long, 8),
-                ("replace", byte, replace),
-            ],
+            &[("mod", long, 0), ("objs", long, 8), (name, byte, replace)],
         );
         b.structure(
             "klp_object",
@@ -361,5 +385,35 @@ mod tests {
         assert_eq!(said(&types(16, 16, 152), &replaces), None);
         let error = said(&types(24, 16, 152), &replaces).unwrap_or_default();
         assert!(error.contains("`replace`"), "{error}");
+    }
+
+    #[test]
+    fn a_kernel_whose_replace_is_not_where_it_is_looked_for_is_refused() {
+        let replaces = |mut payload: Payload| {
+            payload.klp.replace = Some(true);
+            payload
+        };
+        let usual = Payload::parse("test.ko", &Spec::default().bytes()).unwrap();
+        let kpatch = Payload::parse("test.ko", &Spec::kpatch().build()).unwrap();
+        for payload in [usual, kpatch].map(replaces) {
+            for (name, width, words) in [
+                ("replaces", 1, "member replace of klp_patch"),
+                ("replace", 4, "has 4 bytes in BTF; expected 1"),
+            ] {
+                let error = check_layout(&types_with(name, width, (24, 16, 152)), &payload);
+                let error = error.unwrap_err();
+                assert_eq!(error.exit_code(), ExitCode::NotApplicable);
+                assert!(error.to_string().contains(words), "{error}");
+            }
+        }
+        // The hook's code was searched for the offsets 16 and 24.
+        let kpatch = Payload::parse("test.ko", &Spec::kpatch().build()).unwrap();
+        for (at, fits) in [(24, true), (16, true), (32, false)] {
+            assert_eq!(
+                check_layout(&types(at, 16, 152), &kpatch).is_ok(),
+                fits,
+                "{at}"
+            );
+        }
     }
 }

@@ -6,8 +6,9 @@ use super::instruction::{bit, is_read, is_write};
 use super::state::{ARGUMENTS, SAVED};
 use super::Place;
 
-/// Offset of `replace` in `struct klp_patch`: since Linux 5.5, and in 5.1 to 5.4.
-const REPLACE: [u64; 2] = [24, 16];
+/// Offsets of `replace` in `struct klp_patch` that the hook of kpatch-build is searched for, in bytes: since Linux 5.5, and
+/// in 5.1 to 5.4 (include/linux/livepatch.h).
+pub const HOOK_REPLACE: [u64; 2] = [24, 16];
 const RAX: usize = 0;
 /// The first argument of a function.
 const RDI: usize = 7;
@@ -178,6 +179,6 @@ pub(super) fn replace_set_by(instruction: &Instruction) -> Option<u8> {
     let plain = constant
         && bit(instruction.memory_base()) != 0
         && instruction.memory_index() == Register::None
-        && REPLACE.contains(&instruction.memory_displacement64());
+        && HOOK_REPLACE.contains(&instruction.memory_displacement64());
     plain.then(|| instruction.immediate8())
 }
