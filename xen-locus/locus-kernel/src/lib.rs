@@ -65,7 +65,8 @@
 //!    (`cache.rs`) spares the next run the search.
 //! 4. [`btf`]: its types. [`vmcoreinfo`]: what it says of itself, as a cross-check.
 //! 5. [`tasks`], [`modules`], [`cpu`], `system_state.rs`: what runs, what is loaded, on what
-//!    processor, and whether the kernel has started. [`list()`] walks its lists.
+//!    processor, and whether the kernel has started. [`list()`] walks its lists, and `variable.rs` finds
+//!    variables.
 //! 6. [`orc`]: how to step from a stack frame to its caller's. [`split_functions`]: parts of
 //!    functions elsewhere.
 //! 7. [`unwind`]: stack traces that are proven to be complete.
@@ -100,6 +101,7 @@ pub mod split_functions;
 mod system_state;
 pub mod tasks;
 pub mod unwind;
+mod variable;
 pub mod vmcoreinfo;
 
 pub use self::cache::{CachedKernel, KernelCache, NoCache};

@@ -158,7 +158,7 @@ impl VmcoreInfo {
         )?;
         let five = i32::from(kernel.space.levels() == 5);
         same("NUMBER(pgtable_l5_enabled)".into(), Some(five.to_string()))?;
-        let phys_base = match kernel.symbols.addr("phys_base") {
+        let phys_base = match kernel.variable_if_any("phys_base", 8)? {
             Some(at) => Some(kernel.space.read_u64(at)?.cast_signed().to_string()),
             None => None,
         };

@@ -103,7 +103,7 @@ impl<'k, 'm> GuestTasks<'k, 'm> {
     pub fn new(kernel: &'k Kernel<'m>, watch: &'k Watch) -> Result<GuestTasks<'k, 'm>> {
         let space = kernel.space.fresh_in_blocks();
         let births = Births {
-            at: space.pin(kernel.symbols.need("total_forks")?)?,
+            at: space.pin(kernel.variable("total_forks", 8)?)?,
             listed: 0,
         };
         Ok(GuestTasks {

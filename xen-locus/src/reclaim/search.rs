@@ -120,7 +120,7 @@ impl<'a, 'm> Search<'a, 'm> {
         arena: &'a Arena,
         payloads: Vec<SearchedPayload>,
     ) -> Result<Search<'a, 'm>> {
-        let base = kernel.symbols.need("page_offset_base")?;
+        let base = kernel.variable("page_offset_base", 8)?;
         let space = kernel.space.fresh();
         let (mut list_words, mut list_words_in_arena) = (HashSet::new(), HashSet::new());
         for &at in payloads.iter().flat_map(|payload| &payload.list_words) {
@@ -185,7 +185,7 @@ impl<'a, 'm> Search<'a, 'm> {
         let budget = Budget::of(most.saturating_mul(64));
         let space = self.kernel.space.fresh();
         space.budget().refill()?;
-        let end = space.read_u64(self.kernel.symbols.need("max_pfn")?)?;
+        let end = space.read_u64(self.kernel.variable("max_pfn", 8)?)?;
         if end > PFN_MAX {
             return Err(Error::not_applicable(format!(
                 "the guest's max_pfn is {end}; expected at most {PFN_MAX}, which is more than physical addresses have bits for"
@@ -330,7 +330,7 @@ impl<'a, 'm> Search<'a, 'm> {
             .kernel
             .space
             .fresh()
-            .read_u64(symbol("phys_base")?)
+            .read_u64(self.kernel.variable("phys_base", 8).ok()?)
             .ok()?;
         let at = Gva(IMAGE.checked_add(physical.wrapping_sub(base))?);
         // What is only for the start is other memory by then.

@@ -412,8 +412,8 @@ fn patched_at_run_time(
 /// damage") (in v5.19). Its own text tells, whatever the reason was.
 fn returns(kernel: &Kernel<'_>, code: &[u8], entry: Gva) -> Option<Returns> {
     let chosen = kernel
-        .symbols
-        .addr("x86_return_thunk")
+        .variable("x86_return_thunk", 8)
+        .ok()
         .and_then(|at| kernel.space.read_u64(at).ok())
         .map(Gva);
     let default = kernel.symbols.addr("__x86_return_thunk");

@@ -75,7 +75,7 @@ impl Cpu {
         let words = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
         let mut names = read_names(kernel, features_at, feature_words)?;
         names.extend(read_names(kernel, bugs_at, bug_words)?);
-        let return_thunk = match kernel.symbols.addr("x86_return_thunk") {
+        let return_thunk = match kernel.variable_if_any("x86_return_thunk", 8)? {
             Some(at) => Some(Gva(kernel.space.read_u64(at)?)),
             None => None,
         };

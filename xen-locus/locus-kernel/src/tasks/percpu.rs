@@ -21,7 +21,7 @@ use crate::{Error, Kernel};
 /// [`Error::Odd`] if `nr_cpu_ids` is not 1 to 8192, [`Error::Missing`], [`Error::Memory`].
 pub fn percpu_bases(kernel: &Kernel<'_>, space: &Space<'_>) -> Result<Vec<u64>, Error> {
     let table = kernel.symbols.need("__per_cpu_offset")?;
-    let count = space.read_u32(kernel.symbols.need("nr_cpu_ids")?)? as usize;
+    let count = space.read_u32(kernel.variable("nr_cpu_ids", 4)?)? as usize;
     if count == 0 || count > CPUS_MAX {
         return Err(Error::Odd(format!(
             "nr_cpu_ids is {count}; expected 1 to {CPUS_MAX}"

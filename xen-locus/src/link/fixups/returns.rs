@@ -30,7 +30,7 @@ const SAMPLES: [&str; 2] = ["_printk", "printk"];
 /// # Errors
 /// Memory can't be read.
 pub fn chosen(kernel: &Kernel<'_>) -> Result<Option<Gva>> {
-    match kernel.symbols.addr("x86_return_thunk") {
+    match kernel.variable_if_any("x86_return_thunk", 8)? {
         Some(at) => Ok(Some(Gva(kernel.space.read_u64(at)?))),
         None => Ok(None),
     }
