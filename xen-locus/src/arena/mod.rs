@@ -145,9 +145,7 @@ impl Arena {
     /// Refuses a table that is not the kernel's own: entries are written into it, and a hostile guest's page tables
     /// may lead anywhere.
     fn check_table(&self, kernel: &Kernel<'_>) -> Result<()> {
-        let Some(own) = kernel.symbols.addr(TABLE) else {
-            return Ok(());
-        };
+        let own = kernel.symbols.need(TABLE)?;
         // The last symbol has no next one: it is one page at least.
         let room = kernel.symbols.room(own).unwrap_or(PAGE_SIZE);
         let frames = kernel.space.frames(own, room.clamp(1, TABLE_MAX))?;

@@ -9,6 +9,12 @@ use locus_kernel::Kernel;
 
 use crate::error::{Error, Result};
 
+/// The flag of a page that no allocator has.
+const FLAG: &str = "PG_reserved";
+/// Where a kernel has its array of `struct page` that does not choose that when it boots, and so has no variable for it
+/// (arch/x86/include/asm/pgtable_64_types.h: `__VMEMMAP_BASE_L4`).
+const FIXED: Gva = Gva(0xffff_ea00_0000_0000);
+
 /// Refuses page `pfn` of a PV guest, which the kernel sees at `at`, if the guest uses it.
 ///
 /// # Errors
@@ -25,32 +31,34 @@ pub fn check_unused(kernel: &Kernel<'_>, pfn: u64, at: Gva) -> Result<()> {
     if page.iter().any(|&b| b != 0) {
         return Err(used("it is not empty"));
     }
-    match reserved(kernel, pfn)? {
-        Some(false) => Err(used("its struct page does not say PG_reserved")),
-        Some(true) | None => Ok(()),
+    match is_reserved(kernel, pfn)? {
+        true => Ok(()),
+        false => Err(used("its struct page does not say PG_reserved")),
     }
 }
 
-/// Whether `struct page` has the flag `PG_reserved` (include/linux/page-flags.h); `None` where the kernel's types
-/// don't have it.
-fn reserved(kernel: &Kernel<'_>, pfn: u64) -> Result<Option<bool>> {
-    let (Some(base), Ok(btf)) = (kernel.symbols.addr("vmemmap_base"), kernel.btf()) else {
-        return Ok(None);
+/// Whether `struct page` has the flag `PG_reserved` (include/linux/page-flags.h).
+///
+/// # Errors
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): the kernel's types don't have it. Or memory can't be read.
+fn is_reserved(kernel: &Kernel<'_>, pfn: u64) -> Result<bool> {
+    let btf = kernel.btf()?;
+    let size = btf.size_of("page")? as u64;
+    let flags = btf.offset_of_sized("page", "flags", 8)? as u64;
+    let bit = btf.enum_value("pageflags", FLAG);
+    let bit = bit.and_then(|bit| u32::try_from(bit).ok());
+    let Some(bit) = bit.filter(|&bit| bit < u64::BITS) else {
+        return Err(Error::not_applicable(format!(
+            "the guest's types have no {FLAG} among the pageflags; expected it, to see whether a page of a PV guest is unused"
+        )));
     };
-    let (Ok(size), Ok(flags), Some(bit)) = (
-        btf.size_of("page"),
-        btf.offset_of_sized("page", "flags", 8),
-        btf.enum_value("pageflags", "PG_reserved"),
-    ) else {
-        return Ok(None);
+    let base = match kernel.variable_if_any("vmemmap_base", 8)? {
+        Some(at) => Gva(kernel.space.read_u64(at)?),
+        None => FIXED,
     };
-    let base = Gva(kernel.space.read_u64(base)?);
-    let page = base.plus((size as u64).wrapping_mul(pfn));
-    let flags = kernel.space.read_u64(page.plus(flags as u64))?;
-    let bit = u32::try_from(bit)
-        .ok()
-        .and_then(|bit| flags.checked_shr(bit));
-    Ok(bit.map(|flag| flag & 1 == 1))
+    let page = base.plus(size.wrapping_mul(pfn));
+    let flags = kernel.space.read_u64(page.plus(flags))?;
+    Ok(flags >> bit & 1 == 1)
 }
 
 #[cfg(test)]
@@ -64,19 +72,29 @@ mod tests {
     const PFN: u64 = 0xa5;
     /// Where the kernel sees the page, and its array of `struct page`.
     const AT: Gva = Gva(0xffff_8880_000a_5000);
-    const PAGES: Gva = Gva(0xffff_ea00_0000_0000);
+    const PAGES: Gva = FIXED;
     /// A variable of the kernel's.
     const BASE: u64 = TEXT.0 + (8 << 20);
     const RESERVED: u64 = 1 << 12;
 
     /// What is said to a page that holds `bytes` and has `flags`.
     fn said(bytes: &[u8], flags: u64) -> std::result::Result<(), (ExitCode, String)> {
+        said_by("vmemmap_base", FLAG, bytes, flags)
+    }
+
+    /// The same by a kernel that has these names for the variable and the flag.
+    fn said_by(
+        variable: &str,
+        flag: &str,
+        bytes: &[u8],
+        flags: u64,
+    ) -> std::result::Result<(), (ExitCode, String)> {
         let mut types = Blob::new();
         let long = types.int("long", 8);
         types.structure("page", 64, &[("flags", long, 0)]);
-        types.enumeration("pageflags", &[("PG_locked", 0), ("PG_reserved", 12)]);
+        types.enumeration("pageflags", &[("PG_locked", 0), (flag, 12)]);
         let mut fixture = Fixture::new();
-        let symbol = (BASE, 'd', "vmemmap_base".to_owned());
+        let symbol = (BASE, 'd', variable.to_owned());
         fixture.symbols.push(symbol);
         fixture.constants.push(("__start_BTF", types.bytes()));
         fixture.constants.push(("__stop_BTF", Vec::new()));
@@ -105,5 +123,16 @@ mod tests {
             assert_eq!(code, ExitCode::NotApplicable, "{text}");
             assert!(text.contains(words) && text.contains("0xa5"), "{text}");
         }
+    }
+
+    #[test]
+    fn a_low_page_of_which_it_is_not_known_whether_it_is_reserved_is_not_taken() {
+        let (code, text) = said_by("vmemmap_base", "PG_kept", &[0; 4096], RESERVED).unwrap_err();
+        assert_eq!(code, ExitCode::NotApplicable, "{text}");
+        assert!(text.contains("no PG_reserved"), "{text}");
+        // A kernel without the variable has its pages at a fixed place.
+        assert_eq!(said_by("other", FLAG, &[0; 4096], RESERVED), Ok(()));
+        let (_, text) = said_by("other", FLAG, &[0; 4096], !RESERVED).unwrap_err();
+        assert!(text.contains("does not say PG_reserved"), "{text}");
     }
 }

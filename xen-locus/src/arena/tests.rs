@@ -6,7 +6,7 @@ use locus_guest::addr::Gfn;
 use locus_guest::space::{PTE_PRESENT, PTE_USER};
 use locus_guest::{Memory, MemoryMut, Window, WindowMut};
 use locus_kernel::fixture::TEXT;
-use locus_kernel::fixture_world::World;
+use locus_kernel::fixture_world::{World, FIXMAP};
 
 use super::record::State;
 use super::*;
@@ -16,8 +16,6 @@ mod room;
 
 /// A page of the kernel's variables: pointers to the e820 map and to the mapping of all memory, and the map itself.
 const VARIABLES: Gva = Gva(TEXT.0 + (12 << 20));
-/// Where the kernel sees its page table of the arena.
-const FIXMAP: Gva = Gva(TEXT.0 + (13 << 20));
 /// Where it sees all memory.
 const DIRECT_MAP: Gva = Gva(0xffff_8880_0000_0000);
 /// The first low page.
@@ -43,21 +41,15 @@ struct Guest {
 
 impl Guest {
     fn new(kind: GuestType) -> Guest {
-        Guest::with(kind, &[], false)
+        Guest::with(kind, &[])
     }
 
-    /// The same with `ram` in its memory map, each as start and length, and the symbol of the kernel's page table.
-    fn with(kind: GuestType, ram: &[(u64, u64)], table: bool) -> Guest {
+    /// The same with `ram` in its memory map, each as start and length.
+    fn with(kind: GuestType, ram: &[(u64, u64)]) -> Guest {
         let world = World::with(kind, |fixture| {
             for (offset, name) in [(0, "e820_table"), (8, "page_offset_base")] {
                 let at = VARIABLES.plus(offset).0;
                 fixture.symbols.push((at, 'D', name.to_owned()));
-            }
-            if table {
-                // It is one page long.
-                for (at, name) in [(FIXMAP, TABLE), (FIXMAP.plus(PAGE_SIZE), "after_it")] {
-                    fixture.symbols.push((at.0, 'D', name.to_owned()));
-                }
             }
         });
         let mut variables = Vec::new();
@@ -72,6 +64,11 @@ impl Guest {
         world.memory.map_bytes(VARIABLES, &variables, true, false);
         let low = vec![0; PV_PAGES * PAGE_LEN];
         world.memory.map_bytes(LOW, &low, true, false);
+        // The first megabyte's `struct page`s, all of which say PG_reserved.
+        let mut pages = vec![0; 256 * 64];
+        pages.chunks_mut(64).for_each(|page| page[1] = 1 << 4);
+        let at = Gva(0xffff_ea00_0000_0000);
+        world.memory.map_bytes(at, &pages, true, false);
         Guest {
             world,
             populated: RefCell::default(),
@@ -269,13 +266,20 @@ fn added_pages_have_their_rights_and_hold_what_is_written() {
 
 #[test]
 fn only_the_kernels_own_page_table_is_the_arenas() {
-    let guest = Guest::with(GuestType::Pvh, &[], true);
+    let guest = Guest::new(GuestType::Pvh);
     let elsewhere = guest.world.memory.frame();
     guest.world.memory.map_page(FIXMAP, elsewhere, true, false);
     refused(guest.arena(), Class::NotApplicable, TABLE);
     let table = guest.table();
     guest.world.memory.map_page(FIXMAP, table, true, false);
     assert!(guest.arena().is_ok());
+}
+
+#[test]
+fn without_the_symbol_of_the_kernels_page_table_no_table_is_the_arenas() {
+    let world = World::with(GuestType::Pvh, |f| f.symbols.retain(|s| s.2 != TABLE));
+    let kernel = Kernel::read(&world.memory, world.kind, &world.vcpus).unwrap();
+    refused(Arena::read(&kernel), Class::NotApplicable, TABLE);
 }
 
 #[test]

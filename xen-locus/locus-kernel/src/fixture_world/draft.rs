@@ -7,7 +7,7 @@ use super::types::{
     self, COMM, CPU, INSN_PAGES, ON_CPU, PID, SIGNAL, SP, STACK, START_TIME, STATE, TASKS,
     TASK_LEN, TGID, THREAD_HEAD, THREAD_NODE,
 };
-use super::{stack_at, DATA, IDLE, PATCHED, PERCPU, STACK_LEN};
+use super::{stack_at, DATA, FIXMAP, IDLE, PATCHED, PERCPU, STACK_LEN, UNLOCKED};
 use crate::fixture::{Fixture, Tables, RODATA};
 
 /// First of the per-CPU variables below.
@@ -129,6 +129,9 @@ impl Draft {
         self.fixture
             .function(PATCHED.0 + 0x10, "__fentry__", &[0xc3]);
         self.fixture.function(IDLE.0, "default_idle", &[0xf4, 0xc3]);
+        for (at, name) in [(0, "module_bug_finalize"), (0x10, "module_bug_cleanup")] {
+            self.fixture.function(UNLOCKED.0 + at, name, &[0xc3]);
+        }
     }
 
     fn constants(&mut self) {
@@ -162,6 +165,8 @@ impl Draft {
     }
 
     fn variables(&mut self) {
+        let fixmap = (FIXMAP.0, 'D', "level1_fixmap_pgt".to_owned());
+        self.fixture.symbols.push(fixmap);
         self.variable("total_forks", &77u64.to_le_bytes());
         self.variable("nr_cpu_ids", &2u32.to_le_bytes());
         let bases: Vec<u8> = PERCPU.iter().flat_map(|b| b.to_le_bytes()).collect();

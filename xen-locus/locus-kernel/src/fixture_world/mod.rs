@@ -39,6 +39,12 @@ pub const STACKS: Gva = Gva(0xffff_c900_0000_0000);
 pub const STACK_LEN: usize = 8 << 10;
 /// Guest virtual address of the function that the test payload replaces.
 pub const PATCHED: Gva = Gva(TEXT.0 + 0x1000);
+/// Guest virtual address of the functions that change its list of modules with `BUG` sites.
+pub const UNLOCKED: Gva = Gva(TEXT.0 + 0xe000);
+/// Where its kernel sees the page table behind the vsyscall page.
+pub const FIXMAP: Gva = Gva(TABLES.0 + (1 << 20));
+/// The vsyscall page; behind it, in the same table, is the arena.
+const VSYSCALL: Gva = Gva(0xffff_ffff_ff60_0000);
 /// Guest virtual address of the function in which its idle tasks wait.
 pub const IDLE: Gva = Gva(TEXT.0 + 0x1100);
 /// What the user half of a pair of roots maps of the kernel.
@@ -81,9 +87,11 @@ impl World {
         for (n, stack) in draft.stacks.iter().enumerate() {
             memory.map_bytes(stack_at(n), stack, true, false);
         }
-        // The vsyscall page; behind it, in the same table, is the arena.
-        let vsyscall = memory.frame();
-        memory.map_page(Gva(0xffff_ffff_ff60_0000), vsyscall, false, false);
+        memory.map_page(VSYSCALL, memory.frame(), false, false);
+        let (table, ..) = Space::new(&memory, ROOT, 4)
+            .entry_slot(VSYSCALL, 1)
+            .unwrap();
+        memory.map_page(FIXMAP, table, true, false);
         let vcpu = |id: u32| Vcpu {
             id,
             online: true,

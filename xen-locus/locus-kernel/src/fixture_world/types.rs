@@ -256,6 +256,12 @@ const KPROBE_TYPES: &[Item] = &[
     ),
 ];
 
+/// What tells whether a page is in use.
+const PAGE_TYPES: &[Item] = &[
+    Structure("page", 64, &[("flags", LONG, 0)]),
+    Enumeration("pageflags", &[("PG_locked", 0), ("PG_reserved", 12)]),
+];
+
 /// What a walk of a stack asks for.
 const STACK_TYPES: &[Item] = &[
     Integer("short int", 2),
@@ -368,6 +374,7 @@ pub(super) fn blob() -> Vec<u8> {
         CPU_TYPES,
         KPROBE_TYPES,
         STACK_TYPES,
+        PAGE_TYPES,
     ];
     for item in all.into_iter().flatten() {
         types.add(item);

@@ -266,7 +266,7 @@ fn more_memory_than_a_restored_guest_gets_is_not_taken() {
 #[test]
 fn frames_that_the_memory_map_calls_ram_are_refused() {
     for (kind, start) in [(GuestType::Pvh, 0xfe70_1000), (GuestType::Pv, 0xa_1000)] {
-        let guest = Guest::with(kind, &[(start, 0x1000)], false);
+        let guest = Guest::with(kind, &[(start, 0x1000)]);
         let mut arena = guest.arena().unwrap();
         let added = guest.add(&mut arena, 0, &[Rights::RoData]);
         refused(added, Class::NotApplicable, "usable RAM");
