@@ -45,6 +45,8 @@ const E820_RAM: u32 = 1;
 const E820_MAX: u32 = 4096;
 /// Length of one of its entries, in bytes.
 const E820_ENTRY: usize = 20;
+/// Offset of the first entry in the map, in bytes.
+const E820_ENTRIES: usize = 4;
 
 /// Arena pages that a guest of this type can have, the directory included.
 pub(super) fn capacity(kind: GuestType) -> usize {
@@ -89,7 +91,7 @@ impl<'k, 'm> LowPages<'k, 'm> {
     /// # Errors
     /// The kernel's variable `page_offset_base` can't be read.
     pub(super) fn of(kernel: &'k Kernel<'m>) -> Result<LowPages<'k, 'm>> {
-        let base = kernel.symbols.need("page_offset_base")?;
+        let base = kernel.variable("page_offset_base", 8)?;
         let direct_map = Gva(kernel.space.read_u64(base)?);
         Ok(LowPages { kernel, direct_map })
     }
@@ -304,11 +306,42 @@ fn vacant_frames(
     Ok(found)
 }
 
+/// Refuses a kernel whose types have another memory map than the one that is read. Types without one are no reason.
+fn check_e820(kernel: &Kernel<'_>) -> Result<()> {
+    let Ok(btf) = kernel.btf() else {
+        return Ok(());
+    };
+    let (table, entry) = ("e820_table", "e820_entry");
+    let mut all = Vec::new();
+    if btf.size_of(table).is_ok() {
+        all.push((
+            "nr_entries",
+            btf.offset_of_sized(table, "nr_entries", 4)?,
+            0,
+        ));
+        all.push(("entries", btf.offset_of(table, "entries")?, E820_ENTRIES));
+    }
+    if let Ok(size) = btf.size_of(entry) {
+        all.push(("the end", size, E820_ENTRY));
+        for (member, bytes, expected) in [("addr", 8, 0), ("size", 8, 8), ("type", 4, 16)] {
+            all.push((member, btf.offset_of_sized(entry, member, bytes)?, expected));
+        }
+    }
+    match all.into_iter().find(|(_, found, expected)| found != expected) {
+        None => Ok(()),
+        Some((what, found, expected)) => Err(Error::not_applicable(format!(
+            "the guest's memory map has another form: {what} of its e820_table is at the offset {found}, expected {expected}; so \
+             it can't be known which guest frames are RAM"
+        ))),
+    }
+}
+
 /// Refuses frames `first..end` when the guest's own memory map calls any of them usable RAM:
 /// `e820_table` (arch/x86/kernel/e820.c) points to a count and packed entries {u64 address, u64
 /// size, u32 type}.
-fn check_not_ram(kernel: &Kernel<'_>, first: u64, end: u64) -> Result<()> {
-    let table = Gva(kernel.space.read_u64(kernel.symbols.need("e820_table")?)?);
+pub(super) fn check_not_ram(kernel: &Kernel<'_>, first: u64, end: u64) -> Result<()> {
+    let table = Gva(kernel.space.read_u64(kernel.variable("e820_table", 8)?)?);
+    check_e820(kernel)?;
     let count = kernel.space.read_u32(table)?;
     if count > E820_MAX {
         return Err(Error::not_applicable(format!(
@@ -317,7 +350,7 @@ fn check_not_ram(kernel: &Kernel<'_>, first: u64, end: u64) -> Result<()> {
     }
     let bytes = kernel
         .space
-        .read_vec(table.plus(4), count as usize * E820_ENTRY)?;
+        .read_vec(table.plus(E820_ENTRIES as u64), count as usize * E820_ENTRY)?;
     for entry in bytes.chunks_exact(E820_ENTRY) {
         let (Some(start), Some(size), Some(kind)) = (
             fetch::u64(entry, 0),

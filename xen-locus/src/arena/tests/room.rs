@@ -1,5 +1,9 @@
 //! The memory that an arena gets, and the room in it.
 
+use locus_guest::budget::Budget;
+use locus_kernel::btf::blob::Blob;
+use locus_kernel::fixture::renewed;
+
 use super::*;
 
 #[test]
@@ -342,4 +346,24 @@ fn room_is_the_first_run_that_is_free_or_was_left_behind() {
     let slots = vec![slot(1, 1); record::ENTRIES_MAX + 1];
     let full = arena.commit(&guest, &kernel, slots);
     refused(full, Class::NotApplicable, "directory is full");
+}
+
+#[test]
+fn a_memory_map_of_another_form_is_not_read() {
+    for (entry, words) in [
+        (24, "the end of its e820_table is at the offset 24"),
+        (20, ""),
+    ] {
+        let guest = Guest::new(GuestType::Pvh);
+        let mut types = Blob::with_integers();
+        let members = [("addr", 4, 0), ("size", 4, 8), ("type", 3, 16)];
+        types.structure("e820_entry", entry, &members);
+        let kernel = guest.kernel();
+        let kernel = renewed(&kernel, &types.bytes(), Budget::default()).unwrap();
+        let checked = memory::check_not_ram(&kernel, 0, 1);
+        match words {
+            "" => checked.unwrap(),
+            words => refused(checked, Class::NotApplicable, words),
+        }
+    }
 }
