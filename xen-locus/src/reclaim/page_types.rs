@@ -10,6 +10,10 @@ use crate::error::Result;
 const ORDER_MAX: u32 = 18;
 /// Longest name of a slab cache that is shown, in bytes.
 const NAME_MAX: usize = 32;
+/// `page_type` of a free page where a type is one cleared bit (include/linux/page-flags.h of 5.10 to 6.9: `PG_buddy`). A free
+/// page has no other type, and all other bits stay as in a page without one. A type in the highest byte is another
+/// value than this, so it is not taken for a free page if its name is not known.
+const BUDDY: u32 = 0xffff_ff7f;
 
 /// The kernel's `struct page` of each page frame (`vmemmap_base`), and how to read them.
 #[derive(Default)]
@@ -34,8 +38,7 @@ enum IsBuddy {
     /// By the highest byte of the type. Linux kernel commit 4ffca5a96678 ("mm: support only one page_type per page") (in
     /// v6.12).
     Kind(i64),
-    /// By `PAGE_TYPE_BASE`, and `PG_buddy`, which is cleared (include/linux/page-flags.h). Older kernels have no names for
-    /// the types of pages in their BTF.
+    /// By [`BUDDY`]. Older kernels have no names for the types of pages in their BTF.
     Cleared,
 }
 
@@ -63,7 +66,8 @@ impl Pages {
     /// # Errors
     /// Memory can't be read.
     pub(super) fn of(kernel: &Kernel<'_>, space: &Space<'_>) -> Result<Pages> {
-        let (Some(at), Ok(btf)) = (kernel.symbols.addr("vmemmap_base"), kernel.btf()) else {
+        let at = kernel.variable_if_any("vmemmap_base", 8)?;
+        let (Some(at), Ok(btf)) = (at, kernel.btf()) else {
             return Ok(Pages::default());
         };
         let sized = |path, bytes| {
@@ -173,7 +177,7 @@ impl Pages {
             };
             let is_buddy = match free.is_buddy {
                 IsBuddy::Kind(buddy) => i64::from(kind >> 24) == buddy,
-                IsBuddy::Cleared => kind & 0xf000_0080 == 0xf000_0000,
+                IsBuddy::Cleared => kind == BUDDY,
             };
             let order = || space.read_u64(first.plus(free.order)).ok();
             is_buddy && order().is_some_and(|order| order >= u64::from(block))
@@ -185,5 +189,52 @@ impl Flag {
     fn is_set(&self, space: &Space<'_>, page: Gva) -> Option<bool> {
         let flags = space.read_u64(page.plus(self.flags)).ok()?;
         Some(flags.checked_shr(self.bit)? & 1 == 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use locus_kernel::btf::blob::Blob;
+    use locus_kernel::fixture::{vcpus, Fixture, KIND, TEXT};
+
+    /// A variable of the kernel's, and its array of `struct page`.
+    const BASE: u64 = TEXT.0 + (8 << 20);
+    const PAGES: Gva = Gva(0xffff_ea00_0000_0000);
+
+    /// Whether page frame 3 is ignored, whose `page_type` is this, in a kernel that has no names for types.
+    fn is_ignored(kind: u32) -> bool {
+        let mut types = Blob::with_integers();
+        let members = [("flags", 4, 0), ("private", 4, 40), ("page_type", 3, 48)];
+        types.structure("page", 64, &members);
+        let mut fixture = Fixture::new();
+        fixture.symbols.push((BASE, 'd', "vmemmap_base".to_owned()));
+        fixture.constants.push(("__start_BTF", types.bytes()));
+        fixture.constants.push(("__stop_BTF", Vec::new()));
+        let memory = fixture.build();
+        memory.map_bytes(Gva(BASE), &PAGES.0.to_le_bytes(), true, false);
+        let mut pages = vec![0xff; 4096];
+        pages[3 * 64 + 40..][..8].fill(0);
+        pages[3 * 64 + 48..][..4].copy_from_slice(&kind.to_le_bytes());
+        memory.map_bytes(PAGES, &pages, true, false);
+        let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
+        let pages = Pages::of(&kernel, &kernel.space).unwrap();
+        pages.is_ignored(&kernel.space, 3)
+    }
+
+    #[test]
+    fn a_type_in_the_highest_byte_is_no_free_page_where_types_have_no_names() {
+        assert!(is_ignored(BUDDY));
+        // A slab, a page table and a free page as 6.12 has them; no type; another type, also with the first one.
+        for kind in [
+            0xf500_0000,
+            0xf200_0001,
+            0xf000_0000,
+            u32::MAX,
+            0xffff_fdff,
+            0xffff_fd7f,
+        ] {
+            assert!(!is_ignored(kind), "{kind:#x}");
+        }
     }
 }
