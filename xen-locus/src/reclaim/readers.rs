@@ -34,6 +34,8 @@ const IDLE_CODE: [&str; 7] = [
     "xen_hypercall_sched_op",
     "xen_hypercall_pv",
 ];
+/// Enters a section of RCU that can be preempted.
+const ENTERS: &str = "__rcu_read_lock";
 /// Longest believed of these, in bytes.
 const IDLE_CODE_MAX: u64 = 512;
 
@@ -156,11 +158,54 @@ pub(super) fn all_tasks(kernel: &Kernel<'_>) -> Result<Vec<Task>> {
 }
 
 /// Offset of the count of sections of RCU that a task is in; `None` if the kernel's sections can't be preempted.
+///
+/// # Errors
+/// [`Class::NotApplicable`](crate::error::Class::NotApplicable): they can be preempted, and no such count is known.
 fn nesting(kernel: &Kernel<'_>) -> Result<Option<u64>> {
     const MEMBER: &str = "rcu_read_lock_nesting";
     let btf = kernel.btf()?;
-    match btf.has("task_struct", MEMBER) {
-        true => Ok(Some(btf.offset_of_sized("task_struct", MEMBER, 4)? as u64)),
+    if btf.has("task_struct", MEMBER) {
+        return Ok(Some(btf.offset_of_sized("task_struct", MEMBER, 4)? as u64));
+    }
+    // A function of its own only where it counts (kernel/rcu/tree_plugin.h); else at most a local copy of an inline one.
+    match kernel.symbols.all(ENTERS).any(|s| s.kind == 'T') {
+        true => Err(Error::not_applicable(format!(
+            "the guest's sections of RCU can be preempted (it has {ENTERS}), and its task_struct has no {MEMBER}: who is in such \
+             a section can't be known"
+        ))),
         false => Ok(None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Class;
+    use locus_kernel::btf::blob::Blob;
+    use locus_kernel::fixture::{vcpus, Fixture, KIND, TEXT};
+
+    fn nesting_with(member: &str, kind: char) -> Result<Option<u64>> {
+        let mut types = Blob::with_integers();
+        types.structure("task_struct", 64, &[(member, 3, 32)]);
+        let mut fixture = Fixture::new();
+        let enters = (TEXT.0 + 0x1000, kind, ENTERS.to_owned());
+        fixture.symbols.push(enters);
+        fixture.constants.push(("__start_BTF", types.bytes()));
+        fixture.constants.push(("__stop_BTF", Vec::new()));
+        let memory = fixture.build();
+        nesting(&Kernel::read(&memory, KIND, &vcpus()).unwrap())
+    }
+
+    #[test]
+    fn a_kernel_that_counts_sections_where_it_is_not_known_is_refused() {
+        assert_eq!(
+            nesting_with("rcu_read_lock_nesting", 'T').unwrap(),
+            Some(32)
+        );
+        let error = nesting_with("rcu_nesting", 'T').unwrap_err();
+        assert_eq!(error.class(), Class::NotApplicable);
+        assert!(error.to_string().contains(ENTERS), "{error}");
+        // A copy of the inline function of a kernel whose sections can't be preempted.
+        assert_eq!(nesting_with("rcu_nesting", 't').unwrap(), None);
     }
 }
