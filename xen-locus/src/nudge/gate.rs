@@ -21,6 +21,8 @@ use crate::x86::{self, JUMP};
 
 /// The function at whose entry the gate is (kernel/time/hrtimer.c).
 pub const FUNCTION: &str = "hrtimer_interrupt";
+/// A function that a kernel has if it checks which locks are held (`CONFIG_LOCKDEP`; kernel/locking/lockdep.c).
+const LOCKDEP: &str = "lock_is_held_type";
 /// Most threads that are woken at once, because the interrupt must not take long.
 pub const THREADS_MAX: usize = 128;
 /// Offset of the threads in the data, in bytes.
@@ -66,8 +68,15 @@ impl Calls {
     /// Those of `kernel`.
     ///
     /// # Errors
-    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): the kernel lacks one of them, or its type is another.
+    /// [`Class::NotApplicable`](crate::error::Class::NotApplicable): the kernel lacks one of them, or its type is another. Or
+    /// it checks whether the callers of `signal_wake_up_state` hold a thread's `siglock`: the gate does not, and such a
+    /// kernel would warn, panic if it was told to, and follow the null pointer `sighand` of a thread that exits.
     pub fn of(kernel: &Kernel<'_>) -> Result<Calls> {
+        if kernel.symbols.addr(LOCKDEP).is_some() {
+            return Err(Error::not_applicable(format!(
+                "this kernel checks which locks are held (CONFIG_LOCKDEP: it has {LOCKDEP}), and would warn of a nudge, or panic"
+            )));
+        }
         let task = || Type::pointer_to_struct("task_struct");
         let named = |kind, name: &str| Type::Named(kind, name.to_owned());
         let find = Prototype {
@@ -229,6 +238,7 @@ mod tests {
     use crate::error::Class;
     use iced_x86::{Code, Mnemonic};
     use locus_kernel::btf::blob::Blob;
+    use locus_kernel::fixture::{vcpus, Fixture, KIND, TEXT};
 
     const AT: Gva = Gva(0xffff_ffff_ff60_2010);
     const DATA: Gva = Gva(0xffff_ffff_ff60_3000);
@@ -245,6 +255,17 @@ mod tests {
         Decoder::with_ip(64, code, AT.0, DecoderOptions::NONE)
             .iter()
             .collect()
+    }
+
+    #[test]
+    fn a_kernel_that_checks_its_locks_is_not_nudged() {
+        let mut fixture = Fixture::new();
+        fixture.function(TEXT.0 + 0x1000, LOCKDEP, &[0xc3]);
+        let memory = fixture.build();
+        let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
+        let error = Calls::of(&kernel).unwrap_err();
+        assert_eq!(error.class(), Class::NotApplicable);
+        assert!(error.to_string().contains("CONFIG_LOCKDEP"), "{error}");
     }
 
     /// A kernel's types in which `wake` has these parameters: `signal_wake_up_state(task, NAME)`.
