@@ -111,6 +111,10 @@ fn relatives(b: &mut Blob, [int, long, two]: [u32; 3]) {
         ("next", two, 192),
     ];
     b.composite(TypeKind::Struct, "smp_alt_module", 40, &locks);
+    let jump = [("code", int, 0), ("target", int, 32), ("key", long, 64)];
+    b.composite(TypeKind::Struct, "jump_entry", 16, &jump);
+    let site = [("addr", int, 0), ("key", int, 32)];
+    b.composite(TypeKind::Struct, "static_call_site", 8, &site);
     let uses = [("source_list", two, 0), ("source", long, 128)];
     b.composite(TypeKind::Struct, "module_use", 24, &uses);
     let tables = [

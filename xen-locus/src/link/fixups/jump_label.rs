@@ -18,9 +18,15 @@ use super::code::{are_empty, relative, FixupTable, LinkedCode};
 use super::{AppliedFixups, FixupPlace, KeyCount};
 use crate::arena::digests::RecordedLabel;
 use crate::error::Result;
-use crate::x86::{branch, JMP, NOP2, NOP5};
+use crate::target::rewritten::JUMP_ENTRY;
+use crate::x86::{branch, JMP, NOP2, NOP5, NOPS5};
 
 const TABLE: &str = "__jump_table";
+/// Length of an entry, and where its parts are, in bytes: [`JUMP_ENTRY`].
+const SIZE: usize = 16;
+const CODE: usize = 0;
+const TARGET: usize = 4;
+const KEY: usize = 8;
 /// The entry of `ideal_nops` for a nop that is replaced as a whole (`NOP_ATOMIC5`).
 const ATOMIC5: u64 = 9;
 
@@ -53,37 +59,19 @@ impl JumpLabel {
     }
 }
 
-struct JumpEntryLayout {
-    size: usize,
-    code: usize,
-    target: usize,
-    key: usize,
-    enabled: u64,
-}
+/// Where a key has its count, and the rest of it names its branches (include/linux/jump_label.h: `struct static_key`): a
+/// count is compared where the key is.
+const ENABLED: usize = 0;
 
-impl JumpEntryLayout {
-    fn of(kernel: &Kernel<'_>, code: &LinkedCode) -> Result<JumpEntryLayout> {
-        let btf = kernel.btf()?;
-        let ty = "jump_entry";
-        let layout = JumpEntryLayout {
-            size: btf.size_of(ty)?,
-            code: btf.offset_of(ty, "code")?,
-            target: btf.offset_of_sized(ty, "target", 4)?,
-            key: btf.offset_of(ty, "key")?,
-            enabled: btf.offset_of_sized("static_key", "enabled", 4)? as u64,
-        };
-        let widths = (
-            btf.bits_of(ty, "code")?.width,
-            btf.bits_of(ty, "key")?.width,
-        );
-        if widths != (32, 64) {
-            return Err(code.no(&format!(
-                "struct jump_entry of the guest's kernel has a place of {} bits and a key of {}; \
-                 expected distances of 32 and 64",
-                widths.0, widths.1
-            )));
-        }
-        Ok(layout)
+/// Refuses a kernel whose structures have another form.
+fn check_forms(kernel: &Kernel<'_>, code: &LinkedCode) -> Result<()> {
+    let btf = kernel.btf()?;
+    JUMP_ENTRY.check(btf)?;
+    match btf.offset_of_sized("static_key", "enabled", 4)? {
+        ENABLED => Ok(()),
+        at => Err(code.no(&format!(
+            "struct static_key of the guest's kernel has its count at the offset {at}; expected {ENABLED}"
+        ))),
     }
 }
 
@@ -100,17 +88,17 @@ pub fn apply(
     if are_empty(tables) {
         return Ok(());
     }
-    let layout = JumpEntryLayout::of(kernel, code)?;
-    let nop5 = nop5(kernel)?;
+    check_forms(kernel, code)?;
+    let nop5 = nop5(kernel, code)?;
     let mut keys = BTreeMap::new();
     for table in tables {
-        let entries: Vec<_> = table.entries(code, TABLE, layout.size)?.collect();
+        let entries: Vec<_> = table.entries(code, TABLE, SIZE)?.collect();
         for (entry, bytes) in entries {
-            let key_at = entry.plus(layout.key as u64);
+            let key_at = entry.plus(KEY as u64);
             let (Some(at), Some(target), Some(key)) = (
-                relative(entry, bytes, layout.code),
-                relative(entry, bytes, layout.target),
-                fetch::u64(bytes, layout.key).map(|distance| key_at.0.wrapping_add(distance)),
+                relative(entry, bytes, CODE),
+                relative(entry, bytes, TARGET),
+                fetch::u64(bytes, KEY).map(|distance| key_at.0.wrapping_add(distance)),
             ) else {
                 return Err(code.no(&format!("an entry of {TABLE} is cut short")));
             };
@@ -130,7 +118,7 @@ pub fn apply(
                     "the jump label at {at} leads to {target}, which never runs"
                 )));
             }
-            let count = count(kernel, code, &site, layout.enabled)?;
+            let count = count(kernel, code, &site)?;
             site.size = set(code, &site, (count != 0) != site.branch, &nop5)?;
             if !site.key_is_own {
                 keys.entry(site.key).or_insert(count);
@@ -147,8 +135,8 @@ pub fn apply(
 }
 
 /// The count of a key: 0 is off, all else is on (-1 while it is being switched on).
-fn count(kernel: &Kernel<'_>, code: &LinkedCode, site: &JumpLabel, enabled: u64) -> Result<i32> {
-    let at = site.key.plus(enabled);
+fn count(kernel: &Kernel<'_>, code: &LinkedCode, site: &JumpLabel) -> Result<i32> {
+    let at = site.key.plus(ENABLED as u64);
     if !site.key_is_own {
         if code.all.contains(site.key) {
             return Err(code.no(&format!(
@@ -206,14 +194,19 @@ fn set(code: &mut LinkedCode, site: &JumpLabel, jump: bool, nop5: &[u8; 5]) -> R
 ///
 /// Up to v5.12 it was chosen by the CPU (`ideal_nops`): Linux kernel commit a89dfde3dc3c ("x86: Remove
 /// dynamic NOP selection").
-fn nop5(kernel: &Kernel<'_>) -> Result<[u8; 5]> {
-    let Some(at) = kernel.symbols.addr("ideal_nops") else {
+fn nop5(kernel: &Kernel<'_>, code: &LinkedCode) -> Result<[u8; 5]> {
+    let Some(at) = kernel.variable_if_any("ideal_nops", 8)? else {
         return Ok(NOP5);
     };
     let table = Gva(kernel.space.read_u64(at)?);
     let nop = Gva(kernel.space.read_u64(table.plus(8 * ATOMIC5))?);
     let mut bytes = [0; 5];
     kernel.space.read(nop, &mut bytes)?;
+    if !NOPS5.contains(&bytes) {
+        return Err(code.no(&format!(
+            "ideal_nops of the guest's kernel has {bytes:02x?} at {nop} for a nop of five bytes; expected one of {NOPS5:02x?}"
+        )));
+    }
     Ok(bytes)
 }
 
@@ -222,7 +215,6 @@ mod tests {
     use super::*;
     use crate::link::fixups::testing::{code, put32, with, BASE, KEYS};
     use crate::link::fixups::Runs;
-    use crate::x86::NOPS5;
     use locus_guest::addr::Range;
     use locus_kernel::btf::blob::Blob;
     use locus_kernel::fixture::{Fixture, RODATA};
@@ -230,11 +222,16 @@ mod tests {
     const K8: [u8; 5] = NOPS5[1];
 
     fn types(narrow: bool) -> Vec<u8> {
+        types_with(narrow, 0)
+    }
+
+    /// The same with another place of a key's count.
+    fn types_with(narrow: bool, enabled: usize) -> Vec<u8> {
         let mut b = Blob::with_integers();
         let place = if narrow { 4 } else { 3 };
         let members = [("code", place, 0), ("target", 3, 4), ("key", 4, 8)];
         b.structure("jump_entry", 16, &members);
-        b.structure("static_key", 16, &[("enabled", 3, 0), ("type", 4, 8)]);
+        b.structure("static_key", 16, &[("enabled", 3, enabled), ("type", 4, 8)]);
         b.bytes()
     }
 
@@ -244,19 +241,29 @@ mod tests {
         entries: &[(u64, u64, Gva, u64)],
         k8: bool,
     ) -> Result<(Vec<u8>, AppliedFixups)> {
+        applied_by(&types(false), k8.then_some(K8), bytes, entries)
+    }
+
+    /// The same by a kernel of these types, which chose this nop.
+    fn applied_by(
+        types: &[u8],
+        chosen: Option<[u8; 5]>,
+        bytes: &[u8],
+        entries: &[(u64, u64, Gva, u64)],
+    ) -> Result<(Vec<u8>, AppliedFixups)> {
         let change = |f: &mut Fixture| {
-            if k8 {
+            if let Some(nop) = chosen {
                 // The banner stands 64 bytes into read-only data; these stand before it.
                 let at = RODATA.0 + 64;
                 let mut table = vec![0; 72];
                 table.extend((at + 80).to_le_bytes());
-                table.extend(K8);
+                table.extend(nop);
                 f.constants.insert(0, ("nops", table));
                 f.constants
                     .insert(1, ("ideal_nops", at.to_le_bytes().to_vec()));
             }
         };
-        with(&types(false), change, |kernel| {
+        with(types, change, |kernel| {
             let mut code = code(bytes);
             code.own = Range::new(BASE.plus(32), 32);
             code.live = Runs::new(vec![Range::new(BASE, 32)]);
@@ -357,6 +364,24 @@ mod tests {
     }
 
     #[test]
+    fn a_nop_that_is_none_is_not_written() {
+        let chosen = Some([0x0f, 0x0b, 0x90, 0x90, 0x90]);
+        let error = applied_by(&types(false), chosen, &bytes(), &[(0, 20, KEYS, 0)]);
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("ideal_nops"), "{error}");
+    }
+
+    #[test]
+    fn a_kernel_whose_keys_have_their_count_elsewhere_is_refused() {
+        let error = applied_by(&types_with(false, 4), None, &bytes(), &[(0, 20, KEYS, 0)]);
+        let error = error.unwrap_err().to_string();
+        assert!(
+            error.contains("its count at the offset 4; expected 0"),
+            "{error}"
+        );
+    }
+
+    #[test]
     fn what_is_no_jump_label_is_refused() {
         for (entry, why) in [
             ((14, 20, KEYS, 0), "expected a nop of 2 or 5 bytes"),
@@ -386,7 +411,8 @@ mod tests {
                     bytes: vec![0; 16],
                 };
                 let error = apply(kernel, &mut code, &[table], &mut AppliedFixups::default());
-                assert!(error.unwrap_err().to_string().contains("64 bits"));
+                let error = error.unwrap_err().to_string();
+                assert!(error.contains("code of jump_entry has 8 bytes"), "{error}");
                 Ok(())
             },
         )

@@ -34,6 +34,7 @@ use locus_kernel::Kernel;
 
 use crate::error::Result;
 use crate::target::redirect::Returns;
+use crate::target::rewritten::STATIC_CALL_SITE;
 pub use code::{relative, target, FixupTable, LinkedCode, Runs};
 pub use jump_label::JumpLabel;
 
@@ -125,6 +126,9 @@ pub fn apply_fixups(
             &feature,
             places,
         )?;
+    }
+    if tables.static_calls.iter().any(|t| !t.bytes.is_empty()) {
+        STATIC_CALL_SITE.check(kernel.btf()?)?;
     }
     static_call::check(code, &tables.static_calls)?;
     jump_label::apply(kernel, code, &tables.jumps, &mut done)?;

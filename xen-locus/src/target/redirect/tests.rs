@@ -1,6 +1,7 @@
 use super::*;
 use crate::error::ExitCode;
 use crate::x86::NOP5;
+use locus_kernel::btf::blob::Blob;
 use locus_kernel::fixture::{vcpus, Fixture, KIND, TEXT};
 
 const AT: u64 = TEXT.0 + 0x1000;
@@ -235,6 +236,11 @@ fn with_jump_label(len: u64, from: u64, to: u64) -> Result<ExaminedFunction> {
     ] {
         fixture.symbols.push((at, 'd', name.to_owned()));
     }
+    let mut types = Blob::with_integers();
+    let members = [("code", 3, 0), ("target", 3, 4), ("key", 4, 8)];
+    types.structure("jump_entry", 16, &members);
+    fixture.constants.push(("__start_BTF", types.bytes()));
+    fixture.constants.push(("__stop_BTF", Vec::new()));
     let distance = |place: u64, word: u64| (AT + place).wrapping_sub(word).to_le_bytes();
     let mut entry = [0; 4096];
     entry[..4].copy_from_slice(&distance(from, TABLE)[..4]);

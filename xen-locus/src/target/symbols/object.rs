@@ -7,7 +7,7 @@ use locus_kernel::Kernel;
 
 use super::{not_applicable, PER_UNIT};
 use crate::error::Result;
-use crate::target::rewritten::{lock_prefixes, rewritten, LOCK_PREFIX};
+use crate::target::rewritten::{check_forms, lock_prefixes, rewritten, LOCK_PREFIX};
 
 /// The object that a function belongs to.
 #[derive(Clone, Copy, Debug)]
@@ -84,24 +84,27 @@ impl Object<'_> {
     /// The tables of places in it that the kernel rewrites while it runs.
     ///
     /// # Errors
-    /// The list of modules with lock prefixes can't be read.
+    /// The list of modules with lock prefixes can't be read, or the tables are not as they are known: see
+    /// [`check_forms`].
     pub fn rewritten(&self, kernel: &Kernel<'_>) -> Result<Vec<Rewritten>> {
-        match self {
+        let all = match self {
             Object::Kernel => {
-                let mut all = rewritten(kernel);
+                let mut all = rewritten(kernel)?;
                 if let Some(locks) = lock_prefixes(kernel, Gva(0))? {
                     // The table itself may be freed memory.
                     all.retain(|r| r.what != LOCK_PREFIX);
                     all.extend(locks);
                 }
-                Ok(all)
+                all
             }
             Object::Module(module, _) => {
                 let mut all = module.rewritten.clone();
-                // Without the list none are known: the kernel has no SMP alternatives.
+                // Without the list there are none: the kernel has no SMP alternatives.
                 all.extend(lock_prefixes(kernel, module.addr)?.unwrap_or_default());
-                Ok(all)
+                all
             }
-        }
+        };
+        check_forms(kernel, &all)?;
+        Ok(all)
     }
 }
