@@ -12,7 +12,7 @@ use locus_kernel::Kernel;
 
 use super::code::{relative, FixupTable, LinkedCode};
 use super::{moved, name_of, FixupPlace};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::x86::{self, branch, CALL, NOP1};
 
 const TABLE: &str = ".altinstructions";
@@ -20,6 +20,8 @@ const TABLE: &str = ".altinstructions";
 const OLD_NOT: u64 = 1 << 15;
 /// The feature must be absent (`ALT_FLAG_NOT`).
 const NOT: u64 = 1;
+/// Sizes of the structure without flags, in bytes: without and with `padlen`.
+const SIZES_WITHOUT_FLAGS: [usize; 2] = [12, 13];
 /// The replacement calls what a pointer holds (`ALT_FLAG_DIRECT_CALL`).
 const DIRECT_CALL: u64 = 2;
 /// `call *disp32(%rip)`, without its displacement.
@@ -53,16 +55,27 @@ impl AltInstrLayout {
     /// Learns it from the guest's types.
     ///
     /// # Errors
-    /// A member is missing.
+    /// A member is missing, or there are no flags in a structure that is not that without flags.
     pub fn of(kernel: &Kernel<'_>) -> Result<AltInstrLayout> {
         let btf = kernel.btf()?;
         let ty = "alt_instr";
+        let size = btf.size_of(ty)?;
+        let flags = match btf.has(ty, "flags") {
+            true => Some(btf.bits_of(ty, "flags")?),
+            false if SIZES_WITHOUT_FLAGS.contains(&size) => None,
+            false => {
+                return Err(Error::not_applicable(format!(
+                    "struct alt_instr of the guest's kernel has no flags and {size} bytes; expected flags, or one of \
+                     {SIZES_WITHOUT_FLAGS:?} bytes. So it can't be known when an alternative is chosen"
+                )))
+            }
+        };
         Ok(AltInstrLayout {
-            size: btf.size_of(ty)?,
+            size,
             instr: btf.offset_of_sized(ty, "instr_offset", 4)?,
             replacement: btf.offset_of_sized(ty, "repl_offset", 4)?,
             feature: btf.bits_of(ty, "cpuid")?,
-            flags: btf.bits_of(ty, "flags").ok(),
+            flags,
             instr_len: btf.bits_of(ty, "instrlen")?,
             replacement_len: btf.bits_of(ty, "replacementlen")?,
         })
@@ -218,6 +231,11 @@ mod tests {
 
     /// Types of the entry, by generation.
     fn types(generation: usize) -> Vec<u8> {
+        types_with("flags", generation)
+    }
+
+    /// The same with another name of the flags, where there are any.
+    fn types_with(flags: &str, generation: usize) -> Vec<u8> {
         let mut b = Blob::with_integers();
         let (byte, half, word) = (1, 2, 3);
         let mut members = vec![("instr_offset", word, 0, 0), ("repl_offset", word, 32, 0)];
@@ -236,7 +254,7 @@ mod tests {
                 }
             }
             _ => {
-                let parts = [("cpuid", word, 0, 16), ("flags", word, 16, 16)];
+                let parts = [("cpuid", word, 0, 16), (flags, word, 16, 16)];
                 let inner = b.fields(TypeKind::Struct, "", 4, &parts);
                 let both = [("", inner, 0, 0), ("ft_flags", word, 0, 0)];
                 let union = b.fields(TypeKind::Union, "", 4, &both);
@@ -248,6 +266,21 @@ mod tests {
         };
         b.fields(TypeKind::Struct, "alt_instr", size, &members);
         b.bytes()
+    }
+
+    #[test]
+    fn an_entry_whose_flags_are_not_found_is_not_taken_for_one_without() {
+        for generation in 0..3 {
+            kernel(&types(generation), |kernel| {
+                AltInstrLayout::of(kernel).map(|_| ())
+            })
+            .unwrap();
+        }
+        let error = kernel(&types_with("how", 2), |kernel| {
+            AltInstrLayout::of(kernel).map(|_| ())
+        });
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("has no flags and 14 bytes"), "{error}");
     }
 
     /// Where the table stands, behind 64 bytes of code.
