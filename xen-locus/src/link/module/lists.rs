@@ -8,6 +8,7 @@ use locus_kernel::modules::{Module, ModuleReader};
 use locus_kernel::Kernel;
 
 use super::structure::TreeNode;
+use super::unlocked;
 use super::words::Words;
 use super::{keys, tree, BuiltModule};
 use crate::arena::record::MODULE;
@@ -16,9 +17,6 @@ use crate::quiesce::Watched;
 use crate::target::kernel_locks;
 use crate::write::{About, Lock, Write};
 
-/// The functions that change the list of modules with `BUG` sites, which no lock protects
-/// (lib/bug.c). They call nothing, so a thread that is in them was interrupted there.
-const UNLOCKED: [&str; 2] = ["module_bug_finalize", "module_bug_cleanup"];
 /// Most users of a module that are looked through.
 const USERS_MAX: usize = 4096;
 /// Most kinds of memory that a module is believed to have.
@@ -88,20 +86,8 @@ pub fn insert(kernel: &Kernel<'_>, built: &mut BuiltModule, uses: &[Gva]) -> Res
     let writes = marked(built.place.rw, 0, words);
     built.rw = rw;
     done?;
-    let watched = unlocked_code(kernel);
+    let watched = unlocked::code(kernel)?;
     Ok(ListChange { writes, watched })
-}
-
-/// The functions that change the guest's lists without a lock.
-fn unlocked_code(kernel: &Kernel<'_>) -> Vec<Watched> {
-    UNLOCKED
-        .iter()
-        .filter_map(|name| {
-            let at = kernel.symbols.addr(name)?;
-            let len = kernel.symbols.room(at)?;
-            Some(Watched::new(Range::new(at, len), *name))
-        })
-        .collect()
 }
 
 /// The writes of `words` between those of the marks at `at`, which become one more than `from`.
@@ -157,7 +143,7 @@ pub fn remove(kernel: &Kernel<'_>, module: Gva, own: Range, users: Users) -> Res
     let marks = Gva(module.0.wrapping_sub(MODULE));
     Ok(ListChange {
         writes: marked(marks, 1, words),
-        watched: unlocked_code(kernel),
+        watched: unlocked::code(kernel)?,
     })
 }
 
@@ -183,7 +169,15 @@ impl Remover<'_, '_> {
 
     fn tree(&self, words: &mut Words<'_, '_>) -> Result<()> {
         let tree = LatchTree::of(self.kernel)?;
-        for node in tree.nodes_of(words, self.module, self.own)? {
+        let nodes = tree.nodes_of(words, self.module, self.own)?;
+        if nodes.is_empty() {
+            return Err(Error::not_applicable(format!(
+                "struct module at {} names none of the payload's memory; expected its text there, by which the guest's tree \
+                 of module addresses leads to it",
+                self.module
+            )));
+        }
+        for node in nodes {
             for (root, nth) in tree.copies {
                 tree::erase(words, tree.shape, root, node.plus(nth))?;
             }
@@ -294,9 +288,15 @@ impl LatchTree {
             true => {
                 let first = offset(kernel, "module", "mem")?;
                 let stride = btf.size_of("module_memory")? as u64;
-                let kinds = btf.enum_value("mod_mem_type", "MOD_MEM_NUM_TYPES");
-                let kinds = kinds.and_then(|n| u64::try_from(n).ok()).unwrap_or(0);
-                let all = (0..kinds.min(KINDS_MAX)).map(|n| first + n * stride);
+                let kinds = btf.array_len("module", "mem")? as u64;
+                if kinds == 0 || kinds > KINDS_MAX {
+                    let found =
+                        format!("the guest's struct module has {kinds} kinds of memory (mem[])");
+                    return Err(Error::not_applicable(format!(
+                        "{found}; expected 1 to {KINDS_MAX}"
+                    )));
+                }
+                let all = (0..kinds).map(|n| first + n * stride);
                 ("module_memory", all.collect())
             }
             false => (

@@ -23,6 +23,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 mod tree;
+mod unlocked;
 mod words;
 
 use locus_guest::addr::{Gva, Range};

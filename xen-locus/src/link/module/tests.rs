@@ -1,11 +1,18 @@
-use locus_guest::addr::Gva;
-use locus_kernel::fixture::{vcpus, Fixture, KIND};
+use locus_guest::addr::{Gva, Range};
+use locus_guest::budget::Budget;
+use locus_kernel::btf::blob::Blob;
+use locus_kernel::fixture::{renewed, vcpus, Fixture, KIND};
+use locus_kernel::fixture_world::UNLOCKED;
 use locus_kernel::Kernel;
 
+use super::lists::{self, Users};
 use super::structure::TreeNode;
 use super::tree::{erase, insert, Shape};
 use super::words::Words;
-use crate::error::Result;
+use crate::arena;
+use crate::error::{Class, Result};
+use crate::machine::mock::{payload, Guest, A};
+use crate::plan::Mode;
 
 const AT: Gva = Gva(0xffff_ffff_ff60_2000);
 /// As x86-64 has them.
@@ -144,4 +151,94 @@ fn what_was_read_is_expected_and_what_was_changed_is_written() {
     assert_eq!(writes[0].expect, writes[0].new);
     assert_eq!(writes[1].expect, [7; 8]);
     assert_eq!(writes[1].new, 1u64.to_le_bytes());
+}
+
+/// What is said to a kernel whose `struct module` has so many kinds of memory.
+fn with_kinds_of_memory(kinds: u32) -> Result<[Gva; 2]> {
+    let mut b = Blob::with_integers();
+    let nodes = b.structure("latch_tree_node", 48, &[]);
+    let node = [("node", nodes, 0)];
+    let node = b.structure("mod_tree_node", 56, &node);
+    b.structure("module_memory", 72, &[("base", 4, 0), ("mtn", node, 16)]);
+    let all = b.array(4, kinds);
+    b.structure("module", 448, &[("mem", all, 0)]);
+    let members = [
+        ("__rb_parent_color", 4, 0),
+        ("rb_right", 4, 8),
+        ("rb_left", 4, 16),
+    ];
+    b.structure("rb_node", 24, &members);
+    b.structure("rb_root", 8, &[("rb_node", 4, 0)]);
+    let root = b.structure("latch_tree_root", 24, &[("seq", 3, 0), ("tree", 4, 8)]);
+    let members = [("root", root, 0), ("addr_min", 4, 24), ("addr_max", 4, 32)];
+    b.structure("mod_tree_root", 40, &members);
+    let guest = Guest::new();
+    let kernel = renewed(&guest.kernel(), &b.bytes(), Budget::default())?;
+    lists::address_bounds(&kernel)
+}
+
+#[test]
+fn a_module_without_kinds_of_memory_is_not_taken_for_one_without_nodes() {
+    with_kinds_of_memory(7).unwrap();
+    for kinds in [0, 65] {
+        let error = with_kinds_of_memory(kinds).unwrap_err().to_string();
+        assert!(
+            error.contains(&format!("has {kinds} kinds of memory")),
+            "{error}"
+        );
+    }
+}
+
+/// The whole arena.
+const OWN: Range = Range {
+    start: arena::BASE,
+    end: Gva(arena::BASE.0 + arena::PAGES as u64 * 4096),
+};
+
+/// Why the first payload of `guest` can't be taken out of its lists.
+fn why_not_removed(guest: &Guest) -> String {
+    let resident = &guest.residents().unwrap()[0];
+    let removed = lists::remove(&guest.kernel(), resident.record.module, OWN, Users::None);
+    removed.map(|_| ()).unwrap_err().to_string()
+}
+
+#[test]
+fn a_payload_whose_node_is_not_found_is_not_half_taken_out() {
+    let guest = Guest::new();
+    guest.applied(&payload("fix", &[A]));
+    let module = guest.residents().unwrap()[0].record.module;
+    // `core_layout.base`
+    guest.poke(module.plus(88).0, &[0; 8]);
+    let said = why_not_removed(&guest);
+    assert!(
+        said.contains("names none of the payload's memory"),
+        "{said}"
+    );
+}
+
+#[test]
+fn functions_without_a_lock_are_watched_where_they_are_inlined_or_the_kernel_is_refused() {
+    for name in ["module_bug_finalize", "module_bug_cleanup"] {
+        let guest = Guest::with(|f| f.symbols.retain(|s| s.2 != name));
+        let error = guest.apply(&payload("fix", &[A]), Mode::Apply).unwrap_err();
+        assert_eq!(error.class(), Class::NotApplicable, "{error}");
+        assert!(error.to_string().contains("load_module"), "{error}");
+        let guest = Guest::with(|f| {
+            f.symbols.retain(|s| s.2 != name);
+            for (at, caller) in [(0x40, "load_module"), (0x60, "free_module")] {
+                f.function(UNLOCKED.0 + at, caller, &[0xc3]);
+            }
+        });
+        guest.applied(&payload("fix", &[A]));
+        let module = guest.residents().unwrap()[0].record.module;
+        let change = lists::remove(&guest.kernel(), module, OWN, Users::None).unwrap();
+        let watched = |at: u64| {
+            change
+                .watched
+                .iter()
+                .any(|w| w.range.contains(UNLOCKED.plus(at)))
+        };
+        assert!(watched(0x40));
+        assert_eq!(watched(0x60), name == "module_bug_cleanup");
+    }
 }
