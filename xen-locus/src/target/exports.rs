@@ -26,10 +26,12 @@ const NAME_MAX: usize = 512;
 /// Farthest a distance from one place of the kernel's image to another leads, in bytes. One in sixteen
 /// CRCs is no larger.
 const IMAGE_MAX: u32 = 128 << 20;
+/// Where the table begins that each kernel with modules has.
+pub const TABLE: &str = "__start___ksymtab";
 /// The tables: symbols from and to, and their CRCs.
 const TABLES: [[&str; 4]; 2] = [
     [
-        "__start___ksymtab",
+        TABLE,
         "__stop___ksymtab",
         "__start___kcrctab",
         "__stop___kcrctab",

@@ -19,7 +19,7 @@ pub use self::object::Object;
 use crate::arena;
 use crate::error::{Error, Result};
 use crate::target::conflicts;
-use crate::target::exports::Exports;
+use crate::target::exports::{self, Exports};
 
 /// Symbols of a module whose names can be looked at for one unit of the guest's budget.
 const PER_UNIT: u64 = 4;
@@ -68,16 +68,16 @@ impl<'k, 'm> GuestSymbols<'k, 'm> {
         }
     }
 
-    /// What the kernel itself exports; `None` if that can't be known.
+    /// What the kernel itself exports; `None` if it has no table of that.
     ///
     /// # Errors
-    /// The guest's budget is spent: that says nothing of its exports.
+    /// As [`Exports::read`]: that says nothing of its exports.
     pub fn exported(&self) -> Result<Option<&Exports>> {
         if let Some(exported) = self.exported.get() {
             return Ok(exported.as_ref());
         }
-        let read = Exports::read(self.kernel).ok();
-        self.kernel.space.budget().check()?;
+        let has_table = self.kernel.symbols.addr(exports::TABLE).is_some();
+        let read = has_table.then(|| Exports::read(self.kernel)).transpose()?;
         Ok(self.exported.get_or_init(|| read).as_ref())
     }
 

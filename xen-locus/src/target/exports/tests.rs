@@ -5,6 +5,7 @@ use locus_kernel::btf::blob::Blob;
 use locus_kernel::fixture::{renewed, vcpus, Fixture, KIND, TEXT};
 
 use super::*;
+use crate::target::symbols::GuestSymbols;
 
 #[test]
 fn each_export_of_a_place_is_looked_at_once_and_paid_for() {
@@ -45,4 +46,25 @@ fn each_export_of_a_place_is_looked_at_once_and_paid_for() {
         .unwrap();
     let error = all.crc(&kernel, NAME).unwrap_err();
     assert!(error.to_string().contains("costs more"), "{error}");
+}
+
+#[test]
+fn a_table_in_a_form_that_is_not_known_is_no_kernel_without_exports() {
+    let exported = |symbols: &[&str]| {
+        let mut fixture = Fixture::new();
+        for (name, at) in symbols.iter().zip(TEXT.0 + (16 << 20)..) {
+            fixture.symbols.push((at, 'D', (*name).to_owned()));
+        }
+        let memory = fixture.build();
+        let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
+        let mut types = Blob::with_integers();
+        types.structure("kernel_symbol", 4, &[("value_offset", 3, 0)]);
+        let kernel = renewed(&kernel, &types.bytes(), Budget::default()).unwrap();
+        let symbols = GuestSymbols::new(&kernel, Vec::new());
+        let exported = symbols.exported();
+        exported.map(|all| all.is_some()).map_err(|e| e.to_string())
+    };
+    assert_eq!(exported(&[]), Ok(false));
+    let error = exported(&[TABLE, "__stop___ksymtab"]).unwrap_err();
+    assert!(error.contains("name_offset"), "{error}");
 }
