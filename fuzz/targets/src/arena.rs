@@ -113,6 +113,7 @@ const PAGES: usize = 96;
 fn table_in(memory: &MockMemory) -> Frame {
     memory.map_page(Gva(BASE.0 - PAGE_LEN as u64), memory.frame(), false, false);
     let (table, _, _) = Space::new(memory, ROOT, 4).entry_slot(BASE, 1).unwrap();
+    memory.map_page(guest::FIXMAP, table, true, false);
     table
 }
 

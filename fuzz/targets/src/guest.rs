@@ -118,6 +118,9 @@ pub fn variables() -> Vec<u8> {
     data
 }
 
+/// Where the kernel sees its page table of the arena.
+pub const FIXMAP: Gva = Gva(DATA.0 + (1 << 20));
+
 fn fixture(btf: Vec<u8>) -> Fixture {
     let mut fixture = Fixture::new();
     let mut variable = |name: &str, at: u64| {
@@ -131,6 +134,9 @@ fn fixture(btf: Vec<u8>) -> Fixture {
     variable("__start_init_stack", DATA.0 + 0x10000);
     variable("__end_init_stack", DATA.0 + 0x14000);
     variable("idle_threads", IDLE);
+    // It is one page long.
+    variable("level1_fixmap_pgt", FIXMAP.0);
+    variable("behind_the_table", FIXMAP.0 + PAGE_LEN as u64);
     fixture.constants.push(("__start_BTF", btf));
     fixture.constants.push(("__stop_BTF", vec![0; 8]));
     fixture
