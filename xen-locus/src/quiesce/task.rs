@@ -6,6 +6,7 @@ use std::rc::Rc;
 use locus_guest::addr::{Gva, Range};
 use locus_guest::space::{Pin, Space};
 use locus_guest::Window;
+use locus_kernel::btf::Btf;
 use locus_kernel::tasks::{is_on_cpu, Task, TaskLayout};
 use locus_kernel::Kernel;
 
@@ -23,8 +24,8 @@ struct TaskWords {
     switches: [Pin; 2],
     /// `restart_block.fn` (include/linux/restart_block.h).
     restart: Pin,
-    /// `restart_block.arch_data`, if the kernel has that.
-    restart_status: Option<Pin>,
+    /// What [`Restart::status`] says where.
+    restart_status: Option<(Pin, u32)>,
     /// `start_time`: when the task was born (kernel/fork.c: `copy_process`).
     start_time: Pin,
 }
@@ -76,7 +77,10 @@ impl MappedTask {
                 on_cpu: pin(layout.on_cpu)?,
                 switches: [pin(layout.switches[0])?, pin(layout.switches[1])?],
                 restart: pin(restart.function)?,
-                restart_status: restart.status.map(pin).transpose()?,
+                restart_status: match restart.status {
+                    Some((offset, mask)) => Some((pin(offset)?, mask)),
+                    None => None,
+                },
                 start_time: pin(layout.start_time)?,
             },
             stacks,
@@ -156,14 +160,11 @@ impl MappedTask {
         Ok(self.words.restart.u64()?)
     }
 
-    /// Whether that system call may be one of 32-bit mode, which has another number for `restart_syscall`. The kernel keeps
-    /// `thread_info.status` for that, as it was when the call was cut short, since Linux kernel commit b2e9df850c58 ("x86:
-    /// Introduce restart_block->arch_data to remove TS_COMPAT_RESTART") (in v5.12). True if it keeps none.
+    /// Whether that system call may be one of 32-bit mode, which has another number for `restart_syscall`. True if the kernel
+    /// does not say.
     pub(super) fn may_restart_32(&self) -> Result<bool> {
-        // TS_COMPAT (arch/x86/include/asm/thread_info.h)
-        const COMPAT: u64 = 2;
         Ok(match &self.words.restart_status {
-            Some(status) => status.u64()? & COMPAT != 0,
+            Some((status, mask)) => status.u32()? & mask != 0,
             None => true,
         })
     }
@@ -195,8 +196,9 @@ pub(super) fn part_from(stack: Range, from: Gva) -> Result<(usize, usize)> {
 pub(super) struct Restart {
     /// Offset of `restart_block.fn` in `task_struct`, in bytes.
     function: usize,
-    /// Offset of `restart_block.arch_data` in `task_struct`, in bytes; `None` if the kernel has no such member.
-    status: Option<usize>,
+    /// Where it keeps whether the call is one of 32-bit mode: offset in `task_struct`, in bytes, and the bits of that word. `None`
+    /// if the kernel has no such member.
+    status: Option<(usize, u32)>,
     /// Where the registers of user mode (`struct pt_regs`) keep what the call returns, in bytes down from the end of a
     /// task's stack.
     pub(super) result: usize,
@@ -211,13 +213,57 @@ impl Restart {
         let size = btf.size_of("pt_regs")?;
         let before_end =
             |name| Ok::<_, Error>(size.saturating_sub(btf.offset_of_sized("pt_regs", name, 8)?));
-        let status = btf.has("restart_block", "arch_data");
-        let status = status.then(|| btf.offset_of_sized("restart_block", "arch_data", 8));
         Ok(Restart {
-            status: status.transpose()?.map(|offset| block + offset),
+            status: status(btf, block)?,
             function: block + btf.offset_of_sized("restart_block", "fn", 8)?,
             result: before_end("ax")?,
             call: before_end("orig_ax")?,
         })
+    }
+}
+
+/// [`Restart::status`] of a kernel whose `task_struct` has the `restart_block` at the offset `block`.
+///
+/// The kernel keeps `thread_info.status` in the `restart_block`, as it was when the call was cut short, since Linux kernel
+/// commit b2e9df850c58 ("x86: Introduce restart_block->arch_data to remove TS_COMPAT_RESTART") (in v5.12). Before, a bit of
+/// `thread_info.status` itself said it, or that the task is in a system call of 32-bit mode.
+fn status(btf: &Btf, block: usize) -> Result<Option<(usize, u32)>> {
+    // arch/x86/include/asm/thread_info.h
+    const COMPAT: u32 = 2;
+    const I386_REGS_POKED: u32 = 4;
+    const COMPAT_RESTART: u32 = 8;
+    const STATUS: &str = "thread_info.status";
+    if btf.has("restart_block", "arch_data") {
+        let offset = btf.offset_of_sized("restart_block", "arch_data", 8)?;
+        return Ok(Some((block + offset, COMPAT)));
+    }
+    if btf.has("task_struct", STATUS) {
+        let offset = btf.offset_of_sized("task_struct", STATUS, 4)?;
+        return Ok(Some((offset, COMPAT | I386_REGS_POKED | COMPAT_RESTART)));
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use locus_kernel::btf::blob::Blob;
+
+    use super::*;
+
+    #[test]
+    fn the_mode_of_a_call_that_was_cut_short_is_found_in_each_kernel() {
+        let found = |in_block: bool, in_thread: bool| {
+            let mut b = Blob::with_integers();
+            let kept = if in_block { "arch_data" } else { "other" };
+            b.structure("restart_block", 16, &[(kept, 4, 0), ("fn", 4, 8)]);
+            let state = if in_thread { "status" } else { "other" };
+            let thread = b.structure("thread_info", 16, &[("flags", 4, 0), (state, 3, 8)]);
+            b.structure("task_struct", 64, &[("thread_info", thread, 0)]);
+            status(&Btf::new(b.bytes()).unwrap(), 32).unwrap()
+        };
+        assert_eq!(found(true, true), Some((32, 2)));
+        // Linux 5.10.
+        assert_eq!(found(false, true), Some((8, 14)));
+        assert_eq!(found(false, false), None);
     }
 }
