@@ -23,7 +23,7 @@ use crate::error::Result;
 /// Most tasks that are asked in a pause whether they ran. That takes little time beside the pause itself.
 pub(super) const ASKED_MAX: usize = 256;
 /// Tries to read all counters at one moment.
-const TRIES: u32 = 4;
+const TRIES: u32 = 64;
 
 /// What the counters showed at one moment.
 pub(super) struct SwitchCounters {
