@@ -242,14 +242,18 @@ impl Control {
     }
 
     /// Whether the paused domain with this id may be written ([`domain_info::write_state`]), and the time that all its
-    /// vCPUs together have run, in nanoseconds; no time if there is no such domain.
+    /// vCPUs together have run, in nanoseconds; no time if there is no such domain. `ran_ns` is that time when it was paused.
     ///
     /// # Errors
     /// It is not supported as it is now, or `xc_domain_getinfolist` failed.
-    pub(super) fn write_state(&self, id: DomId) -> Result<(WriteState, Option<u64>), Error> {
+    pub(super) fn write_state(
+        &self,
+        id: DomId,
+        ran_ns: Option<u64>,
+    ) -> Result<(WriteState, Option<u64>), Error> {
         Ok(match self.info(id)? {
             Some(info) => (
-                domain_info::write_state(id, &info, None)?,
+                domain_info::write_state(id, &info, ran_ns)?,
                 Some(info.cpu_time),
             ),
             None => (WriteState::ShutDown, None),

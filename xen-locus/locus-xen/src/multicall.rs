@@ -1,4 +1,5 @@
-//! The hypercalls of a pause, made as two multicalls: one pauses and reads all registers, one unpauses.
+//! The hypercalls of a pause, made as multicalls: one pauses and reads all registers, one asks whether the
+//! guest may be written, one unpauses.
 //!
 //! Each call of a process in the control domain switches between user and kernel mode twice, which costs the processor
 //! its caches and predictions, and libxenctrl copies all arguments and results. Here the hypercalls of a step are made

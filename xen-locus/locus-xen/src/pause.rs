@@ -204,7 +204,9 @@ pub struct Pause<'c> {
     calls: &'c PauseCalls<'c>,
     page: &'c SharedPage,
     began: Instant,
-    held: bool,
+    held: Cell<bool>,
+    /// How long its vCPUs together had run when it was paused, in nanoseconds, if that is known.
+    ran_ns: Option<u64>,
     /// Once it was written: how long its vCPUs together had run before, in nanoseconds.
     written: Cell<Option<u64>>,
     _signals: HeldSignals,
@@ -222,7 +224,8 @@ impl<'c> Pause<'c> {
             calls,
             page,
             began: Instant::now(),
-            held: false,
+            held: Cell::new(false),
+            ran_ns: None,
             written: Cell::new(None),
             _signals: signals,
             _priority: RaisedPriority::begin(),
@@ -239,14 +242,21 @@ impl<'c> Pause<'c> {
             page.set_step(PauseStep::Idle);
             return Err(error);
         }
-        pause.held = true;
-        if let CallMethod::Multicall(calls) = &calls.method {
-            // What others held was read right before the pause was taken, by the same call.
-            if let Some(others) = calls.was_paused() {
-                page.set_paused_by_others(others);
+        pause.held.set(true);
+        pause.ran_ns = match &calls.method {
+            CallMethod::Multicall(calls) => {
+                // What others held was read right before the pause was taken, by the same call.
+                if let Some(others) = calls.was_paused() {
+                    page.set_paused_by_others(others);
+                }
+                calls.cpu_time_ns()
             }
-            page.set_cpu_time_ns(calls.cpu_time_ns());
-        }
+            CallMethod::OneByOne { .. } => {
+                let state = calls.control.pause_state(calls.info.id);
+                state.ok().flatten().map(|state| state.cpu_time_ns)
+            }
+        };
+        page.set_cpu_time_ns(pause.ran_ns);
         page.set_step(PauseStep::Paused);
         Ok(pause)
     }
@@ -276,14 +286,22 @@ impl<'c> Pause<'c> {
         let (state, ran_ns) = match &self.calls.method {
             CallMethod::Multicall(calls) => (calls.write_state()?, calls.cpu_time_ns()),
             CallMethod::OneByOne { .. } => {
-                let (state, ran_ns) = self.calls.control.write_state(self.calls.info.id)?;
-                self.page.set_cpu_time_ns(ran_ns);
-                (state, ran_ns)
+                let id = self.calls.info.id;
+                self.calls.control.write_state(id, self.ran_ns)?
             }
         };
-        if state == WriteState::Held {
-            self.written.set(ran_ns);
-            self.page.set_step(PauseStep::Writing);
+        match state {
+            WriteState::Held => {
+                self.page.set_cpu_time_ns(ran_ns);
+                self.written.set(ran_ns);
+                self.page.set_step(PauseStep::Writing);
+            }
+            // Whoever let it run took the pause. One that is there now is not ours to give back.
+            WriteState::LetRun => {
+                self.held.set(false);
+                self.page.set_step(PauseStep::Idle);
+            }
+            WriteState::ShutDown => {}
         }
         Ok(state)
     }
@@ -308,14 +326,16 @@ impl<'c> Pause<'c> {
     ///
     /// # Errors
     /// Xen refused: the domain is gone. Or it ran while it was written.
-    pub fn end(mut self) -> Result<PauseEnd, Error> {
+    pub fn end(self) -> Result<PauseEnd, Error> {
         let duration = self.began.elapsed();
         let reported = self.unpause()?;
         Ok(PauseEnd { duration, reported })
     }
 
-    fn unpause(&mut self) -> Result<Result<(), Error>, Error> {
-        self.held = false;
+    fn unpause(&self) -> Result<Result<(), Error>, Error> {
+        if !self.held.replace(false) {
+            return Ok(Ok(()));
+        }
         self.page.set_step(PauseStep::Unpausing);
         let done = self.calls.unpause(self.written.get());
         self.page.set_step(PauseStep::Idle);
@@ -325,10 +345,8 @@ impl<'c> Pause<'c> {
 
 impl Drop for Pause<'_> {
     fn drop(&mut self) {
-        if self.held {
-            // If the domain is gone, it needs no unpause.
-            let _ = self.unpause();
-        }
+        // If the domain is gone, it needs no unpause.
+        let _ = self.unpause();
     }
 }
 

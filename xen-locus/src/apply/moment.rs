@@ -11,7 +11,7 @@ use super::patience::{Patience, Wait};
 use super::report::Done;
 use super::write::{check_all, check_trail, map_all, unmap_all, write_all, MappedWrite};
 use crate::blocker::Blocker;
-use crate::error::{Blocked, Error, Result};
+use crate::error::{Blocked, Class, Error, Result};
 use crate::guard::Spot;
 use crate::machine::{Guard, Machine, Paused};
 use crate::plan::Plan;
@@ -104,7 +104,10 @@ pub(crate) fn execute(
             let (found, _ready, paused) = last_look(&*guard, &mut tasks, thorough, options)?;
             verdict = found;
             if verdict == Verdict::Quiet {
-                write_all(&mapped, &trail, || Ok(paused.writing()?))?;
+                let written = write_all(&mapped, &trail, || Ok(paused.writing()?));
+                if let Err(error) = written {
+                    return Err(undone(error, paused.end()));
+                }
                 let pause = paused.end().map_err(|e| stuck(plan, &e))?;
                 let attempts = patience.attempts();
                 return Ok(Done { pause, attempts });
@@ -127,6 +130,16 @@ pub(crate) fn execute(
         unmap_all(&mut mapped);
         guard.let_go();
         wait.pass();
+    }
+}
+
+/// The change was not made; the pause `ended`. If the guest ran in the middle of it, nobody knows what that did.
+fn undone(error: Error, ended: std::result::Result<Duration, guest::Error>) -> Error {
+    match ended {
+        Err(end) if error.class() == Class::RolledBack => Error::uncertain(format!(
+            "{error}. But the pause did not end as it must: {end}. Run `xen-locus recover`"
+        )),
+        _ => error,
     }
 }
 
@@ -251,5 +264,24 @@ fn get_ready<'t, 'k, 'm>(
             return Ok(tried.ready());
         }
         tasks = tried.again();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_rolled_back_is_uncertain_if_the_guest_ran_meanwhile() {
+        let ran = || guest::Error::Unsupported("somebody else let it run".into());
+        let rolled_back = || Error::rolled_back("writing failed midway");
+        let said = undone(rolled_back(), Err(ran()));
+        assert_eq!(said.class(), Class::Uncertain);
+        assert!(said.to_string().contains("somebody else"), "{said}");
+        let ended = undone(rolled_back(), Ok(Duration::ZERO));
+        assert_eq!(ended.class(), Class::RolledBack);
+        // Nothing was written.
+        let early = undone(Error::try_again("it is traced"), Err(ran()));
+        assert_eq!(early.class(), Class::TryAgain);
     }
 }
