@@ -76,7 +76,7 @@ fn woke(nudged: &Nudged) -> String {
     match nudged.report.result {
         Outcome::WouldNudge => format!("would wake {asleep}"),
         Outcome::NobodyAsleep => {
-            format!("none of {asleep} can be woken, because they are kernel threads")
+            format!("none of {asleep} can be woken: they are kernel threads, or have ended")
         }
         _ => format!(
             "woke {} of {asleep} (paused {} us)",

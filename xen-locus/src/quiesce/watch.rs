@@ -94,7 +94,9 @@ pub fn check_trampolines(kernel: &Kernel<'_>) -> Result<()> {
         return Ok(());
     };
     Err(Error::not_applicable(format!(
-        "the guest's kernel can exchange return addresses ({function} at {at}), and has no trampoline for that of a known          name; expected the symbol {}. So it can't be seen in which functions threads are; boot the guest with a kernel that          has it; nothing was changed",
+        "the guest's kernel can exchange return addresses ({function} at {at}), and has no trampoline for that of a known \
+         name; expected the symbol {}. So it can't be seen in which functions threads are; boot the guest with a kernel that \
+         has it; nothing was changed",
         names.join(" or ")
     )))
 }
