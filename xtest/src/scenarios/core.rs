@@ -49,6 +49,10 @@ fn core(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         tool::apply(ctx, name, PAIR)?;
     }
     ctx.expects_long_pauses();
+    if !patched {
+        // It is paused for minutes. Then all its CPUs would report a stall at once, each in the middle of the others' lines.
+        guest.ok(&watchdogs(false))?;
+    }
     ctx.dom0.ok(&format!("xl pause {name}"))?;
     let result = compare(ctx, name, if patched { "patched" } else { "ready" });
     ctx.dom0
@@ -59,7 +63,19 @@ fn core(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
         tool::revert(ctx, name, PAIR)?;
     }
     guest.ok("true")?;
+    if !patched {
+        guest.ok(&format!("sleep 2; {}", watchdogs(true)))?;
+    }
     Ok(())
+}
+
+/// Switches the guest's watchdogs on or off.
+fn watchdogs(on: bool) -> String {
+    format!(
+        "echo {} >/proc/sys/kernel/watchdog; echo {} >/sys/module/rcupdate/parameters/rcu_cpu_stall_suppress",
+        u8::from(on),
+        u8::from(!on)
+    )
 }
 
 fn compare(ctx: &Ctx, name: &str, status: &str) -> Result<(), Verdict> {
