@@ -41,14 +41,13 @@ pub const MATRIX: &[Scenario] = &[
 ];
 
 fn core(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
-    let mut guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
     // Only a PV guest is saved with a patch, because xl dump-core leaves out frames of a PVH guest's arena. An earlier scenario
     // may have left one.
     let patched = kind == Kind::Pv;
     if !patched {
-        ctx.destroy_guest(&guest.name)?;
-        guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
+        ctx.destroy_guest(kind.name())?;
     }
+    let guest = ctx.ensure_guest(GuestSpec::new(kind.name(), kind))?;
     let name = &guest.name;
     if patched {
         tool::apply(ctx, name, PAIR)?;
