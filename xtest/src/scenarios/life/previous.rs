@@ -2,7 +2,7 @@
 //! read for ever.
 
 use super::text::Text;
-use crate::guest::{Guest, GuestSpec, Kind};
+use crate::guest::{Guest, GuestSpec, Kind, Mitigations};
 use crate::paths::Paths;
 use crate::previous::{self, Previous};
 use crate::profile::{PV1, PVH};
@@ -48,7 +48,9 @@ fn previous(ctx: &mut Ctx, kind: Kind) -> Result<(), Verdict> {
     };
     place(ctx, &built)?;
     let name = format!("previous-{}", kind.name());
-    let guest = ctx.ensure_guest(GuestSpec::new(&name, kind))?;
+    // The earlier build can't read a guest with page-table isolation.
+    let spec = GuestSpec::new(&name, kind).mitigations(Mitigations::Default);
+    let guest = ctx.ensure_guest(spec)?;
     let text = Text::of(ctx, &name)?;
     patched_on(ctx, &guest)?;
     taken_over(ctx, &guest)?;
