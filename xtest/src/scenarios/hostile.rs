@@ -221,6 +221,15 @@ impl Pair {
         Ok(())
     }
 
+    /// Reads the guest while it stands still. What is wrong by then stays so: of lists that are wrong now and then, one of
+    /// several tries finds them right.
+    fn standing(&mut self, ctx: &Ctx) -> Result<(), Verdict> {
+        ctx.dom0.ok(&format!("xl pause {NAME}"))?;
+        let read = self.command(ctx, &format!("--no-cache info {NAME} --stacks"));
+        ctx.dom0.ok(&format!("xl unpause {NAME}"))?;
+        read.map(drop)
+    }
+
     /// Runs all commands `rounds` times, then again until one has noticed something and the guest has made many
     /// turns, because scheduling decides how they collide. Returns the number of turns.
     fn rounds(&mut self, ctx: &Ctx, rounds: u32) -> Result<u64, Verdict> {
@@ -230,6 +239,7 @@ impl Pair {
                 return Ok(turns);
             }
             self.all_commands(ctx)?;
+            self.standing(ctx)?;
         }
         let (turns, _) = self.state()?;
         check!(
