@@ -103,11 +103,17 @@ struct Ends {
     now: BTreeMap<i32, u32>,
     /// How many did in earlier modes.
     before: BTreeMap<i32, u32>,
+    /// One found that the guest's page tables lead to a frame that has no memory, since the mode was set.
+    leads_nowhere: bool,
 }
 
+/// What is said of such a frame. The exit code is 1: dom0 can't tell whose fault that is.
+const NO_MEMORY: &str = "it has no memory";
+
 impl Ends {
-    fn count(&mut self, rc: i32) {
+    fn count(&mut self, rc: i32, said: &str) {
         *self.now.entry(rc).or_default() += 1;
+        self.leads_nowhere |= rc == 1 && said.contains(NO_MEMORY);
     }
 
     /// How commands ended before says nothing of what the guest does now.
@@ -115,11 +121,13 @@ impl Ends {
         for (rc, count) in std::mem::take(&mut self.now) {
             *self.before.entry(rc).or_default() += count;
         }
+        self.leads_nowhere = false;
     }
 
-    /// Whether any command has noticed what the guest does: it refused the guest (3), or found the arena damaged (6).
+    /// Whether any command has noticed what the guest does: it refused the guest (3), found the arena damaged (6), or a frame
+    /// without memory.
     fn told(&self) -> bool {
-        self.now.contains_key(&3) || self.now.contains_key(&6)
+        self.now.contains_key(&3) || self.now.contains_key(&6) || self.leads_nowhere
     }
 }
 
@@ -199,7 +207,7 @@ impl Pair {
             "{command} ended with {} and said nothing",
             done.rc
         );
-        self.ends.count(done.rc);
+        self.ends.count(done.rc, &done.said);
         self.longest = self.longest.max(done.took);
         Ok((done.rc, done.said))
     }
@@ -487,15 +495,22 @@ mod tests {
     fn what_was_noticed_in_one_mode_does_not_count_for_the_next() {
         let mut ends = Ends::default();
         for rc in [0, 1, 2, 5] {
-            ends.count(rc);
+            ends.count(rc, "why");
         }
         assert!(!ends.told());
         for rc in [3, 6] {
-            ends.count(rc);
+            ends.count(rc, "why");
             assert!(ends.told(), "{rc}");
             ends.begin_mode();
             assert!(!ends.told(), "{rc}");
         }
-        assert_eq!(ends.before.values().sum::<u32>(), 6);
+        ends.count(
+            1,
+            "frame 0x3 of the guest cannot be mapped: it has no memory",
+        );
+        assert!(ends.told());
+        ends.begin_mode();
+        assert!(!ends.told());
+        assert_eq!(ends.before.values().sum::<u32>(), 7);
     }
 }
