@@ -10,6 +10,7 @@ use crate::check;
 use crate::guest::{GuestSpec, Kind, Mitigations};
 use crate::profile::{CASCADELAKE, EPYC, HASWELL, MILAN, NEHALEM};
 use crate::scenario::{Ctx, Scenario};
+use crate::suites::BOOKWORM;
 use crate::verdict::Verdict;
 
 /// Each needs a machine of its own, so none is in a usual run. None is a PVH guest that isolates page tables by itself: that takes
@@ -83,5 +84,5 @@ fn model(ctx: &mut Ctx, spec: GuestSpec, bugs: &[&str]) -> Result<(), Verdict> {
     read_and_patch(ctx, &guest, 1, 1)?;
     log.nothing_new(ctx, &guest)?;
     sites::compare(ctx, &guest, &kernel)?;
-    sites::alternative(ctx, &guest)
+    sites::alternative(ctx, &guest, &BOOKWORM)
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::steps::kernels::{self, kernel_scenarios};
-use super::steps::patches::cmdline_is_untouched;
+use super::steps::patches::{self, cmdline_is_untouched};
 use super::steps::tool;
 use crate::guest::{Guest, Kind};
 use crate::scenario::{Ctx, Scenario};
@@ -50,8 +50,9 @@ fn sites(ctx: &mut Ctx, suite: &'static Suite, kind: Kind) -> Result<(), Verdict
             .put(&file, 0o644, &std::fs::read(&kernel.vmlinux)?)?;
     }
     compare(ctx, &guest, &file)?;
+    alternative(ctx, &guest, suite)?;
     if *suite == BOOKWORM {
-        return alternative(ctx, &guest);
+        return Ok(());
     }
     ctx.dom0.ok(&format!("rm -f {file}"))?;
     ctx.destroy_guest(&guest.name)
@@ -94,10 +95,11 @@ fn compared(said: &str) -> Result<(), Verdict> {
 }
 
 /// A payload with an alternative in its code is applied and reverted.
-pub(super) fn alternative(ctx: &Ctx, guest: &Guest) -> Result<(), Verdict> {
+pub(super) fn alternative(ctx: &Ctx, guest: &Guest, suite: &Suite) -> Result<(), Verdict> {
     const PATCH: &str = "locus_altinst";
     let name = &guest.name;
-    tool::apply(ctx, name, PATCH)?;
+    let file = patches::file_for(suite, PATCH);
+    ctx.dom0.ok(&format!("xen-locus apply {name} {file}"))?;
     let seen = guest.ok("cat /proc/cmdline")?;
     check!(
         seen.ends_with("locus=altinst"),
