@@ -9,18 +9,18 @@ pub struct Ends {
     pub now: BTreeMap<i32, u32>,
     /// How many did in earlier modes.
     pub before: BTreeMap<i32, u32>,
-    /// One found that the guest's page tables lead to a frame that has no memory, since the mode was set.
+    /// One found that the guest's page tables lead to a frame that has no memory, or nowhere, since the mode was set.
     leads_nowhere: bool,
 }
 
-/// What is said of such a frame. The exit code is 1: dom0 can't tell whose fault that is.
-const NO_MEMORY: &str = "it has no memory";
+/// What is said of such tables. The exit code is 1: dom0 can't tell whose fault that is.
+const NOWHERE: [&str; 2] = ["it has no memory", "is not mapped (page table level "];
 
 impl Ends {
     /// A command ended with `rc` and `said` this.
     pub fn count(&mut self, rc: i32, said: &str) {
         *self.now.entry(rc).or_default() += 1;
-        self.leads_nowhere |= rc == 1 && said.contains(NO_MEMORY);
+        self.leads_nowhere |= rc == 1 && NOWHERE.iter().any(|words| said.contains(words));
     }
 
     /// How commands ended before says nothing of what the guest does now.
@@ -31,8 +31,8 @@ impl Ends {
         self.leads_nowhere = false;
     }
 
-    /// Whether any command has noticed what the guest does: it refused the guest (3), found the arena damaged (6), or a frame
-    /// without memory.
+    /// Whether any command has noticed what the guest does: it refused the guest (3), found the arena damaged (6), or page tables
+    /// that lead nowhere.
     pub fn told(&self) -> bool {
         self.now.contains_key(&3) || self.now.contains_key(&6) || self.leads_nowhere
     }
@@ -55,13 +55,15 @@ mod tests {
             ends.begin_mode();
             assert!(!ends.told(), "{rc}");
         }
-        ends.count(
-            1,
+        for said in [
             "frame 0x3 of the guest cannot be mapped: it has no memory",
-        );
-        assert!(ends.told());
-        ends.begin_mode();
-        assert!(!ends.told());
-        assert_eq!(ends.before.values().sum::<u32>(), 7);
+            "guest address 0xffffffff826d6000 is not mapped (page table level 1)",
+        ] {
+            ends.count(1, said);
+            assert!(ends.told(), "{said}");
+            ends.begin_mode();
+            assert!(!ends.told(), "{said}");
+        }
+        assert_eq!(ends.before.values().sum::<u32>(), 8);
     }
 }
