@@ -4,6 +4,8 @@
 
 use std::process::{Command, Output};
 
+use locus_payload::testelf::{Spec, ALLOC, R_64, VARS};
+
 fn xen_locus(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_xen-locus"))
         .args(args)
@@ -297,4 +299,75 @@ fn what_could_not_be_printed_is_told() {
         assert_eq!(out.status.code(), Some(0), "{args:?}");
         assert_eq!(said(&out.stderr), "", "{args:?}");
     }
+}
+
+/// What `show` says of a payload, with 256 MiB of address space and a minute of the processor. It takes less than half of the
+/// memory, and seconds.
+fn shown_within_limits(name: &str, payload: &[u8]) -> Output {
+    let file = std::env::temp_dir().join(format!("locus-cli-{name}-{}.ko", std::process::id()));
+    std::fs::write(&file, payload).unwrap();
+    let script = "ulimit -v 262144 && ulimit -t 60 && exec \"$@\"";
+    let out = Command::new("sh")
+        .args(["-c", script, "sh", env!("CARGO_BIN_EXE_xen-locus"), "show"])
+        .arg(&file)
+        .output()
+        .unwrap();
+    std::fs::remove_file(&file).unwrap();
+    out
+}
+
+/// The payload of the golden tests, with thousands of sections that are the same 1.3 MB of its file: 5.2 GB if each were
+/// copied.
+#[test]
+fn sections_that_share_bytes_of_a_file_take_no_more_memory_than_it_has() {
+    const COUNT: usize = 4000;
+    for (name, flags, words) in [
+        (".modinfo", 0, "there are several such sections"),
+        (".rodata.more", ALLOC, "some share bytes of the file"),
+    ] {
+        let (mut elf, _) = Spec::default().elf();
+        let large = elf.section(".rodata.large", ALLOC, &[0; 1_300_000]);
+        for _ in 0..COUNT {
+            elf.section(name, flags, &[]);
+        }
+        let mut bytes = elf.build();
+        let table = u64::from_le_bytes(bytes[40..48].try_into().unwrap());
+        let place_of = |index: usize| usize::try_from(table).unwrap() + 64 * index + 24;
+        // sh_offset and sh_size
+        let place = bytes[place_of(large)..place_of(large) + 16].to_vec();
+        for at in (large + 1..=large + COUNT).map(place_of) {
+            bytes[at..at + 16].copy_from_slice(&place);
+        }
+        let out = shown_within_limits("sections", &bytes);
+        let text = said(&out.stderr);
+        assert_eq!(out.status.code(), Some(1), "{name}: {text}");
+        assert!(text.contains(words), "{name}: {text}");
+    }
+}
+
+/// The payload of the golden tests, with many structures that begin as a patch does, and many relocations without effect at
+/// the place that each of them leads to: to step over these for each structure takes minutes.
+#[test]
+fn relocations_of_no_effect_cost_as_much_as_they_are_many() {
+    const STRUCTURES: u64 = 200_000;
+    const NONES: usize = 500_000;
+    let (mut elf, at) = Spec::default().elf();
+    let end = 16 * STRUCTURES;
+    let size = usize::try_from(end).unwrap() + 24;
+    let home = elf.section(".data.many", VARS, &vec![0; size]);
+    let module = elf.section_symbol(at.this_module);
+    let own = elf.section_symbol(home);
+    for offset in (0..end).step_by(16) {
+        elf.reloc(home, offset, R_64, module, 0);
+        elf.reloc(home, offset + 8, R_64, own, i64::try_from(end).unwrap());
+    }
+    for _ in 0..NONES {
+        // R_X86_64_NONE, at what would be the functions of an object.
+        elf.reloc(home, end + 8, 0, 0, 0);
+    }
+    let out = shown_within_limits("relocations", &elf.build());
+    let text = said(&out.stdout);
+    let why = said(&out.stderr);
+    assert_eq!(out.status.code(), Some(0), "{:?} {why}", out.status);
+    assert!(text.contains("cmdline_proc_show in vmlinux"), "{text}");
 }
