@@ -6,6 +6,8 @@ use crate::btf::blob::Blob;
 use crate::btf::TypeKind;
 use crate::fixture::{vcpus, Fixture, KIND, TEXT};
 
+mod crowd;
+
 #[test]
 fn letters_are_those_of_proc() {
     for (state, exit, wanted) in [

@@ -1,4 +1,4 @@
-//! The daemon on a xenstored that speaks the real protocol; workers end at once.
+//! The daemon on a xenstored that speaks the real protocol; workers end at once, or after some turns.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -14,6 +14,7 @@ use crate::storage::fake_xenstored::Xenstored;
 use crate::storage::xenstore::Store;
 
 mod order;
+mod stubborn;
 
 struct Host {
     store: Store,
@@ -22,6 +23,8 @@ struct Host {
     done: RefCell<HashMap<Work, u32>>,
     /// Workers do not end.
     stays: Cell<bool>,
+    /// How many turns more than one the workers for these requests take.
+    takes: RefCell<HashMap<String, u32>>,
     /// Workers that publish a guest die.
     die: Cell<bool>,
     /// How the next workers for a request, or for what was interrupted, end.
@@ -48,6 +51,7 @@ impl Host {
             domains: RefCell::new((1..=guests).map(domain).collect()),
             done: RefCell::default(),
             stays: Cell::new(false),
+            takes: RefCell::default(),
             die: Cell::new(false),
             ends: RefCell::default(),
             order: RefCell::default(),
@@ -88,7 +92,8 @@ impl Host {
 }
 
 impl Hands for Host {
-    type Worker = Work;
+    /// Its work, and how many turns it goes on after the next one.
+    type Worker = (Work, u32);
 
     fn store(&self) -> &dyn Nodes {
         &self.store
@@ -102,12 +107,20 @@ impl Hands for Host {
         Ok(self.domains.borrow().clone())
     }
 
-    fn start(&self, work: &Work) -> std::io::Result<Work> {
-        Ok(work.clone())
+    fn start(&self, work: &Work) -> std::io::Result<(Work, u32)> {
+        let takes = match work {
+            Work::Request(id) => self.takes.borrow().get(id).copied(),
+            _ => None,
+        };
+        Ok((work.clone(), takes.unwrap_or(0)))
     }
 
-    fn end(&self, work: &mut Work) -> Option<End> {
+    fn end(&self, (work, left): &mut (Work, u32)) -> Option<End> {
         if self.stays.get() {
+            return None;
+        }
+        if let Some(fewer) = left.checked_sub(1) {
+            *left = fewer;
             return None;
         }
         if self.die.get() && matches!(work, Work::Publish(..)) {
@@ -141,7 +154,7 @@ impl Hands for Host {
         Some(End::Done)
     }
 
-    fn ask_to_end(&self, _: &Work) {
+    fn ask_to_end(&self, _: &(Work, u32)) {
         self.asked_to_end.set(self.asked_to_end.get() + 1);
     }
 

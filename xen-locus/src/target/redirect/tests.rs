@@ -222,6 +222,99 @@ fn a_traced_function_is_to_be_tried_again() {
     }
 }
 
+/// Where the guest's lists of kprobes and of livepatched functions stand.
+const LISTS: Gva = Gva(TEXT.0 + (8 << 20));
+/// Offset of the second one.
+const KLP_OPS: usize = 0x200;
+/// What the guest's ftrace calls.
+const TRACER: Gva = Gva(TEXT.0 + 0x8000);
+/// The kernel's return thunk.
+const THUNK: Gva = Gva(TEXT.0 + 0x9000);
+
+/// Examines a function of the given code in a guest whose lists have `words` at these offsets from [`LISTS`].
+fn examined_with_lists(code: &[u8], words: &[(usize, u64)]) -> Result<ExaminedFunction> {
+    let mut fixture = Fixture::new();
+    fixture.function(AT, "victim", code);
+    fixture.function(AT + code.len() as u64, "next", &[0xc3]);
+    fixture.function(TRACER.0, "tracer", &[0xc3]);
+    fixture.function(THUNK.0, "__x86_return_thunk", &[0xc3]);
+    for (offset, name) in [(0, "kprobe_table"), (KLP_OPS as u64, "klp_ops")] {
+        fixture
+            .symbols
+            .push((LISTS.0 + offset, 'd', name.to_owned()));
+    }
+    let mut types = Blob::with_integers();
+    let node = types.structure("list_head", 16, &[("next", 4, 0), ("prev", 4, 8)]);
+    types.structure("kprobe", 64, &[("hlist", node, 0), ("addr", 4, 40)]);
+    let ops = [("node", node, 0), ("func_stack", node, 16)];
+    types.structure("klp_ops", 32, &ops);
+    let func = [("old_func", 4, 24), ("stack_node", node, 40)];
+    types.structure("klp_func", 64, &func);
+    fixture.constants.push(("__start_BTF", types.bytes()));
+    fixture.constants.push(("__stop_BTF", Vec::new()));
+    let mut lists = [0; 4096];
+    // Nothing is livepatched, if `words` do not say so.
+    let none = (KLP_OPS, LISTS.0 + KLP_OPS as u64);
+    for &(at, word) in std::iter::once(&none).chain(words) {
+        lists[at..at + 8].copy_from_slice(&word.to_le_bytes());
+    }
+    let memory = fixture.build();
+    memory.map_bytes(LISTS, &lists, true, false);
+    let kernel = Kernel::read(&memory, KIND, &vcpus()).unwrap();
+    let kprobes = Kprobes::read(&kernel)?;
+    examine(&kernel, Object::Kernel, "victim", Gva(AT), None, &kprobes)
+}
+
+#[test]
+fn what_holds_a_function_of_one_jump_or_return_is_told_as_of_any_other() {
+    let told = |code: &[u8], words: &[(usize, u64)], why: &str| {
+        let error = examined_with_lists(code, words).unwrap_err();
+        assert_eq!(error.exit_code(), ExitCode::TryAgain, "{error}");
+        assert!(error.to_string().contains(why), "{error}");
+    };
+    for endbr in [&[][..], &ENDBRS[0], &ENDBRS[2]] {
+        let nop = Gva(AT).plus(endbr.len() as u64);
+        let site = nop.plus(JUMP as u64);
+        for body in [
+            // A tail call, a return through the thunk, and the return that the kernel makes of that.
+            x86::jump(site, TEXT.plus(15 * 4096)).unwrap(),
+            x86::jump(site, THUNK).unwrap(),
+            [0xc3, 0xcc, 0xcc, 0xcc, 0xcc],
+        ] {
+            let idle = [endbr, &NOP5, &body].concat();
+            let free = examined_with_lists(&idle, &[]).unwrap().site;
+            assert_eq!((free.at, free.old), (site, body));
+
+            let call = x86::branch(CALL, nop, TRACER).unwrap();
+            let traced = [endbr, &call, &body].concat();
+            told(&traced, &[], "(its ftrace site calls tracer)");
+
+            // By ftrace at the nop or, by its name, at the entry; by a breakpoint at the jump or return; and disabled there.
+            let mut trapped = idle.clone();
+            trapped[endbr.len() + JUMP] = 0xcc;
+            for (code, at) in [
+                (&traced, nop),
+                (&traced, Gva(AT)),
+                (&trapped, site),
+                (&idle, site),
+            ] {
+                let probe = [(16, LISTS.0 + 0x400), (0x400 + 40, at.0)];
+                let why = format!("a kprobe of the guest's own stands at {at};");
+                told(code, &probe, &why);
+            }
+
+            // Its livepatch names the function's entry.
+            let livepatch = [
+                (KLP_OPS, LISTS.0 + 0x600),
+                (0x600, LISTS.0 + KLP_OPS as u64),
+                (0x610, LISTS.0 + 0x700 + 40),
+                (0x700 + 24, AT),
+            ];
+            told(&traced, &livepatch, "livepatched by the guest itself");
+        }
+    }
+}
+
 /// What is said to a function whose kernel has a table of jump labels of `len` bytes, whose first entry names
 /// places at these distances from the function's entry.
 fn with_jump_label(len: u64, from: u64, to: u64) -> Result<ExaminedFunction> {
