@@ -21,12 +21,16 @@ build="--fuzz-dir fuzz --target-dir $target/fuzz/build --sanitizer none"
 # shellcheck disable=SC2086
 cargo fuzz build $build
 
-# libFuzzer itself and its corpus take 50 MiB: some more, and 64 MiB for one input.
-limits="-timeout=1 -rss_limit_mb=128 -max_len=262144"
 for name in ${*:-$(cargo fuzz list --fuzz-dir fuzz)}; do
 	corpus=$target/fuzz/corpus/$name
 	mkdir -p "$corpus"
 	log=$target/fuzz/$name.log
+	# libFuzzer itself and its corpus take 50 MiB: some more, and 64 MiB for one input. A full arena is an input of 95 to
+	# 97 pages, and libFuzzer keeps some hundred of these in memory.
+	case $name in
+	arena) limits="-timeout=1 -rss_limit_mb=512 -max_len=401408" ;;
+	*) limits="-timeout=1 -rss_limit_mb=128 -max_len=262144" ;;
+	esac
 	# shellcheck disable=SC2086
 	if cargo fuzz run $build "$name" "$corpus" "$target/fuzz/seeds/$name" -- \
 		-max_total_time="$seconds" $limits >"$log" 2>&1; then

@@ -1,9 +1,10 @@
 //! The arena: its directory and records, in pages that the guest can change.
 
 use locus_guest::addr::{Frame, Gva, PAGE_LEN};
+use locus_guest::budget::{Budget, LIMIT};
 use locus_guest::mock::{MockMemory, ROOT};
 use locus_guest::space::{Space, PTE_FRAME, PTE_NX, PTE_PRESENT};
-use locus_kernel::fixture::{KIND, TEXT};
+use locus_kernel::fixture::{renewed, KIND, TEXT};
 use locus_kernel::split_functions::PARTS_MAX;
 use locus_kernel::Kernel;
 use sha2::{Digest, Sha256};
@@ -108,6 +109,8 @@ pub fn record_seeds() -> Vec<Vec<u8>> {
 const FRAMES: std::ops::Range<u64> = 0xfe000..0xfe000 + PAGES as u64;
 /// Number of those frames: as many as a PV guest's arena has, and as an input can have.
 const PAGES: usize = 96;
+/// Units of the budget for one input: four times what a full arena takes whose payloads let threads go on.
+const BUDGET: u64 = LIMIT / 8;
 
 /// Maps what is in front of the arena, and returns the arena's page table.
 fn table_in(memory: &MockMemory) -> Frame {
@@ -167,7 +170,8 @@ impl ArenaStage {
             let entry = word & !PTE_FRAME | frame << 12;
             memory.set_entry(self.table, slot, if word == 0 { 0 } else { entry });
         }
-        self.guest.kernel(&guest::variables())
+        let kernel = self.guest.kernel(&guest::variables())?;
+        renewed(&kernel, &[], Budget::of(BUDGET)).ok()
     }
 }
 
@@ -304,16 +308,22 @@ fn whole(page: &[u8]) -> Vec<u8> {
     page
 }
 
-/// Arenas with one payload, which is applied or being applied, and one with payloads on each other.
+/// Arenas with payloads on each other: a few, and as many as there can be. And two with one payload, which is applied or being
+/// applied.
 pub fn arena_seeds() -> Vec<Vec<u8>> {
-    let pages = full(3, 2);
-    let mut layers: Vec<u64> = vec![0; 512];
-    (0..pages.len()).for_each(|page| layers[page + 1] = entry(page));
-    let mut layers: Vec<u8> = layers.iter().flat_map(|w| w.to_le_bytes()).collect();
-    layers.extend(pages.concat());
-    let mut seeds = vec![layers];
+    let mut seeds = vec![layers(3, 2), layers(31, 3)];
     seeds.extend(one_payload());
     seeds
+}
+
+/// The input for an arena with `count` payloads of `pages` pages each, all on the same functions.
+fn layers(count: usize, pages: usize) -> Vec<u8> {
+    let pages = full(count, pages);
+    let mut table: Vec<u64> = vec![0; 512];
+    (0..pages.len()).for_each(|page| table[page + 1] = entry(page));
+    let mut data: Vec<u8> = table.iter().flat_map(|w| w.to_le_bytes()).collect();
+    data.extend(pages.concat());
+    data
 }
 
 fn one_payload() -> Vec<Vec<u8>> {
@@ -342,6 +352,7 @@ fn one_payload() -> Vec<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use xen_locus::arena::record::ENTRIES_MAX;
 
     #[test]
     fn the_arena_of_the_seeds_shows_its_payload() {
@@ -357,6 +368,18 @@ mod tests {
         let residents = plan::residents(&kernel, &arena).unwrap();
         assert_eq!(residents.len(), 3);
         assert!(residents[2].record.functions.len() > 4);
+    }
+
+    #[test]
+    fn the_full_arena_of_the_seeds_is_an_input_and_is_read_to_its_end() {
+        let seed = &arena_seeds()[1];
+        // `-max_len` of libFuzzer, in fuzz/run.sh.
+        assert!(seed.len() <= 401_408, "{}", seed.len());
+        let kernel = ArenaStage::new().kernel(seed).unwrap();
+        let (patches, drained) = ops::patches_and_drained("", &kernel, None).unwrap();
+        assert_eq!((patches.len(), drained.is_some()), (ENTRIES_MAX, true));
+        // What a run of the target reads besides takes less than that.
+        assert!(kernel.space.budget().spent() < BUDGET / 3);
     }
 
     #[test]
