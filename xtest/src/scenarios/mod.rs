@@ -4,6 +4,7 @@
 #![allow(clippy::indexing_slicing)]
 
 mod apply;
+mod carried;
 mod core;
 mod ended;
 mod history;
@@ -15,11 +16,13 @@ mod late;
 mod liar;
 mod life;
 mod loader;
+mod long_wait;
 mod many;
 mod mitigations;
 mod models;
 mod nudge;
 mod objects;
+mod others;
 mod parked;
 mod protocol;
 mod real_dom0;
@@ -34,11 +37,13 @@ mod store;
 mod testbed;
 mod truth;
 mod twins;
+mod two_paused;
 mod verify;
+mod xenstore_gone;
 
 use crate::scenario::Scenario;
 
-/// What a usual run leaves to the matrix, because it is to take half an hour on two processors. A usual run
+/// What a usual run leaves to the matrix, because it is to take a quarter of an hour on two processors. A usual run
 /// shows the same with another type of guest, or part of it by other scenarios or by unit tests.
 const LEFT_OUT: &[&str] = &[
     // Shown for PVH.
@@ -49,8 +54,8 @@ const LEFT_OUT: &[&str] = &[
     "nudge-pvh",
     "hostile-flip-pvh",
     "loader-pvh",
-    "kprobe-late-pvh",
     "verify-pvh",
+    "timer-pvh",
     // Shown by `pti-hvm`.
     "testbed-hvm",
     "apply-hvm",
@@ -80,12 +85,7 @@ const LEFT_OUT: &[&str] = &[
     "hostile-remap-pvh",
     "hostile-arena-pv",
     "hostile-arena-pvh",
-    // Unit tests have each step of these: what a guest does in a wait (`kprobe-late-pv` has one), a payload that is too
-    // large for a guest that is saved, patches on patches.
-    "module-going-pv",
-    "timer-pv",
-    "timer-pvh",
-    "bigdata-pvh",
+    // Unit tests have each step of these: patches on patches.
     "stack-pv",
     "stack-pvh",
     // Modules: `loader-pv`. Requests: `xenstore-requests`.
@@ -156,10 +156,15 @@ pub fn all() -> Vec<Scenario> {
         many::MATRIX,
         truth::MATRIX,
         twins::MATRIX,
+        others::MATRIX,
+        two_paused::MATRIX,
+        xenstore_gone::MATRIX,
         mitigations::MATRIX,
         models::MATRIX,
         refuse::MATRIX,
         parked::MATRIX,
+        carried::MATRIX,
+        long_wait::MATRIX,
         nudge::MATRIX,
         real_dom0::MATRIX,
         &life::matrix()[..],
