@@ -71,7 +71,8 @@ hold() {
 	echo "guardian $guardian"
 	for i in $(seq 500); do
 		read -r _ _ state _ </proc/$run/stat || return 1
-		[ "$state" = T ] && echo held && return 0
+		read -r _ _ other _ </proc/$guardian/stat || return 1
+		[ "$state$other" = TT ] && echo held && return 0
 		usleep 20000
 	done
 	return 1
@@ -165,20 +166,17 @@ impl Held {
         })
     }
 
-    /// Kills the daemon and the runs by their ids, and waits until they are gone.
-    fn kill(&self, ctx: &Ctx, daemon_first: bool) -> Result<(), Verdict> {
-        let (daemon, runs) = (&self.daemon, self.runs.join(" "));
-        let ids = match daemon_first {
-            true => format!("{daemon} {runs}"),
-            false => format!("{runs} {daemon}"),
-        };
+    /// Kills the runs and the daemon by their ids, and waits until they are gone. The runs come first: if the daemon dies while
+    /// they are stopped, the kernel lets the process group that it leaves behind go on (`kill_orphaned_pgrp`, kernel/exit.c).
+    fn kill(&self, ctx: &Ctx) -> Result<(), Verdict> {
+        let ids = format!("{} {}", self.runs.join(" "), self.daemon);
         ctx.dom0.ok(&format!(
             "kill -KILL {ids}; for id in {ids}; do while [ -e /proc/$id ] && ! grep -q ') Z' /proc/$id/stat; do usleep 10000; done; done"
         ))?;
         Ok(())
     }
 
-    /// Lets the guardians go on, if they don't yet, and waits until they let the guests run.
+    /// Lets the guardians go on, and waits until they let the guests run.
     fn let_run(&self, ctx: &Ctx, guests: &[Guest]) -> Result<(), Verdict> {
         for guardian in &self.guardians {
             // It may have ended before it could be stopped.
@@ -234,8 +232,10 @@ impl Rounds {
                 held.said
             );
         }
-        held.kill(ctx, round.is_multiple_of(2))?;
-        // The kernel lets stopped guardians go on when the daemon of their process group is dead (exit(3)).
+        held.kill(ctx)?;
+        if place == Place::InPause {
+            check_eq!(count_paused(ctx)?, 2, "paused guests whose runs are dead");
+        }
         let runs = held.let_run(ctx, &self.guests);
         runs.map_err(|verdict| with_log(ctx, &verdict))?;
         daemon::start(ctx)?;
